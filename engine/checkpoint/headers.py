@@ -1,0 +1,47 @@
+"""What a checkpoint file holds, without its payload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# Element types by their safetensors names, and bytes per element.
+ITEM_SIZES: dict[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor of one file.
+
+    Attributes:
+        name: the key in the file, prefix included.
+        dtype: safetensors spelling (`BF16`, `F32`, ...).
+        shape: sizes in elements.
+        strides: in elements, as stored; shared storages make offsets and strides arbitrary.
+        offset: absolute byte position in the file of element [0, 0, ...].
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileHeader:
+    """One checkpoint file: its tensors in file order, its size in bytes and an identity.
+
+    `identity` is a hex digest over size and the part of the file that describes it (zip
+    directory, or header); it costs no payload read and changes when the content does.
+    """
+
+    path: Path
+    size: int
+    tensors: tuple[TensorHeader, ...]
+    identity: str

@@ -1,0 +1,144 @@
+"""Every error a user can meet: a stable code, a place, got against expected, and what to do.
+
+Codes are grouped by where the trouble lies: E0 usage, E1 mapping and layout files, E2 planning
+(ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5 assets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CODES: dict[str, str] = {
+    # usage
+    "E001": "an argument or option cannot be used as given",
+    "E002": "a mapping or layout of that name cannot be found",
+    # mapping and layout files
+    "E101": "the YAML cannot be read",
+    "E102": "the file does not fit its schema",
+    "E103": "axes cannot be read",
+    "E104": "a name pattern cannot be read",
+    "E105": "an expression cannot be read or evaluated",
+    "E106": "inheritance cannot be resolved",
+    "E107": "a rule contradicts itself: its source and target pieces do not match",
+    "E108": "a name used in a mapping is not declared",
+    # planning
+    "E201": "a rank file is missing",
+    "E202": "a variant cannot be decided",
+    "E203": "sizes disagree",
+    "E204": "a size stays unknown",
+    "E205": "a tensor is matched by no rule",
+    "E206": "a tensor is matched by more than one rule",
+    "E207": "a tensor that a rule needs is missing",
+    "E208": "shards overlap or leave a gap",
+    "E209": "the target cannot express this model",
+    "E210": "element types differ inside one tensor",
+    "E211": "layers cannot be numbered",
+    "E212": "the checkpoint is of another layout or mapping",
+    "E213": "a size the release expects differs",
+    # checkpoint files
+    "E301": "a checkpoint file is damaged or truncated",
+    "E302": "a checkpoint file asks to run code",
+    "E303": "a checkpoint file is of an unsupported kind",
+    "E304": "the folder is not a checkpoint of this layout",
+    "E305": "a file cannot be read",
+    # running
+    "E401": "the output exists already",
+    "E402": "replicas differ between ranks",
+    "E403": "writing failed",
+    "E404": "source and output overlap",
+    "E405": "a source file changed while it was read",
+    # assets
+    "E501": "the tokenizer cannot be converted",
+    "E502": "a configuration cannot be written",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A position in a text file, 1-based, or a tensor in a checkpoint file.
+
+    >>> str(Place("mappings/x.yaml", 12, 5))
+    'mappings/x.yaml:12:5'
+    >>> str(Place("model_tp0_pp0.pt", tensor="norm.weight"))
+    'model_tp0_pp0.pt:norm.weight'
+    """
+
+    file: str
+    line: int | None = None
+    column: int | None = None
+    tensor: str | None = None
+
+    def __str__(self) -> str:
+        parts = [self.file]
+        if self.line is not None:
+            parts.append(str(self.line))
+            if self.column is not None:
+                parts.append(str(self.column))
+        if self.tensor is not None:
+            parts.append(self.tensor)
+        return ":".join(parts)
+
+
+class EngineError(Exception):
+    """Something a user must know, ready to print.
+
+    Args:
+        code: one of `CODES`; never changes its meaning.
+        message: what is wrong, one lower-case line without a full stop.
+        place: where; a file and line, or a file and tensor.
+        got: what was found, one line or several.
+        expected: what should have been there.
+        fix: what to do, one or more sentences.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        place: Place | None = None,
+        got: str | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        if code not in CODES:
+            raise KeyError(f"unregistered error code {code}")
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.place = place
+        self.got = got
+        self.expected = expected
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [f"{self.code} {self.message}"]
+        if self.place is not None:
+            lines.append(f"  {self.place}")
+        for label, text in (("got", self.got), ("expected", self.expected)):
+            if text is not None:
+                first, *rest = text.split("\n")
+                lines.append(f"    {label:<9} {first}")
+                lines.extend(f"    {'':<9} {line}" for line in rest)
+        if self.fix is not None:
+            lines.append(f"  {self.fix}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, object]:
+        """The same as data, for `--json`."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "place": None if self.place is None else str(self.place),
+            "got": self.got,
+            "expected": self.expected,
+            "fix": self.fix,
+        }
+
+
+class EngineErrors(Exception):
+    """Several independent errors found in one go, in order of place."""
+
+    def __init__(self, errors: list[EngineError]) -> None:
+        super().__init__("\n\n".join(str(error) for error in errors))
+        self.errors = errors

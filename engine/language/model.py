@@ -1,0 +1,182 @@
+"""What mapping and layout files say, as frozen data. No I/O, no evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.errors import Place
+from engine.language.axes import Axes
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A Jinja expression as written (without braces), and where."""
+
+    text: str
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    name: str
+    axes: Axes
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule. `sources` are name patterns, the first is the one written in reverse."""
+
+    name: str
+    sources: tuple[str, ...]
+    axes: Axes
+    targets: tuple[Target, ...]
+    place: Place
+    split: tuple[str, ...] = ()
+    stage: Literal["first", "last"] | None = None
+    when: MappingABC[str, tuple[str, ...]] = field(default_factory=dict)  # variant → allowed choices
+    optional: bool = False
+    transform: tuple[str, str] | None = None  # (operation, axis)
+    keep_dtype: bool = False
+    drop: MappingABC[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
+    tied_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """An `ignore` or `refuse` entry: a name pattern on one side, and why."""
+
+    side: Literal["source", "target"]
+    pattern: str
+    why: str
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A named fact with finitely many choices; an expression of None means `otherwise`."""
+
+    name: str
+    help: str
+    choices: MappingABC[str, Expression | None]
+    decide: Literal["expression", "shapes"]
+    default: str | None
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    name: str
+    type: str  # integer | number | string | boolean
+    default: Any
+    help: str
+    choices: tuple[Any, ...] | None
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A resolved mapping: its own keys merged over its parents'.
+
+    `config` and `training_config` are trees of literals with `Expression` leaves.
+    `files` are the YAML files it came from, family first; `resolved` is the merged YAML data.
+    """
+
+    name: str
+    version: str
+    description: str
+    place: Place
+    layout: str
+    model_types: tuple[str, ...]
+    model_type: str
+    architecture: str
+    options: MappingABC[str, Option]
+    variants: MappingABC[str, Variant]
+    dims: MappingABC[str, Expression]
+    rules: tuple[Rule, ...]
+    ignore: tuple[Exclusion, ...]
+    refuse: tuple[Exclusion, ...]
+    config: MappingABC[str, Any]
+    training_config: MappingABC[str, Any]
+    tokenizer: MappingABC[str, Any] | None
+    generation: MappingABC[str, Any] | None
+    chat_template: str | None
+    expect: MappingABC[str, int]
+    files: tuple[str, ...]
+    digest: str  # sha256 over the resolved data, canonical JSON
+    resolved: MappingABC[str, Any]
+    expect_place: Place | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    prefix: str
+    when: Expression | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankMap:
+    """Which ranks share a file when files are not the cross product: one file per `rank`."""
+
+    count: Expression
+    dims: MappingABC[str, Expression]
+
+
+@dataclass(frozen=True, slots=True)
+class FilePattern:
+    """One kind of weight file; `cuts` is stage class → rank dimension → `split`, `rows` or an axis."""
+
+    name: str
+    cuts: MappingABC[str, MappingABC[str, str]]
+    ranks: RankMap | None
+    number: Expression | None
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    name: str
+    help: str
+    files: tuple[FilePattern, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedFile:
+    pattern: str
+    why: str
+    fix: str
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCut:
+    """How the layer axis is cut over pipeline stages: sort (chunk, pp) by `stage`."""
+
+    stage: Expression
+    variants: MappingABC[str, Variant]
+    divides: Expression | None
+    uneven: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    name: str
+    version: str
+    description: str
+    place: Place
+    config_file: str
+    config_format: str  # pickled_mapping | json
+    training_file: str | None
+    training_format: str | None  # python_source
+    prefixes: tuple[Prefix, ...]
+    options: MappingABC[str, Option]
+    layers: LayerCut
+    uneven: str
+    lone_rank: MappingABC[str, int]
+    modes: tuple[Mode, ...]
+    skip: tuple[str, ...]
+    refuse: tuple[RefusedFile, ...]
+    files: tuple[str, ...]
+    digest: str
