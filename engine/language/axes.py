@@ -1,0 +1,221 @@
+"""Axes: how the storage shape of a tensor is written over named axes.
+
+`(groups (queries + k + v) head_dim) | hidden` has two storage dimensions. The first groups three
+axes, outermost first, where the middle one concatenates queries, key and value; the bar separates
+what a weight shares with its bias from what only the weight has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from engine.errors import EngineError, Place
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Axes that share a storage dimension, outermost first."""
+
+    terms: tuple[Node, ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"({t})" if isinstance(t, Sum) else str(t) for t in self.terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Alternatives stored one after the other."""
+
+    terms: tuple[Node, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(str(t) for t in self.terms)
+
+
+Node = Axis | Product | Sum
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Storage dimensions, and how many of them stand before the bar (None: no bar)."""
+
+    dims: tuple[Node, ...]
+    bar: int | None = None
+
+    def bias(self) -> Axes:
+        """The axes of the bias: everything before the bar."""
+        return Axes(self.dims if self.bar is None else self.dims[: self.bar])
+
+    def weight(self) -> Axes:
+        return Axes(self.dims)
+
+    def names(self) -> tuple[str, ...]:
+        """Every axis once, in order of appearance."""
+        return tuple(dict.fromkeys(name for dim in self.dims for name in leaves(dim)))
+
+    def pieces(self) -> tuple[tuple[str, ...], ...]:
+        """Multiply out the sums: the axes of each piece, in storage order.
+
+        >>> parse_axes("(heads (q + k)) | hidden").pieces()
+        (('heads', 'q', 'hidden'), ('heads', 'k', 'hidden'))
+        """
+        result: list[tuple[str, ...]] = [()]
+        for dim in self.dims:
+            result = [left + right for left in result for right in _alternatives(dim)]
+        return tuple(result)
+
+    def __str__(self) -> str:
+        parts = [str(d) if isinstance(d, Axis) else f"({d})" for d in self.dims]
+        if self.bar is not None:
+            parts.insert(self.bar, "|")
+        return " ".join(parts)
+
+
+def leaves(node: Node) -> Iterator[str]:
+    if isinstance(node, Axis):
+        yield node.name
+    else:
+        for term in node.terms:
+            yield from leaves(term)
+
+
+def _alternatives(node: Node) -> list[tuple[str, ...]]:
+    if isinstance(node, Axis):
+        return [(node.name,)]
+    if isinstance(node, Sum):
+        return [piece for term in node.terms for piece in _alternatives(term)]
+    result: list[tuple[str, ...]] = [()]
+    for term in node.terms:
+        result = [left + right for left in result for right in _alternatives(term)]
+    return result
+
+
+def extent(node: Node, sizes: Mapping[str, int]) -> int:
+    """The number of storage positions a node spans.
+
+    >>> extent(parse_axes("(groups (queries + k + v) d)").dims[0], dict(groups=2, queries=4, k=1, v=1, d=8))
+    96
+    """
+    if isinstance(node, Axis):
+        return sizes[node.name]
+    if isinstance(node, Sum):
+        return sum(extent(term, sizes) for term in node.terms)
+    result = 1
+    for term in node.terms:
+        result *= extent(term, sizes)
+    return result
+
+
+_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|([()+|])|(\S))")
+_MAX_LENGTH = 1000
+_MAX_DEPTH = 16
+_MAX_PIECES = 64
+
+
+@lru_cache(maxsize=4096)
+def parse_axes(text: str, place: Place | None = None) -> Axes:
+    """Read axes; E103 with what is wrong and where in the text.
+
+    >>> str(parse_axes("((q + k + v) heads head_dim) | hidden"))
+    '((q + k + v) heads head_dim) | hidden'
+    """
+
+    def fail(message: str, at: int) -> EngineError:
+        column = place and place.column and place.column + at
+        where = place and Place(place.file, place.line, column)
+        return EngineError(
+            "E103",
+            f"axes cannot be read: {message}",
+            place=where,
+            got=f"{text}\n{' ' * at}^",
+            fix="Write axis names separated by spaces, one storage dimension each; group with ( ), "
+            "concatenate with + inside a group, end the bias with |.",
+        )
+
+    if len(text) > _MAX_LENGTH:
+        raise fail(f"longer than {_MAX_LENGTH} characters", 0)
+    tokens: list[tuple[str, int]] = []
+    position = 0
+    while match := _TOKEN.match(text, position):
+        if match[3]:
+            raise fail(f"unexpected `{match[3]}`", match.start(3))
+        tokens.append((match[1] or match[2], match.start(1 if match[1] else 2)))
+        position = match.end()
+    tokens.append(("", len(text)))
+    index = 0
+
+    def group(depth: int) -> Node:
+        nonlocal index
+        opened = tokens[index][1]
+        index += 1
+        if depth > _MAX_DEPTH:
+            raise fail("groups are nested too deeply", opened)
+        alternatives: list[Node] = []
+        terms: list[Node] = []
+        while True:
+            token, at = tokens[index]
+            if token == "(":
+                terms.append(group(depth + 1))
+                continue
+            if token in ("+", ")"):
+                if not terms:
+                    raise fail(f"an axis is missing before `{token}`", at)
+                alternatives.append(terms[0] if len(terms) == 1 else Product(tuple(terms)))
+                terms = []
+                index += 1
+                if token == ")":
+                    return alternatives[0] if len(alternatives) == 1 else Sum(tuple(alternatives))
+                continue
+            if token in ("", "|"):
+                raise fail("a group is not closed", opened)
+            terms.append(Axis(token))
+            index += 1
+
+    dims: list[Node] = []
+    bar: int | None = None
+    while True:
+        token, at = tokens[index]
+        if token == "":
+            break
+        if token == "(":
+            dims.append(group(1))
+        elif token == "|":
+            if bar is not None:
+                raise fail("a second `|`", at)
+            if not dims:
+                raise fail("nothing before `|`: a bias has at least one dimension", at)
+            bar = len(dims)
+            index += 1
+        elif token in ("+", ")"):
+            raise fail(f"`{token}` outside a group", at)
+        else:
+            dims.append(Axis(token))
+            index += 1
+    if not dims:
+        raise fail("there are no axes", 0)
+    axes = Axes(tuple(dims), bar)
+    count = 1
+    for dim in dims:
+        count *= len(_alternatives(dim))
+        if count > _MAX_PIECES:
+            raise fail(f"more than {_MAX_PIECES} pieces", 0)
+    seen: dict[frozenset[str], tuple[str, ...]] = {}
+    for piece in axes.pieces():
+        twice = [name for name in piece if piece.count(name) > 1]
+        if twice:
+            raise fail(f"axis `{twice[0]}` occurs twice in one piece", text.find(twice[0]))
+        if frozenset(piece) in seen:
+            raise fail(f"two pieces have the same axes: {{{', '.join(piece)}}}", 0)
+        seen[frozenset(piece)] = piece
+    return axes

@@ -1,0 +1,102 @@
+"""Name patterns: `layers.{layer}.attention.wqkv.{param}`, matched whole and invertible.
+
+A placeholder stands for an integer (decimal, no leading zeros, or padded as in `{tp:02}`);
+`{param}` stands for `weight` or `bias`. There is nothing else, so names invert exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from engine.errors import EngineError, Place
+
+PARAMS = ("weight", "bias")
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_INSIDE = re.compile(r"([a-z_][a-z0-9_]*)(?::0([1-9]))?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A compiled name pattern. `placeholders` are its integer placeholders, in order."""
+
+    text: str
+    placeholders: tuple[str, ...]
+    has_param: bool
+    regex: re.Pattern[str]
+
+    def match(self, name: str) -> dict[str, int] | None:
+        """The placeholder values when the whole name matches.
+
+        >>> pattern("model_tp{tp}_pp{pp}.pt").match("model_tp3_pp0.pt")
+        {'tp': 3, 'pp': 0}
+        """
+        found = self.regex.fullmatch(name)
+        if found is None:
+            return None
+        values = found.groupdict()
+        values.pop("param", None)
+        return {key: int(value) for key, value in values.items()}
+
+    def format(self, values: Mapping[str, int | str]) -> str:
+        """Write the name; every placeholder must have a value.
+
+        >>> pattern("consolidated.{tp:02}.pth").format({"tp": 3})
+        'consolidated.03.pth'
+        """
+
+        def put(found: re.Match[str]) -> str:
+            name, _, width = found[1].partition(":")
+            return f"{values[name]:0{int(width)}d}" if width else str(values[name])
+
+        return _PLACEHOLDER.sub(put, self.text)
+
+    def with_param(self, param: str) -> Pattern:
+        return pattern(self.text.replace("{param}", param)) if self.has_param else self
+
+
+@lru_cache(maxsize=8192)
+def pattern(text: str, place: Place | None = None) -> Pattern:
+    """Compile a pattern; E104 says what cannot be read."""
+
+    def fail(message: str) -> EngineError:
+        return EngineError(
+            "E104",
+            f"a name pattern cannot be read: {message}",
+            place=place,
+            got=text,
+            fix="Placeholders are {name} for an integer and {param} for weight or bias.",
+        )
+
+    parts: list[str] = []
+    placeholders: list[str] = []
+    has_param = False
+    end = 0
+    for found in _PLACEHOLDER.finditer(text):
+        literal = text[end : found.start()]
+        if "{" in literal or "}" in literal:
+            raise fail("a brace is not closed")
+        if end and not literal:
+            raise fail("two placeholders touch, so names could be read in two ways")
+        inside = _INSIDE.match(found[1])
+        if inside is None:
+            raise fail(f"`{{{found[1]}}}` is not a placeholder")
+        name, width = inside[1], inside[2]
+        if name in placeholders or (name == "param" and has_param):
+            raise fail(f"`{{{name}}}` occurs twice")
+        parts.append(re.escape(literal))
+        if name == "param":
+            has_param = True
+            parts.append("(?P<param>weight|bias)")
+        else:
+            placeholders.append(name)
+            digits = f"[0-9]{{{width}}}|[1-9][0-9]{{{width},17}}" if width else "0|[1-9][0-9]{0,17}"
+            parts.append(f"(?P<{name}>{digits})")
+        end = found.end()
+    literal = text[end:]
+    if "{" in literal or "}" in literal:
+        raise fail("a brace is not closed")
+    parts.append(re.escape(literal))
+    return Pattern(text, tuple(placeholders), has_param, re.compile("".join(parts)))
