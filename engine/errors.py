@@ -47,6 +47,7 @@ CODES: dict[str, str] = {
     "E403": "writing failed",
     "E404": "source and output overlap",
     "E405": "a source file changed while it was read",
+    "E406": "a value does not fit the type it is written in",
     # assets
     "E501": "the tokenizer cannot be converted",
     "E502": "a configuration cannot be written",

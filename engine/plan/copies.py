@@ -78,7 +78,7 @@ def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
 
     >>> whole = Copy(0, 0, 0, 0, (3, 4), (10, 1), (4, 1))
     >>> [(c.target_offset, c.shape) for c in clip(whole, 2, 9)]
-    [(2, (2,)), (4, (4,)), (8, (1,))]
+    [(2, (2,)), (4, (4,)), (8, ())]
     """
     spans = [0] * (len(copy.shape) + 1)  # elements of target reached by the axes from i on, minus one
     for i in range(len(copy.shape) - 1, -1, -1):

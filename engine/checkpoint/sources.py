@@ -1,0 +1,85 @@
+"""Reading byte ranges of checkpoint files: pread into a caller's buffer, few descriptors open."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.checkpoint.headers import FileHeader
+from engine.errors import EngineError, Place
+
+_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors, whatever the number of ranks
+
+
+class SourceFiles:
+    """The files of one plan, opened when first read. Not shared between threads."""
+
+    def __init__(self, files: Sequence[FileHeader]) -> None:
+        self._files = files
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _descriptor(self, file: int) -> int:
+        descriptor = self._open.get(file)
+        if descriptor is not None:
+            self._open.move_to_end(file)
+            return descriptor
+        if len(self._open) >= _OPEN_FILES:
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest)
+        header = self._files[file]
+        try:
+            descriptor = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unreadable(header.path, error) from error
+        self._open[file] = descriptor
+        size = os.fstat(descriptor).st_size
+        if size != header.size:
+            raise EngineError(
+                "E405",
+                "a source file changed since it was planned",
+                place=Place(header.path.name),
+                got=f"{size} bytes",
+                expected=f"{header.size} bytes",
+                fix="Wait until training has finished writing the checkpoint, then run again.",
+            )
+        return descriptor
+
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`; E301 when the file ends before."""
+        descriptor = self._descriptor(file)
+        try:
+            got = os.preadv(descriptor, [buffer], offset)
+            while got < len(buffer):
+                more = os.preadv(descriptor, [buffer[got:]], offset + got)
+                if more == 0:
+                    raise EngineError(
+                        "E301",
+                        "a checkpoint file ends too early",
+                        place=Place(self._files[file].path.name),
+                        got=f"{offset + got} bytes",
+                        expected=f"at least {offset + len(buffer)} bytes",
+                        fix="Copy the file again from the training run.",
+                    )
+                got += more
+        except OSError as error:
+            raise _unreadable(self._files[file].path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> EngineError:
+    return EngineError(
+        "E305",
+        "a checkpoint file cannot be read",
+        place=Place(str(path)),
+        got=error.strerror or str(error),
+        fix="Check the file and its permissions, then run again.",
+    )

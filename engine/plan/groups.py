@@ -1,0 +1,95 @@
+"""Groups: all the shards of one logical source tensor, and how the layout cuts them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.language.model import FilePattern, Layout
+from engine.plan.ranks import RankFile
+from engine.plan.stored import Instance, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a tensor is cut over ranks.
+
+    Attributes:
+        dims: (rank dimension, axis) pairs; the axis is cut in the order of ranks.
+        rows: the rank dimension that cuts storage rows, if any.
+        lone: the tensor lies undivided in one rank only (a row-parallel bias).
+    """
+
+    dims: tuple[tuple[str, str], ...] = ()
+    rows: str | None = None
+    lone: bool = False
+
+    def rank_dims(self) -> tuple[str, ...]:
+        return (self.rows,) if self.rows is not None else tuple(dim for dim, _ in self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The shards of one logical tensor: coordinates along the cut's rank dimensions → replicas."""
+
+    instance: Instance
+    fixed: Mapping[str, int]  # placeholders: layer, expert
+    cut: Cut
+    shards: Mapping[tuple[int, ...], tuple[Stored, ...]]
+
+    def shapes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        return tuple((ranks, stored[0].header.shape) for ranks, stored in self.shards.items())
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.shards.values()))[0].name
+
+
+def cut_of(instance: Instance, file: FilePattern, layout: Layout) -> Cut:
+    """Apply a file pattern's cuts to a rule: `split`, `rows` or a named axis per rank dimension.
+
+    A rule without `split` is replicated. A tensor of a split rule that lacks the axis lies where
+    `lone_rank` says, unless the mode cuts rows, which every tensor of such a rule has.
+    """
+    if not instance.rule.split:
+        return Cut()
+    present = set(instance.axes.names())
+    dims: list[tuple[str, str]] = []
+    lone = False
+    for dim, role in file.cuts.get(instance.stage_class, {}).items():
+        if role == "rows":
+            return Cut(rows=dim)
+        wanted = instance.rule.split if role == "split" else (role,)
+        axis = next((a for a in wanted if a in present and a not in {a for _, a in dims}), None)
+        if axis is not None:
+            dims.append((dim, axis))
+        elif role == "split" and dim in layout.lone_rank:
+            lone = True
+    return Cut(tuple(dims), None, lone)
+
+
+def group_shards(
+    matched: Sequence[tuple[Stored, Instance, Mapping[str, int]]],
+    files: Sequence[RankFile],
+    layout: Layout,
+) -> dict[tuple[Instance, tuple[int, ...]], Group]:
+    """Collect shards of the same rule, parameter and placeholder values, replicas together."""
+    cuts: dict[tuple[int, int], Cut] = {}
+    collected: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], list[Stored]]] = {}
+    facts: dict[tuple[int, tuple[int, ...]], tuple[Instance, Mapping[str, int], Cut]] = {}
+    for stored, instance, fixed in matched:
+        file = files[stored.file]
+        cut_key = (id(instance), id(file.pattern))
+        if cut_key not in cuts:
+            cuts[cut_key] = cut_of(instance, file.pattern, layout)
+        cut = cuts[cut_key]
+        key = (id(instance), tuple(fixed.values()))
+        facts.setdefault(key, (instance, fixed, cut))
+        ranks = tuple(file.ranks[dim] for dim in cut.rank_dims())
+        collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
+    result: dict[tuple[Instance, tuple[int, ...]], Group] = {}
+    for key, shards in collected.items():
+        instance, fixed, cut = facts[key]
+        ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
+        result[instance, key[1]] = Group(instance, fixed, cut, ordered)
+    return result

@@ -1,0 +1,97 @@
+"""Plans: what a run will do, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.language.model import Layout, Mapping as MappingFile
+from engine.plan.copies import Copy
+from engine.plan.ranks import RankGrid
+from engine.plan.stored import Stages
+from engine.plan.variants import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor that is read: the file's index in the plan, and its header."""
+
+    file: int
+    header: TensorHeader
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor that is written, contiguous.
+
+    Attributes:
+        dtype: element type written; `read_dtype` is that of its sources.
+        transform: (operation, axis) applied to the assembled tensor, if any; `transform_dim` is
+            the storage dimension of that axis.
+        rule: the rules it comes from, with the file and line of the first.
+    """
+
+    name: str
+    dtype: str
+    read_dtype: str
+    shape: tuple[int, ...]
+    rule: str
+    place: str
+    pattern: str
+    transform: tuple[str, str] | None = None
+    transform_dim: int | None = None
+
+    @property
+    def elements(self) -> int:
+        result = 1
+        for size in self.shape:
+            result *= size
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Stored tensors that must be equal element by element: indices into `Plan.sources`."""
+
+    sources: tuple[int, ...]
+    name: str
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a run needs, and nothing it must decide.
+
+    `copies(i)` gives the copies that fill `outputs[i]`, computed when asked for.
+    """
+
+    mapping: MappingFile
+    layout: Layout
+    folder: str
+    grid: RankGrid
+    stages: Stages
+    files: tuple[FileHeader, ...]
+    sources: tuple[SourceTensor, ...]
+    outputs: tuple[Output, ...]
+    copies: Callable[[int], list[Copy]]
+    replicas: tuple[Replicas, ...]
+    decisions: Mapping[str, Decision]
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any]
+    config: Mapping[str, Any]
+    names: Mapping[str, Any]
+    ignored: Mapping[str, str]
+    notices: tuple[str, ...]
+    dtype: str
+    max_shard_size: int
+    shards: tuple[tuple[str, tuple[int, ...]], ...]  # file name, output indices
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)

@@ -1,0 +1,164 @@
+"""The rank grid: which files a checkpoint folder should have, which it has, and what each is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.language.expressions import evaluate
+from engine.language.model import FilePattern, Layout, Mode
+from engine.language.names import Pattern, pattern
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """A weight file: its name, the layout's pattern it matches and its rank coordinates."""
+
+    name: str
+    pattern: FilePattern
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class RankGrid:
+    """A folder read with a layout.
+
+    Attributes:
+        sizes: ranks per dimension (`{"tp": 2, "pp": 2}`).
+        files: weight files, sorted by coordinates.
+        skipped: known files beside the weights.
+        unknown: files the layout does not know.
+    """
+
+    mode: Mode
+    sizes: Mapping[str, int]
+    files: tuple[RankFile, ...]
+    skipped: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    notices: tuple[str, ...] = field(default=())
+
+    def names(self) -> dict[str, int]:
+        """The counts as layout expressions see them: `tps`, `pps`, ..."""
+        return {f"{name}s": count for name, count in self.sizes.items()}
+
+
+def rank_dims(file: FilePattern) -> tuple[str, ...]:
+    """The placeholders of a file pattern that are rank dimensions: not `{number}`, not an expert."""
+    cut = {dim for cuts in file.cuts.values() for dim in cuts}
+    names = pattern(file.name).placeholders
+    return tuple(n for n in names if file.number is None or n in cut)
+
+
+def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
+    """Sort a folder's file names into weight files, known files and unknown ones.
+
+    Raises:
+        EngineError: E303 for files the layout refuses, E304 when there are no weight files or
+            files of two modes, E201 naming the first missing rank file.
+    """
+    for refused in layout.refuse:
+        hit = next((n for n in sorted(names) if pattern(refused.pattern).match(n) is not None), None)
+        if hit is not None:
+            raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
+    modes = [m for m in layout.modes if any(pattern(m.files[0].name).match(n) is not None for n in names)]
+    if not modes:
+        wanted = ", ".join(m.files[0].name for m in layout.modes)
+        raise EngineError(
+            "E304",
+            f"no weight files of layout `{layout.name}` in this folder",
+            place=Place(folder),
+            got=_sample(names),
+            expected=f"files named {wanted}",
+            fix="Point --src at the step folder itself (the one that holds the rank files).",
+        )
+    if len(modes) > 1:
+        raise EngineError(
+            "E304",
+            "files of two parallel modes lie in one folder",
+            place=Place(folder),
+            got=" and ".join(f"{m.files[0].name} ({m.name})" for m in modes),
+            expected="one mode",
+            fix="Keep the files of one checkpoint only.",
+        )
+    mode = modes[0]
+    files: list[RankFile] = []
+    rest: list[str] = []
+    for name in names:
+        for file in mode.files:
+            ranks = pattern(file.name).match(name)
+            if ranks is not None:
+                files.append(RankFile(name, file, ranks))
+                break
+        else:
+            rest.append(name)
+    skipped = tuple(n for n in rest if _known(n, layout))
+    unknown = tuple(n for n in rest if n not in skipped)
+    main = [f for f in files if f.pattern is mode.files[0]]
+    sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
+    grid = RankGrid(mode, sizes, _ordered(files), skipped, unknown)
+    _complete(grid, layout, folder)
+    return grid
+
+
+def _known(name: str, layout: Layout) -> bool:
+    known = (layout.config_file, layout.training_file)
+    return name in known or any(fnmatchcase(name, glob) for glob in layout.skip)
+
+
+def _ordered(files: list[RankFile]) -> tuple[RankFile, ...]:
+    return tuple(sorted(files, key=lambda f: (f.pattern.number is not None, tuple(f.ranks.values()), f.name)))
+
+
+def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+    """Rank coordinates of every file of a pattern, by the layout's rank map or as a cross product."""
+    dims = rank_dims(file)
+    if file.ranks is None:
+        for values in product(*(range(sizes[d]) for d in dims)):
+            yield dict(zip(dims, values, strict=True))
+        return
+    mapped = file.ranks.dims
+    others = [d for d in dims if d not in mapped]
+    count = evaluate(file.ranks.count, counts)
+    for rank in range(count):
+        named = {d: int(evaluate(e, {**counts, "rank": rank})) for d, e in mapped.items()}
+        for values in product(*(range(sizes[d]) for d in others)):
+            yield {**named, **dict(zip(others, values, strict=True))}
+
+
+def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
+    main = grid.mode.files[0]
+    compiled: Pattern = pattern(main.name)
+    present = {f.name for f in grid.files}
+    wanted = [compiled.format(ranks) for ranks in expected_files(main, grid.sizes, grid.names())]
+    missing = [name for name in wanted if name not in present]
+    shape = " × ".join(f"{dim} {size}" for dim, size in grid.sizes.items())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise EngineError(
+            "E201",
+            f"rank file `{missing[0]}` is missing{more}",
+            place=Place(folder),
+            got=f"{len(wanted) - len(missing)} of {len(wanted)} files of a grid of {shape}",
+            expected="\n".join(missing[:8]),
+            fix="Copy the missing files from the training run; every rank holds a different slice.",
+        )
+    foreign = [f.name for f in grid.files if f.pattern is main and f.name not in set(wanted)]
+    if foreign:
+        raise EngineError(
+            "E304",
+            f"`{foreign[0]}` does not belong to a grid of {shape}",
+            place=Place(folder),
+            got=f"{len(wanted) + len(foreign)} files",
+            expected=f"{len(wanted)} files: {_sample(wanted)}",
+            fix="Files of two checkpoints seem to be mixed; keep those of one.",
+        )
+
+
+def _sample(names: Sequence[str]) -> str:
+    shown = sorted(names)[:6]
+    more = f", and {len(names) - 6} more" if len(names) > 6 else ""
+    return (", ".join(shown) + more) if shown else "an empty folder"

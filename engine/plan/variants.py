@@ -1,0 +1,100 @@
+"""Variants and options: what `--set` says, else what expressions say; shapes come last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from engine.errors import EngineError
+from engine.language.expressions import evaluate
+from engine.language.model import Mapping as MappingFile, Option, Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A variant's choice, how it was made and what was seen."""
+
+    variant: str
+    choice: str
+    how: Literal["set", "expression", "shapes"]
+    evidence: str
+
+
+def check_settings(mapping: MappingFile, settings: Mapping[str, Any]) -> None:
+    known = [*mapping.variants, *mapping.options]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise EngineError(
+                "E001",
+                f"mapping `{mapping.name}` has no variant or option `{name}`",
+                place=mapping.place,
+                expected=", ".join(known) or "none",
+                fix=f"Did you mean `--set {near[0]}={settings[name]}`?" if near else "See `engine show` for their meaning.",
+            )
+
+
+def options_of(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option's value, defaults filled in, types checked."""
+    return {name: _option(option, settings.get(name, option.default)) for name, option in mapping.options.items()}
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "boolean": (bool,),
+}
+
+
+def _option(option: Option, value: Any) -> Any:
+    fits = isinstance(value, _TYPES[option.type]) and (option.type == "boolean" or not isinstance(value, bool))
+    if not fits and value is not None:
+        raise EngineError(
+            "E001", f"option `{option.name}` takes a value of type {option.type}", place=option.place,
+            got=repr(value), expected=option.type, fix=option.help or None,
+        )  # fmt: skip
+    if option.choices is not None and value not in option.choices:
+        raise EngineError(
+            "E001", f"option `{option.name}` has no choice `{value}`", place=option.place,
+            got=str(value), expected=", ".join(map(str, option.choices)), fix=option.help or None,
+        )  # fmt: skip
+    return value
+
+
+def decide(variants: Mapping[str, Variant], settings: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Decision]:
+    """Decide every variant that `--set` or an expression decides; those by shapes stay open."""
+    decided: dict[str, Decision] = {}
+    for variant in variants.values():
+        if variant.name in settings:
+            choice = str(settings[variant.name])
+            if choice not in variant.choices:
+                raise EngineError(
+                    "E001", f"variant `{variant.name}` has no choice `{choice}`", place=variant.place,
+                    got=choice, expected=", ".join(variant.choices), fix=variant.help or None,
+                )  # fmt: skip
+            decided[variant.name] = Decision(variant.name, choice, "set", f"--set {variant.name}={choice}")
+        elif variant.decide == "expression":
+            decided[variant.name] = _by_expression(variant, names)
+    return decided
+
+
+def _by_expression(variant: Variant, names: Mapping[str, Any]) -> Decision:
+    tried: list[str] = []
+    for choice, expression in variant.choices.items():
+        if expression is None:
+            evidence = "otherwise: " + "; ".join(tried) if tried else "the only choice"
+            return Decision(variant.name, choice, "expression", evidence)
+        if evaluate(expression, names):
+            return Decision(variant.name, choice, "expression", expression.text)
+        tried.append(f"not {choice}: {expression.text}")
+    raise EngineError(
+        "E202",
+        f"variant `{variant.name}` cannot be decided: no choice holds",
+        place=variant.place,
+        got="\n".join(tried),
+        expected="one of " + ", ".join(variant.choices),
+        fix=f"Set it: --set {variant.name}={next(iter(variant.choices))}. Or the mapping is not the one for this checkpoint.",
+    )

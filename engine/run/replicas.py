@@ -1,0 +1,84 @@
+"""Replicas: tensors that every rank holds must be the same on every rank, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from engine.checkpoint.headers import ITEM_SIZES
+from engine.checkpoint.sources import SourceFiles
+from engine.errors import EngineError, Place
+from engine.plan.copies import Copy
+from engine.plan.model import Plan, Replicas
+from engine.run.blocks import BLOCK_BYTES, blocks
+from engine.run.gather import Gatherer
+from engine.run.values import float_type
+
+
+def compare_replicas(plan: Plan, files: SourceFiles, advance: Callable[[int], None]) -> None:
+    """Compare every set of replicas block by block with the first of the set.
+
+    Raises:
+        EngineError: E402 naming the ranks that differ and the largest deviation.
+    """
+    first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
+    for replicas in plan.replicas:
+        for source in replicas.sources[1:]:
+            _compare(plan, replicas, source, first, other)
+            advance(_nbytes(plan, source))
+
+
+def replica_bytes(plan: Plan) -> int:
+    return sum(_nbytes(plan, source) for replicas in plan.replicas for source in replicas.sources[1:])
+
+
+def _nbytes(plan: Plan, source: int) -> int:
+    header = plan.sources[source].header
+    return int(np.prod(header.shape, dtype=np.int64)) * ITEM_SIZES[header.dtype]
+
+
+def _compare(plan: Plan, replicas: Replicas, source: int, first: Gatherer, other: Gatherer) -> None:
+    a, b = plan.sources[replicas.sources[0]].header, plan.sources[source].header
+    if a.dtype != b.dtype:
+        raise _differ(plan, replicas, source, f"{b.dtype} against {a.dtype}")
+    size = int(np.prod(a.shape, dtype=np.int64))
+    limit = BLOCK_BYTES // ITEM_SIZES[a.dtype]
+    pairs = (list(blocks([_whole(plan, s)], size, limit)) for s in (replicas.sources[0], source))
+    differing, largest = 0, 0.0
+    for one, two in zip(*pairs, strict=True):
+        x, y = first.gather(one, a.dtype), other.gather(two, a.dtype)
+        if np.array_equal(x, y):
+            continue
+        differing += int((x != y).sum())
+        if a.dtype in ("BF16", "F16", "F32", "F64"):
+            u, v = (z.view(float_type(a.dtype)).astype(np.float64) for z in (x, y))
+            largest = max(largest, float(np.nanmax(np.abs(u - v), initial=0.0)))
+    if differing:
+        raise _differ(plan, replicas, source, f"{differing} of {size} elements, by up to {largest:.6g}")
+
+
+def _whole(plan: Plan, source: int) -> Copy:
+    """A stored tensor copied to itself in row-major order."""
+    header = plan.sources[source].header
+    axes = [(n, s) for n, s in zip(header.shape, header.strides, strict=True) if n > 1]
+    strides, step = [], 1
+    for n, _ in reversed(axes):
+        strides.append(step)
+        step *= n
+    return Copy(source, 0, 0, 0, tuple(n for n, _ in axes), tuple(s for _, s in axes), tuple(reversed(strides)))
+
+
+def _differ(plan: Plan, replicas: Replicas, source: int, told: str) -> EngineError:
+    def file(index: int) -> str:
+        return plan.files[plan.sources[index].file].path.name
+
+    return EngineError(
+        "E402",
+        f"replicas of `{replicas.name}` differ between ranks",
+        place=Place(file(source), tensor=plan.sources[source].header.name),
+        got=f"{file(source)} differs from {file(replicas.sources[0])} in {told}",
+        expected="the same bytes on every rank: this tensor is not cut",
+        fix="The ranks drifted apart in training, or a file is from another step. No single Hugging Face tensor "
+        "can stand for both; compare the dates and steps of the files.",
+    )

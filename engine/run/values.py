@@ -1,0 +1,82 @@
+"""Changing values: the cast that `--dtype` asks for and the registry of transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from engine.errors import EngineError, Place
+from engine.plan.model import Output
+
+
+def float_type(dtype: str) -> np.dtype:
+    """The numpy type of a safetensors float type."""
+    import ml_dtypes
+
+    return np.dtype({"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
+
+
+def normalize(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1 (L2), in float32, as InternEvo's norm_head does at run time.
+
+    >>> normalize(np.array([[3.0, 4.0]], np.float32)).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    length = np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True, dtype=np.float32))
+    return rows / np.maximum(length, np.float32(1e-12))
+
+
+# Operation → function on float32 rows along the last storage dimension. None of them inverts.
+TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"normalize": normalize}
+
+
+def check_transform(output: Output) -> None:
+    """E209 unless the transform runs along the last storage dimension, which blocks keep whole."""
+    if output.transform is not None and output.transform_dim != len(output.shape) - 1:
+        raise EngineError(
+            "E209",
+            f"transform `{output.transform[0]}` of `{output.name}` runs along an axis that is not stored last",
+            place=Place(output.place),
+            got=f"axis `{output.transform[1]}` is dimension {output.transform_dim}",
+            expected=f"dimension {len(output.shape) - 1}",
+            fix="Write the target's axes so that the transformed axis comes last.",
+        )
+
+
+class Converter:
+    """Turns gathered blocks into the bytes to write; reuses its buffer. Belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)
+
+    def convert(self, output: Output, block: np.ndarray) -> np.ndarray:
+        if output.dtype == output.read_dtype and output.transform is None:
+            return block
+        values = block.view(float_type(output.read_dtype))
+        target = float_type(output.dtype)
+        if self._buffer.nbytes < values.size * target.itemsize:
+            self._buffer = np.empty(values.size * target.itemsize, np.uint8)
+        written = self._buffer[: values.size * target.itemsize].view(target)
+        if output.transform is not None:
+            rows = values.astype(np.float32).reshape(-1, output.shape[-1])
+            values = TRANSFORMS[output.transform[0]](rows).reshape(-1)
+        with np.errstate(over="ignore"):
+            np.copyto(written, values, casting="unsafe")
+        if output.dtype == "F16":
+            self._check_overflow(output, values, written)
+        return written
+
+    @staticmethod
+    def _check_overflow(output: Output, values: np.ndarray, written: np.ndarray) -> None:
+        lost = np.isinf(written) & np.isfinite(values.astype(np.float32))
+        if lost.any():
+            largest = float(np.abs(values.astype(np.float32)[lost]).max())
+            raise EngineError(
+                "E406",
+                f"`{output.name}` does not fit float16",
+                place=Place(output.place),
+                got=f"{int(lost.sum())} values up to {largest:g}",
+                expected="at most 65504",
+                fix="Write bfloat16 or float32 instead: --dtype bfloat16.",
+            )
