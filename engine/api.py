@@ -1,0 +1,205 @@
+"""The public Python functions. Each is what one command of the command line does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.plan.model import Plan
+    from engine.plan.planner import Checkpoint
+    from engine.run.runner import Progress
+
+__all__ = ["Report", "convert", "iter_tensors", "load_mapping", "plan", "read_checkpoint"]
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did."""
+
+    out: Path
+    tensors: int
+    bytes: int
+    seconds: float
+    variants: Mapping[str, str]
+    files: tuple[str, ...]
+    notices: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "variants": dict(self.variants),
+            "files": list(self.files),
+            "notices": list(self.notices),
+        }
+
+
+def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
+    """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
+
+    No payload is read. Raises EngineError E2xx and E3xx.
+    """
+    from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
+    from engine.plan.planner import Checkpoint
+    from engine.plan.ranks import read_grid
+
+    folder = Path(src)
+    grid = read_grid(list_folder(folder), layout, str(folder))
+    config = read_folder_config(folder, layout.config_file, layout.config_format, required=True)
+    training: dict[str, Any] = {}
+    if layout.training_file is not None and layout.training_format is not None:
+        training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
+    headers = read_headers(folder, [f.name for f in grid.files])
+    return Checkpoint(str(folder), grid, headers, config, training, layout.config_file)
+
+
+def plan(
+    mapping: str | Path | MappingFile,
+    src: str | Path = ".",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    strict: bool = False,
+) -> Plan:
+    """Compile what `convert` would do; reads headers only.
+
+    Args:
+        mapping: a path, the name of a bundled mapping, or a loaded one.
+        src: the checkpoint folder.
+        settings: variants and options, as `--set` gives them.
+        dtype: `auto`, `bfloat16`, `float16` or `float32`.
+        max_shard_size: bytes of tensors per output file.
+        strict: refuse when sizes differ from those the release expects.
+
+    Raises:
+        EngineError: with a code, the place, got against expected and what to do.
+    """
+    from engine.plan.planner import DTYPES, make_plan
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise EngineError("E001", f"there is no dtype `{dtype}`", expected=", ".join(["auto", *DTYPES]),
+                          fix="Give one of these to --dtype.")  # fmt: skip
+    if max_shard_size <= 0:
+        raise EngineError("E001", "the shard size must be positive", got=str(max_shard_size), fix="For example 5GB.")
+    loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
+    layout = load_layout(loaded.layout)
+    checkpoint = read_checkpoint(src, layout)
+    return make_plan(
+        loaded, layout, checkpoint, settings=settings or {}, dtype=dtype, max_shard_size=max_shard_size, strict=strict
+    )
+
+
+def convert(
+    mapping: str | Path | MappingFile,
+    src: str | Path = ".",
+    out: str | Path | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    strict: bool = False,
+    tokenizer: str | Path | None = None,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Convert a training checkpoint to a Hugging Face checkpoint.
+
+    The output is complete at `out` (default: `<src>-hf`) when this returns, or not there at all.
+
+    Args:
+        tokenizer: a SentencePiece model; default: the one beside the checkpoint, if any.
+        workers: threads that write; default: as many as cores and output files allow.
+        progress: called with bytes done and in all, a few times a second.
+        Others as for `plan`.
+
+    Raises:
+        EngineError: with a code, the place, got against expected and what to do.
+    """
+    from engine.assets.bundle import make_assets
+    from engine.run.output import OutputFolder
+    from engine.run.runner import write_bytes, write_weights
+
+    started = time.monotonic()
+    compiled = plan(
+        mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict
+    )
+    return _run(compiled, Path(src), out, overwrite, tokenizer, workers, progress, started, make_assets, OutputFolder, write_bytes, write_weights)
+
+
+def _run(
+    compiled: Plan, src: Path, out: str | Path | None, overwrite: bool, tokenizer: str | Path | None,
+    workers: int | None, progress: Callable[[Progress], None] | None, started: float,
+    make_assets: Any, OutputFolder: Any, write_bytes: Any, write_weights: Any,
+) -> Report:  # fmt: skip
+    real = src.resolve()
+    final = Path(out) if out is not None else real.with_name(real.name + "-hf")
+    with OutputFolder(final, src, overwrite=overwrite) as folder:
+        assets, notices = make_assets(compiled, Path(tokenizer) if tokenizer else None)
+        write_weights(compiled, folder, workers=workers, listener=progress)
+        for name, data in assets.items():
+            write_bytes(folder / name, data)
+        files = tuple(sorted(path.name for path in folder.iterdir()))
+    return Report(
+        out=final,
+        tensors=len(compiled.outputs),
+        bytes=compiled.nbytes,
+        seconds=time.monotonic() - started,
+        variants={name: d.choice for name, d in compiled.decisions.items()},
+        files=files,
+        notices=(*compiled.notices, *notices),
+    )
+
+
+def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of a plan's outputs one after another, without writing files.
+
+    Each tensor owns its memory; replicas are compared before the first one is yielded.
+
+    >>> for name, tensor in iter_tensors(plan("internlm-7b.yaml", "ckpt/1000")):  # doctest: +SKIP
+    ...     model.get_parameter(name).data.copy_(tensor)
+    """
+    import numpy as np
+    import torch
+
+    from engine.checkpoint.headers import ITEM_SIZES
+    from engine.checkpoint.sources import SourceFiles
+    from engine.run.blocks import blocks
+    from engine.run.gather import Gatherer
+    from engine.run.replicas import compare_replicas
+    from engine.run.runner import block_elements, row_quantum
+    from engine.run.values import Converter, check_transform
+
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+             "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+             "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+    with SourceFiles(compiled.files) as files:
+        compare_replicas(compiled, files, lambda _: None)
+        gatherer, converter = Gatherer(files, compiled.sources), Converter()
+        for index, output in enumerate(compiled.outputs):
+            check_transform(output)
+            tensor = torch.empty(output.shape, dtype=kinds[output.dtype])
+            raw = tensor.view(-1).view(torch.uint8).numpy() if output.elements else np.empty(0, np.uint8)
+            item = ITEM_SIZES[output.dtype]
+            copies = compiled.copies(index)
+            for block in blocks(copies, output.elements, block_elements(output, len(copies)), row_quantum(output)):
+                written = converter.convert(output, gatherer.gather(block, output.read_dtype))
+                raw[block.low * item : block.high * item] = written.view(np.uint8)
+            yield output.name, tensor

@@ -1,0 +1,105 @@
+"""The files beside the weights: configuration, tokenizer, generation settings, template, card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine import __version__
+from engine.assets.chat import chat_template
+from engine.assets.generation import generation_config
+from engine.assets.model_card import model_card
+from engine.assets.tokenizer import convert_tokenizer, tokenizer_size
+from engine.errors import EngineError, Place
+from engine.plan.model import Plan
+
+
+def make_assets(plan: Plan, tokenizer: Path | None) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Every small file of the output by name, and what the user should know.
+
+    Args:
+        tokenizer: a SentencePiece model; default: the mapping's file beside the checkpoint.
+
+    Raises:
+        EngineError: E5xx.
+    """
+    files: dict[str, bytes] = {"config.json": as_json(plan.config)}
+    notices: list[str] = []
+    spec = plan.mapping.tokenizer
+    model = _find_tokenizer(plan, spec, tokenizer)
+    if model is not None and spec is not None:
+        pieces, rows = tokenizer_size(model), plan.sizes.get("vocab")
+        if rows is not None and pieces > rows:
+            raise EngineError(
+                "E501",
+                "the tokenizer is not this model's: it has more pieces than the embedding has rows",
+                place=Place(str(model)),
+                got=f"{pieces} pieces",
+                expected=f"at most {rows}, the vocabulary size",
+                fix="Give the model's own tokenizer with --tokenizer.",
+            )
+        files.update(convert_tokenizer(model, spec))
+    elif spec is not None:
+        name = spec.get("file", "tokenizer.model")
+        notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")
+    if plan.mapping.chat_template is not None:
+        files["chat_template.jinja"] = chat_template(plan.mapping.chat_template).encode()
+    if plan.mapping.generation is not None:
+        files["generation_config.json"] = generation_config(plan.mapping.generation, plan.config)
+    files["README.md"] = model_card(card_facts(plan, notices))
+    return files, tuple(notices)
+
+
+def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | None) -> Path | None:
+    if given is not None:
+        if not given.is_file():
+            raise EngineError("E501", "there is no such tokenizer file", place=Place(str(given)), fix="Check --tokenizer.")
+        if spec is None:
+            raise EngineError("E501", f"mapping `{plan.mapping.name}` does not describe a tokenizer",
+                              place=plan.mapping.place, fix="Add a `tokenizer` block, or leave --tokenizer out.")  # fmt: skip
+        return given
+    if spec is None:
+        return None
+    beside = Path(plan.folder) / str(spec.get("file", "tokenizer.model"))
+    return beside if os.path.isfile(beside) else None
+
+
+def as_json(data: Mapping[str, Any]) -> bytes:
+    """JSON as transformers writes it: sorted keys, two spaces, a final newline."""
+    try:
+        return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise EngineError("E502", "a configuration value cannot be written as JSON", got=str(error),
+                          fix="Check the expressions under `config` in the mapping.") from error  # fmt: skip
+
+
+def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
+    """What the model card tells."""
+    return {
+        "engine_version": __version__,
+        "mapping": plan.mapping.name,
+        "mapping_version": plan.mapping.version,
+        "mapping_description": plan.mapping.description,
+        "mapping_digest": plan.mapping.digest,
+        "architecture": plan.config.get("architectures", [plan.mapping.architecture])[0],
+        "model_type": plan.mapping.model_type,
+        "layout": plan.layout.name,
+        "layout_version": plan.layout.version,
+        "mode": plan.grid.mode.name,
+        "ranks": dict(plan.grid.sizes),
+        "chunks": plan.stages.chunks,
+        "decisions": [
+            {"variant": d.variant, "choice": d.choice, "how": d.how, "evidence": d.evidence}
+            for d in plan.decisions.values()
+        ],
+        "options": dict(plan.options),
+        "dtype": plan.config.get("dtype"),
+        "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
+        "parameters": sum(output.elements for output in plan.outputs),
+        "bytes": plan.nbytes,
+        "files": [name for name, _ in plan.shards],
+        "notices": [*plan.notices, *notices],
+    }

@@ -1,0 +1,134 @@
+"""Rank files: torch-saved state dicts, indexed without reading payload and without torch.
+
+A zip's directory gives where each storage lies; the pickle gives, per tensor, storage, offset,
+shape and strides. Files from before the zip format hold the same in a sequence of pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.checkpoint.unpickle import Storage, Tensor, load_legacy, load_pickle
+from engine.checkpoint.zipdir import read_directory
+from engine.errors import EngineError, Place
+
+_MAX_PICKLE = 256 << 20
+
+
+def read_rank_file(path: Path) -> FileHeader:
+    """Index one rank file.
+
+    Raises:
+        EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
+            E305 unreadable.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        value, payload, identity = read_torch_file(file, path.name, size)
+    if not isinstance(value, Mapping):
+        raise _not_a_state_dict(path.name, type(value).__name__)
+    tensors = tuple(_header(name, t, payload, path.name) for name, t in value.items() if isinstance(t, Tensor))
+    if not tensors:
+        raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(map(str, list(value)[:5])))
+    for name in value:
+        if not isinstance(name, str):
+            raise _damaged(path.name, f"a key is not text: {name!r}"[:100])
+    return FileHeader(path, size, tensors, identity)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; E305 for anything else, without blocking on a fifo."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise EngineError("E305", "a file cannot be read", place=Place(str(path)), got=error.strerror,
+                          fix="Check the file and its permissions.") from error  # fmt: skip
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise EngineError("E305", "not a regular file", place=Place(str(path)), fix="Put the checkpoint's file there.")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_torch_file(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tuple[int, int]], str]:
+    """The unpickled value with inert tensors, storage key → (offset, bytes) in the file, identity."""
+    start = file.read(4)
+    try:
+        if start == b"PK\x03\x04":
+            members, directory = read_directory(file, name, size)
+            root = _root(members, name)
+            _check_order(file, members, root, name)
+            at, length = members[f"{root}/data.pkl"]
+            if length > _MAX_PICKLE:
+                raise _damaged(name, f"data.pkl of {length} bytes")
+            value = load_pickle(_read(file, at, length, name), name)
+            prefix = f"{root}/data/"
+            payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
+            identity = hashlib.sha256(struct.pack("<Q", size) + directory).hexdigest()
+            return value, payload, identity
+        file.seek(0)
+        return load_legacy(file, name, size)
+    except OSError as error:
+        raise EngineError("E305", "a file cannot be read", place=Place(name), got=error.strerror,
+                          fix="Check the file and its storage.") from error  # fmt: skip
+
+
+def _root(members: Mapping[str, tuple[int, int]], name: str) -> str:
+    roots = [m[: -len("/data.pkl")] for m in members if m.endswith("/data.pkl") and m.count("/") == 1]
+    if len(roots) != 1:
+        raise EngineError("E303", "a zip, but not one that torch saved", place=Place(name), got=", ".join(list(members)[:5]),
+                          expected="one member NAME/data.pkl", fix="TorchScript archives and other zips are not checkpoints.")  # fmt: skip
+    return roots[0]
+
+
+def _check_order(file: BinaryIO, members: Mapping[str, tuple[int, int]], root: str, name: str) -> None:
+    if f"{root}/byteorder" in members:
+        at, length = members[f"{root}/byteorder"]
+        order = _read(file, at, min(length, 16), name)
+        if order != b"little":
+            raise EngineError("E303", "the file was saved on a big-endian machine", place=Place(name), got=repr(order),
+                              expected="little", fix="Load and save it once with torch on a little-endian machine.")  # fmt: skip
+
+
+def _read(file: BinaryIO, at: int, length: int, name: str) -> bytes:
+    file.seek(at)
+    data = file.read(length)
+    if len(data) != length:
+        raise _damaged(name, f"{at + len(data)} bytes where {at + length} are needed")
+    return data
+
+
+def _header(name: Any, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
+    storage: Storage = tensor.storage
+    place = payload.get(storage.key)
+    if place is None:
+        raise _damaged(file, f"storage {storage.key} is not in the file", str(name))
+    dtype = tensor.dtype or storage.dtype
+    if dtype is None or dtype not in ITEM_SIZES:
+        raise EngineError("E303", "a tensor's element type is not supported", place=Place(file, tensor=str(name)),
+                          got=str(dtype), expected=", ".join(ITEM_SIZES), fix="Quantised and complex tensors are not converted.")  # fmt: skip
+    item = ITEM_SIZES[dtype]
+    last = tensor.offset
+    count = 1
+    for n, stride in zip(tensor.shape, tensor.strides, strict=True):
+        last += (n - 1) * stride
+        count *= n
+    if count and (last + 1) * item > min(storage.nbytes, place[1]):
+        raise _damaged(file, f"it needs {(last + 1) * item} bytes of a storage of {min(storage.nbytes, place[1])}", str(name))
+    return TensorHeader(str(name), dtype, tensor.shape, tensor.strides, place[0] + tensor.offset * item)
+
+
+def _damaged(file: str, what: str, tensor: str | None = None) -> EngineError:
+    return EngineError("E301", "a checkpoint file is damaged or truncated", place=Place(file, tensor=tensor), got=what,
+                       fix="Copy the file again from the training run.")  # fmt: skip
+
+
+def _not_a_state_dict(file: str, got: str) -> EngineError:
+    return EngineError("E303", "the file is not a state dict", place=Place(file), got=got, expected="a mapping of names to tensors",
+                       fix="Is it a rank file of the model? Optimizer and scheduler files are not converted.")  # fmt: skip

@@ -1,0 +1,55 @@
+"""The zip directory of a torch-saved file: where each member's payload lies, distrusting all of it."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from typing import BinaryIO
+
+from engine.errors import EngineError, Place
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+
+
+def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tuple[int, int]], bytes]:
+    """Member name → (absolute payload offset, bytes), and the directory's bytes.
+
+    Members must be stored uncompressed, lie inside the file, not overlap, and be named once.
+    """
+
+    def damaged(what: str) -> EngineError:
+        return EngineError("E301", "a checkpoint file is damaged or truncated", place=Place(name), got=what,
+                           expected="a zip as torch.save writes it", fix="Copy the file again from the training run.")  # fmt: skip
+
+    try:
+        archive = zipfile.ZipFile(file)
+        infos = archive.infolist()
+        start = archive.start_dir
+    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error, RuntimeError) as error:
+        raise damaged(f"{size} bytes; {error}") from None
+    members: dict[str, tuple[int, int]] = {}
+    spans: list[tuple[int, int, str]] = []
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise damaged(f"member {info.filename} is compressed")
+        if info.flag_bits & 0x1:
+            raise damaged(f"member {info.filename} is encrypted")
+        if info.filename in members:
+            raise damaged(f"member {info.filename} occurs twice")
+        if not 0 <= info.header_offset <= size - _LOCAL.size:
+            raise damaged(f"member {info.filename} lies outside the file")
+        file.seek(info.header_offset)
+        local = _LOCAL.unpack(file.read(_LOCAL.size))
+        if local[0] != b"PK\x03\x04":
+            raise damaged(f"member {info.filename} has no local header")
+        at = info.header_offset + _LOCAL.size + local[9] + local[10]
+        if at + info.file_size > min(size, start):
+            raise damaged(f"member {info.filename} ends at {at + info.file_size}, the file's directory is at {start}")
+        members[info.filename] = (at, info.file_size)
+        spans.append((info.header_offset, at + info.file_size, info.filename))
+    spans.sort()
+    for (_, end, one), (begin, _, two) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise damaged(f"members {one} and {two} overlap")
+    file.seek(start)
+    return members, file.read(min(size - start, 64 << 20))

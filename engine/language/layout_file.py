@@ -1,0 +1,79 @@
+"""Layout files: how a framework lays out ranks, as a checked, frozen `Layout`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from engine.language.documents import Document, load_yaml
+from engine.language.mapping_file import expression, read_option, read_variant
+from engine.language.model import FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
+from engine.language.names import pattern
+from engine.language.search import find_file, shown
+from engine.language.validation import check_schema
+
+
+def load_layout(name: str) -> Layout:
+    """Load a layout by name from the `layouts` folders, or by path; E002, E1xx."""
+    path = find_file(name, "layout")
+    document = load_yaml(path, shown(path))
+    check_schema(document, "layout")
+    data, place = document.data, document.place
+    training = data.get("training") or {}
+    layers = data["layers"]
+    divides = layers.get("divides")
+    return Layout(
+        name=data["name"],
+        version=str(data["version"]),
+        description=data.get("description", ""),
+        place=place("name"),
+        config_file=data["config"]["file"],
+        config_format=data["config"]["format"],
+        training_file=training.get("file"),
+        training_format=training.get("format"),
+        prefixes=tuple(
+            Prefix(p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None)
+            for i, p in enumerate(data["prefixes"])
+        ),
+        options={n: read_option(document, n, o, ("options", n)) for n, o in (data.get("options") or {}).items()},
+        layers=LayerCut(
+            stage=expression(document, ("layers", "stage"), layers["stage"]),
+            variants={
+                n: read_variant(document, n, v, ("layers", "variants", n)) for n, v in (layers.get("variants") or {}).items()
+            },
+            divides=None if divides is None else expression(document, ("layers", "divides"), divides),
+            uneven=layers.get("uneven", "last"),
+        ),
+        uneven=data.get("uneven", "first"),
+        lone_rank=data.get("lone_rank") or {},
+        modes=tuple(_mode(document, n, m) for n, m in data["modes"].items()),
+        skip=tuple(data.get("skip") or ()),
+        refuse=tuple(
+            RefusedFile(r["file"], r["why"], r["fix"], place("refuse", i)) for i, r in enumerate(data.get("refuse") or [])
+        ),
+        files=(document.file,),
+        digest=hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
+    return Mode(name, body.get("help", ""), tuple(_file(document, ("modes", name, "files", i), f) for i, f in enumerate(body["files"])))
+
+
+def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> FilePattern:
+    pattern(body["name"], document.place(*path, "name"))
+    ranks = body.get("ranks")
+    number = body.get("number")
+    return FilePattern(
+        body["name"],
+        body["cuts"],
+        None
+        if ranks is None
+        else RankMap(
+            expression(document, (*path, "ranks", "count"), ranks["count"]),
+            {d: expression(document, (*path, "ranks", d), text) for d, text in ranks.items() if d != "count"},
+        ),
+        None if number is None else expression(document, (*path, "number"), number),
+        document.place(*path),
+    )
