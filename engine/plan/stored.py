@@ -25,9 +25,12 @@ class Stored:
     chunk: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Instance:
-    """A rule for one parameter (weight, bias, or the whole when its names have no `{param}`)."""
+    """A rule for one parameter (weight, bias, or the whole when its names have no `{param}`).
+
+    Compared by identity: one is made per rule and parameter of a mapping.
+    """
 
     rule: Rule
     param: str | None
