@@ -1,3 +1,51 @@
-"""A declarative engine that converts training checkpoints, from rules in YAML."""
+"""A declarative engine that converts training checkpoints, from rules in YAML.
+
+>>> import engine
+>>> engine.convert("internlm-7b.yaml", "ckpt/1000", "internlm-7b-hf")  # doctest: +SKIP
+Report(out=PosixPath('internlm-7b-hf'), tensors=451, …)
+
+Importing this is instant: what a name needs is imported when the name is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.api import Report, convert, inspect, iter_tensors, load_mapping, plan
+    from engine.errors import EngineError, EngineErrors
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "EngineError",
+    "EngineErrors",
+    "Report",
+    "__version__",
+    "convert",
+    "inspect",
+    "iter_tensors",
+    "load_mapping",
+    "plan",
+]
+
+_FROM_API = frozenset({"Report", "convert", "inspect", "iter_tensors", "load_mapping", "plan"})
+_FROM_ERRORS = frozenset({"EngineError", "EngineErrors"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_API:
+        from engine import api
+
+        value = getattr(api, name)
+    elif name in _FROM_ERRORS:
+        from engine import errors
+
+        value = getattr(errors, name)
+    else:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    # `import engine.plan` binds the package of that name here; a function must win over it.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,46 @@
+# `make setup` once, then `make test`. Only python3.11 is needed; everything else goes into .venv.
+
+PYTHON ?= python3.11
+TORCH  := torch==2.13.0
+BIN    := .venv/bin
+STAMP  := .venv/.ready
+
+.PHONY: setup test lint format demo bench lock
+
+setup: $(STAMP)
+
+# The lock holds everything but torch, torch's own dependencies included. So torch, which has a
+# build for every accelerator and thus no one hash, comes last and by plain pip brings only itself
+# (and its CUDA libraries, where the chosen build has any).
+$(STAMP): pyproject.toml requirements-dev.lock Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+test: setup
+	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory lint
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy engine
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Converts a genuine checkpoint (tp 2 × pp 2) and loads the result with transformers.
+demo: setup
+	$(BIN)/python tests/support/demo.py
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py
+
+# Keeps the versions the lock has, unless pyproject.toml asks for others.
+lock: setup
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev pyproject.toml \
+	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  --no-emit-package torch --output-file requirements-dev.lock
