@@ -42,8 +42,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(errors, name)
     else:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    # `import engine.plan` binds the package of that name here; a function must win over it.
-    globals()[name] = value
     return value
 
 
