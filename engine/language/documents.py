@@ -13,23 +13,47 @@ KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class At:
+    """Where a value stands, and where its key does (the value's own place in lists)."""
+
+    key: Place
+    value: Place
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """Data of one file, or of several merged; `places` is by path: `("rules", 3, "axes")`."""
 
     file: str
     data: Any
-    places: dict[KeyPath, Place]
+    places: dict[KeyPath, At]
 
-    def place(self, *path: str | int) -> Place:
+    def at(self, *path: str | int) -> At:
         """The nearest known place at or above a path."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
-        return Place(self.file)
+        return At(Place(self.file), Place(self.file))
+
+    def place(self, *path: str | int) -> Place:
+        """The place of a key, or of a list's item."""
+        return self.at(*path).key
+
+    def value_place(self, *path: str | int) -> Place:
+        """The place where the text of a value begins."""
+        return self.at(*path).value
 
 
 def load_yaml(path: Path, shown: str) -> Document:
     """Read a file; errors and places show it as `shown`."""
-    document = loader.load_yaml(path)
-    places = {at: Place(shown, p.line, p.column) for at, p in {**document.places, **document.keys}.items()}
-    return Document(shown, document.data, places)
+    return _document(loader.load_yaml(path, shown), shown)
+
+
+def load_text(text: str, shown: str) -> Document:
+    """The same for text in memory."""
+    return _document(loader.load_text(text, shown), shown)
+
+
+def _document(document: loader.Document, shown: str) -> Document:
+    keys = document.keys
+    return Document(shown, document.data, {path: At(keys[path], at) for path, at in document.places.items()})

@@ -31,9 +31,18 @@ from engine.language.sandbox import (
     kind_of,
 )
 
+__all__ = [
+    "OMIT",
+    "Compiled",
+    "check_expression",
+    "compile_expression",
+    "evaluate",
+    "names_in",
+    "render_tree",
+]
+
 MAX_LENGTH = 2000
 MAX_DEPTH = 40
-
 
 _CALLS = frozenset(("present", "gcd", "min", "max", "default"))
 _BUILTIN = frozenset((*FUNCTIONS, "present"))

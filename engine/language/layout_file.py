@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
+from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
-from engine.language.mapping_file import expression, read_option, read_variant
+from engine.language.mapping_file import digest_of, expression, read_option, read_variant
 from engine.language.model import FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import pattern
 from engine.language.search import find_file, shown
@@ -23,7 +22,7 @@ def load_layout(name: str) -> Layout:
     training = data.get("training") or {}
     layers = data["layers"]
     divides = layers.get("divides")
-    return Layout(
+    layout = Layout(
         name=data["name"],
         version=str(data["version"]),
         description=data.get("description", ""),
@@ -33,14 +32,19 @@ def load_layout(name: str) -> Layout:
         training_file=training.get("file"),
         training_format=training.get("format"),
         prefixes=tuple(
-            Prefix(p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None)
+            Prefix(
+                p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None
+            )
             for i, p in enumerate(data["prefixes"])
         ),
-        options={n: read_option(document, n, o, ("options", n)) for n, o in (data.get("options") or {}).items()},
+        options={
+            n: read_option(document, n, o, ("options", n)) for n, o in (data.get("options") or {}).items()
+        },
         layers=LayerCut(
             stage=expression(document, ("layers", "stage"), layers["stage"]),
             variants={
-                n: read_variant(document, n, v, ("layers", "variants", n)) for n, v in (layers.get("variants") or {}).items()
+                n: read_variant(document, n, v, ("layers", "variants", n))
+                for n, v in (layers.get("variants") or {}).items()
             },
             divides=None if divides is None else expression(document, ("layers", "divides"), divides),
             uneven=layers.get("uneven", "last"),
@@ -50,19 +54,26 @@ def load_layout(name: str) -> Layout:
         modes=tuple(_mode(document, n, m) for n, m in data["modes"].items()),
         skip=tuple(data.get("skip") or ()),
         refuse=tuple(
-            RefusedFile(r["file"], r["why"], r["fix"], place("refuse", i)) for i, r in enumerate(data.get("refuse") or [])
+            RefusedFile(r["file"], r["why"], r["fix"], place("refuse", i))
+            for i, r in enumerate(data.get("refuse") or [])
         ),
         files=(document.file,),
-        digest=hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest(),
+        digest=digest_of(data),
     )
+    check_layout(layout, document)
+    return layout
 
 
 def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
-    return Mode(name, body.get("help", ""), tuple(_file(document, ("modes", name, "files", i), f) for i, f in enumerate(body["files"])))
+    return Mode(
+        name,
+        body.get("help", ""),
+        tuple(_file(document, ("modes", name, "files", i), f) for i, f in enumerate(body["files"])),
+    )
 
 
 def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> FilePattern:
-    pattern(body["name"], document.place(*path, "name"))
+    pattern(body["name"], document.value_place(*path, "name"))
     ranks = body.get("ranks")
     number = body.get("number")
     return FilePattern(

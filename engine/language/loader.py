@@ -91,10 +91,10 @@ def display(path: Path) -> str:
         return str(path)
 
 
-def load_yaml(path: str | os.PathLike[str]) -> Document:
-    """Read one YAML file; E101 with file, line and column when it cannot be read."""
+def load_yaml(path: str | os.PathLike[str], shown: str | None = None) -> Document:
+    """Read one YAML file; E101 with file (as `shown`), line and column when it cannot be read."""
     path = Path(path)
-    name = display(path)
+    name = display(path) if shown is None else shown
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, Place
-from engine.language.axes import parse_axes
+from engine.errors import EngineError
+from engine.language.declared import check_mapping, undeclared
 from engine.language.documents import Document
-from engine.language.expressions import names_in
+from engine.language.expressions import check_expression
 from engine.language.merging import load_resolved
-from engine.language.model import Exclusion, Expression, Mapping, Option, Rule, Target, Variant
+from engine.language.model import Exclusion, Expression, Mapping, Option, Variant
 from engine.language.names import pattern
-from engine.language.search import find_file
+from engine.language.rules import read_rule
+from engine.language.search import find_file, list_names
 from engine.language.validation import check_schema
 
 _BRACES = re.compile(r"\{\{(.*)\}\}\Z", re.DOTALL)
@@ -36,11 +36,13 @@ def load_mapping(name: str | Path) -> Mapping:
 
 def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
     data, place = document.data, document.place
-    variants = {name: read_variant(document, name, body, ("variants", name)) for name, body in (data.get("variants") or {}).items()}
-    rules = tuple(_rule(document, name, body, variants) for name, body in data["rules"].items())
+    variants = {
+        name: read_variant(document, name, body, ("variants", name))
+        for name, body in (data.get("variants") or {}).items()
+    }
+    rules = tuple(read_rule(document, name, body, variants) for name, body in data["rules"].items())
     source, target = data["source"], data["target"]
-    canonical = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return Mapping(
+    mapping = Mapping(
         name=data["name"],
         version=str(data["version"]),
         description=data.get("description", ""),
@@ -49,9 +51,15 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         model_types=tuple(source.get("model_types", ())),
         model_type=target["model_type"],
         architecture=target["architecture"],
-        options={name: read_option(document, name, body, ("options", name)) for name, body in (data.get("options") or {}).items()},
+        options={
+            name: read_option(document, name, body, ("options", name))
+            for name, body in (data.get("options") or {}).items()
+        },
         variants=variants,
-        dims={name: expression(document, ("dims", name), text) for name, text in (data.get("dims") or {}).items()},
+        dims={
+            name: expression(document, ("dims", name), text)
+            for name, text in (data.get("dims") or {}).items()
+        },
         rules=rules,
         ignore=tuple(_exclusion(document, "ignore", i, e) for i, e in enumerate(data.get("ignore") or [])),
         refuse=tuple(_exclusion(document, "refuse", i, e) for i, e in enumerate(data.get("refuse") or [])),
@@ -62,16 +70,43 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         chat_template=data.get("chat_template"),
         expect=data.get("expect") or {},
         files=files,
-        digest=hashlib.sha256(canonical.encode()).hexdigest(),
+        digest=digest_of(data),
         resolved=data,
         expect_place=place("expect"),
     )
+    check_mapping(mapping, document)
+    return mapping
+
+
+def find_mapping(name: str | Path) -> Path:
+    """The file a path or a bundled name (`internlm-7b`, `families/internlm2.yaml`) stands for; E002."""
+    return find_file(str(name))
+
+
+def bundled_mappings() -> list[str]:
+    """The names that `load_mapping` takes: releases first, then families."""
+    return list_names()
+
+
+def digest_of(data: Any) -> str:
+    """The sha256 of data as canonical JSON; the order of choices counts, that of other keys does not."""
+
+    def ordered(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            pairs = [(str(k), ordered(v, str(k))) for k, v in value.items()]
+            return pairs if key == "choices" else dict(pairs)
+        return [ordered(item) for item in value] if isinstance(value, list) else value
+
+    canonical = json.dumps(ordered(data), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def expression(document: Document, path: tuple[str | int, ...], text: Any) -> Expression:
     """An expression at its place, compiled once so that mistakes show at loading."""
-    result = Expression(str(text).lower() if isinstance(text, bool) else str(text), document.place(*path))
-    names_in(result)
+    result = Expression(
+        str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path)
+    )
+    check_expression(result)
     return result
 
 
@@ -87,19 +122,38 @@ def read_variant(document: Document, name: str, body: dict[str, Any], path: tupl
         }
     decide = body.get("decide", "expression")
     if decide == "expression" and isinstance(raw, list):
-        raise EngineError("E102", f"variant `{name}` has choices without expressions", place=document.place(*path),
-                          fix="Write an expression per choice, or `decide: shapes`.")  # fmt: skip
+        raise EngineError(
+            "E102",
+            f"variant `{name}` has choices without expressions",
+            place=document.place(*path, "choices"),
+            expected="an expression for each choice, or `decide: shapes`",
+            fix="Write when each choice holds; the last may be `otherwise`.",
+        )
+    if decide == "shapes" and isinstance(raw, dict):
+        raise EngineError(
+            "E102",
+            f"variant `{name}` is decided by shapes, but its choices have expressions",
+            place=document.place(*path, "choices"),
+            expected="a list of choices, or no `decide: shapes`",
+            fix="List the choices: [a, b].",
+        )
     default = body.get("default")
     if default is not None and default not in choices:
-        raise EngineError("E108", f"variant `{name}` has no choice `{default}`", place=document.place(*path, "default"),
-                          expected=", ".join(choices), fix="Name one of its choices.")  # fmt: skip
+        at = document.value_place(*path, "default")
+        raise undeclared(f"variant `{name}` has no choice `{default}`", default, choices, at)
     return Variant(name, body.get("help", ""), choices, decide, default, document.place(*path))
 
 
 def read_option(document: Document, name: str, body: dict[str, Any], path: tuple[str | int, ...]) -> Option:
     choices = body.get("choices")
-    return Option(name, body["type"], body.get("default"), body.get("help", ""),
-                  None if choices is None else tuple(choices), document.place(*path))  # fmt: skip
+    return Option(
+        name,
+        body["type"],
+        body.get("default"),
+        body.get("help", ""),
+        None if choices is None else tuple(choices),
+        document.place(*path),
+    )
 
 
 def _tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
@@ -110,8 +164,14 @@ def _tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
     if isinstance(value, str) and ("{{" in value or "}}" in value):
         found = _BRACES.match(value.strip())
         if found is None or "{{" in found[1]:
-            raise EngineError("E105", "an expression stands alone between {{ and }}", place=document.place(*path), got=value,
-                              fix="Write text and expression as one expression.")  # fmt: skip
+            raise EngineError(
+                "E105",
+                "an expression does not stand alone between {{ and }}",
+                place=document.value_place(*path),
+                got=value,
+                expected="{{ expression }} and nothing around it",
+                fix="Write text and value as one expression: {{ 'v' + (layers | string) }}.",
+            )
         return expression(document, path, found[1].strip())
     return value
 
@@ -119,67 +179,5 @@ def _tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
 def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:
     side = "source" if "source" in entry else "target"
     place = document.place(key, index)
-    pattern(entry[side], place)
+    pattern(entry[side], document.value_place(key, index, side))
     return Exclusion(side, entry[side], entry["why"], place)  # type: ignore[arg-type]
-
-
-def _rule(document: Document, name: str, body: dict[str, Any], variants: dict[str, Variant]) -> Rule:
-    base: tuple[str | int, ...] = ("rules", name)
-    place = document.place(*base)
-    for key in ("source", "axes"):
-        if key not in body:
-            raise EngineError("E102", f"rule `{name}` has no `{key}`", place=place, expected="source, axes and target or targets",
-                              fix="A child's rule takes what it does not write from the parent's rule of the same name: is the name right?")  # fmt: skip
-    sources = tuple(body["source"]) if isinstance(body["source"], list) else (body["source"],)
-    axes = parse_axes(body["axes"], document.place(*base, "axes"))
-    targets: list[Target] = []
-    if "target" in body:
-        targets.append(Target(body["target"], axes, document.place(*base, "target")))
-    for index, entry in enumerate(body.get("targets") or []):
-        at = (*base, "targets", index)
-        targets.append(Target(entry["name"], parse_axes(entry["axes"], document.place(*at, "axes")), document.place(*at)))
-    if not targets and not body.get("drop"):
-        raise EngineError("E102", f"rule `{name}` has no target", place=place, fix="Give `target`, `targets`, or `drop`.")
-    compiled = [pattern(s, document.place(*base, "source")) for s in sources]
-    for target in targets:
-        compiled.append(pattern(target.name, target.place))
-    if len({c.has_param for c in compiled}) > 1:
-        raise EngineError("E104", f"rule `{name}`: `{{param}}` stands on one side only", place=place,
-                          fix="Write {param} in source and target, or in neither.")  # fmt: skip
-    if len({frozenset(c.placeholders) for c in compiled[: len(sources)]}) > 1:
-        raise EngineError("E104", f"rule `{name}`: its historical names have different placeholders", place=place, fix="Split the rule.")
-    split = body.get("split", [])
-    split = tuple(split) if isinstance(split, list) else (split,)
-    for axis in split:
-        if axis not in axes.names():
-            raise _undeclared(f"rule `{name}` is split on `{axis}`, which is not among its axes", axis, axes.names(),
-                              document.place(*base, "split"))  # fmt: skip
-    stage = body.get("stage")
-    layered = "layer" in compiled[0].placeholders
-    if layered == (stage is not None):
-        raise EngineError("E102", f"rule `{name}` " + ("must not" if layered else "must") + " say its `stage`", place=place,
-                          fix="`stage: first` or `last` is for tensors without {layer}.")  # fmt: skip
-    when = {v: tuple(c) if isinstance(c, list) else (c,) for v, c in (body.get("when") or {}).items()}
-    for variant, choices in when.items():
-        at_when = document.place(*base, "when", variant)
-        if variant not in variants:
-            raise _undeclared(f"rule `{name}` names an undeclared variant `{variant}`", variant, variants, at_when)
-        for choice in choices:
-            if choice not in variants[variant].choices:
-                raise _undeclared(f"variant `{variant}` has no choice `{choice}`", choice, variants[variant].choices, at_when)
-    transform = body.get("transform")
-    if transform is not None:
-        operation, axis = next(iter(transform.items()))
-        if axis not in axes.names():
-            raise _undeclared(f"rule `{name}` transforms along `{axis}`, which is not among its axes", axis, axes.names(), place)
-        transform = (operation, axis)
-    return Rule(
-        name, sources, axes, tuple(targets), place, split, stage, when, bool(body.get("optional", False)), transform,
-        body.get("keep") == "dtype", dict(body.get("drop") or {}), body.get("tied_to"),
-    )  # fmt: skip
-
-
-def _undeclared(message: str, name: str, known: Any, place: Place) -> EngineError:
-    near = get_close_matches(str(name), [str(k) for k in known], 1)
-    return EngineError("E108", message, place=place, expected=", ".join(map(str, known)),
-                       fix=f"Did you mean `{near[0]}`?" if near else "Declare it, or correct the name.")  # fmt: skip

@@ -6,139 +6,225 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError
-from engine.language.documents import Document, KeyPath, load_yaml
+from engine.errors import EngineError, Place
+from engine.language.documents import At, Document, KeyPath, load_yaml
 from engine.language.search import find_file, shown
+from engine.language.validation import check_schema
 
 _MAX_PARENTS = 8
-_BY_KEY = ("options", "variants", "dims", "config", "training_config", "expect", "tokenizer", "generation", "source", "target")
-_APPENDED = ("ignore", "refuse")
-_NOT_INHERITED = ("extends", "remove", "name", "version", "description")
+_BY_KEY = frozenset(
+    (
+        "options",
+        "variants",
+        "dims",
+        "config",
+        "training_config",
+        "expect",
+        "tokenizer",
+        "generation",
+        "source",
+        "target",
+    )
+)
+_APPENDED = frozenset(("ignore", "refuse"))
+_REMOVABLE = ("rules", "variants", "dims", "options")
+_WHOLE = frozenset(("choices",))  # the order of choices is their meaning: replaced as a whole
 
 
 def load_resolved(path: Path) -> tuple[Document, tuple[str, ...]]:
     """A mapping file merged over its parents, and the files it came from, family first.
 
+    Rules become a mapping of name → rule, in the parent's order and then the child's.
+
     Raises:
-        EngineError: E101 for what cannot be read, E106 for parents that cannot be resolved.
+        EngineError: E101, E102 for what cannot be read, E106 for parents that cannot be resolved.
     """
     return _load(path, ())
 
 
 def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, ...]]:
     document = load_yaml(path, shown(path))
-    resolved = path.resolve()
-    if not isinstance(document.data, dict):
-        raise EngineError("E102", "a mapping file is a mapping of keys", place=document.place(), got=type(document.data).__name__,
-                          expected="mapping: 1, name: …, rules: …", fix="See an example in mappings/families.")  # fmt: skip
+    check_schema(document, "mapping")
     own = _named(document)
     parent = own.data.get("extends")
     if parent is None:
+        if own.data.get("remove"):
+            raise EngineError(
+                "E106",
+                "`remove` without a parent",
+                place=own.place("remove"),
+                expected="`extends` beside it",
+                fix="Name the parent with `extends`, or delete `remove`.",
+            )
         return own, (document.file,)
     place = document.place("extends")
-    if not isinstance(parent, str):
-        raise EngineError("E106", "`extends` names one file", place=place, got=str(parent), fix="Write one file name.")
-    if len(children) >= _MAX_PARENTS or resolved in children:
-        chain = " → ".join(p.name for p in (*children, resolved))
-        raise EngineError("E106", "`extends` goes round in circles", place=place, got=chain, fix="Break the circle.")
-    beside = path.parent / parent
+    chain = (*children, path.resolve())
     try:
+        beside = path.parent / parent
         found = beside if beside.is_file() else find_file(parent)
     except EngineError as error:
-        raise EngineError("E106", f"the parent `{parent}` cannot be found", place=place, got=error.got,
-                          expected=error.expected, fix=error.fix) from None  # fmt: skip
-    base, files = _load(found, (*children, resolved))
-    return _merge(base, own), (*files, document.file)
+        raise EngineError(
+            "E106",
+            f"the parent `{parent}` cannot be found",
+            place=place,
+            got=error.got,
+            expected=error.expected,
+            fix=error.fix,
+        ) from None
+    shape = " → ".join(p.name for p in (*chain, found))
+    if found.resolve() in chain:
+        raise EngineError(
+            "E106", "`extends` goes round in circles", place=place, got=shape, fix="Break the circle."
+        )
+    if len(chain) >= _MAX_PARENTS:
+        raise EngineError(
+            "E106",
+            f"`extends` goes through more than {_MAX_PARENTS} files",
+            place=place,
+            got=shape,
+            fix="Shorten the chain: a family and a release are usually enough.",
+        )
+    base, files = _load(found, chain)
+    return _Merge(base, own).result(), (*files, document.file)
 
 
 def _named(document: Document) -> Document:
     """Give unnamed rules the name of their first source, and `rules` the form name → rule."""
     data = dict(document.data)
-    rules = data.get("rules")
-    if not isinstance(rules, list):
-        return document
     places = {p: at for p, at in document.places.items() if p[:1] != ("rules",)}
-    places.update({("rules",): document.place("rules")})
+    places["rules",] = document.at("rules")
     named: dict[str, Any] = {}
-    for index, rule in enumerate(rules):
-        place = document.place("rules", index)
-        if not isinstance(rule, dict):
-            raise EngineError("E102", "a rule is a mapping of keys", place=place, got=str(rule)[:60], fix="Write {source: …, target: …, axes: …}.")
+    names: list[str] = []
+    for index, rule in enumerate(data.get("rules", [])):
         source = rule.get("source")
-        name = rule.get("name") or (source[0] if isinstance(source, list) and source else source)
-        if not isinstance(name, str):
-            raise EngineError("E102", "a rule needs a `source` or a `name`", place=place, fix="Name the training tensor it reads.")
+        name = rule.get("name") or (source[0] if isinstance(source, list) else source)
+        place = document.place("rules", index)
+        if name is None:
+            raise EngineError(
+                "E102",
+                "a rule has neither `name` nor `source`",
+                place=place,
+                got=", ".join(rule) or "nothing",
+                expected="source: the training tensor it reads, or name: the parent's rule it changes",
+                fix="Name the training tensor it reads.",
+            )
         if name in named:
-            raise EngineError("E102", f"two rules are named `{name}`", place=place, got=f"first at {places[('rules', name)]}",
-                              fix="Give one of them a `name`.")  # fmt: skip
+            raise EngineError(
+                "E102",
+                f"two rules are named `{name}`",
+                place=place,
+                got=f"the first is at {places['rules', name].key}",
+                expected="every rule its own name; unnamed rules are named after their first source",
+                fix="Give one of them a `name`.",
+            )
         named[name] = {**rule, "name": name}
-        for path, at in document.places.items():
-            if path[:2] == ("rules", index):
-                places[("rules", name, *path[2:])] = at
-    data["rules"] = named
+        names.append(name)
+        places["rules", name] = document.at("rules", index)
+    for path, at in document.places.items():
+        if path[:1] == ("rules",) and len(path) > 2:
+            places["rules", names[int(path[1])], *path[2:]] = at
+    if "rules" in data:
+        data["rules"] = named
     return Document(document.file, data, places)
 
 
-def _merge(base: Document, own: Document) -> Document:
-    data = {k: v for k, v in base.data.items() if k not in ("extends", "remove")}
-    places = dict(base.places)
-    _remove(data, own)
-    for key, value in own.data.items():
-        if key in ("extends", "remove"):
-            continue
-        if key == "rules" and isinstance(value, dict):
-            data["rules"] = _merge_rules(data.get("rules") or {}, value, places, own)
-        elif key in _BY_KEY and isinstance(value, dict) and isinstance(data.get(key), dict):
-            data[key] = {**data[key], **value}
-            for name in value:
-                _replace(places, own, (key, name))
-        elif key in _APPENDED and isinstance(value, list) and isinstance(data.get(key), list):
-            start = len(data[key])
-            data[key] = [*data[key], *value]
-            for path, at in own.places.items():
-                if path[:1] == (key,) and len(path) > 1:
-                    places[(key, start + int(path[1]), *path[2:])] = at
-        else:
-            data[key] = value
-            _replace(places, own, (key,))
-    places[()] = own.place()
-    return Document(own.file, data, places)
+class _Merge:
+    """One child over its resolved parent; places follow their values."""
 
+    def __init__(self, base: Document, own: Document) -> None:
+        self.own = own
+        self.data: dict[str, Any] = dict(base.data)
+        self.places: dict[KeyPath, At] = dict(base.places)
 
-def _merge_rules(base: dict[str, Any], own: dict[str, Any], places: dict[KeyPath, Any], document: Document) -> dict[str, Any]:
-    merged = dict(base)
-    for name, rule in own.items():
-        changed = dict(merged.get(name, {}))
-        if "target" in rule:
-            changed.pop("targets", None)
-        if "targets" in rule:
-            changed.pop("target", None)
-        merged[name] = {**changed, **rule}
-        if name not in base:
-            _replace(places, document, ("rules", name))
-        else:
-            places[("rules", name)] = document.place("rules", name)
-            for key in rule:
-                _replace(places, document, ("rules", name, key))
-    return merged
+    def result(self) -> Document:
+        for index, name in enumerate(self.own.data.get("remove") or []):
+            self._remove(name, self.own.place("remove", index))
+        for key, value in self.own.data.items():
+            if key in ("extends", "remove"):
+                continue
+            if key == "rules":
+                self.data[key] = self._rules(self.data.get(key) or {}, value)
+            elif key in _BY_KEY:
+                self.data[key] = self._keys(self.data.get(key), value, (key,))
+            elif key in _APPENDED:
+                self.data[key] = self._append(self.data.get(key) or [], value, key)
+            else:
+                self.data[key] = self._take((key,), value)
+        self.places[()] = self.own.at()
+        return Document(self.own.file, self.data, self.places)
 
+    def _keys(self, base: Any, own: Any, path: KeyPath) -> Any:
+        """Merge mappings by key, all the way down; anything else is the child's."""
+        if not isinstance(base, dict) or not isinstance(own, dict) or path[-1] in _WHOLE:
+            return self._take(path, own)
+        merged = dict(base)
+        for key, value in own.items():
+            merged[key] = self._keys(base.get(key), value, (*path, key))
+        return merged
 
-def _replace(places: dict[KeyPath, Any], own: Document, prefix: KeyPath) -> None:
-    for path in [p for p in places if p[: len(prefix)] == prefix]:
-        del places[path]
-    places.update({p: at for p, at in own.places.items() if p[: len(prefix)] == prefix})
+    def _rules(self, base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        merged = dict(base)
+        for name, rule in own.items():
+            if name not in base:
+                merged[name] = self._take(("rules", name), rule)
+                continue
+            replaced = {"target", "targets"} if rule.keys() & {"target", "targets"} else set()
+            merged[name] = {k: v for k, v in base[name].items() if k not in replaced}
+            for key, value in rule.items():
+                merged[name][key] = self._take(("rules", name, key), value)
+            self.places["rules", name] = self.own.at("rules", name)
+        return merged
 
+    def _append(self, base: list[Any], own: list[Any], key: str) -> list[Any]:
+        """The parent's entries, then the child's; an entry for the same names replaces the parent's."""
+        merged = list(base)
+        for index, entry in enumerate(own):
+            same = [
+                i for i, e in enumerate(merged) if all(e.get(s) == entry.get(s) for s in ("source", "target"))
+            ]
+            at = same[0] if same else len(merged)
+            merged[at : at + 1] = [entry]
+            self._take((key, at), entry, (key, index))
+        return merged
 
-def _remove(data: dict[str, Any], own: Document) -> None:
-    for index, name in enumerate(own.data.get("remove") or []):
-        found = False
-        for key in ("rules", "variants", "dims", "options"):
-            table = data.get(key)
-            if isinstance(table, dict) and name in table:
-                data[key] = {k: v for k, v in table.items() if k != name}
-                found = True
+    def _take(self, path: KeyPath, value: Any, own_path: KeyPath | None = None) -> Any:
+        """The child's value, with its places in stead of the parent's."""
+        own_path = path if own_path is None else own_path
+        for known in [p for p in self.places if p[: len(path)] == path]:
+            del self.places[known]
+        size = len(own_path)
+        self.places.update(
+            {(*path, *p[size:]): at for p, at in self.own.places.items() if p[:size] == own_path}
+        )
+        return value
+
+    def _remove(self, name: str, place: Place) -> None:
+        """`name`, or `rules.name` and the like where a rule and a variant share a name."""
+        kind, _, rest = name.partition(".")
+        known = {k: list(self.data.get(k) or ()) for k in _REMOVABLE}
+        found = [(k, name) for k in _REMOVABLE if name in known[k]]
+        if not found and kind in _REMOVABLE and rest in known[kind]:
+            found = [(kind, rest)]
         if not found:
-            known = [k for key in ("rules", "variants", "dims", "options") for k in (data.get(key) or {})]
-            near = get_close_matches(str(name), known, 1)
-            raise EngineError("E106", f"`remove` names `{name}`, which the parent does not have", place=own.place("remove", index),
-                              fix=f"Did you mean `{near[0]}`?" if near else "Remove the entry.")  # fmt: skip
+            names = [n for k in _REMOVABLE for n in known[k]]
+            near = get_close_matches(name, names, 1)
+            raise EngineError(
+                "E106",
+                f"`remove` names `{name}`, which the parent does not have",
+                place=place,
+                got=name,
+                expected=f"`{near[0]}`?" if near else "a rule, variant, dim or option of the parent",
+                fix=f"Did you mean `{near[0]}`?" if near else "Delete the entry.",
+            )
+        if len(found) > 1:
+            kinds = [k for k, _ in found]
+            raise EngineError(
+                "E106",
+                f"`remove` names `{name}`, which is more than one thing",
+                place=place,
+                got=f"`{name}` in {' and '.join(kinds)}",
+                expected=" or ".join(f"`{k}.{name}`" for k in kinds),
+                fix="Say which one, or both.",
+            )
+        table, entry = found[0]
+        self.data[table] = {k: v for k, v in self.data[table].items() if k != entry}

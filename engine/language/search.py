@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 
 from engine.errors import EngineError
@@ -29,19 +30,27 @@ def find_file(name: str, kind: str = "mapping") -> Path:
     given = Path(name)
     if given.is_file():
         return given
-    stem = name if kind == "mapping" else f"layouts/{name}"
-    for folder in search_folders():
+    stems = (name, f"families/{name}") if kind == "mapping" else (f"layouts/{name}",)
+    for folder, stem in product(search_folders(), stems):
         for candidate in (folder / stem, folder / f"{stem}.yaml", folder / f"{stem}.yml"):
             if candidate.is_file() and candidate.resolve().is_relative_to(folder.resolve()):
                 return candidate
-    known = list_names() if kind == "mapping" else [p.stem for f in search_folders() for p in (f / "layouts").glob("*.yaml")]
-    near = get_close_matches(name, known, 3, 0.5) or get_close_matches(name.removesuffix(".yaml") + ".yaml", known, 3, 0.5)
+    known = (
+        list_names()
+        if kind == "mapping"
+        else [p.stem for f in search_folders() for p in (f / "layouts").glob("*.yaml")]
+    )
+    near = get_close_matches(name, known, 3, 0.5) or get_close_matches(
+        name.removesuffix(".yaml") + ".yaml", known, 3, 0.5
+    )
     raise EngineError(
         "E002",
         f"there is no {kind} `{name}`",
         got=f"searched {', '.join(str(f) for f in search_folders())}",
         expected=", ".join(near) if near else "a path, or one of: " + ", ".join(known),
-        fix=f"Did you mean `{near[0]}`?" if near else "Give the path of a mapping file, or set ENGINE_MAPPINGS.",
+        fix=f"Did you mean `{near[0]}`?"
+        if near
+        else "Give the path of a mapping file, or set ENGINE_MAPPINGS.",
     )
 
 

@@ -7,11 +7,15 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.language.documents import Document
 from engine.language.search import bundled
 
 _VERSIONS = {"mapping": 1, "layout": 1}
+_TYPES = {
+    "object": "keys and values", "array": "a list", "string": "a text", "integer": "a whole number",
+    "number": "a number", "boolean": "true or false", "null": "null",
+}  # fmt: skip
 
 
 @lru_cache(maxsize=8)
@@ -22,13 +26,24 @@ def _validator(kind: str) -> Any:
 
 
 def check_schema(document: Document, kind: str) -> None:
-    """E102 for the most telling violation; an unknown major version is refused plainly."""
-    version = document.data.get(kind) if isinstance(document.data, dict) else None
-    if version is not None and version != _VERSIONS[kind]:
-        raise EngineError("E102", f"{kind} language version {version} is not known", place=document.place(kind), got=str(version),
-                          expected=str(_VERSIONS[kind]), fix="Use a newer engine, or a file of version 1.")  # fmt: skip
-    data = document.data
-    if kind == "mapping" and isinstance(data, dict) and isinstance(data.get("rules"), dict):
+    """Raise the most telling violation as E102; an unknown major version is refused plainly.
+
+    A mapping that `extends` another need not repeat what its parent says; the merged data,
+    which has no `extends`, must say everything.
+    """
+    version = document.data.get(kind)
+    if isinstance(version, int) and not isinstance(version, bool) and version != _VERSIONS[kind]:
+        raise EngineError(
+            "E102",
+            f"version {version} of the {kind} language is not known",
+            place=document.place(kind),
+            got=f"{kind}: {version}",
+            expected=f"{kind}: {_VERSIONS[kind]}",
+            fix="Use an engine that knows it, or write the file in version 1.",
+        )
+    data, names = document.data, None
+    if kind == "mapping" and isinstance(data.get("rules"), dict):  # merged: name → rule
+        names = list(data["rules"])
         data = {**data, "rules": list(data["rules"].values())}
     from jsonschema.exceptions import best_match
 
@@ -36,24 +51,65 @@ def check_schema(document: Document, kind: str) -> None:
     if error is None:
         return
     path: list[str | int] = list(error.absolute_path)
-    if path[:1] == ["rules"] and len(path) > 1 and isinstance(document.data["rules"], dict):
-        path[1] = list(document.data["rules"])[int(path[1])]
-    fix = "See the schema's description of this key."
-    got = json.dumps(error.instance, default=str)[:120]
-    expected = None
-    message = error.message[:200]
+    if names is not None and path[:1] == ["rules"] and len(path) > 1:
+        path[1] = names[int(path[1])]
+    raise _explain(error, document, kind, path)
+
+
+def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -> EngineError:
+    where = f"`{'.'.join(map(str, path))}`" if path else "the file"
+    described = error.schema.get("description") if isinstance(error.schema, dict) else None
+    got: str = _short(error.instance)
+    expected: str | None = None
+    fix: str | None = described
+    place: Place = document.place(*path)
     if error.validator == "additionalProperties":
         known = list(error.schema.get("properties", {}))
         extra = next(k for k in error.instance if k not in known)
         near = get_close_matches(str(extra), known, 1)
-        message, got, expected = f"there is no key `{extra}` here", str(extra), ", ".join(known)
-        fix = f"Did you mean `{near[0]}`?" if near else "Remove it."
-        path.append(extra)
+        message, got, expected = f"there is no key `{extra}` in {where}", str(extra), ", ".join(known)
+        fix = f"Did you mean `{near[0]}`?" if near else "Remove it, or correct its name."
+        place = document.place(*path, extra)
     elif error.validator == "required":
         missing = next(k for k in error.validator_value if k not in error.instance)
-        message, got, expected = f"the key `{missing}` is missing", ", ".join(map(str, error.instance)) or "nothing", missing
-        fix = error.schema.get("properties", {}).get(missing, {}).get("description", fix)
-    elif error.validator in ("type", "enum", "const", "pattern"):
-        expected = json.dumps(error.validator_value)
-        fix = error.schema.get("description", fix)
-    raise EngineError("E102", message, place=document.place(*path), got=got, expected=expected, fix=fix)
+        message, expected = f"the key `{missing}` is missing in {where}", f"{missing}: …"
+        got = ", ".join(map(str, error.instance)) or "nothing"
+        fix = _description(_validator(kind).schema, path, missing)
+    elif error.validator == "type":
+        types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
+        expected = " or ".join(_TYPES[t] for t in types)
+        message = f"{where} is not {expected}"
+        if (
+            "string" in types
+            and isinstance(error.instance, int | float)
+            and not isinstance(error.instance, bool)
+        ):
+            fix = "Put it in quotes."
+    elif error.validator == "enum":
+        allowed = [str(v) for v in error.validator_value]
+        near = get_close_matches(str(error.instance), allowed, 1)
+        message, expected = f"{where} has an unknown value", ", ".join(allowed)
+        fix = f"Did you mean `{near[0]}`?" if near else described
+    elif error.validator == "oneOf":
+        keys = [k for branch in error.validator_value for k in branch.get("required", [])]
+        message, expected = f"{where} says more than one of {', '.join(keys)}", f"one of {', '.join(keys)}"
+        got, fix = ", ".join(k for k in keys if k in error.instance), "Keep one of them."
+    else:
+        message = f"{where} does not fit: {error.message[:160]}"
+    return EngineError("E102", message, place=place, got=got, expected=expected, fix=fix)
+
+
+def _description(schema: Any, path: list[str | int], key: str) -> str | None:
+    """What the schema says of a key, found by following a path of data through it."""
+    for step in path:
+        if not isinstance(schema, dict):
+            return None
+        below = schema.get("properties", {}).get(step)
+        schema = below or schema.get("items") or schema.get("additionalProperties")
+    found = schema.get("properties", {}).get(key) if isinstance(schema, dict) else None
+    return None if found is None else found.get("description")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:119] + "…"

@@ -1,0 +1,112 @@
+"""Names that must be declared somewhere else in the file: options, axes, targets, rank dimensions (E108)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.language.documents import Document
+from engine.language.expressions import compile_expression
+from engine.language.model import Expression, Layout, Mapping
+from engine.language.names import pattern
+
+
+def undeclared(message: str, name: str, known: Iterable[str], place: Place) -> EngineError:
+    """E108 with the names that exist, and the near one as the fix."""
+    names = list(dict.fromkeys(str(k) for k in known))
+    near = get_close_matches(str(name), names, 3)
+    shown = names if len(names) <= 12 else [*(near or names[:12]), "…"]
+    return EngineError(
+        "E108",
+        message,
+        place=place,
+        got=str(name),
+        expected=", ".join(shown) or "none is declared",
+        fix=f"Did you mean `{near[0]}`?" if near else "Declare it, or correct the name.",
+    )
+
+
+def expressions_of(tree: Any) -> Iterator[Expression]:
+    """Every expression in a tree of literals."""
+    if isinstance(tree, Expression):
+        yield tree
+    elif isinstance(tree, dict):
+        for child in tree.values():
+            yield from expressions_of(child)
+    elif isinstance(tree, list | tuple):
+        for child in tree:
+            yield from expressions_of(child)
+
+
+def check_mapping(mapping: Mapping, document: Document) -> None:
+    """Options, dropped and expected axes, and tied targets of a mapping exist."""
+    choices = [dict(v.choices) for v in mapping.variants.values()]
+    for expression in expressions_of([dict(mapping.dims), choices, mapping.config, mapping.training_config]):
+        _check_options(expression, mapping.options)
+    targets = [target.name for rule in mapping.rules for target in rule.targets]
+    axes = dict.fromkeys(mapping.dims)
+    for rule in mapping.rules:
+        axes.update(dict.fromkeys(rule.axes.names()))
+        axes.update(dict.fromkeys(pattern(rule.sources[0]).placeholders))
+        for axis in rule.drop:
+            if axis not in rule.axes.names():
+                at = document.place("rules", rule.name, "drop", axis)
+                raise undeclared(
+                    f"rule `{rule.name}` drops `{axis}`, which is not among its axes",
+                    axis,
+                    rule.axes.names(),
+                    at,
+                )
+        if rule.tied_to is not None and rule.tied_to not in targets:
+            at = document.place("rules", rule.name, "tied_to")
+            raise undeclared(
+                f"rule `{rule.name}` is tied to `{rule.tied_to}`, which no rule writes",
+                rule.tied_to,
+                targets,
+                at,
+            )
+    for axis in mapping.expect:
+        if axis not in axes:
+            raise undeclared(
+                f"`expect` names `{axis}`, which is no axis", axis, axes, document.place("expect", axis)
+            )
+
+
+def check_layout(layout: Layout, document: Document) -> None:
+    """Options and rank dimensions of a layout exist."""
+    choices = [dict(v.choices) for v in layout.layers.variants.values()]
+    numbers = [file.number for mode in layout.modes for file in mode.files]
+    for expression in expressions_of(
+        [[p.when for p in layout.prefixes], layout.layers.stage, choices, numbers]
+    ):
+        _check_options(expression, layout.options)
+    every: dict[str, None] = {}
+    for mode in layout.modes:
+        for index, file in enumerate(mode.files):
+            known = pattern(file.name).placeholders
+            every.update(dict.fromkeys(known))
+            base = ("modes", mode.name, "files", index)
+            for dim in file.ranks.dims if file.ranks is not None else ():
+                if dim not in known:
+                    place = document.place(*base, "ranks", dim)
+                    raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
+            for stage, cuts in file.cuts.items():
+                for dim in cuts:
+                    if dim not in known:
+                        place = document.place(*base, "cuts", stage, dim)
+                        raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
+    for dim in layout.lone_rank:
+        if dim not in every:
+            raise undeclared(
+                f"no file has a rank dimension `{dim}`", dim, every, document.place("lone_rank", dim)
+            )
+
+
+def _check_options(expression: Expression, options: Iterable[str]) -> None:
+    for path in sorted(compile_expression(expression).paths):
+        root, _, rest = path.partition(".")
+        name = rest.split(".")[0]
+        if root == "options" and name and name not in options:
+            raise undeclared(f"there is no option `{name}`", name, options, expression.place)

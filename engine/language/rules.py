@@ -1,0 +1,131 @@
+"""One rule: from checked YAML data to a frozen `Rule`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import EngineError
+from engine.language.axes import Axes, parse_axes
+from engine.language.declared import undeclared
+from engine.language.documents import Document, KeyPath
+from engine.language.model import Rule, Target, Variant
+from engine.language.names import Pattern, pattern
+
+
+def read_rule(document: Document, name: str, body: dict[str, Any], variants: Mapping[str, Variant]) -> Rule:
+    """The rule at `rules` → `name`; E103, E104 and E108 for what it says wrongly."""
+    base: KeyPath = ("rules", name)
+    axes = parse_axes(body["axes"], document.value_place(*base, "axes"))
+    sources = _texts(body["source"])
+    patterns = _sources(document, base, sources)
+    targets = _targets(document, base, body, axes)
+    for target in targets:
+        if pattern(target.name, target.place).has_param != patterns[0].has_param:
+            raise EngineError(
+                "E104",
+                f"rule `{name}` has {{param}} on one side only",
+                place=target.place,
+                got=f"{sources[0]}\n{target.name}",
+                expected="{param} on both sides, or on neither",
+                fix="Write weight or bias out, or use {param} in every name of the rule.",
+            )
+    split = _texts(body.get("split", []))
+    for axis in split:
+        if axis not in axes.names():
+            at = document.value_place(*base, "split")
+            raise undeclared(
+                f"rule `{name}` is split on `{axis}`, which is not among its axes", axis, axes.names(), at
+            )
+    stage = body.get("stage")
+    if ("layer" in patterns[0].placeholders) == (stage is not None):
+        layered = stage is not None
+        raise EngineError(
+            "E102",
+            f"rule `{name}` {'must not' if layered else 'must'} say its `stage`",
+            place=document.place(*base, "stage") if layered else document.place(*base),
+            got=sources[0],
+            expected="a name with {layer}, or `stage`, not both"
+            if layered
+            else "stage: first, or stage: last",
+            fix="`stage` says on which pipeline stage a tensor without {layer} lives.",
+        )
+    return Rule(
+        name=name,
+        sources=sources,
+        axes=axes,
+        targets=targets,
+        place=document.place(*base),
+        split=split,
+        stage=stage,
+        when=_when(document, base, body.get("when") or {}, variants),
+        optional=body.get("optional", False),
+        transform=_transform(document, base, body.get("transform"), targets),
+        keep_dtype=body.get("keep") == "dtype",
+        drop=dict(body.get("drop") or {}),
+        tied_to=body.get("tied_to"),
+    )
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _sources(document: Document, base: KeyPath, sources: tuple[str, ...]) -> list[Pattern]:
+    """Historical names stand for one tensor, so they have the same placeholders."""
+    found = [pattern(text, document.value_place(*base, "source", i)) for i, text in enumerate(sources)]
+    for index, other in enumerate(found):
+        if {*other.placeholders, other.has_param} != {*found[0].placeholders, found[0].has_param}:
+            raise EngineError(
+                "E104",
+                "historical names of one tensor have different placeholders",
+                place=document.value_place(*base, "source", index),
+                got=other.text,
+                expected=f"the placeholders of {found[0].text}",
+                fix="Write a rule of its own for it.",
+            )
+    return found
+
+
+def _targets(document: Document, base: KeyPath, body: dict[str, Any], axes: Axes) -> tuple[Target, ...]:
+    """`target` is short for one target with the source's axes."""
+    if "target" in body:
+        return (Target(body["target"], axes, document.value_place(*base, "target")),)
+    targets: list[Target] = []
+    for index, entry in enumerate(body["targets"]):
+        at = (*base, "targets", index)
+        read = parse_axes(entry["axes"], document.value_place(*at, "axes"))
+        targets.append(Target(entry["name"], read, document.value_place(*at, "name")))
+    return tuple(targets)
+
+
+def _when(
+    document: Document, base: KeyPath, when: dict[str, Any], variants: Mapping[str, Variant]
+) -> dict[str, tuple[str, ...]]:
+    """Choices as tuples; each variant and choice is declared."""
+    result = {variant: _texts(choices) for variant, choices in when.items()}
+    for variant, choices in result.items():
+        if variant not in variants:
+            at = document.place(*base, "when", variant)
+            raise undeclared(f"there is no variant `{variant}`", variant, variants, at)
+        known = variants[variant].choices
+        for choice in choices:
+            if choice not in known:
+                at = document.value_place(*base, "when", variant)
+                raise undeclared(f"variant `{variant}` has no choice `{choice}`", choice, known, at)
+    return result
+
+
+def _transform(
+    document: Document, base: KeyPath, transform: dict[str, str] | None, targets: tuple[Target, ...]
+) -> tuple[str, str] | None:
+    if not transform:
+        return None
+    ((operation, axis),) = transform.items()
+    for target in targets:
+        if axis not in target.axes.names():
+            at = document.value_place(*base, "transform", operation)
+            raise undeclared(
+                f"`{target.name}` has no axis `{axis}` to {operation} along", axis, target.axes.names(), at
+            )
+    return operation, axis
