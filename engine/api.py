@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,23 @@ from engine.language.model import Mapping as MappingFile
 if TYPE_CHECKING:
     import torch
 
+    from engine.language.lint import Finding
     from engine.plan.model import Plan
     from engine.plan.planner import Checkpoint
     from engine.run.runner import Progress
 
-__all__ = ["Report", "convert", "iter_tensors", "load_mapping", "plan", "read_checkpoint"]
+__all__ = [
+    "Report",
+    "convert",
+    "describe_plan",
+    "inspect",
+    "iter_tensors",
+    "lint",
+    "load_layout",
+    "load_mapping",
+    "plan",
+    "read_checkpoint",
+]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
@@ -94,15 +106,25 @@ def plan(
     from engine.plan.planner import DTYPES, make_plan
 
     if dtype != "auto" and dtype not in DTYPES:
-        raise EngineError("E001", f"there is no dtype `{dtype}`", expected=", ".join(["auto", *DTYPES]),
-                          fix="Give one of these to --dtype.")  # fmt: skip
+        raise EngineError(
+            "E001",
+            f"there is no dtype `{dtype}`",
+            expected=", ".join(["auto", *DTYPES]),
+            fix="Give one of these to --dtype.",
+        )
     if max_shard_size <= 0:
         raise EngineError("E001", "the shard size must be positive", got=str(max_shard_size), fix="For example 5GB.")
     loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
     layout = load_layout(loaded.layout)
     checkpoint = read_checkpoint(src, layout)
     return make_plan(
-        loaded, layout, checkpoint, settings=settings or {}, dtype=dtype, max_shard_size=max_shard_size, strict=strict
+        loaded,
+        layout,
+        checkpoint,
+        settings=settings or {},
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        strict=strict,
     )
 
 
@@ -138,20 +160,11 @@ def convert(
     from engine.run.runner import write_bytes, write_weights
 
     started = time.monotonic()
-    compiled = plan(
-        mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict
-    )
-    return _run(compiled, Path(src), out, overwrite, tokenizer, workers, progress, started, make_assets, OutputFolder, write_bytes, write_weights)
-
-
-def _run(
-    compiled: Plan, src: Path, out: str | Path | None, overwrite: bool, tokenizer: str | Path | None,
-    workers: int | None, progress: Callable[[Progress], None] | None, started: float,
-    make_assets: Any, OutputFolder: Any, write_bytes: Any, write_weights: Any,
-) -> Report:  # fmt: skip
-    real = src.resolve()
+    compiled = plan(mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict)
+    source = Path(src)
+    real = source.resolve()
     final = Path(out) if out is not None else real.with_name(real.name + "-hf")
-    with OutputFolder(final, src, overwrite=overwrite) as folder:
+    with OutputFolder(final, source, overwrite=overwrite) as folder:
         assets, notices = make_assets(compiled, Path(tokenizer) if tokenizer else None)
         write_weights(compiled, folder, workers=workers, listener=progress)
         for name, data in assets.items():
@@ -166,6 +179,48 @@ def _run(
         files=files,
         notices=(*compiled.notices, *notices),
     )
+
+
+def describe_plan(compiled: Plan) -> dict[str, Any]:
+    """A plan as JSON-ready data, as `engine plan --json` prints it (`schemas/plan.schema.json`)."""
+    from engine.review.describe import describe_plan as describe
+
+    return describe(compiled)
+
+
+def inspect(src: str | Path = ".") -> dict[str, Any]:
+    """What a checkpoint folder is: layout, mode, ranks, sizes, and which bundled mappings fit.
+
+    Reads headers only. The first layout whose files are there is taken.
+
+    Raises:
+        EngineError: E2xx and E3xx, of the layout that came closest.
+    """
+    from engine.language.search import layout_names, list_names
+    from engine.review.inspect import describe_checkpoint
+
+    first: EngineError | None = None
+    for name in layout_names():
+        layout = load_layout(name)
+        try:
+            checkpoint = read_checkpoint(src, layout)
+        except EngineError as error:
+            # Another layout may fit, unless this one knows the files and says what is wrong.
+            if error.code != "E304":
+                raise
+            first = first or error
+            continue
+        return describe_checkpoint(checkpoint, layout, [load_mapping(m) for m in list_names()])
+    raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
+
+
+def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
+    """Findings of mapping files; without paths, of every bundled one. Touches no checkpoint."""
+    from engine.language.lint import lint_file
+    from engine.language.search import list_names
+
+    names = [str(path) for path in paths] or list_names()
+    return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """Every error a user can meet: a stable code, a place, got against expected, and what to do.
 
 Codes are grouped by where the trouble lies: E0 usage, E1 mapping and layout files, E2 planning
-(ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5 assets.
+(ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5 assets, E9 the engine itself.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ CODES: dict[str, str] = {
     # assets
     "E501": "the tokenizer cannot be converted",
     "E502": "a configuration cannot be written",
+    # the engine itself
+    "E901": "internal error",
 }
 
 

@@ -56,10 +56,16 @@ def make_assets(plan: Plan, tokenizer: Path | None) -> tuple[dict[str, bytes], t
 def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | None) -> Path | None:
     if given is not None:
         if not given.is_file():
-            raise EngineError("E501", "there is no such tokenizer file", place=Place(str(given)), fix="Check --tokenizer.")
+            raise EngineError(
+                "E501", "there is no such tokenizer file", place=Place(str(given)), fix="Check --tokenizer."
+            )
         if spec is None:
-            raise EngineError("E501", f"mapping `{plan.mapping.name}` does not describe a tokenizer",
-                              place=plan.mapping.place, fix="Add a `tokenizer` block, or leave --tokenizer out.")  # fmt: skip
+            raise EngineError(
+                "E501",
+                f"mapping `{plan.mapping.name}` does not describe a tokenizer",
+                place=plan.mapping.place,
+                fix="Add a `tokenizer` block, or leave --tokenizer out.",
+            )
         return given
     if spec is None:
         return None

@@ -26,8 +26,13 @@ def read_pickled_mapping(path: Path) -> dict[str, Any]:
     """A pickled dict, or a `Config` class that is one; dtypes become text such as `torch.bfloat16`."""
     value = _plain(_unpickle(path))
     if not isinstance(value, dict):
-        raise EngineError("E303", "the configuration is not a mapping", place=Place(path.name), got=type(value).__name__,
-                          fix="Is it the model_config.pt of the training run?")  # fmt: skip
+        raise EngineError(
+            "E303",
+            "the configuration is not a mapping",
+            place=Place(path.name),
+            got=type(value).__name__,
+            fix="Is it the model_config.pt of the training run?",
+        )
     return value
 
 
@@ -37,10 +42,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise EngineError("E301", "the configuration is not JSON", place=Place(path.name), got=str(error)[:100],
-                          fix="Copy the file again.") from None  # fmt: skip
+        raise EngineError(
+            "E301",
+            "the configuration is not JSON",
+            place=Place(path.name),
+            got=str(error)[:100],
+            fix="Copy the file again.",
+        ) from None
     if not isinstance(value, dict):
-        raise EngineError("E303", "the configuration is not an object", place=Place(path.name), fix="Is it the right file?")
+        raise EngineError(
+            "E303", "the configuration is not an object", place=Place(path.name), fix="Is it the right file?"
+        )
     return value
 
 
@@ -71,7 +83,11 @@ def literals(source: str) -> dict[str, Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return names
     for statement in tree.body:
-        if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
+        if (
+            isinstance(statement, ast.Assign)
+            and len(statement.targets) == 1
+            and isinstance(statement.targets[0], ast.Name)
+        ):
             try:
                 names[statement.targets[0].id] = _literal(statement.value, names, 0)
             except (_Unknown, ArithmeticError, TypeError, ValueError, KeyError, IndexError):

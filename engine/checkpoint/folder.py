@@ -21,14 +21,24 @@ def list_folder(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
     except NotADirectoryError:
-        raise EngineError("E304", "the checkpoint is a file, not a folder", place=Place(str(folder)),
-                          fix="Point --src at the folder that holds the rank files.") from None  # fmt: skip
+        raise EngineError(
+            "E304",
+            "the checkpoint is a file, not a folder",
+            place=Place(str(folder)),
+            fix="Point --src at the folder that holds the rank files.",
+        ) from None
     except FileNotFoundError:
-        raise EngineError("E304", "there is no such checkpoint folder", place=Place(str(folder)),
-                          fix="Check the path given to --src.") from None  # fmt: skip
+        raise EngineError(
+            "E304", "there is no such checkpoint folder", place=Place(str(folder)), fix="Check the path given to --src."
+        ) from None
     except OSError as error:
-        raise EngineError("E305", "the checkpoint folder cannot be read", place=Place(str(folder)),
-                          got=error.strerror, fix="Check its permissions.") from error  # fmt: skip
+        raise EngineError(
+            "E305",
+            "the checkpoint folder cannot be read",
+            place=Place(str(folder)),
+            got=error.strerror,
+            fix="Check its permissions.",
+        ) from error
     return names
 
 

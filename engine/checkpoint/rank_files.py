@@ -48,8 +48,13 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise EngineError("E305", "a file cannot be read", place=Place(str(path)), got=error.strerror,
-                          fix="Check the file and its permissions.") from error  # fmt: skip
+        raise EngineError(
+            "E305",
+            "a file cannot be read",
+            place=Place(str(path)),
+            got=error.strerror,
+            fix="Check the file and its permissions.",
+        ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise EngineError("E305", "not a regular file", place=Place(str(path)), fix="Put the checkpoint's file there.")
@@ -75,15 +80,26 @@ def read_torch_file(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str
         file.seek(0)
         return load_legacy(file, name, size)
     except OSError as error:
-        raise EngineError("E305", "a file cannot be read", place=Place(name), got=error.strerror,
-                          fix="Check the file and its storage.") from error  # fmt: skip
+        raise EngineError(
+            "E305",
+            "a file cannot be read",
+            place=Place(name),
+            got=error.strerror,
+            fix="Check the file and its storage.",
+        ) from error
 
 
 def _root(members: Mapping[str, tuple[int, int]], name: str) -> str:
     roots = [m[: -len("/data.pkl")] for m in members if m.endswith("/data.pkl") and m.count("/") == 1]
     if len(roots) != 1:
-        raise EngineError("E303", "a zip, but not one that torch saved", place=Place(name), got=", ".join(list(members)[:5]),
-                          expected="one member NAME/data.pkl", fix="TorchScript archives and other zips are not checkpoints.")  # fmt: skip
+        raise EngineError(
+            "E303",
+            "a zip, but not one that torch saved",
+            place=Place(name),
+            got=", ".join(list(members)[:5]),
+            expected="one member NAME/data.pkl",
+            fix="TorchScript archives and other zips are not checkpoints.",
+        )
     return roots[0]
 
 
@@ -92,8 +108,14 @@ def _check_order(file: BinaryIO, members: Mapping[str, tuple[int, int]], root: s
         at, length = members[f"{root}/byteorder"]
         order = _read(file, at, min(length, 16), name)
         if order != b"little":
-            raise EngineError("E303", "the file was saved on a big-endian machine", place=Place(name), got=repr(order),
-                              expected="little", fix="Load and save it once with torch on a little-endian machine.")  # fmt: skip
+            raise EngineError(
+                "E303",
+                "the file was saved on a big-endian machine",
+                place=Place(name),
+                got=repr(order),
+                expected="little",
+                fix="Load and save it once with torch on a little-endian machine.",
+            )
 
 
 def _read(file: BinaryIO, at: int, length: int, name: str) -> bytes:
@@ -111,8 +133,14 @@ def _header(name: Any, tensor: Tensor, payload: Mapping[str, tuple[int, int]], f
         raise _damaged(file, f"storage {storage.key} is not in the file", str(name))
     dtype = tensor.dtype or storage.dtype
     if dtype is None or dtype not in ITEM_SIZES:
-        raise EngineError("E303", "a tensor's element type is not supported", place=Place(file, tensor=str(name)),
-                          got=str(dtype), expected=", ".join(ITEM_SIZES), fix="Quantised and complex tensors are not converted.")  # fmt: skip
+        raise EngineError(
+            "E303",
+            "a tensor's element type is not supported",
+            place=Place(file, tensor=str(name)),
+            got=str(dtype),
+            expected=", ".join(ITEM_SIZES),
+            fix="Quantised and complex tensors are not converted.",
+        )
     item = ITEM_SIZES[dtype]
     last = tensor.offset
     count = 1
@@ -120,15 +148,28 @@ def _header(name: Any, tensor: Tensor, payload: Mapping[str, tuple[int, int]], f
         last += (n - 1) * stride
         count *= n
     if count and (last + 1) * item > min(storage.nbytes, place[1]):
-        raise _damaged(file, f"it needs {(last + 1) * item} bytes of a storage of {min(storage.nbytes, place[1])}", str(name))
+        raise _damaged(
+            file, f"it needs {(last + 1) * item} bytes of a storage of {min(storage.nbytes, place[1])}", str(name)
+        )
     return TensorHeader(str(name), dtype, tensor.shape, tensor.strides, place[0] + tensor.offset * item)
 
 
 def _damaged(file: str, what: str, tensor: str | None = None) -> EngineError:
-    return EngineError("E301", "a checkpoint file is damaged or truncated", place=Place(file, tensor=tensor), got=what,
-                       fix="Copy the file again from the training run.")  # fmt: skip
+    return EngineError(
+        "E301",
+        "a checkpoint file is damaged or truncated",
+        place=Place(file, tensor=tensor),
+        got=what,
+        fix="Copy the file again from the training run.",
+    )
 
 
 def _not_a_state_dict(file: str, got: str) -> EngineError:
-    return EngineError("E303", "the file is not a state dict", place=Place(file), got=got, expected="a mapping of names to tensors",
-                       fix="Is it a rank file of the model? Optimizer and scheduler files are not converted.")  # fmt: skip
+    return EngineError(
+        "E303",
+        "the file is not a state dict",
+        place=Place(file),
+        got=got,
+        expected="a mapping of names to tensors",
+        fix="Is it a rank file of the model? Optimizer and scheduler files are not converted.",
+    )

@@ -97,8 +97,12 @@ def read_safetensors(path: Path) -> FileHeader:
     """Index a safetensors file. E301 for a header that is not exactly right, E305 when unreadable."""
 
     def damaged(what: str, tensor: str | None = None) -> EngineError:
-        return EngineError("E301", f"a safetensors file is damaged: {what}", place=Place(path.name, tensor=tensor),
-                           fix="Copy the file again.")  # fmt: skip
+        return EngineError(
+            "E301",
+            f"a safetensors file is damaged: {what}",
+            place=Place(path.name, tensor=tensor),
+            fix="Copy the file again.",
+        )
 
     try:
         with path.open("rb") as file:
@@ -111,8 +115,13 @@ def read_safetensors(path: Path) -> FileHeader:
                 raise damaged(f"its header claims {length} bytes of {size}")
             text = file.read(length)
     except OSError as error:
-        raise EngineError("E305", "a file cannot be read", place=Place(str(path)), got=error.strerror,
-                          fix="Check the file and its permissions.") from error  # fmt: skip
+        raise EngineError(
+            "E305",
+            "a file cannot be read",
+            place=Place(str(path)),
+            got=error.strerror,
+            fix="Check the file and its permissions.",
+        ) from error
     try:
         entries = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:

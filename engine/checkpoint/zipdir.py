@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from itertools import pairwise
 from typing import BinaryIO
 
 from engine.errors import EngineError, Place
@@ -18,8 +19,14 @@ def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tupl
     """
 
     def damaged(what: str) -> EngineError:
-        return EngineError("E301", "a checkpoint file is damaged or truncated", place=Place(name), got=what,
-                           expected="a zip as torch.save writes it", fix="Copy the file again from the training run.")  # fmt: skip
+        return EngineError(
+            "E301",
+            "a checkpoint file is damaged or truncated",
+            place=Place(name),
+            got=what,
+            expected="a zip as torch.save writes it",
+            fix="Copy the file again from the training run.",
+        )
 
     try:
         archive = zipfile.ZipFile(file)
@@ -48,7 +55,7 @@ def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tupl
         members[info.filename] = (at, info.file_size)
         spans.append((info.header_offset, at + info.file_size, info.filename))
     spans.sort()
-    for (_, end, one), (begin, _, two) in zip(spans, spans[1:], strict=False):
+    for (_, end, one), (begin, _, two) in pairwise(spans):
         if begin < end:
             raise damaged(f"members {one} and {two} overlap")
     file.seek(start)

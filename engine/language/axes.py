@@ -132,8 +132,9 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
     """
 
     def fail(message: str, at: int) -> EngineError:
-        column = place and place.column and place.column + at
-        where = place and Place(place.file, place.line, column)
+        where = place
+        if place is not None and place.column is not None:
+            where = Place(place.file, place.line, place.column + at)
         return EngineError(
             "E103",
             f"axes cannot be read: {message}",

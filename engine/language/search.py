@@ -68,3 +68,8 @@ def shown(path: Path) -> str:
     root = bundled("mappings").parent
     resolved = path.resolve()
     return str(resolved.relative_to(root)) if resolved.is_relative_to(root / "mappings") else str(path)
+
+
+def layout_names() -> list[str]:
+    """Names of all layouts in the search folders."""
+    return list(dict.fromkeys(p.stem for f in search_folders() for p in sorted((f / "layouts").glob("*.yaml"))))

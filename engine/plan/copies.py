@@ -60,9 +60,14 @@ def _normal(source: int, target: int, at: int, to: int, axes: list[tuple[int, in
                 continue
         merged.append([target_stride, source_stride, size])
     return Copy(
-        source, target, at, to,
-        tuple(m[2] for m in merged), tuple(m[1] for m in merged), tuple(m[0] for m in merged),
-    )  # fmt: skip
+        source,
+        target,
+        at,
+        to,
+        tuple(m[2] for m in merged),
+        tuple(m[1] for m in merged),
+        tuple(m[0] for m in merged),
+    )
 
 
 def swap(copy: Copy) -> Copy:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.language.model import Exclusion, Layout, Mapping as MappingFile
+from engine.language.model import Exclusion, Layout
+from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.plan.ranks import RankFile, RankGrid
 from engine.plan.stored import Instance, Stages, Stored, number_experts, number_layers
@@ -54,7 +55,9 @@ def is_active(instance: Instance, choices: Mapping[str, str]) -> bool:
     return all(choices.get(name, allowed[0]) in allowed for name, allowed in instance.rule.when.items())
 
 
-def check_names(stored: Sequence[Stored], matches: Matches, choices: Mapping[str, str], files: Sequence[RankFile]) -> None:
+def check_names(
+    stored: Sequence[Stored], matches: Matches, choices: Mapping[str, str], files: Sequence[RankFile]
+) -> None:
     """Refuse what the target cannot express, what no rule matches and what several do."""
     seen: set[str] = set()
     for one in stored:
@@ -65,8 +68,14 @@ def check_names(stored: Sequence[Stored], matches: Matches, choices: Mapping[str
         shape = f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}"
         if one.name in matches.refused:
             entry = matches.refused[one.name]
-            raise EngineError("E209", f"the target cannot express this model: {entry.why}", place=place, got=shape,
-                              expected=f"no such tensor ({entry.place})", fix="Use a mapping whose target has it.")  # fmt: skip
+            raise EngineError(
+                "E209",
+                f"the target cannot express this model: {entry.why}",
+                place=place,
+                got=shape,
+                expected=f"no such tensor ({entry.place})",
+                fix="Use a mapping whose target has it.",
+            )
         if one.name in matches.ignored:
             continue
         found = matches.candidates.get(one.name, ())
@@ -75,18 +84,34 @@ def check_names(stored: Sequence[Stored], matches: Matches, choices: Mapping[str
             continue
         if len(active) > 1:
             rules = ", ".join(f"`{i.rule.name}` ({i.rule.place})" for i in active)
-            raise EngineError("E206", f"tensor `{one.name}` is matched by {len(active)} rules", place=place, got=rules,
-                              expected="exactly one", fix="Give the rules different `when`, or remove one.")  # fmt: skip
+            raise EngineError(
+                "E206",
+                f"tensor `{one.name}` is matched by {len(active)} rules",
+                place=place,
+                got=rules,
+                expected="exactly one",
+                fix="Give the rules different `when`, or remove one.",
+            )
         if found:
             rule = found[0][0].rule
             when = ", ".join(f"{name}: {'|'.join(allowed)}" for name, allowed in rule.when.items())
-            raise EngineError("E205", f"tensor `{one.name}` is matched by no active rule", place=place, got=shape,
-                              expected=f"rule `{rule.name}` ({rule.place}) would match when {when}; "
-                              f"decided: {', '.join(f'{n}={choices[n]}' for n in rule.when if n in choices)}",
-                              fix="Check the decision with `engine plan`, or override it with --set.")  # fmt: skip
-        raise EngineError("E205", f"tensor `{one.name}` is matched by no rule", place=place, got=shape,
-                          expected="one rule, or an `ignore` entry that says why it is not needed",
-                          fix="`engine inspect` tells which bundled mappings fit this checkpoint.")  # fmt: skip
+            raise EngineError(
+                "E205",
+                f"tensor `{one.name}` is matched by no active rule",
+                place=place,
+                got=shape,
+                expected=f"rule `{rule.name}` ({rule.place}) would match when {when}; "
+                f"decided: {', '.join(f'{n}={choices[n]}' for n in rule.when if n in choices)}",
+                fix="Check the decision with `engine plan`, or override it with --set.",
+            )
+        raise EngineError(
+            "E205",
+            f"tensor `{one.name}` is matched by no rule",
+            place=place,
+            got=shape,
+            expected="one rule, or an `ignore` entry that says why it is not needed",
+            fix="`engine inspect` tells which bundled mappings fit this checkpoint.",
+        )
 
 
 def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> None:
@@ -97,9 +122,14 @@ def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> Non
             continue
         used = [s.text for s in instance.sources if any(s.match(n) is not None for n in names)]
         if len(used) > 1:
-            raise EngineError("E206", f"rule `{instance.rule.name}` matches two historical names at once",
-                              place=instance.rule.place, got=" and ".join(used), expected="exactly one per checkpoint",
-                              fix="The folder mixes files of two checkpoints.")  # fmt: skip
+            raise EngineError(
+                "E206",
+                f"rule `{instance.rule.name}` matches two historical names at once",
+                place=instance.rule.place,
+                got=" and ".join(used),
+                expected="exactly one per checkpoint",
+                fix="The folder mixes files of two checkpoints.",
+            )
 
 
 def stages_of(
@@ -148,7 +178,10 @@ def assign(
 
 
 def _expert_layer(
-    one: Stored, values: Mapping[str, int], positions: Mapping[tuple[int, int], list[tuple[int, int]]], file: RankFile
+    one: Stored,
+    values: Mapping[str, int],
+    positions: Mapping[tuple[int, int], list[tuple[int, int]]],
+    file: RankFile,
 ) -> int:
     """The whole-model layer of an expert file's tensor: exactly one position must fit number and key."""
     local = values["layer"]
@@ -165,4 +198,4 @@ def _expert_layer(
         expected=f"a number that fits one layer; it fits {every or 'none'}",
         fix="Two pipeline stages wrote the same file number, so one layer's experts were lost at saving; "
         "they cannot be recovered from this folder. Save again with layers divisible by the pipeline size.",
-    )  # fmt: skip
+    )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
-from engine.language.model import Layout, Mapping as MappingFile
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
 from engine.plan.copies import Copy
 from engine.plan.ranks import RankGrid
 from engine.plan.stored import Stages

@@ -25,7 +25,7 @@ class TargetSpec:
     axes: Axes
     instances: tuple[Instance, ...]
 
-    def keys(self) -> tuple[Key, ...]:
+    def piece_keys(self) -> tuple[Key, ...]:
         placeholders = frozenset(self.name.placeholders)
         return tuple((self.name.text, frozenset(piece) | placeholders) for piece in self.axes.pieces())
 
@@ -58,14 +58,16 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
             if known is None:
                 targets[name.text] = TargetSpec(name, axes, (instance,))
             elif known.axes.dims != axes.dims:
-                raise _piece_error(instance, f"`{name.text}` is written with different axes: `{known.axes}` and `{axes}`")
+                raise _piece_error(
+                    instance, f"`{name.text}` is written with different axes: `{known.axes}` and `{axes}`"
+                )
             elif instance not in known.instances:
                 targets[name.text] = TargetSpec(name, axes, (*known.instances, instance))
     owners: dict[Key, Instance] = {}
     by_source: dict[tuple[int, frozenset[str]], Key] = {}
     dropped: dict[tuple[int, frozenset[str]], str] = {}
     for instance in active:
-        wanted = {key for name, _ in instance.targets for key in targets[name.text].keys()}
+        wanted = {key for name, _ in instance.targets for key in targets[name.text].piece_keys()}
         for piece in source_pieces(instance):
             reason = next((why for axis, why in instance.rule.drop.items() if axis in piece), None)
             keys = [key for key in wanted if key[1] == piece]
@@ -81,9 +83,11 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
             owners[keys[0]] = instance
             by_source[id(instance), piece] = keys[0]
     for spec in targets.values():
-        for key in spec.keys():
+        for key in spec.piece_keys():
             if key not in owners:
-                raise _piece_error(spec.instances[0], f"target piece {_braces(key[1])} of `{spec.name.text}` has no source")
+                raise _piece_error(
+                    spec.instances[0], f"target piece {_braces(key[1])} of `{spec.name.text}` has no source"
+                )
     return Pieces(targets, owners, dropped, by_source)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import EngineError, Place
-from engine.language.axes import Axis, Node, Product
+from engine.language.axes import Axis, Node, Product, leaves
 from engine.plan.groups import Group
 from engine.plan.ranks import RankFile
 
@@ -115,7 +115,15 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
                 wanted = f"{len(axes.dims)} dimensions, `{axes}`"
                 if len(one.header.shape) == len(axes.dims):
                     wanted = f"{_shape(stored[0].header.shape)}, as in {files[stored[0].file].name}"
-                _contradict(state, group, ranks, "shape", f"{_shape(one.header.shape)} in {files[one.file].name}", wanted, files)
+                _contradict(
+                    state,
+                    group,
+                    ranks,
+                    "shape",
+                    f"{_shape(one.header.shape)} in {files[one.file].name}",
+                    wanted,
+                    files,
+                )
                 return True
     if group.cut.rows is not None:
         return _look_rows(group, state, files)
@@ -133,29 +141,50 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
             constant, factor, unknown = form
             if unknown is None:
                 if constant != size:
-                    _contradict(state, group, ranks, str(node), f"{size} from {_where(group, ranks, files)}", f"{constant}{_because(node, state)}", files)
+                    _contradict(
+                        state,
+                        group,
+                        ranks,
+                        str(node),
+                        f"{size} from {_where(group, ranks, files)}",
+                        f"{constant}{_because(node, state)}",
+                        files,
+                    )
                     return True
                 continue
             value, rest = divmod(size - constant, factor) if factor else (0, 1)
             if rest or value < 1:
                 _contradict(
-                    state, group, ranks, unknown, f"{size} rows from {_where(group, ranks, files)}",
-                    f"a multiple of {factor}: `{node}` with {_because(node, state).strip(' ()')}", files,
-                )  # fmt: skip
+                    state,
+                    group,
+                    ranks,
+                    unknown,
+                    f"{size} rows from {_where(group, ranks, files)}",
+                    f"a multiple of {factor}: `{node}` with {_because(node, state).strip(' ()')}",
+                    files,
+                )
                 return True
             if unknown in cut_axes:
                 position = [a for _, a in group.cut.dims].index(unknown)
                 before = local[unknown].setdefault(ranks[position], value)
                 if before != value:
-                    _contradict(state, group, ranks, unknown, f"{value} from {_where(group, ranks, files)}", f"{before} as in its other ranks", files)
+                    _contradict(
+                        state,
+                        group,
+                        ranks,
+                        unknown,
+                        f"{value} from {_where(group, ranks, files)}",
+                        f"{before} as in its other ranks",
+                        files,
+                    )
                     return True
             else:
                 state.facts[unknown] = Fact(unknown, value, _where(group, ranks, files), group.instance.rule.place)
                 others[unknown] = value
     for axis, parts in local.items():
         position = [a for _, a in group.cut.dims].index(axis)
-        wanted = {ranks[position] for ranks in group.shards}
-        if set(parts) != wanted:
+        held = {ranks[position] for ranks in group.shards}
+        if set(parts) != held:
             done = False
             continue
         if not _learn(state, group, axis, sum(parts.values()), files):
@@ -184,7 +213,15 @@ def _look_rows(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
         value, rest = divmod(size - constant, factor) if factor else (size, size - constant)
         if rest or (unknown is None and constant != size):
             where = _where(group, ranks, files) if node is not axes.dims[0] else _all(group, files)
-            _contradict(state, group, ranks, str(node), f"{size} from {where}", f"{constant}{_because(node, state)}", files)
+            _contradict(
+                state,
+                group,
+                ranks,
+                str(node),
+                f"{size} from {where}",
+                f"{constant}{_because(node, state)}",
+                files,
+            )
             return True
         if unknown is not None:
             state.facts[unknown] = Fact(unknown, value, _all(group, files), group.instance.rule.place)
@@ -198,13 +235,27 @@ def _learn(state: Sizes, group: Group, axis: str, value: int, files: Sequence[Ra
         state.facts[axis] = Fact(axis, value, why, group.instance.rule.place)
         return True
     if known.value != value:
-        _contradict(state, group, next(iter(group.shards)), axis, f"{value} from {why}", f"{known.value} from {known.why}", files)
+        _contradict(
+            state,
+            group,
+            next(iter(group.shards)),
+            axis,
+            f"{value} from {why}",
+            f"{known.value} from {known.why}",
+            files,
+        )
         return False
     return True
 
 
 def _contradict(
-    state: Sizes, group: Group, ranks: tuple[int, ...], axis: str, got: str, expected: str, files: Sequence[RankFile]
+    state: Sizes,
+    group: Group,
+    ranks: tuple[int, ...],
+    axis: str,
+    got: str,
+    expected: str,
+    files: Sequence[RankFile],
 ) -> None:
     stored = group.shards[ranks][0]
     place = group.instance.rule.place
@@ -216,8 +267,6 @@ def _contradict(
 
 
 def _because(node: Node, state: Sizes) -> str:
-    from engine.language.axes import leaves
-
     facts = [state.facts[name] for name in dict.fromkeys(leaves(node)) if name in state.facts]
     return f" ({'; '.join(f'{f.axis} = {f.value} from {f.why}' for f in facts)})" if facts else ""
 

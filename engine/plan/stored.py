@@ -10,7 +10,8 @@ from engine.checkpoint.headers import FileHeader, TensorHeader
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes
 from engine.language.expressions import evaluate
-from engine.language.model import Layout, Mapping as MappingFile, Rule
+from engine.language.model import Layout, Rule
+from engine.language.model import Mapping as MappingFile
 from engine.language.names import PARAMS, Pattern, pattern
 from engine.plan.ranks import RankFile, RankGrid
 
@@ -60,7 +61,10 @@ def instances(mapping: MappingFile) -> tuple[Instance, ...]:
                     side(rule.axes),
                     tuple(c.with_param(param) if param else c for c in compiled),
                     tuple(
-                        (pattern(t.name, t.place).with_param(param) if param else pattern(t.name), side(t.axes))
+                        (
+                            pattern(t.name, t.place).with_param(param) if param else pattern(t.name),
+                            side(t.axes),
+                        )
                         for t in rule.targets
                     ),
                 )

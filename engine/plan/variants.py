@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from engine.errors import EngineError
 from engine.language.expressions import evaluate
-from engine.language.model import Mapping as MappingFile, Option, Variant
+from engine.language.model import Mapping as MappingFile
+from engine.language.model import Option, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,9 @@ def check_settings(mapping: MappingFile, settings: Mapping[str, Any]) -> None:
                 f"mapping `{mapping.name}` has no variant or option `{name}`",
                 place=mapping.place,
                 expected=", ".join(known) or "none",
-                fix=f"Did you mean `--set {near[0]}={settings[name]}`?" if near else "See `engine show` for their meaning.",
+                fix=f"Did you mean `--set {near[0]}={settings[name]}`?"
+                if near
+                else "See `engine show` for their meaning.",
             )
 
 
@@ -53,18 +56,28 @@ def _option(option: Option, value: Any) -> Any:
     fits = isinstance(value, _TYPES[option.type]) and (option.type == "boolean" or not isinstance(value, bool))
     if not fits and value is not None:
         raise EngineError(
-            "E001", f"option `{option.name}` takes a value of type {option.type}", place=option.place,
-            got=repr(value), expected=option.type, fix=option.help or None,
-        )  # fmt: skip
+            "E001",
+            f"option `{option.name}` takes a value of type {option.type}",
+            place=option.place,
+            got=repr(value),
+            expected=option.type,
+            fix=option.help or None,
+        )
     if option.choices is not None and value not in option.choices:
         raise EngineError(
-            "E001", f"option `{option.name}` has no choice `{value}`", place=option.place,
-            got=str(value), expected=", ".join(map(str, option.choices)), fix=option.help or None,
-        )  # fmt: skip
+            "E001",
+            f"option `{option.name}` has no choice `{value}`",
+            place=option.place,
+            got=str(value),
+            expected=", ".join(map(str, option.choices)),
+            fix=option.help or None,
+        )
     return value
 
 
-def decide(variants: Mapping[str, Variant], settings: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Decision]:
+def decide(
+    variants: Mapping[str, Variant], settings: Mapping[str, Any], names: Mapping[str, Any]
+) -> dict[str, Decision]:
     """Decide every variant that `--set` or an expression decides; those by shapes stay open."""
     decided: dict[str, Decision] = {}
     for variant in variants.values():
@@ -72,9 +85,13 @@ def decide(variants: Mapping[str, Variant], settings: Mapping[str, Any], names: 
             choice = str(settings[variant.name])
             if choice not in variant.choices:
                 raise EngineError(
-                    "E001", f"variant `{variant.name}` has no choice `{choice}`", place=variant.place,
-                    got=choice, expected=", ".join(variant.choices), fix=variant.help or None,
-                )  # fmt: skip
+                    "E001",
+                    f"variant `{variant.name}` has no choice `{choice}`",
+                    place=variant.place,
+                    got=choice,
+                    expected=", ".join(variant.choices),
+                    fix=variant.help or None,
+                )
             decided[variant.name] = Decision(variant.name, choice, "set", f"--set {variant.name}={choice}")
         elif variant.decide == "expression":
             decided[variant.name] = _by_expression(variant, names)

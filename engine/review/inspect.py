@@ -14,9 +14,7 @@ from engine.plan.planner import Checkpoint, make_plan
 from engine.plan.stored import strip
 
 
-def describe_checkpoint(
-    checkpoint: Checkpoint, layout: Layout, mappings: Sequence[MappingFile]
-) -> dict[str, Any]:
+def describe_checkpoint(checkpoint: Checkpoint, layout: Layout, mappings: Sequence[MappingFile]) -> dict[str, Any]:
     """Facts of a checkpoint, JSON-ready. Reads headers only."""
     types: Counter[str] = Counter()
     for file in checkpoint.files:
@@ -67,8 +65,10 @@ def _fit(checkpoint: Checkpoint, layout: Layout, mapping: MappingFile) -> dict[s
         {"chunk": c, "pp": p, "first": plan.stages.starts[c, p], "layers": n}
         for (c, p), n in sorted(plan.stages.counts.items(), key=lambda item: plan.stages.starts[item[0]])
     ]
-    why = "" if not differ else "other sizes: " + ", ".join(
-        f"{a} {plan.sizes.get(a)}, release {mapping.expect[a]}" for a in differ
+    why = (
+        ""
+        if not differ
+        else "other sizes: " + ", ".join(f"{a} {plan.sizes.get(a)}, release {mapping.expect[a]}" for a in differ)
     )
     return {"name": mapping.name, "fits": not differ, "code": None, "why": why, "_stages": stages}
 

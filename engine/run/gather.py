@@ -77,11 +77,17 @@ class Gatherer:
             at = source.header.offset + part.source_offset * item
             if _straight(part):
                 start = part.target_offset * item
-                moves.append(_Move(source.file, at, shift, memoryview(self._block)[start : start + length], None))
+                moves.append(_Move(source.file, at, shift, self._block.data[start : start + length], None))
                 continue
-            to = np.ndarray(part.shape, kind, self._block.data, part.target_offset * item, [s * item for s in part.target_strides])
+            to = np.ndarray(
+                part.shape,
+                kind,
+                self._block.data,
+                part.target_offset * item,
+                [s * item for s in part.target_strides],
+            )
             frm = np.ndarray(part.shape, kind, self._scratch.data, 0, [s * item for s in part.source_strides])
-            moves.append(_Move(source.file, at, shift, memoryview(self._scratch)[:length], (to, frm)))
+            moves.append(_Move(source.file, at, shift, self._scratch.data[:length], (to, frm)))
         return moves
 
 

@@ -48,7 +48,11 @@ class Meter:
 
 
 def write_weights(
-    plan: Plan, folder: Path, *, workers: int | None = None, listener: Callable[[Progress], None] | None = None
+    plan: Plan,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    listener: Callable[[Progress], None] | None = None,
 ) -> None:
     """Compare replicas, then write every weight file of a plan into `folder`.
 
@@ -108,7 +112,13 @@ def _write_file(plan: Plan, path: Path, indices: Sequence[int], meter: Meter) ->
 
 
 def _write_tensor(
-    plan: Plan, index: int, offset: int, descriptor: int, gatherer: Gatherer, converter: Converter, meter: Meter
+    plan: Plan,
+    index: int,
+    offset: int,
+    descriptor: int,
+    gatherer: Gatherer,
+    converter: Converter,
+    meter: Meter,
 ) -> None:
     output = plan.outputs[index]
     copies = plan.copies(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,13 @@ from engine.errors import EngineError, Place
 from engine.plan.model import Output
 
 
-def float_type(dtype: str) -> np.dtype:
+def float_type(dtype: str) -> np.dtype[Any]:
     """The numpy type of a safetensors float type."""
     import ml_dtypes
 
-    return np.dtype({"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
+    kinds: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+    found: np.dtype[Any] = np.dtype(kinds[dtype])
+    return found
 
 
 def normalize(rows: np.ndarray) -> np.ndarray:

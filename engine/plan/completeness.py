@@ -1,0 +1,72 @@
+"""Completeness: every rule has its tensor for every layer and expert, on every rank that holds a slice."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from engine.errors import EngineError
+from engine.plan.attempts import Attempt, Checkpoint
+from engine.plan.groups import Group
+from engine.plan.stored import Instance
+
+
+def used_instances(attempt: Attempt, checkpoint: Checkpoint) -> list[Instance]:
+    """Active rules that matched; the first tensor that a rule or a rank lacks is named."""
+    found: dict[int, dict[tuple[int, ...], Group]] = {}
+    for (instance, key), one in attempt.groups.items():
+        found.setdefault(id(instance), {})[key] = one
+    used: list[Instance] = []
+    sizes = attempt.sizes.values()
+    for instance in attempt.active:
+        groups = found.get(id(instance))
+        if groups is None:
+            if instance.param != "bias" and not instance.rule.optional:
+                raise EngineError(
+                    "E207",
+                    f"rule `{instance.rule.name}` matches no tensor",
+                    place=instance.rule.place,
+                    got=f"no tensor named {' or '.join(s.text for s in instance.sources)}",
+                    expected="one for every layer",
+                    fix="Is it the mapping for this checkpoint? "
+                    "`engine inspect` tells which fit. A rule that may be absent is `optional: true`.",
+                )
+            continue
+        used.append(instance)
+        for values in product(*(range(sizes[axis]) for axis in instance.axis_names())):
+            fixed = dict(zip(instance.axis_names(), values, strict=True))
+            order = tuple(next(iter(groups.values())).fixed)
+            group = groups.get(tuple(fixed[axis] for axis in order))
+            if group is None:
+                where = ", ".join(f"{a} {v}" for a, v in fixed.items())
+                others = next(iter(groups.values()))
+                raise EngineError(
+                    "E207",
+                    f"a tensor that a rule needs is missing: {instance.sources[0].format(fixed)}",
+                    place=instance.rule.place,
+                    got=f"nothing for {where}",
+                    expected=f"one tensor for each, as for {others.fixed}",
+                    fix="A rule's tensors must be there for all layers and experts. If two stages of an expert "
+                    "checkpoint wrote the same file number, that layer was lost at saving.",
+                )
+            _check_ranks(group, checkpoint)
+    return used
+
+
+def _check_ranks(group: Group, checkpoint: Checkpoint) -> None:
+    dims = group.cut.rank_dims()
+    if not dims:
+        return
+    wanted = list(product(*(range(checkpoint.grid.sizes.get(d, 1)) for d in dims)))
+    missing = [ranks for ranks in wanted if ranks not in group.shards]
+    if missing:
+        some = next(iter(group.shards.values()))[0]
+        lack = ", ".join(f"{d}{r}" for d, r in zip(dims, missing[0], strict=True))
+        raise EngineError(
+            "E207",
+            f"tensor `{some.name}` is missing on rank {lack}",
+            place=group.instance.rule.place,
+            got=f"{len(group.shards)} of {len(wanted)} slices; one is {some.header.name} in "
+            f"{checkpoint.grid.files[some.file].name}",
+            expected=f"a slice on every rank of {' and '.join(dims)}",
+            fix="The rank's file is from another run or damaged.",
+        )

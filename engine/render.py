@@ -1,0 +1,317 @@
+"""What the terminal shows: facts of the API as text. No decisions are made here.
+
+Tables are plain aligned text, never cut to the terminal's width, so that they can be grepped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engine.errors import EngineError, Place
+
+if TYPE_CHECKING:
+    from engine.api import Report
+    from engine.language.model import Mapping as MappingFile
+    from engine.run.runner import Progress
+
+    Listener = Callable[[Progress], None] | None
+
+
+def as_json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False)
+
+
+def plain(data: Any) -> Any:
+    """Mappings and sequences of any kind as dicts and lists."""
+    if isinstance(data, Mapping):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [plain(value) for value in data]
+    return data
+
+
+def read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise EngineError("E305", "a file cannot be read", place=Place(str(path)), got=reason,
+                          fix="Check the path.") from error  # fmt: skip
+
+
+def amount(nbytes: float) -> str:
+    """Bytes as people say them, in powers of 1000 as file sizes are given.
+
+    >>> amount(999), amount(14_482_000_000)
+    ('999 B', '14.5 GB')
+    """
+    if nbytes < 999.5:
+        return f"{nbytes:.0f} B"
+    units = ["kB", "MB", "GB", "TB"]
+    nbytes /= 1000
+    while nbytes >= 999.5 and len(units) > 1:
+        nbytes /= 1000
+        units.pop(0)
+    return f"{nbytes:.3g} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.42), duration(75), duration(3700)
+    ('0.4 s', '1 min 15 s', '1 h 1 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count(number: int, noun: str) -> str:
+    """
+    >>> count(1, "file"), count(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: str = "  ") -> list[str]:
+    """Aligned columns; those whose cells are all numbers are aligned right."""
+    cells = [list(map(str, row)) for row in rows]
+    columns = list(zip(header, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [len(column) > 1 and all(c.replace(",", "").isdecimal() for c in column[1:]) for column in columns]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        return (indent + "  ".join(padded)).rstrip()
+
+    return [click.style(line(header), dim=True), *(line(row) for row in cells)]
+
+
+def _title(text: str) -> str:
+    return click.style(text, bold=True)
+
+
+def error(problem: EngineError) -> str:
+    """An error as it prints itself, its code in red."""
+    return click.style(problem.code, fg="red", bold=True) + str(problem).removeprefix(problem.code)
+
+
+def report(done: Report) -> str:
+    """What a run did."""
+    rate = f", {amount(done.bytes / done.seconds)}/s" if done.seconds > 0 else ""
+    lines = [
+        f"{click.style('converted', fg='green')} {count(done.tensors, 'tensor')}, {amount(done.bytes)} "
+        f"in {duration(done.seconds)}{rate}",
+        f"  to {done.out}",
+    ]
+    if done.variants:
+        lines.append("  as " + ", ".join(f"{name}={choice}" for name, choice in done.variants.items()))
+    lines += [f"{click.style('note', fg='yellow')} {notice}" for notice in done.notices]
+    return "\n".join(lines)
+
+
+def plan(facts: Mapping[str, Any]) -> str:
+    """The plan: source, decisions with their evidence, rules with layers folded, outputs."""
+    mapping, layout, source = facts["mapping"], facts["layout"], facts["source"]
+    lines = [
+        f"{_title(mapping['name'])} {mapping['version']}, layout {layout['name']} ({layout['mode']})",
+        f"  {source['folder']}: {_grid(source['ranks'], source['chunks'])}, "
+        f"{count(source['tensors'], 'tensor')} in {count(source['files'], 'file')}, {amount(source['bytes'])}",
+        "  " + ", ".join(f"{axis} {size}" for axis, size in facts["sizes"].items()),
+    ]
+    if facts["variants"]:
+        lines += ["", _title("decisions")]
+        lines += table(
+            ("variant", "choice", "by", "because"),
+            [(name, d["choice"], d["how"], d["evidence"] or "") for name, d in facts["variants"].items()],
+        )
+    if facts.get("options"):
+        lines += ["", _title("options"), *(f"  {n} = {_scalar(v)}" for n, v in facts["options"].items())]
+    lines += ["", _title("rules")]
+    lines += table(
+        ("target", "shape", "dtype", "tensors", "shards", "from", "rule"),
+        [
+            (
+                row["target"],
+                " × ".join(map(str, row["shape"])) or "scalar",
+                row["dtype"],
+                str(row["count"]),
+                str(row["sources"]),
+                row["source"],
+                row["rule"] + (f" ({row['transform']})" if row.get("transform") else ""),
+            )
+            for row in facts["rules"]
+        ],
+    )
+    replicas = facts.get("replicas", {})
+    if replicas.get("sets"):
+        lines.append(f"  {count(replicas['tensors'], 'replica')} in {count(replicas['sets'], 'set')} will be compared")
+    for name, why in facts.get("ignored", {}).items():
+        lines.append(f"  ignored {name}: {why}")
+    lines += ["", _title("outputs")]
+    lines += table(
+        ("file", "tensors", "size"),
+        [(o["file"], str(o["tensors"]), amount(o["bytes"])) for o in facts["outputs"]],
+    )
+    lines.append(
+        f"  {count(facts['tensors'], 'tensor')}, {amount(facts['bytes'])}; "
+        f"peak memory about {facts['predicted_memory'] / 2**20:.0f} MiB"
+    )
+    lines += [f"{click.style('note', fg='yellow')} {notice}" for notice in facts.get("notices", ())]
+    return "\n".join(lines)
+
+
+def checkpoint(facts: Mapping[str, Any]) -> str:
+    """What a checkpoint folder is, and which mappings fit."""
+    kind = f", {facts['model_type']}" if facts.get("model_type") else ""
+    types = ", ".join(f"{name} {amount(size)}" for name, size in facts["dtypes"].items())
+    lines = [
+        f"{_title(facts['folder'])}: {facts['layout']} ({facts['mode']}){kind}",
+        f"  ranks     {_grid(facts['ranks'], facts['chunks'])}",
+        f"  weights   {count(facts['tensors'], 'tensor')} in {count(facts['files'], 'file')}, "
+        f"{amount(facts['bytes'])} ({types})",
+    ]
+    if facts.get("stages"):
+        chunked = facts["chunks"] > 1
+        stages = [
+            f"pp{s['pp']}" + (f" chunk {s['chunk']}" if chunked else "") + f": {_layers(s)}" for s in facts["stages"]
+        ]
+        lines.append("  layers    " + "; ".join(stages))
+    for label in ("missing", "uneven", "unknown"):
+        if facts.get(label):
+            lines.append(f"  {label:<9} {', '.join(map(str, facts[label]))}")
+    if facts.get("skipped"):
+        lines.append(f"  skipped   {count(len(facts['skipped']), 'file')} of training state")
+    lines += ["", _title("mappings")]
+    fits = [m for m in facts["mappings"] if m["fits"]]
+    for mapping in (*fits, *(m for m in facts["mappings"] if not m["fits"])):
+        mark = click.style("fits", fg="green") if mapping["fits"] else click.style("no  ", dim=True)
+        lines.append(f"  {mark}  {mapping['name']}" + (f": {mapping['why']}" if mapping["why"] else ""))
+    if fits:
+        lines += ["", f"next: engine run --mapping {fits[0]['name']} --src {facts['folder']}"]
+    return "\n".join(lines)
+
+
+def _layers(stage: Mapping[str, Any]) -> str:
+    """
+    >>> _layers({"first": 2, "layers": 3})
+    '2…4'
+    """
+    if not stage["layers"]:
+        return "none"
+    last = stage["first"] + stage["layers"] - 1
+    return str(last) if stage["layers"] == 1 else f"{stage['first']}…{last}"
+
+
+def _grid(ranks: Mapping[str, int], chunks: int) -> str:
+    text = " × ".join(f"{name} {size}" for name, size in ranks.items()) or "one rank"
+    return f"{text}, {chunks} chunks" if chunks > 1 else text
+
+
+def _scalar(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def findings_data(found: Sequence[Any]) -> dict[str, Any]:
+    """Lint findings, JSON-ready."""
+    return {
+        "findings": [
+            {
+                "code": f.code,
+                "severity": f.severity,
+                "place": None if f.place is None else str(f.place),
+                "message": f.message,
+                "fix": f.fix,
+            }
+            for f in found
+        ]
+    }
+
+
+def findings(found: Sequence[Any]) -> str:
+    """Lint findings one under another, and how many."""
+    lines: list[str] = []
+    for finding in found:
+        colour = "red" if finding.severity == "error" else "yellow"
+        place = f"{finding.place}: " if finding.place is not None else ""
+        lines.append(f"{place}{click.style(finding.code, fg=colour, bold=True)} {finding.message}")
+        if finding.fix:
+            lines.append(f"  {finding.fix}")
+    errors = sum(f.severity == "error" for f in found)
+    rest = len(found) - errors
+    if not found:
+        lines.append(click.style("no findings", fg="green"))
+    else:
+        lines.append(f"{count(errors, 'error')}, {count(rest, 'warning')}")
+    return "\n".join(lines)
+
+
+def resolved(mapping: MappingFile) -> str:
+    """A mapping after inheritance, as YAML, headed by the files it came from."""
+    import yaml
+
+    body = yaml.safe_dump(plain(mapping.resolved), sort_keys=False, allow_unicode=True, width=100)
+    return f"# {mapping.name} {mapping.version}, from {' < '.join(mapping.files)}\n{body}"
+
+
+@contextmanager
+def progress(*, show: bool) -> Iterator[Listener]:
+    """A listener for a run: a live bar on a terminal, now and then a plain line elsewhere."""
+    if not show:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar() as listener:
+            yield listener
+    else:
+        yield plain_progress(lambda line: click.echo(line, err=True))
+
+
+@contextmanager
+def _bar() -> Iterator[Listener]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    no_color = click.get_current_context().color is False
+    with Bar(*columns, console=Console(stderr=True, no_color=no_color), transient=True) as bar:
+        task = bar.add_task("converting", total=None)
+        yield lambda state: bar.update(task, completed=state.done_bytes, total=state.total_bytes)
+
+
+def plain_progress(
+    write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+) -> Callable[[Progress], None]:
+    """A line at every tenth of the way, and after five seconds without one."""
+    started = last = clock()
+    tenth = 0
+
+    def listen(state: Progress) -> None:
+        nonlocal last, tenth
+        now = clock()
+        reached = 10 if not state.total_bytes else 10 * state.done_bytes // state.total_bytes
+        if reached == tenth and now - last < 5:
+            return
+        last, tenth = now, reached
+        rate = state.done_bytes / max(now - started, 1e-3)
+        line = f"{10 * state.done_bytes * 10 // max(state.total_bytes, 1):3d} %  {amount(state.done_bytes)} of "
+        line += f"{amount(state.total_bytes)}, {amount(rate)}/s"
+        if rate and state.done_bytes < state.total_bytes:
+            line += f", {duration((state.total_bytes - state.done_bytes) / rate)} left"
+        write(line)
+
+    return listen
