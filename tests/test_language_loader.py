@@ -1,0 +1,93 @@
+import pytest
+
+from engine.errors import EngineError
+from engine.language.loader import MAX_BYTES, load_text, load_yaml
+
+
+def refused(text: str) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        load_text(text, "x.yaml")
+    assert caught.value.code == "E101"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("on", "on"), ("off", "off"), ("yes", "yes"), ("No", "No"), ("12:30", "12:30"), ("1_000", "1_000"),
+        ("0x10", "0x10"), ("True", "True"), ("~", "~"), ("1.0.0", "1.0.0"), (".inf", ".inf"), ("2024-03-15", "2024-03-15"),
+        ("true", True), ("false", False), ("null", None), ("", None), ("0", 0), ("-7", -7), ("1e-5", 1e-5),
+        ("1e6", 1e6), ("2.5", 2.5), ("'1e6'", "1e6"), ('"012"', "012"), ("'true'", "true"),
+    ],
+)  # fmt: skip
+def test_plain_scalars_mean_what_they_look_like(text: str, value: object) -> None:
+    loaded = load_text(f"a: {text}").data["a"]
+    assert loaded == value and type(loaded) is type(value)
+
+
+def test_every_key_and_value_knows_its_place() -> None:
+    document = load_text("dims:\n  half: 2\nrules:\n- {source: a}\n", "x.yaml")
+    assert document.data == {"dims": {"half": 2}, "rules": [{"source": "a"}]}
+    assert str(document.places["dims", "half"]) == "x.yaml:2:9"
+    assert str(document.keys["dims", "half"]) == "x.yaml:2:3"
+    assert str(document.places["rules", 0]) == "x.yaml:4:3"
+    assert str(document.places["rules", 0, "source"]) == "x.yaml:4:12"
+
+
+def test_a_duplicate_key_is_refused_and_both_places_are_named() -> None:
+    error = refused("a: 1\nb: 2\na: 3\n")
+    assert str(error.place) == "x.yaml:3:1" and "x.yaml:1:1" in str(error)
+
+
+def test_keys_that_differ_only_in_type_are_duplicates() -> None:
+    refused("a: {1: x, '1': y}")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a: 012", "leading zero"), ("a: &x 1", "anchors"), ("a: *x", "aliases"), ("<<: {a: 1}", "merge keys"),
+        ("a: !!str 1", "tags"), ("a: !python/object/apply:os.system [ls]", "tags"), ("true: 1", "word"),
+        ("[a]: 1", "key"), ("a: 1\n---\nb: 1", "document"), ("", "empty"), ("- 1", "keys and values"), ("a: [", "cannot be read"),
+        ("a: \x00", "character"), ("a: \ud800", "UTF-8"),
+    ],
+)  # fmt: skip
+def test_yaml_traps_are_refused_with_a_place(text: str, word: str) -> None:
+    error = refused(text)
+    assert word in error.message
+    assert error.place is not None and error.place.file == "x.yaml"
+
+
+def test_a_quoted_merge_key_is_an_ordinary_key() -> None:
+    assert load_text("'<<': 1").data == {"<<": 1}
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[a, "])
+def test_deep_nesting_is_refused_at_once(opening: str) -> None:
+    assert "deeper" in refused("a:\n  " + opening * 150_000).message
+
+
+def test_depth_up_to_the_limit_is_read() -> None:
+    load_text("a: " + "[" * 60 + "]" * 60)
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path) -> None:
+    path = tmp_path / "big.yaml"
+    path.write_bytes(b"a: " + b"x" * MAX_BYTES)
+    with pytest.raises(EngineError, match="too large"):
+        load_yaml(path)
+
+
+def test_text_that_is_not_utf8_is_refused_where_it_stands(tmp_path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"a: 1\nb: caf\xe9\n")
+    with pytest.raises(EngineError, match="UTF-8") as caught:
+        load_yaml(path)
+    assert caught.value.place is not None
+    assert (caught.value.place.line, caught.value.place.column) == (2, 7)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path) -> None:
+    path = tmp_path / "windows.yaml"
+    path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: [x]\r\n")
+    assert load_yaml(path).data == {"a": 1, "b": ["x"]}
