@@ -151,7 +151,7 @@ def plan(facts: Mapping[str, Any]) -> str:
                 str(row["count"]),
                 str(row["sources"]),
                 row["source"],
-                row["rule"] + (f" ({row['transform']})" if row.get("transform") else ""),
+                _rule_label(row),
             )
             for row in facts["rules"]
         ],
@@ -172,6 +172,13 @@ def plan(facts: Mapping[str, Any]) -> str:
     )
     lines += [f"{click.style('note', fg='yellow')} {notice}" for notice in facts.get("notices", ())]
     return "\n".join(lines)
+
+
+def _rule_label(row: Mapping[str, Any]) -> str:
+    """The rule's name if it has one, with its file and line, and what it does to values."""
+    file, line, *_ = [*row["place"].rsplit("/", 1)[-1].split(":"), ""]
+    name = "" if "." in row["rule"] else f"{row['rule']} "
+    return f"{name}{file}:{line}" + (f", {row['transform']}" if row.get("transform") else "")
 
 
 def checkpoint(facts: Mapping[str, Any]) -> str:
@@ -263,8 +270,19 @@ def resolved(mapping: MappingFile) -> str:
     """A mapping after inheritance, as YAML, headed by the files it came from."""
     import yaml
 
-    body = yaml.safe_dump(plain(mapping.resolved), sort_keys=False, allow_unicode=True, width=100)
+    data = plain(mapping.resolved)
+    if isinstance(data.get("rules"), dict):  # by name, as merging needs them; a file has a list
+        data["rules"] = [_rule(name, rule) for name, rule in data["rules"].items()]
+    body = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
     return f"# {mapping.name} {mapping.version}, from {' < '.join(mapping.files)}\n{body}"
+
+
+def _rule(name: str, rule: dict[str, Any]) -> dict[str, Any]:
+    """A rule as a file writes it: a name that is only its first source goes unsaid."""
+    sources = rule.get("source")
+    first = sources[0] if isinstance(sources, list) and sources else sources
+    rest = {key: value for key, value in rule.items() if key != "name"}
+    return rest if name == first else {"name": name, **rest}
 
 
 @contextmanager
