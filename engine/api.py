@@ -69,7 +69,7 @@ def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
     """
     from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
     from engine.plan.planner import Checkpoint
-    from engine.plan.ranks import read_grid
+    from engine.plan.ranks import check_claims, read_grid
 
     folder = Path(src)
     grid = read_grid(list_folder(folder), layout, str(folder))
@@ -77,6 +77,7 @@ def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
     training: dict[str, Any] = {}
     if layout.training_file is not None and layout.training_format is not None:
         training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
+        check_claims(grid, layout, training, str(folder))
     headers = read_headers(folder, [f.name for f in grid.files])
     return Checkpoint(str(folder), grid, headers, config, training, layout.config_file)
 

@@ -32,14 +32,10 @@ def load_layout(name: str) -> Layout:
         training_file=training.get("file"),
         training_format=training.get("format"),
         prefixes=tuple(
-            Prefix(
-                p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None
-            )
+            Prefix(p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None)
             for i, p in enumerate(data["prefixes"])
         ),
-        options={
-            n: read_option(document, n, o, ("options", n)) for n, o in (data.get("options") or {}).items()
-        },
+        options={n: read_option(document, n, o, ("options", n)) for n, o in (data.get("options") or {}).items()},
         layers=LayerCut(
             stage=expression(document, ("layers", "stage"), layers["stage"]),
             variants={
@@ -51,6 +47,7 @@ def load_layout(name: str) -> Layout:
         ),
         uneven=data.get("uneven", "first"),
         lone_rank=data.get("lone_rank") or {},
+        sizes={n: expression(document, ("sizes", n), text) for n, text in (data.get("sizes") or {}).items()},
         modes=tuple(_mode(document, n, m) for n, m in data["modes"].items()),
         skip=tuple(data.get("skip") or ()),
         refuse=tuple(

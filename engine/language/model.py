@@ -175,6 +175,7 @@ class Layout:
     layers: LayerCut
     uneven: str
     lone_rank: MappingABC[str, int]
+    sizes: MappingABC[str, Expression]  # ranks per dimension, as the training configuration claims
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]
     refuse: tuple[RefusedFile, ...]

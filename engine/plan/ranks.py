@@ -104,6 +104,34 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
     return grid
 
 
+def check_claims(grid: RankGrid, layout: Layout, training: Mapping[str, Any], folder: str) -> None:
+    """Compare the grid with the ranks that the training configuration claims.
+
+    The files alone cannot tell that the last ranks are missing altogether.
+
+    Raises:
+        EngineError: E201 naming the first rank that has no file.
+    """
+    for dim, expression in layout.sizes.items():
+        claimed = evaluate(expression, {"training": training})
+        if dim not in grid.sizes or isinstance(claimed, bool) or not isinstance(claimed, int) or claimed < 1:
+            continue
+        if claimed != grid.sizes[dim]:
+            some = {**dict.fromkeys(grid.sizes, 0), dim: min(claimed, grid.sizes[dim])}
+            name = pattern(grid.mode.files[0].name).format(some)
+            more = claimed > grid.sizes[dim]
+            raise EngineError(
+                "E201",
+                f"rank file `{name}` is missing" if more else f"`{name}` does not belong to this training run",
+                place=Place(folder),
+                got=f"{dim} {grid.sizes[dim]}, counted over the files",
+                expected=f"{dim} {claimed}: `{expression.text}` in {layout.training_file}",
+                fix="Copy the missing files from the training run; every rank holds a different slice."
+                if more
+                else "Files of two checkpoints seem to be mixed; keep those of one.",
+            )
+
+
 def _known(name: str, layout: Layout) -> bool:
     known = (layout.config_file, layout.training_file)
     return name in known or any(fnmatchcase(name, glob) for glob in layout.skip)
