@@ -24,18 +24,28 @@ def refused(text: str, **names: Any) -> EngineError:
 @pytest.mark.parametrize(
     ("text", "names", "expected"),
     [
-        ("((hidden * mlp_ratio) | int + multiple - 1) // multiple * multiple",
-         {"hidden": 4096, "mlp_ratio": 8 / 3, "multiple": 256}, 11008),
+        (
+            "((hidden * mlp_ratio) | int + multiple - 1) // multiple * multiple",
+            {"hidden": 4096, "mlp_ratio": 8 / 3, "multiple": 256},
+            11008,
+        ),
         ("num_kv | default(heads)", {"heads": 32}, 32),
         ("qk_interleaved | default(not (adapt_hf | default(true)))", {}, False),
         ("norm_head | default(false) and qk_interleaved is not defined", {"norm_head": True}, True),
         ("training.parallel.pipeline.mode | default('1F1B')", {"training": {}}, "1F1B"),
-        ("training.parallel.pipeline.mode | default('1F1B')", {"training": {"parallel": {"pipeline": {"mode": "ZBV"}}}}, "ZBV"),
+        (
+            "training.parallel.pipeline.mode | default('1F1B')",
+            {"training": {"parallel": {"pipeline": {"mode": "ZBV"}}}},
+            "ZBV",
+        ),
         ("training.parallel.pipeline.mode is defined", {"training": {"parallel": None}}, False),
         ("[tps, wps] | max", {"tps": 2, "wps": 4}, 4),
         ("max(tps, wps) + min([1, 2])", {"tps": 2, "wps": 4}, 5),
-        ("chunk * pps + (pps - 1 - pp if schedule == 'zbv' and chunk % 2 == 1 else pp)",
-         {"chunk": 1, "pps": 4, "pp": 1, "schedule": "zbv"}, 6),
+        (
+            "chunk * pps + (pps - 1 - pp if schedule == 'zbv' and chunk % 2 == 1 else pp)",
+            {"chunk": 1, "pps": 4, "pp": 1, "schedule": "zbv"},
+            6,
+        ),
         ("['A' if is_reward | default(false) else 'B']", {}, ["B"]),
         ("true if 'B' in architectures else omit", {"architectures": ["A"]}, OMIT),
         ("gcd(intermediate_size, 256)", {"intermediate_size": 96}, 32),
@@ -46,7 +56,7 @@ def refused(text: str, **names: Any) -> EngineError:
         ("'v' + (n | string)", {"n": 3}, "v3"),
         ("items", {"items": [1, 2]}, [1, 2]),
     ],
-)  # fmt: skip
+)
 def test_expressions_give_plain_values(text: str, names: dict[str, Any], expected: object) -> None:
     result = value(text, **names)
     assert result == expected and type(result) is type(expected)
@@ -75,13 +85,44 @@ def test_an_undefined_path_is_named_whole() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "''.__class__", "().__class__.__base__.__subclasses__()", "x.__class__", "x.append(1)", "[].append(1)",
-        "x|attr('__class__')", "x|map('a')", "range(9)", "lipsum()", "cycler", "namespace(a=1)", "self", "super()",
-        "self.__init__", "present.__globals__", "max.__globals__", "gcd.__class__", "omit.__class__", "x[y]", "x[0:1]",
-        "a ~ b", "a = 1", "{% if x %}", "1 }} {{ 2", "x if y", "max", "default(1)", "x | default", "dict(a=1)",
-        "present(x)", "present('a', 'b')", "gcd(*x)", "x is callable", "x|tojson", "joiner()", "__import__('os')",
+        "''.__class__",
+        "().__class__.__base__.__subclasses__()",
+        "x.__class__",
+        "x.append(1)",
+        "[].append(1)",
+        "x|attr('__class__')",
+        "x|map('a')",
+        "range(9)",
+        "lipsum()",
+        "cycler",
+        "namespace(a=1)",
+        "self",
+        "super()",
+        "self.__init__",
+        "present.__globals__",
+        "max.__globals__",
+        "gcd.__class__",
+        "omit.__class__",
+        "x[y]",
+        "x[0:1]",
+        "a ~ b",
+        "a = 1",
+        "{% if x %}",
+        "1 }} {{ 2",
+        "x if y",
+        "max",
+        "default(1)",
+        "x | default",
+        "dict(a=1)",
+        "present(x)",
+        "present('a', 'b')",
+        "gcd(*x)",
+        "x is callable",
+        "x|tojson",
+        "joiner()",
+        "__import__('os')",
     ],
-)  # fmt: skip
+)
 def test_what_is_not_in_the_language_is_refused(text: str) -> None:
     refused(text, x=[1], y=0, a=1, b=2, present=lambda p: True)
 
@@ -89,11 +130,26 @@ def test_what_is_not_in_the_language_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "'a' * 1000000000", "1000000000 * 'a'", "[0] * 1000000000", "2 ** 1000000000", "2 ** (10 ** 9)", "'%1000000000d' % 5",
-        "((2 ** 4000) ** 4000)", "x * 1000000000", "9" * 1900, "(" * 900 + "1" + ")" * 900, "1+" * 990 + "1", "not " * 490 + "1",
-        "-" * 1900 + "1", "[" * 900 + "]" * 900, "1 if a else " * 160 + "1", "a" * 2001, "a." * 900 + "b", "(10.0 ** 300) ** 300",
+        "'a' * 1000000000",
+        "1000000000 * 'a'",
+        "[0] * 1000000000",
+        "2 ** 1000000000",
+        "2 ** (10 ** 9)",
+        "'%1000000000d' % 5",
+        "((2 ** 4000) ** 4000)",
+        "x * 1000000000",
+        "9" * 1900,
+        "(" * 900 + "1" + ")" * 900,
+        "1+" * 990 + "1",
+        "not " * 490 + "1",
+        "-" * 1900 + "1",
+        "[" * 900 + "]" * 900,
+        "1 if a else " * 160 + "1",
+        "a" * 2001,
+        "a." * 900 + "b",
+        "(10.0 ** 300) ** 300",
     ],
-)  # fmt: skip
+)
 def test_work_and_depth_are_bounded(text: str) -> None:
     start = time.perf_counter()
     refused(text, x="abc", a=0)

@@ -14,12 +14,32 @@ def refused(text: str) -> EngineError:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("on", "on"), ("off", "off"), ("yes", "yes"), ("No", "No"), ("12:30", "12:30"), ("1_000", "1_000"),
-        ("0x10", "0x10"), ("True", "True"), ("~", "~"), ("1.0.0", "1.0.0"), (".inf", ".inf"), ("2024-03-15", "2024-03-15"),
-        ("true", True), ("false", False), ("null", None), ("", None), ("0", 0), ("-7", -7), ("1e-5", 1e-5),
-        ("1e6", 1e6), ("2.5", 2.5), ("'1e6'", "1e6"), ('"012"', "012"), ("'true'", "true"),
+        ("on", "on"),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("No", "No"),
+        ("12:30", "12:30"),
+        ("1_000", "1_000"),
+        ("0x10", "0x10"),
+        ("True", "True"),
+        ("~", "~"),
+        ("1.0.0", "1.0.0"),
+        (".inf", ".inf"),
+        ("2024-03-15", "2024-03-15"),
+        ("true", True),
+        ("false", False),
+        ("null", None),
+        ("", None),
+        ("0", 0),
+        ("-7", -7),
+        ("1e-5", 1e-5),
+        ("1e6", 1e6),
+        ("2.5", 2.5),
+        ("'1e6'", "1e6"),
+        ('"012"', "012"),
+        ("'true'", "true"),
     ],
-)  # fmt: skip
+)
 def test_plain_scalars_mean_what_they_look_like(text: str, value: object) -> None:
     loaded = load_text(f"a: {text}").data["a"]
     assert loaded == value and type(loaded) is type(value)
@@ -46,12 +66,22 @@ def test_keys_that_differ_only_in_type_are_duplicates() -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("a: 012", "leading zero"), ("a: &x 1", "anchors"), ("a: *x", "aliases"), ("<<: {a: 1}", "merge keys"),
-        ("a: !!str 1", "tags"), ("a: !python/object/apply:os.system [ls]", "tags"), ("true: 1", "word"),
-        ("[a]: 1", "key"), ("a: 1\n---\nb: 1", "document"), ("", "empty"), ("- 1", "keys and values"), ("a: [", "cannot be read"),
-        ("a: \x00", "character"), ("a: \ud800", "UTF-8"),
+        ("a: 012", "leading zero"),
+        ("a: &x 1", "anchors"),
+        ("a: *x", "aliases"),
+        ("<<: {a: 1}", "merge keys"),
+        ("a: !!str 1", "tags"),
+        ("a: !python/object/apply:os.system [ls]", "tags"),
+        ("true: 1", "word"),
+        ("[a]: 1", "key"),
+        ("a: 1\n---\nb: 1", "document"),
+        ("", "empty"),
+        ("- 1", "keys and values"),
+        ("a: [", "cannot be read"),
+        ("a: \x00", "character"),
+        ("a: \ud800", "UTF-8"),
     ],
-)  # fmt: skip
+)
 def test_yaml_traps_are_refused_with_a_place(text: str, word: str) -> None:
     error = refused(text)
     assert word in error.message

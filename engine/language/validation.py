@@ -47,9 +47,12 @@ def check_schema(document: Document, kind: str) -> None:
         data = {**data, "rules": list(data["rules"].values())}
     from jsonschema.exceptions import best_match
 
-    error = best_match(_validator(kind).iter_errors(data))
-    if error is None:
+    errors = list(_validator(kind).iter_errors(data))
+    if not errors:
         return
+    # a misspelt key is also a missing key: the former tells more
+    unknown = [e for e in errors if e.validator == "additionalProperties"]
+    error: Any = unknown[0] if unknown else best_match(errors)
     path: list[str | int] = list(error.absolute_path)
     if names is not None and path[:1] == ["rules"] and len(path) > 1:
         path[1] = names[int(path[1])]
@@ -79,11 +82,7 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
         expected = " or ".join(_TYPES[t] for t in types)
         message = f"{where} is not {expected}"
-        if (
-            "string" in types
-            and isinstance(error.instance, int | float)
-            and not isinstance(error.instance, bool)
-        ):
+        if "string" in types and isinstance(error.instance, int | float) and not isinstance(error.instance, bool):
             fix = "Put it in quotes."
     elif error.validator == "enum":
         allowed = [str(v) for v in error.validator_value]

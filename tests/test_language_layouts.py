@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from engine.errors import EngineError
+from engine.language.expressions import evaluate
+from engine.language.layout_file import load_layout
+from engine.language.search import bundled
+
+INTERNEVO = (bundled("mappings") / "layouts" / "internevo.yaml").read_text()
+
+
+def test_the_internevo_layout_holds_what_its_file_says() -> None:
+    layout = load_layout("internevo")
+    assert (layout.config_file, layout.config_format) == ("model_config.pt", "pickled_mapping")
+    assert [p.prefix for p in layout.prefixes] == ["{chunk}.model.", "model.", ""]
+    assert [m.name for m in layout.modes] == ["tensor", "isp", "isp_wp"]
+    isp = layout.modes[1].files[0]
+    assert isp.ranks is not None and set(isp.ranks.dims) == {"tp", "wp"}
+    assert dict(isp.cuts["layers"]) == {"wp": "rows"}
+    assert layout.modes[0].files[1].number is not None
+    assert layout.lone_rank == {"tp": 0} and layout.uneven == "first" and layout.layers.uneven == "last"
+    assert "optimizer_*.pt" in layout.skip and layout.refuse[0].fix
+
+
+def test_zbv_deals_every_second_chunk_in_reverse() -> None:
+    stage = load_layout("internevo").layers.stage
+
+    def order(schedule: str) -> list[int]:
+        names = {"pps": 3, "schedule": schedule}
+        return [evaluate(stage, {**names, "chunk": c, "pp": p}) for c in range(2) for p in range(3)]
+
+    assert order("interleaved") == [0, 1, 2, 3, 4, 5]
+    assert order("zbv") == [0, 1, 2, 5, 4, 3]
+
+
+def test_the_schedule_is_read_from_the_training_config_where_there_is_one() -> None:
+    schedule = load_layout("internevo").layers.variants["schedule"]
+    zbv = schedule.choices["zbv"]
+    assert zbv is not None
+    assert evaluate(zbv, {"training": {"parallel": {"pipeline": {"mode": "ZBV"}}}}) is True
+    assert evaluate(zbv, {"training": {}}) is False
+
+
+def test_an_integer_stage_is_an_expression() -> None:
+    assert load_layout("meta-llama").layers.stage.text == "0"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "says"),
+    [
+        ("layout: 1", "layout: 3", "E102", "version 3"),
+        ("lone_rank:", "lone_ranks:", "E102", "Did you mean `lone_rank`"),
+        ("cuts: {layers: {wp: rows}}", "cuts: {layers: {tp: rows}}", "E108", "no rank dimension `tp`"),
+        ("{tp: 0}", "{xp: 0}", "E108", "xp"),
+        ("when: options.wrapped", "when: options.wraped", "E108", "Did you mean `wrapped`"),
+        ("number: pp * (layers // pps) + nth", "number: pp * layers //", "E105", "read"),
+        ("ranks: {count: wps, wp: rank}", "ranks: {wp: rank}", "E102", "count"),
+        ("name: model_tp{tp}_pp{pp}.pt", 'name: "model_tp{tp}{pp}.pt"', "E104", "touch"),
+    ],
+)
+def test_a_mistake_in_a_layout_is_refused_with_its_place(
+    tmp_path: Path, old: str, new: str, code: str, says: str
+) -> None:
+    assert old in INTERNEVO
+    path = tmp_path / "own.yaml"
+    path.write_text(INTERNEVO.replace(old, new))
+    with pytest.raises(EngineError) as caught:
+        load_layout(str(path))
+    assert caught.value.code == code and says in str(caught.value), str(caught.value)
+    assert caught.value.place is not None and caught.value.place.line is not None
+
+
+def test_an_unknown_layout_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(EngineError) as caught:
+        load_layout("interevo")
+    assert caught.value.code == "E002" and "internevo" in str(caught.value)
