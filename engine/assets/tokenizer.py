@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.assets.merges import ranked_merges
+from engine.assets.pieces import BYTE, CONTROL, MODEL_TYPES, NORMAL, SPACE, UNKNOWN, USER_DEFINED
+from engine.assets.tokenizer_check import compare
 from engine.errors import EngineError, Place
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
-SPACE = "▁"  # how SentencePiece writes a space in pieces
 
 
 def tokenizer_size(model_file: Path) -> int:
@@ -57,9 +55,9 @@ def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, by
     unk = next(name for name, piece in zip(names, model.pieces, strict=True) if piece.type == UNKNOWN)
     backend = _backend(model, names, special, unused, bos if add_bos else None, unk)
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))
-    _compare(model, processor, text, place)
+    compare(model, processor, text, place)
     extra = [names[index] for index in sorted(special) if names[index] not in (bos, eos, pad, unk)]
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
         "add_eos_token": False,
@@ -72,7 +70,9 @@ def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, by
         "model_input_names": ["input_ids", "attention_mask"],
     }
     kept = {key: value for key, value in settings.items() if value is not None}
-    mapped = {key: kept[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if key in kept}
+    mapped: dict[str, Any] = {
+        key: kept[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if key in kept
+    }
     return {
         "tokenizer.json": (text + "\n").encode(),
         "tokenizer.model": data,
@@ -107,7 +107,7 @@ def _read(model_file: Path) -> tuple[Any, bytes]:
         found = f"{len(model.pieces)} pieces"
     except DecodeError:
         found = f"{len(data)} bytes that start with {data[:12]!r}"
-    if not any(piece.type == UNKNOWN for piece in model.pieces):
+    if not model.HasField("trainer_spec") or all(piece.type != UNKNOWN for piece in model.pieces):
         raise EngineError(
             "E501",
             "the file is not a SentencePiece model",
@@ -241,7 +241,7 @@ def _backend(
         if piece.type == NORMAL and index not in unused
     }
     dummy = model.normalizer_spec.add_dummy_prefix
-    back = {SPACE: " "} | {name: names[index] for index, name in spelled.items()}
+    back: dict[str, str] = {SPACE: " ", **{name: names[index] for index, name in spelled.items()}}
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": name}, "content": content} for name, content in back.items()
     ]
@@ -311,47 +311,3 @@ def _post_processor(bos: str | None, bos_id: int | None) -> dict[str, Any]:
         "pair": [begin, first, again, second],
         "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
-
-
-def _probes(model: Any) -> Iterable[str]:
-    """Texts on which converted tokenizers are known to go wrong, and runs and joins of the model's own pieces."""
-    yield from ("Hello", " Hello", "Hello  world ", "   ", "\n\n\t x\r\n", "1234567890", "a\x00b\x1f\x7f", "▁a ▁▁b")
-    yield from (
-        "你好，世界！ 書生·浦语",
-        "naïve café e\u0301",
-        "👩\u200d👩\u200d👧 🏳️\u200d🌈 \U0010fffd",
-        "Ａ①ﬁ\u3000\xa0\u200b—",
-    )
-    pieces = [piece.piece.replace(SPACE, " ") for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)]
-    step = max(1, len(pieces) // 997)
-    some = pieces[::step]
-    yield "".join(some)
-    yield "".join(left + right for left, right in zip(some, reversed(some), strict=True))
-    for char in " -=\nae哈":
-        yield from (char * count for count in (2, 3, 5, 7, 11, 23, 100, 301))
-
-
-def _compare(model: Any, theirs: Any, backend: str, place: Place) -> None:
-    """Encode with SentencePiece and with the result; other ids are an error, not a surprise later."""
-    from tokenizers import Tokenizer
-
-    ours = Tokenizer.from_str(backend)
-    # specials are matched in text on purpose, and a renamed piece has lost its old spelling
-    known = {token.content: index for index, token in ours.get_added_tokens_decoder().items()}
-    apart = {token for token, index in known.items() if model.pieces[index].type != USER_DEFINED} | {
-        piece.piece for piece in model.pieces if piece.type == USER_DEFINED and piece.piece not in known
-    }
-    for text in _probes(model):
-        for token in apart:
-            text = text.replace(token, " ")
-        got, expected = ours.encode(text, add_special_tokens=False).ids, theirs.encode(text)
-        if got != expected:
-            at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), 0)
-            raise EngineError(
-                "E501",
-                "the converted tokenizer would give other ids than SentencePiece",
-                place=place,
-                got=f"{got[at : at + 8]} at position {at} of {text[:40]!r}",
-                expected=f"{expected[at : at + 8]}",
-                fix="Report it with the tokenizer file; run without it to convert the weights.",
-            )

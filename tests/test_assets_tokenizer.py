@@ -1,0 +1,252 @@
+"""Tokenizers: the converted files must give SentencePiece's ids, on any text."""
+
+from __future__ import annotations
+
+import io
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer
+
+from engine.assets.merges import ranked_merges
+from engine.assets.tokenizer import convert_tokenizer, tokenizer_size
+from engine.errors import EngineError
+
+SPEC = {"bos": "<s>", "eos": "</s>", "pad": "</s>"}
+RESERVED = ["[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]", "——"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "banana",
+    "bandana",
+    "aa",
+    "aaa",
+    "aaaa",
+    "abab",
+    "baba",
+    "你好",
+    "世界",
+]
+WORDS += ["def", "f(x):\n", "", "", "", "", "", "return", "", "x\n\n"]
+
+
+def corpus() -> list[str]:
+    def line(i: int) -> str:
+        return " ".join(WORDS[i % len(WORDS) :] + WORDS[: i % 7]) + " " * (i % 19) + "x" + "-" * (i % 23)
+
+    return [line(i) for i in range(300)]
+
+
+def train(**changes: Any) -> bytes:
+    """A small model with InternLM's flags."""
+    model = io.BytesIO()
+    flags: dict[str, Any] = {
+        "sentence_iterator": iter(corpus()),
+        "model_writer": model,
+        "model_type": "bpe",
+        "vocab_size": 420,
+        "byte_fallback": True,
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        "split_digits": True,
+        "split_by_whitespace": False,
+        "split_by_unicode_script": False,
+        "user_defined_symbols": RESERVED,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(**(flags | changes))
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train())
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(model_file: Path) -> Any:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+
+
+@pytest.fixture(scope="module")
+def ours(model_file: Path) -> Tokenizer:
+    return Tokenizer.from_str(convert_tokenizer(model_file, SPEC)["tokenizer.json"].decode())
+
+
+def unlike_specials(text: str) -> bool:
+    return not any(special in text for special in ("<s>", "</s>", "<unk>"))
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
+    st.sampled_from([*WORDS, *RESERVED, " ", "  ", "   ", "\t", "\n", "-", "--", "a", "b", "ab", "▁", "0", "🙂", "\0"])
+).map("".join)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXT.filter(unlike_specials))
+def test_ids_equal_sentencepieces_on_any_text(ours: Tokenizer, theirs: Any, text: str) -> None:
+    ids = ours.encode(text, add_special_tokens=False).ids
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids, skip_special_tokens=False) == text.replace("▁", " ")
+
+
+@pytest.mark.parametrize("count", range(1, 200, 7))
+@pytest.mark.parametrize("char", [" ", "-", "a", "ab", "ba", "\n"])
+def test_runs_are_joined_from_the_left(ours: Tokenizer, theirs: Any, char: str, count: int) -> None:
+    assert ours.encode(char * count, add_special_tokens=False).ids == theirs.encode(char * count)
+
+
+def test_of_equal_scores_the_left_pair_wins() -> None:
+    pieces = {"a": 0.0, "b": 0.0, "ba": -1.0, "aba": -2.0, "bab": -2.0}
+    merges = ranked_merges(pieces)
+    assert merges.index(("a", "ba")) < merges.index(("ba", "b"))
+
+
+def test_no_dummy_prefix_is_added(model_file: Path, ours: Tokenizer, theirs: Any) -> None:
+    assert ours.encode("the", add_special_tokens=False).ids == theirs.encode("the") != theirs.encode(" the")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"byte_fallback": False, "vocab_size": 120},
+        {"normalization_rule_name": "nfkc", "user_defined_symbols": []},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_models_own_flags_are_obeyed(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(**changes))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = Tokenizer.from_str(convert_tokenizer(path, SPEC)["tokenizer.json"].decode())
+    for text in ["the cat", " the", "the  cat ", "ａ①", "🙂🙂 x", "banana\n\nx", ""]:
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
+
+
+def test_a_nul_piece_keeps_its_id_and_is_not_encoded(tmp_path: Path) -> None:
+    model = sentencepiece_model_pb2.ModelProto.FromString(train())
+    at = next(i for i, piece in enumerate(model.pieces) if piece.piece == "世")
+    model.pieces[at].piece = "\0"
+    for piece in model.pieces:
+        if "世" in piece.piece:
+            piece.piece, piece.type = f"[UNUSED_{piece.piece}]", 4
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = Tokenizer.from_str(convert_tokenizer(path, SPEC)["tokenizer.json"].decode())
+    assert ours.encode("a\0\0b", add_special_tokens=False).ids == theirs.encode("a\0\0b")
+    assert ours.decode([at]) == theirs.decode([at]) == "\0"
+    assert ours.get_vocab_size() == len(model.pieces)
+
+
+class TestInTransformers:
+    @pytest.fixture(scope="class")
+    def loaded(self, model_file: Path, tmp_path_factory: pytest.TempPathFactory, theirs: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        folder = tmp_path_factory.mktemp("hf")
+        renamed = theirs.piece_to_id(RESERVED[0])
+        for name, data in convert_tokenizer(model_file, {**SPEC, "rename": {renamed: "<|im_start|>"}}).items():
+            (folder / name).write_bytes(data)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        return AutoTokenizer.from_pretrained(folder)
+
+    @pytest.mark.parametrize("text", ["", "Hello", " the  cat\n", "你好 🙂\t——"])
+    def test_bos_comes_first_unless_declined(self, loaded: Any, theirs: Any, text: str) -> None:
+        assert loaded(text).input_ids == [1, *theirs.encode(text)]
+        assert loaded(text, add_special_tokens=False).input_ids == theirs.encode(text)
+
+    @pytest.mark.parametrize("text", ["", "Hello", " the  cat\n", "你好 🙂\t——", unicodedata.normalize("NFD", "é .,!")])
+    def test_decoding_gives_the_text_back(self, loaded: Any, text: str) -> None:
+        assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == text
+
+    def test_renamed_ids_are_special_tokens(self, loaded: Any, theirs: Any) -> None:
+        at = theirs.piece_to_id(RESERVED[0])
+        ids = loaded("<|im_start|>cat", add_special_tokens=False).input_ids
+        assert ids == [at, *theirs.encode("cat")]
+        assert loaded.decode(ids, skip_special_tokens=True) == "cat"
+        assert "<|im_start|>" in loaded.all_special_tokens
+
+    def test_named_tokens_have_their_ids(self, loaded: Any) -> None:
+        assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id) == (1, 2, 2, 0)
+        assert len(loaded) == loaded.vocab_size == len(loaded.get_vocab())
+
+    def test_specials_written_as_text_are_specials(self, loaded: Any, theirs: Any) -> None:
+        assert loaded("<s>cat</s>", add_special_tokens=False).input_ids == [1, *theirs.encode("cat"), 2]
+
+
+def test_without_add_bos_nothing_is_put_in_front(model_file: Path, theirs: Any) -> None:
+    files = convert_tokenizer(model_file, {**SPEC, "add_bos": False})
+    assert Tokenizer.from_str(files["tokenizer.json"].decode()).encode("cat").ids == theirs.encode("cat")
+    assert json.loads(files["tokenizer_config.json"])["add_bos_token"] is False
+
+
+def test_the_size_is_the_number_of_pieces(model_file: Path, theirs: Any) -> None:
+    assert tokenizer_size(model_file) == theirs.get_piece_size()
+
+
+def test_the_model_itself_is_handed_on_and_conversion_is_deterministic(model_file: Path) -> None:
+    files = convert_tokenizer(model_file, SPEC)
+    assert files["tokenizer.model"] == model_file.read_bytes()
+    assert files == convert_tokenizer(model_file, SPEC)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"garbage, not a model", b"\x80\x02}q\x00.", train()[:1000]],
+    ids=["empty", "text", "pickle", "truncated"],
+)
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data)
+    with pytest.raises(EngineError) as caught:
+        tokenizer_size(path)
+    assert caught.value.code == "E501"
+    assert "not a SentencePiece model" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="cannot be read") as caught:
+        convert_tokenizer(tmp_path / "gone.model", SPEC)
+    assert "gone.model" in str(caught.value)
+
+
+def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(model_type="unigram"))
+    with pytest.raises(EngineError, match="expressed exactly") as caught:
+        convert_tokenizer(path, SPEC)
+    assert caught.value.got == "a unigram model"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({**SPEC, "rename": {99999: "<|x|>"}}, "ends before"),
+        ({**SPEC, "rename": {300: "<|x|>"}}, "not a reserved piece"),
+        ({**SPEC, "bos": "<bos>"}, "not a piece"),
+        ({**SPEC, "rename": {3: "</s>"}}, "two ids"),
+    ],
+)
+def test_wrong_names_are_refused(model_file: Path, spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message) as caught:
+        convert_tokenizer(model_file, spec)
+    assert caught.value.code == "E501"
+    assert caught.value.fix
