@@ -36,7 +36,7 @@ mapping: 1
 rules:
   # the norm
   - {source: norm.weight, target: model.norm.weight, axes: hidden}
-  - {axes: "(a b) | c", split: [a], when: {x: [y, z]}, name: "q", source: ["s.{layer}", s], targets: [{name: t, axes: b}]}   # why
+  - {axes: "(a b) | c", split: [a], when: {x: [y, z]}, name: "q", source: [s, r], targets: [{name: t, axes: b}]}   # why
 """
     assert (
         format_mapping(text)
@@ -47,7 +47,7 @@ rules:
   # the norm
   - {source: norm.weight, target: model.norm.weight, axes: hidden}
   - name: "q"   # why
-    source: ["s.{layer}", s]
+    source: [s, r]
     axes: "(a b) | c"
     split: [a]
     when: {x: [y, z]}

@@ -237,6 +237,7 @@ def check_expression(expression: Expression) -> None:
 def names_in(expression: Expression) -> frozenset[str]:
     """The names an expression reads, functions aside.
 
+    >>> from engine.errors import Place
     >>> sorted(names_in(Expression("num_kv_attention_heads | default(heads)", Place("x.yaml"))))
     ['heads', 'num_kv_attention_heads']
     """
@@ -248,6 +249,7 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
 
     `names` may hold `present`, a function of a name pattern. Integers stay integers.
 
+    >>> from engine.errors import Place
     >>> evaluate(Expression("((hidden * 8 / 3) | int + 255) // 256 * 256", Place("x.yaml")), {"hidden": 4096})
     11008
     >>> evaluate(Expression("training.pipeline.mode | default('1F1B')", Place("x.yaml")), {"training": {}})
@@ -271,6 +273,7 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
 def render_tree(tree: Any, names: Mapping[str, Any]) -> Any:
     """Evaluate the expressions in a tree of literals; keys and items that are `omit` are left out.
 
+    >>> from engine.errors import Place
     >>> place = Place("x.yaml")
     >>> render_tree({"a": Expression("2 * n", place), "b": Expression("omit", place), "c": "d"}, {"n": 21})
     {'a': 42, 'c': 'd'}
