@@ -110,7 +110,7 @@ class Commands(click.Group):
         try:
             code = super().main(*args, **kwargs)
         except click.Abort:
-            click.echo("interrupted; nothing was left at the output path", err=True)
+            click.echo("interrupted; no output was written", err=True)
             sys.exit(130)
         except click.ClickException as error:
             error.show()

@@ -176,9 +176,9 @@ def plan(facts: Mapping[str, Any]) -> str:
 
 def _rule_label(row: Mapping[str, Any]) -> str:
     """The rule's name if it has one, with its file and line, and what it does to values."""
-    file, line, *_ = [*row["place"].rsplit("/", 1)[-1].split(":"), ""]
+    place = ":".join(str(row["place"]).rsplit("/", 1)[-1].split(":")[:2])
     name = "" if "." in row["rule"] else f"{row['rule']} "
-    return f"{name}{file}:{line}" + (f", {row['transform']}" if row.get("transform") else "")
+    return f"{name}{place}" + (f", {row['transform']}" if row.get("transform") else "")
 
 
 def checkpoint(facts: Mapping[str, Any]) -> str:
