@@ -147,8 +147,11 @@ def _check_kind(model: Any, unused: set[int], place: Place) -> None:
         found = f"pieces with characters that are no pieces themselves: {' '.join(sorted(spelled - characters)[:8])}"
     elif trainer.treat_whitespace_as_suffix and normalizer.add_dummy_prefix:
         found = "a dummy suffix"
-    elif normalizer.precompiled_charsmap and USER_DEFINED in types:
-        found = f"normaliser {normalizer.name} together with user-defined symbols"
+    elif USER_DEFINED in types and (
+        normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
+    ):
+        # `tokenizers` would normalise the symbols' own names too
+        found = f"user-defined symbols in a model that changes text first (normaliser {normalizer.name})"
     elif not normalizer.escape_whitespaces:
         found = "spaces that are not escaped"
     if found is not None:
@@ -291,7 +294,7 @@ def _normalizer(spec: Any) -> dict[str, Any] | None:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
-        steps.append({"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})
