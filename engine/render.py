@@ -204,12 +204,21 @@ def checkpoint(facts: Mapping[str, Any]) -> str:
         lines.append(f"  skipped   {count(len(facts['skipped']), 'file')} of training state")
     lines += ["", _title("mappings")]
     fits = [m for m in facts["mappings"] if m["fits"]]
-    for mapping in (*fits, *(m for m in facts["mappings"] if not m["fits"])):
-        mark = click.style("fits", fg="green") if mapping["fits"] else click.style("no  ", dim=True)
-        lines.append(f"  {mark}  {mapping['name']}" + (f": {mapping['why']}" if mapping["why"] else ""))
+    for mapping in fits:
+        lines.append(f"  {click.style('fits', fg='green')}  {mapping['name']}{_because(mapping['why'])}")
+    others: dict[str, list[str]] = {}
+    for mapping in facts["mappings"]:
+        if not mapping["fits"]:
+            others.setdefault(mapping["why"], []).append(mapping["name"])
+    for why, names in others.items():
+        lines.append(f"  {click.style('no', dim=True)}    {', '.join(names)}{_because(why)}")
     if fits:
         lines += ["", f"next: engine run --mapping {fits[0]['name']} --src {facts['folder']}"]
     return "\n".join(lines)
+
+
+def _because(why: str) -> str:
+    return f": {why}" if why else ""
 
 
 def _layers(stage: Mapping[str, Any]) -> str:
