@@ -124,8 +124,8 @@ def test_no_dummy_prefix_is_added(model_file: Path, ours: Tokenizer, theirs: Any
 @pytest.mark.parametrize(
     "changes",
     [
-        {"add_dummy_prefix": True},
-        {"remove_extra_whitespaces": True},
+        {"add_dummy_prefix": True, "user_defined_symbols": []},
+        {"remove_extra_whitespaces": True, "user_defined_symbols": []},
         {"byte_fallback": False, "vocab_size": 120},
         {"normalization_rule_name": "nfkc", "user_defined_symbols": []},
     ],
@@ -234,6 +234,25 @@ def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="expressed exactly") as caught:
         convert_tokenizer(path, SPEC)
     assert caught.value.got == "a unigram model"
+
+
+@pytest.mark.parametrize("flag", ["add_dummy_prefix", "remove_extra_whitespaces"])
+def test_what_cannot_be_expressed_exactly_is_refused(tmp_path: Path, flag: str) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(**{flag: True}))
+    with pytest.raises(EngineError, match="expressed exactly") as caught:
+        convert_tokenizer(path, SPEC)
+    assert "user-defined symbols" in str(caught.value.got)
+
+
+def test_a_conversion_that_gives_other_ids_is_never_handed_out(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import engine.assets.tokenizer as module
+
+    monkeypatch.setattr(module, "ranked_merges", lambda scores: ranked_merges(scores)[::-1])
+    with pytest.raises(EngineError, match="other ids than SentencePiece"):
+        convert_tokenizer(model_file, SPEC)
 
 
 @pytest.mark.parametrize(

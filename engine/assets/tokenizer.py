@@ -53,6 +53,15 @@ def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, by
     special |= {names.index(token) for token in (bos, eos, pad) if token is not None}
     add_bos = bos is not None and bool(spec.get("add_bos", True))
     unk = next(name for name, piece in zip(names, model.pieces, strict=True) if piece.type == UNKNOWN)
+    if spec.get("unk", unk) != unk:
+        raise EngineError(
+            "E501",
+            f"the unknown token is not `{spec['unk']}`",
+            place=place,
+            got=f"`{unk}`, by the model",
+            expected=f"`{spec['unk']}`, by the mapping",
+            fix="Correct `tokenizer.unk` in the mapping, or leave it out.",
+        )
     backend = _backend(model, names, special, unused, bos if add_bos else None, unk)
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))
     compare(model, processor, text, place)

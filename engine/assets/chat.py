@@ -1,0 +1,45 @@
+"""Chat templates: files of `mappings/chat_templates/`, handed on as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.errors import EngineError, Place
+from engine.language.search import search_folders
+
+
+def chat_template(name: str) -> str:
+    """The Jinja text of a bundled template, or of one in a folder of `ENGINE_MAPPINGS`.
+
+    It is read and checked for syntax, never rendered here: rendering is what transformers does.
+
+    Raises:
+        EngineError: E002 if there is none of that name, E502 if it is not Jinja.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    folders = [folder / "chat_templates" for folder in search_folders()]
+    found = next((path for folder in folders if (path := folder / f"{name}.jinja").is_file()), None)
+    if found is None or Path(name).name != name:
+        known = sorted(path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.jinja"))
+        raise EngineError(
+            "E002",
+            f"there is no chat template `{name}`",
+            expected=f"one of: {', '.join(known)}",
+            fix="Correct `chat_template` in the mapping, or add the file to chat_templates/.",
+        )
+    text = found.read_text(encoding="utf-8")
+    try:
+        # `generation` blocks are transformers' own extension
+        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(
+            text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        )
+    except TemplateSyntaxError as error:
+        raise EngineError(
+            "E502",
+            f"chat template `{name}` is not valid Jinja",
+            place=Place(found.name, error.lineno),
+            got=error.message,
+            fix="Correct the template.",
+        ) from error
+    return text

@@ -1,0 +1,44 @@
+"""generation_config.json: which tokens begin, end and pad."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import EngineError
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> bytes:
+    """The file's bytes: the mapping's `generation` block, its token ids filled up from config.json.
+
+    Without the file, transformers would take the ids of config.json; with a chat model's end of turn
+    missing, generation runs past the answer.
+
+    >>> generation_config({"eos_token_id": [2, 5]}, {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": 8})
+    b'{\\n  "bos_token_id": 1,\\n  "eos_token_id": [\\n    2,\\n    5\\n  ]\\n}\\n'
+
+    Raises:
+        EngineError: E502 if a token id is not one of the model's.
+    """
+    ids = {key: config[key] for key in TOKENS if config.get(key) is not None}
+    settings = {**ids, **spec}
+    size = config.get("vocab_size")
+    for key in TOKENS:
+        value = settings.get(key)
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if token is not None and not _is_row(token, size):
+                raise EngineError(
+                    "E502",
+                    f"`{key}` of the generation settings is not a token of this model",
+                    got=repr(token),
+                    expected="a token id" if size is None else f"an id from 0 to {size - 1}",
+                    fix="Correct `generation` in the mapping, or use the mapping of the model at hand.",
+                )
+    return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _is_row(token: object, size: int | None) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool) and token >= 0 and (size is None or token < size)

@@ -1,0 +1,67 @@
+"""The model card: what a converted model is, where it came from and what was decided on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def model_card(facts: Mapping[str, Any]) -> bytes:
+    """README.md from `templates/model_card.md.j2`; the same facts give the same bytes.
+
+    Args:
+        facts: `mapping`, `mapping_version`, `layout`, `ranks`, `decisions` and so on, as
+            `engine.assets.bundle.card_facts` collects them. A fact that is missing leaves its line out.
+    """
+    from jinja2 import FileSystemLoader
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown; `cell` and `code` escape what would break out of a table or span
+    )
+    environment.filters.update(cell=cell, code=code, size=size, count=lambda number: f"{number:,}")
+    return environment.get_template("model_card.md.j2").render(facts).encode()
+
+
+def cell(value: object) -> str:
+    """Text for a table cell: one line, no markup of its own.
+
+    >>> cell("a|b <script>\\n[x](y)")
+    'a\\\\|b &lt;script&gt; \\\\[x\\\\](y)'
+    """
+    text = " ".join(str(value).split())
+    for character in "\\|[]*_`":
+        text = text.replace(character, "\\" + character)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def code(value: object) -> str:
+    """A code span that holds any text, also backticks and the bars of a table.
+
+    >>> code("w2_is_down"), code("a`b|c")
+    ('`w2_is_down`', '`` a`b\\\\|c ``')
+    """
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
+
+
+def size(number: int) -> str:
+    """Bytes in decimal units, as shards are counted.
+
+    >>> size(512), size(15_500_000_000)
+    ('512 B', '15.5 GB')
+    """
+    value, unit = float(number), 0
+    while value >= 1000 and unit < len(UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{number} B" if unit == 0 else f"{value:.1f} {UNITS[unit]}"
