@@ -383,7 +383,7 @@ def test_a_resolved_mapping_is_itself_a_mapping(tmp_path: Path) -> None:
 def test_format_rewrites_only_what_differs_and_check_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "format_mapping", lambda text: text.replace("  ", " "), raising=False)
+    monkeypatch.setattr(api, "format_mapping", lambda text: text.replace("  ", " "))
     tidy, untidy = tmp_path / "tidy.yaml", tmp_path / "untidy.yaml"
     tidy.write_text("a: b\n")
     untidy.write_text("a:  b\n")

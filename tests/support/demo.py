@@ -24,7 +24,9 @@ def largest_difference(model_folder: Path, oracle_file: Path) -> float:
     """How far transformers' logits are from those of the trainer's own forward."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     oracle = torch.load(oracle_file, weights_only=True)
     model, loading = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, output_loading_info=True)
     problems = {kind: keys for kind, keys in loading.items() if keys}
