@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+from engine.language.format import format_mapping
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
@@ -26,6 +27,7 @@ __all__ = [
     "Report",
     "convert",
     "describe_plan",
+    "format_mapping",
     "inspect",
     "iter_tensors",
     "lint",

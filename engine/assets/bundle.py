@@ -48,9 +48,31 @@ def make_assets(plan: Plan, tokenizer: Path | None) -> tuple[dict[str, bytes], t
     if plan.mapping.chat_template is not None:
         files["chat_template.jinja"] = chat_template(plan.mapping.chat_template).encode()
     if plan.mapping.generation is not None:
-        files["generation_config.json"] = generation_config(plan.mapping.generation, plan.config)
+        generation, left_out = _within(plan.mapping.generation, plan.sizes.get("vocab"))
+        notices += left_out
+        files["generation_config.json"] = generation_config(generation, plan.config)
     files["README.md"] = model_card(card_facts(plan, notices))
     return files, tuple(notices)
+
+
+def _within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, Any], list[str]]:
+    """The generation settings without token ids that the embedding has no row for, and a notice of them."""
+    kept: dict[str, Any] = {}
+    lost: list[int] = []
+    for key, value in generation.items():
+        ids = [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, int)]
+        beyond = [t for t in ids if rows is not None and t >= rows] if key.endswith("_token_id") else []
+        lost += beyond
+        if not beyond:
+            kept[key] = value
+        elif left := [t for t in ids if t not in beyond]:
+            kept[key] = left
+    if not lost:
+        return kept, []
+    told = ", ".join(map(str, lost))
+    return kept, [
+        f"token ids {told} of the mapping's generation settings are beyond the vocabulary of {rows}; left out"
+    ]
 
 
 def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | None) -> Path | None:

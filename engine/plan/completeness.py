@@ -10,7 +10,7 @@ from engine.plan.groups import Group
 from engine.plan.stored import Instance
 
 
-def used_instances(attempt: Attempt, checkpoint: Checkpoint) -> list[Instance]:
+def used_instances(attempt: Attempt) -> list[Instance]:
     """Active rules that matched; the first tensor that a rule or a rank lacks is named."""
     found: dict[int, dict[tuple[int, ...], Group]] = {}
     for (instance, key), one in attempt.groups.items():
@@ -48,8 +48,13 @@ def used_instances(attempt: Attempt, checkpoint: Checkpoint) -> list[Instance]:
                     fix="A rule's tensors must be there for all layers and experts. If two stages of an expert "
                     "checkpoint wrote the same file number, that layer was lost at saving.",
                 )
-            _check_ranks(group, checkpoint)
     return used
+
+
+def check_slices(attempt: Attempt, checkpoint: Checkpoint) -> None:
+    """E207 naming the first tensor that lacks a slice on some rank."""
+    for group in attempt.groups.values():
+        _check_ranks(group, checkpoint)
 
 
 def _check_ranks(group: Group, checkpoint: Checkpoint) -> None:

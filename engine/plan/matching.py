@@ -55,10 +55,25 @@ def is_active(instance: Instance, choices: Mapping[str, str]) -> bool:
     return all(choices.get(name, allowed[0]) in allowed for name, allowed in instance.rule.when.items())
 
 
+def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[RankFile]) -> None:
+    """E209 for the first tensor that means the target cannot express the model."""
+    for one in stored:
+        entry = matches.refused.get(one.name)
+        if entry is not None:
+            raise EngineError(
+                "E209",
+                f"the target cannot express this model: {entry.why}",
+                place=Place(files[one.file].name, tensor=one.header.name),
+                got=f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}",
+                expected=f"no such tensor ({entry.place})",
+                fix="Use a mapping whose target has it.",
+            )
+
+
 def check_names(
     stored: Sequence[Stored], matches: Matches, choices: Mapping[str, str], files: Sequence[RankFile]
 ) -> None:
-    """Refuse what the target cannot express, what no rule matches and what several do."""
+    """Refuse what no rule matches and what several do."""
     seen: set[str] = set()
     for one in stored:
         if one.name in seen:
@@ -66,16 +81,6 @@ def check_names(
         seen.add(one.name)
         place = Place(files[one.file].name, tensor=one.header.name)
         shape = f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}"
-        if one.name in matches.refused:
-            entry = matches.refused[one.name]
-            raise EngineError(
-                "E209",
-                f"the target cannot express this model: {entry.why}",
-                place=place,
-                got=shape,
-                expected=f"no such tensor ({entry.place})",
-                fix="Use a mapping whose target has it.",
-            )
         if one.name in matches.ignored:
             continue
         found = matches.candidates.get(one.name, ())

@@ -14,8 +14,8 @@ from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.plan.attempts import Checkpoint, Question, decide_by_shapes
 from engine.plan.builder import DTYPES, Builder, Copies, prove_total
-from engine.plan.completeness import used_instances
-from engine.plan.matching import Matches, check_names, check_spellings, find_candidates, stages_of
+from engine.plan.completeness import check_slices, used_instances
+from engine.plan.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.plan.model import Output, Plan
 from engine.plan.sides import match_pieces
 from engine.plan.sizes import size_error
@@ -58,17 +58,19 @@ def make_plan(
         "present": _present(stored),
     }
     layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, names).items()}
-    decisions = decide(mapping.variants, settings, names)
+    check_refused(stored, matches, checkpoint.grid.files)
     _check_any(stored, matches, mapping, checkpoint)
+    decisions = decide(mapping.variants, settings, names)
     stages = stages_of(stored, matches, checkpoint.grid, layout, {**names, **layout_choices})
     question = Question(mapping, layout, checkpoint, stored, matches, rules, stages, names)
     attempt = decide_by_shapes(question, decisions)
     choices = {n: d.choice for n, d in attempt.decisions.items()}
     check_names(stored, matches, choices, checkpoint.grid.files)
     check_spellings(stored, attempt.active)
+    check_slices(attempt, checkpoint)
     if attempt.sizes.contradictions:
         raise size_error(attempt.sizes.contradictions[0])
-    used = used_instances(attempt, checkpoint)
+    used = used_instances(attempt)
     pieces = match_pieces(used)
     builder = Builder(checkpoint, attempt, pieces, dtype)
     outputs, targets = builder.outputs()

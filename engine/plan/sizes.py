@@ -153,7 +153,7 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
                     return True
                 continue
             value, rest = divmod(size - constant, factor) if factor else (0, 1)
-            if rest or value < 1:
+            if rest or value < (0 if unknown in cut_axes else 1):  # a rank may hold nothing of a small axis
                 _contradict(
                     state,
                     group,

@@ -109,11 +109,17 @@ def build(m: Model) -> tuple[list[list[Whole]], list[Whole], list[Whole], State]
         for name, weight, heads in (("q_proj", q, m.heads), ("k_proj", k, m.groups), ("v_proj", v, m.groups)):
             turn = name != "v_proj" and m.rotary == "pairs"
             expected[out + f"self_attn.{name}.weight"] = to_halves(weight, heads) if turn else weight
-        for name, one, heads in zip(("q_proj", "k_proj", "v_proj"), biases, (m.heads, m.groups, m.groups), strict=False):
+        for name, one, heads in zip(
+            ("q_proj", "k_proj", "v_proj"), biases, (m.heads, m.groups, m.groups), strict=False
+        ):
             turn = name != "v_proj" and m.rotary == "pairs"
             expected[out + f"self_attn.{name}.bias"] = to_halves(one, heads) if turn else one
         expected[out + "self_attn.o_proj.weight"] = o
-        expected |= {out + "mlp.gate_proj.weight": gate, out + "mlp.up_proj.weight": up, out + "mlp.down_proj.weight": down}
+        expected |= {
+            out + "mlp.gate_proj.weight": gate,
+            out + "mlp.up_proj.weight": up,
+            out + "mlp.down_proj.weight": down,
+        }
         expected |= {out + "input_layernorm.weight": norms[0], out + "post_attention_layernorm.weight": norms[1]}
         if m.bias:
             expected[out + "self_attn.o_proj.bias"] = o_bias
@@ -136,16 +142,27 @@ def build(m: Model) -> tuple[list[list[Whole]], list[Whole], list[Whole], State]
         listed.append(Whole(f"{wo}.weight", o, "row", m.head_dim * (1 if v1 else per)))
         if m.bias:
             listed.append(Whole(f"{wo}.bias", o_bias, "lone"))
-        listed += [Whole(f"{mlp}.w1.weight", gate, "column"), Whole(f"{mlp}.w2.weight", *w2), Whole(f"{mlp}.w3.weight", *w3)]
+        listed += [
+            Whole(f"{mlp}.w1.weight", gate, "column"),
+            Whole(f"{mlp}.w2.weight", *w2),
+            Whole(f"{mlp}.w3.weight", *w3),
+        ]
         listed += [Whole(f"{n1}.weight", norms[0], "replicated"), Whole(f"{n2}.weight", norms[1], "replicated")]
         layers.append(listed)
     embed, norm = rand(m.vocab, m.hidden), rand(m.hidden)
     head = rand(1, m.hidden) if m.head == "reward" else rand(m.vocab, m.hidden)
     stem = "embedding" if m.family == "v1" else "tok_embeddings"
     by_vocab = m.embedding == "by_vocab"
-    first = [Whole(f"{stem}.word_embeddings.weight" if by_vocab else f"{stem}.weight", embed, "vocab" if by_vocab else "hidden")]
+    first = [
+        Whole(
+            f"{stem}.word_embeddings.weight" if by_vocab else f"{stem}.weight", embed, "vocab" if by_vocab else "hidden"
+        )
+    ]
     out_name = "head.weight" if m.family == "v1" else "output.weight"
-    last = [Whole("norm.weight", norm, "replicated"), Whole(out_name, head, "replicated" if m.head == "reward" else "vocab")]
+    last = [
+        Whole("norm.weight", norm, "replicated"),
+        Whole(out_name, head, "replicated" if m.head == "reward" else "vocab"),
+    ]
     expected |= {"model.embed_tokens.weight": embed, "model.norm.weight": norm}
     expected["score.weight" if m.head == "reward" else "lm_head.weight"] = head
     return layers, first, last, expected

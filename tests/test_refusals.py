@@ -1,0 +1,225 @@
+"""What must be refused: one clear error with code, place, got, expected and fix, and nothing left."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+from engine.errors import EngineError
+from tests.support.shards import Model, save
+
+V1 = Model(layers=4)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save(V1, tmp_path / "step", tp=2, pp=2)
+    return tmp_path / "step"
+
+
+def refuse(source: Path, code: str, *told: str, mapping: str = V1.mapping, **options: object) -> EngineError:
+    """Convert, expect the error, and see that nothing is left beside the source."""
+    settings = {"mlp_letters": "w2_is_down"} if mapping == V1.mapping else {}
+    before = sorted(p.name for p in source.parent.iterdir())
+    with pytest.raises(EngineError) as caught:
+        engine.convert(mapping, source, source.parent / "hf", settings=settings, **options)  # type: ignore[arg-type]
+    assert caught.value.code == code, str(caught.value)
+    for text in told:
+        assert text in str(caught.value)
+    assert caught.value.fix
+    assert sorted(p.name for p in source.parent.iterdir()) == before
+    return caught.value
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(OrderedDict((k, v.clone()) for k, v in state.items()), path)
+
+
+def test_a_missing_rank_file_is_named(source: Path) -> None:
+    (source / "model_tp1_pp1.pt").unlink()
+    refuse(source, "E201", "`model_tp1_pp1.pt` is missing", "tp 2 × pp 2")
+
+
+def test_a_rank_whose_files_are_all_missing_is_named_from_the_training_config(source: Path) -> None:
+    for pp in range(2):
+        (source / f"model_tp1_pp{pp}.pt").unlink()
+    refuse(source, "E201", "model_tp1_pp0.pt", "tp 2")
+
+
+def test_a_tensor_no_rule_matches_is_named(source: Path) -> None:
+    edit(source / "model_tp0_pp1.pt", lambda s: s.update({"blocks.0.mystery.weight": torch.ones(3)}))
+    refuse(source, "E205", "blocks.0.mystery.weight", "model_tp0_pp1.pt")
+
+
+def test_a_tensor_a_rule_needs_is_named_when_missing(source: Path) -> None:
+    for tp in range(2):
+        edit(source / f"model_tp{tp}_pp1.pt", lambda s: [s.pop("blocks.1.norm1.weight")])  # type: ignore[func-returns-value]
+    refuse(source, "E207", "blocks.3.norm1.weight")
+
+
+def test_a_slice_that_one_rank_lacks_is_named(source: Path) -> None:
+    edit(source / "model_tp1_pp0.pt", lambda s: [s.pop("blocks.0.mlp.w1.weight")])  # type: ignore[func-returns-value]
+    refuse(source, "E207", "blocks.0.mlp.w1.weight", "tp1")
+
+
+def test_sizes_that_disagree_show_both_sides_and_the_file(source: Path) -> None:
+    edit(source / "model_tp1_pp0.pt", lambda s: s.update({"blocks.1.mlp.w1.weight": torch.ones(8, 16).bfloat16()}))
+    error = refuse(source, "E203", "axis `ffn`", "20", "24", "blocks.1.mlp.w1.weight")
+    assert error.place is not None and error.place.file.endswith("internlm.yaml") and error.place.line
+
+
+def test_a_config_of_another_model_disagrees_with_the_tensors(source: Path) -> None:
+    other = Model(layers=4, hidden=16, ffn=32)
+    save(other, source.parent / "other")
+    shutil.copy(source.parent / "other" / "model_config.pt", source / "model_config.pt")
+    refuse(source, "E203", "ffn", "32")
+
+
+def test_a_wrong_mapping_says_so(source: Path) -> None:
+    refuse(source, "E212", "is not the one for this checkpoint", mapping="families/internlm2.yaml")
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
+def test_a_truncated_file_is_named(source: Path, keep: float) -> None:
+    path = source / "model_tp1_pp0.pt"
+    os.truncate(path, int(path.stat().st_size * keep))
+    refuse(source, "E301", "model_tp1_pp0.pt")
+
+
+class Attack:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch '{self.marker}'",)
+
+
+@pytest.mark.parametrize("name", ["model_tp0_pp0.pt", "model_config.pt"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_pickle_is_refused_and_not_run(source: Path, name: str, zipped: bool, tmp_path: Path) -> None:
+    marker = source / "ran"
+    torch.save({"x": Attack(marker)}, source / name, _use_new_zipfile_serialization=zipped)
+    refuse(source, "E302", name, "system")
+    assert not marker.exists()
+
+
+def test_a_hostile_training_config_is_never_executed(source: Path) -> None:
+    marker = source / "ran"
+    torch.save(f"__import__('os').system('touch {marker}')\nparallel = dict(tensor=2)\n", source / "config_file.pt")
+    engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
+    assert not marker.exists()
+
+
+def test_replicas_that_differ_name_both_files_and_the_deviation(source: Path) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state["norm.weight"][3] += 2.0
+
+    edit(source / "model_tp1_pp1.pt", change)
+    refuse(source, "E402", "norm.weight", "model_tp1_pp1.pt", "model_tp0_pp1.pt", "1 of 16 elements")
+
+
+def test_reward_heads_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
+    save(Model(head="reward"), tmp_path / "step", tp=2)
+    edit(tmp_path / "step" / "model_tp1_pp0.pt", lambda s: s.update({"head.weight": s["head.weight"] * 2}))
+    refuse(tmp_path / "step", "E402", "head.weight")
+
+
+def test_layer_norms_are_refused_with_the_reason(source: Path) -> None:
+    for tp in range(2):
+        edit(source / f"model_tp{tp}_pp1.pt", lambda s: s.update({"norm.bias": torch.ones(16).bfloat16()}))
+    refuse(source, "E209", "norm.bias")
+
+
+def test_types_that_differ_inside_one_tensor_are_refused(source: Path) -> None:
+    name = "blocks.0.mlp.w1.weight"
+    edit(source / "model_tp1_pp0.pt", lambda s: s.update({name: s[name].float()}))
+    refuse(source, "E210", "F32 in model_tp1_pp0.pt", "BF16 in model_tp0_pp0.pt")
+
+
+def test_a_value_too_large_for_float16_is_refused(source: Path) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state["blocks.0.mlp.w1.weight"][0, 0] = 1e6
+
+    edit(source / "model_tp1_pp0.pt", change)
+    refuse(source, "E406", "float16", dtype="float16")
+
+
+def test_two_prefixes_for_one_tensor_are_not_taken_for_replicas(source: Path) -> None:
+    edit(
+        source / "model_tp0_pp0.pt", lambda s: s.update({"blocks.0.mixer.wqkv.weight": s["blocks.0.mixer.Wqkv.weight"]})
+    )
+    refuse(source, "E206", "mixer.Wqkv", "mixer.wqkv")
+
+
+def test_fsdp_files_are_refused_with_what_to_do(source: Path) -> None:
+    (source / "model_tp0_pp0.pt").rename(source / "model_tp0_pp0_dp0.pt")
+    refuse(source, "E303", "ShardedTensor", "sharding off")
+
+
+def test_files_of_two_modes_are_refused(source: Path) -> None:
+    shutil.copy(source / "model_tp0_pp0.pt", source / "model_wp0_pp0.pt")
+    refuse(source, "E304", "two parallel modes")
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(source: Path) -> None:
+    out = source.parent / "hf"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    refuse(source, "E401")
+    assert (out / "mine.txt").read_text() == "keep"
+    engine.convert(V1.mapping, source, out, settings={"mlp_letters": "w2_is_down"}, overwrite=True)
+    assert not (out / "mine.txt").exists()
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_failing_overwrite_keeps_the_old_output(source: Path) -> None:
+    out = source.parent / "hf"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    os.truncate(source / "model_tp1_pp0.pt", 1000)
+    refuse(source, "E301", overwrite=True)
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_an_output_inside_the_source_is_refused(source: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.convert(V1.mapping, source, source / "hf", settings={"mlp_letters": "w2_is_down"})
+    assert caught.value.code == "E404"
+
+
+def test_a_file_that_changes_after_planning_is_refused(source: Path) -> None:
+    plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
+    with (source / "model_tp0_pp0.pt").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(EngineError) as caught:
+        dict(engine.iter_tensors(plan))
+    assert caught.value.code == "E405"
+
+
+def test_an_unknown_setting_suggests_the_near_one(source: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.plan(V1.mapping, source, settings={"mlp_leters": "w2_is_down"})
+    assert caught.value.code == "E001"
+    assert "mlp_letters" in str(caught.value)
+
+
+def test_a_plain_zip_is_not_taken_for_a_checkpoint(source: Path) -> None:
+    with zipfile.ZipFile(source / "model_tp0_pp0.pt", "w") as archive:
+        archive.writestr("hello.txt", "hi")
+    refuse(source, "E303", "model_tp0_pp0.pt")
+
+
+def test_a_bare_pickle_is_not_taken_for_a_checkpoint(source: Path) -> None:
+    (source / "model_tp0_pp0.pt").write_bytes(pickle.dumps([1, 2, 3]))
+    refuse(source, "E303", "model_tp0_pp0.pt")
