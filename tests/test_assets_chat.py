@@ -1,0 +1,152 @@
+"""Chat templates give the ids that upstream's prompts give; generation stops at the end of a turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from engine.assets.chat import chat_template
+from engine.assets.generation import generation_config
+from engine.assets.model_card import model_card
+from engine.assets.tokenizer import convert_tokenizer
+from engine.errors import EngineError
+from tests.support.sentencepiece_models import train
+
+SPEC = {"bos": "<s>", "eos": "</s>", "pad": "</s>"}
+TURNS = [
+    {"role": "system", "content": "the cat"},
+    {"role": "user", "content": " 你好  x\n"},
+    {"role": "assistant", "content": "banana"},
+    {"role": "user", "content": "on a mat"},
+]
+NAMES = ["<|im_start|>", "<|im_end|>", "<|plugin|>", "<|interpreter|>"]
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chat") / "tokenizer.model"
+    path.write_bytes(train(user_defined_symbols=["[U0]", "[U1]", "[U2]", "[U3]", "<eoh>", "<eoa>"]))
+    return path
+
+
+def load(folder: Path, model_file: Path, template: str) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    rename = {theirs.piece_to_id(f"[U{i}]"): name for i, name in enumerate(NAMES)}
+    for name, data in convert_tokenizer(model_file, {**SPEC, "rename": rename}).items():
+        (folder / name).write_bytes(data)
+    (folder / "chat_template.jinja").write_text(chat_template(template))
+    return AutoTokenizer.from_pretrained(folder), theirs
+
+
+def ids(tokenizer: Any, turns: list[dict[str, str]], prompt: bool = True) -> list[int]:
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
+
+
+def test_internlm2_chat_gives_special_ids_around_sentencepiece_ids(tmp_path: Path, model_file: Path) -> None:
+    tokenizer, theirs = load(tmp_path, model_file, "internlm2-chat")
+    start, end = theirs.piece_to_id("[U0]"), theirs.piece_to_id("[U1]")
+    expected = [1]
+    for turn in TURNS:
+        text = f"{turn['role']}\n{turn['content']}"
+        expected += [start, *theirs.encode(text), end, *theirs.encode("\n")]
+    assert ids(tokenizer, TURNS, prompt=False) == expected
+    assert ids(tokenizer, TURNS) == [*expected, start, *theirs.encode("assistant\n")]
+
+
+def test_internlm2_chat_names_tools_by_their_tokens(tmp_path: Path, model_file: Path) -> None:
+    tokenizer, _ = load(tmp_path, model_file, "internlm2-chat")
+    turns = [{"role": "environment", "name": "plugin", "content": "1"}, {"role": "user", "name": "ann", "content": "2"}]
+    text = tokenizer.decode(ids(tokenizer, turns, prompt=False))
+    assert text == ("<s><|im_start|>environment name=<|plugin|>\n1<|im_end|>\n<|im_start|>user name=ann\n2<|im_end|>\n")
+
+
+def test_internlm_chat_gives_sentencepiece_ids_of_upstreams_prompt(tmp_path: Path, model_file: Path) -> None:
+    tokenizer, theirs = load(tmp_path, model_file, "internlm-chat")
+    prompt = "<|System|>:the cat\n<|User|>: 你好  x\n\n<|Bot|>:banana<eoa>\n<|User|>:on a mat\n<|Bot|>:"
+    assert ids(tokenizer, TURNS) == [1, *theirs.encode(prompt)]
+
+
+def test_the_first_internlm_chat_begins_every_round_with_bos(tmp_path: Path, model_file: Path) -> None:
+    tokenizer, theirs = load(tmp_path, model_file, "internlm-chat-eoh")
+    rounds = ["<|User|>: 你好  x\n<eoh>\n<|Bot|>:banana<eoa>\n", "<|User|>:on a mat<eoh>\n<|Bot|>:"]
+    assert ids(tokenizer, TURNS[1:]) == [1, *theirs.encode(rounds[0]), 1, *theirs.encode(rounds[1])]
+
+
+@pytest.mark.parametrize("name", ["internlm2-chatt", "../layouts/internevo", ""])
+def test_an_unknown_template_is_named_beside_the_known(name: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        chat_template(name)
+    assert caught.value.code == "E002"
+    assert "internlm2-chat" in str(caught.value.expected)
+
+
+def test_a_template_that_is_no_jinja_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "chat_templates").mkdir()
+    (tmp_path / "chat_templates" / "mine.jinja").write_text("a\n{% for x %}")
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path))
+    with pytest.raises(EngineError, match="not valid Jinja") as caught:
+        chat_template("mine")
+    assert str(caught.value.place) == "mine.jinja:2"
+
+
+def test_generation_settings_load_in_transformers(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "vocab_size": 92544}
+    (tmp_path / "generation_config.json").write_bytes(generation_config({"eos_token_id": [2, 92542]}, config))
+    loaded = GenerationConfig.from_pretrained(tmp_path)
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (1, [2, 92542], 2)
+
+
+@pytest.mark.parametrize("wrong", [92542, -1, "</s>", True, [2, 256]])
+def test_an_eos_that_the_model_does_not_have_is_refused(wrong: object) -> None:
+    with pytest.raises(EngineError) as caught:
+        generation_config({"eos_token_id": wrong}, {"vocab_size": 256})
+    assert caught.value.code == "E502"
+
+
+FACTS: dict[str, Any] = {
+    "mapping": "internlm2-7b",
+    "mapping_version": "1.0.0",
+    "architecture": "LlamaForCausalLM",
+    "layout": "internevo",
+    "mode": "tensor",
+    "ranks": {"tp": 2, "pp": 4},
+    "decisions": [{"variant": "mlp_letters", "choice": "w2_is_up", "how": "shapes", "evidence": "ffn | 11008\n<b>"}],
+    "dtype": "bfloat16",
+    "sizes": {"ffn": 11008},
+    "bytes": 15_500_000_000,
+    "files": ["model.safetensors"],
+    "notices": ["left alone: `x`"],
+}
+
+
+def test_the_card_tells_source_and_decisions() -> None:
+    card = model_card(FACTS).decode()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for line in (
+        "| mapping | `internlm2-7b` version 1.0.0 |",
+        "| tp | 2 |",
+        "| ffn | 11,008 |",
+        "| size | 15.5 GB |",
+        "| `mlp_letters` | `w2_is_up` | shapes | ffn \\| 11008 &lt;b&gt; |",
+        "- `model.safetensors`",
+    ):
+        assert line in card.splitlines()
+
+
+def test_the_card_is_the_same_for_the_same_facts_in_another_order() -> None:
+    other = {**dict(reversed(FACTS.items())), "ranks": {"pp": 4, "tp": 2}}
+    assert model_card(FACTS) == model_card(other)
+
+
+def test_the_card_shows_how_to_load_a_reward_model() -> None:
+    card = model_card({**FACTS, "architecture": "LlamaForSequenceClassification"}).decode()
+    assert "AutoModelForSequenceClassification.from_pretrained" in card
+    assert json.dumps("auto") in card
