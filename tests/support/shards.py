@@ -37,7 +37,7 @@ class Model:
     rotary: str = "halves"
     letters: str = "w2_is_down"
     embedding: str = "by_hidden"
-    head: str = "lm"  # lm | reward
+    head: str = "lm"  # lm | reward | normalised (rows scaled to length 1 at run time)
     seed: int = 0
 
     @property
@@ -67,6 +67,8 @@ class Model:
             config["adapt_hf"] = self.rotary == "halves"
         elif self.rotary == "pairs":
             config["qk_interleaved"] = True
+        if self.head == "normalised":
+            config["norm_head"] = True
         if self.head == "reward":
             config["is_reward"] = True
         return config
@@ -164,7 +166,10 @@ def build(m: Model) -> tuple[list[list[Whole]], list[Whole], list[Whole], State]
         Whole(out_name, head, "replicated" if m.head == "reward" else "vocab"),
     ]
     expected |= {"model.embed_tokens.weight": embed, "model.norm.weight": norm}
-    expected["score.weight" if m.head == "reward" else "lm_head.weight"] = head
+    if m.head == "normalised":
+        expected["lm_head.weight"] = torch.nn.functional.normalize(head.float(), dim=1).to(m.dtype)
+    else:
+        expected["score.weight" if m.head == "reward" else "lm_head.weight"] = head
     return layers, first, last, expected
 
 

@@ -1,0 +1,151 @@
+"""Every rule is pinned: a mutated mapping gives an error or other bytes, never the same result.
+
+Mutants are made from the resolved mapping's data: targets of equal shape exchanged, axes turned, a
+split moved, a permutation dropped, a sum reordered. The truth is the independent sharder's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine.errors import EngineError
+from tests.support.shards import Model, State, save
+
+V1 = Model("v1", layers=3, hidden=16, heads=4, groups=4, ffn=24, vocab=32)
+V2 = Model("v2", layers=3, hidden=24, heads=6, groups=3, ffn=40, vocab=32)
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"rotary": "pairs"},
+    {"embedding": "by_vocab"},
+    {"letters": "w2_is_up"},
+    {"head": "reward"},
+    {"head": "normalised"},
+]
+
+
+def turned(axes: str) -> str | None:
+    """Two storage dimensions exchanged, or the two axes of a rotary pair."""
+    if "half pair" in axes:
+        return axes.replace("half pair", "pair half")
+    if axes in ("vocab hidden", "ffn hidden", "labels hidden"):
+        return " ".join(reversed(axes.split()))
+    return None
+
+
+def mutants(data: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(rule, what, mutated data)."""
+    rules = data["rules"]
+    names = list(rules)
+
+    def changed(name: str, **keys: Any) -> dict[str, Any]:
+        mutant = copy.deepcopy(data)
+        mutant["rules"][name].update(keys)
+        return mutant
+
+    for name, rule in rules.items():
+        split = rule.get("split")
+        if isinstance(split, str):
+            other = "hidden" if split != "hidden" else "vocab"
+            if other in rule["axes"]:
+                yield name, f"split on {other}", changed(name, split=other)
+            mutant = copy.deepcopy(data)
+            del mutant["rules"][name]["split"]
+            yield name, "no split", mutant
+        else:
+            axis = rule["axes"].split()[-1].strip("()")
+            yield name, f"split on {axis}", changed(name, split=axis)
+        targets = rule.get("targets", [])
+        if len(targets) >= 2:
+            swapped = copy.deepcopy(targets)
+            for one, two in ((0, 1), (1, 2), (0, 2)):
+                if one < len(targets) and two < len(targets):
+                    again = copy.deepcopy(swapped)
+                    again[one]["name"], again[two]["name"] = targets[two]["name"], targets[one]["name"]
+                    yield name, f"targets {one} and {two} exchanged", changed(name, targets=again)
+            yield name, "sum reordered", changed(name, axes=rule["axes"].replace("+ k + v", "+ v + k"))
+        for index, target in enumerate(targets):
+            if other_axes := turned(target["axes"]):
+                again = copy.deepcopy(targets)
+                again[index]["axes"] = other_axes
+                yield name, f"target {index} turned", changed(name, targets=again)
+        if "target" in rule:
+            if other_axes := turned(rule["axes"]):
+                yield (
+                    name,
+                    "target turned",
+                    changed(name, **{"target": None, "targets": [{"name": rule["target"], "axes": other_axes}]}),
+                )
+            for partner in names:
+                same = rules[partner]
+                if (
+                    partner > name
+                    and "target" in same
+                    and same["axes"] == rule["axes"]
+                    and same.get("when") == rule.get("when")
+                ):
+                    mutant = changed(name, target=same["target"])
+                    mutant["rules"][partner]["target"] = rule["target"]
+                    yield name, f"exchanged with {partner}", mutant
+            partners = [n for n in names if n != name and rules[n].get("axes") == rule["axes"] and "target" in rules[n]]
+            if not partners:
+                yield (
+                    name,
+                    "renamed",
+                    changed(name, target="model.elsewhere.{layer}" if "{layer}" in rule["target"] else "x"),
+                )
+
+
+def dump(data: dict[str, Any], path: Path) -> Path:
+    """JSON is YAML: write the resolved mapping as a file of its own."""
+    whole = {**data, "rules": [{k: v for k, v in r.items() if v is not None} for r in data["rules"].values()]}
+    path.write_text(json.dumps(whole, indent=1))
+    return path
+
+
+def outcome(mapping: Path, source: Path, settings: dict[str, str]) -> State | str:
+    try:
+        return dict(engine.iter_tensors(engine.plan(mapping, source, settings=settings)))
+    except EngineError as error:
+        return error.code
+
+
+def equal(left: State, right: State) -> bool:
+    return left.keys() == right.keys() and all(
+        left[n].shape == right[n].shape and torch.equal(left[n], right[n]) for n in left
+    )
+
+
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_every_mutant_of_every_rule_is_caught(family: str, tmp_path: Path) -> None:
+    base = {"v1": V1, "v2": V2}[family]
+    kept = [c for c in CHANGES if family == "v2" or c.get("head") != "normalised"]
+    worlds = [("-".join(["base", *c.values()]), replace(base, **c)) for c in kept]
+    data = dict(engine.load_mapping(worlds[0][1].mapping).resolved)
+    original = dump(data, tmp_path / "original.yaml")
+    truths = {}
+    for name, model in worlds:
+        truths[name] = save(model, tmp_path / name, tp=2, pp=2)
+        result = outcome(original, tmp_path / name, {"mlp_letters": model.letters})
+        assert not isinstance(result, str), result
+        assert equal(result, truths[name])
+    caught: set[str] = set()
+    survivors = []
+    for number, (rule, what, mutant) in enumerate(mutants(data)):
+        path = dump(mutant, tmp_path / f"mutant-{number}.yaml")
+        results = ((outcome(path, tmp_path / n, {"mlp_letters": m.letters}), truths[n]) for n, m in worlds)
+        if any(isinstance(result, str) or not equal(result, truth) for result, truth in results):
+            caught.add(rule)
+        else:
+            survivors.append((rule, what))
+    assert survivors == []
+    exempt = {name for name, rule in data["rules"].items() if rule.get("optional")}
+    assert set(data["rules"]) - exempt <= caught
