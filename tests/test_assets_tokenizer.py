@@ -107,18 +107,19 @@ def test_a_nul_piece_keeps_its_id_and_is_not_encoded(tmp_path: Path) -> None:
     assert ours.get_vocab_size() == len(model.pieces)
 
 
+@pytest.fixture(scope="module")
+def loaded(model_file: Path, tmp_path_factory: pytest.TempPathFactory, theirs: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("hf")
+    renamed = theirs.piece_to_id(RESERVED[0])
+    for name, data in convert_tokenizer(model_file, {**SPEC, "rename": {renamed: "<|im_start|>"}}).items():
+        (folder / name).write_bytes(data)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
 class TestInTransformers:
-    @pytest.fixture(scope="class")
-    def loaded(self, model_file: Path, tmp_path_factory: pytest.TempPathFactory, theirs: Any) -> Any:
-        from transformers import AutoTokenizer
-
-        folder = tmp_path_factory.mktemp("hf")
-        renamed = theirs.piece_to_id(RESERVED[0])
-        for name, data in convert_tokenizer(model_file, {**SPEC, "rename": {renamed: "<|im_start|>"}}).items():
-            (folder / name).write_bytes(data)
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        return AutoTokenizer.from_pretrained(folder)
-
     @pytest.mark.parametrize("text", ["", "Hello", " the  cat\n", "你好 🙂\t——"])
     def test_bos_comes_first_unless_declined(self, loaded: Any, theirs: Any, text: str) -> None:
         assert loaded(text).input_ids == [1, *theirs.encode(text)]
