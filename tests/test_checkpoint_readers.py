@@ -1,0 +1,348 @@
+"""Readers of rank files, configurations and safetensors: exact on good files, refusing on bad ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.checkpoint.config_files import literals, read_config, read_python_source
+from engine.checkpoint.headers import ITEM_SIZES
+from engine.checkpoint.rank_files import read_rank_file
+from engine.checkpoint.safetensors_files import encode_header, index_json, read_safetensors, shard_names, split_shards
+from engine.errors import EngineError
+
+BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    flat = torch.arange(60, dtype=torch.float32)
+    half = torch.randn(5, 7).half()
+    return OrderedDict(
+        whole=flat.view(6, 10),
+        later=flat[20:44].view(4, 6),
+        turned=flat[:24].view(4, 6).t(),
+        every_other=flat[::2],
+        bf16=torch.randn(3, 4).bfloat16(),
+        f16=half,
+        row=half[3],
+        i64=torch.arange(5),
+        parameter=torch.nn.Parameter(torch.randn(2, 2)),
+        scalar=torch.tensor(3.5),
+        empty=torch.empty(0, 4),
+    )
+
+
+@BOTH
+def test_headers_lead_to_the_bytes_that_torch_reads(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model_tp0_pp0.pt"
+    torch.save(tensors(), path, _use_new_zipfile_serialization=zipped)
+    truth = torch.load(path, weights_only=True)
+    raw = path.read_bytes()
+    header = read_rank_file(path)
+    assert [t.name for t in header.tensors] == list(truth)
+    assert header.size == len(raw)
+    for tensor in header.tensors:
+        expected = truth[tensor.name].detach()
+        assert tensor.shape == tuple(expected.shape)
+        item = ITEM_SIZES[tensor.dtype]
+        assert item == expected.element_size()
+        for index in product(*map(range, expected.shape)):
+            at = tensor.offset + item * sum(i * s for i, s in zip(index, tensor.strides, strict=True))
+            one = expected[index].reshape(1).contiguous().view(torch.uint8)
+            assert raw[at : at + item] == one.numpy().tobytes(), tensor.name
+
+
+def test_members_that_are_not_aligned_are_read_where_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.arange(6.0)}, path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "y.pt", "w") as target:
+        for info in source.infolist():
+            target.writestr(zipfile.ZipInfo(info.filename.replace("x/", "longer_name/")), source.read(info))
+    (header,) = read_rank_file(tmp_path / "y.pt").tensors
+    raw = (tmp_path / "y.pt").read_bytes()
+    assert struct.unpack("<6f", raw[header.offset : header.offset + 24]) == (0, 1, 2, 3, 4, 5)
+
+
+@BOTH
+def test_every_truncation_of_a_rank_file_is_refused_cleanly(zipped: bool, tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    torch.save({"a.weight": torch.arange(8.0), "b.bias": torch.ones(2)}, whole, _use_new_zipfile_serialization=zipped)
+    raw = whole.read_bytes()
+    for length in range(0, len(raw), 1 if not zipped else 7):
+        path.write_bytes(raw[:length])
+        with pytest.raises(EngineError) as caught:
+            read_rank_file(path)
+        assert caught.value.code in ("E301", "E303")
+
+
+def _small(zipped: bool) -> bytes:
+    buffer = io.BytesIO()
+    state = {"a.weight": torch.arange(8.0), "b.bias": torch.ones(2)}
+    torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+SMALL = {zipped: _small(zipped) for zipped in (True, False)}  # storage keys differ from save to save
+
+
+@BOTH
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_flipped_byte_gives_tensors_or_one_of_our_errors(
+    zipped: bool, tmp_path_factory: Any, data: st.DataObject
+) -> None:
+    raw = bytearray(SMALL[zipped])
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= data.draw(st.integers(1, 255))
+    path = tmp_path_factory.mktemp("flip") / "model.pt"
+    path.write_bytes(raw)
+    try:
+        header = read_rank_file(path)
+    except EngineError as error:
+        assert error.code in ("E301", "E302", "E303")
+    else:
+        for tensor in header.tensors:
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+            assert tensor.offset >= 0
+            assert 0 in tensor.shape or tensor.offset + (last + 1) * ITEM_SIZES[tensor.dtype] <= len(raw)
+
+
+class Call:
+    """Pickles as a call of any function with any arguments."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+HOSTILE = {
+    "os.system": Call(os.system, "true"),
+    "eval": Call(eval, "1 + 1"),
+    "exec": Call(exec, "x = 1"),
+    "getattr": Call(getattr, os, "system"),
+    "open": Call(open, os.devnull, "w"),
+    "compile": Call(compile, "1", "x", "eval"),
+    "import": Call(__import__, "os"),
+    "bytearray": Call(bytearray, 1 << 40),
+    "torch.load": Call(torch.load, "other.pt"),
+    "hub": Call(torch.hub.load, "somebody/something", "model"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_nothing_that_a_pickle_asks_to_call_is_called(name: str, zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model_tp0_pp0.pt"
+    if name in ("torch.load", "hub", "getattr"):
+        path.write_bytes(
+            _pickled_by_name(HOSTILE[name]) if name != "getattr" else pickle.dumps(Call(getattr, "x", "upper"))
+        )
+    else:
+        torch.save({"x": HOSTILE[name]}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(EngineError) as caught:
+        read_rank_file(path)
+    assert caught.value.code in ("E302", "E301")
+    assert "Nothing" in str(caught.value) or caught.value.code == "E301"
+
+
+def _pickled_by_name(call: Call) -> bytes:
+    function, arguments = call.call
+    module, name = function.__module__, function.__name__
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"(" + pickle.dumps(arguments[0], 2)[2:-1] + b"tR."
+
+
+def test_a_deeply_nested_pickle_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".")
+        archive.writestr("model/byteorder", b"little")
+    with pytest.raises(EngineError):
+        read_rank_file(path)
+
+
+def forged(tmp_path: Path, shape: str, offset: int, strides: str) -> Path:
+    """A rank file of one storage of 8 floats with a tensor as told."""
+    path = tmp_path / "model.pt"
+    body = (
+        b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x08tQ" + f"I{offset}\n".encode() + shape.encode() + strides.encode()
+        + b"\x89ccollections\nOrderedDict\n)RtRs."
+    )  # fmt: skip
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", body)
+        archive.writestr("model/byteorder", b"little")
+        archive.writestr("model/data/0", b"\0" * 32)
+    return path
+
+
+def test_a_forged_tensor_inside_its_storage_is_read(tmp_path: Path) -> None:
+    (tensor,) = read_rank_file(forged(tmp_path, "(I2\nI3\nt", 2, "(I3\nI1\nt")).tensors
+    assert (tensor.shape, tensor.strides) == ((2, 3), (3, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "offset", "strides"),
+    [
+        ("(I2\nI3\nt", 3, "(I3\nI1\nt"),
+        ("(I2\nI3\nt", -1, "(I3\nI1\nt"),
+        ("(I2\nI3\nt", 0, "(I-3\nI1\nt"),
+        ("(I-2\nI3\nt", 0, "(I3\nI1\nt"),
+        ("(I2\nI3\nt", 0, "(I1\nt"),
+        (f"(I2\nI{1 << 40}\nt", 0, f"(I{1 << 40}\nI1\nt"),
+    ],
+)
+def test_a_tensor_that_leaves_its_storage_is_refused(shape: str, offset: int, strides: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        read_rank_file(forged(tmp_path, shape, offset, strides))
+    assert caught.value.code == "E301"
+
+
+def test_compressed_and_doubled_members_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "x.pt"
+    torch.save({"a": torch.zeros(1000)}, source)
+    with zipfile.ZipFile(source) as read, zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as write:
+        for info in read.infolist():
+            write.writestr(info.filename, read.read(info))
+    with pytest.raises(EngineError) as caught:
+        read_rank_file(tmp_path / "c.pt")
+    assert "compressed" in str(caught.value)
+    with pytest.warns(UserWarning), zipfile.ZipFile(source, "a") as archive:
+        archive.writestr("x/data/0", b"\1" * 4000)
+    with pytest.raises(EngineError) as caught:
+        read_rank_file(source)
+    assert "twice" in str(caught.value)
+
+
+def test_a_folder_a_fifo_and_a_missing_file_are_told_apart_from_damage(tmp_path: Path) -> None:
+    (tmp_path / "folder.pt").mkdir()
+    os.mkfifo(tmp_path / "fifo.pt")
+    for name in ("folder.pt", "fifo.pt", "missing.pt"):
+        with pytest.raises(EngineError) as caught:
+            read_rank_file(tmp_path / name)
+        assert caught.value.code == "E305"
+
+
+def test_a_state_dict_inside_another_is_told(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "x.pt")
+    with pytest.raises(EngineError) as caught:
+        read_rank_file(tmp_path / "x.pt")
+    assert caught.value.code == "E303"
+    assert "state_dict" in str(caught.value)
+
+
+def test_a_training_config_is_read_as_far_as_it_is_literal(tmp_path: Path) -> None:
+    source = (
+        'model_type = "INTERNLM"\nN = 4 * 2\nHIDDEN = 2**12\nimport os\nSECRET = os.environ\n'
+        "model = dict(num_layers=N, rope=dict(base=1e6), call=f(), names=['a', N])\n"
+        "parallel = {'tensor': {'size': N}}\n"
+        "huge = 9**9**9\n"
+    )
+    torch.save(source, tmp_path / "config_file.pt")
+    assert read_python_source(tmp_path / "config_file.pt") == {
+        "model_type": "INTERNLM",
+        "N": 8,
+        "HIDDEN": 4096,
+        "model": {"num_layers": 8, "rope": {"base": 1e6}, "names": ["a", 8]},
+        "parallel": {"tensor": {"size": 8}},
+    }
+
+
+@given(st.text(max_size=200))
+def test_any_text_can_stand_where_a_training_config_is_expected(text: str) -> None:
+    assert isinstance(literals(text), dict)
+
+
+def test_json_configs_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
+    path = tmp_path / "params.json"
+    path.write_text('{"dim": 4}')
+    assert read_config(path, "json") == {"dim": 4}
+    path.write_text("{")
+    with pytest.raises(EngineError):
+        read_config(path, "json")
+
+
+def test_a_safetensors_header_is_literally_these_bytes() -> None:
+    header, offsets = encode_header([("b", "BF16", (3,)), ("a", "F32", (2, 2)), ("é", "BF16", ())], {"format": "pt"})
+    text = (
+        '{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
+        '"b":{"dtype":"BF16","shape":[3],"data_offsets":[16,22]},"é":{"dtype":"BF16","shape":[],"data_offsets":[22,24]}}'
+    ).encode()
+    padded = text + b" " * (-len(text) % 8)
+    assert header == struct.pack("<Q", len(padded)) + padded
+    assert offsets == [len(header) + 16, len(header), len(header) + 22]
+
+
+def test_the_safetensors_library_accepts_what_the_header_describes(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    header, _ = encode_header([("b", "BF16", (3,)), ("a", "F32", (2, 2))], {"format": "pt"})
+    (tmp_path / "x.safetensors").write_bytes(header + struct.pack("<4f", 1, 2, 3, 4) + b"\x80\x3f" * 3)
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded["a"].tolist() == [[1, 2], [3, 4]]
+    assert loaded["b"].tolist() == [1, 1, 1]
+    read = read_safetensors(tmp_path / "x.safetensors")
+    assert {t.name: (t.dtype, t.shape, t.strides) for t in read.tensors} == {
+        "a": ("F32", (2, 2), (2, 1)),
+        "b": ("BF16", (3,), (1,)),
+    }
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}},
+        {"a": {"dtype": "X", "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+        [],
+    ],
+)
+def test_a_safetensors_header_that_is_not_exactly_right_is_refused(entries: Any, tmp_path: Path) -> None:
+    text = json.dumps(entries).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+    with pytest.raises(EngineError) as caught:
+        read_safetensors(path)
+    assert caught.value.code == "E301"
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
+def test_shards_keep_order_and_size_and_are_as_few_as_possible(sizes: list[int], limit: int) -> None:
+    tensors = [(f"t{i}", size) for i, size in enumerate(sizes)]
+    files = split_shards(tensors, limit)
+    assert [name for file in files for name in file] == [name for name, _ in tensors]
+    by_name = dict(tensors)
+    for file in files:
+        assert sum(by_name[n] for n in file) <= limit or len(file) == 1
+    greedy, room = 0, 0
+    for size in sizes:
+        if greedy == 0 or size > room:
+            greedy, room = greedy + 1, limit
+        room -= size
+    assert len(files) == greedy
+
+
+def test_file_names_and_the_index_are_what_transformers_expects() -> None:
+    assert shard_names(1) == ["model.safetensors"]
+    assert shard_names(12)[11] == "model-00012-of-00012.safetensors"
+    assert json.loads(index_json({"b": "y", "a": "x"}, 7)) == {
+        "metadata": {"total_size": 7},
+        "weight_map": {"a": "x", "b": "y"},
+    }
