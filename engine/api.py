@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from engine.language.format import format_mapping
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
@@ -215,6 +214,13 @@ def inspect(src: str | Path = ".") -> dict[str, Any]:
             continue
         return describe_checkpoint(checkpoint, layout, [load_mapping(m) for m in list_names()])
     raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
+
+
+def format_mapping(text: str) -> str:
+    """A mapping file in its usual form: keys in order, long rules in block form, comments kept."""
+    from engine.language.format import format_mapping as reformat
+
+    return reformat(text)
 
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:

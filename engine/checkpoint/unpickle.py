@@ -16,8 +16,9 @@ from engine.errors import EngineError, Place
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
     "bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32",
-    "float64": "F64", "double": "F64", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32", "int16": "I16", "short": "I16", "int8": "I8",
-    "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float64": "F64", "double": "F64", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32",
+    "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 _STORAGES = {
     "BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64",
@@ -125,6 +126,13 @@ _KNOWN.update({("torch", name): _StorageType(dtype) for name, dtype in _STORAGES
 _KNOWN.update({("torch.storage", name): _StorageType(dtype) for name, dtype in _STORAGES.items()})
 
 
+# What the unpickler raises on bytes that are not a pickle of the kinds above.
+_MALFORMED = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, OverflowError, LookupError,
+    struct.error, ImportError, AssertionError,
+)  # fmt: skip
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows the globals above and no others; a persistent id gives a storage."""
 
@@ -159,8 +167,7 @@ def _load(stream: Any, name: str) -> Any:
         raise _damaged(name, "a pickle nested too deeply") from None
     except MemoryError:
         raise _damaged(name, "a pickle that claims more memory than there is") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-            UnicodeError, struct.error, ImportError, AssertionError, LookupError) as error:  # fmt: skip
+    except _MALFORMED as error:
         raise _damaged(name, f"its pickle cannot be read: {type(error).__name__}: {error}"[:200]) from None
 
 

@@ -69,18 +69,14 @@ def check_mapping(mapping: Mapping, document: Document) -> None:
             )
     for axis in mapping.expect:
         if axis not in axes:
-            raise undeclared(
-                f"`expect` names `{axis}`, which is no axis", axis, axes, document.place("expect", axis)
-            )
+            raise undeclared(f"`expect` names `{axis}`, which is no axis", axis, axes, document.place("expect", axis))
 
 
 def check_layout(layout: Layout, document: Document) -> None:
     """Options and rank dimensions of a layout exist."""
     choices = [dict(v.choices) for v in layout.layers.variants.values()]
     numbers = [file.number for mode in layout.modes for file in mode.files]
-    for expression in expressions_of(
-        [[p.when for p in layout.prefixes], layout.layers.stage, choices, numbers]
-    ):
+    for expression in expressions_of([[p.when for p in layout.prefixes], layout.layers.stage, choices, numbers]):
         _check_options(expression, layout.options)
     every: dict[str, None] = {}
     for mode in layout.modes:
@@ -99,9 +95,7 @@ def check_layout(layout: Layout, document: Document) -> None:
                         raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
     for dim in layout.lone_rank:
         if dim not in every:
-            raise undeclared(
-                f"no file has a rank dimension `{dim}`", dim, every, document.place("lone_rank", dim)
-            )
+            raise undeclared(f"no file has a rank dimension `{dim}`", dim, every, document.place("lone_rank", dim))
 
 
 def _check_options(expression: Expression, options: Iterable[str]) -> None:

@@ -118,9 +118,7 @@ def _check(text: str) -> Compiled:
     while stack:
         node, depth, called = stack.pop()
         if depth > MAX_DEPTH:
-            raise _Refused(
-                f"an expression is nested deeper than {MAX_DEPTH} levels", "Split it over several dims."
-            )
+            raise _Refused(f"an expression is nested deeper than {MAX_DEPTH} levels", "Split it over several dims.")
         _allow(node)
         if isinstance(node, nodes.Name):
             if called:
@@ -161,11 +159,7 @@ def _allow(node: nodes.Node) -> None:
         raise _Refused("an `if` has no `else`", "Write `a if condition else b`, or `else omit`.")
     if isinstance(node, nodes.Name) and node.name in ("self", "super"):
         raise _Refused(f"`{node.name}` is not part of the language")
-    if (
-        isinstance(node, nodes.Filter | nodes.Call)
-        and _is_default(node)
-        and len(node.args) < _ARITY[type(node)]
-    ):
+    if isinstance(node, nodes.Filter | nodes.Call) and _is_default(node) and len(node.args) < _ARITY[type(node)]:
         raise _Refused("`default` says nothing to fall back on", "Write `x | default(value)`.")
     if isinstance(node, nodes.Filter):
         if node.node is None or node.name not in FILTERS:
@@ -299,9 +293,7 @@ def _result(value: Any, depth: int) -> Any:
     raise TypeError(f"the value is {kind_of(value)}, not data")
 
 
-def _fail_missing(
-    expression: Expression, missing: str, compiled: Compiled, names: Mapping[str, Any]
-) -> NoReturn:
+def _fail_missing(expression: Expression, missing: str, compiled: Compiled, names: Mapping[str, Any]) -> NoReturn:
     known = [n for n in names if n != "present"] + sorted(_BUILTIN)
     full = next((p for p in sorted(compiled.paths) if p == missing or p.endswith("." + missing)), missing)
     near = [] if "." in missing else get_close_matches(missing, known, 3, 0.6)

@@ -106,7 +106,8 @@ def _combinations(mapping: Mapping) -> Iterator[Finding]:
                         "L001",
                         "error",
                         rule.place,
-                        f"rules `{other.name}` and `{rule.name}` both read `{name}` under {_told(choices, [rule, other])}",
+                        f"rules `{other.name}` and `{rule.name}` both read `{name}` "
+                        f"under {_told(choices, [rule, other])}",
                         f"Give them different `when`, or remove one; the other is at {other.place}.",
                     )
         if clash:
@@ -119,11 +120,10 @@ def _combinations(mapping: Mapping) -> Iterator[Finding]:
 
 
 def _expanded(rule: Rule) -> set[str]:
-    return (
-        {s.replace("{param}", p) for s in rule.sources for p in PARAMS}
-        if "{param}" in rule.sources[0]
-        else set(rule.sources)
-    )
+    """The rule's source names with `{param}` written out."""
+    if "{param}" not in rule.sources[0]:
+        return set(rule.sources)
+    return {source.replace("{param}", param) for source in rule.sources for param in PARAMS}
 
 
 def _gaps(mapping: Mapping) -> Iterator[Finding]:

@@ -192,9 +192,7 @@ class _Walk:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise EngineError(
-                "E101", "the text is not UTF-8", place=Place(name), got="a lone surrogate"
-            ) from None
+            raise EngineError("E101", "the text is not UTF-8", place=Place(name), got="a lone surrogate") from None
         self.loader = yaml.CSafeLoader(text)
         self.name = name
         self.text = text
@@ -241,17 +239,11 @@ class _Walk:
     def _node(self, depth: int, key_place: Place | None) -> Node:
         event = self._next()
         if isinstance(event, yaml.AliasEvent):
-            self._refuse(
-                event, f"aliases (`*{event.anchor}`) are not part of the language", "Write the value out."
-            )
+            self._refuse(event, f"aliases (`*{event.anchor}`) are not part of the language", "Write the value out.")
         if event.anchor is not None:
-            self._refuse(
-                event, f"anchors (`&{event.anchor}`) are not part of the language", "Write values out."
-            )
+            self._refuse(event, f"anchors (`&{event.anchor}`) are not part of the language", "Write values out.")
         if event.tag is not None:
-            self._refuse(
-                event, f"tags (`{event.tag}`) are not part of the language", "Quote the value instead."
-            )
+            self._refuse(event, f"tags (`{event.tag}`) are not part of the language", "Quote the value instead.")
         place = self._place(event)
         if isinstance(event, yaml.ScalarEvent):
             return Node(self._scalar(event), place, key_place)
@@ -291,9 +283,7 @@ class _Walk:
                 "Write the keys out, or use `extends`.",
             )
         if isinstance(node.value, dict | list):
-            self._refuse(
-                event, "a key is a list or a mapping", "Keys are words; quote a text that starts with { or [."
-            )
+            self._refuse(event, "a key is a list or a mapping", "Keys are words; quote a text that starts with { or [.")
         if isinstance(node.value, bool | float) or node.value is None:
             self._refuse(event, f"`{event.value}` is not a word", "Put the key in quotes.")
         return node.value  # type: ignore[no-any-return]
@@ -308,9 +298,7 @@ class _Walk:
         if _INTEGER.fullmatch(text):
             return int(text)
         if _LEADING_ZERO.fullmatch(text):
-            self._refuse(
-                event, f"`{text}` has a leading zero: octal, decimal or text?", f'Write "{text}" for text.'
-            )
+            self._refuse(event, f"`{text}` has a leading zero: octal, decimal or text?", f'Write "{text}" for text.')
         if _FLOAT.fullmatch(text):
             return float(text)
         return text

@@ -56,10 +56,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
             for name, body in (data.get("options") or {}).items()
         },
         variants=variants,
-        dims={
-            name: expression(document, ("dims", name), text)
-            for name, text in (data.get("dims") or {}).items()
-        },
+        dims={name: expression(document, ("dims", name), text) for name, text in (data.get("dims") or {}).items()},
         rules=rules,
         ignore=tuple(_exclusion(document, "ignore", i, e) for i, e in enumerate(data.get("ignore") or [])),
         refuse=tuple(_exclusion(document, "refuse", i, e) for i, e in enumerate(data.get("refuse") or [])),
@@ -103,9 +100,7 @@ def digest_of(data: Any) -> str:
 
 def expression(document: Document, path: tuple[str | int, ...], text: Any) -> Expression:
     """An expression at its place, compiled once so that mistakes show at loading."""
-    result = Expression(
-        str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path)
-    )
+    result = Expression(str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path))
     check_expression(result)
     return result
 

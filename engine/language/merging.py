@@ -73,9 +73,7 @@ def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, 
         ) from None
     shape = " → ".join(p.name for p in (*chain, found))
     if found.resolve() in chain:
-        raise EngineError(
-            "E106", "`extends` goes round in circles", place=place, got=shape, fix="Break the circle."
-        )
+        raise EngineError("E106", "`extends` goes round in circles", place=place, got=shape, fix="Break the circle.")
     if len(chain) >= _MAX_PARENTS:
         raise EngineError(
             "E106",
@@ -179,9 +177,7 @@ class _Merge:
         """The parent's entries, then the child's; an entry for the same names replaces the parent's."""
         merged = list(base)
         for index, entry in enumerate(own):
-            same = [
-                i for i, e in enumerate(merged) if all(e.get(s) == entry.get(s) for s in ("source", "target"))
-            ]
+            same = [i for i, e in enumerate(merged) if all(e.get(s) == entry.get(s) for s in ("source", "target"))]
             at = same[0] if same else len(merged)
             merged[at : at + 1] = [entry]
             self._take((key, at), entry, (key, index))
@@ -193,9 +189,7 @@ class _Merge:
         for known in [p for p in self.places if p[: len(path)] == path]:
             del self.places[known]
         size = len(own_path)
-        self.places.update(
-            {(*path, *p[size:]): at for p, at in self.own.places.items() if p[:size] == own_path}
-        )
+        self.places.update({(*path, *p[size:]): at for p, at in self.own.places.items() if p[:size] == own_path})
         return value
 
     def _remove(self, name: str, place: Place) -> None:

@@ -48,9 +48,7 @@ def find_file(name: str, kind: str = "mapping") -> Path:
         f"there is no {kind} `{name}`",
         got=f"searched {', '.join(str(f) for f in search_folders())}",
         expected=", ".join(near) if near else "a path, or one of: " + ", ".join(known),
-        fix=f"Did you mean `{near[0]}`?"
-        if near
-        else "Give the path of a mapping file, or set ENGINE_MAPPINGS.",
+        fix=f"Did you mean `{near[0]}`?" if near else "Give the path of a mapping file, or set ENGINE_MAPPINGS.",
     )
 
 
