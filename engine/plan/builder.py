@@ -31,7 +31,7 @@ class Copies:
         return copies_into(self._targets[output], self._side)
 
 
-def prove_total(outputs: Sequence[Output], targets: Sequence[object], copies: Copies) -> None:
+def prove_total(outputs: Sequence[Output], copies: Copies) -> None:
     """Source boxes are disjoint by construction, so a full count proves each element written once."""
     for index, output in enumerate(outputs):
         count = sum(copy.volume() for copy in copies(index))
@@ -71,8 +71,8 @@ class Builder:
             if len(stored) > 1
         )
 
-    def outputs(self) -> tuple[tuple[Output, ...], list[list[tuple[Key, Part]]]]:
-        """Every tensor to write, in the order of the model, with its parts."""
+    def outputs(self) -> list[tuple[Output, list[tuple[Key, Part]], str | None]]:
+        """Every target tensor in the order of the model: itself, its parts, and what it is tied to."""
         listed: list[tuple[tuple[object, ...], TargetSpec, dict[str, int]]] = []
         for order, spec in enumerate(self.pieces.targets.values()):
             for axis in (*spec.name.placeholders, *spec.axes.names()):
@@ -86,18 +86,17 @@ class Builder:
                 fixed = dict(zip(spec.name.placeholders, values, strict=True))
                 listed.append(((stage, fixed.get("layer", -1), order, values), spec, fixed))
         listed.sort(key=lambda entry: entry[0])
-        outputs: list[Output] = []
-        targets: list[list[tuple[Key, Part]]] = []
-        for index, (_, spec, fixed) in enumerate(listed):
+        result: list[tuple[Output, list[tuple[Key, Part]], str | None]] = []
+        for _, spec, fixed in listed:
             shape = tuple(extent(dim, self.sizes) for dim in spec.axes.dims)
             strides = [1] * len(shape)
             for i in range(len(shape) - 2, -1, -1):
                 strides[i] = strides[i + 1] * shape[i + 1]
             parts = regions(spec.axes, self.sizes, strides, fixed=fixed)
-            targets.append([((spec.name.text, r.piece), Part(index, r)) for r in parts])
-            outputs.append(self._output(spec, fixed, shape))
-        _unique(outputs)
-        return tuple(outputs), targets
+            keyed = [((spec.name.text, r.piece), Part(len(result), r)) for r in parts]
+            result.append((self._output(spec, fixed, shape), keyed, spec.instances[0].rule.tied_to))
+        _unique([output for output, _, _ in result])
+        return result
 
     def _output(self, spec: TargetSpec, fixed: Mapping[str, int], shape: tuple[int, ...]) -> Output:
         name = spec.name.format(fixed)

@@ -66,6 +66,15 @@ class Replicas:
 
 
 @dataclass(frozen=True, slots=True)
+class Tied:
+    """A tensor that is left out because the config ties it to another; a run compares the two."""
+
+    output: Output
+    copies: tuple[Copy, ...]
+    same_as: int  # index into `Plan.outputs`
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything a run needs, and nothing it must decide.
 
@@ -82,6 +91,7 @@ class Plan:
     outputs: tuple[Output, ...]
     copies: Callable[[int], list[Copy]]
     replicas: tuple[Replicas, ...]
+    tied: tuple[Tied, ...]
     decisions: Mapping[str, Decision]
     sizes: Mapping[str, int]
     options: Mapping[str, Any]

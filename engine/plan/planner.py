@@ -15,8 +15,9 @@ from engine.language.names import pattern
 from engine.plan.attempts import Checkpoint, Question, decide_by_shapes
 from engine.plan.builder import DTYPES, Builder, Copies, prove_total
 from engine.plan.completeness import check_slices, used_instances
+from engine.plan.copies import Copy
 from engine.plan.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
-from engine.plan.model import Output, Plan
+from engine.plan.model import Output, Plan, Tied
 from engine.plan.sides import match_pieces
 from engine.plan.sizes import size_error
 from engine.plan.stored import Stored, instances, strip
@@ -73,15 +74,19 @@ def make_plan(
     used = used_instances(attempt)
     pieces = match_pieces(used)
     builder = Builder(checkpoint, attempt, pieces, dtype)
-    outputs, targets = builder.outputs()
-    side = builder.side()
-    plan_copies = Copies(targets, side)
-    prove_total(outputs, targets, plan_copies)
     sizes = attempt.sizes.values()
-    notices = _expectations(mapping, sizes, strict) + _notices(checkpoint)
     all_names = {**attempt.names, **sizes}
+    listed = builder.outputs()
+    every = Copies([parts for _, parts, _ in listed], builder.side())
+    prove_total([output for output, _, _ in listed], every)
     config = render_tree(mapping.config, all_names)
+    ties = bool(config.get("tie_word_embeddings"))
+    kept = [i for i, (_, _, tied_to) in enumerate(listed) if tied_to is None or not ties]
+    outputs = tuple(listed[i][0] for i in kept)
+    plan_copies = Copies([listed[i][1] for i in kept], builder.side())
+    tied = _tied([(o, every(i), to) for i, (o, _, to) in enumerate(listed) if to is not None and ties], outputs)
     config["dtype"] = _main_dtype(outputs)
+    notices = _expectations(mapping, sizes, strict) + _notices(checkpoint)
     split = split_shards([(o.name, o.nbytes) for o in outputs], max_shard_size)
     index = {o.name: i for i, o in enumerate(outputs)}
     shards = tuple(
@@ -98,6 +103,7 @@ def make_plan(
         outputs,
         plan_copies,
         builder.replicas(),
+        tied,
         attempt.decisions,
         sizes,
         options,
@@ -109,6 +115,24 @@ def make_plan(
         max_shard_size,
         shards,
     )
+
+
+def _tied(listed: Sequence[tuple[Output, list[Copy], str]], outputs: Sequence[Output]) -> tuple[Tied, ...]:
+    """Pair each tensor that the config ties with the one it equals."""
+    index = {output.name: i for i, output in enumerate(outputs)}
+    result: list[Tied] = []
+    for output, copies, name in listed:
+        if name not in index or outputs[index[name]].shape != output.shape:
+            raise EngineError(
+                "E209",
+                f"`{output.name}` cannot be tied to `{name}`",
+                place=Place(output.place),
+                got=f"{output.shape} and {outputs[index[name]].shape}" if name in index else "no such target",
+                expected="a target of the same shape",
+                fix="Correct `tied_to`, or let `tie_word_embeddings` be false.",
+            )
+        result.append(Tied(output, tuple(copies), index[name]))
+    return tuple(result)
 
 
 def _present(stored: Sequence[Stored]) -> Any:

@@ -71,7 +71,12 @@ def _band(copies: list[Copy], low: int, high: int, limit: int, quantum: int) -> 
         return
     for start in range(low, high, limit):
         end = min(start + limit, high)
-        yield _one([part for copy in copies for part in clip(copy, start, end)], start, end)
+        yield block_of(copies, start, end)
+
+
+def block_of(copies: Sequence[Copy], low: int, high: int) -> Block:
+    """One block of given bounds."""
+    return _one([part for copy in copies for part in clip(copy, low, high)], low, high)
 
 
 def _one(copies: list[Copy], low: int, high: int) -> Block:

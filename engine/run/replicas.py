@@ -10,8 +10,8 @@ from engine.checkpoint.headers import ITEM_SIZES
 from engine.checkpoint.sources import SourceFiles
 from engine.errors import EngineError, Place
 from engine.plan.copies import Copy
-from engine.plan.model import Plan, Replicas
-from engine.run.blocks import BLOCK_BYTES, blocks
+from engine.plan.model import Plan, Replicas, Tied
+from engine.run.blocks import BLOCK_BYTES, block_of, blocks
 from engine.run.gather import Gatherer
 from engine.run.values import float_type
 
@@ -27,6 +27,30 @@ def compare_replicas(plan: Plan, files: SourceFiles, advance: Callable[[int], No
         for source in replicas.sources[1:]:
             _compare(plan, replicas, source, first, other)
             advance(_nbytes(plan, source))
+    for tied in plan.tied:
+        _compare_tied(plan, tied, first, other)
+
+
+def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer) -> None:
+    """E402 unless a tensor that is left out equals the one that stands for it."""
+    kept = plan.outputs[tied.same_as]
+    copies = plan.copies(tied.same_as)
+    limit = BLOCK_BYTES // ITEM_SIZES[kept.read_dtype]
+    equal = kept.read_dtype == tied.output.read_dtype and all(
+        np.array_equal(
+            first.gather(block_of(tied.copies, low, min(low + limit, kept.elements)), kept.read_dtype),
+            other.gather(block_of(copies, low, min(low + limit, kept.elements)), kept.read_dtype),
+        )
+        for low in range(0, kept.elements, limit)
+    )
+    if not equal:
+        raise EngineError(
+            "E402",
+            f"`{tied.output.name}` differs from `{kept.name}`, to which the config ties it",
+            place=Place(tied.output.place),
+            expected="the same bytes, since only one of the two is written",
+            fix="Let `tie_word_embeddings` be false, so that both are written.",
+        )
 
 
 def replica_bytes(plan: Plan) -> int:
