@@ -51,7 +51,7 @@ def make_assets(plan: Plan, tokenizer: Path | None) -> tuple[dict[str, bytes], t
         generation, left_out = _within(plan.mapping.generation, plan.sizes.get("vocab"))
         notices += left_out
         files["generation_config.json"] = generation_config(generation, plan.config)
-    files["README.md"] = model_card(card_facts(plan, notices))
+    files["README.md"] = model_card({**card_facts(plan, notices), "tokenizer": "tokenizer.json" in files})
     return files, tuple(notices)
 
 
