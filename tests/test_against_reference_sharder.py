@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,11 +121,10 @@ def test_a_converted_model_computes_what_its_training_tensors_compute(changes: d
     # Small weights, as training has: random ones of size 1 saturate the softmax and hide mistakes.
     model = replace(Model(layers=2, hidden=32, heads=4, dtype=torch.float32), **changes)
     save(model, tmp_path / "step", tp=1)
-    scaled: State = {}
-    for path in [tmp_path / "step" / "model_tp0_pp0.pt"]:
-        state = torch.load(path, weights_only=True)
-        scaled = OrderedDict((n, t / 4 if t.ndim == 2 else t.clone()) for n, t in state.items())
-        torch.save(scaled, path)
+    path = tmp_path / "step" / "model_tp0_pp0.pt"
+    state = torch.load(path, weights_only=True)
+    scaled = OrderedDict((n, t / 4 if t.ndim == 2 else t.clone()) for n, t in state.items())
+    torch.save(scaled, path)
     assert scaled.keys() == whole_training(model).keys()
     engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings={"mlp_letters": model.letters})
     ids = torch.randint(0, model.vocab, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -214,11 +212,7 @@ def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int) -> S
     return truth
 
 
-def moe_layouts() -> Iterator[tuple[int, int, int]]:
-    yield from ((4, 1, 1), (4, 2, 2), (5, 3, 2), (3, 1, 3))
-
-
-@pytest.mark.parametrize(("layers", "tp", "pp"), moe_layouts())
+@pytest.mark.parametrize(("layers", "tp", "pp"), [(4, 1, 1), (4, 2, 2), (5, 3, 2), (3, 1, 3)])
 def test_experts_come_together_from_their_own_files(layers: int, tp: int, pp: int, tmp_path: Path) -> None:
     model = replace(V1, layers=layers, hidden=32, ffn=40)
     truth = save_moe(model, tmp_path / "step", experts=3, tp=tp, pp=pp)
@@ -231,9 +225,10 @@ def test_a_layer_whose_experts_another_stage_overwrote_is_named(tmp_path: Path) 
     save_moe(model, tmp_path / "step", experts=2, tp=1, pp=3)
     with pytest.raises(EngineError) as caught:
         engine.plan("families/internlm-moe.yaml", tmp_path / "step")
-    assert caught.value.code in ("E207", "E211")
     # Stage 1's second layer, global 2, was overwritten by stage 2's first, global 3.
-    assert "2" in str(caught.value)
+    assert caught.value.code == "E207"
+    assert "nothing for layer 2, expert 0" in str(caught.value)
+    assert "lost at saving" in str(caught.value)
 
 
 def test_an_expert_whose_file_is_missing_is_named(tmp_path: Path) -> None:
@@ -241,4 +236,6 @@ def test_an_expert_whose_file_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "step" / "model_moe_layer3_expert1_tp1.pt").unlink()
     with pytest.raises(EngineError) as caught:
         engine.plan("families/internlm-moe.yaml", tmp_path / "step")
-    assert "expert1" in str(caught.value) or "wrapped_experts.1" in str(caught.value)
+    assert caught.value.code == "E207"
+    assert "wrapped_experts.1.w1.weight` is missing on rank tp1" in str(caught.value)
+    assert "model_moe_layer3_expert1_tp0.pt" in str(caught.value)
