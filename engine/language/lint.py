@@ -19,8 +19,8 @@ LINTS: dict[str, str] = {
     "L003": "a dim, variant or option is never used",
     "L004": "a rule is shadowed by an `ignore` or `refuse` entry",
     "L005": "source and target pieces do not match under some variant choices",
-    "L006": "`expect` names something that is not an axis",
     "L007": "an axis appears only once in the file and has no size in `dims`",
+    "L008": "a rule or choice can never be reached",
 }
 _MAX_COMBINATIONS = 4096
 
@@ -58,8 +58,14 @@ def lint_file(name: str) -> list[Finding]:
 
 def lint(mapping: Mapping) -> list[Finding]:
     """All findings of a loaded mapping, by place."""
-    found = [*_combinations(mapping), *_gaps(mapping), *_unused(mapping), *_shadowed(mapping), *_expectations(mapping)]
-    found += _lonely_axes(mapping)
+    found = [
+        *_overlaps(mapping),
+        *_unmatched(mapping),
+        *_gaps(mapping),
+        *_unused(mapping),
+        *_shadowed(mapping),
+    ]
+    found += [*_lonely_axes(mapping), *_unreachable(mapping)]
     unique = {(f.code, str(f.place), f.message): f for f in found}
     return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
 
@@ -87,34 +93,38 @@ def _told(choices: dict[str, str], rules: Sequence[Rule]) -> str:
     return ", ".join(f"{name}: {choices[name]}" for name in named) or "every choice"
 
 
-def _combinations(mapping: Mapping) -> Iterator[Finding]:
-    """L001 and L005, under every combination of choices."""
+def _overlaps(mapping: Mapping) -> Iterator[Finding]:
+    """L001: two rules that one name can match, and that some choices make active together."""
+    named = [(rule, name) for rule in mapping.rules for name in sorted(_expanded(rule))]
+    for index, (rule, name) in enumerate(named):
+        sample = pattern(name).format(dict.fromkeys(pattern(name).placeholders, 0))
+        for position, (other, other_name) in enumerate(named):
+            if other is rule or not _together(rule, other) or (name == other_name and position > index):
+                continue
+            if pattern(other_name).match(sample) is not None:
+                yield Finding(
+                    "L001",
+                    "error",
+                    rule.place,
+                    f"rules `{other.name}` and `{rule.name}` both read `{name}`",
+                    f"Give them different `when`, or remove one; the other is at {other.place}.",
+                )
+
+
+def _together(one: Rule, two: Rule) -> bool:
+    """Whether some variant choices make both rules active."""
+    return all(set(one.when[name]) & set(two.when[name]) for name in one.when.keys() & two.when.keys())
+
+
+def _unmatched(mapping: Mapping) -> Iterator[Finding]:
+    """L005, under every combination of choices."""
     from engine.plan.sides import match_pieces
     from engine.plan.stored import instances
 
     every = instances(mapping)
     for choices in _choices(mapping):
-        active = [rule for rule in mapping.rules if _active(rule, choices)]
-        readers: dict[str, Rule] = {}
-        clash = False
-        for rule in active:
-            for name in _expanded(rule):
-                other = readers.setdefault(name, rule)
-                if other is not rule:
-                    clash = True
-                    yield Finding(
-                        "L001",
-                        "error",
-                        rule.place,
-                        f"rules `{other.name}` and `{rule.name}` both read `{name}` "
-                        f"under {_told(choices, [rule, other])}",
-                        f"Give them different `when`, or remove one; the other is at {other.place}.",
-                    )
-        if clash:
-            continue
-        chosen = {id(rule) for rule in active}
         try:
-            match_pieces([i for i in every if id(i.rule) in chosen])
+            match_pieces([instance for instance in every if _active(instance.rule, choices)])
         except EngineError as error:
             yield Finding("L005", "error", error.place, error.message, error.fix)
 
@@ -208,18 +218,6 @@ def _shadowed(mapping: Mapping) -> Iterator[Finding]:
                     )
 
 
-def _expectations(mapping: Mapping) -> Iterator[Finding]:
-    """L006."""
-    known = set(mapping.dims) | {name for rule in mapping.rules for name in rule.axes.names()}
-    known |= {name for rule in mapping.rules for s in rule.sources for name in pattern(s).placeholders}
-    for axis in mapping.expect:
-        if axis not in known:
-            place = mapping.expect_place or mapping.place
-            yield Finding(
-                "L006", "error", place, f"`expect` names `{axis}`, which is no axis", "Use the axis names of the rules."
-            )
-
-
 def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
     """L007: probably a misspelt axis."""
     seen: dict[str, list[Rule]] = {}
@@ -235,3 +233,24 @@ def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
                 f"axis `{name}` occurs in rule `{rules[0].name}` only and has no size in `dims`",
                 "Is it misspelt? Its size is taken from the tensors alone.",
             )
+
+
+def _unreachable(mapping: Mapping) -> Iterator[Finding]:
+    """L008: choices that stand after `otherwise`, and rules that need one of them."""
+    for variant in mapping.variants.values():
+        if variant.decide != "expression":
+            continue
+        names = list(variant.choices)
+        last = next((i for i, name in enumerate(names) if variant.choices[name] is None), len(names))
+        for choice in names[last + 1 :]:
+            yield Finding(
+                "L008",
+                "error",
+                variant.place,
+                f"choice `{choice}` of variant `{variant.name}` stands after `otherwise`, so only --set reaches it",
+                "Put `otherwise` last.",
+            )
+            for rule in mapping.rules:
+                if set(rule.when.get(variant.name, ())) == {choice}:
+                    message = f"rule `{rule.name}` is never active: it needs `{variant.name}: {choice}`"
+                    yield Finding("L008", "error", rule.place, message, "Put `otherwise` last in the variant.")

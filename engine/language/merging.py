@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,7 @@ def load_resolved(path: Path) -> tuple[Document, tuple[str, ...]]:
 
 
 def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, ...]]:
-    document = load_yaml(path, shown(path))
-    check_schema(document, "mapping")
-    own = _named(document)
+    own = _own(path)
     parent = own.data.get("extends")
     if parent is None:
         if own.data.get("remove"):
@@ -56,8 +55,8 @@ def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, 
                 expected="`extends` beside it",
                 fix="Name the parent with `extends`, or delete `remove`.",
             )
-        return own, (document.file,)
-    place = document.place("extends")
+        return own, (own.file,)
+    place = own.place("extends")
     chain = (*children, path.resolve())
     try:
         beside = path.parent / parent
@@ -83,7 +82,24 @@ def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, 
             fix="Shorten the chain: a family and a release are usually enough.",
         )
     base, files = _load(found, chain)
-    return _Merge(base, own).result(), (*files, document.file)
+    return _Merge(base, own).result(), (*files, own.file)
+
+
+def _own(path: Path) -> Document:
+    """One file by itself. A family is read once for all its releases, unless it changed."""
+    try:
+        found = path.stat()
+        stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+    except OSError:
+        stamp = None  # reading it tells what is wrong
+    return _read(path, shown(path), stamp)
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, name: str, stamp: tuple[int, int, int] | None) -> Document:
+    document = load_yaml(path, name)
+    check_schema(document, "mapping")
+    return _named(document)
 
 
 def _named(document: Document) -> Document:

@@ -86,7 +86,7 @@ def make_plan(
     plan_copies = Copies([listed[i][1] for i in kept], builder.side())
     tied = _tied([(o, every(i), to) for i, (o, _, to) in enumerate(listed) if to is not None and ties], outputs)
     config["dtype"] = _main_dtype(outputs)
-    notices = _expectations(mapping, sizes, strict) + _notices(checkpoint)
+    notices = _expectations(mapping, sizes, strict) + _notices(checkpoint, mapping)
     split = split_shards([(o.name, o.nbytes) for o in outputs], max_shard_size)
     index = {o.name: i for i, o in enumerate(outputs)}
     shards = tuple(
@@ -194,7 +194,7 @@ def _expectations(mapping: MappingFile, sizes: Mapping[str, int], strict: bool) 
     return tuple(f"`{a}` is {got}, release `{mapping.name}` has {want}" for a, want, got in differ)
 
 
-def _notices(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if not checkpoint.grid.unknown:
-        return ()
-    return ("not part of the checkpoint, left alone: " + ", ".join(checkpoint.grid.unknown),)
+def _notices(checkpoint: Checkpoint, mapping: MappingFile) -> tuple[str, ...]:
+    tokenizer = (mapping.tokenizer or {}).get("file")
+    unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
+    return ("not part of the checkpoint, left alone: " + ", ".join(unknown),) if unknown else ()
