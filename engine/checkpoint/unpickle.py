@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from engine.checkpoint.headers import ITEM_SIZES
+from engine.checkpoint.opcodes import memo_is_bounded
 from engine.errors import EngineError, Place
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -133,7 +134,7 @@ _MALFORMED = (
 )  # fmt: skip
 
 
-class _Unpickler(pickle.Unpickler):
+class _OnlyKnown:
     """Knows the globals above and no others; a persistent id gives a storage."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -158,9 +159,17 @@ class _Unpickler(pickle.Unpickler):
         return Storage(str(pid[2]), dtype, count * (1 if dtype is None else ITEM_SIZES[dtype]))
 
 
-def _load(stream: Any, name: str) -> Any:
+class _Unpickler(_OnlyKnown, pickle.Unpickler):
+    """For pickles whose memo was looked at before."""
+
+
+class _StreamUnpickler(_OnlyKnown, pickle._Unpickler):
+    """For pickles inside a longer file; the Python one keeps its memo in a dict, whatever the numbers."""
+
+
+def _load(unpickler: Any, name: str) -> Any:
     try:
-        return _Unpickler(stream, encoding="utf-8").load()
+        return unpickler.load()
     except _Refused as refused:
         raise _error(refused, name) from None
     except RecursionError:
@@ -204,7 +213,28 @@ def _damaged(name: str, what: str) -> EngineError:
 
 def load_pickle(data: bytes, name: str) -> Any:
     """One pickle from memory."""
-    return _load(io.BytesIO(data), name)
+    if not memo_is_bounded(data):
+        raise _damaged(name, "a pickle that claims more memory than there is")
+    return _load(_Unpickler(io.BytesIO(data), encoding="utf-8"), name)
+
+
+class _WholeLines:
+    """A file whose lines all end: one cut off by the end of the file is not taken for a shorter name."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read = file.read
+        self._file = file
+
+    def readline(self) -> bytes:
+        line = self._file.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError("a line is cut off")
+        return line
+
+
+def _load_next(file: BinaryIO, name: str) -> Any:
+    """The pickle at the file's position, which moves behind it."""
+    return _load(_StreamUnpickler(_WholeLines(file), encoding="utf-8"), name)
 
 
 def load_legacy(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tuple[int, int]], str]:
@@ -220,15 +250,17 @@ def load_legacy(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tu
             expected="a file that torch.save wrote",
             fix="Copy the file again from the training run.",
         )
-    magic = _load(file, name)
+    magic = _load_next(file, name)
     if magic != _LEGACY_MAGIC:
         if isinstance(magic, (dict, str)):
             return magic, {}, hashlib.sha256(struct.pack("<Q", size)).hexdigest()
         raise EngineError("E303", "a pickle, but not one that torch saved", place=Place(name), fix="Is it a rank file?")
-    _load(file, name)  # protocol version
-    _load(file, name)  # byte order and sizes of the machine, always little-endian here
-    value = _load(file, name)
-    keys = _load(file, name)
+    _load_next(file, name)  # protocol version
+    _load(
+        _StreamUnpickler(file, encoding="utf-8"), name
+    )  # byte order and sizes of the machine, always little-endian here
+    value = _load_next(file, name)
+    keys = _load_next(file, name)
     headers = file.tell()
     storages: dict[str, Storage] = {}
     _collect(value, storages)

@@ -102,14 +102,15 @@ def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
     if inside_low >= inside_high:
         inside_low = inside_high = touch_high
     for i in range(touch_low, min(inside_low, touch_high)):
-        yield from clip(_row(copy, i), low, high)
+        yield from clip(row(copy, i), low, high)
     if inside_low < inside_high:
         yield _rows(copy, inside_low, inside_high)
     for i in range(max(inside_high, touch_low), touch_high):
-        yield from clip(_row(copy, i), low, high)
+        yield from clip(row(copy, i), low, high)
 
 
-def _row(copy: Copy, i: int) -> Copy:
+def row(copy: Copy, i: int) -> Copy:
+    """The part of a copy at index i of its first axis."""
     return replace(
         copy,
         source_offset=copy.source_offset + i * copy.source_strides[0],

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from engine.plan.copies import Copy, clip
+from engine.plan.copies import Copy, clip, row
 
 BLOCK_BYTES = 512 * 1024
 MANY_RUNS = 16  # beyond this many runs in a block, larger blocks win
@@ -58,7 +58,7 @@ def _band(copies: list[Copy], low: int, high: int, limit: int, quantum: int) -> 
             yield from _repeat(copies, low, count, stride, per_block)
         else:
             for i in range(count):
-                inner = [_inner(c, i) for c in copies]
+                inner = [row(c, i) for c in copies]
                 yield from _band(inner, low + i * stride, low + (i + 1) * stride, limit, quantum)
         return
     if rows is not None and len(copies) == 1 and rows[1] == 1:
@@ -114,17 +114,6 @@ def _repeat(copies: list[Copy], low: int, count: int, stride: int, per_block: in
 
 def _head(copy: Copy, rows: int, low: int) -> Copy:
     return replace(copy, target_offset=copy.target_offset - low, shape=(rows, *copy.shape[1:]))
-
-
-def _inner(copy: Copy, i: int) -> Copy:
-    return replace(
-        copy,
-        source_offset=copy.source_offset + i * copy.source_strides[0],
-        target_offset=copy.target_offset + i * copy.target_strides[0],
-        shape=copy.shape[1:],
-        source_strides=copy.source_strides[1:],
-        target_strides=copy.target_strides[1:],
-    )
 
 
 def _disjoint(copies: list[Copy], low: int, high: int, quantum: int) -> list[tuple[list[Copy], int, int]]:
