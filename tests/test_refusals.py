@@ -70,7 +70,7 @@ def test_a_tensor_a_rule_needs_is_named_when_missing(source: Path) -> None:
 
 def test_a_slice_that_one_rank_lacks_is_named(source: Path) -> None:
     edit(source / "model_tp1_pp0.pt", lambda s: [s.pop("blocks.0.mlp.w1.weight")])  # type: ignore[func-returns-value]
-    refuse(source, "E207", "blocks.0.mlp.w1.weight", "tp1")
+    refuse(source, "E207", "blocks.0.mlp.w1.weight", "tp1", "`model_tp1_pp0.pt` is from another run")
 
 
 def test_sizes_that_disagree_show_both_sides_and_the_file(source: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 from engine.errors import EngineError
+from engine.language.names import pattern
 from engine.plan.attempts import Attempt, Checkpoint
 from engine.plan.groups import Group
 from engine.plan.stored import Instance
@@ -38,13 +39,13 @@ def used_instances(attempt: Attempt) -> list[Instance]:
             group = groups.get(tuple(fixed[axis] for axis in order))
             if group is None:
                 where = ", ".join(f"{a} {v}" for a, v in fixed.items())
-                others = next(iter(groups.values()))
+                there = next(iter(groups.values())).fixed
                 raise EngineError(
                     "E207",
                     f"a tensor that a rule needs is missing: {instance.sources[0].format(fixed)}",
                     place=instance.rule.place,
                     got=f"nothing for {where}",
-                    expected=f"one tensor for each, as for {others.fixed}",
+                    expected="one for each, as for " + ", ".join(f"{a} {v}" for a, v in there.items()),
                     fix="A rule's tensors must be there for all layers and experts. If two stages of an expert "
                     "checkpoint wrote the same file number, that layer was lost at saving.",
                 )
@@ -66,12 +67,16 @@ def _check_ranks(group: Group, checkpoint: Checkpoint) -> None:
     if missing:
         some = next(iter(group.shards.values()))[0]
         lack = ", ".join(f"{d}{r}" for d, r in zip(dims, missing[0], strict=True))
+        file = checkpoint.grid.files[some.file]
+        name = pattern(file.pattern.name).format({**file.ranks, **dict(zip(dims, missing[0], strict=True))})
+        there = any(f.name == name for f in checkpoint.grid.files)
         raise EngineError(
             "E207",
             f"tensor `{some.name}` is missing on rank {lack}",
             place=group.instance.rule.place,
-            got=f"{len(group.shards)} of {len(wanted)} slices; one is {some.header.name} in "
-            f"{checkpoint.grid.files[some.file].name}",
+            got=f"{len(group.shards)} of {len(wanted)} slices; one is {some.header.name} in {file.name}",
             expected=f"a slice on every rank of {' and '.join(dims)}",
-            fix="The rank's file is from another run or damaged.",
+            fix=f"`{name}` is from another run or damaged."
+            if there
+            else f"Copy `{name}` from the training run; it is not in the folder.",
         )
