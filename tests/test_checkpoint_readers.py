@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from engine.checkpoint.config_files import literals, read_config, read_python_source
 from engine.checkpoint.headers import ITEM_SIZES
-from engine.checkpoint.opcodes import memo_is_bounded
 from engine.checkpoint.rank_files import read_rank_file
 from engine.checkpoint.safetensors_files import encode_header, index_json, read_safetensors, shard_names, split_shards
 from engine.errors import EngineError
@@ -82,7 +81,7 @@ def test_every_truncation_of_a_rank_file_is_refused_cleanly(zipped: bool, tmp_pa
     whole, path = tmp_path / "whole.pt", tmp_path / "cut.pt"
     torch.save({"a.weight": torch.arange(8.0), "b.bias": torch.ones(2)}, whole, _use_new_zipfile_serialization=zipped)
     raw = whole.read_bytes()
-    for length in range(0, len(raw), 1 if not zipped else 7):
+    for length in range(len(raw)):
         path.write_bytes(raw[:length])
         with pytest.raises(EngineError) as caught:
             read_rank_file(path)
@@ -174,22 +173,6 @@ def test_a_deeply_nested_pickle_is_refused(tmp_path: Path) -> None:
         archive.writestr("model/byteorder", b"little")
     with pytest.raises(EngineError):
         read_rank_file(path)
-
-
-@pytest.mark.parametrize("put", [b"r\xf0\xff\xff\x0f", b"p4294967280\n"])
-def test_a_memo_number_that_asks_for_gigabytes_is_refused(put: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/data.pkl", b"\x80\x02}" + put + b".")
-        archive.writestr("model/byteorder", b"little")
-    with pytest.raises(EngineError) as caught:
-        read_rank_file(path)
-    assert "more memory" in str(caught.value)
-
-
-@given(st.recursive(st.none() | st.floats() | st.integers() | st.text() | st.binary(), st.lists), st.integers(0, 5))
-def test_every_honest_pickle_has_a_bounded_memo(value: Any, protocol: int) -> None:
-    assert memo_is_bounded(pickle.dumps(value, protocol))
 
 
 def forged(tmp_path: Path, shape: str, offset: int, strides: str) -> Path:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import operator
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.python_source import MAX_SOURCE, literals
 from engine.checkpoint.rank_files import open_regular, read_torch_file
-from engine.checkpoint.unpickle import DType
+from engine.checkpoint.standins import DType
+from engine.checkpoint.unpickle import damaged
 from engine.errors import EngineError, Place
 
-_MAX_SOURCE = 1 << 20
+_DEEPEST = 64
+_MOST_VALUES = 1_000_000  # counted as if nothing were shared
 
 
 def read_config(path: Path, format: str) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def read_config(path: Path, format: str) -> dict[str, Any]:
 
 def read_pickled_mapping(path: Path) -> dict[str, Any]:
     """A pickled dict, or a `Config` class that is one; dtypes become text such as `torch.bfloat16`."""
-    value = _plain(_unpickle(path))
+    value = _plain(_unpickle(path), path.name)
     if not isinstance(value, dict):
         raise EngineError(
             "E303",
@@ -38,7 +39,7 @@ def read_pickled_mapping(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
-        raw = file.read(_MAX_SOURCE + 1)
+        raw = file.read(MAX_SOURCE + 1)
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -64,84 +65,12 @@ def read_python_source(path: Path) -> dict[str, Any]:
     """
     if path.suffix == ".py":
         with open_regular(path) as file:
-            source: Any = file.read(_MAX_SOURCE).decode("utf-8", "replace")
+            source: Any = file.read(MAX_SOURCE).decode("utf-8", "replace")
     else:
         source = _unpickle(path)
-    if not isinstance(source, str) or len(source) > _MAX_SOURCE:
+    if not isinstance(source, str) or len(source) > MAX_SOURCE:
         return {}
     return literals(source)
-
-
-def literals(source: str) -> dict[str, Any]:
-    """
-    >>> literals("N = 2\\nparallel = dict(tensor=dict(size=N * 2), other=f())")
-    {'N': 2, 'parallel': {'tensor': {'size': 4}}}
-    """
-    names: dict[str, Any] = {}
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return names
-    for statement in tree.body:
-        if (
-            isinstance(statement, ast.Assign)
-            and len(statement.targets) == 1
-            and isinstance(statement.targets[0], ast.Name)
-        ):
-            try:
-                names[statement.targets[0].id] = _literal(statement.value, names, 0)
-            except (_Unknown, ArithmeticError, TypeError, ValueError, KeyError, IndexError):
-                names.pop(statement.targets[0].id, None)
-    return names
-
-
-class _Unknown(Exception):
-    """The value cannot be told from the text."""
-
-
-_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-}  # fmt: skip
-
-
-def _literal(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
-    if depth > 50:
-        raise _Unknown
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in names:
-        return names[node.id]
-    if isinstance(node, ast.Tuple | ast.List):
-        return [_literal(item, names, depth + 1) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        pairs = {k.value: v for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)}
-        return _known(pairs, names, depth)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        return _known({k.arg: k.value for k in node.keywords if k.arg is not None}, names, depth)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_literal(node.operand, names, depth + 1)
-    if isinstance(node, ast.Subscript):
-        return _literal(node.value, names, depth + 1)[_literal(node.slice, names, depth + 1)]
-    if isinstance(node, ast.BinOp):
-        left, right = _literal(node.left, names, depth + 1), _literal(node.right, names, depth + 1)
-        if not all(isinstance(side, int | float) and abs(side) < 1 << 64 for side in (left, right)):
-            raise _Unknown
-        if isinstance(node.op, ast.Pow) and 0 <= right <= 64 and abs(left) <= 1024:
-            return left**right
-        if type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](left, right)
-    raise _Unknown
-
-
-def _known(pairs: Mapping[Any, ast.expr], names: Mapping[str, Any], depth: int) -> dict[Any, Any]:
-    result: dict[Any, Any] = {}
-    for key, value in pairs.items():
-        try:
-            result[key] = _literal(value, names, depth + 1)
-        except (_Unknown, ArithmeticError, TypeError, ValueError, KeyError, IndexError):
-            continue
-    return result
 
 
 def _unpickle(path: Path) -> Any:
@@ -149,14 +78,26 @@ def _unpickle(path: Path) -> Any:
         return read_torch_file(file, path.name, os.fstat(file.fileno()).st_size)[0]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if isinstance(value, DType):
-        return f"torch.{value.name}"
-    return value if isinstance(value, str | int | float | bool) or value is None else repr(value)
+def _plain(value: Any, name: str) -> Any:
+    """The value as JSON could hold it. A pickle can hold itself, or the same list a million times."""
+    left = _MOST_VALUES
+
+    def plain(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            raise damaged(name, "a configuration nested too deeply, or of too many values")
+        if isinstance(value, Mapping):
+            return {str(key): plain(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, depth + 1) for item in value]
+        if isinstance(value, set | frozenset):
+            return [plain(item, depth + 1) for item in sorted(value, key=repr)]
+        if isinstance(value, DType):
+            return f"torch.{value.name}"
+        return value if isinstance(value, str | int | float | bool) or value is None else type(value).__name__
+
+    return plain(value, 0)
 
 
 _FORMATS: dict[str, Callable[[Path], dict[str, Any]]] = {

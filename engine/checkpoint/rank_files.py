@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
-from engine.checkpoint.unpickle import Storage, Tensor, load_legacy, load_pickle
+from engine.checkpoint.legacy import load_legacy
+from engine.checkpoint.standins import Storage, Tensor
+from engine.checkpoint.unpickle import MAX_PICKLE, damaged, load_pickle
 from engine.checkpoint.zipdir import read_directory
 from engine.errors import EngineError, Place
-
-_MAX_PICKLE = 256 << 20
 
 
 def read_rank_file(path: Path) -> FileHeader:
@@ -34,13 +34,18 @@ def read_rank_file(path: Path) -> FileHeader:
         value, payload, identity = read_torch_file(file, path.name, size)
     if not isinstance(value, Mapping):
         raise _not_a_state_dict(path.name, type(value).__name__)
+    for name in value:
+        if not isinstance(name, str) or not _is_text(name):
+            raise damaged(path.name, f"a key is not text: {name!r}"[:100])
     tensors = tuple(_header(name, t, payload, path.name) for name, t in value.items() if isinstance(t, Tensor))
     if not tensors:
-        raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(map(str, list(value)[:5])))
-    for name in value:
-        if not isinstance(name, str):
-            raise _damaged(path.name, f"a key is not text: {name!r}"[:100])
+        raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
     return FileHeader(path, size, tensors, identity)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: pickles can hold halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -70,8 +75,8 @@ def read_torch_file(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str
             root = _root(members, name)
             _check_order(file, members, root, name)
             at, length = members[f"{root}/data.pkl"]
-            if length > _MAX_PICKLE:
-                raise _damaged(name, f"data.pkl of {length} bytes")
+            if length > MAX_PICKLE:
+                raise damaged(name, f"data.pkl of {length} bytes")
             value = load_pickle(_read(file, at, length, name), name)
             prefix = f"{root}/data/"
             payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
@@ -122,46 +127,33 @@ def _read(file: BinaryIO, at: int, length: int, name: str) -> bytes:
     file.seek(at)
     data = file.read(length)
     if len(data) != length:
-        raise _damaged(name, f"{at + len(data)} bytes where {at + length} are needed")
+        raise damaged(name, f"{at + len(data)} bytes where {at + length} are needed")
     return data
 
 
-def _header(name: Any, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
+def _header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
     storage: Storage = tensor.storage
     place = payload.get(storage.key)
     if place is None:
-        raise _damaged(file, f"storage {storage.key} is not in the file", str(name))
+        raise damaged(file, f"storage {storage.key} is not in the file", name)
     dtype = tensor.dtype or storage.dtype
-    if dtype is None or dtype not in ITEM_SIZES:
+    if dtype is None or dtype not in ITEM_SIZES or (storage.dtype or dtype) not in ITEM_SIZES:
         raise EngineError(
             "E303",
             "a tensor's element type is not supported",
-            place=Place(file, tensor=str(name)),
+            place=Place(file, tensor=name),
             got=str(dtype),
             expected=", ".join(ITEM_SIZES),
             fix="Quantised and complex tensors are not converted.",
         )
     item = ITEM_SIZES[dtype]
-    last = tensor.offset
-    count = 1
-    for n, stride in zip(tensor.shape, tensor.strides, strict=True):
-        last += (n - 1) * stride
-        count *= n
-    if count and (last + 1) * item > min(storage.nbytes, place[1]):
-        raise _damaged(
-            file, f"it needs {(last + 1) * item} bytes of a storage of {min(storage.nbytes, place[1])}", str(name)
-        )
-    return TensorHeader(str(name), dtype, tensor.shape, tensor.strides, place[0] + tensor.offset * item)
-
-
-def _damaged(file: str, what: str, tensor: str | None = None) -> EngineError:
-    return EngineError(
-        "E301",
-        "a checkpoint file is damaged or truncated",
-        place=Place(file, tensor=tensor),
-        got=what,
-        fix="Copy the file again from the training run.",
-    )
+    nbytes = storage.count * (1 if storage.dtype is None else ITEM_SIZES[storage.dtype])
+    if nbytes > place[1]:
+        raise damaged(file, f"storage {storage.key} of {place[1]} bytes, its tensors need {nbytes}", name)
+    last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+    if 0 not in tensor.shape and (last + 1) * item > nbytes:
+        raise damaged(file, f"it needs {(last + 1) * item} bytes of a storage of {nbytes}", name)
+    return TensorHeader(name, dtype, tensor.shape, tensor.strides, place[0] + tensor.offset * item)
 
 
 def _not_a_state_dict(file: str, got: str) -> EngineError:

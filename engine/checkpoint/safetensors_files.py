@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.checkpoint.rank_files import open_regular
 from engine.errors import EngineError, Place
 
 _MAX_HEADER = 100_000_000  # the format's own limit, in bytes
@@ -105,7 +106,7 @@ def read_safetensors(path: Path) -> FileHeader:
         )
 
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if len(start) < 8:
@@ -123,21 +124,23 @@ def read_safetensors(path: Path) -> FileHeader:
             fix="Check the file and its permissions.",
         ) from error
     try:
-        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+        entries = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise damaged(f"its header is not JSON: {error}") from None
     if not isinstance(entries, dict):
         raise damaged("its header is not an object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged("its metadata is not text")
     tensors: list[tuple[int, int, TensorHeader]] = []
     for name, entry in entries.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            integers = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            integers = isinstance(entry["shape"], list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             raise damaged("an entry lacks dtype, shape or data_offsets", name) from None
-        if not integers or dtype not in ITEM_SIZES:
-            raise damaged(f"dtype {dtype}, shape {list(shape)}", name)
+        if not integers or not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+            raise damaged(f"dtype {dtype}, shape {list(shape)}"[:200], name)
         wanted, strides = ITEM_SIZES[dtype], []
         for n in reversed(shape):
             strides.append(wanted // ITEM_SIZES[dtype])
@@ -157,7 +160,9 @@ def read_safetensors(path: Path) -> FileHeader:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object, if its keys differ and are text that UTF-8 can hold."""
     result = dict(pairs)
+    "".join(result).encode()
     if len(result) != len(pairs):
         raise ValueError("a key occurs twice")
     return result

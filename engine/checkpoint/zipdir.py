@@ -49,9 +49,17 @@ def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tupl
         local = _LOCAL.unpack(file.read(_LOCAL.size))
         if local[0] != b"PK\x03\x04":
             raise damaged(f"member {info.filename} has no local header")
+        if local[3] != zipfile.ZIP_STORED or not _names_alike(file.read(local[9]), info):
+            raise damaged(f"member {info.filename} differs between its local header and the directory")
+        if not _records_fill(file.read(local[10]), local[10]):
+            raise damaged(f"member {info.filename} has a local header of unclear length")
         at = info.header_offset + _LOCAL.size + local[9] + local[10]
         if at + info.file_size > min(size, start):
             raise damaged(f"member {info.filename} ends at {at + info.file_size}, the file's directory is at {start}")
+        if info.flag_bits & 0x8:  # torch writes a record behind each payload: it proves where that ends
+            file.seek(at + info.file_size)
+            if file.read(4) != b"PK\x07\x08":
+                raise damaged(f"member {info.filename} has no record at its end, {at + info.file_size}")
         members[info.filename] = (at, info.file_size)
         spans.append((info.header_offset, at + info.file_size, info.filename))
     spans.sort()
@@ -60,3 +68,19 @@ def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tupl
             raise damaged(f"members {one} and {two} overlap")
     file.seek(start)
     return members, file.read(min(size - start, 64 << 20))
+
+
+def _names_alike(raw: bytes, info: zipfile.ZipInfo) -> bool:
+    return raw.decode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace") == info.orig_filename
+
+
+def _records_fill(extra: bytes, length: int) -> bool:
+    """Whether the extra field is whole records: one wrong length byte would shift the payload.
+
+    >>> _records_fill(b"FB\\x02\\x00ZZ", 6), _records_fill(b"FB\\x02\\x00Z", 5)
+    (True, False)
+    """
+    at = 0
+    while at + 4 <= len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return at == len(extra) == length

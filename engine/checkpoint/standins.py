@@ -1,0 +1,213 @@
+"""What stands for torch's objects while metadata is unpickled: plain data that can do nothing.
+
+No real class or function of a pickle's choosing is ever looked up. Names it may use give one of the
+objects below, and only a `Function` can be called.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_DTYPES = {
+    "bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32",
+    "float64": "F64", "double": "F64", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32",
+    "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+_STORAGES = {
+    "BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}  # fmt: skip
+# Known, so that a refusal can name the element type instead of suspecting an attack.
+_UNSUPPORTED_DTYPES = (
+    "complex32", "complex64", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
+    "qint8", "quint8", "qint32",
+)  # fmt: skip
+_UNSUPPORTED_STORAGES = (
+    "ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage",
+    "QUInt4x2Storage", "QUInt2x4Storage",
+)  # fmt: skip
+_MOST_DIMENSIONS = 64  # torch's own limit
+
+
+class Refused(Exception):
+    """What the file asked for, to be told with its name."""
+
+    def __init__(self, code: str, what: str) -> None:
+        super().__init__(what)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """`torch.bfloat16` and its kind."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class StorageType:
+    """Element type by its safetensors name; None: untyped bytes."""
+
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A storage: its key in the file, element type (None: untyped bytes) and elements."""
+
+    key: str
+    dtype: str | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A view of a storage, in elements; `dtype` of None is the storage's own."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """The only kind of object that a pickle can call."""
+
+    call: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OtherClass:
+    """A class that is only ever mentioned, as the type of a tensor with attributes."""
+
+    name: str
+
+
+class Record(dict[Any, Any]):
+    """Stands for `OrderedDict` and for any dict class named `Config`: InternEvo's and its kind."""
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+    if (
+        type(value) is not tuple
+        or len(value) > _MOST_DIMENSIONS
+        or not all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+    ):
+        raise Refused("E301", f"a shape or stride is {reprlib.repr(value)}")
+    return value
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+    if not isinstance(storage, Storage) or type(offset) is not int or not 0 <= offset < 1 << 62:
+        raise Refused("E301", f"a tensor has storage offset {reprlib.repr(offset)}")
+    shape, strides = _ints(shape), _ints(strides)
+    if len(shape) != len(strides):
+        raise Refused("E301", f"a tensor has shape {shape} and strides {strides}")
+    return Tensor(storage, offset, shape, strides, None)
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
+    plain = _rebuild_tensor(storage, offset, shape, strides)
+    if not isinstance(dtype, DType):
+        raise Refused("E301", "a tensor has no element type")
+    return Tensor(plain.storage, plain.offset, plain.shape, plain.strides, _DTYPES.get(dtype.name, dtype.name))
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise Refused("E301", "a parameter without a tensor")
+    return data
+
+
+_REBUILD = {
+    "_rebuild_tensor": Function(_rebuild_tensor),
+    "_rebuild_tensor_v2": Function(_rebuild_tensor),
+    "_rebuild_tensor_v3": Function(_rebuild_tensor_v3),
+    "_rebuild_parameter": Function(_rebuild_parameter),
+    "_rebuild_parameter_with_state": Function(_rebuild_parameter),
+}
+
+
+def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor:
+    """A tensor with attributes of its own, which are not kept."""
+    if not any(function is known for known in _REBUILD.values()) or type(arguments) is not tuple:
+        raise Refused("E301", "a tensor built by something else than torch")
+    tensor: Tensor = function.call(*arguments)
+    return tensor
+
+
+def _record(*arguments: Any) -> Record:
+    if arguments:
+        raise Refused("E301", "a mapping with arguments")
+    return Record()
+
+
+def _size(value: Any = ()) -> tuple[int, ...]:
+    return _ints(tuple(value) if type(value) is list and len(value) <= _MOST_DIMENSIONS else value)
+
+
+def _set(items: Any = ()) -> set[Any]:
+    """At most a few items: a pickle can ask for the same copy many times over."""
+    if type(items) is not list or len(items) > 64:
+        raise Refused("E301", "a set of many items")
+    return {scalar(item) for item in items}
+
+
+def scalar(value: Any) -> Any:
+    """The value, if it is fit to be a key. Hashing anything nested can take forever, or crash."""
+    if type(value) not in (str, int, float, bool, type(None)):
+        raise Refused("E301", f"a key is a {type(value).__name__}, not text")
+    return value
+
+
+RECORD = Function(_record)
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): RECORD,
+    ("torch", "Size"): Function(_size),
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(_rebuild_from_type),
+    ("torch.storage", "UntypedStorage"): StorageType(None),
+    ("torch", "UntypedStorage"): StorageType(None),
+    ("torch", "Tensor"): OtherClass("torch.Tensor"),
+    ("torch.nn.parameter", "Parameter"): OtherClass("torch.nn.parameter.Parameter"),
+    ("builtins", "set"): Function(_set),
+    ("__builtin__", "set"): Function(_set),
+}
+_KNOWN.update({("torch._utils", name): function for name, function in _REBUILD.items()})
+_KNOWN.update({("torch", name): DType(name) for name in (*_DTYPES, *_UNSUPPORTED_DTYPES)})
+for _module in ("torch", "torch.storage"):
+    _KNOWN.update({(_module, name): StorageType(dtype) for name, dtype in _STORAGES.items()})
+    _KNOWN.update({(_module, name): StorageType(name) for name in _UNSUPPORTED_STORAGES})
+
+
+def known_global(module: str, name: str) -> Any:
+    """The stand-in of a global; `Refused` with its name when there is none."""
+    known = _KNOWN.get((module, name))
+    if known is not None:
+        return known
+    if name == "Config":
+        return RECORD
+    if "_shard" in module or name in ("ShardedTensor", "DTensor", "_rebuild_qtensor"):
+        raise Refused("E303", f"{module}.{name}")
+    raise Refused("E302", f"{module}.{name}")
+
+
+def storage_of(pid: Any) -> Storage:
+    """The storage that a persistent id describes: ("storage", type, key, location, elements, …)."""
+    if not (type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], StorageType)):
+        raise Refused("E301", f"a persistent id {reprlib.repr(pid)}")
+    key, count = pid[2], pid[4]
+    if type(key) is not str or type(count) is not int or not 0 <= count < 1 << 62:
+        raise Refused("E301", f"a storage {reprlib.repr(key)} of {reprlib.repr(count)} elements")
+    if len(pid) > 5 and pid[5] is not None:
+        raise Refused("E303", "a storage that is a view of another (saved before 2017)")
+    return Storage(key, pid[1].dtype, count)

@@ -1,0 +1,347 @@
+"""Files made to mislead the readers: each is refused by one of our errors, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import struct
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from engine.checkpoint.config_files import literals, read_pickled_mapping
+from engine.checkpoint.rank_files import read_rank_file
+from engine.checkpoint.safetensors_files import read_safetensors
+from engine.checkpoint.unpickle import load_pickle
+from engine.errors import EngineError
+
+
+def text(value: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+STORAGE = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\x08tQ"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00(K\x08t(K\x01t\x89ccollections\nOrderedDict\n)RtR"
+# 40 lists, each holding the one before twice: a short pickle of 2 ** 40 values.
+LAUGHS = b"]q\x00" + b"".join(b"0]q\x01(h\x00h\x00eq\x00" for _ in range(40))
+
+
+def state_dict(value: bytes = TENSOR, *, before: bytes = b"", after: bytes = b"") -> bytes:
+    return b"\x80\x02" + before + b"}" + text(b"a") + value + b"s" + after + b"."
+
+
+def rank_file(folder: Path, pickled: bytes) -> Path:
+    path = folder / "model_tp0_pp0.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", pickled)
+        archive.writestr("model/byteorder", b"little")
+        archive.writestr("model/data/0", b"\0" * 32)
+    return path
+
+
+def refusal(read: Callable[[Path], Any], path: Path) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        read(path)
+    assert len(str(caught.value)) < 2000
+    return caught.value
+
+
+def test_the_file_that_the_attacks_start_from_is_read(tmp_path: Path) -> None:
+    (tensor,) = read_rank_file(rank_file(tmp_path, state_dict())).tensors
+    assert (tensor.dtype, tensor.shape, tensor.strides) == ("F32", (8,), (1,))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        b"](" + STORAGE + b"I-1000\n(K\x08t(K\x01tNeb",  # an offset before the storage
+        b"](" + STORAGE + b"K\x00(K\x08t(" + text(b"x") + b"tNeb",  # a stride that is text
+        b"N}" + text(b"offset") + b"I-1000\ns\x86b",
+    ],
+)
+def test_a_tensor_cannot_be_changed_after_it_was_checked(attributes: bytes, tmp_path: Path) -> None:
+    assert refusal(read_rank_file, rank_file(tmp_path, state_dict(TENSOR + attributes))).code == "E301"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [b"ctorch\nFloatStorage\n", b"ctorch\nbfloat16\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cx\nConfig\n"],
+)
+@pytest.mark.parametrize("state", [b"](" + text(b"F16") + b"e", b"N}" + text(b"dtype") + text(b"F16") + b"s\x86"])
+def test_one_file_cannot_change_how_the_next_is_read(named: bytes, state: bytes, tmp_path: Path) -> None:
+    path = rank_file(tmp_path, state_dict(before=named + state + b"b0"))
+    assert refusal(read_rank_file, path).code == "E301"
+    (tensor,) = read_rank_file(rank_file(tmp_path, state_dict())).tensors
+    assert tensor.dtype == "F32"
+
+
+def test_attributes_of_a_state_dict_are_not_kept(tmp_path: Path) -> None:
+    pickled = state_dict(after=b"}" + text(b"items") + b"K\x01sb").replace(
+        b"\x80\x02}", b"\x80\x02ccollections\nOrderedDict\n)R"
+    )
+    assert [t.name for t in read_rank_file(rank_file(tmp_path, pickled)).tensors] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b")" + b"\x85" * 300_000,
+        b")q\x000" + b"h\x00h\x00\x86q\x000" * 40 + b"h\x00",
+        b"(K\x01K\x02t",
+        b"ctorch\nbfloat16\n",
+        b"C\x01a",
+    ],
+    ids=["deep", "shared", "tuple", "dtype", "bytes"],
+)
+def test_a_key_that_is_not_text_is_refused_before_it_is_hashed(key: bytes, tmp_path: Path) -> None:
+    error = refusal(read_rank_file, rank_file(tmp_path, state_dict(after=key + b"K\x01s")))
+    assert error.code == "E301"
+    assert "not text" in str(error)
+
+
+def test_a_name_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    pickled = b"\x80\x02}" + text(b"\xed\xa0\x80") + TENSOR + b"s."
+    assert "not text" in str(refusal(read_rank_file, rank_file(tmp_path, pickled)))
+
+
+def test_a_short_pickle_of_many_values_is_refused_at_once(tmp_path: Path) -> None:
+    assert refusal(read_pickled_mapping, rank_file(tmp_path, state_dict(LAUGHS))).code == "E301"
+    shape = TENSOR.replace(b"(K\x08t", LAUGHS)
+    assert refusal(read_rank_file, rank_file(tmp_path, state_dict(shape))).code == "E301"
+    storage_key = TENSOR.replace(text(b"0"), LAUGHS)
+    assert refusal(read_rank_file, rank_file(tmp_path, state_dict(storage_key))).code == "E301"
+
+
+@pytest.mark.parametrize("value", [b"]q\x00h\x00a", b"]" * 10_000 + b"a" * 9_999], ids=["in itself", "deep"])
+def test_a_configuration_nested_without_end_is_refused(value: bytes, tmp_path: Path) -> None:
+    error = refusal(read_pickled_mapping, rank_file(tmp_path, state_dict(value)))
+    assert "nested too deeply" in str(error)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}r\xf0\xff\xff\x0f.",
+        b"\x80\x02}p4294967280\n.",
+        b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",
+        b"\x80\x04\x8d" + struct.pack("<Q", 1 << 40) + b".",
+        b"\x80\x04\x95" + struct.pack("<Q", 1 << 40) + b"N.",
+        b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    ],
+    ids=["memo", "text memo", "bytearray", "unicode", "frame", "long"],
+)
+def test_a_number_in_a_pickle_reserves_no_memory(pickled: bytes, tmp_path: Path) -> None:
+    path = rank_file(tmp_path, pickled)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    refusal(read_rank_file, path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # in KiB
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [b"(cos\nsystem\n" + text(b"true") + b"o", b"(" + text(b"true") + b"ios\nsystem\n", b"\x82\x01", b"Pos\n"],
+    ids=["OBJ", "INST", "EXT1", "PERSID"],
+)
+def test_other_ways_to_name_or_call_something_are_refused(pickled: bytes, tmp_path: Path) -> None:
+    assert refusal(read_rank_file, rank_file(tmp_path, state_dict(pickled))).code == "E302"
+
+
+@pytest.mark.parametrize("called", [b"ctorch\nbfloat16\n", b"K\x01", b"ctorch\nTensor\n", b"}", text(b"upper")])
+def test_only_functions_that_build_tensors_can_be_called(called: bytes, tmp_path: Path) -> None:
+    assert refusal(read_rank_file, rank_file(tmp_path, state_dict(called + b")R"))).code == "E301"
+    assert refusal(read_rank_file, rank_file(tmp_path, state_dict(called + b")\x81"))).code == "E301"
+
+
+def test_a_sharded_tensor_is_told_from_an_attack(tmp_path: Path) -> None:
+    sharded = b"ctorch.distributed._shard.sharded_tensor.api\nShardedTensor\n)\x81"
+    error = refusal(read_rank_file, rank_file(tmp_path, state_dict(sharded)))
+    assert error.code == "E303"
+    assert "FSDP" in str(error)
+    assert "ShardedTensor" in str(error)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_an_element_type_that_is_not_supported_is_told_from_an_attack(zipped: bool, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3, dtype=torch.complex64)}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    error = refusal(read_rank_file, tmp_path / "x.pt")
+    assert error.code == "E303"
+    assert "Complex" in str(error)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_tensors_with_attributes_are_tensors(zipped: bool, tmp_path: Path) -> None:
+    marked, parameter = torch.arange(3.0), torch.nn.Parameter(torch.ones(2))
+    marked.is_tensor_parallel = parameter.is_tensor_parallel = True  # type: ignore[attr-defined]
+    unsigned = torch.ones(2, dtype=torch.uint16)
+    state = {"marked": marked, "parameter": parameter, "unsigned": unsigned, "nested": {"x": torch.ones(1)}}
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    header = read_rank_file(tmp_path / "x.pt")
+    assert [(t.name, t.dtype) for t in header.tensors] == [("marked", "F32"), ("parameter", "F32"), ("unsigned", "U16")]
+    raw, at = (tmp_path / "x.pt").read_bytes(), header.tensors[0].offset
+    assert struct.unpack("<3f", raw[at : at + 12]) == (0, 1, 2)
+
+
+def test_a_flipped_bit_beside_the_payload_never_moves_a_tensor(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(7.0), "b": torch.arange(5)}, tmp_path / "x.pt")
+    raw = (tmp_path / "x.pt").read_bytes()
+    offsets = [t.offset for t in read_rank_file(tmp_path / "x.pt").tensors]
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        starts = [archive.getinfo(f"x/data/{i}").header_offset for i in range(2)]
+    refused = 0
+    for start, offset in zip(starts, offsets, strict=True):
+        for at in range(start, offset):
+            for bit in range(8):
+                flipped = bytearray(raw)
+                flipped[at] ^= 1 << bit
+                (tmp_path / "y.pt").write_bytes(flipped)
+                try:
+                    assert [t.offset for t in read_rank_file(tmp_path / "y.pt").tensors] == offsets
+                except EngineError as error:
+                    assert error.code == "E301"
+                    refused += 1
+    assert refused > 100
+
+
+def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", state_dict())
+        archive.writestr("x/data/0", b"\0" * 32)
+    raw = bytearray(path.read_bytes())
+    size = raw.index(b"PK\x01\x02") + 20  # of the first member in the directory, compressed and not
+    larger = struct.unpack_from("<I", raw, size)[0] + 16
+    struct.pack_into("<II", raw, size, larger, larger)
+    path.write_bytes(raw)
+    assert "overlap" in str(refusal(read_rank_file, path))
+
+
+def test_a_storage_smaller_than_its_tensors_say_is_refused(tmp_path: Path) -> None:
+    pickled = state_dict(TENSOR.replace(b"K\x08tQ", b"K\x09tQ"))
+    assert "36" in str(refusal(read_rank_file, rank_file(tmp_path, pickled)))
+
+
+def test_a_storage_described_in_two_ways_is_refused(tmp_path: Path) -> None:
+    pickled = state_dict(after=text(b"b") + TENSOR.replace(b"FloatStorage", b"HalfStorage") + b"s")
+    assert "two ways" in str(refusal(read_rank_file, rank_file(tmp_path, pickled)))
+
+
+def test_a_file_from_a_big_endian_machine_is_told(tmp_path: Path) -> None:
+    path = rank_file(tmp_path, state_dict())
+    path.write_bytes(path.read_bytes().replace(b"little", b"bigger"))
+    assert "big-endian" in str(refusal(read_rank_file, path))
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    honest = path.read_bytes()
+    at = honest.index(b"\x88", honest.index(b"little_endian"))
+    path.write_bytes(honest[:at] + b"\x89" + honest[at + 1 :])
+    assert "big-endian" in str(refusal(read_rank_file, path))
+
+
+def test_a_tar_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"storages".ljust(257, b"\0") + b"ustar".ljust(255, b"\0"))
+    assert refusal(read_rank_file, tmp_path / "x.pt").code == "E303"
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text() | st.binary(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+        max_leaves=20,
+    ),
+    st.integers(2, 5),
+)
+def test_honest_data_of_any_protocol_is_what_it_was(value: Any, protocol: int) -> None:
+    pickled = pickle.dumps(value, protocol)
+    assume(protocol > 2 or (b"_codecs" not in pickled and b"__builtin__" not in pickled))  # bytes are calls there
+    assert load_pickle(pickled, "x") == value
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_at_all_give_another_error(data: bytes) -> None:
+    try:
+        load_pickle(b"\x80\x02" + data + b".", "x")
+    except EngineError as error:
+        assert error.code in ("E301", "E302", "E303")
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("n = 1\nif x:\n    n = 2", {}),
+        ("n = 1\nfor n in f():\n    pass", {}),
+        ("n = 1\nn += 1", {"n": 2}),
+        ("n = 1\nn += f()", {}),
+        ("n = 3\ndel n", {}),
+        ("n = 1\nfrom m import n", {}),
+        ("n = 1\ndef n(): pass", {}),
+        ("m = dict(a=1)\nm['a'] = 2", {"m": {"a": 2}}),
+        ("m = dict(a=1)\nm['a'] = f()", {}),
+        ("m = dict(a=1)\nm.update(a=2)", {}),
+        ("m = dict(a=1)\nn = dict(m=m)\nm['a'] = 2", {"m": {"a": 2}, "n": {"m": {"a": 2}}}),
+        ("m = {}\nm['m'] = m", {}),
+        ("b = {'a': 1}\nm = {**b, 'c': 2}\nn = dict(b, a=3)", {"b": {"a": 1}, "m": {"a": 1, "c": 2}, "n": {"a": 3}}),
+        ("m = {'a': 1, **f(), 'b': 2}", {"m": {"b": 2}}),
+        ("m = {'a': 1, 'a': f()}", {"m": {}}),
+        ("a, b = 1, (2, 3)", {"a": 1, "b": [2, 3]}),
+        ("a = b = 3\nn: int = 4", {"a": 3, "b": 3, "n": 4}),
+        ("s = 'x'\nt = f'{s}/y' + 'z' + f'{1 + 1}'", {"s": "x", "t": "x/yz2"}),
+        ("n = 8 if 2 > 1 and not False else 4", {"n": 8}),
+        ("n = (-1) ** 0.5\nm = 1 / 0\nk = 9 ** 9 ** 9\nb = b'x'\ne = ...", {}),
+        ("n = 'a' * 10 ** 9", {}),
+        ("n = open('/etc/passwd').read()\nm = __import__('os')\nk = (lambda: 1)()\nl = [i for i in range(9)]", {}),
+    ],
+)
+def test_a_training_config_tells_only_what_is_certain(source: str, told: dict[str, Any]) -> None:
+    assert literals(source) == told
+
+
+def test_a_short_training_config_of_many_values_is_left_out() -> None:
+    source = "a = [1]\n" + "a = [a, a]\n" * 40
+    assert literals(source) == {}
+    assert literals("x = " + "(" * 5000 + "1" + ")" * 5000) == {}
+    assert literals("x = " + "-" * 100_000 + "1") == {}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":{"dtype":[],"shape":[2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F64","shape":{},"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":5}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":{"x":1}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.encode("utf-16"),
+        b"[" * 100_000,
+    ],
+)
+def test_a_safetensors_header_of_other_types_is_refused(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    assert refusal(read_safetensors, path).code == "E301"
+
+
+def test_every_truncation_of_a_safetensors_file_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    raw = struct.pack("<Q", len(header)) + header + b"\0" * 8
+    path = tmp_path / "x.safetensors"
+    for length in range(len(raw)):
+        path.write_bytes(raw[:length])
+        assert refusal(read_safetensors, path).code == "E301"
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    assert refusal(read_safetensors, tmp_path / "x.safetensors").code == "E305"
