@@ -223,3 +223,45 @@ def test_a_plain_zip_is_not_taken_for_a_checkpoint(source: Path) -> None:
 def test_a_bare_pickle_is_not_taken_for_a_checkpoint(source: Path) -> None:
     (source / "model_tp0_pp0.pt").write_bytes(pickle.dumps([1, 2, 3]))
     refuse(source, "E303", "model_tp0_pp0.pt")
+
+
+@pytest.mark.parametrize("variant", ["attention_biases=none", "mlp_biases=all", "embedding=by_vocab"])
+def test_a_setting_cannot_contradict_what_the_files_hold(variant: str, source: Path) -> None:
+    """Else the config would leave out biases that are written: a model that loads and talks nonsense."""
+    name, choice = variant.split("=")
+    with pytest.raises(EngineError) as caught:
+        engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down", name: choice})
+    assert caught.value.code == "E202"
+    assert f"--set {variant}" in str(caught.value)
+    assert "contradicts the files" in str(caught.value)
+
+
+def test_biases_in_part_are_refused_also_when_set(source: Path) -> None:
+    for path in sorted(source.glob("model_tp*.pt")):
+        edit(path, lambda s: [s.pop(n) for n in list(s) if n.endswith("out_proj.bias")])  # type: ignore[func-returns-value]
+    for choice in ("all", "none"):
+        with pytest.raises(EngineError) as caught:
+            engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down", "attention_biases": choice})
+        assert caught.value.code == "E202"
+
+
+def test_a_setting_against_the_config_is_obeyed_and_told(source: Path) -> None:
+    plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down", "rotary": "pairs"})
+    assert plan.decisions["rotary"].choice == "pairs"
+    (notice,) = [n for n in plan.notices if "rotary" in n]
+    assert "halves" in notice
+    agreeing = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down", "rotary": "halves"})
+    assert not any("rotary" in n for n in agreeing.notices)
+
+
+def test_another_model_type_than_the_mapping_is_for_is_told(source: Path) -> None:
+    text = 'model_type = "SOMETHING_ELSE"\n'
+    torch.save(text, source / "config_file.pt")
+    plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
+    assert any("SOMETHING_ELSE" in n and "INTERNLM" in n for n in plan.notices)
+
+
+def test_a_configuration_without_items_is_refused(source: Path) -> None:
+    """A Config class that keeps its content in attributes reads as empty; defaults must not stand in for it."""
+    torch.save({}, source / "model_config.pt")
+    refuse(source, "E303", "model_config.pt", "empty")

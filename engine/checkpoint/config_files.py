@@ -34,6 +34,15 @@ def read_pickled_mapping(path: Path) -> dict[str, Any]:
             got=type(value).__name__,
             fix="Is it the model_config.pt of the training run?",
         )
+    if not value:
+        raise EngineError(
+            "E303",
+            "the configuration is empty",
+            place=Place(path.name),
+            expected="the model's settings as items of a mapping",
+            fix="A class that keeps them in attributes cannot be read without running it: save a plain dict of them "
+            "in the training environment.",
+        )
     return value
 
 

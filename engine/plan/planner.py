@@ -12,7 +12,7 @@ from engine.language.expressions import render_tree
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
-from engine.plan.attempts import Checkpoint, Question, decide_by_shapes
+from engine.plan.attempts import Attempt, Checkpoint, Question, decide_by_shapes
 from engine.plan.builder import DTYPES, Builder, Copies, prove_total
 from engine.plan.completeness import check_slices, used_instances
 from engine.plan.copies import Copy
@@ -86,7 +86,7 @@ def make_plan(
     plan_copies = Copies([listed[i][1] for i in kept], builder.side())
     tied = _tied([(o, every(i), to) for i, (o, _, to) in enumerate(listed) if to is not None and ties], outputs)
     config["dtype"] = _main_dtype(outputs)
-    notices = _expectations(mapping, sizes, strict) + _notices(checkpoint, mapping)
+    notices = (*_overruled(attempt), *_expectations(mapping, sizes, strict), *_notices(checkpoint, mapping))
     split = split_shards([(o.name, o.nbytes) for o in outputs], max_shard_size)
     index = {o.name: i for i, o in enumerate(outputs)}
     shards = tuple(
@@ -194,7 +194,23 @@ def _expectations(mapping: MappingFile, sizes: Mapping[str, int], strict: bool) 
     return tuple(f"`{a}` is {got}, release `{mapping.name}` has {want}" for a, want, got in differ)
 
 
+def _overruled(attempt: Attempt) -> tuple[str, ...]:
+    """Settings that say something else than the configuration."""
+    return tuple(
+        f"`{d.evidence}` overrules the checkpoint's configuration, which says {d.instead_of}"
+        for d in attempt.decisions.values()
+        if d.instead_of is not None
+    )
+
+
 def _notices(checkpoint: Checkpoint, mapping: MappingFile) -> tuple[str, ...]:
+    notices: list[str] = []
+    kind = checkpoint.training.get("model_type")
+    if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
+        wanted = " or ".join(mapping.model_types)
+        notices.append(f"the training config says model_type {kind}; mapping `{mapping.name}` is for {wanted}")
     tokenizer = (mapping.tokenizer or {}).get("file")
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
-    return ("not part of the checkpoint, left alone: " + ", ".join(unknown),) if unknown else ()
+    if unknown:
+        notices.append("not part of the checkpoint, left alone: " + ", ".join(unknown))
+    return tuple(notices)

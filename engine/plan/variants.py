@@ -8,19 +8,23 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from engine.errors import EngineError
-from engine.language.expressions import evaluate
+from engine.language.expressions import evaluate, names_in
 from engine.language.model import Mapping as MappingFile
 from engine.language.model import Option, Variant
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A variant's choice, how it was made and what was seen."""
+    """A variant's choice, how it was made and what was seen.
+
+    `instead_of` is what the configuration says where a setting says otherwise.
+    """
 
     variant: str
     choice: str
     how: Literal["set", "expression", "shapes"]
     evidence: str
+    instead_of: str | None = None
 
 
 def check_settings(mapping: MappingFile, settings: Mapping[str, Any]) -> None:
@@ -92,10 +96,39 @@ def decide(
                     expected=", ".join(variant.choices),
                     fix=variant.help or None,
                 )
-            decided[variant.name] = Decision(variant.name, choice, "set", f"--set {variant.name}={choice}")
+            decided[variant.name] = _by_setting(variant, choice, names)
         elif variant.decide == "expression":
             decided[variant.name] = _by_expression(variant, names)
     return decided
+
+
+def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any]) -> Decision:
+    """A setting may overrule a configuration, which can be wrong, but not the files.
+
+    Where expressions read nothing but `present(...)`, the choice is what the files hold.
+    """
+    said = f"--set {variant.name}={choice}"
+    if variant.decide != "expression":
+        return Decision(variant.name, choice, "set", said)
+    of_files = not any(names_in(e) for e in variant.choices.values() if e is not None)
+    try:
+        found = _by_expression(variant, names)
+    except EngineError:
+        if of_files:
+            raise
+        return Decision(variant.name, choice, "set", said)  # the configuration does not say: the setting does
+    if found.choice == choice:
+        return Decision(variant.name, choice, "set", said)
+    if of_files:
+        raise EngineError(
+            "E202",
+            f"`{said}` contradicts the files",
+            place=variant.place,
+            got=choice,
+            expected=f"{found.choice}: {found.evidence}",
+            fix=f"Leave it out: {variant.help[:1].lower()}{variant.help[1:]} is read off the tensors' names.",
+        )
+    return Decision(variant.name, choice, "set", said, f"{found.choice}: {found.evidence}")
 
 
 def _by_expression(variant: Variant, names: Mapping[str, Any]) -> Decision:
