@@ -251,9 +251,12 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     from engine.run.runner import block_elements, row_quantum
     from engine.run.values import Converter, check_transform
 
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-             "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-             "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+    kinds = {
+        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+        "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    }  # fmt: skip
     with SourceFiles(compiled.files) as files:
         compare_replicas(compiled, files, lambda _: None)
         gatherer, converter = Gatherer(files, compiled.sources), Converter()

@@ -186,9 +186,9 @@ def run(
 
     The output is complete when the command ends, or not there at all.
     """
-    from engine import api, render
+    from engine import api, progress, render
 
-    with render.progress(show=not (quiet or as_json)) as listener:
+    with progress.progress(show=not (quiet or as_json)) as listener:
         report = api.convert(mapping, src, out, tokenizer=tokenizer, progress=listener, **options)
     if as_json:
         click.echo(render.as_json(report.as_dict()))

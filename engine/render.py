@@ -6,10 +6,7 @@ Tables are plain aligned text, never cut to the terminal's width, so that they c
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +17,6 @@ from engine.errors import EngineError, Place
 if TYPE_CHECKING:
     from engine.api import Report
     from engine.language.model import Mapping as MappingFile
-    from engine.run.runner import Progress
-
-    Listener = Callable[[Progress], None] | None
 
 
 def as_json(data: Any) -> str:
@@ -292,53 +286,3 @@ def _rule(name: str, rule: dict[str, Any]) -> dict[str, Any]:
     first = sources[0] if isinstance(sources, list) and sources else sources
     rest = {key: value for key, value in rule.items() if key != "name"}
     return rest if name == first else {"name": name, **rest}
-
-
-@contextmanager
-def progress(*, show: bool) -> Iterator[Listener]:
-    """A listener for a run: a live bar on a terminal, now and then a plain line elsewhere."""
-    if not show:
-        yield None
-    elif sys.stderr.isatty():
-        with _bar() as listener:
-            yield listener
-    else:
-        yield plain_progress(lambda line: click.echo(line, err=True))
-
-
-@contextmanager
-def _bar() -> Iterator[Listener]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    no_color = click.get_current_context().color is False
-    with Bar(*columns, console=Console(stderr=True, no_color=no_color), transient=True) as bar:
-        task = bar.add_task("converting", total=None)
-        yield lambda state: bar.update(task, completed=state.done_bytes, total=state.total_bytes)
-
-
-def plain_progress(
-    write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-) -> Callable[[Progress], None]:
-    """A line at every tenth of the way, and after five seconds without one."""
-    started = last = clock()
-    tenth = 0
-
-    def listen(state: Progress) -> None:
-        nonlocal last, tenth
-        now = clock()
-        reached = 10 if not state.total_bytes else 10 * state.done_bytes // state.total_bytes
-        if reached == tenth and now - last < 5:
-            return
-        last, tenth = now, reached
-        rate = state.done_bytes / max(now - started, 1e-3)
-        line = f"{10 * state.done_bytes * 10 // max(state.total_bytes, 1):3d} %  {amount(state.done_bytes)} of "
-        line += f"{amount(state.total_bytes)}, {amount(rate)}/s"
-        if rate and state.done_bytes < state.total_bytes:
-            line += f", {duration((state.total_bytes - state.done_bytes) / rate)} left"
-        write(line)
-
-    return listen

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import engine
-from engine import api, render
+from engine import api, progress, render
 from engine.cli import cli, parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
 from engine.run.runner import Progress
@@ -411,7 +411,7 @@ def test_tables_are_aligned_and_never_cut() -> None:
 def test_plain_progress_tells_tenths_and_every_five_seconds() -> None:
     lines: list[str] = []
     now = [0.0]
-    listen = render.plain_progress(lines.append, lambda: now[0])
+    listen = progress.plain_progress(lines.append, lambda: now[0])
     for done, second in ((0, 0), (1, 1), (9, 2), (10, 3), (11, 4), (12, 8), (100, 9)):
         now[0] = second
         listen(Progress(done, 100))

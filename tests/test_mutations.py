@@ -120,7 +120,8 @@ def outcome(mapping: Path, source: Path, settings: dict[str, str]) -> State | st
 
 def equal(left: State, right: State) -> bool:
     return left.keys() == right.keys() and all(
-        left[n].shape == right[n].shape and torch.equal(left[n], right[n]) for n in left
+        left[n].shape == right[n].shape and left[n].dtype == right[n].dtype and torch.equal(left[n], right[n])
+        for n in left
     )
 
 

@@ -145,7 +145,7 @@ def _gaps(mapping: Mapping) -> Iterator[Finding]:
         for rule in mapping.rules:
             if not rule.when or _active(rule, choices) or set(rule.sources) & read:
                 continue
-            if not {target.name for target in rule.targets} & written and not _replaced(mapping, rule, active):
+            if not {target.name for target in rule.targets} & written:
                 yield Finding(
                     "L002",
                     "error",
@@ -153,13 +153,6 @@ def _gaps(mapping: Mapping) -> Iterator[Finding]:
                     f"`{rule.sources[0]}` is read by no rule under {_told(choices, [rule])}",
                     "Add a rule for that choice, or widen this rule's `when`.",
                 )
-
-
-def _replaced(mapping: Mapping, rule: Rule, active: Sequence[Rule]) -> bool:
-    """Whether a rule whose variants are decided by presence reads another name instead."""
-    return any(
-        set(other.when) == set(rule.when) and other.stage == rule.stage and other.stage is not None for other in active
-    )
 
 
 def _unused(mapping: Mapping) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import EngineError
 from engine.language.declared import check_mapping, undeclared
@@ -172,7 +172,7 @@ def _tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
 
 
 def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:
-    side = "source" if "source" in entry else "target"
+    side: Literal["source", "target"] = "source" if "source" in entry else "target"
     place = document.place(key, index)
     pattern(entry[side], document.value_place(key, index, side))
-    return Exclusion(side, entry[side], entry["why"], place)  # type: ignore[arg-type]
+    return Exclusion(side, entry[side], entry["why"], place)

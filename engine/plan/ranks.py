@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any
@@ -39,7 +39,6 @@ class RankGrid:
     files: tuple[RankFile, ...]
     skipped: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
-    notices: tuple[str, ...] = field(default=())
 
     def names(self) -> dict[str, int]:
         """The counts as layout expressions see them: `tps`, `pps`, ..."""
@@ -100,7 +99,7 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
     main = [f for f in files if f.pattern is mode.files[0]]
     sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
     grid = RankGrid(mode, sizes, _ordered(files), skipped, unknown)
-    _complete(grid, layout, folder)
+    _complete(grid, folder)
     return grid
 
 
@@ -157,7 +156,7 @@ def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[
             yield {**named, **dict(zip(others, values, strict=True))}
 
 
-def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
+def _complete(grid: RankGrid, folder: str) -> None:
     main = grid.mode.files[0]
     compiled: Pattern = pattern(main.name)
     present = {f.name for f in grid.files}

@@ -5,7 +5,7 @@ One gatherer belongs to one thread. Its buffers are reused, so memory does not g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -122,6 +122,3 @@ def dense_parts(copy: Copy, gap: int) -> list[Copy]:
         )
         parts.extend(dense_parts(row, gap))
     return parts
-
-
-Sink = Callable[[Block, np.ndarray], None]
