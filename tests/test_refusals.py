@@ -265,3 +265,78 @@ def test_a_configuration_without_items_is_refused(source: Path) -> None:
     """A Config class that keeps its content in attributes reads as empty; defaults must not stand in for it."""
     torch.save({}, source / "model_config.pt")
     refuse(source, "E303", "model_config.pt", "empty")
+
+
+def test_a_file_outside_the_grid_is_named(tmp_path: Path) -> None:
+    """isp writes one file per process; a file of the cross product comes from another run."""
+    save(V1, tmp_path / "step", mode="isp", tp=2, wp=4)
+    shutil.copy(tmp_path / "step" / "model_tp0_wp0_pp0.pt", tmp_path / "step" / "model_tp1_wp0_pp0.pt")
+    refuse(tmp_path / "step", "E304", "`model_tp1_wp0_pp0.pt` does not belong")
+
+
+def test_more_ranks_than_the_training_config_claims_are_refused(source: Path) -> None:
+    text = "parallel = dict(tensor=2, pipeline=dict(size=1))\n"
+    torch.save(text, source / "config_file.pt")
+    refuse(source, "E201", "model_tp0_pp1.pt", "does not belong", "pp 1")
+
+
+def test_a_rank_with_fewer_layers_than_its_stage_is_named(source: Path) -> None:
+    edit(source / "model_tp1_pp0.pt", lambda s: [s.pop(n) for n in list(s) if n.startswith("blocks.1.")])  # type: ignore[func-returns-value]
+    refuse(source, "E211", "model_tp1_pp0.pt", "1 layers", "2 layers")
+
+
+def test_a_whole_stage_short_of_layers_disagrees_with_the_config(source: Path) -> None:
+    for tp in range(2):
+        edit(source / f"model_tp{tp}_pp1.pt", lambda s: [s.pop(n) for n in list(s) if n.startswith("blocks.1.")])  # type: ignore[func-returns-value]
+    refuse(source, "E203", "axis `layer`", "3 layers", "4 from")
+
+
+def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = source.parent / "hf"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    rename = os.rename
+
+    def failing(old: Path, new: Path) -> None:
+        if ".partial-" in str(old):
+            raise OSError(5, "input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", failing)
+    refuse(source, "E403", overwrite=True)
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_a_write_that_fails_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    refuse(source, "E403", "No space left", max_shard_size=2000, workers=2)
+
+
+def test_a_plan_that_would_leave_a_gap_is_refused(source: Path) -> None:
+    """The proof itself: shards are disjoint, so a short count is a gap and a long one an overlap."""
+    from engine.plan.builder import Copies, prove_total
+
+    plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
+
+    class Short(Copies):
+        def __init__(self) -> None:
+            """Copies of the plan, one of them lost."""
+
+        def __call__(self, output: int) -> list[object]:  # type: ignore[override]
+            return list(plan.copies(output)[1:])
+
+    with pytest.raises(EngineError) as caught:
+        prove_total(plan.outputs, Short())
+    assert caught.value.code == "E208"
+    assert "512 elements" in str(caught.value)
+
+
+def test_a_tokenizer_with_more_pieces_than_rows_is_not_this_models(source: Path, tmp_path: Path) -> None:
+    from tests.support.sentencepiece_models import train
+
+    model = tmp_path / "other.model"
+    model.write_bytes(train())
+    refuse(source, "E501", "at most 32", tokenizer=model)
