@@ -317,19 +317,13 @@ def test_a_write_that_fails_leaves_nothing(source: Path, monkeypatch: pytest.Mon
 
 def test_a_plan_that_would_leave_a_gap_is_refused(source: Path) -> None:
     """The proof itself: shards are disjoint, so a short count is a gap and a long one an overlap."""
-    from engine.plan.builder import Copies, prove_total
+    from engine.plan.classes import prove_total
 
     plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
-
-    class Short(Copies):
-        def __init__(self) -> None:
-            """Copies of the plan, one of them lost."""
-
-        def __call__(self, output: int) -> list[object]:  # type: ignore[override]
-            return list(plan.copies(output)[1:])
-
+    group = plan.copies._outputs[0][0]  # type: ignore[attr-defined]
+    prove_total(plan.copies(0), plan.outputs[0].shape, group)
     with pytest.raises(EngineError) as caught:
-        prove_total(plan.outputs, Short())
+        prove_total(plan.copies(0)[1:], plan.outputs[0].shape, group)
     assert caught.value.code == "E208"
     assert "512 elements" in str(caught.value)
 

@@ -39,7 +39,7 @@ def blocks_of(nbytes: int) -> Any:
     """Blocks of at most `nbytes`, for writing and for comparing replicas."""
     runner = mock.patch.multiple("engine.run.runner", BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
     replicas = mock.patch("engine.run.replicas.BLOCK_BYTES", nbytes)
-    return runner, replicas, mock.patch("engine.run.gather._READ_THROUGH", 8)
+    return runner, replicas, mock.patch("engine.run.gather.READ_THROUGH", 8)
 
 
 @common

@@ -128,6 +128,6 @@ def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "parameters": sum(output.elements for output in plan.outputs),
         "bytes": plan.nbytes,
-        "files": [name for name, _ in plan.shards],
+        "files": [file.name for file in plan.shards],
         "notices": [*plan.notices, *notices],
     }

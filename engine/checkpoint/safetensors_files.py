@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,26 @@ def encode_header(
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     return header, [len(header) + starts[i] for i in range(len(tensors))]
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """Where everything of a safetensors file goes; `offsets` are absolute, one per tensor."""
+
+    header: bytes
+    offsets: tuple[int, ...]
+
+    def start(self) -> list[tuple[int, bytes]]:
+        return [(0, self.header)]
+
+    def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
+        return []
+
+
+def safetensors_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> SafetensorsFile:
+    """Lay out a file as transformers expects it: metadata `{"format": "pt"}`."""
+    header, offsets = encode_header(tensors, {"format": "pt"})
+    return SafetensorsFile(header, tuple(offsets))
 
 
 def split_shards(tensors: Sequence[tuple[str, int]], max_bytes: int) -> list[list[str]]:

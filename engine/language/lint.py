@@ -118,7 +118,7 @@ def _together(one: Rule, two: Rule) -> bool:
 
 def _unmatched(mapping: Mapping) -> Iterator[Finding]:
     """L005, under every combination of choices."""
-    from engine.plan.sides import match_pieces
+    from engine.plan.pieces import match_pieces
     from engine.plan.stored import instances
 
     every = instances(mapping)

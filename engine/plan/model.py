@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
@@ -75,6 +75,15 @@ class Tied:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A weight file that is written: its name, its format (`safetensors` or `torch`) and its outputs."""
+
+    name: str
+    format: str
+    outputs: tuple[int, ...]  # indices into `Plan.outputs`
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything a run needs, and nothing it must decide.
 
@@ -84,7 +93,7 @@ class Plan:
     mapping: MappingFile
     layout: Layout
     folder: str
-    grid: RankGrid
+    grid: RankGrid  # of the training checkpoint that is read; when none is, of the one written
     stages: Stages
     files: tuple[FileHeader, ...]
     sources: tuple[SourceTensor, ...]
@@ -101,7 +110,9 @@ class Plan:
     notices: tuple[str, ...]
     dtype: str
     max_shard_size: int
-    shards: tuple[tuple[str, tuple[int, ...]], ...]  # file name, output indices
+    shards: tuple[OutputFile, ...]
+    written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
+    beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
 
     @property
     def nbytes(self) -> int:

@@ -13,12 +13,14 @@ from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.plan.attempts import Attempt, Checkpoint, Question, decide_by_shapes
-from engine.plan.builder import DTYPES, Builder, Copies, prove_total
+from engine.plan.builder import DTYPES, whole_groups, whole_instances, whole_output
+from engine.plan.classes import CopyTable
 from engine.plan.completeness import check_slices, used_instances
 from engine.plan.copies import Copy
 from engine.plan.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
-from engine.plan.model import Output, Plan, Tied
-from engine.plan.sides import match_pieces
+from engine.plan.model import Output, OutputFile, Plan, Replicas, SourceTensor, Tied
+from engine.plan.pieces import match_pieces
+from engine.plan.sides import Side, training_keys, whole_keys
 from engine.plan.sizes import size_error
 from engine.plan.stored import Stored, instances, strip
 from engine.plan.variants import check_settings, decide, options_of
@@ -73,24 +75,32 @@ def make_plan(
         raise size_error(attempt.sizes.contradictions[0])
     used = used_instances(attempt)
     pieces = match_pieces(used)
-    builder = Builder(checkpoint, attempt, pieces, dtype)
     sizes = attempt.sizes.values()
     all_names = {**attempt.names, **sizes}
-    listed = builder.outputs()
-    every = Copies([parts for _, parts, _ in listed], builder.side())
-    prove_total([output for output, _, _ in listed], every)
+    source = Side(attempt.groups.values(), training_keys(used, pieces), sizes)
+    whole = whole_instances(pieces)
+    listed = whole_groups(pieces, whole, sizes, attempt.unread)
+    target = Side([group for _, group in listed], whole_keys(whole), sizes)
+    every = CopyTable([(group, 0) for _, group in listed], target, source)
+    names_of = [file.name for file in checkpoint.grid.files]
+    written = [
+        whole_output(spec, group, every.dtype(i, group.name, names_of, spec.instances[0].rule.place), dtype)
+        for i, (spec, group) in enumerate(listed)
+    ]
     config = render_tree(mapping.config, all_names)
     ties = bool(config.get("tie_word_embeddings"))
-    kept = [i for i, (_, _, tied_to) in enumerate(listed) if tied_to is None or not ties]
-    outputs = tuple(listed[i][0] for i in kept)
-    plan_copies = Copies([listed[i][1] for i in kept], builder.side())
-    tied = _tied([(o, every(i), to) for i, (o, _, to) in enumerate(listed) if to is not None and ties], outputs)
+    tied_to = [spec.instances[0].rule.tied_to if ties else None for spec, _ in listed]
+    kept = [i for i, to in enumerate(tied_to) if to is None]
+    outputs = tuple(written[i] for i in kept)
+    copies = CopyTable([(listed[i][1], 0) for i in kept], target, source)
+    tied = _tied([(written[i], every(i), to) for i, to in enumerate(tied_to) if to is not None], outputs)
     config["dtype"] = _main_dtype(outputs)
     notices = (*_overruled(attempt), *_expectations(mapping, sizes, strict), *_notices(checkpoint, mapping))
     split = split_shards([(o.name, o.nbytes) for o in outputs], max_shard_size)
     index = {o.name: i for i, o in enumerate(outputs)}
     shards = tuple(
-        (name, tuple(index[t] for t in group)) for name, group in zip(shard_names(len(split)), split, strict=True)
+        OutputFile(name, "safetensors", tuple(index[t] for t in group))
+        for name, group in zip(shard_names(len(split)), split, strict=True)
     )
     return Plan(
         mapping,
@@ -99,10 +109,10 @@ def make_plan(
         checkpoint.grid,
         stages,
         checkpoint.files,
-        tuple(builder.sources),
+        tuple(SourceTensor(s.file, s.header) for s in source.stored),
         outputs,
-        plan_copies,
-        builder.replicas(),
+        copies,
+        replicas_of(source),
         tied,
         attempt.decisions,
         sizes,
@@ -114,6 +124,16 @@ def make_plan(
         dtype,
         max_shard_size,
         shards,
+    )
+
+
+def replicas_of(side: Side) -> tuple[Replicas, ...]:
+    """Sets of tensors that several ranks hold and that must be equal."""
+    return tuple(
+        Replicas(tuple(side.number(one) for one in stored), group.name, group.instance.rule.name)
+        for group in side.groups
+        for stored in group.shards.values()
+        if len(stored) > 1
     )
 
 

@@ -1,128 +1,106 @@
-"""Sides: who owns a piece, and the copies that fill a tensor from the other side's parts."""
+"""Sides: the tensors of one end of a plan, and where each holds the pieces of the rules.
+
+A side is the same thing whichever end it is on: groups of shards. Rank files are groups that a
+layout cuts, a Hugging Face checkpoint is groups of one whole shard each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from itertools import product
 
-from engine.errors import EngineError
-from engine.language.axes import Axes
-from engine.language.names import Pattern
-from engine.plan.boxes import Part
-from engine.plan.copies import Copy, intersect
-from engine.plan.stored import Instance
+from engine.plan.boxes import Region, regions
+from engine.plan.groups import Group
+from engine.plan.pieces import Key, Pieces, source_pieces
+from engine.plan.sizes import extents
+from engine.plan.stored import Instance, Stored
 
-# A piece of a rule: the target name pattern it is written to, and its set of axes.
-Key = tuple[str, frozenset[str]]
+Keys = Mapping[tuple[int, frozenset[str]], Key]
 
 
-@dataclass(frozen=True, slots=True)
-class TargetSpec:
-    """A target name pattern with its axes and the rules that write it."""
-
-    name: Pattern
-    axes: Axes
-    instances: tuple[Instance, ...]
-
-    def piece_keys(self) -> tuple[Key, ...]:
-        placeholders = frozenset(self.name.placeholders)
-        return tuple((self.name.text, frozenset(piece) | placeholders) for piece in self.axes.pieces())
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """Which target each source piece goes to; proved one to one by `match_pieces`."""
-
-    targets: Mapping[str, TargetSpec]
-    owners: Mapping[Key, Instance]
-    dropped: Mapping[tuple[int, frozenset[str]], str]
-    by_source: Mapping[tuple[int, frozenset[str]], Key]
-
-
-def source_pieces(instance: Instance) -> tuple[frozenset[str], ...]:
-    placeholders = frozenset(instance.axis_names())
-    return tuple(frozenset(piece) | placeholders for piece in instance.axes.pieces())
-
-
-def match_pieces(active: Sequence[Instance]) -> Pieces:
-    """Pair source pieces with target pieces; every piece must occur exactly once on either side.
-
-    Raises:
-        EngineError: E107 naming the rule and the piece.
-    """
-    targets: dict[str, TargetSpec] = {}
-    for instance in active:
-        for name, axes in instance.targets:
-            known = targets.get(name.text)
-            if known is None:
-                targets[name.text] = TargetSpec(name, axes, (instance,))
-            elif known.axes.dims != axes.dims:
-                raise _piece_error(
-                    instance, f"`{name.text}` is written with different axes: `{known.axes}` and `{axes}`"
-                )
-            elif instance not in known.instances:
-                targets[name.text] = TargetSpec(name, axes, (*known.instances, instance))
-    owners: dict[Key, Instance] = {}
-    by_source: dict[tuple[int, frozenset[str]], Key] = {}
-    dropped: dict[tuple[int, frozenset[str]], str] = {}
-    for instance in active:
-        wanted = {key for name, _ in instance.targets for key in targets[name.text].piece_keys()}
+def training_keys(used: Iterable[Instance], pieces: Pieces) -> dict[tuple[int, frozenset[str]], Key]:
+    """Keys of the training side. A dropped piece has no target: its rule and parameter name it."""
+    keys = dict(pieces.by_source)
+    for instance in used:
         for piece in source_pieces(instance):
-            reason = next((why for axis, why in instance.rule.drop.items() if axis in piece), None)
-            keys = [key for key in wanted if key[1] == piece]
-            if reason is not None and not keys:
-                dropped[id(instance), piece] = reason
-                continue
-            if len(keys) != 1:
-                told = "no target" if not keys else f"{len(keys)} targets"
-                raise _piece_error(instance, f"source piece {_braces(piece)} occurs in {told}")
-            if keys[0] in owners:
-                other = owners[keys[0]].rule.name
-                raise _piece_error(instance, f"target piece {_braces(piece)} is also written by rule `{other}`")
-            owners[keys[0]] = instance
-            by_source[id(instance), piece] = keys[0]
-    for spec in targets.values():
-        for key in spec.piece_keys():
-            if key not in owners:
-                raise _piece_error(
-                    spec.instances[0], f"target piece {_braces(key[1])} of `{spec.name.text}` has no source"
-                )
-    return Pieces(targets, owners, dropped, by_source)
+            keys.setdefault((id(instance), piece), (f"{instance.rule.name}.{instance.param}", piece))
+    return keys
 
 
-def _piece_error(instance: Instance, message: str) -> EngineError:
-    return EngineError(
-        "E107",
-        f"rule `{instance.rule.name}`: {message}",
-        place=instance.rule.place,
-        got=f"source `{instance.axes}`\n" + "\n".join(f"{n.text} `{a}`" for n, a in instance.targets),
-        expected="every source piece in exactly one target, every target piece in exactly one source",
-        fix="Pieces are matched by their set of axes, placeholders included: check the axis names on both sides.",
-    )
+def whole_keys(instances: Mapping[str, Instance]) -> dict[tuple[int, frozenset[str]], Key]:
+    """Keys of the Hugging Face side: target pattern → its instance."""
+    return {(id(one), piece): (text, piece) for text, one in instances.items() for piece in source_pieces(one)}
 
 
-def _braces(piece: frozenset[str]) -> str:
-    return "{" + ", ".join(sorted(piece)) + "}"
-
-
-@dataclass(frozen=True, slots=True)
 class Side:
-    """The side that copies come from: parts by piece and by the axes its tensor names fix."""
+    """Groups of shards with a number for every tensor, in the order of the groups.
 
-    fixed: Callable[[Key], tuple[str, ...]]
-    parts: Callable[[Key, tuple[int, ...]], Sequence[Part]]
+    Args:
+        keys: (instance, piece) → key; pieces of equal keys on two sides are the same elements.
+        sizes: of every axis.
+    """
+
+    def __init__(self, groups: Iterable[Group], keys: Keys, sizes: Mapping[str, int]) -> None:
+        self.groups = tuple(groups)
+        self.keys = keys
+        self.sizes = sizes
+        self.stored: list[Stored] = []
+        self._found: dict[tuple[int, tuple[int, ...]], Group] = {}
+        self._ids: dict[int, int] = {}
+        orders: dict[int, tuple[str, ...]] = {}
+        for group in self.groups:
+            self._found[id(group.instance), tuple(group.fixed.values())] = group
+            orders[id(group.instance)] = tuple(group.fixed)
+            for replicas in group.shards.values():
+                for one in replicas:
+                    self._ids[id(one)] = len(self.stored)
+                    self.stored.append(one)
+        self._owners = {key: (owner, orders[owner]) for (owner, _), key in keys.items() if owner in orders}
+
+    def number(self, stored: Stored) -> int:
+        return self._ids[id(stored)]
+
+    def first_numbers(self, group: Group) -> list[int]:
+        """The number of each shard's first replica."""
+        return [self._ids[id(replicas[0])] for replicas in group.shards.values()]
+
+    def reaching(self, group: Group, other: Side) -> list[Group]:
+        """Groups of this side that hold pieces of a group of the other side."""
+        result: dict[int, Group] = {}
+        for piece in source_pieces(group.instance):
+            owner = self._owners.get(other.keys[id(group.instance), piece])
+            if owner is None:
+                continue
+            ranges = [[group.fixed[a]] if a in group.fixed else range(self.sizes[a]) for a in owner[1]]
+            for values in product(*ranges):
+                found = self._found[owner[0], values]
+                result[id(found)] = found
+        return list(result.values())
+
+    def place(self, group: Group) -> list[list[tuple[Key, Region]]]:
+        """The regions of each shard: offsets are running sums of what the ranks before hold."""
+        local = extents(group, self.sizes) or {}
+        starts = {axis: _running(by_rank) for axis, by_rank in local.items()}
+        row = 0
+        placed: list[list[tuple[Key, Region]]] = []
+        for ranks, replicas in group.shards.items():
+            header = replicas[0].header
+            sizes, begin = dict(self.sizes), {}
+            for position, (_, axis) in enumerate(group.cut.dims):
+                sizes[axis] = local[axis][ranks[position]]
+                begin[axis] = starts[axis][ranks[position]]
+            rows = None
+            if group.cut.rows is not None:
+                rows = (row, row + header.shape[0])
+                row = rows[1]
+            found = regions(group.instance.axes, sizes, header.strides, rows=rows, starts=begin, fixed=group.fixed)
+            placed.append([(self.keys[id(group.instance), region.piece], region) for region in found])
+        return placed
 
 
-def copies_into(target: Sequence[tuple[Key, Part]], source: Side) -> list[Copy]:
-    """Every copy that lands in one tensor, sorted by where it starts."""
-    copies: list[Copy] = []
-    for key, part in target:
-        ranges = [range(*part.region.box[axis]) for axis in source.fixed(key)]
-        for values in product(*ranges):
-            for other in source.parts(key, values):
-                copy = intersect(other, part)
-                if copy is not None:
-                    copies.append(copy)
-    copies.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
-    return copies
+def _running(by_rank: Mapping[int, int]) -> dict[int, int]:
+    result, total = {}, 0
+    for rank in sorted(by_rank):
+        result[rank] = total
+        total += by_rank[rank]
+    return result

@@ -51,8 +51,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "replicas": {"sets": len(plan.replicas), "tensors": sum(len(r.sources) for r in plan.replicas)},
         "ignored": dict(plan.ignored),
         "outputs": [
-            {"file": name, "tensors": len(indices), "bytes": sum(plan.outputs[i].nbytes for i in indices)}
-            for name, indices in plan.shards
+            {"file": one.name, "tensors": len(one.outputs), "bytes": sum(plan.outputs[i].nbytes for i in one.outputs)}
+            for one in plan.shards
         ],
         "bytes": plan.nbytes,
         "tensors": len(plan.outputs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -12,13 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from engine.checkpoint.headers import ITEM_SIZES
-from engine.checkpoint.safetensors_files import encode_header, index_json
+from engine.checkpoint.safetensors_files import index_json
+from engine.checkpoint.sinks import CHECKED, FORMATS, Checksum, FileLayout, SinkFiles
 from engine.checkpoint.sources import SourceFiles
 from engine.plan.model import Output, Plan
 from engine.run.blocks import BLOCK_BYTES, LARGE_BLOCK_BYTES, MANY_RUNS, blocks
-from engine.run.gather import Gatherer
+from engine.run.gather import Gatherer, Scatterer
 from engine.run.output import write_error
 from engine.run.replicas import compare_replicas, replica_bytes
+from engine.run.schedule import Job, Unit, copies_from, schedule
 from engine.run.values import Converter, check_transform
 
 
@@ -57,97 +60,124 @@ def write_weights(
     """Compare replicas, then write every weight file of a plan into `folder`.
 
     Args:
-        workers: threads, each with its own output file at a time; default: as many as cores, but
-            no more than files.
+        workers: threads, each with its own output files at a time; default: as many as cores, but
+            no more than there are files to write independently.
     """
     for output in plan.outputs:
         check_transform(output)
     meter = Meter(plan.nbytes + replica_bytes(plan), listener)
     with SourceFiles(plan.files) as files:
         compare_replicas(plan, files, meter.advance)
-    # The largest files first, so that workers finish together.
-    order = sorted(plan.shards, key=lambda shard: -sum(plan.outputs[i].nbytes for i in shard[1]))
-    count = min(workers or os.cpu_count() or 1, len(order))
+    jobs = schedule(plan)
+    writer = _Writer(plan, folder, meter)
+    count = min(workers or os.cpu_count() or 1, len(jobs))
     if count <= 1:
-        for name, indices in order:
-            _write_file(plan, folder / name, indices, meter)
+        for job in jobs:
+            writer.run(job)
     else:
-        _in_parallel(plan, folder, order, count, meter)
-    if len(plan.shards) > 1:
-        names = {plan.outputs[i].name: name for name, indices in plan.shards for i in indices}
+        _in_parallel(writer, jobs, count, meter)
+    if len(plan.shards) > 1 and plan.written is None:
+        names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
         write_bytes(folder / "model.safetensors.index.json", index_json(names, plan.nbytes))
 
 
-def _in_parallel(
-    plan: Plan, folder: Path, order: Sequence[tuple[str, tuple[int, ...]]], count: int, meter: Meter
-) -> None:
+def _in_parallel(writer: _Writer, jobs: Sequence[Job], count: int, meter: Meter) -> None:
     with ThreadPoolExecutor(count, thread_name_prefix="writer") as pool:
-        jobs = [pool.submit(_write_file, plan, folder / name, indices, meter) for name, indices in order]
+        futures = [pool.submit(writer.run, job) for job in jobs]
         try:
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in done:
-                job.result()
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
         except BaseException:
             meter.stopped.set()
-            for job in jobs:
-                job.cancel()
+            for future in futures:
+                future.cancel()
             raise
 
 
-def _write_file(plan: Plan, path: Path, indices: Sequence[int], meter: Meter) -> None:
-    described = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in indices]
-    header, offsets = encode_header(described, {"format": "pt"})
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            _write_all(descriptor, header, 0)
-            with SourceFiles(plan.files) as files:
+class _Writer:
+    """Writes the files of a plan, job by job; shared by the workers, changed by none."""
+
+    def __init__(self, plan: Plan, folder: Path, meter: Meter) -> None:
+        self._plan, self._meter = plan, meter
+        self._paths = [folder / file.name for file in plan.shards]
+        self._layouts: list[FileLayout] = []
+        self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
+        for index, file in enumerate(plan.shards):
+            tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
+            layout = FORMATS[file.format](tensors, Path(file.name).stem)
+            self._layouts.append(layout)
+            self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
+
+    def run(self, job: Job) -> None:
+        """Write the files of one job from first to last byte."""
+        plan = self._plan
+        checked = any(plan.shards[i].format in CHECKED for i in job.files)
+        sums: dict[int, Checksum] = {o: Checksum() for u in job.units for o in u.outputs} if checked else {}
+        with SinkFiles(self._paths) as sinks, SourceFiles(plan.files) as files:
+            try:
+                for index in job.files:
+                    for offset, data in self._layouts[index].start():
+                        sinks.write(index, offset, data)
+
+                def write(output: int, offset: int, data: memoryview) -> None:
+                    if checked:
+                        sums[output].add(offset, data)
+                    file, at = self._places[output]
+                    sinks.write(file, at + offset, data)
+                    self._meter.advance(len(data))
+
                 gatherer, converter = Gatherer(files, plan.sources), Converter()
-                for index, offset in zip(indices, offsets, strict=True):
-                    _write_tensor(plan, index, offset, descriptor, gatherer, converter, meter)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise write_error(path, error) from error
+                scatterer = Scatterer(files, plan.sources, write)
+                for unit in job.units:
+                    if unit.sources:
+                        self._scatter(unit, scatterer)
+                    else:
+                        self._gather(unit.outputs[0], gatherer, converter, write)
+                if self._meter.stopped.is_set():
+                    return
+                for index in job.files:
+                    values = [sums[o].result() for o in plan.shards[index].outputs] if checked else []
+                    for offset, data in self._layouts[index].finish(values):
+                        sinks.write(index, offset, data)
+            except OSError as error:
+                raise write_error(self._paths[job.files[0]], error) from error
+
+    def _gather(
+        self, index: int, gatherer: Gatherer, converter: Converter, write: Callable[[int, int, memoryview], None]
+    ) -> None:
+        output = self._plan.outputs[index]
+        copies = self._plan.copies(index)
+        item = ITEM_SIZES[output.dtype]
+        for block in blocks(copies, output.elements, block_elements(output, len(copies)), row_quantum(output)):
+            if self._meter.stopped.is_set():
+                return
+            written = converter.convert(output, gatherer.gather(block, output.read_dtype))
+            write(index, block.low * item, written.view(np.uint8).data)
+
+    def _scatter(self, unit: Unit, scatterer: Scatterer) -> None:
+        for source, copies in copies_from(self._plan, unit).items():
+            header = self._plan.sources[source].header
+            elements = math.prod(header.shape)
+            limit = block_bytes(len(copies)) // ITEM_SIZES[header.dtype]
+            for block in blocks(copies, elements, limit):
+                if self._meter.stopped.is_set():
+                    return
+                scatterer.scatter(source, block)
 
 
-def _write_tensor(
-    plan: Plan,
-    index: int,
-    offset: int,
-    descriptor: int,
-    gatherer: Gatherer,
-    converter: Converter,
-    meter: Meter,
-) -> None:
-    output = plan.outputs[index]
-    copies = plan.copies(index)
-    item = ITEM_SIZES[output.dtype]
-    for block in blocks(copies, output.elements, block_elements(output, len(copies)), row_quantum(output)):
-        if meter.stopped.is_set():
-            return
-        written = converter.convert(output, gatherer.gather(block, output.read_dtype))
-        _write_all(descriptor, written.view(np.uint8).data, offset + block.low * item)
-        meter.advance((block.high - block.low) * item)
+def block_bytes(runs: int) -> int:
+    return BLOCK_BYTES if runs <= MANY_RUNS else LARGE_BLOCK_BYTES
 
 
 def block_elements(output: Output, runs: int) -> int:
     """Elements of a block, by the larger of the types read and written."""
-    nbytes = BLOCK_BYTES if runs <= MANY_RUNS else LARGE_BLOCK_BYTES
-    return nbytes // max(ITEM_SIZES[output.dtype], ITEM_SIZES[output.read_dtype])
+    return block_bytes(runs) // max(ITEM_SIZES[output.dtype], ITEM_SIZES[output.read_dtype])
 
 
 def row_quantum(output: Output) -> int:
     """A transform needs whole rows of the last dimension in each block."""
     return output.shape[-1] if output.transform is not None else 1
-
-
-def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view = view[written:]
-        offset += written
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -1,0 +1,109 @@
+"""Pickles as torch writes them, without torch: only the names of its classes are written.
+
+The stdlib's pure-Python pickler does the work; what it lacks is writing a name without importing it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_STORAGES = {
+    "BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage", "F64": "DoubleStorage",
+    "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage", "U8": "ByteStorage",
+    "BOOL": "BoolStorage",
+}  # fmt: skip
+WRITABLE = frozenset(_STORAGES)  # element types that have a storage class of their own
+
+
+@dataclass(frozen=True)
+class Global:
+    """A module's name, written by reference: `torch.bfloat16`."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: Global
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    identifier: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    items: tuple[tuple[str, Any], ...]
+
+
+_Base: Any = pickle._Pickler
+
+
+class _Pickler(_Base):  # type: ignore[misc]
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.identifier if isinstance(obj, _Storage) else None
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        known = self.memo.get(id(obj))
+        if isinstance(obj, Global) and known is None:
+            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+            self.memoize(obj)
+        elif isinstance(obj, _Call):
+            self.save(obj.function)
+            self.save(obj.arguments)
+            self.write(pickle.REDUCE)
+        elif isinstance(obj, _Ordered):
+            self.save(_Call(_ORDERED, ()))
+            self._batch_setitems(iter(obj.items))
+        else:
+            super().save(obj, save_persistent_id)
+
+
+_ORDERED = Global("collections", "OrderedDict")
+_REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+_CLASSES = {dtype: Global("torch", name) for dtype, name in _STORAGES.items()}
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle plain values and the stand-ins of this module, in torch's protocol 2."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, 2).dump(value)
+    return buffer.getvalue()
+
+
+def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The pickle of a state dict whose tensors are contiguous, each in a storage of its own.
+
+    Args:
+        tensors: name, element type (one of `WRITABLE`) and shape; storage keys are `0`, `1`, ...
+    """
+    items: list[tuple[str, Any]] = []
+    for index, (name, dtype, shape) in enumerate(tensors):
+        strides, count = [1] * len(shape), 1
+        for i in range(len(shape) - 1, -1, -1):
+            strides[i] = count
+            count *= shape[i]
+        storage = _Storage(("storage", _CLASSES[dtype], str(index), "cpu", count))
+        items.append((name, _Call(_REBUILD, (storage, 0, shape, tuple(strides), False, _Call(_ORDERED, ())))))
+    return dumps(_Ordered(tuple(items)))
+
+
+def with_dtypes(value: Any) -> Any:
+    """Configuration values with texts such as `torch.bfloat16` as the objects they name."""
+    if isinstance(value, dict):
+        return {key: with_dtypes(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_dtypes(item) for item in value]
+    if isinstance(value, str) and value in _DTYPES:
+        return Global("torch", value.removeprefix("torch."))
+    return value
+
+
+_DTYPES = frozenset(f"torch.{name}" for name in ("bfloat16", "float16", "float32", "float64", "half", "float"))

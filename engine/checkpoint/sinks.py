@@ -1,0 +1,99 @@
+"""Writing byte ranges of checkpoint files: created whole, filled by pwrite, few descriptors open."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from isal import isal_zlib
+
+from engine.checkpoint.safetensors_files import safetensors_file
+from engine.checkpoint.torch_files import torch_file
+
+_OPEN_FILES = 128
+
+
+class FileLayout(Protocol):
+    """A file format, laid out: what is written where besides the payload."""
+
+    @property
+    def offsets(self) -> Sequence[int]: ...
+
+    def start(self) -> list[tuple[int, bytes]]: ...
+
+    def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]: ...
+
+
+# Format → the layout of a file that holds tensors (name, element type, shape) under a root name.
+FORMATS: dict[str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str], FileLayout]] = {
+    "safetensors": safetensors_file,
+    "torch": torch_file,
+}
+CHECKED = frozenset(("torch",))  # formats whose headers hold a CRC-32 of every payload
+
+
+@dataclass(slots=True)
+class Checksum:
+    """The CRC-32 of bytes that arrive in order, or in any order as intervals."""
+
+    value: int = 0
+    end: int = 0
+    later: list[tuple[int, int, int]] | None = None
+
+    def add(self, start: int, data: memoryview) -> None:
+        if start == self.end:
+            self.value = isal_zlib.crc32(data, self.value)
+            self.end += len(data)
+        else:
+            self.later = self.later or []
+            self.later.append((start, len(data), isal_zlib.crc32(data)))
+
+    def result(self) -> int:
+        """Of everything added, which must be one interval from 0."""
+        for start, length, value in sorted(self.later or ()):
+            if start != self.end:
+                raise ValueError(f"bytes {self.end} to {start} were not written")
+            self.value = isal_zlib.crc32_combine(self.value, value, length)
+            self.end += length
+        self.later = None
+        return self.value
+
+
+class SinkFiles:
+    """Files being written, opened when first needed. Not shared between threads."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __enter__(self) -> SinkFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _descriptor(self, file: int) -> int:
+        descriptor = self._open.get(file)
+        if descriptor is not None:
+            self._open.move_to_end(file)
+            return descriptor
+        if len(self._open) >= _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        descriptor = os.open(self._paths[file], os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._open[file] = descriptor
+        return descriptor
+
+    def write(self, file: int, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data` at a byte offset; OSError as the system gives it."""
+        descriptor = self._descriptor(file)
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            view = view[written:]
+            offset += written

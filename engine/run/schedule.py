@@ -1,0 +1,148 @@
+"""Scheduling: which side drives which tensors, and which worker writes which files.
+
+The target drives (gather) unless its blocks would touch more runs than the source's: whole tensors
+cut by columns into many ranks are scattered. Tensors that share sources are decided together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from engine.checkpoint.headers import ITEM_SIZES
+from engine.plan.builder import contiguous
+from engine.plan.copies import Copy, swap
+from engine.plan.model import Plan
+from engine.run.gather import READ_THROUGH
+from engine.run.moves import runs
+
+_RUN_COST = 8 * 1024  # bytes that could have been moved in the time a run takes to start
+_CLEARLY = 0.8  # scatter only where it costs less than this part of gathering
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Tensors moved together: outputs that are gathered, or sources that are scattered."""
+
+    outputs: tuple[int, ...]
+    sources: tuple[int, ...] = ()  # empty: gather
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Files that one worker writes alone, and the units that fill them."""
+
+    files: tuple[int, ...]
+    units: tuple[Unit, ...]
+    nbytes: int
+
+
+class _Sets:
+    """Disjoint sets of numbers that are joined."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def find(self, one: int) -> int:
+        while self._parent[one] != one:
+            self._parent[one] = self._parent[self._parent[one]]
+            one = self._parent[one]
+        return one
+
+    def join(self, numbers: Iterable[int]) -> None:
+        first: int | None = None
+        for number in numbers:
+            root = self.find(number)
+            if first is None:
+                first = root
+            elif root != first:
+                self._parent[max(root, first)] = min(root, first)
+                first = min(root, first)
+
+
+def schedule(plan: Plan) -> list[Job]:
+    """The jobs of a plan, largest first. Every output is in exactly one."""
+    units = _units(plan)
+    file_of = {output: i for i, file in enumerate(plan.shards) for output in file.outputs}
+    files = _Sets(len(plan.shards))
+    for unit in units:
+        if unit.sources:
+            files.join(file_of[output] for output in unit.outputs)
+    members: dict[int, list[int]] = {}
+    for index in range(len(plan.shards)):
+        members.setdefault(files.find(index), []).append(index)
+    filled: dict[int, list[Unit]] = {root: [] for root in members}
+    order = {output: n for n, output in enumerate(o for file in plan.shards for o in file.outputs)}
+    for unit in sorted(units, key=lambda unit: order[unit.outputs[0]]):
+        filled[files.find(file_of[unit.outputs[0]])].append(unit)
+    jobs = [
+        Job(tuple(members[root]), tuple(held), sum(plan.outputs[o].nbytes for unit in held for o in unit.outputs))
+        for root, held in filled.items()
+    ]
+    return sorted(jobs, key=lambda job: -job.nbytes)
+
+
+def _units(plan: Plan) -> list[Unit]:
+    """Gather everything, except the sets of tensors that are cheaper to scatter."""
+    copies = [plan.copies(i) for i in range(len(plan.outputs))]
+    wide = {i for i, held in enumerate(copies) if any(_skips(c, plan) for c in held)}
+    if not wide:
+        return [Unit((i,)) for i in range(len(plan.outputs))]
+    by_source: dict[int, list[int]] = {}
+    for i, held in enumerate(copies):
+        for source in {c.source for c in held}:
+            by_source.setdefault(source, []).append(i)
+    sets = _Sets(len(plan.outputs))
+    for outputs in by_source.values():
+        sets.join(outputs)
+    together: dict[int, list[int]] = {}
+    for i in range(len(plan.outputs)):
+        together.setdefault(sets.find(i), []).append(i)
+    units: list[Unit] = []
+    for outputs in together.values():
+        held = [c for i in outputs for c in copies[i]]
+        if wide.intersection(outputs) and _scatters(plan, outputs, held):
+            units.append(Unit(tuple(outputs), tuple(sorted({c.source for c in held}))))
+        else:
+            units.extend(Unit((i,)) for i in outputs)
+    return units
+
+
+def _skips(copy: Copy, plan: Plan) -> bool:
+    item = ITEM_SIZES[plan.sources[copy.source].header.dtype]
+    return runs(copy, READ_THROUGH // item) != (1, copy.volume())
+
+
+def _scatters(plan: Plan, outputs: Sequence[int], copies: Sequence[Copy]) -> bool:
+    """Whether these outputs can be filled from the source side, and are better so."""
+    if any(plan.outputs[i].dtype != plan.outputs[i].read_dtype or plan.outputs[i].transform for i in outputs):
+        return False
+    moved: dict[int, int] = {}
+    gathering = scattering = 0
+    for copy in copies:
+        moved[copy.source] = moved.get(copy.source, 0) + copy.volume()
+        item = ITEM_SIZES[plan.sources[copy.source].header.dtype]
+        count, elements = runs(copy, READ_THROUGH // item)
+        gathering += count * _RUN_COST + elements * item
+        count, elements = runs(swap(copy), 0)
+        scattering += count * _RUN_COST + elements * item
+    for source, volume in moved.items():
+        header = plan.sources[source].header
+        whole = 1
+        for size in header.shape:
+            whole *= size
+        # Elements that go to several outputs, or to none, have no one place in a source's block.
+        if volume != whole or header.strides != contiguous(header.shape):
+            return False
+    return scattering < _CLEARLY * gathering
+
+
+def copies_from(plan: Plan, unit: Unit) -> dict[int, list[Copy]]:
+    """For each source of a scattered unit, its copies with the sides exchanged."""
+    found: dict[int, list[Copy]] = {source: [] for source in unit.sources}
+    for output in unit.outputs:
+        for copy in plan.copies(output):
+            found[copy.source].append(swap(copy))
+    for held in found.values():
+        held.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
+    return found
