@@ -1,0 +1,227 @@
+"""Hugging Face weights on disk: one file, or shards and the index that says which holds what.
+
+Safetensors and torch files alike, headers only. The index is checked against the files both ways,
+so that what is read later is what the index promises.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.config_files import read_json
+from engine.checkpoint.headers import FileHeader
+from engine.checkpoint.rank_files import open_regular, read_rank_file
+from engine.checkpoint.safetensors_files import read_safetensors
+from engine.errors import EngineError, Place
+
+# In the order transformers looks for them.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+_MAX_INDEX = 64 << 20  # bytes: some 500,000 tensors
+_READERS = 4  # threads: indexing waits on storage, not on the processor
+_TORCH = (".bin", ".pt", ".pth")
+
+
+def read_hf_folder(path: Path) -> tuple[FileHeader, ...]:
+    """Index the weights of a Hugging Face checkpoint without reading any payload.
+
+    Args:
+        path: a folder, an index, or one weight file. In a folder safetensors are preferred to torch
+            files, as transformers does.
+
+    Returns:
+        The files, by name; every tensor name occurs in exactly one of them.
+
+    Raises:
+        EngineError: E201 a shard is missing, E207 a tensor is not in the file that the index
+            names, E208 a tensor is in two files, E301 a damaged file or index, E303 a file of
+            another kind, E304 not a checkpoint, E305 unreadable.
+    """
+    if path.name.endswith(".index.json") and not path.is_dir():
+        return _read_shards(path)
+    if not path.is_dir():
+        if not os.path.lexists(path):
+            raise EngineError("E304", "there is no such checkpoint", place=Place(str(path)), fix="Check the path.")
+        return (_read_weights(path),)
+    for name in WEIGHTS:
+        single, index = path / name, path / f"{name}.index.json"
+        if os.path.lexists(single) and os.path.lexists(index):
+            if set(_read_index(index).values()) != {name}:
+                raise _two_sets(path, name)
+            return _read_shards(index)
+        if os.path.lexists(single):
+            return (_read_weights(single),)
+        if os.path.lexists(index):
+            return _read_shards(index)
+    raise _no_weights(path)
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint folder, or beside a weight file; empty when there is none.
+
+    Raises:
+        EngineError: E301 when it is not JSON, E303 when it is not an object, E305 when unreadable.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(file) if os.path.lexists(file) else {}
+
+
+def _read_weights(path: Path) -> FileHeader:
+    """One file, by its ending; without a known one, a zip is torch's."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if path.suffix in _TORCH:
+        return read_rank_file(path)
+    with open_regular(path) as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    return read_rank_file(path) if zipped else read_safetensors(path)
+
+
+def _read_shards(index: Path) -> tuple[FileHeader, ...]:
+    weight_map = _read_index(index)
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not os.path.lexists(index.parent / name)]
+    if missing:
+        raise EngineError(
+            "E201",
+            f"`{missing[0]}` is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            place=Place(str(index)),
+            got=f"{len(names) - len(missing)} of {len(names)} files that the index names",
+            expected=", ".join(missing[:8]) + (", …" if len(missing) > 8 else ""),
+            fix="Copy the missing files into the folder: a download may have been interrupted.",
+        )
+    with ThreadPoolExecutor(_READERS) as pool:
+        files = tuple(pool.map(lambda name: _read_weights(index.parent / name), names))
+    _check(weight_map, files, index)
+    return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name → file name. File names stay in the folder of the index."""
+
+    def damaged(what: str, tensor: str | None = None) -> EngineError:
+        return EngineError(
+            "E301",
+            f"an index of weights is damaged: {what}",
+            place=Place(path.name, tensor=tensor),
+            expected='{"weight_map": {"tensor name": "file name", …}}',
+            fix="Copy the file again.",
+        )
+
+    try:
+        with open_regular(path) as file:
+            raw = file.read(_MAX_INDEX + 1)
+    except OSError as error:
+        raise EngineError(
+            "E305",
+            "a file cannot be read",
+            place=Place(str(path)),
+            got=error.strerror,
+            fix="Check the file and its permissions.",
+        ) from error
+    if len(raw) > _MAX_INDEX:
+        raise damaged(f"it is larger than {_MAX_INDEX >> 20} MiB")
+    try:
+        data = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"it is not JSON: {error}"[:200]) from None
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise damaged("it has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_plain(name):
+            raise damaged(f"{name!r} is not the name of a file beside it"[:200], tensor)
+    return weight_map
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    "".join(result).encode()  # halves of characters are no text
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is a file of the folder itself.
+
+    >>> [_is_plain(name) for name in ("model.safetensors", "../model.safetensors", "/etc/passwd", "..", "")]
+    [True, False, False, False, False]
+    """
+    bad = any(c in "/\\" or not c.isprintable() for c in name)
+    return not bad and name not in ("", ".", "..")
+
+
+def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: Path) -> None:
+    """The index and the files say the same, both ways."""
+    found: dict[str, str] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if tensor.name in found:
+                raise EngineError(
+                    "E208",
+                    f"`{tensor.name}` is in two files",
+                    place=Place(str(index), tensor=tensor.name),
+                    got=f"{found[tensor.name]}, {file.path.name}",
+                    expected=f"{weight_map.get(tensor.name, 'one file')} alone",
+                    fix="The files are of two different saves; copy the folder again.",
+                )
+            found[tensor.name] = file.path.name
+    for name, file_name in weight_map.items():
+        if found.get(name) != file_name:
+            raise EngineError(
+                "E207",
+                f"`{name}` is not in the file that the index names",
+                place=Place(str(index), tensor=name),
+                got=found.get(name, "in no file"),
+                expected=file_name,
+                fix="The index and the files are of two different saves; copy the folder again.",
+            )
+    unlisted = [name for name in found if name not in weight_map]
+    if unlisted:
+        raise EngineError(
+            "E301",
+            f"an index of weights is damaged: it leaves out `{unlisted[0]}`"
+            + (f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""),
+            place=Place(str(index), tensor=unlisted[0]),
+            got=f"in {found[unlisted[0]]}",
+            expected="every tensor of the files in the index",
+            fix="The index and the files are of two different saves; copy the folder again.",
+        )
+
+
+def _two_sets(folder: Path, name: str) -> EngineError:
+    return EngineError(
+        "E304",
+        "the folder has two sets of weights",
+        place=Place(str(folder)),
+        got=f"{name} and {name}.index.json with other files",
+        expected="one of them",
+        fix="Remove the one left over from another save, or give the file itself.",
+    )
+
+
+def _no_weights(folder: Path) -> EngineError:
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError as error:
+        return EngineError(
+            "E305",
+            "the checkpoint folder cannot be read",
+            place=Place(str(folder)),
+            got=error.strerror,
+            fix="Check its permissions.",
+        )
+    return EngineError(
+        "E304",
+        "the folder is not a Hugging Face checkpoint",
+        place=Place(str(folder)),
+        got=(", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder",
+        expected=", ".join(f"{name} or {name}.index.json" for name in WEIGHTS),
+        fix="Give the folder that `from_pretrained` would take, or one weight file.",
+    )
