@@ -10,7 +10,18 @@ Importing this is instant: what a name needs is imported when the name is first 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.api import Report, convert, inspect, iter_tensors, load_mapping, plan
+    from engine.api import (
+        Report,
+        convert,
+        inspect,
+        iter_tensors,
+        load_mapping,
+        plan,
+        plan_reshard,
+        plan_reverse,
+        reshard,
+        reverse,
+    )
     from engine.errors import EngineError, EngineErrors
 
 __version__ = "0.1.0"
@@ -25,10 +36,14 @@ __all__ = [
     "iter_tensors",
     "load_mapping",
     "plan",
+    "plan_reshard",
+    "plan_reverse",
+    "reshard",
+    "reverse",
 ]
 
-_FROM_API = frozenset({"Report", "convert", "inspect", "iter_tensors", "load_mapping", "plan"})
 _FROM_ERRORS = frozenset({"EngineError", "EngineErrors"})
+_FROM_API = frozenset(__all__) - _FROM_ERRORS - {"__version__"}
 
 
 def __getattr__(name: str) -> Any:

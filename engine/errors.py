@@ -35,6 +35,9 @@ CODES: dict[str, str] = {
     "E211": "layers cannot be numbered",
     "E212": "the checkpoint is of another layout or mapping",
     "E213": "a size the release expects differs",
+    "E214": "the model cannot be cut over these ranks",
+    "E215": "a rule does not invert",
+    "E216": "what would be written would be read differently",
     # checkpoint files
     "E301": "a checkpoint file is damaged or truncated",
     "E302": "a checkpoint file asks to run code",

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.pickling import with_dtypes
 from engine.checkpoint.python_source import MAX_SOURCE, literals
 from engine.checkpoint.rank_files import open_regular, read_torch_file
 from engine.checkpoint.standins import DType
+from engine.checkpoint.torch_files import encode_torch
 from engine.checkpoint.unpickle import damaged
 from engine.errors import EngineError, Place
 
@@ -107,6 +109,17 @@ def _plain(value: Any, name: str) -> Any:
         return value if isinstance(value, str | int | float | bool) or value is None else type(value).__name__
 
     return plain(value, 0)
+
+
+def encode_config(name: str, format: str, content: Any) -> bytes:
+    """A configuration's file in one of the layout's formats, as its framework would read it."""
+    stem = Path(name).stem
+    if format == "json":
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    if format == "pickled_mapping":
+        return encode_torch(with_dtypes(content), stem)
+    source = "".join(f"{key} = {value!r}\n" for key, value in content.items())
+    return source.encode() if name.endswith(".py") else encode_torch(source, stem)
 
 
 _FORMATS: dict[str, Callable[[Path], dict[str, Any]]] = {

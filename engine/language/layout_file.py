@@ -6,8 +6,8 @@ from typing import Any
 
 from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
-from engine.language.mapping_file import digest_of, expression, read_option, read_variant
-from engine.language.model import FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
+from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
+from engine.language.model import Beside, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import pattern
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
@@ -31,6 +31,7 @@ def load_layout(name: str) -> Layout:
         config_format=data["config"]["format"],
         training_file=training.get("file"),
         training_format=training.get("format"),
+        training_write=read_tree(document, ("training", "write"), training.get("write") or {}),
         prefixes=tuple(
             Prefix(p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None)
             for i, p in enumerate(data["prefixes"])
@@ -46,6 +47,7 @@ def load_layout(name: str) -> Layout:
             uneven=layers.get("uneven", "last"),
         ),
         uneven=data.get("uneven", "first"),
+        even=tuple(data.get("even") or ()),
         lone_rank=data.get("lone_rank") or {},
         sizes={n: expression(document, ("sizes", n), text) for n, text in (data.get("sizes") or {}).items()},
         modes=tuple(_mode(document, n, m) for n, m in data["modes"].items()),
@@ -66,6 +68,11 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
         name,
         body.get("help", ""),
         tuple(_file(document, ("modes", name, "files", i), f) for i, f in enumerate(body["files"])),
+        tuple(body.get("aliases") or ()),
+        tuple(
+            Beside(b["file"], read_tree(document, ("modes", name, "beside", i, "content"), b.get("content", {})))
+            for i, b in enumerate(body.get("beside") or [])
+        ),
     )
 
 

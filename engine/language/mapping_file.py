@@ -60,8 +60,8 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         rules=rules,
         ignore=tuple(_exclusion(document, "ignore", i, e) for i, e in enumerate(data.get("ignore") or [])),
         refuse=tuple(_exclusion(document, "refuse", i, e) for i, e in enumerate(data.get("refuse") or [])),
-        config=_tree(document, ("config",), data.get("config") or {}),
-        training_config=_tree(document, ("training_config",), data.get("training_config") or {}),
+        config=read_tree(document, ("config",), data.get("config") or {}),
+        training_config=read_tree(document, ("training_config",), data.get("training_config") or {}),
         tokenizer=data.get("tokenizer"),
         generation=data.get("generation"),
         chat_template=data.get("chat_template"),
@@ -151,11 +151,11 @@ def read_option(document: Document, name: str, body: dict[str, Any], path: tuple
     )
 
 
-def _tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
+def read_tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _tree(document, (*path, key), item) for key, item in value.items()}
+        return {key: read_tree(document, (*path, key), item) for key, item in value.items()}
     if isinstance(value, list):
-        return tuple(_tree(document, (*path, i), item) for i, item in enumerate(value))
+        return tuple(read_tree(document, (*path, i), item) for i, item in enumerate(value))
     if isinstance(value, str) and ("{{" in value or "}}" in value):
         found = _BRACES.match(value.strip())
         if found is None or "{{" in found[1]:

@@ -136,10 +136,20 @@ class FilePattern:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """A small file written beside each rank file; its name has the placeholders of the mode's first file."""
+
+    file: str
+    content: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Mode:
     name: str
     help: str
     files: tuple[FilePattern, ...]
+    aliases: tuple[str, ...] = ()
+    beside: tuple[Beside, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +180,12 @@ class Layout:
     config_format: str  # pickled_mapping | json
     training_file: str | None
     training_format: str | None  # python_source
+    training_write: MappingABC[str, Any]  # what is written of it: literals with `Expression` leaves
     prefixes: tuple[Prefix, ...]
     options: MappingABC[str, Option]
     layers: LayerCut
     uneven: str
+    even: tuple[str, ...]  # stage classes whose tensors the framework only cuts evenly
     lone_rank: MappingABC[str, int]
     sizes: MappingABC[str, Expression]  # ranks per dimension, as the training configuration claims
     modes: tuple[Mode, ...]

@@ -147,7 +147,7 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     matched = assign(question.stored, usable, choices, checkpoint.grid, stages)
     groups = group_shards(matched, checkpoint.grid.files, question.layout)
     scope = {**question.names, **choices}
-    facts, unread = _claims(question, scope)
+    facts, unread = claims(question.mapping, scope, checkpoint.config_name)
     counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
     known = facts.get("layer")
     if stages.layers:
@@ -173,11 +173,13 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     return Attempt(decisions, active, groups, sizes, scope, unread)
 
 
-def _claims(question: Question, scope: dict[str, Any]) -> tuple[dict[str, Fact], dict[str, EngineError]]:
+def claims(
+    mapping: MappingFile, scope: dict[str, Any], config_name: str
+) -> tuple[dict[str, Fact], dict[str, EngineError]]:
     """Evaluate `dims` in order, adding each to `scope`; what cannot be evaluated is told apart."""
     facts: dict[str, Fact] = {}
     unread: dict[str, EngineError] = {}
-    for axis, expression in question.mapping.dims.items():
+    for axis, expression in mapping.dims.items():
         try:
             value = evaluate(expression, scope)
         except EngineError as error:
@@ -192,13 +194,9 @@ def _claims(question: Question, scope: dict[str, Any]) -> tuple[dict[str, Fact],
                 place=expression.place,
                 got=repr(value),
                 expected="an integer",
-                fix=f"`{expression.text}` reads {question.checkpoint.config_name}.",
+                fix=f"`{expression.text}` reads {config_name}.",
             )
         scope[axis] = value
-        why = (
-            f"`{expression.text}` on {question.checkpoint.config_name}"
-            if not expression.text.isdigit()
-            else "its definition"
-        )
+        why = f"`{expression.text}` on {config_name}" if not expression.text.isdigit() else "its definition"
         facts[axis] = Fact(axis, value, why, expression.place)
     return facts, unread

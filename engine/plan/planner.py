@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,13 +20,60 @@ from engine.plan.completeness import check_slices, used_instances
 from engine.plan.copies import Copy
 from engine.plan.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.plan.model import Output, OutputFile, Plan, Replicas, SourceTensor, Tied
-from engine.plan.pieces import match_pieces
+from engine.plan.pieces import Pieces, match_pieces
 from engine.plan.sides import Side, training_keys, whole_keys
 from engine.plan.sizes import size_error
-from engine.plan.stored import Stored, instances, strip
+from engine.plan.stored import Instance, Stages, Stored, instances, strip
 from engine.plan.variants import check_settings, decide, options_of
 
 __all__ = ["DTYPES", "Checkpoint", "make_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Understood:
+    """A training checkpoint as a mapping reads it: every decision taken, every size known."""
+
+    attempt: Attempt
+    used: tuple[Instance, ...]
+    pieces: Pieces
+    stages: Stages
+    matches: Matches
+    options: Mapping[str, Any]
+    names: Mapping[str, Any]  # all that expressions see
+
+    def side(self) -> Side:
+        sizes = self.attempt.sizes.values()
+        return Side(self.attempt.groups.values(), training_keys(self.used, self.pieces), sizes)
+
+
+def understand(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Understood:
+    """Match, decide and solve a training checkpoint; E2xx for the first thing that does not fit."""
+    options = options_of(mapping, settings)
+    stored = strip(checkpoint.files, layout)
+    rules = instances(mapping)
+    matches = find_candidates([s.name for s in stored], rules, mapping)
+    names: dict[str, Any] = {
+        **checkpoint.config,
+        "options": options,
+        "training": checkpoint.training,
+        "present": present_in({one.name for one in stored}),
+    }
+    layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, names).items()}
+    check_refused(stored, matches, checkpoint.grid.files)
+    _check_any(stored, matches, mapping, checkpoint)
+    decisions = decide(mapping.variants, settings, names)
+    stages = stages_of(stored, matches, checkpoint.grid, layout, {**names, **layout_choices})
+    question = Question(mapping, layout, checkpoint, stored, matches, rules, stages, names)
+    attempt = decide_by_shapes(question, decisions)
+    choices = {n: d.choice for n, d in attempt.decisions.items()}
+    check_names(stored, matches, choices, checkpoint.grid.files)
+    check_spellings(stored, attempt.active)
+    check_slices(attempt, checkpoint)
+    if attempt.sizes.contradictions:
+        raise size_error(attempt.sizes.contradictions[0])
+    used = tuple(used_instances(attempt))
+    all_names = {**attempt.names, **attempt.sizes.values()}
+    return Understood(attempt, used, match_pieces(used), stages, matches, options, all_names)
 
 
 def make_plan(
@@ -50,34 +98,10 @@ def make_plan(
         EngineError: E2xx, with the first thing that keeps the plan from being total and exact.
     """
     check_settings(mapping, settings)
-    options = options_of(mapping, settings)
-    stored = strip(checkpoint.files, layout)
-    rules = instances(mapping)
-    matches = find_candidates([s.name for s in stored], rules, mapping)
-    names: dict[str, Any] = {
-        **checkpoint.config,
-        "options": options,
-        "training": checkpoint.training,
-        "present": _present(stored),
-    }
-    layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, names).items()}
-    check_refused(stored, matches, checkpoint.grid.files)
-    _check_any(stored, matches, mapping, checkpoint)
-    decisions = decide(mapping.variants, settings, names)
-    stages = stages_of(stored, matches, checkpoint.grid, layout, {**names, **layout_choices})
-    question = Question(mapping, layout, checkpoint, stored, matches, rules, stages, names)
-    attempt = decide_by_shapes(question, decisions)
-    choices = {n: d.choice for n, d in attempt.decisions.items()}
-    check_names(stored, matches, choices, checkpoint.grid.files)
-    check_spellings(stored, attempt.active)
-    check_slices(attempt, checkpoint)
-    if attempt.sizes.contradictions:
-        raise size_error(attempt.sizes.contradictions[0])
-    used = used_instances(attempt)
-    pieces = match_pieces(used)
+    understood = understand(mapping, layout, checkpoint, settings)
+    attempt, pieces = understood.attempt, understood.pieces
     sizes = attempt.sizes.values()
-    all_names = {**attempt.names, **sizes}
-    source = Side(attempt.groups.values(), training_keys(used, pieces), sizes)
+    source = understood.side()
     whole = whole_instances(pieces)
     listed = whole_groups(pieces, whole, sizes, attempt.unread)
     target = Side([group for _, group in listed], whole_keys(whole), sizes)
@@ -87,15 +111,15 @@ def make_plan(
         whole_output(spec, group, every.dtype(i, group.name, names_of, spec.instances[0].rule.place), dtype)
         for i, (spec, group) in enumerate(listed)
     ]
-    config = render_tree(mapping.config, all_names)
+    config = render_tree(mapping.config, understood.names)
     ties = bool(config.get("tie_word_embeddings"))
     tied_to = [spec.instances[0].rule.tied_to if ties else None for spec, _ in listed]
     kept = [i for i, to in enumerate(tied_to) if to is None]
     outputs = tuple(written[i] for i in kept)
     copies = CopyTable([(listed[i][1], 0) for i in kept], target, source)
     tied = _tied([(written[i], every(i), to) for i, to in enumerate(tied_to) if to is not None], outputs)
-    config["dtype"] = _main_dtype(outputs)
-    notices = (*_overruled(attempt), *_expectations(mapping, sizes, strict), *_notices(checkpoint, mapping))
+    config["dtype"] = main_dtype(outputs)
+    notices = (*overruled(attempt), *_expectations(mapping, sizes, strict), *_notices(checkpoint, mapping))
     split = split_shards([(o.name, o.nbytes) for o in outputs], max_shard_size)
     index = {o.name: i for i, o in enumerate(outputs)}
     shards = tuple(
@@ -107,7 +131,7 @@ def make_plan(
         layout,
         checkpoint.folder,
         checkpoint.grid,
-        stages,
+        understood.stages,
         checkpoint.files,
         tuple(SourceTensor(s.file, s.header) for s in source.stored),
         outputs,
@@ -116,10 +140,10 @@ def make_plan(
         tied,
         attempt.decisions,
         sizes,
-        options,
+        understood.options,
         config,
-        all_names,
-        dict(matches.ignored),
+        understood.names,
+        dict(understood.matches.ignored),
         notices,
         dtype,
         max_shard_size,
@@ -155,9 +179,8 @@ def _tied(listed: Sequence[tuple[Output, list[Copy], str]], outputs: Sequence[Ou
     return tuple(result)
 
 
-def _present(stored: Sequence[Stored]) -> Any:
+def present_in(names: Collection[str]) -> Callable[[str], bool]:
     """`present(pattern)`: whether some training tensor has a name of that pattern."""
-    names = {one.name for one in stored}
 
     def present(text: str) -> bool:
         compiled = pattern(text)
@@ -182,7 +205,7 @@ def _check_any(stored: Sequence[Stored], matches: Matches, mapping: MappingFile,
         )
 
 
-def _main_dtype(outputs: Sequence[Output]) -> str:
+def main_dtype(outputs: Sequence[Output]) -> str:
     """The type of most written elements, as config.json spells it."""
     count: dict[str, int] = {}
     for output in outputs:
@@ -214,7 +237,7 @@ def _expectations(mapping: MappingFile, sizes: Mapping[str, int], strict: bool) 
     return tuple(f"`{a}` is {got}, release `{mapping.name}` has {want}" for a, want, got in differ)
 
 
-def _overruled(attempt: Attempt) -> tuple[str, ...]:
+def overruled(attempt: Attempt) -> tuple[str, ...]:
     """Settings that say something else than the configuration."""
     return tuple(
         f"`{d.evidence}` overrules the checkpoint's configuration, which says {d.instead_of}"

@@ -91,6 +91,16 @@ def strip(files: Sequence[FileHeader], layout: Layout) -> tuple[Stored, ...]:
     return tuple(result)
 
 
+def prefix_of(names: Sequence[str], layout: Layout) -> int | None:
+    """Which of the layout's prefixes a checkpoint's names have: an index, or None when it has none."""
+    prefixes = [pattern(p.prefix).regex for p in layout.prefixes]
+    for name in names:
+        for index, regex in enumerate(prefixes):
+            if regex.match(name) is not None:
+                return index
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Stages:
     """Where each (chunk, pp) stage's layers start in the whole model, and how many it has."""

@@ -22,7 +22,7 @@ class Decision:
 
     variant: str
     choice: str
-    how: Literal["set", "expression", "shapes"]
+    how: Literal["set", "expression", "shapes", "like", "default"]
     evidence: str
     instead_of: str | None = None
 
@@ -45,7 +45,7 @@ def check_settings(mapping: MappingFile, settings: Mapping[str, Any]) -> None:
 
 def options_of(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Every option's value, defaults filled in, types checked."""
-    return {name: _option(option, settings.get(name, option.default)) for name, option in mapping.options.items()}
+    return {name: option_value(option, settings.get(name, option.default)) for name, option in mapping.options.items()}
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -56,7 +56,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _option(option: Option, value: Any) -> Any:
+def option_value(option: Option, value: Any) -> Any:
     fits = isinstance(value, _TYPES[option.type]) and (option.type == "boolean" or not isinstance(value, bool))
     if not fits and value is not None:
         raise EngineError(
