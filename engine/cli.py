@@ -196,6 +196,75 @@ def run(
         click.echo(render.report(report))
 
 
+def rank_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `reverse` and `reshard` share: how to cut the model."""
+    for option in reversed(
+        (
+            click.option("--mapping", "-m", required=True, metavar="FILE|NAME",
+                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
+            click.option("--out", "-o", required=True, metavar="DIR", help="The folder to write."),
+            click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel ranks."),
+            click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline ranks."),
+            click.option("--wp", type=click.IntRange(1), metavar="N", help="Weight-parallel ranks, in mode isp."),
+            click.option("--chunks", type=click.IntRange(1), metavar="N",
+                         help="Model chunks per pipeline rank (interleaved pipeline)."),
+            click.option("--mode", metavar="NAME", help="Parallel mode of the layout, like mtp or isp."),
+            click.option("--like", metavar="DIR",
+                         help="A training checkpoint whose mode, ranks, names and variants to copy."),
+            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
+                         help="Set a variant or an option of the mapping or its layout; may be repeated."),
+            click.option("--dtype", default="auto", show_default=True,
+                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                         help="Element type to write; auto keeps each tensor's own."),
+            click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists."),
+            click.option("--workers", default="auto", show_default=True, type=Workers(), help="Threads that write."),
+            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@cli.command()
+@rank_options
+@click.option("--src", "-s", required=True, metavar="DIR", help="The Hugging Face checkpoint.")
+@click.option("--lossy", multiple=True, metavar="RULE",
+              help="Write a rule that does not invert all the same; may be repeated.")  # fmt: skip
+@reports_errors
+def reverse(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **options: Any) -> None:
+    """Write a Hugging Face checkpoint as training rank files.
+
+    What is not given is as in --like, or 1.
+    """
+    from engine import api, progress, render
+
+    with progress.progress(show=not (quiet or as_json)) as listener:
+        report = api.reverse(mapping, src, out, progress=listener, **options)
+    if as_json:
+        click.echo(render.as_json(report.as_dict()))
+    elif not quiet:
+        click.echo(render.report(report))
+
+
+@cli.command()
+@rank_options
+@click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR", help="The checkpoint folder.")
+@reports_errors
+def reshard(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **options: Any) -> None:
+    """Write a training checkpoint for other ranks, from shards to shards.
+
+    What is not given stays as it is, or is as in --like.
+    """
+    from engine import api, progress, render
+
+    with progress.progress(show=not (quiet or as_json)) as listener:
+        report = api.reshard(mapping, src, out, progress=listener, **options)
+    if as_json:
+        click.echo(render.as_json(report.as_dict()))
+    elif not quiet:
+        click.echo(render.report(report))
+
+
 @cli.command()
 @click.argument("folder", metavar="DIR", default=".")
 @reports_errors
