@@ -114,7 +114,7 @@ def _ambiguous(variants: Sequence[Variant], fitting: Sequence[Attempt], mapping:
     rules = [r for r in mapping.rules if variant.name in r.when]
     seen: dict[str, str] = {}
     for group in fitting[0].groups.values():
-        if any(group.instance.sources[0].text in r.sources for r in rules):
+        if group.instance.rule in rules:
             shapes = sorted({stored[0].header.shape for stored in group.shards.values()})
             seen[group.instance.sources[0].text] = ", ".join(" × ".join(map(str, s)) for s in shapes)
     sizes = ", ".join(f"{n} = {f.value}" for n, f in fitting[0].sizes.facts.items() if n in _axes_of(rules))

@@ -118,8 +118,6 @@ def cut_layers(
         EngineError: E214 when the layers do not divide so, naming what would.
     """
     pps = sizes.get("pp", 1)
-    if like is not None and like.layers == layers and like.chunks == chunks and len(like.counts) == chunks * pps:
-        return like
     facts = {**names, **{f"{dim}s": count for dim, count in sizes.items()}, "chunks": chunks}
     step = evaluate(layout.layers.divides, facts) if layout.layers.divides is not None else chunks
     if layers % step:
@@ -139,6 +137,8 @@ def cut_layers(
         )
     places = [(chunk, pp) for chunk in range(chunks) for pp in range(pps)]
     order = sorted(places, key=lambda s: evaluate(layout.layers.stage, {**facts, "chunk": s[0], "pp": s[1]}))
+    if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
+        return like
     starts: dict[tuple[int, int], int] = {}
     counts: dict[tuple[int, int], int] = {}
     total = 0

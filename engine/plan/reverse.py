@@ -164,7 +164,15 @@ def make_reshard_plan(
     shared = own
     if like is not None:
         other = like_of(understand(mapping, layout, like, mine), like, layout)
-        shared = Like(other.mode, other.sizes, other.stages, own.choices, own.spelt, other.prefix, own.training)
+        shared = Like(
+            other.mode,
+            other.sizes,
+            other.stages,
+            own.choices,
+            own.spelt,
+            other.prefix,
+            {**own.training, **other.training},
+        )
     source = understood.side()
     destination = _destination(mapping, layout, request, shared, settings, source.sizes.get("layer", 0))
     files = [file.name for file in checkpoint.grid.files]
