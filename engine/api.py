@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from engine.plan.destination import Request
     from engine.plan.model import Plan
     from engine.plan.planner import Checkpoint
+    from engine.review.compare import Comparison
     from engine.run.runner import Progress
 
 __all__ = [
     "Report",
+    "compare",
     "convert",
     "describe_plan",
     "format_mapping",
@@ -397,6 +399,31 @@ def inspect(src: str | Path = ".") -> dict[str, Any]:
             continue
         return describe_checkpoint(checkpoint, layout, [load_mapping(m) for m in list_names()])
     raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
+
+
+def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], None] | None = None) -> Comparison:
+    """Compare two Hugging Face checkpoints tensor by tensor, and say what the differences mean.
+
+    Each is a folder, an index or one weight file; safetensors and torch files may be mixed.
+
+    Args:
+        progress: called with bytes of `out` compared and in all, a few times a second.
+
+    Raises:
+        EngineError: E2xx and E3xx when either cannot be read.
+    """
+    from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+    from engine.review.compare import Comparison, compare_files
+    from engine.review.diagnoses import diagnose
+    from engine.review.guesses import geometries
+    from engine.run.runner import Meter
+
+    paths = Path(out), Path(ref)
+    ours, theirs = (read_hf_folder(path) for path in paths)
+    configs = [read_hf_config(path) for path in paths]
+    meter = Meter(sum(tensor.nbytes for file in ours for tensor in file.tensors), progress)
+    verdicts = compare_files(ours, theirs, configs, meter.advance)
+    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts, heads_known=bool(geometries(configs))))
 
 
 def format_mapping(text: str) -> str:

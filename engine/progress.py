@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress(*, show: bool) -> Iterator[Listener]:
+def progress(*, show: bool, doing: str = "converting") -> Iterator[Listener]:
     """A listener for a run: a live bar on a terminal, now and then a plain line elsewhere."""
     if not show:
         yield None
     elif sys.stderr.isatty():
-        with _bar() as listener:
+        with _bar(doing) as listener:
             yield listener
     else:
         yield plain_progress(lambda line: click.echo(line, err=True))
 
 
 @contextmanager
-def _bar() -> Iterator[Listener]:
+def _bar(doing: str) -> Iterator[Listener]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                TimeRemainingColumn())  # fmt: skip
     no_color = click.get_current_context().color is False
     with Bar(*columns, console=Console(stderr=True, no_color=no_color), transient=True) as bar:
-        task = bar.add_task("converting", total=None)
+        task = bar.add_task(doing, total=None)
         yield lambda state: bar.update(task, completed=state.done_bytes, total=state.total_bytes)
 
 

@@ -168,6 +168,31 @@ def plan(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def comparison(facts: Mapping[str, Any]) -> str:
+    """Two checkpoints compared: verdicts with layers folded, what they mean, and a count."""
+    colours = {"equal": "green", "cast": "green", "padded": "yellow"}
+    rows = [
+        (row["name"], str(row["tensors"]), row["verdict"], row["out"], row["ref"], _deviation(row))
+        for row in facts["rows"]
+    ]
+    lines = [f"{_title(facts['out'])} against {_title(facts['ref'])}"]
+    lines += table(("tensor", "tensors", "verdict", "here", "reference", "how"), rows)
+    if facts["diagnoses"]:
+        lines += ["", *(f"{click.style('means', fg='yellow')} {text}" for text in facts["diagnoses"])]
+    counts = [click.style(f"{n:,} {kind}", fg=colours.get(kind, "red")) for kind, n in facts["counts"].items()]
+    return "\n".join([*lines, "", ", ".join(counts) or "no tensors"])
+
+
+def _deviation(row: Mapping[str, Any]) -> str:
+    """How the tensors of a row differ, where elements were counted."""
+    if row["differing"] is None:
+        return str(row["note"])
+    largest = row["largest_deviation"]
+    by = largest if isinstance(largest, str) else f"{largest:.3g}"
+    first = row["first_difference"]
+    return f"{row['differing']:,} of {row['elements']:,} elements, by up to {by}, first at {first['index']}"
+
+
 def _rule_label(row: Mapping[str, Any]) -> str:
     """The rule's name if it has one, with its file and line, and what it does to values."""
     place = ":".join(str(row["place"]).rsplit("/", 1)[-1].split(":")[:2])

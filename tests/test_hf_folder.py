@@ -156,6 +156,11 @@ def test_an_index_of_the_one_file_is_no_second_set(tmp_path: Path) -> None:
     assert names(tmp_path) == {"model.safetensors": ["a", "b", "c"]}
 
 
+def test_a_tensor_that_claims_more_than_its_file_holds_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(1 << 40)}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "E303", "`a` repeats its elements")
+
+
 def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "model_tp0_pp0.pt").write_bytes(b"")
     refused(tmp_path, "E304", "model_tp0_pp0.pt", "model.safetensors.index.json")

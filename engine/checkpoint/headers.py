@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 # Element types by their safetensors names, and bytes per element.
@@ -31,6 +32,11 @@ class TensorHeader:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, each counted once per index."""
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
