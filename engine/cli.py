@@ -288,30 +288,6 @@ def plan(as_json: bool, /, mapping: str, src: str, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("out", metavar="OUT")
-@click.argument("ref", metavar="REF")
-@click.option("--allow-cast", is_flag=True, help="Exit with 0 also where tensors are equal after casting.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-@reports_errors
-@click.pass_context
-def compare(ctx: click.Context, as_json: bool, out: str, ref: str, allow_cast: bool, quiet: bool) -> None:
-    """Compare two Hugging Face checkpoints, and say what the differences mean.
-
-    OUT and REF are folders or weight files. Exits with 0 when every tensor is equal, else with 1.
-    """
-    from engine import api, progress, render
-
-    with progress.progress(show=not (quiet or as_json), doing="comparing") as listener:
-        done = api.compare(out, ref, progress=listener)
-    if as_json:
-        click.echo(render.as_json(done.as_dict()))
-    elif not quiet:
-        click.echo(render.comparison(done.as_dict()))
-    if not done.same(allow_cast=allow_cast):
-        ctx.exit(1)
-
-
-@cli.command()
 @click.argument("files", nargs=-1, metavar="[FILES]...")
 @reports_errors
 @click.pass_context
@@ -369,6 +345,30 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
         for file in changed:
             click.echo(f"{'would format' if check else 'formatted'} {file}")
     if check and changed:
+        ctx.exit(1)
+
+
+@cli.command()
+@click.argument("out", metavar="OUT")
+@click.argument("ref", metavar="REF")
+@click.option("--allow-cast", is_flag=True, help="Exit with 0 also where tensors are equal after casting.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@reports_errors
+@click.pass_context
+def compare(ctx: click.Context, as_json: bool, out: str, ref: str, allow_cast: bool, quiet: bool) -> None:
+    """Compare two Hugging Face checkpoints, and say what the differences mean.
+
+    OUT and REF are folders or weight files. Exits with 0 when every tensor is equal, else with 1.
+    """
+    from engine import api, progress, render
+
+    with progress.progress(show=not (quiet or as_json), doing="comparing") as listener:
+        done = api.compare(out, ref, progress=listener)
+    if as_json:
+        click.echo(render.as_json(done.as_dict()))
+    elif not quiet:
+        click.echo(render.comparison(done.as_dict()))
+    if not done.same(allow_cast=allow_cast):
         ctx.exit(1)
 
 

@@ -12,8 +12,9 @@ from engine.review.guesses import is_number, numbers
 if TYPE_CHECKING:
     from engine.review.compare import Verdict
 
-_LETTERS = ({"gate_proj", "up_proj"}, {"up_proj", "down_proj"}, {"gate_proj", "down_proj"},
-            {"w1", "w2"}, {"w1", "w3"}, {"w2", "w3"})  # fmt: skip
+# Names that `mlp_letters` exchanges, and names that only a mapping's own letters can.
+_LETTERS = ({"up_proj", "down_proj"}, {"w2", "w3"})
+_FIRST_LETTER = ({"gate_proj", "up_proj"}, {"gate_proj", "down_proj"}, {"w1", "w2"}, {"w1", "w3"})
 
 
 def diagnose(verdicts: Sequence[Verdict], *, heads_known: bool = True) -> tuple[str, ...]:
@@ -148,6 +149,8 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
         if set(leaves) in _LETTERS:
             cut = ", and cut along the wrong dimension" if "cut" in group[0].note else ""
             hint = f"{cut}: `mlp_letters` should be the other choice"
+        elif set(leaves) in _FIRST_LETTER:
+            hint = ": which of w1, w2 and w3 is which is read the wrong way; see `mlp_letters` and the mapping's rules"
         yield f"{_leaves(names)} are exchanged{_layers(names)}{hint}"
     if moved:
         pairs = dict(sorted(moved))

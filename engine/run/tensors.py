@@ -83,6 +83,7 @@ class Tensors:
         )
         self._files = SourceFiles(files)
         self._readers = (Gatherer(self._files, sources), Gatherer(self._files, sources))
+        self._last: list[tuple[object, tuple[Copy, ...]] | None] = [None, None]
 
     def __enter__(self) -> Tensors:
         return self
@@ -92,17 +93,13 @@ class Tensors:
 
     def _read(self, reader: int, view: View, box: Box) -> np.ndarray:
         """A box's elements in row-major order, as unsigned integers; valid until the next call."""
-        shape = [high - low for low, high in box]
+        shape = tuple(high - low for low, high in box)
+        key = (view.source, view.strides, shape)
+        last = self._last[reader]
+        if last is None or last[0] != key:  # boxes of a tensor differ by their start only
+            last = self._last[reader] = (key, tuple(_pieces(view.source, shape, view.strides)))
         start = view.start + sum(low * stride for (low, _), stride in zip(box, view.strides, strict=True))
-        axes = [
-            axis
-            for axis in zip(shape, view.strides, dense_strides(shape), strict=True)
-            if axis[0] > 1
-        ]  # fmt: skip
-        if axes and all(stride == target for _, stride, target in axes):
-            axes = [(prod(shape), 1, 1)]
-        copies = tuple(_pieces(view.source, start, axes))
-        block = Block(0, prod(shape), copies, (0,) * len(copies), 0)
+        block = Block(0, prod(shape), last[1], (1,) * len(last[1]), start)
         return self._readers[reader].gather(block, view.dtype)
 
     def _both(self, one: View, two: View, limit: int) -> Iterator[tuple[Box, np.ndarray, np.ndarray]]:
@@ -180,19 +177,20 @@ class Tensors:
                 yield hashlib.blake2b(row.data, digest_size=8).digest()
 
 
-def _pieces(source: int, start: int, axes: list[tuple[int, int, int]]) -> Iterator[Copy]:
-    """Copies of a box given as (size, source stride, target stride): none reads across much more than a tile."""
-    sizes, strides, targets = (tuple(values) for values in zip(*axes, strict=True)) if axes else ((), (), ())
-    count = per = 1
-    axis = 0
-    if axes:
-        axis = max(range(len(axes)), key=lambda i: strides[i])
-        count, per = sizes[axis], max(1, _SPAN // max(strides[axis], 1))
-    for low in range(0, count, per):
-        part = (*sizes[:axis], min(per, count - low), *sizes[axis + 1 :]) if axes else ()
-        at = low * strides[axis] if axes else 0
-        to = low * targets[axis] if axes else 0
-        yield Copy(source, 0, start + at, to, part, strides, targets)
+def _pieces(source: int, shape: Sequence[int], strides: Sequence[int]) -> Iterator[Copy]:
+    """Copies that fetch a box in row-major order; none reads across much more than a tile."""
+    axes = [axis for axis in zip(shape, strides, dense_strides(shape), strict=True) if axis[0] > 1]
+    if all(stride == target for _, stride, target in axes):
+        axes = [(prod(shape), 1, 1)] if axes else []
+    if not axes:
+        yield Copy(source, 0, 0, 0, (), (), ())
+        return
+    sizes, sources, targets = (tuple(values) for values in zip(*axes, strict=True))
+    axis = max(range(len(axes)), key=lambda i: sources[i])
+    per = max(1, _SPAN // max(sources[axis], 1))
+    for low in range(0, sizes[axis], per):
+        part = (*sizes[:axis], min(per, sizes[axis] - low), *sizes[axis + 1 :])
+        yield Copy(source, 0, low * sources[axis], low * targets[axis], part, sources, targets)
 
 
 def _unlike(x: np.ndarray, one: str, y: np.ndarray, two: str, kind: str) -> Any:
