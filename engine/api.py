@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
+from engine.operations import Report, check_dtype, read_checkpoint, report_of
+from engine.training import plan_reshard, plan_reverse, reshard, reverse
 
 if TYPE_CHECKING:
     import torch
 
     from engine.language.lint import Finding
-    from engine.plan.destination import Request
     from engine.plan.model import Plan
-    from engine.plan.planner import Checkpoint
     from engine.review.compare import Comparison
     from engine.run.runner import Progress
 
@@ -44,50 +42,6 @@ __all__ = [
 ]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did."""
-
-    out: Path
-    tensors: int
-    bytes: int
-    seconds: float
-    variants: Mapping[str, str]
-    files: tuple[str, ...]
-    notices: tuple[str, ...] = field(default=())
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "tensors": self.tensors,
-            "bytes": self.bytes,
-            "seconds": round(self.seconds, 3),
-            "variants": dict(self.variants),
-            "files": list(self.files),
-            "notices": list(self.notices),
-        }
-
-
-def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
-    """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
-
-    No payload is read. Raises EngineError E2xx and E3xx.
-    """
-    from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
-    from engine.plan.planner import Checkpoint
-    from engine.plan.ranks import check_claims, read_grid
-
-    folder = Path(src)
-    grid = read_grid(list_folder(folder), layout, str(folder))
-    config = read_folder_config(folder, layout.config_file, layout.config_format, required=True)
-    training: dict[str, Any] = {}
-    if layout.training_file is not None and layout.training_format is not None:
-        training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
-        check_claims(grid, layout, training, str(folder))
-    headers = read_headers(folder, [f.name for f in grid.files])
-    return Checkpoint(str(folder), grid, headers, config, training, layout.config_file)
 
 
 def plan(
@@ -114,7 +68,7 @@ def plan(
     """
     from engine.plan.planner import make_plan
 
-    _check_dtype(dtype)
+    check_dtype(dtype)
     if max_shard_size <= 0:
         raise EngineError("E001", "the shard size must be positive", got=str(max_shard_size), fix="For example 5GB.")
     loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
@@ -129,18 +83,6 @@ def plan(
         max_shard_size=max_shard_size,
         strict=strict,
     )
-
-
-def _check_dtype(dtype: str) -> None:
-    from engine.plan.builder import DTYPES
-
-    if dtype != "auto" and dtype not in DTYPES:
-        raise EngineError(
-            "E001",
-            f"there is no dtype `{dtype}`",
-            expected=", ".join(["auto", *DTYPES]),
-            fix="Give one of these to --dtype.",
-        )
 
 
 def convert(
@@ -185,187 +127,7 @@ def convert(
         for name, data in assets.items():
             write_bytes(folder / name, data)
         files = tuple(sorted(path.name for path in folder.iterdir()))
-    return _report(compiled, final, started, files, (*compiled.notices, *notices))
-
-
-def plan_reverse(
-    mapping: str | Path | MappingFile,
-    src: str | Path,
-    *,
-    tp: int | None = None,
-    pp: int | None = None,
-    wp: int | None = None,
-    chunks: int | None = None,
-    mode: str | None = None,
-    like: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
-    lossy: Sequence[str] = (),
-) -> Plan:
-    """Compile what `reverse` would do; reads headers only. Arguments as for `reverse`."""
-    from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
-    from engine.plan.backward import WholeCheckpoint
-    from engine.plan.reverse import make_reverse_plan
-
-    _check_dtype(dtype)
-    loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
-    layout = load_layout(loaded.layout)
-    checkpoint = WholeCheckpoint(str(src), read_hf_folder(Path(src)), read_hf_config(Path(src)))
-    if not checkpoint.config:
-        raise EngineError(
-            "E304",
-            "`config.json` is missing",
-            place=Place(str(src)),
-            expected="the model's configuration beside the weights",
-            fix="Copy it from the model: the training configuration is computed from it.",
-        )
-    return make_reverse_plan(
-        loaded,
-        layout,
-        checkpoint,
-        _request(mode, chunks, tp=tp, pp=pp, wp=wp),
-        settings=settings or {},
-        like=read_checkpoint(like, layout) if like is not None else None,
-        dtype=dtype,
-        lossy=lossy,
-    )
-
-
-def plan_reshard(
-    mapping: str | Path | MappingFile,
-    src: str | Path,
-    *,
-    tp: int | None = None,
-    pp: int | None = None,
-    wp: int | None = None,
-    chunks: int | None = None,
-    mode: str | None = None,
-    like: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
-) -> Plan:
-    """Compile what `reshard` would do; reads headers only. Arguments as for `reshard`."""
-    from engine.plan.reverse import make_reshard_plan
-
-    _check_dtype(dtype)
-    loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
-    layout = load_layout(loaded.layout)
-    return make_reshard_plan(
-        loaded,
-        layout,
-        read_checkpoint(src, layout),
-        _request(mode, chunks, tp=tp, pp=pp, wp=wp),
-        settings=settings or {},
-        like=read_checkpoint(like, layout) if like is not None else None,
-        dtype=dtype,
-    )
-
-
-def _request(mode: str | None, chunks: int | None, **sizes: int | None) -> Request:
-    from engine.plan.destination import Request
-
-    return Request(mode, {dim: count for dim, count in sizes.items() if count is not None}, chunks)
-
-
-def reverse(
-    mapping: str | Path | MappingFile,
-    src: str | Path,
-    out: str | Path,
-    *,
-    tp: int | None = None,
-    pp: int | None = None,
-    wp: int | None = None,
-    chunks: int | None = None,
-    mode: str | None = None,
-    like: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
-    lossy: Sequence[str] = (),
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> Report:
-    """Write a Hugging Face checkpoint as training rank files.
-
-    Args:
-        tp, pp, wp: ranks per dimension; default: as in `like`, else 1.
-        chunks: model chunks per pipeline rank.
-        mode: a mode of the layout (`mtp`, `isp`); default: as in `like`, else the first.
-        like: a training checkpoint whose mode, grid, name prefix and variants to copy.
-        settings: variants and options of the mapping and its layout, as `--set` gives them.
-        lossy: names of rules that do not invert and are written all the same.
-        Others as for `convert`.
-
-    Raises:
-        EngineError: with a code, the place, got against expected and what to do.
-    """
-    started = time.monotonic()
-    compiled = plan_reverse(
-        mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype,
-        lossy=lossy,
-    )  # fmt: skip
-    return _write_ranks(compiled, Path(src), Path(out), started, overwrite, workers, progress)
-
-
-def reshard(
-    mapping: str | Path | MappingFile,
-    src: str | Path,
-    out: str | Path,
-    *,
-    tp: int | None = None,
-    pp: int | None = None,
-    wp: int | None = None,
-    chunks: int | None = None,
-    mode: str | None = None,
-    like: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> Report:
-    """Write a training checkpoint for other ranks, from shards to shards.
-
-    What is not given stays as it is in `src`, or is as in `like`. Arguments as for `reverse`.
-    """
-    started = time.monotonic()
-    compiled = plan_reshard(
-        mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype
-    )
-    return _write_ranks(compiled, Path(src), Path(out), started, overwrite, workers, progress)
-
-
-def _write_ranks(
-    compiled: Plan,
-    source: Path,
-    out: Path,
-    started: float,
-    overwrite: bool,
-    workers: int | None,
-    progress: Callable[[Progress], None] | None,
-) -> Report:
-    from engine.checkpoint.config_files import encode_config
-    from engine.run.output import OutputFolder
-    from engine.run.runner import write_bytes, write_weights
-
-    with OutputFolder(out, source, overwrite=overwrite) as folder:
-        write_weights(compiled, folder, workers=workers, listener=progress)
-        for name, (kind, content) in compiled.beside.items():
-            write_bytes(folder / name, encode_config(name, kind, content))
-        files = tuple(sorted(path.name for path in folder.iterdir()))
-    return _report(compiled, out, started, files, compiled.notices)
-
-
-def _report(compiled: Plan, out: Path, started: float, files: tuple[str, ...], notices: tuple[str, ...]) -> Report:
-    return Report(
-        out=out,
-        tensors=len(compiled.outputs),
-        bytes=compiled.nbytes,
-        seconds=time.monotonic() - started,
-        variants={name: d.choice for name, d in compiled.decisions.items()},
-        files=files,
-        notices=notices,
-    )
+    return report_of(compiled, final, started, files, (*compiled.notices, *notices))
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:

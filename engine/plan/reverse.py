@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import EngineError
 from engine.language.expressions import render_tree
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.language.names import Pattern
 from engine.plan.attempts import Checkpoint, claims
 from engine.plan.backward import (
     WholeCheckpoint,
@@ -23,51 +21,19 @@ from engine.plan.backward import (
     used_back,
 )
 from engine.plan.builder import whole_instances
-from engine.plan.destination import Destination, Request, cut_layers, mode_of, ranks_of
+from engine.plan.destination import Destination, Request
 from engine.plan.groups import Group
+from engine.plan.likeness import Like, destination_of, like_of, spellings_of
 from engine.plan.matching import is_active
 from engine.plan.model import Plan, SourceTensor
 from engine.plan.pieces import match_pieces
-from engine.plan.planner import Understood, main_dtype, overruled, present_in, replicas_of, understand
-from engine.plan.rank_outputs import RankOutputs, destination_names, rank_outputs, small_files
+from engine.plan.planner import main_dtype, overruled, present_in, replicas_of, understand
+from engine.plan.rank_outputs import RankOutputs, rank_outputs, small_files
 from engine.plan.ranks import RankFile, RankGrid
 from engine.plan.sides import Side, training_keys, whole_keys
 from engine.plan.sizes import Fact, Sizes, size_error, solve, unknown_error
-from engine.plan.stored import Instance, Stages, instances, prefix_of
-from engine.plan.variants import check_settings, decide, option_value, options_of
-
-
-@dataclass(frozen=True, slots=True)
-class Like:
-    """What is copied from a checkpoint: facts that no configuration carries."""
-
-    mode: str | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    stages: Stages | None = None
-    choices: Mapping[str, str] = field(default_factory=dict)
-    spelt: frozenset[str] = frozenset()  # source patterns that the checkpoint uses
-    prefix: int | None = None  # index into the layout's prefixes
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def chunks(self) -> int:
-        return self.stages.chunks if self.stages is not None else 1
-
-
-def like_of(understood: Understood, checkpoint: Checkpoint, layout: Layout) -> Like:
-    """The facts of a training checkpoint that a new one can share."""
-    groups = understood.attempt.groups.values()
-    spelt = {s.text for g in groups for s in g.instance.sources if s.match(g.name) is not None}
-    names = [header.name for file in checkpoint.files for header in file.tensors]
-    return Like(
-        checkpoint.grid.mode.name,
-        checkpoint.grid.sizes,
-        understood.stages,
-        {n: d.choice for n, d in understood.attempt.decisions.items()},
-        frozenset(spelt),
-        prefix_of(names, layout),
-        checkpoint.training,
-    )
+from engine.plan.stored import Instance, Stages, instances
+from engine.plan.variants import check_settings, decide, options_of
 
 
 def make_reverse_plan(
@@ -128,10 +94,10 @@ def make_reverse_plan(
             if axis not in sizes:
                 raise unread.get(axis) or unknown_error(axis, instance.rule.place)
     source = Side(groups_back(checkpoint, pieces, whole, sizes), whole_keys(whole), sizes)
-    destination = _destination(mapping, layout, request, shared, settings, sizes.get("layer", 0))
+    destination = destination_of(mapping, layout, request, shared, settings, sizes.get("layer", 0))
     keys = training_keys(used, pieces)
     written = rank_outputs(
-        destination, used, keys, _spellings(used, shared), source, [f.path.name for f in checkpoint.files], dtype
+        destination, used, keys, spellings_of(used, shared), source, [f.path.name for f in checkpoint.files], dtype
     )
     names = {**seen, **choices, **sizes, **destination.names}
     names["dtype"] = f"torch.{main_dtype(written.outputs)}"
@@ -174,9 +140,9 @@ def make_reshard_plan(
             {**own.training, **other.training},
         )
     source = understood.side()
-    destination = _destination(mapping, layout, request, shared, settings, source.sizes.get("layer", 0))
+    destination = destination_of(mapping, layout, request, shared, settings, source.sizes.get("layer", 0))
     files = [file.name for file in checkpoint.grid.files]
-    spellings = _spellings(understood.used, own)
+    spellings = spellings_of(understood.used, own)
     written = rank_outputs(destination, understood.used, source.keys, spellings, source, files, dtype)
     config = {**checkpoint.config, **grid_only(mapping.training_config, destination.grid_names())}
     ignored = dict(understood.matches.ignored)
@@ -301,42 +267,6 @@ def _solve(
     if state.contradictions:
         raise size_error(state.contradictions[0])
     return state, unread
-
-
-def _destination(
-    mapping: MappingFile, layout: Layout, request: Request, like: Like, settings: Mapping[str, Any], layers: int
-) -> Destination:
-    """Where the rank files go: what is asked for, else as in `like`, else one rank."""
-    mode = mode_of(layout, request.mode if request.mode is not None else like.mode)
-    asked = dict(request.sizes or {})
-    known = {d: n for d, n in like.sizes.items() if d not in asked} if mode.name == like.mode else {}
-    shared = {d: n for d, n in like.sizes.items() if d == "pp" and d not in asked}
-    sizes = ranks_of(layout, mode, {**shared, **known, **asked})
-    chunks = request.chunks
-    if chunks is None:
-        chunks = like.chunks if sizes.get("pp", 1) > 1 else 1
-    if chunks < 1:
-        raise EngineError("E001", "there must be at least one chunk", got=str(chunks), expected="1 or more")
-    options = _layout_options(layout, settings)
-    names = destination_names(layout, mapping, mode.name, sizes, chunks, layers, like.training, options)
-    given = {name: value for name, value in settings.items() if name in layout.layers.variants}
-    names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
-    stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)
-    prefix = like.prefix if (stages.chunks > 1) == (like.chunks > 1) and "wrapped" not in settings else None
-    return Destination(layout, mode, sizes, stages, names, prefix)
-
-
-def _layout_options(layout: Layout, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: option_value(o, settings.get(name, o.default)) for name, o in layout.options.items()}
-
-
-def _spellings(used: Sequence[Instance], like: Like) -> dict[int, Pattern]:
-    """For rules with historical names, the one that a checkpoint uses."""
-    return {
-        id(one): next((s for s in one.sources if s.text in like.spelt), one.sources[0])
-        for one in used
-        if len(one.sources) > 1
-    }
 
 
 def _check_again(
