@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where to work (default: memory-backed storage if it has room)")
     parser.add_argument("--gb", type=float, default=3, help="size of the checkpoint in GB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="ways whose name has this text in it")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
@@ -111,7 +112,7 @@ def main() -> None:
         return
     layers = max(1, round((given.gb * 1e9 - 4 * HIDDEN * VOCAB) / LAYER_BYTES))
     room = Path("/dev") / "shm"
-    fits = room.is_dir() and shutil.disk_usage(room).free > 3 * given.gb * 1e9
+    fits = room.is_dir() and shutil.disk_usage(room).free > 4 * given.gb * 1e9
     base = given.dir or (room if fits else Path(tempfile.gettempdir()))
     work = Path(tempfile.mkdtemp(prefix="bench-", dir=base))
     try:
@@ -126,13 +127,27 @@ def main() -> None:
             "engine run, rotary pairs": [*engine, "--set", "rotary=pairs"],
             "engine run, to float32": [*engine, "--dtype", "float32"],
         }
+        subprocess.run([*engine[:-1], str(work / "whole")], check=True)
+        back = [sys.executable, "-m", "engine", "reverse", "--mapping", "families/internlm2.yaml", "--quiet"]
+        back += ["--src", str(work / "whole"), "--out", str(work / "back")]
+        again = [sys.executable, "-m", "engine", "reshard", "--mapping", "families/internlm2.yaml", "--quiet"]
+        again += ["--src", str(source), "--out", str(work / "back")]
+        ways |= {
+            "engine reverse, tp 4": [*back, "--tp", "4"],
+            "engine reverse, tp 8 pp 2": [*back, "--tp", "8", "--pp", "2"],
+            "engine reshard, tp 4 to 2": [*again, "--tp", "2"],
+            "engine reshard, tp 4 to 8": [*again, "--tp", "8"],
+            "engine reshard, to isp wp 8": [*again, "--mode", "isp", "--tp", "1", "--wp", "8"],
+        }
+        if given.only:
+            ways = {name: way for name, way in ways.items() if name == "cp -r" or given.only in name}
         results: dict[str, list[Measured]] = {name: [] for name in ways}
         for round_ in range(given.rounds + 1):
             for name, command in ways.items():
                 measured = measure(command)
                 if round_:  # the first round warms caches
                     results[name].append(measured)
-                for made in ("copy", "hf"):
+                for made in ("copy", "hf", "back"):
                     shutil.rmtree(work / made, ignore_errors=True)
         report(results, sum(f.stat().st_size for f in source.iterdir()), base, given)
     finally:
