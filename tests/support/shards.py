@@ -48,6 +48,14 @@ class Model:
     def mapping(self) -> str:
         return {"v1": "families/internlm.yaml", "v2": "families/internlm2.yaml"}[self.family]
 
+    @property
+    def model_type(self) -> str:
+        return {"v1": "INTERNLM", "v2": "INTERNLM2_PUBLIC"}[self.family]
+
+    @property
+    def block(self) -> str:
+        return "blocks" if self.family == "v1" else "layers"
+
     def config(self, chunks: int) -> dict[str, Any]:
         multiple = next(m for m in (256, 64, 16, 8, 4, 2, 1) if self.ffn % m == 0)
         config: dict[str, Any] = {
@@ -220,9 +228,19 @@ def stages(layers: int, pp: int, chunks: int, zbv: bool) -> dict[tuple[int, int]
     return found
 
 
-def save(
+def save(m: Model, folder: Path, **layout: Any) -> State:
+    """Write a checkpoint folder; returns the expected Hugging Face state dict."""
+    layers, first, last, expected = build(m)
+    write(m, folder, layers, first, last, **layout)
+    return expected
+
+
+def write(
     m: Model,
     folder: Path,
+    layers: list[list[Whole]],
+    first: list[Whole],
+    last: list[Whole],
     *,
     mode: str = "tensor",
     tp: int = 1,
@@ -232,9 +250,8 @@ def save(
     zbv: bool = False,
     wrapped: bool = False,
     legacy: bool = False,
-) -> State:
-    """Write a checkpoint folder; returns the expected Hugging Face state dict."""
-    layers, first, last, expected = build(m)
+) -> None:
+    """The rank files of whole tensors, and their neighbours."""
     folder.mkdir(parents=True)
     places = stages(m.layers, pp, chunks, zbv)
     for name, t, w, p in ranks(mode, tp, pp, wp):
@@ -242,19 +259,17 @@ def save(
         for chunk in range(chunks):
             prefix = f"{chunk}.model." if chunks > 1 else "model." if wrapped else ""
             mine = places[chunk, p]
-            block = "blocks" if m.family == "v1" else "layers"
             if mine.start == 0 and len(mine):
                 put(state, prefix, first, mode, t, w, tp, wp)
             for local, layer in enumerate(mine):
                 for whole in layers[layer]:
                     cut = tp_slice(whole, t, tp) if mode == "tensor" else wp_slice(whole, w, wp)
                     if cut is not None:
-                        state[f"{prefix}{block}.{local}.{whole.name}"] = cut
+                        state[f"{prefix}{m.block}.{local}.{whole.name}"] = cut
             if mine.stop == m.layers and len(mine):
                 put(state, prefix, last, mode, t, w, tp, wp)
         torch.save(flattened(state, m.seed + t + p), folder / name, _use_new_zipfile_serialization=not legacy)
     write_config(m, folder, chunks, mode, tp, pp, wp, zbv)
-    return expected
 
 
 def put(state: State, prefix: str, tensors: list[Whole], mode: str, t: int, w: int, tp: int, wp: int) -> None:
@@ -278,14 +293,14 @@ def ranks(mode: str, tp: int, pp: int, wp: int) -> Iterator[tuple[str, int, int,
 
 
 def flattened(state: State, seed: int) -> State:
-    """Tensors as views into one storage, in another order than the keys, as the optimizer leaves them."""
+    """Tensors as views into one storage per type, in another order than the keys, as the optimizer leaves them."""
     order = sorted(state, key=lambda name: (hash((seed, len(name))), name[::-1]))
-    flat = torch.cat([state[name].reshape(-1) for name in order]) if order else torch.empty(0)
-    views, at = {}, 0
-    for name in order:
-        n = state[name].numel()
-        views[name] = flat[at : at + n].view(state[name].shape)
-        at += n
+    views = {}
+    for dtype in {state[name].dtype for name in order}:
+        mine = [name for name in order if state[name].dtype == dtype]
+        sizes = [state[name].numel() for name in mine]
+        flat = torch.cat([state[name].reshape(-1) for name in mine]).split(sizes)
+        views |= {name: piece.view(state[name].shape) for name, piece in zip(mine, flat, strict=True)}
     return OrderedDict((name, views[name]) for name in state)
 
 
@@ -305,10 +320,10 @@ def write_config(m: Model, folder: Path, chunks: int, mode: str, tp: int, pp: in
                 del sys.modules[name]
             else:
                 sys.modules[name] = before
-    kind = "INTERNLM" if m.family == "v1" else "INTERNLM2_PUBLIC"
     pipeline = f'dict(size={pp}, mode="{"ZBV" if zbv else "1F1B"}")'
     tensor = f'dict(size={tp}, mode="{"mtp" if mode == "tensor" else "isp"}")'
-    source = f'model_type = "{kind}"\nparallel = dict(tensor={tensor}, pipeline={pipeline}, weight=dict(size={wp}))\n'
+    parallel = f"dict(tensor={tensor}, pipeline={pipeline}, weight=dict(size={wp}))"
+    source = f'model_type = "{m.model_type}"\nparallel = {parallel}\n'
     torch.save(source, folder / "config_file.pt")
     torch.save({}, folder / "context.pt")
     torch.save({}, folder / "topo_tp0_pp0.json")

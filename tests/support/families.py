@@ -1,0 +1,286 @@
+"""An independent sharder for the other families: Llama, InternLM3, the mixture of experts, Meta's files.
+
+As in `shards`: written from the facts about the files, in plain torch, sharing nothing with the
+engine or its mappings. Meta's tensors have InternEvo's Llama names, only their files differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.shards import Model, State, Whole, build, flattened, stages, to_halves, tp_slice, wp_slice, write
+
+Parts = tuple[list[list[Whole]], list[Whole], list[Whole], State]
+WRAPPED = "mlp.moe_layer.experts.wrapped_experts"
+PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+@dataclass(frozen=True)
+class Llama(Model):
+    """A tiny Llama as InternEvo trains it; Hugging Face's names for it are `LlamaForCausalLM`'s.
+
+    `key` is the configuration's word on rotary pairs: `qk_interleaved` (later code), `adapt_hf` (its
+    opposite, earlier) or none, which means pairs.
+    """
+
+    family: str = "llama"
+    groups: int = 2
+    bias: bool = False
+    mlp_bias: bool = False
+    rotary: str = "pairs"
+    key: str = "qk_interleaved"
+    rope_base: float = 10000.0
+
+    @property
+    def mapping(self) -> str:
+        return "families/llama.yaml"
+
+    @property
+    def model_type(self) -> str:
+        return "LLAMA2"
+
+    def config(self, chunks: int) -> dict[str, Any]:
+        config = replace(self, family="v2").base_config(chunks)
+        if self.key == "qk_interleaved":
+            config["qk_interleaved"] = self.rotary == "pairs"
+        elif self.key == "adapt_hf":
+            config["adapt_hf"] = self.rotary == "halves"
+        else:
+            assert self.rotary == self.unsaid
+        if self.rope_base != 10000.0:
+            config["rope_base"] = self.rope_base
+        return config
+
+    @property
+    def unsaid(self) -> str:
+        """How rotary pairs are stored where the configuration has neither key."""
+        return "pairs"
+
+    def base_config(self, chunks: int) -> dict[str, Any]:
+        config = Model.config(self, chunks)
+        del config["adapt_hf"]
+        return config
+
+
+@dataclass(frozen=True)
+class InternLM3(Llama):
+    """Llama's names, later code only, a large rope base."""
+
+    rotary: str = "halves"
+    rope_base: float = 5e7
+
+    @property
+    def mapping(self) -> str:
+        return "families/internlm3.yaml"
+
+    @property
+    def model_type(self) -> str:
+        return "INTERNLM3"
+
+    @property
+    def unsaid(self) -> str:
+        return "halves"
+
+
+@dataclass(frozen=True)
+class Experts(Model):
+    """InternLM with a mixture of experts: v1 names, each expert in files of its own."""
+
+    family: str = "v1"
+    experts: int = 3
+
+    @property
+    def mapping(self) -> str:
+        return "families/internlm-moe.yaml"
+
+    @property
+    def model_type(self) -> str:
+        return "INTERNLM_MoE"
+
+    def config(self, chunks: int) -> dict[str, Any]:
+        return super().config(chunks) | {"num_experts": self.experts, "moe_type": "GShard", "moe_use_residual": False}
+
+
+@dataclass(frozen=True)
+class Meta(Llama):
+    """Meta's Llama: ffn follows from dim; Llama 3 cuts the embedding on its rows and names its vocabulary."""
+
+    multiple_of: int = 8
+    ffn_dim_multiplier: float | None = None
+
+    @property
+    def mapping(self) -> str:
+        return "families/meta-llama.yaml"
+
+    def sized(self) -> Meta:
+        """The same with the ffn that Meta's code computes."""
+        ffn = int(2 * (4 * self.hidden) / 3)
+        if self.ffn_dim_multiplier is not None:
+            ffn = int(self.ffn_dim_multiplier * ffn)
+        return replace(self, ffn=-(-ffn // self.multiple_of) * self.multiple_of)
+
+    def params(self) -> dict[str, Any]:
+        third = self.embedding == "by_vocab"
+        params: dict[str, Any] = {"dim": self.hidden, "n_layers": self.layers, "n_heads": self.heads}
+        params |= {"norm_eps": 1e-5, "multiple_of": self.multiple_of, "vocab_size": self.vocab if third else -1}
+        if self.groups != self.heads:
+            params["n_kv_heads"] = self.groups
+        if self.ffn_dim_multiplier is not None:
+            params["ffn_dim_multiplier"] = self.ffn_dim_multiplier
+        if third:
+            params["rope_theta"] = self.rope_base
+        return params
+
+
+KINDS: dict[str, type[Model]] = {"llama": Llama, "internlm3": InternLM3, "moe": Experts, "meta": Meta}
+
+
+def model_of(kind: str, **facts: Any) -> Any:
+    model = KINDS[kind](**facts)
+    return model.sized() if isinstance(model, Meta) else model
+
+
+def save_family(model: Model, folder: Path, **layout: Any) -> State:
+    """Write a checkpoint folder of any family; returns the expected Hugging Face state dict."""
+    if isinstance(model, Experts):
+        return save_experts(model, folder, **layout)
+    layers, first, last, expected = build_llama(model)
+    if isinstance(model, Meta):
+        save_meta(model, folder, layers, first, last, **layout)
+    else:
+        write(model, folder, layers, first, last, **layout)
+    return expected
+
+
+def build_llama(m: Any) -> Parts:
+    """(per layer, first stage, last stage, expected Hugging Face tensors)."""
+    g = torch.Generator().manual_seed(m.seed)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(m.dtype)
+
+    per = m.heads // m.groups * m.head_dim  # query rows per key/value head
+    down, up = ("w2", "w3") if m.letters == "w2_is_down" else ("w3", "w2")
+    # ours, theirs, rows, columns, how it is cut, rows (or columns) that stay together, has a bias
+    linears = [
+        ("attention.wq", "self_attn.q_proj", m.heads * m.head_dim, m.hidden, "column", per, m.bias),
+        ("attention.wk", "self_attn.k_proj", m.groups * m.head_dim, m.hidden, "column", m.head_dim, m.bias),
+        ("attention.wv", "self_attn.v_proj", m.groups * m.head_dim, m.hidden, "column", m.head_dim, m.bias),
+        ("attention.wo", "self_attn.o_proj", m.hidden, m.heads * m.head_dim, "row", per, m.bias),
+        ("feed_forward.w1", "mlp.gate_proj", m.ffn, m.hidden, "column", 1, m.mlp_bias),
+        (f"feed_forward.{up}", "mlp.up_proj", m.ffn, m.hidden, "column", 1, m.mlp_bias),
+        (f"feed_forward.{down}", "mlp.down_proj", m.hidden, m.ffn, "row", 1, m.mlp_bias),
+    ]
+    turning = {"attention.wq": m.heads, "attention.wk": m.groups} if m.rotary == "pairs" else {}
+    layers: list[list[Whole]] = []
+    expected: State = {}
+    for i in range(m.layers):
+        listed = []
+        for ours, theirs, rows, columns, kind, unit, biased in linears:
+            tensors = [("weight", rand(rows, columns), kind, unit)]
+            if biased:
+                tensors.append(("bias", rand(rows), "lone" if kind == "row" else kind, unit))
+            for param, data, cut, together in tensors:
+                listed.append(Whole(f"{ours}.{param}", data, cut, together))
+                whole = to_halves(data, turning[ours]) if ours in turning else data
+                expected[f"model.layers.{i}.{theirs}.{param}"] = whole
+        for ours, theirs in (("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
+            listed.append(Whole(f"{ours}.weight", rand(m.hidden), "replicated"))
+            expected[f"model.layers.{i}.{theirs}.weight"] = listed[-1].data
+        layers.append(listed)
+    stem, cut = ("tok_embeddings", "hidden")
+    if m.embedding == "by_vocab":
+        stem, cut = ("tok_embeddings" if isinstance(m, Meta) else "tok_embeddings.word_embeddings"), "vocab"
+    embed, norm, head = rand(m.vocab, m.hidden), rand(m.hidden), rand(m.vocab, m.hidden)
+    first = [Whole(f"{stem}.weight", embed, cut)]
+    last = [Whole("norm.weight", norm, "replicated"), Whole("output.weight", head, "vocab")]
+    expected |= {"model.embed_tokens.weight": embed, "model.norm.weight": norm, "lm_head.weight": head}
+    return layers, first, last, expected
+
+
+def save_meta(
+    m: Meta, folder: Path, layers: list[list[Whole]], first: list[Whole], last: list[Whole], *, tp: int = 1
+) -> None:
+    """consolidated.{tp:02}.pth with global layer numbers, params.json, and a buffer that Llama 3 left out."""
+    folder.mkdir(parents=True)
+    named = {f"layers.{i}.{whole.name}": whole for i, listed in enumerate(layers) for whole in listed}
+    named |= {whole.name: whole for whole in [*first, *last]}
+    for t in range(tp):
+        state = OrderedDict((name, tp_slice(whole, t, tp).clone()) for name, whole in named.items())
+        if m.embedding == "by_hidden":
+            state["rope.freqs"] = torch.ones(m.head_dim // 2)
+        torch.save(state, folder / f"consolidated.{t:02}.pth")
+    (folder / "params.json").write_text(json.dumps(m.params()))
+
+
+def save_experts(m: Experts, folder: Path, *, survivor: str = "later", **layout: Any) -> State:
+    """The dense tensors in rank files, a float32 gate with them, and every expert in files of its own.
+
+    A file's number counts the expert layers a pipeline rank writes, over its chunks, from
+    rank · (layers // ranks) on. Where stages are uneven two ranks may write the same number: only
+    one's file is left, the `earlier` or the `later` rank's.
+    """
+    layers, first, last, expected = build(m)
+    layers = [[whole for whole in listed if not whole.name.startswith("mlp.")] for listed in layers]
+    expected = {name: tensor for name, tensor in expected.items() if ".mlp." not in name}
+    g = torch.Generator().manual_seed(m.seed + 1)
+    experts: list[list[list[Whole]]] = []
+    for i, listed in enumerate(layers):
+        listed.append(
+            Whole("mlp.moe_layer.gate.wg.weight", torch.randn(m.experts, m.hidden, generator=g), "replicated")
+        )
+        expected[f"model.layers.{i}.mlp.moe_layer.gate.wg.weight"] = listed[-1].data
+        experts.append([])
+        for e in range(m.experts):
+            shapes = {"w1": (m.ffn, m.hidden), "w2": (m.hidden, m.ffn), "w3": (m.ffn, m.hidden)}
+            wholes = {w: torch.randn(shape, generator=g).to(m.dtype) for w, shape in shapes.items()}
+            experts[-1].append(
+                [
+                    Whole(f"{WRAPPED}.{e}.{w}.weight", data, "row" if w == "w2" else "column")
+                    for w, data in wholes.items()
+                ]
+            )
+            for w, data in wholes.items():
+                expected[f"model.layers.{i}.{WRAPPED}.{e}.{PROJECTIONS[w]}.weight"] = data
+    write(m, folder, layers, first, last, **layout)
+    for path, (layer, prefix, ranks, by_rows) in expert_files(m, survivor=survivor, **layout).items():
+        for e, wholes in enumerate(experts[layer]):
+            for r in range(ranks):
+                cut = wp_slice if by_rows else tp_slice
+                state = OrderedDict((prefix + whole.name, cut(whole, r, ranks)) for whole in wholes)
+                torch.save(flattened(state, m.seed), folder / path.format(expert=e, rank=r))
+    return expected
+
+
+def expert_files(
+    m: Experts,
+    *,
+    survivor: str = "later",
+    mode: str = "tensor",
+    tp: int = 1,
+    pp: int = 1,
+    wp: int = 1,
+    chunks: int = 1,
+    zbv: bool = False,
+    wrapped: bool = False,
+    legacy: bool = False,
+) -> dict[str, tuple[int, str, int, bool]]:
+    """File name pattern → (global layer, prefix of its names, ranks, whether rows are cut), as left on disk."""
+    places = stages(m.layers, pp, chunks, zbv)
+    word, ranks = ("tp", tp) if mode == "tensor" else ("wp", wp)
+    files: dict[str, tuple[int, str, int, bool]] = {}
+    for p in range(pp) if survivor == "later" else reversed(range(pp)):
+        number = p * (m.layers // pp)
+        for chunk in range(chunks):
+            prefix = f"{chunk}.model." if chunks > 1 else "model." if wrapped else ""
+            for local, layer in enumerate(places[chunk, p]):
+                path = f"model_moe_layer{number}_expert{{expert}}_{word}{{rank}}.pt"
+                files[path] = (layer, f"{prefix}{m.block}.{local}.", ranks, mode != "tensor")
+                number += 1
+    return files

@@ -1,0 +1,190 @@
+"""Llama, InternLM3, mixtures of experts and Meta's files: any layout gives the unsharded truth, bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+import engine
+from engine.errors import EngineError
+from tests.support.families import WRAPPED, Experts, expert_files, model_of, save_family
+from tests.support.shards import Model, State, same
+
+common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+Case = tuple[Model, dict[str, Any]]
+
+
+def layouts(draw: st.DrawFn, model: Any, modes: list[str]) -> dict[str, Any]:
+    mode = draw(st.sampled_from(modes))
+    layout: dict[str, Any] = {"mode": mode, "pp": draw(st.integers(1, 3)), "chunks": draw(st.integers(1, 2))}
+    assume(model.layers % layout["chunks"] == 0 and model.layers // layout["chunks"] >= layout["pp"])
+    if mode == "tensor":
+        layout["tp"] = draw(st.integers(1, model.groups))
+    elif mode == "isp":
+        layout["tp"], layout["wp"] = draw(st.sampled_from([(1, 3), (2, 4), (4, 2), (2, 2), (1, 5)]))
+    else:
+        layout["wp"] = draw(st.integers(1, 5))
+    layout["zbv"] = layout["chunks"] == 2 and draw(st.booleans())
+    layout["wrapped"] = layout["chunks"] == 1 and draw(st.booleans())
+    return layout
+
+
+@st.composite
+def llamas(draw: st.DrawFn, kind: str) -> Case:
+    heads = draw(st.sampled_from([2, 3, 4, 6]))
+    key = draw(
+        st.sampled_from(["qk_interleaved", "adapt_hf", "neither"] if kind == "llama" else ["qk_interleaved", "neither"])
+    )
+    unsaid = "pairs" if kind == "llama" else "halves"
+    bias = draw(st.booleans())
+    model = model_of(
+        kind,
+        layers=draw(st.integers(2, 7)),
+        hidden=heads * draw(st.sampled_from([2, 4])),
+        heads=heads,
+        groups=draw(st.sampled_from([g for g in (1, 2, 3, 4, 6) if heads % g == 0])),
+        ffn=draw(st.integers(7, 25)),
+        vocab=draw(st.integers(8, 19)),
+        bias=bias,
+        mlp_bias=bias if kind == "internlm3" else draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        rotary=unsaid if key == "neither" else draw(st.sampled_from(["pairs", "halves"])),
+        key=key,
+        letters=draw(st.sampled_from(["w2_is_down", "w2_is_up"])) if kind == "llama" else "w2_is_down",
+        embedding=draw(st.sampled_from(["by_hidden", "by_vocab"])),
+        seed=draw(st.integers(0, 9)),
+    )
+    return model, layouts(draw, model, ["tensor", "isp", "isp_wp"])
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Case:
+    heads = draw(st.sampled_from([2, 3, 4]))
+    model = model_of(
+        "moe",
+        layers=draw(st.integers(2, 6)),
+        hidden=heads * draw(st.sampled_from([2, 4])),
+        heads=heads,
+        groups=heads,
+        ffn=draw(st.integers(7, 15)),
+        vocab=draw(st.integers(8, 19)),
+        experts=draw(st.integers(1, 3)),
+        bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        rotary=draw(st.sampled_from(["pairs", "halves"])),
+        seed=draw(st.integers(0, 9)),
+    )
+    return model, layouts(draw, model, ["tensor", "isp_wp"])
+
+
+@st.composite
+def metas(draw: st.DrawFn) -> Case:
+    tp = draw(st.sampled_from([1, 2, 4]))
+    groups = tp * draw(st.sampled_from([1, 2]))
+    heads = groups * draw(st.sampled_from([1, 3]))
+    model = model_of(
+        "meta",
+        layers=draw(st.integers(1, 3)),
+        hidden=heads * draw(st.sampled_from([2, 4])),
+        heads=heads,
+        groups=groups,
+        vocab=4 * draw(st.integers(2, 5)),
+        ffn_dim_multiplier=draw(st.sampled_from([None, 1.3])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        embedding=draw(st.sampled_from(["by_hidden", "by_vocab"])),
+        rope_base=draw(st.sampled_from([10000.0, 500000.0])),
+        seed=draw(st.integers(0, 9)),
+    )
+    return model, {"tp": tp}
+
+
+def converted(mapping: str, folder: Path, given_: dict[str, str] | None = None) -> State:
+    return dict(engine.iter_tensors(engine.plan(mapping, folder, settings=given_ or {})))
+
+
+def proved(case: Case) -> None:
+    model, layout = case
+    given_ = {"mlp_letters": model.letters} if layout.get("mode") and not isinstance(model, Experts) else {}
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save_family(model, Path(folder) / "step", **layout)
+        same(converted(model.mapping, Path(folder) / "step", given_), expected)
+
+
+@common
+@given(llamas("llama"))
+def test_every_layout_of_a_llama_gives_the_unsharded_truth(case: Case) -> None:
+    proved(case)
+
+
+@common
+@given(llamas("internlm3"))
+def test_every_layout_of_an_internlm3_gives_the_unsharded_truth(case: Case) -> None:
+    proved(case)
+
+
+@common
+@given(metas())
+def test_metas_files_give_the_unsharded_truth_however_many_they_are(case: Case) -> None:
+    proved(case)
+
+
+def lost_layers(model: Experts, layout: dict[str, Any], survivor: str) -> list[int]:
+    kept = {layer for layer, *_ in expert_files(model, survivor=survivor, **layout).values()}
+    return sorted(set(range(model.layers)) - kept)
+
+
+# 5 layers over 3 stages, 1 and 2 and 2: the second and the third stage both write number 2.
+UNEVEN = model_of("moe", layers=5, hidden=8, heads=2, groups=2, ffn=6, vocab=8), {"pp": 3, "tp": 2}
+
+
+@common
+@given(mixtures(), st.sampled_from(["earlier", "later"]))
+@example(UNEVEN, "earlier")
+@example(UNEVEN, "later")
+def test_experts_come_together_or_the_layer_lost_at_saving_is_named(case: Case, survivor: str) -> None:
+    model, layout = case
+    assert isinstance(model, Experts)
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save_family(model, Path(folder) / "step", survivor=survivor, **layout)
+        lost = lost_layers(model, layout, survivor)
+        if not lost:
+            same(converted(model.mapping, Path(folder) / "step"), expected)
+            return
+        with pytest.raises(EngineError) as caught:
+            converted(model.mapping, Path(folder) / "step")
+        assert caught.value.code in ("E207", "E211")
+        assert any(f"layer {layer}" in str(caught.value) for layer in lost), str(caught.value)
+
+
+@common
+@given(mixtures())
+def test_stacked_experts_are_the_same_numbers_fused(case: Case) -> None:
+    model, layout = case
+    assert isinstance(model, Experts)
+    assume(not lost_layers(model, layout, "later"))
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save_family(model, Path(folder) / "step", **layout)
+        same(converted("families/moe-stacked.yaml", Path(folder) / "step"), stacked(model, expected))
+
+
+def stacked(model: Experts, each: State) -> State:
+    """gate_up_proj [expert, gate then up, hidden] and down_proj [expert, hidden, ffn] per layer."""
+    result = {name: tensor for name, tensor in each.items() if ".mlp." not in name}
+    for i in range(model.layers):
+        at, to = f"model.layers.{i}.{WRAPPED}", f"model.layers.{i}.mlp"
+        gates, ups, downs = (
+            [each[f"{at}.{e}.{word}.weight"] for e in range(model.experts)]
+            for word in ("gate_proj", "up_proj", "down_proj")
+        )
+        result[f"{to}.gate.weight"] = each[f"{to}.moe_layer.gate.wg.weight"]
+        both = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+        result[f"{to}.experts.gate_up_proj"] = torch.stack(both)
+        result[f"{to}.experts.down_proj"] = torch.stack(downs)
+    return result
