@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from tests.support.families import WRAPPED, Experts, expert_files, model_of, save_family
+from tests.support.families import WRAPPED, Experts, InternLM3, expert_files, model_of, save_family
+from tests.support.reference_families import forward_llama, whole_llama
 from tests.support.shards import Model, State, same
 
 common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -188,3 +191,126 @@ def stacked(model: Experts, each: State) -> State:
         result[f"{to}.experts.gate_up_proj"] = torch.stack(both)
         result[f"{to}.experts.down_proj"] = torch.stack(downs)
     return result
+
+
+SMALL = {"layers": 3, "hidden": 32, "heads": 4, "groups": 2, "ffn": 40, "vocab": 64, "dtype": torch.float32}
+THIRD = {"embedding": "by_vocab", "rope_base": 500000.0}
+
+
+def loaded(folder: Path) -> Any:
+    """The model that stock transformers makes of a folder; no key may be missing or left over."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[word] for word in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts", "layout"),
+    [
+        ("llama", {}, {"tp": 2, "pp": 2}),
+        ("llama", {"key": "neither"}, {"tp": 2}),
+        ("llama", {"rotary": "halves", "key": "adapt_hf", "letters": "w2_is_up"}, {"pp": 3}),
+        ("llama", {"bias": True, "mlp_bias": True, "rope_base": 1e6}, {"tp": 2, "pp": 2}),
+        ("internlm3", {}, {"mode": "isp_wp", "wp": 3, "pp": 2}),
+        ("internlm3", {"rotary": "pairs", "bias": True, "mlp_bias": True}, {"mode": "isp", "tp": 1, "wp": 5}),
+        ("meta", {}, {"tp": 2}),
+        ("meta", {"groups": 4, "ffn_dim_multiplier": 1.3}, {"tp": 4}),
+        ("meta", THIRD, {"tp": 2}),
+        ("meta", THIRD, {"tp": 1}),
+    ],
+)
+def test_stock_transformers_computes_what_the_training_tensors_compute(
+    kind: str, facts: dict[str, Any], layout: dict[str, Any], tmp_path: Path
+) -> None:
+    model = model_of(kind, **SMALL | facts)
+    save_family(model, tmp_path / "step", **layout)
+    given_ = {"mlp_letters": model.letters} if kind != "meta" else {}
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=given_)
+    stock, wanted = logits(model, tmp_path / "hf")
+    torch.testing.assert_close(stock, wanted, atol=1e-4, rtol=0)
+
+
+def logits(model: Any, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what stock transformers computes from a converted folder, what the training tensors compute)."""
+    ids = torch.randint(model.vocab, (2, 12), generator=torch.Generator().manual_seed(3))
+    stock = loaded(folder)
+    assert stock.config.model_type == ("internlm3" if isinstance(model, InternLM3) else "llama")
+    with torch.no_grad():
+        return stock(ids).logits, forward_llama(model, whole_llama(model), ids)
+
+
+@pytest.mark.parametrize(("kind", "said", "other"), [("llama", "pairs", "halves"), ("internlm3", "halves", "pairs")])
+def test_the_other_reading_of_rotary_pairs_gives_other_logits(kind: str, said: str, other: str, tmp_path: Path) -> None:
+    model = model_of(kind, **SMALL, rotary=said)
+    save_family(model, tmp_path / "step", tp=2)
+    given_ = {"mlp_letters": model.letters, "rotary": other}
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=given_)
+    stock, wanted = logits(model, tmp_path / "hf")
+    assert (stock - wanted).abs().max() > 0.01  # a hundred times what a right one may differ
+
+
+BIASES = [{"bias": True}, {"mlp_bias": True}]
+
+
+@pytest.mark.parametrize("facts", BIASES)
+def test_internlm3_with_biases_in_part_is_more_than_transformers_expresses(
+    facts: dict[str, bool], tmp_path: Path
+) -> None:
+    model = model_of("internlm3", **SMALL, **facts)
+    save_family(model, tmp_path / "step", tp=2)
+    with pytest.raises(EngineError, match="in every linear of a layer, or in none") as caught:
+        converted(model.mapping, tmp_path / "step", {"mlp_letters": model.letters})
+    assert caught.value.code == "E202"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gate_stays_in_float32_whatever_the_others_become(dtype: str, tmp_path: Path) -> None:
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8, dtype=torch.float32)
+    expected = save_family(model, tmp_path / "step", tp=2)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", dtype=dtype)
+    wide = {n: t if ".gate.wg." in n else t.to(getattr(torch, dtype)) for n, t in expected.items()}
+    same(load_file(tmp_path / "hf" / "model.safetensors"), wide)
+
+
+def config_of(model: Any, folder: Path, **more: Any) -> dict[str, Any]:
+    save_family(model, folder)
+    params = json.loads((folder / "params.json").read_text()) | more
+    (folder / "params.json").write_text(json.dumps(params))
+    return dict(engine.plan(model.mapping, folder).config)
+
+
+TINY = {"layers": 1, "hidden": 8, "heads": 2, "groups": 1, "dtype": torch.bfloat16}
+
+
+def test_llama_3s_vocabulary_brings_its_own_first_and_last_token(tmp_path: Path) -> None:
+    second = config_of(model_of("meta", **TINY, vocab=32000), tmp_path / "2")
+    third = config_of(model_of("meta", **TINY, **THIRD, vocab=128256), tmp_path / "3")
+    assert (second["bos_token_id"], second["eos_token_id"], second["vocab_size"]) == (1, 2, 32000)
+    assert (third["bos_token_id"], third["eos_token_id"], third["vocab_size"]) == (128000, 128001, 128256)
+    assert second["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000}
+    assert third["rope_parameters"] == {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = config_of(model_of("meta", **TINY, **THIRD, vocab=16), tmp_path / "3.1", use_scaled_rope=True)
+    assert config["rope_parameters"] == {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).rope_type == "llama3"
+
+
+def test_a_ffn_that_params_json_does_not_give_is_another_models(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="ffn") as caught:
+        config_of(model_of("meta", **TINY, vocab=16), tmp_path / "step", ffn_dim_multiplier=2.0)
+    assert caught.value.code == "E203"

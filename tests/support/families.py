@@ -163,7 +163,7 @@ def build_llama(m: Any) -> Parts:
     g = torch.Generator().manual_seed(m.seed)
 
     def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g).to(m.dtype)
+        return (torch.randn(*shape, generator=g) / 4).to(m.dtype)
 
     per = m.heads // m.groups * m.head_dim  # query rows per key/value head
     down, up = ("w2", "w3") if m.letters == "w2_is_down" else ("w3", "w2")

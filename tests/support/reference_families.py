@@ -1,0 +1,43 @@
+"""A Llama-style forward pass on whole training tensors with separate wq, wk and wv.
+
+As `reference`: plain torch and float32, no Hugging Face name. Rotary pairs are turned where the
+training code finds them: elements 2j and 2j + 1 of a head (`pairs`), or j and j + half (`halves`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding, linear, silu
+
+from tests.support.families import build_llama
+from tests.support.reference import attend, rms
+from tests.support.shards import State
+
+
+def whole_llama(m: Any) -> State:
+    """The unsharded training tensors of a tiny Llama, layers numbered through."""
+    layers, first, last, _ = build_llama(m)
+    named = {f"layers.{i}.{w.name}": w.data for i, listed in enumerate(layers) for w in listed}
+    return named | {w.name: w.data for w in [*first, *last]}
+
+
+def forward_llama(m: Any, whole: State, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of token ids, batch × length × vocab, as training computes them."""
+    t = {name: tensor.float() for name, tensor in whole.items()}
+    down, up = ("w2", "w3") if m.letters == "w2_is_down" else ("w3", "w2")
+    x = embedding(ids, next(t[name] for name in t if "embeddings" in name))
+
+    def through(name: str, y: torch.Tensor) -> torch.Tensor:
+        return linear(y, t[f"{name}.weight"], t.get(f"{name}.bias"))
+
+    for i in range(m.layers):
+        at, mlp = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        y = rms(x, t[f"layers.{i}.attention_norm.weight"])
+        q, k, v = (through(f"{at}.{w}", y).unflatten(-1, (-1, m.head_dim)) for w in ("wq", "wk", "wv"))
+        x = x + through(f"{at}.wo", attend(m, q, k, v, m.rope_base))
+        y = rms(x, t[f"layers.{i}.ffn_norm.weight"])
+        gated = silu(through(f"{mlp}.w1", y)) * through(f"{mlp}.{up}", y)
+        x = x + through(f"{mlp}.{down}", gated)
+    return linear(rms(x, t["norm.weight"]), t["output.weight"])
