@@ -11,12 +11,14 @@ import pytest
 from engine.assets.chat import chat_template
 from engine.assets.generation import generation_config
 from engine.errors import EngineError
-from engine.language.expressions import render_tree
+from engine.language.expressions import evaluate, render_tree
 from engine.language.mapping_file import load_mapping
 from engine.plan.variants import decide, options_of
 
 MAPPINGS = Path(__file__).parent.parent / "mappings"
 RELEASES = sorted(path.stem for path in MAPPINGS.glob("*.yaml"))
+META = [name for name in RELEASES if name.startswith("meta-llama")]
+INTERNLM = [name for name in RELEASES if name.startswith(("internlm-", "internlm2"))]
 
 
 def config_of(name: str, biases: tuple[str, ...] = (), **settings: Any) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def config_of(name: str, biases: tuple[str, ...] = (), **settings: Any) -> dict[
         "options": options_of(mapping, settings),
         "present": lambda pattern: pattern in biases,
         "rope_base": 1000000,
+        "norm_eps": 1e-5,
         "labels": 1,
         **sizes,
     }
@@ -48,6 +51,8 @@ def test_every_promised_release_is_there() -> None:
     promised = [f"internlm-{chat}{size}" for size in ("7b", "20b") for chat in ("", "chat-")]
     promised += [f"internlm2-{chat}{size}" for size in sizes for chat in ("", "chat-")]
     promised += [f"internlm2_5-{size}{chat}" for size in sizes for chat in ("", "-chat")]
+    promised += ["internlm3-8b-instruct", *(f"llama2-{size}" for size in ("7b", "13b", "70b"))]
+    promised += ["meta-llama-2-7b", "meta-llama-3-8b"]
     assert set(promised) <= set(RELEASES)
 
 
@@ -59,7 +64,7 @@ def test_a_release_names_itself_and_its_sizes(name: str) -> None:
     assert mapping.expect["hidden"] % mapping.expect["heads"] == 0
 
 
-@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize("name", [name for name in RELEASES if name not in META])
 def test_chat_releases_end_turns_and_base_releases_do_not(name: str) -> None:
     mapping = load_mapping(name)
     assert (mapping.chat_template is not None) == ("chat" in name)
@@ -72,7 +77,7 @@ def test_chat_releases_end_turns_and_base_releases_do_not(name: str) -> None:
         assert "role" in chat_template(mapping.chat_template)
 
 
-@pytest.mark.parametrize("name", [name for name in RELEASES if name.startswith("internlm2")])
+@pytest.mark.parametrize("name", [name for name in INTERNLM if name.startswith("internlm2")])
 def test_internlm2_names_all_six_reserved_ids(name: str) -> None:
     tokenizer = load_mapping(name).tokenizer
     assert tokenizer is not None
@@ -86,16 +91,56 @@ def test_internlm2_names_all_six_reserved_ids(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", RELEASES)
-def test_a_releases_configuration_loads_as_llama(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in RELEASES if name not in META])
+def test_a_releases_configuration_loads_in_transformers(name: str, tmp_path: Path) -> None:
     config = as_llama(config_of(name), tmp_path)
     expect = load_mapping(name).expect
-    assert type(config).__name__ == "LlamaConfig"
+    assert type(config).__name__ == ("InternLM3Config" if name.startswith("internlm3") else "LlamaConfig")
+    assert config.head_dim == expect.get("head_dim", expect["hidden"] // expect["heads"])
     assert config.num_hidden_layers == expect["layer"]
     assert config.num_key_value_heads == expect.get("groups", expect["heads"])
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1000000}
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
     generation_config(load_mapping(name).generation or {}, config_of(name))
+
+
+@pytest.mark.parametrize("name", META)
+def test_a_meta_releases_configuration_loads_as_llama(name: str, tmp_path: Path) -> None:
+    config = as_llama(config_of(name), tmp_path)
+    expect = load_mapping(name).expect
+    assert (config.num_hidden_layers, config.num_key_value_heads) == (expect["layer"], expect["groups"])
+    third = name.startswith("meta-llama-3")
+    assert (config.bos_token_id, config.eos_token_id) == ((128000, 128001) if third else (1, 2))
+    assert config.max_position_embeddings == (131072 if "3_1" in name else 8192 if third else 4096)
+
+
+def test_internlm3s_configuration_is_transformers_own_default(tmp_path: Path) -> None:
+    """transformers' defaults are this release's sizes, written by its authors."""
+    from transformers import InternLM3Config
+
+    ours, theirs = as_llama(config_of("internlm3-8b-instruct"), tmp_path).to_dict(), InternLM3Config().to_dict()
+    for set_here in ("architectures", "rope_parameters", "_name_or_path"):
+        del ours[set_here], theirs[set_here]
+    assert ours == theirs
+
+
+# Meta's params.json of the releases, whose multiple_of gives the ffn that the release expects.
+PARAMS = {
+    "meta-llama-2-7b": (256, None),
+    "meta-llama-2-13b": (256, None),
+    "meta-llama-2-70b": (4096, 1.3),
+    "meta-llama-3-8b": (1024, 1.3),
+    "meta-llama-3-70b": (4096, 1.3),
+    "meta-llama-3_1-8b": (1024, 1.3),
+}
+
+
+@pytest.mark.parametrize("name", META)
+def test_a_meta_releases_ffn_follows_from_its_params(name: str) -> None:
+    multiple, factor = PARAMS[name]
+    params = {"multiple_of": multiple} if factor is None else {"multiple_of": multiple, "ffn_dim_multiplier": factor}
+    mapping = load_mapping(name)
+    assert evaluate(mapping.dims["ffn"], {"hidden": mapping.expect["hidden"], **params}) == mapping.expect["ffn"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from tests.support.families import WRAPPED, Experts, InternLM3, expert_files, model_of, save_family
+from tests.support.families import WRAPPED, Experts, InternLM3, build_llama, expert_files, model_of, save_family
 from tests.support.reference_families import forward_llama, whole_llama
-from tests.support.shards import Model, State, same
+from tests.support.shards import Model, State, same, write
 
 common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -239,6 +240,47 @@ def logits(model: Any, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     assert stock.config.model_type == ("internlm3" if isinstance(model, InternLM3) else "llama")
     with torch.no_grad():
         return stock(ids).logits, forward_llama(model, whole_llama(model), ids)
+
+
+GENUINE = Path(__file__).parent / "fixtures" / "internevo" / "llama_tp2_pp1_default"
+TRAINED = model_of("llama", layers=4, hidden=64, heads=8, groups=4, ffn=256, vocab=256, key="neither")
+
+
+def rank_files(folder: Path) -> dict[str, State]:
+    return {p.name: torch.load(p, weights_only=True) for p in sorted(folder.glob("model_tp*.pt"))}
+
+
+def test_the_sharder_cuts_genuine_llama_weights_into_the_very_bytes_training_wrote(tmp_path: Path) -> None:
+    ranks = rank_files(GENUINE)
+    whole = genuine_llama()
+    layers, first, last, _ = build_llama(TRAINED)
+    refilled = [[replace(w, data=whole[f"layers.{i}.{w.name}"]) for w in one] for i, one in enumerate(layers)]
+    write(
+        TRAINED,
+        tmp_path / "step",
+        refilled,
+        *([replace(w, data=whole[w.name]) for w in e] for e in (first, last)),
+        tp=2,
+    )
+    written = rank_files(tmp_path / "step")
+    assert written.keys() == ranks.keys()
+    for file, state in ranks.items():
+        same(written[file], state)
+
+
+def genuine_llama() -> State:
+    """The fixture's two ranks put together: rows of column linears and head, columns of the others, norms once."""
+    one, two = rank_files(GENUINE).values()
+    columns = ("wo.weight", "w2.weight", "tok_embeddings.weight")
+    return {
+        n: t if "norm" in n else torch.cat([t, two[n]], dim=1 if n.endswith(columns) else 0) for n, t in one.items()
+    }
+
+
+def test_the_llama_forward_gives_internevos_own_logits() -> None:
+    oracle = torch.load(GENUINE / "oracle.pt", weights_only=True)
+    ours = forward_llama(TRAINED, genuine_llama(), oracle["input_ids"])
+    torch.testing.assert_close(ours, oracle["logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "said", "other"), [("llama", "pairs", "halves"), ("internlm3", "halves", "pairs")])
