@@ -63,6 +63,7 @@ def llamas(draw: st.DrawFn, kind: str) -> Case:
         key=key,
         letters=draw(st.sampled_from(["w2_is_down", "w2_is_up"])) if kind == "llama" else "w2_is_down",
         embedding=draw(st.sampled_from(["by_hidden", "by_vocab"])),
+        head=draw(st.sampled_from(["lm", "reward"])) if kind == "llama" else "lm",
         seed=draw(st.integers(0, 9)),
     )
     return model, layouts(draw, model, ["tensor", "isp", "isp_wp"])
@@ -303,6 +304,14 @@ def test_internlm3_with_biases_in_part_is_more_than_transformers_expresses(
     model = model_of("internlm3", **SMALL, **facts)
     save_family(model, tmp_path / "step", tp=2)
     with pytest.raises(EngineError, match="in every linear of a layer, or in none") as caught:
+        converted(model.mapping, tmp_path / "step", {"mlp_letters": model.letters})
+    assert caught.value.code == "E202"
+
+
+def test_an_internlm3_reward_model_is_more_than_transformers_expresses(tmp_path: Path) -> None:
+    model = model_of("internlm3", **SMALL, head="reward")
+    save_family(model, tmp_path / "step", tp=2)
+    with pytest.raises(EngineError, match="no reward model of InternLM3") as caught:
         converted(model.mapping, tmp_path / "step", {"mlp_letters": model.letters})
     assert caught.value.code == "E202"
 

@@ -197,10 +197,15 @@ def build_llama(m: Any) -> Parts:
     stem, cut = ("tok_embeddings", "hidden")
     if m.embedding == "by_vocab":
         stem, cut = ("tok_embeddings" if isinstance(m, Meta) else "tok_embeddings.word_embeddings"), "vocab"
-    embed, norm, head = rand(m.vocab, m.hidden), rand(m.hidden), rand(m.vocab, m.hidden)
+    embed, norm = rand(m.vocab, m.hidden), rand(m.hidden)
+    reward = m.head == "reward"
+    head = rand(1 if reward else m.vocab, m.hidden)
     first = [Whole(f"{stem}.weight", embed, cut)]
-    last = [Whole("norm.weight", norm, "replicated"), Whole("output.weight", head, "vocab")]
-    expected |= {"model.embed_tokens.weight": embed, "model.norm.weight": norm, "lm_head.weight": head}
+    last = [Whole("norm.weight", norm, "replicated"), Whole("output.weight", head, "replicated" if reward else "vocab")]
+    expected |= {"model.embed_tokens.weight": embed, "model.norm.weight": norm}
+    if m.head == "normalised":
+        head = torch.nn.functional.normalize(head.float(), dim=1).to(m.dtype)
+    expected["score.weight" if reward else "lm_head.weight"] = head
     return layers, first, last, expected
 
 
