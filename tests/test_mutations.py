@@ -18,6 +18,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
+from tests.support.families import model_of, save_family
 from tests.support.shards import Model, State, save
 
 V1 = Model("v1", layers=3, hidden=16, heads=4, groups=4, ffn=24, vocab=32)
@@ -125,24 +126,45 @@ def equal(left: State, right: State) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", ["v1", "v2"])
+LLAMA = model_of("llama", layers=3, hidden=24, heads=6, groups=3, ffn=40, vocab=32, key="adapt_hf")
+EXPERTS = model_of("moe", layers=4, hidden=16, heads=4, groups=4, ffn=24, vocab=32)
+META = model_of("meta", layers=3, hidden=24, heads=4, groups=2, vocab=32)
+TWO = {"tp": 2, "pp": 2}
+HALVES = {"rotary": "halves"}
+LLAMA_CHANGES = [{}, HALVES, *CHANGES[2:]]
+# mapping → base model, what changes from world to world, layout
+WORLDS: dict[str, tuple[Model, list[dict[str, Any]], dict[str, Any]]] = {
+    "internlm": (V1, [c for c in CHANGES if c.get("head") != "normalised"], TWO),
+    "internlm2": (V2, CHANGES, TWO),
+    "llama": (LLAMA, LLAMA_CHANGES, TWO),
+    "internlm-moe": (EXPERTS, [{}, {"rotary": "pairs"}, {"embedding": "by_vocab"}, {"head": "reward"}], TWO),
+    "meta-llama": (META, [{}, {"embedding": "by_vocab"}], {"tp": 2}),
+}
+
+
+@pytest.mark.parametrize("family", WORLDS)
 def test_every_mutant_of_every_rule_is_caught(family: str, tmp_path: Path) -> None:
-    base = {"v1": V1, "v2": V2}[family]
-    kept = [c for c in CHANGES if family == "v2" or c.get("head") != "normalised"]
-    worlds = [("-".join(["base", *c.values()]), replace(base, **c)) for c in kept]
-    data = dict(engine.load_mapping(worlds[0][1].mapping).resolved)
+    base, changes, layout = WORLDS[family]
+    worlds = [("-".join(["base", *c.values()]), replace(base, **c)) for c in changes]
+    data = dict(engine.load_mapping(f"families/{family}.yaml").resolved)
+    given = {"mlp_letters"} & data["variants"].keys()
     original = dump(data, tmp_path / "original.yaml")
+
+    def settings(model: Model) -> dict[str, str]:
+        return {name: model.letters for name in given}
+
     truths = {}
     for name, model in worlds:
-        truths[name] = save(model, tmp_path / name, tp=2, pp=2)
-        result = outcome(original, tmp_path / name, {"mlp_letters": model.letters})
+        own = save if type(model) is Model else save_family
+        truths[name] = own(model, tmp_path / name, **layout)
+        result = outcome(original, tmp_path / name, settings(model))
         assert not isinstance(result, str), result
         assert equal(result, truths[name])
     caught: set[str] = set()
     survivors = []
     for number, (rule, what, mutant) in enumerate(mutants(data)):
         path = dump(mutant, tmp_path / f"mutant-{number}.yaml")
-        results = ((outcome(path, tmp_path / n, {"mlp_letters": m.letters}), truths[n]) for n, m in worlds)
+        results = ((outcome(path, tmp_path / n, settings(m)), truths[n]) for n, m in worlds)
         if any(isinstance(result, str) or not equal(result, truth) for result, truth in results):
             caught.add(rule)
         else:
