@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import engine
 from engine.errors import EngineError
 from tests.support.families import WRAPPED, Experts, InternLM3, build_llama, expert_files, model_of, save_family
-from tests.support.reference_families import forward_llama, whole_llama
+from tests.support.reference_families import forward_experts, forward_llama, whole_experts, whole_llama
 from tests.support.shards import Model, State, same, write
 
 common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -306,6 +306,26 @@ def test_internlm3_with_biases_in_part_is_more_than_transformers_expresses(
     with pytest.raises(EngineError, match="in every linear of a layer, or in none") as caught:
         converted(model.mapping, tmp_path / "step", {"mlp_letters": model.letters})
     assert caught.value.code == "E202"
+
+
+@pytest.mark.parametrize("rotary", ["halves", "pairs"])
+def test_stacked_experts_compute_in_stock_mixtral_what_training_computes(rotary: str, tmp_path: Path) -> None:
+    """Without biases a mixture is a Mixtral; loading strictly, gate before up is what its experts expect."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"layers": 2, "hidden": 16, "heads": 2, "groups": 2, "ffn": 24, "vocab": 32, "experts": 4}
+    model = model_of("moe", **sizes, bias=False, rotary=rotary, dtype=torch.float32)
+    save_family(model, tmp_path / "step", tp=2, pp=2)
+    engine.convert("families/moe-stacked.yaml", tmp_path / "step", tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    words = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shared = {word: written[word] for word in (*words, "vocab_size", "rms_norm_eps", "rope_parameters")}
+    stock = MixtralForCausalLM(MixtralConfig(**shared, num_local_experts=written["num_experts"], num_experts_per_tok=2))
+    stock.load_state_dict(load_file(tmp_path / "hf" / "model.safetensors"), strict=True)
+    ids = torch.randint(model.vocab, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = stock.eval()(ids).logits
+    torch.testing.assert_close(ours, forward_experts(model, whole_experts(model), ids), atol=1e-4, rtol=0)
 
 
 def test_an_internlm3_reward_model_is_more_than_transformers_expresses(tmp_path: Path) -> None:

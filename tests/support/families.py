@@ -224,6 +224,28 @@ def save_meta(
     (folder / "params.json").write_text(json.dumps(m.params()))
 
 
+def build_experts(m: Experts) -> tuple[list[list[Whole]], list[Whole], list[Whole], list[list[list[Whole]]], State]:
+    """As `build`, without the dense MLP; the experts, per layer and expert, before the expected tensors."""
+    layers, first, last, expected = build(m)
+    layers = [[whole for whole in listed if not whole.name.startswith("mlp.")] for listed in layers]
+    expected = {name: tensor for name, tensor in expected.items() if ".mlp." not in name}
+    g = torch.Generator().manual_seed(m.seed + 1)
+    shapes = {"w1": (m.ffn, m.hidden), "w2": (m.hidden, m.ffn), "w3": (m.ffn, m.hidden)}
+    experts: list[list[list[Whole]]] = []
+    for i, listed in enumerate(layers):
+        gate = torch.randn(m.experts, m.hidden, generator=g)
+        listed.append(Whole("mlp.moe_layer.gate.wg.weight", gate, "replicated"))
+        expected[f"model.layers.{i}.mlp.moe_layer.gate.wg.weight"] = gate
+        experts.append([])
+        for e in range(m.experts):
+            experts[-1].append([])
+            for w, shape in shapes.items():
+                data = (torch.randn(shape, generator=g) / 4).to(m.dtype)
+                experts[-1][-1].append(Whole(f"{WRAPPED}.{e}.{w}.weight", data, "row" if w == "w2" else "column"))
+                expected[f"model.layers.{i}.{WRAPPED}.{e}.{PROJECTIONS[w]}.weight"] = data
+    return layers, first, last, experts, expected
+
+
 def save_experts(m: Experts, folder: Path, *, survivor: str = "later", **layout: Any) -> State:
     """The dense tensors in rank files, a float32 gate with them, and every expert in files of its own.
 
@@ -231,33 +253,12 @@ def save_experts(m: Experts, folder: Path, *, survivor: str = "later", **layout:
     rank · (layers // ranks) on. Where stages are uneven two ranks may write the same number: only
     one's file is left, the `earlier` or the `later` rank's.
     """
-    layers, first, last, expected = build(m)
-    layers = [[whole for whole in listed if not whole.name.startswith("mlp.")] for listed in layers]
-    expected = {name: tensor for name, tensor in expected.items() if ".mlp." not in name}
-    g = torch.Generator().manual_seed(m.seed + 1)
-    experts: list[list[list[Whole]]] = []
-    for i, listed in enumerate(layers):
-        listed.append(
-            Whole("mlp.moe_layer.gate.wg.weight", torch.randn(m.experts, m.hidden, generator=g), "replicated")
-        )
-        expected[f"model.layers.{i}.mlp.moe_layer.gate.wg.weight"] = listed[-1].data
-        experts.append([])
-        for e in range(m.experts):
-            shapes = {"w1": (m.ffn, m.hidden), "w2": (m.hidden, m.ffn), "w3": (m.ffn, m.hidden)}
-            wholes = {w: torch.randn(shape, generator=g).to(m.dtype) for w, shape in shapes.items()}
-            experts[-1].append(
-                [
-                    Whole(f"{WRAPPED}.{e}.{w}.weight", data, "row" if w == "w2" else "column")
-                    for w, data in wholes.items()
-                ]
-            )
-            for w, data in wholes.items():
-                expected[f"model.layers.{i}.{WRAPPED}.{e}.{PROJECTIONS[w]}.weight"] = data
+    layers, first, last, experts, expected = build_experts(m)
     write(m, folder, layers, first, last, **layout)
     for path, (layer, prefix, ranks, by_rows) in expert_files(m, survivor=survivor, **layout).items():
+        cut = wp_slice if by_rows else tp_slice
         for e, wholes in enumerate(experts[layer]):
             for r in range(ranks):
-                cut = wp_slice if by_rows else tp_slice
                 state = OrderedDict((prefix + whole.name, cut(whole, r, ranks)) for whole in wholes)
                 torch.save(flattened(state, m.seed), folder / path.format(expert=e, rank=r))
     return expected

@@ -1,4 +1,4 @@
-"""A Llama-style forward pass on whole training tensors with separate wq, wk and wv.
+"""Forward passes on whole training tensors: a Llama's separate wq, wk and wv, and a mixture of experts.
 
 As `reference`: plain torch and float32, no Hugging Face name. Rotary pairs are turned where the
 training code finds them: elements 2j and 2j + 1 of a head (`pairs`), or j and j + half (`halves`).
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding, linear, silu
 
-from tests.support.families import build_llama
-from tests.support.reference import attend, rms
+from tests.support.families import WRAPPED, Experts, build_experts, build_llama
+from tests.support.reference import attend, rms, unpack
 from tests.support.shards import State
 
 
@@ -41,3 +41,33 @@ def forward_llama(m: Any, whole: State, ids: torch.Tensor) -> torch.Tensor:
         gated = silu(through(f"{mlp}.w1", y)) * through(f"{mlp}.{up}", y)
         x = x + through(f"{mlp}.{down}", gated)
     return linear(rms(x, t["norm.weight"]), t["output.weight"])
+
+
+def forward_experts(m: Experts, whole: State, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a mixture of experts in v1 names: per token the two best experts, weighed against each other.
+
+    Training drops tokens beyond an expert's capacity; here no expert is ever full.
+    """
+    t = {name: tensor.float() for name, tensor in whole.items()}
+    x = embedding(ids, next(t[name] for name in t if "embedding" in name))
+    for i in range(m.layers):
+        at = f"blocks.{i}."
+        qkv = linear(rms(x, t[at + "norm1.weight"]), t[at + "mixer.Wqkv.weight"], t.get(at + "mixer.Wqkv.bias"))
+        mixed = attend(m, *unpack(m, qkv), 10000.0)
+        x = x + linear(mixed, t[at + "mixer.out_proj.weight"], t.get(at + "mixer.out_proj.bias"))
+        y = rms(x, t[at + "norm2.weight"])
+        odds = linear(y, t[at + "mlp.moe_layer.gate.wg.weight"]).softmax(-1)
+        best = odds * (odds >= odds.topk(2).values[..., -1:])
+        shares = best / best.sum(-1, keepdim=True)
+        for e in range(m.experts):
+            w1, w2, w3 = (t[f"{at}{WRAPPED}.{e}.{w}.weight"] for w in ("w1", "w2", "w3"))
+            x = x + shares[..., e, None] * linear(silu(linear(y, w1)) * linear(y, w3), w2)
+    return linear(rms(x, t["norm.weight"]), t["head.weight"])
+
+
+def whole_experts(m: Experts) -> State:
+    """The unsharded training tensors of a mixture of experts, layers numbered through."""
+    layers, first, last, experts, _ = build_experts(m)
+    named = {f"blocks.{i}.{w.name}": w.data for i, listed in enumerate(layers) for w in listed}
+    named |= {f"blocks.{i}.{w.name}": w.data for i, each in enumerate(experts) for one in each for w in one}
+    return named | {w.name: w.data for w in [*first, *last]}
