@@ -381,6 +381,27 @@ def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:
     assert LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).rope_type == "llama3"
 
 
+@pytest.mark.parametrize(
+    ("lines", "gone"),
+    [({"n_kv_heads": None, "ffn_dim_multiplier": None}, []), ({"later": {"key": [1]}}, ["multiple_of", "vocab_size"])],
+)
+def test_params_json_need_not_say_what_the_tensors_do(lines: dict[str, Any], gone: list[str], tmp_path: Path) -> None:
+    model = model_of("meta", **TINY | {"groups": 2}, vocab=16)
+    expected = save_family(model, tmp_path / "step", tp=2)
+    params = json.loads((tmp_path / "step" / "params.json").read_text()) | lines
+    (tmp_path / "step" / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k not in gone}))
+    same(converted(model.mapping, tmp_path / "step"), expected)
+
+
+def test_a_missing_file_of_metas_is_named(tmp_path: Path) -> None:
+    model = model_of("meta", **TINY | {"groups": 2}, vocab=16)
+    save_family(replace(model, heads=4, groups=4, hidden=16).sized(), tmp_path / "step", tp=4)
+    (tmp_path / "step" / "consolidated.01.pth").unlink()
+    with pytest.raises(EngineError, match=r"consolidated\.01\.pth") as caught:
+        converted(model.mapping, tmp_path / "step")
+    assert caught.value.code == "E201"
+
+
 def test_a_ffn_that_params_json_does_not_give_is_another_models(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="ffn") as caught:
         config_of(model_of("meta", **TINY, vocab=16), tmp_path / "step", ffn_dim_multiplier=2.0)
