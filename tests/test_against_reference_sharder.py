@@ -193,7 +193,7 @@ def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int) -> S
     called = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
     for (_, p), mine in shards.stages(model.layers, pp, 1, zbv=False).items():
         gates = {local: torch.randn(experts, model.hidden, generator=make) for local in range(len(mine))}
-        truth |= {f"model.layers.{mine[n]}.mlp.moe_layer.gate.wg.weight": gate for n, gate in gates.items()}
+        truth |= {f"model.layers.{mine[n]}.mlp.gate.weight": gate for n, gate in gates.items()}
         for t in range(tp):
             path = folder / f"model_tp{t}_pp{p}.pt"
             state = {n: v.clone() for n, v in torch.load(path, weights_only=True).items() if ".mlp." not in n}
@@ -202,7 +202,7 @@ def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int) -> S
         for local, e in ((local, e) for local in range(len(mine)) for e in range(experts)):
             parts = {w: torch.randn(s, generator=make).to(model.dtype) for w, s in shape.items()}
             for w, whole in parts.items():
-                truth[f"model.layers.{mine[local]}.{wrapped}.{e}.{called[w]}.weight"] = whole
+                truth[f"model.layers.{mine[local]}.mlp.experts.{e}.{called[w]}.weight"] = whole
             for t in range(tp):
                 low, high = shards.shares(model.ffn, tp)[t]
                 cut = {w: v[:, low:high] if w == "w2" else v[low:high] for w, v in parts.items()}

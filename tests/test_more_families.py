@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from tests.support.families import WRAPPED, Experts, InternLM3, build_llama, expert_files, model_of, save_family
+from tests.support.families import Experts, InternLM3, build_llama, expert_files, model_of, save_family
 from tests.support.reference_families import forward_experts, forward_llama, whole_experts, whole_llama
 from tests.support.shards import Model, State, same, write
 
@@ -183,12 +183,12 @@ def stacked(model: Experts, each: State) -> State:
     """gate_up_proj [expert, gate then up, hidden] and down_proj [expert, hidden, ffn] per layer."""
     result = {name: tensor for name, tensor in each.items() if ".mlp." not in name}
     for i in range(model.layers):
-        at, to = f"model.layers.{i}.{WRAPPED}", f"model.layers.{i}.mlp"
+        to = f"model.layers.{i}.mlp"
         gates, ups, downs = (
-            [each[f"{at}.{e}.{word}.weight"] for e in range(model.experts)]
+            [each[f"{to}.experts.{e}.{word}.weight"] for e in range(model.experts)]
             for word in ("gate_proj", "up_proj", "down_proj")
         )
-        result[f"{to}.gate.weight"] = each[f"{to}.moe_layer.gate.wg.weight"]
+        result[f"{to}.gate.weight"] = each[f"{to}.gate.weight"]
         both = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
         result[f"{to}.experts.gate_up_proj"] = torch.stack(both)
         result[f"{to}.experts.down_proj"] = torch.stack(downs)
@@ -328,12 +328,26 @@ def test_stacked_experts_compute_in_stock_mixtral_what_training_computes(rotary:
     torch.testing.assert_close(ours, forward_experts(model, whole_experts(model), ids), atol=1e-4, rtol=0)
 
 
-def test_an_internlm3_reward_model_is_more_than_transformers_expresses(tmp_path: Path) -> None:
-    model = model_of("internlm3", **SMALL, head="reward")
+@pytest.mark.parametrize(("kind", "of"), [("internlm3", "InternLM3"), ("moe", "experts")])
+def test_a_reward_model_that_nothing_loads_is_refused(kind: str, of: str, tmp_path: Path) -> None:
+    model = model_of(kind, **SMALL | {"groups": 4}, head="reward")
     save_family(model, tmp_path / "step", tp=2)
-    with pytest.raises(EngineError, match="no reward model of InternLM3") as caught:
-        converted(model.mapping, tmp_path / "step", {"mlp_letters": model.letters})
+    with pytest.raises(EngineError, match=f"no reward model of {of}") as caught:
+        converted(model.mapping, tmp_path / "step", {"mlp_letters": model.letters} if kind == "internlm3" else {})
     assert caught.value.code == "E202"
+
+
+@pytest.mark.parametrize(("line", "said"), [("moe = dict(top_k=2)", 2), ("", None)])
+def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
+    line: str, said: int | None, tmp_path: Path
+) -> None:
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
+    save_family(model, tmp_path / "step")
+    told = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
+    torch.save(f"{told}{line}\n", tmp_path / "step" / "config_file.pt")
+    config = engine.plan(model.mapping, tmp_path / "step").config
+    assert config.get("num_experts_per_tok") == said
+    assert (config["num_experts"], config["num_shared_experts"], config["bias"]) == (3, 0, True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -341,7 +355,7 @@ def test_the_gate_stays_in_float32_whatever_the_others_become(dtype: str, tmp_pa
     model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8, dtype=torch.float32)
     expected = save_family(model, tmp_path / "step", tp=2)
     engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", dtype=dtype)
-    wide = {n: t if ".gate.wg." in n else t.to(getattr(torch, dtype)) for n, t in expected.items()}
+    wide = {n: t if ".gate.weight" in n else t.to(getattr(torch, dtype)) for n, t in expected.items()}
     same(load_file(tmp_path / "hf" / "model.safetensors"), wide)
 
 

@@ -235,14 +235,14 @@ def build_experts(m: Experts) -> tuple[list[list[Whole]], list[Whole], list[Whol
     for i, listed in enumerate(layers):
         gate = torch.randn(m.experts, m.hidden, generator=g)
         listed.append(Whole("mlp.moe_layer.gate.wg.weight", gate, "replicated"))
-        expected[f"model.layers.{i}.mlp.moe_layer.gate.wg.weight"] = gate
+        expected[f"model.layers.{i}.mlp.gate.weight"] = gate
         experts.append([])
         for e in range(m.experts):
             experts[-1].append([])
             for w, shape in shapes.items():
                 data = (torch.randn(shape, generator=g) / 4).to(m.dtype)
                 experts[-1][-1].append(Whole(f"{WRAPPED}.{e}.{w}.weight", data, "row" if w == "w2" else "column"))
-                expected[f"model.layers.{i}.{WRAPPED}.{e}.{PROJECTIONS[w]}.weight"] = data
+                expected[f"model.layers.{i}.mlp.experts.{e}.{PROJECTIONS[w]}.weight"] = data
     return layers, first, last, experts, expected
 
 
