@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from tests.support.families import Experts, InternLM3, build_llama, expert_files, model_of, save_family
+from tests.support.families import Experts, InternLM3, Meta, build_llama, expert_files, model_of, save_family
 from tests.support.reference_families import forward_experts, forward_llama, whole_experts, whole_llama
 from tests.support.shards import Model, State, same, write
 
@@ -84,6 +84,7 @@ def mixtures(draw: st.DrawFn) -> Case:
         bias=draw(st.booleans()),
         dtype=draw(st.sampled_from(DTYPES)),
         rotary=draw(st.sampled_from(["pairs", "halves"])),
+        letters=draw(st.sampled_from(["w2_is_down", "w2_is_up"])),
         seed=draw(st.integers(0, 9)),
     )
     return model, layouts(draw, model, ["tensor", "isp_wp"])
@@ -110,16 +111,20 @@ def metas(draw: st.DrawFn) -> Case:
     return model, {"tp": tp}
 
 
-def converted(mapping: str, folder: Path, given_: dict[str, str] | None = None) -> State:
-    return dict(engine.iter_tensors(engine.plan(mapping, folder, settings=given_ or {})))
+def told(model: Model) -> dict[str, str]:
+    """What shapes cannot always tell; Meta's letters never changed."""
+    return {} if isinstance(model, Meta) else {"mlp_letters": model.letters}
+
+
+def converted(model: Model, folder: Path, mapping: str = "") -> State:
+    return dict(engine.iter_tensors(engine.plan(mapping or model.mapping, folder, settings=told(model))))
 
 
 def proved(case: Case) -> None:
     model, layout = case
-    given_ = {"mlp_letters": model.letters} if layout.get("mode") and not isinstance(model, Experts) else {}
     with tempfile.TemporaryDirectory() as folder:
         expected = save_family(model, Path(folder) / "step", **layout)
-        same(converted(model.mapping, Path(folder) / "step", given_), expected)
+        same(converted(model, Path(folder) / "step"), expected)
 
 
 @common
@@ -160,10 +165,10 @@ def test_experts_come_together_or_the_layer_lost_at_saving_is_named(case: Case, 
         expected = save_family(model, Path(folder) / "step", survivor=survivor, **layout)
         lost = lost_layers(model, layout, survivor)
         if not lost:
-            same(converted(model.mapping, Path(folder) / "step"), expected)
+            same(converted(model, Path(folder) / "step"), expected)
             return
         with pytest.raises(EngineError) as caught:
-            converted(model.mapping, Path(folder) / "step")
+            converted(model, Path(folder) / "step")
         assert caught.value.code in ("E207", "E211")
         assert any(f"layer {layer}" in str(caught.value) for layer in lost), str(caught.value)
 
@@ -176,7 +181,7 @@ def test_stacked_experts_are_the_same_numbers_fused(case: Case) -> None:
     assume(not lost_layers(model, layout, "later"))
     with tempfile.TemporaryDirectory() as folder:
         expected = save_family(model, Path(folder) / "step", **layout)
-        same(converted("families/moe-stacked.yaml", Path(folder) / "step"), stacked(model, expected))
+        same(converted(model, Path(folder) / "step", "families/moe-stacked.yaml"), stacked(model, expected))
 
 
 def stacked(model: Experts, each: State) -> State:
@@ -228,8 +233,7 @@ def test_stock_transformers_computes_what_the_training_tensors_compute(
 ) -> None:
     model = model_of(kind, **SMALL | facts)
     save_family(model, tmp_path / "step", **layout)
-    given_ = {"mlp_letters": model.letters} if kind != "meta" else {}
-    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=given_)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=told(model))
     stock, wanted = logits(model, tmp_path / "hf")
     torch.testing.assert_close(stock, wanted, atol=1e-4, rtol=0)
 
@@ -288,8 +292,7 @@ def test_the_llama_forward_gives_internevos_own_logits() -> None:
 def test_the_other_reading_of_rotary_pairs_gives_other_logits(kind: str, said: str, other: str, tmp_path: Path) -> None:
     model = model_of(kind, **SMALL, rotary=said)
     save_family(model, tmp_path / "step", tp=2)
-    given_ = {"mlp_letters": model.letters, "rotary": other}
-    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=given_)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=told(model) | {"rotary": other})
     stock, wanted = logits(model, tmp_path / "hf")
     assert (stock - wanted).abs().max() > 0.01  # a hundred times what a right one may differ
 
@@ -304,17 +307,19 @@ def test_internlm3_with_biases_in_part_is_more_than_transformers_expresses(
     model = model_of("internlm3", **SMALL, **facts)
     save_family(model, tmp_path / "step", tp=2)
     with pytest.raises(EngineError, match="in every linear of a layer, or in none") as caught:
-        converted(model.mapping, tmp_path / "step", {"mlp_letters": model.letters})
+        converted(model, tmp_path / "step")
     assert caught.value.code == "E202"
 
 
-@pytest.mark.parametrize("rotary", ["halves", "pairs"])
-def test_stacked_experts_compute_in_stock_mixtral_what_training_computes(rotary: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rotary", "letters"), [("halves", "w2_is_down"), ("pairs", "w2_is_up")])
+def test_stacked_experts_compute_in_stock_mixtral_what_training_computes(
+    rotary: str, letters: str, tmp_path: Path
+) -> None:
     """Without biases a mixture is a Mixtral; loading strictly, gate before up is what its experts expect."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"layers": 2, "hidden": 16, "heads": 2, "groups": 2, "ffn": 24, "vocab": 32, "experts": 4}
-    model = model_of("moe", **sizes, bias=False, rotary=rotary, dtype=torch.float32)
+    model = model_of("moe", **sizes, bias=False, rotary=rotary, letters=letters, dtype=torch.float32)
     save_family(model, tmp_path / "step", tp=2, pp=2)
     engine.convert("families/moe-stacked.yaml", tmp_path / "step", tmp_path / "hf")
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -333,7 +338,7 @@ def test_a_reward_model_that_nothing_loads_is_refused(kind: str, of: str, tmp_pa
     model = model_of(kind, **SMALL | {"groups": 4}, head="reward")
     save_family(model, tmp_path / "step", tp=2)
     with pytest.raises(EngineError, match=f"no reward model of {of}") as caught:
-        converted(model.mapping, tmp_path / "step", {"mlp_letters": model.letters} if kind == "internlm3" else {})
+        converted(model, tmp_path / "step")
     assert caught.value.code == "E202"
 
 
@@ -343,8 +348,8 @@ def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
 ) -> None:
     model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
     save_family(model, tmp_path / "step")
-    told = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
-    torch.save(f"{told}{line}\n", tmp_path / "step" / "config_file.pt")
+    lines = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
+    torch.save(f"{lines}{line}\n", tmp_path / "step" / "config_file.pt")
     config = engine.plan(model.mapping, tmp_path / "step").config
     assert config.get("num_experts_per_tok") == said
     assert (config["num_experts"], config["num_shared_experts"], config["bias"]) == (3, 0, True)
@@ -354,7 +359,7 @@ def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
 def test_the_gate_stays_in_float32_whatever_the_others_become(dtype: str, tmp_path: Path) -> None:
     model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8, dtype=torch.float32)
     expected = save_family(model, tmp_path / "step", tp=2)
-    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", dtype=dtype)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", dtype=dtype, settings=told(model))
     wide = {n: t if ".gate.weight" in n else t.to(getattr(torch, dtype)) for n, t in expected.items()}
     same(load_file(tmp_path / "hf" / "model.safetensors"), wide)
 
@@ -404,7 +409,7 @@ def test_params_json_need_not_say_what_the_tensors_do(lines: dict[str, Any], gon
     expected = save_family(model, tmp_path / "step", tp=2)
     params = json.loads((tmp_path / "step" / "params.json").read_text()) | lines
     (tmp_path / "step" / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k not in gone}))
-    same(converted(model.mapping, tmp_path / "step"), expected)
+    same(converted(model, tmp_path / "step"), expected)
 
 
 def test_a_missing_file_of_metas_is_named(tmp_path: Path) -> None:
@@ -412,7 +417,7 @@ def test_a_missing_file_of_metas_is_named(tmp_path: Path) -> None:
     save_family(replace(model, heads=4, groups=4, hidden=16).sized(), tmp_path / "step", tp=4)
     (tmp_path / "step" / "consolidated.01.pth").unlink()
     with pytest.raises(EngineError, match=r"consolidated\.01\.pth") as caught:
-        converted(model.mapping, tmp_path / "step")
+        converted(model, tmp_path / "step")
     assert caught.value.code == "E201"
 
 

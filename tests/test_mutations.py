@@ -137,7 +137,7 @@ WORLDS: dict[str, tuple[Model, list[dict[str, Any]], dict[str, Any]]] = {
     "internlm": (V1, [c for c in CHANGES if c.get("head") != "normalised"], TWO),
     "internlm2": (V2, CHANGES, TWO),
     "llama": (LLAMA, LLAMA_CHANGES, TWO),
-    "internlm-moe": (EXPERTS, [{}, {"rotary": "pairs"}, {"embedding": "by_vocab"}], TWO),
+    "internlm-moe": (EXPERTS, [{}, {"rotary": "pairs"}, {"embedding": "by_vocab"}, {"letters": "w2_is_up"}], TWO),
     "meta-llama": (META, [{}, {"embedding": "by_vocab"}], {"tp": 2}),
 }
 

@@ -18,7 +18,8 @@ from tests.support.shards import Model, State, Whole, build, flattened, stages, 
 
 Parts = tuple[list[list[Whole]], list[Whole], list[Whole], State]
 WRAPPED = "mlp.moe_layer.experts.wrapped_experts"
-PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+LETTERS = {"w2_is_down": {"w1": GATE, "w2": DOWN, "w3": UP}, "w2_is_up": {"w1": GATE, "w2": UP, "w3": DOWN}}
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,6 @@ def build_experts(m: Experts) -> tuple[list[list[Whole]], list[Whole], list[Whol
     layers = [[whole for whole in listed if not whole.name.startswith("mlp.")] for listed in layers]
     expected = {name: tensor for name, tensor in expected.items() if ".mlp." not in name}
     g = torch.Generator().manual_seed(m.seed + 1)
-    shapes = {"w1": (m.ffn, m.hidden), "w2": (m.hidden, m.ffn), "w3": (m.ffn, m.hidden)}
     experts: list[list[list[Whole]]] = []
     for i, listed in enumerate(layers):
         gate = torch.randn(m.experts, m.hidden, generator=g)
@@ -239,10 +239,11 @@ def build_experts(m: Experts) -> tuple[list[list[Whole]], list[Whole], list[Whol
         experts.append([])
         for e in range(m.experts):
             experts[-1].append([])
-            for w, shape in shapes.items():
+            for w, called in LETTERS[m.letters].items():
+                shape, cut = ((m.hidden, m.ffn), "row") if called == DOWN else ((m.ffn, m.hidden), "column")
                 data = (torch.randn(shape, generator=g) / 4).to(m.dtype)
-                experts[-1][-1].append(Whole(f"{WRAPPED}.{e}.{w}.weight", data, "row" if w == "w2" else "column"))
-                expected[f"model.layers.{i}.mlp.experts.{e}.{PROJECTIONS[w]}.weight"] = data
+                experts[-1][-1].append(Whole(f"{WRAPPED}.{e}.{w}.weight", data, cut))
+                expected[f"model.layers.{i}.mlp.experts.{e}.{called}.weight"] = data
     return layers, first, last, experts, expected
 
 

@@ -49,6 +49,7 @@ def forward_experts(m: Experts, whole: State, ids: torch.Tensor) -> torch.Tensor
     Training drops tokens beyond an expert's capacity; here no expert is ever full.
     """
     t = {name: tensor.float() for name, tensor in whole.items()}
+    letters = ("w2", "w3") if m.letters == "w2_is_down" else ("w3", "w2")
     x = embedding(ids, next(t[name] for name in t if "embedding" in name))
     for i in range(m.layers):
         at = f"blocks.{i}."
@@ -60,8 +61,8 @@ def forward_experts(m: Experts, whole: State, ids: torch.Tensor) -> torch.Tensor
         best = odds * (odds >= odds.topk(2).values[..., -1:])
         shares = best / best.sum(-1, keepdim=True)
         for e in range(m.experts):
-            w1, w2, w3 = (t[f"{at}{WRAPPED}.{e}.{w}.weight"] for w in ("w1", "w2", "w3"))
-            x = x + shares[..., e, None] * linear(silu(linear(y, w1)) * linear(y, w3), w2)
+            gate, down, up = (t[f"{at}{WRAPPED}.{e}.{w}.weight"] for w in ("w1", *letters))
+            x = x + shares[..., e, None] * linear(silu(linear(y, gate)) * linear(y, up), down)
     return linear(rms(x, t["norm.weight"]), t["head.weight"])
 
 
