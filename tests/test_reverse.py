@@ -20,7 +20,12 @@ from tests.support.shards import Model, State, same, save
 from tests.test_any_layout import cases
 
 FIXTURES = Path(__file__).parent / "fixtures" / "internevo"
-FAMILIES = {"v1": "families/internlm.yaml", "old": "families/internlm.yaml", "llama": "families/llama.yaml"}
+FAMILIES = {
+    "v1": "families/internlm.yaml",
+    "old": "families/internlm.yaml",
+    "llama": "families/llama.yaml",
+    "moe": "families/internlm-moe.yaml",
+}
 GENUINE = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "model_config.pt").exists())
 common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 
@@ -47,7 +52,7 @@ def same_files(got: dict[str, State], wanted: dict[str, State]) -> None:
 def request(layout: dict[str, Any]) -> dict[str, Any]:
     """What a layout of the sharder is on the command line."""
     asked = {key: layout[key] for key in ("mode", "tp", "pp", "wp", "chunks") if key in layout}
-    return asked | {"settings": {"schedule": "zbv"} if layout.get("zbv") else {}}
+    return asked | {"settings": {"schedule": "zbv" if layout.get("zbv") else "interleaved"}}
 
 
 def writable(model: Model, layout: dict[str, Any]) -> bool:

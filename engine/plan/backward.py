@@ -99,7 +99,7 @@ def decide_back(
         elif variant.default is not None:
             decided[variant.name] = Decision(variant.name, variant.default, "default", "what is written by default")
         else:
-            decided[variant.name] = _otherwise(variant)
+            decided[variant.name] = _first_holding(variant, names)
     return decided
 
 
@@ -122,10 +122,16 @@ def _shown(variant: Variant, names: Mapping[str, Any]) -> tuple[str | None, bool
     return (holding[0] if len(holding) == 1 else None), of_files
 
 
-def _otherwise(variant: Variant) -> Decision:
-    rest = [choice for choice, expression in variant.choices.items() if expression is None]
-    if variant.decide == "expression" and rest:
-        return Decision(variant.name, rest[0], "expression", "otherwise")
+def _first_holding(variant: Variant, names: Mapping[str, Any]) -> Decision:
+    """As when reading: the first choice that holds, values filled in by `default(...)` and all."""
+    for choice, expression in variant.choices.items() if variant.decide == "expression" else ():
+        if expression is None:
+            return Decision(variant.name, choice, "expression", "otherwise")
+        try:
+            if evaluate(expression, names):
+                return Decision(variant.name, choice, "expression", expression.text)
+        except EngineError:
+            continue
     raise EngineError(
         "E202",
         f"variant `{variant.name}` cannot be decided: nothing says which to write",

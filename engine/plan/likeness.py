@@ -62,7 +62,8 @@ def destination_of(
     sizes = ranks_of(layout, mode, {**shared, **known, **asked})
     chunks = request.chunks
     if chunks is None:
-        chunks = like.chunks if sizes.get("pp", 1) > 1 else 1
+        pps = sizes.get("pp", 1)
+        chunks = like.chunks if pps > 1 or pps == like.sizes.get("pp") else 1
     if chunks < 1:
         raise EngineError("E001", "there must be at least one chunk", got=str(chunks), expected="1 or more")
     options = _layout_options(layout, settings)
