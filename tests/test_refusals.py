@@ -334,3 +334,25 @@ def test_a_tokenizer_with_more_pieces_than_rows_is_not_this_models(source: Path,
     model = tmp_path / "other.model"
     model.write_bytes(train())
     refuse(source, "E501", "at most 32", tokenizer=model)
+
+
+def test_key_value_heads_repeated_over_ranks_are_refused_with_how_often(tmp_path: Path) -> None:
+    """Two ranks, one key/value head: both hold it. The grid and the shapes alone would call it two heads."""
+    from tests.support.families import model_of, save_family
+
+    model = model_of("llama", heads=4, groups=1, hidden=16, layers=2)
+    save_family(model, tmp_path / "one", tp=1)
+    whole = torch.load(tmp_path / "one" / "model_tp0_pp0.pt", weights_only=True)
+    (tmp_path / "step").mkdir()
+    for rank in range(2):
+        state = {}
+        for name, tensor in whole.items():
+            dim = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
+            cut = tensor.chunk(2, dim)[rank] if not name.endswith(("wk.weight", "wv.weight", "norm.weight")) else tensor
+            state[name] = cut.clone()
+        torch.save(state, tmp_path / "step" / f"model_tp{rank}_pp0.pt")
+    (tmp_path / "step" / "model_config.pt").write_bytes((tmp_path / "one" / "model_config.pt").read_bytes())
+    with pytest.raises(EngineError) as caught:
+        engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings={"mlp_letters": "w2_is_down"})
+    assert caught.value.code == "E203"
+    assert "stored 2 times" in str(caught.value)

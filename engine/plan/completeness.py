@@ -80,3 +80,23 @@ def _check_ranks(group: Group, checkpoint: Checkpoint) -> None:
             if there
             else f"Copy `{name}` from the training run; it is not in the folder.",
         )
+
+
+def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
+    """E203 when an axis is smaller than the ranks it is cut over: its elements are stored several times."""
+    for group in attempt.groups.values():
+        for dim, axis in group.cut.dims:
+            ranks, known = checkpoint.grid.sizes.get(dim, 1), attempt.sizes.facts.get(axis)
+            if known is None or known.value >= ranks:
+                continue
+            some = next(iter(group.shards.values()))[0]
+            times = ranks / known.value
+            raise EngineError(
+                "E203",
+                f"axis `{axis}` is cut over more {dim} ranks than it has elements",
+                place=group.instance.rule.place,
+                got=f"{ranks} {dim} ranks hold {some.name}",
+                expected=f"at most {known.value}, from {known.why}: each is stored {times:g} times",
+                fix="Key and value heads repeated over ranks are not merged, as copies may have drifted apart. "
+                f"Save with at most {known.value} {dim} ranks.",
+            )

@@ -16,7 +16,7 @@ from engine.language.names import pattern
 from engine.plan.attempts import Attempt, Checkpoint, Question, decide_by_shapes
 from engine.plan.builder import DTYPES, whole_groups, whole_instances, whole_output
 from engine.plan.classes import CopyTable
-from engine.plan.completeness import check_slices, used_instances
+from engine.plan.completeness import check_repeated, check_slices, used_instances
 from engine.plan.copies import Copy
 from engine.plan.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.plan.model import Output, OutputFile, Plan, Replicas, SourceTensor, Tied
@@ -70,6 +70,7 @@ def understand(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint, set
     check_spellings(stored, attempt.active)
     check_slices(attempt, checkpoint)
     if attempt.sizes.contradictions:
+        check_repeated(attempt, checkpoint)
         raise size_error(attempt.sizes.contradictions[0])
     used = tuple(used_instances(attempt))
     all_names = {**attempt.names, **attempt.sizes.values()}

@@ -9,6 +9,7 @@ from engine.errors import EngineError
 from engine.language.expressions import render_tree
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
+from engine.language.transforms import TRANSFORMS
 from engine.plan.attempts import Checkpoint, claims
 from engine.plan.backward import (
     WholeCheckpoint,
@@ -214,9 +215,11 @@ def _check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
     """E215 for the first rule that changes or drops values, unless `--lossy` names it."""
     for instance in used:
         rule = instance.rule
-        lost = f"transform {rule.transform[0]}" if rule.transform else f"drop {', '.join(rule.drop)}"
         if (rule.transform is None and not rule.drop) or rule.name in lossy:
             continue
+        lost = f"drop {', '.join(rule.drop)}: {'; '.join(rule.drop.values())}"
+        if rule.transform is not None:
+            lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]].lost}"
         raise EngineError(
             "E215",
             f"rule `{rule.name}` does not invert",

@@ -299,7 +299,7 @@ def size_error(found: Contradiction) -> EngineError:
         got=found.got,
         expected=found.expected,
         fix=f"{found.rule}. Either the mapping is not the one for this checkpoint, or {found.file} is from "
-        "another run: compare its date and training step with the others.",
+        "another run (compare its date and training step with the others), or rank files are missing at the end.",
     )
 
 

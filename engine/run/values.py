@@ -30,8 +30,8 @@ def normalize(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(length, np.float32(1e-12))
 
 
-# Operation → function on float32 rows along the last storage dimension. None of them inverts.
-TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"normalize": normalize}
+# Operation of `language.transforms` → function on float32 rows along the last storage dimension.
+FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"normalize": normalize}
 
 
 def check_transform(output: Output) -> None:
@@ -63,7 +63,7 @@ class Converter:
         written = self._buffer[: values.size * target.itemsize].view(target)
         if output.transform is not None:
             rows = values.astype(np.float32).reshape(-1, output.shape[-1])
-            values = TRANSFORMS[output.transform[0]](rows).reshape(-1)
+            values = FUNCTIONS[output.transform[0]](rows).reshape(-1)
         with np.errstate(over="ignore"):
             np.copyto(written, values, casting="unsafe")
         if output.dtype == "F16":
