@@ -137,7 +137,7 @@ def main() -> None:
             "engine reverse, tp 8 pp 2": [*back, "--tp", "8", "--pp", "2"],
             "engine reshard, tp 4 to 2": [*again, "--tp", "2"],
             "engine reshard, tp 4 to 8": [*again, "--tp", "8"],
-            "engine reshard, to isp wp 8": [*again, "--mode", "isp", "--tp", "1", "--wp", "8"],
+            "engine reshard, to isp wp 8": [*again, "--mode", "isp", "--tp", "8", "--wp", "8"],
         }
         if given.only:
             ways = {name: way for name, way in ways.items() if name == "cp -r" or given.only in name}

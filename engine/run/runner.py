@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +69,19 @@ def write_weights(
     meter = Meter(plan.nbytes + replica_bytes(plan), listener)
     with SourceFiles(plan.files) as files:
         compare_replicas(plan, files, meter.advance)
-    jobs = schedule(plan)
+    count = workers or os.cpu_count() or 1
+    jobs = schedule(plan, count)
     writer = _Writer(plan, folder, meter)
-    count = min(workers or os.cpu_count() or 1, len(jobs))
+    count = min(count, len(jobs))
+    for index in range(len(plan.shards)):
+        writer.start(index)
     if count <= 1:
         for job in jobs:
             writer.run(job)
     else:
         _in_parallel(writer, jobs, count, meter)
+    for index in range(len(plan.shards)):
+        writer.finish(index)
     if len(plan.shards) > 1 and plan.written is None:
         names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
         write_bytes(folder / "model.safetensors.index.json", index_json(names, plan.nbytes))
@@ -96,7 +102,7 @@ def _in_parallel(writer: _Writer, jobs: Sequence[Job], count: int, meter: Meter)
 
 
 class _Writer:
-    """Writes the files of a plan, job by job; shared by the workers, changed by none."""
+    """Writes the files of a plan, job by job; shared by the workers."""
 
     def __init__(self, plan: Plan, folder: Path, meter: Meter) -> None:
         self._plan, self._meter = plan, meter
@@ -108,40 +114,51 @@ class _Writer:
             layout = FORMATS[file.format](tensors, Path(file.name).stem)
             self._layouts.append(layout)
             self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
+        checked = [o for file in plan.shards if file.format in CHECKED for o in file.outputs]
+        self._sums = {output: Checksum() for output in checked}  # each changed by the one job that writes the output
+
+    def start(self, index: int) -> None:
+        """Create a file with what comes before its payload."""
+        with SinkFiles(self._paths) as sinks, self._errors(index):
+            sinks.write(index, 0, b"")
+            for offset, data in self._layouts[index].start():
+                sinks.write(index, offset, data)
+
+    def finish(self, index: int) -> None:
+        """Write what is only known when the payload is complete."""
+        file = self._plan.shards[index]
+        values = [self._sums[output].result() for output in file.outputs] if file.format in CHECKED else []
+        with SinkFiles(self._paths) as sinks, self._errors(index):
+            for offset, data in self._layouts[index].finish(values):
+                sinks.write(index, offset, data)
 
     def run(self, job: Job) -> None:
-        """Write the files of one job from first to last byte."""
+        """Write every tensor of a job. Each output is written by one job."""
         plan = self._plan
-        checked = any(plan.shards[i].format in CHECKED for i in job.files)
-        sums: dict[int, Checksum] = {o: Checksum() for u in job.units for o in u.outputs} if checked else {}
-        with SinkFiles(self._paths) as sinks, SourceFiles(plan.files) as files:
-            try:
-                for index in job.files:
-                    for offset, data in self._layouts[index].start():
-                        sinks.write(index, offset, data)
+        with SinkFiles(self._paths) as sinks, SourceFiles(plan.files) as files, self._errors(job.files[0]):
 
-                def write(output: int, offset: int, data: memoryview) -> None:
-                    if checked:
-                        sums[output].add(offset, data)
-                    file, at = self._places[output]
-                    sinks.write(file, at + offset, data)
-                    self._meter.advance(len(data))
+            def write(output: int, offset: int, data: memoryview) -> None:
+                total = self._sums.get(output)
+                if total is not None:
+                    total.add(offset, data)
+                file, at = self._places[output]
+                sinks.write(file, at + offset, data)
+                self._meter.advance(len(data))
 
-                gatherer, converter = Gatherer(files, plan.sources), Converter()
-                scatterer = Scatterer(files, plan.sources, write)
-                for unit in job.units:
-                    if unit.sources:
-                        self._scatter(unit, scatterer)
-                    else:
-                        self._gather(unit.outputs[0], gatherer, converter, write)
-                if self._meter.stopped.is_set():
-                    return
-                for index in job.files:
-                    values = [sums[o].result() for o in plan.shards[index].outputs] if checked else []
-                    for offset, data in self._layouts[index].finish(values):
-                        sinks.write(index, offset, data)
-            except OSError as error:
-                raise write_error(self._paths[job.files[0]], error) from error
+            gatherer, converter = Gatherer(files, plan.sources), Converter()
+            scatterer = Scatterer(files, plan.sources, write)
+            for unit in job.units:
+                if unit.sources:
+                    self._scatter(unit, scatterer)
+                else:
+                    self._gather(unit.outputs[0], gatherer, converter, write)
+
+    @contextmanager
+    def _errors(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise write_error(self._paths[index], error) from error
 
     def _gather(
         self, index: int, gatherer: Gatherer, converter: Converter, write: Callable[[int, int, memoryview], None]

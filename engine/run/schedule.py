@@ -60,8 +60,12 @@ class _Sets:
                 first = min(root, first)
 
 
-def schedule(plan: Plan) -> list[Job]:
-    """The jobs of a plan, largest first. Every output is in exactly one."""
+def schedule(plan: Plan, workers: int) -> list[Job]:
+    """The jobs of a plan, largest first. Every output is in exactly one.
+
+    Files that are scattered into together are one job, unless workers would have nothing to do:
+    then several write to those files, which costs them some waiting.
+    """
     units = _units(plan)
     file_of = {output: i for i, file in enumerate(plan.shards) for output in file.outputs}
     files = _Sets(len(plan.shards))
@@ -75,11 +79,26 @@ def schedule(plan: Plan) -> list[Job]:
     order = {output: n for n, output in enumerate(o for file in plan.shards for o in file.outputs)}
     for unit in sorted(units, key=lambda unit: order[unit.outputs[0]]):
         filled[files.find(file_of[unit.outputs[0]])].append(unit)
-    jobs = [
-        Job(tuple(members[root]), tuple(held), sum(plan.outputs[o].nbytes for unit in held for o in unit.outputs))
-        for root, held in filled.items()
-    ]
+    jobs = [Job(tuple(members[root]), tuple(held), _nbytes(plan, held)) for root, held in filled.items()]
+    while len(jobs) < workers and (shared := [j for j in jobs if len(j.files) > 1 and len(j.units) > 1]):
+        largest = max(shared, key=lambda job: job.nbytes)
+        jobs.remove(largest)
+        jobs.extend(_halves(plan, largest))
     return sorted(jobs, key=lambda job: -job.nbytes)
+
+
+def _nbytes(plan: Plan, units: Iterable[Unit]) -> int:
+    return sum(plan.outputs[o].nbytes for unit in units for o in unit.outputs)
+
+
+def _halves(plan: Plan, job: Job) -> list[Job]:
+    """Two jobs of about as many bytes each."""
+    reached, middle = 0, 0
+    while middle < len(job.units) - 1 and reached < job.nbytes // 2:
+        reached += _nbytes(plan, job.units[middle : middle + 1])
+        middle += 1
+    parts = (job.units[:middle], job.units[middle:])
+    return [Job(job.files, part, _nbytes(plan, part)) for part in parts if part]
 
 
 def _units(plan: Plan) -> list[Unit]:
