@@ -7,6 +7,9 @@ tensors of several real blocks.
 from __future__ import annotations
 
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,10 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
+from engine.run.schedule import schedule
 from tests.support.shards import Model, State, same, save
 from tests.test_any_layout import cases
+from tests.test_reverse import layouts_of, rank_files, request, same_files, writable_cases
 
 LETTERS = {"mlp_letters": "w2_is_down"}
 common = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -39,15 +44,27 @@ def blocks_of(nbytes: int) -> Any:
     """Blocks of at most `nbytes`, for writing and for comparing replicas."""
     runner = mock.patch.multiple("engine.run.runner", BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
     replicas = mock.patch("engine.run.replicas.BLOCK_BYTES", nbytes)
-    return runner, replicas, mock.patch("engine.run.gather.READ_THROUGH", 8)
+    through = (
+        mock.patch.multiple("engine.run.gather", READ_THROUGH=8),
+        mock.patch("engine.run.schedule.READ_THROUGH", 8),
+    )
+    return runner, replicas, *through
+
+
+@contextmanager
+def all_of(patches: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
 
 
 @common
 @given(cases(), st.sampled_from([8, 16, 24, 40, 64, 136, 520]))
 def test_tiny_blocks_write_the_unsharded_truth(case: tuple[Model, dict[str, Any]], nbytes: int) -> None:
     model, layout = case
-    one, two, three = blocks_of(nbytes)
-    with tempfile.TemporaryDirectory() as folder, one, two, three:
+    every = blocks_of(nbytes)
+    with tempfile.TemporaryDirectory() as folder, all_of(every):
         expected = save(model, Path(folder) / "step", **layout)
         same(written(model, Path(folder) / "step", Path(folder) / "hf"), expected)
 
@@ -58,8 +75,8 @@ def test_tiny_blocks_cast_and_normalise_alike(nbytes: int, dtype: str, tmp_path:
     model = Model("v2", hidden=24, heads=6, groups=3, ffn=40, head="normalised", rotary="pairs")
     expected = save(model, tmp_path / "step", tp=3, pp=2)
     whole = written(model, tmp_path / "step", tmp_path / "whole", dtype=dtype)
-    one, two, three = blocks_of(nbytes)
-    with one, two, three:
+    every = blocks_of(nbytes)
+    with all_of(every):
         same(written(model, tmp_path / "step", tmp_path / "tiny", dtype=dtype), whole)
     kind = getattr(torch, dtype)
     cast = {name: t.to(kind) for name, t in expected.items() if name != "lm_head.weight"}
@@ -73,8 +90,8 @@ def test_replicas_that_differ_in_a_late_block_are_found(tmp_path: Path) -> None:
     state = {name: t.clone() for name, t in torch.load(path, weights_only=True).items()}
     state["norm.weight"][-1] += 1
     torch.save(state, path)
-    one, two, three = blocks_of(8)
-    with one, two, three, pytest.raises(EngineError) as caught:
+    every = blocks_of(8)
+    with all_of(every), pytest.raises(EngineError) as caught:
         engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=LETTERS)
     assert caught.value.code == "E402"
     assert "1 of 16 elements" in str(caught.value)
@@ -103,3 +120,39 @@ def test_rows_shorter_than_one_are_normalised_too(tmp_path: Path) -> None:
     lengths = written(model, tmp_path / "step", tmp_path / "hf")["lm_head.weight"].norm(dim=1)
     assert lengths[5] == 0
     torch.testing.assert_close(lengths[lengths != 0], torch.ones(model.vocab - 1))
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@given(st.data(), st.sampled_from([8, 24, 64, 136, 520]))
+def test_tiny_blocks_write_the_rank_files_that_training_would_have_written(data: st.DataObject, nbytes: int) -> None:
+    model, layout = data.draw(writable_cases())
+    other = data.draw(layouts_of(model))
+    letters = {"mlp_letters": model.letters}
+    with tempfile.TemporaryDirectory() as name, all_of(blocks_of(nbytes)):
+        folder = Path(name)
+        save(model, folder / "a", **layout | {"wrapped": False})
+        save(model, folder / "b", **other)
+        asked = request(other)
+        asked["settings"] |= letters
+        engine.reshard(model.mapping, folder / "a", folder / "again", **asked)
+        same_files(rank_files(folder / "again"), rank_files(folder / "b"))
+        engine.convert(model.mapping, folder / "a", folder / "hf", settings=letters)
+        engine.reverse(model.mapping, folder / "hf", folder / "back", like=folder / "b", **{"settings": letters})
+        same_files(rank_files(folder / "back"), rank_files(folder / "b"))
+        for path in (folder / "back").glob("model_*.pt"):
+            with zipfile.ZipFile(path) as archive:
+                assert archive.testzip() is None
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_columns_cut_into_many_ranks_are_scattered_and_come_out_right(workers: int, tmp_path: Path) -> None:
+    """Real block sizes: rows of 16 KiB cut into 16 ranks would be read sixteen times over by gathering."""
+    model = Model("v2", layers=2, hidden=512, heads=16, groups=16, ffn=8192, vocab=64, bias=False)
+    expected = save(model, tmp_path / "whole")
+    engine.convert(model.mapping, tmp_path / "whole", tmp_path / "hf", settings=LETTERS)
+    plan = engine.plan_reverse(model.mapping, tmp_path / "hf", tp=16)
+    assert any(unit.sources for job in schedule(plan, workers) for unit in job.units)
+    engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", tp=16, workers=workers)
+    save(model, tmp_path / "genuine", tp=16)
+    same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "genuine"))
+    same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "back", settings=LETTERS))), expected)
