@@ -11,7 +11,7 @@ from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
-from engine.operations import Report, check_dtype, read_checkpoint, report_of
+from engine.operations import Report, Running, check_dtype, execute, read_checkpoint
 from engine.training import plan_reshard, plan_reverse, reshard, reverse
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from engine.language.lint import Finding
     from engine.plan.model import Plan
     from engine.review.compare import Comparison
+    from engine.review.verify import Verified
     from engine.run.runner import Progress
 
 __all__ = [
     "Report",
+    "clean",
     "compare",
     "convert",
     "describe_plan",
@@ -39,6 +41,7 @@ __all__ = [
     "read_checkpoint",
     "reshard",
     "reverse",
+    "verify",
 ]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -97,6 +100,9 @@ def convert(
     strict: bool = False,
     tokenizer: str | Path | None = None,
     workers: int | None = None,
+    resume: bool = False,
+    digests: bool = True,
+    check_source: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert a training checkpoint to a Hugging Face checkpoint.
@@ -106,6 +112,9 @@ def convert(
     Args:
         tokenizer: a SentencePiece model; default: the one beside the checkpoint, if any.
         workers: threads that write; default: as many as cores and output files allow.
+        resume: go on with what an interrupted run of the same conversion left.
+        digests: record a digest of every tensor in `conversion.json`; resuming needs them.
+        check_source: read the checkpoint once before, and compare it with the checksums it holds.
         progress: called with bytes done and in all, a few times a second.
         Others as for `plan`.
 
@@ -113,21 +122,14 @@ def convert(
         EngineError: with a code, the place, got against expected and what to do.
     """
     from engine.assets.bundle import make_assets
-    from engine.run.output import OutputFolder
-    from engine.run.runner import write_bytes, write_weights
 
     started = time.monotonic()
     compiled = plan(mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict)
-    source = Path(src)
-    real = source.resolve()
+    real = Path(src).resolve()
     final = Path(out) if out is not None else real.with_name(real.name + "-hf")
-    with OutputFolder(final, source, overwrite=overwrite) as folder:
-        assets, notices = make_assets(compiled, Path(tokenizer) if tokenizer else None)
-        write_weights(compiled, folder, workers=workers, listener=progress)
-        for name, data in assets.items():
-            write_bytes(folder / name, data)
-        files = tuple(sorted(path.name for path in folder.iterdir()))
-    return report_of(compiled, final, started, files, (*compiled.notices, *notices))
+    model = Path(tokenizer) if tokenizer else None
+    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
+    return execute(compiled, Path(src), final, lambda: make_assets(compiled, model), how, started)
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -193,6 +195,29 @@ def format_mapping(text: str) -> str:
     from engine.language.format import format_mapping as reformat
 
     return reformat(text)
+
+
+def clean(out: str | Path) -> list[Path]:
+    """Remove what interrupted runs left beside an output; returns what was removed."""
+    from engine.run.output import clean as remove
+
+    return remove(Path(out))
+
+
+def verify(out: str | Path, progress: Callable[[Progress], None] | None = None) -> Verified:
+    """Compare an output with its own manifest, byte for byte.
+
+    Raises:
+        EngineError: E304 or E301 when there is no manifest to compare with.
+    """
+    from engine.review.verify import read_manifest
+    from engine.review.verify import verify as check
+    from engine.run.runner import Meter
+
+    folder = Path(out)
+    named = {str(entry.get("file")) for entry in read_manifest(folder)["tensors"].values()}
+    total = sum((folder / name).stat().st_size for name in named if (folder / name).is_file())
+    return check(folder, Meter(total, progress).advance)
 
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:

@@ -7,6 +7,7 @@ Nothing heavy is imported here, so that `--help` and `--version` answer at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ import click
 
 from engine import __version__
 from engine.errors import CODES
-from engine.options import Workers, planning_options, rank_options, reports_errors
+from engine.options import planning_options, rank_options, reports_errors, writing_options
 
 
 class Commands(click.Group):
@@ -30,8 +31,8 @@ class Commands(click.Group):
         try:
             code = super().main(*args, **kwargs)
         except click.Abort:
-            click.echo("interrupted; no output was written", err=True)
-            sys.exit(130)
+            click.echo("interrupted; nothing was put at the output, and --resume goes on from here", err=True)
+            sys.exit(143 if _terminated else 130)
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
@@ -48,9 +49,7 @@ def cli() -> None:
 @planning_options
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
 @click.option("--tokenizer", metavar="FILE", help="The SentencePiece model, if not beside the checkpoint.")
-@click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
-@click.option("--workers", default="auto", show_default=True, type=Workers(), help="Threads that write.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@writing_options
 @reports_errors
 def run(
     as_json: bool, /, mapping: str, src: str, out: str | None, tokenizer: str | None, quiet: bool, **options: Any
@@ -71,6 +70,7 @@ def run(
 
 @cli.command()
 @rank_options
+@writing_options
 @click.option("--src", "-s", required=True, metavar="DIR", help="The Hugging Face checkpoint.")
 @click.option("--lossy", multiple=True, metavar="RULE",
               help="Write a rule that does not invert all the same; may be repeated.")  # fmt: skip
@@ -92,6 +92,7 @@ def reverse(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **o
 
 @cli.command()
 @rank_options
+@writing_options
 @click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR", help="The checkpoint folder.")
 @reports_errors
 def reshard(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **options: Any) -> None:
@@ -156,6 +157,39 @@ def compare(ctx: click.Context, as_json: bool, out: str, ref: str, allow_cast: b
 
 
 @cli.command()
+@click.argument("out", metavar="OUT")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
+@reports_errors
+@click.pass_context
+def verify(ctx: click.Context, as_json: bool, out: str, quiet: bool) -> None:
+    """Check an output against its own manifest, byte for byte."""
+    from engine import api, progress, render
+
+    with progress.progress(show=not (quiet or as_json), doing="verifying") as listener:
+        found = api.verify(out, progress=listener)
+    if as_json:
+        click.echo(render.as_json(found.as_dict()))
+    elif found.problems or not quiet:
+        click.echo(render.verified(found))
+    if found.problems:
+        ctx.exit(1)
+
+
+@cli.command()
+@click.argument("out", metavar="OUT")
+@reports_errors
+def clean(as_json: bool, /, out: str) -> None:
+    """Remove what interrupted runs left beside an output."""
+    from engine import api, render
+
+    removed = [str(path) for path in api.clean(out)]
+    if as_json:
+        click.echo(render.as_json({"removed": removed}))
+    else:
+        click.echo("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
+
+
+@cli.command()
 @click.argument("files", nargs=-1, metavar="[FILES]...")
 @reports_errors
 @click.pass_context
@@ -181,8 +215,10 @@ def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
     from engine import api, render
 
     if as_json or resolved:
+        from engine.language.documents import plain
+
         loaded = api.load_mapping(mapping)
-        text = render.as_json(render.plain(loaded.resolved)) + "\n" if as_json else render.resolved(loaded)
+        text = render.as_json(plain(loaded.resolved)) + "\n" if as_json else render.resolved(loaded)
     else:
         from engine.language.search import find_file
 
@@ -229,8 +265,18 @@ def internal_error(kind: type[BaseException], error: BaseException, trace: Trace
     )
 
 
+_terminated: list[int] = []
+
+
+def terminate(number: int, _: object) -> NoReturn:
+    """End as an interruption from the keyboard does, so that what was done is kept in order."""
+    _terminated.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
     """The console script."""
+    signal.signal(signal.SIGTERM, terminate)
     if os.environ.get("ENGINE_DEBUG") != "1":
         sys.excepthook = internal_error
     cli.main()

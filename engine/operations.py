@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from engine.language.model import Layout
 if TYPE_CHECKING:
     from engine.plan.model import Plan
     from engine.plan.planner import Checkpoint
+    from engine.run.runner import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Report:
     seconds: float
     variants: Mapping[str, str]
     files: tuple[str, ...]
+    content_id: str | None = None  # of all tensors, whatever files they lie in; None without digests
     notices: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -36,6 +38,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "variants": dict(self.variants),
             "files": list(self.files),
+            "content_id": self.content_id,
             "notices": list(self.notices),
         }
 
@@ -73,14 +76,65 @@ def check_dtype(dtype: str) -> None:
         )
 
 
-def report_of(compiled: Plan, out: Path, started: float, files: tuple[str, ...], notices: tuple[str, ...]) -> Report:
-    """What a finished plan did."""
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a plan is run: what the commands that write share."""
+
+    overwrite: bool = False
+    workers: int | None = None
+    progress: Callable[[Progress], None] | None = None
+    resume: bool = False
+    digests: bool = True
+    check_source: bool = False
+
+
+def execute(
+    compiled: Plan,
+    source: Path,
+    out: Path,
+    small: Callable[[], tuple[dict[str, bytes], tuple[str, ...]]],
+    how: Running,
+    started: float,
+) -> Report:
+    """Run a plan: weight files, small files and the manifest, complete at `out` or not there.
+
+    Args:
+        small: makes the other files of the output, and notices about them.
+        started: when the command started, for the report.
+    """
+    from engine.run.manifest import NAME, encode_manifest, manifest
+    from engine.run.output import OutputFolder
+    from engine.run.runner import write_bytes, write_weights
+
+    notices = list(compiled.notices)
+    with OutputFolder(out, source, overwrite=how.overwrite, resume=how.resume, need=compiled.nbytes) as folder:
+        if how.check_source:
+            notices += check_source(compiled, how.progress)
+        files, told = small()
+        done = write_weights(
+            compiled, folder, workers=how.workers, listener=how.progress, digests=how.digests, resume=how.resume
+        )
+        data = manifest(compiled, done, files)
+        for name, content in (*files.items(), (NAME, encode_manifest(data))):
+            write_bytes(folder / name, content)
+        names = tuple(sorted(path.name for path in folder.iterdir()))
     return Report(
         out=out,
         tensors=len(compiled.outputs),
         bytes=compiled.nbytes,
         seconds=time.monotonic() - started,
         variants={name: d.choice for name, d in compiled.decisions.items()},
-        files=files,
-        notices=notices,
+        files=names,
+        content_id=data.get("content_id"),
+        notices=(*notices, *told),
     )
+
+
+def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) -> list[str]:
+    """Read the source files once and compare them with the checksums they hold; E301 when they differ."""
+    from engine.checkpoint.check_source import check_files
+    from engine.run.runner import Meter
+
+    meter = Meter(sum(file.size for file in compiled.files), progress)
+    unchecked = check_files([file.path for file in compiled.files], meter.advance)
+    return [f"no checksum was saved with {', '.join(unchecked[:4])}; not checked"] if unchecked else []

@@ -158,8 +158,23 @@ def rank_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--dtype", default="auto", show_default=True,
                          type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
                          help="Element type to write; auto keeps each tensor's own."),
-            click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def writing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What the commands share that write a checkpoint."""
+    for option in reversed(
+        (
+            click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
+            click.option("--resume", is_flag=True, help="Go on with what an interrupted run left."),
             click.option("--workers", default="auto", show_default=True, type=Workers(), help="Threads that write."),
+            click.option("--no-digests", "digests", is_flag=True, flag_value=False, default=True,
+                         help="Record no digests of tensors; such a run cannot be resumed."),
+            click.option("--check-source", is_flag=True,
+                         help="Read the source once before, and compare it with the checksums it holds."),
             click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
         )
     ):  # fmt: skip

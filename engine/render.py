@@ -13,23 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.errors import EngineError, Place
+from engine.language.documents import plain
 
 if TYPE_CHECKING:
     from engine.api import Report
     from engine.language.model import Mapping as MappingFile
+    from engine.review.verify import Verified
 
 
 def as_json(data: Any) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False)
-
-
-def plain(data: Any) -> Any:
-    """Mappings and sequences of any kind as dicts and lists."""
-    if isinstance(data, Mapping):
-        return {str(key): plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [plain(value) for value in data]
-    return data
 
 
 def read_text(path: str | Path) -> str:
@@ -311,3 +304,11 @@ def _rule(name: str, rule: dict[str, Any]) -> dict[str, Any]:
     first = sources[0] if isinstance(sources, list) and sources else sources
     rest = {key: value for key, value in rule.items() if key != "name"}
     return rest if name == first else {"name": name, **rest}
+
+
+def verified(found: Verified) -> str:
+    """What `engine verify` found."""
+    told = f"{found.tensors} tensors and {found.files} files, {amount(found.nbytes)}"
+    if found.problems:
+        return "\n".join([*found.problems[:50], f"{len(found.problems)} problems in {told}"])
+    return f"{told}: as they were written\n  content {found.content_id or 'without digests'}"

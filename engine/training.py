@@ -11,7 +11,7 @@ from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
-from engine.operations import Report, check_dtype, read_checkpoint, report_of
+from engine.operations import Report, Running, check_dtype, execute, read_checkpoint
 
 if TYPE_CHECKING:
     from engine.plan.destination import Request
@@ -114,6 +114,9 @@ def reverse(
     lossy: Sequence[str] = (),
     overwrite: bool = False,
     workers: int | None = None,
+    resume: bool = False,
+    digests: bool = True,
+    check_source: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Write a Hugging Face checkpoint as training rank files.
@@ -135,7 +138,8 @@ def reverse(
         mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype,
         lossy=lossy,
     )  # fmt: skip
-    return _write_ranks(compiled, Path(src), Path(out), started, overwrite, workers, progress)
+    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
+    return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
 
 
 def reshard(
@@ -153,6 +157,9 @@ def reshard(
     dtype: str = "auto",
     overwrite: bool = False,
     workers: int | None = None,
+    resume: bool = False,
+    digests: bool = True,
+    check_source: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Write a training checkpoint for other ranks, from shards to shards.
@@ -163,25 +170,11 @@ def reshard(
     compiled = plan_reshard(
         mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype
     )
-    return _write_ranks(compiled, Path(src), Path(out), started, overwrite, workers, progress)
+    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
+    return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
 
 
-def _write_ranks(
-    compiled: Plan,
-    source: Path,
-    out: Path,
-    started: float,
-    overwrite: bool,
-    workers: int | None,
-    progress: Callable[[Progress], None] | None,
-) -> Report:
+def _small_files(compiled: Plan) -> tuple[dict[str, bytes], tuple[str, ...]]:
     from engine.checkpoint.config_files import encode_config
-    from engine.run.output import OutputFolder
-    from engine.run.runner import write_bytes, write_weights
 
-    with OutputFolder(out, source, overwrite=overwrite) as folder:
-        write_weights(compiled, folder, workers=workers, listener=progress)
-        for name, (kind, content) in compiled.beside.items():
-            write_bytes(folder / name, encode_config(name, kind, content))
-        files = tuple(sorted(path.name for path in folder.iterdir()))
-    return report_of(compiled, out, started, files, compiled.notices)
+    return {n: encode_config(n, kind, content) for n, (kind, content) in compiled.beside.items()}, ()

@@ -177,6 +177,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(api, "convert", convert)
     given = "-m m.yaml --set a=1 --set b=x --dtype float32 --workers 3 --max-shard-size 1MiB --strict --overwrite"
+    given += " --no-digests --check-source"
     done = invoke("run", *given.split(), "--tokenizer", "t.model", "--json")
     assert done.exit_code == 0, done.stderr
     assert seen == {
@@ -190,6 +191,9 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "overwrite": True,
         "tokenizer": "t.model",
         "workers": 3,
+        "resume": False,
+        "digests": False,
+        "check_source": True,
         "progress": None,
     }
     assert json.loads(done.stdout)["tensors"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -49,10 +50,11 @@ def encode_header(
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """Where everything of a safetensors file goes; `offsets` are absolute, one per tensor."""
+    """Where everything of a safetensors file goes: `offsets` of tensors and `end` of the payload, in bytes."""
 
     header: bytes
     offsets: tuple[int, ...]
+    end: int
 
     def start(self) -> list[tuple[int, bytes]]:
         return [(0, self.header)]
@@ -64,7 +66,8 @@ class SafetensorsFile:
 def safetensors_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> SafetensorsFile:
     """Lay out a file as transformers expects it: metadata `{"format": "pt"}`."""
     header, offsets = encode_header(tensors, {"format": "pt"})
-    return SafetensorsFile(header, tuple(offsets))
+    sizes = [math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in tensors]
+    return SafetensorsFile(header, tuple(offsets), len(header) + sum(sizes))
 
 
 def split_shards(tensors: Sequence[tuple[str, int]], max_bytes: int) -> list[list[str]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,9 @@ class FileLayout(Protocol):
 
     @property
     def offsets(self) -> Sequence[int]: ...
+
+    @property
+    def end(self) -> int: ...
 
     def start(self) -> list[tuple[int, bytes]]: ...
 
@@ -85,9 +89,35 @@ class SinkFiles:
             return descriptor
         if len(self._open) >= _OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self._paths[file], os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self._paths[file], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._open[file] = descriptor
         return descriptor
+
+    def create(self, file: int, size: int) -> None:
+        """Set a file's size and take its room on the file system, where that can be done."""
+        descriptor = self._descriptor(file)
+        try:
+            os.posix_fallocate(descriptor, 0, max(size, 1))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        os.ftruncate(descriptor, size)
+
+    def sync(self, file: int) -> None:
+        """Bring a file to stable storage."""
+        os.fsync(self._descriptor(file))
+
+    def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """What was written, in blocks that are valid until the next one; OSError when the file is shorter."""
+        buffer = memoryview(bytearray(min(nbytes, 1 << 20)))
+        descriptor = self._descriptor(file)
+        while nbytes:
+            count = os.preadv(descriptor, [buffer[: min(nbytes, len(buffer))]], offset)
+            if count == 0:
+                raise OSError(errno.EIO, "the file is shorter than what was written")
+            yield buffer[:count]
+            offset += count
+            nbytes -= count
 
     def write(self, file: int, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at a byte offset; OSError as the system gives it."""

@@ -50,6 +50,10 @@ class TorchFile:
     offsets: tuple[int, ...]
     directory: int
 
+    @property
+    def end(self) -> int:
+        return self.directory
+
     def start(self) -> list[tuple[int, bytes]]:
         """What is written before the payload: nothing, since headers hold its checksums."""
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,12 @@ def load_text(text: str, shown: str) -> Document:
 def _document(document: loader.Document, shown: str) -> Document:
     keys = document.keys
     return Document(shown, document.data, {path: At(keys[path], at) for path, at in document.places.items()})
+
+
+def plain(data: Any) -> Any:
+    """Mappings and sequences of any kind as dicts and lists, as JSON can hold them."""
+    if isinstance(data, Mapping):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [plain(value) for value in data]
+    return data

@@ -47,6 +47,12 @@ class CopyTable:
             for c in template.copies[shard]
         ]
 
+    def subset(self, kept: Sequence[int]) -> CopyTable:
+        """The copies of some outputs, numbered anew; templates are shared."""
+        result = CopyTable([self._outputs[i] for i in kept], self._target, self._source)
+        result._templates = self._templates
+        return result
+
     def __len__(self) -> int:
         return len(self._outputs)
 

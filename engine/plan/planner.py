@@ -117,7 +117,7 @@ def make_plan(
     tied_to = [spec.instances[0].rule.tied_to if ties else None for spec, _ in listed]
     kept = [i for i, to in enumerate(tied_to) if to is None]
     outputs = tuple(written[i] for i in kept)
-    copies = CopyTable([(listed[i][1], 0) for i in kept], target, source)
+    copies = every.subset(kept)
     tied = _tied([(written[i], every(i), to) for i, to in enumerate(tied_to) if to is not None], outputs)
     config["dtype"] = main_dtype(outputs)
     notices = (*overruled(attempt), *_expectations(mapping, sizes, strict), *_notices(checkpoint, mapping))

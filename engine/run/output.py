@@ -2,67 +2,165 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import re
 import secrets
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from engine.errors import EngineError, Place
+from engine.run.locks import OutputLock
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
+_AT_CWD = -100
+_KEEP = ("E305", "E403", "E405")  # the run can go on when the cause is gone
 
 
 class OutputFolder:
-    """A context that yields a partial folder and renames it on success.
+    """A context that yields a partial folder and puts it in place on success.
 
-    On any failure the partial folder is removed and what was at the final path is untouched.
+    On success everything is on stable storage before the name changes, and an old output is
+    replaced in one step. On failure what was at the final path is untouched; the partial folder
+    stays where `--resume` can use it, that is after an interruption or a failing disk, and is
+    removed when the input itself is at fault.
     """
 
-    def __init__(self, out: Path, source: Path, *, overwrite: bool) -> None:
+    def __init__(self, out: Path, source: Path, *, overwrite: bool, resume: bool = False, need: int = 0) -> None:
+        """Args: need: bytes that will be written; E403 when there is no room for them."""
         self.final = Path(os.path.abspath(out))
-        self._overwrite = overwrite
+        self.partial = self.final.with_name(f".{self.final.name}.partial-{secrets.token_hex(4)}")
+        self._overwrite, self._resume, self._need, self._out = overwrite, resume, need, out
+        self._held = ExitStack()
         _check_apart(self.final, source)
-        if os.path.lexists(self.final) and not overwrite:
+        self._check_free()
+
+    def _check_free(self) -> None:
+        if os.path.lexists(self.final) and not self._overwrite:
             raise EngineError(
                 "E401",
                 "the output exists already",
-                place=Place(str(out)),
+                place=Place(str(self._out)),
                 fix="Choose another --out, or give --overwrite to replace it once the new one is complete.",
             )
-        self.partial = self.final.with_name(f".{self.final.name}.partial-{secrets.token_hex(4)}")
 
     def __enter__(self) -> Path:
         try:
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir()
+            self._held.enter_context(OutputLock(self.final))
+            try:
+                self._check_free()  # a run that held the lock may just have finished
+                for path in leftovers(self.final):
+                    if self._resume and ".partial-" in path.name:
+                        self.partial = path
+                    else:
+                        _remove(path)
+                self._check_room()
+                self.partial.mkdir(exist_ok=self._resume)
+            except BaseException:
+                self._held.close()
+                raise
         except OSError as error:
             raise write_error(self.partial, error) from error
         return self.partial
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        try:
-            self._move()
-        except OSError as error:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise write_error(self.final, error) from error
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(self.final.parent).free
+        there = sum(file.stat().st_blocks * 512 for file in self.partial.iterdir()) if self.partial.is_dir() else 0
+        if self._need > free + there:
+            raise EngineError(
+                "E403",
+                "there is not enough room for the output",
+                place=Place(str(self.final.parent)),
+                got=f"{free} bytes free",
+                expected=f"{self._need} bytes",
+                fix="Free some space, or choose an --out on another file system.",
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        with self._held:
+            if kind is not None:
+                if isinstance(error, EngineError) and error.code not in _KEEP:
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                return
+            try:
+                self._move()
+            except OSError as failed:
+                raise write_error(self.final, failed) from failed
 
     def _move(self) -> None:
-        old: Path | None = None
+        sync_folder(self.partial)
         if os.path.lexists(self.final):
-            old = self.final.with_name(f".{self.final.name}.old-{secrets.token_hex(4)}")
-            os.rename(self.final, old)
+            old = self.partial if _exchange(self.partial, self.final) else self._swap()
+            sync_folder(self.final.parent)
+            _remove(old)
+        else:
+            os.rename(self.partial, self.final)
+            sync_folder(self.final.parent)
+
+    def _swap(self) -> Path:
+        """Two renames, where the file system cannot exchange names; the old output comes back if one fails."""
+        old = self.final.with_name(f".{self.final.name}.old-{secrets.token_hex(4)}")
+        os.rename(self.final, old)
         try:
             os.rename(self.partial, self.final)
         except OSError:
-            if old is not None:
-                os.rename(old, self.final)
+            os.rename(old, self.final)
             raise
-        if old is not None:
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.unlink()
+        return old
+
+
+def leftovers(out: Path) -> list[Path]:
+    """What interrupted runs left beside an output."""
+    final = Path(os.path.abspath(out))
+    start = f".{final.name}."
+    names = os.listdir(final.parent) if final.parent.is_dir() else []
+    ends = re.compile(r"(partial|old)-[0-9a-f]{8}")
+    return [final.parent / n for n in sorted(names) if n.startswith(start) and ends.fullmatch(n[len(start) :])]
+
+
+def clean(out: Path) -> list[Path]:
+    """Remove what interrupted runs left beside an output; E408 while a run is writing it."""
+    found = leftovers(out)
+    if found:
+        try:
+            with OutputLock(Path(os.path.abspath(out))):
+                for path in found:
+                    _remove(path)
+        except OSError as error:
+            raise write_error(out, error) from error
+    return found
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to stable storage."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # some file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, so that neither is ever missing; False where it cannot be done."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done: int = rename(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE)
+    return done == 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check_apart(out: Path, source: Path) -> None:
@@ -84,5 +182,6 @@ def write_error(path: Path, error: OSError) -> EngineError:
         "writing failed",
         place=Place(str(path)),
         got=error.strerror or str(error),
-        fix="Check free space and permissions at the output; nothing was left there.",
+        fix="Check free space and permissions at the output, then run again with --resume; "
+        "what was there before is untouched.",
     )

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from engine.checkpoint.headers import ITEM_SIZES
 from engine.checkpoint.safetensors_files import index_json
-from engine.checkpoint.sinks import CHECKED, FORMATS, Checksum, FileLayout, SinkFiles
+from engine.checkpoint.sinks import CHECKED, FORMATS, FileLayout, SinkFiles
 from engine.checkpoint.sources import SourceFiles
 from engine.plan.model import Output, Plan
 from engine.run.blocks import BLOCK_BYTES, LARGE_BLOCK_BYTES, MANY_RUNS, blocks
+from engine.run.digests import Total, digest_of
 from engine.run.gather import Gatherer, Scatterer
+from engine.run.journal import NAME as JOURNAL
+from engine.run.journal import Done, Journal, read_journal, work_of
 from engine.run.output import write_error
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.run.schedule import Job, Unit, copies_from, schedule
@@ -57,34 +61,54 @@ def write_weights(
     *,
     workers: int | None = None,
     listener: Callable[[Progress], None] | None = None,
-) -> None:
-    """Compare replicas, then write every weight file of a plan into `folder`.
+    digests: bool = True,
+    resume: bool = False,
+) -> dict[int, Done]:
+    """Compare replicas, then write every weight file of a plan into `folder`, to stable storage.
 
     Args:
         workers: threads, each with its own output files at a time; default: as many as cores, but
             no more than there are files to write independently.
+        digests: compute a digest of every tensor, which also lets the run be resumed.
+        resume: go on with what an interrupted run of the same plan left in `folder`.
+
+    Returns:
+        The digest and checksum of every output.
+
+    Raises:
+        EngineError: E402 when replicas differ, E407 when there is another run to resume.
     """
     for output in plan.outputs:
         check_transform(output)
+    work = work_of(plan)
+    known = read_journal(folder, work) if resume else {}
     meter = Meter(plan.nbytes + replica_bytes(plan), listener)
     with SourceFiles(plan.files) as files:
         compare_replicas(plan, files, meter.advance)
     count = workers or os.cpu_count() or 1
     jobs = schedule(plan, count)
-    writer = _Writer(plan, folder, meter)
-    count = min(count, len(jobs))
-    for index in range(len(plan.shards)):
-        writer.start(index)
-    if count <= 1:
-        for job in jobs:
-            writer.run(job)
-    else:
-        _in_parallel(writer, jobs, count, meter)
-    for index in range(len(plan.shards)):
-        writer.finish(index)
+    writer = _Writer(plan, folder, meter, digests)
+    writer.take_over(known)
+    journal = Journal(folder, work, writer.done) if digests else None
+    try:
+        for index in range(len(plan.shards)):
+            writer.start(index)
+        writer.journal = journal
+        if min(count, len(jobs)) <= 1:
+            for job in jobs:
+                writer.run(job)
+        else:
+            _in_parallel(writer, jobs, min(count, len(jobs)), meter)
+        for index in range(len(plan.shards)):
+            writer.finish(index)
+    finally:
+        if journal is not None:
+            journal.close()
     if len(plan.shards) > 1 and plan.written is None:
         names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
         write_bytes(folder / "model.safetensors.index.json", index_json(names, plan.nbytes))
+    (folder / JOURNAL).unlink(missing_ok=True)
+    return writer.done
 
 
 def _in_parallel(writer: _Writer, jobs: Sequence[Job], count: int, meter: Meter) -> None:
@@ -104,7 +128,7 @@ def _in_parallel(writer: _Writer, jobs: Sequence[Job], count: int, meter: Meter)
 class _Writer:
     """Writes the files of a plan, job by job; shared by the workers."""
 
-    def __init__(self, plan: Plan, folder: Path, meter: Meter) -> None:
+    def __init__(self, plan: Plan, folder: Path, meter: Meter, digests: bool) -> None:
         self._plan, self._meter = plan, meter
         self._paths = [folder / file.name for file in plan.shards]
         self._layouts: list[FileLayout] = []
@@ -114,23 +138,40 @@ class _Writer:
             layout = FORMATS[file.format](tensors, Path(file.name).stem)
             self._layouts.append(layout)
             self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
-        checked = [o for file in plan.shards if file.format in CHECKED for o in file.outputs]
-        self._sums = {output: Checksum() for output in checked}  # each changed by the one job that writes the output
+        checked = {o for file in plan.shards if file.format in CHECKED for o in file.outputs}
+        # Each is changed by the one worker that writes the output.
+        self._totals = {o: Total(digest=digests, checksum=o in checked) for o in range(len(plan.outputs))}
+        self.done: dict[int, Done] = {}
+        self.journal: Journal | None = None
+
+    def take_over(self, known: Mapping[int, Done]) -> None:
+        """Keep what an interrupted run finished, as far as its bytes are there."""
+        with SinkFiles(self._paths) as sinks:
+            for output, one in known.items():
+                if output not in self._places:
+                    continue
+                file, at = self._places[output]
+                try:
+                    found = digest_of(sinks.read(file, at, self._plan.outputs[output].nbytes))
+                except OSError:
+                    continue
+                if found == one.digest:
+                    self.done[output] = one
 
     def start(self, index: int) -> None:
-        """Create a file with what comes before its payload."""
+        """Create a file of its full size, with what comes before its payload."""
         with SinkFiles(self._paths) as sinks, self._errors(index):
-            sinks.write(index, 0, b"")
+            sinks.create(index, self._layouts[index].end)
             for offset, data in self._layouts[index].start():
                 sinks.write(index, offset, data)
 
     def finish(self, index: int) -> None:
-        """Write what is only known when the payload is complete."""
+        """Write what is only known when the payload is complete, and bring the file to stable storage."""
         file = self._plan.shards[index]
-        values = [self._sums[output].result() for output in file.outputs] if file.format in CHECKED else []
         with SinkFiles(self._paths) as sinks, self._errors(index):
-            for offset, data in self._layouts[index].finish(values):
+            for offset, data in self._layouts[index].finish([self.done[output].checksum for output in file.outputs]):
                 sinks.write(index, offset, data)
+            sinks.sync(index)
 
     def run(self, job: Job) -> None:
         """Write every tensor of a job. Each output is written by one job."""
@@ -138,9 +179,7 @@ class _Writer:
         with SinkFiles(self._paths) as sinks, SourceFiles(plan.files) as files, self._errors(job.files[0]):
 
             def write(output: int, offset: int, data: memoryview) -> None:
-                total = self._sums.get(output)
-                if total is not None:
-                    total.add(offset, data)
+                self._totals[output].add(offset, data)
                 file, at = self._places[output]
                 sinks.write(file, at + offset, data)
                 self._meter.advance(len(data))
@@ -148,10 +187,28 @@ class _Writer:
             gatherer, converter = Gatherer(files, plan.sources), Converter()
             scatterer = Scatterer(files, plan.sources, write)
             for unit in job.units:
+                if all(output in self.done for output in unit.outputs):
+                    self._meter.advance(sum(plan.outputs[output].nbytes for output in unit.outputs))
+                    continue
                 if unit.sources:
                     self._scatter(unit, scatterer)
                 else:
                     self._gather(unit.outputs[0], gatherer, converter, write)
+                if self._meter.stopped.is_set():
+                    return
+                self._record(unit, sinks)
+
+    def _record(self, unit: Unit, sinks: SinkFiles) -> None:
+        """Digests of a finished unit, into the journal too."""
+        finished: dict[int, Done] = {}
+        for output in unit.outputs:
+            (file, at), nbytes = self._places[output], self._plan.outputs[output].nbytes
+            total = self._totals.pop(output)
+            again = partial(sinks.read, file, at, nbytes)
+            finished[output] = Done(total.digest(again), total.checksum())
+        self.done.update(finished)
+        if self.journal is not None:
+            self.journal.add(finished)
 
     @contextmanager
     def _errors(self, index: int) -> Iterator[None]:
@@ -198,8 +255,11 @@ def row_quantum(output: Output) -> int:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole."""
+    """Write a small file whole, to stable storage."""
     try:
-        path.write_bytes(data)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise write_error(path, error) from error

@@ -1,0 +1,60 @@
+"""Digests of tensors: xxh3-128 of their bytes in order, computed on blocks while they are in cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+import xxhash
+
+from engine.checkpoint.sinks import Checksum
+
+ALGORITHM = "xxh3_128"
+
+
+class Total:
+    """Digest and CRC-32 of one output tensor, as asked for, over bytes that usually come in order."""
+
+    def __init__(self, *, digest: bool, checksum: bool) -> None:
+        self._digest = xxhash.xxh3_128() if digest else None
+        self._checksum = Checksum() if checksum else None
+        self._end = 0
+        self._in_order = True
+
+    def add(self, start: int, data: memoryview) -> None:
+        if self._checksum is not None:
+            self._checksum.add(start, data)
+        if self._digest is not None and self._in_order:
+            if start == self._end:
+                self._digest.update(data)
+                self._end += len(data)
+            else:
+                self._in_order = False
+
+    def checksum(self) -> int:
+        return self._checksum.result() if self._checksum is not None else 0
+
+    def digest(self, again: Callable[[], Iterable[memoryview]]) -> str:
+        """The digest; bytes that did not come in order are read `again`."""
+        if self._digest is None:
+            return ""
+        return self._digest.hexdigest() if self._in_order else digest_of(again())
+
+
+def digest_of(blocks: Iterable[memoryview | bytes]) -> str:
+    total = xxhash.xxh3_128()
+    for block in blocks:
+        total.update(block)
+    return total.hexdigest()
+
+
+def content_id(tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
+    """One id of a whole checkpoint: SHA-256 over every tensor's name, type, shape and digest, by name.
+
+    File names and sizes do not count, so checkpoints that differ only in how they are split agree.
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        dtype, shape, digest = tensors[name]
+        total.update(f"{name}\0{dtype}\0{'x'.join(map(str, shape))}\0{digest}\n".encode())
+    return total.hexdigest()

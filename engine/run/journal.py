@@ -1,0 +1,138 @@
+"""The journal of a run: what is being written, and which tensors are complete, with their digests.
+
+It lies in the partial output. Its first line says what the run does; a run may only be resumed by
+one that does exactly the same. Each further line is one finished unit, written when its bytes are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import __version__
+from engine.errors import EngineError, Place
+from engine.plan.model import Plan
+
+NAME = ".journal"
+_WORDS = {
+    "engine": "the engine's version",
+    "mapping": "the mapping",
+    "layout": "the layout",
+    "settings": "the settings",
+    "files": "the output files",
+    "sources": "the source files",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished output tensor: digest of its bytes, and their CRC-32 where the format needs one."""
+
+    digest: str
+    checksum: int
+
+
+def work_of(plan: Plan) -> dict[str, Any]:
+    """What a run of a plan does, as far as its output depends on it."""
+    listed: dict[str, str] = {}
+    for file in plan.shards:
+        outputs = [plan.outputs[i] for i in file.outputs]
+        listed[file.name] = _short([file.format, [(o.name, o.dtype, o.shape) for o in outputs]])
+    return {
+        "engine": __version__,
+        "mapping": plan.mapping.digest,
+        "layout": plan.layout.digest,
+        "settings": {
+            **{name: decision.choice for name, decision in plan.decisions.items()},
+            **{name: str(value) for name, value in plan.options.items()},
+            "dtype": plan.dtype,
+        },
+        "files": listed,
+        "sources": {file.path.name: file.identity for file in plan.files},
+    }
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+class Journal:
+    """Appends finished units; shared by the workers."""
+
+    def __init__(self, folder: Path, work: Mapping[str, Any], done: Mapping[int, Done]) -> None:
+        """Start a journal, or go on with one: `done` is what has been verified to be there."""
+        self._lock = threading.Lock()
+        path = folder / NAME
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._write(work)
+        if done:
+            self.add(done)
+
+    def add(self, done: Mapping[int, Done]) -> None:
+        """Record outputs whose bytes have all been written."""
+        self._write({str(output): [one.digest, one.checksum] for output, one in done.items()})
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        line = json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            while line:
+                line = line[os.write(self._file, line) :]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Done]:
+    """What an interrupted run finished; empty when it wrote no journal.
+
+    A last line that was cut short by the interruption is left out.
+
+    Raises:
+        EngineError: E407 when that run did something else, naming what has changed.
+    """
+    try:
+        lines = (folder / NAME).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    done: dict[int, Done] = {}
+    for number, line in enumerate(lines):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(value, dict):
+            break
+        if number == 0:
+            _check_same(value, work, folder)
+            continue
+        for output, entry in value.items():
+            if output.isdecimal() and isinstance(entry, list) and len(entry) == 2:
+                done[int(output)] = Done(str(entry[0]), int(entry[1]))
+    return done
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    plain = json.loads(json.dumps(now))
+    changed = [word for word in plain if before.get(word) != plain[word]]
+    if changed:
+        raise EngineError(
+            "E407",
+            "the interrupted run cannot be resumed: " + ", ".join(_WORDS.get(w, w) for w in changed) + " changed",
+            place=Place(str(folder)),
+            got="; ".join(_shown(before.get(word), plain[word]) for word in changed),
+            expected="the same as when it was started",
+            fix="Run without --resume to start over, or `engine clean` to remove what is there.",
+        )
+
+
+def _shown(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return ", ".join(sorted(names)[:4])
+    return f"{now}"[:80] + f", then {before}"[:80]

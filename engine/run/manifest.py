@@ -1,0 +1,72 @@
+"""The manifest of an output, `conversion.json`: what it was made from, how, and a digest of everything in it.
+
+It holds no time and no path, so equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine import __version__
+from engine.language.documents import plain
+from engine.plan.model import Plan
+from engine.run.digests import ALGORITHM, content_id
+from engine.run.journal import Done
+
+NAME = "conversion.json"
+VERSION = 1
+
+
+def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -> dict[str, Any]:
+    """The manifest as data; its shape is `schemas/conversion.schema.json`.
+
+    Args:
+        done: digests of every output; empty ones leave digests and the content id out.
+        small: the other files of the output by name.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    for file in plan.shards:
+        for index in file.outputs:
+            output = plan.outputs[index]
+            entry: dict[str, Any] = {"dtype": output.dtype, "shape": list(output.shape), "file": file.name}
+            if done[index].digest:
+                entry["digest"] = done[index].digest
+            tensors[tensor_key(plan, file.name, output.name)] = entry
+    result: dict[str, Any] = {
+        "manifest": VERSION,
+        "engine": __version__,
+        "mapping": {
+            "name": plan.mapping.name,
+            "version": plan.mapping.version,
+            "digest": plan.mapping.digest,
+            "resolved": plain(plan.mapping.resolved),
+        },
+        "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
+        "sources": {file.path.name: {"bytes": file.size, "identity": file.identity} for file in plan.files},
+        "variants": {
+            name: {"choice": d.choice, "how": d.how, "evidence": d.evidence} for name, d in plan.decisions.items()
+        },
+        "options": dict(plan.options),
+        "dtype": plan.dtype,
+        "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
+        "tensors": tensors,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(small.items())},
+    }
+    if all("digest" in entry for entry in tensors.values()):
+        result["digest"] = ALGORITHM
+        result["content_id"] = content_id(
+            {name: (entry["dtype"], tuple(entry["shape"]), entry["digest"]) for name, entry in tensors.items()}
+        )
+    return result
+
+
+def tensor_key(plan: Plan, file: str, name: str) -> str:
+    """How the manifest names a tensor: rank files hold tensors of the same name, other files do not."""
+    return f"{file}:{name}" if plan.written is not None else name
+
+
+def encode_manifest(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
