@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from engine import __version__
 from engine.errors import CODES
 from engine.options import planning_options, rank_options, reports_errors, writing_options
+
+if TYPE_CHECKING:
+    from engine.operations import Report
 
 
 class Commands(click.Group):
@@ -45,27 +49,41 @@ def cli() -> None:
     """Convert tensor- and pipeline-parallel training checkpoints to Hugging Face, from rules in YAML."""
 
 
+def write(as_json: bool, command: str, quiet: bool, log_file: str | None, **asked: Any) -> None:
+    """Run an API function that writes a checkpoint, with progress and a log, and say what it did."""
+    from engine import api, progress, render
+    from engine.logs import logged
+
+    functions: dict[str, Callable[..., Report]] = {
+        "run": api.convert,
+        "reverse": api.reverse,
+        "reshard": api.reshard,
+    }
+    with (
+        logged(log_file, command, asked) as log,
+        progress.progress(show=not (quiet or as_json), also=None if log is None else log.progress) as listener,
+    ):
+        report = functions[command](**asked, progress=listener)
+        if log is not None:
+            log.event("finished", **report.as_dict())
+    if as_json:
+        click.echo(render.as_json(report.as_dict()))
+    elif not quiet:
+        click.echo(render.report(report))
+
+
 @cli.command()
 @planning_options
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
 @click.option("--tokenizer", metavar="FILE", help="The SentencePiece model, if not beside the checkpoint.")
 @writing_options
 @reports_errors
-def run(
-    as_json: bool, /, mapping: str, src: str, out: str | None, tokenizer: str | None, quiet: bool, **options: Any
-) -> None:
+def run(as_json: bool, /, **options: Any) -> None:
     """Convert a training checkpoint to a Hugging Face checkpoint.
 
     The output is complete when the command ends, or not there at all.
     """
-    from engine import api, progress, render
-
-    with progress.progress(show=not (quiet or as_json)) as listener:
-        report = api.convert(mapping, src, out, tokenizer=tokenizer, progress=listener, **options)
-    if as_json:
-        click.echo(render.as_json(report.as_dict()))
-    elif not quiet:
-        click.echo(render.report(report))
+    write(as_json, "run", **options)
 
 
 @cli.command()
@@ -75,19 +93,12 @@ def run(
 @click.option("--lossy", multiple=True, metavar="RULE",
               help="Write a rule that does not invert all the same; may be repeated.")  # fmt: skip
 @reports_errors
-def reverse(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **options: Any) -> None:
+def reverse(as_json: bool, /, **options: Any) -> None:
     """Write a Hugging Face checkpoint as training rank files.
 
     What is not given is as in --like, or 1.
     """
-    from engine import api, progress, render
-
-    with progress.progress(show=not (quiet or as_json)) as listener:
-        report = api.reverse(mapping, src, out, progress=listener, **options)
-    if as_json:
-        click.echo(render.as_json(report.as_dict()))
-    elif not quiet:
-        click.echo(render.report(report))
+    write(as_json, "reverse", **options)
 
 
 @cli.command()
@@ -95,19 +106,12 @@ def reverse(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **o
 @writing_options
 @click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR", help="The checkpoint folder.")
 @reports_errors
-def reshard(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **options: Any) -> None:
+def reshard(as_json: bool, /, **options: Any) -> None:
     """Write a training checkpoint for other ranks, from shards to shards.
 
     What is not given stays as it is, or is as in --like.
     """
-    from engine import api, progress, render
-
-    with progress.progress(show=not (quiet or as_json)) as listener:
-        report = api.reshard(mapping, src, out, progress=listener, **options)
-    if as_json:
-        click.echo(render.as_json(report.as_dict()))
-    elif not quiet:
-        click.echo(render.report(report))
+    write(as_json, "reshard", **options)
 
 
 @cli.command()

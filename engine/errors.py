@@ -62,6 +62,10 @@ CODES: dict[str, str] = {
 }
 
 
+# What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
+RESUMABLE = ("E305", "E403", "E405")
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A position in a text file, 1-based, or a tensor in a checkpoint file.

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import click
 
-from engine.errors import EngineError, EngineErrors
+from engine.errors import RESUMABLE, EngineError, EngineErrors
 
 P = ParamSpec("P")
 
@@ -111,6 +111,8 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
                 click.echo(render.as_json({"errors": [one.as_dict() for one in errors]}))
             else:
                 click.echo("\n\n".join(render.error(one) for one in errors), err=True)
+                if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
+                    click.echo("next: the same command with --resume, once that is mended", err=True)
             ctx.exit(1)
 
     return wrapped
@@ -175,6 +177,7 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
                          help="Record no digests of tensors; such a run cannot be resumed."),
             click.option("--check-source", is_flag=True,
                          help="Read the source once before, and compare it with the checksums it holds."),
+            click.option("--log-file", metavar="FILE", help="Append one JSON line per event there."),
             click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
         )
     ):  # fmt: skip

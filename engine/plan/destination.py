@@ -14,6 +14,8 @@ from engine.plan.groups import Cut, cut_of
 from engine.plan.ranks import RankFile, RankGrid, expected_files, rank_dims
 from engine.plan.stored import Instance, Stages
 
+_MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -163,7 +165,7 @@ def check_cuts(
                 continue
             fits = [
                 n
-                for n in range(1, max(sizes.values()) + 1)
+                for n in range(1, min(max(sizes.values()), _MOST_RANKS) + 1)
                 if all(
                     dim not in other.rank_dims() or _misfit(one, other, dim, n, layout, sizes) is None
                     for one, pattern_ in used
