@@ -12,6 +12,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.operations import Report, Running, check_dtype, execute, read_checkpoint
+from engine.plan_files import load_plan, save_plan
 from engine.training import plan_reshard, plan_reverse, reshard, reverse
 
 if TYPE_CHECKING:
@@ -35,12 +36,15 @@ __all__ = [
     "lint",
     "load_layout",
     "load_mapping",
+    "load_plan",
     "plan",
     "plan_reshard",
     "plan_reverse",
     "read_checkpoint",
     "reshard",
     "reverse",
+    "run_plan",
+    "save_plan",
     "verify",
 ]
 
@@ -121,15 +125,41 @@ def convert(
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
     """
-    from engine.assets.bundle import make_assets
-
     started = time.monotonic()
     compiled = plan(mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict)
-    real = Path(src).resolve()
+    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
+    return _write(compiled, Path(src), out, tokenizer, how, started)
+
+
+def _write(
+    compiled: Plan, source: Path, out: str | Path | None, tokenizer: str | Path | None, how: Running, started: float
+) -> Report:
+    """Run a plan that writes a Hugging Face checkpoint."""
+    from engine.assets.bundle import make_assets
+
+    real = source.resolve()
     final = Path(out) if out is not None else real.with_name(real.name + "-hf")
     model = Path(tokenizer) if tokenizer else None
+    return execute(compiled, source, final, lambda: make_assets(compiled, model), how, started)
+
+
+def run_plan(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    tokenizer: str | Path | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+    digests: bool = True,
+    check_source: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
+    started = time.monotonic()
+    compiled = load_plan(path)
     how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
-    return execute(compiled, Path(src), final, lambda: make_assets(compiled, model), how, started)
+    return _write(compiled, Path(compiled.folder), out, tokenizer, how, started)
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,7 +19,7 @@ import click
 
 from engine import __version__
 from engine.errors import CODES
-from engine.options import planning_options, rank_options, reports_errors, writing_options
+from engine.options import only_plan, planning_options, rank_options, reports_errors, writing_options
 
 if TYPE_CHECKING:
     from engine.operations import Report
@@ -56,6 +57,7 @@ def write(as_json: bool, command: str, quiet: bool, log_file: str | None, **aske
 
     functions: dict[str, Callable[..., Report]] = {
         "run": api.convert,
+        "run --plan": api.run_plan,
         "reverse": api.reverse,
         "reshard": api.reshard,
     }
@@ -73,17 +75,24 @@ def write(as_json: bool, command: str, quiet: bool, log_file: str | None, **aske
 
 
 @cli.command()
-@planning_options
+@partial(planning_options, required=False)
+@click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
 @click.option("--tokenizer", metavar="FILE", help="The SentencePiece model, if not beside the checkpoint.")
 @writing_options
 @reports_errors
-def run(as_json: bool, /, **options: Any) -> None:
+@click.pass_context
+def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
     """Convert a training checkpoint to a Hugging Face checkpoint.
 
     The output is complete when the command ends, or not there at all.
     """
-    write(as_json, "run", **options)
+    only_plan(ctx, saved)
+    if saved is None:
+        write(as_json, "run", **options)
+        return
+    planned = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
+    write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in planned})
 
 
 @cli.command()
@@ -127,12 +136,14 @@ def inspect(as_json: bool, /, folder: str) -> None:
 
 @cli.command()
 @planning_options
+@click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @reports_errors
-def plan(as_json: bool, /, mapping: str, src: str, **options: Any) -> None:
+def plan(as_json: bool, /, mapping: str, src: str, out: str | None, **options: Any) -> None:
     """Show what `run` would do, without reading tensor data."""
     from engine import api, render
 
-    facts = api.describe_plan(api.plan(mapping, src, **options))
+    made = api.plan(mapping, src, **options) if out is None else api.save_plan(out, mapping, src, **options)
+    facts = api.describe_plan(made)
     click.echo(render.as_json(facts) if as_json else render.plan(facts))
 
 

@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "E214": "the model cannot be cut over these ranks",
     "E215": "a rule does not invert",
     "E216": "what would be written would be read differently",
+    "E217": "a saved plan no longer holds",
     # checkpoint files
     "E301": "a checkpoint file is damaged or truncated",
     "E302": "a checkpoint file asks to run code",

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 import click
+from click.core import ParameterSource
 
 from engine.errors import RESUMABLE, EngineError, EngineErrors
 
@@ -118,11 +119,29 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
     return wrapped
 
 
-def planning_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `run` and `plan` share."""
+# What a saved plan already says, so that none of it can be given beside --plan.
+SAVED = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
+
+
+def only_plan(ctx: click.Context, saved: str | None) -> None:
+    """A usage error unless a saved plan is given alone, or else a mapping."""
+    given = [
+        param
+        for param in ctx.command.params
+        if param.name in SAVED and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
+    ]
+    if saved is not None and given:
+        raise click.UsageError(f"--plan says all of {given[0].opts[0]} already; give one or the other", ctx)
+    if saved is None and ctx.params.get("mapping") is None:
+        missing = next(param for param in ctx.command.params if param.name == "mapping")
+        raise click.MissingParameter("or give --plan", ctx, missing)
+
+
+def planning_options(command: Callable[..., None], *, required: bool = True) -> Callable[..., None]:
+    """What `run` and `plan` share. With `required` false, a saved plan may stand for the mapping."""
     for option in reversed(
         (
-            click.option("--mapping", "-m", required=True, metavar="FILE|NAME",
+            click.option("--mapping", "-m", required=required, metavar="FILE|NAME",
                          help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
             click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR",
                          help="The checkpoint folder."),
