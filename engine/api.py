@@ -11,6 +11,7 @@ from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
+from engine.mapping_diff import diff
 from engine.operations import Report, Running, check_dtype, execute, read_checkpoint
 from engine.plan_files import load_plan, save_plan
 from engine.training import plan_reshard, plan_reverse, reshard, reverse
@@ -30,6 +31,7 @@ __all__ = [
     "compare",
     "convert",
     "describe_plan",
+    "diff",
     "format_mapping",
     "inspect",
     "iter_tensors",

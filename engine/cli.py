@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from engine import __version__
+from engine.diff_command import diff
 from engine.errors import CODES
 from engine.options import only_plan, planning_options, rank_options, reports_errors, writing_options
 
@@ -265,6 +266,9 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
             click.echo(f"{'would format' if check else 'formatted'} {file}")
     if check and changed:
         ctx.exit(1)
+
+
+cli.add_command(diff)
 
 
 def internal_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
