@@ -27,6 +27,7 @@ KINDS = {
     "treated": "treated differently",
 }
 _MAX_COMBINATIONS = 4096
+_Told = tuple[str, str, str | None, str | None]  # kind, target, old, new
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class _Route:
     treatment: tuple[object, ...]
     told: str
     target: str
+    param: str | None
 
     def same(self, other: _Route) -> bool:
         return self.key() == other.key()
@@ -72,14 +74,20 @@ class _Route:
 def compare_routes(old: MappingFile | None, new: MappingFile | None) -> list[TensorChange]:
     """Targets that come out differently under some combination of variant choices."""
     combinations = list(_combinations([m for m in (old, new) if m is not None]))
-    found: dict[tuple[str, str, str | None, str | None], list[Mapping[str, str]]] = {}
+    found: dict[_Told, dict[str | None, list[Mapping[str, str]]]] = {}
     for choices in combinations:
-        for kind, target, before, after in _under(old, new, choices):
-            held = found.setdefault((kind, target, before, after), [])
-            if choices not in held:  # weight and bias of one rule tell the same
-                held.append(choices)
+        for param, told in _under(old, new, choices):
+            found.setdefault(told, {}).setdefault(param, []).append(choices)
     order = list(KINDS)
-    changes = [TensorChange(*key, when) for key, held in found.items() for when in _conditions(held, combinations)]
+    changes: list[TensorChange] = []
+    for told, held in found.items():
+        weight = held.get("weight")
+        if weight is not None and weight == held.get("bias"):  # {param} says both
+            held = {None: weight}
+        for param, under in held.items():
+            texts = [t if t is None or param is None else t.replace("{param}", param) for t in told[1:]]
+            for when in _conditions(under, combinations):
+                changes.append(TensorChange(told[0], texts[0] or "", texts[1], texts[2], when))
     return sorted(changes, key=lambda c: (order.index(c.kind), c.target, c.when))
 
 
@@ -97,8 +105,8 @@ def _combinations(mappings: Sequence[MappingFile]) -> Iterator[dict[str, str]]:
 
 def _under(
     old: MappingFile | None, new: MappingFile | None, choices: Mapping[str, str]
-) -> Iterator[tuple[str, str, str | None, str | None]]:
-    """(kind, target, old, new) under one combination."""
+) -> Iterator[tuple[str | None, _Told]]:
+    """What differs under one combination, and for which parameter."""
     before = _routes(old, choices)
     after = _routes(new, choices)
     gone = {target: route for target, route in before.items() if target not in after}
@@ -107,13 +115,16 @@ def _under(
         if known is None:
             moved = next((t for t, one in gone.items() if one.same(route)), None)
             if moved is None:
-                yield "added", route.target, None, route.told
+                yield route.param, ("added", route.target, None, route.told)
             else:
-                yield "renamed", route.target, gone.pop(moved).target, route.target
+                other = gone.pop(moved)
+                both = other.param == route.param  # else {param} would say more than is so
+                names = (other.target, route.target) if both else (moved, target)
+                yield route.param if both else None, ("renamed", names[1], *names)
         elif not known.same(route):
-            yield _kind(known, route), route.target, known.told, route.told
+            yield route.param, (_kind(known, route), route.target, known.told, route.told)
     for route in gone.values():
-        yield "removed", route.target, route.told, None
+        yield route.param, ("removed", route.target, route.told, None)
 
 
 def _kind(old: _Route, new: _Route) -> str:
@@ -150,9 +161,8 @@ def _route(entries: Sequence[tuple[Rule, Target, str | None]]) -> _Route:
         values.append((changed, tuple(sorted(words.get(axis, axis) for axis in rule.drop))))
         treatment.append((rule.keep_dtype, rule.optional, rule.tied_to))
     told = " + ".join(_told(rule, target) for rule, target, _ in entries)
-    return _Route(
-        tuple(sources), tuple(axes), tuple(cuts), tuple(values), tuple(treatment), told, entries[0][1].name
-    )  # fmt: skip
+    _, target, param = entries[0]
+    return _Route(tuple(sources), tuple(axes), tuple(cuts), tuple(values), tuple(treatment), told, target.name, param)
 
 
 def _renamed(axes: Axes, words: dict[str, str]) -> str:
