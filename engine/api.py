@@ -109,6 +109,7 @@ def convert(
     resume: bool = False,
     digests: bool = True,
     check_source: bool = False,
+    max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert a training checkpoint to a Hugging Face checkpoint.
@@ -121,6 +122,7 @@ def convert(
         resume: go on with what an interrupted run of the same conversion left.
         digests: record a digest of every tensor in `conversion.json`; resuming needs them.
         check_source: read the checkpoint once before, and compare it with the checksums it holds.
+        max_memory: bytes resident at most, kept by fewer workers, or refused.
         progress: called with bytes done and in all, a few times a second.
         Others as for `plan`.
 
@@ -129,7 +131,7 @@ def convert(
     """
     started = time.monotonic()
     compiled = plan(mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict)
-    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
+    how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
     return _write(compiled, Path(src), out, tokenizer, how, started)
 
 
@@ -155,12 +157,13 @@ def run_plan(
     resume: bool = False,
     digests: bool = True,
     check_source: bool = False,
+    max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
     started = time.monotonic()
     compiled = load_plan(path)
-    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
+    how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
     return _write(compiled, Path(compiled.folder), out, tokenizer, how, started)
 
 

@@ -192,6 +192,7 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
             click.option("--resume", is_flag=True, help="Go on with what an interrupted run left."),
             click.option("--workers", default="auto", show_default=True, type=Workers(), help="Threads that write."),
+            click.option("--max-memory", type=Size(), help="Most memory to take; fewer threads keep to it."),
             click.option("--no-digests", "digests", is_flag=True, flag_value=False, default=True,
                          help="Record no digests of tensors; such a run cannot be resumed."),
             click.option("--check-source", is_flag=True,

@@ -177,7 +177,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(api, "convert", convert)
     given = "-m m.yaml --set a=1 --set b=x --dtype float32 --workers 3 --max-shard-size 1MiB --strict --overwrite"
-    given += " --no-digests --check-source"
+    given += " --no-digests --check-source --max-memory 256MiB"
     done = invoke("run", *given.split(), "--tokenizer", "t.model", "--json")
     assert done.exit_code == 0, done.stderr
     assert seen == {
@@ -194,6 +194,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "resume": False,
         "digests": False,
         "check_source": True,
+        "max_memory": 1 << 28,
         "progress": None,
     }
     assert json.loads(done.stdout)["tensors"] == 1

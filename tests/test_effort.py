@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import pytest
 import engine
 from engine.checkpoint.sinks import SinkFiles
 from engine.checkpoint.sources import SourceFiles
+from engine.run.memory import predicted_memory
 from tests.support.shards import Model, save
 
 LETTERS = {"mlp_letters": "w2_is_down"}
@@ -111,6 +114,32 @@ def test_memory_does_not_grow_with_the_model(command: str, sources: dict[int, Pa
         tracemalloc.stop()
     assert max(peaks) < 8 << 20
     assert peaks[1] < peaks[0] + (2 << 20)  # headers and plan of six more layers
+
+
+@pytest.mark.parametrize("how", [[], ["--dtype", "float32"], ["--set", "rotary=pairs"]], ids=["plain", "cast", "pairs"])
+def test_the_memory_allowed_is_kept_and_told_before(how: list[str], sources: dict[int, Path], tmp_path: Path) -> None:
+    """The kernel's own account of a whole process."""
+    command = ["run", "-m", model_of(8).mapping, "-s", str(sources[8]), "--set", "mlp_letters=w2_is_down", *how]
+    options = {"dtype": how[1]} if "--dtype" in how else {}
+    plan = engine.plan(model_of(8).mapping, sources[8], settings=LETTERS, **options)
+    allowed = predicted_memory(plan, 1)
+    code = """
+import re, sys
+from engine.cli import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+print(re.search("VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+    command += ["-o", str(tmp_path / "hf"), "-q", "--max-memory", str(allowed)]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 <= allowed
+    with pytest.raises(engine.EngineError) as caught:
+        engine.convert(
+            model_of(8).mapping, sources[8], tmp_path / "no", settings=LETTERS, max_memory=allowed - 1, **options
+        )
+    assert caught.value.code == "E001"
 
 
 def test_copies_are_made_once_per_class_whatever_the_number_of_layers(sources: dict[int, Path]) -> None:
