@@ -19,7 +19,7 @@ from engine.review.diff import MappingDiff
 from engine.review.diff_render import rendered
 
 ROOT = Path(__file__).parent.parent
-FAMILY = (ROOT / "mappings" / "families" / "internlm2.yaml").read_text("utf-8")
+FAMILY = (ROOT / "tests" / "fixtures" / "mappings" / "internlm2-one-line-rules.yaml").read_text("utf-8")
 CHILD = "mapping: 1\nname: child\nversion: 1.0.0\nextends: family.yaml\n"
 
 

@@ -75,3 +75,18 @@ def test_an_unknown_layout_is_refused_with_the_known_ones() -> None:
     with pytest.raises(EngineError) as caught:
         load_layout("interevo")
     assert caught.value.code == "E002" and "internevo" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "where", ["name: model_tp", "file: model_config", "file: config_file", 'file: "topo_tp{tp}_pp']
+)
+def test_a_layout_cannot_name_a_file_outside_its_folder(where: str, tmp_path: Path) -> None:
+    key, _, start = where.partition(": ")
+    quote = '"' if start.startswith('"') else ""
+    assert where in INTERNEVO
+    evil = tmp_path / "evil.yaml"
+    evil.write_text(INTERNEVO.replace(where, f"{key}: {quote}../{start.strip(quote)}", 1))
+    with pytest.raises(EngineError) as caught:
+        load_layout(str(evil))
+    assert caught.value.code == "E104"
+    assert "leave the folder" in str(caught.value)

@@ -51,3 +51,4 @@ class FileHeader:
     size: int
     tensors: tuple[TensorHeader, ...]
     identity: str
+    modified: int = 0  # nanoseconds since the epoch when it was indexed; 0: not known

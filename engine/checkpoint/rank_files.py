@@ -30,7 +30,8 @@ def read_rank_file(path: Path) -> FileHeader:
             E305 unreadable.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        found = os.fstat(file.fileno())
+        size = found.st_size
         value, payload, identity = read_torch_file(file, path.name, size)
     if not isinstance(value, Mapping):
         raise _not_a_state_dict(path.name, type(value).__name__)
@@ -40,7 +41,7 @@ def read_rank_file(path: Path) -> FileHeader:
     tensors = tuple(_header(name, t, payload, path.name) for name, t in value.items() if isinstance(t, Tensor))
     if not tensors:
         raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
-    return FileHeader(path, size, tensors, identity)
+    return FileHeader(path, size, tensors, identity, found.st_mtime_ns)
 
 
 def _is_text(name: str) -> bool:

@@ -109,7 +109,7 @@ def dense_parts(copy: Copy, gap: int, most: int) -> list[Copy]:
         most: the most elements from a run's first to its last, as far as it skips any.
 
     >>> rows = Copy(0, 0, 0, 0, (4, 8), (64, 1), (8, 1))
-    >>> [part.shape for part in dense_parts(rows, 56, 1000)], [part.shape for part in dense_parts(rows, 56, 150)]
+    >>> [part.shape for part in dense_parts(rows, 56, 1000)], [part.shape for part in dense_parts(rows, 56, 100)]
     ([(4, 8)], [(2, 8), (2, 8)])
     """
     if not copy.shape or straight(copy):
