@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from engine.api import (
         Report,
         convert,
+        explain,
         inspect,
         iter_tensors,
         load_mapping,
@@ -32,6 +33,7 @@ __all__ = [
     "Report",
     "__version__",
     "convert",
+    "explain",
     "inspect",
     "iter_tensors",
     "load_mapping",

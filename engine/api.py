@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engine.plan.model import Plan
     from engine.review.compare import Comparison
     from engine.review.verify import Verified
+    from engine.review.explanation import Explanation
     from engine.run.runner import Progress
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "convert",
     "describe_plan",
     "diff",
+    "explain",
     "format_mapping",
     "inspect",
     "iter_tensors",
@@ -172,6 +174,32 @@ def describe_plan(compiled: Plan) -> dict[str, Any]:
     from engine.review.describe import describe_plan as describe
 
     return describe(compiled)
+
+
+def explain(
+    what: str,
+    mapping: str | Path | MappingFile,
+    src: str | Path = ".",
+    *,
+    backward: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+) -> Explanation:
+    """Where the elements of a tensor come from, or with `backward` where they go; reads headers only.
+
+    Args:
+        what: an output and slices of it, `model.norm.weight[0:4]`; with `backward` a stored tensor,
+            `FILE:NAME[slices]`, or without the file the tensor of every file that has it.
+        Others as for `plan`.
+
+    Raises:
+        EngineError: E001 for a name or a slice that is not there, else as for `plan`.
+    """
+    from engine.review.explain import explain as forward
+    from engine.review.explain_source import explain_source
+
+    compiled = plan(mapping, src, settings=settings, dtype=dtype)
+    return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
 def inspect(src: str | Path = ".") -> dict[str, Any]:

@@ -20,7 +20,7 @@ import click
 from engine import __version__
 from engine.diff_command import diff
 from engine.errors import CODES
-from engine.options import only_plan, planning_options, rank_options, reports_errors, writing_options
+from engine.options import explaining_options, only_plan, planning_options, rank_options, reports_errors, writing_options
 
 if TYPE_CHECKING:
     from engine.operations import Report
@@ -146,6 +146,37 @@ def plan(as_json: bool, /, mapping: str, src: str, out: str | None, **options: A
     made = api.plan(mapping, src, **options) if out is None else api.save_plan(out, mapping, src, **options)
     facts = api.describe_plan(made)
     click.echo(render.as_json(facts) if as_json else render.plan(facts))
+
+
+@cli.command()
+@click.argument("what", metavar="[TENSOR|CODE]", required=False)
+@click.option("--from", "source", metavar="[FILE:]TENSOR", help="Explain where a stored source tensor goes.")
+@explaining_options
+@reports_errors
+def explain(
+    as_json: bool, /, what: str | None, source: str | None, mapping: str | None, src: str, **options: Any
+) -> None:
+    """Say where part of a tensor comes from or goes to, or what an error code means.
+
+    \b
+    engine explain -m internlm2-7b -s DIR 'model.layers.7.self_attn.k_proj.weight[0:128, :]'
+    engine explain -m internlm2-7b -s DIR --from 'model_tp1_pp0.pt:layers.3.attention.wqkv.weight[0:4]'
+    engine explain E203
+    """
+    from engine import api, render, render_explain
+
+    if (what is None) == (source is None):
+        raise click.UsageError("Give a tensor or a code to explain, or a source tensor with --from; one of them.")
+    if what is not None and render_explain.is_code(what):
+        from engine.review.codes import explain_code
+
+        text = explain_code(what)
+        click.echo(render.as_json({"code": what, "text": text}) if as_json else text)
+        return
+    if mapping is None:
+        raise click.UsageError("Missing option '--mapping' / '-m'.")
+    told = api.explain(what or source or "", mapping, src, backward=source is not None, **options).as_dict()
+    click.echo(render.as_json(told) if as_json else render_explain.explanation(told))
 
 
 @cli.command()

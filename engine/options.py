@@ -159,6 +159,25 @@ def planning_options(command: Callable[..., None], *, required: bool = True) -> 
     return command
 
 
+def explaining_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `explain` needs to compile a plan; error codes are explained without any of it."""
+    for option in reversed(
+        (
+            click.option("--mapping", "-m", metavar="FILE|NAME",
+                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
+            click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR",
+                         help="The checkpoint folder."),
+            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
+                         help="Set a variant or an option of the mapping; may be repeated."),
+            click.option("--dtype", default="auto", show_default=True,
+                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                         help="Element type to write; auto keeps each tensor's own."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def rank_options(command: Callable[..., None]) -> Callable[..., None]:
     """What `reverse` and `reshard` share: how to cut the model."""
     for option in reversed(

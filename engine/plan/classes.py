@@ -57,6 +57,15 @@ class CopyTable:
         return len(self._outputs)
 
     @property
+    def sides(self) -> tuple[Side, Side]:
+        """The source side and the target side; tensors of the source side are numbered as in the plan."""
+        return self._source, self._target
+
+    def output(self, index: int) -> tuple[Group, int]:
+        """The group of an output on the target side, and the position of its shard."""
+        return self._outputs[index]
+
+    @property
     def classes(self) -> int:
         """How many templates were made so far."""
         return len(self._templates)
