@@ -50,6 +50,7 @@ __all__ = [
     "run_plan",
     "save_plan",
     "verify",
+    "view",
 ]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -290,6 +291,27 @@ def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
 
     names = [str(path) for path in paths] or list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
+
+
+def view(
+    mapping: str | Path | MappingFile,
+    src: str | Path,
+    out: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write one HTML page that shows what `convert` would do, and say how large it is; reads headers only.
+
+    The page needs nothing else: it loads nothing, and works without scripts.
+
+    Raises:
+        EngineError: E401 when `out` exists, else as for `plan`.
+    """
+    from engine.review.view import view_page, write_page
+
+    return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), Path(out), overwrite=overwrite)
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

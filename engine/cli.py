@@ -180,6 +180,21 @@ def explain(
 
 
 @cli.command()
+@click.option("--out", "-o", default="view.html", show_default=True, metavar="FILE", help="The page to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
+@explaining_options
+@reports_errors
+def view(as_json: bool, /, mapping: str | None, src: str, out: str, **options: Any) -> None:
+    """Write one HTML page that shows what `run` would do: decisions, rules, a picture of each."""
+    from engine import api, render
+
+    if mapping is None:
+        raise click.UsageError("Missing option '--mapping' / '-m'.")
+    done = api.view(mapping, src, out, **options)
+    click.echo(render.as_json(done) if as_json else f"wrote {done['out']}, {render.amount(done['bytes'])}")
+
+
+@cli.command()
 @click.argument("out", metavar="OUT")
 @click.argument("ref", metavar="REF")
 @click.option("--allow-cast", is_flag=True, help="Exit with 0 also where tensors are equal after casting.")

@@ -46,6 +46,12 @@ def test_every_module_and_nothing_foreign_is_in_the_wheel(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"engine"}
 
 
+def test_every_template_is_in_the_wheel(wheel: Path) -> None:
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "engine").glob("*/templates/*")}
+    assert {"engine/review/templates/view.html.j2", "engine/assets/templates/model_card.md.j2"} <= templates
+    assert templates <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_an_unpacked_wheel_finds_its_own_mappings_schemas_and_code_pages(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
