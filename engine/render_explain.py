@@ -10,6 +10,9 @@ import click
 
 from engine.render import count
 
+MOST_TENSORS = 8  # shown on a terminal; `--json` has all
+MOST_FLOWS = 8
+
 
 def is_code(text: str) -> bool:
     """
@@ -21,7 +24,12 @@ def is_code(text: str) -> bool:
 
 def explanation(facts: Mapping[str, Any]) -> str:
     """An explanation as text: what it is, in words, then each source or target with its bytes."""
-    return "\n\n".join(_tensor(one, facts["direction"]) for one in facts["tensors"])
+    tensors = facts["tensors"]
+    parts = [_tensor(one, facts["direction"]) for one in tensors[:MOST_TENSORS]]
+    if len(tensors) > MOST_TENSORS:
+        more = count(len(tensors) - MOST_TENSORS, "more file")
+        parts.append(f"… and {more}; name one, as in `FILE:TENSOR`")
+    return "\n\n".join(parts)
 
 
 def _tensor(one: Mapping[str, Any], direction: str) -> str:
@@ -32,8 +40,11 @@ def _tensor(one: Mapping[str, Any], direction: str) -> str:
         lines.append(f"  rule {one['rule']}{label}")
     lines += [f"  {sentence}" for sentence in one["words"]]
     lines += [f"  {click.style('note', fg='yellow')} {note}" for note in one["notes"]]
-    for flow in one["flows"]:
+    for flow in one["flows"][:MOST_FLOWS]:
         lines += ["", *_flow(flow, direction)]
+    if len(one["flows"]) > MOST_FLOWS:
+        more = count(len(one["flows"]) - MOST_FLOWS, f"more {'source' if direction == 'forward' else 'target'} tensor")
+        lines += ["", f"  … and {more}; `--json` lists all"]
     return "\n".join(lines)
 
 

@@ -23,6 +23,8 @@ from engine.review.explain_source import explain_source
 from engine.review.explanation import Explained, Explanation
 from engine.review.lattice import Lattice, index_text, join_lattices
 from engine.review.selection import Selection, parse_selection
+from tests import test_language_features as words
+from tests.support.families import model_of, save_family
 from tests.support.shards import Model, save
 
 PAIRS = Model("v2", layers=4, hidden=32, heads=4, groups=2, ffn=24, rotary="pairs")
@@ -35,6 +37,15 @@ CHECKPOINTS: dict[str, tuple[Model, dict[str, Any]]] = {
 }
 
 
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "llama": ("llama", {"layers": 2, "groups": 2, "heads": 4}, {"tp": 2, "pp": 2}, ""),
+    "internlm3": ("internlm3", {"layers": 2}, {"mode": "isp_wp", "wp": 3}, ""),
+    "experts": ("moe", {"layers": 2, "experts": 3}, {"tp": 2}, ""),
+    "stacked": ("moe", {"layers": 2, "experts": 3}, {"tp": 2}, "families/moe-stacked.yaml"),
+    "meta": ("meta", {"layers": 2, "vocab": 64, "embedding": "by_vocab", "rope_base": 500000.0}, {"tp": 2}, ""),
+}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, dict[str, torch.Tensor]]]:
     """Each checkpoint's plan and its converted tensors."""
@@ -43,6 +54,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, dict[
     for name, (model, layout) in CHECKPOINTS.items():
         save(model, folder / name, **layout)
         plan = engine.plan(model.mapping, folder / name)
+        result[name] = plan, dict(engine.iter_tensors(plan))
+    for name, (kind, facts, layout, mapping) in FAMILIES.items():
+        family = model_of(kind, **facts)
+        save_family(family, folder / name, **layout)
+        plan = engine.plan(mapping or family.mapping, folder / name)
         result[name] = plan, dict(engine.iter_tensors(plan))
     return result
 
@@ -124,19 +140,17 @@ def test_every_output_and_every_source_tensor_can_be_explained(made: dict[str, A
             assert sum(flow.elements for flow in told.flows) * ITEM_SIZES[source.header.dtype] == source.header.nbytes
 
 
-# -- it is told in words
+# -- it is told in sentences
 
 
 def test_rotary_pairs_are_worked_through_in_words(pairs: Path) -> None:
     told = only(api.explain("model.layers.1.self_attn.q_proj.weight[0:8, :]", PAIRS.mapping, pairs))
-    words = "\n".join(told.words)
-    assert "`(groups queries half pair) hidden`, with groups 2, queries 2, half 2, pair 4, hidden 32" in words
-    assert "rows 0…7 are groups 0, queries 0, half 0…1, pair 0…3" in words
-    assert (
-        "in training layers.{layer}.attention.wqkv.weight is `(groups (queries + k + v) pair half) | hidden`" in words
-    )
-    assert "groups is cut over tp: ranks 0…1 hold 1 each" in words
-    assert "layer 1 of 0…3, number 1 in pipeline rank 0 (0…1)" in words
+    sentences = "\n".join(told.words)
+    assert "`(groups queries half pair) hidden`, with groups 2, queries 2, half 2, pair 4, hidden 32" in sentences
+    assert "rows 0…7 are groups 0, queries 0, half 0…1, pair 0…3" in sentences
+    assert "layers.{layer}.attention.wqkv.weight is `(groups (queries + k + v) pair half) | hidden`" in sentences
+    assert "groups is cut over tp: ranks 0…1 hold 1 each" in sentences
+    assert "layer 1 of 0…3, number 1 in pipeline rank 0 (0…1)" in sentences
     file, line, _ = str(told.rule_place).split(":")
     assert told.rule == "qkv_pairs"
     assert (Path(__file__).parents[1] / file).read_text().splitlines()[int(line) - 1].strip() == "- name: qkv_pairs"
@@ -178,6 +192,44 @@ def test_an_ignored_tensor_is_told_with_its_reason(tmp_path: Path) -> None:
     told = only(api.explain(name, PAIRS.mapping, tmp_path / "step", backward=True))
     assert told.notes == ("ignored: recomputed by transformers",)
     assert told.flows == ()
+
+
+def test_dropped_rows_are_told_with_their_reason(tmp_path: Path) -> None:
+    whole = {"embed.weight": torch.randn(8, 4), "head.weight": torch.randn(11, 4)}
+    whole |= {f"layers.{i}.mlp.weight": torch.randn(6, 4) for i in range(2)}
+    words.shards(whole, tmp_path)
+    padded = {"axes": "(vocab + padding) hidden", "target": None, "drop": {"padding": "rows added to divide by tp"}}
+    data = words.rule("head", **padded, targets=[{"name": "head.weight", "axes": "vocab hidden"}])
+    mapping = str(words.write(data, tmp_path))
+    told = only(api.explain("model_tp1_pp0.pt:head.weight[7:10]", mapping, tmp_path / "step", backward=True))
+    assert told.notes == ("dropped: 4 elements of `padding`: rows added to divide by tp",)
+    assert [(flow.target.slice, flow.elements) for flow in told.flows] == [("[7, 2:4]", 2)]
+
+
+def test_a_tensor_that_is_not_written_because_it_is_tied_is_told(tmp_path: Path) -> None:
+    whole = {"embed.weight": torch.randn(8, 4), "head.weight": torch.randn(8, 4)}
+    whole |= {f"layers.{i}.mlp.weight": torch.randn(6, 4) for i in range(2)}
+    words.shards(whole, tmp_path)
+    data = {**words.rule("head", tied_to="embed.weight"), "config": {"tie_word_embeddings": True}}
+    mapping = str(words.write(data, tmp_path))
+    forward = only(api.explain("head.weight[0]", mapping, tmp_path / "step"))
+    assert forward.asked.name == "embed.weight"
+    assert "ties it to embed.weight" in forward.notes[0]
+    backward = only(api.explain("model_tp0_pp0.pt:head.weight", mapping, tmp_path / "step", backward=True))
+    assert backward.flows == ()
+    assert "tied to embed.weight" in backward.notes[0]
+
+
+def test_a_transposed_tensor_is_told_as_such(tmp_path: Path) -> None:
+    whole = {"embed.weight": torch.randn(8, 4), "head.weight": torch.randn(8, 4)}
+    whole |= {f"layers.{i}.mlp.weight": torch.randn(6, 4) for i in range(2)}
+    words.shards(whole, tmp_path)
+    data = words.rule("head", target=None, targets=[{"name": "head.weight", "axes": "hidden vocab"}])
+    told = only(api.explain("head.weight[1, 2:6]", str(words.write(data, tmp_path)), tmp_path / "step"))
+    (flow,) = told.flows
+    (stretch,) = flow.stretches
+    assert (stretch.source, stretch.target) == (("2:6", "1"), ("1", "2:6"))
+    assert stretch.order == ("columns 2…5 come from rows 2…5",)
 
 
 def test_values_that_are_changed_on_the_way_are_told(tmp_path: Path) -> None:
@@ -222,6 +274,13 @@ def test_near_names_are_suggested(pairs: Path) -> None:
             api.explain(text, PAIRS.mapping, pairs, backward=backward)
 
 
+def test_a_name_of_the_other_side_is_recognised(pairs: Path) -> None:
+    with pytest.raises(EngineError, match="give it with --from"):
+        api.explain("layers.0.attention.wqkv.weight[0]", PAIRS.mapping, pairs)
+    with pytest.raises(EngineError, match="give it without --from"):
+        api.explain("lm_head.weight", PAIRS.mapping, pairs, backward=True)
+
+
 def test_spaces_and_trailing_commas_are_as_in_numpy() -> None:
     assert parse_selection(" a.b [ 0:4 , : ] ") == Selection("a.b", ("0:4", ":"))
     assert parse_selection("a.b[3,]") == Selection("a.b", ("3",))
@@ -257,6 +316,17 @@ def test_the_command_goes_the_other_way(pairs: Path) -> None:
     done = invoke("explain", "-m", PAIRS.mapping, "-s", pairs, "--from", "model_tp1_pp1.pt:output.weight[0]")
     assert done.exit_code == 0, done.stderr
     assert "to lm_head.weight[16, :]" in done.stdout
+
+
+def test_many_ranks_are_counted_on_the_terminal_and_all_there_as_json(tmp_path: Path) -> None:
+    model = Model("v2", layers=2, hidden=64, heads=16, groups=16, ffn=32, bias=False)
+    save(model, tmp_path / "step", tp=16, pp=2)
+    given = ("explain", "-m", model.mapping, "-s", tmp_path / "step")
+    shown = invoke(*given, "--from", "layers.0.attention.wqkv.weight")
+    assert "… and 24 more files; name one, as in `FILE:TENSOR`" in shown.stdout
+    assert len(json.loads(invoke(*given, "--from", "layers.0.attention.wqkv.weight", "--json").stdout)["tensors"]) == 32
+    shown = invoke(*given, "model.layers.1.self_attn.o_proj.weight")
+    assert "… and 8 more source tensors; `--json` lists all" in shown.stdout
 
 
 def test_the_command_says_what_is_missing() -> None:

@@ -81,8 +81,9 @@ def draw(picture: Picture) -> Drawing:
     count = max(len(picture.sources) + picture.hidden, 1)
     frames: list[Frame] = []
     x = y = line = 0.0
+    narrow = 0.45 if len(picture.sources) > 16 else 1.0
     for tile in picture.sources:
-        width, height = _size(tile, scale_x, scale_y)
+        width, height = _size(tile, scale_x * narrow, scale_y)
         across = max(width, 7.0 * min(len(tile.label), 24))
         if x and x + across > LEFT:
             x, y, line = 0.0, y + line + GAP, 0.0

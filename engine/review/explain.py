@@ -10,6 +10,7 @@ from engine.plan.classes import CopyTable
 from engine.plan.groups import Group
 from engine.plan.model import Output, Plan
 from engine.plan.sides import Shard
+from engine.plan.stored import strip
 from engine.review.explain_words import (
     axes_sentence,
     cut_sentence,
@@ -44,7 +45,9 @@ def explain(plan: Plan, asked: str) -> Explanation:
         name = plan.outputs[ties[name].same_as].name
         notes.append(f"{selection.name} is not written: the configuration ties it to {name}; a run compares the two")
     if name not in names:
-        raise unknown_name(selection.name, "output", [*names, *ties])
+        stored = any(name in (one.header.name, one.name) for one in strip(plan.files, plan.layout))
+        other = f"`{name}` is a source tensor: give it with --from." if stored else None
+        raise unknown_name(name, "output", [*names, *ties], otherwise=other)
     index = names[name]
     output = plan.outputs[index]
     window = selection.window(output.shape)

@@ -50,7 +50,13 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
     named = [one for one in stored if selection.name in (one.header.name, one.name)]
     if not named:
         where = f" in {selection.file}" if selection.file is not None else ""
-        raise unknown_name(selection.name, f"source tensor{where} named", [one.header.name for one in stored])
+        written = any(selection.name == output.name for output in plan.outputs)
+        raise unknown_name(
+            selection.name,
+            f"source tensor{where} named",
+            [one.header.name for one in stored],
+            otherwise=f"`{selection.name}` is an output: give it without --from." if written else None,
+        )
     places = find_places(plan, table, named)
     # Ranks hold tensors of several shapes: only those that have the positions are explained.
     fitting: list[tuple[Stored, Window]] = []

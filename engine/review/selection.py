@@ -73,12 +73,10 @@ def _error(name: str, why: str, text: str) -> EngineError:
     return EngineError("E001", f"a slice of `{name}` cannot be used: {why}", got=text, fix=_FIX)
 
 
-def unknown_name(name: str, kind: str, known: Iterable[str]) -> EngineError:
-    """E001 for a name that is not there, with those that come near."""
+def unknown_name(name: str, kind: str, known: Iterable[str], *, otherwise: str | None = None) -> EngineError:
+    """E001 for a name that is not there, with those that come near, or with what to do `otherwise`."""
     near = get_close_matches(name, list(dict.fromkeys(known)), 3)
+    suggested = f"Did you mean `{near[0]}`?" if near else "`engine plan` lists the names."
     return EngineError(
-        "E001",
-        f"there is no {kind} `{name}`",
-        expected="\n".join(near) or None,
-        fix=f"Did you mean `{near[0]}`?" if near else "`engine plan` lists the names.",
+        "E001", f"there is no {kind} `{name}`", expected="\n".join(near) or None, fix=otherwise or suggested
     )
