@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from engine.language.lint import Finding
     from engine.plan.model import Plan
     from engine.review.compare import Comparison
-    from engine.review.verify import Verified
     from engine.review.explanation import Explanation
+    from engine.review.verify import Verified
     from engine.run.runner import Progress
 
 __all__ = [

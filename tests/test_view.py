@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 
 import engine
@@ -97,24 +98,21 @@ def test_names_from_checkpoints_and_mappings_cannot_become_markup(tmp_path: Path
     state = torch.load(path, weights_only=True)
     state[HOSTILE] = state.pop("norm.weight")
     torch.save(state, path)
-    text = (ROOT / "mappings" / "families" / "internlm2.yaml").read_text()
-    line = "{source: norm.weight, target: model.norm.weight, axes: hidden, stage: last}"
-    assert line in text
-    text = text.replace(
-        line, json.dumps({"source": HOSTILE, "target": f"n{HOSTILE}", "axes": "hidden", "stage": "last"})
-    )
-    text = text.replace("description: InternLM2", "description: <b onclick='x'>InternLM2")
+    data = yaml.safe_load((ROOT / "mappings" / "families" / "internlm2.yaml").read_text())
+    data["description"] = "<b onclick='x'>InternLM2</b>"
+    (norm,) = [rule for rule in data["rules"] if rule["source"] == "norm.weight"]
+    norm |= {"name": f"r{HOSTILE}", "source": HOSTILE, "target": f"n{HOSTILE}"}
     mapping = tmp_path / "hostile.yaml"
-    mapping.write_text(text)
+    mapping.write_text(json.dumps(data))
     page = view_page(engine.plan(str(mapping), folder))
     read = Page(page)
     assert [tag for tag, _ in read.elements].count("script") == 2
     assert not read.tags() & {"img", "b"}
     shown = "".join(read.words)
     assert "alert(1)" in shown and "<img src=x onerror=alert(1)>" in shown and "<svg onload=alert(1)>.bin" in shown
-    data = re.search(r'id="lookup">(.*?)</script>', page, re.DOTALL)
-    assert data is not None
-    assert HOSTILE in [source[1] for picture in json.loads(data[1]) for source in picture["sources"]]
+    lookup = re.search(r'id="lookup">(.*?)</script>', page, re.DOTALL)
+    assert lookup is not None
+    assert HOSTILE in [source[1] for picture in json.loads(lookup[1]) for source in picture["sources"]]
 
 
 def test_a_large_model_stays_below_a_megabyte(tmp_path: Path) -> None:
