@@ -310,5 +310,5 @@ def verified(found: Verified) -> str:
     """What `engine verify` found."""
     told = f"{found.tensors} tensors and {found.files} files, {amount(found.nbytes)}"
     if found.problems:
-        return "\n".join([*found.problems[:50], f"{len(found.problems)} problems in {told}"])
+        return "\n".join([*found.problems[:50], f"{count(len(found.problems), 'problem')} in {told}"])
     return f"{told}: as they were written\n  content {found.content_id or 'without digests'}"
