@@ -151,7 +151,7 @@ def _class_of(group: Group, reaching: Sequence[Group]) -> tuple[object, ...]:
         (
             id(one.instance),
             one.cut,
-            tuple((r, s[0].header.shape, s[0].header.strides, s[0].header.dtype) for r, s in one.shards.items()),
+            tuple((r, h.shape, h.strides, h.dtype, h.part) for r, s in one.shards.items() for h in (s[0].header,)),
             tuple((a, v) for a, v in one.fixed.items() if a not in shared),
         )
         for one in (group, *reaching)
