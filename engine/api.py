@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from engine.review.compare import Comparison
     from engine.review.explanation import Explanation
     from engine.review.verify import Verified
+    from engine.review.proof import Proof
     from engine.run.runner import Progress
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "plan",
     "plan_reshard",
     "plan_reverse",
+    "prove",
     "read_checkpoint",
     "reshard",
     "reverse",
@@ -312,6 +314,24 @@ def view(
     from engine.review.view import view_page, write_page
 
     return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), Path(out), overwrite=overwrite)
+
+
+def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = False) -> list[Proof]:
+    """Prove mappings: total, injective, exactly invertible, alike in every layout; without names, all bundled ones.
+
+    Runs the real planner and runner on tiny index tensors in a temporary folder, checks a release's
+    own sizes by box arithmetic, and compares names and shapes with transformers' model. Rules that
+    several mappings share are run once.
+
+    Args:
+        names: paths, names of bundled mappings, or loaded ones.
+        mutants: perturb each rule too, and say what would have caught it.
+    """
+    from engine.language.search import list_names
+    from engine.review.prove import prove as prove_each
+
+    bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
+    return prove_each(list(names) or bundled, mutants=mutants)
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

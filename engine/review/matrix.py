@@ -1,0 +1,123 @@
+"""The matrix that a mapping is proved over: layouts, choices, and which combinations of them to run.
+
+Every pair of facts (a choice of one variant with a choice of another, or with a layout) occurs in
+some row; all combinations would be thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from random import Random
+from typing import Any
+
+from engine.language.expressions import names_in
+from engine.language.model import Layout, Mode
+from engine.language.model import Mapping as MappingFile
+from engine.plan.destination import Request
+from engine.plan.ranks import rank_dims
+
+_MAX_COMBINATIONS = 512
+_SAMPLE = 60  # candidates looked at for each row
+# Ranks per dimension that is not the pipeline's: even and uneven, a few and more than some axis has.
+_RANKS: dict[int, tuple[tuple[int, ...], ...]] = {0: ((),), 1: ((2,), (3,), (4,)), 2: ((2, 4), (1, 3), (3, 2))}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One layout to write: what `reverse` is asked for."""
+
+    label: str
+    mode: str
+    sizes: Mapping[str, int]
+    chunks: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)  # variants and options of the layout
+
+    def request(self) -> Request:
+        return Request(self.mode, self.sizes, self.chunks)
+
+
+def cases(layout: Layout) -> list[Case]:
+    """Ranks one and many, even and uneven, in every mode; chunks, and what else the layout can do."""
+    found: list[Case] = []
+    for number, mode in enumerate(layout.modes):
+        dims = rank_dims(mode.files[0])
+        if number == 0:
+            found.append(_case(mode, dict.fromkeys(dims, 1)))
+        others = [d for d in dims if d != "pp"]
+        tried = _RANKS.get(len(others)) or tuple((n,) * len(others) for n in (2, 3, 4))
+        for ranks, pps in zip(tried, (2, 3, 1), strict=False):
+            sizes = dict(zip(others, ranks, strict=True))
+            found.append(_case(mode, {d: sizes.get(d, pps) for d in dims}))
+        if number == 0 and "pp" in dims:
+            found += _chunked(layout, mode, {d: 2 for d in dims})
+    switches = [name for name, option in layout.options.items() if option.type == "boolean"]
+    if switches:
+        found.append(_case(layout.modes[0], found[1].sizes, **dict.fromkeys(switches, True)))
+    return found
+
+
+def _chunked(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> Iterator[Case]:
+    if "chunk" not in names_in(layout.layers.stage):
+        return
+    variants = layout.layers.variants
+    for choices in product(*(v.choices for v in variants.values())):
+        yield _case(mode, sizes, chunks=2, **dict(zip(variants, choices, strict=True)))
+
+
+def _case(mode: Mode, sizes: Mapping[str, int], *, chunks: int = 1, **settings: Any) -> Case:
+    words = [mode.name, *(f"{dim}{count}" for dim, count in sizes.items())]
+    words += [f"chunks{chunks}"] if chunks > 1 else []
+    words += [name if value is True else str(value) for name, value in settings.items()]
+    return Case(" ".join(words), mode.name, sizes, chunks, settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run: a combination of choices, with most or fewest optional tensors, in one layout."""
+
+    choices: Mapping[str, str]
+    most: bool
+    case: Case
+
+
+def rows(
+    mapping: MappingFile, layouts: Sequence[Case], possible: Sequence[tuple[Mapping[str, str], bool]]
+) -> list[Row]:
+    """Rows in which every pair of facts occurs that occurs at all."""
+    candidates = [Row(choices, most, case) for choices, most in possible for case in layouts]
+    left = {pair for row in candidates for pair in _pairs(row)}
+    random = Random(mapping.name)
+    chosen: list[Row] = []
+    while left:
+        useful = next(iter(sorted(left, key=repr)))
+        fitting = [row for row in candidates if useful[0] in _facts(row) and useful[1] in _facts(row)]
+        sample = random.sample(fitting, min(_SAMPLE, len(fitting)))
+        best = max(sample, key=lambda row: len(left.intersection(_pairs(row))))
+        chosen.append(best)
+        left.difference_update(_pairs(best))
+    return chosen
+
+
+def combinations_of(mapping: MappingFile) -> list[tuple[dict[str, str], bool]]:
+    """Combinations of choices, each with most and with fewest optional tensors; at most some hundreds."""
+    names = list(mapping.variants)
+    every = list(product(*(mapping.variants[n].choices for n in names)))
+    if len(every) > _MAX_COMBINATIONS:
+        every = Random(mapping.name).sample(every, _MAX_COMBINATIONS)
+    loose = any("{param}" in rule.sources[0] or rule.optional for rule in mapping.rules)
+    return [
+        (dict(zip(names, one, strict=True)), most) for one in every for most in ((True, False) if loose else (True,))
+    ]
+
+
+Fact = tuple[str, str]
+
+
+def _facts(row: Row) -> list[Fact]:
+    return [*row.choices.items(), ("", str(row.most)), ("layout", row.case.label)]
+
+
+def _pairs(row: Row) -> list[tuple[Fact, Fact]]:
+    return list(combinations(_facts(row), 2))
