@@ -20,8 +20,14 @@ from engine.plan.ranks import rank_dims
 
 _MAX_COMBINATIONS = 512
 _SAMPLE = 60  # candidates looked at for each row
+# At real sizes: ranks that cut an axis, and ranks that cut rows, also inside heads.
+_REAL = ((8, 32), (4, 32), (2, 32), (2, 16), (2, 2), (1, 1))
 # Ranks per dimension that is not the pipeline's: even and uneven, a few and more than some axis has.
 _RANKS: dict[int, tuple[tuple[int, ...], ...]] = {0: ((),), 1: ((2,), (3,), (4,)), 2: ((2, 4), (1, 3), (3, 2))}
+
+
+Fact = tuple[str, str]
+Combination = tuple[Mapping[str, str], bool]  # choices, and whether most or fewest optional tensors are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +88,7 @@ class Row:
     case: Case
 
 
-def rows(
-    mapping: MappingFile, layouts: Sequence[Case], possible: Sequence[tuple[Mapping[str, str], bool]]
-) -> list[Row]:
+def rows(mapping: MappingFile, layouts: Sequence[Case], possible: Sequence[Combination]) -> list[Row]:
     """Rows in which every pair of facts occurs that occurs at all."""
     candidates = [Row(choices, most, case) for choices, most in possible for case in layouts]
     left = {pair for row in candidates for pair in _pairs(row)}
@@ -100,7 +104,7 @@ def rows(
     return chosen
 
 
-def combinations_of(mapping: MappingFile) -> list[tuple[dict[str, str], bool]]:
+def combinations_of(mapping: MappingFile) -> list[Combination]:
     """Combinations of choices, each with most and with fewest optional tensors; at most some hundreds."""
     names = list(mapping.variants)
     every = list(product(*(mapping.variants[n].choices for n in names)))
@@ -112,12 +116,25 @@ def combinations_of(mapping: MappingFile) -> list[tuple[dict[str, str], bool]]:
     ]
 
 
-Fact = tuple[str, str]
-
-
 def _facts(row: Row) -> list[Fact]:
     return [*row.choices.items(), ("", str(row.most)), ("layout", row.case.label)]
 
 
 def _pairs(row: Row) -> list[tuple[Fact, Fact]]:
     return list(combinations(_facts(row), 2))
+
+
+def real_cases(layout: Layout) -> list[list[Case]]:
+    """For every way to cut layers, layouts as they are used at real sizes; the first that fits is enough."""
+    found: list[list[Case]] = []
+    cuts_seen: list[object] = []
+    for number, mode in enumerate(layout.modes):
+        if mode.files[0].cuts.get("layers") in cuts_seen:
+            continue
+        cuts_seen.append(mode.files[0].cuts.get("layers"))
+        dims = rank_dims(mode.files[0])
+        rows_cut = {dim for cuts in mode.files[0].cuts.values() for dim, role in cuts.items() if role == "rows"}
+        pps = 2 if number else 4
+        tried = [{d: pps if d == "pp" else wide if d in rows_cut else few for d in dims} for few, wide in _REAL]
+        found.append([_case(mode, sizes) for sizes in tried])
+    return found

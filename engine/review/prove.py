@@ -21,11 +21,14 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.review.counterexamples import counter_examples
-from engine.review.matrix import Case, Row, cases, combinations_of, rows
+from engine.review.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
+from engine.review.meta_model import misfits, wanted
 from engine.review.proof import Check, Failure, Proof, check_of
 from engine.review.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
-from engine.review.tiny import World, guess_sizes, make_world, shows
+from engine.review.symbolic import prove_boxes, reverse_of
+from engine.review.tiny import World, Worlds, guess_sizes
 
+RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
 _MOST_FAILURES = 5  # counter-examples told of one check
 
 
@@ -64,15 +67,42 @@ def _prove(mapping: MappingFile, proven: _Proven) -> list[Check]:
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
     if not checks[0].holds:
         return checks
+    worlds = Worlds(mapping)
+    possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
     key = proven.key(mapping)
     if key in proven.names:
-        checks.append(Check("round trip", True, f"the rules of {proven.names[key]}, proved there"))
+        checks.append(Check(ROUND_TRIP, True, f"the rules of {proven.names[key]}, proved there"))
+    else:
+        proven.names[key] = mapping.name
+        with tempfile.TemporaryDirectory(prefix="prove-") as folder:
+            checks.append(check_round_trip(mapping, layout, worlds, possible, Path(folder))[0])
+    if not checks[-1].holds:
         return checks
-    proven.names[key] = mapping.name
-    with tempfile.TemporaryDirectory(prefix="prove-") as folder:
-        check, _ = check_round_trip(mapping, layout, combinations, Path(folder))
-        checks.append(check)
+    world = usual(mapping, worlds, possible)
+    if mapping.expect:
+        told = json.dumps([key, sorted(mapping.expect.items())])
+        if told in proven.names:
+            checks.append(Check(REAL_SIZES, True, f"the sizes of {proven.names[told]}, proved there"))
+        else:
+            proven.names[told] = mapping.name
+            checks.append(check_real_sizes(mapping, layout, world))
+    checks.append(check_model(mapping, world))
     return checks
+
+
+def usual(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination]) -> World:
+    """The world of the default choices, at a release's own sizes where it names them."""
+    free = {**guess_sizes(mapping), **mapping.expect}
+
+    def unusual(combination: Combination) -> int:
+        choices, most = combination
+        default = {v.name: v.default or list(v.choices)[-1] for v in mapping.variants.values()}
+        return 2 * sum(choices[name] != choice for name, choice in default.items()) + most
+
+    choices, most = min(possible, key=unusual)
+    world = worlds.make(choices, free, most=most)
+    assert world is not None  # it is possible
+    return world
 
 
 def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> Check:
@@ -84,7 +114,7 @@ def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]])
         failures += counter_examples(mapping, list(distinct.values()))[:_MOST_FAILURES]
         failures += [_of_finding(finding) for finding in errors[:_MOST_FAILURES]]
     told = f"{len(mapping.rules)} rules, each piece in exactly one place on either side"
-    return check_of("rules", told, failures)
+    return check_of(RULES, told, failures)
 
 
 def _whens(mapping: MappingFile, choices: Mapping[str, str]) -> list[bool]:
@@ -97,37 +127,34 @@ def _of_finding(finding: Finding) -> Failure:
 
 
 def check_round_trip(
-    mapping: MappingFile, layout: Layout, combinations: Sequence[tuple[Mapping[str, str], bool]], folder: Path
+    mapping: MappingFile, layout: Layout, worlds: Worlds, possible: Sequence[Combination], folder: Path
 ) -> tuple[Check, list[Trip]]:
     """Index tensors to rank files and back, over a matrix of layouts and choices."""
-    name = "round trip"
     if not mapping.training_config:
-        return Check(name, None, "not checked: the mapping has no `training_config`, so nothing can be written"), []
-    free = guess_sizes(mapping)
-    possible = [(choices, most) for choices, most in combinations if shows(mapping, choices, most=most)]
+        told = "not checked: the mapping has no `training_config`, so nothing can be written"
+        return Check(ROUND_TRIP, None, told), []
     if not possible:
         failure = Failure("no set of tensors shows any combination of choices", str(mapping.place))
-        return check_of(name, "no combination of choices can be reached", [failure]), []
-    layouts = cases(layout)
+        return check_of(ROUND_TRIP, "no combination of choices can be reached", [failure]), []
+    free = guess_sizes(mapping)
+    first = worlds.make(possible[0][0], free, most=possible[0][1])
+    layouts = [case for case in cases(layout) if first is None or fits(mapping, layout, first, case)]
     failures: list[Failure] = []
     trips: list[Trip] = []
     lossy: set[str] = set()
-    refused: dict[str, str] = {}
     ran: set[str] = set()
     for number, row in enumerate(rows(mapping, layouts, possible)):
         if len(failures) >= _MOST_FAILURES:
             break
         try:
-            world = make_world(mapping, row.choices, free, most=row.most)
+            world = worlds.make(row.choices, free, most=row.most)
             if world is None:
                 continue
             trip = _trip(mapping, layout, world, row.case, folder / str(number))
             plan, given = plan_back(mapping, layout, trip)
             failures += compare_trip(trip, plan, folder / str(number) / "back")
         except EngineError as error:
-            if error.code == "E214":
-                refused[row.case.label] = error.got or error.message
-            else:
+            if error.code != "E214":  # these choices cannot be cut so; others could
                 failures.append(Failure.of(error, f"{row.case.label}; {_told(row)}"))
             continue
         trips.append(replace(trip, settings=given))
@@ -136,12 +163,65 @@ def check_round_trip(
     told = f"{len(trips)} round trips of {free_of(free)} over {len(ran)} layouts, every element back at its place"
     if lossy:
         told += f"; totality only for {', '.join(sorted(lossy))}, which change or drop values"
-    left = [label for label in refused if label not in ran]
-    if left:
-        told += f"; too many ranks for these sizes: {', '.join(left)}"
+    missed = _never(mapping, possible)
+    if missed:
+        told += f"; shown by no set of tensors: {', '.join(missed)}"
     if not trips and not failures:
         failures.append(Failure("no layout can hold a tiny model", str(mapping.place)))
-    return check_of(name, told, failures), trips
+    return check_of(ROUND_TRIP, told, failures), trips
+
+
+def fits(mapping: MappingFile, layout: Layout, world: World, case: Case) -> bool:
+    """Whether a layout can hold a world; what else is wrong shows when it is run."""
+    try:
+        reverse_of(mapping, layout, world, case)
+    except EngineError as error:
+        return error.code != "E214"
+    return True
+
+
+def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
+    """Choices that occur in no possible combination."""
+    reached = {(name, choice) for choices, _ in possible for name, choice in choices.items()}
+    every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
+    return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
+
+
+def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Check:
+    """The sizes a release names follow from its configuration, and both directions are exact at them."""
+    failures = [
+        Failure(
+            f"`{axis}` would be {world.sizes.get(axis)}, the release has {size}",
+            str(mapping.expect_place or mapping.place),
+        )
+        for axis, size in mapping.expect.items()
+        if world.sizes.get(axis) != size
+    ]
+    ran: list[str] = []
+    for tried in real_cases(layout) if not failures else ():
+        for case in tried:
+            try:
+                failures += prove_boxes(mapping, layout, world, case)
+            except EngineError as error:
+                if error.code == "E214":
+                    continue
+                failures.append(Failure.of(error, f"{case.label}; {world.label}"))
+            ran.append(case.label)
+            break
+    told = f"{world.elements / 1e9:.1f} billion elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
+    return check_of(REAL_SIZES, told, failures)
+
+
+def check_model(mapping: MappingFile, world: World) -> Check:
+    """The names and shapes that transformers' own model has."""
+    try:
+        model = wanted(world.config, mapping.architecture)
+    except EngineError as error:
+        return check_of(MODEL, "transformers builds the model", [Failure.of(error)])
+    if isinstance(model, str):
+        return Check(MODEL, None, model)
+    told = f"{len(model)} names and shapes of transformers' {mapping.model_type} model"
+    return check_of(MODEL, told, misfits(world.shapes, model, world.pieces))
 
 
 def _trip(mapping: MappingFile, layout: Layout, world: World, case: Case, folder: Path) -> Trip:

@@ -128,39 +128,59 @@ def _axes_of(mapping: MappingFile) -> dict[str, None]:
     return dict.fromkeys(names)
 
 
-def shows(mapping: MappingFile, choices: Mapping[str, str], *, most: bool) -> bool:
-    """Whether some set of tensors shows these choices."""
-    return (
-        _used(mapping, [one for one in instances(mapping) if is_active(one, choices)], choices, most=most) is not None
-    )
+class Worlds:
+    """The worlds of a mapping, made when asked for."""
 
+    def __init__(self, mapping: MappingFile) -> None:
+        self._mapping = mapping
+        self._instances = instances(mapping)
+        self._shown = [mapping.variants[name] for name in of_files(mapping)]
+        self._absent: dict[object, dict[tuple[str | None, ...], tuple[str, ...]]] = {}
 
-def make_world(
-    mapping: MappingFile, choices: Mapping[str, str], sizes: Mapping[str, int], *, most: bool = True
-) -> World | None:
-    """The world of a combination of choices; None when no set of tensors shows these choices.
+    def shows(self, choices: Mapping[str, str], *, most: bool) -> bool:
+        """Whether some set of tensors shows these choices."""
+        return self._used(choices, most=most) is not None
 
-    Args:
-        sizes: of axes that are free; the others follow.
-        most: with every bias and optional tensor that the choices allow, or with as few as they allow.
+    def make(self, choices: Mapping[str, str], sizes: Mapping[str, int], *, most: bool = True) -> World | None:
+        """The world of a combination of choices; None when no set of tensors shows them.
 
-    Raises:
-        EngineError: E107, or E204 for a size that does not follow.
-    """
-    active = [one for one in instances(mapping) if is_active(one, choices)]
-    used = _used(mapping, active, choices, most=most)
-    if used is None:
-        return None
-    pieces = match_pieces(used)
-    dropped = {axis for one in used for axis in one.rule.drop}
-    fixed = {**sizes, **dict.fromkeys(dropped, 0)}
-    solved, config = settle(mapping, choices, used, fixed)
-    listed = whole_groups(pieces, whole_instances(pieces), solved, {})
-    shapes = {group.name: next(iter(group.shards.values()))[0].header.shape for _, group in listed}
-    ties = bool(config.get("tie_word_embeddings"))
-    tied = {group.name: to for spec, group in listed if ties and (to := spec.instances[0].rule.tied_to) in shapes}
-    lossy = dict.fromkeys(i.rule.name for i in used if i.rule.transform is not None or i.rule.drop)
-    return World(dict(choices), solved, config, pieces, shapes, {k: str(v) for k, v in tied.items()}, tuple(lossy))
+        Args:
+            sizes: of axes that are free; the others follow.
+            most: with every bias and optional tensor that the choices allow, or with as few as they allow.
+
+        Raises:
+            EngineError: E107, or E204 for a size that does not follow.
+        """
+        used = self._used(choices, most=most)
+        if used is None:
+            return None
+        pieces = match_pieces(used)
+        fixed = {**sizes, **{axis: 0 for one in used for axis in one.rule.drop}}
+        solved, config = settle(self._mapping, choices, used, fixed)
+        listed = whole_groups(pieces, whole_instances(pieces), solved, {})
+        shapes = {group.name: next(iter(group.shards.values()))[0].header.shape for _, group in listed}
+        tied: dict[str, str] = {}
+        for spec, group in listed:
+            to = spec.instances[0].rule.tied_to
+            if to in shapes and config.get("tie_word_embeddings"):
+                tied[group.name] = str(to)
+        lossy = dict.fromkeys(i.rule.name for i in used if i.rule.transform is not None or i.rule.drop)
+        return World(dict(choices), solved, config, pieces, shapes, tied, tuple(lossy))
+
+    def _used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
+        """Active rules' tensors that together show the choices which names decide."""
+        active = [one for one in self._instances if is_active(one, choices)]
+        loose = {one.sources[0].text: one for one in active if one.param == "bias" or one.rule.optional}
+        key = tuple(one.sources[0].text for one in active), tuple(loose), most
+        if key not in self._absent:
+            found: dict[tuple[str | None, ...], tuple[str, ...]] = {}
+            for absent in _subsets(tuple(loose), most=most):
+                names = _training_names([one for one in active if one.sources[0].text not in absent])
+                present = {"present": present_in(names)}
+                found.setdefault(tuple(_first(v.choices, present) for v in self._shown), absent)
+            self._absent[key] = found
+        left = self._absent[key].get(tuple(choices[v.name] for v in self._shown))
+        return None if left is None else [one for one in active if one.sources[0].text not in left]
 
 
 def settle(
@@ -194,7 +214,7 @@ def settle(
 def _render(tree: Any, names: Mapping[str, Any]) -> Any:
     """A configuration as far as names give it; a key of the training configuration that is missing stands as 1."""
     if isinstance(tree, Expression):
-        for more in ({}, dict.fromkeys(names_in(tree), 1)):
+        for more in ({}, dict.fromkeys(names_in(tree), 1.0)):
             try:
                 return evaluate(tree, {**more, **names})
             except EngineError:
@@ -220,21 +240,7 @@ def of_files(mapping: MappingFile) -> tuple[str, ...]:
     )
 
 
-def _used(
-    mapping: MappingFile, active: Sequence[Instance], choices: Mapping[str, str], *, most: bool
-) -> list[Instance] | None:
-    """Active rules' tensors that together show the choices which names decide."""
-    loose = [one for one in active if one.param == "bias" or one.rule.optional]
-    shown = [mapping.variants[name] for name in of_files(mapping)]
-    for absent in _subsets(loose, most=most):
-        used = [one for one in active if one not in absent]
-        present = {"present": present_in(_training_names(used))}
-        if all(_first(variant.choices, present) == choices[variant.name] for variant in shown):
-            return used
-    return None
-
-
-def _subsets(loose: Sequence[Instance], *, most: bool) -> Iterator[tuple[Instance, ...]]:
+def _subsets(loose: Sequence[str], *, most: bool) -> Iterator[tuple[str, ...]]:
     """Sets to leave out: small ones first when `most` are to stay, else large ones first."""
     counts = list(range(len(loose) + 1)) if len(loose) <= _MAX_OPTIONAL else [0, len(loose)]
     for count in counts if most else reversed(counts):
