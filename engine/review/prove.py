@@ -23,7 +23,8 @@ from engine.language.model import Mapping as MappingFile
 from engine.review.counterexamples import counter_examples
 from engine.review.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
 from engine.review.meta_model import misfits, wanted
-from engine.review.proof import Check, Failure, Proof, check_of
+from engine.review.mutants import try_mutants
+from engine.review.proof import Check, Failure, Mutant, Proof, check_of
 from engine.review.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
 from engine.review.symbolic import prove_boxes, reverse_of
 from engine.review.tiny import World, Worlds, guess_sizes
@@ -51,33 +52,37 @@ def prove(names: Sequence[str | Path | MappingFile], *, mutants: bool = False) -
         started = time.monotonic()
         try:
             mapping = name if isinstance(name, MappingFile) else load_mapping(str(name))
-            checks = _prove(mapping, proven)
+            checks, tried = _prove(mapping, proven, mutants=mutants)
         except (EngineError, EngineErrors) as error:
             errors = error.errors if isinstance(error, EngineErrors) else [error]
             failures = [Failure.of(one) for one in errors]
             found.append(Proof(str(name), (check_of("loads", "the file is a mapping", failures),)))
             continue
-        found.append(Proof(mapping.name, tuple(checks), (), time.monotonic() - started))
+        found.append(Proof(mapping.name, tuple(checks), tuple(tried), time.monotonic() - started))
     return found
 
 
-def _prove(mapping: MappingFile, proven: _Proven) -> list[Check]:
+def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[list[Check], list[Mutant]]:
     layout = load_layout(mapping.layout)
     combinations = combinations_of(mapping)
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
     if not checks[0].holds:
-        return checks
+        return checks, []
     worlds = Worlds(mapping)
     possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
+    tried: list[Mutant] = []
     key = proven.key(mapping)
     if key in proven.names:
         checks.append(Check(ROUND_TRIP, True, f"the rules of {proven.names[key]}, proved there"))
     else:
         proven.names[key] = mapping.name
         with tempfile.TemporaryDirectory(prefix="prove-") as folder:
-            checks.append(check_round_trip(mapping, layout, worlds, possible, Path(folder))[0])
+            check, trips = check_round_trip(mapping, layout, worlds, possible, Path(folder))
+            checks.append(check)
+            if mutants and check.holds:
+                tried = try_mutants(mapping, layout, trips, _models(mapping, trips), Path(folder) / "mutants")
     if not checks[-1].holds:
-        return checks
+        return checks, []
     world = usual(mapping, worlds, possible)
     if mapping.expect:
         told = json.dumps([key, sorted(mapping.expect.items())])
@@ -87,7 +92,7 @@ def _prove(mapping: MappingFile, proven: _Proven) -> list[Check]:
             proven.names[told] = mapping.name
             checks.append(check_real_sizes(mapping, layout, world))
     checks.append(check_model(mapping, world))
-    return checks
+    return checks, tried
 
 
 def usual(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination]) -> World:
@@ -185,6 +190,23 @@ def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
     reached = {(name, choice) for choices, _ in possible for name, choice in choices.items()}
     every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
     return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
+
+
+def _models(mapping: MappingFile, trips: Sequence[Trip]) -> dict[str, Mapping[str, tuple[int, ...]]]:
+    """What transformers wants of each world, where it has such a model and accepts it."""
+    found: dict[str, Mapping[str, tuple[int, ...]]] = {}
+    built: dict[str, Mapping[str, tuple[int, ...]] | str] = {}
+    for world in (trip.world for trip in trips):
+        key = json.dumps(world.config, sort_keys=True, default=str)
+        if key not in built:
+            try:
+                built[key] = wanted(world.config, mapping.architecture)
+            except EngineError as error:
+                built[key] = error.message
+        model = built[key]
+        if not isinstance(model, str) and not misfits(world.shapes, model, world.pieces):
+            found[world.label] = model
+    return found
 
 
 def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Check:
