@@ -6,7 +6,7 @@ some row; all combinations would be thousands.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from random import Random
@@ -22,8 +22,8 @@ _MAX_COMBINATIONS = 512
 _SAMPLE = 60  # candidates looked at for each row
 # At real sizes: ranks that cut an axis, and ranks that cut rows, also inside heads.
 _REAL = ((8, 32), (4, 32), (2, 32), (2, 16), (2, 2), (1, 1))
-# Ranks per dimension that is not the pipeline's: even and uneven, a few and more than some axis has.
-_RANKS: dict[int, tuple[tuple[int, ...], ...]] = {0: ((),), 1: ((2,), (3,), (4,)), 2: ((2, 4), (1, 3), (3, 2))}
+# At tiny sizes: ranks that cut an axis, ranks that cut rows (4 cut inside a head), pipeline ranks; even and uneven.
+_TINY = ((2, 4, 2), (3, 3, 3))
 
 
 Fact = tuple[str, str]
@@ -51,17 +51,20 @@ def cases(layout: Layout) -> list[Case]:
         dims = rank_dims(mode.files[0])
         if number == 0:
             found.append(_case(mode, dict.fromkeys(dims, 1)))
-        others = [d for d in dims if d != "pp"]
-        tried = _RANKS.get(len(others)) or tuple((n,) * len(others) for n in (2, 3, 4))
-        for ranks, pps in zip(tried, (2, 3, 1), strict=False):
-            sizes = dict(zip(others, ranks, strict=True))
-            found.append(_case(mode, {d: sizes.get(d, pps) for d in dims}))
+        found += [_case(mode, _ranks(mode, *counts)) for counts in _TINY]
         if number == 0 and "pp" in dims:
             found += _chunked(layout, mode, {d: 2 for d in dims})
     switches = [name for name, option in layout.options.items() if option.type == "boolean"]
     if switches:
         found.append(_case(layout.modes[0], found[1].sizes, **dict.fromkeys(switches, True)))
     return found
+
+
+def _ranks(mode: Mode, few: int, wide: int, pps: int) -> dict[str, int]:
+    """Ranks for each dimension of a mode; more where storage rows are cut."""
+    file = mode.files[0]
+    by_rows = {dim for cuts in file.cuts.values() for dim, role in cuts.items() if role == "rows"}
+    return {d: pps if d == "pp" else wide if d in by_rows else few for d in rank_dims(file)}
 
 
 def _chunked(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> Iterator[Case]:
@@ -88,20 +91,35 @@ class Row:
     case: Case
 
 
-def rows(mapping: MappingFile, layouts: Sequence[Case], possible: Sequence[Combination]) -> list[Row]:
-    """Rows in which every pair of facts occurs that occurs at all."""
-    candidates = [Row(choices, most, case) for choices, most in possible for case in layouts]
-    left = {pair for row in candidates for pair in _pairs(row)}
+def rows(
+    mapping: MappingFile, layouts: Sequence[Case], possible: Sequence[Combination], refused: Collection[str]
+) -> Iterator[Row]:
+    """Rows in which every pair of facts occurs that occurs at all.
+
+    Args:
+        refused: labels of layouts that turned out not to fit; rows of theirs count for nothing.
+    """
+    every = [Row(choices, most, case) for choices, most in possible for case in layouts]
     random = Random(mapping.name)
-    chosen: list[Row] = []
-    while left:
-        useful = next(iter(sorted(left, key=repr)))
-        fitting = [row for row in candidates if useful[0] in _facts(row) and useful[1] in _facts(row)]
+    seen: set[tuple[Fact, Fact]] = set()
+    known = -1
+    candidates: list[Row] = []
+    left: set[tuple[Fact, Fact]] = set()
+    while True:
+        if known != len(refused):
+            known = len(refused)
+            candidates = [row for row in every if row.case.label not in refused]
+            left = {pair for row in candidates for pair in _pairs(row)} - seen
+        if not left:
+            return
+        wanted = min(left)
+        fitting = [row for row in candidates if set(wanted) <= set(_facts(row))]
         sample = random.sample(fitting, min(_SAMPLE, len(fitting)))
         best = max(sample, key=lambda row: len(left.intersection(_pairs(row))))
-        chosen.append(best)
-        left.difference_update(_pairs(best))
-    return chosen
+        yield best
+        if best.case.label not in refused:
+            seen.update(_pairs(best))
+            left.difference_update(_pairs(best))
 
 
 def combinations_of(mapping: MappingFile) -> list[Combination]:
@@ -132,9 +150,6 @@ def real_cases(layout: Layout) -> list[list[Case]]:
         if mode.files[0].cuts.get("layers") in cuts_seen:
             continue
         cuts_seen.append(mode.files[0].cuts.get("layers"))
-        dims = rank_dims(mode.files[0])
-        rows_cut = {dim for cuts in mode.files[0].cuts.values() for dim, role in cuts.items() if role == "rows"}
-        pps = 2 if number else 4
-        tried = [{d: pps if d == "pp" else wide if d in rows_cut else few for d in dims} for few, wide in _REAL]
+        tried = [_ranks(mode, few, wide, 2 if number else 4) for few, wide in _REAL]
         found.append([_case(mode, sizes) for sizes in tried])
     return found
