@@ -53,6 +53,7 @@ __all__ = [
     "save_plan",
     "verify",
     "view",
+    "write_facts",
 ]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -332,6 +333,13 @@ def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = Fal
 
     bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
     return prove_each(list(names) or bundled, mutants=mutants)
+
+
+def write_facts(names: Sequence[str | Path]) -> list[Path]:
+    """Write beside each mapping file what its targets take from where, for `prove` to compare with later."""
+    from engine.review.facts import write_facts as write
+
+    return [write(name) for name in names]
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

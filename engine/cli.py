@@ -227,9 +227,12 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...]) -> None:
 @click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...")
 @click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
 @click.option("--mutants", is_flag=True, help="Perturb each rule too, and say what would have caught it.")
+@click.option("--write-facts", is_flag=True, help="First commit what each mapping does now as what it should do.")
 @reports_errors
 @click.pass_context
-def prove(ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool) -> None:
+def prove(
+    ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_facts: bool
+) -> None:
     """Prove mappings total, injective and invertible in every layout, no checkpoint needed.
 
     Exits with 0 when everything holds, else with 1.
@@ -238,6 +241,8 @@ def prove(ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: b
 
     if bool(mappings) == every:
         raise click.UsageError("Give mappings to prove, or --all.")
+    if write_facts:
+        api.write_facts(mappings)
     proofs = api.prove(mappings, mutants=mutants)
     click.echo(render.as_json(render_prove.proofs_data(proofs)) if as_json else render_prove.proofs(proofs))
     if not all(proof.holds for proof in proofs):

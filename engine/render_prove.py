@@ -47,8 +47,8 @@ def _mutants(mutants: Sequence[Mutant]) -> list[str]:
     colour = "green" if caught == len(mutants) else "red"
     lines = [f"  {click.style(f'{caught} of {len(mutants)} mutants caught', fg=colour)}: {told}"]
     for mutant in mutants:
-        if mutant.caught_by in (None, "the committed rules"):
-            word = "only by the committed rules" if mutant.caught_by else click.style("by nothing", fg="red")
+        if mutant.caught_by in (None, "the committed facts", "the committed rules"):
+            word = f"only by {mutant.caught_by}" if mutant.caught_by else click.style("by nothing", fg="red")
             lines.append(f"         {mutant.rule}, {mutant.what}: {word}" + (f": {mutant.told}" if mutant.told else ""))
     return lines
 

@@ -14,6 +14,7 @@ import engine
 from engine.cli import cli
 from engine.language.axes import parse_axes
 from engine.language.mapping_file import load_mapping
+from engine.review.facts import check_facts
 from engine.review.matrix import cases, combinations_of, rows
 from engine.review.mutants import reordered
 from engine.review.proof import Proof
@@ -21,12 +22,7 @@ from engine.review.symbolic import _overlaps
 from engine.review.tiny import Worlds, guess_sizes
 
 # `make test` runs `engine prove --all`; here is one of each kind.
-FAMILIES = [
-    "families/internlm2.yaml",
-    "families/internlm3.yaml",
-    "families/moe-stacked.yaml",
-    "families/meta-llama.yaml",
-]
+FAMILIES = [f"families/{name}.yaml" for name in ("internlm2", "internlm3", "moe-stacked", "meta-llama")]
 META = "mappings/families/meta-llama.yaml"
 ROOT = Path(__file__).parent.parent
 
@@ -198,19 +194,62 @@ def test_mutants_reorder_sums_and_products_one_step_at_a_time() -> None:
     assert [str(one) for one in reordered(parse_axes("(k heads d) hidden"), frozenset({"k"}))] == ["(k d heads) hidden"]
 
 
-def test_every_mutant_of_internlm2_is_caught_and_a_swap_of_gate_and_up_only_by_the_committed_rules() -> None:
+def test_every_mutant_of_internlm2_is_caught_and_a_swap_of_gate_and_up_only_by_the_committed_facts() -> None:
     (proof,) = engine.prove(["families/internlm2.yaml"], mutants=True)
     assert [m for m in proof.mutants if m.caught_by is None] == []
     assert proof.holds and len(proof.mutants) > 60
     (swap,) = [m for m in proof.mutants if m.what == "`gate_proj` and `up_proj` exchanged"]
-    assert swap.caught_by == "the committed rules"
-    assert "comes from" in swap.told and swap.told.endswith("claims too")
+    assert swap.caught_by == "the committed facts"
+    assert swap.told == (
+        "model.layers.{layer}.mlp.gate_proj.weight comes from layers.{layer}.feed_forward.w3.weight "
+        "(mlp_letters=w2_is_down) or layers.{layer}.feed_forward.w2.weight (mlp_letters=w2_is_up); "
+        "the committed facts say layers.{layer}.feed_forward.w1.weight"
+    )
     assert {m.caught_by for m in proof.mutants} == {
         "lint",
         "planning",
         "the model's names and shapes",
-        "the committed rules",
+        "the committed facts",
     }
+
+
+def test_without_facts_a_swap_is_only_caught_by_the_rules_before_it_and_shown_with_its_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "alone.yaml"
+    path.write_text((ROOT / META).read_text())
+    (proof,) = engine.prove([path], mutants=True)
+    (facts,) = [check for check in proof.checks if check.name == "facts"]
+    assert facts.holds is None and "a swap of equal shapes goes unseen" in facts.told
+    (swap,) = [m for m in proof.mutants if m.what == "`gate_proj` and `up_proj` exchanged"]
+    assert swap.caught_by == "the committed rules"
+    assert swap.told.startswith("model.layers.") and " comes from consolidated.0" in swap.told
+    assert swap.told.endswith("claims too")
+
+
+def test_gate_and_up_exchanged_contradict_the_committed_facts(broken: Callable[..., Proof], tmp_path: Path) -> None:
+    facts = ROOT / "mappings" / "families" / "meta-llama.facts.json"
+    (tmp_path / facts.name).write_bytes(facts.read_bytes())
+    swap = (("gate_proj", "x_proj"), ("up_proj", "gate_proj"), ("x_proj", "up_proj"))
+    assert "the committed facts say layers.{layer}.feed_forward.w1.weight" in told(broken("meta-llama", *swap))
+    turned = ("split: ffn", "split: hidden")
+    assert "w1.weight is cut on hidden; the committed facts say ffn" in told(broken("meta-llama", turned))
+    halves = ("(groups queries half pair)", "(groups queries pair half)")
+    assert "in another order than the committed facts say" in told(broken("meta-llama", halves))
+    assert broken("meta-llama").holds
+
+
+def test_facts_are_written_beside_a_mapping_and_then_hold(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((ROOT / META).read_text())
+    done = invoke(str(path), "--write-facts")
+    assert done.exit_code == 0 and "proved facts" in done.output
+    written = json.loads((tmp_path / "mine.facts.json").read_text())
+    assert written == json.loads((ROOT / META).with_suffix(".facts.json").read_text())
+
+
+def test_the_committed_facts_of_every_family_are_of_its_rules() -> None:
+    for path in (ROOT / "mappings" / "families").glob("*.yaml"):
+        check = check_facts(load_mapping(path))
+        assert check.holds, [failure.message for failure in check.failures]
 
 
 def invoke(*arguments: str) -> Any:
@@ -233,7 +272,7 @@ def test_the_command_prints_json() -> None:
     data = json.loads(done.output)
     assert data["holds"] is True
     (proof,) = data["proofs"]
-    assert [check["name"] for check in proof["checks"]] == ["rules", "round trip", "model"]
+    assert [check["name"] for check in proof["checks"]] == ["rules", "facts", "round trip", "model"]
     assert {"rule", "what", "caught_by", "told"} == set(proof["mutants"][0])
 
 

@@ -89,6 +89,17 @@ def _copies(held: Sequence[Region], others: Sequence[Region]) -> Iterator[Copy]:
                     yield copy
 
 
+def moves_of(instance: Instance, sizes: Mapping[str, int]) -> dict[str, list[tuple[str, str, Copy]]]:
+    """Target pattern → the copies from one rule's tensors, of the first layer, by name on either side."""
+    found: dict[str, list[tuple[str, str, Copy]]] = {}
+    for called, _, held in _tensors(instance.sources[0], instance.axes, sizes):
+        for name, axes in instance.targets:
+            for target, _, others in _tensors(name, axes, sizes):
+                copies = sorted(_copies(held, others), key=lambda copy: copy.target_offset)
+                found.setdefault(name.text, []).extend((called, target, copy) for copy in copies)
+    return found
+
+
 def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
     """Pieces that a rule drops on purpose count as claimed."""
     for region in held:

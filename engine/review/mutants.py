@@ -1,8 +1,8 @@
 """Mutants: each rule of a mapping perturbed, and what would have caught it.
 
 A mapping alone cannot tell gate from up: exchanged, the rules are as total, as invertible and of the
-same shapes as before. Only facts that travel with the mapping can: its committed rules' own outcome
-on index tensors. A mutant that is caught by nothing else is reported as such.
+same shapes as before. Only facts that travel with the mapping can: those committed beside it, or, where
+there are none, what its rules did before the change. A mutant that nothing else catches is reported so.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from engine.language.lint import lint
 from engine.language.model import Layout, Rule, Target
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
+from engine.review.facts import committed
+from engine.review.facts import differences as facts_differ
 from engine.review.meta_model import misfits
 from engine.review.proof import Mutant
 from engine.review.roundtrip import Trip, convert, differences, plan_back
 
-LINT, PLANNING, MODEL, COMMITTED = "lint", "planning", "the model's names and shapes", "the committed rules"
+LINT, PLANNING, MODEL = "lint", "planning", "the model's names and shapes"
+FACTS, COMMITTED = "the committed facts", "the committed rules"
 
 Change = tuple[Rule, str, dict[str, Rule]]  # the rule, what is done to it, and what takes whose place
 
@@ -137,10 +140,16 @@ def try_mutants(
         model: names and shapes of transformers' model for `trips`' sizes, by the trip's label; None: not known.
     """
     found: list[Mutant] = []
+    known = committed(mapping)
+    if known is not None and facts_differ(mapping, known[1]):
+        known = None  # they are not of this mapping
     before = {(f.code, f.message) for f in lint(mapping)}
     for number, (rule, what, changed) in enumerate(mutants_of(mapping)):
         mutant = replace(mapping, rules=tuple(changed.get(one.name, one) for one in mapping.rules))
         caught, told = _caught(mutant, layout, _seeing(trips, changed), model, before, folder / str(number))
+        if caught in (COMMITTED, None) and known is not None:
+            failures = facts_differ(mutant, known[1])
+            caught, told = (FACTS, failures[0].message) if failures else (caught, told)
         found.append(Mutant(rule.name, what, caught, told))
     return found
 

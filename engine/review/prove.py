@@ -21,6 +21,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.review.counterexamples import counter_examples
+from engine.review.facts import check_facts
 from engine.review.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
 from engine.review.meta_model import misfits, wanted
 from engine.review.mutants import try_mutants
@@ -66,8 +67,9 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
     layout = load_layout(mapping.layout)
     combinations = combinations_of(mapping)
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
+    checks.append(check_facts(mapping))
     if not checks[0].holds:
-        return checks, []
+        return checks[:1], []
     worlds = Worlds(mapping)
     possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
     tried: list[Mutant] = []
