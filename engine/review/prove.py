@@ -93,7 +93,8 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
         else:
             proven.names[told] = mapping.name
             checks.append(check_real_sizes(mapping, layout, world))
-    checks.append(check_model(mapping, world))
+    every = [world] if mapping.expect else neighbours(mapping, worlds, possible, world)
+    checks.append(check_model(mapping, every))
     return checks, tried
 
 
@@ -228,16 +229,41 @@ def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Chec
     return check_of(REAL_SIZES, told, failures)
 
 
-def check_model(mapping: MappingFile, world: World) -> Check:
-    """The names and shapes that transformers' own model has."""
-    try:
-        model = wanted(world.config, mapping.architecture)
-    except EngineError as error:
-        return check_of(MODEL, "transformers builds the model", [Failure.of(error)])
-    if isinstance(model, str):
-        return Check(MODEL, None, model)
-    told = f"{len(model)} names and shapes of transformers' {mapping.model_type} model"
-    return check_of(MODEL, told, misfits(world.shapes, model, world.pieces))
+def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
+    """The names and shapes that transformers' own model has, for each configuration once."""
+    failures: list[Failure] = []
+    counted: dict[str, int] = {}
+    for world in worlds:
+        key = json.dumps(world.config, sort_keys=True, default=str)
+        if key in counted:
+            continue
+        try:
+            model = wanted(world.config, mapping.architecture)
+        except EngineError as error:
+            failures.append(Failure.of(error, world.label))
+            break
+        if isinstance(model, str):
+            return Check(MODEL, None, model)
+        counted[key] = len(model)
+        told = misfits(world.shapes, model, world.pieces)
+        failures += [replace(failure, where=world.label) for failure in told]
+        if told:
+            break
+    told_of = f"{max(counted.values(), default=0)} names and shapes of transformers' {mapping.model_type} model"
+    if len(counted) > 1:
+        told_of += f", in {len(counted)} configurations"
+    return check_of(MODEL, told_of, failures)
+
+
+def neighbours(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination], first: World) -> list[World]:
+    """Tiny worlds in which one choice is another than in the usual world: with biases, with a reward head."""
+    free = guess_sizes(mapping)
+    found = [first]
+    for choices, most in possible:
+        if sum(first.choices[name] != choice for name, choice in choices.items()) == 1:
+            world = worlds.make(choices, free, most=most)
+            found += [world] if world is not None else []
+    return found
 
 
 def _trip(mapping: MappingFile, layout: Layout, world: World, case: Case, folder: Path) -> Trip:
