@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from engine.plan.model import Plan
     from engine.review.compare import Comparison
     from engine.review.explanation import Explanation
-    from engine.review.verify import Verified
     from engine.review.proof import Proof
+    from engine.review.verify import Verified
     from engine.run.runner import Progress
 
 __all__ = [

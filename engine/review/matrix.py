@@ -47,7 +47,7 @@ class Case:
 def cases(layout: Layout) -> list[Case]:
     """Ranks one and many, even and uneven, in every mode; chunks, and what else the layout can do."""
     found: list[Case] = []
-    for number, mode in enumerate(layout.modes):
+    for number, mode in enumerate(mode for mode in layout.modes if mode.only_read is None):
         dims = rank_dims(mode.files[0])
         if number == 0:
             found.append(_case(mode, dict.fromkeys(dims, 1)))
@@ -146,7 +146,7 @@ def real_cases(layout: Layout) -> list[list[Case]]:
     """For every way to cut layers, layouts as they are used at real sizes; the first that fits is enough."""
     found: list[list[Case]] = []
     cuts_seen: list[object] = []
-    for number, mode in enumerate(layout.modes):
+    for number, mode in enumerate(mode for mode in layout.modes if mode.only_read is None):
         if mode.files[0].cuts.get("layers") in cuts_seen:
             continue
         cuts_seen.append(mode.files[0].cuts.get("layers"))
