@@ -162,7 +162,7 @@ def compare(ctx: click.Context, as_json: bool, out: str, ref: str, allow_cast: b
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
 @reports_errors
 @click.pass_context
-def verify(ctx: click.Context, as_json: bool, out: str, quiet: bool, **options: Any) -> None:
+def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **options: Any) -> None:
     """Check an output against its own manifest, byte for byte, and in other ways if asked.
 
     With --src and --mapping, against the training checkpoint; with --load, whether transformers
