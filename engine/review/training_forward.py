@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, Place
-from engine.review.training_shards import Shards, Spot, setting
+from engine.review.training_shards import Shards, Spot, positive, setting
 
 if TYPE_CHECKING:
     import torch
 
-# What the forward pass itself can be told, as the bundled mappings call it.
+# What a checkpoint may leave open, as the bundled mappings call it. What the checkpoint tells itself,
+# its shapes or its configuration, is never overruled: a wrong setting must not make two wrongs agree.
 KNOWN = {"mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs")}
 _ROWS = 4096  # rows of the head that are read at a time
 
@@ -47,7 +48,7 @@ class TrainingForward:
         self._shards = Shards(folder)
         self.config = config = self._shards.config
         self._v1 = self._shards.block == "blocks"
-        self.hidden, self._heads = (_positive(config, key) for key in ("hidden_size", "num_attention_heads"))
+        self.hidden, self._heads = (positive(config, key) for key in ("hidden_size", "num_attention_heads"))
         self._groups = int(setting(config, "num_kv_attention_heads", self._heads))
         self.head_dim = self.hidden // self._heads
         self.eps = float(setting(config, "layer_norm_epsilon", 1e-5))
@@ -56,8 +57,9 @@ class TrainingForward:
         # Normalised only by the code of 2024-03; the later code, which always writes qk_interleaved, does not.
         self.normalised = bool(config.get("norm_head")) and "qk_interleaved" not in config
         self._spots = self._shards.spots
-        self._pairs = settings["rotary"] == "pairs" if "rotary" in settings else self._in_pairs()
-        self._letters: str | None = settings.get("mlp_letters")
+        self._pairs = self._in_pairs(settings.get("rotary"))
+        self._letters: str | None = None
+        self._told_letters: str | None = settings.get("mlp_letters")
         self._check()
 
     def __enter__(self) -> TrainingForward:
@@ -70,7 +72,12 @@ class TrainingForward:
     def layers(self) -> int:
         return len(self._spots)
 
-    def _in_pairs(self) -> bool:
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """The element types of the source."""
+        return self._shards.dtypes
+
+    def _in_pairs(self, told: str | None) -> bool:
         """Whether rotary pairs are neighbours: `qk_interleaved`, or before it the opposite of `adapt_hf`.
 
         Absent both, v1 and InternLM2 have halves; so has InternLM3, which came later, but not Llama.
@@ -79,6 +86,8 @@ class TrainingForward:
             return bool(self.config.get("qk_interleaved"))
         later = str(self._shards.training.get("model_type", "")).upper().startswith("INTERNLM3")
         fused = bool(self._spots) and self._shards.has(self._spots[0], "attention.wqkv.weight") is not None
+        if told is not None and self.config.get("adapt_hf") is None:
+            return told == "pairs"
         return not setting(self.config, "adapt_hf", fused or later)
 
     def _check(self) -> None:
@@ -94,7 +103,9 @@ class TrainingForward:
                 fix="Copy the missing files from the training run.",
             )
         layer_norm = self._shards.has(self._spots[0], "norm1.bias", "attention_norm.bias") is not None
-        experts = self._shards.has(self._spots[0], "mlp.moe_layer.gate.wg.weight", "feed_forward.moe_layer.gate.wg.weight")
+        experts = self._shards.has(
+            self._spots[0], "mlp.moe_layer.gate.wg.weight", "feed_forward.moe_layer.gate.wg.weight"
+        )
         for unknown, what in (
             (layer_norm, "layer norms"),
             (experts is not None, "a mixture of experts"),
@@ -184,9 +195,11 @@ class TrainingForward:
     def _row_parallel(self, spot: Spot, name: str, x: torch.Tensor) -> torch.Tensor:
         """Each rank's own columns with its part of the input, summed; then the bias that one rank holds."""
         weights, biases = (self._shards.linear(spot, f"{name}.{param}") for param in ("weight", "bias"))
-        held = [weight for weight in weights if weight is not None]
-        parts = x.split([weight.shape[1] for weight in held], dim=-1)
-        total = sum((part @ weight.T for part, weight in zip(parts, held, strict=True)), start=x.new_zeros(()))
+        total, low = x.new_zeros(()), 0
+        for weight in weights:
+            if weight is not None:
+                total = total + x[..., low : low + weight.shape[1]] @ weight.T
+                low += weight.shape[1]
         return total if biases[0] is None else total + biases[0]
 
     def _attention(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -195,7 +208,9 @@ class TrainingForward:
 
         if self._shards.has(spot, f"{name}.wq.weight"):
             each = [self._column_parallel(spot, f"{name}.{word}", x) for word in ("wq", "wk", "wv")]
-            ranks = [[part.unflatten(-1, (-1, self.head_dim)) for part in rank] for rank in zip(*each, strict=True)]
+            ranks = [
+                [part.view(*part.shape[:2], -1, self.head_dim) for part in rank] for rank in zip(*each, strict=True)
+            ]
         else:
             key = self._shards.has(spot, f"{name}.Wqkv.weight", f"{name}.wqkv.weight") or f"{name}.wqkv.weight"
             ranks = [list(self._unpack(part)) for part in self._column_parallel(spot, key.removesuffix(".weight"), x)]
@@ -211,9 +226,9 @@ class TrainingForward:
         it, then the key, then the value.
         """
         if self._v1:
-            q, k, v = fused.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+            q, k, v = fused.view(*fused.shape[:2], 3, -1, self.head_dim).unbind(2)
             return q, k, v
-        grouped = fused.unflatten(-1, (-1, self._heads // self._groups + 2, self.head_dim))
+        grouped = fused.view(*fused.shape[:2], -1, self._heads // self._groups + 2, self.head_dim)
         return grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
 
     def _halves(self, heads: torch.Tensor) -> torch.Tensor:
@@ -258,6 +273,8 @@ class TrainingForward:
             w1, w2, w3 = (_shapes(self._shards.linear(spot, f"{name}.{w}.weight")) for w in ("w1", "w2", "w3"))
             fits = {letters for letters, up, down in (("w2_is_down", w3, w2), ("w2_is_up", w2, w3))
                     if up == w1 and down == [shape[::-1] for shape in w1]}  # fmt: skip
+            if len(fits) == 2 and self._told_letters is not None:
+                fits = {self._told_letters}
             if len(fits) != 1:
                 raise EngineError(
                     "E202",
@@ -274,17 +291,3 @@ class TrainingForward:
 
 def _shapes(parts: Sequence[torch.Tensor | None]) -> list[tuple[int, ...]]:
     return [tuple(part.shape) for part in parts if part is not None]
-
-
-def _positive(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise EngineError(
-            "E303",
-            f"the configuration does not say `{key}`",
-            place=Place("model_config.pt"),
-            got=repr(value)[:50],
-            expected="a positive number",
-            fix="Is it the model_config.pt of the training run?",
-        )
-    return value

@@ -50,6 +50,7 @@ class Shards:
         training: what can be told of the training configuration; often nothing.
         spots: where each layer of the model lies, first to last.
         block: what keys call the layers.
+        dtypes: the element types of all tensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,6 +71,7 @@ class Shards:
         self._tensors = FloatTensors(headers)
         self._stages: dict[int, list[_File]] = {}
         self.block = "blocks"
+        self.dtypes = frozenset(tensor.dtype for header in headers for tensor in header.tensors)
         for number, ((_, found), header) in enumerate(zip(ranked, headers, strict=True)):
             keys: dict[tuple[int, int, str], TensorHeader] = {}
             for tensor in header.tensors:
@@ -214,3 +216,18 @@ def setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
     """A setting of the model, where absent and None mean the default."""
     value = config.get(name)
     return default if value is None else value
+
+
+def positive(config: Mapping[str, Any], key: str) -> int:
+    """A setting that every model has; E303 when it is absent or no positive number."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise EngineError(
+            "E303",
+            f"the configuration does not say `{key}`",
+            place=Place("model_config.pt"),
+            got=repr(value)[:50],
+            expected="a positive number",
+            fix="Is it the model_config.pt of the training run?",
+        )
+    return value

@@ -164,6 +164,8 @@ def verify_output(folder: Path, asked: Asked, progress: Callable[[Progress], Non
     from engine.review.verify_source import parse_sample, source_bytes, verify_source
     from engine.run.runner import Meter
 
+    if asked.plan is None:
+        _check_settings(asked.settings)
     needed = asked.plan is None and asked.source is None and not asked.load
     known = read_manifest(folder) if needed or (folder / NAME).exists() else None
     sample = parse_sample(asked.sample or "100%")
@@ -197,6 +199,20 @@ def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:
     for found, message, fix in wrong:
         if found:
             raise EngineError("E001", message, fix=fix)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """E001 for settings that only a mapping could know."""
+    from engine.review.training_forward import KNOWN
+
+    unknown = [name for name in settings if name not in KNOWN]
+    if unknown:
+        raise EngineError(
+            "E001",
+            f"there is no setting `{unknown[0]}` without a mapping",
+            expected=", ".join(KNOWN),
+            fix="Give --mapping, or leave it out.",
+        )
 
 
 def written_dtype(folder: Path) -> str:
