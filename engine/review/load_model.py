@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+from engine.errors import EngineError
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,9 @@ def load_model(folder: Path) -> Loaded:
                 use_safetensors=any(file.path.suffix == ".safetensors" for file in read_hf_folder(folder)),
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        except EngineError:
+            raise
+        except Exception as error:  # whatever a configuration makes transformers raise
             return Loaded(None, 0, None, (f"transformers cannot load it: {one_line(error)}",))
         problems = [
             f"{str(name)[:200]} {what}"
@@ -80,8 +83,11 @@ def load_model(folder: Path) -> Loaded:
         ]
         model.eval()
         ids = fixed_tokens(model.config.vocab_size)
-        with torch.no_grad():
-            outputs = run_model(model, ids)
+        try:
+            with torch.no_grad():
+                outputs = run_model(model, ids)
+        except Exception as error:
+            return Loaded(type(model).__name__, 0, None, (*problems, f"the model does not run: {one_line(error)}"))
     largest = float(outputs.abs().max())
     if not bool(torch.isfinite(outputs).all()):
         problems.append(f"the forward pass gives {int((~torch.isfinite(outputs)).sum())} outputs that are not finite")
@@ -103,10 +109,11 @@ def auto_class(folder: Path) -> Any:
     """The class that loads what `architectures` of the config names."""
     import transformers
 
-    named = read_hf_config(folder).get("architectures") or [""]
+    named = read_hf_config(folder).get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
     return (
         transformers.AutoModelForSequenceClassification
-        if str(named[0]).endswith(_REWARD)
+        if first.endswith(_REWARD)
         else transformers.AutoModelForCausalLM
     )
 
@@ -116,6 +123,8 @@ def not_built_in(folder: Path) -> str | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = read_hf_config(folder).get("model_type")
+    if not isinstance(kind, str):
+        return "there is no config.json that names a model_type, so transformers cannot load it"
     if kind in CONFIG_MAPPING:
         return None
     return (

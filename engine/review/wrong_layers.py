@@ -34,7 +34,7 @@ _NO_TENSOR = {
     "gated": "the activation is another: see hidden_act in config.json",
     "out": "the layer adds up its parts otherwise",
 }
-_ALIKE = 1e-2  # of a deviation: enough to recognise a tensor, far from chance
+_ALIKE = 0.05  # of the usual size: recognises a tensor through rounding, far from chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _reasons(steps: Steps, wrong: Sequence[str], named: Sequence[str], head_dim:
             told.append(f"{_name(step)} and {_name(other)} are exchanged")
             done.add(other)
         elif other == "pairs":
-            told.append(f"{_name(step)} has its rotary pairs in another order")
+            told.append(f"{_name(step)} has its rotary pairs in another order than training")
         elif other is not None:
             told.append(f"{_name(step)} holds what {_name(other)} should")
         elif steps[step][1].shape != steps[step][2].shape:
