@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo bench lock
+.PHONY: setup test lint format demo bench snapshots lock
 
 setup: $(STAMP)
 
@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml requirements-dev.lock Makefile
 
 test: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m engine prove --all
 	$(MAKE) --no-print-directory lint
 
 lint: setup
@@ -35,6 +36,10 @@ format: setup
 # Converts a genuine checkpoint (tp 2 × pp 2) and loads the result with transformers.
 demo: setup
 	$(BIN)/python tests/support/demo.py
+
+# Writes anew what bundled mappings mean, under tests/snapshots/; review the diff.
+snapshots: setup
+	$(BIN)/python -m tests.support.snapshots
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py

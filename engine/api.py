@@ -11,7 +11,9 @@ from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
+from engine.mapping_diff import diff
 from engine.operations import Report, Running, check_dtype, execute, read_checkpoint
+from engine.plan_files import load_plan, save_plan
 from engine.training import plan_reshard, plan_reverse, reshard, reverse
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from engine.language.lint import Finding
     from engine.plan.model import Plan
     from engine.review.compare import Comparison
+    from engine.review.explanation import Explanation
+    from engine.review.proof import Proof
     from engine.review.verify import Verified
     from engine.run.runner import Progress
 
@@ -29,19 +33,27 @@ __all__ = [
     "compare",
     "convert",
     "describe_plan",
+    "diff",
+    "explain",
     "format_mapping",
     "inspect",
     "iter_tensors",
     "lint",
     "load_layout",
     "load_mapping",
+    "load_plan",
     "plan",
     "plan_reshard",
     "plan_reverse",
+    "prove",
     "read_checkpoint",
     "reshard",
     "reverse",
+    "run_plan",
+    "save_plan",
     "verify",
+    "view",
+    "write_facts",
 ]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -103,6 +115,7 @@ def convert(
     resume: bool = False,
     digests: bool = True,
     check_source: bool = False,
+    max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert a training checkpoint to a Hugging Face checkpoint.
@@ -115,21 +128,49 @@ def convert(
         resume: go on with what an interrupted run of the same conversion left.
         digests: record a digest of every tensor in `conversion.json`; resuming needs them.
         check_source: read the checkpoint once before, and compare it with the checksums it holds.
+        max_memory: bytes resident at most, kept by fewer workers, or refused.
         progress: called with bytes done and in all, a few times a second.
         Others as for `plan`.
 
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
     """
-    from engine.assets.bundle import make_assets
-
     started = time.monotonic()
     compiled = plan(mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict)
-    real = Path(src).resolve()
+    how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
+    return _write(compiled, Path(src), out, tokenizer, how, started)
+
+
+def _write(
+    compiled: Plan, source: Path, out: str | Path | None, tokenizer: str | Path | None, how: Running, started: float
+) -> Report:
+    """Run a plan that writes a Hugging Face checkpoint."""
+    from engine.assets.bundle import make_assets
+
+    real = source.resolve()
     final = Path(out) if out is not None else real.with_name(real.name + "-hf")
     model = Path(tokenizer) if tokenizer else None
-    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
-    return execute(compiled, Path(src), final, lambda: make_assets(compiled, model), how, started)
+    return execute(compiled, source, final, lambda: make_assets(compiled, model), how, started)
+
+
+def run_plan(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    tokenizer: str | Path | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+    digests: bool = True,
+    check_source: bool = False,
+    max_memory: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
+    started = time.monotonic()
+    compiled = load_plan(path)
+    how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
+    return _write(compiled, Path(compiled.folder), out, tokenizer, how, started)
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -137,6 +178,32 @@ def describe_plan(compiled: Plan) -> dict[str, Any]:
     from engine.review.describe import describe_plan as describe
 
     return describe(compiled)
+
+
+def explain(
+    what: str,
+    mapping: str | Path | MappingFile,
+    src: str | Path = ".",
+    *,
+    backward: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+) -> Explanation:
+    """Where the elements of a tensor come from, or with `backward` where they go; reads headers only.
+
+    Args:
+        what: an output and slices of it, `model.norm.weight[0:4]`; with `backward` a stored tensor,
+            `FILE:NAME[slices]`, or without the file the tensor of every file that has it.
+        Others as for `plan`.
+
+    Raises:
+        EngineError: E001 for a name or a slice that is not there, else as for `plan`.
+    """
+    from engine.review.explain import explain as forward
+    from engine.review.explain_source import explain_source
+
+    compiled = plan(mapping, src, settings=settings, dtype=dtype)
+    return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
 def inspect(src: str | Path = ".") -> dict[str, Any]:
@@ -249,6 +316,52 @@ def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
 
     names = [str(path) for path in paths] or list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
+
+
+def view(
+    mapping: str | Path | MappingFile,
+    src: str | Path,
+    out: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write one HTML page that shows what `convert` would do, and say how large it is; reads headers only.
+
+    The page needs nothing else: it loads nothing, and works without scripts.
+
+    Raises:
+        EngineError: E401 when `out` exists, else as for `plan`.
+    """
+    from engine.review.view import view_page, write_page
+
+    return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), Path(out), overwrite=overwrite)
+
+
+def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = False) -> list[Proof]:
+    """Prove mappings: total, injective, exactly invertible, alike in every layout; without names, all bundled ones.
+
+    Runs the real planner and runner on tiny index tensors in a temporary folder, checks a release's
+    own sizes by box arithmetic, and compares names and shapes with transformers' model. Rules that
+    several mappings share are run once.
+
+    Args:
+        names: paths, names of bundled mappings, or loaded ones.
+        mutants: perturb each rule too, and say what would have caught it.
+    """
+    from engine.language.search import list_names
+    from engine.review.prove import prove as prove_each
+
+    bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
+    return prove_each(list(names) or bundled, mutants=mutants)
+
+
+def write_facts(names: Sequence[str | Path]) -> list[Path]:
+    """Write beside each mapping file what its targets take from where, for `prove` to compare with later."""
+    from engine.review.facts import write_facts as write
+
+    return [write(name) for name in names]
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

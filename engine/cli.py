@@ -9,15 +9,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from engine import __version__
+from engine.diff_command import diff
 from engine.errors import CODES
-from engine.options import planning_options, rank_options, reports_errors, verifying_options, writing_options
+from engine.explain_commands import explain, view
+from engine.options import only_plan, planning_options, rank_options, reports_errors, verifying_options, writing_options
+
+if TYPE_CHECKING:
+    from engine.operations import Report
 
 
 class Commands(click.Group):
@@ -45,27 +52,49 @@ def cli() -> None:
     """Convert tensor- and pipeline-parallel training checkpoints to Hugging Face, from rules in YAML."""
 
 
-@cli.command()
-@planning_options
-@click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
-@click.option("--tokenizer", metavar="FILE", help="The SentencePiece model, if not beside the checkpoint.")
-@writing_options
-@reports_errors
-def run(
-    as_json: bool, /, mapping: str, src: str, out: str | None, tokenizer: str | None, quiet: bool, **options: Any
-) -> None:
-    """Convert a training checkpoint to a Hugging Face checkpoint.
-
-    The output is complete when the command ends, or not there at all.
-    """
+def write(as_json: bool, command: str, quiet: bool, log_file: str | None, **asked: Any) -> None:
+    """Run an API function that writes a checkpoint, with progress and a log, and say what it did."""
     from engine import api, progress, render
+    from engine.logs import logged
 
-    with progress.progress(show=not (quiet or as_json)) as listener:
-        report = api.convert(mapping, src, out, tokenizer=tokenizer, progress=listener, **options)
+    functions: dict[str, Callable[..., Report]] = {
+        "run": api.convert,
+        "run --plan": api.run_plan,
+        "reverse": api.reverse,
+        "reshard": api.reshard,
+    }
+    with (
+        logged(log_file, command, asked) as log,
+        progress.progress(show=not (quiet or as_json), also=None if log is None else log.progress) as listener,
+    ):
+        report = functions[command](**asked, progress=listener)
+        if log is not None:
+            log.event("finished", **report.as_dict())
     if as_json:
         click.echo(render.as_json(report.as_dict()))
     elif not quiet:
         click.echo(render.report(report))
+
+
+@cli.command()
+@partial(planning_options, required=False)
+@click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
+@click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
+@click.option("--tokenizer", metavar="FILE", help="The SentencePiece model, if not beside the checkpoint.")
+@writing_options
+@reports_errors
+@click.pass_context
+def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
+    """Convert a training checkpoint to a Hugging Face checkpoint.
+
+    The output is complete when the command ends, or not there at all.
+    """
+    only_plan(ctx, saved)
+    if saved is None:
+        write(as_json, "run", **options)
+        return
+    planned = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
+    write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in planned})
 
 
 @cli.command()
@@ -75,19 +104,12 @@ def run(
 @click.option("--lossy", multiple=True, metavar="RULE",
               help="Write a rule that does not invert all the same; may be repeated.")  # fmt: skip
 @reports_errors
-def reverse(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **options: Any) -> None:
+def reverse(as_json: bool, /, **options: Any) -> None:
     """Write a Hugging Face checkpoint as training rank files.
 
     What is not given is as in --like, or 1.
     """
-    from engine import api, progress, render
-
-    with progress.progress(show=not (quiet or as_json)) as listener:
-        report = api.reverse(mapping, src, out, progress=listener, **options)
-    if as_json:
-        click.echo(render.as_json(report.as_dict()))
-    elif not quiet:
-        click.echo(render.report(report))
+    write(as_json, "reverse", **options)
 
 
 @cli.command()
@@ -95,19 +117,12 @@ def reverse(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **o
 @writing_options
 @click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR", help="The checkpoint folder.")
 @reports_errors
-def reshard(as_json: bool, /, mapping: str, src: str, out: str, quiet: bool, **options: Any) -> None:
+def reshard(as_json: bool, /, **options: Any) -> None:
     """Write a training checkpoint for other ranks, from shards to shards.
 
     What is not given stays as it is, or is as in --like.
     """
-    from engine import api, progress, render
-
-    with progress.progress(show=not (quiet or as_json)) as listener:
-        report = api.reshard(mapping, src, out, progress=listener, **options)
-    if as_json:
-        click.echo(render.as_json(report.as_dict()))
-    elif not quiet:
-        click.echo(render.report(report))
+    write(as_json, "reshard", **options)
 
 
 @cli.command()
@@ -123,12 +138,14 @@ def inspect(as_json: bool, /, folder: str) -> None:
 
 @cli.command()
 @planning_options
+@click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @reports_errors
-def plan(as_json: bool, /, mapping: str, src: str, **options: Any) -> None:
+def plan(as_json: bool, /, mapping: str, src: str, out: str | None, **options: Any) -> None:
     """Show what `run` would do, without reading tensor data."""
     from engine import api, render
 
-    facts = api.describe_plan(api.plan(mapping, src, **options))
+    made = api.plan(mapping, src, **options) if out is None else api.save_plan(out, mapping, src, **options)
+    facts = api.describe_plan(made)
     click.echo(render.as_json(facts) if as_json else render.plan(facts))
 
 
@@ -212,6 +229,32 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...")
+@click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
+@click.option("--mutants", is_flag=True, help="Perturb each rule too, and say what would have caught it.")
+@click.option("--write-facts", is_flag=True, help="First commit what each mapping does now as what it should do.")
+@reports_errors
+@click.pass_context
+def prove(
+    ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_facts: bool
+) -> None:
+    """Prove mappings total, injective and invertible in every layout, no checkpoint needed.
+
+    Exits with 0 when everything holds, else with 1.
+    """
+    from engine import api, render, render_prove
+
+    if bool(mappings) == every:
+        raise click.UsageError("Give mappings to prove, or --all.")
+    if write_facts:
+        api.write_facts(mappings)
+    proofs = api.prove(mappings, mutants=mutants)
+    click.echo(render.as_json(render_prove.proofs_data(proofs)) if as_json else render_prove.proofs(proofs))
+    if not all(proof.holds for proof in proofs):
+        ctx.exit(1)
+
+
+@cli.command()
 @click.argument("mapping", metavar="FILE|NAME")
 @click.option("--resolved", is_flag=True, help="Merge in what it extends, as the engine reads it.")
 @reports_errors
@@ -255,6 +298,11 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
             click.echo(f"{'would format' if check else 'formatted'} {file}")
     if check and changed:
         ctx.exit(1)
+
+
+cli.add_command(diff)
+cli.add_command(explain)
+cli.add_command(view)
 
 
 def internal_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "E214": "the model cannot be cut over these ranks",
     "E215": "a rule does not invert",
     "E216": "what would be written would be read differently",
+    "E217": "a saved plan no longer holds",
     # checkpoint files
     "E301": "a checkpoint file is damaged or truncated",
     "E302": "a checkpoint file asks to run code",
@@ -60,6 +61,10 @@ CODES: dict[str, str] = {
     # the engine itself
     "E901": "internal error",
 }
+
+
+# What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
+RESUMABLE = ("E305", "E403", "E405")
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ class Running:
     resume: bool = False
     digests: bool = True
     check_source: bool = False
+    max_memory: int | None = None
 
 
 def execute(
@@ -112,7 +113,13 @@ def execute(
             notices += check_source(compiled, how.progress)
         files, told = small()
         done = write_weights(
-            compiled, folder, workers=how.workers, listener=how.progress, digests=how.digests, resume=how.resume
+            compiled,
+            folder,
+            workers=how.workers,
+            max_memory=how.max_memory,
+            listener=how.progress,
+            digests=how.digests,
+            resume=how.resume,
         )
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):

@@ -9,8 +9,9 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 import click
+from click.core import ParameterSource
 
-from engine.errors import EngineError, EngineErrors
+from engine.errors import RESUMABLE, EngineError, EngineErrors
 
 P = ParamSpec("P")
 
@@ -111,16 +112,36 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
                 click.echo(render.as_json({"errors": [one.as_dict() for one in errors]}))
             else:
                 click.echo("\n\n".join(render.error(one) for one in errors), err=True)
+                if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
+                    click.echo("next: the same command with --resume, once that is mended", err=True)
             ctx.exit(1)
 
     return wrapped
 
 
-def planning_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `run` and `plan` share."""
+# What a saved plan already says, so that none of it can be given beside --plan.
+SAVED = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
+
+
+def only_plan(ctx: click.Context, saved: str | None) -> None:
+    """A usage error unless a saved plan is given alone, or else a mapping."""
+    given = [
+        param
+        for param in ctx.command.params
+        if param.name in SAVED and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
+    ]
+    if saved is not None and given:
+        raise click.UsageError(f"--plan says all of {given[0].opts[0]} already; give one or the other", ctx)
+    if saved is None and ctx.params.get("mapping") is None:
+        missing = next(param for param in ctx.command.params if param.name == "mapping")
+        raise click.MissingParameter("or give --plan", ctx, missing)
+
+
+def planning_options(command: Callable[..., None], *, required: bool = True) -> Callable[..., None]:
+    """What `run` and `plan` share. With `required` false, a saved plan may stand for the mapping."""
     for option in reversed(
         (
-            click.option("--mapping", "-m", required=True, metavar="FILE|NAME",
+            click.option("--mapping", "-m", required=required, metavar="FILE|NAME",
                          help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
             click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR",
                          help="The checkpoint folder."),
@@ -132,6 +153,25 @@ def planning_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--max-shard-size", default="5GB", show_default=True, type=Size(),
                          help="Most bytes of tensors in one output file, like 5GB or 2GiB."),
             click.option("--strict", is_flag=True, help="Refuse sizes other than those the release has."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def explaining_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `explain` needs to compile a plan; error codes are explained without any of it."""
+    for option in reversed(
+        (
+            click.option("--mapping", "-m", metavar="FILE|NAME",
+                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
+            click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR",
+                         help="The checkpoint folder."),
+            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
+                         help="Set a variant or an option of the mapping; may be repeated."),
+            click.option("--dtype", default="auto", show_default=True,
+                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                         help="Element type to write; auto keeps each tensor's own."),
         )
     ):  # fmt: skip
         command = option(command)
@@ -171,10 +211,12 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
             click.option("--resume", is_flag=True, help="Go on with what an interrupted run left."),
             click.option("--workers", default="auto", show_default=True, type=Workers(), help="Threads that write."),
+            click.option("--max-memory", type=Size(), help="Most memory to take; fewer threads keep to it."),
             click.option("--no-digests", "digests", is_flag=True, flag_value=False, default=True,
                          help="Record no digests of tensors; such a run cannot be resumed."),
             click.option("--check-source", is_flag=True,
                          help="Read the source once before, and compare it with the checksums it holds."),
+            click.option("--log-file", metavar="FILE", help="Append one JSON line per event there."),
             click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
         )
     ):  # fmt: skip

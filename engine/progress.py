@@ -19,15 +19,30 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress(*, show: bool, doing: str = "converting") -> Iterator[Listener]:
-    """A listener for a run: a live bar on a terminal, now and then a plain line elsewhere."""
+def progress(*, show: bool, doing: str = "converting", also: Listener = None) -> Iterator[Listener]:
+    """A listener for a run: a live bar on a terminal, now and then a plain line elsewhere.
+
+    Args:
+        also: another listener that is told the same.
+    """
     if not show:
-        yield None
+        yield also
     elif sys.stderr.isatty():
         with _bar(doing) as listener:
-            yield listener
+            yield _both(listener, also)
     else:
-        yield plain_progress(lambda line: click.echo(line, err=True))
+        yield _both(plain_progress(lambda line: click.echo(line, err=True)), also)
+
+
+def _both(one: Listener, other: Listener) -> Listener:
+    if one is None or other is None:
+        return one or other
+
+    def listen(state: Progress) -> None:
+        one(state)
+        other(state)
+
+    return listen
 
 
 @contextmanager

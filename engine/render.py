@@ -314,5 +314,5 @@ def verified(found: Verified) -> str:
         lines = ["no manifest to compare with"]
     more = [one.summary() for one in (found.source, found.model, found.logits) if one is not None]
     if found.problems:
-        return "\n".join([*found.problems[:50], *more, f"{len(found.problems)} problems in {told}"])
+        return "\n".join([*found.problems[:50], *more, f"{count(len(found.problems), 'problem')} in {told}"])
     return "\n".join([*lines, *more])

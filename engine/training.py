@@ -117,6 +117,7 @@ def reverse(
     resume: bool = False,
     digests: bool = True,
     check_source: bool = False,
+    max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Write a Hugging Face checkpoint as training rank files.
@@ -138,7 +139,7 @@ def reverse(
         mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype,
         lossy=lossy,
     )  # fmt: skip
-    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
+    how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
     return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
 
 
@@ -160,6 +161,7 @@ def reshard(
     resume: bool = False,
     digests: bool = True,
     check_source: bool = False,
+    max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Write a training checkpoint for other ranks, from shards to shards.
@@ -170,7 +172,7 @@ def reshard(
     compiled = plan_reshard(
         mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype
     )
-    how = Running(overwrite, workers, progress, resume=resume, digests=digests, check_source=check_source)
+    how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
     return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
 
 

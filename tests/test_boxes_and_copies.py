@@ -13,7 +13,7 @@ from engine.language.axes import extent, parse_axes
 from engine.plan.boxes import Part, Region, cut, regions
 from engine.plan.copies import Copy, clip, intersect, swap
 from engine.run.blocks import blocks
-from engine.run.moves import dense_parts
+from engine.run.moves import dense_parts, span, straight
 
 SIZES = {
     "groups": 3,
@@ -128,9 +128,11 @@ def test_clipping_gives_exactly_the_elements_of_the_interval_in_few_copies(copy:
     assert len(parts) <= max(1, 2 * len(copy.shape))
 
 
-@given(copies(), st.integers(0, 20))
-def test_dense_parts_copy_the_same_elements(copy: Copy, gap: int) -> None:
-    assert sorted(e for part in dense_parts(copy, gap) for e in elements(part)) == sorted(elements(copy))
+@given(copies(), st.integers(0, 20), st.integers(1, 200))
+def test_dense_parts_copy_the_same_elements_in_runs_of_bounded_reach(copy: Copy, gap: int, most: int) -> None:
+    parts = dense_parts(copy, gap, most)
+    assert sorted(e for part in parts for e in elements(part)) == sorted(elements(copy))
+    assert all(straight(part) or span(part.shape, part.source_strides) <= most for part in parts)
 
 
 @settings(max_examples=200)

@@ -177,7 +177,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(api, "convert", convert)
     given = "-m m.yaml --set a=1 --set b=x --dtype float32 --workers 3 --max-shard-size 1MiB --strict --overwrite"
-    given += " --no-digests --check-source"
+    given += " --no-digests --check-source --max-memory 256MiB"
     done = invoke("run", *given.split(), "--tokenizer", "t.model", "--json")
     assert done.exit_code == 0, done.stderr
     assert seen == {
@@ -194,6 +194,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "resume": False,
         "digests": False,
         "check_source": True,
+        "max_memory": 1 << 28,
         "progress": None,
     }
     assert json.loads(done.stdout)["tensors"] == 1
@@ -424,3 +425,34 @@ def test_plain_progress_tells_tenths_and_every_five_seconds() -> None:
     assert [line.split("%")[0].strip() for line in lines] == ["10", "12", "100"]
     assert "left" in lines[0]
     assert "left" not in lines[-1]
+
+
+# -- the log
+
+
+def test_a_log_has_one_json_line_per_event(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    command = ["run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "--log-file", str(log), "-q"]
+    assert invoke(*command).exit_code == 0
+    assert invoke(*command).exit_code == 1  # the output exists
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "progress", "finished", "started", "failed"]
+    assert events[0]["command"] == "run" and events[0]["mapping"] == MAPPING
+    assert events[2]["content_id"] and events[2]["tensors"] == 55
+    assert events[4]["errors"][0]["code"] == "E401"
+
+
+def test_a_log_that_cannot_be_written_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "--log-file", str(tmp_path))
+    assert done.exit_code == 1 and "E403" in done.stderr
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_run_that_failed_on_its_disk_says_what_to_do_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "-q")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("next: the same command with --resume")

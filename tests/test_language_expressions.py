@@ -188,3 +188,11 @@ def test_a_tree_keeps_literals_and_drops_what_is_omitted() -> None:
 
     tree = {"a": e("n"), "b": e("omit"), "c": "{layer}", "d": [e("omit"), e("n + 1"), None], "e": {"f": e("'{{'")}}
     assert render_tree(tree, {"n": 1}) == {"a": 1, "c": "{layer}", "d": [2, None], "e": {"f": "{{"}}
+
+
+@pytest.mark.parametrize("text", ["1e400", "1e200 * 1e200", "-1e400", "[1e308 * 10]"])
+def test_numbers_beyond_any_float_are_refused_not_crashed_on(text: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        value = evaluate(Expression(text, Place("x.yaml")), {})
+        raise AssertionError(value)
+    assert caught.value.code == "E105"

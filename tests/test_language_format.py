@@ -91,3 +91,11 @@ def test_windows_line_ends_and_a_byte_order_mark_go() -> None:
 def test_text_that_is_not_yaml_is_refused() -> None:
     with pytest.raises(EngineError, match="cannot be read"):
         format_mapping("a: [")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "mappings").glob("**/*.yaml")), ids=lambda p: p.stem
+)
+def test_bundled_mappings_are_in_their_usual_form(path: Path) -> None:
+    if path.parent.name != "layouts":
+        assert format_mapping(path.read_text()) == path.read_text()

@@ -26,11 +26,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_every_mapping_and_schema_is_in_the_wheel(wheel: Path) -> None:
+def test_every_mapping_schema_and_code_page_is_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     data = [
         path.relative_to(ROOT).as_posix()
-        for folder in ("mappings", "schemas")
+        for folder in ("docs/codes", "mappings", "schemas")
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     ]
@@ -46,7 +46,13 @@ def test_every_module_and_nothing_foreign_is_in_the_wheel(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"engine"}
 
 
-def test_an_unpacked_wheel_finds_its_own_mappings_and_schemas(wheel: Path, tmp_path: Path) -> None:
+def test_every_template_is_in_the_wheel(wheel: Path) -> None:
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "engine").glob("*/templates/*")}
+    assert {"engine/review/templates/view.html.j2", "engine/assets/templates/model_card.md.j2"} <= templates
+    assert templates <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_an_unpacked_wheel_finds_its_own_mappings_schemas_and_code_pages(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
@@ -54,6 +60,8 @@ def test_an_unpacked_wheel_finds_its_own_mappings_and_schemas(wheel: Path, tmp_p
         "import engine\n"
         "from engine.cli import cli\n"
         f"assert engine.__file__.startswith({str(site)!r}), engine.__file__\n"
+        "from engine.review.codes import explain_code, list_codes\n"
+        "assert all(explain_code(code).startswith(f'# {code}: ') for code in list_codes())\n"
         "cli.main(['lint'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

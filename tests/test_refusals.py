@@ -163,9 +163,9 @@ def test_two_prefixes_for_one_tensor_are_not_taken_for_replicas(source: Path) ->
     refuse(source, "E206", "mixer.Wqkv", "mixer.wqkv")
 
 
-def test_fsdp_files_are_refused_with_what_to_do(source: Path) -> None:
+def test_fsdp_files_among_others_are_refused(source: Path) -> None:
     (source / "model_tp0_pp0.pt").rename(source / "model_tp0_pp0_dp0.pt")
-    refuse(source, "E303", "ShardedTensor", "sharding off")
+    refuse(source, "E304", "two parallel modes", "fsdp")
 
 
 def test_files_of_two_modes_are_refused(source: Path) -> None:
@@ -309,7 +309,7 @@ def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch:
     assert (out / "mine.txt").read_text() == "keep"
 
 
-def test_a_write_that_fails_leaves_nothing_but_what_resume_can_use(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_only_what_resumes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 

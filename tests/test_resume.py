@@ -262,3 +262,15 @@ def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
     assert contents(out) == contents(tmp_path / "whole")
     assert not partials(out)
+
+
+def test_a_source_rewritten_while_it_is_read_is_noticed(source: Path, tmp_path: Path) -> None:
+    """The same size, other bytes: training goes on writing."""
+    plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
+    path = source / "model_tp0_pp0.pt"
+    data = path.read_bytes()
+    path.write_bytes(data)
+    os.utime(path, ns=(1, plan.files[0].modified + 1))
+    with pytest.raises(EngineError) as caught:
+        list(engine.iter_tensors(plan))
+    assert caught.value.code == "E405"

@@ -131,7 +131,8 @@ def read_safetensors(path: Path) -> FileHeader:
 
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            size = found.st_size
             start = file.read(8)
             if len(start) < 8:
                 raise damaged("shorter than 8 bytes")
@@ -180,7 +181,8 @@ def read_safetensors(path: Path) -> FileHeader:
         position = end
     if 8 + length + position != size:
         raise damaged(f"{size} bytes, its header describes {8 + length + position}")
-    return FileHeader(path, size, tuple(h for _, _, h in tensors), hashlib.sha256(start + text).hexdigest())
+    identity = hashlib.sha256(start + text).hexdigest()
+    return FileHeader(path, size, tuple(h for _, _, h in tensors), identity, found.st_mtime_ns)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from engine.checkpoint.headers import FileHeader
@@ -38,18 +39,19 @@ class SourceFiles:
             os.close(oldest)
         header = self._files[file]
         try:
-            descriptor = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise _unreadable(header.path, error) from error
         self._open[file] = descriptor
-        size = os.fstat(descriptor).st_size
-        if size != header.size:
+        found = os.fstat(descriptor)
+        size = found.st_size
+        if size != header.size or (header.modified and found.st_mtime_ns != header.modified):
             raise EngineError(
                 "E405",
                 "a source file changed since it was planned",
                 place=Place(header.path.name),
-                got=f"{size} bytes",
-                expected=f"{header.size} bytes",
+                got=f"{size} bytes, modified {_shown(found.st_mtime_ns)}",
+                expected=f"{header.size} bytes, modified {_shown(header.modified)}",
                 fix="Wait until training has finished writing the checkpoint, then run again.",
             )
         return descriptor
@@ -73,6 +75,10 @@ class SourceFiles:
                 got += more
         except OSError as error:
             raise _unreadable(self._files[file].path, error) from error
+
+
+def _shown(nanoseconds: int) -> str:
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(" ", "milliseconds")
 
 
 def _unreadable(path: Path, error: OSError) -> EngineError:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from math import isfinite
 from typing import Any, NoReturn
 
 from jinja2 import nodes
@@ -175,6 +176,8 @@ def _allow(node: nodes.Node) -> None:
         index = node.arg.node if isinstance(node.arg, nodes.Neg) else node.arg
         if not isinstance(index, nodes.Const):
             raise _Refused("an index must be a constant", "Write x[0] or x['key'].")
+    elif isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
+        raise _Refused("a number is too large")
     elif isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value.bit_length() > MAX_BITS:
         raise _Refused(f"a number of more than {MAX_BITS} bits")
     if isinstance(node, nodes.Filter | nodes.Call | nodes.Test) and (
@@ -254,7 +257,8 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
         return _result(compiled.run(names), 0)
     except UndefinedError as error:
         _fail_missing(expression, str(error.message), compiled, names)
-    except (TypeError, ValueError, ArithmeticError, LookupError, TemplateError, RecursionError) as error:
+    # NameError: folding constants can give an infinity, which Jinja writes into its code as a name.
+    except (TypeError, ValueError, ArithmeticError, LookupError, NameError, TemplateError, RecursionError) as error:
         raise EngineError(
             "E105",
             f"an expression cannot be evaluated: {_reason(error)}",
@@ -284,6 +288,8 @@ def render_tree(tree: Any, names: Mapping[str, Any]) -> Any:
 def _result(value: Any, depth: int) -> Any:
     """Only data leaves: no undefined value, no function, tuples as lists."""
     defined(value)
+    if isinstance(value, float) and not isfinite(value):
+        raise ArithmeticError("the result is not a finite number")
     if isinstance(value, list | tuple) and depth < MAX_DEPTH:
         return [_result(item, depth + 1) for item in value]
     if isinstance(value, Mapping) and depth < MAX_DEPTH:

@@ -8,7 +8,7 @@ from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
-from engine.language.names import pattern
+from engine.language.names import pattern, plain_file_name
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
@@ -20,6 +20,8 @@ def load_layout(name: str) -> Layout:
     check_schema(document, "layout")
     data, place = document.data, document.place
     training = data.get("training") or {}
+    if training:
+        plain_file_name(training["file"], document.value_place("training", "file"))
     layers = data["layers"]
     divides = layers.get("divides")
     layout = Layout(
@@ -27,7 +29,7 @@ def load_layout(name: str) -> Layout:
         version=str(data["version"]),
         description=data.get("description", ""),
         place=place("name"),
-        config_file=data["config"]["file"],
+        config_file=plain_file_name(data["config"]["file"], document.value_place("config", "file")),
         config_format=data["config"]["format"],
         training_file=training.get("file"),
         training_format=training.get("format"),
@@ -69,14 +71,18 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
         body.get("help", ""),
         tuple(_file(document, ("modes", name, "files", i), f) for i, f in enumerate(body["files"])),
         tuple(body.get("aliases") or ()),
-        tuple(
-            Beside(b["file"], read_tree(document, ("modes", name, "beside", i, "content"), b.get("content", {})))
-            for i, b in enumerate(body.get("beside") or [])
-        ),
+        tuple(_beside(document, ("modes", name, "beside", i), b) for i, b in enumerate(body.get("beside") or [])),
+        body.get("only_read"),
     )
 
 
+def _beside(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> Beside:
+    name = plain_file_name(body["file"], document.place(*path))
+    return Beside(name, read_tree(document, (*path, "content"), body.get("content", {})))
+
+
 def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> FilePattern:
+    plain_file_name(body["name"], document.value_place(*path, "name"))
     pattern(body["name"], document.value_place(*path, "name"))
     ranks = body.get("ranks")
     number = body.get("number")

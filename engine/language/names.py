@@ -57,6 +57,20 @@ class Pattern:
         return pattern(self.text.replace("{param}", param)) if self.has_param else self
 
 
+def plain_file_name(name: str, place: Place | None = None) -> str:
+    """A file name that stays in its folder; E104 for one that does not."""
+    if "/" in name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+        raise EngineError(
+            "E104",
+            "a file name would leave the folder",
+            place=place,
+            got=name,
+            expected="a name without folders",
+            fix="Files of a checkpoint lie in one folder; write the name alone.",
+        )
+    return name
+
+
 @lru_cache(maxsize=8192)
 def pattern(text: str, place: Place | None = None) -> Pattern:
     """Compile a pattern; E104 says what cannot be read."""

@@ -14,6 +14,8 @@ from engine.plan.groups import Cut, cut_of
 from engine.plan.ranks import RankFile, RankGrid, expected_files, rank_dims
 from engine.plan.stored import Instance, Stages
 
+_MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -73,13 +75,22 @@ def shares(count: int, ranks: int, extra: str) -> list[int]:
 
 
 def mode_of(layout: Layout, name: str | None) -> Mode:
-    """A mode by its name or alias; E001 for one that the layout does not have."""
-    if name is None:
-        return layout.modes[0]
+    """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads."""
+    writable = [mode for mode in layout.modes if mode.only_read is None]
+    if name is None and writable:
+        return writable[0]
+    known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
     for mode in layout.modes:
         if name == mode.name or name in mode.aliases:
+            if mode.only_read is not None:
+                raise EngineError(
+                    "E001",
+                    f"mode `{mode.name}` of layout `{layout.name}` is only read: {mode.only_read}",
+                    got=name,
+                    expected=known,
+                    fix="Give one of these to --mode.",
+                )
             return mode
-    known = ", ".join(" = ".join((m.name, *m.aliases)) for m in layout.modes)
     raise EngineError(
         "E001",
         f"layout `{layout.name}` has no mode `{name}`",
@@ -163,7 +174,7 @@ def check_cuts(
                 continue
             fits = [
                 n
-                for n in range(1, max(sizes.values()) + 1)
+                for n in range(1, min(max(sizes.values()), _MOST_RANKS) + 1)
                 if all(
                     dim not in other.rank_dims() or _misfit(one, other, dim, n, layout, sizes) is None
                     for one, pattern_ in used

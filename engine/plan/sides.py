@@ -7,9 +7,10 @@ layout cuts, a Hugging Face checkpoint is groups of one whole shard each.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import product
 
-from engine.plan.boxes import Region, regions
+from engine.plan.boxes import Interval, Region, regions
 from engine.plan.groups import Group
 from engine.plan.pieces import Key, Pieces, source_pieces
 from engine.plan.sizes import extents
@@ -30,6 +31,24 @@ def training_keys(used: Iterable[Instance], pieces: Pieces) -> dict[tuple[int, f
 def whole_keys(instances: Mapping[str, Instance]) -> dict[tuple[int, frozenset[str]], Key]:
     """Keys of the Hugging Face side: target pattern → its instance."""
     return {(id(one), piece): (text, piece) for text, one in instances.items() for piece in source_pieces(one)}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard of a group: its replicas and where they lie in the whole tensor.
+
+    Attributes:
+        ranks: coordinates along the cut's rank dimensions.
+        sizes: extent of every axis as stored.
+        starts: global index of the first stored element of each cut axis.
+        rows: the interval of storage rows, where rows are cut.
+    """
+
+    ranks: tuple[int, ...]
+    replicas: tuple[Stored, ...]
+    sizes: Mapping[str, int]
+    starts: Mapping[str, int]
+    rows: Interval | None
 
 
 class Side:
@@ -78,24 +97,35 @@ class Side:
         return list(result.values())
 
     def place(self, group: Group) -> list[list[tuple[Key, Region]]]:
-        """The regions of each shard: offsets are running sums of what the ranks before hold."""
+        """The regions of each shard."""
+        placed: list[list[tuple[Key, Region]]] = []
+        for shard in self.shards(group):
+            strides = shard.replicas[0].header.strides
+            found = regions(
+                group.instance.axes, shard.sizes, strides, rows=shard.rows, starts=shard.starts, fixed=group.fixed
+            )
+            placed.append([(self.keys[id(group.instance), region.piece], region) for region in found])
+        return placed
+
+    def shards(self, group: Group) -> list[Shard]:
+        """Where each shard lies in the whole: offsets are running sums of what the ranks before hold."""
         local = extents(group, self.sizes) or {}
         starts = {axis: _running(by_rank) for axis, by_rank in local.items()}
         row = 0
-        placed: list[list[tuple[Key, Region]]] = []
+        result: list[Shard] = []
         for ranks, replicas in group.shards.items():
-            header = replicas[0].header
             sizes, begin = dict(self.sizes), {}
             for position, (_, axis) in enumerate(group.cut.dims):
                 sizes[axis] = local[axis][ranks[position]]
                 begin[axis] = starts[axis][ranks[position]]
             rows = None
             if group.cut.rows is not None:
-                rows = (row, row + header.shape[0])
+                header = replicas[0].header
+                first = row if header.part is None else header.part.start
+                rows = (first, first + header.shape[0])
                 row = rows[1]
-            found = regions(group.instance.axes, sizes, header.strides, rows=rows, starts=begin, fixed=group.fixed)
-            placed.append([(self.keys[id(group.instance), region.piece], region) for region in found])
-        return placed
+            result.append(Shard(ranks, replicas, sizes, begin, rows))
+        return result
 
 
 def _running(by_rank: Mapping[int, int]) -> dict[int, int]:

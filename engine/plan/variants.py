@@ -126,7 +126,7 @@ def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any]) -> Deci
             place=variant.place,
             got=choice,
             expected=f"{found.choice}: {found.evidence}",
-            fix=f"Leave it out: {variant.help[:1].lower()}{variant.help[1:]} is read off the tensors' names.",
+            fix="Leave it out: this is read off the tensors' names.",
         )
     return Decision(variant.name, choice, "set", said, f"{found.choice}: {found.evidence}")
 

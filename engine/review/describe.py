@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from engine.language.names import pattern
 from engine.plan.model import Output, Plan
+from engine.run.memory import predicted_memory
 
 
 def fold(numbers: Sequence[int]) -> str:
@@ -57,7 +59,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "tensors": len(plan.outputs),
         "config": dict(plan.config),
-        "predicted_memory": predicted_memory(plan),
+        "predicted_memory": predicted_memory(plan, min(os.cpu_count() or 1, len(plan.shards))),
         "notices": list(plan.notices),
     }
 
@@ -94,12 +96,3 @@ def _rules(plan: Plan) -> list[dict[str, Any]]:
             }
         )
     return result
-
-
-def predicted_memory(plan: Plan) -> int:
-    """Bytes a run holds beyond the interpreter and its libraries: the plan's tables and buffers."""
-    from engine.run.blocks import LARGE_BLOCK_BYTES
-
-    workers = max(len(plan.shards), 1)
-    tables = 700 * (len(plan.sources) + len(plan.outputs))
-    return 60 * 2**20 + tables + min(workers, 8) * 3 * LARGE_BLOCK_BYTES

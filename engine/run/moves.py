@@ -17,6 +17,9 @@ from engine.run.blocks import Block
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
+MOST_SPAN = 4 << 20  # bytes of a run with gaps: what the scratch buffer may grow to
+
+
 @dataclass(slots=True)
 class Move:
     """One run outside the block, and its elements in the block.
@@ -66,7 +69,7 @@ class Moves:
         pieces = [
             (part, shift * item)
             for copy, shift in zip(block.template, block.shifts, strict=True)
-            for part in dense_parts(copy, self._gap // item)
+            for part in dense_parts(copy, self._gap // item, MOST_SPAN // item)
         ]
         largest = max((span(p.shape, p.source_strides) for p, _ in pieces if not straight(p)), default=0)
         if self._scratch.nbytes < largest * item:
@@ -98,22 +101,41 @@ def straight(copy: Copy) -> bool:
     return not copy.shape or (len(copy.shape) == 1 and copy.source_strides[0] == 1 and copy.target_strides[0] == 1)
 
 
-def dense_parts(copy: Copy, gap: int) -> list[Copy]:
-    """Split a copy along its largest source stride until no run skips more than `gap` elements."""
-    if not copy.shape:
+def dense_parts(copy: Copy, gap: int, most: int) -> list[Copy]:
+    """Split a copy along its largest source stride until no run skips or spans too many elements.
+
+    Args:
+        gap: the most elements that a run may skip at once.
+        most: the most elements from a run's first to its last, as far as it skips any.
+
+    >>> rows = Copy(0, 0, 0, 0, (4, 8), (64, 1), (8, 1))
+    >>> [part.shape for part in dense_parts(rows, 56, 1000)], [part.shape for part in dense_parts(rows, 56, 100)]
+    ([(4, 8)], [(2, 8), (2, 8)])
+    """
+    if not copy.shape or straight(copy):
         return [copy]
     axis = max(range(len(copy.shape)), key=lambda i: copy.source_strides[i])
     rest = [i for i in range(len(copy.shape)) if i != axis]
-    shape = tuple(copy.shape[j] for j in rest)
-    source_strides = tuple(copy.source_strides[j] for j in rest)
-    target_strides = tuple(copy.target_strides[j] for j in rest)
-    if copy.source_strides[axis] - span(shape, source_strides) <= gap:
+    stride, size = copy.source_strides[axis], copy.shape[axis]
+    inner = span([copy.shape[j] for j in rest], [copy.source_strides[j] for j in rest])
+    whole = (size - 1) * stride + inner
+    if stride - inner <= gap and whole <= most:
         return [copy]
+    rows = max(1, (most - inner) // stride + 1) if stride - inner <= gap else 1
     parts: list[Copy] = []
-    for i in range(copy.shape[axis]):
-        at = copy.source_offset + i * copy.source_strides[axis]
-        to = copy.target_offset + i * copy.target_strides[axis]
-        parts.extend(dense_parts(Copy(copy.source, copy.target, at, to, shape, source_strides, target_strides), gap))
+    for start in range(0, size, rows):
+        count = min(rows, size - start)
+        kept = rest if count == 1 else range(len(copy.shape))
+        part = Copy(
+            copy.source,
+            copy.target,
+            copy.source_offset + start * stride,
+            copy.target_offset + start * copy.target_strides[axis],
+            tuple(count if j == axis else copy.shape[j] for j in kept),
+            tuple(copy.source_strides[j] for j in kept),
+            tuple(copy.target_strides[j] for j in kept),
+        )
+        parts.extend(dense_parts(part, gap, most) if count == 1 else [part])
     return parts
 
 

@@ -11,12 +11,11 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
-from engine.errors import EngineError, Place
+from engine.errors import RESUMABLE, EngineError, Place
 from engine.run.locks import OutputLock
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
 _AT_CWD = -100
-_KEEP = ("E305", "E403", "E405")  # the run can go on when the cause is gone
 
 
 class OutputFolder:
@@ -82,7 +81,7 @@ class OutputFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         with self._held:
             if kind is not None:
-                if isinstance(error, EngineError) and error.code not in _KEEP:
+                if isinstance(error, EngineError) and error.code not in RESUMABLE:
                     shutil.rmtree(self.partial, ignore_errors=True)
                 return
             try:

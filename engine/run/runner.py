@@ -24,6 +24,7 @@ from engine.run.digests import Total, digest_of
 from engine.run.gather import Gatherer, Scatterer
 from engine.run.journal import NAME as JOURNAL
 from engine.run.journal import Done, Journal, read_journal, work_of
+from engine.run.memory import workers_of
 from engine.run.output import write_error
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.run.schedule import Job, Unit, copies_from, schedule
@@ -60,6 +61,7 @@ def write_weights(
     folder: Path,
     *,
     workers: int | None = None,
+    max_memory: int | None = None,
     listener: Callable[[Progress], None] | None = None,
     digests: bool = True,
     resume: bool = False,
@@ -69,6 +71,7 @@ def write_weights(
     Args:
         workers: threads, each with its own output files at a time; default: as many as cores, but
             no more than there are files to write independently.
+        max_memory: bytes resident at most; fewer workers keep to it, and E001 refuses less than one needs.
         digests: compute a digest of every tensor, which also lets the run be resumed.
         resume: go on with what an interrupted run of the same plan left in `folder`.
 
@@ -85,7 +88,7 @@ def write_weights(
     meter = Meter(plan.nbytes + replica_bytes(plan), listener)
     with SourceFiles(plan.files) as files:
         compare_replicas(plan, files, meter.advance)
-    count = workers or os.cpu_count() or 1
+    count = workers_of(plan, workers, max_memory)
     jobs = schedule(plan, count)
     writer = _Writer(plan, folder, meter, digests)
     writer.take_over(known)

@@ -1,0 +1,67 @@
+"""Plans as files: the public functions behind `engine plan -o` and `engine run --plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.operations import read_checkpoint
+
+if TYPE_CHECKING:
+    from engine.plan.model import Plan
+
+
+def save_plan(
+    path: str | Path,
+    mapping: str | Path,
+    src: str | Path = ".",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    max_shard_size: int = 5_000_000_000,
+    strict: bool = False,
+) -> Plan:
+    """Plan as `plan` does and save it, to be reviewed and run with `run_plan`.
+
+    The file (`schemas/saved-plan.schema.json`) is small for any model. Paths in it are as given here.
+    """
+    from engine.api import plan
+    from engine.review.saved_plan import Request, saved_plan, write_saved_plan
+
+    compiled = plan(mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict)
+    request = Request(str(mapping), str(src), dict(settings or {}), dtype, max_shard_size, strict)
+    write_saved_plan(Path(path), saved_plan(compiled, request))
+    return compiled
+
+
+def load_plan(path: str | Path) -> Plan:
+    """The plan that was saved, made anew from what it was made from.
+
+    Raises:
+        EngineError: E217 when mapping, layout or what they come to changed since, E405 when the
+            checkpoint's files did.
+    """
+    from engine.plan.planner import make_plan
+    from engine.review.saved_plan import check_files, check_plan, check_rules, read_saved_plan
+
+    saved = read_saved_plan(Path(path))
+    request = saved.request
+    loaded = load_mapping(request.mapping)
+    layout = load_layout(loaded.layout)
+    check_rules(saved, loaded, layout)
+    checkpoint = read_checkpoint(request.src, layout)
+    check_files(saved, checkpoint.files, request.src)
+    compiled = make_plan(
+        loaded,
+        layout,
+        checkpoint,
+        settings=request.settings,
+        dtype=request.dtype,
+        max_shard_size=request.max_shard_size,
+        strict=request.strict,
+    )
+    check_plan(saved, compiled)
+    return compiled

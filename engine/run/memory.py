@@ -1,0 +1,48 @@
+"""The memory of a run, told before it starts and kept: tables of the plan, buffers of each worker."""
+
+from __future__ import annotations
+
+import os
+
+from engine.errors import EngineError
+from engine.plan.model import Plan
+from engine.run.blocks import LARGE_BLOCK_BYTES
+from engine.run.moves import MOST_SPAN
+
+_BASE = 48 << 20  # the interpreter with the libraries that a run needs
+_PER_TENSOR = 1500  # bytes of headers, outputs and digests per tensor
+_MAPPED = 8 << 20  # what the allocator keeps beyond what is asked for
+
+
+def predicted_memory(plan: Plan, workers: int) -> int:
+    """Bytes resident at the peak of a run with so many workers; the model's size does not count."""
+    widest = max((2 * 4 * o.shape[-1] for o in plan.outputs if o.transform is not None and o.shape), default=0)
+    casts = any(o.dtype != o.read_dtype or o.transform is not None for o in plan.outputs)
+    # A block, its scratch, the converted block; a transform holds its rows in float32 three times.
+    worker = LARGE_BLOCK_BYTES + MOST_SPAN + (4 * LARGE_BLOCK_BYTES if casts else 0) + widest
+    compared = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN) if plan.replicas or plan.tied else 0
+    tables = _PER_TENSOR * (len(plan.sources) + len(plan.outputs))
+    return _BASE + _MAPPED + tables + max(workers * worker, compared)
+
+
+def workers_of(plan: Plan, asked: int | None, limit: int | None) -> int:
+    """How many workers a run has: as asked, else as many as cores, and no more than fit the memory.
+
+    Raises:
+        EngineError: E001 when not even one fits `limit` bytes.
+    """
+    wanted = asked or os.cpu_count() or 1
+    if limit is None:
+        return wanted
+    least = predicted_memory(plan, 1)
+    if least > limit:
+        raise EngineError(
+            "E001",
+            "this plan does not fit the memory allowed",
+            got=f"--max-memory {limit}",
+            expected=f"at least {least} bytes, for one worker",
+            fix=f"Give --max-memory {-(-least // (1 << 20))}MiB or more.",
+        )
+    while wanted > 1 and predicted_memory(plan, wanted) > limit:
+        wanted -= 1
+    return wanted

@@ -1,0 +1,161 @@
+"""A guard on effort that needs no clock: bytes read, system calls, copies and memory per conversion."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import engine
+from engine.checkpoint.sinks import SinkFiles
+from engine.checkpoint.sources import SourceFiles
+from engine.run.memory import predicted_memory
+from tests.support.shards import Model, save
+
+LETTERS = {"mlp_letters": "w2_is_down"}
+BLOCK = 512 * 1024
+
+
+@dataclass
+class Effort:
+    reads: int = 0
+    read: int = 0
+    writes: int = 0
+    written: int = 0
+
+
+@contextmanager
+def counted() -> Iterator[Effort]:
+    """What sources and sinks are asked for."""
+    effort = Effort()
+    read, write = SourceFiles.read_into, SinkFiles.write
+
+    def reading(files: SourceFiles, file: int, offset: int, buffer: memoryview) -> None:
+        effort.reads += 1
+        effort.read += len(buffer)
+        read(files, file, offset, buffer)
+
+    def writing(files: SinkFiles, file: int, offset: int, data: bytes | memoryview) -> None:
+        effort.writes += 1
+        effort.written += len(data)
+        write(files, file, offset, data)
+
+    with mock.patch.object(SourceFiles, "read_into", reading), mock.patch.object(SinkFiles, "write", writing):
+        yield effort
+
+
+def model_of(layers: int) -> Model:
+    return Model("v2", layers=layers, hidden=512, heads=8, groups=8, ffn=1536, vocab=1024, bias=False)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("effort")
+    for layers in (2, 8):
+        save(model_of(layers), folder / f"step{layers}", tp=4)
+    return {layers: folder / f"step{layers}" for layers in (2, 8)}
+
+
+def payload(plan: Any) -> int:
+    return sum(output.nbytes for output in plan.outputs)
+
+
+def test_merging_reads_every_byte_once_in_long_runs(sources: dict[int, Path], tmp_path: Path) -> None:
+    plan = engine.plan(model_of(8).mapping, sources[8], settings=LETTERS)
+    with counted() as effort:
+        engine.convert(model_of(8).mapping, sources[8], tmp_path / "hf", settings=LETTERS)
+    norms = (2 * 8 + 1) * 512 * 2  # each is on four ranks: three are compared with the first, which is read twice more
+    assert effort.read <= payload(plan) + 6 * norms
+    assert effort.written <= payload(plan) + 64 * 1024
+    blocks = payload(plan) // BLOCK
+    assert effort.writes <= 2 * blocks + 3 * len(plan.outputs)
+    assert effort.reads <= 8 * blocks + 12 * len(plan.outputs)
+
+
+def test_splitting_columns_reads_every_byte_once_too(sources: dict[int, Path], tmp_path: Path) -> None:
+    engine.convert(model_of(8).mapping, sources[8], tmp_path / "hf", settings=LETTERS)
+    plan = engine.plan_reverse(model_of(8).mapping, tmp_path / "hf", tp=8)
+    with counted() as effort:
+        engine.reverse(model_of(8).mapping, tmp_path / "hf", tmp_path / "back", tp=8)
+    replicas = (2 * 8 + 1) * 512 * 2 * 8
+    embedding = 1024 * 512 * 2
+    assert effort.read <= payload(plan) + replicas + embedding
+    assert effort.written <= payload(plan) + 8 * 64 * 1024
+
+
+def test_resharding_reads_every_byte_once(sources: dict[int, Path], tmp_path: Path) -> None:
+    plan = engine.plan_reshard(model_of(8).mapping, sources[8], tp=2, pp=2, settings=LETTERS)
+    with counted() as effort:
+        engine.reshard(model_of(8).mapping, sources[8], tmp_path / "b", tp=2, pp=2, settings=LETTERS)
+    assert effort.read <= payload(plan) + 12 * (2 * 8 + 1) * 512 * 2
+
+
+@pytest.mark.parametrize("command", ["run", "reverse"])
+def test_memory_does_not_grow_with_the_model(command: str, sources: dict[int, Path], tmp_path: Path) -> None:
+    peaks = []
+    for layers, source in sources.items():
+        model = model_of(layers)
+        if command == "reverse":
+            engine.convert(model.mapping, source, tmp_path / f"hf{layers}", settings=LETTERS)
+        tracemalloc.start()
+        if command == "run":
+            engine.convert(model.mapping, source, tmp_path / f"out{layers}", settings=LETTERS, workers=1)
+        else:
+            engine.reverse(model.mapping, tmp_path / f"hf{layers}", tmp_path / f"out{layers}", tp=4, workers=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 8 << 20
+    assert peaks[1] < peaks[0] + (2 << 20)  # headers and plan of six more layers
+
+
+@pytest.mark.parametrize("how", [[], ["--dtype", "float32"], ["--set", "rotary=pairs"]], ids=["plain", "cast", "pairs"])
+def test_the_memory_allowed_is_kept_and_told_before(how: list[str], sources: dict[int, Path], tmp_path: Path) -> None:
+    """The kernel's own account of a whole process."""
+    command = ["run", "-m", model_of(8).mapping, "-s", str(sources[8]), "--set", "mlp_letters=w2_is_down", *how]
+    options = {"dtype": how[1]} if "--dtype" in how else {}
+    plan = engine.plan(model_of(8).mapping, sources[8], settings=LETTERS, **options)
+    allowed = predicted_memory(plan, 1)
+    code = """
+import re, sys
+from engine.cli import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+print(re.search("VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+    command += ["-o", str(tmp_path / "hf"), "-q", "--max-memory", str(allowed)]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 <= allowed
+    with pytest.raises(engine.EngineError) as caught:
+        engine.convert(
+            model_of(8).mapping, sources[8], tmp_path / "no", settings=LETTERS, max_memory=allowed - 1, **options
+        )
+    assert caught.value.code == "E001"
+
+
+def test_copies_are_made_once_per_class_whatever_the_number_of_layers(sources: dict[int, Path]) -> None:
+    classes = []
+    for layers, source in sources.items():
+        plan = engine.plan(model_of(layers).mapping, source, settings=LETTERS)
+        for index in range(len(plan.outputs)):
+            plan.copies(index)
+        classes.append(plan.copies.classes)  # type: ignore[attr-defined]
+    assert classes[0] == classes[1] <= 12
+
+
+def test_an_output_has_as_many_copies_as_ranks_hold_of_it(sources: dict[int, Path]) -> None:
+    plan = engine.plan(model_of(2).mapping, sources[2], settings=LETTERS)
+    wanted = {"q_proj": 4, "k_proj": 4, "o_proj": 4, "gate_proj": 4, "down_proj": 4, "embed_tokens": 4, "norm": 1}
+    for index, output in enumerate(plan.outputs):
+        for part, count in wanted.items():
+            if part in output.name:
+                assert len(plan.copies(index)) == count, output.name
