@@ -271,20 +271,42 @@ def clean(out: str | Path) -> list[Path]:
     return remove(Path(out))
 
 
-def verify(out: str | Path, progress: Callable[[Progress], None] | None = None) -> Verified:
-    """Compare an output with its own manifest, byte for byte.
+def verify(
+    out: str | Path,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    src: str | Path | None = None,
+    mapping: str | Path | MappingFile | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    sample: str | None = None,
+    load: bool = False,
+    logits: bool = False,
+) -> Verified:
+    """Verify an output: against its own manifest, and in whatever other way is asked for.
+
+    Args:
+        src: the training checkpoint it was made from.
+        mapping: plan again with this mapping, and compare every tensor with what `src` gives.
+        settings: variants and options, as `--set` gives them.
+        dtype: as for `convert`; default: what the manifest says, else `auto`.
+        sample: compare some blocks of each tensor only: a share like `5%`, or a number like `8`.
+        load: load the model with transformers, without remote code, and run a forward pass.
+        logits: compare its forward pass, layer by layer, with one computed from the rank files of
+            `src` the way training computes it. No mapping is used for it.
 
     Raises:
-        EngineError: E304 or E301 when there is no manifest to compare with.
+        EngineError: E304 or E301 when there is no manifest and nothing else to compare with, E0xx
+            for arguments that do not go together, E2xx and E3xx when either side cannot be read.
     """
-    from engine.review.verify import read_manifest
-    from engine.review.verify import verify as check
-    from engine.run.runner import Meter
+    from engine.review.verify import Asked, check_asked, verify_output, written_dtype
 
-    folder = Path(out)
-    named = {str(entry.get("file")) for entry in read_manifest(folder)["tensors"].values()}
-    total = sum((folder / name).stat().st_size for name in named if (folder / name).is_file())
-    return check(folder, Meter(total, progress).advance)
+    check_asked(src is not None, mapping is not None, logits, sample is not None)
+    compiled = None
+    if src is not None and mapping is not None:
+        compiled = plan(mapping, src, settings=settings, dtype=dtype or written_dtype(Path(out)))
+    source = Path(src) if src is not None and logits else None
+    return verify_output(Path(out), Asked(compiled, sample, load, source, settings or {}), progress)
 
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:

@@ -21,7 +21,7 @@ from engine import __version__
 from engine.diff_command import diff
 from engine.errors import CODES
 from engine.explain_commands import explain, view
-from engine.options import only_plan, planning_options, rank_options, reports_errors, writing_options
+from engine.options import only_plan, planning_options, rank_options, reports_errors, verifying_options, writing_options
 
 if TYPE_CHECKING:
     from engine.operations import Report
@@ -175,15 +175,20 @@ def compare(ctx: click.Context, as_json: bool, out: str, ref: str, allow_cast: b
 
 @cli.command()
 @click.argument("out", metavar="OUT")
+@verifying_options
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
 @reports_errors
 @click.pass_context
-def verify(ctx: click.Context, as_json: bool, out: str, quiet: bool) -> None:
-    """Check an output against its own manifest, byte for byte."""
+def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **options: Any) -> None:
+    """Check an output against its own manifest, byte for byte, and in other ways if asked.
+
+    With --src and --mapping, against the training checkpoint; with --load, whether transformers
+    runs it; with --src and --logits, against a forward pass as training computes it.
+    """
     from engine import api, progress, render
 
     with progress.progress(show=not (quiet or as_json), doing="verifying") as listener:
-        found = api.verify(out, progress=listener)
+        found = api.verify(out, progress=listener, **options)
     if as_json:
         click.echo(render.as_json(found.as_dict()))
     elif found.problems or not quiet:
