@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from math import isfinite
 from typing import Any, NoReturn
 
 from jinja2 import nodes
@@ -51,6 +52,13 @@ _NODES: tuple[type[nodes.Node], ...] = (
     nodes.Add, nodes.Sub, nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Mod, nodes.Pow, nodes.Neg, nodes.Pos,
     nodes.And, nodes.Or, nodes.Not, nodes.Compare, nodes.Operand,
     nodes.Getattr, nodes.Getitem, nodes.Filter, nodes.Test, nodes.Call,
+)  # fmt: skip
+
+
+# What evaluating raises. Jinja writes constants that it folds into Python, and infinity as a name.
+_EVALUATION = (
+    TypeError, ValueError, ArithmeticError, LookupError, TemplateError, RecursionError, NameError, SyntaxError,
+    MemoryError,
 )  # fmt: skip
 
 
@@ -177,6 +185,8 @@ def _allow(node: nodes.Node) -> None:
             raise _Refused("an index must be a constant", "Write x[0] or x['key'].")
     elif isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value.bit_length() > MAX_BITS:
         raise _Refused(f"a number of more than {MAX_BITS} bits")
+    elif isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
+        raise _Refused("a number that is too large")
     if isinstance(node, nodes.Filter | nodes.Call | nodes.Test) and (
         node.kwargs or node.dyn_args is not None or node.dyn_kwargs is not None
     ):
@@ -254,7 +264,7 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
         return _result(compiled.run(names), 0)
     except UndefinedError as error:
         _fail_missing(expression, str(error.message), compiled, names)
-    except (TypeError, ValueError, ArithmeticError, LookupError, TemplateError, RecursionError) as error:
+    except _EVALUATION as error:
         raise EngineError(
             "E105",
             f"an expression cannot be evaluated: {_reason(error)}",

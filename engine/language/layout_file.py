@@ -8,7 +8,7 @@ from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
-from engine.language.names import pattern
+from engine.language.names import check_file_name, pattern
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
@@ -19,6 +19,9 @@ def load_layout(name: str) -> Layout:
     document = load_yaml(path, shown(path))
     check_schema(document, "layout")
     data, place = document.data, document.place
+    for key in ("config", "training"):
+        if key in data:
+            check_file_name(data[key]["file"], document.value_place(key, "file"))
     training = data.get("training") or {}
     layers = data["layers"]
     divides = layers.get("divides")
@@ -64,6 +67,8 @@ def load_layout(name: str) -> Layout:
 
 
 def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
+    for i, beside in enumerate(body.get("beside") or []):
+        check_file_name(beside["file"], document.value_place("modes", name, "beside", i, "file"))
     return Mode(
         name,
         body.get("help", ""),
@@ -77,6 +82,7 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
 
 
 def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> FilePattern:
+    check_file_name(body["name"], document.value_place(*path, "name"))
     pattern(body["name"], document.value_place(*path, "name"))
     ranks = body.get("ranks")
     number = body.get("number")

@@ -14,7 +14,7 @@ from engine.language.documents import Document
 from engine.language.expressions import check_expression
 from engine.language.merging import load_resolved
 from engine.language.model import Exclusion, Expression, Mapping, Option, Variant
-from engine.language.names import pattern
+from engine.language.names import check_file_name, pattern
 from engine.language.rules import read_rule
 from engine.language.search import find_file, list_names
 from engine.language.validation import check_schema
@@ -42,6 +42,8 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
     }
     rules = tuple(read_rule(document, name, body, variants) for name, body in data["rules"].items())
     source, target = data["source"], data["target"]
+    if "file" in (data.get("tokenizer") or {}):
+        check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
     mapping = Mapping(
         name=data["name"],
         version=str(data["version"]),

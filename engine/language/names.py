@@ -57,6 +57,22 @@ class Pattern:
         return pattern(self.text.replace("{param}", param)) if self.has_param else self
 
 
+def check_file_name(text: str, place: Place) -> None:
+    """E104 unless a file of this name, or names of this pattern, can only lie in the folder itself.
+
+    A name with a leading dot is not part of a checkpoint: so are the engine's own files.
+    """
+    if text.startswith(".") or not text.isprintable() or any(c in "/\\" for c in text) or len(text) > 200:
+        raise EngineError(
+            "E104",
+            "a file name would leave its folder, or cannot be one",
+            place=place,
+            got=text,
+            expected="a plain name, like model_config.pt",
+            fix="Files lie beside each other in the checkpoint's folder.",
+        )
+
+
 @lru_cache(maxsize=8192)
 def pattern(text: str, place: Place | None = None) -> Pattern:
     """Compile a pattern; E104 says what cannot be read."""
