@@ -309,7 +309,9 @@ def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch:
     assert (out / "mine.txt").read_text() == "keep"
 
 
-def test_a_write_that_fails_leaves_nothing_but_what_resume_can_use(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_nothing_but_what_resume_can_use(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
