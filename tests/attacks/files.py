@@ -71,6 +71,11 @@ def linked(folder: Path) -> None:
 
 add("a link to a good rank file", "training", linked, None)
 
+
+def stranger(name: bytes) -> Callable[[Path], object]:
+    return lambda folder: Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"x")
+
+
 for _what, _raw in {
     "a newline": b"10.step\nE000 all is well",
     "bytes that are not UTF-8": b"10.\xff\xfe",
@@ -80,8 +85,7 @@ for _what, _raw in {
     "YAML": b"--- !!python",
     "two hundred letters": b"x" * 200,
 }.items():
-    add(f"a stranger whose name has {_what}", "training",
-        lambda folder, raw=_raw: Path(os.fsdecode(os.fsencode(folder) + b"/" + raw)).write_bytes(b"x"), None)  # fmt: skip
+    add(f"a stranger whose name has {_what}", "training", stranger(_raw), None)
 for _name in ("model_tp1_pp0.pt ", "model_tp1_pp0.pt\n", "model_tp01_pp0.pt", "model_tp١_pp0.pt", "MODEL_TP1_PP0.PT"):
     add(f"a rank file named {_name!r}", "training",
         lambda folder, name=_name: (folder / RANK).rename(folder / name), "E201")  # fmt: skip

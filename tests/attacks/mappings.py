@@ -67,7 +67,8 @@ for _name, _raw in {
 
 # Expressions, where a size is computed. What cannot be computed may be read off the tensors.
 for _expression in (
-    "9 ** 9 ** 9", "2 ** 4096 ** 2", "10 ** 10 ** 10 % 7", "(2 ** 4000) * (2 ** 4000)", "'a' * 10 ** 9", "[0] * 10 ** 9",
+    "9 ** 9 ** 9", "2 ** 4096 ** 2", "10 ** 10 ** 10 % 7", "(2 ** 4000) * (2 ** 4000)", "'a' * 10 ** 9",
+    "[0] * 10 ** 9",
     "'%0999999999d' % 1", "1.0e308 ** 9", "'x'.join('y')", "''.__class__", "''.__class__.__mro__[1].__subclasses__()",
     "[].__class__", "num_layers.__class__", "present.__globals__", "gcd.__globals__['os']", "gcd.__self__",
     "self.__init__", "self", "super()", "cycler.__init__.__globals__.os", "lipsum.__globals__", "namespace(a=1)",
@@ -123,8 +124,9 @@ for _bad in ("/dev/zero", "/dev/stdin", "/proc/self/mem", "."):
     add(f"a layout at {_bad}", "mapping",
         lambda folder, bad=_bad: change("mapping.yaml", (str(folder / "layout.yaml"), bad))(folder),
         "E101 E102 E002")  # fmt: skip
-for _bad in ("{a}{b}", "{layer", "layer}", "{layer:x}", "{layer:099}", "{}", "{layer} {layer}", "{0}", "{a.b}", "{a!r}",
-             "{__class__}", "(x+x+)+y{layer}", "{layer}" + "x" * 100_000, "blocks.{layer}.mlp.w1.{param}\\0"):  # fmt: skip
+for _bad in ("{a}{b}", "{layer", "layer}", "{layer:x}", "{layer:099}", "{}", "{layer} {layer}", "{0}", "{a.b}",
+             "{a!r}", "{__class__}", "(x+x+)+y{layer}", "{layer}" + "x" * 100_000,
+             "blocks.{layer}.mlp.w1.{param}\\0"):  # fmt: skip
     add(f"a name pattern {_bad[:30]!r}", "mapping",
         change("mapping.yaml", ("blocks.{layer}.mlp.w1.{param}", _bad)),
         "E101 E102 E104 E107 E108 E205 E207 E106 E206")  # fmt: skip

@@ -157,11 +157,11 @@ FRAMEWORKS = (
 )  # fmt: skip
 
 for _full in (*SHELL, *PYTHON, *FRAMEWORKS):
-    _module, _, _name = _full.rpartition(".")
+    _named = g(*_full.rpartition(".")[::2])
     add(
         f"{_full} called",
         "training",
-        lambda folder, f=g(_module, _name): with_pickle(folder / RANK, item(call(f, touch(folder)))),
+        lambda folder, named=_named: with_pickle(folder / RANK, item(call(named, touch(folder)))),
         "E302",
         _full,
     )
@@ -254,8 +254,8 @@ value("a tensor that repeats one element 2 ** 61 times",
       "E301 E205", config="", training="")  # fmt: skip
 value("a tensor of another function", call(g("torch._tensor", "_rebuild_from_type_v2"), g("collections", "OrderedDict"),
       g("torch", "Tensor"), b")", b"}"), "E301", "built by something else")  # fmt: skip
-value("a tensor of os.system", call(g("torch._tensor", "_rebuild_from_type_v2"), g("os", "system"), g("torch", "Tensor"),
-      b")", b"}"), "E302", "os.system")  # fmt: skip
+value("a tensor of os.system", call(g("torch._tensor", "_rebuild_from_type_v2"), g("os", "system"),
+      g("torch", "Tensor"), b")", b"}"), "E302", "os.system")  # fmt: skip
 value("a tensor made by making tensors", call(g("torch._tensor", "_rebuild_from_type_v2"),
       g("torch._tensor", "_rebuild_from_type_v2"), g("torch", "Tensor"), b")", b"}"), "E301")  # fmt: skip
 value("a parameter of a mapping", call(g("torch._utils", "_rebuild_parameter"), b"}", b"\x89", ORDERED), "E301")
