@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo bench snapshots lock
+.PHONY: setup test lint format demo bench fuzz soak snapshots lock
 
 setup: $(STAMP)
 
@@ -43,6 +43,16 @@ snapshots: setup
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py
+
+# Random input for every reader, for so many minutes; `make test` tries a little of it.
+FUZZ_MINUTES ?= 10
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(FUZZ_MINUTES)
+
+# Kills runs at so many random moments, and sees that nothing is lost: about ten minutes.
+SOAK_KILLS ?= 200
+soak: setup
+	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 
 # Keeps the versions the lock has, unless pyproject.toml asks for others.
 lock: setup

@@ -65,6 +65,25 @@ CODES: dict[str, str] = {
 # What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
 RESUMABLE = ("E305", "E403", "E405")
 
+_LONGEST = 2000  # characters of one part of a message
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal, pretend to be another line, or fail to be written.
+
+    Names in a checkpoint and of its files may hold anything.
+
+    >>> printable("two\\nlines")
+    'two\\\\nlines'
+    """
+    if len(text) > _LONGEST:
+        text = text[: _LONGEST - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(printable(line) for line in text[:_LONGEST].split("\n"))
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -125,27 +144,27 @@ class EngineError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        lines = [f"{self.code} {self.message}"]
+        lines = [f"{self.code} {printable(self.message)}"]
         if self.place is not None:
-            lines.append(f"  {self.place}")
+            lines.append(f"  {printable(str(self.place))}")
         for label, text in (("got", self.got), ("expected", self.expected)):
             if text is not None:
-                first, *rest = text.split("\n")
+                first, *rest = _lines(text).split("\n")
                 lines.append(f"    {label:<9} {first}")
                 lines.extend(f"    {'':<9} {line}" for line in rest)
         if self.fix is not None:
-            lines.append(f"  {self.fix}")
+            lines.append(f"  {_lines(self.fix)}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
         """The same as data, for `--json`."""
         return {
             "code": self.code,
-            "message": self.message,
-            "place": None if self.place is None else str(self.place),
-            "got": self.got,
-            "expected": self.expected,
-            "fix": self.fix,
+            "message": printable(self.message),
+            "place": None if self.place is None else printable(str(self.place)),
+            "got": None if self.got is None else _lines(self.got),
+            "expected": None if self.expected is None else _lines(self.expected),
+            "fix": None if self.fix is None else _lines(self.fix),
         }
 
 

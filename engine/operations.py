@@ -103,12 +103,15 @@ def execute(
         small: makes the other files of the output, and notices about them.
         started: when the command started, for the report.
     """
+    from engine.run.journal import NAME as JOURNAL
     from engine.run.manifest import NAME, encode_manifest, manifest
-    from engine.run.output import OutputFolder
+    from engine.run.output import OutputFolder, sweep
     from engine.run.runner import write_bytes, write_weights
 
     notices = list(compiled.notices)
     with OutputFolder(out, source, overwrite=how.overwrite, resume=how.resume, need=compiled.nbytes) as folder:
+        if how.resume:
+            sweep(folder, {JOURNAL, *(file.name for file in compiled.shards)})
         if how.check_source:
             notices += check_source(compiled, how.progress)
         files, told = small()

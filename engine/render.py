@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def as_json(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False)
+    """JSON that is UTF-8: bytes of a path that are not are written as escapes."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    return text if not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(data, indent=2)
 
 
 def read_text(path: str | Path) -> str:

@@ -23,15 +23,24 @@ def check_files(paths: Iterable[Path], advance: Callable[[int], None]) -> list[s
     Torch can leave every checksum out of a zip; all zero means none, not damage.
 
     Raises:
-        EngineError: E301 for the first file that is not what it was when it was saved.
+        EngineError: E301 for the first file that is not what it was when it was saved, E305 when unreadable.
     """
     unchecked: list[str] = []
     for path in paths:
-        checked = _check_members(path, advance)
-        sidecar = path.with_name(path.name + ".md5")
-        if sidecar.is_file():
-            _check_md5(path, sidecar, advance)
-            checked = True
+        try:
+            checked = _check_members(path, advance)
+            sidecar = path.with_name(path.name + ".md5")
+            if sidecar.is_file():
+                _check_md5(path, sidecar, advance)
+                checked = True
+        except (OSError, zipfile.BadZipFile) as error:
+            raise EngineError(
+                "E305",
+                "a file cannot be read",
+                place=Place(path.name),
+                got=str(error),
+                fix="Check the file and its storage.",
+            ) from error
         if not checked:
             unchecked.append(path.name)
     return unchecked

@@ -17,7 +17,8 @@ from engine.checkpoint.unpickle import damaged
 from engine.errors import EngineError, Place
 
 _DEEPEST = 64
-_MOST_VALUES = 1_000_000  # counted as if nothing were shared
+_MOST_BITS = 4096
+_MOST_VALUES = 100_000  # counted as if nothing were shared
 
 
 def read_config(path: Path, format: str) -> dict[str, Any]:
@@ -104,6 +105,8 @@ def _plain(value: Any, name: str) -> Any:
             return [plain(item, depth + 1) for item in value]
         if isinstance(value, set | frozenset):
             return [plain(item, depth + 1) for item in sorted(value, key=repr)]
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise damaged(name, f"a number of {value.bit_length()} bits")
         if isinstance(value, DType):
             return f"torch.{value.name}"
         return value if isinstance(value, str | int | float | bool) or value is None else type(value).__name__

@@ -43,6 +43,16 @@ def read_rank_file(path: Path) -> FileHeader:
     tensors = tuple(_headers(value, payload, path.name))
     if not tensors:
         raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
+    for tensor in tensors:  # strides of zero can claim any size
+        if tensor.nbytes > size:
+            raise EngineError(
+                "E303",
+                f"`{tensor.name}` repeats its elements",
+                place=Place(path.name, tensor=tensor.name),
+                got=f"{tensor.nbytes} bytes in a file of {size}",
+                expected="each element stored once",
+                fix="Save it again after `contiguous()`.",
+            )
     return FileHeader(path, size, tensors, identity, found.st_mtime_ns)
 
 
@@ -79,16 +89,21 @@ def open_regular(path: Path) -> BinaryIO:
             got=error.strerror,
             fix="Check the file and its permissions.",
         ) from error
+    check_regular(descriptor, path)
+    return os.fdopen(descriptor, "rb")
+
+
+def check_regular(descriptor: int, path: Path) -> None:
+    """E305 for a folder, a pipe or a device, which is closed."""
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise EngineError("E305", "not a regular file", place=Place(str(path)), fix="Put the checkpoint's file there.")
-    return os.fdopen(descriptor, "rb")
 
 
 def read_torch_file(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tuple[int, int]], str]:
     """The unpickled value with inert tensors, storage key → (offset, bytes) in the file, identity."""
-    start = file.read(4)
     try:
+        start = file.read(4)
         if start == b"PK\x03\x04":
             members, directory = read_directory(file, name, size)
             root = _root(members, name)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from engine.checkpoint.headers import FileHeader
+from engine.checkpoint.rank_files import check_regular
 from engine.errors import EngineError, Place
 
 _OPEN_FILES = 128  # far below the usual limit of 1024 descriptors, whatever the number of ranks
@@ -42,6 +43,7 @@ class SourceFiles:
             descriptor = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise _unreadable(header.path, error) from error
+        check_regular(descriptor, header.path)  # it may have become a pipe since it was planned
         self._open[file] = descriptor
         found = os.fstat(descriptor)
         size = found.st_size

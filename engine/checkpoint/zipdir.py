@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from itertools import pairwise
 from typing import BinaryIO
 
 from engine.errors import EngineError, Place
 
 _LOCAL = struct.Struct("<4s5H3I2H")
+_SMALL = 64 << 20  # bytes of a member that is checked against its CRC-32; torch may leave that out, as zero
 
 
 def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tuple[int, int]], bytes]:
     """Member name → (absolute payload offset, bytes), and the directory's bytes.
 
-    Members must be stored uncompressed, lie inside the file, not overlap, and be named once.
+    Members must be stored uncompressed, lie inside the file, not overlap, and be named once. Those
+    that describe the tensors, and are not payload, must have the bytes that were saved.
     """
 
     def damaged(what: str) -> EngineError:
@@ -63,9 +66,17 @@ def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tupl
         members[info.filename] = (at, info.file_size)
         spans.append((info.header_offset, at + info.file_size, info.filename))
     spans.sort()
+    if spans and spans[0][0] != 0:
+        raise damaged(f"its first member is at {spans[0][0]}: there is something else before")
     for (_, end, one), (begin, _, two) in pairwise(spans):
         if begin < end:
             raise damaged(f"members {one} and {two} overlap")
+    for info in infos:
+        at, length = members[info.filename]
+        if info.CRC and length <= _SMALL and not info.filename.rpartition("/")[0].endswith("/data"):
+            file.seek(at)
+            if zlib.crc32(file.read(length)) != info.CRC:
+                raise damaged(f"member {info.filename} has other bytes than were saved")
     file.seek(start)
     return members, file.read(min(size - start, 64 << 20))
 

@@ -55,6 +55,13 @@ _NODES: tuple[type[nodes.Node], ...] = (
 )  # fmt: skip
 
 
+# What evaluating raises. Jinja writes constants that it folds into Python, and infinity as a name.
+_EVALUATION = (
+    TypeError, ValueError, ArithmeticError, LookupError, TemplateError, RecursionError, NameError, SyntaxError,
+    MemoryError,
+)  # fmt: skip
+
+
 class _Refused(Exception):
     """Why an expression is not part of the language."""
 
@@ -176,10 +183,10 @@ def _allow(node: nodes.Node) -> None:
         index = node.arg.node if isinstance(node.arg, nodes.Neg) else node.arg
         if not isinstance(index, nodes.Const):
             raise _Refused("an index must be a constant", "Write x[0] or x['key'].")
-    elif isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
-        raise _Refused("a number is too large")
     elif isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value.bit_length() > MAX_BITS:
         raise _Refused(f"a number of more than {MAX_BITS} bits")
+    elif isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
+        raise _Refused("a number that is too large")
     if isinstance(node, nodes.Filter | nodes.Call | nodes.Test) and (
         node.kwargs or node.dyn_args is not None or node.dyn_kwargs is not None
     ):
@@ -257,8 +264,7 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
         return _result(compiled.run(names), 0)
     except UndefinedError as error:
         _fail_missing(expression, str(error.message), compiled, names)
-    # NameError: folding constants can give an infinity, which Jinja writes into its code as a name.
-    except (TypeError, ValueError, ArithmeticError, LookupError, NameError, TemplateError, RecursionError) as error:
+    except _EVALUATION as error:
         raise EngineError(
             "E105",
             f"an expression cannot be evaluated: {_reason(error)}",

@@ -8,7 +8,7 @@ from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
-from engine.language.names import pattern, plain_file_name
+from engine.language.names import check_file_name, pattern
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
@@ -19,9 +19,10 @@ def load_layout(name: str) -> Layout:
     document = load_yaml(path, shown(path))
     check_schema(document, "layout")
     data, place = document.data, document.place
+    for key in ("config", "training"):
+        if key in data:
+            check_file_name(data[key]["file"], document.value_place(key, "file"))
     training = data.get("training") or {}
-    if training:
-        plain_file_name(training["file"], document.value_place("training", "file"))
     layers = data["layers"]
     divides = layers.get("divides")
     layout = Layout(
@@ -29,7 +30,7 @@ def load_layout(name: str) -> Layout:
         version=str(data["version"]),
         description=data.get("description", ""),
         place=place("name"),
-        config_file=plain_file_name(data["config"]["file"], document.value_place("config", "file")),
+        config_file=data["config"]["file"],
         config_format=data["config"]["format"],
         training_file=training.get("file"),
         training_format=training.get("format"),
@@ -66,6 +67,8 @@ def load_layout(name: str) -> Layout:
 
 
 def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
+    for i, beside in enumerate(body.get("beside") or []):
+        check_file_name(beside["file"], document.value_place("modes", name, "beside", i, "file"))
     return Mode(
         name,
         body.get("help", ""),
@@ -77,12 +80,12 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
 
 
 def _beside(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> Beside:
-    name = plain_file_name(body["file"], document.place(*path))
-    return Beside(name, read_tree(document, (*path, "content"), body.get("content", {})))
+    check_file_name(body["file"], document.place(*path))
+    return Beside(body["file"], read_tree(document, (*path, "content"), body.get("content", {})))
 
 
 def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> FilePattern:
-    plain_file_name(body["name"], document.value_place(*path, "name"))
+    check_file_name(body["name"], document.value_place(*path, "name"))
     pattern(body["name"], document.value_place(*path, "name"))
     ranks = body.get("ranks")
     number = body.get("number")

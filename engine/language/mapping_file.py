@@ -14,7 +14,7 @@ from engine.language.documents import Document
 from engine.language.expressions import check_expression
 from engine.language.merging import load_resolved
 from engine.language.model import Exclusion, Expression, Mapping, Option, Variant
-from engine.language.names import pattern, plain_file_name
+from engine.language.names import check_file_name, pattern
 from engine.language.rules import read_rule
 from engine.language.search import find_file, list_names
 from engine.language.validation import check_schema
@@ -42,6 +42,8 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
     }
     rules = tuple(read_rule(document, name, body, variants) for name, body in data["rules"].items())
     source, target = data["source"], data["target"]
+    if "file" in (data.get("tokenizer") or {}):
+        check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
     mapping = Mapping(
         name=data["name"],
         version=str(data["version"]),
@@ -62,7 +64,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         refuse=tuple(_exclusion(document, "refuse", i, e) for i, e in enumerate(data.get("refuse") or [])),
         config=read_tree(document, ("config",), data.get("config") or {}),
         training_config=read_tree(document, ("training_config",), data.get("training_config") or {}),
-        tokenizer=_tokenizer(document, data.get("tokenizer")),
+        tokenizer=data.get("tokenizer"),
         generation=data.get("generation"),
         chat_template=data.get("chat_template"),
         expect=data.get("expect") or {},
@@ -176,10 +178,3 @@ def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) 
     place = document.place(key, index)
     pattern(entry[side], document.value_place(key, index, side))
     return Exclusion(side, entry[side], entry["why"], place)
-
-
-def _tokenizer(document: Document, body: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The `tokenizer` block; its file lies beside the checkpoint, nowhere else."""
-    if body is not None and "file" in body:
-        plain_file_name(body["file"], document.value_place("tokenizer", "file"))
-    return body

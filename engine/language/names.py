@@ -57,18 +57,20 @@ class Pattern:
         return pattern(self.text.replace("{param}", param)) if self.has_param else self
 
 
-def plain_file_name(name: str, place: Place | None = None) -> str:
-    """A file name that stays in its folder; E104 for one that does not."""
-    if "/" in name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+def check_file_name(text: str, place: Place) -> None:
+    """E104 unless a file of this name, or names of this pattern, can only lie in the folder itself.
+
+    A name with a leading dot is not part of a checkpoint: so are the engine's own files.
+    """
+    if text.startswith(".") or not text.isprintable() or any(c in "/\\" for c in text) or len(text) > 200:
         raise EngineError(
             "E104",
-            "a file name would leave the folder",
+            "a file name would leave its folder, or cannot be one",
             place=place,
-            got=name,
-            expected="a name without folders",
-            fix="Files of a checkpoint lie in one folder; write the name alone.",
+            got=text,
+            expected="a plain name, like model_config.pt",
+            fix="Files lie beside each other in the checkpoint's folder.",
         )
-    return name
 
 
 @lru_cache(maxsize=8192)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 
 from engine.errors import EngineError
 from engine.language.names import pattern
 from engine.plan.attempts import Attempt, Checkpoint
 from engine.plan.groups import Group
+from engine.plan.ranks import points
 from engine.plan.stored import Instance
 
 
@@ -33,7 +35,7 @@ def used_instances(attempt: Attempt) -> list[Instance]:
                 )
             continue
         used.append(instance)
-        for values in product(*(range(sizes[axis]) for axis in instance.axis_names())):
+        for values in points([sizes[axis] for axis in instance.axis_names()]):
             fixed = dict(zip(instance.axis_names(), values, strict=True))
             order = tuple(next(iter(groups.values())).fixed)
             group = groups.get(tuple(fixed[axis] for axis in order))
@@ -52,16 +54,38 @@ def used_instances(attempt: Attempt) -> list[Instance]:
     return used
 
 
-def check_slices(attempt: Attempt, checkpoint: Checkpoint) -> None:
-    """E207 naming the first tensor that lacks a slice on some rank."""
+def check_slices(attempt: Attempt, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
+    """E207 naming the first tensor that lacks a slice on some rank.
+
+    Args:
+        lone_rank: where the layout says that an undivided tensor of a split rule is.
+    """
     for group in attempt.groups.values():
-        _check_ranks(group, checkpoint)
+        _check_ranks(group, checkpoint, lone_rank)
 
 
-def _check_ranks(group: Group, checkpoint: Checkpoint) -> None:
+def _check_lone(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
+    """A tensor that only one rank holds tells which rank that is: others' files look alike."""
+    stored = [one for shard in group.shards.values() for one in shard]
+    for dim, rank in lone_rank.items():
+        held = {checkpoint.grid.files[one.file].ranks.get(dim, rank) for one in stored}
+        if rank not in held:
+            raise EngineError(
+                "E207",
+                f"tensor `{stored[0].name}` is missing on rank {dim}{rank}, the only one that should have it",
+                place=group.instance.rule.place,
+                got=f"it is in {checkpoint.grid.files[stored[0].file].name}",
+                expected=f"in a file of {dim}{rank}",
+                fix="Files were renamed or exchanged, or are of another run; copy the folder again.",
+            )
+
+
+def _check_ranks(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
     dims = group.cut.rank_dims()
     if group.cut.recorded:
         dims = dims[:-1]  # recorded rows are known to be all there
+    if group.cut.lone:
+        _check_lone(group, checkpoint, lone_rank)
     if not dims:
         return
     held = {ranks[: len(dims)] for ranks in group.shards}
@@ -93,6 +117,8 @@ def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
             if known is None or known.value >= ranks:
                 continue
             some = next(iter(group.shards.values()))[0]
+            if known.value < 1:
+                continue  # told as a contradiction
             times = ranks / known.value
             raise EngineError(
                 "E203",

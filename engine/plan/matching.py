@@ -151,7 +151,37 @@ def stages_of(
             continue
         counts = local.setdefault((one.chunk, file.ranks.get("pp", 0)), {})
         counts[one.file] = max(counts.get(one.file, 0), layer + 1)
-    return number_layers(local, grid, layout, names, grid.files)
+    stages = number_layers(local, grid, layout, names, grid.files)
+    _check_order(stored, matches, grid, stages)
+    return stages
+
+
+def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, stages: Stages) -> None:
+    """E211 when what belongs to the first or last stage is in another: files were renamed or exchanged.
+
+    Nothing else tells: every layer would be there, in another order.
+    """
+    order = list(stages.starts)
+    found: dict[tuple[str, str], list[tuple[int, Stored]]] = {}
+    for one in stored:
+        file = grid.files[one.file]
+        place = one.chunk, file.ranks.get("pp", 0)
+        if one.name in matches.candidates and file.pattern.number is None and place in stages.starts:
+            kind = matches.candidates[one.name][0][0].stage_class
+            if kind != "layers":
+                found.setdefault((kind, one.name), []).append((order.index(place), one))
+    for (kind, name), places in found.items():
+        wanted = 0 if kind == "first" else len(order) - 1
+        if all(at != wanted for at, _ in places):
+            (chunk, pp), at = order[wanted], order[places[0][0]]
+            raise EngineError(
+                "E211",
+                f"the pipeline stages are in another order than their files say: `{name}` belongs to the {kind} one",
+                place=Place(grid.files[places[0][1].file].name, tensor=name),
+                got=f"in chunk {at[0]} of pp{at[1]}",
+                expected=f"in chunk {chunk} of pp{pp}",
+                fix="Files were renamed or exchanged, or are of another run; copy the folder again.",
+            )
 
 
 def assign(

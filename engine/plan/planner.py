@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from engine.checkpoint.safetensors_files import shard_names, split_shards
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, printable
 from engine.language.expressions import render_tree
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
@@ -68,7 +68,7 @@ def understand(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint, set
     choices = {n: d.choice for n, d in attempt.decisions.items()}
     check_names(stored, matches, choices, checkpoint.grid.files)
     check_spellings(stored, attempt.active)
-    check_slices(attempt, checkpoint)
+    check_slices(attempt, checkpoint, layout.lone_rank)
     if attempt.sizes.contradictions:
         check_repeated(attempt, checkpoint)
         raise size_error(attempt.sizes.contradictions[0])
@@ -252,9 +252,11 @@ def _notices(checkpoint: Checkpoint, mapping: MappingFile) -> tuple[str, ...]:
     kind = checkpoint.training.get("model_type")
     if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
         wanted = " or ".join(mapping.model_types)
-        notices.append(f"the training config says model_type {kind}; mapping `{mapping.name}` is for {wanted}")
+        notices.append(
+            f"the training config says model_type {printable(kind)}; mapping `{mapping.name}` is for {wanted}"
+        )
     tokenizer = (mapping.tokenizer or {}).get("file")
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
     if unknown:
-        notices.append("not part of the checkpoint, left alone: " + ", ".join(unknown))
+        notices.append("not part of the checkpoint, left alone: " + ", ".join(map(printable, unknown)))
     return tuple(notices)

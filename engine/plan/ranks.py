@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import product
+from itertools import islice
 from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import Pattern, pattern
+
+_MOST_FILES = 10_000  # missing ones that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[
     """Rank coordinates of every file of a pattern, by the layout's rank map or as a cross product."""
     dims = rank_dims(file)
     if file.ranks is None:
-        for values in product(*(range(sizes[d]) for d in dims)):
+        for values in points([sizes[d] for d in dims]):
             yield dict(zip(dims, values, strict=True))
         return
     mapped = file.ranks.dims
@@ -152,15 +154,30 @@ def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[
     count = evaluate(file.ranks.count, counts)
     for rank in range(count):
         named = {d: int(evaluate(e, {**counts, "rank": rank})) for d, e in mapped.items()}
-        for values in product(*(range(sizes[d]) for d in others)):
+        for values in points([sizes[d] for d in others]):
             yield {**named, **dict(zip(others, values, strict=True))}
+
+
+def points(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Every index of a grid, made when asked for: a file's name can claim 10 ** 17 ranks.
+
+    >>> list(points([2, 2]))
+    [(0, 0), (0, 1), (1, 0), (1, 1)]
+    """
+    if not sizes:
+        yield ()
+        return
+    for first in range(sizes[0]):
+        for rest in points(sizes[1:]):
+            yield (first, *rest)
 
 
 def _complete(grid: RankGrid, folder: str) -> None:
     main = grid.mode.files[0]
     compiled: Pattern = pattern(main.name)
     present = {f.name for f in grid.files}
-    wanted = [compiled.format(ranks) for ranks in expected_files(main, grid.sizes, grid.names())]
+    most = len(present) + _MOST_FILES
+    wanted = [compiled.format(ranks) for ranks in islice(expected_files(main, grid.sizes, grid.names()), most)]
     missing = [name for name in wanted if name not in present]
     shape = " × ".join(f"{dim} {size}" for dim, size in grid.sizes.items())
     if missing:
@@ -169,7 +186,8 @@ def _complete(grid: RankGrid, folder: str) -> None:
             "E201",
             f"rank file `{missing[0]}` is missing{more}",
             place=Place(folder),
-            got=f"{len(wanted) - len(missing)} of {len(wanted)} files of a grid of {shape}",
+            got=f"{len(wanted) - len(missing)} of {len(wanted)}{' or more' * (len(wanted) == most)} files "
+            f"of a grid of {shape}",
             expected="\n".join(missing[:8]),
             fix="Copy the missing files from the training run; every rank holds a different slice.",
         )

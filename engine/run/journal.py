@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from engine.errors import EngineError, Place
 from engine.plan.model import Plan
 
 NAME = ".journal"
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _WORDS = {
     "engine": "the engine's version",
     "mapping": "the mapping",
@@ -104,7 +106,7 @@ def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Done]:
     for number, line in enumerate(lines):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(value, dict):
             break
@@ -112,8 +114,8 @@ def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Done]:
             _check_same(value, work, folder)
             continue
         for output, entry in value.items():
-            if output.isdecimal() and isinstance(entry, list) and len(entry) == 2:
-                done[int(output)] = Done(str(entry[0]), int(entry[1]))
+            if _NUMBER.fullmatch(output) and isinstance(entry, list) and list(map(type, entry)) == [str, int]:
+                done[int(output)] = Done(*entry)
     return done
 
 

@@ -8,6 +8,8 @@ import os
 import re
 import secrets
 import shutil
+import stat
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -51,10 +53,12 @@ class OutputFolder:
             self._held.enter_context(OutputLock(self.final))
             try:
                 self._check_free()  # a run that held the lock may just have finished
-                for path in leftovers(self.final):
-                    if self._resume and ".partial-" in path.name:
-                        self.partial = path
-                    else:
+                found = leftovers(self.final)
+                if self._resume:
+                    resumable = [path for path in found if ".partial-" in path.name and _is_folder(path)]
+                    self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
+                for path in found:
+                    if path != self.partial:
                         _remove(path)
                 self._check_room()
                 self.partial.mkdir(exist_ok=self._resume)
@@ -67,7 +71,7 @@ class OutputFolder:
 
     def _check_room(self) -> None:
         free = shutil.disk_usage(self.final.parent).free
-        there = sum(file.stat().st_blocks * 512 for file in self.partial.iterdir()) if self.partial.is_dir() else 0
+        there = sum(file.lstat().st_blocks * 512 for file in self.partial.iterdir()) if self.partial.is_dir() else 0
         if self._need > free + there:
             raise EngineError(
                 "E403",
@@ -83,6 +87,8 @@ class OutputFolder:
             if kind is not None:
                 if isinstance(error, EngineError) and error.code not in RESUMABLE:
                     shutil.rmtree(self.partial, ignore_errors=True)
+                if isinstance(error, OSError):
+                    raise write_error(self.partial, error) from error
                 return
             try:
                 self._move()
@@ -133,6 +139,20 @@ def clean(out: Path) -> list[Path]:
     return found
 
 
+def sweep(folder: Path, keep: Collection[str]) -> None:
+    """Remove from a partial output what the run will not write over, and what is not a file of its own.
+
+    Others may have put it there: it would become part of the output, or lead out of the folder.
+    """
+    try:
+        for path in sorted(folder.iterdir()):
+            found = path.lstat()
+            if path.name not in keep or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                _remove(path)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a folder's names to stable storage."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -155,8 +175,12 @@ def _exchange(one: Path, other: Path) -> bool:
     return done == 0
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if _is_folder(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
