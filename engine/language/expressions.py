@@ -294,8 +294,6 @@ def render_tree(tree: Any, names: Mapping[str, Any]) -> Any:
 def _result(value: Any, depth: int) -> Any:
     """Only data leaves: no undefined value, no function, tuples as lists."""
     defined(value)
-    if isinstance(value, float) and not isfinite(value):
-        raise ArithmeticError("the result is not a finite number")
     if isinstance(value, list | tuple) and depth < MAX_DEPTH:
         return [_result(item, depth + 1) for item in value]
     if isinstance(value, Mapping) and depth < MAX_DEPTH:
