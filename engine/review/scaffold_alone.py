@@ -10,7 +10,7 @@ from engine.plan.attempts import Checkpoint
 from engine.review.scaffold_cuts import Known, Reading, Readings, known_sizes, read_cuts
 from engine.review.scaffold_names import Observed
 from engine.review.scaffold_near import Slot, similarity
-from engine.review.scaffold_text import block, comment, rule_lines, shown
+from engine.review.scaffold_text import block, comment, rule_lines
 
 _CONFIG = {
     "layer": "num_hidden_layers",
@@ -57,7 +57,7 @@ def stand_alone(
         variant = f"cut_{len(variants) + 1}" if len(readings.listed) > 1 else None
         if variant is not None:
             variants[variant] = {
-                "help": f"how ranks cut {shown(one.text)}; its shapes fit every choice",
+                "help": f"how ranks cut {one.text}; its shapes fit every choice",
                 "decide": "shapes",
                 "choices": [reading.label for reading in readings.listed],
             }
@@ -112,15 +112,19 @@ def _paired(observed: Sequence[Observed], checkpoint: Checkpoint, known: Known) 
 def _together(weight: Observed, bias: Observed, checkpoint: Checkpoint, known: Known) -> bool:
     """Whether the bias has the weight's first axis and is cut as the weight's rule would cut it."""
     (one, _), (two, _) = (_read(o, checkpoint, known) for o in (weight, bias))
-    if len(one.listed) + len(two.listed) != 2 or not (one.sure and two.sure):
+    if len(one.listed) != len(two.listed) or weight.placeholders != bias.placeholders:
         return False
-    w, b = one.listed[0], two.listed[0]
-    if len(b.axes) != 1 or len(w.axes) > 2 or w.axes[0] != b.axes[0] or weight.placeholders != bias.placeholders:
+    ranks = {tuple(checkpoint.grid.files[s.file].ranks.get(d, 0) for d in ("tp", "wp")) for s in bias.stored}
+    return all(_one_rule(w, b, len(ranks)) for w, b in zip(one.listed, two.listed, strict=True))
+
+
+def _one_rule(weight: Reading, bias: Reading, ranks: int) -> bool:
+    """Whether `a | b`, split as the weight is, also says where the bias lies."""
+    if len(bias.axes) != 1 or len(weight.axes) > 2 or weight.axes[0] != bias.axes[0] or weight.sizes or bias.sizes:
         return False
-    if len(w.axes) == 2 and w.cut == 1:
-        ranks = {tuple(checkpoint.grid.files[s.file].ranks.get(d, 0) for d in ("tp", "wp")) for s in bias.stored}
-        return b.cut is None and len(ranks) == 1
-    return w.cut == b.cut and w.split == b.split
+    if len(weight.axes) == 2 and weight.cut == 1:
+        return bias.cut is None and ranks == 1
+    return weight.cut == bias.cut and weight.split == bias.split
 
 
 def _axes(reading: Reading, stem: str) -> str:

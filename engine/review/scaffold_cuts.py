@@ -112,7 +112,7 @@ def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> R
         return Readings((found[0],), True)
     if len(found) == 1:
         return Readings(tuple(found), True)
-    if found and len(whole) == 1 and found[0].cut is None:
+    if found and len(whole) == 1 and found[0].cut is None and observed.param != "bias":
         return Readings((found[0],), True)  # replicas are compared, so a cut would show
     if found:
         return Readings(tuple(found), False, "the shapes fit several ways to cut it")

@@ -70,8 +70,10 @@ def left_over(near: Nearness) -> list[str]:
         fits = ", ".join(f"{slot.sources[0]} ({score:.2f})" for slot, score in nearest)
         fits = f"Its shape would fit {fits}." if fits else "No free rule of the family has its shape."
         lines += comment(f"decide: no rule reads {shown(one.stem)}, so a run refuses. {fits}", "  ")
-        if nearest and near.pairings:  # the nearest, to be uncommented
-            lines += [f"#{line[1:]}" for rule in renamed_rules(nearest[0][0], one.stem) for line in rule_lines(rule)]
+        if nearest:  # the nearest, taken by deleting the #
+            if not near.pairings and "#rules:" not in lines:
+                lines += ["#rules:"]
+            lines += [f"#{line}" for rule in renamed_rules(nearest[0][0], one.stem) for line in rule_lines(rule)]
     for slot in near.empty:
         lines += comment(f"decide: no tensor was found for {slot.sources[0]}.", "  ")
     if computed:

@@ -8,6 +8,7 @@ from typing import Any
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _PROSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ,._/-]* [A-Za-z0-9_]+")
+_AXES = re.compile(r"[a-z(][a-z0-9_ ()|+]* [a-z0-9_()]+")
 _WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n", "otherwise"))
 _WIDTH = 108
 
@@ -24,6 +25,8 @@ def scalar(value: Any) -> str:
         return str(value)
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    if _AXES.fullmatch(text):
         return text
     return f'"{"".join(_escaped(c) for c in text)}"'
 
