@@ -103,7 +103,9 @@ def draft(request: Request) -> Scaffold:
     for name in hopeless:
         tail += comment(f"decide: no pattern can express the tensor `{shown(name)}`, so a run refuses this checkpoint.")
     text = format_mapping("\n".join([*head, *body, *tail]) + "\n")
-    state = _checked(text, request)
+    state, plan = _checked(text, request)
+    if kind == "renamed" and plan is not None:
+        text = format_mapping("\n".join([text, *expect(plan.mapping, plan)]) + "\n")
     cuts = _patterns(request, observed, readers)
     return Scaffold(request.name, kind, parent, text, _decisions(text), cuts, state, tuple(notices))
 
@@ -184,7 +186,7 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
 def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
     slots = [
         (reference, Slot((rule.sources[0],), (rule,), tuple(t.name for t in rule.targets)))
-        for reference, mapping in request.families
+        for reference, mapping in sorted(request.families, key=lambda family: len(family[1].files))
         for rule in mapping.rules
     ]
     body = block("description", f"a draft for a checkpoint of layout {request.layout.name}")
@@ -243,7 +245,7 @@ def _patterns(
     return tuple(result)
 
 
-def _checked(text: str, request: Request) -> Mapping[str, str] | None:
+def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Plan | None]:
     """Lint the draft, then plan with it: None, or the first thing that keeps a run from starting."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "draft.yaml"
@@ -256,12 +258,11 @@ def _checked(text: str, request: Request) -> Mapping[str, str] | None:
             listed = "\n".join(f"{f.code} {f.message}" for f in findings)
             raise EngineError("E901", "the drafted mapping does not lint clean", got=listed, fix="Please report it.")
         try:
-            make_plan(load_mapping(path), request.layout, request.checkpoint, settings={})
+            return None, make_plan(load_mapping(path), request.layout, request.checkpoint, settings={})
         except EngineErrors as errors:
-            return {"code": errors.errors[0].code, "message": errors.errors[0].message}
+            return {"code": errors.errors[0].code, "message": errors.errors[0].message}, None
         except EngineError as error:
-            return {"code": error.code, "message": error.message}
-    return None
+            return {"code": error.code, "message": error.message}, None
 
 
 def _decisions(text: str) -> tuple[tuple[int, str], ...]:

@@ -101,7 +101,7 @@ def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> R
     found: list[Reading] = []
     whole = next(iter(parts.values()))
     if len(set(parts.values())) == 1:
-        found += list(_named(whole, nodes, None))[:1]
+        found += list(_named(whole, nodes, None, alone=len(parts) == 1))[:1]
     if len(parts) > 1:
         for at in [0] if by_rows else range(len(whole)):
             rest = {shape[:at] + shape[at + 1 :] for shape in parts.values()}
@@ -166,17 +166,23 @@ def _nodes(known: Known, *, layered: bool) -> list[tuple[str, int, str]]:
 
 
 def _named(
-    shape: tuple[int, ...], nodes: Sequence[tuple[str, int, str]], cut: int | None, *, by_rows: bool = False
+    shape: tuple[int, ...],
+    nodes: Sequence[tuple[str, int, str]],
+    cut: int | None,
+    *,
+    by_rows: bool = False,
+    alone: bool = False,
 ) -> Iterator[Reading]:
     """Readings in which every storage dimension has a name, and no axis comes twice; one per order of a fused cut.
 
     Plain axes of one size copy alike when they are cut, and so does everything that is cut by rows: the
-    first stands for all of them.
+    first stands for all of them. What is stored together is in rows, and no rank has it whole unless it is alone.
     """
     choices = []
     for at, size in enumerate(shape):
         whole = at == len(shape) - 1 if cut is None else at != cut
-        found = [node for node in nodes if node[1] == size]
+        fused = at == 0 and (cut == 0 or alone)
+        found = [node for node in nodes if node[1] == size and (fused or "+" not in node[0])]
         hidden = [node for node in found if node[0] == "hidden"]
         others = [node for node in found if node not in hidden]
         choices.append(hidden + others if whole else others + hidden)
@@ -184,8 +190,8 @@ def _named(
     for combination in product(*choices):
         words = [word for text, _, _ in combination for word in text.replace("(", " ").replace(")", " ").split()]
         axes = [word for word in words if word != "+"]
-        fused = cut is not None and not by_rows and "+" in combination[cut][0]
-        kind = combination[cut][0] if cut is not None and fused else "plain"
+        joined = cut is not None and not by_rows and "+" in combination[cut][0]
+        kind = combination[cut][0] if cut is not None and joined else "plain"
         if len(set(axes)) != len(axes) or kind in seen:
             continue
         seen.add(kind)
