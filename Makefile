@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml requirements-dev.lock Makefile
 
 test: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m engine prove --all
 	$(MAKE) --no-print-directory lint
 
 lint: setup

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         plan,
         plan_reshard,
         plan_reverse,
+        prove,
         reshard,
         reverse,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "plan",
     "plan_reshard",
     "plan_reverse",
+    "prove",
     "reshard",
     "reverse",
 ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engine.plan.model import Plan
     from engine.review.compare import Comparison
     from engine.review.explanation import Explanation
+    from engine.review.proof import Proof
     from engine.review.scaffold import Scaffold
     from engine.review.verify import Verified
     from engine.run.runner import Progress
@@ -46,6 +47,7 @@ __all__ = [
     "plan",
     "plan_reshard",
     "plan_reverse",
+    "prove",
     "read_checkpoint",
     "reshard",
     "reverse",
@@ -53,6 +55,7 @@ __all__ = [
     "save_plan",
     "verify",
     "view",
+    "write_facts",
 ]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -270,20 +273,42 @@ def clean(out: str | Path) -> list[Path]:
     return remove(Path(out))
 
 
-def verify(out: str | Path, progress: Callable[[Progress], None] | None = None) -> Verified:
-    """Compare an output with its own manifest, byte for byte.
+def verify(
+    out: str | Path,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    src: str | Path | None = None,
+    mapping: str | Path | MappingFile | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    sample: str | None = None,
+    load: bool = False,
+    logits: bool = False,
+) -> Verified:
+    """Verify an output: against its own manifest, and in whatever other way is asked for.
+
+    Args:
+        src: the training checkpoint it was made from.
+        mapping: plan again with this mapping, and compare every tensor with what `src` gives.
+        settings: variants and options, as `--set` gives them.
+        dtype: as for `convert`; default: what the manifest says, else `auto`.
+        sample: compare some blocks of each tensor only: a share like `5%`, or a number like `8`.
+        load: load the model with transformers, without remote code, and run a forward pass.
+        logits: compare its forward pass, layer by layer, with one computed from the rank files of
+            `src` the way training computes it. No mapping is used for it.
 
     Raises:
-        EngineError: E304 or E301 when there is no manifest to compare with.
+        EngineError: E304 or E301 when there is no manifest and nothing else to compare with, E0xx
+            for arguments that do not go together, E2xx and E3xx when either side cannot be read.
     """
-    from engine.review.verify import read_manifest
-    from engine.review.verify import verify as check
-    from engine.run.runner import Meter
+    from engine.review.verify import Asked, check_asked, verify_output, written_dtype
 
-    folder = Path(out)
-    named = {str(entry.get("file")) for entry in read_manifest(folder)["tensors"].values()}
-    total = sum((folder / name).stat().st_size for name in named if (folder / name).is_file())
-    return check(folder, Meter(total, progress).advance)
+    check_asked(src is not None, mapping is not None, logits, sample is not None)
+    compiled = None
+    if src is not None and mapping is not None:
+        compiled = plan(mapping, src, settings=settings, dtype=dtype or written_dtype(Path(out)))
+    source = Path(src) if src is not None and logits else None
+    return verify_output(Path(out), Asked(compiled, sample, load, source, settings or {}), progress)
 
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
@@ -338,6 +363,31 @@ def new_mapping(
     from engine.review.scaffold_files import new_mapping as make
 
     return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
+
+
+def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = False) -> list[Proof]:
+    """Prove mappings: total, injective, exactly invertible, alike in every layout; without names, all bundled ones.
+
+    Runs the real planner and runner on tiny index tensors in a temporary folder, checks a release's
+    own sizes by box arithmetic, and compares names and shapes with transformers' model. Rules that
+    several mappings share are run once.
+
+    Args:
+        names: paths, names of bundled mappings, or loaded ones.
+        mutants: perturb each rule too, and say what would have caught it.
+    """
+    from engine.language.search import list_names
+    from engine.review.prove import prove as prove_each
+
+    bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
+    return prove_each(list(names) or bundled, mutants=mutants)
+
+
+def write_facts(names: Sequence[str | Path]) -> list[Path]:
+    """Write beside each mapping file what its targets take from where, for `prove` to compare with later."""
+    from engine.review.facts import write_facts as write
+
+    return [write(name) for name in names]
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from engine.diff_command import diff
 from engine.errors import CODES
 from engine.explain_commands import explain, view
 from engine.new_command import new
-from engine.options import only_plan, planning_options, rank_options, reports_errors, writing_options
+from engine.options import only_plan, planning_options, rank_options, reports_errors, verifying_options, writing_options
 
 if TYPE_CHECKING:
     from engine.operations import Report
@@ -176,15 +176,20 @@ def compare(ctx: click.Context, as_json: bool, out: str, ref: str, allow_cast: b
 
 @cli.command()
 @click.argument("out", metavar="OUT")
+@verifying_options
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
 @reports_errors
 @click.pass_context
-def verify(ctx: click.Context, as_json: bool, out: str, quiet: bool) -> None:
-    """Check an output against its own manifest, byte for byte."""
+def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **options: Any) -> None:
+    """Check an output against its own manifest, byte for byte, and in other ways if asked.
+
+    With --src and --mapping, against the training checkpoint; with --load, whether transformers
+    runs it; with --src and --logits, against a forward pass as training computes it.
+    """
     from engine import api, progress, render
 
     with progress.progress(show=not (quiet or as_json), doing="verifying") as listener:
-        found = api.verify(out, progress=listener)
+        found = api.verify(out, progress=listener, **options)
     if as_json:
         click.echo(render.as_json(found.as_dict()))
     elif found.problems or not quiet:
@@ -221,6 +226,32 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...]) -> None:
     findings = api.lint(files)
     click.echo(render.as_json(render.findings_data(findings)) if as_json else render.findings(findings))
     if any(finding.severity == "error" for finding in findings):
+        ctx.exit(1)
+
+
+@cli.command()
+@click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...")
+@click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
+@click.option("--mutants", is_flag=True, help="Perturb each rule too, and say what would have caught it.")
+@click.option("--write-facts", is_flag=True, help="First commit what each mapping does now as what it should do.")
+@reports_errors
+@click.pass_context
+def prove(
+    ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_facts: bool
+) -> None:
+    """Prove mappings total, injective and invertible in every layout, no checkpoint needed.
+
+    Exits with 0 when everything holds, else with 1.
+    """
+    from engine import api, render, render_prove
+
+    if bool(mappings) == every:
+        raise click.UsageError("Give mappings to prove, or --all.")
+    if write_facts:
+        api.write_facts(mappings)
+    proofs = api.prove(mappings, mutants=mutants)
+    click.echo(render.as_json(render_prove.proofs_data(proofs)) if as_json else render_prove.proofs(proofs))
+    if not all(proof.holds for proof in proofs):
         ctx.exit(1)
 
 

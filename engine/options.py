@@ -222,3 +222,25 @@ def writing_options(command: Callable[..., None]) -> Callable[..., None]:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def verifying_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `verify` can compare an output with besides its manifest."""
+    for option in reversed(
+        (
+            click.option("--src", "-s", metavar="DIR", help="The training checkpoint it was made from."),
+            click.option("--mapping", "-m", metavar="FILE|NAME",
+                         help="Compare every tensor with what this mapping makes of --src."),
+            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
+                         help="Set a variant or an option of the mapping; may be repeated."),
+            click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                         help="Element type that was asked for.  [default: as in the manifest]"),
+            click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
+            click.option("--load", is_flag=True,
+                         help="Load the model with transformers, without remote code, and run it once."),
+            click.option("--logits", is_flag=True,
+                         help="Compare its layers with a forward pass computed from the rank files of --src."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command

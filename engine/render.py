@@ -311,6 +311,10 @@ def _rule(name: str, rule: dict[str, Any]) -> dict[str, Any]:
 def verified(found: Verified) -> str:
     """What `engine verify` found."""
     told = f"{found.tensors} tensors and {found.files} files, {amount(found.nbytes)}"
+    lines = [f"{told}: as they were written", f"  content {found.content_id or 'without digests'}"]
+    if not found.manifest:
+        lines = ["no manifest to compare with"]
+    more = [one.summary() for one in (found.source, found.model, found.logits) if one is not None]
     if found.problems:
-        return "\n".join([*found.problems[:50], f"{count(len(found.problems), 'problem')} in {told}"])
-    return f"{told}: as they were written\n  content {found.content_id or 'without digests'}"
+        return "\n".join([*found.problems[:50], *more, f"{count(len(found.problems), 'problem')} in {told}"])
+    return "\n".join([*lines, *more])

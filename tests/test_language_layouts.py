@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,9 @@ import pytest
 from engine.errors import EngineError
 from engine.language.expressions import evaluate
 from engine.language.layout_file import load_layout
+from engine.language.model import RefusedFile
 from engine.language.search import bundled
+from engine.plan.ranks import read_grid
 
 INTERNEVO = (bundled("mappings") / "layouts" / "internevo.yaml").read_text()
 
@@ -14,13 +17,23 @@ def test_the_internevo_layout_holds_what_its_file_says() -> None:
     layout = load_layout("internevo")
     assert (layout.config_file, layout.config_format) == ("model_config.pt", "pickled_mapping")
     assert [p.prefix for p in layout.prefixes] == ["{chunk}.model.", "model.", ""]
-    assert [m.name for m in layout.modes] == ["tensor", "isp", "isp_wp"]
+    assert [m.name for m in layout.modes] == ["tensor", "isp", "isp_wp", "fsdp"]
     isp = layout.modes[1].files[0]
     assert isp.ranks is not None and set(isp.ranks.dims) == {"tp", "wp"}
     assert dict(isp.cuts["layers"]) == {"wp": "rows"}
     assert layout.modes[0].files[1].number is not None
     assert layout.lone_rank == {"tp": 0} and layout.uneven == "first" and layout.layers.uneven == "last"
-    assert "optimizer_*.pt" in layout.skip and layout.refuse[0].fix
+    assert [m.name for m in layout.modes if m.only_read] == ["fsdp"]
+    assert dict(layout.modes[3].files[0].cuts["first"]) == {"tp": "split", "dp": "recorded"}
+    assert "optimizer_*.pt" in layout.skip and not layout.refuse
+
+
+def test_files_that_a_layout_refuses_are_told_with_reason_and_fix() -> None:
+    layout = load_layout("internevo")
+    refused = RefusedFile("model_{part}.bin", "it is of another kind", "save it anew", layout.place)
+    with pytest.raises(EngineError) as caught:
+        read_grid(["model_tp0_pp0.pt", "model_3.bin"], replace(layout, refuse=(refused,)), "step")
+    assert (caught.value.code, caught.value.message, caught.value.fix) == ("E303", refused.why, refused.fix)
 
 
 def test_zbv_deals_every_second_chunk_in_reverse() -> None:

@@ -163,9 +163,9 @@ def test_two_prefixes_for_one_tensor_are_not_taken_for_replicas(source: Path) ->
     refuse(source, "E206", "mixer.Wqkv", "mixer.wqkv")
 
 
-def test_fsdp_files_are_refused_with_what_to_do(source: Path) -> None:
+def test_fsdp_files_among_others_are_refused(source: Path) -> None:
     (source / "model_tp0_pp0.pt").rename(source / "model_tp0_pp0_dp0.pt")
-    refuse(source, "E303", "ShardedTensor", "sharding off")
+    refuse(source, "E304", "two parallel modes", "fsdp")
 
 
 def test_files_of_two_modes_are_refused(source: Path) -> None:

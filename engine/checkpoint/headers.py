@@ -16,6 +16,14 @@ ITEM_SIZES: dict[str, int] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a larger tensor, by the file's own record: the first row, and the larger one's shape."""
+
+    start: int
+    whole: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorHeader:
     """One tensor of one file.
 
@@ -25,6 +33,7 @@ class TensorHeader:
         shape: sizes in elements.
         strides: in elements, as stored; shared storages make offsets and strides arbitrary.
         offset: absolute byte position in the file of element [0, 0, ...].
+        part: where it lies in a larger tensor, for a shard that records it (FSDP).
     """
 
     name: str
@@ -32,6 +41,12 @@ class TensorHeader:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
+    part: Part | None = None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the tensor that this one is, or that it records to be a part of."""
+        return self.shape if self.part is None else self.part.whole
 
     @property
     def nbytes(self) -> int:

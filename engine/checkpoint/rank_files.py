@@ -10,14 +10,16 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.checkpoint.legacy import load_legacy
-from engine.checkpoint.standins import Storage, Tensor
-from engine.checkpoint.unpickle import MAX_PICKLE, damaged, load_pickle
+from engine.checkpoint.sharded import Sharded, ShardReader
+from engine.checkpoint.standins import Refused, Storage, Tensor
+from engine.checkpoint.unpickle import MAX_PICKLE, damaged, error_of, load_pickle
 from engine.checkpoint.zipdir import read_directory
 from engine.errors import EngineError, Place
 
@@ -38,10 +40,26 @@ def read_rank_file(path: Path) -> FileHeader:
     for name in value:
         if not isinstance(name, str) or not _is_text(name):
             raise damaged(path.name, f"a key is not text: {name!r}"[:100])
-    tensors = tuple(_header(name, t, payload, path.name) for name, t in value.items() if isinstance(t, Tensor))
+    tensors = tuple(_headers(value, payload, path.name))
     if not tensors:
         raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
     return FileHeader(path, size, tensors, identity, found.st_mtime_ns)
+
+
+def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:
+    shards = ShardReader()
+    for name, one in value.items():
+        if isinstance(one, Tensor):
+            yield _header(name, one, payload, file)
+        elif isinstance(one, Sharded):
+            try:
+                tensor, dtype, part = shards.read(one)
+            except Refused as refused:
+                raise error_of(refused, file, name) from None
+            if tensor is not None:
+                yield replace(_header(name, tensor, payload, file), part=part)
+            elif dtype in ITEM_SIZES:
+                yield TensorHeader(name, dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
 
 
 def _is_text(name: str) -> bool:

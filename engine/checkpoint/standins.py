@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_DTYPES = {
+DTYPES = {
     "bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32",
     "float64": "F64", "double": "F64", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32",
     "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
@@ -31,7 +31,7 @@ _UNSUPPORTED_STORAGES = (
     "ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage",
     "QUInt4x2Storage", "QUInt2x4Storage",
 )  # fmt: skip
-_MOST_DIMENSIONS = 64  # torch's own limit
+MOST_DIMENSIONS = 64  # torch's own limit
 
 
 class Refused(Exception):
@@ -94,10 +94,10 @@ class Record(dict[Any, Any]):
     """Stands for `OrderedDict` and for any dict class named `Config`: InternEvo's and its kind."""
 
 
-def _ints(value: Any) -> tuple[int, ...]:
+def ints(value: Any) -> tuple[int, ...]:
     if (
         type(value) is not tuple
-        or len(value) > _MOST_DIMENSIONS
+        or len(value) > MOST_DIMENSIONS
         or not all(type(n) is int and 0 <= n < 1 << 62 for n in value)
     ):
         raise Refused("E301", f"a shape or stride is {reprlib.repr(value)}")
@@ -107,7 +107,7 @@ def _ints(value: Any) -> tuple[int, ...]:
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     if not isinstance(storage, Storage) or type(offset) is not int or not 0 <= offset < 1 << 62:
         raise Refused("E301", f"a tensor has storage offset {reprlib.repr(offset)}")
-    shape, strides = _ints(shape), _ints(strides)
+    shape, strides = ints(shape), ints(strides)
     if len(shape) != len(strides):
         raise Refused("E301", f"a tensor has shape {shape} and strides {strides}")
     return Tensor(storage, offset, shape, strides, None)
@@ -119,7 +119,7 @@ def _rebuild_tensor_v3(
     plain = _rebuild_tensor(storage, offset, shape, strides)
     if not isinstance(dtype, DType):
         raise Refused("E301", "a tensor has no element type")
-    return Tensor(plain.storage, plain.offset, plain.shape, plain.strides, _DTYPES.get(dtype.name, dtype.name))
+    return Tensor(plain.storage, plain.offset, plain.shape, plain.strides, DTYPES.get(dtype.name, dtype.name))
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Tensor:
@@ -137,7 +137,7 @@ _REBUILD = {
 }
 
 
-def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor:
+def rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor:
     """A tensor with attributes of its own, which are not kept."""
     if not any(function is known for known in _REBUILD.values()) or type(arguments) is not tuple:
         raise Refused("E301", "a tensor built by something else than torch")
@@ -152,7 +152,7 @@ def _record(*arguments: Any) -> Record:
 
 
 def _size(value: Any = ()) -> tuple[int, ...]:
-    return _ints(tuple(value) if type(value) is list and len(value) <= _MOST_DIMENSIONS else value)
+    return ints(tuple(value) if type(value) is list and len(value) <= MOST_DIMENSIONS else value)
 
 
 def _set(items: Any = ()) -> set[Any]:
@@ -174,7 +174,7 @@ RECORD = Function(_record)
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): RECORD,
     ("torch", "Size"): Function(_size),
-    ("torch._tensor", "_rebuild_from_type_v2"): Function(_rebuild_from_type),
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(rebuild_from_type),
     ("torch.storage", "UntypedStorage"): StorageType(None),
     ("torch", "UntypedStorage"): StorageType(None),
     ("torch", "Tensor"): OtherClass("torch.Tensor"),
@@ -183,7 +183,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("__builtin__", "set"): Function(_set),
 }
 _KNOWN.update({("torch._utils", name): function for name, function in _REBUILD.items()})
-_KNOWN.update({("torch", name): DType(name) for name in (*_DTYPES, *_UNSUPPORTED_DTYPES)})
+_KNOWN.update({("torch", name): DType(name) for name in (*DTYPES, *_UNSUPPORTED_DTYPES)})
 for _module in ("torch", "torch.storage"):
     _KNOWN.update({(_module, name): StorageType(dtype) for name, dtype in _STORAGES.items()})
     _KNOWN.update({(_module, name): StorageType(name) for name in _UNSUPPORTED_STORAGES})

@@ -13,7 +13,18 @@ import struct
 from collections.abc import Callable
 from typing import Any, BinaryIO, ClassVar
 
-from engine.checkpoint.standins import RECORD, Function, Record, Refused, Storage, known_global, scalar, storage_of
+from engine.checkpoint.sharded import Instance, PlainClass, sharding_global
+from engine.checkpoint.standins import (
+    RECORD,
+    Function,
+    OtherClass,
+    Record,
+    Refused,
+    Storage,
+    known_global,
+    scalar,
+    storage_of,
+)
 from engine.errors import EngineError, Place
 
 MAX_PICKLE = 64 << 20  # bytes; a state dict of a hundred thousand tensors takes half of it
@@ -93,7 +104,8 @@ class _Machine(pickle._Unpickler):
         raise EOFError("it ends too early")
 
     def find_class(self, module: str, name: str) -> Any:
-        return known_global(module, name)
+        known = sharding_global(module, name)
+        return known_global(module, name) if known is None else known
 
     def persistent_load(self, pid: Any) -> Storage:
         storage = storage_of(pid)
@@ -161,10 +173,15 @@ def _reduce(machine: _Machine) -> None:
 
 
 def _newobj(machine: _Machine) -> None:
-    machine.stack.pop()
-    if machine.stack[-1] is not RECORD:
-        raise Refused("E301", f"an object of a {type(machine.stack[-1]).__name__}")
-    machine.stack[-1] = Record()
+    arguments, kind = machine.stack.pop(), machine.stack[-1]
+    if isinstance(kind, PlainClass) and type(arguments) is tuple and not arguments:
+        machine.stack[-1] = Instance(kind)
+    elif kind is RECORD:
+        machine.stack[-1] = Record()
+    elif isinstance(kind, OtherClass) and kind.name == "ShardedTensor":
+        raise Refused("E303", "ShardedTensor, as saved before torch 2.0")
+    else:
+        raise Refused("E301", f"an object of a {type(kind).__name__}")
 
 
 def _stop(machine: _Machine) -> None:
@@ -176,9 +193,11 @@ def _frame(machine: _Machine) -> None:
 
 
 def _build(machine: _Machine) -> None:
-    """Attributes are not kept: a mapping's items are its content. Nothing else may have any."""
-    machine.stack.pop()
-    if not isinstance(machine.stack[-1], Record):
+    """A mapping's attributes are not kept, an instance's are its content. Nothing else may have any."""
+    state, built = machine.stack.pop(), machine.stack[-1]
+    if isinstance(built, Instance):
+        built.build(state)
+    elif not isinstance(built, Record):
         raise Refused("E301", f"attributes for a {type(machine.stack[-1]).__name__}")
 
 
@@ -227,7 +246,7 @@ def _run(machine: _Machine, name: str) -> Any:
     try:
         return machine.load()
     except Refused as refused:
-        raise _error(refused, name) from None
+        raise error_of(refused, name) from None
     except RecursionError:
         raise damaged(name, "a pickle nested too deeply") from None
     except MemoryError:
@@ -236,12 +255,13 @@ def _run(machine: _Machine, name: str) -> Any:
         raise damaged(name, f"its pickle cannot be read: {type(error).__name__}: {error}"[:200]) from None
 
 
-def _error(refused: Refused, name: str) -> EngineError:
+def error_of(refused: Refused, name: str, tensor: str | None = None) -> EngineError:
+    """What the file asked for, as an error that names the file."""
     if refused.code == "E302":
         return EngineError(
             "E302",
             f"a checkpoint file asks to run code: `{refused}`",
-            place=Place(name),
+            place=Place(name, tensor=tensor),
             expected="tensors, numbers and text",
             fix="Nothing of it was executed. If you trust the file, load it in the "
             "training environment and save a plain state dict.",
@@ -250,11 +270,11 @@ def _error(refused: Refused, name: str) -> EngineError:
         return EngineError(
             "E303",
             f"a checkpoint file holds what only code can rebuild: `{refused}`",
-            place=Place(name),
-            fix="Saved by FSDP or another sharding library: load it once in the training environment and save "
-            "with sharding off.",
+            place=Place(name, tensor=tensor),
+            fix="Saved by a sharding library in a form that is not read: load it once in the training environment "
+            "and save full tensors; docs/fsdp.md shows how.",
         )
-    return damaged(name, str(refused))
+    return damaged(name, str(refused)[:400], tensor)
 
 
 def damaged(name: str, what: str, tensor: str | None = None, *, expected: str | None = None) -> EngineError:

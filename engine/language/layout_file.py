@@ -72,6 +72,7 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
         tuple(_file(document, ("modes", name, "files", i), f) for i, f in enumerate(body["files"])),
         tuple(body.get("aliases") or ()),
         tuple(_beside(document, ("modes", name, "beside", i), b) for i, b in enumerate(body.get("beside") or [])),
+        body.get("only_read"),
     )
 
 

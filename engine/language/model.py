@@ -126,7 +126,7 @@ class RankMap:
 
 @dataclass(frozen=True, slots=True)
 class FilePattern:
-    """One kind of weight file; `cuts` is stage class → rank dimension → `split`, `rows` or an axis."""
+    """One kind of weight file; `cuts` is stage class → rank dimension → `split`, `rows`, `recorded` or an axis."""
 
     name: str
     cuts: MappingABC[str, MappingABC[str, str]]
@@ -145,11 +145,14 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
+    """A parallel mode, told by its first file's name; `only_read` is why it is never written, if it is not."""
+
     name: str
     help: str
     files: tuple[FilePattern, ...]
     aliases: tuple[str, ...] = ()
     beside: tuple[Beside, ...] = ()
+    only_read: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

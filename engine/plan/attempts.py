@@ -115,7 +115,7 @@ def _ambiguous(variants: Sequence[Variant], fitting: Sequence[Attempt], mapping:
     seen: dict[str, str] = {}
     for group in fitting[0].groups.values():
         if group.instance.rule in rules:
-            shapes = sorted({stored[0].header.shape for stored in group.shards.values()})
+            shapes = sorted({stored[0].header.whole for stored in group.shards.values()})
             seen[group.instance.sources[0].text] = ", ".join(" × ".join(map(str, s)) for s in shapes)
     sizes = ", ".join(f"{n} = {f.value}" for n, f in fitting[0].sizes.facts.items() if n in _axes_of(rules))
     return EngineError(

@@ -35,7 +35,7 @@ class CopyTable:
         self._outputs = outputs
         self._target, self._source = target, source
         self._templates: dict[tuple[object, ...], Template] = {}
-        self._last: tuple[int, Template, list[int]] | None = None
+        self._groups: dict[int, tuple[Template, list[int]]] = {}  # rank files name a group's shards far apart
 
     def __call__(self, output: int) -> list[Copy]:
         group, shard = self._outputs[output]
@@ -90,15 +90,16 @@ class CopyTable:
         return next(iter(seen), self._source.stored[numbers[0]].header.dtype)
 
     def _of(self, group: Group) -> tuple[Template, list[int]]:
-        if self._last is not None and self._last[0] == id(group):
-            return self._last[1], self._last[2]
+        known = self._groups.get(id(group))
+        if known is not None:
+            return known
         reaching = self._source.reaching(group, self._target)
         numbers = [n for one in reaching for n in self._source.first_numbers(one)]
         key = _class_of(group, reaching)
         template = self._templates.get(key)
         if template is None:
             template = self._templates[key] = self._make(group, reaching)
-        self._last = (id(group), template, numbers)
+        self._groups[id(group)] = template, numbers
         return template, numbers
 
     def _make(self, group: Group, reaching: Sequence[Group]) -> Template:
@@ -151,7 +152,7 @@ def _class_of(group: Group, reaching: Sequence[Group]) -> tuple[object, ...]:
         (
             id(one.instance),
             one.cut,
-            tuple((r, s[0].header.shape, s[0].header.strides, s[0].header.dtype) for r, s in one.shards.items()),
+            tuple((r, h.shape, h.strides, h.dtype, h.part) for r, s in one.shards.items() for h in (s[0].header,)),
             tuple((a, v) for a, v in one.fixed.items() if a not in shared),
         )
         for one in (group, *reaching)

@@ -60,10 +60,13 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint) -> None:
 
 def _check_ranks(group: Group, checkpoint: Checkpoint) -> None:
     dims = group.cut.rank_dims()
+    if group.cut.recorded:
+        dims = dims[:-1]  # recorded rows are known to be all there
     if not dims:
         return
+    held = {ranks[: len(dims)] for ranks in group.shards}
     wanted = list(product(*(range(checkpoint.grid.sizes.get(d, 1)) for d in dims)))
-    missing = [ranks for ranks in wanted if ranks not in group.shards]
+    missing = [ranks for ranks in wanted if ranks not in held]
     if missing:
         some = next(iter(group.shards.values()))[0]
         lack = ", ".join(f"{d}{r}" for d, r in zip(dims, missing[0], strict=True))
@@ -74,7 +77,7 @@ def _check_ranks(group: Group, checkpoint: Checkpoint) -> None:
             "E207",
             f"tensor `{some.name}` is missing on rank {lack}",
             place=group.instance.rule.place,
-            got=f"{len(group.shards)} of {len(wanted)} slices; one is {some.header.name} in {file.name}",
+            got=f"{len(held)} of {len(wanted)} slices; one is {some.header.name} in {file.name}",
             expected=f"a slice on every rank of {' and '.join(dims)}",
             fix=f"`{name}` is from another run or damaged."
             if there

@@ -75,13 +75,22 @@ def shares(count: int, ranks: int, extra: str) -> list[int]:
 
 
 def mode_of(layout: Layout, name: str | None) -> Mode:
-    """A mode by its name or alias; E001 for one that the layout does not have."""
-    if name is None:
-        return layout.modes[0]
+    """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads."""
+    writable = [mode for mode in layout.modes if mode.only_read is None]
+    if name is None and writable:
+        return writable[0]
+    known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
     for mode in layout.modes:
         if name == mode.name or name in mode.aliases:
+            if mode.only_read is not None:
+                raise EngineError(
+                    "E001",
+                    f"mode `{mode.name}` of layout `{layout.name}` is only read: {mode.only_read}",
+                    got=name,
+                    expected=known,
+                    fix="Give one of these to --mode.",
+                )
             return mode
-    known = ", ".join(" = ".join((m.name, *m.aliases)) for m in layout.modes)
     raise EngineError(
         "E001",
         f"layout `{layout.name}` has no mode `{name}`",

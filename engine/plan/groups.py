@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.language.model import FilePattern, Layout
+from engine.plan.parts import fold_replicas, unexpected_part
 from engine.plan.ranks import RankFile
 from engine.plan.stored import Instance, Stored
 
@@ -17,15 +18,18 @@ class Cut:
     Attributes:
         dims: (rank dimension, axis) pairs; the axis is cut in the order of ranks.
         rows: the rank dimension that cuts storage rows, if any.
+        recorded: each shard records which rows it holds, of the tensor that `dims` leave.
         lone: the tensor lies undivided in one rank only (a row-parallel bias).
     """
 
     dims: tuple[tuple[str, str], ...] = ()
     rows: str | None = None
     lone: bool = False
+    recorded: bool = False
 
     def rank_dims(self) -> tuple[str, ...]:
-        return (self.rows,) if self.rows is not None else tuple(dim for dim, _ in self.dims)
+        """Rank dimensions, the one that cuts rows last: a shard's coordinates in its group."""
+        return (*(dim for dim, _ in self.dims), *((self.rows,) if self.rows is not None else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +42,30 @@ class Group:
     shards: Mapping[tuple[int, ...], tuple[Stored, ...]]
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        return tuple((ranks, stored[0].header.shape) for ranks, stored in self.shards.items())
+        return tuple((ranks, stored[0].header.whole) for ranks, stored in self.shards.items())
 
     @property
     def name(self) -> str:
         return next(iter(self.shards.values()))[0].name
 
 
-def cut_of(instance: Instance, file: FilePattern, layout: Layout) -> Cut:
-    """Apply a file pattern's cuts to a rule: `split`, `rows` or a named axis per rank dimension.
+def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool = False) -> Cut:
+    """Apply a file pattern's cuts to a rule: `split`, `rows`, `recorded` or a named axis per rank dimension.
 
     A rule without `split` is replicated. A tensor of a split rule that lacks the axis lies where
-    `lone_rank` says, unless the mode cuts rows, which every tensor of such a rule has.
+    `lone_rank` says, unless the mode cuts rows, which every tensor of such a rule has. Tensors of
+    any rule that record which rows they are (`part`) are cut so where the mode says `recorded`.
     """
+    cuts = file.cuts.get(instance.stage_class, {})
+    rows = next((dim for dim, role in cuts.items() if role == "recorded"), None) if part else None
     if not instance.rule.split:
-        return Cut()
+        return Cut(rows=rows, recorded=rows is not None)
     present = set(instance.axes.names())
     dims: list[tuple[str, str]] = []
     lone = False
-    for dim, role in file.cuts.get(instance.stage_class, {}).items():
+    for dim, role in cuts.items():
+        if role == "recorded":
+            continue
         if role == "rows":
             return Cut(rows=dim)
         wanted = instance.rule.split if role == "split" else (role,)
@@ -65,7 +74,7 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout) -> Cut:
             dims.append((dim, axis))
         elif role == "split" and dim in layout.lone_rank:
             lone = True
-    return Cut(tuple(dims), None, lone)
+    return Cut(tuple(dims), rows, lone, rows is not None)
 
 
 def group_shards(
@@ -74,22 +83,26 @@ def group_shards(
     layout: Layout,
 ) -> dict[tuple[Instance, tuple[int, ...]], Group]:
     """Collect shards of the same rule, parameter and placeholder values, replicas together."""
-    cuts: dict[tuple[int, int], Cut] = {}
+    cuts: dict[tuple[int, int, bool], Cut] = {}
     collected: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], list[Stored]]] = {}
     facts: dict[tuple[int, tuple[int, ...]], tuple[Instance, Mapping[str, int], Cut]] = {}
     for stored, instance, fixed in matched:
         file = files[stored.file]
-        cut_key = (id(instance), id(file.pattern))
+        part = stored.header.part is not None
+        cut_key = (id(instance), id(file.pattern), part)
         if cut_key not in cuts:
-            cuts[cut_key] = cut_of(instance, file.pattern, layout)
+            cuts[cut_key] = cut_of(instance, file.pattern, layout, part=part)
         cut = cuts[cut_key]
         key = (id(instance), tuple(fixed.values()))
-        facts.setdefault(key, (instance, fixed, cut))
+        if facts.setdefault(key, (instance, fixed, cut))[2].recorded != part:
+            raise unexpected_part(stored, file)
         ranks = tuple(file.ranks[dim] for dim in cut.rank_dims())
         collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
     result: dict[tuple[Instance, tuple[int, ...]], Group] = {}
     for key, shards in collected.items():
         instance, fixed, cut = facts[key]
         ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
+        if cut.recorded:
+            ordered = fold_replicas(ordered, files)
         result[instance, key[1]] = Group(instance, fixed, cut, ordered)
     return result

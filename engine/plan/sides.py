@@ -120,7 +120,9 @@ class Side:
                 begin[axis] = starts[axis][ranks[position]]
             rows = None
             if group.cut.rows is not None:
-                rows = (row, row + replicas[0].header.shape[0])
+                header = replicas[0].header
+                first = row if header.part is None else header.part.start
+                rows = (first, first + header.shape[0])
                 row = rows[1]
             result.append(Shard(ranks, replicas, sizes, begin, rows))
         return result

@@ -94,7 +94,7 @@ def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]
         others = {name: size for name, size in sizes.items() if name not in {a for _, a in group.cut.dims}}
         result[axis] = {}
         for ranks, stored in group.shards.items():
-            for node, size in zip(group.instance.axes.dims, stored[0].header.shape, strict=False):
+            for node, size in zip(group.instance.axes.dims, stored[0].header.whole, strict=False):
                 form = linear(node, others)
                 if form is not None and form[2] == axis and form[1]:
                     local, rest = divmod(size - form[0], form[1])
@@ -111,21 +111,21 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
     axes = group.instance.axes
     for ranks, stored in group.shards.items():
         for one in stored:
-            if len(one.header.shape) != len(axes.dims) or one.header.shape != stored[0].header.shape:
+            if len(one.header.whole) != len(axes.dims) or one.header.whole != stored[0].header.whole:
                 wanted = f"{len(axes.dims)} dimensions, `{axes}`"
-                if len(one.header.shape) == len(axes.dims):
-                    wanted = f"{_shape(stored[0].header.shape)}, as in {files[stored[0].file].name}"
+                if len(one.header.whole) == len(axes.dims):
+                    wanted = f"{_shape(stored[0].header.whole)}, as in {files[stored[0].file].name}"
                 _contradict(
                     state,
                     group,
                     ranks,
                     "shape",
-                    f"{_shape(one.header.shape)} in {files[one.file].name}",
+                    f"{_shape(one.header.whole)} in {files[one.file].name}",
                     wanted,
                     files,
                 )
                 return True
-    if group.cut.rows is not None:
+    if group.cut.rows is not None and not group.cut.recorded:
         return _look_rows(group, state, files)
     cut_axes = {axis for _, axis in group.cut.dims}
     sizes = state.values()
@@ -133,7 +133,7 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
     done = True
     local: dict[str, dict[int, int]] = {axis: {} for axis in cut_axes}
     for ranks, stored in group.shards.items():
-        for node, size in zip(axes.dims, stored[0].header.shape, strict=True):
+        for node, size in zip(axes.dims, stored[0].header.whole, strict=True):
             form = linear(node, others)
             if form is None:
                 done = False
@@ -277,14 +277,14 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _where(group: Group, ranks: tuple[int, ...], files: Sequence[RankFile]) -> str:
     stored = group.shards[ranks][0]
-    return f"{stored.header.name} in {files[stored.file].name} ({_shape(stored.header.shape)})"
+    return f"{stored.header.name} in {files[stored.file].name} ({_shape(stored.header.whole)})"
 
 
 def _all(group: Group, files: Sequence[RankFile]) -> str:
     first = next(iter(group.shards.values()))[0]
     if len(group.shards) == 1:
         return _where(group, next(iter(group.shards)), files)
-    shapes = [stored[0].header.shape for stored in group.shards.values()]
+    shapes = [stored[0].header.whole for stored in group.shards.values()]
     told = _shape(shapes[0]) + " each" if len(set(shapes)) == 1 else ", ".join(_shape(s) for s in shapes)
     return f"{first.name} in all {len(group.shards)} ranks ({told})"
 

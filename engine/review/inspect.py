@@ -78,5 +78,5 @@ def _uneven(checkpoint: Checkpoint) -> list[str]:
     shapes: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     for rank_file, file in zip(checkpoint.grid.files, checkpoint.files, strict=True):
         for tensor in file.tensors:
-            shapes.setdefault((tensor.name, rank_file.ranks.get("pp", 0)), set()).add(tensor.shape)
+            shapes.setdefault((tensor.name, rank_file.ranks.get("pp", 0)), set()).add(tensor.whole)
     return sorted({name for (name, _), seen in shapes.items() if len(seen) > 1})

@@ -1,13 +1,13 @@
-"""Verifying an output against its own manifest: every tensor and every file, streamed."""
+"""Verifying an output: against its own manifest, every tensor and every file, streamed; and what else is asked for."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.headers import FileHeader, TensorHeader
 from engine.checkpoint.rank_files import open_regular, read_rank_file
@@ -17,27 +17,46 @@ from engine.errors import EngineError, Place
 from engine.run.digests import ALGORITHM, content_id, digest_of
 from engine.run.manifest import NAME, VERSION
 
+if TYPE_CHECKING:
+    from engine.plan.model import Plan
+    from engine.review.load_model import Loaded
+    from engine.review.logits import Logits
+    from engine.review.verify_source import AgainstSource
+    from engine.run.runner import Progress
+
 _BLOCK = 1 << 20
 _MOST = 1 << 30  # bytes of a manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was checked of an output, and what is wrong with it."""
+    """What was checked of an output, and everything that is wrong with it.
+
+    Attributes:
+        manifest: whether there was a manifest to compare with; if not, nothing was compared with it.
+        source, model, logits: what else was asked for.
+    """
 
     tensors: int
     files: int
     nbytes: int
     content_id: str
     problems: tuple[str, ...]
+    manifest: bool = True
+    source: AgainstSource | None = None
+    model: Loaded | None = None
+    logits: Logits | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        more = {"source": self.source, "model": self.model, "logits": self.logits}
         return {
             "tensors": self.tensors,
             "files": self.files,
             "bytes": self.nbytes,
             "content_id": self.content_id,
             "problems": list(self.problems),
+            **({} if self.manifest else {"manifest": False}),
+            **{name: one.as_dict() for name, one in more.items() if one is not None},
         }
 
 
@@ -113,6 +132,93 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda _: None) -> Ver
     if total != data.get("content_id", "") and not problems:
         problems.append("the content id is not that of the tensors")
     return Verified(len(found), len(data["files"]) + len(headers), nbytes, total, tuple(problems))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to verify besides the manifest.
+
+    Attributes:
+        plan: compare with what this plan makes of its source, in the blocks of `sample` (all if None).
+        load: load the model with transformers and run it.
+        source: compare the model's forward pass with training's own, run from this checkpoint.
+        settings: variants as `--set` gives them; the forward pass of training knows some of them.
+    """
+
+    plan: Plan | None = None
+    sample: str | None = None
+    load: bool = False
+    source: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def verify_output(folder: Path, asked: Asked, progress: Callable[[Progress], None] | None = None) -> Verified:
+    """Verify an output against its manifest, and in every other way that is asked for.
+
+    Without a manifest the other ways still serve, whatever program wrote the output.
+
+    Raises:
+        EngineError: E304 or E301 when there is no manifest and nothing else is asked for, E2xx and
+            E3xx when output or source cannot be read.
+    """
+    from engine.review.verify_source import parse_sample, source_bytes, verify_source
+    from engine.run.runner import Meter
+
+    if asked.plan is None:
+        _check_settings(asked.settings)
+    needed = asked.plan is None and asked.source is None and not asked.load
+    known = read_manifest(folder) if needed or (folder / NAME).exists() else None
+    sample = parse_sample(asked.sample or "100%")
+    named = {str(entry.get("file")) for entry in (known or {"tensors": {}})["tensors"].values()}
+    total = sum((folder / name).stat().st_size for name in named if (folder / name).is_file())
+    meter = Meter(total + (source_bytes(asked.plan, sample) if asked.plan is not None else 0), progress)
+    found = verify(folder, meter.advance) if known is not None else Verified(0, 0, 0, "", (), manifest=False)
+    if asked.plan is not None:
+        source = verify_source(asked.plan, folder, sample, meter.advance)
+        found = replace(found, source=source, problems=(*found.problems, *source.problems))
+    if asked.load:
+        from engine.review.load_model import load_model
+
+        model = load_model(folder)
+        found = replace(found, model=model, problems=(*found.problems, *model.problems))
+    if asked.source is not None:
+        from engine.review.logits import compare_logits
+
+        logits = compare_logits(folder, asked.source, asked.settings)
+        found = replace(found, logits=logits, problems=(*found.problems, *logits.problems))
+    return found
+
+
+def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:
+    """E001 for arguments that do not go together."""
+    wrong = (
+        ((mapping or logits) and not src, "there is nothing to compare with", "Give the training checkpoint: --src."),
+        (src and not (mapping or logits), "the source alone says nothing", "Give --mapping, or --logits, or both."),
+        (sample and not mapping, "a sample is of tensors compared with the source", "Give --src and --mapping too."),
+    )
+    for found, message, fix in wrong:
+        if found:
+            raise EngineError("E001", message, fix=fix)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """E001 for settings that only a mapping could know."""
+    from engine.review.training_forward import KNOWN
+
+    unknown = [name for name in settings if name not in KNOWN]
+    if unknown:
+        raise EngineError(
+            "E001",
+            f"there is no setting `{unknown[0]}` without a mapping",
+            expected=", ".join(KNOWN),
+            fix="Give --mapping, or leave it out.",
+        )
+
+
+def written_dtype(folder: Path) -> str:
+    """The `--dtype` an output was made with, by its manifest, so that it need not be given again."""
+    dtype = read_manifest(folder).get("dtype") if (folder / NAME).exists() else None
+    return dtype if isinstance(dtype, str) else "auto"
 
 
 def _check_small(folder: Path, name: str, wanted: str) -> list[str]:

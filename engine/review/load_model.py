@@ -1,0 +1,161 @@
+"""Loading an output as its users will: transformers, without remote code, and one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH, LENGTH = 2, 12
+_REWARD = "ForSequenceClassification"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What transformers made of an output.
+
+    Attributes:
+        architecture: the class that was loaded; None when transformers has none.
+        largest: the largest absolute output of the forward pass.
+    """
+
+    architecture: str | None
+    parameters: int
+    largest: float | None
+    problems: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line on what was run."""
+        if self.problems or self.architecture is None:
+            return "transformers does not run it as it is"
+        return f"transformers loads {self.architecture}, {self.parameters:,} parameters; its outputs are finite"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "largest": self.largest,
+            "problems": list(self.problems),
+        }
+
+
+def load_model(folder: Path) -> Loaded:
+    """Load an output whole, in its own types, and run fixed tokens through it.
+
+    Every key of the model must be in the files, in the model's shape, and no other; every output
+    must be a finite number.
+    """
+    import torch
+
+    unknown = not_built_in(folder)
+    if unknown is not None:
+        return Loaded(None, 0, None, (unknown,))
+    with quiet():
+        try:
+            model, report = auto_class(folder).from_pretrained(
+                str(folder),
+                dtype="auto",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=any(file.path.suffix == ".safetensors" for file in read_hf_folder(folder)),
+                output_loading_info=True,
+            )
+        except EngineError:
+            raise
+        except Exception as error:  # whatever a configuration makes transformers raise
+            return Loaded(None, 0, None, (f"transformers cannot load it: {one_line(error)}",))
+        problems = [
+            f"{str(name)[:200]} {what}"
+            for key, what in (
+                ("missing_keys", "is missing, and transformers would make it up"),
+                ("unexpected_keys", "is not part of the model"),
+                ("mismatched_keys", "has another shape than the model's"),
+            )
+            for name in sorted(report.get(key) or (), key=str)
+        ]
+        model.eval()
+        ids = fixed_tokens(model.config.vocab_size)
+        try:
+            with torch.no_grad():
+                outputs = run_model(model, ids)
+        except Exception as error:
+            return Loaded(type(model).__name__, 0, None, (*problems, f"the model does not run: {one_line(error)}"))
+    largest = float(outputs.abs().max())
+    if not bool(torch.isfinite(outputs).all()):
+        problems.append(f"the forward pass gives {int((~torch.isfinite(outputs)).sum())} outputs that are not finite")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    finite = largest if largest < float("inf") else None
+    return Loaded(type(model).__name__, count, finite, tuple(problems))
+
+
+def run_model(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of every position; of a reward model the rewards of every position."""
+    if hasattr(model, "score"):
+        result: torch.Tensor = model.score(model.base_model(ids, use_cache=False).last_hidden_state)
+    else:
+        result = model(ids, use_cache=False).logits
+    return result.float()
+
+
+def auto_class(folder: Path) -> Any:
+    """The class that loads what `architectures` of the config names."""
+    import transformers
+
+    named = read_hf_config(folder).get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    return (
+        transformers.AutoModelForSequenceClassification
+        if first.endswith(_REWARD)
+        else transformers.AutoModelForCausalLM
+    )
+
+
+def not_built_in(folder: Path) -> str | None:
+    """Why transformers cannot run it without remote code, if so: `internlm` and `internlm2` are such types."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = read_hf_config(folder).get("model_type")
+    if not isinstance(kind, str):
+        return "there is no config.json that names a model_type, so transformers cannot load it"
+    if kind in CONFIG_MAPPING:
+        return None
+    return (
+        f"transformers has no model of type `{kind}` built in: it runs with remote code only, which is not run here. "
+        "Convert with a mapping whose target is `llama` or `internlm3` to have the model itself verified"
+    )
+
+
+def fixed_tokens(vocab: int) -> torch.Tensor:
+    """The same token ids each time, spread over the vocabulary."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab, (BATCH, LENGTH), generator=generator)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars and warnings; what matters of them is told as problems."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,88 @@
+"""What a proof says: checks that hold or not, counter-examples in words, mutants and what caught them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One thing that does not hold, in words, and where: the mapping's place, the choices, the layout."""
+
+    message: str
+    place: str | None = None
+    where: str | None = None
+
+    @staticmethod
+    def of(error: EngineError, where: str | None = None) -> Failure:
+        told = f"{error.code} {error.message}"
+        told += "".join(
+            f"; {label} {text}" for label, text in (("got", error.got), ("expected", error.expected)) if text
+        )
+        return Failure(told, None if error.place is None else str(error.place), where)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"message": self.message, "place": self.place, "where": self.where}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One claim and how it was checked; `holds` is None where it could not be."""
+
+    name: str
+    holds: bool | None
+    told: str
+    failures: tuple[Failure, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "holds": self.holds,
+            "told": self.told,
+            "failures": [failure.as_dict() for failure in self.failures],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A mapping with one rule perturbed: what was done, and what showed it (None: nothing)."""
+
+    rule: str
+    what: str
+    caught_by: str | None
+    told: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rule": self.rule, "what": self.what, "caught_by": self.caught_by, "told": self.told}
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Everything that was checked of one mapping."""
+
+    mapping: str
+    checks: tuple[Check, ...]
+    mutants: tuple[Mutant, ...] = field(default=())
+    seconds: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing failed. What could not be checked does not fail, a mutant that survives does."""
+        return all(check.holds is not False for check in self.checks) and all(m.caught_by for m in self.mutants)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "mapping": self.mapping,
+            "holds": self.holds,
+            "checks": [check.as_dict() for check in self.checks],
+            "mutants": [mutant.as_dict() for mutant in self.mutants],
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def check_of(name: str, told: str, failures: Sequence[Failure]) -> Check:
+    return Check(name, not failures, told, tuple(failures))

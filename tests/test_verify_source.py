@@ -1,0 +1,190 @@
+"""`engine verify OUT --src --mapping`: an output read again beside the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+import engine
+from engine.cli import cli
+from engine.errors import EngineError
+from engine.review.verify_source import parse_sample
+from tests.support.shards import Model, save
+
+MODEL = Model("v2", layers=3, groups=2, bias=False)
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    save(MODEL, folder / "step", tp=2, pp=2)
+    engine.convert(MODEL.mapping, folder / "step", folder / "hf")
+    return folder
+
+
+@pytest.fixture
+def both(made: Path, tmp_path: Path) -> Path:
+    """A copy of source and output, to be damaged."""
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def verify(both: Path, *more: str, mapping: str = MODEL.mapping) -> Result:
+    source = ["--src", str(both / "step"), "--mapping", mapping]
+    return CliRunner().invoke(cli, ["verify", str(both / "hf"), *source, *more])
+
+
+def source_of(both: Path, *more: str) -> dict[str, Any]:
+    result = verify(both, "--json", *more)
+    assert result.exit_code == 1, result.output
+    found: dict[str, Any] = json.loads(result.output)["source"]
+    return found
+
+
+def change(both: Path, how: Any) -> None:
+    """Write the output's tensors anew, as a tool would that keeps no manifest."""
+    path = both / "hf" / "model.safetensors"
+    state = load_file(path)
+    how(state)
+    save_file(state, path)
+    (both / "hf" / "conversion.json").unlink()
+
+
+def test_an_output_is_what_its_source_gives(made: Path) -> None:
+    result = verify(made)
+    assert result.exit_code == 0, result.output
+    assert "every element" in result.output
+    found = engine.api.verify(made / "hf", src=made / "step", mapping=MODEL.mapping)
+    assert found.source is not None
+    assert found.source.nbytes == sum(t.nbytes for t in load_file(made / "hf" / "model.safetensors").values())
+
+
+def test_it_may_be_split_into_other_files_and_cast_to_another_type(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    engine.convert(MODEL.mapping, made / "step", out, dtype="float32", max_shard_size=2000)
+    assert len(list(out.glob("*.safetensors"))) > 3
+    found = engine.api.verify(out, src=made / "step", mapping=MODEL.mapping)  # the manifest tells the type
+    assert not found.problems
+    (out / "conversion.json").unlink()
+    assert engine.api.verify(out, src=made / "step", mapping=MODEL.mapping).problems
+    assert not engine.api.verify(out, src=made / "step", mapping=MODEL.mapping, dtype="float32").problems
+
+
+def test_one_changed_element_is_named_with_its_rule_and_the_shard_it_came_from(both: Path) -> None:
+    def one(state: dict[str, torch.Tensor]) -> None:
+        state[Q][11, 5] += 1  # the second rank's rows start at 8
+
+    change(both, one)
+    (differing,) = source_of(both)["differing"]
+    assert differing["name"] == Q
+    assert differing["index"] == [11, 5]
+    assert differing["rule"] == "qkv"
+    assert "internlm2.yaml" in differing["place"]
+    assert differing["source"][0] == "model_tp1_pp1.pt:layers.0.attention.wqkv.weight"  # stages of 1 and 2
+    assert "in 1 of 256 elements" in differing["what"]
+    text = verify(both).output
+    assert f"{Q} differs from the source in 1 of 256 elements, first at [11, 5]" in text
+    assert "no manifest" not in text  # problems come first, and nothing that reassures
+
+
+def test_a_source_that_changed_since_is_found_though_the_manifest_still_holds(both: Path) -> None:
+    other = Model("v2", layers=3, groups=2, bias=False, seed=1)
+    shutil.rmtree(both / "step")
+    save(other, both / "step", tp=2, pp=2)
+    assert not engine.api.verify(both / "hf").problems
+    found = source_of(both)
+    assert len(found["differing"]) == found["tensors"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "type", "shape"])
+def test_tensors_that_are_missing_left_over_or_of_another_kind_are_told(damage: str, both: Path) -> None:
+    def how(state: dict[str, torch.Tensor]) -> None:
+        if damage == "missing":
+            del state[Q]
+        elif damage == "extra":
+            state["more"] = torch.zeros(1)
+        elif damage == "type":
+            state[Q] = state[Q].float()
+        else:
+            state[Q] = state[Q][:8].contiguous()
+
+    change(both, how)
+    found = source_of(both)
+    if damage == "extra":
+        assert found["extra"] == ["more"]
+        assert not found["differing"]
+    else:
+        (differing,) = found["differing"]
+        assert differing["name"] == Q
+        word = {"missing": "is missing", "type": "is F32 [16, 16], the source gives BF16", "shape": "is BF16 [8, 16]"}
+        assert word[damage] in differing["what"]
+
+
+def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.review.verify_source.LISTED", 3)
+    change(both, lambda state: [tensor.add_(1) for tensor in state.values()])
+    found = source_of(both)
+    assert len(found["differing"]) == 3
+    assert found["more"] == found["tensors"] - 3
+    assert "more tensors differ from the source" in verify(both).output
+
+
+@pytest.mark.parametrize(("sample", "read"), [("10%", 4), ("3", 3), ("100%", 32), ("0.1%", 1), ("99", 32)])
+def test_a_sample_reads_some_blocks_of_each_tensor_the_same_each_time(
+    sample: str, read: int, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.run.runner.BLOCK_BYTES", 32)  # one row
+    monkeypatch.setattr("engine.run.runner.LARGE_BLOCK_BYTES", 32)
+    asked: list[list[int]] = []
+    from engine.review import verify_source
+
+    real = verify_source._Comparing.compare
+
+    def compare(self: Any, block: Any, wanted: Any) -> None:
+        if self._output.name == "lm_head.weight":
+            asked[-1].append(block.low // 16)
+        real(self, block, wanted)
+
+    monkeypatch.setattr(verify_source._Comparing, "compare", compare)
+    for _ in range(2):
+        asked.append([])
+        assert not engine.api.verify(made / "hf", src=made / "step", mapping=MODEL.mapping, sample=sample).problems
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == len(set(asked[0])) == read
+    thirds = [{row * 3 // 32 for row in asked[0]}] if read >= 3 else []
+    assert all(len(seen) == 3 for seen in thirds)  # spread over the tensor
+
+
+@pytest.mark.parametrize("text", ["0", "0%", "101%", "1.5", "-1", "many", "", "5 %%"])
+def test_a_sample_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        parse_sample(text)
+    assert caught.value.code == "E001"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--mapping", "internlm2.yaml"], ["--logits"], ["--src", "step"], ["--src", "step", "--logits", "--sample", "5%"]],
+)
+def test_arguments_that_say_nothing_together_are_refused(arguments: list[str], made: Path) -> None:
+    result = CliRunner().invoke(cli, ["verify", str(made / "hf"), *arguments, "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.output)["errors"][0]["code"] == "E001"
+
+
+def test_replicas_that_drifted_apart_are_found_when_everything_is_read(both: Path) -> None:
+    path = both / "step" / "model_tp1_pp1.pt"
+    state = torch.load(path, weights_only=True)
+    state["norm.weight"][0] += 1
+    torch.save(state, path)
+    result = verify(both, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.output)["errors"][0]["code"] == "E402"
