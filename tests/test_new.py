@@ -22,6 +22,7 @@ from engine.errors import EngineError
 from engine.review.scaffold import Scaffold
 from engine.review.scaffold_text import block, comment, scalar, shown
 from tests.support.families import model_of, save_family
+from tests.support.fsdp import save_fsdp
 from tests.support.shards import Model, State, same, save
 
 FOLDER = Path(__file__).parent / "fixtures" / "internevo"
@@ -217,6 +218,16 @@ def test_a_foreign_checkpoint_gets_a_rule_for_every_pattern(layout: dict[str, An
     if chosen:
         assert made.state is not None and made.state["code"] == "E202"
     same(tensors(tmp_path / "x.yaml", tmp_path / "src", **chosen), whole)
+
+
+def test_shards_that_record_their_rows_are_read_as_what_they_are_part_of(tmp_path: Path) -> None:
+    model = Model(family="v2", hidden=48, heads=6, groups=3, ffn=56, vocab=64, layers=1)
+    expected = save_fsdp(model, tmp_path / "src", dp=3, tp=2)
+    made = api.new_mapping(tmp_path / "src", out=tmp_path / "x.yaml")
+    assert (made.kind, made.state) == ("release", None)
+    same(tensors(tmp_path / "x.yaml", tmp_path / "src"), expected)
+    gate = next(entry for entry in made.patterns if entry["pattern"].endswith("w1.weight"))
+    assert {"axes": ["ffn", "hidden"], "cut": 0} in gate["readings"]
 
 
 def test_a_foreign_cut_that_no_size_explains_is_refused_and_not_joined(tmp_path: Path) -> None:

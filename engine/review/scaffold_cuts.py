@@ -123,7 +123,7 @@ def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> R
 def _cutting(file: FilePattern, grid: RankGrid, stage: str) -> tuple[str | None, bool]:
     """The rank dimension with several ranks that cuts tensors of a stage, and whether it cuts rows."""
     for dim, role in file.cuts.get(stage, {}).items():
-        if grid.sizes.get(dim, 1) > 1:
+        if grid.sizes.get(dim, 1) > 1 and role != "recorded":  # such shards say themselves what they are part of
             return dim, role == "rows"
     return None, False
 
@@ -135,7 +135,7 @@ def _groups(stored: Sequence[Stored], grid: RankGrid, dim: str | None) -> dict[o
         ranks = grid.files[one.file].ranks
         others = tuple((d, r) for d, r in ranks.items() if d in ("pp", "number", "expert"))
         rank = ranks.get(dim, 0) if dim is not None else 0
-        result.setdefault((one.name, one.chunk, others), {}).setdefault(rank, one.header.shape)
+        result.setdefault((one.name, one.chunk, others), {}).setdefault(rank, one.header.whole)
     return result
 
 
