@@ -54,7 +54,6 @@ CODES: dict[str, str] = {
     "E406": "a value does not fit the type it is written in",
     "E407": "an interrupted run cannot be resumed",
     "E408": "another run is writing the output",
-    "E409": "a checkpoint is not what its manifest says",
     # assets
     "E501": "the tokenizer cannot be converted",
     "E502": "a configuration cannot be written",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from safetensors import safe_open
 
 import engine
+from engine.cli import cli
 from engine.errors import CODES
 from engine.language.lint import LINTS, lint_file
 from tests.support.shards import same
@@ -116,3 +118,30 @@ def test_codes_named_in_the_documentation_exist() -> None:
     for page in PAGES:
         for code in re.findall(r"\b[EL]\d{3}\b", page.read_text()):
             assert code in CODES or code in LINTS, (page, code)
+
+
+def command_lines() -> list[str]:
+    """Every `engine …` line of a console block, in all pages."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```console\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            found += [line[2:].split("  #")[0].strip() for line in block.splitlines() if line.startswith("$ engine ")]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_line_of_the_documentation_is_one(line: str) -> None:
+    """The command exists and its options parse; it is not run."""
+    name, *arguments = shlex.split(line)[1:]
+    command = cli.commands.get(name)
+    if name.startswith("-"):
+        return
+    assert command is not None, line
+    command.make_context(name, arguments, resilient_parsing=False)
+
+
+def test_every_command_is_in_the_readme_and_in_the_page_of_commands() -> None:
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "commands.md").read_text()
+    for name in cli.commands:
+        assert f"`engine {name}" in readme, name
+        assert re.search(rf"(engine |`){name}\b", page), name

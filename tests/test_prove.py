@@ -123,10 +123,8 @@ def test_a_name_that_the_model_lacks_is_unexpected_and_its_own_is_missing(broken
 
 
 def test_a_shape_that_the_model_does_not_have_is_shown_beside_its_own(broken: Callable[..., Proof]) -> None:
-    line = 'target: "model.layers.{layer}.mlp.down_proj.weight", axes: hidden ffn, split: ffn'
-    turned = (
-        'targets: [{name: "model.layers.{layer}.mlp.down_proj.weight", axes: ffn hidden}], axes: hidden ffn, split: ffn'
-    )
+    name = '"model.layers.{layer}.mlp.down_proj.weight"'
+    line, turned = f"target: {name}", f"targets: [{{name: {name}, axes: ffn hidden}}]"
     proof = broken("meta-llama", (line, turned))
     assert "`model.layers.0.mlp.down_proj.weight` is 45 × 24, the model's is 24 × 45, and 3 like it" in told(proof)
 

@@ -246,7 +246,12 @@ def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_
     command += ["--set", "mlp_letters=w2_is_down", "--overwrite", "--max-shard-size", "3MB", "--quiet"]
     dice = random.Random(number)
     for _ in range(3):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent.parent)
+        process = subprocess.Popen(
+            command,
+            stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).parent.parent,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # may be ignored here
+        )
         deadline = time.monotonic() + 20
         while process.poll() is None and not partials(out) and time.monotonic() < deadline:
             time.sleep(0.002)

@@ -24,7 +24,9 @@ def describe_checkpoint(checkpoint: Checkpoint, layout: Layout, mappings: Sequen
                 count *= size
             types[tensor.dtype] += count * ITEM_SIZES[tensor.dtype]
     stored = strip(checkpoint.files, layout)
-    fits = [_fit(checkpoint, layout, mapping) for mapping in mappings if mapping.layout == layout.name]
+    # Releases say more than families, and a family more than what extends it for another target.
+    ranked = sorted(mappings, key=lambda m: (not m.expect, len(m.files), m.name))
+    fits = [_fit(checkpoint, layout, mapping) for mapping in ranked if mapping.layout == layout.name]
     stages = next((f.pop("_stages") for f in fits if f.get("_stages")), None)
     for fit in fits:
         fit.pop("_stages", None)
