@@ -38,6 +38,7 @@ __all__ = [
     "inspect",
     "iter_tensors",
     "load_mapping",
+    "new_mapping",
     "plan",
     "plan_reshard",
     "plan_reverse",

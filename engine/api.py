@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from engine.review.compare import Comparison
     from engine.review.explanation import Explanation
     from engine.review.proof import Proof
+    from engine.review.scaffold import Scaffold
     from engine.review.verify import Verified
     from engine.run.runner import Progress
 
@@ -41,6 +42,7 @@ __all__ = [
     "lint",
     "load_layout",
     "load_mapping",
+    "new_mapping",
     "load_plan",
     "plan",
     "plan_reshard",
@@ -337,6 +339,30 @@ def view(
     from engine.review.view import view_page, write_page
 
     return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), Path(out), overwrite=overwrite)
+
+
+def new_mapping(
+    src: str | Path = ".",
+    *,
+    name: str | None = None,
+    like: str | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> Scaffold:
+    """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
+
+    Args:
+        name: the mapping's; default: that of the file or of the folder.
+        like: the family to extend, by name or path; default: the nearest bundled one.
+        out: the file to write; without it the text is only returned.
+        overwrite: replace a file that exists.
+
+    Raises:
+        EngineError: E401 when the file exists; E2xx and E3xx for what cannot be read.
+    """
+    from engine.review.scaffold_files import new_mapping as make
+
+    return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
 
 
 def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = False) -> list[Proof]:

@@ -21,6 +21,7 @@ from engine import __version__
 from engine.diff_command import diff
 from engine.errors import CODES
 from engine.explain_commands import explain, view
+from engine.new_command import new
 from engine.options import only_plan, planning_options, rank_options, reports_errors, verifying_options, writing_options
 
 if TYPE_CHECKING:
@@ -303,6 +304,7 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
 cli.add_command(diff)
 cli.add_command(explain)
 cli.add_command(view)
+cli.add_command(new)
 
 
 def internal_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

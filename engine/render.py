@@ -228,6 +228,8 @@ def checkpoint(facts: Mapping[str, Any]) -> str:
         lines.append(f"  {click.style('no', dim=True)}    {', '.join(names)}{_because(why)}")
     if fits:
         lines += ["", f"next: engine run --mapping {fits[0]['name']} --src {facts['folder']}"]
+    else:
+        lines += ["", f"next: engine new --src {facts['folder']} drafts a mapping"]
     return "\n".join(lines)
 
 
