@@ -144,7 +144,7 @@ PYTHON = (
 FRAMEWORKS = (
     "torch.load", "torch.hub.load", "torch.jit.load", "torch.serialization.load", "torch.storage._load_from_bytes",
     "torch._utils._rebuild_device_tensor_from_numpy", "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_nested_tensor", "torch._utils._rebuild_wrapper_subclass",
+    "torch._utils._rebuild_nested_tensor",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor", "torch._tensor._rebuild_from_type",
     "torch._utils._get_obj_state", "torch._utils._set_obj_state", "torch._utils._import_dotted_name",
     "torch.utils._config_module.load_config", "torch.utils.bottleneck.__main__.run_cprofile",
@@ -173,7 +173,14 @@ value("os.system by NEWOBJ_EX", lambda f: ORDERED + touch(f) + b"\x85}\x92", "E3
 value("os.system by OBJ", lambda f: b"(" + g("os", "system") + touch(f) + b"o", "E302", "os.system")
 value("os.system by INST", lambda f: b"(" + touch(f) + b"ios\nsystem\n", "E302", "INST")
 value("a class by OBJ", b"(" + g("collections", "OrderedDict") + b"o", "E302", "OBJ")
-value("a getattr chain", call(g("builtins", "getattr"), g("os", "path"), u("os")), "E302", "builtins.getattr")
+value("a getattr chain", call(g("builtins", "getattr"), g("os", "path"), u("os")), "E302", "os.path")
+_API = "torch.distributed._shard.sharded_tensor.api"
+for _attribute in ("__class__", "__init__", "ProcessGroupState.__init__", "__reduce_ex__"):
+    value(f"getattr of a known class and {_attribute}",
+          call(g("builtins", "getattr"), g(_API, "ShardedTensor"), u(_attribute)),
+          "E302", "builtins.getattr")  # fmt: skip
+value("a sharded tensor of a command", lambda f: call(g("torch._utils", "_rebuild_wrapper_subclass"), touch(f)), "E301")
+value("getattr of text", call(g("builtins", "getattr"), u("x"), u("format")), "E302", "builtins.getattr")
 for _number, _op in enumerate((b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00")):
     value(f"EXT{1 << _number}", _op, "E302", f"EXT{1 << _number}")
 value("text as persistent id", b"Pos.system\n", "E302", "PERSID")
