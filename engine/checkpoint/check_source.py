@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,7 +34,9 @@ def check_files(paths: Iterable[Path], advance: Callable[[int], None]) -> list[s
             if sidecar.is_file():
                 _check_md5(path, sidecar, advance)
                 checked = True
-        except (OSError, zipfile.BadZipFile) as error:
+        except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, RuntimeError) as error:
+            raise _damaged(path, None, str(error)[:200], "a zip as torch.save writes it") from None
+        except OSError as error:
             raise EngineError(
                 "E305",
                 "a file cannot be read",

@@ -174,6 +174,13 @@ value("os.system by OBJ", lambda f: b"(" + g("os", "system") + touch(f) + b"o", 
 value("os.system by INST", lambda f: b"(" + touch(f) + b"ios\nsystem\n", "E302", "INST")
 value("a class by OBJ", b"(" + g("collections", "OrderedDict") + b"o", "E302", "OBJ")
 value("a getattr chain", call(g("builtins", "getattr"), g("os", "path"), u("os")), "E302", "os.path")
+_API = "torch.distributed._shard.sharded_tensor.api"
+for _attribute in ("__class__", "__init__", "ProcessGroupState.__init__", "__reduce_ex__"):
+    value(f"getattr of a known class and {_attribute}",
+          call(g("builtins", "getattr"), g(_API, "ShardedTensor"), u(_attribute)),
+          "E302", "builtins.getattr")  # fmt: skip
+value("a sharded tensor of a command", lambda f: call(g("torch._utils", "_rebuild_wrapper_subclass"), touch(f)), "E301")
+value("getattr of text", call(g("builtins", "getattr"), u("x"), u("format")), "E302", "builtins.getattr")
 for _number, _op in enumerate((b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00")):
     value(f"EXT{1 << _number}", _op, "E302", f"EXT{1 << _number}")
 value("text as persistent id", b"Pos.system\n", "E302", "PERSID")

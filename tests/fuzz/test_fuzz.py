@@ -242,7 +242,8 @@ node = st.recursive(
 def test_axes_that_are_read_are_written_as_they_were(text: str) -> None:
     with refusal():
         axes = parse_axes(text)
-        assert parse_axes(str(axes)) == axes
+        again = parse_axes(str(axes))  # groups in groups may be written flat
+        assert (str(again), again.bar, again.pieces()) == (str(axes), axes.bar, axes.pieces())
         assert len(axes.pieces()) <= 64
         assert [set(piece) for piece in axes.bias().pieces()]
 
