@@ -49,9 +49,10 @@ FUZZ_MINUTES ?= 10
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ_MINUTES)
 
-# Kills runs at so many random moments, and sees that nothing is lost: about ten minutes.
+# Every attack in every carrier; then kills runs at so many random moments, and sees that nothing is lost.
 SOAK_KILLS ?= 200
 soak: setup
+	ALL_ATTACKS=1 $(BIN)/python -m pytest -q tests/test_attacks.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 
 # Keeps the versions the lock has, unless pyproject.toml asks for others.
