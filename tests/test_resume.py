@@ -279,3 +279,43 @@ def test_a_source_rewritten_while_it_is_read_is_noticed(source: Path, tmp_path: 
     with pytest.raises(EngineError) as caught:
         list(engine.iter_tensors(plan))
     assert caught.value.code == "E405"
+
+
+@pytest.mark.parametrize("command", ["convert", "reverse"])
+def test_a_tensor_in_progress_goes_on_where_it_was_marked(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries of the journal come every so many bytes of a tensor, not only at its end."""
+    monkeypatch.setattr("engine.run.runner.MARK_BYTES", 3000)
+    for module in ("BLOCK_BYTES", "LARGE_BLOCK_BYTES"):
+        monkeypatch.setattr(f"engine.run.runner.{module}", 1000)
+    model = Model("v2", layers=2, hidden=64, heads=4, groups=2, ffn=256, vocab=512, bias=False)
+    save(model, tmp_path / "step", tp=2)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=LETTERS)
+
+    def go(out: str, **how: Any) -> None:
+        if command == "convert":
+            engine.convert(model.mapping, tmp_path / "step", tmp_path / out, settings=LETTERS, workers=1, **how)
+        else:
+            engine.reverse(model.mapping, tmp_path / "hf", tmp_path / out, tp=1, workers=1, **how)
+
+    go("whole")
+    writes: list[int] = []
+    write = SinkFiles.write
+
+    def counted(sinks: SinkFiles, file: int, offset: int, data: bytes | memoryview) -> None:
+        writes.append(len(data))
+        write(sinks, file, offset, data)
+
+    for good in (20, 50, 90):
+        with monkeypatch.context() as patch:
+            Disk(patch, good)
+            with pytest.raises(EngineError):
+                go("out", resume=good > 20)
+    monkeypatch.setattr(SinkFiles, "write", counted)
+    go("out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    resumed = sum(writes)
+    writes.clear()
+    go("again")
+    assert resumed < 0.8 * sum(writes)

@@ -18,18 +18,22 @@ class Total:
     def __init__(self, *, digest: bool, checksum: bool) -> None:
         self._digest = xxhash.xxh3_128() if digest else None
         self._checksum = Checksum() if checksum else None
-        self._end = 0
+        self.end = 0  # bytes added in order
         self._in_order = True
 
     def add(self, start: int, data: memoryview) -> None:
         if self._checksum is not None:
             self._checksum.add(start, data)
         if self._digest is not None and self._in_order:
-            if start == self._end:
+            if start == self.end:
                 self._digest.update(data)
-                self._end += len(data)
+                self.end += len(data)
             else:
                 self._in_order = False
+
+    def mark(self) -> tuple[str, int] | None:
+        """The digest of what was added so far, and its length; None when it did not come in order."""
+        return (self._digest.hexdigest(), self.end) if self._digest is not None and self._in_order else None
 
     def checksum(self) -> int:
         return self._checksum.result() if self._checksum is not None else 0

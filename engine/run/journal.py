@@ -33,6 +33,14 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """An output whose first `end` bytes, or all of them (None), are written and have this digest."""
+
+    digest: str
+    end: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A finished output tensor: digest of its bytes, and their CRC-32 where the format needs one."""
 
@@ -80,6 +88,10 @@ class Journal:
         """Record outputs whose bytes have all been written."""
         self._write({str(output): [one.digest, one.checksum] for output, one in done.items()})
 
+    def mark(self, output: int, digest: str, end: int) -> None:
+        """Record that an output's bytes up to `end` have been written; `digest` is theirs."""
+        self._write({str(output): [digest, 0, end]})
+
     def _write(self, value: Mapping[str, Any]) -> None:
         line = json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
         with self._lock:
@@ -90,8 +102,8 @@ class Journal:
         os.close(self._file)
 
 
-def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Done]:
-    """What an interrupted run finished; empty when it wrote no journal.
+def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Begun]:
+    """How far an interrupted run came with each output; empty when it wrote no journal.
 
     A last line that was cut short by the interruption is left out.
 
@@ -102,7 +114,7 @@ def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Done]:
         lines = (folder / NAME).read_bytes().split(b"\n")
     except FileNotFoundError:
         return {}
-    done: dict[int, Done] = {}
+    begun: dict[int, Begun] = {}
     for number, line in enumerate(lines):
         try:
             value = json.loads(line)
@@ -114,9 +126,10 @@ def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Done]:
             _check_same(value, work, folder)
             continue
         for output, entry in value.items():
-            if _NUMBER.fullmatch(output) and isinstance(entry, list) and list(map(type, entry)) == [str, int]:
-                done[int(output)] = Done(*entry)
-    return done
+            kinds = list(map(type, entry)) if isinstance(entry, list) else []
+            if _NUMBER.fullmatch(output) and kinds in ([str, int], [str, int, int]):
+                begun[int(output)] = Begun(entry[0], entry[2] if len(entry) == 3 else None)
+    return begun
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

@@ -20,15 +20,17 @@ from engine.checkpoint.sinks import CHECKED, FORMATS, FileLayout, SinkFiles
 from engine.checkpoint.sources import SourceFiles
 from engine.plan.model import Output, Plan
 from engine.run.blocks import BLOCK_BYTES, LARGE_BLOCK_BYTES, MANY_RUNS, blocks
-from engine.run.digests import Total, digest_of
+from engine.run.digests import Total
 from engine.run.gather import Gatherer, Scatterer
 from engine.run.journal import NAME as JOURNAL
-from engine.run.journal import Done, Journal, read_journal, work_of
+from engine.run.journal import Begun, Done, Journal, read_journal, work_of
 from engine.run.memory import workers_of
 from engine.run.output import write_error
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.run.schedule import Job, Unit, copies_from, schedule
 from engine.run.values import Converter, check_transform
+
+MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,23 +145,34 @@ class _Writer:
             self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
         checked = {o for file in plan.shards if file.format in CHECKED for o in file.outputs}
         # Each is changed by the one worker that writes the output.
-        self._totals = {o: Total(digest=digests, checksum=o in checked) for o in range(len(plan.outputs))}
+        self._checked, self._digests = checked, digests
+        self._totals = {output: self._new_total(output) for output in range(len(plan.outputs))}
         self.done: dict[int, Done] = {}
         self.journal: Journal | None = None
 
-    def take_over(self, known: Mapping[int, Done]) -> None:
-        """Keep what an interrupted run finished, as far as its bytes are there."""
+    def _new_total(self, output: int) -> Total:
+        return Total(digest=self._digests, checksum=output in self._checked)
+
+    def take_over(self, known: Mapping[int, Begun]) -> None:
+        """Keep what an interrupted run wrote, as far as its bytes are there; read them for their digests."""
         with SinkFiles(self._paths) as sinks:
             for output, one in known.items():
                 if output not in self._places:
                     continue
-                file, at = self._places[output]
+                (file, at), nbytes = self._places[output], self._plan.outputs[output].nbytes
+                end = nbytes if one.end is None else one.end
+                total = self._new_total(output)
                 try:
-                    found = digest_of(sinks.read(file, at, self._plan.outputs[output].nbytes))
+                    for block in sinks.read(file, at, end) if 0 <= end <= nbytes else ():
+                        total.add(total.end, block)
                 except OSError:
                     continue
-                if found == one.digest:
-                    self.done[output] = one
+                if total.mark() != (one.digest, end):
+                    continue
+                if end == nbytes:
+                    self.done[output] = Done(one.digest, total.checksum())
+                else:
+                    self._totals[output] = total
 
     def start(self, index: int) -> None:
         """Create a file of its full size, with what comes before its payload."""
@@ -226,11 +239,20 @@ class _Writer:
         output = self._plan.outputs[index]
         copies = self._plan.copies(index)
         item = ITEM_SIZES[output.dtype]
+        total = self._totals[index]
+        begun = marked = total.end  # what an interrupted run wrote of it
+        self._meter.advance(begun)
         for block in blocks(copies, output.elements, block_elements(output, len(copies)), row_quantum(output)):
             if self._meter.stopped.is_set():
                 return
+            if block.high * item <= begun:
+                continue
             written = converter.convert(output, gatherer.gather(block, output.read_dtype))
-            write(index, block.low * item, written.view(np.uint8).data)
+            skip = max(begun - block.low * item, 0)
+            write(index, block.low * item + skip, written.view(np.uint8).data[skip:])
+            if self.journal is not None and total.end - marked >= MARK_BYTES:
+                marked = total.end
+                self.journal.mark(index, *(total.mark() or ("", 0)))
 
     def _scatter(self, unit: Unit, scatterer: Scatterer) -> None:
         for source, copies in copies_from(self._plan, unit).items():
