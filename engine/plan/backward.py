@@ -16,7 +16,7 @@ from engine.language.names import pattern
 from engine.plan.groups import Cut, Group
 from engine.plan.pieces import Pieces
 from engine.plan.stored import Instance, Stored
-from engine.plan.variants import Decision
+from engine.plan.variants import Decision, choice_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +71,7 @@ def decide_back(
     for variant in variants.values():
         shown, of_files = _shown(variant, names)
         if variant.name in settings:
-            choice = str(settings[variant.name])
-            if choice not in variant.choices:
-                raise EngineError(
-                    "E001",
-                    f"variant `{variant.name}` has no choice `{choice}`",
-                    place=variant.place,
-                    got=choice,
-                    expected=", ".join(variant.choices),
-                    fix=variant.help or None,
-                )
+            choice = choice_of(variant, settings[variant.name])
             if of_files and shown is not None and shown != choice:
                 raise EngineError(
                     "E202",

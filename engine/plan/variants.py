@@ -79,6 +79,21 @@ def option_value(option: Option, value: Any) -> Any:
     return value
 
 
+def choice_of(variant: Variant, value: Any) -> str:
+    """What `--set` says of a variant; E001 when it is none of its choices."""
+    choice = str(value)
+    if choice not in variant.choices:
+        raise EngineError(
+            "E001",
+            f"variant `{variant.name}` has no choice `{choice}`",
+            place=variant.place,
+            got=choice,
+            expected=", ".join(variant.choices),
+            fix=variant.help or None,
+        )
+    return choice
+
+
 def decide(
     variants: Mapping[str, Variant], settings: Mapping[str, Any], names: Mapping[str, Any]
 ) -> dict[str, Decision]:
@@ -86,16 +101,7 @@ def decide(
     decided: dict[str, Decision] = {}
     for variant in variants.values():
         if variant.name in settings:
-            choice = str(settings[variant.name])
-            if choice not in variant.choices:
-                raise EngineError(
-                    "E001",
-                    f"variant `{variant.name}` has no choice `{choice}`",
-                    place=variant.place,
-                    got=choice,
-                    expected=", ".join(variant.choices),
-                    fix=variant.help or None,
-                )
+            choice = choice_of(variant, settings[variant.name])
             decided[variant.name] = _by_setting(variant, choice, names)
         elif variant.decide == "expression":
             decided[variant.name] = _by_expression(variant, names)

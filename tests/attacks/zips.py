@@ -62,7 +62,7 @@ def a_second_data_pkl_in_capitals(folder: Path) -> None:
 def members_that_climb_out_of_the_folder(folder: Path) -> None:
     """Nothing is ever extracted."""
     with zipfile.ZipFile(folder / RANK, "a") as archive:
-        archive.writestr("../../../../../../tmp/ran", b"x")
+        archive.writestr("../../../../../../evil/ran", b"x")
         archive.writestr("/etc/ran", b"x")
         archive.writestr("C:\\ran", b"x")
 
