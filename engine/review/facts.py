@@ -1,8 +1,9 @@
 """Facts that travel with a mapping: where each target's elements come from, as committed beside it.
 
 No shape tells gate from up: with the two exchanged, a mapping is as total and as invertible as before.
-So `internlm2.yaml` has `internlm2.facts.json` beside it, written once the mapping was checked against
-genuine checkpoints; whoever changes a rule changes both, or hears of it.
+So `internlm2.yaml` has `internlm2.facts.json` beside it, written from its rules once its tests had passed:
+genuine checkpoints where there are some, an independent sharder elsewhere. Whoever changes a rule changes
+both, or hears of it.
 """
 
 from __future__ import annotations
