@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -43,13 +45,18 @@ def explain(
 @click.command()
 @click.option("--out", "-o", default="view.html", show_default=True, metavar="FILE", help="The page to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
+@click.option("--png", metavar="FILE", help="Draw it too, by an installed Chromium.")
 @explaining_options
 @reports_errors
-def view(as_json: bool, /, mapping: str | None, src: str, out: str, **options: Any) -> None:
+def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | None, **options: Any) -> None:
     """Write one HTML page that shows what `run` would do: decisions, rules, a picture of each."""
     from engine import api, render
+    from engine.review.screenshot import screenshot
 
     if mapping is None:
         raise click.UsageError("Missing option '--mapping' / '-m'.")
     done = api.view(mapping, src, out, **options)
+    if png is not None:
+        screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0)
+        done["png"] = png
     click.echo(render.as_json(done) if as_json else f"wrote {done['out']}, {render.amount(done['bytes'])}")
