@@ -7,7 +7,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -39,18 +38,6 @@ FORMATS: dict[str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str], F
     "torch": torch_file,
 }
 CHECKED = frozenset(("torch",))  # formats whose headers hold a CRC-32 of every payload
-
-
-@lru_cache(maxsize=64)
-def in_memory(device: int) -> bool:
-    """Whether a device number is that of a memory-backed file system (Linux tells in mountinfo)."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return False
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    found = (line.partition(" - ")[2].split(" ")[0] for line in lines if line.split(" ")[2:3] == [wanted])
-    return next(found, "") in ("tmpfs", "ramfs")
 
 
 @dataclass(slots=True)
@@ -107,17 +94,13 @@ class SinkFiles:
         return descriptor
 
     def create(self, file: int, size: int) -> None:
-        """Set a file's size and take its room on the file system, where that can be done.
-
-        In memory taking room means filling it with zeroes, which takes longer than writing it.
-        """
+        """Set a file's size and take its room on the file system, where that can be done."""
         descriptor = self._descriptor(file)
-        if not in_memory(os.fstat(descriptor).st_dev):
-            try:
-                os.posix_fallocate(descriptor, 0, max(size, 1))
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
+        try:
+            os.posix_fallocate(descriptor, 0, max(size, 1))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
         os.ftruncate(descriptor, size)
 
     def sync(self, file: int) -> None:

@@ -11,7 +11,7 @@ from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import pattern
 from engine.plan.groups import Cut, cut_of
-from engine.plan.ranks import RankFile, RankGrid, expected_files, rank_dims
+from engine.plan.ranks import expected_files, rank_dims
 from engine.plan.stored import Instance, Stages
 
 _MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
@@ -219,7 +219,3 @@ def file_of(instance: Instance, mode: Mode) -> FilePattern:
     """The file pattern that shares most placeholders with a tensor's name; the first of equals."""
     named = set(instance.sources[0].placeholders)
     return max(mode.files, key=lambda file: len(named & set(pattern(file.name).placeholders)))
-
-
-def grid_of(destination: Destination, files: Sequence[RankFile]) -> RankGrid:
-    return RankGrid(destination.mode, destination.sizes, tuple(files))

@@ -71,7 +71,8 @@ def destination_of(
     given = {name: value for name, value in settings.items() if name in layout.layers.variants}
     names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
     stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)
-    prefix = like.prefix if (stages.chunks > 1) == (like.chunks > 1) and "wrapped" not in settings else None
+    told = any(name in settings for name in layout.options)  # then the layout's `when` picks the prefix
+    prefix = like.prefix if (stages.chunks > 1) == (like.chunks > 1) and not told else None
     return Destination(layout, mode, sizes, stages, names, prefix)
 
 
