@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.plan.model import Plan
-    from engine.run.runner import Progress
+    from engine.run.meter import Progress
 
 __all__ = [
     "Report",
@@ -196,10 +196,9 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
 
     from engine.checkpoint.headers import ITEM_SIZES
     from engine.checkpoint.sources import SourceFiles
-    from engine.run.blocks import blocks
+    from engine.run.blocks import output_blocks
     from engine.run.gather import Gatherer
     from engine.run.replicas import compare_replicas
-    from engine.run.runner import block_elements, row_quantum
     from engine.run.values import Converter, check_transform
 
     kinds = {
@@ -208,8 +207,8 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
         "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
     }  # fmt: skip
+    compare_replicas(compiled, lambda _: None)
     with SourceFiles(compiled.files) as files:
-        compare_replicas(compiled, files, lambda _: None)
         gatherer, converter = Gatherer(files, compiled.sources), Converter()
         for index, output in enumerate(compiled.outputs):
             check_transform(output)
@@ -217,7 +216,7 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
             raw = tensor.view(-1).view(torch.uint8).numpy() if output.elements else np.empty(0, np.uint8)
             item = ITEM_SIZES[output.dtype]
             copies = compiled.copies(index)
-            for block in blocks(copies, output.elements, block_elements(output, len(copies)), row_quantum(output)):
+            for block in output_blocks(output, copies):
                 written = converter.convert(output, gatherer.gather(block, output.read_dtype))
                 raw[block.low * item : block.high * item] = written.view(np.uint8)
             yield output.name, tensor

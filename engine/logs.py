@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError, EngineErrors, Place
 
 if TYPE_CHECKING:
-    from engine.run.runner import Progress
+    from engine.run.meter import Progress
 
 _EVERY = 5.0  # seconds between events of progress
 

@@ -14,7 +14,7 @@ from engine.language.model import Layout
 if TYPE_CHECKING:
     from engine.plan.model import Plan
     from engine.plan.planner import Checkpoint
-    from engine.run.runner import Progress
+    from engine.run.meter import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def execute(
 def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) -> list[str]:
     """Read the source files once and compare them with the checksums they hold; E301 when they differ."""
     from engine.checkpoint.check_source import check_files
-    from engine.run.runner import Meter
+    from engine.run.meter import Meter
 
     meter = Meter(sum(file.size for file in compiled.files), progress)
     unchecked = check_files([file.path for file in compiled.files], meter.advance)

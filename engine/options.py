@@ -100,13 +100,13 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
     @click.pass_context
     @wraps(command)
     def wrapped(ctx: click.Context, /, as_json: bool, no_color: bool, *args: P.args, **kwargs: P.kwargs) -> None:
-        from engine import render
-
         if no_color or os.environ.get("NO_COLOR"):
             ctx.color = False
         try:
             command(as_json, *args, **kwargs)
         except (EngineError, EngineErrors) as error:
+            from engine import render
+
             errors = error.errors if isinstance(error, EngineErrors) else [error]
             if as_json:
                 click.echo(render.as_json({"errors": [one.as_dict() for one in errors]}))

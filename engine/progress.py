@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.render import amount, duration
-
 if TYPE_CHECKING:
-    from engine.run.runner import Progress
+    from engine.run.meter import Progress
 
     Listener = Callable[[Progress], None] | None
 
@@ -63,6 +61,8 @@ def plain_progress(
     write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
 ) -> Callable[[Progress], None]:
     """A line at every tenth of the way, and after five seconds without one."""
+    from engine.render import amount, duration
+
     started = last = clock()
     tenth = 0
 

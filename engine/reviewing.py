@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine.review.proof import Proof
     from engine.review.scaffold import Scaffold
     from engine.review.verify import Verified
-    from engine.run.runner import Progress
+    from engine.run.meter import Progress
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], 
     from engine.review.compare import Comparison, compare_files
     from engine.review.diagnoses import diagnose
     from engine.review.guesses import geometries
-    from engine.run.runner import Meter
+    from engine.run.meter import Meter
 
     paths = Path(out), Path(ref)
     ours, theirs = (read_hf_folder(path) for path in paths)

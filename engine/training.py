@@ -16,7 +16,7 @@ from engine.operations import Report, Running, check_dtype, execute, read_checkp
 if TYPE_CHECKING:
     from engine.plan.destination import Request
     from engine.plan.model import Plan
-    from engine.run.runner import Progress
+    from engine.run.meter import Progress
 
 
 def plan_reverse(

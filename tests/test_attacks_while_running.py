@@ -112,14 +112,14 @@ def test_a_source_that_shrinks_while_it_is_read_is_refused(
 ) -> None:
     from engine.checkpoint.sources import SourceFiles
 
-    descriptor = SourceFiles._descriptor
+    descriptor = SourceFiles.descriptor
 
     def shrinking(self: SourceFiles, file: int) -> int:
         opened = descriptor(self, file)
         os.truncate(self._files[file].path, 100)
         return opened
 
-    monkeypatch.setattr(SourceFiles, "_descriptor", shrinking)
+    monkeypatch.setattr(SourceFiles, "descriptor", shrinking)
     fails(source, out, "E301", "E405")
 
 

@@ -18,7 +18,7 @@ from engine import api, progress, render
 from engine.cli import cli
 from engine.errors import EngineError, EngineErrors, Place
 from engine.options import parse_size, parse_value
-from engine.run.runner import Progress
+from engine.run.meter import Progress
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "internevo" / "v1_tp2_pp2"
 MAPPING = "families/internlm.yaml"

@@ -23,7 +23,7 @@ from engine.checkpoint.safetensors_files import index_json
 from engine.checkpoint.views import tiles
 from engine.cli import cli
 from engine.review.compare import Comparison, Verdict
-from engine.run.runner import Progress
+from engine.run.meter import Progress
 
 FIXTURES = Path(__file__).parent / "fixtures" / "internevo"
 CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32, "vocab_size": 40}

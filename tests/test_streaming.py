@@ -42,7 +42,7 @@ def written(model: Model, source: Path, out: Path, **options: Any) -> State:
 
 def blocks_of(nbytes: int) -> Any:
     """Blocks of at most `nbytes`, for writing and for comparing replicas."""
-    runner = mock.patch.multiple("engine.run.runner", BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
+    runner = mock.patch.multiple("engine.run.blocks", BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
     replicas = mock.patch("engine.run.replicas.BLOCK_BYTES", nbytes)
     through = (
         mock.patch.multiple("engine.run.gather", READ_THROUGH=8),
@@ -151,7 +151,7 @@ def test_columns_cut_into_many_ranks_are_scattered_and_come_out_right(workers: i
     expected = save(model, tmp_path / "whole")
     engine.convert(model.mapping, tmp_path / "whole", tmp_path / "hf", settings=LETTERS)
     plan = engine.plan_reverse(model.mapping, tmp_path / "hf", tp=16)
-    assert any(unit.sources for job in schedule(plan, workers) for unit in job.units)
+    assert any(unit.sources for job in schedule(plan) for unit in job.units)
     engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", tp=16, workers=workers)
     save(model, tmp_path / "genuine", tp=16)
     same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "genuine"))

@@ -141,8 +141,8 @@ def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: 
 def test_a_sample_reads_some_blocks_of_each_tensor_the_same_each_time(
     sample: str, read: int, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.run.runner.BLOCK_BYTES", 32)  # one row
-    monkeypatch.setattr("engine.run.runner.LARGE_BLOCK_BYTES", 32)
+    monkeypatch.setattr("engine.run.blocks.BLOCK_BYTES", 32)  # one row
+    monkeypatch.setattr("engine.run.blocks.LARGE_BLOCK_BYTES", 32)
     asked: list[list[int]] = []
     from engine.review import verify_source
 

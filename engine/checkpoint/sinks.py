@@ -119,6 +119,21 @@ class SinkFiles:
             offset += count
             nbytes -= count
 
+    def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
+        """Have the system move bytes from another open file, on some file systems by sharing them.
+
+        Returns:
+            How many it moved: 0 where it cannot, for whatever reason.
+        """
+        copy_range = getattr(os, "copy_file_range", None)  # Linux only
+        if copy_range is None:
+            return 0
+        try:
+            moved: int = copy_range(source, self._descriptor(file), nbytes, start, offset)
+        except OSError:
+            return 0
+        return moved
+
     def write(self, file: int, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at a byte offset; OSError as the system gives it."""
         descriptor = self._descriptor(file)

@@ -30,7 +30,8 @@ class SourceFiles:
             os.close(descriptor)
         self._open.clear()
 
-    def _descriptor(self, file: int) -> int:
+    def descriptor(self, file: int) -> int:
+        """An open descriptor; E405 when the file is not the one that was planned, E305 when it cannot be read."""
         descriptor = self._open.get(file)
         if descriptor is not None:
             self._open.move_to_end(file)
@@ -60,7 +61,7 @@ class SourceFiles:
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`; E301 when the file ends before."""
-        descriptor = self._descriptor(file)
+        descriptor = self.descriptor(file)
         try:
             got = os.preadv(descriptor, [buffer], offset)
             while got < len(buffer):

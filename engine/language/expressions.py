@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import isfinite
 from typing import Any, NoReturn
 
 from jinja2 import nodes
+from jinja2.environment import TemplateExpression
 from jinja2.exceptions import TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.parser import Parser
 
@@ -80,6 +81,7 @@ class Compiled:
     """
 
     text: str
+    tree: nodes.Expr
     names: frozenset[str]
     paths: frozenset[str]
     patterns: tuple[str, ...]
@@ -88,12 +90,15 @@ class Compiled:
 
     def run(self, names: Mapping[str, Any]) -> Any:
         values = {name: names[name] for name in self.names | (self.calls & {"present"}) if name in names}
-        return _function(self.text)(**{**values, **FUNCTIONS})
+        return self._function(**{**values, **FUNCTIONS})
 
-
-@lru_cache(maxsize=4096)
-def _function(text: str) -> Callable[..., Any]:
-    return ENVIRONMENT.compile_expression(text, undefined_to_none=False)
+    @cached_property
+    def _function(self) -> Callable[..., Any]:
+        """What `Environment.compile_expression` makes, of the tree that was checked instead of its text."""
+        result = nodes.Assign(nodes.Name("result", "store", lineno=1), self.tree, lineno=1)
+        template = nodes.Template([result], lineno=1)
+        template.set_environment(ENVIRONMENT)
+        return TemplateExpression(ENVIRONMENT.from_string(template), undefined_to_none=False)
 
 
 @lru_cache(maxsize=4096)
@@ -152,7 +157,7 @@ def _check(text: str) -> Compiled:
         callee = node.node if isinstance(node, nodes.Call) else None
         stack.extend((child, depth + 1, child is callee) for child in node.iter_child_nodes())
     whole = frozenset(p for p in paths if not any(o.startswith(p + ".") for o in paths))
-    return Compiled(text, frozenset(names), whole, tuple(patterns), frozenset(defaulted), frozenset(calls))
+    return Compiled(text, tree, frozenset(names), whole, tuple(patterns), frozenset(defaulted), frozenset(calls))
 
 
 def _allow(node: nodes.Node) -> None:

@@ -159,7 +159,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _environment() -> _Environment:
-    environment = _Environment(undefined=_Missing, autoescape=False, cache_size=0)
+    environment = _Environment(undefined=_Missing, autoescape=False, cache_size=0, optimized=False)
     environment.globals.clear()
     environment.filters = dict(FILTERS)
     environment.tests = {name: test for name, test in environment.tests.items() if name in TESTS}

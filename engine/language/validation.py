@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.language import valid
 from engine.language.documents import Document
 from engine.language.search import bundled
 
@@ -19,10 +20,15 @@ _TYPES = {
 
 
 @lru_cache(maxsize=8)
+def _schema(kind: str) -> str:
+    return (bundled("schemas") / f"{kind}.schema.json").read_text("utf-8")
+
+
+@lru_cache(maxsize=8)
 def _validator(kind: str) -> Any:
     from jsonschema import Draft7Validator
 
-    return Draft7Validator(json.loads((bundled("schemas") / f"{kind}.schema.json").read_text("utf-8")))
+    return Draft7Validator(json.loads(_schema(kind)))
 
 
 def check_schema(document: Document, kind: str) -> None:
@@ -45,11 +51,15 @@ def check_schema(document: Document, kind: str) -> None:
     if kind == "mapping" and isinstance(data.get("rules"), dict):  # merged: name → rule
         names = list(data["rules"])
         data = {**data, "rules": list(data["rules"].values())}
-    from jsonschema.exceptions import best_match
-
+    key = valid.key(_schema(kind), data)
+    if valid.known(key):
+        return
     errors = list(_validator(kind).iter_errors(data))
     if not errors:
+        valid.remember(key)
         return
+    from jsonschema.exceptions import best_match
+
     # a misspelt key is also a missing key: the former tells more
     unknown = [e for e in errors if e.validator == "additionalProperties"]
     error: Any = unknown[0] if unknown else best_match(errors)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from engine.review.load_model import Loaded
     from engine.review.logits import Logits
     from engine.review.verify_source import AgainstSource
-    from engine.run.runner import Progress
+    from engine.run.meter import Progress
 
 _BLOCK = 1 << 20
 _MOST = 1 << 30  # bytes of a manifest
@@ -162,7 +162,7 @@ def verify_output(folder: Path, asked: Asked, progress: Callable[[Progress], Non
             E3xx when output or source cannot be read.
     """
     from engine.review.verify_source import parse_sample, source_bytes, verify_source
-    from engine.run.runner import Meter
+    from engine.run.meter import Meter
 
     if asked.plan is None:
         _check_settings(asked.settings)

@@ -24,10 +24,9 @@ from engine.checkpoint.views import dense_strides
 from engine.errors import EngineError
 from engine.plan.copies import Copy
 from engine.plan.model import Output, Plan
-from engine.run.blocks import Block, blocks
+from engine.run.blocks import Block, output_blocks
 from engine.run.gather import Gatherer
 from engine.run.replicas import compare_replicas, replica_bytes
-from engine.run.runner import block_elements, row_quantum
 from engine.run.values import Converter, check_transform
 
 LISTED = 50  # differing tensors that are listed one by one
@@ -163,7 +162,7 @@ def verify_source(plan: Plan, folder: Path, sample: Sample, advance: Callable[[i
     more = nbytes = 0
     with SourceFiles(plan.files) as sources, SourceFiles(files) as written:
         if sample.full:
-            compare_replicas(plan, sources, advance)
+            compare_replicas(plan, advance)
         gatherer, converter = Gatherer(sources, plan.sources), Converter()
         for index, output in enumerate(plan.outputs):
             check_transform(output)
@@ -233,7 +232,7 @@ def _chosen(output: Output, copies: list[Copy], sample: Sample) -> Iterator[Bloc
     """
 
     def each() -> Iterator[Block]:
-        return blocks(copies, output.elements, block_elements(output, len(copies)), row_quantum(output))
+        return output_blocks(output, copies)
 
     if sample.full or not output.elements:
         yield from each() if output.elements else ()

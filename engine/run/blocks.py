@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from engine.checkpoint.headers import ITEM_SIZES
 from engine.plan.copies import Copy, clip, row
+from engine.plan.model import Output
 
 BLOCK_BYTES = 512 * 1024
 MANY_RUNS = 16  # beyond this many runs in a block, larger blocks win
@@ -29,6 +31,20 @@ class Block:
     template: tuple[Copy, ...]  # target offsets relative to the block
     shifts: tuple[int, ...]
     step: int
+
+
+def output_blocks(output: Output, copies: Sequence[Copy]) -> Iterator[Block]:
+    """The blocks of an output, sized by the larger of the types read and written.
+
+    A transform needs whole rows of the last dimension in each block.
+    """
+    limit = block_bytes(len(copies)) // max(ITEM_SIZES[output.dtype], ITEM_SIZES[output.read_dtype])
+    return blocks(copies, output.elements, limit, output.shape[-1] if output.transform is not None else 1)
+
+
+def block_bytes(runs: int) -> int:
+    """Bytes of a block that so many copies fill."""
+    return BLOCK_BYTES if runs <= MANY_RUNS else LARGE_BLOCK_BYTES
 
 
 def blocks(copies: Sequence[Copy], size: int, limit: int, quantum: int = 1) -> Iterator[Block]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,20 +15,31 @@ from engine.run.blocks import BLOCK_BYTES, block_of, blocks
 from engine.run.gather import Gatherer
 from engine.run.values import float_type
 
+Check = Replicas | Tied
 
-def compare_replicas(plan: Plan, files: SourceFiles, advance: Callable[[int], None]) -> None:
+
+def checks(plan: Plan) -> tuple[Check, ...]:
+    """What must be equal before anything is written."""
+    return (*plan.replicas, *plan.tied)
+
+
+def compare_replicas(plan: Plan, advance: Callable[[int], None], some: Sequence[Check] | None = None) -> None:
     """Compare every set of replicas block by block with the first of the set.
+
+    Args:
+        advance: called with bytes, `replica_bytes` in all.
+        some: of the plan's `checks`; default: all.
 
     Raises:
         EngineError: E402 naming the ranks that differ and the largest deviation.
     """
-    first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
-    for replicas in plan.replicas:
-        for source in replicas.sources[1:]:
-            _compare(plan, replicas, source, first, other)
-            advance(_nbytes(plan, source))
-    for tied in plan.tied:
-        _compare_tied(plan, tied, first, other)
+    with SourceFiles(plan.files) as files:
+        first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
+        for check in checks(plan) if some is None else some:
+            if isinstance(check, Tied):
+                _compare_tied(plan, check, first, other)
+            else:
+                _compare(plan, check, first, other, advance)
 
 
 def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer) -> None:
@@ -62,24 +73,35 @@ def _nbytes(plan: Plan, source: int) -> int:
     return int(np.prod(header.shape, dtype=np.int64)) * ITEM_SIZES[header.dtype]
 
 
-def _compare(plan: Plan, replicas: Replicas, source: int, first: Gatherer, other: Gatherer) -> None:
-    a, b = plan.sources[replicas.sources[0]].header, plan.sources[source].header
-    if a.dtype != b.dtype:
-        raise _differ(plan, replicas, source, f"{b.dtype} against {a.dtype}")
-    size = int(np.prod(a.shape, dtype=np.int64))
-    limit = BLOCK_BYTES // ITEM_SIZES[a.dtype]
-    pairs = (list(blocks([_whole(plan, s)], size, limit)) for s in (replicas.sources[0], source))
-    differing, largest = 0, 0.0
-    for one, two in zip(*pairs, strict=True):
-        x, y = first.gather(one, a.dtype), other.gather(two, a.dtype)
-        if np.array_equal(x, y):
-            continue
-        differing += int((x != y).sum())
-        if a.dtype in ("BF16", "F16", "F32", "F64"):
-            u, v = (z.view(float_type(a.dtype)).astype(np.float64) for z in (x, y))
-            largest = max(largest, float(np.nanmax(np.abs(u - v), initial=0.0)))
-    if differing:
-        raise _differ(plan, replicas, source, f"{differing} of {size} elements, by up to {largest:.6g}")
+def _compare(plan: Plan, replicas: Replicas, first: Gatherer, other: Gatherer, advance: Callable[[int], None]) -> None:
+    """Every block of the first is read once and compared with the same block of all others."""
+    one, *others = replicas.sources
+    header = plan.sources[one].header
+    for source in others:
+        if plan.sources[source].header.dtype != header.dtype:
+            raise _differ(plan, replicas, source, f"{plan.sources[source].header.dtype} against {header.dtype}")
+    size = int(np.prod(header.shape, dtype=np.int64))
+    limit = BLOCK_BYTES // ITEM_SIZES[header.dtype]
+    found: dict[int, tuple[int, float]] = {}  # source → elements that differ, and by how much at most
+    for block, *theirs in zip(*(blocks([_whole(plan, s)], size, limit) for s in replicas.sources), strict=True):
+        x = first.gather(block, header.dtype)
+        for source, their in zip(others, theirs, strict=True):
+            y = other.gather(their, header.dtype)
+            if not np.array_equal(x, y):
+                count, largest = found.get(source, (0, 0.0))
+                found[source] = count + int((x != y).sum()), max(largest, _deviation(x, y, header.dtype))
+            advance(y.nbytes)
+    for source in others:
+        if source in found:
+            count, largest = found[source]
+            raise _differ(plan, replicas, source, f"{count} of {size} elements, by up to {largest:.6g}")
+
+
+def _deviation(x: np.ndarray, y: np.ndarray, dtype: str) -> float:
+    if dtype not in ("BF16", "F16", "F32", "F64"):
+        return 0.0
+    u, v = (z.view(float_type(dtype)).astype(np.float64) for z in (x, y))
+    return float(np.nanmax(np.abs(u - v), initial=0.0))
 
 
 def _whole(plan: Plan, source: int) -> Copy:

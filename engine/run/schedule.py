@@ -1,4 +1,4 @@
-"""Scheduling: which side drives which tensors, and which worker writes which files.
+"""Scheduling: which side drives which tensors, and which files are filled together.
 
 The target drives (gather) unless its blocks would touch more runs than the source's: whole tensors
 cut by columns into many ranks are scattered. Tensors that share sources are decided together.
@@ -30,11 +30,15 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Files that one worker writes alone, and the units that fill them."""
+    """Files that are filled together, and the units that fill them."""
 
     files: tuple[int, ...]
     units: tuple[Unit, ...]
-    nbytes: int
+    sizes: tuple[int, ...]  # bytes of each unit
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes)
 
 
 class _Sets:
@@ -60,11 +64,10 @@ class _Sets:
                 first = min(root, first)
 
 
-def schedule(plan: Plan, workers: int) -> list[Job]:
+def schedule(plan: Plan) -> list[Job]:
     """The jobs of a plan, largest first. Every output is in exactly one.
 
-    Files that are scattered into together are one job, unless workers would have nothing to do:
-    then several write to those files, which costs them some waiting.
+    Files that are scattered into together are one job.
     """
     units = _units(plan)
     file_of = {output: i for i, file in enumerate(plan.shards) for output in file.outputs}
@@ -79,26 +82,13 @@ def schedule(plan: Plan, workers: int) -> list[Job]:
     order = {output: n for n, output in enumerate(o for file in plan.shards for o in file.outputs)}
     for unit in sorted(units, key=lambda unit: order[unit.outputs[0]]):
         filled[files.find(file_of[unit.outputs[0]])].append(unit)
-    jobs = [Job(tuple(members[root]), tuple(held), _nbytes(plan, held)) for root, held in filled.items()]
-    while len(jobs) < workers and (shared := [j for j in jobs if len(j.files) > 1 and len(j.units) > 1]):
-        largest = max(shared, key=lambda job: job.nbytes)
-        jobs.remove(largest)
-        jobs.extend(_halves(plan, largest))
+    jobs = [
+        Job(
+            tuple(members[root]), tuple(held), tuple(sum(plan.outputs[o].nbytes for o in unit.outputs) for unit in held)
+        )
+        for root, held in filled.items()
+    ]
     return sorted(jobs, key=lambda job: -job.nbytes)
-
-
-def _nbytes(plan: Plan, units: Iterable[Unit]) -> int:
-    return sum(plan.outputs[o].nbytes for unit in units for o in unit.outputs)
-
-
-def _halves(plan: Plan, job: Job) -> list[Job]:
-    """Two jobs of about as many bytes each."""
-    reached, middle = 0, 0
-    while middle < len(job.units) - 1 and reached < job.nbytes // 2:
-        reached += _nbytes(plan, job.units[middle : middle + 1])
-        middle += 1
-    parts = (job.units[:middle], job.units[middle:])
-    return [Job(job.files, part, _nbytes(plan, part)) for part in parts if part]
 
 
 def _units(plan: Plan) -> list[Unit]:

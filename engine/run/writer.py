@@ -1,0 +1,195 @@
+"""The writer: fills the files of a plan, unit by unit; blocks stream through a worker's buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from engine.checkpoint.headers import ITEM_SIZES
+from engine.checkpoint.sinks import CHECKED, FORMATS, FileLayout, SinkFiles
+from engine.checkpoint.sources import SourceFiles
+from engine.plan.model import Plan
+from engine.run.blocks import block_bytes, blocks, output_blocks
+from engine.run.digests import Total
+from engine.run.gather import Gatherer, Scatterer
+from engine.run.journal import Begun, Done, Journal
+from engine.run.meter import Meter
+from engine.run.moves import straight
+from engine.run.output import write_error
+from engine.run.schedule import Unit, copies_from
+from engine.run.sharing import Shares
+from engine.run.values import Converter
+
+MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
+_DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
+
+
+class Writer:
+    """Writes the files of a plan; shared by the workers."""
+
+    def __init__(self, plan: Plan, folder: Path, meter: Meter, digests: bool) -> None:
+        self._plan, self._meter = plan, meter
+        self._paths = [folder / file.name for file in plan.shards]
+        self._layouts: list[FileLayout] = []
+        self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
+        for index, file in enumerate(plan.shards):
+            tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
+            layout = FORMATS[file.format](tensors, Path(file.name).stem)
+            self._layouts.append(layout)
+            self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
+        checked = {o for file in plan.shards if file.format in CHECKED for o in file.outputs}
+        # Each is changed by the one worker that writes the output.
+        self._checked, self._digests = checked, digests
+        self._totals = {output: self._new_total(output) for output in range(len(plan.outputs))}
+        self._direct = not digests  # the system may move bytes that need not be seen
+        self.done: dict[int, Done] = {}
+        self.journal: Journal | None = None
+
+    def _new_total(self, output: int) -> Total:
+        return Total(digest=self._digests, checksum=output in self._checked)
+
+    def take_over(self, known: Mapping[int, Begun]) -> None:
+        """Keep what an interrupted run wrote, as far as its bytes are there; read them for their digests."""
+        with SinkFiles(self._paths) as sinks:
+            for output, one in known.items():
+                if output not in self._places:
+                    continue
+                (file, at), nbytes = self._places[output], self._plan.outputs[output].nbytes
+                end = nbytes if one.end is None else one.end
+                total = self._new_total(output)
+                try:
+                    for block in sinks.read(file, at, end) if 0 <= end <= nbytes else ():
+                        total.add(total.end, block)
+                except OSError:
+                    continue
+                if total.mark() != (one.digest, end):
+                    continue
+                if end == nbytes:
+                    self.done[output] = Done(one.digest, total.checksum())
+                else:
+                    self._totals[output] = total
+
+    def start(self, index: int) -> None:
+        """Create a file of its full size, with what comes before its payload."""
+        with SinkFiles(self._paths) as sinks, self._errors(index):
+            sinks.create(index, self._layouts[index].end)
+            for offset, data in self._layouts[index].start():
+                sinks.write(index, offset, data)
+
+    def work(self, shares: Shares) -> None:
+        """Write units until none is left. Each output is written by one worker."""
+        plan = self._plan
+        with SinkFiles(self._paths) as sinks, SourceFiles(plan.files) as files:
+
+            def write(output: int, offset: int, data: memoryview) -> None:
+                self._totals[output].add(offset, data)
+                file, at = self._places[output]
+                sinks.write(file, at + offset, data)
+                self._meter.advance(len(data))
+
+            gatherer, converter = Gatherer(files, plan.sources), Converter()
+            scatterer = Scatterer(files, plan.sources, write)
+            job = None
+            while (taken := shares.take(job)) is not None:
+                job, unit = taken
+                with self._errors(self._places[unit.outputs[0]][0]):
+                    if all(output in self.done for output in unit.outputs):
+                        self._meter.advance(sum(plan.outputs[output].nbytes for output in unit.outputs))
+                    else:
+                        if unit.sources:
+                            self._scatter(unit, scatterer)
+                        elif not self._copied(unit.outputs[0], files, sinks):
+                            self._gather(unit.outputs[0], gatherer, converter, write)
+                        if self._meter.stopped.is_set():
+                            return
+                        self._record(unit, sinks)
+                if shares.finish(job):
+                    for file in shares.files(job):
+                        self._finish(file, sinks)
+
+    def _finish(self, index: int, sinks: SinkFiles) -> None:
+        """Write what is only known when the payload is complete, and bring the file to stable storage."""
+        outputs = self._plan.shards[index].outputs
+        with self._errors(index):
+            for offset, data in self._layouts[index].finish([self.done[output].checksum for output in outputs]):
+                sinks.write(index, offset, data)
+            sinks.sync(index)
+
+    def _record(self, unit: Unit, sinks: SinkFiles) -> None:
+        """Digests of a finished unit, into the journal too."""
+        finished: dict[int, Done] = {}
+        for output in unit.outputs:
+            (file, at), nbytes = self._places[output], self._plan.outputs[output].nbytes
+            total = self._totals.pop(output)
+            again = partial(sinks.read, file, at, nbytes)
+            finished[output] = Done(total.digest(again), total.checksum())
+        self.done.update(finished)
+        if self.journal is not None:
+            self.journal.add(finished)
+
+    @contextmanager
+    def _errors(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise write_error(self._paths[index], error) from error
+
+    def _copied(self, index: int, files: SourceFiles, sinks: SinkFiles) -> bool:
+        """Have the system move an output that is whole runs of its sources, unseen; False where it cannot."""
+        output = self._plan.outputs[index]
+        unchanged = output.dtype == output.read_dtype and output.transform is None
+        if not self._direct or index in self._checked or not unchanged:
+            return False
+        copies, item = self._plan.copies(index), ITEM_SIZES[output.dtype]
+        if not all(straight(copy) for copy in copies):
+            return False
+        file, at = self._places[index]
+        moved = 0
+        for copy in copies:
+            source = self._plan.sources[copy.source]
+            begin = source.header.offset + copy.source_offset * item
+            to, left = at + copy.target_offset * item, copy.volume() * item
+            while left and not self._meter.stopped.is_set():
+                count = sinks.copy(file, to, files.descriptor(source.file), begin, min(left, _DIRECT_BYTES))
+                if not count:  # gathering tells what is wrong, if anything is
+                    self._meter.advance(-moved)
+                    return False
+                begin, to, left, moved = begin + count, to + count, left - count, moved + count
+                self._meter.advance(count)
+        return True
+
+    def _gather(
+        self, index: int, gatherer: Gatherer, converter: Converter, write: Callable[[int, int, memoryview], None]
+    ) -> None:
+        output = self._plan.outputs[index]
+        copies = self._plan.copies(index)
+        item = ITEM_SIZES[output.dtype]
+        total = self._totals[index]
+        begun = marked = total.end  # what an interrupted run wrote of it
+        self._meter.advance(begun)
+        for block in output_blocks(output, copies):
+            if self._meter.stopped.is_set():
+                return
+            if block.high * item <= begun:
+                continue
+            written = converter.convert(output, gatherer.gather(block, output.read_dtype))
+            skip = max(begun - block.low * item, 0)
+            write(index, block.low * item + skip, written.view(np.uint8).data[skip:])
+            if self.journal is not None and total.end - marked >= MARK_BYTES:
+                marked = total.end
+                self.journal.mark(index, *(total.mark() or ("", 0)))
+
+    def _scatter(self, unit: Unit, scatterer: Scatterer) -> None:
+        for source, copies in copies_from(self._plan, unit).items():
+            header = self._plan.sources[source].header
+            elements = math.prod(header.shape)
+            limit = block_bytes(len(copies)) // ITEM_SIZES[header.dtype]
+            for block in blocks(copies, elements, limit):
+                if self._meter.stopped.is_set():
+                    return
+                scatterer.scatter(source, block)
