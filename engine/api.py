@@ -160,7 +160,7 @@ def _write(
     real = source.resolve()
     final = Path(out) if out is not None else real.with_name(real.name + "-hf")
     model = Path(tokenizer) if tokenizer else None
-    return execute(compiled, source, final, lambda: make_assets(compiled, model), how, started)
+    return execute(compiled, source, final, lambda stopped: make_assets(compiled, model, stopped), how, started)
 
 
 def run_plan(

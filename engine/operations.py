@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -93,14 +94,15 @@ def execute(
     compiled: Plan,
     source: Path,
     out: Path,
-    small: Callable[[], tuple[dict[str, bytes], tuple[str, ...]]],
+    small: Callable[[threading.Event], tuple[dict[str, bytes], tuple[str, ...]]],
     how: Running,
     started: float,
 ) -> Report:
     """Run a plan: weight files, small files and the manifest, complete at `out` or not there.
 
     Args:
-        small: makes the other files of the output, and notices about them.
+        small: makes the other files of the output, and notices about them, while tensors are written; the
+            event is set when they are no longer wanted.
         started: when the command started, for the report.
     """
     from engine.run.journal import NAME as JOURNAL
@@ -114,7 +116,13 @@ def execute(
             sweep(folder, {JOURNAL, *(file.name for file in compiled.shards)})
         if how.check_source:
             notices += check_source(compiled, how.progress)
-        files, told = small()
+        files: dict[str, bytes] = {}
+
+        def make_small(stopped: threading.Event) -> None:
+            made, told = small(stopped)
+            files.update(made)
+            notices.extend(told)
+
         done = write_weights(
             compiled,
             folder,
@@ -123,6 +131,7 @@ def execute(
             listener=how.progress,
             digests=how.digests,
             resume=how.resume,
+            beside=[make_small],
         )
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
@@ -136,7 +145,7 @@ def execute(
         variants={name: d.choice for name, d in compiled.decisions.items()},
         files=names,
         content_id=data.get("content_id"),
-        notices=(*notices, *told),
+        notices=tuple(notices),
     )
 
 

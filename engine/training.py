@@ -140,7 +140,7 @@ def reverse(
         lossy=lossy,
     )  # fmt: skip
     how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
-    return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
+    return execute(compiled, Path(src), Path(out), lambda _: _small_files(compiled), how, started)
 
 
 def reshard(
@@ -173,7 +173,7 @@ def reshard(
         mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype
     )
     how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
-    return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
+    return execute(compiled, Path(src), Path(out), lambda _: _small_files(compiled), how, started)
 
 
 def _small_files(compiled: Plan) -> tuple[dict[str, bytes], tuple[str, ...]]:

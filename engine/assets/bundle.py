@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine import __version__
+from engine.assets.apart import convert_apart
 from engine.assets.chat import chat_template
 from engine.assets.generation import generation_config
 from engine.assets.model_card import model_card
-from engine.assets.tokenizer import convert_tokenizer, tokenizer_size
+from engine.assets.tokenizer import tokenizer_size
 from engine.errors import EngineError, Place
 from engine.plan.model import Plan
 
 
-def make_assets(plan: Plan, tokenizer: Path | None) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def make_assets(
+    plan: Plan, tokenizer: Path | None, stopped: threading.Event
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Every small file of the output by name, and what the user should know.
 
     Args:
         tokenizer: a SentencePiece model; default: the mapping's file beside the checkpoint.
+        stopped: when set, what is returned is no longer wanted.
 
     Raises:
         EngineError: E5xx.
@@ -41,7 +46,7 @@ def make_assets(plan: Plan, tokenizer: Path | None) -> tuple[dict[str, bytes], t
                 expected=f"at most {rows}, the vocabulary size",
                 fix="Give the model's own tokenizer with --tokenizer.",
             )
-        files.update(convert_tokenizer(model, spec))
+        files.update(convert_apart(model, spec, stopped))
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")

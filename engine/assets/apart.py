@@ -1,0 +1,93 @@
+"""The tokenizer converted in a process of its own, while tensors are being copied.
+
+Converting takes seconds of Python. In a thread it would take turns with the copying, which needs
+the interpreter between any two blocks; in a process it takes another core.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from engine.assets.tokenizer import convert_tokenizer
+from engine.errors import EngineError, Place
+
+_SMALL = 256 << 10  # bytes of a model that is converted before a process has started
+_LOOK = 0.1  # seconds between looks at the stop flag
+
+
+def convert_apart(model_file: Path, spec: Mapping[str, Any], stopped: threading.Event) -> dict[str, bytes]:
+    """As `convert_tokenizer`, which this calls itself where no process can be started.
+
+    Args:
+        stopped: ends the process early; what is returned then is of no use.
+    """
+    if not sys.executable or (model_file.is_file() and model_file.stat().st_size < _SMALL):
+        return convert_tokenizer(model_file, spec)
+    told = _ask(json.dumps({"file": os.fspath(model_file), "spec": spec}).encode(), stopped)
+    if stopped.is_set():
+        return {}
+    if told is None:
+        return convert_tokenizer(model_file, spec)
+    if "error" in told:
+        error = told["error"]
+        raise EngineError(**{**error, "place": Place(error["place"])})
+    return {name: base64.b64decode(text) for name, text in told["files"].items()}
+
+
+def _ask(question: bytes, stopped: threading.Event) -> dict[str, Any] | None:
+    """What the process answers; None when there is no sound answer."""
+    # -P: modules are never taken from the current folder, which may be a checkpoint's.
+    command = [sys.executable, "-P", "-m", "engine.assets.apart"]
+    path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path if folder)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    except OSError:
+        return None
+    with process:
+        given: bytes | None = question
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                answer, _ = process.communicate(given, timeout=_LOOK)
+                break
+            given = None
+            if stopped.is_set():
+                process.kill()
+    if process.returncode != 0:
+        return None
+    try:
+        told: dict[str, Any] = json.loads(answer)
+    except ValueError:
+        return None
+    return told
+
+
+def main() -> None:
+    """Read a question from standard input and write the answer to standard output."""
+    asked = json.load(sys.stdin)
+    try:
+        files = convert_tokenizer(Path(asked["file"]), asked["spec"])
+        answer: dict[str, Any] = {"files": {name: base64.b64encode(data).decode() for name, data in files.items()}}
+    except EngineError as error:
+        place = None if error.place is None else error.place.file
+        kept = {"code": error.code, "message": error.message, "got": error.got, "expected": error.expected}
+        answer = {"error": {**kept, "fix": error.fix, "place": place}}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
