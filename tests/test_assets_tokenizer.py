@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
@@ -66,6 +67,34 @@ def test_of_equal_scores_the_left_pair_wins() -> None:
     pieces = {"a": 0.0, "b": 0.0, "ba": -1.0, "aba": -2.0, "bab": -2.0}
     merges = ranked_merges(pieces)
     assert merges.index(("a", "ba")) < merges.index(("ba", "b"))
+
+
+def ranked_one_by_one(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """What `ranked_merges` does without its short cuts: every pair of a score is weighed against the others."""
+    pairs = [(p[:cut], p[cut:]) for p in scores for cut in range(1, len(p)) if p[:cut] in scores and p[cut:] in scores]
+    pairs.sort(key=lambda pair: (-scores["".join(pair)], -len(pair[0]), pair))
+    merges = []
+    for _, group in itertools.groupby(pairs, key=lambda pair: scores["".join(pair)]):
+        rest = list(group)
+        while rest:
+            free = (b for b in rest if not any(a[1] == b[0] for a in rest if a != b))
+            merges.append(next(free, rest[0]))
+            rest.remove(merges[-1])
+    return merges
+
+
+@given(st.dictionaries(st.text("ab", min_size=1, max_size=7), st.integers(-9, 0).map(float), max_size=60))
+def test_merges_are_ranked_as_if_all_pairs_were_compared(scores: dict[str, float]) -> None:
+    scores |= {"a": 0.0, "b": 0.0}
+    assert ranked_merges(scores) == ranked_one_by_one(scores)
+
+
+@given(st.text("ab", min_size=1, max_size=12))
+@example("ababa")  # (ab, aba) competes with (aba, ba), though its left part is shorter
+def test_merges_of_unequal_scores_are_ranked_so_too(text: str) -> None:
+    pieces = dict.fromkeys(text[a:b] for a, b in itertools.combinations(range(len(text) + 1), 2))
+    scores = {piece: -float(index) for index, piece in enumerate(pieces)}
+    assert ranked_merges(scores) == ranked_one_by_one(scores)
 
 
 def test_no_dummy_prefix_is_added(model_file: Path, ours: Tokenizer, theirs: Any) -> None:

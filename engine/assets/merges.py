@@ -25,23 +25,25 @@ def ranked_merges(scores: Mapping[str, float]) -> list[Pair]:
     >>> ranked_merges({"a": 0.0, "aa": -1.0, "aaa": -2.0})    # of a run, the left end is joined first
     [('a', 'a'), ('aa', 'a'), ('a', 'aa')]
     """
-    pairs = [
-        (score, (piece[:cut], piece[cut:]))
-        for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    pairs.sort(key=lambda item: (-item[0], -len(item[1][0]), item[1]))
     merges: list[Pair] = []
-    for _, group in groupby(pairs, key=lambda item: item[0]):
-        merges.extend(_leftmost_first([pair for _, pair in group]))
+    for _, group in groupby(sorted(scores, key=scores.__getitem__, reverse=True), key=scores.__getitem__):
+        start, alike = len(merges), list(group)
+        for piece in alike:
+            for cut in range(len(piece) - 1, 0, -1):
+                if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores:
+                    merges.append((left, right))
+        # a score is mostly one piece's; its pairs `(a, b)` and `(b, c)` both start as the piece does, so that
+        # without a second such character none compete, and they stand longest left part first already
+        if len(alike) > 1 or alike[0][:1] in alike[0][1:]:
+            merges[start:] = _leftmost_first(merges[start:])
     return merges
 
 
 def _leftmost_first(pairs: list[Pair]) -> Iterator[Pair]:
     """Order pairs of one score so that `(a, b)` precedes `(b, c)`; where that runs in circles, the
-    given order holds, longest left part first: in a run of one character the left end is longer.
+    longest left part comes first: in a run of one character the left end is longer.
     """
+    pairs = sorted(pairs, key=lambda pair: (-len(pair[0]), pair))
     by_left: dict[str, list[int]] = {}
     for index, (left, _) in enumerate(pairs):
         by_left.setdefault(left, []).append(index)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from engine.assets.merges import ranked_merges
-from engine.assets.pieces import BYTE, CONTROL, MODEL_TYPES, NORMAL, SPACE, UNKNOWN, USER_DEFINED
+from engine.assets.pieces import BYTE, CONTROL, MODEL_TYPES, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces
 from engine.assets.tokenizer_check import compare
 from engine.errors import EngineError, Place
 
@@ -45,14 +46,16 @@ def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, by
     model, data = _read(model_file)
     place = Place(str(model_file))
     processor = _processor(data)
-    unused = {index for index in range(len(model.pieces)) if processor.is_unused(index)}
-    _check_kind(model, unused, place)
-    names = _renamed(model, spec, place)
-    special = _special_ids(model, names)
+    pieces = Pieces.of(model)
+    ids = range(len(pieces.texts))
+    unused = set(compress(ids, processor.is_unused(list(ids))))
+    _check_kind(model, pieces, unused, place)
+    names = _renamed(pieces, spec, place)
+    special = _special_ids(pieces, names)
     bos, eos, pad = (_named(spec, key, names, place) for key in ("bos", "eos", "pad"))
     special |= {names.index(token) for token in (bos, eos, pad) if token is not None}
     add_bos = bos is not None and bool(spec.get("add_bos", True))
-    unk = next(name for name, piece in zip(names, model.pieces, strict=True) if piece.type == UNKNOWN)
+    unk = names[pieces.types.index(UNKNOWN)]
     if spec.get("unk", unk) != unk:
         raise EngineError(
             "E501",
@@ -62,9 +65,9 @@ def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, by
             expected=f"`{spec['unk']}`, by the mapping",
             fix="Correct `tokenizer.unk` in the mapping, or leave it out.",
         )
-    backend = _backend(model, names, special, unused, bos if add_bos else None, unk)
+    backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))
-    compare(model, processor, text, place)
+    compare(pieces, processor, text, place)
     extra = [names[index] for index in sorted(special) if names[index] not in (bos, eos, pad, unk)]
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -136,17 +139,17 @@ def _processor(data: bytes) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=data)
 
 
-def _check_kind(model: Any, unused: set[int], place: Place) -> None:
+def _check_kind(model: Any, pieces: Pieces, unused: set[int], place: Place) -> None:
     """Refuse what `tokenizers` cannot express exactly."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    types = [piece.type for piece in model.pieces]
+    types = pieces.types
     kind = MODEL_TYPES.get(trainer.model_type, str(trainer.model_type))
-    characters = {piece.piece for piece in model.pieces if len(piece.piece) == 1}
-    spelled = {char for piece in model.pieces if piece.type == NORMAL for char in piece.piece}
+    characters = {text for text in pieces.texts if len(text) == 1}
+    spelled = set("".join(text for text, kind in zip(pieces.texts, types, strict=True) if kind == NORMAL))
     found: str | None = None
     if kind != "BPE":
         found = f"a {kind} model"
-    elif any(_joins(model, model.pieces[index].piece) for index in unused):
+    elif any(_joins(pieces, pieces.texts[index]) for index in unused):
         found = f"{len(unused)} unused pieces that others are made of"
     elif unused and not trainer.byte_fallback:
         found = f"{len(unused)} unused pieces without byte fallback"
@@ -174,14 +177,14 @@ def _check_kind(model: Any, unused: set[int], place: Place) -> None:
         )
 
 
-def _joins(model: Any, unused: str) -> bool:
+def _joins(pieces: Pieces, unused: str) -> bool:
     """Whether an unused piece can come up inside a join: only a lone character that no piece has cannot."""
-    return len(unused) != 1 or any(unused in piece.piece and piece.piece != unused for piece in model.pieces)
+    return len(unused) != 1 or any(unused in text and text != unused for text in pieces.texts)
 
 
-def _renamed(model: Any, spec: Mapping[str, Any], place: Place) -> list[str]:
+def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: Place) -> list[str]:
     """The pieces' names by id, after `rename`."""
-    names = [piece.piece for piece in model.pieces]
+    names = list(pieces.texts)
     for key, name in (spec.get("rename") or {}).items():
         index = int(key)
         if not 0 <= index < len(names):
@@ -193,13 +196,12 @@ def _renamed(model: Any, spec: Mapping[str, Any], place: Place) -> list[str]:
                 expected=f"more than {index}",
                 fix="Give this model's tokenizer, or drop the id from `tokenizer.rename`.",
             )
-        piece = model.pieces[index]
-        if piece.type not in (USER_DEFINED, CONTROL):
+        if pieces.types[index] not in (USER_DEFINED, CONTROL):
             raise EngineError(
                 "E501",
                 f"id {index} is to be named `{name}` but is not a reserved piece",
                 place=place,
-                got=f"`{piece.piece}`, which ordinary text uses",
+                got=f"`{pieces.texts[index]}`, which ordinary text uses",
                 expected="a reserved piece",
                 fix="Check the ids under `tokenizer.rename`.",
             )
@@ -216,12 +218,12 @@ def _renamed(model: Any, spec: Mapping[str, Any], place: Place) -> list[str]:
     return names
 
 
-def _special_ids(model: Any, names: list[str]) -> set[int]:
+def _special_ids(pieces: Pieces, names: list[str]) -> set[int]:
     """Unknown, control and renamed pieces."""
     return {
         index
-        for index, piece in enumerate(model.pieces)
-        if piece.type in (UNKNOWN, CONTROL) or piece.piece != names[index]
+        for index, (kind, text, name) in enumerate(zip(pieces.types, pieces.texts, names, strict=True))
+        if kind in (UNKNOWN, CONTROL) or text != name
     }
 
 
@@ -240,7 +242,7 @@ def _named(spec: Mapping[str, Any], key: str, names: list[str], place: Place) ->
 
 
 def _backend(
-    model: Any, names: list[str], special: set[int], unused: set[int], bos: str | None, unk: str
+    model: Any, pieces: Pieces, names: list[str], special: set[int], unused: set[int], bos: str | None, unk: str
 ) -> dict[str, Any]:
     """What tokenizer.json holds."""
     # text never becomes an unused piece, but its id still means what it says: a name that no text
@@ -248,9 +250,9 @@ def _backend(
     spelled = {index: f"<unused {index}>" for index in sorted(unused)}
     vocab = {spelled.get(index, name): index for index, name in enumerate(names)}
     scores = {
-        piece.piece: piece.score
-        for index, piece in enumerate(model.pieces)
-        if piece.type == NORMAL and index not in unused
+        text: score
+        for index, (text, score, kind) in enumerate(zip(pieces.texts, pieces.scores, pieces.types, strict=True))
+        if kind == NORMAL and index not in unused
     }
     dummy = model.normalizer_spec.add_dummy_prefix
     back: dict[str, str] = {SPACE: " ", **{name: names[index] for index, name in spelled.items()}}
@@ -275,8 +277,8 @@ def _backend(
                 "normalized": index not in special,
                 "special": index in special,
             }
-            for index, piece in enumerate(model.pieces)
-            if index in special or piece.type == USER_DEFINED
+            for index, kind in enumerate(pieces.types)
+            if index in special or kind == USER_DEFINED
         ],
         "normalizer": _normalizer(model.normalizer_spec),
         "pre_tokenizer": None,
@@ -292,7 +294,7 @@ def _backend(
             "byte_fallback": model.trainer_spec.byte_fallback,
             "ignore_merges": False,
             "vocab": vocab,
-            "merges": [list(pair) for pair in ranked_merges(scores)],
+            "merges": ranked_merges(scores),
         },
     }
 
