@@ -97,6 +97,7 @@ def execute(
     small: Callable[[threading.Event], tuple[dict[str, bytes], tuple[str, ...]]],
     how: Running,
     started: float,
+    small_memory: int = 0,
 ) -> Report:
     """Run a plan: weight files, small files and the manifest, complete at `out` or not there.
 
@@ -104,6 +105,7 @@ def execute(
         small: makes the other files of the output, and notices about them, while tensors are written; the
             event is set when they are no longer wanted.
         started: when the command started, for the report.
+        small_memory: bytes that `small` takes.
     """
     from engine.run.journal import NAME as JOURNAL
     from engine.run.manifest import NAME, encode_manifest, manifest
@@ -132,6 +134,7 @@ def execute(
             digests=how.digests,
             resume=how.resume,
             beside=[make_small],
+            beside_memory=small_memory,
         )
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -10,10 +12,14 @@ from unittest import mock
 
 import pytest
 
+import engine
 from engine.assets import apart
 from engine.assets.tokenizer import convert_tokenizer
 from engine.errors import EngineError
+from engine.run.memory import predicted_memory
+from tests.support.shards import save
 from tests.test_assets_tokenizer import SPEC, model_file  # noqa: F401
+from tests.test_sharing import LETTERS, MODEL
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +73,29 @@ def test_modules_are_not_taken_from_the_current_folder(
     monkeypatch.chdir(tmp_path)
     convert(model_file)
     assert not (tmp_path / "planted").exists()
+
+
+def test_the_memory_it_takes_is_told_and_counts_in_what_is_allowed(model_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    code = """
+import re, sys
+sys.stdout = open("/dev/null", "w")
+from engine.assets.apart import main
+main()
+print(re.search("VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+    asked = json.dumps({"file": str(model_file), "spec": SPEC})
+    done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, check=True)
+    assert int(done.stderr) * 1024 <= apart.predicted_memory(model_file)
+    save(MODEL, tmp_path / "step", tp=1)
+    plan = engine.plan(MODEL.mapping, tmp_path / "step", settings=LETTERS)
+    allowed = predicted_memory(plan, 1) + apart.predicted_memory(model_file) - 1
+    with pytest.raises(EngineError) as caught:
+        engine.convert(
+            MODEL.mapping,
+            tmp_path / "step",
+            tmp_path / "hf",
+            settings=LETTERS,
+            tokenizer=model_file,
+            max_memory=allowed,
+        )
+    assert caught.value.code == "E001" and "tokenizer" in str(caught.value)

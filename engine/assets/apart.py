@@ -22,6 +22,13 @@ from engine.errors import EngineError, Place
 
 _SMALL = 256 << 10  # bytes of a model that is converted before a process has started
 _LOOK = 0.1  # seconds between looks at the stop flag
+_PROCESS = 64 << 20  # bytes that the process takes before it has read a model
+_PER_BYTE = 160  # bytes that it takes for each of the model's
+
+
+def predicted_memory(model_file: Path) -> int:
+    """Bytes resident at the peak of `convert_apart`, here or in its process."""
+    return _PROCESS + _PER_BYTE * model_file.stat().st_size
 
 
 def convert_apart(model_file: Path, spec: Mapping[str, Any], stopped: threading.Event) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import __version__
-from engine.assets.apart import convert_apart
+from engine.assets.apart import convert_apart, predicted_memory
 from engine.assets.chat import chat_template
 from engine.assets.generation import generation_config
 from engine.assets.model_card import model_card
@@ -58,6 +58,12 @@ def make_assets(
         files["generation_config.json"] = generation_config(generation, plan.config)
     files["README.md"] = model_card({**card_facts(plan, notices), "tokenizer": "tokenizer.json" in files})
     return files, tuple(notices)
+
+
+def assets_memory(plan: Plan, tokenizer: Path | None) -> int:
+    """Bytes resident at the peak of `make_assets`, beyond what any run takes. Raises as it does."""
+    model = _find_tokenizer(plan, plan.mapping.tokenizer, tokenizer)
+    return 0 if model is None else predicted_memory(model)
 
 
 def _within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, Any], list[str]]:

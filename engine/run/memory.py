@@ -25,8 +25,11 @@ def predicted_memory(plan: Plan, workers: int) -> int:
     return _BASE + _MAPPED + tables + max(workers * worker, compared)
 
 
-def workers_of(plan: Plan, asked: int | None, limit: int | None) -> int:
+def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0) -> int:
     """How many workers a run has: as asked, else as many as cores, and no more than fit the memory.
+
+    Args:
+        beside: bytes that other work takes meanwhile, within the same limit.
 
     Raises:
         EngineError: E001 when not even one fits `limit` bytes.
@@ -34,15 +37,15 @@ def workers_of(plan: Plan, asked: int | None, limit: int | None) -> int:
     wanted = asked or os.cpu_count() or 1
     if limit is None:
         return wanted
-    least = predicted_memory(plan, 1)
+    least = predicted_memory(plan, 1) + beside
     if least > limit:
         raise EngineError(
             "E001",
             "this plan does not fit the memory allowed",
             got=f"--max-memory {limit}",
-            expected=f"at least {least} bytes, for one worker",
+            expected=f"at least {least} bytes, for one worker" + (" and the tokenizer" if beside else ""),
             fix=f"Give --max-memory {-(-least // (1 << 20))}MiB or more.",
         )
-    while wanted > 1 and predicted_memory(plan, wanted) > limit:
+    while wanted > 1 and predicted_memory(plan, wanted) + beside > limit:
         wanted -= 1
     return wanted

@@ -33,6 +33,7 @@ def write_weights(
     digests: bool = True,
     resume: bool = False,
     beside: Sequence[Callable[[threading.Event], None]] = (),
+    beside_memory: int = 0,
 ) -> dict[int, Done]:
     """Compare replicas, then write every weight file of a plan into `folder`, to stable storage.
 
@@ -44,6 +45,7 @@ def write_weights(
         resume: go on with what an interrupted run of the same plan left in `folder`.
         beside: called in threads of their own while tensors are written, with an event that is set when they
             should stop; an error of theirs ends the run.
+        beside_memory: bytes that they take, which count in `max_memory`.
 
     Returns:
         The digest and checksum of every output.
@@ -56,7 +58,7 @@ def write_weights(
     work = work_of(plan)
     known = read_journal(folder, work) if resume else {}
     meter = Meter(plan.nbytes + replica_bytes(plan), listener)
-    count = workers_of(plan, workers, max_memory)
+    count = workers_of(plan, workers, max_memory, beside_memory)
     writer = Writer(plan, folder, meter, digests)
     writer.take_over(known)
     journal = None
