@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo bench fuzz soak snapshots lock
+.PHONY: setup test lint format demo bench plots fuzz soak snapshots lock
 
 setup: $(STAMP)
 
@@ -42,7 +42,12 @@ snapshots: setup
 	$(BIN)/python -m tests.support.snapshots
 
 bench: setup
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python -m benchmarks.bench
+
+# Measures how time grows, and draws it to benchmarks/*.svg; the one target that needs matplotlib.
+plots: setup
+	$(BIN)/python -m pip install -qq --require-hashes -r requirements-bench.lock
+	$(BIN)/python -m benchmarks.scaling
 
 # Random input for every reader, for so many minutes; `make test` tries a little of it.
 FUZZ_MINUTES ?= 10
@@ -60,3 +65,7 @@ lock: setup
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev pyproject.toml \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  --no-emit-package torch --output-file requirements-dev.lock
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --only-group bench pyproject.toml \
+	  --constraints requirements-dev.lock \
+	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  --output-file requirements-bench.lock

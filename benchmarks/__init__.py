@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.bench`, `benchmarks.scaling`, `benchmarks.footprint`, from the checkout."""
