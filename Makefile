@@ -65,7 +65,7 @@ lock: setup
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev pyproject.toml \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  --no-emit-package torch --output-file requirements-dev.lock
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --only-group bench pyproject.toml \
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --group bench \
 	  --constraints requirements-dev.lock \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  --output-file requirements-bench.lock

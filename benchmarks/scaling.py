@@ -49,12 +49,10 @@ def by_ranks(gb: float) -> Iterator[Point]:
 
 def by_layers(gb: float) -> Iterator[Point]:
     """The same bytes in ever more and narrower layers."""
-    for power in range(5):
-        hidden = 4096 >> power
-        wide = Shape(1, hidden, hidden * 7 // 2, 4096, hidden // 64, hidden // 64)
-        at_4096 = Shape(1, 4096, 14336, 4096, 64, 64)
-        layers = max(1, round(gb / 4 * 1e9 / at_4096.layer_bytes)) * 4**power
-        yield layers, replace(wide, layers=layers), 4
+    least = max(1, round(gb / 4 * 1e9 / Shape(1, groups=32).layer_bytes))
+    for power in range(4):
+        hidden, layers = 4096 >> power, least * 4**power
+        yield layers, Shape(layers, hidden, hidden * 7 // 2, 4096 << power, hidden // 64, hidden // 64), 4
 
 
 SERIES: dict[str, tuple[Callable[[float], Iterator[Point]], str]] = {

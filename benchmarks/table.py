@@ -9,7 +9,9 @@ from benchmarks.measure import Measured
 from benchmarks.rounds import Result
 from benchmarks.ways import CP
 
-_HEAD = "| way | wall s, median (min–max) | ratio to `cp`, medians | best runs | CPU s | anonymous | mapped | peak MiB |"
+_HEAD = (
+    "| way | wall s, median (min–max) | ratio to `cp`, medians | best runs | CPU s | anonymous | mapped | peak MiB |"
+)
 
 
 def table(result: Result) -> str:
@@ -21,7 +23,11 @@ def table(result: Result) -> str:
         lines[0] += f", {result.nbytes / 1e9:.2f} GB"
     timed = {way: runs for way, runs in result.runs.items() if runs and runs[0].copying is not None}
     if timed:
-        lines += ["", "| way | copying s, median (min–max) | ratio to `cp` | start to first byte s |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "| way | copying s, median (min–max) | ratio to `cp` | start to first byte s |",
+            "|---|---|---|---|",
+        ]
         lines += [_phases(way, runs, plain) for way, runs in timed.items()]
     lines += ["", *(f"Left out: {way} {why}." for way, why in result.left_out.items())]
     return "\n".join(lines).rstrip() + "\n"

@@ -71,7 +71,7 @@ class Bench:
 
     def cp(self, source: Path) -> Way:
         """The baseline: to stable storage on a disk, as the engine writes."""
-        command = ("cp", "-r", str(source), str(self.out))
+        command: tuple[str, ...] = ("cp", "-r", str(source), str(self.out))
         if self.disk:
             command = ("sh", "-c", 'cp -r "$1" "$2" && sync -f "$2"', "sh", str(source), str(self.out))
         return Way(CP, command, source, size_of(source), self.out)
