@@ -96,7 +96,7 @@ def test_without_digests_whole_runs_are_not_read_but_moved_by_the_system(
 
     monkeypatch.setattr(SourceFiles, "read_into", reading)
     monkeypatch.setattr(os, "copy_file_range", moving)
-    assert converted(tmp_path, "moved", digests=False) == seen
+    assert converted(tmp_path, "moved", digests=False, workers=1) == seen
     whole = load_file(tmp_path / "moved" / "model.safetensors")
     # Cut by rows: query, key and value interleave, so gate, up and output are what is contiguous.
     rows = sum(t.nbytes for name, t in whole.items() if any(w in name for w in ("gate", "up_proj", "lm_head", "norm")))
@@ -124,7 +124,7 @@ def test_where_the_system_cannot_move_bytes_they_are_read_and_written(
     else:
         monkeypatch.setattr(os, "copy_file_range", moving, raising=False)
     reached: list[Progress] = []
-    assert converted(tmp_path, how, digests=False, progress=reached.append) == seen
+    assert converted(tmp_path, how, digests=False, workers=1, progress=reached.append) == seen
     assert reached[-1].done_bytes == reached[-1].total_bytes
     assert calls or how == "absent"
 

@@ -59,7 +59,8 @@ def write_weights(
     known = read_journal(folder, work) if resume else {}
     meter = Meter(plan.nbytes + replica_bytes(plan), listener)
     count = workers_of(plan, workers, max_memory, beside_memory)
-    writer = Writer(plan, folder, meter, digests)
+    jobs = schedule(plan)
+    writer = Writer(plan, folder, meter, digests=digests, alone=count <= len(jobs))
     writer.take_over(known)
     journal = None
     with ThreadPoolExecutor(count + len(beside), thread_name_prefix="writer") as pool:
@@ -69,8 +70,7 @@ def write_weights(
             _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
             if digests:
                 journal = writer.journal = Journal(folder, work, writer.done)
-            shares = Shares(schedule(plan))
-            writing = [partial(writer.work, shares)] * count
+            writing = [partial(writer.work, Shares(jobs))] * count
             _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *writing])
         finally:
             meter.stopped.set()

@@ -32,7 +32,8 @@ _DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
 class Writer:
     """Writes the files of a plan; shared by the workers."""
 
-    def __init__(self, plan: Plan, folder: Path, meter: Meter, digests: bool) -> None:
+    def __init__(self, plan: Plan, folder: Path, meter: Meter, *, digests: bool, alone: bool) -> None:
+        """Args: alone: whether each file is mostly written by one worker at a time."""
         self._plan, self._meter = plan, meter
         self._paths = [folder / file.name for file in plan.shards]
         self._layouts: list[FileLayout] = []
@@ -46,7 +47,8 @@ class Writer:
         # Each is changed by the one worker that writes the output.
         self._checked, self._digests = checked, digests
         self._totals = {output: self._new_total(output) for output in range(len(plan.outputs))}
-        self._direct = not digests  # the system may move bytes that need not be seen
+        # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
+        self._direct = alone and not digests
         self.done: dict[int, Done] = {}
         self.journal: Journal | None = None
 
