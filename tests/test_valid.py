@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache: Path) -> None:
     cache.write_text("a file where the folder would be")
     engine.load_mapping("internlm2-7b.yaml")
     assert cache.read_text() == "a file where the folder would be"
+
+
+def test_only_the_last_documents_are_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(valid, "MOST", 3)
+    for number in range(6):
+        valid.remember(f"{number}")
+        os.utime(cache / "internlm-engine" / "valid" / f"{number}", ns=(number, number))
+    assert [valid.known(f"{number}") for number in range(6)] == [False, False, False, True, True, True]
 
 
 @pytest.mark.parametrize("home", ["", "relative"])

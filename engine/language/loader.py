@@ -286,7 +286,8 @@ class _Walk:
             self._refuse(event, "a key is a list or a mapping", "Keys are words; quote a text that starts with { or [.")
         if isinstance(node.value, bool | float) or node.value is None:
             self._refuse(event, f"`{event.value}` is not a word", "Put the key in quotes.")
-        return node.value  # type: ignore[no-any-return]
+        word: str | int = node.value
+        return word
 
     def _scalar(self, event: Any) -> Any:
         """A plain scalar's value; anything quoted or in block form is a string."""

@@ -1,8 +1,8 @@
 """Documents that were found valid before, so that none is checked against its schema twice.
 
 Importing `jsonschema` and checking a mapping takes as long as copying a few hundred megabytes. What
-is remembered is a digest of schema and document, as an empty file in the user's cache folder; where
-that cannot be written, every document is checked every time.
+is remembered is a digest of schema and document, as an empty file in the user's cache folder, of the
+last few hundred; where that cannot be written, every document is checked every time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+MOST = 256  # documents that are remembered
 
 
 def key(schema: str, data: Mapping[str, Any]) -> str:
@@ -34,10 +36,13 @@ def remember(digest: str) -> None:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (folder / digest).touch()
+            files = sorted((file.stat().st_mtime_ns, file) for file in folder.iterdir())
+            for _, file in files[:-MOST]:
+                file.unlink(missing_ok=True)
 
 
 def _folder() -> Path | None:
-    """`engine/valid` in the user's cache folder, by the XDG convention; None without a home."""
+    """`internlm-engine/valid` in the user's cache folder, by the XDG convention; None without a home."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(given):
         return Path(given) / "internlm-engine" / "valid"

@@ -1,0 +1,197 @@
+"""The part of Jinja that expressions are: read, and checked against an allow-list before Jinja compiles them.
+
+The sandbox keeps Python out but bounds no work, so the syntax tree itself is checked: what it is made
+of, how long, how deep, and with what numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import isfinite
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.environment import TemplateExpression
+from jinja2.exceptions import TemplateSyntaxError
+from jinja2.parser import Parser
+
+from engine.language.sandbox import ENVIRONMENT, FILTERS, FUNCTIONS, MAX_BITS, TESTS
+
+MAX_LENGTH = 2000
+MAX_DEPTH = 40
+
+_CALLS = frozenset(("present", "gcd", "min", "max", "default"))
+BUILTIN = frozenset((*FUNCTIONS, "present"))
+_NODES: tuple[type[nodes.Node], ...] = (
+    nodes.Const, nodes.Name, nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair, nodes.CondExpr,
+    nodes.Add, nodes.Sub, nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Mod, nodes.Pow, nodes.Neg, nodes.Pos,
+    nodes.And, nodes.Or, nodes.Not, nodes.Compare, nodes.Operand,
+    nodes.Getattr, nodes.Getitem, nodes.Filter, nodes.Test, nodes.Call,
+)  # fmt: skip
+
+
+class Refused(Exception):
+    """Why an expression is not part of the language."""
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An expression that passed the allow-list, with the names it reads.
+
+    `names` are root names, `paths` whole dotted paths, `patterns` what `present` asks for,
+    `defaulted` the root names whose absence the expression handles.
+    """
+
+    tree: nodes.Expr
+    names: frozenset[str]
+    paths: frozenset[str]
+    patterns: tuple[str, ...]
+    defaulted: frozenset[str]
+    calls: frozenset[str]
+
+    def run(self, names: Mapping[str, Any]) -> Any:
+        values = {name: names[name] for name in self.names | (self.calls & {"present"}) if name in names}
+        return self._function(**{**values, **FUNCTIONS})
+
+    @cached_property
+    def _function(self) -> Callable[..., Any]:
+        """What `Environment.compile_expression` makes, of the tree that was checked instead of its text."""
+        result = nodes.Assign(nodes.Name("result", "store", lineno=1), self.tree, lineno=1)
+        template = nodes.Template([result], lineno=1)
+        template.set_environment(ENVIRONMENT)
+        return TemplateExpression(ENVIRONMENT.from_string(template), undefined_to_none=False)
+
+
+@lru_cache(maxsize=4096)
+def read_expression(text: str) -> Compiled | Refused:
+    """An expression read and checked, or why it is not part of the language."""
+    try:
+        return _check(text)
+    except Refused as refused:
+        return refused
+    except TemplateSyntaxError as error:
+        return Refused(f"an expression cannot be read: {error.message}")
+    except (RecursionError, ValueError):  # a number of thousands of digits is a ValueError
+        return Refused("an expression is nested too deeply or holds a number that is too long")
+
+
+def _check(text: str) -> Compiled:
+    if len(text) > MAX_LENGTH:
+        raise Refused(f"an expression is longer than {MAX_LENGTH} characters", "Split it over several dims.")
+    if max(text.count("("), text.count("["), text.count("{"), text.count("not"), text.count("-")) > 200:
+        raise Refused("an expression is nested too deeply", "Split it over several dims.")
+    parser = Parser(ENVIRONMENT, text, state="variable")
+    tree = parser.parse_expression()
+    if not parser.stream.eos:
+        raise Refused(f"an expression cannot be read: unexpected `{parser.stream.current.value}`")
+    names: set[str] = set()
+    paths: set[str] = set()
+    patterns: list[str] = []
+    defaulted: set[str] = set()
+    calls: set[str] = set()
+    stack: list[tuple[nodes.Node, int, bool]] = [(tree, 1, False)]
+    while stack:
+        node, depth, called = stack.pop()
+        if depth > MAX_DEPTH:
+            raise Refused(f"an expression is nested deeper than {MAX_DEPTH} levels", "Split it over several dims.")
+        _allow(node)
+        if isinstance(node, nodes.Name):
+            if called:
+                calls.add(node.name)
+            elif node.name not in BUILTIN:
+                names.add(node.name)
+            elif node.name != "omit":
+                raise Refused(f"`{node.name}` is a function", f"Write {node.name}(...).")
+        path = _path(node)
+        if path is not None and path[0] not in BUILTIN:
+            paths.add(".".join(path))
+        handled = _handled(node)
+        if handled is not None:
+            defaulted.add(handled)
+        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == "present":
+            if (
+                len(node.args) != 1
+                or not isinstance(node.args[0], nodes.Const)
+                or not isinstance(node.args[0].value, str)
+            ):
+                raise Refused("`present` takes one quoted name pattern")
+            patterns.append(node.args[0].value)
+        callee = node.node if isinstance(node, nodes.Call) else None
+        stack.extend((child, depth + 1, child is callee) for child in node.iter_child_nodes())
+    whole = frozenset(p for p in paths if not any(o.startswith(p + ".") for o in paths))
+    return Compiled(tree, frozenset(names), whole, tuple(patterns), frozenset(defaulted), frozenset(calls))
+
+
+def _allow(node: nodes.Node) -> None:
+    if isinstance(node, nodes.Concat):
+        raise Refused("`~` is not part of the language", "Join texts with +.")
+    if not isinstance(node, _NODES):
+        raise Refused(
+            f"`{type(node).__name__.lower()}` is not part of the language",
+            "Use arithmetic, comparisons, `if`.",
+        )
+    if isinstance(node, nodes.CondExpr) and node.expr2 is None:
+        raise Refused("an `if` has no `else`", "Write `a if condition else b`, or `else omit`.")
+    if isinstance(node, nodes.Name) and node.name in ("self", "super"):
+        raise Refused(f"`{node.name}` is not part of the language")
+    if isinstance(node, nodes.Filter | nodes.Call) and _is_default(node) and len(node.args) < _ARITY[type(node)]:
+        raise Refused("`default` says nothing to fall back on", "Write `x | default(value)`.")
+    if isinstance(node, nodes.Filter):
+        if node.node is None or node.name not in FILTERS:
+            raise Refused(f"there is no filter `{node.name}`", f"Filters are {', '.join(sorted(FILTERS))}.")
+    elif isinstance(node, nodes.Test):
+        if node.name not in TESTS:
+            raise Refused(f"there is no test `is {node.name}`", f"Tests are {', '.join(sorted(TESTS))}.")
+    elif isinstance(node, nodes.Call):
+        if not isinstance(node.node, nodes.Name) or node.node.name not in _CALLS:
+            named = node.node.name if isinstance(node.node, nodes.Name) else "this"
+            raise Refused(f"`{named}` cannot be called", f"Functions are {', '.join(sorted(_CALLS))}.")
+    elif isinstance(node, nodes.Getitem):
+        index = node.arg.node if isinstance(node.arg, nodes.Neg) else node.arg
+        if not isinstance(index, nodes.Const):
+            raise Refused("an index must be a constant", "Write x[0] or x['key'].")
+    elif isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value.bit_length() > MAX_BITS:
+        raise Refused(f"a number of more than {MAX_BITS} bits")
+    elif isinstance(node, nodes.Const) and isinstance(node.value, float) and not isfinite(node.value):
+        raise Refused("a number that is too large")
+    if isinstance(node, nodes.Filter | nodes.Call | nodes.Test) and (
+        node.kwargs or node.dyn_args is not None or node.dyn_kwargs is not None
+    ):
+        raise Refused("named and starred arguments are not part of the language", "Give arguments in order.")
+
+
+_ARITY: dict[type[nodes.Node], int] = {nodes.Filter: 1, nodes.Call: 2}
+
+
+def _is_default(node: nodes.Filter | nodes.Call) -> bool:
+    if isinstance(node, nodes.Filter):
+        return node.name == "default"
+    return isinstance(node.node, nodes.Name) and node.node.name == "default"
+
+
+def _path(node: nodes.Node | None) -> tuple[str, ...] | None:
+    """The dotted path that a name or a chain of attributes reads, root first."""
+    if isinstance(node, nodes.Name):
+        return (node.name,)
+    if isinstance(node, nodes.Getattr):
+        below = _path(node.node)
+        return None if below is None else (*below, node.attr)
+    return None
+
+
+def _handled(node: nodes.Node) -> str | None:
+    """The root name whose absence this node handles, if it does."""
+    inner: nodes.Node | None = None
+    if isinstance(node, nodes.Filter | nodes.Call) and _is_default(node):
+        inner = node.node if isinstance(node, nodes.Filter) else node.args[0]
+    elif isinstance(node, nodes.Test) and node.name in ("defined", "undefined"):
+        inner = node.node
+    path = _path(inner)
+    return None if path is None else path[0]
