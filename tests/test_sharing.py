@@ -14,7 +14,11 @@ from safetensors.torch import load_file
 
 import engine
 from engine.checkpoint.sources import SourceFiles
+from engine.run.blocks import LARGE_BLOCK_BYTES
+from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
+from engine.run.moves import MOST_SPAN
+from engine.run.replicas import compare_replicas, replica_bytes
 from engine.run.schedule import Job, Unit
 from engine.run.sharing import Shares
 from tests.support.shards import Model, save
@@ -129,7 +133,69 @@ def test_where_the_system_cannot_move_bytes_they_are_read_and_written(
     assert calls or how == "absent"
 
 
+@pytest.mark.parametrize(
+    "how", [{"dtype": "float32"}, {"dtype": "float16"}, {"max_shard_size": 20_000}, {"workers": 2}], ids=str
+)
+def test_without_digests_the_same_is_written(how: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    seen = converted(tmp_path, "seen", **how)
+    assert converted(tmp_path, "unseen", digests=False, **{"workers": 1, **how}) == seen
+
+
+def test_without_digests_a_transformed_tensor_is_still_transformed(tmp_path: Path) -> None:
+    folder = Path(__file__).parent / "fixtures" / "internevo" / "v2_tp2_pp1_normhead"
+    written = []
+    for digests in (True, False):
+        out = tmp_path / str(digests)
+        engine.convert("families/internlm2.yaml", folder, out, digests=digests, workers=1)
+        written.append((out / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_without_digests_rank_files_have_their_checksums(source: Path, tmp_path: Path) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+    written = []
+    for digests in (True, False):
+        out = tmp_path / str(digests)
+        engine.reverse(MODEL.mapping, tmp_path / "hf", out, tp=2, digests=digests, workers=1)
+        written.append({file.name: file.read_bytes() for file in out.glob("*.pt")})
+    assert written[0] == written[1]
+
+
 def test_many_workers_fill_one_file(source: Path, tmp_path: Path) -> None:
     seen = converted(tmp_path, "one", workers=1)
     assert list(seen) == ["model.safetensors"]
     assert converted(tmp_path, "many", workers=7) == seen
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux shows them")
+def test_a_run_that_fails_leaves_no_file_open(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+
+    def failing(descriptor: int, data: memoryview, offset: int) -> int:
+        if offset:  # the header, at 0, comes before the journal is opened
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pwrite(descriptor, data, offset)
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing)
+        for _ in range(3):
+            with pytest.raises(engine.EngineError):
+                converted(tmp_path, "hf", overwrite=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_comparing_replicas_ends_when_the_run_is_stopped(source: Path) -> None:
+    plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
+    assert plan.replicas
+    compared: list[int] = []
+    compare_replicas(plan, compared.append, stopped=lambda: True)
+    assert not compared
+    compare_replicas(plan, compared.append)
+    assert sum(compared) == replica_bytes(plan)
+
+
+def test_every_worker_that_compares_counts_in_the_memory_told(source: Path) -> None:
+    plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
+    both_sides = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN)
+    assert predicted_memory(plan, 3) - predicted_memory(plan, 1) == 2 * both_sides

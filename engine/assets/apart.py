@@ -61,6 +61,7 @@ def _ask(question: bytes, stopped: threading.Event) -> dict[str, Any] | None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # an interruption from the keyboard is ours to pass on
             env={**os.environ, "PYTHONPATH": path},
         )
     except OSError:

@@ -22,7 +22,7 @@ def predicted_memory(plan: Plan, workers: int) -> int:
     worker = LARGE_BLOCK_BYTES + MOST_SPAN + (4 * LARGE_BLOCK_BYTES if casts else 0) + widest
     compared = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN) if plan.replicas or plan.tied else 0
     tables = _PER_TENSOR * (len(plan.sources) + len(plan.outputs))
-    return _BASE + _MAPPED + tables + max(workers * worker, compared)
+    return _BASE + _MAPPED + tables + workers * max(worker, compared)
 
 
 def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0) -> int:

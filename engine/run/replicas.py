@@ -23,12 +23,18 @@ def checks(plan: Plan) -> tuple[Check, ...]:
     return (*plan.replicas, *plan.tied)
 
 
-def compare_replicas(plan: Plan, advance: Callable[[int], None], some: Sequence[Check] | None = None) -> None:
+def compare_replicas(
+    plan: Plan,
+    advance: Callable[[int], None],
+    some: Sequence[Check] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
     """Compare every set of replicas block by block with the first of the set.
 
     Args:
         advance: called with bytes, `replica_bytes` in all.
         some: of the plan's `checks`; default: all.
+        stopped: asked at every block; True ends the comparing early, with no result.
 
     Raises:
         EngineError: E402 naming the ranks that differ and the largest deviation.
@@ -37,18 +43,19 @@ def compare_replicas(plan: Plan, advance: Callable[[int], None], some: Sequence[
         first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
         for check in checks(plan) if some is None else some:
             if isinstance(check, Tied):
-                _compare_tied(plan, check, first, other)
+                _compare_tied(plan, check, first, other, stopped)
             else:
-                _compare(plan, check, first, other, advance)
+                _compare(plan, check, first, other, advance, stopped)
 
 
-def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer) -> None:
+def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
     """E402 unless a tensor that is left out equals the one that stands for it."""
     kept = plan.outputs[tied.same_as]
     copies = plan.copies(tied.same_as)
     limit = BLOCK_BYTES // ITEM_SIZES[kept.read_dtype]
     equal = kept.read_dtype == tied.output.read_dtype and all(
-        np.array_equal(
+        stopped()
+        or np.array_equal(
             first.gather(block_of(tied.copies, low, min(low + limit, kept.elements)), kept.read_dtype),
             other.gather(block_of(copies, low, min(low + limit, kept.elements)), kept.read_dtype),
         )
@@ -73,7 +80,14 @@ def _nbytes(plan: Plan, source: int) -> int:
     return int(np.prod(header.shape, dtype=np.int64)) * ITEM_SIZES[header.dtype]
 
 
-def _compare(plan: Plan, replicas: Replicas, first: Gatherer, other: Gatherer, advance: Callable[[int], None]) -> None:
+def _compare(
+    plan: Plan,
+    replicas: Replicas,
+    first: Gatherer,
+    other: Gatherer,
+    advance: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> None:
     """Every block of the first is read once and compared with the same block of all others."""
     one, *others = replicas.sources
     header = plan.sources[one].header
@@ -84,6 +98,8 @@ def _compare(plan: Plan, replicas: Replicas, first: Gatherer, other: Gatherer, a
     limit = BLOCK_BYTES // ITEM_SIZES[header.dtype]
     found: dict[int, tuple[int, float]] = {}  # source → elements that differ, and by how much at most
     for block, *theirs in zip(*(blocks([_whole(plan, s)], size, limit) for s in replicas.sources), strict=True):
+        if stopped():
+            return
         x = first.gather(block, header.dtype)
         for source, their in zip(others, theirs, strict=True):
             y = other.gather(their, header.dtype)

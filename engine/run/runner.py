@@ -66,7 +66,8 @@ def write_weights(
     with ThreadPoolExecutor(count + len(beside), thread_name_prefix="writer") as pool:
         try:
             parts = [checks(plan)[first::count] for first in range(count)]
-            _run(pool, meter, [partial(compare_replicas, plan, meter.advance, part) for part in parts if part])
+            comparing = partial(compare_replicas, plan, meter.advance, stopped=meter.stopped.is_set)
+            _run(pool, meter, [partial(comparing, part) for part in parts if part])
             _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
             if digests:
                 journal = writer.journal = Journal(folder, work, writer.done)
@@ -74,8 +75,9 @@ def write_weights(
             _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *writing])
         finally:
             meter.stopped.set()
-    if journal is not None:
-        journal.close()
+            pool.shutdown()
+            if journal is not None:
+                journal.close()
     if len(plan.shards) > 1 and plan.written is None:
         names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
         write_bytes(folder / "model.safetensors.index.json", index_json(names, plan.nbytes))
