@@ -184,7 +184,7 @@ def test_an_element_type_that_is_not_supported_is_told_from_an_attack(zipped: bo
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_tensors_with_attributes_are_tensors(zipped: bool, tmp_path: Path) -> None:
     marked, parameter = torch.arange(3.0), torch.nn.Parameter(torch.ones(2))
-    marked.is_tensor_parallel = parameter.is_tensor_parallel = True  # type: ignore[attr-defined]
+    marked.is_tensor_parallel = parameter.is_tensor_parallel = True
     unsigned = torch.ones(2, dtype=torch.uint16)
     state = {"marked": marked, "parameter": parameter, "unsigned": unsigned, "nested": {"x": torch.ones(1)}}
     torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)

@@ -92,7 +92,7 @@ def test_the_package_named_plan_does_what_the_function_does() -> None:
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'convrt'"):
-        _ = engine.convrt  # type: ignore[attr-defined]
+        _ = engine.convrt
 
 
 def test_commands_are_listed_in_the_order_of_use() -> None:

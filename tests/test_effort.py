@@ -148,7 +148,7 @@ def test_copies_are_made_once_per_class_whatever_the_number_of_layers(sources: d
         plan = engine.plan(model_of(layers).mapping, source, settings=LETTERS)
         for index in range(len(plan.outputs)):
             plan.copies(index)
-        classes.append(plan.copies.classes)  # type: ignore[attr-defined]
+        classes.append(plan.copies.classes)
     assert classes[0] == classes[1] <= 12
 
 

@@ -52,7 +52,7 @@ def test_every_tensor_has_the_digest_of_its_bytes(source: Path, tmp_path: Path) 
 def test_the_content_id_is_that_of_the_model_whatever_ranks_and_files_it_came_in(tmp_path: Path) -> None:
     ids = set()
     for i, (layout, size) in enumerate([({"tp": 1}, 10**9), ({"tp": 2, "pp": 3}, 10**9), ({"tp": 4}, 1500)]):
-        save(MODEL, tmp_path / f"step{i}", **layout)  # type: ignore[arg-type]
+        save(MODEL, tmp_path / f"step{i}", **layout)
         out = tmp_path / f"hf{i}"
         report = engine.convert(MODEL.mapping, tmp_path / f"step{i}", out, settings=LETTERS, max_shard_size=size)
         assert report.content_id == read(out)["content_id"]

@@ -19,7 +19,7 @@ LETTERS = {"mlp_letters": "w2_is_down"}
 def change(folder: Path, edit: object) -> None:
     for path in folder.glob("model_tp*.pt"):
         state = torch.load(path, weights_only=True)
-        edit(state)  # type: ignore[operator]
+        edit(state)
         torch.save(state, path)
 
 

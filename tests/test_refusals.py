@@ -31,7 +31,7 @@ def refuse(source: Path, code: str, *told: str, mapping: str = V1.mapping, **opt
     settings = {"mlp_letters": "w2_is_down"} if mapping == V1.mapping else {}
     before = sorted(p.name for p in source.parent.iterdir())
     with pytest.raises(EngineError) as caught:
-        engine.convert(mapping, source, source.parent / "hf", settings=settings, **options)  # type: ignore[arg-type]
+        engine.convert(mapping, source, source.parent / "hf", settings=settings, **options)
     assert caught.value.code == code, str(caught.value)
     for text in told:
         assert text in str(caught.value)
@@ -65,12 +65,12 @@ def test_a_tensor_no_rule_matches_is_named(source: Path) -> None:
 
 def test_a_tensor_a_rule_needs_is_named_when_missing(source: Path) -> None:
     for tp in range(2):
-        edit(source / f"model_tp{tp}_pp1.pt", lambda s: [s.pop("blocks.1.norm1.weight")])  # type: ignore[func-returns-value]
+        edit(source / f"model_tp{tp}_pp1.pt", lambda s: [s.pop("blocks.1.norm1.weight")])
     refuse(source, "E207", "blocks.3.norm1.weight")
 
 
 def test_a_slice_that_one_rank_lacks_is_named(source: Path) -> None:
-    edit(source / "model_tp1_pp0.pt", lambda s: [s.pop("blocks.0.mlp.w1.weight")])  # type: ignore[func-returns-value]
+    edit(source / "model_tp1_pp0.pt", lambda s: [s.pop("blocks.0.mlp.w1.weight")])
     refuse(source, "E207", "blocks.0.mlp.w1.weight", "tp1", "`model_tp1_pp0.pt` is from another run")
 
 
@@ -239,7 +239,7 @@ def test_a_setting_cannot_contradict_what_the_files_hold(variant: str, source: P
 
 def test_biases_in_part_are_refused_also_when_set(source: Path) -> None:
     for path in sorted(source.glob("model_tp*.pt")):
-        edit(path, lambda s: [s.pop(n) for n in list(s) if n.endswith("out_proj.bias")])  # type: ignore[func-returns-value]
+        edit(path, lambda s: [s.pop(n) for n in list(s) if n.endswith("out_proj.bias")])
     for choice in ("all", "none"):
         with pytest.raises(EngineError) as caught:
             engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down", "attention_biases": choice})
@@ -282,13 +282,13 @@ def test_more_ranks_than_the_training_config_claims_are_refused(source: Path) ->
 
 
 def test_a_rank_with_fewer_layers_than_its_stage_is_named(source: Path) -> None:
-    edit(source / "model_tp1_pp0.pt", lambda s: [s.pop(n) for n in list(s) if n.startswith("blocks.1.")])  # type: ignore[func-returns-value]
+    edit(source / "model_tp1_pp0.pt", lambda s: [s.pop(n) for n in list(s) if n.startswith("blocks.1.")])
     refuse(source, "E211", "model_tp1_pp0.pt", "1 layers", "2 layers")
 
 
 def test_a_whole_stage_short_of_layers_disagrees_with_the_config(source: Path) -> None:
     for tp in range(2):
-        edit(source / f"model_tp{tp}_pp1.pt", lambda s: [s.pop(n) for n in list(s) if n.startswith("blocks.1.")])  # type: ignore[func-returns-value]
+        edit(source / f"model_tp{tp}_pp1.pt", lambda s: [s.pop(n) for n in list(s) if n.startswith("blocks.1.")])
     refuse(source, "E203", "axis `layer`", "3 layers", "4 from")
 
 
@@ -322,7 +322,7 @@ def test_a_plan_that_would_leave_a_gap_is_refused(source: Path) -> None:
     from engine.plan.classes import prove_total
 
     plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
-    group = plan.copies._outputs[0][0]  # type: ignore[attr-defined]
+    group = plan.copies._outputs[0][0]
     prove_total(plan.copies(0), plan.outputs[0].shape, group)
     with pytest.raises(EngineError) as caught:
         prove_total(plan.copies(0)[1:], plan.outputs[0].shape, group)

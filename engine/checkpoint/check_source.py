@@ -65,7 +65,7 @@ def _check_members(path: Path, advance: Callable[[int], None]) -> bool:
             file.seek(skip, 1)
             left, found = info.file_size, 0
             while left:
-                count = file.readinto(buffer[: min(left, _BLOCK)])  # type: ignore[attr-defined]
+                count = file.readinto(buffer[: min(left, _BLOCK)])
                 if not count:
                     break
                 found = isal_zlib.crc32(buffer[:count], found)

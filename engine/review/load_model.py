@@ -86,7 +86,7 @@ def load_model(folder: Path) -> Loaded:
         try:
             with torch.no_grad():
                 outputs = run_model(model, ids)
-        except Exception as error:
+        except Exception as error:  # a configuration may load and still make any of its layers raise
             return Loaded(type(model).__name__, 0, None, (*problems, f"the model does not run: {one_line(error)}"))
     largest = float(outputs.abs().max())
     if not bool(torch.isfinite(outputs).all()):

@@ -46,7 +46,7 @@ def attack(start: Start, code: str | None, word: str = "") -> Callable[[Make], M
     """Register a function under its own name; `code` may be several, separated by spaces."""
 
     def register(make: Make) -> Make:
-        add(make.__name__, start, make, code, word)  # type: ignore[attr-defined]
+        add(make.__name__, start, make, code, word)
         return make
 
     return register

@@ -54,7 +54,7 @@ for _what, _put in {
         ("hf", "config.json"),
     ):
         _code = "E305 E201 E304" if _start == "hf" else "E305"
-        add(f"{_what} for {_name}", _start, lambda folder, put=_put, name=_name: instead(put)(folder, name), _code)  # type: ignore[arg-type]
+        add(f"{_what} for {_name}", _start, lambda folder, put=_put, name=_name: instead(put)(folder, name), _code)
 
 add("a link to a memory image for a rank file", "training",
     lambda folder: instead(lambda path: path.symlink_to("/proc/self/mem"))(folder, RANK), "E301 E305")  # fmt: skip

@@ -17,7 +17,7 @@ def main() -> None:
     base = torch.arange(6.0).bfloat16()
     state = OrderedDict(a=base[:4].view(2, 2), b=base[4:], c=torch.tensor([1, 2]), n=3)
     marked = torch.nn.Parameter(torch.ones(2))
-    marked.is_tensor_parallel = True  # type: ignore[attr-defined]
+    marked.is_tensor_parallel = True
     for name, value, zipped in (
         ("views.pt", state, True),
         ("views_legacy.pt", state, False),

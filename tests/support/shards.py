@@ -308,7 +308,7 @@ def write_config(m: Model, folder: Path, chunks: int, mode: str, tp: int, pp: in
     """model_config.pt as a pickled class that is not importable where it is read, and its neighbours."""
     module = types.ModuleType("internlm.core.context.parallel_context")
     config_class = type("Config", (dict,), {"__module__": module.__name__})
-    module.Config = config_class  # type: ignore[attr-defined]
+    module.Config = config_class
     parents = ["internlm", "internlm.core", "internlm.core.context"]
     saved = {name: sys.modules.get(name) for name in [*parents, module.__name__]}
     sys.modules.update({name: types.ModuleType(name) for name in parents} | {module.__name__: module})
