@@ -13,6 +13,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.mapping_diff import diff
 from engine.operations import Report, Running, check_dtype, execute, read_checkpoint
+from engine.plan import DEFAULT_SHARD_SIZE
 from engine.plan_files import load_plan, save_plan
 from engine.reviewing import (
     clean,
@@ -66,8 +67,6 @@ __all__ = [
     "write_facts",
 ]
 
-DEFAULT_SHARD_SIZE = 5_000_000_000
-
 
 def plan(
     mapping: str | Path | MappingFile,
@@ -95,7 +94,7 @@ def plan(
 
     check_dtype(dtype)
     if max_shard_size <= 0:
-        raise EngineError("E001", "the shard size must be positive", got=str(max_shard_size), fix="For example 5GB.")
+        raise EngineError("E001", "the shard size must be positive", got=str(max_shard_size), fix="For example 2GB.")
     loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
     layout = load_layout(loaded.layout)
     checkpoint = read_checkpoint(src, layout)

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` and `--version` answer at once.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -253,6 +254,7 @@ def terminate(number: int, _: object) -> NoReturn:
 def main() -> NoReturn:
     """The console script."""
     signal.signal(signal.SIGTERM, terminate)
+    gc.set_threshold(100_000, 20, 100)  # plans are large and hold hardly any cycles to look for
     if os.environ.get("ENGINE_DEBUG") != "1":
         sys.excepthook = internal_error
     cli.main()

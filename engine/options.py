@@ -150,8 +150,8 @@ def planning_options(command: Callable[..., None], *, required: bool = True) -> 
             click.option("--dtype", default="auto", show_default=True,
                          type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
                          help="Element type to write; auto keeps each tensor's own."),
-            click.option("--max-shard-size", default="5GB", show_default=True, type=Size(),
-                         help="Most bytes of tensors in one output file, like 5GB or 2GiB."),
+            click.option("--max-shard-size", default="2GB", show_default=True, type=Size(),
+                         help="Most bytes of tensors in one output file, like 2GB or 5GiB."),
             click.option("--strict", is_flag=True, help="Refuse sizes other than those the release has."),
         )
     ):  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.operations import read_checkpoint
+from engine.plan import DEFAULT_SHARD_SIZE
 
 if TYPE_CHECKING:
     from engine.plan.model import Plan
@@ -21,7 +22,7 @@ def save_plan(
     *,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
     strict: bool = False,
 ) -> Plan:
     """Plan as `plan` does and save it, to be reviewed and run with `run_plan`.

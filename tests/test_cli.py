@@ -456,3 +456,10 @@ def test_a_run_that_failed_on_its_disk_says_what_to_do_next(tmp_path: Path, monk
     done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "-q")
     assert done.exit_code == 1
     assert done.stderr.splitlines()[-1].startswith("next: the same command with --resume")
+
+
+def test_the_command_line_and_the_api_write_files_of_the_same_size() -> None:
+    from engine.plan import DEFAULT_SHARD_SIZE
+
+    option = next(param for param in cli.commands["run"].params if param.name == "max_shard_size")
+    assert parse_size(option.default) == DEFAULT_SHARD_SIZE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -15,9 +16,13 @@ from unittest import mock
 import pytest
 
 import engine
+from engine.checkpoint.folder import read_headers
+from engine.checkpoint.rank_files import read_rank_file
 from engine.checkpoint.sinks import SinkFiles
 from engine.checkpoint.sources import SourceFiles
+from engine.checkpoint.unpickle import load_pickle
 from engine.run.memory import predicted_memory
+from engine.run.meter import Progress
 from tests.support.shards import Model, save
 
 LETTERS = {"mlp_letters": "w2_is_down"}
@@ -159,3 +164,48 @@ def test_an_output_has_as_many_copies_as_ranks_hold_of_it(sources: dict[int, Pat
         for part, count in wanted.items():
             if part in output.name:
                 assert len(plan.copies(index)) == count, output.name
+
+
+def test_the_same_pickle_is_read_once() -> None:
+    """Ranks of one stage save the same names and shapes, so their pickles are mostly the same bytes."""
+    folder = Path(__file__).parent / "fixtures" / "internevo" / "v2_tp4_pp1_nohf"
+    read: list[str] = []
+
+    def reading(data: bytes, name: str) -> Any:
+        read.append(name)
+        return load_pickle(data, name)
+
+    names = [f"model_tp{rank}_pp0.pt" for rank in range(4)]
+    with (
+        mock.patch("engine.checkpoint.folder.load_pickle", reading),
+        mock.patch("engine.checkpoint.folder._READERS", 1),
+    ):
+        together = read_headers(folder, names)
+    assert read == names[:1]
+    assert together == tuple(read_rank_file(folder / name) for name in names)
+
+
+def test_every_weight_file_is_on_stable_storage_before_the_output_is_there(
+    sources: dict[int, Path], tmp_path: Path
+) -> None:
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def syncing(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert path.suffix != ".safetensors" or not (tmp_path / "hf").exists()
+        synced.add(path.name)
+        fsync(descriptor)
+
+    with mock.patch.object(os, "fsync", syncing):
+        engine.convert(model_of(2).mapping, sources[2], tmp_path / "hf", settings=LETTERS, max_shard_size=2_000_000)
+    weights = {file.name for file in (tmp_path / "hf").glob("*.safetensors")}
+    assert len(weights) > 1 and weights <= synced
+
+
+def test_the_progress_of_verifying_ends_at_all(sources: dict[int, Path], tmp_path: Path) -> None:
+    for name, how in (("with", {}), ("without", {"digests": False})):
+        engine.convert(model_of(2).mapping, sources[2], tmp_path / name, settings=LETTERS, **how)
+        seen: list[Progress] = []
+        engine.api.verify(tmp_path / name, seen.append)
+        assert seen[-1].done_bytes == seen[-1].total_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,10 @@ from typing import Any
 from engine.checkpoint.config_files import read_config
 from engine.checkpoint.headers import FileHeader
 from engine.checkpoint.rank_files import read_rank_file
+from engine.checkpoint.unpickle import load_pickle
 from engine.errors import EngineError, Place
 
+_KEPT = 256  # pickles of a folder that are kept while it is read
 _READERS = 4  # threads: indexing waits on storage, not on the processor
 
 
@@ -46,8 +49,25 @@ def read_headers(folder: Path, names: Sequence[str]) -> tuple[FileHeader, ...]:
     """Index rank files without reading their payload, a few at a time."""
     if len(names) == 1:
         return (read_rank_file(folder / names[0]),)
+    load = _Pickles()
     with ThreadPoolExecutor(_READERS) as pool:
-        return tuple(pool.map(lambda name: read_rank_file(folder / name), names))
+        return tuple(pool.map(lambda name: read_rank_file(folder / name, load), names))
+
+
+class _Pickles:
+    """Reads each pickle once: the ranks of a stage mostly have the same, but for the device they were on."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Any] = {}
+
+    def __call__(self, data: bytes, name: str) -> Any:
+        key = hashlib.sha256(data).digest()
+        found = self._known.get(key)
+        if found is None:
+            found = load_pickle(data, name)
+            if len(self._known) < _KEPT:
+                self._known[key] = found  # which nobody changes
+        return found
 
 
 def read_folder_config(folder: Path, name: str, format: str, *, required: bool) -> dict[str, Any]:

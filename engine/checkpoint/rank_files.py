@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
@@ -24,9 +24,14 @@ from engine.checkpoint.unpickle import MAX_PICKLE, damaged, error_of, load_pickl
 from engine.checkpoint.zipdir import read_directory
 from engine.errors import EngineError, Place
 
+LoadPickle = Callable[[bytes, str], Any]
 
-def read_rank_file(path: Path) -> FileHeader:
+
+def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
     """Index one rank file.
+
+    Args:
+        load: reads a pickle, given its bytes and the file's name.
 
     Raises:
         EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
@@ -35,7 +40,7 @@ def read_rank_file(path: Path) -> FileHeader:
     with open_regular(path) as file:
         found = os.fstat(file.fileno())
         size = found.st_size
-        value, payload, identity = read_torch_file(file, path.name, size)
+        value, payload, identity = read_torch_file(file, path.name, size, load)
     if not isinstance(value, Mapping):
         raise _not_a_state_dict(path.name, type(value).__name__)
     for name in value:
@@ -75,7 +80,7 @@ def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], f
 
 def _is_text(name: str) -> bool:
     """Whether a name can be written as UTF-8: pickles can hold halves of characters."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -101,7 +106,9 @@ def check_regular(descriptor: int, path: Path) -> None:
         raise EngineError("E305", "not a regular file", place=Place(str(path)), fix="Put the checkpoint's file there.")
 
 
-def read_torch_file(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tuple[int, int]], str]:
+def read_torch_file(
+    file: BinaryIO, name: str, size: int, load: LoadPickle = load_pickle
+) -> tuple[Any, dict[str, tuple[int, int]], str]:
     """The unpickled value with inert tensors, storage key → (offset, bytes) in the file, identity."""
     try:
         start = file.read(4)
@@ -112,7 +119,7 @@ def read_torch_file(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str
             at, length = members[f"{root}/data.pkl"]
             if length > MAX_PICKLE:
                 raise damaged(name, f"data.pkl of {length} bytes")
-            value = load_pickle(_read(file, at, length, name), name)
+            value = load(_read(file, at, length, name), name)
             prefix = f"{root}/data/"
             payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
             identity = hashlib.sha256(struct.pack("<Q", size) + directory).hexdigest()

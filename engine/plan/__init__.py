@@ -19,3 +19,5 @@ class _CallablePackage(ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallablePackage
+
+DEFAULT_SHARD_SIZE = 2_000_000_000  # bytes of tensors in an output file: so few that workers have files of their own

@@ -83,7 +83,7 @@ def group_shards(
     layout: Layout,
 ) -> dict[tuple[Instance, tuple[int, ...]], Group]:
     """Collect shards of the same rule, parameter and placeholder values, replicas together."""
-    cuts: dict[tuple[int, int, bool], Cut] = {}
+    cuts: dict[tuple[int, int, bool], tuple[Cut, tuple[str, ...]]] = {}
     collected: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], list[Stored]]] = {}
     facts: dict[tuple[int, tuple[int, ...]], tuple[Instance, Mapping[str, int], Cut]] = {}
     for stored, instance, fixed in matched:
@@ -91,12 +91,13 @@ def group_shards(
         part = stored.header.part is not None
         cut_key = (id(instance), id(file.pattern), part)
         if cut_key not in cuts:
-            cuts[cut_key] = cut_of(instance, file.pattern, layout, part=part)
-        cut = cuts[cut_key]
+            cut = cut_of(instance, file.pattern, layout, part=part)
+            cuts[cut_key] = cut, cut.rank_dims()
+        cut, dims = cuts[cut_key]
         key = (id(instance), tuple(fixed.values()))
         if facts.setdefault(key, (instance, fixed, cut))[2].recorded != part:
             raise unexpected_part(stored, file)
-        ranks = tuple(file.ranks[dim] for dim in cut.rank_dims())
+        ranks = tuple([file.ranks[dim] for dim in dims])
         collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
     result: dict[tuple[Instance, tuple[int, ...]], Group] = {}
     for key, shards in collected.items():

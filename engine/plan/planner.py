@@ -13,6 +13,7 @@ from engine.language.expressions import render_tree
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
+from engine.plan import DEFAULT_SHARD_SIZE
 from engine.plan.attempts import Attempt, Checkpoint, Question, decide_by_shapes
 from engine.plan.builder import DTYPES, whole_groups, whole_instances, whole_output
 from engine.plan.classes import CopyTable
@@ -84,7 +85,7 @@ def make_plan(
     *,
     settings: Mapping[str, Any],
     dtype: str = "auto",
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
     strict: bool = False,
 ) -> Plan:
     """Compile a plan that converts a training checkpoint.

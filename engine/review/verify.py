@@ -176,6 +176,7 @@ def verify_output(folder: Path, asked: Asked, progress: Callable[[Progress], Non
     if asked.plan is not None:
         source = verify_source(asked.plan, folder, sample, meter.advance)
         found = replace(found, source=source, problems=(*found.problems, *source.problems))
+    meter.finish()  # files are counted whole, their headers are not read again
     if asked.load:
         from engine.review.load_model import load_model
 

@@ -30,3 +30,8 @@ class Meter:
             if self._listener is not None and (self._done - self._told >= 8 << 20 or self._done == self._total):
                 self._told = self._done
                 self._listener(Progress(self._done, self._total))
+
+    def finish(self) -> None:
+        """Everything is done: what is left needed no reading."""
+        if self._done < self._total:
+            self.advance(self._total - self._done)

@@ -73,6 +73,7 @@ def write_weights(
                 journal = writer.journal = Journal(folder, work, writer.done)
             writing = [partial(writer.work, Shares(jobs))] * count
             _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *writing])
+            _run(pool, meter, [partial(writer.sync, index) for index in range(len(plan.shards))])
         finally:
             meter.stopped.set()
             pool.shutdown()

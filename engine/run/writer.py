@@ -46,14 +46,18 @@ class Writer:
         checked = {o for file in plan.shards if file.format in CHECKED for o in file.outputs}
         # Each is changed by the one worker that writes the output.
         self._checked, self._digests = checked, digests
-        self._totals = {output: self._new_total(output) for output in range(len(plan.outputs))}
+        self._totals: dict[int, Total] = {}  # of outputs that are begun
         # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
         self._direct = alone and not digests
         self.done: dict[int, Done] = {}
         self.journal: Journal | None = None
 
-    def _new_total(self, output: int) -> Total:
-        return Total(digest=self._digests, checksum=output in self._checked)
+    def _total(self, output: int) -> Total:
+        """The digest of an output so far."""
+        found = self._totals.get(output)
+        if found is None:
+            found = self._totals[output] = Total(digest=self._digests, checksum=output in self._checked)
+        return found
 
     def take_over(self, known: Mapping[int, Begun]) -> None:
         """Keep what an interrupted run wrote, as far as its bytes are there; read them for their digests."""
@@ -63,18 +67,17 @@ class Writer:
                     continue
                 (file, at), nbytes = self._places[output], self._plan.outputs[output].nbytes
                 end = nbytes if one.end is None else one.end
-                total = self._new_total(output)
+                total = self._total(output)
                 try:
                     for block in sinks.read(file, at, end) if 0 <= end <= nbytes else ():
                         total.add(total.end, block)
+                    kept = total.mark() == (one.digest, end)
                 except OSError:
-                    continue
-                if total.mark() != (one.digest, end):
-                    continue
-                if end == nbytes:
+                    kept = False
+                if kept and end == nbytes:
                     self.done[output] = Done(one.digest, total.checksum())
-                else:
-                    self._totals[output] = total
+                if not kept or end == nbytes:
+                    del self._totals[output]
 
     def start(self, index: int) -> None:
         """Create a file of its full size, with what comes before its payload."""
@@ -89,7 +92,7 @@ class Writer:
         with SinkFiles(self._paths) as sinks, SourceFiles(plan.files) as files:
 
             def write(output: int, offset: int, data: memoryview) -> None:
-                self._totals[output].add(offset, data)
+                self._total(output).add(offset, data)
                 file, at = self._places[output]
                 sinks.write(file, at + offset, data)
                 self._meter.advance(len(data))
@@ -115,11 +118,16 @@ class Writer:
                         self._finish(file, sinks)
 
     def _finish(self, index: int, sinks: SinkFiles) -> None:
-        """Write what is only known when the payload is complete, and bring the file to stable storage."""
+        """Write what is only known when the payload is complete; the file is on its way to stable storage then."""
         outputs = self._plan.shards[index].outputs
         with self._errors(index):
             for offset, data in self._layouts[index].finish([self.done[output].checksum for output in outputs]):
                 sinks.write(index, offset, data)
+            sinks.complete(index)
+
+    def sync(self, index: int) -> None:
+        """Bring a file to stable storage."""
+        with SinkFiles(self._paths) as sinks, self._errors(index):
             sinks.sync(index)
 
     def _record(self, unit: Unit, sinks: SinkFiles) -> None:
@@ -127,9 +135,10 @@ class Writer:
         finished: dict[int, Done] = {}
         for output in unit.outputs:
             (file, at), nbytes = self._places[output], self._plan.outputs[output].nbytes
-            total = self._totals.pop(output)
+            total = self._total(output)
             again = partial(sinks.read, file, at, nbytes)
             finished[output] = Done(total.digest(again), total.checksum())
+            del self._totals[output]
         self.done.update(finished)
         if self.journal is not None:
             self.journal.add(finished)
@@ -171,7 +180,7 @@ class Writer:
         output = self._plan.outputs[index]
         copies = self._plan.copies(index)
         item = ITEM_SIZES[output.dtype]
-        total = self._totals[index]
+        total = self._total(index)
         begun = marked = total.end  # what an interrupted run wrote of it
         self._meter.advance(begun)
         for block in output_blocks(output, copies):
