@@ -33,9 +33,10 @@ _WIDE = 40e9  # bytes; larger models are cut into more ranks
 def swallow(counts: Counter[str]) -> None:
     """Replace, in this process, what writes tensors; small files are written as ever."""
 
-    def pwrite(_: int, data: Any, offset: int) -> int:
-        counts["written"] += len(data)
-        return len(data)
+    def pwritev(_: int, parts: Sequence[Any], offset: int) -> int:
+        nbytes = sum(map(len, parts))
+        counts["written"] += nbytes
+        return nbytes
 
     def copy_file_range(source: int, target: int, count: int, *offsets: int, **named: int) -> int:
         counts["moved"] += count
@@ -47,7 +48,7 @@ def swallow(counts: Counter[str]) -> None:
     def fsync(_: int) -> None:
         counts["syncs"] += 1
 
-    os.pwrite, os.copy_file_range = pwrite, copy_file_range
+    os.pwritev, os.copy_file_range = pwritev, copy_file_range
     os.posix_fallocate, os.fsync = posix_fallocate, fsync  # type: ignore[assignment]
     shutil.disk_usage = lambda path: SimpleNamespace(total=1 << 50, used=0, free=1 << 50)  # type: ignore[assignment]
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ _PAYLOAD = 64 * 1024  # bytes of a write that is no header; headers of rank file
 def install(marks: dict[str, float]) -> None:
     """Have `write_weights` note its begin and end, and the first large write meanwhile."""
     write_weights = runner.write_weights
-    plain = {name: getattr(os, name) for name in ("pwrite", "copy_file_range")}
+    plain = {name: getattr(os, name) for name in ("pwritev", "copy_file_range")}
 
     def note() -> None:
         marks["first"] = time.monotonic()
         for name, function in plain.items():
             setattr(os, name, function)
 
-    def pwrite(descriptor: int, data: Any, offset: int) -> int:
-        written = plain["pwrite"](descriptor, data, offset)
+    def pwritev(descriptor: int, parts: Sequence[Any], offset: int) -> int:
+        written: int = plain["pwritev"](descriptor, parts, offset)
         marks.setdefault("any", time.monotonic())
         if written >= _PAYLOAD:
             note()
@@ -45,7 +46,7 @@ def install(marks: dict[str, float]) -> None:
 
     def timed(*args: Any, **options: Any) -> Any:
         marks["begin"] = time.monotonic()
-        os.pwrite, os.copy_file_range = pwrite, copy_file_range
+        os.pwritev, os.copy_file_range = pwritev, copy_file_range
         try:
             return write_weights(*args, **options)
         finally:

@@ -218,5 +218,5 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
             copies = compiled.copies(index)
             for block in output_blocks(output, copies):
                 written = converter.convert(output, gatherer.gather(block, output.read_dtype))
-                raw[block.low * item : block.high * item] = written.view(np.uint8)
+                raw[block.low * item : block.high * item] = np.frombuffer(written, np.uint8)
             yield output.name, tensor

@@ -165,7 +165,7 @@ def test_files_that_may_not_grow_end_the_run_and_it_resumes(limit: int, source: 
     assert contents(out) == contents(out.parent / "whole")
 
 
-@pytest.mark.parametrize("call", ["fsync", "ftruncate", "posix_fallocate", "pwrite"])
+@pytest.mark.parametrize("call", ["fsync", "ftruncate", "posix_fallocate", "pwritev"])
 def test_any_call_that_writes_may_fail(call: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")

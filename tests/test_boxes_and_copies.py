@@ -13,7 +13,7 @@ from engine.language.axes import extent, parse_axes
 from engine.plan.boxes import Part, Region, cut, regions
 from engine.plan.copies import Copy, clip, intersect, swap
 from engine.run.blocks import blocks
-from engine.run.moves import dense_parts, span, straight
+from engine.run.runs import dense_parts, span, straight
 
 SIZES = {
     "groups": 3,

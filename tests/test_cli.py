@@ -452,7 +452,7 @@ def test_a_run_that_failed_on_its_disk_says_what_to_do_next(tmp_path: Path, monk
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "-q")
     assert done.exit_code == 1
     assert done.stderr.splitlines()[-1].startswith("next: the same command with --resume")

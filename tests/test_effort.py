@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,15 +43,15 @@ def counted() -> Iterator[Effort]:
     effort = Effort()
     read, write = SourceFiles.read_into, SinkFiles.write
 
-    def reading(files: SourceFiles, file: int, offset: int, buffer: memoryview) -> None:
+    def reading(files: SourceFiles, file: int, offset: int, parts: Sequence[memoryview]) -> None:
         effort.reads += 1
-        effort.read += len(buffer)
-        read(files, file, offset, buffer)
+        effort.read += sum(map(len, parts))
+        read(files, file, offset, parts)
 
-    def writing(files: SinkFiles, file: int, offset: int, data: bytes | memoryview) -> None:
+    def writing(files: SinkFiles, file: int, offset: int, parts: Sequence[memoryview]) -> None:
         effort.writes += 1
-        effort.written += len(data)
-        write(files, file, offset, data)
+        effort.written += sum(map(len, parts))
+        write(files, file, offset, parts)
 
     with mock.patch.object(SourceFiles, "read_into", reading), mock.patch.object(SinkFiles, "write", writing):
         yield effort

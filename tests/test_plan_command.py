@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,10 @@ def test_planning_and_running_read_no_more_than_they_must(monkeypatch: pytest.Mo
     read = 0
     original = SourceFiles.read_into
 
-    def counting(self: SourceFiles, file: int, offset: int, buffer: memoryview) -> None:
+    def counting(self: SourceFiles, file: int, offset: int, parts: Sequence[memoryview]) -> None:
         nonlocal read
-        read += len(buffer)
-        original(self, file, offset, buffer)
+        read += sum(map(len, parts))
+        original(self, file, offset, parts)
 
     monkeypatch.setattr(SourceFiles, "read_into", counting)
     source = FIXTURES / "v1_tp2_pp2"

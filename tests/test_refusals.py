@@ -313,7 +313,7 @@ def test_a_write_that_fails_leaves_only_what_resumes(source: Path, monkeypatch: 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     refuse(source, "E403", "No space left", max_shard_size=2000, workers=2)
 
 

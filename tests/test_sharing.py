@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from engine.checkpoint.sources import SourceFiles
 from engine.run.blocks import LARGE_BLOCK_BYTES
 from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
-from engine.run.moves import MOST_SPAN
 from engine.run.replicas import compare_replicas, replica_bytes
+from engine.run.runs import MOST_SPAN
 from engine.run.schedule import Job, Unit
 from engine.run.sharing import Shares
 from tests.support.shards import Model, save
@@ -90,9 +91,9 @@ def test_without_digests_whole_runs_are_not_read_but_moved_by_the_system(
     read, moved = [], []
     read_into, copy_range = SourceFiles.read_into, os.copy_file_range
 
-    def reading(files: SourceFiles, file: int, offset: int, buffer: memoryview) -> None:
-        read.append(len(buffer))
-        read_into(files, file, offset, buffer)
+    def reading(files: SourceFiles, file: int, offset: int, parts: Sequence[memoryview]) -> None:
+        read.append(sum(map(len, parts)))
+        read_into(files, file, offset, parts)
 
     def moving(*arguments: int) -> int:
         moved.append(copy_range(*arguments))
@@ -169,16 +170,16 @@ def test_many_workers_fill_one_file(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux shows them")
 def test_a_run_that_fails_leaves_no_file_open(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pwrite = os.pwrite
+    pwritev = os.pwritev
 
-    def failing(descriptor: int, data: memoryview, offset: int) -> int:
+    def failing(descriptor: int, parts: Sequence[memoryview], offset: int) -> int:
         if offset:  # the header, at 0, comes before the journal is opened
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return pwrite(descriptor, data, offset)
+        return pwritev(descriptor, parts, offset)
 
     before = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", failing)
+        patch.setattr(os, "pwritev", failing)
         for _ in range(3):
             with pytest.raises(engine.EngineError):
                 converted(tmp_path, "hf", overwrite=True)

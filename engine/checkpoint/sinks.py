@@ -12,6 +12,7 @@ from typing import Protocol
 
 from isal import isal_zlib
 
+from engine.checkpoint.buffers import after
 from engine.checkpoint.safetensors_files import safetensors_file
 from engine.checkpoint.torch_files import torch_file
 
@@ -144,11 +145,14 @@ class SinkFiles:
             return 0
         return moved
 
-    def write(self, file: int, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data` at a byte offset; OSError as the system gives it."""
+    def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+        """Write buffers one after the other at a byte offset; OSError as the system gives it."""
         descriptor = self._descriptor(file)
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(descriptor, view, offset)
-            view = view[written:]
+        left: Sequence[bytes | memoryview] = parts
+        nbytes = sum(len(part) for part in parts)
+        while nbytes:
+            written = os.pwritev(descriptor, left, offset)
+            nbytes -= written
             offset += written
+            if nbytes:
+                left = after([memoryview(part) for part in left], written)

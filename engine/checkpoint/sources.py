@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from engine.checkpoint.buffers import after
 from engine.checkpoint.headers import FileHeader
 from engine.checkpoint.rank_files import check_regular
 from engine.errors import EngineError, Place
@@ -59,20 +60,21 @@ class SourceFiles:
             )
         return descriptor
 
-    def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes at `offset`; E301 when the file ends before."""
+    def read_into(self, file: int, offset: int, parts: Sequence[memoryview]) -> None:
+        """Fill buffers one after the other with the bytes at `offset`; E301 when the file ends before."""
         descriptor = self.descriptor(file)
+        nbytes = sum(map(len, parts))
         try:
-            got = os.preadv(descriptor, [buffer], offset)
-            while got < len(buffer):
-                more = os.preadv(descriptor, [buffer[got:]], offset + got)
+            got = os.preadv(descriptor, parts, offset)
+            while got < nbytes:
+                more = os.preadv(descriptor, after(parts, got), offset + got)
                 if more == 0:
                     raise EngineError(
                         "E301",
                         "a checkpoint file ends too early",
                         place=Place(self._files[file].path.name),
                         got=f"{offset + got} bytes",
-                        expected=f"at least {offset + len(buffer)} bytes",
+                        expected=f"at least {offset + nbytes} bytes",
                         fix="Copy the file again from the training run.",
                     )
                 got += more

@@ -55,6 +55,11 @@ class Output:
     def nbytes(self) -> int:
         return self.elements * ITEM_SIZES[self.dtype]
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether its bytes are those of its sources, wherever they lie."""
+        return self.dtype == self.read_dtype and self.transform is None
+
 
 @dataclass(frozen=True, slots=True)
 class Replicas:

@@ -49,6 +49,6 @@ class FloatTensors:
         item = ITEM_SIZES[header.dtype]
         span = 1 + sum((size - 1) * stride for size, stride in zip(shape, header.strides, strict=True))
         raw = bytearray(span * item)
-        self._files.read_into(file, header.offset + start * item, memoryview(raw))
+        self._files.read_into(file, header.offset + start * item, (memoryview(raw),))
         stored = torch.frombuffer(raw, dtype=kinds[header.dtype])
         return stored.as_strided(shape, header.strides).to(torch.float32).contiguous()

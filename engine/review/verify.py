@@ -247,6 +247,6 @@ def _blocks(sources: SourceFiles, one: TensorHeader, advance: Callable[[int], No
     buffer = memoryview(bytearray(min(_BLOCK, max(one.nbytes, 1))))
     for start in range(0, one.nbytes, _BLOCK):
         block = buffer[: min(_BLOCK, one.nbytes - start)]
-        sources.read_into(0, one.offset + start, block)
+        sources.read_into(0, one.offset + start, (block,))
         advance(len(block))
         yield block

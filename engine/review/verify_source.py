@@ -266,15 +266,15 @@ class _Comparing:
         self._count = self.nbytes = 0
         self._first: int | None = None
 
-    def compare(self, block: Block, wanted: np.ndarray) -> None:
+    def compare(self, block: Block, wanted: memoryview) -> None:
         item = ITEM_SIZES[self._output.dtype]
         size = (block.high - block.low) * item
         if self._buffer.nbytes < size:
             self._buffer = np.empty(size, np.uint8)
         got = self._buffer[:size]
-        self._written.read_into(self._file, self._header.offset + block.low * item, got.data)
+        self._written.read_into(self._file, self._header.offset + block.low * item, (got.data,))
         self.nbytes += size
-        raw = wanted.view(np.uint8)
+        raw = np.frombuffer(wanted, np.uint8)
         if np.array_equal(got, raw):
             return
         unlike = (got != raw).reshape(-1, item).any(axis=1)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from engine.checkpoint.headers import ITEM_SIZES
 from engine.checkpoint.sources import SourceFiles
 from engine.plan.model import SourceTensor
 from engine.run.blocks import Block
 from engine.run.moves import Moves
-
-READ_THROUGH = 8 * 1024  # bytes: gaps smaller than this are read, not skipped
+from engine.run.runs import READ_THROUGH
 
 
 class Gatherer:
@@ -22,17 +19,17 @@ class Gatherer:
         self._files, self._sources = files, sources
         self._moves = Moves(READ_THROUGH)
 
-    def gather(self, block: Block, dtype: str) -> np.ndarray:
-        """The block's elements as unsigned integers of the element size, valid until the next call."""
+    def gather(self, block: Block, dtype: str) -> memoryview:
+        """The block's bytes, valid until the next call."""
         item = ITEM_SIZES[dtype]
         step = block.step
         read = self._files.read_into
         for move in self._moves.of(block, item):
             source = self._sources[move.tensor]
-            read(source.file, source.header.offset + move.offset + step * move.shift, move.data)
+            read(source.file, source.header.offset + move.offset + step * move.shift, move.parts)
             if move.inside is not None:
                 move.inside[...] = move.outside
-        return self._moves.elements(block, item)
+        return self._moves.bytes(block, item)
 
 
 class Scatterer:
@@ -42,9 +39,9 @@ class Scatterer:
         self,
         files: SourceFiles,
         sources: Sequence[SourceTensor],
-        write: Callable[[int, int, memoryview], None],
+        write: Callable[[int, int, Sequence[memoryview]], None],
     ) -> None:
-        """Args: write: takes an output, a byte offset in it, and the bytes; gaps are never written."""
+        """Args: write: takes an output, a byte offset in it, and the bytes in parts; gaps are never written."""
         self._files, self._sources, self._write = files, sources, write
         self._moves = Moves(0)
 
@@ -53,10 +50,10 @@ class Scatterer:
         tensor = self._sources[source]
         item = ITEM_SIZES[tensor.header.dtype]
         moves = self._moves.of(block, item)
-        data = self._moves.elements(block, item)
-        self._files.read_into(tensor.file, tensor.header.offset + block.low * item, data.view(np.uint8).data)
+        data = self._moves.bytes(block, item)
+        self._files.read_into(tensor.file, tensor.header.offset + block.low * item, (data,))
         step = block.step
         for move in moves:
             if move.outside is not None:
                 move.outside[...] = move.inside
-            self._write(move.tensor, move.offset + step * move.shift, move.data)
+            self._write(move.tensor, move.offset + step * move.shift, move.parts)

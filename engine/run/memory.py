@@ -7,7 +7,7 @@ import os
 from engine.errors import EngineError
 from engine.plan.model import Plan
 from engine.run.blocks import LARGE_BLOCK_BYTES
-from engine.run.moves import MOST_SPAN
+from engine.run.runs import MOST_SPAN
 
 _BASE = 48 << 20  # the interpreter with the libraries that a run needs
 _PER_TENSOR = 1500  # bytes of headers, outputs and digests per tensor
@@ -17,7 +17,7 @@ _MAPPED = 8 << 20  # what the allocator keeps beyond what is asked for
 def predicted_memory(plan: Plan, workers: int) -> int:
     """Bytes resident at the peak of a run with so many workers; the model's size does not count."""
     widest = max((2 * 4 * o.shape[-1] for o in plan.outputs if o.transform is not None and o.shape), default=0)
-    casts = any(o.dtype != o.read_dtype or o.transform is not None for o in plan.outputs)
+    casts = not all(output.unchanged for output in plan.outputs)
     # A block, its scratch, the converted block; a transform holds its rows in float32 three times.
     worker = LARGE_BLOCK_BYTES + MOST_SPAN + (4 * LARGE_BLOCK_BYTES if casts else 0) + widest
     compared = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN) if plan.replicas or plan.tied else 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from engine.checkpoint.headers import ITEM_SIZES
 from engine.checkpoint.sources import SourceFiles
@@ -13,7 +12,7 @@ from engine.plan.copies import Copy
 from engine.plan.model import Plan, Replicas, Tied
 from engine.run.blocks import BLOCK_BYTES, block_of, blocks
 from engine.run.gather import Gatherer
-from engine.run.values import float_type
+from engine.run.values import elements, float_type
 
 Check = Replicas | Tied
 
@@ -55,7 +54,7 @@ def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer, stop
     limit = BLOCK_BYTES // ITEM_SIZES[kept.read_dtype]
     equal = kept.read_dtype == tied.output.read_dtype and all(
         stopped()
-        or np.array_equal(
+        or _same(
             first.gather(block_of(tied.copies, low, min(low + limit, kept.elements)), kept.read_dtype),
             other.gather(block_of(copies, low, min(low + limit, kept.elements)), kept.read_dtype),
         )
@@ -77,7 +76,7 @@ def replica_bytes(plan: Plan) -> int:
 
 def _nbytes(plan: Plan, source: int) -> int:
     header = plan.sources[source].header
-    return int(np.prod(header.shape, dtype=np.int64)) * ITEM_SIZES[header.dtype]
+    return math.prod(header.shape) * ITEM_SIZES[header.dtype]
 
 
 def _compare(
@@ -94,7 +93,7 @@ def _compare(
     for source in others:
         if plan.sources[source].header.dtype != header.dtype:
             raise _differ(plan, replicas, source, f"{plan.sources[source].header.dtype} against {header.dtype}")
-    size = int(np.prod(header.shape, dtype=np.int64))
+    size = math.prod(header.shape)
     limit = BLOCK_BYTES // ITEM_SIZES[header.dtype]
     found: dict[int, tuple[int, float]] = {}  # source → elements that differ, and by how much at most
     for block, *theirs in zip(*(blocks([_whole(plan, s)], size, limit) for s in replicas.sources), strict=True):
@@ -103,9 +102,10 @@ def _compare(
         x = first.gather(block, header.dtype)
         for source, their in zip(others, theirs, strict=True):
             y = other.gather(their, header.dtype)
-            if not np.array_equal(x, y):
+            if not _same(x, y):
                 count, largest = found.get(source, (0, 0.0))
-                found[source] = count + int((x != y).sum()), max(largest, _deviation(x, y, header.dtype))
+                unlike, deviation = _deviation(x, y, header.dtype)
+                found[source] = count + unlike, max(largest, deviation)
             advance(y.nbytes)
     for source in others:
         if source in found:
@@ -113,11 +113,26 @@ def _compare(
             raise _differ(plan, replicas, source, f"{count} of {size} elements, by up to {largest:.6g}")
 
 
-def _deviation(x: np.ndarray, y: np.ndarray, dtype: str) -> float:
+def _same(x: memoryview, y: memoryview) -> bool:
+    """Whether two buffers hold the same bytes.
+
+    A whole bytearray is compared with a buffer by `memcmp`, two memoryviews item by item.
+    """
+    if isinstance(x.obj, bytearray) and len(x.obj) == len(x):
+        return x.obj == y
+    return x == y if len(x) % 8 else x.cast("Q") == y.cast("Q")
+
+
+def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
+    """How many elements differ, and by how much at most."""
+    import numpy as np
+
+    one, two = elements(x, dtype), elements(y, dtype)
+    unlike = int((one != two).sum())
     if dtype not in ("BF16", "F16", "F32", "F64"):
-        return 0.0
-    u, v = (z.view(float_type(dtype)).astype(np.float64) for z in (x, y))
-    return float(np.nanmax(np.abs(u - v), initial=0.0))
+        return unlike, 0.0
+    u, v = (z.view(float_type(dtype)).astype(np.float64) for z in (one, two))
+    return unlike, float(np.nanmax(np.abs(u - v), initial=0.0))
 
 
 def _whole(plan: Plan, source: int) -> Copy:

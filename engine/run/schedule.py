@@ -13,8 +13,7 @@ from engine.checkpoint.headers import ITEM_SIZES
 from engine.plan.builder import contiguous
 from engine.plan.copies import Copy, swap
 from engine.plan.model import Plan
-from engine.run.gather import READ_THROUGH
-from engine.run.moves import runs
+from engine.run.runs import READ_THROUGH, runs
 
 _RUN_COST = 8 * 1024  # bytes that could have been moved in the time a run takes to start
 _CLEARLY = 0.8  # scatter only where it costs less than this part of gathering
@@ -124,7 +123,7 @@ def _skips(copy: Copy, plan: Plan) -> bool:
 
 def _scatters(plan: Plan, outputs: Sequence[int], copies: Sequence[Copy]) -> bool:
     """Whether these outputs can be filled from the source side, and are better so."""
-    if any(plan.outputs[i].dtype != plan.outputs[i].read_dtype or plan.outputs[i].transform for i in outputs):
+    if not all(plan.outputs[i].unchanged for i in outputs):
         return False
     moved: dict[int, int] = {}
     gathering = scattering = 0

@@ -17,7 +17,7 @@ from engine.plan.copies import Copy
 from engine.plan.model import SourceTensor
 from engine.run.blocks import Block
 from engine.run.gather import Gatherer
-from engine.run.values import float_type
+from engine.run.values import elements, float_type
 
 _LIMIT = 1 << 18  # elements of a tile: half a MiB of bfloat16
 _SPAN = 1 << 20  # elements that one read may reach across
@@ -100,7 +100,7 @@ class Tensors:
             last = self._last[reader] = (key, tuple(_pieces(view.source, shape, view.strides)))
         start = view.start + sum(low * stride for (low, _), stride in zip(box, view.strides, strict=True))
         block = Block(0, prod(shape), last[1], (1,) * len(last[1]), start)
-        return self._readers[reader].gather(block, view.dtype)
+        return elements(self._readers[reader].gather(block, view.dtype), view.dtype)
 
     def _both(self, one: View, two: View, limit: int) -> Iterator[tuple[Box, np.ndarray, np.ndarray]]:
         for box in tiles(one.shape, (one.strides, two.strides), limit):

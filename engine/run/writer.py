@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from engine.checkpoint.headers import ITEM_SIZES
 from engine.checkpoint.sinks import CHECKED, FORMATS, FileLayout, SinkFiles
@@ -19,8 +17,8 @@ from engine.run.digests import Total
 from engine.run.gather import Gatherer, Scatterer
 from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
-from engine.run.moves import straight
 from engine.run.output import write_error
+from engine.run.runs import straight
 from engine.run.schedule import Unit, copies_from
 from engine.run.sharing import Shares
 from engine.run.values import Converter
@@ -84,18 +82,21 @@ class Writer:
         with SinkFiles(self._paths) as sinks, self._errors(index):
             sinks.create(index, self._layouts[index].end)
             for offset, data in self._layouts[index].start():
-                sinks.write(index, offset, data)
+                sinks.write(index, offset, (data,))
 
     def work(self, shares: Shares) -> None:
         """Write units until none is left. Each output is written by one worker."""
         plan = self._plan
         with SinkFiles(self._paths) as sinks, SourceFiles(plan.files) as files:
 
-            def write(output: int, offset: int, data: memoryview) -> None:
-                self._total(output).add(offset, data)
+            def write(output: int, offset: int, parts: Sequence[memoryview]) -> None:
+                total, end = self._total(output), offset
+                for part in parts:
+                    total.add(end, part)
+                    end += len(part)
                 file, at = self._places[output]
-                sinks.write(file, at + offset, data)
-                self._meter.advance(len(data))
+                sinks.write(file, at + offset, parts)
+                self._meter.advance(end - offset)
 
             gatherer, converter = Gatherer(files, plan.sources), Converter()
             scatterer = Scatterer(files, plan.sources, write)
@@ -122,7 +123,7 @@ class Writer:
         outputs = self._plan.shards[index].outputs
         with self._errors(index):
             for offset, data in self._layouts[index].finish([self.done[output].checksum for output in outputs]):
-                sinks.write(index, offset, data)
+                sinks.write(index, offset, (data,))
             sinks.complete(index)
 
     def sync(self, index: int) -> None:
@@ -153,8 +154,7 @@ class Writer:
     def _copied(self, index: int, files: SourceFiles, sinks: SinkFiles) -> bool:
         """Have the system move an output that is whole runs of its sources, unseen; False where it cannot."""
         output = self._plan.outputs[index]
-        unchanged = output.dtype == output.read_dtype and output.transform is None
-        if not self._direct or index in self._checked or not unchanged:
+        if not self._direct or index in self._checked or not output.unchanged:
             return False
         copies, item = self._plan.copies(index), ITEM_SIZES[output.dtype]
         if not all(straight(copy) for copy in copies):
@@ -175,7 +175,11 @@ class Writer:
         return True
 
     def _gather(
-        self, index: int, gatherer: Gatherer, converter: Converter, write: Callable[[int, int, memoryview], None]
+        self,
+        index: int,
+        gatherer: Gatherer,
+        converter: Converter,
+        write: Callable[[int, int, Sequence[memoryview]], None],
     ) -> None:
         output = self._plan.outputs[index]
         copies = self._plan.copies(index)
@@ -190,7 +194,7 @@ class Writer:
                 continue
             written = converter.convert(output, gatherer.gather(block, output.read_dtype))
             skip = max(begun - block.low * item, 0)
-            write(index, block.low * item + skip, written.view(np.uint8).data[skip:])
+            write(index, block.low * item + skip, (written[skip:],))
             if self.journal is not None and total.end - marked >= MARK_BYTES:
                 marked = total.end
                 self.journal.mark(index, *(total.mark() or ("", 0)))
