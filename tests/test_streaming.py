@@ -6,6 +6,7 @@ tensors of several real blocks.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -40,15 +41,33 @@ def written(model: Model, source: Path, out: Path, **options: Any) -> State:
     return state
 
 
-def blocks_of(nbytes: int) -> Any:
-    """Blocks of at most `nbytes`, for writing and for comparing replicas."""
+def blocks_of(nbytes: int, row: int = 2048) -> Any:
+    """Blocks of at most `nbytes`, for writing and for comparing replicas; rows of so many bytes move by themselves."""
     runner = mock.patch.multiple("engine.run.blocks", BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
     replicas = mock.patch("engine.run.replicas.BLOCK_BYTES", nbytes)
     through = (
         mock.patch.multiple("engine.run.gather", READ_THROUGH=8),
         mock.patch("engine.run.schedule.READ_THROUGH", 8),
     )
-    return runner, replicas, *through
+    return runner, replicas, *through, mock.patch.multiple("engine.run.runs", LEAST_ROW=row, FEW_ROWS=0)
+
+
+def little_at_a_time(nbytes: int) -> Any:
+    """A system that reads and writes at most `nbytes` in one call, wherever in the buffers that ends."""
+    preadv, pwritev = os.preadv, os.pwritev
+
+    def first(parts: Any) -> list[memoryview]:
+        left, taken = nbytes, []
+        for part in map(memoryview, parts):
+            taken.append(part[: max(left, 0)])
+            left -= len(part)
+        return taken
+
+    return mock.patch.multiple(
+        os,
+        preadv=lambda descriptor, parts, at: preadv(descriptor, first(parts), at),
+        pwritev=lambda descriptor, parts, at: pwritev(descriptor, first(parts), at),
+    )
 
 
 @contextmanager
@@ -60,13 +79,25 @@ def all_of(patches: Any) -> Iterator[None]:
 
 
 @common
-@given(cases(), st.sampled_from([8, 16, 24, 40, 64, 136, 520]))
-def test_tiny_blocks_write_the_unsharded_truth(case: tuple[Model, dict[str, Any]], nbytes: int) -> None:
+@given(cases(), st.sampled_from([8, 16, 24, 40, 64, 136, 520]), st.sampled_from([1, 8, 2048]))
+def test_tiny_blocks_write_the_unsharded_truth(case: tuple[Model, dict[str, Any]], nbytes: int, row: int) -> None:
     model, layout = case
-    every = blocks_of(nbytes)
+    every = blocks_of(nbytes, row)
     with tempfile.TemporaryDirectory() as folder, all_of(every):
         expected = save(model, Path(folder) / "step", **layout)
         same(written(model, Path(folder) / "step", Path(folder) / "hf"), expected)
+
+
+@pytest.mark.parametrize("rotary", ["halves", "pairs"])
+@pytest.mark.parametrize("row", [1, 2048])
+def test_a_system_that_moves_little_at_a_time_changes_no_byte(rotary: str, row: int, tmp_path: Path) -> None:
+    model = Model("v2", hidden=24, heads=6, groups=3, ffn=40, rotary=rotary)
+    expected = save(model, tmp_path / "step", tp=3)
+    save(model, tmp_path / "genuine", tp=3)
+    with all_of((*blocks_of(200, row), little_at_a_time(7))):
+        same(written(model, tmp_path / "step", tmp_path / "hf"), expected)
+        engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", like=tmp_path / "genuine", settings=LETTERS)
+    same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "genuine"))
 
 
 @pytest.mark.parametrize("nbytes", [8, 64, 200])
@@ -123,12 +154,14 @@ def test_rows_shorter_than_one_are_normalised_too(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
-@given(st.data(), st.sampled_from([8, 24, 64, 136, 520]))
-def test_tiny_blocks_write_the_rank_files_that_training_would_have_written(data: st.DataObject, nbytes: int) -> None:
+@given(st.data(), st.sampled_from([8, 24, 64, 136, 520]), st.sampled_from([1, 8, 2048]))
+def test_tiny_blocks_write_the_rank_files_that_training_would_have_written(
+    data: st.DataObject, nbytes: int, row: int
+) -> None:
     model, layout = data.draw(writable_cases())
     other = data.draw(layouts_of(model))
     letters = {"mlp_letters": model.letters}
-    with tempfile.TemporaryDirectory() as name, all_of(blocks_of(nbytes)):
+    with tempfile.TemporaryDirectory() as name, all_of(blocks_of(nbytes, row)):
         folder = Path(name)
         save(model, folder / "a", **layout | {"wrapped": False})
         save(model, folder / "b", **other)

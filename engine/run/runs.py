@@ -9,8 +9,9 @@ from engine.plan.copies import Copy
 
 READ_THROUGH = 8 * 1024  # bytes: gaps smaller than this are read, not skipped
 MOST_SPAN = 4 << 20  # bytes of a run with gaps: what the scratch buffer may grow to
-_LEAST_ROW = 2 * 1024  # bytes: shorter rows are sooner moved by way of a scratch buffer
-_MOST_ROWS = 1024  # with what lies between them: that one call of the system takes (IOV_MAX)
+LEAST_ROW = 2 * 1024  # bytes: many shorter rows are sooner moved by way of a scratch buffer
+FEW_ROWS = 64  # not many, whatever their length
+MOST_ROWS = 1024  # with what lies between them: that one call of the system takes (IOV_MAX)
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -77,7 +78,7 @@ def runs(copy: Copy, gap: int) -> tuple[int, int]:
 
 
 def rows(copy: Copy, item: int) -> list[tuple[int, int, int]] | None:
-    """A run as rows that are contiguous inside too, in their order outside; None where they are short or too many.
+    """A run as rows that are contiguous inside too, in their order outside; None where they are too many.
 
     Args:
         copy: one of `dense_parts`.
@@ -91,7 +92,9 @@ def rows(copy: Copy, item: int) -> list[tuple[int, int, int]] | None:
     """
     axes = sorted(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True), reverse=True)
     outer, inner, length = axes.pop()
-    if outer != 1 or inner != 1 or length * item < _LEAST_ROW or copy.volume() > _MOST_ROWS // 2 * length:
+    count = copy.volume() // length
+    most = MOST_ROWS // 2 if length * item >= LEAST_ROW else FEW_ROWS
+    if outer != 1 or inner != 1 or count > most:
         return None
     found, end = [], 0
     for at in itertools.product(*(range(size) for _, _, size in axes)):
