@@ -94,7 +94,7 @@ class CopyTable:
         if known is not None:
             return known
         reaching = self._source.reaching(group, self._target)
-        numbers = [n for one in reaching for n in self._source.first_numbers(one)]
+        numbers = [n[0] for one in reaching for n in self._source.numbers(one)]
         key = _class_of(group, reaching)
         template = self._templates.get(key)
         if template is None:

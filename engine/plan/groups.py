@@ -86,6 +86,7 @@ def group_shards(
     cuts: dict[tuple[int, int, bool], tuple[Cut, tuple[str, ...]]] = {}
     collected: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], list[Stored]]] = {}
     facts: dict[tuple[int, tuple[int, ...]], tuple[Instance, Mapping[str, int], Cut]] = {}
+    once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
     for stored, instance, fixed in matched:
         file = files[stored.file]
         part = stored.header.part is not None
@@ -98,6 +99,7 @@ def group_shards(
         if facts.setdefault(key, (instance, fixed, cut))[2].recorded != part:
             raise unexpected_part(stored, file)
         ranks = tuple([file.ranks[dim] for dim in dims])
+        ranks = once.setdefault(ranks, ranks)
         collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
     result: dict[tuple[Instance, tuple[int, ...]], Group] = {}
     for key, shards in collected.items():

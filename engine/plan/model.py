@@ -6,21 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.checkpoint.headers import ITEM_SIZES, FileHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.plan.copies import Copy
 from engine.plan.ranks import RankGrid
-from engine.plan.stored import Stages
+from engine.plan.stored import SourceTensor, Stages
 from engine.plan.variants import Decision
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor that is read: the file's index in the plan, and its header."""
-
-    file: int
-    header: TensorHeader
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from engine.plan.classes import CopyTable
 from engine.plan.completeness import check_repeated, check_slices, used_instances
 from engine.plan.copies import Copy
 from engine.plan.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
-from engine.plan.model import Output, OutputFile, Plan, Replicas, SourceTensor, Tied
+from engine.plan.model import Output, OutputFile, Plan, Replicas, Tied
 from engine.plan.pieces import Pieces, match_pieces
 from engine.plan.sides import Side, training_keys, whole_keys
 from engine.plan.sizes import size_error
@@ -135,7 +135,7 @@ def make_plan(
         checkpoint.grid,
         understood.stages,
         checkpoint.files,
-        tuple(SourceTensor(s.file, s.header) for s in source.stored),
+        tuple(source.stored),
         outputs,
         copies,
         replicas_of(source),
@@ -156,10 +156,10 @@ def make_plan(
 def replicas_of(side: Side) -> tuple[Replicas, ...]:
     """Sets of tensors that several ranks hold and that must be equal."""
     return tuple(
-        Replicas(tuple(side.number(one) for one in stored), group.name, group.instance.rule.name)
+        Replicas(tuple(numbers), group.name, group.instance.rule.name)
         for group in side.groups
-        for stored in group.shards.values()
-        if len(stored) > 1
+        for numbers in side.numbers(group)
+        if len(numbers) > 1
     )
 
 

@@ -26,7 +26,7 @@ from engine.plan.destination import Destination, Request
 from engine.plan.groups import Group
 from engine.plan.likeness import Like, destination_of, like_of, spellings_of
 from engine.plan.matching import is_active
-from engine.plan.model import Plan, SourceTensor
+from engine.plan.model import Plan
 from engine.plan.pieces import match_pieces
 from engine.plan.planner import main_dtype, overruled, present_in, replicas_of, understand
 from engine.plan.rank_outputs import RankOutputs, rank_outputs, small_files
@@ -183,7 +183,7 @@ def _plan(
         grid=grid,
         stages=stages,
         files=files,
-        sources=tuple(SourceTensor(s.file, s.header) for s in source.stored),
+        sources=tuple(source.stored),
         outputs=written.outputs,
         copies=written.copies,
         replicas=replicas_of(source),

@@ -6,7 +6,7 @@ layout cuts, a Hugging Face checkpoint is groups of one whole shard each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -65,23 +65,22 @@ class Side:
         self.sizes = sizes
         self.stored: list[Stored] = []
         self._found: dict[tuple[int, tuple[int, ...]], Group] = {}
-        self._ids: dict[int, int] = {}
+        self._first: dict[int, int] = {}  # id of a group → the number of its first tensor
         orders: dict[int, tuple[str, ...]] = {}
         for group in self.groups:
             self._found[id(group.instance), tuple(group.fixed.values())] = group
             orders[id(group.instance)] = tuple(group.fixed)
+            self._first[id(group)] = len(self.stored)
             for replicas in group.shards.values():
-                for one in replicas:
-                    self._ids[id(one)] = len(self.stored)
-                    self.stored.append(one)
+                self.stored.extend(replicas)
         self._owners = {key: (owner, orders[owner]) for (owner, _), key in keys.items() if owner in orders}
 
-    def number(self, stored: Stored) -> int:
-        return self._ids[id(stored)]
-
-    def first_numbers(self, group: Group) -> list[int]:
-        """The number of each shard's first replica."""
-        return [self._ids[id(replicas[0])] for replicas in group.shards.values()]
+    def numbers(self, group: Group) -> Iterator[range]:
+        """The numbers of each shard's replicas."""
+        first = self._first[id(group)]
+        for replicas in group.shards.values():
+            yield range(first, first + len(replicas))
+            first += len(replicas)
 
     def reaching(self, group: Group, other: Side) -> list[Group]:
         """Groups of this side that hold pieces of a group of the other side."""

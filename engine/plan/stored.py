@@ -17,11 +17,17 @@ from engine.plan.ranks import RankFile, RankGrid
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor of one rank file, under its name without prefix; `file` indexes the grid's files."""
+class SourceTensor:
+    """A tensor that is read: the file's index, in the plan and in the grid, and its header."""
 
     file: int
     header: TensorHeader
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(SourceTensor):
+    """One tensor of one rank file, under its name without prefix."""
+
     name: str
     chunk: int
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from engine.checkpoint.headers import ITEM_SIZES
 from engine.checkpoint.sources import SourceFiles
-from engine.plan.model import SourceTensor
+from engine.plan.stored import SourceTensor
 from engine.run.blocks import Block
 from engine.run.moves import Moves
 from engine.run.runs import READ_THROUGH

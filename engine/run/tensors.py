@@ -14,7 +14,7 @@ from engine.checkpoint.headers import FileHeader
 from engine.checkpoint.sources import SourceFiles
 from engine.checkpoint.views import Box, View, dense_strides, tiles
 from engine.plan.copies import Copy
-from engine.plan.model import SourceTensor
+from engine.plan.stored import SourceTensor
 from engine.run.blocks import Block
 from engine.run.gather import Gatherer
 from engine.run.values import elements, float_type
