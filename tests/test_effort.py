@@ -85,6 +85,15 @@ def test_merging_reads_every_byte_once_in_long_runs(sources: dict[int, Path], tm
     assert effort.reads <= 8 * blocks + 12 * len(plan.outputs)
 
 
+def test_permuting_rotary_pairs_reads_every_byte_once_too(sources: dict[int, Path], tmp_path: Path) -> None:
+    """Half a head fills a block here, and its rows lie between those of the other half."""
+    plan = engine.plan(model_of(8).mapping, sources[8], settings=LETTERS | {"rotary": "pairs"})
+    half = 32 * 512 * 2
+    with counted() as effort, mock.patch.multiple("engine.run.blocks", BLOCK_BYTES=half, LARGE_BLOCK_BYTES=4 * half):
+        engine.convert(model_of(8).mapping, sources[8], tmp_path / "hf", settings=LETTERS | {"rotary": "pairs"})
+    assert effort.read <= payload(plan) + 6 * (2 * 8 + 1) * 512 * 2
+
+
 def test_splitting_columns_reads_every_byte_once_too(sources: dict[int, Path], tmp_path: Path) -> None:
     engine.convert(model_of(8).mapping, sources[8], tmp_path / "hf", settings=LETTERS)
     plan = engine.plan_reverse(model_of(8).mapping, tmp_path / "hf", tp=8)

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from engine.checkpoint.headers import ITEM_SIZES
 from engine.plan.copies import Copy, clip, row
 from engine.plan.model import Output
+from engine.run.runs import span
 
 BLOCK_BYTES = 512 * 1024
 MANY_RUNS = 16  # beyond this many runs in a block, larger blocks win
-LARGE_BLOCK_BYTES = 4 * BLOCK_BYTES
+LARGER = 4  # times
+LARGE_BLOCK_BYTES = LARGER * BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,14 @@ def _band(copies: list[Copy], low: int, high: int, limit: int, quantum: int) -> 
         yield _one(copies, low, high)
         return
     rows = _common_rows(copies, low, high)
+    if high - low <= LARGER * limit and any(_interleaves(copy) for copy in copies):
+        yield _one(copies, low, high)
+        return
     if rows is not None and rows[1] % quantum == 0:
         count, stride = rows
-        if stride <= limit:
-            per_block = limit // stride
-            yield from _repeat(copies, low, count, stride, per_block)
+        together = stride <= LARGER * limit and any(_interleaves(row(copy, 0)) for copy in copies)
+        if stride <= limit or together:
+            yield from _repeat(copies, low, count, stride, max(limit // stride, 1))
         else:
             for i in range(count):
                 inner = [row(c, i) for c in copies]
@@ -126,6 +131,15 @@ def _repeat(copies: list[Copy], low: int, count: int, stride: int, per_block: in
     if whole < count:
         rest = tuple(_head(c, count - whole, low) for c in copies)
         yield Block(low + whole * stride, low + count * stride, rest, shifts, whole)
+
+
+def _interleaves(copy: Copy) -> bool:
+    """Whether its rows lie between each other in the source, so that reading one reads past the others.
+
+    >>> _interleaves(Copy(0, 0, 0, 0, (2, 64, 8), (8, 16, 1), (512, 8, 1)))
+    True
+    """
+    return len(copy.shape) > 1 and copy.source_strides[0] < span(copy.shape[1:], copy.source_strides[1:])
 
 
 def _head(copy: Copy, rows: int, low: int) -> Copy:
