@@ -70,10 +70,7 @@ class Axes:
         >>> parse_axes("(heads (q + k)) | hidden").pieces()
         (('heads', 'q', 'hidden'), ('heads', 'k', 'hidden'))
         """
-        result: list[tuple[str, ...]] = [()]
-        for dim in self.dims:
-            result = [left + right for left in result for right in _alternatives(dim)]
-        return tuple(result)
+        return _pieces(self.dims)
 
     def __str__(self) -> str:
         parts = [str(d) if isinstance(d, Axis) else f"({d})" for d in self.dims]
@@ -88,6 +85,11 @@ def leaves(node: Node) -> Iterator[str]:
     else:
         for term in node.terms:
             yield from leaves(term)
+
+
+@lru_cache(maxsize=1024)  # asked again for every combination of variants
+def _pieces(dims: tuple[Node, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple(_alternatives(Product(dims)))
 
 
 def _alternatives(node: Node) -> list[tuple[str, ...]]:
