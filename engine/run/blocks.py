@@ -15,7 +15,7 @@ from engine.plan.model import Output
 from engine.run.runs import span
 
 BLOCK_BYTES = 512 * 1024
-MANY_RUNS = 16  # beyond this many runs in a block, larger blocks win
+MANY_RUNS = 16  # from so many runs in a block on, larger blocks win
 LARGER = 4  # times
 LARGE_BLOCK_BYTES = LARGER * BLOCK_BYTES
 
@@ -46,7 +46,7 @@ def output_blocks(output: Output, copies: Sequence[Copy]) -> Iterator[Block]:
 
 def block_bytes(runs: int) -> int:
     """Bytes of a block that so many copies fill."""
-    return BLOCK_BYTES if runs <= MANY_RUNS else LARGE_BLOCK_BYTES
+    return BLOCK_BYTES if runs < MANY_RUNS else LARGE_BLOCK_BYTES
 
 
 def blocks(copies: Sequence[Copy], size: int, limit: int, quantum: int = 1) -> Iterator[Block]:
