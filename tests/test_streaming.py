@@ -24,6 +24,9 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
+from engine.plan.copies import Copy
+from engine.run.blocks import Block, block_bytes, blocks, largest_block
+from engine.run.moves import Moves
 from engine.run.schedule import schedule
 from tests.support.shards import Model, State, same, save
 from tests.test_any_layout import cases
@@ -189,3 +192,27 @@ def test_columns_cut_into_many_ranks_are_scattered_and_come_out_right(workers: i
     save(model, tmp_path / "genuine", tp=16)
     same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "genuine"))
     same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "back", settings=LETTERS))), expected)
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_blocks_stay_within_what_memory_is_predicted_for(count: int) -> None:
+    """Rows that interleave stay together, though not beyond the largest block; scratch is taken once."""
+    rows = 1 << 10
+    copies = [
+        Copy(i, 0, 0, i * rows * 2048, (2, rows // 2, 2048), (2048, 4096, 1), (rows * 1024, 2048, 1))
+        for i in range(count)
+    ]
+    limit, most = block_bytes(count) // 2, largest_block(2)
+    found = list(blocks(copies, count * rows * 2048, limit, most=most))
+    assert max(block.high - block.low for block in found) <= most
+    together = [
+        Copy(i, 0, 0, i * 256 * 2048, (2, 128, 2048), (2048, 4096, 1), (128 * 2048, 2048, 1)) for i in range(count)
+    ]
+    assert len(list(blocks(together, count * 256 * 2048, limit, most=most))) == count
+
+
+def test_scratch_is_as_large_as_the_largest_run_needs() -> None:
+    parts = tuple(Copy(i, 0, 0, i * 4096, (512 << i, 2), (4, 1), (16, 1)) for i in range(3))
+    moves = Moves(8192).of(Block(0, 1 << 16, parts, (0, 0, 0), 0), 2)
+    buffers = {id(part.obj): len(part.obj) for move in moves for part in move.parts}
+    assert sorted(buffers.values()) == [(2048 - 1) * 8 + 4]

@@ -1,4 +1,4 @@
-"""Writing byte ranges of checkpoint files: created whole, filled by pwrite, few descriptors open."""
+"""Writing byte ranges of checkpoint files: created whole, filled by pwritev, few descriptors open."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ from engine.run.runs import span
 
 BLOCK_BYTES = 512 * 1024
 MANY_RUNS = 16  # from so many runs in a block on, larger blocks win
-LARGER = 4  # times
-LARGE_BLOCK_BYTES = LARGER * BLOCK_BYTES
+LARGE_BLOCK_BYTES = 4 * BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,9 @@ def output_blocks(output: Output, copies: Sequence[Copy]) -> Iterator[Block]:
 
     A transform needs whole rows of the last dimension in each block.
     """
-    limit = block_bytes(len(copies)) // max(ITEM_SIZES[output.dtype], ITEM_SIZES[output.read_dtype])
-    return blocks(copies, output.elements, limit, output.shape[-1] if output.transform is not None else 1)
+    item = max(ITEM_SIZES[output.dtype], ITEM_SIZES[output.read_dtype])
+    quantum = output.shape[-1] if output.transform is not None else 1
+    return blocks(copies, output.elements, block_bytes(len(copies)) // item, quantum, largest_block(item))
 
 
 def block_bytes(runs: int) -> int:
@@ -49,38 +49,44 @@ def block_bytes(runs: int) -> int:
     return BLOCK_BYTES if runs < MANY_RUNS else LARGE_BLOCK_BYTES
 
 
-def blocks(copies: Sequence[Copy], size: int, limit: int, quantum: int = 1) -> Iterator[Block]:
+def largest_block(item: int) -> int:
+    """Elements that a block never exceeds but for whole rows of a transform."""
+    return LARGE_BLOCK_BYTES // item
+
+
+def blocks(copies: Sequence[Copy], size: int, limit: int, quantum: int = 1, most: int = 0) -> Iterator[Block]:
     """Cut target elements 0..size into blocks of at most `limit` elements.
 
     Args:
         copies: disjoint copies that fill the target completely.
         quantum: blocks start and end at multiples of this many elements (whole rows for a
             transform), which may exceed `limit`.
+        most: up to so many elements stay together, beyond `limit`, whose rows interleave in the source.
 
     >>> whole = Copy(0, 0, 7, 0, (8, 2), (10, 1), (2, 1))
     >>> [(b.low, b.high, b.step) for b in blocks([whole], 16, 6)]
     [(0, 6, 0), (6, 12, 3), (12, 16, 6)]
     """
-    return _band(list(copies), 0, size, max(limit // quantum, 1) * quantum, quantum)
+    return _band(list(copies), 0, size, max(limit // quantum, 1) * quantum, quantum, most)
 
 
-def _band(copies: list[Copy], low: int, high: int, limit: int, quantum: int) -> Iterator[Block]:
+def _band(copies: list[Copy], low: int, high: int, limit: int, quantum: int, most: int) -> Iterator[Block]:
     if high - low <= limit:
         yield _one(copies, low, high)
         return
     rows = _common_rows(copies, low, high)
-    if high - low <= LARGER * limit and any(_interleaves(copy) for copy in copies):
+    if high - low <= most and any(_interleaves(copy) for copy in copies):
         yield _one(copies, low, high)
         return
     if rows is not None and rows[1] % quantum == 0:
         count, stride = rows
-        together = stride <= LARGER * limit and any(_interleaves(row(copy, 0)) for copy in copies)
+        together = stride <= most and any(_interleaves(row(copy, 0)) for copy in copies)
         if stride <= limit or together:
             yield from _repeat(copies, low, count, stride, max(limit // stride, 1))
         else:
             for i in range(count):
                 inner = [row(c, i) for c in copies]
-                yield from _band(inner, low + i * stride, low + (i + 1) * stride, limit, quantum)
+                yield from _band(inner, low + i * stride, low + (i + 1) * stride, limit, quantum, most)
         return
     if rows is not None and len(copies) == 1 and rows[1] == 1:
         yield from _repeat(copies, low, rows[0], 1, limit)
@@ -88,7 +94,7 @@ def _band(copies: list[Copy], low: int, high: int, limit: int, quantum: int) -> 
     bands = _disjoint(copies, low, high, quantum)
     if len(bands) > 1:
         for band_copies, band_low, band_high in bands:
-            yield from _band(band_copies, band_low, band_high, limit, quantum)
+            yield from _band(band_copies, band_low, band_high, limit, quantum, most)
         return
     for start in range(low, high, limit):
         end = min(start + limit, high)

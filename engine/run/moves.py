@@ -65,18 +65,21 @@ class Moves:
         return self._block[: (block.high - block.low) * item]
 
     def _compile(self, block: Block, item: int) -> list[Move]:
-        moves: list[Move] = []
-        for copy, shift in zip(block.template, block.shifts, strict=True):
-            for part in dense_parts(copy, self._gap // item, MOST_SPAN // item):
-                moves.append(self._move(part, shift * item, item))
-        return moves
+        pieces = [
+            (part, shift * item, None if straight(part) else rows(part, item))
+            for copy, shift in zip(block.template, block.shifts, strict=True)
+            for part in dense_parts(copy, self._gap // item, MOST_SPAN // item)
+        ]
+        # Taken once, since moves keep what they were given.
+        spans = (span(p.shape, p.source_strides) for p, _, listed in pieces if listed is None and not straight(p))
+        self._scratch_of(max(spans, default=0) * item)
+        return [self._move(part, shift, listed, item) for part, shift, listed in pieces]
 
-    def _move(self, part: Copy, shift: int, item: int) -> Move:
+    def _move(self, part: Copy, shift: int, listed: Sequence[tuple[int, int, int]] | None, item: int) -> Move:
         nbytes = span(part.shape, part.source_strides) * item
         outside, inside = part.source_offset * item, part.target_offset * item
         if straight(part):
             return Move(part.source, outside, shift, (self._block[inside : inside + nbytes],))
-        listed = rows(part, item)
         if listed is not None:
             return Move(part.source, outside, shift, self._rows(inside, listed, item))
         import numpy as np  # late, since most conversions move rows

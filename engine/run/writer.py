@@ -12,7 +12,7 @@ from engine.checkpoint.headers import ITEM_SIZES
 from engine.checkpoint.sinks import CHECKED, FORMATS, FileLayout, SinkFiles
 from engine.checkpoint.sources import SourceFiles
 from engine.plan.model import Plan
-from engine.run.blocks import block_bytes, blocks, output_blocks
+from engine.run.blocks import block_bytes, blocks, largest_block, output_blocks
 from engine.run.digests import Total
 from engine.run.gather import Gatherer, Scatterer
 from engine.run.journal import Begun, Done, Journal
@@ -204,7 +204,7 @@ class Writer:
             header = self._plan.sources[source].header
             elements = math.prod(header.shape)
             limit = block_bytes(len(copies)) // ITEM_SIZES[header.dtype]
-            for block in blocks(copies, elements, limit):
+            for block in blocks(copies, elements, limit, most=largest_block(ITEM_SIZES[header.dtype])):
                 if self._meter.stopped.is_set():
                     return
                 scatterer.scatter(source, block)
