@@ -55,7 +55,7 @@ def swallow(counts: Counter[str]) -> None:
 
 def swallowing(report: Path, arguments: list[str]) -> None:
     """The engine's command line, with nothing written; the counts go into a report."""
-    from engine import cli
+    from engine.commands import main as cli
 
     counts: Counter[str] = Counter()
     swallow(counts)

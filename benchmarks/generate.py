@@ -17,8 +17,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from benchmarks.shapes import Spec, config, rank_files, rank_tensors
-from engine.checkpoint.pickling import with_dtypes
-from engine.checkpoint.torch_files import encode_torch, torch_file
+from engine.formats.pickling import with_dtypes
+from engine.formats.torch_files import encode_torch, torch_file
 
 ROOT = Path(__file__).parent.parent
 NOISE = 1 << 22  # elements that are random; a tensor is a stretch of them, repeated, from anywhere

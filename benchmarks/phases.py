@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import cli
+from engine.commands import main as cli
 from engine.run import runner
 
 _PAYLOAD = 64 * 1024  # bytes of a write that is no header; headers of rank files and small models are less

@@ -11,10 +11,9 @@ from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
-from engine.mapping_diff import diff
-from engine.operations import Report, Running, check_dtype, execute, read_checkpoint
-from engine.plan import DEFAULT_SHARD_SIZE
 from engine.plan_files import load_plan, save_plan
+from engine.planning import DEFAULT_SHARD_SIZE
+from engine.proving.mapping_diff import diff
 from engine.reviewing import (
     clean,
     compare,
@@ -29,12 +28,13 @@ from engine.reviewing import (
     view,
     write_facts,
 )
+from engine.run.execute import Report, Running, check_dtype, execute, read_checkpoint
 from engine.training import plan_reshard, plan_reverse, reshard, reverse
 
 if TYPE_CHECKING:
     import torch
 
-    from engine.plan.model import Plan
+    from engine.planning.model import Plan
     from engine.run.meter import Progress
 
 __all__ = [
@@ -90,7 +90,7 @@ def plan(
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
     """
-    from engine.plan.planner import make_plan
+    from engine.planning.planner import make_plan
 
     check_dtype(dtype)
     if max_shard_size <= 0:
@@ -194,12 +194,12 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     import numpy as np
     import torch
 
-    from engine.checkpoint.headers import ITEM_SIZES
-    from engine.checkpoint.sources import SourceFiles
-    from engine.run.blocks import output_blocks
-    from engine.run.gather import Gatherer
+    from engine.formats.headers import ITEM_SIZES
+    from engine.move.blocks import output_blocks
+    from engine.move.gather import Gatherer
+    from engine.move.values import Converter, check_transform
     from engine.run.replicas import compare_replicas
-    from engine.run.values import Converter, check_transform
+    from engine.storage.sources import SourceFiles
 
     kinds = {
         "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,

@@ -61,6 +61,17 @@ CODES: dict[str, str] = {
     "E901": "internal error",
 }
 
+# What `engine lint` finds.
+LINTS: dict[str, str] = {
+    "L001": "two rules read the same tensor under the same variant choices",
+    "L002": "a rule's tensor is read under some choices of a variant and forgotten under others",
+    "L003": "a dim, variant or option is never used",
+    "L004": "a rule is shadowed by an `ignore` or `refuse` entry",
+    "L005": "source and target pieces do not match under some variant choices",
+    "L007": "an axis appears only once in the file and has no size in `dims`",
+    "L008": "a rule or choice can never be reached",
+}
+
 
 # What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
 RESUMABLE = ("E305", "E403", "E405")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.operations import read_checkpoint
-from engine.plan import DEFAULT_SHARD_SIZE
+from engine.planning import DEFAULT_SHARD_SIZE
+from engine.run.execute import read_checkpoint
 
 if TYPE_CHECKING:
-    from engine.plan.model import Plan
+    from engine.planning.model import Plan
 
 
 def save_plan(
@@ -30,7 +30,7 @@ def save_plan(
     The file (`schemas/saved-plan.schema.json`) is small for any model. Paths in it are as given here.
     """
     from engine.api import plan
-    from engine.review.saved_plan import Request, saved_plan, write_saved_plan
+    from engine.proving.saved_plan import Request, saved_plan, write_saved_plan
 
     compiled = plan(mapping, src, settings=settings, dtype=dtype, max_shard_size=max_shard_size, strict=strict)
     request = Request(str(mapping), str(src), dict(settings or {}), dtype, max_shard_size, strict)
@@ -45,8 +45,8 @@ def load_plan(path: str | Path) -> Plan:
         EngineError: E217 when mapping, layout or what they come to changed since, E405 when the
             checkpoint's files did.
     """
-    from engine.plan.planner import make_plan
-    from engine.review.saved_plan import check_files, check_plan, check_rules, read_saved_plan
+    from engine.planning.planner import make_plan
+    from engine.proving.saved_plan import check_files, check_plan, check_rules, read_saved_plan
 
     saved = read_saved_plan(Path(path))
     request = saved.request

@@ -10,22 +10,22 @@ from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
-from engine.operations import read_checkpoint
+from engine.run.execute import read_checkpoint
 
 if TYPE_CHECKING:
-    from engine.language.lint import Finding
-    from engine.plan.model import Plan
-    from engine.review.compare import Comparison
-    from engine.review.explanation import Explanation
-    from engine.review.proof import Proof
-    from engine.review.scaffold import Scaffold
-    from engine.review.verify import Verified
+    from engine.comparing.tensors import Comparison
+    from engine.comparing.verify import Verified
+    from engine.discover.scaffold import Scaffold
+    from engine.explaining.explanation import Explanation
+    from engine.planning.model import Plan
+    from engine.proving.lint import Finding
+    from engine.proving.proof import Proof
     from engine.run.meter import Progress
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
     """A plan as JSON-ready data, as `engine plan --json` prints it (`schemas/plan.schema.json`)."""
-    from engine.review.describe import describe_plan as describe
+    from engine.explaining.describe import describe_plan as describe
 
     return describe(compiled)
 
@@ -50,8 +50,8 @@ def explain(
         EngineError: E001 for a name or a slice that is not there, else as for `plan`.
     """
     from engine.api import plan
-    from engine.review.explain import explain as forward
-    from engine.review.explain_source import explain_source
+    from engine.explaining.sources import explain_source
+    from engine.explaining.targets import explain as forward
 
     compiled = plan(mapping, src, settings=settings, dtype=dtype)
     return explain_source(compiled, what) if backward else forward(compiled, what)
@@ -65,8 +65,8 @@ def inspect(src: str | Path = ".") -> dict[str, Any]:
     Raises:
         EngineError: E2xx and E3xx, of the layout that came closest.
     """
+    from engine.discover.inspect import describe_checkpoint
     from engine.language.search import layout_names, list_names
-    from engine.review.inspect import describe_checkpoint
 
     first: EngineError | None = None
     for name in layout_names():
@@ -95,9 +95,9 @@ def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], 
         EngineError: E2xx and E3xx when either cannot be read.
     """
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
-    from engine.review.compare import Comparison, compare_files
-    from engine.review.diagnoses import diagnose
-    from engine.review.guesses import geometries
+    from engine.comparing.diagnoses import diagnose
+    from engine.comparing.tensors import Comparison, compare_files
+    from engine.discover.guesses import geometries
     from engine.run.meter import Meter
 
     paths = Path(out), Path(ref)
@@ -117,7 +117,7 @@ def format_mapping(text: str) -> str:
 
 def clean(out: str | Path) -> list[Path]:
     """Remove what interrupted runs left beside an output; returns what was removed."""
-    from engine.run.output import clean as remove
+    from engine.storage.output import clean as remove
 
     return remove(Path(out))
 
@@ -150,7 +150,7 @@ def verify(
         EngineError: E304 or E301 when there is no manifest and nothing else to compare with, E0xx
             for arguments that do not go together, E2xx and E3xx when either side cannot be read.
     """
-    from engine.review.verify import Asked, check_asked, verify_output, written_dtype
+    from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
 
     check_asked(src is not None, mapping is not None, logits, sample is not None)
     from engine.api import plan
@@ -164,8 +164,8 @@ def verify(
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
     """Findings of mapping files; without paths, of every bundled one. Touches no checkpoint."""
-    from engine.language.lint import lint_file
     from engine.language.search import list_names
+    from engine.proving.lint import lint_file
 
     names = [str(path) for path in paths] or list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
@@ -188,7 +188,7 @@ def view(
         EngineError: E401 when `out` exists, else as for `plan`.
     """
     from engine.api import plan
-    from engine.review.view import view_page, write_page
+    from engine.show.page import view_page, write_page
 
     return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), Path(out), overwrite=overwrite)
 
@@ -212,7 +212,7 @@ def new_mapping(
     Raises:
         EngineError: E401 when the file exists; E2xx and E3xx for what cannot be read.
     """
-    from engine.review.scaffold_files import new_mapping as make
+    from engine.discover.files import new_mapping as make
 
     return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
 
@@ -229,7 +229,7 @@ def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = Fal
         mutants: perturb each rule too, and say what would have caught it.
     """
     from engine.language.search import list_names
-    from engine.review.prove import prove as prove_each
+    from engine.proving.prove import prove as prove_each
 
     bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
     return prove_each(list(names) or bundled, mutants=mutants)
@@ -237,6 +237,6 @@ def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = Fal
 
 def write_facts(names: Sequence[str | Path]) -> list[Path]:
     """Write beside each mapping file what its targets take from where, for `prove` to compare with later."""
-    from engine.review.facts import write_facts as write
+    from engine.proving.facts import write_facts as write
 
     return [write(name) for name in names]

@@ -11,11 +11,11 @@ from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
-from engine.operations import Report, Running, check_dtype, execute, read_checkpoint
+from engine.run.execute import Report, Running, check_dtype, execute, read_checkpoint
 
 if TYPE_CHECKING:
-    from engine.plan.destination import Request
-    from engine.plan.model import Plan
+    from engine.planning.destination import Request
+    from engine.planning.model import Plan
     from engine.run.meter import Progress
 
 
@@ -35,8 +35,8 @@ def plan_reverse(
 ) -> Plan:
     """Compile what `reverse` would do; reads headers only. Arguments as for `reverse`."""
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
-    from engine.plan.backward import WholeCheckpoint
-    from engine.plan.reverse import make_reverse_plan
+    from engine.planning.backward import WholeCheckpoint
+    from engine.planning.reverse import make_reverse_plan
 
     check_dtype(dtype)
     loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
@@ -76,7 +76,7 @@ def plan_reshard(
     dtype: str = "auto",
 ) -> Plan:
     """Compile what `reshard` would do; reads headers only. Arguments as for `reshard`."""
-    from engine.plan.reverse import make_reshard_plan
+    from engine.planning.reverse import make_reshard_plan
 
     check_dtype(dtype)
     loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
@@ -93,7 +93,7 @@ def plan_reshard(
 
 
 def _request(mode: str | None, chunks: int | None, **sizes: int | None) -> Request:
-    from engine.plan.destination import Request
+    from engine.planning.destination import Request
 
     return Request(mode, {dim: count for dim, count in sizes.items() if count is not None}, chunks)
 
@@ -177,6 +177,6 @@ def reshard(
 
 
 def _small_files(compiled: Plan) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    from engine.checkpoint.config_files import encode_config
+    from engine.formats.configs import encode_config
 
     return {n: encode_config(n, kind, content) for n, (kind, content) in compiled.beside.items()}, ()

@@ -13,7 +13,7 @@ from engine.assets.generation import generation_config
 from engine.errors import EngineError
 from engine.language.expressions import evaluate, render_tree
 from engine.language.mapping_file import load_mapping
-from engine.plan.variants import decide, options_of
+from engine.planning.variants import decide, options_of
 
 MAPPINGS = Path(__file__).parent.parent / "mappings"
 RELEASES = sorted(path.stem for path in MAPPINGS.glob("*.yaml"))

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import engine
-from engine.checkpoint.rank_files import read_rank_file
-from engine.checkpoint.safetensors_files import read_safetensors
 from engine.errors import EngineError
-from engine.run import output
+from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
+from engine.storage import output
 from tests.support.shards import Model, save
 
 V1 = Model()
@@ -110,7 +110,7 @@ def test_a_source_that_grows_after_planning_is_refused(
 def test_a_source_that_shrinks_while_it_is_read_is_refused(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.checkpoint.sources import SourceFiles
+    from engine.storage.sources import SourceFiles
 
     descriptor = SourceFiles.descriptor
 
@@ -146,7 +146,7 @@ def limited(command: list[str], limit: int) -> subprocess.CompletedProcess[str]:
     """Run the engine where no file may be longer than so many bytes, as on a full disk."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
-        "from engine.cli import main; main()"
+        "from engine.commands.main import main; main()"
     )
     words = [sys.executable, "-c", code, str(limit), *command]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.language.axes import extent, parse_axes
-from engine.plan.boxes import Part, Region, cut, regions
-from engine.plan.copies import Copy, clip, intersect, swap
-from engine.run.blocks import blocks
-from engine.run.runs import dense_parts, span, straight
+from engine.move.blocks import blocks
+from engine.move.runs import dense_parts, span, straight
+from engine.planning.boxes import Part, Region, cut, regions
+from engine.planning.copies import Copy, clip, intersect, swap
 
 SIZES = {
     "groups": 3,

@@ -18,11 +18,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from engine.checkpoint.config_files import literals, read_pickled_mapping
-from engine.checkpoint.rank_files import read_rank_file
-from engine.checkpoint.safetensors_files import read_safetensors
-from engine.checkpoint.unpickle import load_pickle
 from engine.errors import EngineError
+from engine.formats.configs import literals, read_pickled_mapping
+from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
+from engine.formats.unpickle import load_pickle
 
 
 def text(value: bytes) -> bytes:

@@ -18,11 +18,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint.config_files import literals, read_config, read_python_source
-from engine.checkpoint.headers import ITEM_SIZES
-from engine.checkpoint.rank_files import read_rank_file
-from engine.checkpoint.safetensors_files import encode_header, index_json, read_safetensors, shard_names, split_shards
 from engine.errors import EngineError
+from engine.formats.configs import literals, read_config, read_python_source
+from engine.formats.headers import ITEM_SIZES
+from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import encode_header, index_json, read_safetensors, shard_names, split_shards
 
 BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

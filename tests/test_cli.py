@@ -14,11 +14,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 import engine
-from engine import api, progress, render
-from engine.cli import cli
+from engine import api
+from engine.commands import progress
+from engine.commands.main import cli
+from engine.commands.options import parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
-from engine.options import parse_size, parse_value
 from engine.run.meter import Progress
+from engine.show import render
 from tests.support.shards import Model, save
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "internevo" / "v1_tp2_pp2"
@@ -46,7 +48,7 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("arguments", (["--help"], ["--version"], ["run", "--help"], ["lint"], ["show", "internlm"]))
 def test_commands_without_a_checkpoint_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom engine.cli import cli\n"
+        "import sys\nfrom engine.commands.main import cli\n"
         f"try: cli.main({arguments!r})\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
@@ -84,7 +86,7 @@ def test_merging_rows_of_usual_length_imports_no_numpy(tmp_path: Path) -> None:
 
 def test_help_parses_no_yaml() -> None:
     code = (
-        "import sys\nfrom engine.cli import cli\n"
+        "import sys\nfrom engine.commands.main import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'yaml', 'jsonschema', 'jinja2', 'rich'} & set(sys.modules)))"
@@ -104,7 +106,7 @@ def test_importing_the_package_is_instant_and_gives_every_public_name() -> None:
 
 
 def test_the_package_named_plan_does_what_the_function_does() -> None:
-    code = f"import engine, engine.plan.planner\nprint(len(engine.plan({MAPPING!r}, {str(CHECKPOINT)!r}).outputs))"
+    code = f"import engine, engine.planning.planner\nprint(len(engine.plan({MAPPING!r}, {str(CHECKPOINT)!r}).outputs))"
     assert python(code).stdout == "55\n"
 
 
@@ -288,7 +290,7 @@ def test_an_interruption_is_told_and_ends_with_130(monkeypatch: pytest.MonkeyPat
 
 
 BROKEN = (
-    "import sys\nfrom engine import api, cli\n"
+    "import sys\nfrom engine import api\nfrom engine.commands import main as cli\n"
     "def plan(*_, **__): raise ValueError('two\\nlines')\n"
     "api.plan = plan\n"
     "sys.argv = ['engine', 'plan', '--mapping', 'x']\n"
@@ -477,7 +479,7 @@ def test_a_run_that_failed_on_its_disk_says_what_to_do_next(tmp_path: Path, monk
 
 
 def test_the_command_line_and_the_api_write_files_of_the_same_size() -> None:
-    from engine.plan import DEFAULT_SHARD_SIZE
+    from engine.planning import DEFAULT_SHARD_SIZE
 
     option = next(param for param in cli.commands["run"].params if param.name == "max_shard_size")
     assert parse_size(option.default) == DEFAULT_SHARD_SIZE

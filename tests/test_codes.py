@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import CODES, EngineError
-from engine.language.lint import LINTS
-from engine.review.codes import explain_code, list_codes
+from engine.errors import CODES, LINTS, EngineError
+from engine.explaining.codes import explain_code, list_codes
 
 PAGES = Path(__file__).parent.parent / "docs" / "codes"
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine import api
-from engine.checkpoint.safetensors_files import index_json
-from engine.checkpoint.views import tiles
-from engine.cli import cli
-from engine.review.compare import Comparison, Verdict
+from engine.commands.main import cli
+from engine.comparing.tensors import Comparison, Verdict
+from engine.formats.safetensors import index_json
+from engine.move.views import tiles
 from engine.run.meter import Progress
 
 FIXTURES = Path(__file__).parent / "fixtures" / "internevo"

@@ -13,10 +13,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from engine import api
-from engine.cli import cli
+from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.review.diff import MappingDiff
-from engine.review.diff_render import rendered
+from engine.proving.diff import MappingDiff
+from engine.show.render_diff import rendered
 
 ROOT = Path(__file__).parent.parent
 FAMILY = (ROOT / "tests" / "fixtures" / "mappings" / "internlm2-one-line-rules.yaml").read_text("utf-8")

@@ -15,9 +15,9 @@ import yaml
 from safetensors import safe_open
 
 import engine
-from engine.cli import cli
+from engine.commands.main import cli
 from engine.errors import CODES
-from engine.language.lint import LINTS, lint_file
+from engine.proving.lint import LINTS, lint_file
 from tests.support.shards import same
 
 ROOT = Path(__file__).parent.parent

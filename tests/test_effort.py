@@ -17,12 +17,12 @@ import pytest
 
 import engine
 from engine.checkpoint.folder import read_headers
-from engine.checkpoint.rank_files import read_rank_file
-from engine.checkpoint.sinks import SinkFiles
-from engine.checkpoint.sources import SourceFiles
-from engine.checkpoint.unpickle import load_pickle
+from engine.formats.rank_files import read_rank_file
+from engine.formats.unpickle import load_pickle
 from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
+from engine.storage.sinks import SinkFiles
+from engine.storage.sources import SourceFiles
 from tests.support.shards import Model, save
 
 LETTERS = {"mlp_letters": "w2_is_down"}
@@ -89,7 +89,7 @@ def test_permuting_rotary_pairs_reads_every_byte_once_too(sources: dict[int, Pat
     """Half a head fills a block here, and its rows lie between those of the other half."""
     plan = engine.plan(model_of(8).mapping, sources[8], settings=LETTERS | {"rotary": "pairs"})
     half = 32 * 512 * 2
-    with counted() as effort, mock.patch.multiple("engine.run.blocks", BLOCK_BYTES=half, LARGE_BLOCK_BYTES=4 * half):
+    with counted() as effort, mock.patch.multiple("engine.move.blocks", BLOCK_BYTES=half, LARGE_BLOCK_BYTES=4 * half):
         engine.convert(model_of(8).mapping, sources[8], tmp_path / "hf", settings=LETTERS | {"rotary": "pairs"})
     assert effort.read <= payload(plan) + 6 * (2 * 8 + 1) * 512 * 2
 
@@ -139,7 +139,7 @@ def test_the_memory_allowed_is_kept_and_told_before(how: list[str], sources: dic
     allowed = predicted_memory(plan, 1)
     code = """
 import re, sys
-from engine.cli import cli
+from engine.commands.main import cli
 try:
     cli.main(sys.argv[1:])
 except SystemExit as end:

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 import engine
 from engine import api
-from engine.checkpoint.headers import ITEM_SIZES
-from engine.cli import cli
+from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.review.explain import explain
-from engine.review.explain_source import explain_source
-from engine.review.explanation import Explained, Explanation
-from engine.review.lattice import Lattice, index_text, join_lattices
-from engine.review.selection import Selection, parse_selection
+from engine.explaining.explanation import Explained, Explanation
+from engine.explaining.lattice import Lattice, index_text, join_lattices
+from engine.explaining.selection import Selection, parse_selection
+from engine.explaining.sources import explain_source
+from engine.explaining.targets import explain
+from engine.formats.headers import ITEM_SIZES
 from tests import test_language_features as words
 from tests.support.families import model_of, save_family
 from tests.support.shards import Model, save
@@ -335,7 +335,7 @@ def test_the_command_says_what_is_missing() -> None:
     assert invoke("explain", "x", "--from", "y").exit_code == 2
 
 
-@pytest.mark.skipif(find_spec("engine.review.codes") is None, reason="error pages are not there")
+@pytest.mark.skipif(find_spec("engine.explaining.codes") is None, reason="error pages are not there")
 def test_an_error_code_is_explained_without_a_checkpoint() -> None:
     done = invoke("explain", "E203")
     assert done.exit_code == 0, done.stderr

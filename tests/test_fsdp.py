@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 import engine
-from engine.checkpoint.headers import Part
-from engine.checkpoint.rank_files import read_rank_file
 from engine.errors import EngineError
+from engine.formats.headers import Part
+from engine.formats.rank_files import read_rank_file
 from tests.support.fsdp import FIXTURE, save_fsdp
 from tests.support.shards import Model, State, build, same
 

@@ -18,12 +18,12 @@ from torch.distributed._shard.sharded_tensor import Shard
 from torch.distributed._shard.sharding_spec import ShardMetadata
 from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
 
-from engine.checkpoint.headers import Part
-from engine.checkpoint.rank_files import read_rank_file
-from engine.checkpoint.sharded import Sharded, ShardReader
-from engine.checkpoint.standins import Refused
-from engine.checkpoint.unpickle import load_pickle
 from engine.errors import EngineError
+from engine.formats.headers import Part
+from engine.formats.rank_files import read_rank_file
+from engine.formats.sharded import Sharded, ShardReader
+from engine.formats.standins import Refused
+from engine.formats.unpickle import load_pickle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
 

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from engine.checkpoint.ranks import read_grid
 from engine.errors import EngineError
 from engine.language.expressions import evaluate
 from engine.language.layout_file import load_layout
 from engine.language.model import RefusedFile
 from engine.language.search import bundled
-from engine.plan.ranks import read_grid
 
 INTERNEVO = (bundled("mappings") / "layouts" / "internevo.yaml").read_text()
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import engine.api
-from engine.errors import CODES
-from engine.language.lint import LINTS, lint_file
+from engine.errors import CODES, LINTS
+from engine.proving.lint import lint_file
 
 Data = dict[str, Any]
 

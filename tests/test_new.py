@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import engine
 from engine import api
-from engine.cli import cli
+from engine.commands.main import cli
+from engine.discover.scaffold import Scaffold
+from engine.discover.text import block, comment, scalar, shown
 from engine.errors import EngineError
-from engine.review.scaffold import Scaffold
-from engine.review.scaffold_text import block, comment, scalar, shown
 from tests.support.families import model_of, save_family
 from tests.support.fsdp import save_fsdp
 from tests.support.shards import Model, State, same, save
@@ -316,10 +316,10 @@ def test_any_text_is_one_scalar_and_one_comment(text: str) -> None:
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 def test_any_set_of_names_gives_patterns_that_read_each_name_once(tmp_path: Path, parts: list[list[str]]) -> None:
-    from engine.checkpoint.headers import TensorHeader
+    from engine.discover.names import observe
+    from engine.formats.headers import TensorHeader
     from engine.language.names import pattern
-    from engine.plan.stored import Stored
-    from engine.review.scaffold_names import observe
+    from engine.planning.stored import Stored
 
     def stored(name: str) -> Stored:
         header = object.__new__(TensorHeader)

@@ -48,7 +48,7 @@ def test_every_module_and_nothing_foreign_is_in_the_wheel(wheel: Path) -> None:
 
 def test_every_template_is_in_the_wheel(wheel: Path) -> None:
     templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "engine").glob("*/templates/*")}
-    assert {"engine/review/templates/view.html.j2", "engine/assets/templates/model_card.md.j2"} <= templates
+    assert {"engine/show/templates/view.html.j2", "engine/assets/templates/model_card.md.j2"} <= templates
     assert templates <= set(zipfile.ZipFile(wheel).namelist())
 
 
@@ -58,9 +58,9 @@ def test_an_unpacked_wheel_finds_its_own_mappings_schemas_and_code_pages(wheel: 
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import engine\n"
-        "from engine.cli import cli\n"
+        "from engine.commands.main import cli\n"
         f"assert engine.__file__.startswith({str(site)!r}), engine.__file__\n"
-        "from engine.review.codes import explain_code, list_codes\n"
+        "from engine.explaining.codes import explain_code, list_codes\n"
         "assert all(explain_code(code).startswith(f'# {code}: ') for code in list_codes())\n"
         "cli.main(['lint'])"
     )

@@ -62,8 +62,8 @@ def test_planning_imports_neither_torch_nor_transformers_nor_numpy() -> None:
 def test_planning_and_running_read_no_more_than_they_must(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Payload is read once per run, and replicas once more for comparing; planning reads none of it."""
     import engine
-    from engine.checkpoint.sources import SourceFiles
     from engine.run.replicas import replica_bytes
+    from engine.storage.sources import SourceFiles
 
     read = 0
     original = SourceFiles.read_into

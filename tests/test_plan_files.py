@@ -14,7 +14,7 @@ from jsonschema import Draft7Validator
 
 import engine
 from engine import api
-from engine.cli import cli
+from engine.commands.main import cli
 from engine.errors import EngineError
 
 ROOT = Path(__file__).parent.parent

@@ -11,15 +11,15 @@ import pytest
 from click.testing import CliRunner
 
 import engine
-from engine.cli import cli
+from engine.commands.main import cli
 from engine.language.axes import parse_axes
 from engine.language.mapping_file import load_mapping
-from engine.review.facts import check_facts
-from engine.review.matrix import cases, combinations_of, rows
-from engine.review.mutants import reordered
-from engine.review.proof import Proof
-from engine.review.symbolic import _overlaps
-from engine.review.tiny import Worlds, guess_sizes
+from engine.proving.facts import check_facts
+from engine.proving.matrix import cases, combinations_of, rows
+from engine.proving.mutants import reordered
+from engine.proving.proof import Proof
+from engine.proving.symbolic import _overlaps
+from engine.proving.tiny import Worlds, guess_sizes
 
 # `make test` runs `engine prove --all`; here is one of each kind.
 FAMILIES = [f"families/{name}.yaml" for name in ("internlm2", "internlm3", "moe-stacked", "meta-llama")]

@@ -304,7 +304,7 @@ def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch:
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", failing)
-    monkeypatch.setattr("engine.run.output._exchange", lambda *_: False)  # a file system that cannot
+    monkeypatch.setattr("engine.storage.output._exchange", lambda *_: False)  # a file system that cannot
     refuse(source, "E403", overwrite=True)
     assert (out / "mine.txt").read_text() == "keep"
 
@@ -319,7 +319,7 @@ def test_a_write_that_fails_leaves_only_what_resumes(source: Path, monkeypatch: 
 
 def test_a_plan_that_would_leave_a_gap_is_refused(source: Path) -> None:
     """The proof itself: shards are disjoint, so a short count is a gap and a long one an overlap."""
-    from engine.plan.classes import prove_total
+    from engine.planning.classes import prove_total
 
     plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
     group = plan.copies._outputs[0][0]

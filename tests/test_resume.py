@@ -18,10 +18,10 @@ import torch
 from click.testing import CliRunner
 
 import engine
-from engine.checkpoint.sinks import SinkFiles
-from engine.cli import cli
+from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.run.locks import OutputLock
+from engine.storage.locks import OutputLock
+from engine.storage.sinks import SinkFiles
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=4, groups=2, bias=False)
@@ -289,7 +289,7 @@ def test_a_tensor_in_progress_goes_on_where_it_was_marked(
     """Entries of the journal come every so many bytes of a tensor, not only at its end."""
     monkeypatch.setattr("engine.run.writer.MARK_BYTES", 3000)
     for module in ("BLOCK_BYTES", "LARGE_BLOCK_BYTES"):
-        monkeypatch.setattr(f"engine.run.blocks.{module}", 1000)
+        monkeypatch.setattr(f"engine.move.blocks.{module}", 1000)
     model = Model("v2", layers=2, hidden=64, heads=4, groups=2, ffn=256, vocab=512, bias=False)
     save(model, tmp_path / "step", tp=2)
     engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=LETTERS)

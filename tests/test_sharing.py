@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import engine
-from engine.checkpoint.sources import SourceFiles
-from engine.run.blocks import LARGE_BLOCK_BYTES
+from engine.move.blocks import LARGE_BLOCK_BYTES
+from engine.move.runs import MOST_SPAN
 from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
 from engine.run.replicas import compare_replicas, replica_bytes
-from engine.run.runs import MOST_SPAN
 from engine.run.schedule import Job, Unit
 from engine.run.sharing import Shares
+from engine.storage.sources import SourceFiles
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=3, hidden=64, heads=4, groups=2, ffn=96, vocab=128, bias=False)

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from engine.plan.copies import Copy
-from engine.run.blocks import Block, block_bytes, blocks, largest_block
-from engine.run.moves import Moves
+from engine.move.blocks import Block, block_bytes, blocks, largest_block
+from engine.move.moves import Moves
+from engine.planning.copies import Copy
 from engine.run.schedule import schedule
 from tests.support.shards import Model, State, same, save
 from tests.test_any_layout import cases
@@ -46,13 +46,13 @@ def written(model: Model, source: Path, out: Path, **options: Any) -> State:
 
 def blocks_of(nbytes: int, row: int = 2048) -> Any:
     """Blocks of at most `nbytes`, for writing and for comparing replicas; rows of so many bytes move by themselves."""
-    runner = mock.patch.multiple("engine.run.blocks", BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
+    runner = mock.patch.multiple("engine.move.blocks", BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
     replicas = mock.patch("engine.run.replicas.BLOCK_BYTES", nbytes)
     through = (
-        mock.patch.multiple("engine.run.gather", READ_THROUGH=8),
+        mock.patch.multiple("engine.move.gather", READ_THROUGH=8),
         mock.patch("engine.run.schedule.READ_THROUGH", 8),
     )
-    return runner, replicas, *through, mock.patch.multiple("engine.run.runs", LEAST_ROW=row, FEW_ROWS=0)
+    return runner, replicas, *through, mock.patch.multiple("engine.move.runs", LEAST_ROW=row, FEW_ROWS=0)
 
 
 def little_at_a_time(nbytes: int) -> Any:

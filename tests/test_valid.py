@@ -71,7 +71,7 @@ def test_nothing_heavy_is_imported_when_the_documents_are_known(tmp_path: Path) 
     folder = Path(__file__).parent / "fixtures" / "internevo" / "llama_tp2_pp1_default"
     code = """
 import sys
-from engine.cli import cli
+from engine.commands.main import cli
 try:
     cli.main(sys.argv[1:])
 except SystemExit as end:

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import engine
-from engine.cli import cli
+from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.review.training_forward import TrainingForward
+from engine.oracle.forward import TrainingForward
 from tests.support.families import InternLM3, Llama, save_family
 from tests.support.shards import Model, save
 
@@ -311,7 +311,7 @@ def test_a_missing_rank_file_is_found_before_anything_is_computed(made: Path, tm
 
 
 def test_only_one_layer_s_weights_are_in_memory_at_a_time(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.review.streamed_model import StreamedModel
+    from engine.oracle.streamed_model import StreamedModel
 
     with StreamedModel(made) as streamed, torch.no_grad():
         most = 0

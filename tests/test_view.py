@@ -15,11 +15,11 @@ import yaml
 from click.testing import CliRunner, Result
 
 import engine
-from engine.cli import cli
-from engine.plan.model import Plan
-from engine.review.explain import explain
-from engine.review.pictures import flat_shape, pictures
-from engine.review.view import policy, view_page
+from engine.commands.main import cli
+from engine.explaining.targets import explain
+from engine.planning.model import Plan
+from engine.show.page import policy, view_page
+from engine.show.pictures import flat_shape, pictures
 from tests.support.shards import Model, save
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine import api
-from engine.review.screenshot import browser
+from engine.show.screenshot import browser
 from tests.test_cli import invoke
 
 FIXTURES = Path(__file__).parent / "fixtures" / "internevo"

@@ -16,7 +16,7 @@ from engine.assets.generation import generation_config
 from engine.assets.model_card import model_card
 from engine.assets.tokenizer import tokenizer_size
 from engine.errors import EngineError, Place
-from engine.plan.model import Plan
+from engine.planning.model import Plan
 
 
 def make_assets(

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.config_files import read_config
-from engine.checkpoint.headers import FileHeader
-from engine.checkpoint.rank_files import read_rank_file
-from engine.checkpoint.unpickle import load_pickle
 from engine.errors import EngineError, Place
+from engine.formats.configs import read_config
+from engine.formats.headers import FileHeader
+from engine.formats.rank_files import read_rank_file
+from engine.formats.unpickle import load_pickle
 
 _KEPT = 256  # pickles of a folder that are kept while it is read
 _READERS = 4  # threads: indexing waits on storage, not on the processor

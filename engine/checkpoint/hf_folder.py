@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.config_files import read_json
-from engine.checkpoint.headers import FileHeader
-from engine.checkpoint.rank_files import open_regular, read_rank_file
-from engine.checkpoint.safetensors_files import read_safetensors
 from engine.errors import EngineError, Place
+from engine.formats.configs import read_json
+from engine.formats.headers import FileHeader
+from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
+from engine.storage.regular import open_regular
 
 # In the order transformers looks for them.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

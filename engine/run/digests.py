@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import xxhash
 
-from engine.checkpoint.sinks import Checksum
+from engine.storage.sinks import Checksum
 
 ALGORITHM = "xxh3_128"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine import __version__
 from engine.errors import EngineError, Place
-from engine.plan.model import Plan
+from engine.planning.model import Plan
 
 NAME = ".journal"
 _NUMBER = re.compile(r"[0-9]{1,18}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine import __version__
 from engine.language.documents import plain
-from engine.plan.model import Plan
+from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from engine.errors import EngineError
-from engine.plan.model import Plan
-from engine.run.blocks import LARGE_BLOCK_BYTES
-from engine.run.runs import MOST_SPAN
+from engine.move.blocks import LARGE_BLOCK_BYTES
+from engine.move.runs import MOST_SPAN
+from engine.planning.model import Plan
 
 _BASE = 48 << 20  # the interpreter with the libraries that a run needs
 _PER_TENSOR = 1500  # bytes of headers, outputs and digests per tensor

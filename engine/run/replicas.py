@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from engine.checkpoint.headers import ITEM_SIZES
-from engine.checkpoint.sources import SourceFiles
 from engine.errors import EngineError, Place
-from engine.plan.copies import Copy
-from engine.plan.model import Plan, Replicas, Tied
-from engine.run.blocks import BLOCK_BYTES, block_of, blocks
-from engine.run.gather import Gatherer
-from engine.run.values import elements, float_type
+from engine.formats.headers import ITEM_SIZES
+from engine.move.blocks import BLOCK_BYTES, block_of, blocks
+from engine.move.gather import Gatherer
+from engine.move.values import elements, float_type
+from engine.planning.copies import Copy
+from engine.planning.model import Plan, Replicas, Tied
+from engine.storage.sources import SourceFiles
 
 Check = Replicas | Tied
 

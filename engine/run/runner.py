@@ -9,18 +9,18 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
-from engine.checkpoint.safetensors_files import index_json
-from engine.plan.model import Plan
+from engine.formats.safetensors import index_json
+from engine.move.values import check_transform
+from engine.planning.model import Plan
 from engine.run.journal import NAME as JOURNAL
 from engine.run.journal import Done, Journal, read_journal, work_of
 from engine.run.memory import workers_of
 from engine.run.meter import Meter, Progress
-from engine.run.output import write_error
 from engine.run.replicas import checks, compare_replicas, replica_bytes
 from engine.run.schedule import schedule
 from engine.run.sharing import Shares
-from engine.run.values import check_transform
 from engine.run.writer import Writer
+from engine.storage.output import write_error
 
 
 def write_weights(

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.checkpoint.headers import ITEM_SIZES
-from engine.plan.builder import contiguous
-from engine.plan.copies import Copy, swap
-from engine.plan.model import Plan
-from engine.run.runs import READ_THROUGH, runs
+from engine.formats.headers import ITEM_SIZES
+from engine.move.runs import READ_THROUGH, runs
+from engine.planning.copies import Copy, swap
+from engine.planning.model import Plan
+from engine.planning.whole import contiguous
 
 _RUN_COST = 8 * 1024  # bytes that could have been moved in the time a run takes to start
 _CLEARLY = 0.8  # scatter only where it costs less than this part of gathering

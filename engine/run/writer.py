@@ -8,20 +8,21 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from engine.checkpoint.headers import ITEM_SIZES
-from engine.checkpoint.sinks import CHECKED, FORMATS, FileLayout, SinkFiles
-from engine.checkpoint.sources import SourceFiles
-from engine.plan.model import Plan
-from engine.run.blocks import block_bytes, blocks, largest_block, output_blocks
+from engine.formats.headers import ITEM_SIZES
+from engine.formats.written import CHECKED, FORMATS, FileLayout
+from engine.move.blocks import block_bytes, blocks, largest_block, output_blocks
+from engine.move.gather import Gatherer, Scatterer
+from engine.move.runs import straight
+from engine.move.values import Converter
+from engine.planning.model import Plan
 from engine.run.digests import Total
-from engine.run.gather import Gatherer, Scatterer
 from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
-from engine.run.output import write_error
-from engine.run.runs import straight
 from engine.run.schedule import Unit, copies_from
 from engine.run.sharing import Shares
-from engine.run.values import Converter
+from engine.storage.output import write_error
+from engine.storage.sinks import SinkFiles
+from engine.storage.sources import SourceFiles
 
 MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
 _DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag

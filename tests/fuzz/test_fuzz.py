@@ -17,14 +17,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint.check_source import check_files
-from engine.checkpoint.config_files import read_json, read_pickled_mapping, read_python_source
 from engine.checkpoint.hf_folder import read_hf_folder
-from engine.checkpoint.python_source import literals
-from engine.checkpoint.rank_files import read_rank_file
-from engine.checkpoint.safetensors_files import read_safetensors
-from engine.checkpoint.unpickle import load_pickle
 from engine.errors import CODES, EngineError, Place
+from engine.formats.checksums import check_files
+from engine.formats.configs import read_json, read_pickled_mapping, read_python_source
+from engine.formats.python_source import literals
+from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
+from engine.formats.unpickle import load_pickle
 from engine.language.axes import parse_axes
 from engine.language.expressions import evaluate, render_tree
 from engine.language.format import format_mapping

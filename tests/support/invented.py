@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.checkpoint.ranks import read_grid
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.plan.attempts import Checkpoint, claims
-from engine.plan.backward import render_known
-from engine.plan.destination import Request
-from engine.plan.likeness import Like, destination_of
-from engine.plan.matching import is_active
-from engine.plan.rank_groups import RankGroups
-from engine.plan.rank_outputs import training_text
-from engine.plan.ranks import read_grid
-from engine.plan.stored import instances
-from engine.plan.variants import options_of
+from engine.planning.attempts import Checkpoint, claims
+from engine.planning.backward import render_known
+from engine.planning.destination import Request
+from engine.planning.likeness import Like, destination_of
+from engine.planning.matching import is_active
+from engine.planning.rank_groups import RankGroups
+from engine.planning.rank_outputs import training_text
+from engine.planning.stored import instances
+from engine.planning.variants import options_of
 
 
 def invent(

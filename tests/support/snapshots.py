@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
+from engine.explaining.describe import describe_plan
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.language.search import bundled, list_names
-from engine.plan.destination import Request
-from engine.plan.model import Plan
-from engine.plan.planner import make_plan
-from engine.review.describe import describe_plan
-from engine.review.normal import normal_form, shape_text
-from engine.review.saved_plan import compact_json
+from engine.planning.destination import Request
+from engine.planning.model import Plan
+from engine.planning.planner import make_plan
+from engine.proving.normal import normal_form, shape_text
+from engine.proving.saved_plan import compact_json
 from tests.support.invented import invent
 
 FOLDER = Path(__file__).parent.parent / "snapshots"

@@ -1,0 +1,246 @@
+"""What commands share on the command line: value types, groups of options, errors rendered."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
+
+import click
+from click.core import ParameterSource
+
+from engine.errors import RESUMABLE, EngineError, EngineErrors
+
+P = ParamSpec("P")
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB` (powers of 1000), `2GiB` (powers of 1024) or a plain number.
+
+    >>> parse_size("5GB"), parse_size("1.5 GiB"), parse_size("500")
+    (5000000000, 1610612736, 500)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"`{text}` is not a size; write it like 5GB, 2GiB, 500MB or plain bytes")
+    number, letter, binary = match.groups()
+    base = 1024 if binary else 1000
+    size = int(float(number) * base ** (" kmgt".index(letter.lower()) if letter else 0))
+    if size <= 0:
+        raise ValueError(f"`{text}` is no size to fill a file with; it must be positive")
+    return size
+
+
+def parse_value(text: str) -> int | float | bool | str:
+    """The value of `--set NAME=VALUE`: a whole number, a number, true or false, or text.
+
+    >>> parse_value("4096"), parse_value("1e-5"), parse_value("true"), parse_value("w2_is_up")
+    (4096, 1e-05, True, 'w2_is_up')
+    """
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+        return float(text)
+    return text
+
+
+class Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Setting(click.ParamType[tuple[str, Any]]):
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        if not equals or not name.strip():
+            self.fail(f"`{value}` has no name and value; write it like rotary=halves", param, ctx)
+        return name.strip(), parse_value(text.strip())
+
+
+class Workers(click.ParamType[int | None]):
+    name = "auto|n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or value == "auto":
+            return None
+        if str(value).isdecimal() and int(value) > 0:
+            return int(value)
+        self.fail(f"`{value}` is neither `auto` nor a positive number", param, ctx)
+
+
+def settings_of(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Collect `--set`; a name given twice is a mistake that the last one should not hide."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.BadParameter(f"`{name}` is set twice", ctx, param)
+    return dict(pairs)
+
+
+def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..., None]:
+    """Give a command `--json` and `--no-color`, and render the errors it meets. Exit code 1."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result, or the errors, as JSON.")
+    @click.option("--no-color", is_flag=True, help="Print without colours; so does NO_COLOR.")
+    @click.pass_context
+    @wraps(command)
+    def wrapped(ctx: click.Context, /, as_json: bool, no_color: bool, *args: P.args, **kwargs: P.kwargs) -> None:
+        if no_color or os.environ.get("NO_COLOR"):
+            ctx.color = False
+        try:
+            command(as_json, *args, **kwargs)
+        except (EngineError, EngineErrors) as error:
+            from engine.show import render
+
+            errors = error.errors if isinstance(error, EngineErrors) else [error]
+            if as_json:
+                click.echo(render.as_json({"errors": [one.as_dict() for one in errors]}))
+            else:
+                click.echo("\n\n".join(render.error(one) for one in errors), err=True)
+                if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
+                    click.echo("next: the same command with --resume, once that is mended", err=True)
+            ctx.exit(1)
+
+    return wrapped
+
+
+# What a saved plan already says, so that none of it can be given beside --plan.
+SAVED = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
+
+
+def only_plan(ctx: click.Context, saved: str | None) -> None:
+    """A usage error unless a saved plan is given alone, or else a mapping."""
+    given = [
+        param
+        for param in ctx.command.params
+        if param.name in SAVED and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
+    ]
+    if saved is not None and given:
+        raise click.UsageError(f"--plan says all of {given[0].opts[0]} already; give one or the other", ctx)
+    if saved is None and ctx.params.get("mapping") is None:
+        missing = next(param for param in ctx.command.params if param.name == "mapping")
+        raise click.MissingParameter("or give --plan", ctx, missing)
+
+
+def planning_options(command: Callable[..., None], *, required: bool = True) -> Callable[..., None]:
+    """What `run` and `plan` share. With `required` false, a saved plan may stand for the mapping."""
+    for option in reversed(
+        (
+            click.option("--mapping", "-m", required=required, metavar="FILE|NAME",
+                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
+            click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR",
+                         help="The checkpoint folder."),
+            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
+                         help="Set a variant or an option of the mapping; may be repeated."),
+            click.option("--dtype", default="auto", show_default=True,
+                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                         help="Element type to write; auto keeps each tensor's own."),
+            click.option("--max-shard-size", default="2GB", show_default=True, type=Size(),
+                         help="Most bytes of tensors in one output file, like 2GB or 5GiB."),
+            click.option("--strict", is_flag=True, help="Refuse sizes other than those the release has."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def explaining_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `explain` needs to compile a plan; error codes are explained without any of it."""
+    for option in reversed(
+        (
+            click.option("--mapping", "-m", metavar="FILE|NAME",
+                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
+            click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR",
+                         help="The checkpoint folder."),
+            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
+                         help="Set a variant or an option of the mapping; may be repeated."),
+            click.option("--dtype", default="auto", show_default=True,
+                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                         help="Element type to write; auto keeps each tensor's own."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def rank_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `reverse` and `reshard` share: how to cut the model."""
+    for option in reversed(
+        (
+            click.option("--mapping", "-m", required=True, metavar="FILE|NAME",
+                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
+            click.option("--out", "-o", required=True, metavar="DIR", help="The folder to write."),
+            click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel ranks."),
+            click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline ranks."),
+            click.option("--wp", type=click.IntRange(1), metavar="N", help="Weight-parallel ranks, in mode isp."),
+            click.option("--chunks", type=click.IntRange(1), metavar="N",
+                         help="Model chunks per pipeline rank (interleaved pipeline)."),
+            click.option("--mode", metavar="NAME", help="Parallel mode of the layout, like mtp or isp."),
+            click.option("--like", metavar="DIR",
+                         help="A training checkpoint whose mode, ranks, names and variants to copy."),
+            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
+                         help="Set a variant or an option of the mapping or its layout; may be repeated."),
+            click.option("--dtype", default="auto", show_default=True,
+                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                         help="Element type to write; auto keeps each tensor's own."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def writing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What the commands share that write a checkpoint."""
+    for option in reversed(
+        (
+            click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
+            click.option("--resume", is_flag=True, help="Go on with what an interrupted run left."),
+            click.option("--workers", default="auto", show_default=True, type=Workers(), help="Threads that write."),
+            click.option("--max-memory", type=Size(), help="Most memory to take; fewer threads keep to it."),
+            click.option("--no-digests", "digests", is_flag=True, flag_value=False, default=True,
+                         help="Record no digests of tensors; such a run cannot be resumed."),
+            click.option("--check-source", is_flag=True,
+                         help="Read the source once before, and compare it with the checksums it holds."),
+            click.option("--log-file", metavar="FILE", help="Append one JSON line per event there."),
+            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def verifying_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `verify` can compare an output with besides its manifest."""
+    for option in reversed(
+        (
+            click.option("--src", "-s", metavar="DIR", help="The training checkpoint it was made from."),
+            click.option("--mapping", "-m", metavar="FILE|NAME",
+                         help="Compare every tensor with what this mapping makes of --src."),
+            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
+                         help="Set a variant or an option of the mapping; may be repeated."),
+            click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+                         help="Element type that was asked for.  [default: as in the manifest]"),
+            click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
+            click.option("--load", is_flag=True,
+                         help="Load the model with transformers, without remote code, and run it once."),
+            click.option("--logits", is_flag=True,
+                         help="Compare its layers with a forward pass computed from the rank files of --src."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command

@@ -1,0 +1,189 @@
+"""What verdicts mean together: rows with layers folded, and diagnoses in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from engine.discover.guesses import is_number, numbers
+from engine.explaining.describe import fold
+
+if TYPE_CHECKING:
+    from engine.comparing.tensors import Verdict
+
+# Names that `mlp_letters` exchanges, and names that only a mapping's own letters can.
+_LETTERS = ({"up_proj", "down_proj"}, {"w2", "w3"})
+_FIRST_LETTER = ({"gate_proj", "up_proj"}, {"gate_proj", "down_proj"}, {"w1", "w2"}, {"w1", "w3"})
+
+
+def diagnose(verdicts: Sequence[Verdict], *, heads_known: bool = True) -> tuple[str, ...]:
+    """One sentence per thing that went wrong, whatever the number of layers.
+
+    Args:
+        heads_known: whether a configuration gave head counts, so that rotary orders were tried.
+    """
+    found = [*_rotary(verdicts), *_swaps(verdicts), *_renamed(verdicts), *_simple(verdicts)]
+    if not heads_known and any(v.kind == "different" for v in verdicts):
+        found.append("no config.json on either side gives head counts, so orders of rotary pairs were not tried")
+    return tuple(found)
+
+
+def fold_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """One row per name pattern and verdict, JSON-ready: `model.layers.{0…31}.mlp.up_proj.weight`."""
+    rows: dict[tuple[object, ...], list[Verdict]] = {}
+    for verdict in verdicts:
+        note = _pattern(verdict.note)
+        key = (_pattern(verdict.name), verdict.kind, verdict.out_dtype, verdict.ref_dtype, note, verdict.rotary)
+        rows.setdefault(key, []).append(verdict)
+    return [_row(group) for group in rows.values()]
+
+
+def _row(group: Sequence[Verdict]) -> dict[str, Any]:
+    first, counts = group[0], [v.count for v in group if v.count is not None]
+    largest = max((v.largest for v in group if v.largest is not None), default=None)
+    shapes = {(v.out_shape, v.ref_shape) for v in group}
+    return {
+        "name": _folded([v.name for v in group]),
+        "tensors": len(group),
+        "verdict": first.kind,
+        "out": _told(first.out_dtype, first.out_shape if len(shapes) == 1 else None),
+        "ref": _told(first.ref_dtype, first.ref_shape if len(shapes) == 1 else None),
+        "note": _folded([v.note for v in group]) + (f", as rotary={first.rotary}" if first.rotary else ""),
+        "differing": sum(counts) if counts else None,
+        "elements": sum(math.prod(v.out_shape or ()) for v in group) if counts else None,
+        "largest_deviation": largest if largest is None or math.isfinite(largest) else "infinite",
+        "first_difference": {"name": first.name, "index": list(first.first)} if first.first is not None else None,
+    }
+
+
+def _told(dtype: str | None, shape: tuple[int, ...] | None) -> str:
+    if dtype is None:
+        return "-"
+    return dtype if shape is None else f"{dtype} {' × '.join(map(str, shape)) or 'scalar'}"
+
+
+def _pattern(name: str) -> str:
+    """
+    >>> _pattern("equals model.layers.3.mlp.up_proj.weight of the reference")
+    'equals model.layers.{}.mlp.up_proj.weight of the reference'
+    """
+    return ".".join("{}" if is_number(part) else part for part in name.split("."))
+
+
+def _folded(names: Sequence[str]) -> str:
+    """Names of one pattern as one, their numbers folded.
+
+    >>> _folded(["h.0.w", "h.1.w", "h.2.w", "h.7.w"])
+    'h.{0…2,7}.w'
+    """
+    places = zip(*(numbers(name) for name in names), strict=True)
+    folded = [fold(values) for values in places]
+    parts = []
+    for part in names[0].split("."):
+        parts.append(f"{{{folded.pop(0)}}}" if is_number(part) and len(set(names)) > 1 else part)
+    return ".".join(parts)
+
+
+def _leaf(name: str) -> str:
+    """The module that a parameter belongs to.
+
+    >>> _leaf("model.layers.3.mlp.up_proj.weight"), _leaf("norm")
+    ('up_proj', 'norm')
+    """
+    parts = [part for part in name.split(".") if not is_number(part)]
+    return parts[-2] if len(parts) > 1 else parts[-1]
+
+
+def _leaves(names: Sequence[str]) -> str:
+    """
+    >>> _leaves(["a.q.weight", "a.k.weight", "b.q.weight", "b.v.weight"])
+    'q, k and v'
+    """
+    *head, last = dict.fromkeys(_leaf(name) for name in names)
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def _layers(names: Sequence[str]) -> str:
+    """
+    >>> _layers(["h.0.w", "h.1.w"]), _layers(["h.3.w"]), _layers(["w"])
+    (' in layers {0…1}', ' in layer 3', '')
+    """
+    layers = {numbers(name)[0] for name in names if numbers(name)}
+    if not layers:
+        return ""
+    return f" in layers {{{fold(list(layers))}}}" if len(layers) > 1 else f" in layer {layers.pop()}"
+
+
+def _rotary(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    for rotary, said in (
+        ("pairs", "after de-interleaving rotary pairs: `rotary` should be `pairs`"),
+        ("halves", "after interleaving rotary pairs: `rotary` should be `halves`"),
+        ("other", "with the rows of each rotary pair exchanged: `rotary` should be the other choice"),
+    ):
+        names = [v.name for v in verdicts if v.rotary == rotary]
+        if names:
+            yield f"{_leaves(names)}{_layers(names)} equal the reference {said}"
+    for verdict in verdicts:
+        if verdict.kind == "permuted" and verdict.rotary is None:
+            yield f"rows of {_leaf(verdict.name)} are in another order: is the tokenizer's vocabulary the same?"
+
+
+def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    swapped = {v.name: v for v in verdicts if v.kind == "swapped"}
+    exchanged: dict[tuple[str, ...], list[Verdict]] = {}
+    moved: list[tuple[int, int]] = []
+    single: dict[tuple[str, str], list[str]] = {}
+    for name, verdict in swapped.items():
+        other = verdict.other or ""
+        back = swapped.get(other)
+        if numbers(name) == numbers(other) and back is not None and back.other == name:
+            exchanged.setdefault(tuple(sorted((_leaf(name), _leaf(other)))), []).append(verdict)
+        elif _pattern(name) == _pattern(other) and numbers(name)[0] != numbers(other)[0]:
+            moved.append((numbers(name)[0], numbers(other)[0]))
+        else:
+            single.setdefault((_pattern(name), _pattern(other)), []).append(name)
+    for leaves, group in exchanged.items():
+        names = [v.name for v in group]
+        hint = ""
+        if set(leaves) in _LETTERS:
+            cut = ", and cut along the wrong dimension" if "cut" in group[0].note else ""
+            hint = f"{cut}: `mlp_letters` should be the other choice"
+        elif set(leaves) in _FIRST_LETTER:
+            hint = ": which of w1, w2 and w3 is which is read the wrong way; see `mlp_letters` and the mapping's rules"
+        yield f"{_leaves(names)} are exchanged{_layers(names)}{hint}"
+    if moved:
+        pairs = dict(sorted(moved))
+        told = ", ".join(f"{here} holds {there}" for here, there in list(pairs.items())[:8])
+        yield f"layers are in another order: {told}{', …' if len(pairs) > 8 else ''}"
+    for group_names in single.values():
+        other = _leaf(swapped[group_names[0]].other or "")
+        yield f"{_leaves(group_names)}{_layers(group_names)} equals {other} of the reference"
+
+
+def _renamed(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts:
+        if verdict.kind == "extra" and verdict.other is not None:
+            groups.setdefault((_pattern(verdict.name), _pattern(verdict.other)), []).append(verdict)
+    for group in groups.values():
+        here, there = _folded([v.name for v in group]), _folded([v.other or "" for v in group])
+        yield f"{here} is {there} in the reference"
+
+
+def _simple(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    casts: dict[tuple[str | None, str | None], int] = {}
+    for verdict in verdicts:
+        if verdict.kind == "cast":
+            types = verdict.out_dtype, verdict.ref_dtype
+            casts[types] = casts.get(types, 0) + 1
+        elif verdict.kind == "padded":
+            rows = (verdict.out_shape or (0,))[0] - (verdict.ref_shape or (0,))[0]
+            what = f"{abs(rows)} {'more' if rows > 0 else 'fewer'} rows than the reference"
+            yield f"{verdict.name} has {what}, the others equal: the vocabulary is padded on one side"
+    for (one, two), count in casts.items():
+        what = "tensors are" if count > 1 else "tensor is"
+        yield f"{count} {what} {one} here and {two} in the reference, equal after casting"
+    transposed = [v.name for v in verdicts if v.kind == "transposed"]
+    if transposed:
+        yield f"{_leaves(transposed)}{_layers(transposed)} equal the reference after transposing"

@@ -1,0 +1,292 @@
+"""Verifying an output against the source it was made from: each tensor planned and gathered again.
+
+What a run would write now is compared, block by block, with what lies in the output, so memory
+stays at a few blocks whatever the model's size. Tensors are found by name, so the output may be
+split into other files than the plan's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.checkpoint.hf_folder import read_hf_folder
+from engine.errors import EngineError
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.move.blocks import Block, output_blocks
+from engine.move.gather import Gatherer
+from engine.move.values import Converter, check_transform
+from engine.move.views import dense_strides
+from engine.planning.copies import Copy
+from engine.planning.model import Output, Plan
+from engine.run.replicas import compare_replicas, replica_bytes
+from engine.storage.sources import SourceFiles
+
+LISTED = 50  # differing tensors that are listed one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How many blocks of each tensor to compare: a share of them, or a number. Never none."""
+
+    share: float = 1.0
+    count: int | None = None
+
+    @property
+    def full(self) -> bool:
+        return self.count is None and self.share >= 1
+
+    def of(self, blocks: int) -> int:
+        wanted = -(-blocks * self.share // 1) if self.count is None else self.count
+        return min(max(int(wanted), 1), blocks)
+
+    def __str__(self) -> str:
+        return f"{self.share * 100:g}% of the blocks" if self.count is None else f"{self.count} blocks of each tensor"
+
+
+def parse_sample(text: str) -> Sample:
+    """The value of `--sample`; E001 when it is neither a share nor a number of blocks.
+
+    >>> parse_sample("5%"), parse_sample("8")
+    (Sample(share=0.05, count=None), Sample(share=1.0, count=8))
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
+    number = float(found[1]) if found else 0.0
+    if found and found[2] and 0 < number <= 100:
+        return Sample(share=number / 100)
+    if found and not found[2] and number >= 1 and number == int(number):
+        return Sample(count=int(number))
+    raise EngineError(
+        "E001",
+        f"`{text}` is not a sample",
+        expected="a share of the blocks up to 100%, or how many of each tensor",
+        fix="Write it like 5% or 8.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Differing:
+    """A tensor of the output that is not what the source gives.
+
+    Attributes:
+        what: in words: missing, of another type or shape, or how many elements differ.
+        index: of the first differing element, if elements were compared.
+        source: the source tensors that fill it, the one of that element first.
+    """
+
+    name: str
+    file: str
+    what: str
+    rule: str
+    place: str
+    index: tuple[int, ...] | None = None
+    source: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        at = f", first at {list(self.index)}" if self.index is not None else ""
+        from_ = f" from {self.source[0]}" if self.source else ""
+        rule = f" (rule `{self.rule}`, {self.place}{from_})" if self.rule else ""
+        return f"{self.name} {self.what}{at}{rule}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "file": self.file,
+            "what": self.what,
+            "rule": self.rule or None,
+            "place": self.place or None,
+            "index": None if self.index is None else list(self.index),
+            "source": list(self.source),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AgainstSource:
+    """What was compared with the source, and which tensors differ, in the plan's order."""
+
+    tensors: int
+    nbytes: int
+    sample: str | None
+    differing: tuple[Differing, ...]
+    more: int = 0  # differing tensors that are not listed
+    extra: tuple[str, ...] = field(default=())
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        told = [str(one) for one in self.differing]
+        told += [f"{self.more} more tensors differ from the source"] if self.more else []
+        return (*told, *(f"{name} is not made from the source by any rule" for name in self.extra))
+
+    def summary(self) -> str:
+        """One line on what was compared."""
+        wrong = len(self.differing) + self.more + len(self.extra)
+        told = f"{wrong} tensors are not what the source gives" if wrong else "as the source gives them"
+        return f"{self.tensors} tensors against the source ({self.sample or 'every element'}): {told}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "sample": self.sample,
+            "differing": [one.as_dict() for one in self.differing],
+            "more": self.more,
+            "extra": list(self.extra),
+        }
+
+
+def source_bytes(plan: Plan, sample: Sample) -> int:
+    """What `verify_source` will advance by."""
+    return plan.nbytes + (replica_bytes(plan) if sample.full else 0)
+
+
+def verify_source(plan: Plan, folder: Path, sample: Sample, advance: Callable[[int], None]) -> AgainstSource:
+    """Compare every tensor of an output with what the plan makes of the source now.
+
+    Args:
+        sample: which blocks to compare. All of them means replicas are compared too.
+        advance: called with bytes, `source_bytes` in all.
+
+    Raises:
+        EngineError: E2xx and E3xx when either side cannot be read, E402 when replicas differ.
+    """
+    files = read_hf_folder(folder)
+    found = {tensor.name: (i, tensor) for i, file in enumerate(files) for tensor in file.tensors}
+    differing: list[Differing] = []
+    more = nbytes = 0
+    with SourceFiles(plan.files) as sources, SourceFiles(files) as written:
+        if sample.full:
+            compare_replicas(plan, advance)
+        gatherer, converter = Gatherer(sources, plan.sources), Converter()
+        for index, output in enumerate(plan.outputs):
+            check_transform(output)
+            place = found.pop(output.name, None)
+            told = _header_differs(plan, index, place, files)
+            if told is None and place is not None:
+                copies = plan.copies(index)
+                comparing = _Comparing(plan, output, copies, place[0], place[1], written)
+                for block in _chosen(output, copies, sample):
+                    comparing.compare(block, converter.convert(output, gatherer.gather(block, output.read_dtype)))
+                nbytes += comparing.nbytes
+                told = comparing.result(files[place[0]].path.name)
+            if told is not None:
+                differing, more = ([*differing, told], more) if len(differing) < LISTED else (differing, more + 1)
+            advance(output.nbytes)
+    return AgainstSource(
+        len(plan.outputs), nbytes, None if sample.full else str(sample), tuple(differing), more, tuple(found)
+    )
+
+
+def _header_differs(
+    plan: Plan, index: int, place: tuple[int, TensorHeader] | None, files: tuple[FileHeader, ...]
+) -> Differing | None:
+    """What of a tensor differs before any element is read."""
+    output = plan.outputs[index]
+
+    def differing(what: str, file: str) -> Differing:
+        return Differing(output.name, file, what, output.rule, output.place, source=_sources(plan, plan.copies(index)))
+
+    if place is None:
+        return differing("is missing", "")
+    header, file = place[1], files[place[0]].path.name
+    if header.shape != output.shape or header.dtype != output.dtype:
+        wanted = f"{output.dtype} {list(output.shape)}"
+        return differing(f"is {header.dtype} {list(header.shape)}, the source gives {wanted}", file)
+    if header.strides != dense_strides(header.shape) and output.elements:
+        return differing("is not stored contiguously, and was not compared", file)
+    return None
+
+
+def _sources(plan: Plan, copies: list[Copy], at: int | None = None) -> tuple[str, ...]:
+    """The source tensors of copies as `file:tensor`, the one that fills element `at` first."""
+    ordered = sorted(copies, key=lambda copy: at is None or not _fills(copy, at))
+    names = (f"{plan.files[s.file].path.name}:{s.header.name}" for s in (plan.sources[c.source] for c in ordered))
+    return tuple(islice(dict.fromkeys(names), 8))
+
+
+def _fills(copy: Copy, at: int) -> bool:
+    """Whether a copy fills element `at` of its target.
+
+    >>> [_fills(Copy(0, 0, 0, 4, (2, 2), (2, 1), (8, 1)), at) for at in (4, 5, 6, 12, 20)]
+    [True, True, False, True, False]
+    """
+    rest = at - copy.target_offset
+    for size, stride in sorted(zip(copy.shape, copy.target_strides, strict=True), key=lambda axis: -axis[1]):
+        if rest < 0:
+            return False
+        rest -= min(rest // stride, size - 1) * stride
+    return rest == 0
+
+
+def _chosen(output: Output, copies: list[Copy], sample: Sample) -> Iterator[Block]:
+    """The blocks to compare: all, or one from each of as many stretches of equal length.
+
+    Which one of a stretch depends on the tensor's name alone, so a sample is the same each time and
+    another one in the next layer.
+    """
+
+    def each() -> Iterator[Block]:
+        return output_blocks(output, copies)
+
+    if sample.full or not output.elements:
+        yield from each() if output.elements else ()
+        return
+    count = sum(1 for _ in each())
+    chosen = set()
+    for low, high in stretches(count, sample.of(count)):
+        digest = hashlib.sha256(f"{output.name}\0{low}".encode()).digest()
+        chosen.add(low + int.from_bytes(digest[:8], "big") % (high - low))
+    yield from (block for i, block in enumerate(each()) if i in chosen)
+
+
+def stretches(count: int, parts: int) -> list[tuple[int, int]]:
+    """
+    >>> stretches(10, 3)
+    [(0, 3), (3, 6), (6, 10)]
+    """
+    edges = [count * i // parts for i in range(parts + 1)]
+    return list(pairwise(edges))
+
+
+class _Comparing:
+    """One tensor of the output, compared with blocks of what it should be."""
+
+    def __init__(
+        self, plan: Plan, output: Output, copies: list[Copy], file: int, header: TensorHeader, written: SourceFiles
+    ) -> None:
+        self._plan, self._output, self._copies = plan, output, copies
+        self._file, self._header, self._written = file, header, written
+        self._buffer = np.empty(0, np.uint8)
+        self._count = self.nbytes = 0
+        self._first: int | None = None
+
+    def compare(self, block: Block, wanted: memoryview) -> None:
+        item = ITEM_SIZES[self._output.dtype]
+        size = (block.high - block.low) * item
+        if self._buffer.nbytes < size:
+            self._buffer = np.empty(size, np.uint8)
+        got = self._buffer[:size]
+        self._written.read_into(self._file, self._header.offset + block.low * item, (got.data,))
+        self.nbytes += size
+        raw = np.frombuffer(wanted, np.uint8)
+        if np.array_equal(got, raw):
+            return
+        unlike = (got != raw).reshape(-1, item).any(axis=1)
+        self._count += int(unlike.sum())
+        first = block.low + int(unlike.argmax())
+        self._first = first if self._first is None else min(self._first, first)
+
+    def result(self, file: str) -> Differing | None:
+        if self._first is None:
+            return None
+        output = self._output
+        index = tuple(int(i) for i in np.unravel_index(self._first, output.shape)) if output.shape else ()
+        what = f"differs from the source in {self._count} of {self.nbytes // ITEM_SIZES[output.dtype]} elements"
+        sources = _sources(self._plan, self._copies, self._first)
+        return Differing(output.name, file, what, output.rule, output.place, index, sources)

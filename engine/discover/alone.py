@@ -1,0 +1,168 @@
+"""A mapping of its own for a checkpoint that no family explains: one rule per pattern, names kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.discover.cuts import Known, Reading, Readings, known_sizes, read_cuts
+from engine.discover.names import Observed
+from engine.discover.near import Slot, similarity
+from engine.discover.text import block, comment, rule_lines
+from engine.language.model import Layout
+from engine.planning.attempts import Checkpoint
+
+_CONFIG = {
+    "layer": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "vocab": "vocab_size",
+    "heads": "num_attention_heads",
+    "groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn": "intermediate_size",
+    "expert": "num_experts",
+}
+_ONES = ("q", "k", "v", "gate", "up")
+_ALIKE = 0.45
+
+
+def stage_of(observed: Observed, checkpoint: Checkpoint) -> tuple[str, bool]:
+    """The pipeline stage of a tensor without `{layer}`, and whether the files tell it."""
+    pps = checkpoint.grid.sizes.get("pp", 1)
+    if pps > 1:
+        held = {(one.chunk, checkpoint.grid.files[one.file].ranks.get("pp", 0)) for one in observed.stored}
+        if len(held) == 1:
+            return ("first", True) if held == {(0, 0)} else ("last", True)
+    name = observed.text.lower()
+    return ("first" if any(word in name for word in ("embed", "wte", "wpe", "tok")) else "last"), False
+
+
+def stand_alone(
+    checkpoint: Checkpoint, layout: Layout, observed: Sequence[Observed], slots: Sequence[tuple[str, Slot]]
+) -> list[str]:
+    """The lines from `source` on.
+
+    Every rule writes the tensor under its own name, whole. That is right as far as it goes, whatever
+    the tensors mean; what they are called at the target is left to a person.
+    """
+    known = known_sizes(checkpoint.config)
+    rules: list[str] = []
+    variants: dict[str, Any] = {}
+    used: set[str] = set()
+    own: dict[str, int] = {}
+    for stem, listed in _paired(observed, checkpoint, known).items():
+        one = listed[0]
+        readings, stage = _read(one, checkpoint, known)
+        notes = _notes(one, readings, stage, checkpoint, slots)
+        variant = f"cut_{len(variants) + 1}" if len(readings.listed) > 1 else None
+        if variant is not None:
+            variants[variant] = {
+                "help": f"how ranks cut {one.text}; its shapes fit every choice",
+                "decide": "shapes",
+                "choices": [reading.label for reading in readings.listed],
+            }
+        for note in notes:
+            rules += comment(f"decide: {note}", "  ")
+        for reading in readings.listed:
+            rule: dict[str, Any] = {"source": stem, "target": stem, "axes": _axes(reading, stem)}
+            if reading.split is not None:
+                rule["split"] = reading.split
+            if not one.layered:
+                rule["stage"] = stage[0]
+            if variant is not None:
+                rule = {"name": f"{stem} {reading.label}", **rule, "when": {variant: reading.label}}
+            rules += rule_lines(rule)
+            used |= {word for text in reading.axes for word in text.replace("(", " ").replace(")", " ").split()}
+            own |= reading.sizes or {}
+    kind = checkpoint.training.get("model_type")
+    source = {"layout": layout.name} | ({"model_types": [kind]} if isinstance(kind, str) and kind else {})
+    lines = block("source", source)
+    lines += comment("decide: the model class of the target. Until it is named, nothing loads the output.")
+    lines += ["target: {model_type: unknown, architecture: Unknown}", ""]
+    if variants:
+        lines += ["variants:", *(line for name, body in variants.items() for line in block(name, body, "  ")), ""]
+    lines += ["dims:", *(line for name, text in _dims(known, used, own).items() for line in block(name, text, "  "))]
+    config = {_CONFIG[axis]: "{{ " + axis + " }}" for axis in known.dims if axis in _CONFIG}
+    lines += ["", "rules:", *rules, "", "config:", "  model_type: unknown", "  architectures: [Unknown]"]
+    lines += [line for key, text in config.items() for line in block(key, text, "  ")]
+    lines += comment("decide: the other keys of config.json, and `training_config`, which `engine reverse` needs", "  ")
+    return lines
+
+
+def _read(one: Observed, checkpoint: Checkpoint, known: Known) -> tuple[Readings, tuple[str, bool]]:
+    stage = ("layers", True) if one.layered else stage_of(one, checkpoint)
+    return read_cuts(one, checkpoint.grid, known, stage[0]), stage
+
+
+def _paired(observed: Sequence[Observed], checkpoint: Checkpoint, known: Known) -> dict[str, list[Observed]]:
+    """Source pattern → what it reads: weight and bias together where one rule can read both."""
+    by_stem: dict[str, list[Observed]] = {}
+    for one in observed:
+        by_stem.setdefault(one.stem, []).append(one)
+    result: dict[str, list[Observed]] = {}
+    for stem, listed in by_stem.items():
+        both = sorted(listed, key=lambda one: one.param != "weight")
+        if len(both) == 2 and _together(both[0], both[1], checkpoint, known):
+            result[stem] = both
+        else:
+            result |= {one.text: [one] for one in listed}
+    return result
+
+
+def _together(weight: Observed, bias: Observed, checkpoint: Checkpoint, known: Known) -> bool:
+    """Whether the bias has the weight's first axis and is cut as the weight's rule would cut it."""
+    (one, _), (two, _) = (_read(o, checkpoint, known) for o in (weight, bias))
+    if len(one.listed) != len(two.listed) or weight.placeholders != bias.placeholders:
+        return False
+    ranks = {tuple(checkpoint.grid.files[s.file].ranks.get(d, 0) for d in ("tp", "wp")) for s in bias.stored}
+    return all(_one_rule(w, b, len(ranks)) for w, b in zip(one.listed, two.listed, strict=True))
+
+
+def _one_rule(weight: Reading, bias: Reading, ranks: int) -> bool:
+    """Whether `a | b`, split as the weight is, also says where the bias lies."""
+    if len(bias.axes) != 1 or len(weight.axes) > 2 or weight.axes[0] != bias.axes[0] or weight.sizes or bias.sizes:
+        return False
+    if len(weight.axes) == 2 and weight.cut == 1:
+        return bias.cut is None and ranks == 1
+    return weight.cut == bias.cut and weight.split == bias.split
+
+
+def _axes(reading: Reading, stem: str) -> str:
+    if stem.endswith(".{param}") and len(reading.axes) == 2:
+        return f"{reading.axes[0]} | {reading.axes[1]}"
+    return " ".join(reading.axes)
+
+
+def _dims(known: Known, used: set[str], own: dict[str, int]) -> dict[str, Any]:
+    """The claims, in an order in which each reads only what stands before it."""
+    dims: dict[str, Any] = dict(known.dims)
+    dims |= {axis: 1 for axis in _ONES if axis in used}
+    if "queries" in used:
+        dims["queries"] = "heads // groups"
+    return dims | own
+
+
+def _notes(
+    one: Observed,
+    readings: Readings,
+    stage: tuple[str, bool],
+    checkpoint: Checkpoint,
+    slots: Sequence[tuple[str, Slot]],
+) -> list[str]:
+    """What a person must say of one pattern."""
+    best = max(((similarity(one.stem, slot), name, slot) for name, slot in slots), key=lambda b: b[0], default=None)
+    told = "the target's name"
+    if best is not None and best[0] >= _ALIKE:
+        names = sorted({target.name for target in best[2].rules[0].targets})
+        told += f"; the name is like that of {best[2].sources[0]} in {best[1]}, which becomes {', '.join(names)}"
+    notes = [told]
+    if not readings.sure:
+        notes.append(readings.why)
+    fused = [text for reading in readings.listed for text in reading.axes if "+" in text]
+    if fused:
+        notes.append("whether its rows are " + " or ".join(dict.fromkeys(fused)) + " or something else of that size")
+    if not one.layered and not stage[1]:
+        notes.append(f"the stage; {stage[0]} is a guess from the name, or all ranks hold it")
+    if all(size == 1 for dim, size in checkpoint.grid.sizes.items() if dim in ("tp", "wp")):
+        notes[-1] += "; what ranks would cut (`split`) does not show with one rank" if notes else ""
+    return ["; and ".join(notes)]

@@ -1,0 +1,132 @@
+"""What surrounds a draft: the layout that fits, families to extend, its name, the file it goes to."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.discover.scaffold import Request, Scaffold, draft
+from engine.errors import EngineError, Place
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.search import bundled, find_file, layout_names, list_names
+from engine.planning.attempts import Checkpoint
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+Reader = Callable[[str | Path, Layout], Checkpoint]
+
+
+def new_mapping(
+    src: str | Path, read: Reader, *, name: str | None, like: str | None, out: str | Path | None, overwrite: bool
+) -> Scaffold:
+    """Draft a mapping for the folder, and write it when `out` names a file."""
+    file = None if out is None else Path(out)
+    if file is not None:
+        _check_free(file, overwrite)
+    called = _name(name, file, Path(src))
+    families = _families(like, file)
+    only = families[0][1].layout if like is not None else None
+    layout, checkpoint = _read(src, read, only)
+    paths = {} if like is None else {families[0][0]: find_file(like)}
+    made = draft(Request(checkpoint, layout, families, called, _schema(file), like is not None, paths))
+    if file is not None:
+        _write(file, made.text, overwrite)
+    return made
+
+
+def _read(src: str | Path, read: Reader, only: str | None) -> tuple[Layout, Checkpoint]:
+    """The checkpoint by the first layout whose files are there."""
+    first: EngineError | None = None
+    for name in layout_names() if only is None else [only]:
+        layout = load_layout(name)
+        try:
+            return layout, read(src, layout)
+        except EngineError as error:
+            if error.code != "E304":  # this layout knows the files and says what is wrong
+                raise
+            first = first or error
+    raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
+
+
+def _families(like: str | None, out: Path | None) -> list[tuple[str, MappingFile]]:
+    """Families with the name that a file says `extends` to."""
+    if like is None:
+        return [(name, load_mapping(name)) for name in list_names() if name.startswith("families/")]
+    path = find_file(like)
+    root = bundled("mappings").resolve()
+    if path.resolve().is_relative_to(root):
+        return [(path.resolve().relative_to(root).as_posix(), load_mapping(like))]
+    beside = Path.cwd() if out is None else out.parent
+    return [(Path(os.path.relpath(path, beside)).as_posix(), load_mapping(like))]
+
+
+def _name(given: str | None, out: Path | None, src: Path) -> str:
+    if given is not None:
+        if _NAME.fullmatch(given) is None:
+            raise EngineError(
+                "E001",
+                "this cannot be the name of a mapping",
+                got=given,
+                expected="lower-case letters, digits, dots, dashes and underscores, like internlm2-7b",
+                fix="Give another --name.",
+            )
+        return given
+    stem = out.stem if out is not None else src.resolve().name
+    return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("._-") or "new-mapping"
+
+
+def _schema(out: Path | None) -> str | None:
+    """The schema as seen from the file, where both lie in one project."""
+    root = bundled("mappings").resolve().parent
+    if out is None:
+        return "../schemas/mapping.schema.json"
+    folder = out.resolve().parent
+    if not folder.is_relative_to(root):
+        return None
+    return Path(os.path.relpath(root / "schemas" / "mapping.schema.json", folder)).as_posix()
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if os.path.lexists(out) and not overwrite:
+        raise EngineError(
+            "E401",
+            "the output exists already",
+            place=Place(str(out)),
+            fix="Choose another --out, or give --overwrite to replace it.",
+        )
+
+
+def _write(out: Path, text: str, overwrite: bool) -> None:
+    """Whole or not at all; another file that came meanwhile is kept."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(made, 0o666 & ~_umask())
+            if overwrite:
+                os.replace(made, out)
+            else:
+                os.link(made, out)
+        finally:
+            Path(made).unlink(missing_ok=True)
+    except FileExistsError:
+        _check_free(out, overwrite)
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise EngineError(
+            "E403", "the mapping cannot be written", place=Place(str(out)), got=reason, fix="Choose another --out."
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,124 @@
+"""The names of an unknown checkpoint as patterns: integers that count become placeholders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.errors import EngineError
+from engine.language.names import PARAMS, pattern
+from engine.planning.stored import Stored
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+_LAYERS = re.compile(r"h|.*(layer|block)s?")
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Tensors of one pattern, over all files. `text` ends in `.weight` or `.bias` where the names do."""
+
+    text: str
+    placeholders: tuple[str, ...]
+    stored: tuple[Stored, ...]
+
+    @property
+    def stem(self) -> str:
+        """The pattern with `{param}` in place of weight or bias."""
+        head, _, last = self.text.rpartition(".")
+        return f"{head}.{{param}}" if head and last in PARAMS else self.text
+
+    @property
+    def param(self) -> str | None:
+        return self.text.rpartition(".")[2] if self.stem != self.text else None
+
+    @property
+    def layered(self) -> bool:
+        return "layer" in self.placeholders
+
+    def count(self) -> int:
+        return len({(one.name, one.chunk) for one in self.stored})
+
+
+def observe(stored: Sequence[Stored]) -> tuple[list[Observed], list[str]]:
+    """Patterns in order of appearance, and names that no pattern can express.
+
+    The first integer after `layers` or `blocks` is `{layer}`, one after `experts` is `{expert}`; any
+    other that varies gets a placeholder of its own, and one that does not stays as it is.
+
+        layers.0.mlp.experts.3.w1.weight  →  layers.{layer}.mlp.experts.{expert}.w1.weight
+    """
+    by_skeleton: dict[tuple[str | None, ...], dict[str, list[Stored]]] = {}
+    hopeless: dict[str, None] = {}
+    for one in stored:
+        if not expressible(one.name) or not one.header.shape:
+            hopeless[one.name] = None
+            continue
+        parts = tuple(None if _NUMBER.fullmatch(part) else part for part in one.name.split("."))
+        by_skeleton.setdefault(parts, {}).setdefault(one.name, []).append(one)
+    found: dict[str, tuple[tuple[str, ...], list[Stored]]] = {}
+    for names in by_skeleton.values():
+        for name, text, placeholders in _patterns(list(names)):
+            found.setdefault(text, (placeholders, []))[1].extend(names[name])
+    return [Observed(text, ph, tuple(listed)) for text, (ph, listed) in found.items()], list(hopeless)
+
+
+def expressible(name: str) -> bool:
+    """Whether a name can stand in a mapping: no braces, and text that UTF-8 can encode."""
+    if not name or "{" in name or "}" in name:
+        return False
+    try:
+        name.encode()
+        return pattern(name).match(name) is not None
+    except (UnicodeEncodeError, EngineError):
+        return False
+
+
+def _patterns(names: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(name, pattern, placeholders) of names that differ in integers alone."""
+    split = [name.split(".") for name in names]
+    first = split[0]
+    called: dict[int, str] = {}
+    for at, part in enumerate(first):
+        if not _NUMBER.fullmatch(part) or at == 0:
+            continue
+        before = first[at - 1].lower()
+        varies = len({parts[at] for parts in split}) > 1
+        if "layer" not in called.values() and _LAYERS.fullmatch(before):
+            called[at] = "layer"
+        elif "expert" in before and "expert" not in called.values():
+            called[at] = "expert"
+        elif varies:
+            word = re.sub(r"[^a-z0-9_]", "_", before).strip("_0123456789") or "part"
+            base = f"{word}_number"
+            others = [name for name in called.values() if name.startswith(base)]
+            called[at] = f"{base}_{len(others) + 1}" if others else base
+    result = []
+    for name, parts in zip(names, split, strict=True):
+        text = ".".join(f"{{{called[at]}}}" if at in called else part for at, part in enumerate(parts))
+        result.append((name, text, tuple(called.values())))
+    return result
+
+
+def tail(text: str) -> tuple[str, ...]:
+    """The parts of a pattern that tell tensors of a layer apart: after `{layer}`, without the parameter.
+
+    >>> tail("layers.{layer}.attention.wqkv.{param}"), tail("norm.weight")
+    (('attention', 'wqkv'), ('norm',))
+    """
+    parts = text.rpartition("{layer}.")[2].split(".")
+    if len(parts) > 1 and parts[-1] in (*PARAMS, "{param}"):
+        parts.pop()
+    return tuple(part for part in parts if not part.startswith("{")) or tuple(parts)
+
+
+def shapes_by_rank(observed: Observed, ranks: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
+    """The shape in each file's ranks, for people: `{"tp0": [64, 32], "tp1": [64, 32]}`.
+
+    Pipeline ranks, layers and experts are left out: they hold other tensors, not other parts.
+    """
+    result: dict[str, list[int]] = {}
+    for one in observed.stored:
+        where = " ".join(f"{dim}{rank}" for dim, rank in ranks[one.file].items() if dim in ("tp", "wp", "ep", "dp"))
+        result.setdefault(where or "rank", list(one.header.shape))
+    return dict(sorted(result.items()))

@@ -1,0 +1,84 @@
+"""What a draft says to the person who reads it: sizes, doubts, and what no rule reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from engine.discover.near import Nearness, Pairing
+from engine.discover.renamed import renamed_rules
+from engine.discover.text import block, comment, list_of, rule_lines, shown
+from engine.language.expressions import names_in
+from engine.language.model import Mapping as MappingFile
+from engine.planning.model import Plan
+
+_EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")
+_COMPUTED = re.compile(r"(.*\.)?(inv_freq|rope\.freqs|freqs_cis|cos_cached|sin_cached)")
+
+
+def silent(mapping: MappingFile, config: Mapping[str, Any]) -> list[str]:
+    """Variants that a default decides, because the configuration has none of the keys they read."""
+    notes: list[str] = []
+    for name, variant in mapping.variants.items():
+        expressions = [e for e in variant.choices.values() if e is not None]
+        read = {key for e in expressions for key in names_in(e)}
+        if not variant.default or not read or any("present(" in e.text for e in expressions) or read & config.keys():
+            continue
+        keys = list_of(sorted(read))
+        notes.append(f"{name} is what the family takes by default, the config has none of {keys}: {variant.help}.")
+    return notes
+
+
+def model_types(mapping: MappingFile, kind: Any) -> list[str]:
+    if not isinstance(kind, str) or not kind or kind in mapping.model_types or not mapping.model_types:
+        return []
+    text = f"decide: the training config says model_type {shown(kind)}, which {mapping.name} is not for."
+    return [*comment(text), *block("source", {"model_types": [kind]})]
+
+
+def expect(mapping: MappingFile, plan: Plan) -> list[str]:
+    known = {axis: plan.sizes[axis] for axis in _EXPECT if axis in plan.sizes and axis in mapping.dims}
+    return block("expect", known) if known else []
+
+
+def told(sizes: Mapping[str, int]) -> str:
+    return ", ".join(
+        f"{sizes[axis]} {word}" for axis, word in (("layer", "layers"), ("hidden", "wide")) if axis in sizes
+    )
+
+
+def doubt(pairing: Pairing) -> str:
+    """What makes a pair a guess."""
+    text = f"is this {pairing.slot.sources[0]}? The shape fits and the name is alike ({pairing.score:.2f})."
+    if pairing.rivals:
+        text += f" {list_of(pairing.rivals[:3])} {'has' if len(pairing.rivals) == 1 else 'have'} the same shape."
+    if pairing.slot.fused:
+        text += " Shapes do not tell the order of what is stored together."
+    return text
+
+
+def left_over(near: Nearness) -> list[str]:
+    """Tensors of no rule and rules without a tensor, as comments: a run refuses them by name."""
+    lines: list[str] = []
+    computed = [one for one, _ in near.left if _COMPUTED.fullmatch(one.text)]
+    seen: set[str] = set()
+    for one, nearest in near.left:
+        if one in computed or one.stem in seen:
+            continue
+        seen.add(one.stem)
+        fits = ", ".join(f"{slot.sources[0]} ({score:.2f})" for slot, score in nearest)
+        fits = f"Its shape would fit {fits}." if fits else "No free rule of the family has its shape."
+        lines += comment(f"decide: no rule reads {shown(one.stem)}, so a run refuses. {fits}", "  ")
+        if nearest:  # the nearest, taken by deleting the #
+            if not near.pairings and "#rules:" not in lines:
+                lines += ["#rules:"]
+            lines += [f"#{line}" for rule in renamed_rules(nearest[0][0], one.stem) for line in rule_lines(rule)]
+    for slot in near.empty:
+        lines += comment(f"decide: no tensor was found for {slot.sources[0]}.", "  ")
+    if computed:
+        lines += ["", "ignore:"]
+        for one in computed:
+            lines += comment("decide: a buffer by its name; is it recomputed by the target's code?", "  ")
+            lines += rule_lines({"source": one.text, "why": "recomputed from the configuration"})
+    return lines

@@ -1,0 +1,281 @@
+"""`engine new`: a mapping for an unknown checkpoint, with what a person must decide marked in it.
+
+A family that explains every tensor gives a release of four lines. One that explains most gives a file
+that names other sources. Otherwise every pattern gets a rule of its own. Nothing that is not clear is
+made a rule that runs: it stands in a comment, and a run refuses until a person has decided.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from engine.discover.alone import stage_of, stand_alone
+from engine.discover.cuts import known_sizes, read_cuts
+from engine.discover.names import Observed, observe, shapes_by_rank
+from engine.discover.near import Pairing, Slot, compare_family, drop_contested
+from engine.discover.notes import doubt, expect, left_over, model_types, silent, told
+from engine.discover.renamed import overrides
+from engine.discover.text import block, comment, list_of, rule_lines, scalar, shown
+from engine.errors import EngineError, EngineErrors
+from engine.language.format import format_mapping
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import pattern
+from engine.planning.attempts import Checkpoint
+from engine.planning.model import Plan
+from engine.planning.planner import make_plan
+from engine.planning.stored import strip
+from engine.proving.lint import lint_file
+
+_ENOUGH = 0.5  # of all patterns, for a family to be the nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Scaffold:
+    """A drafted mapping.
+
+    Attributes:
+        kind: `release` of a family, `renamed` tensors of a family, or `own` rules for everything.
+        parent: the family extended.
+        decisions: (line, text) of everything marked `decide:`.
+        patterns: what was found, one entry per pattern, JSON-ready.
+        state: what a plan with the draft says: None when it is complete, else code and message.
+    """
+
+    name: str
+    kind: str
+    parent: str | None
+    text: str
+    decisions: tuple[tuple[int, str], ...]
+    patterns: tuple[Mapping[str, Any], ...]
+    state: Mapping[str, str] | None
+    notices: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "parent": self.parent,
+            "decisions": [{"line": line, "text": text} for line, text in self.decisions],
+            "patterns": [dict(entry) for entry in self.patterns],
+            "state": self.state,
+            "notices": list(self.notices),
+            "text": self.text,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a draft is made of: the checkpoint, and the families it may extend, by the name to write."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    families: Sequence[tuple[str, MappingFile]]
+    name: str
+    schema: str | None = None  # where the schema lies as seen from the file
+    forced: bool = False  # the user named the family
+    paths: Mapping[str, Path] = field(default_factory=dict)  # where it lies, if it is no bundled one
+
+
+def draft(request: Request) -> Scaffold:
+    """The draft, linted; E901 if it were not clean, which would be a mistake of this module."""
+    stored = strip(request.checkpoint.files, request.layout)
+    observed, hopeless = observe(stored)
+    if not stored or not observed:
+        raise EngineError(
+            "E304",
+            "no rule can be written for this folder",
+            got="no tensors" if not stored else f"tensors named {list_of(hopeless[:3])}",
+            expected="tensors with a shape, and names without braces",
+            fix="Point --src at the step folder itself (the one that holds the rank files).",
+        )
+    attempts = [_release(request), _renamed(request, observed), _own(request, observed)]
+    kind, parent, body, readers, notices = next(a for a in attempts if a is not None)
+    head = [] if request.schema is None else [f"# yaml-language-server: $schema={request.schema}"]
+    head += ["mapping: 1", *block("name", request.name), "version: 0.1.0"]
+    tail: list[str] = []
+    for name in hopeless:
+        tail += comment(f"decide: no pattern can express the tensor `{shown(name)}`, so a run refuses this checkpoint.")
+    text = format_mapping("\n".join([*head, *body, *tail]) + "\n")
+    state, plan = _checked(text, request)
+    if kind == "renamed" and plan is not None:
+        text = format_mapping("\n".join([text, *expect(plan.mapping, plan)]) + "\n")
+    cuts = _patterns(request, observed, readers)
+    return Scaffold(request.name, kind, parent, text, _decisions(text), cuts, state, tuple(notices))
+
+
+Attempted = tuple[str, str | None, list[str], Mapping[str, str], list[str]]
+
+
+def _release(request: Request) -> Attempted | None:
+    """A family that fits completely, and sizes."""
+    kind = request.checkpoint.training.get("model_type")
+    fitting: list[tuple[str, MappingFile, Plan, EngineError | None]] = []
+    for reference, mapping in _ordered(request):
+        plan, question = _plan(request, mapping)
+        if plan is not None:
+            fitting.append((reference, mapping, plan, question))
+    if not fitting:
+        return None
+    reference, mapping, plan, question = fitting[0]
+    target = f"{mapping.architecture}"
+    body = block("description", f"{told(plan.sizes)}, to {target}")
+    others = [r for r, m, _, _ in fitting[1:] if not (kind in mapping.model_types and kind not in m.model_types)]
+    if others:
+        verb = "fits" if len(others) == 1 else "fit"
+        body += comment(f"decide: the family. {list_of(others)} {verb} as well; `engine show` tells the difference.")
+    body += block("extends", reference)
+    body += model_types(mapping, kind)
+    for note in silent(mapping, request.checkpoint.config):
+        body += comment(f"decide: {note}")
+    if question is not None:
+        body += comment(f"decide: {question.message}. A run asks for it with --set.")
+    body += expect(mapping, plan)
+    readers = {source: rule.name for rule in mapping.rules for source in rule.sources}
+    return "release", reference, body, readers, []
+
+
+def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None:
+    """The family that explains most, with other sources."""
+    kind = request.checkpoint.training.get("model_type")
+    ordered = _ordered(request)
+    named = [(r, m) for r, m in ordered if kind in m.model_types]
+    compared = [
+        compare_family(mapping, reference, request.layout, request.checkpoint, observed)
+        for reference, mapping in named or ordered
+    ]
+    best = max(compared, key=lambda near: near.share(), default=None)
+    if best is None or best.share() < (0.01 if request.forced else _ENOUGH):
+        return None
+    drop_contested(best, [n.mapping for n in compared if n is not best], request.layout, request.checkpoint)
+    rules, other = overrides(best)
+    body = block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
+    share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and likeness."
+    body += comment(share)
+    body += block("extends", best.reference)
+    body += model_types(best.mapping, kind)
+    for note in silent(best.mapping, request.checkpoint.config):
+        body += comment(f"decide: {note}")
+    for key in ("variants", "dims"):
+        if other.get(key):
+            body += ["", *comment("These ask for tensors by name: keep them in step with the rules."), f"{key}:"]
+            body += [line for n, v in other[key].items() for line in block(n, v, "  ")]
+    if rules:
+        body += ["", "rules:"]
+    previous: Pairing | None = None
+    for rule, pairing in rules:
+        if pairing is not previous:
+            body += comment(f"decide: {doubt(pairing)}", "  ")
+        previous = pairing
+        body += rule_lines(rule)
+    body += left_over(best)
+    for key in ("config", "training_config"):
+        if other.get(key):
+            body += ["", f"{key}:", *(line for n, v in other[key].items() for line in block(n, v, "  "))]
+    readers = {source: rule.name for rule in best.mapping.rules for source in rule.sources}
+    readers |= {pairing.stem: pairing.slot.rules[0].name for pairing in best.pairings}
+    return "renamed", best.reference, body, readers, []
+
+
+def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
+    slots = [
+        (reference, Slot((rule.sources[0],), (rule,), tuple(t.name for t in rule.targets)))
+        for reference, mapping in sorted(request.families, key=lambda family: len(family[1].files))
+        for rule in mapping.rules
+    ]
+    body = block("description", f"a draft for a checkpoint of layout {request.layout.name}")
+    body += stand_alone(request.checkpoint, request.layout, observed, slots)
+    return "own", None, body, {one.stem: one.stem for one in observed} | {o.text: o.text for o in observed}, []
+
+
+def _ordered(request: Request) -> list[tuple[str, MappingFile]]:
+    """Families for this layout: those that name the model type first, then those that others extend."""
+    kind = request.checkpoint.training.get("model_type")
+    fitting = [(r, m) for r, m in request.families if m.layout == request.layout.name]
+    return sorted(fitting, key=lambda f: (kind not in f[1].model_types, len(f[1].files)))
+
+
+def _plan(request: Request, mapping: MappingFile) -> tuple[Plan | None, EngineError | None]:
+    """A plan for the family; where shapes leave a variant open, one of the plans and the question."""
+    try:
+        return make_plan(mapping, request.layout, request.checkpoint, settings={}), None
+    except EngineError as error:
+        if error.code != "E202":
+            return None, None
+        question = error
+    free = [v for v in mapping.variants.values() if v.decide == "shapes"]
+    for choices in list(product(*(v.choices for v in free)))[:16]:
+        settings = {v.name: choice for v, choice in zip(free, choices, strict=True)}
+        try:
+            return make_plan(mapping, request.layout, request.checkpoint, settings=settings), question
+        except EngineError:
+            continue
+    return None, None
+
+
+def _patterns(
+    request: Request, observed: Sequence[Observed], readers: Mapping[str, str]
+) -> tuple[Mapping[str, Any], ...]:
+    """What was found, for `--json`: shapes over ranks, and which storage dimension they cut."""
+    known = known_sizes(request.checkpoint.config)
+    ranks = [file.ranks for file in request.checkpoint.grid.files]
+    result = []
+    for one in observed:
+        stage = "layers" if one.layered else stage_of(one, request.checkpoint)[0]
+        readings = read_cuts(one, request.checkpoint.grid, known, stage)
+        name = one.stored[0].name
+        rule = next((r for s, r in readers.items() if s in (one.text, one.stem) or pattern(s).match(name)), None)
+        result.append(
+            {
+                "pattern": one.text,
+                "tensors": one.count(),
+                "dtypes": sorted({stored.header.dtype for stored in one.stored}),
+                "shapes": shapes_by_rank(one, ranks),
+                "readings": [{"axes": list(r.axes), "cut": r.cut} for r in readings.listed],
+                "sure": readings.sure,
+                "rule": rule,
+            }
+        )
+    return tuple(result)
+
+
+def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Plan | None]:
+    """Lint the draft, then plan with it: None, or the first thing that keeps a run from starting."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "draft.yaml"
+        for reference, parent in request.paths.items():
+            line = f"extends: {scalar(reference)}\n"
+            text = text.replace(line, f"extends: {scalar(str(parent.resolve()))}\n", 1)
+        path.write_text(text, encoding="utf-8")
+        findings = lint_file(str(path))
+        if findings:
+            listed = "\n".join(f"{f.code} {f.message}" for f in findings)
+            raise EngineError("E901", "the drafted mapping does not lint clean", got=listed, fix="Please report it.")
+        try:
+            return None, make_plan(load_mapping(path), request.layout, request.checkpoint, settings={})
+        except EngineErrors as errors:
+            return {"code": errors.errors[0].code, "message": errors.errors[0].message}, None
+        except EngineError as error:
+            return {"code": error.code, "message": error.message}, None
+
+
+def _decisions(text: str) -> tuple[tuple[int, str], ...]:
+    """Every comment marked `decide:`, with the lines that continue it."""
+    found: list[tuple[int, str]] = []
+    going = False
+    for number, line in enumerate(text.split("\n"), 1):
+        words = line.strip()
+        if words.startswith("# decide:"):
+            found.append((number, words.removeprefix("# decide:").strip()))
+            going = True
+        elif going and words.startswith("#   "):
+            found[-1] = (found[-1][0], f"{found[-1][1]} {words.removeprefix('#').strip()}")
+        else:
+            going = False
+    return tuple(found)

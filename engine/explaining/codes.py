@@ -1,0 +1,42 @@
+"""What each error and lint code means: the pages of `docs/codes`."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from engine.errors import CODES, LINTS, EngineError
+
+
+def list_codes() -> dict[str, str]:
+    """Every code with its title: errors first, then lint findings.
+
+    >>> list_codes()["E203"]
+    'sizes disagree'
+    """
+    return {**CODES, **LINTS}
+
+
+def explain_code(code: str) -> str:
+    """The page of a code, as Markdown.
+
+    >>> explain_code("E203").splitlines()[0]
+    '# E203: sizes disagree'
+
+    Raises:
+        EngineError: E001 with codes that are near.
+    """
+    from engine.language.search import bundled
+
+    known = list_codes()
+    wanted = code.strip().upper()
+    if wanted not in known:
+        exchanged = [name for name in known if sorted(name) == sorted(wanted)]
+        near = exchanged or get_close_matches(wanted, known, 3, 0.5)
+        raise EngineError(
+            "E001",
+            f"there is no code `{code}`",
+            got=code,
+            expected=", ".join(near) if near else f"one of: {', '.join(known)}",
+            fix=f"Did you mean `{near[0]}`?" if near else "A code is the first word of a message, such as E203.",
+        )
+    return (bundled("docs") / "codes" / f"{wanted}.md").read_text(encoding="utf-8")

@@ -1,0 +1,185 @@
+"""Axes in words: what a tensor's dimensions mean, how training cuts them, what a slice covers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from engine.explaining.describe import fold
+from engine.explaining.lattice import Lattice, index_text, words
+from engine.explaining.links import Link, Spot
+from engine.language.axes import Axis, leaves
+from engine.planning.boxes import Interval
+from engine.planning.groups import Group
+from engine.planning.sides import Shard, Side
+from engine.planning.stored import Stages
+
+MOST_ORDERED = 100_000  # positions that are looked at one by one
+
+
+def dim_name(dim: int, dims: int) -> str:
+    """
+    >>> dim_name(0, 2), dim_name(1, 2), dim_name(0, 1), dim_name(2, 3)
+    ('rows', 'columns', 'elements', 'dimension 2')
+    """
+    if dims == 1:
+        return "elements"
+    return ("rows", "columns")[dim] if dims == 2 else f"dimension {dim}"
+
+
+def named(dim: int, dims: int, positions: str) -> str:
+    """
+    >>> named(0, 2, "0…3"), named(1, 2, "3")
+    ('rows 0…3', 'column 3')
+    """
+    name = dim_name(dim, dims)
+    return f"{name.removesuffix('s') if positions.isdecimal() else name} {positions}"
+
+
+def span(interval: Interval) -> str:
+    low, high = interval
+    return str(low) if high == low + 1 else f"{low}…{high - 1}"
+
+
+def slice_text(window: Sequence[Interval], shape: Sequence[int]) -> str:
+    """
+    >>> slice_text([(0, 128), (0, 64)], [256, 64]), slice_text([(17, 18), (3, 4)], [32, 32])
+    ('[0:128, :]', '[17, 3]')
+    """
+    parts = []
+    for (low, high), size in zip(window, shape, strict=True):
+        if (low, high) == (0, size) and size > 1:
+            parts.append(":")
+        else:
+            parts.append(str(low) if high == low + 1 else f"{low}:{high}")
+    return f"[{', '.join(parts)}]"
+
+
+def axes_sentence(name: str, group: Group, sizes: Mapping[str, int]) -> str:
+    """What a tensor's dimensions are: `q_proj.weight is (groups queries) | hidden, with groups 8, …`."""
+    names = [axis for axis in group.instance.axes.names() if axis in sizes]
+    told = ", ".join(f"{axis} {sizes[axis]}" for axis in names)
+    axes = group.instance.axes
+    written = axes if group.instance.param != "weight" else group.instance.rule.axes
+    return f"{name} is `{written}`, with {told}"
+
+
+def fixed_sentence(fixed: Mapping[str, int], sizes: Mapping[str, int], stages: Stages) -> str | None:
+    """`layer 7 of 0…31, the 2nd of pipeline rank 3 (6…8)`."""
+    if not fixed:
+        return None
+    parts = []
+    for axis, value in fixed.items():
+        text = f"{axis} {value} of 0…{sizes[axis] - 1}"
+        if axis == "layer":
+            for (chunk, pp), start in stages.starts.items():
+                count = stages.counts[chunk, pp]
+                if start <= value < start + count:
+                    chunked = f", chunk {chunk}" if stages.chunks > 1 else ""
+                    text += f", number {value - start} in pipeline rank {pp}{chunked} ({span((start, start + count))})"
+        parts.append(text)
+    return "; ".join(parts)
+
+
+def slice_sentences(group: Group, window: Sequence[Interval], found: Iterable[Spot]) -> list[str]:
+    """Which ranges of axes the selected positions of each dimension are; one sentence per dimension."""
+    result = []
+    listed = list(found)
+    dims = group.instance.axes.dims
+    for dim, node in enumerate(dims):
+        if isinstance(node, Axis):
+            continue
+        ranges = list(dict.fromkeys(_ranges(one.box, list(leaves(node))) for one in listed))
+        shown = "; ".join(ranges[:4]) + (f"; … ({len(ranges)} boxes)" if len(ranges) > 4 else "")
+        positions = span(window[dim])
+        verb = "is" if positions.isdecimal() else "are"
+        result.append(f"{named(dim, len(dims), positions)} {verb} {shown}")
+    return result
+
+
+def _ranges(box: Mapping[str, Interval], names: Sequence[str]) -> str:
+    return ", ".join(f"{axis} {span(box[axis])}" for axis in names if axis in box)
+
+
+def cut_sentence(side: Side, group: Group) -> str:
+    """How training cuts a tensor: `groups is cut over tp: ranks 0…3 hold 2 each`."""
+    dims = group.cut.rank_dims()
+    shards = side.shards(group)
+    if group.cut.lone:
+        return "one rank holds it undivided"
+    if not dims:
+        copies = len(shards[0].replicas)
+        return f"{copies} files hold it whole and must agree" if copies > 1 else "one file holds it whole"
+    if group.cut.rows is not None:
+        held = {s.ranks[0]: s.rows[1] - s.rows[0] for s in shards if s.rows is not None}
+        return f"storage rows are cut over {dims[0]}, wherever that falls: {_shares(held)}"
+    told = []
+    for position, (dim, axis) in enumerate(group.cut.dims):
+        told.append(f"{axis} is cut over {dim}: {_shares({s.ranks[position]: s.sizes[axis] for s in shards})}")
+    return "; ".join(told)
+
+
+def _shares(held: Mapping[int, int]) -> str:
+    """
+    >>> _shares({0: 3, 1: 3, 2: 2})
+    'ranks 0…1 hold 3 each, rank 2 holds 2'
+    """
+    by_size: dict[int, list[int]] = {}
+    for rank, size in held.items():
+        by_size.setdefault(size, []).append(rank)
+    return ", ".join(
+        f"ranks {fold(ranks)} hold {size} each" if len(ranks) > 1 else f"rank {ranks[0]} holds {size}"
+        for size, ranks in by_size.items()
+    )
+
+
+def shard_words(group: Group, shard: Shard) -> str:
+    """
+    `tp1`, or nothing for a tensor that is not cut.
+    """
+    return ", ".join(f"{dim}{rank}" for dim, rank in zip(group.cut.rank_dims(), shard.ranks, strict=True))
+
+
+def order_sentences(link: Link) -> list[str]:
+    """For each target dimension whose order differs: which source positions its positions come from, in turn."""
+    result: list[str] = []
+    source_dims = len(link.source.bases)
+    target_dims = len(link.target.bases)
+    for dim, strides in enumerate(link.target.strides):
+        order = sorted(strides, key=lambda axis: -strides[axis])
+        wide = {axis for axis in order if link.box[axis][1] - link.box[axis][0] > 1}
+        to = link.target.positions(dim, link.box, order)
+        for other, theirs in enumerate(link.source.strides):
+            if not wide & set(theirs):
+                continue
+            part = {axis: link.box[axis] if axis in wide else _first(link.box[axis]) for axis in theirs}
+            origin = link.source.positions(other, part, [axis for axis in order if axis in theirs])
+            mine = {axis: link.box[axis] if axis in theirs else _first(link.box[axis]) for axis in strides}
+            here = link.target.positions(dim, mine, order) if wide - set(theirs) else to
+            same_dim = dim == other and source_dims == target_dims
+            if same_dim and _plain(here) and _plain(origin):
+                continue
+            if max(len(here), len(origin)) > MOST_ORDERED:
+                continue
+            told = named(dim, target_dims, words(list(here))), named(other, source_dims, words(list(origin)))
+            result.append(f"{told[0]} come from {told[1]}")
+    return result
+
+
+def _first(interval: Interval) -> Interval:
+    return interval[0], interval[0] + 1
+
+
+def _plain(lattice: Lattice) -> bool:
+    """Whether positions follow each other without gaps."""
+    merged = Lattice(lattice.start, lattice.steps)
+    step = 1
+    for stride, size in reversed(merged.steps):
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+def index_texts(spot: Spot, box: Mapping[str, Interval]) -> tuple[str, ...]:
+    """The positions along each dimension as slices."""
+    return tuple(index_text(spot.positions(dim, box)) for dim in range(len(spot.bases)))

@@ -1,0 +1,133 @@
+"""Configurations beside the rank files, read as data: pickled mappings, JSON, Python source."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.formats.pickling import with_dtypes
+from engine.formats.python_source import MAX_SOURCE, literals
+from engine.formats.rank_files import read_torch_file
+from engine.formats.standins import DType
+from engine.formats.torch_files import encode_torch
+from engine.formats.unpickle import damaged
+from engine.storage.regular import open_regular
+
+_DEEPEST = 64
+_MOST_BITS = 4096
+_MOST_VALUES = 100_000  # counted as if nothing were shared
+
+
+def read_config(path: Path, format: str) -> dict[str, Any]:
+    """Read a configuration in one of the layout's formats; EngineError E30x."""
+    return _FORMATS[format](path)
+
+
+def read_pickled_mapping(path: Path) -> dict[str, Any]:
+    """A pickled dict, or a `Config` class that is one; dtypes become text such as `torch.bfloat16`."""
+    value = _plain(_unpickle(path), path.name)
+    if not isinstance(value, dict):
+        raise EngineError(
+            "E303",
+            "the configuration is not a mapping",
+            place=Place(path.name),
+            got=type(value).__name__,
+            fix="Is it the model_config.pt of the training run?",
+        )
+    if not value:
+        raise EngineError(
+            "E303",
+            "the configuration is empty",
+            place=Place(path.name),
+            expected="the model's settings as items of a mapping",
+            fix="A class that keeps them in attributes cannot be read without running it: save a plain dict of them "
+            "in the training environment.",
+        )
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        raw = file.read(MAX_SOURCE + 1)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(
+            "E301",
+            "the configuration is not JSON",
+            place=Place(path.name),
+            got=str(error)[:100],
+            fix="Copy the file again.",
+        ) from None
+    if not isinstance(value, dict):
+        raise EngineError(
+            "E303", "the configuration is not an object", place=Place(path.name), fix="Is it the right file?"
+        )
+    return value
+
+
+def read_python_source(path: Path) -> dict[str, Any]:
+    """A training configuration's assignments, as far as they are literals. Never executed.
+
+    What cannot be told from the text alone is left out; a configuration that cannot be parsed is
+    empty, since it only adds facts.
+    """
+    if path.suffix == ".py":
+        with open_regular(path) as file:
+            source: Any = file.read(MAX_SOURCE).decode("utf-8", "replace")
+    else:
+        source = _unpickle(path)
+    if not isinstance(source, str) or len(source) > MAX_SOURCE:
+        return {}
+    return literals(source)
+
+
+def _unpickle(path: Path) -> Any:
+    with open_regular(path) as file:
+        return read_torch_file(file, path.name, os.fstat(file.fileno()).st_size)[0]
+
+
+def _plain(value: Any, name: str) -> Any:
+    """The value as JSON could hold it. A pickle can hold itself, or the same list a million times."""
+    left = _MOST_VALUES
+
+    def plain(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            raise damaged(name, "a configuration nested too deeply, or of too many values")
+        if isinstance(value, Mapping):
+            return {str(key): plain(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, depth + 1) for item in value]
+        if isinstance(value, set | frozenset):
+            return [plain(item, depth + 1) for item in sorted(value, key=repr)]
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise damaged(name, f"a number of {value.bit_length()} bits")
+        if isinstance(value, DType):
+            return f"torch.{value.name}"
+        return value if isinstance(value, str | int | float | bool) or value is None else type(value).__name__
+
+    return plain(value, 0)
+
+
+def encode_config(name: str, format: str, content: Any) -> bytes:
+    """A configuration's file in one of the layout's formats, as its framework would read it."""
+    stem = Path(name).stem
+    if format == "json":
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    if format == "pickled_mapping":
+        return encode_torch(with_dtypes(content), stem)
+    source = "".join(f"{key} = {value!r}\n" for key, value in content.items())
+    return source.encode() if name.endswith(".py") else encode_torch(source, stem)
+
+
+_FORMATS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "pickled_mapping": read_pickled_mapping,
+    "json": read_json,
+    "python_source": read_python_source,
+}

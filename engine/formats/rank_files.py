@@ -1,0 +1,185 @@
+"""Rank files: torch-saved state dicts, indexed without reading payload and without torch.
+
+A zip's directory gives where each storage lies; the pickle gives, per tensor, storage, offset,
+shape and strides. Files from before the zip format hold the same in a sequence of pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engine.errors import EngineError, Place
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.legacy import load_legacy
+from engine.formats.sharded import Sharded, ShardReader
+from engine.formats.standins import Refused, Storage, Tensor
+from engine.formats.unpickle import MAX_PICKLE, damaged, error_of, load_pickle
+from engine.formats.zipdir import read_directory
+from engine.storage.regular import open_regular
+
+LoadPickle = Callable[[bytes, str], Any]
+
+
+def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
+    """Index one rank file.
+
+    Args:
+        load: reads a pickle, given its bytes and the file's name.
+
+    Raises:
+        EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
+            E305 unreadable.
+    """
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno())
+        size = found.st_size
+        value, payload, identity = read_torch_file(file, path.name, size, load)
+    if not isinstance(value, Mapping):
+        raise _not_a_state_dict(path.name, type(value).__name__)
+    for name in value:
+        if not isinstance(name, str) or not _is_text(name):
+            raise damaged(path.name, f"a key is not text: {name!r}"[:100])
+    tensors = tuple(_headers(value, payload, path.name))
+    if not tensors:
+        raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
+    for tensor in tensors:  # strides of zero can claim any size
+        if tensor.nbytes > size:
+            raise EngineError(
+                "E303",
+                f"`{tensor.name}` repeats its elements",
+                place=Place(path.name, tensor=tensor.name),
+                got=f"{tensor.nbytes} bytes in a file of {size}",
+                expected="each element stored once",
+                fix="Save it again after `contiguous()`.",
+            )
+    return FileHeader(path, size, tensors, identity, found.st_mtime_ns)
+
+
+def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:
+    shards = ShardReader()
+    for name, one in value.items():
+        if isinstance(one, Tensor):
+            yield _header(name, one, payload, file)
+        elif isinstance(one, Sharded):
+            try:
+                tensor, dtype, part = shards.read(one)
+            except Refused as refused:
+                raise error_of(refused, file, name) from None
+            if tensor is not None:
+                yield replace(_header(name, tensor, payload, file), part=part)
+            elif dtype in ITEM_SIZES:
+                yield TensorHeader(name, dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: pickles can hold halves of characters."""
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def read_torch_file(
+    file: BinaryIO, name: str, size: int, load: LoadPickle = load_pickle
+) -> tuple[Any, dict[str, tuple[int, int]], str]:
+    """The unpickled value with inert tensors, storage key → (offset, bytes) in the file, identity."""
+    try:
+        start = file.read(4)
+        if start == b"PK\x03\x04":
+            members, directory = read_directory(file, name, size)
+            root = _root(members, name)
+            _check_order(file, members, root, name)
+            at, length = members[f"{root}/data.pkl"]
+            if length > MAX_PICKLE:
+                raise damaged(name, f"data.pkl of {length} bytes")
+            value = load(_read(file, at, length, name), name)
+            prefix = f"{root}/data/"
+            payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
+            identity = hashlib.sha256(struct.pack("<Q", size) + directory).hexdigest()
+            return value, payload, identity
+        file.seek(0)
+        return load_legacy(file, name, size)
+    except OSError as error:
+        raise EngineError(
+            "E305",
+            "a file cannot be read",
+            place=Place(name),
+            got=error.strerror,
+            fix="Check the file and its storage.",
+        ) from error
+
+
+def _root(members: Mapping[str, tuple[int, int]], name: str) -> str:
+    roots = [m[: -len("/data.pkl")] for m in members if m.endswith("/data.pkl") and m.count("/") == 1]
+    if len(roots) != 1:
+        raise EngineError(
+            "E303",
+            "a zip, but not one that torch saved",
+            place=Place(name),
+            got=", ".join(list(members)[:5]),
+            expected="one member NAME/data.pkl",
+            fix="TorchScript archives and other zips are not checkpoints.",
+        )
+    return roots[0]
+
+
+def _check_order(file: BinaryIO, members: Mapping[str, tuple[int, int]], root: str, name: str) -> None:
+    if f"{root}/byteorder" in members:
+        at, length = members[f"{root}/byteorder"]
+        order = _read(file, at, min(length, 16), name)
+        if order != b"little":
+            raise EngineError(
+                "E303",
+                "the file was saved on a big-endian machine",
+                place=Place(name),
+                got=repr(order),
+                expected="little",
+                fix="Load and save it once with torch on a little-endian machine.",
+            )
+
+
+def _read(file: BinaryIO, at: int, length: int, name: str) -> bytes:
+    file.seek(at)
+    data = file.read(length)
+    if len(data) != length:
+        raise damaged(name, f"{at + len(data)} bytes where {at + length} are needed")
+    return data
+
+
+def _header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
+    storage: Storage = tensor.storage
+    place = payload.get(storage.key)
+    if place is None:
+        raise damaged(file, f"storage {storage.key} is not in the file", name)
+    dtype = tensor.dtype or storage.dtype
+    if dtype is None or dtype not in ITEM_SIZES or (storage.dtype or dtype) not in ITEM_SIZES:
+        raise EngineError(
+            "E303",
+            "a tensor's element type is not supported",
+            place=Place(file, tensor=name),
+            got=str(dtype),
+            expected=", ".join(ITEM_SIZES),
+            fix="Quantised and complex tensors are not converted.",
+        )
+    item = ITEM_SIZES[dtype]
+    nbytes = storage.count * (1 if storage.dtype is None else ITEM_SIZES[storage.dtype])
+    if nbytes > place[1]:
+        raise damaged(file, f"storage {storage.key} of {place[1]} bytes, its tensors need {nbytes}", name)
+    last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+    if 0 not in tensor.shape and (last + 1) * item > nbytes:
+        raise damaged(file, f"it needs {(last + 1) * item} bytes of a storage of {nbytes}", name)
+    return TensorHeader(name, dtype, tensor.shape, tensor.strides, place[0] + tensor.offset * item)
+
+
+def _not_a_state_dict(file: str, got: str) -> EngineError:
+    return EngineError(
+        "E303",
+        "the file is not a state dict",
+        place=Place(file),
+        got=got,
+        expected="a mapping of names to tensors",
+        fix="Is it a rank file of the model? Optimizer and scheduler files are not converted.",
+    )

@@ -1,0 +1,194 @@
+"""Safetensors files: strict reading of headers, deterministic writing of headers and indices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.storage.regular import open_regular
+
+_MAX_HEADER = 100_000_000  # the format's own limit, in bytes
+
+
+def encode_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[int]]:
+    """The header of a file, and the absolute byte offset of each tensor given.
+
+    Payload is laid out by element size, largest first, and then in the given order, so that every
+    tensor is aligned to its elements. Keys are written in payload order, metadata first and sorted.
+
+    >>> header, offsets = encode_header([("a", "F32", (2,))], {"format": "pt"})
+    >>> header[8:].rstrip()
+    b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    starts: dict[int, int] = {}
+    end = 0
+    for index in sorted(range(len(tensors)), key=lambda i: -ITEM_SIZES[tensors[i][1]]):
+        name, dtype, shape = tensors[index]
+        size = ITEM_SIZES[dtype]
+        for n in shape:
+            size *= n
+        starts[index] = end
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    return header, [len(header) + starts[i] for i in range(len(tensors))]
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """Where everything of a safetensors file goes: `offsets` of tensors and `end` of the payload, in bytes."""
+
+    header: bytes
+    offsets: tuple[int, ...]
+    end: int
+
+    def start(self) -> list[tuple[int, bytes]]:
+        return [(0, self.header)]
+
+    def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
+        return []
+
+
+def safetensors_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> SafetensorsFile:
+    """Lay out a file as transformers expects it: metadata `{"format": "pt"}`."""
+    header, offsets = encode_header(tensors, {"format": "pt"})
+    sizes = [math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in tensors]
+    return SafetensorsFile(header, tuple(offsets), len(header) + sum(sizes))
+
+
+def split_shards(tensors: Sequence[tuple[str, int]], max_bytes: int) -> list[list[str]]:
+    """Names per file, in order: as few files as `max_bytes` of tensors allows, of about equal size.
+
+    A tensor larger than `max_bytes` has a file of its own.
+
+    >>> split_shards([("a", 4), ("b", 4), ("c", 4), ("d", 4)], 12)
+    [['a', 'b'], ['c', 'd']]
+    """
+    fewest = len(_fill(tensors, max_bytes))
+    low, high = max((size for _, size in tensors), default=0), max_bytes
+    while low < high:  # the smallest limit that still needs no more files balances them
+        middle = (low + high) // 2
+        if len(_fill(tensors, middle)) <= fewest:
+            high = middle
+        else:
+            low = middle + 1
+    return _fill(tensors, max(high, 1)) if fewest > 1 else _fill(tensors, max_bytes)
+
+
+def _fill(tensors: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
+    files: list[list[str]] = []
+    room = -1
+    for name, size in tensors:
+        if not files or size > room:
+            files.append([])
+            room = limit
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def shard_names(count: int) -> list[str]:
+    """File names as transformers expects them.
+
+    >>> shard_names(2)
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def index_json(files: Mapping[str, str], total_size: int) -> bytes:
+    """`model.safetensors.index.json`: tensor name → file, and the bytes of all tensors."""
+    data = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(files.items()))}
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_safetensors(path: Path) -> FileHeader:
+    """Index a safetensors file. E301 for a header that is not exactly right, E305 when unreadable."""
+
+    def damaged(what: str, tensor: str | None = None) -> EngineError:
+        return EngineError(
+            "E301",
+            f"a safetensors file is damaged: {what}",
+            place=Place(path.name, tensor=tensor),
+            fix="Copy the file again.",
+        )
+
+    try:
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno())
+            size = found.st_size
+            start = file.read(8)
+            if len(start) < 8:
+                raise damaged("shorter than 8 bytes")
+            (length,) = struct.unpack("<Q", start)
+            if length > _MAX_HEADER or 8 + length > size:
+                raise damaged(f"its header claims {length} bytes of {size}")
+            text = file.read(length)
+    except OSError as error:
+        raise EngineError(
+            "E305",
+            "a file cannot be read",
+            place=Place(str(path)),
+            got=error.strerror,
+            fix="Check the file and its permissions.",
+        ) from error
+    try:
+        entries = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"its header is not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise damaged("its header is not an object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged("its metadata is not text")
+    tensors: list[tuple[int, int, TensorHeader]] = []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            integers = isinstance(entry["shape"], list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            raise damaged("an entry lacks dtype, shape or data_offsets", name) from None
+        if not integers or not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+            raise damaged(f"dtype {dtype}, shape {list(shape)}"[:200], name)
+        wanted, strides = ITEM_SIZES[dtype], []
+        for n in reversed(shape):
+            strides.append(wanted // ITEM_SIZES[dtype])
+            wanted *= n
+        if end - begin != wanted:
+            raise damaged(f"{end - begin} bytes for {list(shape)} of {dtype}, which needs {wanted}", name)
+        header = TensorHeader(name, dtype, shape, tuple(reversed(strides)), 8 + length + begin)
+        tensors.append((begin, end, header))
+    position = 0
+    for begin, end, header in sorted(tensors, key=lambda t: t[:2]):
+        if begin != position:
+            raise damaged(f"its data starts at {begin}, the one before ends at {position}", header.name)
+        position = end
+    if 8 + length + position != size:
+        raise damaged(f"{size} bytes, its header describes {8 + length + position}")
+    identity = hashlib.sha256(start + text).hexdigest()
+    return FileHeader(path, size, tuple(h for _, _, h in tensors), identity, found.st_mtime_ns)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object, if its keys differ and are text that UTF-8 can hold."""
+    result = dict(pairs)
+    "".join(result).encode()
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result

@@ -1,0 +1,268 @@
+"""Sharded tensors, as FSDP saves them, read as data: what each rank's file records of its shard.
+
+torch pickles a `ShardedTensor` as a call that rebuilds an empty tensor of its class, with the state
+that `ShardedTensor.__getstate__` gives (torch/distributed/_shard/sharded_tensor/api.py): its local
+shards, its metadata, the process group's ranks, its sharding spec and a flag. Objects of these
+classes are an `Instance` each, a class and the state as it stands in the file. Nothing of torch is
+called, and nothing of a state is looked at before the whole pickle is read: lists can grow till then.
+
+FSDP cuts dimension 0 into chunks of ceil(rows / ranks), so that the last ranks may hold fewer rows or
+none (`_create_chunk_sharded_tensor` in torch/distributed/fsdp/_shard_utils.py). Whatever is
+recorded otherwise is refused.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.formats.headers import Part
+from engine.formats.standins import (
+    DTYPES,
+    MOST_DIMENSIONS,
+    DType,
+    Function,
+    OtherClass,
+    Refused,
+    Tensor,
+    ints,
+    rebuild_from_type,
+)
+
+_MOST_RANKS = 1 << 20
+_UNSET = object()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainClass:
+    """A class of which a pickle can make an `Instance`, and nothing else."""
+
+    name: str
+
+
+@dataclass(slots=True, eq=False, repr=False)  # a state can be nested without end
+class Instance:
+    """An object of one of torch's sharding classes: its class, and its state as pickled."""
+
+    kind: PlainClass
+    state: Any = _UNSET
+
+    def build(self, state: Any) -> None:
+        """The state is set once, as pickling does; it is checked when it is read."""
+        if self.state is not _UNSET:
+            raise Refused("E301", f"a second state for a {self.kind.name}")
+        self.state = state
+
+
+@dataclass(frozen=True, slots=True)
+class _Empty:
+    """What is called to make a sharded tensor, before its state."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Sharded:
+    """A sharded tensor with its state as it stands in the file."""
+
+    empty: _Empty
+    state: tuple[Any, ...]
+
+
+_SHARDED = OtherClass("ShardedTensor")  # never made by itself
+_GROUP = PlainClass("ProcessGroupState")
+_SHARD = PlainClass("Shard")
+_PLACE = PlainClass("ShardMetadata")
+_DEVICE = PlainClass("_remote_device")
+_METADATA = PlainClass("ShardedTensorMetadata")
+_PROPERTIES = PlainClass("TensorProperties")
+_CHUNKS = PlainClass("ChunkShardingSpec")
+_LISTED = PlainClass("EnumerableShardingSpec")
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """A torch layout, device or memory format: of no meaning here."""
+
+    text: str
+
+
+def _getattr(*arguments: Any) -> PlainClass:
+    """Python names a class inside a class by `getattr`; there is one such class here."""
+    if len(arguments) == 2 and arguments[0] is _SHARDED and arguments[1] == "ProcessGroupState":
+        return _GROUP
+    raise Refused("E302", "builtins.getattr")
+
+
+def _layout(*arguments: Any) -> _Word:
+    if arguments != ("torch.strided",):
+        raise Refused("E303", f"a tensor of layout {reprlib.repr(arguments)}")
+    return _Word("torch.strided")
+
+
+def _device(*arguments: Any) -> _Word:
+    if not 1 <= len(arguments) <= 2 or not all(type(a) in (str, int) for a in arguments):
+        raise Refused("E301", f"a device {reprlib.repr(arguments)}")
+    return _Word("device")
+
+
+def _memory_format(*arguments: Any) -> _Word:
+    if len(arguments) != 1 or type(arguments[0]) is not int:
+        raise Refused("E301", f"a memory format {reprlib.repr(arguments)}")
+    return _Word("memory format")
+
+
+def _empty(*arguments: Any) -> _Empty:
+    """`_rebuild_wrapper_subclass`: class, type, shape, strides, offset, layout, device, requires_grad."""
+    if len(arguments) != 8 or arguments[0] is not _SHARDED or not isinstance(arguments[1], DType):
+        raise Refused("E301", "an empty tensor that is not a sharded one")
+    return _Empty(DTYPES.get(arguments[1].name, arguments[1].name), ints(arguments[2]))
+
+
+_EMPTY = Function(_empty)
+
+
+def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor | Sharded:
+    if function is not _EMPTY:
+        return rebuild_from_type(function, kind, arguments, state)
+    if kind is not _SHARDED or type(arguments) is not tuple or type(state) is not tuple or len(state) != 5:
+        raise Refused("E301", "a sharded tensor of another form than torch's")
+    return Sharded(_empty(*arguments), state)
+
+
+_PACKAGE = "torch.distributed._shard."
+_KNOWN: Mapping[tuple[str, str], Any] = {
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(_from_type),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _EMPTY,
+    ("torch.serialization", "_get_layout"): Function(_layout),
+    ("torch", "device"): Function(_device),
+    ("builtins", "getattr"): Function(_getattr),
+    ("__builtin__", "getattr"): Function(_getattr),
+    ("torch.distributed.remote_device", "_remote_device"): _DEVICE,
+    (_PACKAGE + "metadata", "ShardMetadata"): _PLACE,
+    (_PACKAGE + "sharded_tensor.api", "ShardedTensor"): _SHARDED,
+    (_PACKAGE + "sharded_tensor.api", "ShardedTensor.ProcessGroupState"): _GROUP,
+    (_PACKAGE + "sharded_tensor.shard", "Shard"): _SHARD,
+    (_PACKAGE + "sharded_tensor.metadata", "ShardedTensorMetadata"): _METADATA,
+    (_PACKAGE + "sharded_tensor.metadata", "TensorProperties"): _PROPERTIES,
+    (_PACKAGE + "sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Function(_memory_format),
+    (_PACKAGE + "sharding_spec.chunk_sharding_spec", "ChunkShardingSpec"): _CHUNKS,
+    (_PACKAGE + "sharding_spec.api", "EnumerableShardingSpec"): _LISTED,
+}
+
+
+def sharding_global(module: str, name: str) -> Any:
+    """The stand-in of a global that sharded tensors are pickled with, or None."""
+    return _KNOWN.get((module, name))
+
+
+class ShardReader:
+    """Reads the sharded tensors of one file; a list that many tensors share is read once."""
+
+    def __init__(self) -> None:
+        self._lists: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+    def read(self, sharded: Sharded) -> tuple[Tensor | None, str, Part]:
+        """The local shard's tensor (None: this rank holds no rows), its element type and its place.
+
+        Raises:
+            Refused: E301 for anything that torch would not have written, E303 for shards that are
+                not rows in the order of ranks.
+        """
+        shards, metadata, group, spec, rrefs = sharded.state
+        if type(shards) is not list or type(rrefs) is not bool or not _is(spec, _CHUNKS, _LISTED):
+            raise Refused("E301", "a sharded tensor whose state is not of torch's form")
+        rank, ranks = _group(group)
+        listed, size, properties = _fields(metadata, _METADATA, "shards_metadata", "size", "tensor_properties")
+        whole, ends = ints(size), self._ends(listed)
+        if whole != sharded.empty.shape or _dtype(properties) != sharded.empty.dtype:
+            raise Refused("E301", f"a sharded tensor of shape {sharded.empty.shape}, in its metadata {whole}")
+        if (ends[0][-1], *ends[1]) != whole or len(ends[0]) > ranks:
+            raise Refused("E301", f"{len(ends[0])} shards on {ranks} ranks do not make up a tensor of shape {whole}")
+        start, end = ((0, *ends[0])[rank], ends[0][rank]) if rank < len(ends[0]) else (whole[0], whole[0])
+        if len(shards) != (rank < len(ends[0])):
+            raise Refused(
+                "E301", f"{len(shards)} local shards on rank {rank} of a tensor cut over {len(ends[0])} ranks"
+            )
+        tensor = _local(shards[0], start, (end - start, *whole[1:]), sharded.empty.dtype) if shards else None
+        return tensor, sharded.empty.dtype, Part(start, whole)
+
+    def _ends(self, listed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where each rank's rows end, and the other dimensions; rows follow each other in the order of ranks."""
+        if type(listed) is not list or not 0 < len(listed) <= _MOST_RANKS:
+            raise Refused("E301", "a sharded tensor without a list of shards")
+        known = self._lists.get(id(listed))
+        if known is None:
+            ends: list[int] = []
+            _, first = _place(listed[0])
+            for one in listed:
+                offsets, sizes = _place(one)
+                if (
+                    offsets != (ends[-1] if ends else 0, *(0,) * (len(first) - 1))
+                    or sizes[1:] != first[1:]
+                    or not sizes[0]
+                ):
+                    raise Refused("E303", f"a shard at {offsets} of shape {sizes}: not rows in the order of ranks")
+                ends.append(offsets[0] + sizes[0])
+            known = self._lists[id(listed)] = (tuple(ends), first[1:])
+        return known
+
+
+def _is(value: Any, *kinds: PlainClass) -> bool:
+    return isinstance(value, Instance) and any(value.kind is kind for kind in kinds)
+
+
+def _fields(value: Any, kind: PlainClass, *names: str) -> list[Any]:
+    """The fields of an object, which has these and no others; slots are pickled as (None, fields)."""
+    state = value.state if _is(value, kind) else None
+    if type(state) is tuple and len(state) == 2 and state[0] is None:
+        state = state[1]
+    if type(state) is not dict or len(state) != len(names) or not all(name in state for name in names):
+        raise Refused("E301", f"a {kind.name} that is not of torch's form")
+    return [state[name] for name in names]
+
+
+def _list(value: Any) -> tuple[int, ...]:
+    return ints(tuple(value)) if type(value) is list and len(value) <= MOST_DIMENSIONS else ints(value)
+
+
+def _place(value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and sizes of a shard; on which device it lay is not looked at."""
+    offsets, sizes, _ = _fields(value, _PLACE, "shard_offsets", "shard_sizes", "placement")
+    offsets, sizes = _list(offsets), _list(sizes)
+    if not sizes or len(offsets) != len(sizes):
+        raise Refused("E301", f"a shard at {offsets} of shape {sizes}")
+    return offsets, sizes
+
+
+def _group(value: Any) -> tuple[int, int]:
+    """Rank and number of ranks that the tensor is cut over."""
+    names = ("local_rank", "global_rank", "local_world_size", "global_world_size")
+    rank, place, ranks, world = _fields(value, _GROUP, *names)
+    if not all(type(n) is int for n in (rank, place, ranks, world)) or not (
+        0 <= rank < ranks <= _MOST_RANKS and 0 <= place < world <= _MOST_RANKS
+    ):
+        raise Refused("E301", f"rank {reprlib.repr(rank)} of {reprlib.repr(ranks)}")
+    return rank, ranks
+
+
+def _dtype(value: Any) -> str:
+    """The element type among a tensor's properties, which are a tuple: type, layout and three flags."""
+    state = value.state if _is(value, _PROPERTIES) else None
+    if type(state) is not tuple or len(state) != 5 or not isinstance(state[0], DType):
+        raise Refused("E301", "a TensorProperties that is not of torch's form")
+    return DTYPES.get(state[0].name, state[0].name)
+
+
+def _local(value: Any, start: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """The tensor of the local shard, which is where the list of all shards has it."""
+    tensor, metadata = _fields(value, _SHARD, "tensor", "metadata")
+    offsets, sizes = _place(metadata)
+    if offsets != (start, *(0,) * (len(shape) - 1)) or sizes != shape:
+        raise Refused("E301", f"a local shard at {offsets} of shape {sizes}, listed at row {start} with {shape}")
+    if not isinstance(tensor, Tensor) or tensor.shape != shape or (tensor.dtype or tensor.storage.dtype) != dtype:
+        raise Refused("E301", f"a local shard that is not a {dtype} tensor of shape {shape}")
+    return tensor

@@ -1,0 +1,145 @@
+"""Torch's zip format, written as a stream: every offset is known before the first payload byte.
+
+Members are stored uncompressed, each payload at a multiple of 64 bytes, as torch writes them. The
+CRC-32 of the payloads goes into the headers when everything else has been written.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.formats.headers import ITEM_SIZES
+from engine.formats.pickling import dumps, state_dict
+
+_ALIGNMENT = 64
+_LIMIT = 0xFFFFFFFF  # from here on a size or offset is written in 64 bits
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR = struct.Struct("<4sIQI")
+_UTF8 = 0x800
+_DATE = 0x21  # 1980-01-01, so that equal content gives equal bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A zip member: `header` and `payload` are absolute byte offsets; `data` is None for a tensor's."""
+
+    name: bytes
+    header: int
+    payload: int
+    size: int
+    data: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """Where everything of a rank file goes.
+
+    Attributes:
+        offsets: absolute byte offset of each tensor's payload.
+        directory: where the zip directory starts; the payload ends there.
+    """
+
+    members: tuple[Member, ...]
+    offsets: tuple[int, ...]
+    directory: int
+
+    @property
+    def end(self) -> int:
+        return self.directory
+
+    def start(self) -> list[tuple[int, bytes]]:
+        """What is written before the payload: nothing, since headers hold its checksums."""
+        return []
+
+    def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of all that is not payload, given the CRC-32 of each tensor."""
+        left = iter(checksums)
+        written: list[tuple[int, bytes]] = []
+        central: list[bytes] = []
+        for member in self.members:
+            crc = next(left) if member.data is None else zlib.crc32(member.data)
+            written.append((member.header, _local(member, crc) + (member.data or b"")))
+            central.append(_central(member, crc))
+        directory = b"".join(central)
+        return [*written, (self.directory, directory + _end(len(central), len(directory), self.directory))]
+
+
+def torch_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> TorchFile:
+    """Lay out a rank file that holds a state dict.
+
+    Args:
+        tensors: name, element type and shape of each, in order.
+        root: the folder inside the zip; torch takes the file's name without suffix.
+    """
+    listed: list[tuple[str, bytes | int]] = [("data.pkl", state_dict(tensors)), ("byteorder", b"little")]
+    for index, (_, dtype, shape) in enumerate(tensors):
+        count = 1
+        for size in shape:
+            count *= size
+        listed.append((f"data/{index}", count * ITEM_SIZES[dtype]))
+    listed.append(("version", b"3\n"))
+    members: list[Member] = []
+    end = 0
+    for name, content in listed:
+        member = _member(f"{root}/{name}".encode(), end, content)
+        members.append(member)
+        end = member.payload + member.size
+    offsets = tuple(m.payload for m in members if m.data is None)
+    return TorchFile(tuple(members), offsets, end)
+
+
+def encode_torch(value: Any, root: str) -> bytes:
+    """A whole small file that `torch.load` reads as a plain value."""
+    pickled = _member(f"{root}/data.pkl".encode(), 0, dumps(value))
+    order = _member(f"{root}/byteorder".encode(), pickled.payload + pickled.size, b"little")
+    version = _member(f"{root}/version".encode(), order.payload + order.size, b"3\n")
+    file = TorchFile((pickled, order, version), (), version.payload + version.size)
+    return b"".join(data for _, data in file.finish(()))
+
+
+def _member(name: bytes, at: int, content: bytes | int) -> Member:
+    size = content if isinstance(content, int) else len(content)
+    fixed = at + _LOCAL.size + len(name) + len(_sizes64(size)) + 4
+    payload = -(-fixed // _ALIGNMENT) * _ALIGNMENT
+    return Member(name, at, payload, size, None if isinstance(content, int) else content)
+
+
+def _sizes64(size: int) -> bytes:
+    return struct.pack("<2H2Q", 1, 16, size, size) if size >= _LIMIT else b""
+
+
+def _local(member: Member, crc: int) -> bytes:
+    large = _sizes64(member.size)
+    padding = member.payload - member.header - _LOCAL.size - len(member.name) - len(large) - 4
+    extra = large + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    size = min(member.size, _LIMIT)
+    fields = (b"PK\x03\x04", 45 if large else 20, _UTF8, 0, 0, _DATE, crc, size, size, len(member.name), len(extra))
+    return _LOCAL.pack(*fields) + member.name + extra
+
+
+def _central(member: Member, crc: int) -> bytes:
+    large = b""
+    if member.size >= _LIMIT:
+        large += struct.pack("<2Q", member.size, member.size)
+    if member.header >= _LIMIT:
+        large += struct.pack("<Q", member.header)
+    extra = struct.pack("<2H", 1, len(large)) + large if large else b""
+    size, version = min(member.size, _LIMIT), 45 if large else 20
+    fields = (b"PK\x01\x02", version, version, _UTF8, 0, 0, _DATE, crc, size, size, len(member.name), len(extra))
+    return _CENTRAL.pack(*fields, 0, 0, 0, 0, min(member.header, _LIMIT)) + member.name + extra
+
+
+def _end(count: int, size: int, start: int) -> bytes:
+    large = b""
+    if count >= 0xFFFF or size >= _LIMIT or start >= _LIMIT:
+        record = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
+        large = record + _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
+    short = min(count, 0xFFFF)
+    return large + _END.pack(b"PK\x05\x06", 0, 0, short, short, min(size, _LIMIT), min(start, _LIMIT), 0)

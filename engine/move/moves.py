@@ -1,0 +1,110 @@
+"""Moves: a block's copies as byte ranges outside it and places inside it. No torch.
+
+The block is an interval of the driving tensor. Gathering fills it from runs outside, scattering
+empties it into runs outside: the same moves, read in one direction or the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.move.blocks import Block
+from engine.move.runs import MOST_SPAN, dense_parts, rows, span, straight
+from engine.planning.copies import Copy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(slots=True)
+class Move:
+    """One run outside the block, and its elements in the block.
+
+    Attributes:
+        tensor: the tensor outside; `offset` and `shift` are its bytes, at step 0 and per step.
+        parts: where the run's bytes are here, in their order: rows of the block itself with what is
+            skipped between them, or a scratch buffer.
+        inside, outside: strided views of the block and of the scratch; None when `parts` are the block's.
+    """
+
+    tensor: int
+    offset: int
+    shift: int
+    parts: Sequence[memoryview]
+    inside: np.ndarray | None = None
+    outside: np.ndarray | None = None
+
+
+class Moves:
+    """A block buffer with the moves of its current template. Belongs to one thread."""
+
+    def __init__(self, gap: int) -> None:
+        """Args: gap: bytes between runs that are moved along rather than skipped."""
+        self._gap = gap
+        self._block = memoryview(bytearray())
+        self._scratch = memoryview(bytearray())
+        self._template: tuple[Copy, ...] | None = None
+        self._item = 0
+        self._moves: list[Move] = []
+
+    def of(self, block: Block, item: int) -> list[Move]:
+        """The moves of a block of `item`-byte elements; its buffer is `bytes(block, item)`."""
+        nbytes = (block.high - block.low) * item
+        if self._block.nbytes < nbytes:
+            self._block = memoryview(bytearray(nbytes))
+            self._template = None
+        if self._template is not block.template or self._item != item:
+            self._moves = self._compile(block, item)
+            self._template, self._item = block.template, item
+        return self._moves
+
+    def bytes(self, block: Block, item: int) -> memoryview:
+        """The block's buffer."""
+        return self._block[: (block.high - block.low) * item]
+
+    def _compile(self, block: Block, item: int) -> list[Move]:
+        pieces = [
+            (part, shift * item, None if straight(part) else rows(part, item))
+            for copy, shift in zip(block.template, block.shifts, strict=True)
+            for part in dense_parts(copy, self._gap // item, MOST_SPAN // item)
+        ]
+        # Taken once, since moves keep what they were given.
+        spans = (span(p.shape, p.source_strides) for p, _, listed in pieces if listed is None and not straight(p))
+        self._scratch_of(max(spans, default=0) * item)
+        return [self._move(part, shift, listed, item) for part, shift, listed in pieces]
+
+    def _move(self, part: Copy, shift: int, listed: Sequence[tuple[int, int, int]] | None, item: int) -> Move:
+        nbytes = span(part.shape, part.source_strides) * item
+        outside, inside = part.source_offset * item, part.target_offset * item
+        if straight(part):
+            return Move(part.source, outside, shift, (self._block[inside : inside + nbytes],))
+        if listed is not None:
+            return Move(part.source, outside, shift, self._rows(inside, listed, item))
+        import numpy as np  # late, since most conversions move rows
+
+        kind, scratch = np.dtype(f"u{item}"), self._scratch_of(nbytes)
+        strides = [[stride * item for stride in side] for side in (part.target_strides, part.source_strides)]
+        return Move(
+            part.source, outside, shift, (scratch,),
+            np.ndarray(part.shape, kind, self._block, inside, strides[0]),
+            np.ndarray(part.shape, kind, scratch, 0, strides[1]),
+        )  # fmt: skip
+
+    def _rows(self, inside: int, listed: Sequence[tuple[int, int, int]], item: int) -> list[memoryview]:
+        """Rows of the block, and scratch for what is skipped between them."""
+        parts, end = [], 0
+        for outer, inner, length in listed:
+            if outer > end:
+                parts.append(self._scratch_of((outer - end) * item))
+            at = inside + inner * item
+            parts.append(self._block[at : at + length * item])
+            end = outer + length
+        return parts
+
+    def _scratch_of(self, nbytes: int) -> memoryview:
+        """So many bytes; the same ones for every move, which are made one after the other."""
+        if self._scratch.nbytes < nbytes:
+            self._scratch = memoryview(bytearray(nbytes))
+        return self._scratch[:nbytes]

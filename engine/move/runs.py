@@ -1,0 +1,106 @@
+"""Runs: a copy as stretches of bytes that are contiguous outside its block. No buffers, no I/O."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from engine.planning.copies import Copy
+
+READ_THROUGH = 8 * 1024  # bytes: gaps smaller than this are read, not skipped
+MOST_SPAN = 4 << 20  # bytes of a run with gaps: what the scratch buffer may grow to
+LEAST_ROW = 2 * 1024  # bytes: many shorter rows are sooner moved by way of a scratch buffer
+FEW_ROWS = 64  # not many, whatever their length
+MOST_ROWS = 1024  # with what lies between them: that one call of the system takes (IOV_MAX)
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to one past the last of a strided array."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def straight(copy: Copy) -> bool:
+    """One contiguous run on both sides."""
+    return not copy.shape or (len(copy.shape) == 1 and copy.source_strides[0] == 1 and copy.target_strides[0] == 1)
+
+
+def dense_parts(copy: Copy, gap: int, most: int) -> list[Copy]:
+    """Split a copy along its largest source stride until no run skips or spans too many elements.
+
+    Args:
+        gap: the most elements that a run may skip at once.
+        most: the most elements from a run's first to its last, as far as it skips any.
+
+    >>> rows = Copy(0, 0, 0, 0, (4, 8), (64, 1), (8, 1))
+    >>> [part.shape for part in dense_parts(rows, 56, 1000)], [part.shape for part in dense_parts(rows, 56, 100)]
+    ([(4, 8)], [(2, 8), (2, 8)])
+    """
+    if not copy.shape or straight(copy):
+        return [copy]
+    axis = max(range(len(copy.shape)), key=lambda i: copy.source_strides[i])
+    rest = [i for i in range(len(copy.shape)) if i != axis]
+    stride, size = copy.source_strides[axis], copy.shape[axis]
+    inner = span([copy.shape[j] for j in rest], [copy.source_strides[j] for j in rest])
+    whole = (size - 1) * stride + inner
+    if stride - inner <= gap and whole <= most:
+        return [copy]
+    rows = max(1, (most - inner) // stride + 1) if stride - inner <= gap else 1
+    parts: list[Copy] = []
+    for start in range(0, size, rows):
+        count = min(rows, size - start)
+        kept = rest if count == 1 else range(len(copy.shape))
+        part = Copy(
+            copy.source,
+            copy.target,
+            copy.source_offset + start * stride,
+            copy.target_offset + start * copy.target_strides[axis],
+            tuple(count if j == axis else copy.shape[j] for j in kept),
+            tuple(copy.source_strides[j] for j in kept),
+            tuple(copy.target_strides[j] for j in kept),
+        )
+        parts.extend(dense_parts(part, gap, most) if count == 1 else [part])
+    return parts
+
+
+def runs(copy: Copy, gap: int) -> tuple[int, int]:
+    """How many runs `dense_parts` gives on the source side, and elements moved in all of them.
+
+    >>> runs(Copy(0, 0, 0, 0, (4, 8), (64, 1), (8, 1)), 0), runs(Copy(0, 0, 0, 0, (4, 8), (64, 1), (8, 1)), 56)
+    ((4, 32), (1, 200))
+    """
+    count, reach = 1, 1
+    for stride, size in sorted(zip(copy.source_strides, copy.shape, strict=True)):
+        if stride - reach <= gap and count == 1:
+            reach += stride * (size - 1)
+        else:
+            count *= size
+    return count, count * reach
+
+
+def rows(copy: Copy, item: int) -> list[tuple[int, int, int]] | None:
+    """A run as rows that are contiguous inside too, in their order outside; None where they are too many.
+
+    Args:
+        copy: one of `dense_parts`.
+        item: bytes of an element.
+
+    Returns:
+        Elements from the run's begin to the row, from the copy's begin in the block to the row, and of the row.
+
+    >>> rows(Copy(0, 0, 0, 0, (2, 2, 2048), (2048, 4096, 1), (8192, 2048, 1)), 2)
+    [(0, 0, 2048), (2048, 8192, 2048), (4096, 2048, 2048), (6144, 10240, 2048)]
+    """
+    axes = sorted(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True), reverse=True)
+    outer, inner, length = axes.pop()
+    count = copy.volume() // length
+    most = MOST_ROWS // 2 if length * item >= LEAST_ROW else FEW_ROWS
+    if outer != 1 or inner != 1 or count > most:
+        return None
+    found, end = [], 0
+    for at in itertools.product(*(range(size) for _, _, size in axes)):
+        outside = sum(i * stride for i, (stride, _, _) in zip(at, axes, strict=True))
+        if outside < end:  # strides that overlap
+            return None
+        found.append((outside, sum(i * stride for i, (_, stride, _) in zip(at, axes, strict=True)), length))
+        end = outside + length
+    return found

@@ -1,0 +1,105 @@
+"""Changing values: the cast that `--dtype` asks for and the registry of transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError, Place
+from engine.formats.headers import ITEM_SIZES
+from engine.planning.model import Output
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def float_type(dtype: str) -> np.dtype[Any]:
+    """The numpy type of a safetensors float type."""
+    import ml_dtypes
+    import numpy as np
+
+    kinds: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+    found: np.dtype[Any] = np.dtype(kinds[dtype])
+    return found
+
+
+def normalize(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1 (L2), in float32, as InternEvo's norm_head does at run time.
+
+    >>> import numpy as np
+    >>> normalize(np.array([[3.0, 4.0]], np.float32)).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    import numpy as np
+
+    length = np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True, dtype=np.float32))
+    return rows / np.maximum(length, np.float32(1e-12))
+
+
+# Operation of `language.transforms` → function on float32 rows along the last storage dimension.
+FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"normalize": normalize}
+
+
+def check_transform(output: Output) -> None:
+    """E209 unless the transform runs along the last storage dimension, which blocks keep whole."""
+    if output.transform is not None and output.transform_dim != len(output.shape) - 1:
+        raise EngineError(
+            "E209",
+            f"transform `{output.transform[0]}` of `{output.name}` runs along an axis that is not stored last",
+            place=Place(output.place),
+            got=f"axis `{output.transform[1]}` is dimension {output.transform_dim}",
+            expected=f"dimension {len(output.shape) - 1}",
+            fix="Write the target's axes so that the transformed axis comes last.",
+        )
+
+
+def elements(data: memoryview, dtype: str) -> np.ndarray:
+    """Bytes as unsigned integers of the size of a safetensors type."""
+    import numpy as np
+
+    return np.frombuffer(data, np.dtype(f"u{ITEM_SIZES[dtype]}"))
+
+
+class Converter:
+    """Turns gathered blocks into the bytes to write; reuses its buffer. Belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def convert(self, output: Output, block: memoryview) -> memoryview:
+        """The block itself where nothing is to change, else a buffer that is valid until the next call."""
+        if output.unchanged:
+            return block
+        import numpy as np
+
+        values = elements(block, output.read_dtype).view(float_type(output.read_dtype))
+        target = float_type(output.dtype)
+        nbytes = values.size * target.itemsize
+        if len(self._buffer) < nbytes:
+            self._buffer = bytearray(nbytes)
+        data = memoryview(self._buffer)[:nbytes]
+        written = np.frombuffer(data, target)
+        if output.transform is not None:
+            rows = values.astype(np.float32).reshape(-1, output.shape[-1])
+            values = FUNCTIONS[output.transform[0]](rows).reshape(-1)
+        with np.errstate(over="ignore"):
+            np.copyto(written, values, casting="unsafe")
+        if output.dtype == "F16":
+            self._check_overflow(output, values, written)
+        return data
+
+    @staticmethod
+    def _check_overflow(output: Output, values: np.ndarray, written: np.ndarray) -> None:
+        import numpy as np
+
+        lost = np.isinf(written) & np.isfinite(values.astype(np.float32))
+        if lost.any():
+            largest = float(np.abs(values.astype(np.float32)[lost]).max())
+            raise EngineError(
+                "E406",
+                f"`{output.name}` does not fit float16",
+                place=Place(output.place),
+                got=f"{int(lost.sum())} values up to {largest:g}",
+                expected="at most 65504",
+                fix="Write bfloat16 or float32 instead: --dtype bfloat16.",
+            )

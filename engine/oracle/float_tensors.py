@@ -1,0 +1,54 @@
+"""Tensors of checkpoint files as float32, one at a time, for computing with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineError, Place
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.storage.sources import SourceFiles
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FloatTensors:
+    """Reads tensors of some files. Used as a context: leaving it closes the files."""
+
+    def __init__(self, files: Sequence[FileHeader]) -> None:
+        self._headers = files
+        self._files = SourceFiles(files)
+
+    def __enter__(self) -> FloatTensors:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._files.__exit__(*details)
+
+    def read(self, file: int, header: TensorHeader, low: int = 0, high: int | None = None) -> torch.Tensor:
+        """Rows low..high of a tensor's first axis (all of it by default), in memory of its own."""
+        import torch
+
+        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+        if header.dtype not in kinds:
+            raise EngineError(
+                "E303",
+                "a tensor's element type is not one to compute with",
+                place=Place(self._headers[file].path.name, tensor=header.name),
+                got=header.dtype,
+                expected=", ".join(kinds),
+                fix="Quantised weights are not run.",
+            )
+        shape, start = header.shape, 0
+        if shape:
+            low, high, _ = slice(low, high).indices(shape[0])
+            shape, start = (max(high - low, 0), *shape[1:]), low * header.strides[0]
+        if 0 in shape:
+            return torch.empty(shape)
+        item = ITEM_SIZES[header.dtype]
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, header.strides, strict=True))
+        raw = bytearray(span * item)
+        self._files.read_into(file, header.offset + start * item, (memoryview(raw),))
+        stored = torch.frombuffer(raw, dtype=kinds[header.dtype])
+        return stored.as_strided(shape, header.strides).to(torch.float32).contiguous()

@@ -1,0 +1,293 @@
+"""A forward pass computed straight from the rank files, the way training computes it.
+
+Each tensor rank multiplies by its own columns, attends with its own heads and multiplies by its own
+rows; what the ranks get is summed, and the bias that rank 0 alone holds is added. Layers are read
+one after another, and only one rank's tensor at a time; everything is float32.
+
+What training computes is told here from InternEvo's model code: how q, k and v are packed, which
+MLP letter is which, what rotary pairs are. No mapping, layout or plan is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError, Place
+from engine.oracle.shards import Shards, Spot, positive, setting
+
+if TYPE_CHECKING:
+    import torch
+
+# What a checkpoint may leave open, as the bundled mappings call it. What the checkpoint tells itself,
+# its shapes or its configuration, is never overruled: a wrong setting must not make two wrongs agree.
+KNOWN = {"mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs")}
+_ROWS = 4096  # rows of the head that are read at a time
+
+
+class TrainingForward:
+    """The layers of a training checkpoint as functions. Used as a context: leaving it closes the files.
+
+    A layer's trace is what it computes on the way, by names in the order of computation:
+    `attention_norm`, `q`, `k`, `v`, `mixed`, `o`, `mlp_norm`, `gate`, `up`, `gated`, `down`, `out`.
+    Of q and k, elements of a head are in halves (all first elements of rotary pairs, then all second),
+    as transformers has them, whichever way training stores them.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        for name, choices in KNOWN.items():
+            if settings.get(name, choices[0]) not in choices:
+                raise EngineError(
+                    "E001",
+                    f"`{name}` cannot be `{settings[name]}`",
+                    expected=" or ".join(choices),
+                    fix=f"For example --set {name}={choices[0]}.",
+                )
+        self._folder = folder
+        self._shards = Shards(folder)
+        self.config = config = self._shards.config
+        self._v1 = self._shards.block == "blocks"
+        self.hidden, self._heads = (positive(config, key) for key in ("hidden_size", "num_attention_heads"))
+        self._groups = int(setting(config, "num_kv_attention_heads", self._heads))
+        self.head_dim = self.hidden // self._heads
+        self.eps = float(setting(config, "layer_norm_epsilon", 1e-5))
+        self._base = float(setting(config, "rope_base", 10000))
+        self.reward = bool(config.get("is_reward"))
+        # Normalised only by the code of 2024-03; the later code, which always writes qk_interleaved, does not.
+        self.normalised = bool(config.get("norm_head")) and "qk_interleaved" not in config
+        self._spots = self._shards.spots
+        self._pairs = self._in_pairs(settings.get("rotary"))
+        self._letters: str | None = None
+        self._told_letters: str | None = settings.get("mlp_letters")
+        self._check()
+
+    def __enter__(self) -> TrainingForward:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._shards.__exit__(*details)
+
+    @property
+    def layers(self) -> int:
+        return len(self._spots)
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """The element types of the source."""
+        return self._shards.dtypes
+
+    def _in_pairs(self, told: str | None) -> bool:
+        """Whether rotary pairs are neighbours: `qk_interleaved`, or before it the opposite of `adapt_hf`.
+
+        Absent both, v1 and InternLM2 have halves; so has InternLM3, which came later, but not Llama.
+        """
+        if self._v1 or "qk_interleaved" in self.config:
+            return bool(self.config.get("qk_interleaved"))
+        later = str(self._shards.training.get("model_type", "")).upper().startswith("INTERNLM3")
+        fused = bool(self._spots) and self._shards.has(self._spots[0], "attention.wqkv.weight") is not None
+        if told is not None and self.config.get("adapt_hf") is None:
+            return told == "pairs"
+        return not setting(self.config, "adapt_hf", fused or later)
+
+    def _check(self) -> None:
+        """E303 for what this forward pass does not know."""
+        claimed = self.config.get("num_layers")
+        if not self._spots or (isinstance(claimed, int) and claimed != len(self._spots)):
+            raise EngineError(
+                "E201",
+                "the rank files do not hold every layer",
+                place=Place(str(self._folder)),
+                got=f"{len(self._spots)} layers",
+                expected=f"num_layers {claimed} of model_config.pt",
+                fix="Copy the missing files from the training run.",
+            )
+        layer_norm = self._shards.has(self._spots[0], "norm1.bias", "attention_norm.bias") is not None
+        experts = self._shards.has(
+            self._spots[0], "mlp.moe_layer.gate.wg.weight", "feed_forward.moe_layer.gate.wg.weight"
+        )
+        for unknown, what in (
+            (layer_norm, "layer norms"),
+            (experts is not None, "a mixture of experts"),
+            (self.config.get("apply_post_layer_norm"), "norms after the layers (apply_post_layer_norm)"),
+        ):
+            if unknown:
+                raise EngineError(
+                    "E303",
+                    f"training's own forward pass is not known for {what}",
+                    place=Place(str(self._folder)),
+                    fix="Leave --logits out; --src and --mapping compare every tensor all the same.",
+                )
+
+    def vocab(self) -> int:
+        """Rows of the embedding, over all ranks."""
+        parts, by_vocab = self._embedding()
+        rows = [header.shape[0] for _, header in parts]
+        return sum(rows) if by_vocab else rows[0]
+
+    def _embedding(self) -> tuple[list[tuple[int, Any]], bool]:
+        """Its parts, and whether they are parts of the vocabulary: the key tells, not the configuration."""
+        stem = "embedding" if self._v1 else "tok_embeddings"
+        spot, key = self._shards.edge(f"{stem}.weight", f"{stem}.word_embeddings.weight")
+        return self._shards.edges(spot, key), "word_embeddings" in key
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The first hidden state: each id's row, from the rank that has it or put together from all ranks."""
+        import torch
+
+        parts, by_vocab = self._embedding()
+        rows: dict[int, torch.Tensor] = {}
+        for one in sorted(set(ids.flatten().tolist())):
+            if not by_vocab:
+                rows[one] = torch.cat([self._shards.rows(part, one, one + 1)[0] for part in parts])
+                continue
+            low = 0
+            for part in parts:
+                count = part[1].shape[0]
+                if low <= one < low + count:
+                    rows[one] = self._shards.rows(part, one - low, one - low + 1)[0]
+                low += count
+        return torch.stack([rows[one] for one in ids.flatten().tolist()]).view(*ids.shape, -1)
+
+    def layer(self, number: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a layer makes of a hidden state, step by step."""
+        spot = self._spots[number]
+        norms = ("norm1.weight", "norm2.weight") if self._v1 else ("attention_norm.weight", "ffn_norm.weight")
+        mixer, out, mlp = ("mixer", "out_proj", "mlp") if self._v1 else ("attention", "wo", "feed_forward")
+        trace = {"attention_norm": self._norm(x, self._shards.replicated(spot, norms[0]))}
+        trace |= self._attention(spot, mixer, trace["attention_norm"])
+        trace["o"] = self._row_parallel(spot, f"{mixer}.{out}", trace["mixed"])
+        x = x + trace["o"]
+        trace["mlp_norm"] = self._norm(x, self._shards.replicated(spot, norms[1]))
+        trace |= self._mlp(spot, mlp, trace["mlp_norm"])
+        trace["out"] = x + trace["down"]
+        return trace
+
+    def head(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last norm, and the logits; of a reward model the rewards of every position.
+
+        Every rank of a reward model holds the same single row; of other heads, a cut of the vocabulary.
+        """
+        import torch
+        from torch.nn.functional import linear, normalize
+
+        y = self._norm(x, self._shards.replicated(*self._shards.edge("norm.weight")))
+        parts = self._shards.edges(*self._shards.edge("head.weight" if self._v1 else "output.weight"))
+        found = []
+        for part in parts[:1] if self.reward else parts:
+            for low in range(0, part[1].shape[0], _ROWS):
+                rows = self._shards.rows(part, low, low + _ROWS)
+                found.append(linear(y, normalize(rows, dim=1) if self.normalised else rows))
+        return y, torch.cat(found, dim=-1)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
+
+    def _column_parallel(self, spot: Spot, name: str, x: torch.Tensor) -> list[torch.Tensor]:
+        """Each rank's own part of the output."""
+        from torch.nn.functional import linear
+
+        weights, biases = (self._shards.linear(spot, f"{name}.{param}") for param in ("weight", "bias"))
+        return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True) if weight is not None]
+
+    def _row_parallel(self, spot: Spot, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Each rank's own columns with its part of the input, summed; then the bias that one rank holds."""
+        weights, biases = (self._shards.linear(spot, f"{name}.{param}") for param in ("weight", "bias"))
+        total, low = x.new_zeros(()), 0
+        for weight in weights:
+            if weight is not None:
+                total = total + x[..., low : low + weight.shape[1]] @ weight.T
+                low += weight.shape[1]
+        return total if biases[0] is None else total + biases[0]
+
+    def _attention(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """q, k and v of all ranks, and what each rank's heads mix from them, put together."""
+        import torch
+
+        if self._shards.has(spot, f"{name}.wq.weight"):
+            each = [self._column_parallel(spot, f"{name}.{word}", x) for word in ("wq", "wk", "wv")]
+            ranks = [
+                [part.view(*part.shape[:2], -1, self.head_dim) for part in rank] for rank in zip(*each, strict=True)
+            ]
+        else:
+            key = self._shards.has(spot, f"{name}.Wqkv.weight", f"{name}.wqkv.weight") or f"{name}.wqkv.weight"
+            ranks = [list(self._unpack(part)) for part in self._column_parallel(spot, key.removesuffix(".weight"), x)]
+        turned = [[*(self._halves(one) for one in rank[:2]), rank[2]] for rank in ranks]
+        mixed = [self._attend(*rank) for rank in turned]
+        q, k, v = (torch.cat([part.flatten(2) for part in parts], dim=-1) for parts in zip(*turned, strict=True))
+        return {"q": q, "k": k, "v": v, "mixed": torch.cat(mixed, dim=-1)}
+
+    def _unpack(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v (batch, length, heads, head_dim) of one rank's packed output.
+
+        v1: all queries, all keys, all values. InternLM2: for each key/value head the queries that share
+        it, then the key, then the value.
+        """
+        if self._v1:
+            q, k, v = fused.view(*fused.shape[:2], 3, -1, self.head_dim).unbind(2)
+            return q, k, v
+        grouped = fused.view(*fused.shape[:2], -1, self._heads // self._groups + 2, self.head_dim)
+        return grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+
+    def _halves(self, heads: torch.Tensor) -> torch.Tensor:
+        """Elements of each head with the first ones of all rotary pairs before the second ones."""
+        import torch
+
+        return torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1) if self._pairs else heads
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Causal attention of one rank's heads; queries share keys and values in order."""
+        import torch
+
+        length, dim = q.shape[1], q.shape[-1]
+        angles = torch.outer(
+            torch.arange(length).float(), self._base ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        )
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+
+        def turn(x: torch.Tensor) -> torch.Tensor:
+            one, two = x.chunk(2, dim=-1)
+            return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
+
+        shared = q.shape[2] // k.shape[2]
+        keys, values = (one.repeat_interleave(shared, dim=2) for one in (turn(k), v))
+        scores = torch.einsum("bihd,bjhd->bhij", turn(q), keys) / dim**0.5
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        return torch.einsum("bhij,bjhd->bihd", weights, values).flatten(2)
+
+    def _mlp(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+        from torch.nn.functional import silu
+
+        down, up = ("w2", "w3") if self._letters_of(spot, name) == "w2_is_down" else ("w3", "w2")
+        gate, raised = (torch.cat(self._column_parallel(spot, f"{name}.{w}", x), dim=-1) for w in ("w1", up))
+        gated = silu(gate) * raised
+        return {"gate": gate, "up": raised, "gated": gated, "down": self._row_parallel(spot, f"{name}.{down}", gated)}
+
+    def _letters_of(self, spot: Spot, name: str) -> str:
+        """Which of w2 and w3 goes down. They changed places on 2024-03-15, and only shapes tell."""
+        if self._letters is None:
+            w1, w2, w3 = (_shapes(self._shards.linear(spot, f"{name}.{w}.weight")) for w in ("w1", "w2", "w3"))
+            fits = {letters for letters, up, down in (("w2_is_down", w3, w2), ("w2_is_up", w2, w3))
+                    if up == w1 and down == [shape[::-1] for shape in w1]}  # fmt: skip
+            if len(fits) == 2 and self._told_letters is not None:
+                fits = {self._told_letters}
+            if len(fits) != 1:
+                raise EngineError(
+                    "E202",
+                    "the letters of the MLP cannot be told from shapes",
+                    place=Place(str(self._folder), tensor=f"{name}.w2.weight"),
+                    got=f"w1 {w1[:1]}, w2 {w2[:1]}, w3 {w3[:1]}",
+                    expected="w2 or w3, but not both, to be w1 turned",
+                    fix="Say which one goes down: --set mlp_letters=w2_is_down (trained with code since 2024-03-15) "
+                    "or --set mlp_letters=w2_is_up.",
+                )
+            (self._letters,) = fits
+        return self._letters
+
+
+def _shapes(parts: Sequence[torch.Tensor | None]) -> list[tuple[int, ...]]:
+    return [tuple(part.shape) for part in parts if part is not None]

@@ -1,0 +1,245 @@
+"""An output's forward pass beside training's own: after each layer, and where they part, step by step.
+
+First both run by themselves from the same tokens. Where hidden states differ, the model is run again
+with every step's result replaced by training's after it is compared, so that each tensor answers
+for itself alone and one wrong layer does not make all later ones look wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.oracle.forward import TrainingForward
+from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
+from engine.oracle.streamed_model import StreamedModel
+from engine.oracle.wrong_layers import STEPS, Wrong, explain, told_once
+
+if TYPE_CHECKING:
+    import torch
+
+# Both sides compute in float32 and differ by the order of sums only. A sum of thousands of products
+# is off by tens of units in the last place, and layers add up; a wrong tensor is off by the whole.
+_EXACT = 4096 * 2.0**-23
+_ROUNDED = 16  # units in the last place of the type that weights were rounded to
+_PRECISION = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """How a model's forward pass compares with training's.
+
+    Attributes:
+        states: deviation of the hidden state after the embedding and each layer, and of the logits,
+            each relative to the size of what it is compared with.
+        tolerance: the largest deviation that rounding explains; of the logits, `head_tolerance`. Where
+            weights were rounded to be written, it is one of a single step, and states may gather more.
+        wrong: what differs, layer by layer.
+    """
+
+    states: tuple[float, ...]
+    tolerance: float
+    head_tolerance: float
+    wrong: tuple[Wrong, ...]
+    problems: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line on what was compared."""
+        if not self.states:
+            return "its forward pass was not compared"
+        told = f"within {max(self.states[:-1]):.1e} after each layer, logits within {self.states[-1]:.1e}"
+        verdict = "not training's own" if self.problems else "training's own"
+        return f"the forward pass of {len(self.states) - 2} layers is {verdict}: {told}"
+
+    def as_dict(self) -> dict[str, Any]:
+        def number(value: float) -> float | None:
+            return value if value < float("inf") else None  # JSON has no infinity
+
+        names = ["embedding", *(f"layer {i}" for i in range(len(self.states) - 2)), "logits"]
+        return {
+            "deviations": {name: number(value) for name, value in zip(names, self.states, strict=False)},
+            "tolerance": self.tolerance,
+            "head_tolerance": self.head_tolerance,
+            "wrong": [one.as_dict() for one in self.wrong],
+            "problems": list(self.problems),
+        }
+
+
+def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any]) -> Logits:
+    """Run an output with transformers' code and its source with training's, and compare.
+
+    Raises:
+        EngineError: E202 when the letters of the MLP must be set, E2xx and E3xx when either cannot
+            be read, E303 for models whose training forward pass is not known.
+    """
+    import torch
+
+    unknown = not_built_in(folder)
+    if unknown is not None:
+        return _failed(unknown)
+    with TrainingForward(source, settings) as training, quiet(), torch.no_grad():
+        try:
+            streamed = StreamedModel(folder)
+        except EngineError:
+            raise
+        except Exception as error:  # whatever a configuration makes transformers raise
+            return _failed(f"transformers cannot build the model: {one_line(error)}")
+        with streamed:
+            parts = streamed.parts()
+            if streamed.problems or parts is None:
+                return _failed(*(streamed.problems or ("the model is not built as Llama is",)))
+            if len(parts[1]) != training.layers:
+                return _failed(f"the model has {len(parts[1])} layers, the source {training.layers}")
+            try:
+                return _compare(training, streamed, parts)
+            except (RuntimeError, ValueError, IndexError) as error:
+                return _failed(f"the model does not run: {one_line(error)}")
+
+
+def _failed(*problems: str) -> Logits:
+    return Logits((), 0.0, 0.0, (), problems)
+
+
+def _compare(training: TrainingForward, streamed: StreamedModel, parts: Sequence[Any]) -> Logits:
+    model, embedding, layers = streamed.model, parts[0], parts[1]
+    ids = fixed_tokens(min(training.vocab(), embedding.num_embeddings))
+    wanted = [training.embed(ids)]
+    for i in range(training.layers):
+        wanted.append(training.layer(i, wanted[-1])["out"])
+    normed, logits = training.head(wanted[-1])
+    got: list[torch.Tensor] = []
+    hooks = [one.register_forward_hook(lambda _, __, out: got.append(_tensor(out))) for one in (embedding, *layers)]
+    got.append(run_model(model, ids))
+    for hook in hooks:
+        hook.remove()
+    states = tuple(deviation(x, y) for x, y in zip(got, [*wanted, logits], strict=True))
+    tolerance = _tolerance(streamed.dtypes, training.dtypes)
+    head_tolerance = max(tolerance, _tolerance(streamed.dtypes, {"F64"}) if training.normalised else 0.0)
+    bounds = [tolerance] * (len(states) - 1) + [head_tolerance]
+    first = next((i for i, (state, bound) in enumerate(zip(states, bounds, strict=True)) if state > bound), None)
+    if first is None:
+        return Logits(states, tolerance, head_tolerance, (), ())
+    steps = _Steps(training, [*wanted, normed, logits], tolerance, head_tolerance)
+    wrong = tuple(steps.run(model, parts, ids))
+    # A hidden state gathers what rounding the weights does to each layer before it, so it proves nothing then.
+    rounded = bounds[first] > _EXACT
+    problems = told_once(wrong) or (
+        ()
+        if rounded
+        else (
+            f"{'the logits' if first == len(states) - 1 else f'the hidden state {_after(first)}'} differs by "
+            f"{states[first]:.3g} of its size, more than rounding explains ({bounds[first]:.1g}), "
+            "though every step by itself agrees",
+        )
+    )
+    return Logits(states, tolerance, head_tolerance, wrong, problems)
+
+
+def _after(state: int) -> str:
+    return f"after layer {state - 1}" if state else "after the embedding"
+
+
+def deviation(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference of an element, relative to it and to the usual size of all.
+
+    Infinite for other shapes and for what is not a number.
+
+    >>> import torch
+    >>> deviation(torch.tensor([1.0, 1.5]), torch.tensor([1.0, 1.0]))
+    0.25
+    """
+    if got.shape != wanted.shape:
+        return float("inf")
+    scale = wanted.abs() + wanted.pow(2).mean().sqrt()
+    off = ((got - wanted).abs() / scale.clamp_min(1e-30)).max().item()
+    return off if off == off else float("inf")
+
+
+def _tolerance(written: frozenset[str], source: frozenset[str] | set[str]) -> float:
+    """What rounding explains: weights may have been written in a type that holds less than the source's."""
+    coarsest = max(_PRECISION.get(dtype, 0.0) for dtype in written)
+    kept = source <= written or written <= {"F32", "F64"}
+    return _EXACT + (0.0 if kept else _ROUNDED * coarsest)
+
+
+def _tensor(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Steps:
+    """A run in which each step is compared with training's and then replaced by it."""
+
+    def __init__(
+        self, training: TrainingForward, wanted: Sequence[torch.Tensor], tolerance: float, head_tolerance: float
+    ) -> None:
+        """Args: wanted: training's hidden states, its last norm and its logits."""
+        self._training, self._wanted = training, wanted
+        self._tolerance, self._head_tolerance = tolerance, head_tolerance
+        self._trace: dict[str, torch.Tensor] = {}
+        self._place = ""
+        self._steps: dict[str, tuple[float, torch.Tensor, torch.Tensor]] = {}
+        self._wrong: list[Wrong] = []
+        self._hooks: list[Any] = []
+
+    def run(self, model: Any, parts: Sequence[Any], ids: torch.Tensor) -> list[Wrong]:
+        """What is wrong, place after place."""
+        embedding, layers, norm, head = parts
+        self._after(embedding, "embedding", "embedding", partial(self._wanted.__getitem__, 0))
+        for i, layer in enumerate(layers):
+            self._hooks.append(layer.register_forward_pre_hook(self._enter(i)))
+            for step, (path, inward) in STEPS.items():
+                module = layer
+                for name in path.split(".") if path else ():
+                    module = getattr(module, name, None)
+                if module is not None:
+                    hook = self._before if inward else self._after
+                    hook(module, f"layer {i}", step, partial(self._traced, step))
+        self._after(norm, "head", "norm", partial(self._wanted.__getitem__, -2))
+        self._after(head, "head", "logits", partial(self._wanted.__getitem__, -1))
+        run_model(model, ids)
+        self._leave("")
+        for hook in self._hooks:
+            hook.remove()
+        return self._wrong
+
+    def _traced(self, step: str) -> torch.Tensor:
+        return self._trace[step]
+
+    def _enter(self, layer: int) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            self._trace = self._training.layer(layer, self._wanted[layer])
+
+        return enter
+
+    def _leave(self, place: str) -> None:
+        """Judge the steps of the place before, unless it is the same."""
+        if place != self._place:
+            bound = self._head_tolerance if self._place == "head" else self._tolerance
+            wrong = explain(self._place, self._steps, bound, self._training.head_dim)
+            self._wrong += [] if wrong is None else [wrong]
+            self._place, self._steps = place, {}
+
+    def _check(self, place: str, step: str, got: torch.Tensor, wanted: torch.Tensor) -> bool:
+        self._leave(place)
+        self._steps[step] = (deviation(got, wanted), got, wanted)
+        return got.shape == wanted.shape
+
+    def _after(self, module: Any, place: str, step: str, wanted: Callable[[], torch.Tensor]) -> None:
+        def after(_: Any, __: Any, output: Any) -> Any:
+            value = wanted()
+            if not self._check(place, step, _tensor(output), value):
+                return None
+            return (value, *output[1:]) if isinstance(output, tuple) else value
+
+        self._hooks.append(module.register_forward_hook(after))
+
+    def _before(self, module: Any, place: str, step: str, wanted: Callable[[], torch.Tensor]) -> None:
+        def before(_: Any, inputs: tuple[Any, ...]) -> Any:
+            value = wanted()
+            return (value, *inputs[1:]) if self._check(place, step, inputs[0], value) else None
+
+        self._hooks.append(module.register_forward_pre_hook(before))

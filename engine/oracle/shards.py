@@ -1,0 +1,233 @@
+"""Where training left each tensor: InternEvo's rank files, told from their names alone.
+
+The facts are those of InternEvo's own save code: file names give the ranks, and a layer's number in
+a key counts within its pipeline stage and model chunk. Nothing here comes from a mapping or a
+layout, so that what is computed from these tensors can speak against both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
+from engine.errors import EngineError, Place
+from engine.formats.headers import TensorHeader
+from engine.oracle.float_tensors import FloatTensors
+
+if TYPE_CHECKING:
+    import torch
+
+_FILE = re.compile(r"model(?:_tp(?P<tp>\d+))?(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)\.pt")
+_KEY = re.compile(r"(?:(?P<chunk>\d+)\.)?(?:model\.)?(?:(?P<block>blocks|layers)\.(?P<layer>\d+)\.)?(?P<rest>.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A place among the stages: pipeline rank, model chunk and, unless -1, layer within the two."""
+
+    pp: int
+    chunk: int
+    layer: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    number: int
+    tp: int | None
+    wp: int | None
+    tensors: Mapping[tuple[int, int, str], TensorHeader]  # (chunk, layer, rest of the key)
+
+
+class Shards:
+    """The rank files of a step folder. Used as a context: leaving it closes the files.
+
+    Attributes:
+        config: the model's settings, as training was given them.
+        training: what can be told of the training configuration; often nothing.
+        spots: where each layer of the model lies, first to last.
+        block: what keys call the layers.
+        dtypes: the element types of all tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        names = list_folder(folder)
+        _check_dense(names, folder)
+        ranked = [(name, found) for name in names if (found := _FILE.fullmatch(name)) and (found["tp"] or found["wp"])]
+        if not ranked:
+            raise EngineError(
+                "E304",
+                "there are no rank files of InternEvo in this folder",
+                place=Place(str(folder)),
+                expected="model_tp0_pp0.pt or model_wp0_pp0.pt",
+                fix="Training's own forward pass is known for InternEvo's checkpoints only; leave --logits out.",
+            )
+        self.config = read_folder_config(folder, "model_config.pt", "pickled_mapping", required=True)
+        self.training = read_folder_config(folder, "config_file.pt", "python_source", required=False)
+        headers = read_headers(folder, [name for name, _ in ranked])
+        self._tensors = FloatTensors(headers)
+        self._stages: dict[int, list[_File]] = {}
+        self.block = "blocks"
+        self.dtypes = frozenset(tensor.dtype for header in headers for tensor in header.tensors)
+        for number, ((_, found), header) in enumerate(zip(ranked, headers, strict=True)):
+            keys: dict[tuple[int, int, str], TensorHeader] = {}
+            for tensor in header.tensors:
+                key = _KEY.fullmatch(tensor.name)
+                if key is not None:
+                    self.block = key["block"] or self.block
+                    keys[int(key["chunk"] or 0), int(key["layer"] or -1), key["rest"]] = tensor
+            tp, wp = (None if found[word] is None else int(found[word]) for word in ("tp", "wp"))
+            self._stages.setdefault(int(found["pp"]), []).append(_File(number, tp, wp, keys))
+        _check_complete(self._stages, [name for name, _ in ranked], folder)
+        self.by_rows = ranked[0][1]["wp"] is not None  # isp: linears are cut on storage rows over wp
+        self.spots = self._order()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._tensors.__exit__(*details)
+
+    def _order(self) -> list[Spot]:
+        """Layers first to last: chunk by chunk, pipeline ranks in turn, in ZBV every second chunk turned round."""
+        counts: dict[tuple[int, int], int] = {}
+        for pp, files in self._stages.items():
+            for chunk, layer, _ in files[0].tensors:
+                counts[chunk, pp] = max(counts.get((chunk, pp), 0), layer + 1)
+        parallel = self.training.get("parallel")
+        pipeline = parallel.get("pipeline") if isinstance(parallel, Mapping) else None
+        mode = pipeline.get("mode") if isinstance(pipeline, Mapping) else None
+        zbv = isinstance(mode, str) and mode.upper() == "ZBV"
+        spots: list[Spot] = []
+        for chunk in range(1 + max((chunk for chunk, _ in counts), default=0)):
+            ranks = sorted(self._stages, reverse=zbv and chunk % 2 == 1)
+            spots += [Spot(pp, chunk, i) for pp in ranks for i in range(counts.get((chunk, pp), 0))]
+        return spots
+
+    def has(self, spot: Spot, *keys: str) -> str | None:
+        """The first of these keys that some rank holds at a spot."""
+        held = {key for f in self._stages[spot.pp] for c, i, key in f.tensors if (c, i) == (spot.chunk, spot.layer)}
+        return next((key for key in keys if key in held), None)
+
+    def edge(self, *keys: str) -> tuple[Spot, str]:
+        """Where the embedding, the last norm or the head lies, and under which of these keys; E207."""
+        for pp, files in self._stages.items():
+            for chunk in sorted({chunk for chunk, _, _ in files[0].tensors}):
+                key = self.has(Spot(pp, chunk), *keys)
+                if key is not None:
+                    return Spot(pp, chunk), key
+        raise EngineError(
+            "E207",
+            f"no rank file holds `{keys[0]}`",
+            expected=", ".join(keys),
+            fix="Training's own forward pass needs it; is a file missing?",
+        )
+
+    def replicated(self, spot: Spot, key: str) -> torch.Tensor:
+        """A tensor that every rank holds whole, as the first rank has it."""
+        return self._read(self._stages[spot.pp][0], spot, key)
+
+    def linear(self, spot: Spot, key: str) -> list[torch.Tensor | None]:
+        """A layer's weight or bias per tensor rank, None on ranks without it.
+
+        With weight parallelism the rows of all ranks are put together, and there is one rank.
+        """
+        files = _one_each(self._stages[spot.pp], "wp" if self.by_rows else "tp")
+        found = [self._read(f, spot, key) if (spot.chunk, spot.layer, key) in f.tensors else None for f in files]
+        if not self.by_rows:
+            return found
+        import torch
+
+        rows = [part for part in found if part is not None]
+        return [torch.cat(rows) if rows else None]
+
+    def edges(self, spot: Spot, key: str) -> list[tuple[int, TensorHeader]]:
+        """The parts of the embedding or the head, cut over tp where there is tp, else over wp."""
+        files = self._stages[spot.pp]
+        files = _one_each(files, "wp" if files[0].tp is None else "tp")
+        return [(f.number, self._header(f, spot, key)) for f in files]
+
+    def rows(self, part: tuple[int, TensorHeader], low: int, high: int) -> torch.Tensor:
+        return self._tensors.read(*part, low, high)
+
+    def _read(self, file: _File, spot: Spot, key: str) -> torch.Tensor:
+        return self._tensors.read(file.number, self._header(file, spot, key))
+
+    def _header(self, file: _File, spot: Spot, key: str) -> TensorHeader:
+        header = file.tensors.get((spot.chunk, spot.layer, key))
+        if header is None:
+            layer = f" of layer {spot.layer}" if spot.layer >= 0 else ""
+            raise EngineError(
+                "E207",
+                f"a rank lacks `{key}`{layer}",
+                got=f"pipeline rank {spot.pp}, tp {file.tp}, wp {file.wp}",
+                fix="Training's own forward pass needs it; is the file of this run?",
+            )
+        return header
+
+
+def _one_each(files: Sequence[_File], word: str) -> list[_File]:
+    """One file per rank of `tp` or `wp`, in order; in isp several files share either."""
+    found: dict[int, _File] = {}
+    for file in files:
+        rank = file.tp if word == "tp" else file.wp
+        found.setdefault(rank or 0, file)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _check_dense(names: Sequence[str], folder: Path) -> None:
+    for start, what in (("model_moe_", "a mixture of experts"), ("model_tp0_pp0_dp", "FSDP shards")):
+        hit = next((name for name in names if name.startswith(start)), None)
+        if hit is not None:
+            raise EngineError(
+                "E303",
+                f"training's own forward pass is not known for {what}",
+                place=Place(str(folder)),
+                got=hit,
+                expected="a dense model",
+                fix="Leave --logits out; --src and --mapping compare every tensor all the same.",
+            )
+
+
+def _check_complete(stages: Mapping[int, Sequence[_File]], names: Sequence[str], folder: Path) -> None:
+    """E201 unless pipeline ranks count from 0 and each has the ranks that the first has."""
+    first = [(file.tp, file.wp) for file in stages.get(0, ())]
+    same = all([(file.tp, file.wp) for file in files] == first for files in stages.values())
+    counted = all(_counts({pair[i] for pair in first} - {None}) for i in (0, 1))
+    if not first or not same or not counted or not _counts(set(stages)):
+        raise EngineError(
+            "E201",
+            "a rank file is missing",
+            place=Place(str(folder)),
+            got=", ".join(names[:8]) + (", …" if len(names) > 8 else ""),
+            expected="the same ranks in every pipeline stage",
+            fix="Copy the missing files from the training run; every rank holds a different slice.",
+        )
+
+
+def _counts(ranks: Collection[int | None]) -> bool:
+    return set(ranks) == set(range(len(ranks)))
+
+
+def setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A setting of the model, where absent and None mean the default."""
+    value = config.get(name)
+    return default if value is None else value
+
+
+def positive(config: Mapping[str, Any], key: str) -> int:
+    """A setting that every model has; E303 when it is absent or no positive number."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise EngineError(
+            "E303",
+            f"the configuration does not say `{key}`",
+            place=Place("model_config.pt"),
+            got=repr(value)[:50],
+            expected="a positive number",
+            fix="Is it the model_config.pt of the training run?",
+        )
+    return value

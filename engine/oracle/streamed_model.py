@@ -1,0 +1,92 @@
+"""A transformers model whose weights are read when a layer needs them and dropped again.
+
+The model is built without weights; hooks put each module's own tensors in place for its forward
+pass, so that a model of any size runs in the memory of its largest tensor, by the very code that
+users run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.hf_folder import read_hf_folder
+from engine.formats.headers import TensorHeader
+from engine.oracle.float_tensors import FloatTensors
+from engine.oracle.load_model import auto_class
+
+
+class StreamedModel:
+    """A decoder of transformers in float32, streamed from its files. Used as a context.
+
+    Attributes:
+        model: the model; its modules may be hooked.
+        problems: why it cannot be run, if so; it is not run then.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoConfig
+
+        headers = read_hf_folder(folder)
+        self._tensors = FloatTensors(headers)
+        self._found = {tensor.name: (i, tensor) for i, file in enumerate(headers) for tensor in file.tensors}
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            self.model = auto_class(folder).from_config(config, dtype=torch.float32, attn_implementation="eager")
+        self.model.eval()
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if "Rotary" in type(child).__name__:  # has no weights, but computes buffers when it is made
+                    setattr(parent, name, type(child)(config=self.model.config))
+        self.problems = tuple(self._stream())
+        self.dtypes = frozenset(header.dtype for _, header in self._found.values())
+
+    def __enter__(self) -> StreamedModel:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._tensors.__exit__(*details)
+
+    def _stream(self) -> list[str]:
+        """Hook every module that has parameters of its own; says what is missing or misshapen."""
+        import torch
+
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.model.config.tie_word_embeddings else {}
+        problems = [f"{name} is on no device" for name, one in self.model.named_buffers() if one.is_meta]
+        for path, module in self.model.named_modules():
+            own = {name: f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+            stored: dict[str, tuple[int, TensorHeader]] = {}
+            for name, full in own.items():
+                found = self._found.get(full) or self._found.get(tied.get(full, ""))
+                shape = tuple(module.get_parameter(name).shape)
+                if found is None:
+                    problems.append(f"{full} is missing")
+                elif found[1].shape != shape:
+                    problems.append(f"{full} is {list(found[1].shape)}, the config makes it {list(shape)}")
+                else:
+                    stored[name] = found
+            if stored:
+                self._hook(module, stored, torch.nn.Parameter)
+        return problems
+
+    def _hook(self, module: Any, stored: dict[str, tuple[int, TensorHeader]], parameter: Any) -> None:
+        empty = {name: module.get_parameter(name) for name in stored}
+
+        def load(module: Any, _: Any) -> None:
+            for name, place in stored.items():
+                module._parameters[name] = parameter(self._tensors.read(*place), requires_grad=False)
+
+        def drop(module: Any, *_: Any) -> None:
+            module._parameters.update(empty)
+
+        module.register_forward_pre_hook(load)
+        module.register_forward_hook(drop)
+
+    def parts(self) -> Sequence[Any] | None:
+        """Embedding, layers, last norm and head, if it is built as Llama is; else None."""
+        base = self.model.base_model
+        head = getattr(self.model, "lm_head", None) or getattr(self.model, "score", None)
+        found = [getattr(base, name, None) for name in ("embed_tokens", "layers", "norm")]
+        return None if head is None or any(one is None for one in found) else [*found, head]

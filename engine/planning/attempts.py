@@ -1,0 +1,202 @@
+"""Attempts: one combination of variant choices, matched and solved; exactly one plan may fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from engine.checkpoint.ranks import RankGrid
+from engine.errors import EngineError
+from engine.formats.headers import FileHeader
+from engine.language.expressions import OMIT, evaluate
+from engine.language.model import Layout, Rule, Variant
+from engine.language.model import Mapping as MappingFile
+from engine.planning.groups import Group, group_shards
+from engine.planning.matching import Matches, assign, is_active
+from engine.planning.sizes import Contradiction, Fact, Sizes, solve
+from engine.planning.stored import Instance, Stages, Stored
+from engine.planning.variants import Decision
+
+_MAX_COMBINATIONS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is read of a training checkpoint before planning: grid, headers and configurations."""
+
+    folder: str
+    grid: RankGrid
+    files: tuple[FileHeader, ...]  # parallel to grid.files
+    config: Mapping[str, Any]
+    training: Mapping[str, Any]
+    config_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What every attempt shares: the files as read, the rules, and the names expressions see."""
+
+    mapping: MappingFile
+    layout: Layout
+    checkpoint: Checkpoint
+    stored: tuple[Stored, ...]
+    matches: Matches
+    instances: tuple[Instance, ...]
+    stages: Stages
+    names: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One combination of variant choices, matched and solved."""
+
+    decisions: Mapping[str, Decision]
+    active: tuple[Instance, ...]
+    groups: Mapping[tuple[Instance, tuple[int, ...]], Group]
+    sizes: Sizes
+    names: Mapping[str, Any]
+    unread: Mapping[str, EngineError]
+
+
+def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
+    """Try the combinations of the variants that only shapes decide; exactly one plan may fit.
+
+    When none fits, the attempt with the fewest contradictions is returned for its report.
+    """
+    mapping = question.mapping
+    open_variants = [v for v in mapping.variants.values() if v.name not in decisions]
+    combinations = list(product(*(v.choices for v in open_variants)))
+    if len(combinations) > _MAX_COMBINATIONS:
+        raise EngineError(
+            "E202",
+            f"{len(combinations)} combinations of variants are too many to try",
+            place=mapping.place,
+            fix="Set some of them with --set.",
+        )
+    attempts: list[Attempt] = []
+    for combination in combinations:
+        chosen = dict(decisions)
+        for variant, choice in zip(open_variants, combination, strict=True):
+            told = "the only choice under which all sizes agree over all shards"
+            chosen[variant.name] = Decision(variant.name, choice, "shapes", told)
+        attempts.append(_attempt(question, chosen))
+    fitting = [a for a in attempts if not a.sizes.contradictions]
+    if not fitting:
+        return min(attempts, key=lambda a: len(a.sizes.contradictions))
+    distinct: list[Attempt] = []
+    for attempt in fitting:
+        if all(_reach(attempt) != _reach(other) for other in distinct):
+            distinct.append(attempt)
+    if len(distinct) > 1:
+        raise _ambiguous(open_variants, distinct, mapping)
+    return distinct[0]
+
+
+def _reach(attempt: Attempt) -> frozenset[tuple[object, ...]]:
+    """What an attempt would copy where: source names, cuts and targets, without rule names."""
+    return frozenset(
+        (
+            group.name,
+            group.instance.axes,
+            group.cut if len(group.shards) > 1 else None,
+            tuple((name.text, axes) for name, axes in group.instance.targets),
+            group.instance.rule.transform,
+        )
+        for group in attempt.groups.values()
+    )
+
+
+def _ambiguous(variants: Sequence[Variant], fitting: Sequence[Attempt], mapping: MappingFile) -> EngineError:
+    differ = [v for v in variants if len({a.decisions[v.name].choice for a in fitting}) > 1]
+    variant = differ[0]
+    rules = [r for r in mapping.rules if variant.name in r.when]
+    seen: dict[str, str] = {}
+    for group in fitting[0].groups.values():
+        if group.instance.rule in rules:
+            shapes = sorted({stored[0].header.whole for stored in group.shards.values()})
+            seen[group.instance.sources[0].text] = ", ".join(" × ".join(map(str, s)) for s in shapes)
+    sizes = ", ".join(f"{n} = {f.value}" for n, f in fitting[0].sizes.facts.items() if n in _axes_of(rules))
+    return EngineError(
+        "E202",
+        f"variant `{variant.name}` cannot be decided: {len(fitting)} choices fit every shape",
+        place=variant.place,
+        got="\n".join(f"{name} is {shape} in every rank" for name, shape in seen.items()) + f"\nwith {sizes}",
+        expected=f"one of {', '.join(variant.choices)}",
+        fix=f"{variant.help}. Say which: "
+        + " or ".join(f"--set {variant.name}={c}" for c in variant.choices)
+        + ". A wrong choice gives a model that loads and talks nonsense, so it is not guessed.",
+    )
+
+
+def _axes_of(rules: Sequence[Rule]) -> set[str]:
+    return {name for rule in rules for name in rule.axes.names()}
+
+
+def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
+    """Match and solve under one combination of choices."""
+    matches, stages, checkpoint = question.matches, question.stages, question.checkpoint
+    choices = {n: d.choice for n, d in decisions.items()}
+    active = tuple(i for i in question.instances if is_active(i, choices))
+    usable = Matches(
+        {n: kept for n, f in matches.candidates.items() if (kept := tuple(c for c in f if is_active(c[0], choices)))},
+        matches.ignored,
+        matches.refused,
+    )
+    matched = assign(question.stored, usable, choices, checkpoint.grid, stages)
+    groups = group_shards(matched, checkpoint.grid.files, question.layout)
+    scope = {**question.names, **choices}
+    facts, unread = claims(question.mapping, scope, checkpoint.config_name)
+    counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
+    known = facts.get("layer")
+    if stages.layers:
+        facts.setdefault("layer", Fact("layer", stages.layers, counted))
+    sizes = solve(list(groups.values()), facts, checkpoint.grid.files)
+    if known is not None and stages.layers and known.value != stages.layers:
+        per = ", ".join(f"chunk {c} pp {p}: {n}" for (c, p), n in sorted(stages.counts.items()))
+        sizes.contradictions.insert(
+            0,
+            Contradiction(
+                "layer",
+                f"{counted} ({per})",
+                f"{known.value} from {known.why}",
+                known.place,
+                "layer",
+                "a stage",
+            ),
+        )
+    for axis in {p for i in active for p in i.axis_names()} - {"layer"}:
+        seen = [fixed for (instance, _), g in groups.items() if (fixed := g.fixed.get(axis)) is not None]
+        if seen and axis not in sizes.facts:
+            sizes.facts[axis] = Fact(axis, max(seen) + 1, f"{{{axis}}} in tensor names")
+    return Attempt(decisions, active, groups, sizes, scope, unread)
+
+
+def claims(
+    mapping: MappingFile, scope: dict[str, Any], config_name: str
+) -> tuple[dict[str, Fact], dict[str, EngineError]]:
+    """Evaluate `dims` in order, adding each to `scope`; what cannot be evaluated is told apart."""
+    facts: dict[str, Fact] = {}
+    unread: dict[str, EngineError] = {}
+    for axis, expression in mapping.dims.items():
+        try:
+            value = evaluate(expression, scope)
+        except EngineError as error:
+            unread[axis] = error  # a key the config lacks: the size may still be read off the tensors
+            continue
+        if value is OMIT:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise EngineError(
+                "E105",
+                f"dim `{axis}` is not a whole number",
+                place=expression.place,
+                got=repr(value),
+                expected="an integer",
+                fix=f"`{expression.text}` reads {config_name}.",
+            )
+        scope[axis] = value
+        why = f"`{expression.text}` on {config_name}" if not expression.text.isdigit() else "its definition"
+        facts[axis] = Fact(axis, value, why, expression.place)
+    return facts, unread

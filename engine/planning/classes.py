@@ -1,0 +1,159 @@
+"""Copies between two sides, made once per class of tensors and shared.
+
+Layers differ by which files their tensors lie in, not by geometry: tensors whose shards have the
+same shapes, strides and cuts on both sides are a class, and one template of copies serves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.errors import EngineError, Place
+from engine.planning.boxes import Part
+from engine.planning.copies import Copy, intersect
+from engine.planning.groups import Group
+from engine.planning.sides import Side
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The copies into each shard of a target group; sources count over the shards that reach it."""
+
+    copies: tuple[tuple[Copy, ...], ...]
+    dtypes: tuple[frozenset[int], ...]  # per target shard: which sources it reads
+
+
+class CopyTable:
+    """`Plan.copies`: a class's template with the tensor numbers of one output put in.
+
+    Args:
+        outputs: for each output, its group on the target side and the position of its shard.
+    """
+
+    def __init__(self, outputs: Sequence[tuple[Group, int]], target: Side, source: Side) -> None:
+        self._outputs = outputs
+        self._target, self._source = target, source
+        self._templates: dict[tuple[object, ...], Template] = {}
+        self._groups: dict[int, tuple[Template, list[int]]] = {}  # rank files name a group's shards far apart
+
+    def __call__(self, output: int) -> list[Copy]:
+        group, shard = self._outputs[output]
+        template, numbers = self._of(group)
+        return [
+            Copy(
+                numbers[c.source], output, c.source_offset, c.target_offset, c.shape, c.source_strides, c.target_strides
+            )
+            for c in template.copies[shard]
+        ]
+
+    def subset(self, kept: Sequence[int]) -> CopyTable:
+        """The copies of some outputs, numbered anew; templates are shared."""
+        result = CopyTable([self._outputs[i] for i in kept], self._target, self._source)
+        result._templates = self._templates
+        return result
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """The source side and the target side; tensors of the source side are numbered as in the plan."""
+        return self._source, self._target
+
+    def output(self, index: int) -> tuple[Group, int]:
+        """The group of an output on the target side, and the position of its shard."""
+        return self._outputs[index]
+
+    @property
+    def classes(self) -> int:
+        """How many templates were made so far."""
+        return len(self._templates)
+
+    def dtype(self, output: int, name: str, files: Sequence[str], place: Place | None) -> str:
+        """The one element type of everything that is copied into an output; E210 when there are several."""
+        group, shard = self._outputs[output]
+        template, numbers = self._of(group)
+        seen: dict[str, int] = {}
+        for source in sorted(template.dtypes[shard]):
+            seen.setdefault(self._source.stored[numbers[source]].header.dtype, numbers[source])
+        if len(seen) > 1:
+            held = {dtype: self._source.stored[number] for dtype, number in seen.items()}
+            raise EngineError(
+                "E210",
+                f"element types differ inside `{name}`",
+                place=place,
+                got="\n".join(f"{dtype} in {files[s.file]}:{s.header.name}" for dtype, s in held.items()),
+                expected="one type",
+                fix="The files are of different runs or one was cast by hand.",
+            )
+        return next(iter(seen), self._source.stored[numbers[0]].header.dtype)
+
+    def _of(self, group: Group) -> tuple[Template, list[int]]:
+        known = self._groups.get(id(group))
+        if known is not None:
+            return known
+        reaching = self._source.reaching(group, self._target)
+        numbers = [n[0] for one in reaching for n in self._source.numbers(one)]
+        key = _class_of(group, reaching)
+        template = self._templates.get(key)
+        if template is None:
+            template = self._templates[key] = self._make(group, reaching)
+        self._groups[id(group)] = template, numbers
+        return template, numbers
+
+    def _make(self, group: Group, reaching: Sequence[Group]) -> Template:
+        """Intersect every region of the group with every region of the groups that reach it."""
+        sources: dict[object, list[Part]] = {}
+        count = 0
+        for one in reaching:
+            for held in self._source.place(one):
+                for key, region in held:
+                    sources.setdefault(key, []).append(Part(count, region))
+                count += 1
+        made: list[tuple[Copy, ...]] = []
+        for (ranks, replicas), held in zip(group.shards.items(), self._target.place(group), strict=True):
+            copies = [
+                copy
+                for key, region in held
+                for part in sources.get(key, ())
+                if (copy := intersect(part, Part(0, region))) is not None
+            ]
+            copies.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
+            prove_total(copies, replicas[0].header.shape, group, ranks)
+            made.append(tuple(copies))
+        return Template(tuple(made), tuple(frozenset(c.source for c in copies) for copies in made))
+
+
+def prove_total(copies: Sequence[Copy], shape: tuple[int, ...], group: Group, ranks: tuple[int, ...] = ()) -> None:
+    """E208 unless every element is written once: source boxes are disjoint, so a full count proves it."""
+    count = sum(copy.volume() for copy in copies)
+    wanted = 1
+    for size in shape:
+        wanted *= size
+    if count != wanted:
+        where = "".join(f" {d}{r}" for d, r in zip(group.cut.rank_dims(), ranks, strict=False))
+        raise EngineError(
+            "E208",
+            f"shards of `{group.name}`{where} overlap or leave a gap",
+            place=group.instance.rule.place,
+            got=f"{count} elements",
+            expected=f"{wanted} elements, {' × '.join(map(str, shape))}",
+            fix="A file is missing or from another run; compare the sizes of the rank files.",
+        )
+
+
+def _class_of(group: Group, reaching: Sequence[Group]) -> tuple[object, ...]:
+    """What the copies of a group depend on; values that names fix on both sides cancel out."""
+    shared = set(group.fixed)
+    for one in reaching:
+        shared &= set(one.fixed)
+    return tuple(
+        (
+            id(one.instance),
+            one.cut,
+            tuple((r, h.shape, h.strides, h.dtype, h.part) for r, s in one.shards.items() for h in (s[0].header,)),
+            tuple((a, v) for a, v in one.fixed.items() if a not in shared),
+        )
+        for one in (group, *reaching)
+    )

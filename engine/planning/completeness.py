@@ -1,0 +1,131 @@
+"""Completeness: every rule has its tensor for every layer and expert, on every rank that holds a slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+from engine.checkpoint.ranks import points
+from engine.errors import EngineError
+from engine.language.names import pattern
+from engine.planning.attempts import Attempt, Checkpoint
+from engine.planning.groups import Group
+from engine.planning.stored import Instance
+
+
+def used_instances(attempt: Attempt) -> list[Instance]:
+    """Active rules that matched; the first tensor that a rule or a rank lacks is named."""
+    found: dict[int, dict[tuple[int, ...], Group]] = {}
+    for (instance, key), one in attempt.groups.items():
+        found.setdefault(id(instance), {})[key] = one
+    used: list[Instance] = []
+    sizes = attempt.sizes.values()
+    for instance in attempt.active:
+        groups = found.get(id(instance))
+        if groups is None:
+            if instance.param != "bias" and not instance.rule.optional:
+                raise EngineError(
+                    "E207",
+                    f"rule `{instance.rule.name}` matches no tensor",
+                    place=instance.rule.place,
+                    got=f"no tensor named {' or '.join(s.text for s in instance.sources)}",
+                    expected="one for every layer",
+                    fix="Is it the mapping for this checkpoint? "
+                    "`engine inspect` tells which fit. A rule that may be absent is `optional: true`.",
+                )
+            continue
+        used.append(instance)
+        for values in points([sizes[axis] for axis in instance.axis_names()]):
+            fixed = dict(zip(instance.axis_names(), values, strict=True))
+            order = tuple(next(iter(groups.values())).fixed)
+            group = groups.get(tuple(fixed[axis] for axis in order))
+            if group is None:
+                where = ", ".join(f"{a} {v}" for a, v in fixed.items())
+                there = next(iter(groups.values())).fixed
+                raise EngineError(
+                    "E207",
+                    f"a tensor that a rule needs is missing: {instance.sources[0].format(fixed)}",
+                    place=instance.rule.place,
+                    got=f"nothing for {where}",
+                    expected="one for each, as for " + ", ".join(f"{a} {v}" for a, v in there.items()),
+                    fix="A rule's tensors must be there for all layers and experts. If two stages of an expert "
+                    "checkpoint wrote the same file number, that layer was lost at saving.",
+                )
+    return used
+
+
+def check_slices(attempt: Attempt, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
+    """E207 naming the first tensor that lacks a slice on some rank.
+
+    Args:
+        lone_rank: where the layout says that an undivided tensor of a split rule is.
+    """
+    for group in attempt.groups.values():
+        _check_ranks(group, checkpoint, lone_rank)
+
+
+def _check_lone(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
+    """A tensor that only one rank holds tells which rank that is: others' files look alike."""
+    stored = [one for shard in group.shards.values() for one in shard]
+    for dim, rank in lone_rank.items():
+        held = {checkpoint.grid.files[one.file].ranks.get(dim, rank) for one in stored}
+        if rank not in held:
+            raise EngineError(
+                "E207",
+                f"tensor `{stored[0].name}` is missing on rank {dim}{rank}, the only one that should have it",
+                place=group.instance.rule.place,
+                got=f"it is in {checkpoint.grid.files[stored[0].file].name}",
+                expected=f"in a file of {dim}{rank}",
+                fix="Files were renamed or exchanged, or are of another run; copy the folder again.",
+            )
+
+
+def _check_ranks(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
+    dims = group.cut.rank_dims()
+    if group.cut.recorded:
+        dims = dims[:-1]  # recorded rows are known to be all there
+    if group.cut.lone:
+        _check_lone(group, checkpoint, lone_rank)
+    if not dims:
+        return
+    held = {ranks[: len(dims)] for ranks in group.shards}
+    wanted = list(product(*(range(checkpoint.grid.sizes.get(d, 1)) for d in dims)))
+    missing = [ranks for ranks in wanted if ranks not in held]
+    if missing:
+        some = next(iter(group.shards.values()))[0]
+        lack = ", ".join(f"{d}{r}" for d, r in zip(dims, missing[0], strict=True))
+        file = checkpoint.grid.files[some.file]
+        name = pattern(file.pattern.name).format({**file.ranks, **dict(zip(dims, missing[0], strict=True))})
+        there = any(f.name == name for f in checkpoint.grid.files)
+        raise EngineError(
+            "E207",
+            f"tensor `{some.name}` is missing on rank {lack}",
+            place=group.instance.rule.place,
+            got=f"{len(held)} of {len(wanted)} slices; one is {some.header.name} in {file.name}",
+            expected=f"a slice on every rank of {' and '.join(dims)}",
+            fix=f"`{name}` is from another run or damaged."
+            if there
+            else f"Copy `{name}` from the training run; it is not in the folder.",
+        )
+
+
+def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
+    """E203 when an axis is smaller than the ranks it is cut over: its elements are stored several times."""
+    for group in attempt.groups.values():
+        for dim, axis in group.cut.dims:
+            ranks, known = checkpoint.grid.sizes.get(dim, 1), attempt.sizes.facts.get(axis)
+            if known is None or known.value >= ranks:
+                continue
+            some = next(iter(group.shards.values()))[0]
+            if known.value < 1:
+                continue  # told as a contradiction
+            times = ranks / known.value
+            raise EngineError(
+                "E203",
+                f"axis `{axis}` is cut over more {dim} ranks than it has elements",
+                place=group.instance.rule.place,
+                got=f"{ranks} {dim} ranks hold {some.name}",
+                expected=f"at most {known.value}, from {known.why}: each is stored {times:g} times",
+                fix="Key and value heads repeated over ranks are not merged, as copies may have drifted apart. "
+                f"Save with at most {known.value} {dim} ranks.",
+            )

@@ -1,0 +1,133 @@
+"""Copies: the intersection of two boxes, as one strided copy between two tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from engine.planning.boxes import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One strided copy, in elements.
+
+    Axes are sorted by target stride, largest first, and merged where they are contiguous on both
+    sides. Offsets are relative to the first element of each tensor.
+    """
+
+    source: int
+    target: int
+    source_offset: int
+    target_offset: int
+    shape: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    target_strides: tuple[int, ...]
+
+    def volume(self) -> int:
+        result = 1
+        for size in self.shape:
+            result *= size
+        return result
+
+
+def intersect(source: Part, target: Part) -> Copy | None:
+    """The copy between two parts of the same piece, or None when their boxes do not meet."""
+    a, b = source.region, target.region
+    source_offset, target_offset = a.base, b.base
+    axes: list[tuple[int, int, int]] = []  # target stride, source stride, size
+    for name, (low, high) in b.box.items():
+        other_low, other_high = a.box[name]
+        low, high = max(low, other_low), min(high, other_high)
+        if low >= high:
+            return None
+        source_offset += a.strides[name] * low
+        target_offset += b.strides[name] * low
+        if high - low > 1:
+            axes.append((b.strides[name], a.strides[name], high - low))
+    return _normal(source.tensor, target.tensor, source_offset, target_offset, axes)
+
+
+def _normal(source: int, target: int, at: int, to: int, axes: list[tuple[int, int, int]]) -> Copy:
+    axes.sort(reverse=True)
+    merged: list[list[int]] = []
+    for target_stride, source_stride, size in axes:
+        if merged:
+            outer = merged[-1]
+            if outer[0] == target_stride * size and outer[1] == source_stride * size:
+                outer[0], outer[1] = target_stride, source_stride
+                outer[2] *= size
+                continue
+        merged.append([target_stride, source_stride, size])
+    return Copy(
+        source,
+        target,
+        at,
+        to,
+        tuple(m[2] for m in merged),
+        tuple(m[1] for m in merged),
+        tuple(m[0] for m in merged),
+    )
+
+
+def swap(copy: Copy) -> Copy:
+    """The same copy seen from the other side: scatter is gather of the swapped plan."""
+    axes = list(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True))
+    return _normal(copy.target, copy.source, copy.target_offset, copy.source_offset, axes)
+
+
+def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
+    """The parts of a copy that land in elements low..high of the target.
+
+    At most 2·ndim - 1 copies: along each axis a partial head, the whole middle, a partial tail.
+
+    >>> whole = Copy(0, 0, 0, 0, (3, 4), (10, 1), (4, 1))
+    >>> [(c.target_offset, c.shape) for c in clip(whole, 2, 9)]
+    [(2, (2,)), (4, (4,)), (8, ())]
+    """
+    spans = [0] * (len(copy.shape) + 1)  # elements of target reached by the axes from i on, minus one
+    for i in range(len(copy.shape) - 1, -1, -1):
+        spans[i] = spans[i + 1] + (copy.shape[i] - 1) * copy.target_strides[i]
+    if copy.target_offset >= low and copy.target_offset + spans[0] < high:
+        yield copy
+        return
+    if copy.target_offset >= high or copy.target_offset + spans[0] < low:
+        return
+    step, span, size = copy.target_strides[0], spans[1], copy.shape[0]
+    # Rows i whose [start, start + span] lies wholly inside, and rows that merely touch.
+    inside_low = max(0, -((copy.target_offset - low) // step))
+    inside_high = min(size, (high - 1 - span - copy.target_offset) // step + 1)
+    touch_low = max(0, -((copy.target_offset + span - low) // step))
+    touch_high = min(size, (high - 1 - copy.target_offset) // step + 1)
+    if inside_low >= inside_high:
+        inside_low = inside_high = touch_high
+    for i in range(touch_low, min(inside_low, touch_high)):
+        yield from clip(row(copy, i), low, high)
+    if inside_low < inside_high:
+        yield _rows(copy, inside_low, inside_high)
+    for i in range(max(inside_high, touch_low), touch_high):
+        yield from clip(row(copy, i), low, high)
+
+
+def row(copy: Copy, i: int) -> Copy:
+    """The part of a copy at index i of its first axis."""
+    return replace(
+        copy,
+        source_offset=copy.source_offset + i * copy.source_strides[0],
+        target_offset=copy.target_offset + i * copy.target_strides[0],
+        shape=copy.shape[1:],
+        source_strides=copy.source_strides[1:],
+        target_strides=copy.target_strides[1:],
+    )
+
+
+def _rows(copy: Copy, low: int, high: int) -> Copy:
+    drop = 1 if high - low == 1 else 0
+    return replace(
+        copy,
+        source_offset=copy.source_offset + low * copy.source_strides[0],
+        target_offset=copy.target_offset + low * copy.target_strides[0],
+        shape=copy.shape[1:] if drop else (high - low, *copy.shape[1:]),
+        source_strides=copy.source_strides[drop:],
+        target_strides=copy.target_strides[drop:],
+    )

@@ -1,0 +1,221 @@
+"""Destinations: how a model is cut over ranks and pipeline stages that are yet to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.checkpoint.ranks import expected_files, rank_dims
+from engine.errors import EngineError
+from engine.language.expressions import evaluate
+from engine.language.model import FilePattern, Layout, Mode
+from engine.language.names import pattern
+from engine.planning.groups import Cut, cut_of
+from engine.planning.stored import Instance, Stages
+
+_MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a user asks for; what is None or absent is taken from a checkpoint or left at 1.
+
+    Attributes:
+        mode: a mode of the layout, or an alias.
+        sizes: ranks per dimension (`tp`, `pp`, `wp`).
+        chunks: model chunks per pipeline rank.
+    """
+
+    mode: str | None = None
+    sizes: Mapping[str, int] | None = None
+    chunks: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A rank grid to write: its mode and sizes, the stages' layers, and the names expressions see."""
+
+    layout: Layout
+    mode: Mode
+    sizes: Mapping[str, int]
+    stages: Stages
+    names: Mapping[str, Any]
+    given_prefix: int | None = None  # index into the layout's prefixes; default: the first whose `when` holds
+
+    def prefix(self, chunk: int) -> str:
+        """What stands before every tensor name."""
+        given = self.given_prefix
+        for one in self.layout.prefixes if given is None else (self.layout.prefixes[given],):
+            if given is not None:
+                return pattern(one.prefix).format({"chunk": chunk})
+            if one.when is None or evaluate(one.when, self.names):
+                return pattern(one.prefix).format({"chunk": chunk})
+        return ""
+
+    def counts(self) -> dict[str, Any]:
+        return {**self.names, **{f"{dim}s": count for dim, count in self.sizes.items()}}
+
+    def grid_names(self) -> dict[str, Any]:
+        """The names that say how the model is cut, and nothing else."""
+        return {k: v for k, v in self.counts().items() if k not in ("options", "training", "model_type")}
+
+    def ranks(self, file: FilePattern) -> list[dict[str, int]]:
+        return list(expected_files(file, self.sizes, self.counts()))
+
+
+def shares(count: int, ranks: int, extra: str) -> list[int]:
+    """How many units each rank holds; the `first` or `last` ranks hold one more.
+
+    >>> shares(5, 2, "last"), shares(5, 2, "first")
+    ([2, 3], [3, 2])
+    """
+    few, more = divmod(count, ranks)
+    return [few + (r < more if extra == "first" else r >= ranks - more) for r in range(ranks)]
+
+
+def mode_of(layout: Layout, name: str | None) -> Mode:
+    """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads."""
+    writable = [mode for mode in layout.modes if mode.only_read is None]
+    if name is None and writable:
+        return writable[0]
+    known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
+    for mode in layout.modes:
+        if name == mode.name or name in mode.aliases:
+            if mode.only_read is not None:
+                raise EngineError(
+                    "E001",
+                    f"mode `{mode.name}` of layout `{layout.name}` is only read: {mode.only_read}",
+                    got=name,
+                    expected=known,
+                    fix="Give one of these to --mode.",
+                )
+            return mode
+    raise EngineError(
+        "E001",
+        f"layout `{layout.name}` has no mode `{name}`",
+        got=name,
+        expected=known,
+        fix="Give one of these to --mode.",
+    )
+
+
+def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Ranks for every dimension of a mode's files; E001 for a dimension it does not have."""
+    dims = rank_dims(mode.files[0])
+    for dim, count in sizes.items():
+        if count < 1:
+            raise EngineError("E001", f"there must be at least one {dim} rank", got=str(count), expected="1 or more")
+        if dim not in dims and count > 1:
+            raise EngineError(
+                "E001",
+                f"mode `{mode.name}` of layout `{layout.name}` has no {dim} ranks",
+                got=f"{dim} {count}",
+                expected=", ".join(dims),
+                fix=f"Leave --{dim} out, or choose another --mode: {', '.join(m.name for m in layout.modes)}.",
+            )
+    return {dim: sizes.get(dim, 1) for dim in dims}
+
+
+def cut_layers(
+    layout: Layout, layers: int, sizes: Mapping[str, int], chunks: int, names: Mapping[str, Any], like: Stages | None
+) -> Stages:
+    """Cut the layers over (chunk, pp) stages as the framework does.
+
+    Args:
+        like: stages to copy where they have as many layers, chunks and ranks.
+
+    Raises:
+        EngineError: E214 when the layers do not divide so, naming what would.
+    """
+    pps = sizes.get("pp", 1)
+    facts = {**names, **{f"{dim}s": count for dim, count in sizes.items()}, "chunks": chunks}
+    step = evaluate(layout.layers.divides, facts) if layout.layers.divides is not None else chunks
+    if layers % step:
+        fits = [str(n) for n in range(1, layers + 1) if layers % n == 0 and layers // n >= pps]
+        raise _uncut(
+            f"{layers} layers do not divide into {chunks} chunks",
+            f"--chunks {chunks}",
+            f"chunks that divide {layers}: {', '.join(fits)}",
+            f"Give one of these to --chunks, with --pp {pps}.",
+        )
+    if layers // chunks < pps:
+        raise _uncut(
+            f"{layers // chunks} layers{' of a chunk' if chunks > 1 else ''} are too few for {pps} pipeline ranks",
+            f"--pp {pps}",
+            f"at most {layers // chunks}",
+            "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if chunks > 1 else "."),
+        )
+    places = [(chunk, pp) for chunk in range(chunks) for pp in range(pps)]
+    order = sorted(places, key=lambda s: evaluate(layout.layers.stage, {**facts, "chunk": s[0], "pp": s[1]}))
+    if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
+        return like
+    starts: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[int, int], int] = {}
+    total = 0
+    share = shares(layers // chunks, pps, layout.layers.uneven)
+    for index, place in enumerate(order):
+        starts[place], counts[place] = total, share[index % pps]
+        total += counts[place]
+    return Stages(starts, counts, chunks)
+
+
+def check_cuts(
+    destination: Destination, used: Sequence[tuple[Instance, FilePattern]], sizes: Mapping[str, int]
+) -> None:
+    """E214 for the first axis that cannot be cut over so many ranks, naming the numbers that would do."""
+    layout = destination.layout
+    for instance, file in used:
+        cut = cut_of(instance, file, layout)
+        for dim in cut.rank_dims():
+            count = destination.sizes.get(dim, 1)
+            why = _misfit(instance, cut, dim, count, layout, sizes)
+            if why is None:
+                continue
+            fits = [
+                n
+                for n in range(1, min(max(sizes.values()), _MOST_RANKS) + 1)
+                if all(
+                    dim not in other.rank_dims() or _misfit(one, other, dim, n, layout, sizes) is None
+                    for one, pattern_ in used
+                    for other in (cut_of(one, pattern_, layout),)
+                )
+            ]
+            told = ", ".join(map(str, fits[:12])) + (", …" if len(fits) > 12 else "")
+            raise EngineError(
+                "E214",
+                f"`{instance.sources[0].text}` cannot be cut over {count} {dim} ranks",
+                place=instance.rule.place,
+                got=why,
+                expected=f"--{dim} {told}",
+                fix=f"These numbers of {dim} ranks would work for every tensor of this model.",
+            )
+
+
+def _misfit(instance: Instance, cut: Cut, dim: str, count: int, layout: Layout, sizes: Mapping[str, int]) -> str | None:
+    """Why a tensor cannot be cut over `count` ranks of a dimension, or None."""
+    from engine.language.axes import extent
+
+    if cut.rows == dim:
+        rows = extent(instance.axes.dims[0], sizes)
+        return None if rows >= count else f"{rows} rows for {count} ranks"
+    axis = next(axis for d, axis in cut.dims if d == dim)
+    size = sizes[axis]
+    if count > size:
+        times = f"; each would have to be stored {count // size} times" if count % size == 0 else ""
+        return f"axis `{axis}` has {size} for {count} ranks{times}"
+    if instance.stage_class in layout.even and size % count:
+        return (
+            f"axis `{axis}` of {size} does not divide by {count}, and tensors of the {instance.stage_class} stage must"
+        )
+    return None
+
+
+def _uncut(message: str, got: str, expected: str, fix: str) -> EngineError:
+    return EngineError("E214", message, got=got, expected=expected, fix=fix)
+
+
+def file_of(instance: Instance, mode: Mode) -> FilePattern:
+    """The file pattern that shares most placeholders with a tensor's name; the first of equals."""
+    named = set(instance.sources[0].placeholders)
+    return max(mode.files, key=lambda file: len(named & set(pattern(file.name).placeholders)))

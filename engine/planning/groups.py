@@ -1,0 +1,111 @@
+"""Groups: all the shards of one logical source tensor, and how the layout cuts them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.checkpoint.ranks import RankFile
+from engine.language.model import FilePattern, Layout
+from engine.planning.parts import fold_replicas, unexpected_part
+from engine.planning.stored import Instance, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a tensor is cut over ranks.
+
+    Attributes:
+        dims: (rank dimension, axis) pairs; the axis is cut in the order of ranks.
+        rows: the rank dimension that cuts storage rows, if any.
+        recorded: each shard records which rows it holds, of the tensor that `dims` leave.
+        lone: the tensor lies undivided in one rank only (a row-parallel bias).
+    """
+
+    dims: tuple[tuple[str, str], ...] = ()
+    rows: str | None = None
+    lone: bool = False
+    recorded: bool = False
+
+    def rank_dims(self) -> tuple[str, ...]:
+        """Rank dimensions, the one that cuts rows last: a shard's coordinates in its group."""
+        return (*(dim for dim, _ in self.dims), *((self.rows,) if self.rows is not None else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The shards of one logical tensor: coordinates along the cut's rank dimensions → replicas."""
+
+    instance: Instance
+    fixed: Mapping[str, int]  # placeholders: layer, expert
+    cut: Cut
+    shards: Mapping[tuple[int, ...], tuple[Stored, ...]]
+
+    def shapes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        return tuple((ranks, stored[0].header.whole) for ranks, stored in self.shards.items())
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.shards.values()))[0].name
+
+
+def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool = False) -> Cut:
+    """Apply a file pattern's cuts to a rule: `split`, `rows`, `recorded` or a named axis per rank dimension.
+
+    A rule without `split` is replicated. A tensor of a split rule that lacks the axis lies where
+    `lone_rank` says, unless the mode cuts rows, which every tensor of such a rule has. Tensors of
+    any rule that record which rows they are (`part`) are cut so where the mode says `recorded`.
+    """
+    cuts = file.cuts.get(instance.stage_class, {})
+    rows = next((dim for dim, role in cuts.items() if role == "recorded"), None) if part else None
+    if not instance.rule.split:
+        return Cut(rows=rows, recorded=rows is not None)
+    present = set(instance.axes.names())
+    dims: list[tuple[str, str]] = []
+    lone = False
+    for dim, role in cuts.items():
+        if role == "recorded":
+            continue
+        if role == "rows":
+            return Cut(rows=dim)
+        wanted = instance.rule.split if role == "split" else (role,)
+        axis = next((a for a in wanted if a in present and a not in {a for _, a in dims}), None)
+        if axis is not None:
+            dims.append((dim, axis))
+        elif role == "split" and dim in layout.lone_rank:
+            lone = True
+    return Cut(tuple(dims), rows, lone, rows is not None)
+
+
+def group_shards(
+    matched: Sequence[tuple[Stored, Instance, Mapping[str, int]]],
+    files: Sequence[RankFile],
+    layout: Layout,
+) -> dict[tuple[Instance, tuple[int, ...]], Group]:
+    """Collect shards of the same rule, parameter and placeholder values, replicas together."""
+    cuts: dict[tuple[int, int, bool], tuple[Cut, tuple[str, ...]]] = {}
+    collected: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], list[Stored]]] = {}
+    facts: dict[tuple[int, tuple[int, ...]], tuple[Instance, Mapping[str, int], Cut]] = {}
+    once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
+    for stored, instance, fixed in matched:
+        file = files[stored.file]
+        part = stored.header.part is not None
+        cut_key = (id(instance), id(file.pattern), part)
+        if cut_key not in cuts:
+            cut = cut_of(instance, file.pattern, layout, part=part)
+            cuts[cut_key] = cut, cut.rank_dims()
+        cut, dims = cuts[cut_key]
+        key = (id(instance), tuple(fixed.values()))
+        if facts.setdefault(key, (instance, fixed, cut))[2].recorded != part:
+            raise unexpected_part(stored, file)
+        ranks = tuple([file.ranks[dim] for dim in dims])
+        ranks = once.setdefault(ranks, ranks)
+        collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
+    result: dict[tuple[Instance, tuple[int, ...]], Group] = {}
+    for key, shards in collected.items():
+        instance, fixed, cut = facts[key]
+        ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
+        if cut.recorded:
+            ordered = fold_replicas(ordered, files)
+        result[instance, key[1]] = Group(instance, fixed, cut, ordered)
+    return result

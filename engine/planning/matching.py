@@ -1,0 +1,236 @@
+"""Matching: every stored tensor to exactly one active rule, with whole-model layer numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.checkpoint.ranks import RankFile, RankGrid
+from engine.errors import EngineError, Place
+from engine.language.model import Exclusion, Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import pattern
+from engine.planning.stored import Instance, Stages, Stored, number_experts, number_layers
+
+Match = tuple[Stored, Instance, Mapping[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """What each distinct name can be: candidate instances with their placeholder values."""
+
+    candidates: Mapping[str, tuple[tuple[Instance, Mapping[str, int]], ...]]
+    ignored: Mapping[str, str]
+    refused: Mapping[str, Exclusion]
+
+
+def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], mapping: MappingFile) -> Matches:
+    """Match each distinct name once against every rule, whatever the variants."""
+    candidates: dict[str, tuple[tuple[Instance, Mapping[str, int]], ...]] = {}
+    ignored: dict[str, str] = {}
+    refused: dict[str, Exclusion] = {}
+    skip = [(pattern(e.pattern), e.why) for e in mapping.ignore if e.side == "source"]
+    refuse = [(pattern(e.pattern), e) for e in mapping.refuse if e.side == "source"]
+    compiled = [(instance, source) for instance in all_instances for source in instance.sources]
+    for name in dict.fromkeys(names):
+        found: list[tuple[Instance, Mapping[str, int]]] = []
+        for instance, source in compiled:
+            values = source.match(name)
+            if values is not None:
+                found.append((instance, values))
+        if found:
+            candidates[name] = tuple(found)
+        for compiled_skip, why in skip:
+            if compiled_skip.match(name) is not None:
+                ignored[name] = why
+        for compiled_refuse, entry in refuse:
+            if compiled_refuse.match(name) is not None:
+                refused[name] = entry
+    return Matches(candidates, ignored, refused)
+
+
+def is_active(instance: Instance, choices: Mapping[str, str]) -> bool:
+    """Whether a rule's `when` holds; a variant that is still open does not exclude it."""
+    return all(choices.get(name, allowed[0]) in allowed for name, allowed in instance.rule.when.items())
+
+
+def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[RankFile]) -> None:
+    """E209 for the first tensor that means the target cannot express the model."""
+    for one in stored:
+        entry = matches.refused.get(one.name)
+        if entry is not None:
+            raise EngineError(
+                "E209",
+                f"the target cannot express this model: {entry.why}",
+                place=Place(files[one.file].name, tensor=one.header.name),
+                got=f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}",
+                expected=f"no such tensor ({entry.place})",
+                fix="Use a mapping whose target has it.",
+            )
+
+
+def check_names(
+    stored: Sequence[Stored], matches: Matches, choices: Mapping[str, str], files: Sequence[RankFile]
+) -> None:
+    """Refuse what no rule matches and what several do."""
+    seen: set[str] = set()
+    for one in stored:
+        if one.name in seen:
+            continue
+        seen.add(one.name)
+        place = Place(files[one.file].name, tensor=one.header.name)
+        shape = f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}"
+        if one.name in matches.ignored:
+            continue
+        found = matches.candidates.get(one.name, ())
+        active = [i for i, _ in found if is_active(i, choices)]
+        if len(active) == 1:
+            continue
+        if len(active) > 1:
+            rules = ", ".join(f"`{i.rule.name}` ({i.rule.place})" for i in active)
+            raise EngineError(
+                "E206",
+                f"tensor `{one.name}` is matched by {len(active)} rules",
+                place=place,
+                got=rules,
+                expected="exactly one",
+                fix="Give the rules different `when`, or remove one.",
+            )
+        if found:
+            rule = found[0][0].rule
+            when = ", ".join(f"{name}: {'|'.join(allowed)}" for name, allowed in rule.when.items())
+            raise EngineError(
+                "E205",
+                f"tensor `{one.name}` is matched by no active rule",
+                place=place,
+                got=shape,
+                expected=f"rule `{rule.name}` ({rule.place}) would match when {when}; "
+                f"decided: {', '.join(f'{n}={choices[n]}' for n in rule.when if n in choices)}",
+                fix="Check the decision with `engine plan`, or override it with --set.",
+            )
+        raise EngineError(
+            "E205",
+            f"tensor `{one.name}` is matched by no rule",
+            place=place,
+            got=shape,
+            expected="one rule, or an `ignore` entry that says why it is not needed",
+            fix="`engine inspect` tells which bundled mappings fit this checkpoint.",
+        )
+
+
+def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> None:
+    """Of a rule's historical names a checkpoint uses exactly one."""
+    names = {one.name for one in stored}
+    for instance in active:
+        if len(instance.sources) < 2:
+            continue
+        used = [s.text for s in instance.sources if any(s.match(n) is not None for n in names)]
+        if len(used) > 1:
+            raise EngineError(
+                "E206",
+                f"rule `{instance.rule.name}` matches two historical names at once",
+                place=instance.rule.place,
+                got=" and ".join(used),
+                expected="exactly one per checkpoint",
+                fix="The folder mixes files of two checkpoints.",
+            )
+
+
+def stages_of(
+    stored: Sequence[Stored], matches: Matches, grid: RankGrid, layout: Layout, names: Mapping[str, Any]
+) -> Stages:
+    """Count each stage's layers, file by file, in the files that hold whole stages."""
+    local: dict[tuple[int, int], dict[int, int]] = {}
+    for one in stored:
+        file = grid.files[one.file]
+        if file.pattern.number is not None or one.name not in matches.candidates:
+            continue
+        layer = matches.candidates[one.name][0][1].get("layer")
+        if layer is None:
+            continue
+        counts = local.setdefault((one.chunk, file.ranks.get("pp", 0)), {})
+        counts[one.file] = max(counts.get(one.file, 0), layer + 1)
+    stages = number_layers(local, grid, layout, names, grid.files)
+    _check_order(stored, matches, grid, stages)
+    return stages
+
+
+def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, stages: Stages) -> None:
+    """E211 when what belongs to the first or last stage is in another: files were renamed or exchanged.
+
+    Nothing else tells: every layer would be there, in another order.
+    """
+    order = list(stages.starts)
+    found: dict[tuple[str, str], list[tuple[int, Stored]]] = {}
+    for one in stored:
+        file = grid.files[one.file]
+        place = one.chunk, file.ranks.get("pp", 0)
+        if one.name in matches.candidates and file.pattern.number is None and place in stages.starts:
+            kind = matches.candidates[one.name][0][0].stage_class
+            if kind != "layers":
+                found.setdefault((kind, one.name), []).append((order.index(place), one))
+    for (kind, name), places in found.items():
+        wanted = 0 if kind == "first" else len(order) - 1
+        if all(at != wanted for at, _ in places):
+            (chunk, pp), at = order[wanted], order[places[0][0]]
+            raise EngineError(
+                "E211",
+                f"the pipeline stages are in another order than their files say: `{name}` belongs to the {kind} one",
+                place=Place(grid.files[places[0][1].file].name, tensor=name),
+                got=f"in chunk {at[0]} of pp{at[1]}",
+                expected=f"in chunk {chunk} of pp{pp}",
+                fix="Files were renamed or exchanged, or are of another run; copy the folder again.",
+            )
+
+
+def assign(
+    stored: Sequence[Stored], matches: Matches, choices: Mapping[str, str], grid: RankGrid, stages: Stages
+) -> list[Match]:
+    """Pair each tensor with its active rule and its placeholder values in the whole model."""
+    result: list[Match] = []
+    positions: dict[int, dict[tuple[int, int], list[tuple[int, int]]]] = {}
+    cache: dict[tuple[str, int, int], tuple[Instance, Mapping[str, int]]] = {}
+    for one in stored:
+        found = matches.candidates.get(one.name)
+        if found is None or one.name in matches.ignored:
+            continue
+        file = grid.files[one.file]
+        if file.pattern.number is not None:
+            instance, values = next((i, v) for i, v in found if is_active(i, choices))
+            if one.file not in positions:
+                positions[one.file] = number_experts(grid, stages, file)
+            result.append((one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}))
+            continue
+        key = (one.name, one.chunk, file.ranks.get("pp", 0))
+        if key not in cache:
+            instance, values = next((i, v) for i, v in found if is_active(i, choices))
+            if "layer" in values:
+                values = {**values, "layer": values["layer"] + stages.starts[key[1], key[2]]}
+            cache[key] = (instance, values)
+        result.append((one, *cache[key]))
+    return result
+
+
+def _expert_layer(
+    one: Stored,
+    values: Mapping[str, int],
+    positions: Mapping[tuple[int, int], list[tuple[int, int]]],
+    file: RankFile,
+) -> int:
+    """The whole-model layer of an expert file's tensor: exactly one position must fit number and key."""
+    local = values["layer"]
+    fits = {layer for (_, at), places in positions.items() if at == local for _, layer in places}
+    if len(fits) == 1:
+        return next(iter(fits))
+    place = Place(file.name, tensor=one.header.name)
+    every = sorted(layer for places in positions.values() for _, layer in places)
+    raise EngineError(
+        "E211",
+        "an expert file's layer cannot be told",
+        place=place,
+        got=f"file number {file.ranks['number']} with local layer {local}",
+        expected=f"a number that fits one layer; it fits {every or 'none'}",
+        fix="Two pipeline stages wrote the same file number, so one layer's experts were lost at saving; "
+        "they cannot be recovered from this folder. Save again with layers divisible by the pipeline size.",
+    )

@@ -1,0 +1,116 @@
+"""Plans: what a run will do, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.checkpoint.ranks import RankGrid
+from engine.formats.headers import ITEM_SIZES, FileHeader
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.planning.copies import Copy
+from engine.planning.stored import SourceTensor, Stages
+from engine.planning.variants import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor that is written, contiguous.
+
+    Attributes:
+        dtype: element type written; `read_dtype` is that of its sources.
+        transform: (operation, axis) applied to the assembled tensor, if any; `transform_dim` is
+            the storage dimension of that axis.
+        rule: the rules it comes from, with the file and line of the first.
+    """
+
+    name: str
+    dtype: str
+    read_dtype: str
+    shape: tuple[int, ...]
+    rule: str
+    place: str
+    pattern: str
+    transform: tuple[str, str] | None = None
+    transform_dim: int | None = None
+
+    @property
+    def elements(self) -> int:
+        result = 1
+        for size in self.shape:
+            result *= size
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * ITEM_SIZES[self.dtype]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether its bytes are those of its sources, wherever they lie."""
+        return self.dtype == self.read_dtype and self.transform is None
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Stored tensors that must be equal element by element: indices into `Plan.sources`."""
+
+    sources: tuple[int, ...]
+    name: str
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """A tensor that is left out because the config ties it to another; a run compares the two."""
+
+    output: Output
+    copies: tuple[Copy, ...]
+    same_as: int  # index into `Plan.outputs`
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A weight file that is written: its name, its format (`safetensors` or `torch`) and its outputs."""
+
+    name: str
+    format: str
+    outputs: tuple[int, ...]  # indices into `Plan.outputs`
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a run needs, and nothing it must decide.
+
+    `copies(i)` gives the copies that fill `outputs[i]`, computed when asked for.
+    """
+
+    mapping: MappingFile
+    layout: Layout
+    folder: str
+    grid: RankGrid  # of the training checkpoint that is read; when none is, of the one written
+    stages: Stages
+    files: tuple[FileHeader, ...]
+    sources: tuple[SourceTensor, ...]
+    outputs: tuple[Output, ...]
+    copies: Callable[[int], list[Copy]]
+    replicas: tuple[Replicas, ...]
+    tied: tuple[Tied, ...]
+    decisions: Mapping[str, Decision]
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any]
+    config: Mapping[str, Any]
+    names: Mapping[str, Any]
+    ignored: Mapping[str, str]
+    notices: tuple[str, ...]
+    dtype: str
+    max_shard_size: int
+    shards: tuple[OutputFile, ...]
+    written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
+    beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)

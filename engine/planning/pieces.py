@@ -1,0 +1,108 @@
+"""Pieces: which target each source piece of the rules goes to, proved one to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.errors import EngineError
+from engine.language.axes import Axes
+from engine.language.names import Pattern
+from engine.planning.stored import Instance
+
+# A piece of a rule: the target name pattern it is written to, and its set of axes.
+Key = tuple[str, frozenset[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """A target name pattern with its axes and the rules that write it."""
+
+    name: Pattern
+    axes: Axes
+    instances: tuple[Instance, ...]
+
+    def instance(self) -> Instance:
+        """The target as a rule's tensor of its own: whole, under its own name."""
+        rule = self.instances[0].rule
+        return Instance(rule, None, self.axes, (self.name,), ())
+
+    def piece_keys(self) -> tuple[Key, ...]:
+        placeholders = frozenset(self.name.placeholders)
+        return tuple((self.name.text, frozenset(piece) | placeholders) for piece in self.axes.pieces())
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Which target each source piece goes to; proved one to one by `match_pieces`."""
+
+    targets: Mapping[str, TargetSpec]
+    owners: Mapping[Key, Instance]
+    dropped: Mapping[tuple[int, frozenset[str]], str]
+    by_source: Mapping[tuple[int, frozenset[str]], Key]
+
+
+def source_pieces(instance: Instance) -> tuple[frozenset[str], ...]:
+    placeholders = frozenset(instance.axis_names())
+    return tuple(frozenset(piece) | placeholders for piece in instance.axes.pieces())
+
+
+def match_pieces(active: Sequence[Instance]) -> Pieces:
+    """Pair source pieces with target pieces; every piece must occur exactly once on either side.
+
+    Raises:
+        EngineError: E107 naming the rule and the piece.
+    """
+    targets: dict[str, TargetSpec] = {}
+    for instance in active:
+        for name, axes in instance.targets:
+            known = targets.get(name.text)
+            if known is None:
+                targets[name.text] = TargetSpec(name, axes, (instance,))
+            elif known.axes.dims != axes.dims:
+                raise _piece_error(
+                    instance, f"`{name.text}` is written with different axes: `{known.axes}` and `{axes}`"
+                )
+            elif instance not in known.instances:
+                targets[name.text] = TargetSpec(name, axes, (*known.instances, instance))
+    owners: dict[Key, Instance] = {}
+    by_source: dict[tuple[int, frozenset[str]], Key] = {}
+    dropped: dict[tuple[int, frozenset[str]], str] = {}
+    for instance in active:
+        wanted = {key for name, _ in instance.targets for key in targets[name.text].piece_keys()}
+        for piece in source_pieces(instance):
+            reason = next((why for axis, why in instance.rule.drop.items() if axis in piece), None)
+            keys = [key for key in wanted if key[1] == piece]
+            if reason is not None and not keys:
+                dropped[id(instance), piece] = reason
+                continue
+            if len(keys) != 1:
+                told = "no target" if not keys else f"{len(keys)} targets"
+                raise _piece_error(instance, f"source piece {_braces(piece)} occurs in {told}")
+            if keys[0] in owners:
+                other = owners[keys[0]].rule.name
+                raise _piece_error(instance, f"target piece {_braces(piece)} is also written by rule `{other}`")
+            owners[keys[0]] = instance
+            by_source[id(instance), piece] = keys[0]
+    for spec in targets.values():
+        for key in spec.piece_keys():
+            if key not in owners:
+                raise _piece_error(
+                    spec.instances[0], f"target piece {_braces(key[1])} of `{spec.name.text}` has no source"
+                )
+    return Pieces(targets, owners, dropped, by_source)
+
+
+def _piece_error(instance: Instance, message: str) -> EngineError:
+    return EngineError(
+        "E107",
+        f"rule `{instance.rule.name}`: {message}",
+        place=instance.rule.place,
+        got=f"source `{instance.axes}`\n" + "\n".join(f"{n.text} `{a}`" for n, a in instance.targets),
+        expected="every source piece in exactly one target, every target piece in exactly one source",
+        fix="Pieces are matched by their set of axes, placeholders included: check the axis names on both sides.",
+    )
+
+
+def _braces(piece: frozenset[str]) -> str:
+    return "{" + ", ".join(sorted(piece)) + "}"

@@ -1,0 +1,263 @@
+"""The planner: mapping × layout × headers → plan. Pure: no tensor data, no files, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from engine.errors import EngineError, Place, printable
+from engine.formats.safetensors import shard_names, split_shards
+from engine.language.expressions import render_tree
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import pattern
+from engine.planning import DEFAULT_SHARD_SIZE
+from engine.planning.attempts import Attempt, Checkpoint, Question, decide_by_shapes
+from engine.planning.classes import CopyTable
+from engine.planning.completeness import check_repeated, check_slices, used_instances
+from engine.planning.copies import Copy
+from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
+from engine.planning.model import Output, OutputFile, Plan, Replicas, Tied
+from engine.planning.pieces import Pieces, match_pieces
+from engine.planning.sides import Side, training_keys, whole_keys
+from engine.planning.sizes import size_error
+from engine.planning.stored import Instance, Stages, Stored, instances, strip
+from engine.planning.variants import check_settings, decide, options_of
+from engine.planning.whole import DTYPES, whole_groups, whole_instances, whole_output
+
+__all__ = ["DTYPES", "Checkpoint", "make_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Understood:
+    """A training checkpoint as a mapping reads it: every decision taken, every size known."""
+
+    attempt: Attempt
+    used: tuple[Instance, ...]
+    pieces: Pieces
+    stages: Stages
+    matches: Matches
+    options: Mapping[str, Any]
+    names: Mapping[str, Any]  # all that expressions see
+
+    def side(self) -> Side:
+        sizes = self.attempt.sizes.values()
+        return Side(self.attempt.groups.values(), training_keys(self.used, self.pieces), sizes)
+
+
+def understand(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Understood:
+    """Match, decide and solve a training checkpoint; E2xx for the first thing that does not fit."""
+    options = options_of(mapping, settings)
+    stored = strip(checkpoint.files, layout)
+    rules = instances(mapping)
+    matches = find_candidates([s.name for s in stored], rules, mapping)
+    names: dict[str, Any] = {
+        **checkpoint.config,
+        "options": options,
+        "training": checkpoint.training,
+        "present": present_in({one.name for one in stored}),
+    }
+    layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, names).items()}
+    check_refused(stored, matches, checkpoint.grid.files)
+    _check_any(stored, matches, mapping, checkpoint)
+    decisions = decide(mapping.variants, settings, names)
+    stages = stages_of(stored, matches, checkpoint.grid, layout, {**names, **layout_choices})
+    question = Question(mapping, layout, checkpoint, stored, matches, rules, stages, names)
+    attempt = decide_by_shapes(question, decisions)
+    choices = {n: d.choice for n, d in attempt.decisions.items()}
+    check_names(stored, matches, choices, checkpoint.grid.files)
+    check_spellings(stored, attempt.active)
+    check_slices(attempt, checkpoint, layout.lone_rank)
+    if attempt.sizes.contradictions:
+        check_repeated(attempt, checkpoint)
+        raise size_error(attempt.sizes.contradictions[0])
+    used = tuple(used_instances(attempt))
+    all_names = {**attempt.names, **attempt.sizes.values()}
+    return Understood(attempt, used, match_pieces(used), stages, matches, options, all_names)
+
+
+def make_plan(
+    mapping: MappingFile,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    *,
+    settings: Mapping[str, Any],
+    dtype: str = "auto",
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    strict: bool = False,
+) -> Plan:
+    """Compile a plan that converts a training checkpoint.
+
+    Args:
+        settings: variants and options given by the user.
+        dtype: `auto` keeps each tensor's own type; else the type every float tensor is written in.
+        max_shard_size: bytes of tensors per output file.
+        strict: refuse when a size differs from the release's `expect`.
+
+    Raises:
+        EngineError: E2xx, with the first thing that keeps the plan from being total and exact.
+    """
+    check_settings(mapping, settings)
+    understood = understand(mapping, layout, checkpoint, settings)
+    attempt, pieces = understood.attempt, understood.pieces
+    sizes = attempt.sizes.values()
+    source = understood.side()
+    whole = whole_instances(pieces)
+    listed = whole_groups(pieces, whole, sizes, attempt.unread)
+    target = Side([group for _, group in listed], whole_keys(whole), sizes)
+    every = CopyTable([(group, 0) for _, group in listed], target, source)
+    names_of = [file.name for file in checkpoint.grid.files]
+    written = [
+        whole_output(spec, group, every.dtype(i, group.name, names_of, spec.instances[0].rule.place), dtype)
+        for i, (spec, group) in enumerate(listed)
+    ]
+    config = render_tree(mapping.config, understood.names)
+    ties = bool(config.get("tie_word_embeddings"))
+    tied_to = [spec.instances[0].rule.tied_to if ties else None for spec, _ in listed]
+    kept = [i for i, to in enumerate(tied_to) if to is None]
+    outputs = tuple(written[i] for i in kept)
+    copies = every.subset(kept)
+    tied = _tied([(written[i], every(i), to) for i, to in enumerate(tied_to) if to is not None], outputs)
+    config["dtype"] = main_dtype(outputs)
+    notices = (*overruled(attempt), *_expectations(mapping, sizes, strict), *_notices(checkpoint, mapping))
+    split = split_shards([(o.name, o.nbytes) for o in outputs], max_shard_size)
+    index = {o.name: i for i, o in enumerate(outputs)}
+    shards = tuple(
+        OutputFile(name, "safetensors", tuple(index[t] for t in group))
+        for name, group in zip(shard_names(len(split)), split, strict=True)
+    )
+    return Plan(
+        mapping,
+        layout,
+        checkpoint.folder,
+        checkpoint.grid,
+        understood.stages,
+        checkpoint.files,
+        tuple(source.stored),
+        outputs,
+        copies,
+        replicas_of(source),
+        tied,
+        attempt.decisions,
+        sizes,
+        understood.options,
+        config,
+        understood.names,
+        dict(understood.matches.ignored),
+        notices,
+        dtype,
+        max_shard_size,
+        shards,
+    )
+
+
+def replicas_of(side: Side) -> tuple[Replicas, ...]:
+    """Sets of tensors that several ranks hold and that must be equal."""
+    return tuple(
+        Replicas(tuple(numbers), group.name, group.instance.rule.name)
+        for group in side.groups
+        for numbers in side.numbers(group)
+        if len(numbers) > 1
+    )
+
+
+def _tied(listed: Sequence[tuple[Output, list[Copy], str]], outputs: Sequence[Output]) -> tuple[Tied, ...]:
+    """Pair each tensor that the config ties with the one it equals."""
+    index = {output.name: i for i, output in enumerate(outputs)}
+    result: list[Tied] = []
+    for output, copies, name in listed:
+        if name not in index or outputs[index[name]].shape != output.shape:
+            raise EngineError(
+                "E209",
+                f"`{output.name}` cannot be tied to `{name}`",
+                place=Place(output.place),
+                got=f"{output.shape} and {outputs[index[name]].shape}" if name in index else "no such target",
+                expected="a target of the same shape",
+                fix="Correct `tied_to`, or let `tie_word_embeddings` be false.",
+            )
+        result.append(Tied(output, tuple(copies), index[name]))
+    return tuple(result)
+
+
+def present_in(names: Collection[str]) -> Callable[[str], bool]:
+    """`present(pattern)`: whether some training tensor has a name of that pattern."""
+
+    def present(text: str) -> bool:
+        compiled = pattern(text)
+        return any(compiled.match(name) is not None for name in names)
+
+    return present
+
+
+def _check_any(stored: Sequence[Stored], matches: Matches, mapping: MappingFile, checkpoint: Checkpoint) -> None:
+    """When hardly anything matches, say that the mapping is wrong instead of naming one tensor."""
+    names = {one.name for one in stored}
+    if names and sum(name in matches.candidates for name in names) * 4 < len(names):
+        kind = checkpoint.training.get("model_type")
+        said = f"; its training config says model_type {kind}" if kind else ""
+        raise EngineError(
+            "E212",
+            f"mapping `{mapping.name}` is not the one for this checkpoint",
+            place=Place(checkpoint.folder),
+            got=", ".join(sorted(names)[:3]) + f", …{said}",
+            expected=", ".join(rule.sources[0] for rule in mapping.rules[:3]) + ", …",
+            fix="`engine inspect` tells which bundled mappings fit.",
+        )
+
+
+def main_dtype(outputs: Sequence[Output]) -> str:
+    """The type of most written elements, as config.json spells it."""
+    count: dict[str, int] = {}
+    for output in outputs:
+        count[output.dtype] = count.get(output.dtype, 0) + output.elements
+    best = max(count, key=lambda d: (count[d], d))
+    return {v: k for k, v in DTYPES.items()}.get(best, best.lower())
+
+
+def _expectations(mapping: MappingFile, sizes: Mapping[str, int], strict: bool) -> tuple[str, ...]:
+    differ = [(a, n, sizes[a]) for a, n in mapping.expect.items() if a in sizes and sizes[a] != n]
+    unknown = [a for a in mapping.expect if a not in sizes]
+    if unknown:
+        near = get_close_matches(unknown[0], list(sizes), 1)
+        raise EngineError(
+            "E108",
+            f"`expect` names an axis that is not there: {unknown[0]}",
+            place=mapping.place,
+            fix=f"Did you mean `{near[0]}`?" if near else None,
+        )
+    if differ and strict:
+        raise EngineError(
+            "E213",
+            f"sizes differ from release `{mapping.name}`",
+            place=mapping.place,
+            got=", ".join(f"{a} = {got}" for a, _, got in differ),
+            expected=", ".join(f"{a} = {want}" for a, want, _ in differ),
+            fix="Leave --strict out to convert it all the same.",
+        )
+    return tuple(f"`{a}` is {got}, release `{mapping.name}` has {want}" for a, want, got in differ)
+
+
+def overruled(attempt: Attempt) -> tuple[str, ...]:
+    """Settings that say something else than the configuration."""
+    return tuple(
+        f"`{d.evidence}` overrules the checkpoint's configuration, which says {d.instead_of}"
+        for d in attempt.decisions.values()
+        if d.instead_of is not None
+    )
+
+
+def _notices(checkpoint: Checkpoint, mapping: MappingFile) -> tuple[str, ...]:
+    notices: list[str] = []
+    kind = checkpoint.training.get("model_type")
+    if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
+        wanted = " or ".join(mapping.model_types)
+        notices.append(
+            f"the training config says model_type {printable(kind)}; mapping `{mapping.name}` is for {wanted}"
+        )
+    tokenizer = (mapping.tokenizer or {}).get("file")
+    unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
+    if unknown:
+        notices.append("not part of the checkpoint, left alone: " + ", ".join(map(printable, unknown)))
+    return tuple(notices)

@@ -1,0 +1,153 @@
+"""The training side to be written: groups of shards, one tensor for every rank that holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+from engine.checkpoint.ranks import RankFile
+from engine.errors import EngineError
+from engine.formats.headers import TensorHeader
+from engine.language.axes import extent
+from engine.language.expressions import evaluate
+from engine.language.model import FilePattern
+from engine.language.names import Pattern, pattern
+from engine.planning.destination import Destination, check_cuts, file_of, shares
+from engine.planning.groups import Cut, Group, cut_of
+from engine.planning.stored import Instance, Stored
+from engine.planning.whole import contiguous
+
+Order = tuple[int, ...]
+
+
+class RankGroups:
+    """Invents the shards of every tensor: `groups` and the `files` that hold them.
+
+    Args:
+        used: rules in the order of the model.
+        spellings: for a rule with historical names, the one to write (default: the first).
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        used: Sequence[Instance],
+        sizes: Mapping[str, int],
+        spellings: Mapping[int, Pattern],
+    ) -> None:
+        self.groups: list[Group] = []
+        self.files: list[RankFile] = []
+        self.order: dict[int, Order] = {}  # id(stored) → where it stands in its file
+        self._destination, self._sizes, self._spellings = destination, sizes, spellings
+        self._numbers: dict[str, int] = {}
+        patterns = [(instance, file_of(instance, destination.mode)) for instance in used]
+        check_cuts(destination, patterns, sizes)
+        self._ranks = {id(file): destination.ranks(file) for file in destination.mode.files}
+        for ranks in self._ranks[id(destination.mode.files[0])]:
+            self._number(destination.mode.files[0], ranks)
+        self._experts = self._expert_numbers(patterns)
+        for position, (instance, file) in enumerate(patterns):
+            self._add(position, instance, file)
+
+    def _add(self, position: int, instance: Instance, file: FilePattern) -> None:
+        layout, stages = self._destination.layout, self._destination.stages
+        cut = cut_of(instance, file, layout)
+        names = instance.axis_names()
+        spelling = self._spellings.get(id(instance), instance.sources[0])
+        shape = self._shapes(instance, cut)
+        for values in product(*(range(self._sizes[a]) for a in names)):
+            fixed = dict(zip(names, values, strict=True))
+            chunk, pp, local = self._stage(instance, fixed, stages.layers)
+            key = self._destination.prefix(chunk) + spelling.format({**fixed, "layer": local})
+            shards: dict[tuple[int, ...], list[Stored]] = {}
+            for ranks in self._ranks[id(file)]:
+                if ranks.get("pp", pp) != pp:
+                    continue
+                if cut.lone and any(ranks.get(d, r) != r for d, r in layout.lone_rank.items()):
+                    continue
+                at = tuple(ranks[dim] for dim in cut.rank_dims())
+                local_shape = shape(at)
+                header = TensorHeader(key, "", local_shape, contiguous(local_shape), 0)
+                placed = {**ranks, **fixed, "number": self._experts.get((id(file), fixed.get("layer", 0)), 0)}
+                one = Stored(self._number(file, placed), header, key, chunk)
+                stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
+                self.order[id(one)] = (chunk, stage, local, position, *values)
+                shards.setdefault(at, []).append(one)
+            ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
+            self.groups.append(Group(instance, fixed, cut, ordered))
+
+    def _stage(self, instance: Instance, fixed: Mapping[str, int], layers: int) -> tuple[int, int, int]:
+        """(chunk, pp, local layer) of a tensor."""
+        stages = self._destination.stages
+        kind = instance.stage_class
+        layer = fixed["layer"] if kind == "layers" else 0 if kind == "first" else layers - 1
+        for place, start in stages.starts.items():
+            if start <= layer < start + stages.counts[place]:
+                return (*place, layer - start)
+        raise ValueError(f"layer {layer} of {layers} is in no stage")
+
+    def _shapes(self, instance: Instance, cut: Cut) -> _Shapes:
+        return _Shapes(instance, cut, self._destination, self._sizes)
+
+    def _number(self, file: FilePattern, values: Mapping[str, int]) -> int:
+        """The index of a file, added when it is new."""
+        compiled = pattern(file.name)
+        name = compiled.format(values)
+        if name not in self._numbers:
+            self._numbers[name] = len(self.files)
+            self.files.append(RankFile(name, file, {p: values[p] for p in compiled.placeholders}))
+        return self._numbers[name]
+
+    def _expert_numbers(self, patterns: Sequence[tuple[Instance, FilePattern]]) -> dict[tuple[int, int], int]:
+        """(file pattern, layer) → its number; E214 when two layers would write the same file."""
+        stages, sizes = self._destination.stages, self._destination.sizes
+        result: dict[tuple[int, int], int] = {}
+        for file in {id(f): f for _, f in patterns if f.number is not None}.values():
+            seen: dict[int, tuple[int, int]] = {}
+            pps = sizes.get("pp", 1)
+            for pp in range(pps):
+                nth = 0
+                for chunk in range(stages.chunks):
+                    for local in range(stages.counts[chunk, pp]):
+                        layer = stages.starts[chunk, pp] + local
+                        facts = {
+                            **self._destination.counts(),
+                            "pp": pp,
+                            "pps": pps,
+                            "layers": stages.layers,
+                            "nth": nth,
+                        }
+                        number = evaluate(file.number, {**facts, "chunks": stages.chunks}) if file.number else 0
+                        if number in seen:
+                            raise EngineError(
+                                "E214",
+                                "two layers would write the same expert files, and one would be lost",
+                                place=file.place,
+                                got=f"layer {seen[number][1]} on pp{seen[number][0]} and layer {layer} on pp{pp}: "
+                                f"{pattern(file.name).text} with number {number}",
+                                expected="layers that divide by the pipeline ranks",
+                                fix="Give a --pp that divides the layers: "
+                                + ", ".join(str(n) for n in range(1, stages.layers + 1) if stages.layers % n == 0)
+                                + ".",
+                            )
+                        seen[number] = (pp, layer)
+                        result[id(file), layer] = number
+                        nth += 1
+        return result
+
+
+class _Shapes:
+    """Shapes of a tensor's shards, by rank coordinates along its cut."""
+
+    def __init__(self, instance: Instance, cut: Cut, destination: Destination, sizes: Mapping[str, int]) -> None:
+        self._axes, self._cut, self._sizes = instance.axes, cut, sizes
+        extra = destination.layout.uneven
+        self._shares = {axis: shares(sizes[axis], destination.sizes.get(dim, 1), extra) for dim, axis in cut.dims}
+        self._rows: list[int] = []
+        if cut.rows is not None:
+            self._rows = shares(extent(self._axes.dims[0], sizes), destination.sizes.get(cut.rows, 1), extra)
+
+    def __call__(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        local = {axis: self._shares[axis][ranks[i]] for i, (_, axis) in enumerate(self._cut.dims)}
+        shape = tuple(extent(dim, {**self._sizes, **local}) for dim in self._axes.dims)
+        return (self._rows[ranks[0]], *shape[1:]) if self._rows else shape

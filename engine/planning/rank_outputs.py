@@ -1,0 +1,139 @@
+"""Rank files to be written: their tensors, the copies that fill them, and the small files beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.checkpoint.ranks import RankFile, RankGrid
+from engine.errors import EngineError
+from engine.formats.pickling import WRITABLE
+from engine.language.expressions import render_tree
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import Pattern, pattern
+from engine.planning.classes import CopyTable
+from engine.planning.destination import Destination
+from engine.planning.groups import Group
+from engine.planning.model import Output, OutputFile
+from engine.planning.rank_groups import RankGroups
+from engine.planning.sides import Keys, Side
+from engine.planning.stored import Instance, Stored
+from engine.planning.whole import written_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class RankOutputs:
+    """Everything a plan says about the rank files it writes."""
+
+    outputs: tuple[Output, ...]
+    copies: CopyTable
+    shards: tuple[OutputFile, ...]
+    grid: RankGrid
+
+
+def rank_outputs(
+    destination: Destination,
+    used: Sequence[Instance],
+    keys: Keys,
+    spellings: Mapping[int, Pattern],
+    source: Side,
+    source_files: Sequence[str],
+    dtype: str,
+) -> RankOutputs:
+    """Lay out the rank files of a destination and say what fills them.
+
+    Args:
+        used: the rules that have tensors; `keys` are the training side's.
+        spellings: for a rule with historical names, the one to write.
+        source: the side everything is copied from; `source_files` name its files in errors.
+        dtype: `auto` or the type every float tensor is written in, unless its rule keeps it.
+
+    Raises:
+        EngineError: E214 when the model cannot be cut so, E208 or E210 when the source does not fill it.
+    """
+    invented = RankGroups(destination, used, source.sizes, spellings)
+    target = Side(invented.groups, keys, source.sizes)
+    by_file: list[list[tuple[tuple[int, ...], Stored, Group, int]]] = [[] for _ in invented.files]
+    for group in invented.groups:
+        for position, replicas in enumerate(group.shards.values()):
+            for one in replicas:
+                by_file[one.file].append((invented.order[id(one)], one, group, position))
+    listed = [
+        (file, entry) for file, held in enumerate(by_file) for entry in sorted(held, key=lambda e: (e[0], e[1].name))
+    ]
+    copies = CopyTable([(entry[2], entry[3]) for _, entry in listed], target, source)
+    outputs: list[Output] = []
+    members: list[list[int]] = [[] for _ in invented.files]
+    for index, (file, (_, one, group, _)) in enumerate(listed):
+        rule = group.instance.rule
+        read = copies.dtype(index, one.name, source_files, rule.place)
+        wanted = written_dtype(read, dtype, keep=rule.keep_dtype)
+        if wanted not in WRITABLE:
+            raise EngineError(
+                "E209",
+                f"rank files cannot hold `{one.name}`",
+                place=rule.place,
+                got=wanted,
+                expected=", ".join(sorted(WRITABLE)),
+                fix="Give --dtype bfloat16.",
+            )
+        text = group.instance.sources[0].text
+        outputs.append(Output(one.name, wanted, read, one.header.shape, rule.name, str(rule.place), text))
+        members[file].append(index)
+    shards = tuple(
+        OutputFile(file.name, "torch", tuple(held)) for file, held in zip(invented.files, members, strict=True)
+    )
+    return RankOutputs(tuple(outputs), copies, shards, _grid(destination, invented.files))
+
+
+def _grid(destination: Destination, files: Sequence[RankFile]) -> RankGrid:
+    return RankGrid(destination.mode, destination.sizes, tuple(files))
+
+
+def small_files(
+    destination: Destination, files: Sequence[RankFile], config: Mapping[str, Any]
+) -> dict[str, tuple[str, Any]]:
+    """Name → (format, content) of the configurations and of what lies beside each rank file."""
+    layout = destination.layout
+    found: dict[str, tuple[str, Any]] = {layout.config_file: (layout.config_format, dict(config))}
+    if layout.training_file is not None and layout.training_write:
+        found[layout.training_file] = ("python_source", training_text(destination))
+    for beside in destination.mode.beside:
+        for file in files:
+            if file.pattern is destination.mode.files[0]:
+                name = pattern(beside.file).format(file.ranks)
+                found[name] = ("pickled_mapping", render_tree(beside.content, destination.counts()))
+    return found
+
+
+def training_text(destination: Destination) -> dict[str, Any]:
+    """What the layout writes of the training configuration."""
+    rendered: dict[str, Any] = render_tree(destination.layout.training_write, destination.counts())
+    return rendered
+
+
+def destination_names(
+    layout: Layout,
+    mapping: MappingFile,
+    mode: str,
+    sizes: Mapping[str, int],
+    chunks: int,
+    layers: int,
+    training: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What layout expressions and `training_config` see of a destination.
+
+    Every rank dimension that any mode of the layout has is there, as 1 where this mode lacks it.
+    """
+    dims = {d for m in layout.modes for f in m.files for d in pattern(f.name).placeholders}
+    names: dict[str, Any] = {f"{dim}s": 1 for dim in dims}
+    names |= {f"{dim}s": count for dim, count in sizes.items()}
+    kind = training.get("model_type")
+    if kind is None and len(mapping.model_types) == 1:
+        kind = mapping.model_types[0]
+    if kind is not None:
+        names["model_type"] = kind
+    return {**names, "mode": mode, "chunks": chunks, "layers": layers, "options": options, "training": training}

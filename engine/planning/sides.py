@@ -1,0 +1,135 @@
+"""Sides: the tensors of one end of a plan, and where each holds the pieces of the rules.
+
+A side is the same thing whichever end it is on: groups of shards. Rank files are groups that a
+layout cuts, a Hugging Face checkpoint is groups of one whole shard each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+from engine.planning.boxes import Interval, Region, regions
+from engine.planning.groups import Group
+from engine.planning.pieces import Key, Pieces, source_pieces
+from engine.planning.sizes import extents
+from engine.planning.stored import Instance, Stored
+
+Keys = Mapping[tuple[int, frozenset[str]], Key]
+
+
+def training_keys(used: Iterable[Instance], pieces: Pieces) -> dict[tuple[int, frozenset[str]], Key]:
+    """Keys of the training side. A dropped piece has no target: its rule and parameter name it."""
+    keys = dict(pieces.by_source)
+    for instance in used:
+        for piece in source_pieces(instance):
+            keys.setdefault((id(instance), piece), (f"{instance.rule.name}.{instance.param}", piece))
+    return keys
+
+
+def whole_keys(instances: Mapping[str, Instance]) -> dict[tuple[int, frozenset[str]], Key]:
+    """Keys of the Hugging Face side: target pattern → its instance."""
+    return {(id(one), piece): (text, piece) for text, one in instances.items() for piece in source_pieces(one)}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard of a group: its replicas and where they lie in the whole tensor.
+
+    Attributes:
+        ranks: coordinates along the cut's rank dimensions.
+        sizes: extent of every axis as stored.
+        starts: global index of the first stored element of each cut axis.
+        rows: the interval of storage rows, where rows are cut.
+    """
+
+    ranks: tuple[int, ...]
+    replicas: tuple[Stored, ...]
+    sizes: Mapping[str, int]
+    starts: Mapping[str, int]
+    rows: Interval | None
+
+
+class Side:
+    """Groups of shards with a number for every tensor, in the order of the groups.
+
+    Args:
+        keys: (instance, piece) → key; pieces of equal keys on two sides are the same elements.
+        sizes: of every axis.
+    """
+
+    def __init__(self, groups: Iterable[Group], keys: Keys, sizes: Mapping[str, int]) -> None:
+        self.groups = tuple(groups)
+        self.keys = keys
+        self.sizes = sizes
+        self.stored: list[Stored] = []
+        self._found: dict[tuple[int, tuple[int, ...]], Group] = {}
+        self._first: dict[int, int] = {}  # id of a group → the number of its first tensor
+        orders: dict[int, tuple[str, ...]] = {}
+        for group in self.groups:
+            self._found[id(group.instance), tuple(group.fixed.values())] = group
+            orders[id(group.instance)] = tuple(group.fixed)
+            self._first[id(group)] = len(self.stored)
+            for replicas in group.shards.values():
+                self.stored.extend(replicas)
+        self._owners = {key: (owner, orders[owner]) for (owner, _), key in keys.items() if owner in orders}
+
+    def numbers(self, group: Group) -> Iterator[range]:
+        """The numbers of each shard's replicas."""
+        first = self._first[id(group)]
+        for replicas in group.shards.values():
+            yield range(first, first + len(replicas))
+            first += len(replicas)
+
+    def reaching(self, group: Group, other: Side) -> list[Group]:
+        """Groups of this side that hold pieces of a group of the other side."""
+        result: dict[int, Group] = {}
+        for piece in source_pieces(group.instance):
+            owner = self._owners.get(other.keys[id(group.instance), piece])
+            if owner is None:
+                continue
+            ranges = [[group.fixed[a]] if a in group.fixed else range(self.sizes[a]) for a in owner[1]]
+            for values in product(*ranges):
+                found = self._found[owner[0], values]
+                result[id(found)] = found
+        return list(result.values())
+
+    def place(self, group: Group) -> list[list[tuple[Key, Region]]]:
+        """The regions of each shard."""
+        placed: list[list[tuple[Key, Region]]] = []
+        for shard in self.shards(group):
+            strides = shard.replicas[0].header.strides
+            found = regions(
+                group.instance.axes, shard.sizes, strides, rows=shard.rows, starts=shard.starts, fixed=group.fixed
+            )
+            placed.append([(self.keys[id(group.instance), region.piece], region) for region in found])
+        return placed
+
+    def shards(self, group: Group) -> list[Shard]:
+        """Where each shard lies in the whole: offsets are running sums of what the ranks before hold."""
+        local = extents(group, self.sizes) or {}
+        starts = {axis: _running(by_rank) for axis, by_rank in local.items()}
+        row = 0
+        result: list[Shard] = []
+        for ranks, replicas in group.shards.items():
+            sizes, begin = dict(self.sizes), {}
+            for position, (_, axis) in enumerate(group.cut.dims):
+                sizes[axis] = local[axis][ranks[position]]
+                begin[axis] = starts[axis][ranks[position]]
+            rows = None
+            if group.cut.rows is not None:
+                header = replicas[0].header
+                first = row if header.part is None else header.part.start
+                rows = (first, first + header.shape[0])
+                row = rows[1]
+            result.append(Shard(ranks, replicas, sizes, begin, rows))
+        return result
+
+
+def _running(by_rank: Mapping[int, int]) -> dict[int, int]:
+    result, total = {}, 0
+    for rank in sorted(by_rank):
+        result[rank] = total
+        total += by_rank[rank]
+    return result

@@ -1,0 +1,98 @@
+"""The whole side: the tensors of a Hugging Face checkpoint as groups of one shard each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+from engine.errors import EngineError, Place
+from engine.formats.headers import TensorHeader
+from engine.language.axes import extent
+from engine.planning.groups import Cut, Group
+from engine.planning.model import Output
+from engine.planning.pieces import Pieces, TargetSpec
+from engine.planning.sizes import unknown_error
+from engine.planning.stored import Instance, Stored
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps.
+
+    >>> contiguous((2, 3, 4))
+    (12, 4, 1)
+    """
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 2, -1, -1):
+        strides[i] = strides[i + 1] * shape[i + 1]
+    return tuple(strides)
+
+
+def whole_instances(pieces: Pieces) -> dict[str, Instance]:
+    return {text: spec.instance() for text, spec in pieces.targets.items()}
+
+
+def whole_groups(
+    pieces: Pieces,
+    instances: Mapping[str, Instance],
+    sizes: Mapping[str, int],
+    unread: Mapping[str, EngineError],
+) -> list[tuple[TargetSpec, Group]]:
+    """Every target tensor in the order of the model: first stage, layers, last stage.
+
+    Raises:
+        EngineError: E204 for an axis whose size stays unknown, E206 for a name written twice.
+    """
+    listed: list[tuple[tuple[object, ...], TargetSpec, Group]] = []
+    for order, spec in enumerate(pieces.targets.values()):
+        for axis in (*spec.name.placeholders, *spec.axes.names()):
+            if axis not in sizes:
+                raise unread.get(axis) or unknown_error(axis, spec.instances[0].rule.place)
+        stage = {"first": 0, "layers": 1, "last": 2}[spec.instances[0].stage_class]
+        shape = tuple(extent(dim, sizes) for dim in spec.axes.dims)
+        for values in product(*(range(sizes[p]) for p in spec.name.placeholders)):
+            fixed = dict(zip(spec.name.placeholders, values, strict=True))
+            name = spec.name.format(fixed)
+            held = Stored(0, TensorHeader(name, "", shape, contiguous(shape), 0), name, 0)
+            group = Group(instances[spec.name.text], fixed, Cut(), {(): (held,)})
+            listed.append(((stage, fixed.get("layer", -1), order, values), spec, group))
+    listed.sort(key=lambda entry: entry[0])
+    result = [(spec, group) for _, spec, group in listed]
+    _unique(result)
+    return result
+
+
+def whole_output(spec: TargetSpec, group: Group, read: str, dtype: str) -> Output:
+    """A target tensor as it is written, given the type it is read in."""
+    rule = spec.instances[0].rule
+    dim = None
+    if rule.transform is not None:
+        axis = rule.transform[1]
+        dim = next(i for i, node in enumerate(spec.axes.dims) if str(node) == axis)
+    header = next(iter(group.shards.values()))[0].header
+    names = " + ".join(i.rule.name for i in spec.instances)
+    wanted = written_dtype(read, dtype, keep=rule.keep_dtype)
+    return Output(header.name, wanted, read, header.shape, names, str(rule.place), spec.name.text, rule.transform, dim)
+
+
+def written_dtype(read: str, dtype: str, *, keep: bool) -> str:
+    """The element type to write: `--dtype` casts floating-point tensors that are not exempt."""
+    return DTYPES[dtype] if dtype != "auto" and not keep and read in _FLOATS else read
+
+
+def _unique(listed: list[tuple[TargetSpec, Group]]) -> None:
+    seen: dict[str, TargetSpec] = {}
+    for spec, group in listed:
+        if group.name in seen:
+            rule = spec.instances[0].rule
+            raise EngineError(
+                "E206",
+                f"two rules write `{group.name}`",
+                place=Place(str(rule.place)),
+                got=f"{seen[group.name].instances[0].rule.name} and {rule.name}",
+                expected="one",
+                fix="Change one target's name.",
+            )
+        seen[group.name] = spec

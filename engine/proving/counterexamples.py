@@ -1,0 +1,155 @@
+"""Counter-examples in words: elements that two tensors claim, or none.
+
+Computed from the rules alone, element by element at tiny sizes, independently of the planner: each
+rule's source and target regions give positions, and every position must occur once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineError
+from engine.language.axes import Axes, extent
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import Pattern
+from engine.planning.boxes import Part, Region, regions
+from engine.planning.copies import Copy, intersect
+from engine.planning.matching import is_active
+from engine.planning.stored import Instance, instances
+from engine.planning.whole import contiguous
+from engine.proving.proof import Failure
+from engine.proving.tiny import guess_sizes, settle
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# A claim of a tensor: its positions, and the tensor and positions that they are paired with.
+Claim = tuple["np.ndarray", str, "np.ndarray"]
+
+
+def counter_examples(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> list[Failure]:
+    """The first element of each pair of tensors that is claimed twice or by nobody, under any of these choices."""
+    free = guess_sizes(mapping)
+    found: dict[str, Failure] = {}
+    for choices in combinations:
+        active = [one for one in instances(mapping) if is_active(one, choices)]
+        try:
+            sizes, _ = settle(mapping, choices, active, free)
+            told = list(_unpaired(active, sizes))
+        except (EngineError, KeyError):
+            continue
+        where = ", ".join(f"{name}={choice}" for name, choice in choices.items())
+        for message, place in told:
+            found.setdefault(message, Failure(message, place, where or None))
+    return list(found.values())
+
+
+def _unpaired(active: Sequence[Instance], sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    sources: dict[str, list[Claim]] = {}
+    targets: dict[str, list[Claim]] = {}
+    places: dict[str, str] = {}
+    for instance in active:
+        whole = [held for name, axes in instance.targets for held in _tensors(name, axes, sizes)]
+        for name, axes in [(instance.sources[0], instance.axes), *instance.targets]:
+            for called, shape, _ in _tensors(name, axes, sizes):
+                shapes[called] = shape
+                places.setdefault(called, str(instance.rule.place))
+        for called, _, held in _tensors(instance.sources[0], instance.axes, sizes):
+            sources.setdefault(called, []).extend(_dropped(instance, held))
+            for target, _, others in whole:
+                targets.setdefault(target, [])
+                for copy in _copies(held, others):
+                    at, to = _positions(copy)
+                    sources[called].append((at, target, to))
+                    targets[target].append((to, called, at))
+    yield from _told(targets, shapes, places, "comes from", "comes from nowhere")
+    yield from _told(sources, shapes, places, "goes to", "goes nowhere")
+
+
+def _tensors(
+    name: Pattern, axes: Axes, sizes: Mapping[str, int]
+) -> Iterator[tuple[str, tuple[int, ...], list[Region]]]:
+    """Name, shape and regions of every tensor of a pattern, of the first layer only."""
+    shape = tuple(extent(dim, sizes) for dim in axes.dims)
+    counts = [range(1 if p == "layer" else sizes[p]) for p in name.placeholders]
+    for values in product(*counts):
+        fixed = dict(zip(name.placeholders, values, strict=True))
+        yield name.format(fixed), shape, regions(axes, sizes, contiguous(shape), fixed=fixed)
+
+
+def _copies(held: Sequence[Region], others: Sequence[Region]) -> Iterator[Copy]:
+    for one in held:
+        for other in others:
+            if one.piece == other.piece:
+                copy = intersect(Part(0, one), Part(0, other))
+                if copy is not None:
+                    yield copy
+
+
+def moves_of(instance: Instance, sizes: Mapping[str, int]) -> dict[str, list[tuple[str, str, Copy]]]:
+    """Target pattern → the copies from one rule's tensors, of the first layer, by name on either side."""
+    found: dict[str, list[tuple[str, str, Copy]]] = {}
+    for called, _, held in _tensors(instance.sources[0], instance.axes, sizes):
+        for name, axes in instance.targets:
+            for target, _, others in _tensors(name, axes, sizes):
+                copies = sorted(_copies(held, others), key=lambda copy: copy.target_offset)
+                found.setdefault(name.text, []).extend((called, target, copy) for copy in copies)
+    return found
+
+
+def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
+    """Pieces that a rule drops on purpose count as claimed."""
+    for region in held:
+        if any(axis in region.box for axis in instance.rule.drop):
+            at, to = _positions(_copies_of(region))
+            yield at, "", to
+
+
+def _copies_of(region: Region) -> Copy:
+    copy = intersect(Part(0, region), Part(0, region))
+    return copy if copy is not None else Copy(0, 0, 0, 0, (0,), (1,), (1,))
+
+
+def _positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
+    """The flat positions that a copy pairs, on either side."""
+    import numpy as np
+
+    at = np.full((1,) * len(copy.shape), copy.source_offset)
+    to = np.full((1,) * len(copy.shape), copy.target_offset)
+    for axis, size in enumerate(copy.shape):
+        steps = np.arange(size).reshape([-1 if i == axis else 1 for i in range(len(copy.shape))])
+        at, to = at + steps * copy.source_strides[axis], to + steps * copy.target_strides[axis]
+    return at.ravel(), to.ravel()
+
+
+def _told(
+    claims: Mapping[str, list[Claim]],
+    shapes: Mapping[str, tuple[int, ...]],
+    places: Mapping[str, str],
+    verb: str,
+    nowhere: str,
+) -> Iterator[tuple[str, str]]:
+    import numpy as np
+
+    def element(name: str, position: int) -> str:
+        return f"{name}[{','.join(str(int(i)) for i in np.unravel_index(position, shapes[name]))}]"
+
+    for name, held in claims.items():
+        count = int(np.prod(shapes[name]))
+        seen = np.zeros(count, np.int64)
+        for at, _, _ in held:
+            np.add.at(seen, at, 1)
+        if (seen == 0).any():
+            yield f"{element(name, int(np.flatnonzero(seen == 0)[0]))} {nowhere}", places[name]
+        if (seen > 1).any():
+            # The last one rather than the first: an index of zeros says little.
+            position = int(np.flatnonzero(seen > 1)[-1])
+            both = [element(other, int(to[at == position][0])) for at, other, to in held if other and position in at]
+            if verb == "goes to":
+                told = f"{both[0]} comes from {element(name, position)}, which {' and '.join(both[1:])} claims too"
+            else:
+                told = f"{element(name, position)} comes from {' and from '.join(both)}"
+            yield told, places[name]

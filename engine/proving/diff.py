@@ -1,0 +1,178 @@
+"""Two mappings compared: what their files say, and separately what that comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.language.model import Mapping as MappingFile
+from engine.proving.routes import TensorChange, compare_routes
+
+# Section → what readers call it. `rules` by rule and key, the others by dotted path.
+SECTIONS = {
+    "about": "name, version and architecture",
+    "rules": "rules",
+    "variants": "variants",
+    "dims": "dims",
+    "options": "options",
+    "ignore": "ignored tensors",
+    "refuse": "refused tensors",
+    "config": "config.json",
+    "training_config": "training configuration",
+    "tokenizer": "tokenizer",
+    "generation": "generation config",
+    "chat_template": "chat template",
+    "expect": "expected sizes",
+}
+_ABOUT = ("name", "version", "source", "target")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key of a resolved mapping; `old` or `new` is None where it is not there."""
+
+    section: str
+    name: str
+    old: str | None
+    new: str | None
+
+    @property
+    def kind(self) -> str:
+        return "added" if self.old is None else "removed" if self.new is None else "changed"
+
+    def as_dict(self) -> dict[str, object]:
+        return {"section": self.section, "kind": self.kind, "name": self.name, "old": self.old, "new": self.new}
+
+
+@dataclass(frozen=True, slots=True)
+class MappingDiff:
+    """What changes between two mappings; `old` or `new` is None where there is none.
+
+    `same_in` names other mappings that change in just this way, as releases do with their family.
+    """
+
+    name: str
+    old: str | None
+    new: str | None
+    changes: tuple[Change, ...]
+    tensors: tuple[TensorChange, ...]
+    same_in: tuple[str, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        return not self.changes and not self.tensors
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "old": self.old,
+            "new": self.new,
+            "equal": self.equal,
+            "changes": [one.as_dict() for one in self.changes],
+            "tensors": [one.as_dict() for one in self.tensors],
+            "same_in": list(self.same_in),
+        }
+
+
+def diff_mappings(name: str, old: MappingFile | None, new: MappingFile | None) -> MappingDiff:
+    """Compare two resolved mappings; None stands for one that does not exist."""
+    changes: list[Change] = []
+    for section in SECTIONS:
+        before = {} if old is None else dict(_entries(old.resolved, section))
+        after = {} if new is None else dict(_entries(new.resolved, section))
+        for key in dict.fromkeys([*before, *after]):
+            if before.get(key) != after.get(key):
+                changes.append(Change(section, key, before.get(key), after.get(key)))
+    told = [None if one is None else f"{one.name} {one.version}" for one in (old, new)]
+    return MappingDiff(name, told[0], told[1], _whole_rules(changes), tuple(compare_routes(old, new)))
+
+
+def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
+    """Diffs that say something, those that say the same as one; equal mappings are left out.
+
+    A release that only follows its family says what the family says, whatever its own name is.
+    """
+    found: dict[tuple[object, ...], list[MappingDiff]] = {}
+    for one in diffs:
+        if not one.equal:
+            key = (one.old is None, one.new is None, one.changes, one.tensors)
+            found.setdefault(key, []).append(one)
+    return [
+        MappingDiff(
+            first.name, first.old, first.new, first.changes, first.tensors, tuple(one.name for one in rest)
+        )
+        for first, *rest in found.values()
+    ]  # fmt: skip
+
+
+def _entries(data: Mapping[str, Any], section: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, value as text) of everything a section says."""
+    if section == "about":
+        for key in _ABOUT:
+            yield from _flat(data.get(key), key)
+        return
+    value = data.get(section)
+    if section == "rules":
+        for name, rule in (value or {}).items():
+            for key, item in rule.items():
+                if key != "name":
+                    yield f"{name}: {key}", text_of(item)
+    elif section in ("ignore", "refuse"):
+        for entry in value or []:
+            side = "source" if "source" in entry else "target"
+            yield f"{side} {entry[side]}", text_of(entry["why"])
+    elif value is not None:
+        yield from _flat(value, "" if isinstance(value, dict) else section)
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            if key == "choices" and isinstance(item, dict):  # their order is their meaning
+                yield f"{name}.{key}", text_of(item)
+            else:
+                yield from _flat(item, f"{name}.{key}" if name else str(key))
+    elif value is not None:
+        yield name, text_of(value)
+
+
+def text_of(value: Any) -> str:
+    """A value as a mapping file writes it, on one line.
+
+    >>> text_of({"rotary": ["pairs", "halves"]}), text_of(True), text_of("vocab hidden")
+    ('{rotary: [pairs, halves]}', 'true', 'vocab hidden')
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {text_of(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(text_of, value)) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _whole_rules(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """A rule all of whose keys came or went is one change."""
+    result: list[Change] = []
+    rules: dict[str, list[Change]] = {}
+    for one in changes:
+        if one.section == "rules":
+            rules.setdefault(one.name.rpartition(": ")[0], []).append(one)
+        else:
+            result.append(one)
+    at = next((i for i, one in enumerate(result) if list(SECTIONS).index(one.section) > 1), len(result))
+    listed: list[Change] = []
+    for name, keys in rules.items():
+        kinds = {key.kind for key in keys}
+        said = {key.name.rpartition(": ")[2]: key for key in keys}
+        if "source" in said and len(kinds) == 1 and kinds != {"changed"}:  # every rule has a source
+            text = [
+                None if all(getattr(k, side) is None for k in keys)
+                else ", ".join(f"{n}: {getattr(k, side)}" for n, k in said.items())
+                for side in ("old", "new")
+            ]  # fmt: skip
+            listed.append(Change("rules", name, text[0], text[1]))
+        else:
+            listed += keys
+    return (*result[:at], *listed, *result[at:])

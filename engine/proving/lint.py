@@ -1,0 +1,240 @@
+"""Lint: what is wrong with a mapping that shows without any checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from engine.errors import EngineError, EngineErrors, Place
+from engine.language.expressions import names_in
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Expression, Mapping, Rule
+from engine.language.names import PARAMS, pattern
+
+_MAX_COMBINATIONS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found: an error makes `engine lint` fail, a warning does not."""
+
+    code: str
+    severity: str  # error | warning
+    place: Place | None
+    message: str
+    fix: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "place": None if self.place is None else str(self.place),
+            "message": self.message,
+            "fix": self.fix,
+        }
+
+
+def lint_file(name: str) -> list[Finding]:
+    """Load and lint one mapping; what keeps it from loading is a finding too."""
+    try:
+        mapping = load_mapping(name)
+    except EngineErrors as errors:
+        return [_from_error(error) for error in errors.errors]
+    except EngineError as error:
+        return [_from_error(error)]
+    return lint(mapping)
+
+
+def lint(mapping: Mapping) -> list[Finding]:
+    """All findings of a loaded mapping, by place."""
+    found = [
+        *_overlaps(mapping),
+        *_unmatched(mapping),
+        *_gaps(mapping),
+        *_unused(mapping),
+        *_shadowed(mapping),
+    ]
+    found += [*_lonely_axes(mapping), *_unreachable(mapping)]
+    unique = {(f.code, str(f.place), f.message): f for f in found}
+    return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
+
+
+def _from_error(error: EngineError) -> Finding:
+    detail = "".join(f"; {label} {text}" for label, text in (("got", error.got), ("expected", error.expected)) if text)
+    return Finding(error.code, "error", error.place, error.message + detail, error.fix)
+
+
+def _choices(mapping: Mapping) -> Iterator[dict[str, str]]:
+    """Every combination of choices of the variants that rules name."""
+    used = [v for v in mapping.variants.values() if any(v.name in rule.when for rule in mapping.rules)]
+    for count, combination in enumerate(product(*(v.choices for v in used))):
+        if count >= _MAX_COMBINATIONS:
+            return
+        yield {v.name: choice for v, choice in zip(used, combination, strict=True)}
+
+
+def _active(rule: Rule, choices: dict[str, str]) -> bool:
+    return all(choices[name] in allowed for name, allowed in rule.when.items())
+
+
+def _told(choices: dict[str, str], rules: Sequence[Rule]) -> str:
+    named = sorted({name for rule in rules for name in rule.when})
+    return ", ".join(f"{name}: {choices[name]}" for name in named) or "every choice"
+
+
+def _overlaps(mapping: Mapping) -> Iterator[Finding]:
+    """L001: two rules that one name can match, and that some choices make active together."""
+    named = [(rule, name) for rule in mapping.rules for name in sorted(_expanded(rule))]
+    for index, (rule, name) in enumerate(named):
+        sample = pattern(name).format(dict.fromkeys(pattern(name).placeholders, 0))
+        for position, (other, other_name) in enumerate(named):
+            if other is rule or not _together(rule, other) or (name == other_name and position > index):
+                continue
+            if pattern(other_name).match(sample) is not None:
+                yield Finding(
+                    "L001",
+                    "error",
+                    rule.place,
+                    f"rules `{other.name}` and `{rule.name}` both read `{name}`",
+                    f"Give them different `when`, or remove one; the other is at {other.place}.",
+                )
+
+
+def _together(one: Rule, two: Rule) -> bool:
+    """Whether some variant choices make both rules active."""
+    return all(set(one.when[name]) & set(two.when[name]) for name in one.when.keys() & two.when.keys())
+
+
+def _unmatched(mapping: Mapping) -> Iterator[Finding]:
+    """L005, under every combination of choices."""
+    from engine.planning.pieces import match_pieces
+    from engine.planning.stored import instances
+
+    every = instances(mapping)
+    for choices in _choices(mapping):
+        try:
+            match_pieces([instance for instance in every if _active(instance.rule, choices)])
+        except EngineError as error:
+            yield Finding("L005", "error", error.place, error.message, error.fix)
+
+
+def _expanded(rule: Rule) -> set[str]:
+    """The rule's source names with `{param}` written out."""
+    if "{param}" not in rule.sources[0]:
+        return set(rule.sources)
+    return {source.replace("{param}", param) for source in rule.sources for param in PARAMS}
+
+
+def _gaps(mapping: Mapping) -> Iterator[Finding]:
+    """L002: a source whose rules cover some choices, where neither it nor its targets are covered by the others."""
+    for choices in _choices(mapping):
+        active = [rule for rule in mapping.rules if _active(rule, choices)]
+        read = {name for rule in active for name in rule.sources}
+        written = {target.name for rule in active for target in rule.targets}
+        for rule in mapping.rules:
+            if not rule.when or _active(rule, choices) or set(rule.sources) & read:
+                continue
+            if not {target.name for target in rule.targets} & written:
+                yield Finding(
+                    "L002",
+                    "error",
+                    rule.place,
+                    f"`{rule.sources[0]}` is read by no rule under {_told(choices, [rule])}",
+                    "Add a rule for that choice, or widen this rule's `when`.",
+                )
+
+
+def _unused(mapping: Mapping) -> Iterator[Finding]:
+    """L003."""
+    read: set[str] = set()
+    for expression in _expressions(mapping):
+        read |= names_in(expression)
+    axes = {name for rule in mapping.rules for name in rule.axes.names()}
+    axes |= {name for rule in mapping.rules for target in rule.targets for name in target.axes.names()}
+    axes |= {name for rule in mapping.rules for s in rule.sources for name in pattern(s).placeholders}
+    for name, expression in mapping.dims.items():
+        if name not in axes and name not in read:
+            yield Finding(
+                "L003", "warning", expression.place, f"dim `{name}` is never used", "Remove it, or use it in axes."
+            )
+    used = {name for rule in mapping.rules for name in rule.when}
+    for variant in mapping.variants.values():
+        if variant.name not in used and variant.name not in read:
+            yield Finding("L003", "warning", variant.place, f"variant `{variant.name}` is never used", "Remove it.")
+    text = repr(mapping.config) + repr(mapping.generation) + repr(mapping.training_config)
+    for option in mapping.options.values():
+        if f"options.{option.name}" not in text:
+            yield Finding("L003", "warning", option.place, f"option `{option.name}` is never used", "Remove it.")
+
+
+def _expressions(mapping: Mapping) -> Iterator[Expression]:
+    yield from mapping.dims.values()
+    for variant in mapping.variants.values():
+        yield from (e for e in variant.choices.values() if e is not None)
+    stack: list[Any] = [mapping.config, mapping.training_config]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Expression):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple):
+            stack.extend(item)
+
+
+def _shadowed(mapping: Mapping) -> Iterator[Finding]:
+    """L004: sample names of every rule against the patterns of `ignore` and `refuse`."""
+    entries = [e for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
+    for rule in mapping.rules:
+        for name in _expanded(rule):
+            sample = pattern(name)
+            sampled = sample.format(dict.fromkeys(sample.placeholders, 0))
+            for entry in entries:
+                if pattern(entry.pattern).match(sampled) is not None:
+                    yield Finding(
+                        "L004",
+                        "error",
+                        rule.place,
+                        f"rule `{rule.name}` never sees `{name}`: `{entry.pattern}` at {entry.place} takes it",
+                        "Narrow the entry, or remove the rule.",
+                    )
+
+
+def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
+    """L007: probably a misspelt axis."""
+    seen: dict[str, list[Rule]] = {}
+    for rule in mapping.rules:
+        for name in rule.axes.names():
+            seen.setdefault(name, []).append(rule)
+    for name, rules in seen.items():
+        if len(rules) == 1 and name not in mapping.dims and name in rules[0].split:
+            yield Finding(
+                "L007",
+                "warning",
+                rules[0].place,
+                f"axis `{name}` occurs in rule `{rules[0].name}` only and has no size in `dims`",
+                "Is it misspelt? Its size is taken from the tensors alone.",
+            )
+
+
+def _unreachable(mapping: Mapping) -> Iterator[Finding]:
+    """L008: choices that stand after `otherwise`, and rules that need one of them."""
+    for variant in mapping.variants.values():
+        if variant.decide != "expression":
+            continue
+        names = list(variant.choices)
+        last = next((i for i, name in enumerate(names) if variant.choices[name] is None), len(names))
+        for choice in names[last + 1 :]:
+            yield Finding(
+                "L008",
+                "error",
+                variant.place,
+                f"choice `{choice}` of variant `{variant.name}` stands after `otherwise`, so only --set reaches it",
+                "Put `otherwise` last.",
+            )
+            for rule in mapping.rules:
+                if set(rule.when.get(variant.name, ())) == {choice}:
+                    message = f"rule `{rule.name}` is never active: it needs `{variant.name}: {choice}`"
+                    yield Finding("L008", "error", rule.place, message, "Put `otherwise` last in the variant.")

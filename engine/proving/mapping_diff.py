@@ -1,0 +1,99 @@
+"""Comparing mappings: the public function behind `engine diff`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineError
+from engine.language.mapping_file import load_mapping
+from engine.language.search import find_file
+
+if TYPE_CHECKING:
+    from engine.language.model import Mapping
+    from engine.proving.diff import MappingDiff
+    from engine.proving.revisions import Revision
+
+
+def diff(
+    old: str | Path, new: str | Path | None = None, paths: Sequence[str | Path] = (), *, revisions: bool = False
+) -> list[MappingDiff]:
+    """What changes between mappings: in their rules, and in where every tensor goes.
+
+    Args:
+        old: a mapping (with `new` another), or a git revision.
+        new: a mapping, or a revision; without it a revision is compared with the working tree.
+        paths: between revisions, the mapping files; default: all below `mappings/`.
+        revisions: take `old` and `new` for revisions, also without paths.
+
+    Returns:
+        The mappings that differ; those that change in the same way as one.
+
+    Raises:
+        EngineError: E001 for what is neither mapping nor revision, E1xx for what cannot be read.
+    """
+    from engine.proving.diff import diff_mappings, gather
+
+    if new is not None and not paths and not revisions:
+        return gather([diff_mappings(str(new), load_mapping(old), load_mapping(new))])
+    from engine.proving.revisions import Revision
+
+    files = [_path_of(path) for path in paths]
+    before = Revision(str(old), files[0].parent if files else Path.cwd())
+    after = None if new is None else Revision(str(new), before.top)
+    found = [diff_mappings(str(name), before.load(name), _load(after, before.top, name))
+             for name in _names(before, after, files)]  # fmt: skip
+    return gather(found)
+
+
+def _path_of(path: str | Path) -> Path:
+    """A path, also of a file that is not there any more, or the file of a bundled name."""
+    given = Path(path)
+    if given.exists() or (given.suffix == ".yaml" and given.parent != Path(".")):
+        return given
+    try:
+        return find_file(str(path))
+    except EngineError:
+        return given
+
+
+def _names(before: Revision, after: Revision | None, files: Sequence[Path]) -> list[PurePosixPath]:
+    """Paths from the repository's top; families first, so that releases say they follow."""
+    if files:
+        names: list[PurePosixPath] = []
+        for file in files:
+            absolute = file.parent.resolve() / file.name
+            if not absolute.is_relative_to(before.top.resolve()):
+                raise EngineError(
+                    "E001",
+                    f"`{file}` is not in the repository of the revision",
+                    got=str(file),
+                    expected=f"a file below {before.top}",
+                    fix="Run it in the checkout that has the file.",
+                )
+            names.append(PurePosixPath(absolute.relative_to(before.top.resolve()).as_posix()))
+        return list(dict.fromkeys(names))
+    listed = set(before.mappings())
+    if after is not None:
+        listed |= set(after.mappings())
+    else:
+        now = (before.top / "mappings").rglob("*.yaml")
+        listed |= {p.relative_to(before.top).as_posix() for p in now}
+    kept = [PurePosixPath(p) for p in listed if not p.startswith("mappings/layouts/")]
+    return sorted(kept, key=lambda p: (p.parent.name != "families", str(p)))
+
+
+def _load(revision: Revision | None, top: Path, name: PurePosixPath) -> Mapping | None:
+    if revision is not None:
+        return revision.load(name)
+    return load_mapping(top / name) if (top / name).is_file() else None
+
+
+def is_mapping(name: str) -> bool:
+    """Whether a word names a mapping rather than a git revision."""
+    try:
+        find_file(name)
+    except EngineError:
+        return False
+    return True

@@ -1,0 +1,155 @@
+"""The matrix that a mapping is proved over: layouts, choices, and which combinations of them to run.
+
+Every pair of facts (a choice of one variant with a choice of another, or with a layout) occurs in
+some row; all combinations would be thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from random import Random
+from typing import Any
+
+from engine.checkpoint.ranks import rank_dims
+from engine.language.expressions import names_in
+from engine.language.model import Layout, Mode
+from engine.language.model import Mapping as MappingFile
+from engine.planning.destination import Request
+
+_MAX_COMBINATIONS = 512
+_SAMPLE = 60  # candidates looked at for each row
+# At real sizes: ranks that cut an axis, and ranks that cut rows, also inside heads.
+_REAL = ((8, 32), (4, 32), (2, 32), (2, 16), (2, 2), (1, 1))
+# At tiny sizes: ranks that cut an axis, ranks that cut rows (4 cut inside a head), pipeline ranks; even and uneven.
+_TINY = ((2, 4, 2), (3, 3, 3))
+
+
+Fact = tuple[str, str]
+Combination = tuple[Mapping[str, str], bool]  # choices, and whether most or fewest optional tensors are there
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One layout to write: what `reverse` is asked for."""
+
+    label: str
+    mode: str
+    sizes: Mapping[str, int]
+    chunks: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)  # variants and options of the layout
+
+    def request(self) -> Request:
+        return Request(self.mode, self.sizes, self.chunks)
+
+
+def cases(layout: Layout) -> list[Case]:
+    """Ranks one and many, even and uneven, in every mode; chunks, and what else the layout can do."""
+    found: list[Case] = []
+    for number, mode in enumerate(mode for mode in layout.modes if mode.only_read is None):
+        dims = rank_dims(mode.files[0])
+        if number == 0:
+            found.append(_case(mode, dict.fromkeys(dims, 1)))
+        found += [_case(mode, _ranks(mode, *counts)) for counts in _TINY]
+        if number == 0 and "pp" in dims:
+            found += _chunked(layout, mode, {d: 2 for d in dims})
+    switches = [name for name, option in layout.options.items() if option.type == "boolean"]
+    if switches:
+        found.append(_case(layout.modes[0], found[1].sizes, **dict.fromkeys(switches, True)))
+    return found
+
+
+def _ranks(mode: Mode, few: int, wide: int, pps: int) -> dict[str, int]:
+    """Ranks for each dimension of a mode; more where storage rows are cut."""
+    file = mode.files[0]
+    by_rows = {dim for cuts in file.cuts.values() for dim, role in cuts.items() if role == "rows"}
+    return {d: pps if d == "pp" else wide if d in by_rows else few for d in rank_dims(file)}
+
+
+def _chunked(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> Iterator[Case]:
+    if "chunk" not in names_in(layout.layers.stage):
+        return
+    variants = layout.layers.variants
+    for choices in product(*(v.choices for v in variants.values())):
+        yield _case(mode, sizes, chunks=2, **dict(zip(variants, choices, strict=True)))
+
+
+def _case(mode: Mode, sizes: Mapping[str, int], *, chunks: int = 1, **settings: Any) -> Case:
+    words = [mode.name, *(f"{dim}{count}" for dim, count in sizes.items())]
+    words += [f"chunks{chunks}"] if chunks > 1 else []
+    words += [name if value is True else str(value) for name, value in settings.items()]
+    return Case(" ".join(words), mode.name, sizes, chunks, settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run: a combination of choices, with most or fewest optional tensors, in one layout."""
+
+    choices: Mapping[str, str]
+    most: bool
+    case: Case
+
+
+def rows(
+    mapping: MappingFile, layouts: Sequence[Case], possible: Sequence[Combination], refused: Collection[str]
+) -> Iterator[Row]:
+    """Rows in which every pair of facts occurs that occurs at all.
+
+    Args:
+        refused: labels of layouts that turned out not to fit; rows of theirs count for nothing.
+    """
+    every = [Row(choices, most, case) for choices, most in possible for case in layouts]
+    random = Random(mapping.name)
+    seen: set[tuple[Fact, Fact]] = set()
+    known = -1
+    candidates: list[Row] = []
+    left: set[tuple[Fact, Fact]] = set()
+    while True:
+        if known != len(refused):
+            known = len(refused)
+            candidates = [row for row in every if row.case.label not in refused]
+            left = {pair for row in candidates for pair in _pairs(row)} - seen
+        if not left:
+            return
+        wanted = min(left)
+        fitting = [row for row in candidates if set(wanted) <= set(_facts(row))]
+        sample = random.sample(fitting, min(_SAMPLE, len(fitting)))
+        best = max(sample, key=lambda row: len(left.intersection(_pairs(row))))
+        yield best
+        if best.case.label not in refused:
+            seen.update(_pairs(best))
+            left.difference_update(_pairs(best))
+
+
+def combinations_of(mapping: MappingFile) -> list[Combination]:
+    """Combinations of choices, each with most and with fewest optional tensors; at most some hundreds."""
+    names = list(mapping.variants)
+    every = list(product(*(mapping.variants[n].choices for n in names)))
+    if len(every) > _MAX_COMBINATIONS:
+        every = Random(mapping.name).sample(every, _MAX_COMBINATIONS)
+    loose = any("{param}" in rule.sources[0] or rule.optional for rule in mapping.rules)
+    return [
+        (dict(zip(names, one, strict=True)), most) for one in every for most in ((True, False) if loose else (True,))
+    ]
+
+
+def _facts(row: Row) -> list[Fact]:
+    return [*row.choices.items(), ("", str(row.most)), ("layout", row.case.label)]
+
+
+def _pairs(row: Row) -> list[tuple[Fact, Fact]]:
+    return list(combinations(_facts(row), 2))
+
+
+def real_cases(layout: Layout) -> list[list[Case]]:
+    """For every way to cut layers, layouts as they are used at real sizes; the first that fits is enough."""
+    found: list[list[Case]] = []
+    cuts_seen: list[object] = []
+    for number, mode in enumerate(mode for mode in layout.modes if mode.only_read is None):
+        if mode.files[0].cuts.get("layers") in cuts_seen:
+            continue
+        cuts_seen.append(mode.files[0].cuts.get("layers"))
+        tried = [_ranks(mode, few, wide, 2 if number else 4) for few, wide in _REAL]
+        found.append([_case(mode, sizes) for sizes in tried])
+    return found

@@ -1,0 +1,85 @@
+"""The target model as transformers builds it, without memory: the names and shapes it wants."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import EngineError
+from engine.planning.pieces import Pieces
+from engine.proving.proof import Failure
+
+
+def wanted(config: Mapping[str, Any], architecture: str) -> dict[str, tuple[int, ...]] | str:
+    """Name → shape of every parameter and saved buffer, ties counted once; or why it cannot be told.
+
+    Raises:
+        EngineError: E502 when transformers refuses the configuration.
+    """
+    import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return f"not checked: transformers {transformers.__version__} has no model of type {kind}"
+    named = (config.get("architectures") or [architecture])[0]
+    # A model of a known type may have a class of another name: internlm3 is LlamaForCausalLM.
+    made = getattr(transformers, named, None) or transformers.AutoModelForCausalLM.from_config
+    quiet = logging.getLogger("transformers")
+    level, quiet.level = quiet.level, logging.ERROR
+    try:
+        loaded = transformers.AutoConfig.for_model(**{**config, "dtype": "bfloat16"})
+        with torch.device("meta"):
+            model = made(loaded)
+    except Exception as error:  # whatever their validation raises, it is this configuration that they refuse
+        raise EngineError(
+            "E502",
+            "transformers refuses the configuration",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            fix="Correct `config`.",
+        ) from error
+    finally:
+        quiet.setLevel(level)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if loaded.tie_word_embeddings else set()
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def misfits(
+    shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], pieces: Pieces
+) -> list[Failure]:
+    """Names that only one side has and shapes that differ, one line per rule's target."""
+    found: dict[str, tuple[Failure, int]] = {}
+
+    def add(key: str, message: str, place: str | None) -> None:
+        first, count = found.get(key, (Failure(message, place), 0))
+        found[key] = (first, count + 1)
+
+    for name, shape in shapes.items():
+        spec = next((s for s in pieces.targets.values() if s.name.match(name) is not None), None)
+        place = None if spec is None else str(spec.instances[0].rule.place)
+        text = name if spec is None else spec.name.text
+        if name not in model:
+            add(f"-{text}", f"`{name}` is unexpected: the model has no such tensor", place)
+        elif model[name] != shape:
+            add(f"*{text}", f"`{name}` is {_told(shape)}, the model's is {_told(model[name])}", place)
+    for name, shape in model.items():
+        if name not in shapes:
+            add(f"+{_folded(name)}", f"`{name}` ({_told(shape)}) is missing: no rule writes it", None)
+    return [
+        Failure(one.message + (f", and {count - 1} like it" if count > 1 else ""), one.place)
+        for one, count in found.values()
+    ]
+
+
+def _folded(name: str) -> str:
+    """
+    >>> _folded("model.layers.0.mlp.experts.3.weight")
+    'model.layers.N.mlp.experts.N.weight'
+    """
+    return ".".join("N" if part.isdecimal() else part for part in name.split("."))
+
+
+def _told(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "a scalar"

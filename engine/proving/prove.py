@@ -1,0 +1,279 @@
+"""Proving a mapping: that it is total, injective and exactly invertible, in every layout.
+
+At tiny sizes by running the real planner and runner on index tensors, at a release's own sizes by
+box arithmetic, and against the names and shapes that transformers has.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError, EngineErrors
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.proving.counterexamples import counter_examples
+from engine.proving.facts import check_facts
+from engine.proving.lint import Finding, lint
+from engine.proving.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
+from engine.proving.meta_model import misfits, wanted
+from engine.proving.mutants import try_mutants
+from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
+from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
+from engine.proving.symbolic import prove_boxes
+from engine.proving.tiny import World, Worlds, guess_sizes
+
+RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
+_MOST_FAILURES = 5  # counter-examples told of one check
+
+
+@dataclass(slots=True)
+class _Proven:
+    """What one mapping's proof leaves for the next, and for mutants."""
+
+    names: dict[str, str]  # what a round trip depends on → the mapping it was proved for
+
+    def key(self, mapping: MappingFile) -> str:
+        parts = ("rules", "dims", "variants", "ignore", "refuse", "config", "training_config", "source")
+        return json.dumps([mapping.resolved.get(part) for part in parts], default=str, sort_keys=True)
+
+
+def prove(names: Sequence[str | Path | MappingFile], *, mutants: bool = False) -> list[Proof]:
+    """Prove mappings one after another; rules that several share are run once."""
+    proven = _Proven({})
+    found: list[Proof] = []
+    for name in names:
+        started = time.monotonic()
+        try:
+            mapping = name if isinstance(name, MappingFile) else load_mapping(str(name))
+            checks, tried = _prove(mapping, proven, mutants=mutants)
+        except (EngineError, EngineErrors) as error:
+            errors = error.errors if isinstance(error, EngineErrors) else [error]
+            failures = [Failure.of(one) for one in errors]
+            found.append(Proof(str(name), (check_of("loads", "the file is a mapping", failures),)))
+            continue
+        found.append(Proof(mapping.name, tuple(checks), tuple(tried), time.monotonic() - started))
+    return found
+
+
+def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[list[Check], list[Mutant]]:
+    layout = load_layout(mapping.layout)
+    combinations = combinations_of(mapping)
+    checks = [check_rules(mapping, [choices for choices, _ in combinations])]
+    checks.append(check_facts(mapping))
+    if not checks[0].holds:
+        return checks[:1], []
+    worlds = Worlds(mapping)
+    possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
+    tried: list[Mutant] = []
+    key = proven.key(mapping)
+    if key in proven.names:
+        checks.append(Check(ROUND_TRIP, True, f"the rules of {proven.names[key]}, proved there"))
+    else:
+        proven.names[key] = mapping.name
+        with tempfile.TemporaryDirectory(prefix="prove-") as folder:
+            check, trips = check_round_trip(mapping, layout, worlds, possible, Path(folder))
+            checks.append(check)
+            if mutants and check.holds:
+                tried = try_mutants(mapping, layout, trips, _models(mapping, trips), Path(folder) / "mutants")
+    if not checks[-1].holds:
+        return checks, []
+    world = usual(mapping, worlds, possible)
+    if mapping.expect:
+        told = json.dumps([key, sorted(mapping.expect.items())])
+        if told in proven.names:
+            checks.append(Check(REAL_SIZES, True, f"the sizes of {proven.names[told]}, proved there"))
+        else:
+            proven.names[told] = mapping.name
+            checks.append(check_real_sizes(mapping, layout, world))
+    every = [world] if mapping.expect else neighbours(mapping, worlds, possible, world)
+    checks.append(check_model(mapping, every))
+    return checks, tried
+
+
+def usual(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination]) -> World:
+    """The world of the default choices, at a release's own sizes where it names them."""
+    free = {**guess_sizes(mapping), **mapping.expect}
+
+    def unusual(combination: Combination) -> int:
+        choices, most = combination
+        default = {v.name: v.default or list(v.choices)[-1] for v in mapping.variants.values()}
+        return 2 * sum(choices[name] != choice for name, choice in default.items()) + most
+
+    choices, most = min(possible, key=unusual)
+    world = worlds.make(choices, free, most=most)
+    assert world is not None  # it is possible
+    return world
+
+
+def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> Check:
+    """Every source piece in one target, every target piece from one source, under all choices."""
+    errors = [finding for finding in lint(mapping) if finding.severity == "error"]
+    failures: list[Failure] = []
+    if errors:
+        distinct = {json.dumps(_whens(mapping, one)): one for one in combinations}
+        failures += counter_examples(mapping, list(distinct.values()))[:_MOST_FAILURES]
+        failures += [_of_finding(finding) for finding in errors[:_MOST_FAILURES]]
+    told = f"{len(mapping.rules)} rules, each piece in exactly one place on either side"
+    return check_of(RULES, told, failures)
+
+
+def _whens(mapping: MappingFile, choices: Mapping[str, str]) -> list[bool]:
+    """Which rules a combination of choices makes active."""
+    return [all(choices[name] in allowed for name, allowed in rule.when.items()) for rule in mapping.rules]
+
+
+def _of_finding(finding: Finding) -> Failure:
+    return Failure(f"{finding.code} {finding.message}", None if finding.place is None else str(finding.place))
+
+
+def check_round_trip(
+    mapping: MappingFile, layout: Layout, worlds: Worlds, possible: Sequence[Combination], folder: Path
+) -> tuple[Check, list[Trip]]:
+    """Index tensors to rank files and back, over a matrix of layouts and choices."""
+    if not mapping.training_config:
+        told = "not checked: the mapping has no `training_config`, so nothing can be written"
+        return Check(ROUND_TRIP, None, told), []
+    if not possible:
+        failure = Failure("no set of tensors shows any combination of choices", str(mapping.place))
+        return check_of(ROUND_TRIP, "no combination of choices can be reached", [failure]), []
+    free = guess_sizes(mapping)
+    refused: set[str] = set()
+    failures: list[Failure] = []
+    trips: list[Trip] = []
+    lossy: set[str] = set()
+    ran: set[str] = set()
+    for number, row in enumerate(rows(mapping, cases(layout), possible, refused)):
+        if len(failures) >= _MOST_FAILURES:
+            break
+        try:
+            world = worlds.make(row.choices, free, most=row.most)
+            if world is None:
+                continue
+            trip = _trip(mapping, layout, world, row.case, folder / str(number))
+            plan, given = plan_back(mapping, layout, trip)
+            failures += compare_trip(trip, plan, folder / str(number) / "back")
+        except EngineError as error:
+            if error.code == "E214":  # too many ranks for sizes so small
+                refused.add(row.case.label)
+            else:
+                failures.append(Failure.of(error, f"{row.case.label}; {_told(row)}"))
+            continue
+        trips.append(replace(trip, settings=given))
+        ran.add(row.case.label)
+        lossy |= set(world.lossy)
+    told = f"{len(trips)} round trips of {free_of(free)} over {len(ran)} layouts, every element back at its place"
+    if lossy:
+        told += f"; totality only for {', '.join(sorted(lossy))}, which change or drop values"
+    missed = _never(mapping, possible)
+    if missed:
+        told += f"; shown by no set of tensors: {', '.join(missed)}"
+    if not trips and not failures:
+        failures.append(Failure("no layout can hold a tiny model", str(mapping.place)))
+    return check_of(ROUND_TRIP, told, failures), trips
+
+
+def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
+    """Choices that occur in no possible combination."""
+    reached = {(name, choice) for choices, _ in possible for name, choice in choices.items()}
+    every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
+    return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
+
+
+def _models(mapping: MappingFile, trips: Sequence[Trip]) -> dict[str, Mapping[str, tuple[int, ...]]]:
+    """What transformers wants of each world, where it has such a model and accepts it."""
+    found: dict[str, Mapping[str, tuple[int, ...]]] = {}
+    built: dict[str, Mapping[str, tuple[int, ...]] | str] = {}
+    for world in (trip.world for trip in trips):
+        key = json.dumps(world.config, sort_keys=True, default=str)
+        if key not in built:
+            try:
+                built[key] = wanted(world.config, mapping.architecture)
+            except EngineError as error:
+                built[key] = error.message
+        model = built[key]
+        if not isinstance(model, str) and not misfits(world.shapes, model, world.pieces):
+            found[world.label] = model
+    return found
+
+
+def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Check:
+    """The sizes a release names follow from its configuration, and both directions are exact at them."""
+    failures = [
+        Failure(
+            f"`{axis}` would be {world.sizes.get(axis)}, the release has {size}",
+            str(mapping.expect_place or mapping.place),
+        )
+        for axis, size in mapping.expect.items()
+        if world.sizes.get(axis) != size
+    ]
+    ran: list[str] = []
+    for tried in real_cases(layout) if not failures else ():
+        for case in tried:
+            try:
+                failures += prove_boxes(mapping, layout, world, case)
+            except EngineError as error:
+                if error.code == "E214":
+                    continue
+                failures.append(Failure.of(error, f"{case.label}; {world.label}"))
+            ran.append(case.label)
+            break
+    told = f"{world.elements / 1e9:.1f} billion elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
+    return check_of(REAL_SIZES, told, failures)
+
+
+def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
+    """The names and shapes that transformers' own model has, for each configuration once."""
+    failures: list[Failure] = []
+    counted: dict[str, int] = {}
+    for world in worlds:
+        key = json.dumps(world.config, sort_keys=True, default=str)
+        if key in counted:
+            continue
+        try:
+            model = wanted(world.config, mapping.architecture)
+        except EngineError as error:
+            failures.append(Failure.of(error, world.label))
+            break
+        if isinstance(model, str):
+            return Check(MODEL, None, model)
+        counted[key] = len(model)
+        told = misfits(world.shapes, model, world.pieces)
+        failures += [replace(failure, where=world.label) for failure in told]
+        if told:
+            break
+    told_of = f"{max(counted.values(), default=0)} names and shapes of transformers' {mapping.model_type} model"
+    if len(counted) > 1:
+        told_of += f", in {len(counted)} configurations"
+    return check_of(MODEL, told_of, failures)
+
+
+def neighbours(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination], first: World) -> list[World]:
+    """Tiny worlds in which one choice is another than in the usual world: with biases, with a reward head."""
+    free = guess_sizes(mapping)
+    found = [first]
+    for choices, most in possible:
+        if sum(first.choices[name] != choice for name, choice in choices.items()) == 1:
+            world = worlds.make(choices, free, most=most)
+            found += [world] if world is not None else []
+    return found
+
+
+def _trip(mapping: MappingFile, layout: Layout, world: World, case: Case, folder: Path) -> Trip:
+    whole = write_world(world, folder / "hf")
+    return write_ranks(mapping, layout, world, whole, case, folder / "ranks")
+
+
+def _told(row: Row) -> str:
+    return ", ".join(f"{name}={choice}" for name, choice in row.choices.items())
+
+
+def free_of(sizes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items())

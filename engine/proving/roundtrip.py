@@ -1,0 +1,202 @@
+"""Round trips of index tensors: the real planner and runner, to rank files and back.
+
+A tiny Hugging Face checkpoint in which every element is another number is written for a layout,
+read back and compared. The numbers say where each element came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.hf_folder import read_hf_folder
+from engine.errors import EngineError
+from engine.formats.configs import encode_config
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.planning.attempts import Checkpoint
+from engine.planning.backward import WholeCheckpoint
+from engine.planning.model import Plan
+from engine.planning.planner import make_plan
+from engine.planning.reverse import make_reverse_plan
+from engine.proving.matrix import Case
+from engine.proving.proof import Failure
+from engine.proving.tiny import World, of_files
+from engine.run.execute import read_checkpoint
+from engine.run.runner import write_weights
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """A world written for one layout and left on disk."""
+
+    world: World
+    case: Case
+    checkpoint: Checkpoint
+    settings: Mapping[str, str]  # choices that only a setting decides
+
+    @property
+    def where(self) -> str:
+        return f"{self.case.label}; {self.world.label}"
+
+
+def write_world(world: World, folder: Path) -> WholeCheckpoint:
+    """The world as a Hugging Face checkpoint on disk."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    save_file(world.arrays(), str(folder / "model.safetensors"))
+    return WholeCheckpoint("the tiny checkpoint", read_hf_folder(folder), world.config)
+
+
+def write_ranks(
+    mapping: MappingFile, layout: Layout, world: World, whole: WholeCheckpoint, case: Case, folder: Path
+) -> Trip:
+    """Write rank files with the real planner and runner, and read the folder again.
+
+    Raises:
+        EngineError: E214 where the layout does not fit the sizes, else what is wrong with the mapping.
+    """
+    settings = {**world.choices, **case.settings}
+    plan = make_reverse_plan(mapping, layout, whole, case.request(), settings=settings, lossy=world.lossy)
+    folder.mkdir(parents=True)
+    write_weights(plan, folder, workers=1)
+    for name, (kind, content) in plan.beside.items():
+        (folder / name).write_bytes(encode_config(name, kind, content))
+    return Trip(world, case, read_checkpoint(folder, layout), {})
+
+
+def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> tuple[Plan, Mapping[str, str]]:
+    """The plan back, and the settings it needed: choices that more than one plan would fit."""
+    try:
+        return make_plan(mapping, layout, trip.checkpoint, settings=trip.settings), trip.settings
+    except EngineError as error:
+        if error.code != "E202" or trip.settings:
+            raise
+    given = {
+        n: c
+        for n, c in trip.world.choices.items()
+        if n not in of_files(mapping) and mapping.variants[n].decide == "shapes"
+    }
+    return make_plan(mapping, layout, trip.checkpoint, settings=given), given
+
+
+def compare_trip(trip: Trip, plan: Plan, out: Path) -> list[Failure]:
+    """What the plan back does not restore, or the rank files do not hold once."""
+    failures = [*_counted(trip, plan), *_choices(trip, plan)]
+    if failures:
+        return failures
+    return [*differences(trip.world, plan, convert(plan, out), trip.where)][:1]
+
+
+def convert(plan: Plan, out: Path) -> dict[str, np.ndarray]:
+    """Run a plan with the real runner; the tensors it wrote, read by another reader."""
+    from safetensors.numpy import load_file
+
+    out.mkdir(parents=True)
+    write_weights(plan, out, workers=1)
+    return {name: array for file in plan.shards for name, array in load_file(str(out / file.name)).items()}
+
+
+def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
+    """Injective and total into the rank files: replicas aside, every number is there exactly once."""
+    import numpy as np
+
+    replicas = {source for one in plan.replicas for source in one.sources[1:]}
+    held = [stored_numbers(plan, i).ravel() for i in range(len(plan.sources)) if i not in replicas]
+    numbers = np.concatenate(held) if held else np.empty(0)
+    found, counts = np.unique(numbers, return_counts=True)
+    arrays = trip.world.arrays()
+    wanted: dict[float, int] = {}
+    for name in trip.world.tied.values():
+        wanted.update(dict.fromkeys(arrays[name].ravel().tolist(), 2))
+    for number in np.setdiff1d(np.arange(trip.world.elements), found)[:1]:
+        yield Failure(f"{element_of(arrays, number)} is in no rank file", where=trip.where)
+    for number, count in zip(found.tolist(), counts.tolist(), strict=True):
+        if count != wanted.get(number, 1):
+            yield Failure(f"{element_of(arrays, number)} is in the rank files {count} times", where=trip.where)
+            return
+
+
+def _choices(trip: Trip, plan: Plan) -> Iterator[Failure]:
+    for name, choice in trip.world.choices.items():
+        read = plan.decisions[name].choice
+        reached = any(name in rule.when for rule in plan.mapping.rules)
+        if read != choice and reached and plan.mapping.variants[name].decide == "expression":
+            yield Failure(f"`{name}` was written as {choice} and is read as {read}", where=trip.where)
+
+
+def stored_numbers(plan: Plan, source: int) -> np.ndarray:
+    """The elements of a stored tensor, by its own header and nothing of the plan."""
+    import numpy as np
+
+    tensor = plan.sources[source]
+    header = tensor.header
+    count = 1 + sum((n - 1) * s for n, s in zip(header.shape, header.strides, strict=True))
+    if not all(header.shape):
+        return np.empty(header.shape, np.float32)
+    flat = np.fromfile(plan.files[tensor.file].path, np.float32, count, offset=header.offset)
+    return np.lib.stride_tricks.as_strided(flat, header.shape, [s * 4 for s in header.strides])
+
+
+def element_of(arrays: Mapping[str, Any], number: float) -> str:
+    """The element that was given a number: `model.norm.weight[3]`."""
+    import numpy as np
+
+    for name, array in arrays.items():
+        first = float(array.flat[0]) if array.size else -1
+        if array.size and first <= number < first + array.size:
+            return f"{name}{index(np.unravel_index(int(number - first), array.shape))}"
+    return f"an element that nobody wrote ({number:g})"
+
+
+def index(values: Any) -> str:
+    return "[" + ",".join(str(int(v)) for v in values) + "]"
+
+
+def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: str) -> Iterator[Failure]:
+    """Tensors that did not come back, each with its first element that is another."""
+    import numpy as np
+
+    wanted = world.arrays()
+    changed = {output.name for output in plan.outputs if output.transform is not None}
+    places = {output.name: (number, output) for number, output in enumerate(plan.outputs)}
+    for name in wanted.keys() | got.keys():
+        if name not in got or name not in wanted:
+            yield Failure(
+                f"`{name}` is {'not written' if name in wanted else 'written and should not be'}", where=where
+            )
+    for name in wanted.keys() & got.keys():
+        there, array = wanted[name], got[name]
+        output = places[name][1]
+        if array.shape != there.shape:
+            told = f"`{name}` is {' × '.join(map(str, array.shape))}, not {' × '.join(map(str, there.shape))}"
+            yield Failure(told, output.place, where)
+        elif name not in changed and array.tobytes() != there.tobytes():
+            at = np.unravel_index(int(np.flatnonzero(array.ravel() != there.ravel())[0]), there.shape)
+            came = _origin(plan, places[name][0], int(np.ravel_multi_index(at, there.shape)))
+            claimed = element_of(wanted, float(array[at]))
+            yield Failure(f"{name}{index(at)} comes from {came}, which {claimed} claims too", output.place, where)
+
+
+def _origin(plan: Plan, output: int, position: int) -> str:
+    """Where a plan takes an element from: `tp1_pp0 layers.0.attention.wqkv.weight[2,3]`."""
+    import numpy as np
+
+    from engine.planning.copies import clip
+
+    for copy in plan.copies(output):
+        for part in clip(copy, position, position + 1):
+            source = plan.sources[part.source]
+            offset, at = part.source_offset, []
+            for stride in source.header.strides:
+                at.append(offset // stride if stride else 0)
+                offset -= at[-1] * stride
+            file = plan.files[source.file].path.stem.removeprefix("model_")
+            return f"{file} {source.header.name}{index(np.array(at))}"
+    return "nowhere"

@@ -1,0 +1,197 @@
+"""Proofs at real sizes by box arithmetic: headers are invented, no tensor exists.
+
+Both sides of a plan hold boxes of the rules' pieces. Where every stored tensor's addresses are
+tiled by its boxes, and on either side the boxes of each piece are disjoint and fill it, the copies
+between the two are one to one: nothing is lost, doubled or left over. The plans made in the two
+directions must then be each other's copies with the sides exchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.planning.attempts import Checkpoint
+from engine.planning.backward import WholeCheckpoint
+from engine.planning.boxes import Region
+from engine.planning.copies import Copy, swap
+from engine.planning.groups import Group
+from engine.planning.model import Plan
+from engine.planning.planner import make_plan
+from engine.planning.reverse import make_reverse_plan
+from engine.planning.sides import Side
+from engine.planning.whole import contiguous
+from engine.proving.matrix import Case
+from engine.proving.proof import Failure
+from engine.proving.tiny import World
+
+Interval = tuple[int, int]
+
+
+def invented(world: World, dtype: str = "BF16") -> WholeCheckpoint:
+    """The headers of a Hugging Face checkpoint that does not exist."""
+    tensors = [(name, shape) for name, shape in world.shapes.items() if name not in world.tied]
+    file = _file("model.safetensors", [(name, dtype, shape) for name, shape in tensors])
+    return WholeCheckpoint("a checkpoint of these sizes", (file,), world.config)
+
+
+def _file(name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> FileHeader:
+    headers: list[TensorHeader] = []
+    offset = 0
+    for tensor, dtype, shape in tensors:
+        headers.append(TensorHeader(tensor, dtype, shape, contiguous(shape), offset))
+        offset += math.prod(shape) * ITEM_SIZES[dtype]
+    return FileHeader(Path(name), offset, tuple(headers), name)
+
+
+def written(plan: Plan, layout: Layout) -> Checkpoint:
+    """The training checkpoint that a plan would write, as if it were there."""
+    assert plan.written is not None
+    files = tuple(
+        _file(f.name, [(o.name, o.dtype, o.shape) for o in (plan.outputs[i] for i in f.outputs)]) for f in plan.shards
+    )
+    config = dict(plan.beside[layout.config_file][1])
+    training = dict(plan.beside.get(layout.training_file or "", ("", {}))[1])
+    return Checkpoint("the ranks of these sizes", plan.written, files, config, training, layout.config_file)
+
+
+def reverse_of(mapping: MappingFile, layout: Layout, world: World, case: Case) -> Plan:
+    """The plan that writes a world's ranks; E214 where it cannot be cut so."""
+    settings = {**world.choices, **case.settings}
+    return make_reverse_plan(mapping, layout, invented(world), case.request(), settings=settings, lossy=world.lossy)
+
+
+def prove_boxes(mapping: MappingFile, layout: Layout, world: World, case: Case) -> list[Failure]:
+    """Both directions of one layout at the world's sizes, from headers alone.
+
+    Raises:
+        EngineError: E214 where the layout does not fit, else what keeps it from being planned.
+    """
+    back = reverse_of(mapping, layout, world, case)
+    shapes = [v.name for v in mapping.variants.values() if v.decide == "shapes"]
+    settings = {name: world.choices[name] for name in shapes}
+    forth = make_plan(mapping, layout, written(back, layout), settings=settings)
+    where = f"{case.label}; {world.label}"
+    told = [*inverse(forth, back), *(problem for plan in (forth, back) for problem in one_to_one(plan))]
+    return [Failure(message, where=where) for message in dict.fromkeys(told)]
+
+
+def inverse(forth: Plan, back: Plan) -> Iterator[str]:
+    """Where the copies of one direction are not those of the other with the sides exchanged."""
+    replicas = {_name(forth, s) for one in forth.replicas for s in one.sources[1:]}
+    names = [_output_names(plan) for plan in (forth, back)]
+    ahead = {
+        (_name(forth, c.source), names[0][i][1], _shape(c)) for i in range(len(forth.outputs)) for c in forth.copies(i)
+    }
+    behind = {
+        (names[1][i], _name(back, c.source)[1], _shape(swap(c)))
+        for i in range(len(back.outputs))
+        if names[1][i] not in replicas
+        for c in back.copies(i)
+    }
+    for (file, name), target, _ in sorted(ahead ^ behind, key=repr)[:1]:
+        yield f"reading {file} {name} into {target} is not the inverse of writing it"
+
+
+def _output_names(plan: Plan) -> dict[int, tuple[str, str]]:
+    return {i: (file.name, plan.outputs[i].name) for file in plan.shards for i in file.outputs}
+
+
+def _name(plan: Plan, source: int) -> tuple[str, str]:
+    tensor = plan.sources[source]
+    return plan.files[tensor.file].path.name, tensor.header.name
+
+
+def _shape(copy: Copy) -> tuple[object, ...]:
+    return copy.source_offset, copy.target_offset, copy.shape, copy.source_strides, copy.target_strides
+
+
+def one_to_one(plan: Plan) -> Iterator[str]:
+    """What keeps a plan from being one to one, per class of tensors."""
+    both = getattr(plan.copies, "sides", None)
+    if both is None:
+        return
+    seen: set[object] = set()
+    sides = (both[1], both[0])  # what is written, what is read
+    for group in sides[0].groups:
+        reaching = sides[1].reaching(group, sides[0])
+        key = tuple((id(g.instance), g.cut, g.shapes()) for g in (group, *reaching))
+        if key in seen:
+            continue
+        seen.add(key)
+        yield from _untiled(sides[0], [group])
+        yield from _untiled(sides[1], reaching)
+        mine, theirs = _boxes(sides[0], [group]), _boxes(sides[1], reaching)
+        for piece, boxes in mine.items():
+            yield from _overlaps(boxes, group.name)
+            yield from _overlaps(theirs.get(piece, []), f"what fills {group.name}")
+
+
+def _boxes(side: Side, groups: Sequence[Group]) -> dict[object, list[Mapping[str, Interval]]]:
+    found: dict[object, list[Mapping[str, Interval]]] = {}
+    for group in groups:
+        for held in side.place(group):
+            for key, region in held:
+                found.setdefault(key, []).append(region.box)
+    return found
+
+
+def _overlaps(boxes: Sequence[Mapping[str, Interval]], name: str) -> Iterator[str]:
+    """Two boxes of one piece that share an element."""
+    varying = [a for a in boxes[0] if len({box[a] for box in boxes}) > 1] if boxes else []
+    first = varying[0] if varying else next(iter(boxes[0]), "") if boxes else ""
+    open_: list[Mapping[str, Interval]] = []  # boxes that reach the current start along one axis
+    for box in sorted(boxes, key=lambda box: box[first][0]):
+        open_ = [one for one in open_ if one[first][1] > box[first][0]]
+        for one in open_:
+            shared = {a: (max(one[a][0], box[a][0]), min(one[a][1], box[a][1])) for a in box}
+            if all(low < high for low, high in shared.values()):
+                at = ", ".join(f"{axis} {low}" for axis, (low, _) in shared.items())
+                yield f"two shards of {name} hold the element {at}"
+                return
+        open_.append(box)
+
+
+def _untiled(side: Side, groups: Sequence[Group]) -> Iterator[str]:
+    """A stored tensor whose addresses its boxes do not tile."""
+    for group in groups:
+        for held, replicas in zip(side.place(group), group.shards.values(), strict=True):
+            header = replicas[0].header
+            at = 0
+            for low, high in sorted(run for _, region in held for run in _runs(region)):
+                if low != at:
+                    told = "two boxes hold" if low < at else "no box holds"
+                    yield f"{told} element {min(low, at)} of {header.name} ({' × '.join(map(str, header.shape))})"
+                    return
+                at = high
+            if at != math.prod(header.shape):
+                yield f"no box holds element {at} of {header.name} ({' × '.join(map(str, header.shape))})"
+                return
+
+
+def _runs(region: Region) -> Iterator[Interval]:
+    """The contiguous address ranges of a region.
+
+    >>> list(_runs(Region({"a": (1, 3), "b": (0, 4)}, 0, {"a": 8, "b": 1})))
+    [(8, 12), (16, 20)]
+    """
+    base = region.base
+    axes: list[tuple[int, int]] = []
+    for name, (low, high) in region.box.items():
+        base += low * region.strides[name]
+        if high - low > 1:
+            axes.append((region.strides[name], high - low))
+        elif high <= low:
+            return
+    axes.sort()
+    length = 1
+    while axes and axes[0][0] == length:
+        length *= axes.pop(0)[1]
+    starts = [base]
+    for stride, size in axes:
+        starts = [start + i * stride for start in starts for i in range(size)]
+    yield from ((start, start + length) for start in starts)

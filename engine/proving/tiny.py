@@ -1,0 +1,251 @@
+"""Tiny models of a mapping: small sizes, a combination of choices, and an index tensor for every target.
+
+Every element is a number of its own, so that where it ends up tells where it came from. Sizes are
+chosen so that everything a mapping divides divides, and so that no two axes look alike.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.language.expressions import OMIT, evaluate, names_in
+from engine.language.model import Expression
+from engine.language.model import Mapping as MappingFile
+from engine.planning.attempts import claims
+from engine.planning.backward import render_known
+from engine.planning.matching import is_active
+from engine.planning.pieces import Pieces, match_pieces
+from engine.planning.planner import present_in
+from engine.planning.stored import Instance, instances
+from engine.planning.variants import options_of
+from engine.planning.whole import whole_groups, whole_instances
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_DIVISION = re.compile(r"(?<![\w.])([a-z_]\w*) // (\w+)")
+_LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and the like; an axis that others are divided by
+_APART = (36, 45, 28, 60, 52, 20, 44, 68)  # axes that nothing is known of
+_MAX_OPTIONAL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A tiny Hugging Face checkpoint as one combination of a mapping's choices has it.
+
+    Attributes:
+        shapes: target name → shape; tied targets included.
+        tied: target name → the one whose elements it has.
+        lossy: rules that do not invert, written all the same.
+    """
+
+    choices: Mapping[str, str]
+    sizes: Mapping[str, int]
+    config: Mapping[str, Any]
+    pieces: Pieces
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+    lossy: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{name}={choice}" for name, choice in self.choices.items()) or "no variants"
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.tied)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Target name → its numbers, counted through in the order of the model."""
+        import numpy as np
+
+        found: dict[str, np.ndarray] = {}
+        start = 0
+        for name, shape in self.shapes.items():
+            if name not in self.tied:
+                count = math.prod(shape)
+                found[name] = np.arange(start, start + count, dtype=np.float32).reshape(shape)
+                start += count
+        return found
+
+
+def guess_sizes(mapping: MappingFile) -> dict[str, int]:
+    """A small size for every axis that the configuration or the tensors decide.
+
+    What is divided becomes a multiple: `heads // groups` and `hidden // heads`, whose result is
+    halved again, give groups 3, heads 6, hidden 24.
+    """
+    divisions = {name: _DIVISION.findall(e.text) for name, e in mapping.dims.items()}
+    pairs = [(a, b) for found in divisions.values() for a, b in found]
+    axes = {**_axes_of(mapping), **dict.fromkeys(name for pair in pairs for name in pair if name in mapping.dims)}
+    named = {
+        p for i in instances(mapping) for p in (*i.axis_names(), *(p for n, _ in i.targets for p in n.placeholders))
+    }
+    known = {*mapping.dims, *mapping.options, *mapping.variants}
+    free = [a for a, e in mapping.dims.items() if a in axes and not names_in(e) <= known]
+    free += [a for a in axes if a not in mapping.dims]
+    apart = iter(_APART * 8)
+    values: dict[str, int] = {}
+
+    def parts(axis: str) -> int:
+        """What the result of a division is a multiple of."""
+        return 2 * math.lcm(1, *(int(b) for a, b in pairs if a == axis and b.isdigit()))
+
+    def value(axis: str, depth: int = 0) -> int:
+        if axis in values:
+            return values[axis]
+        multiples: list[int] = []
+        for a, b in pairs:
+            if a == axis and depth < 16:
+                quotients = [d for d, e in mapping.dims.items() if e.text.strip() == f"{a} // {b}"]
+                whole = int(b) if b.isdigit() else value(b, depth + 1) if b in axes else 1
+                multiples.append(whole * max((parts(d) for d in quotients), default=1))
+        if multiples:
+            values[axis] = math.lcm(*multiples)
+        elif axis == "layer":
+            values[axis] = _LAYERS
+        elif axis in named:
+            values[axis] = _NAMED
+        else:
+            values[axis] = _SHARED if any(b == axis for _, b in pairs) else next(apart)
+        return values[axis]
+
+    for axis in free:
+        value(axis)
+    return {axis: values[axis] for axis in free}
+
+
+def _axes_of(mapping: MappingFile) -> dict[str, None]:
+    """Every axis that a rule has, placeholders included."""
+    names = [a for i in instances(mapping) for a in (*i.axis_names(), *i.axes.names())]
+    names += [a for i in instances(mapping) for n, axes in i.targets for a in (*n.placeholders, *axes.names())]
+    return dict.fromkeys(names)
+
+
+class Worlds:
+    """The worlds of a mapping, made when asked for."""
+
+    def __init__(self, mapping: MappingFile) -> None:
+        self._mapping = mapping
+        self._instances = instances(mapping)
+        self._shown = [mapping.variants[name] for name in of_files(mapping)]
+        self._absent: dict[object, dict[tuple[str | None, ...], tuple[str, ...]]] = {}
+
+    def shows(self, choices: Mapping[str, str], *, most: bool) -> bool:
+        """Whether some set of tensors shows these choices."""
+        return self._used(choices, most=most) is not None
+
+    def make(self, choices: Mapping[str, str], sizes: Mapping[str, int], *, most: bool = True) -> World | None:
+        """The world of a combination of choices; None when no set of tensors shows them.
+
+        Args:
+            sizes: of axes that are free; the others follow.
+            most: with every bias and optional tensor that the choices allow, or with as few as they allow.
+
+        Raises:
+            EngineError: E107, or E204 for a size that does not follow.
+        """
+        used = self._used(choices, most=most)
+        if used is None:
+            return None
+        pieces = match_pieces(used)
+        fixed = {**sizes, **{axis: 0 for one in used for axis in one.rule.drop}}
+        solved, config = settle(self._mapping, choices, used, fixed)
+        listed = whole_groups(pieces, whole_instances(pieces), solved, {})
+        shapes = {group.name: next(iter(group.shards.values()))[0].header.shape for _, group in listed}
+        tied: dict[str, str] = {}
+        for spec, group in listed:
+            to = spec.instances[0].rule.tied_to
+            if to in shapes and config.get("tie_word_embeddings"):
+                tied[group.name] = str(to)
+        lossy = dict.fromkeys(i.rule.name for i in used if i.rule.transform is not None or i.rule.drop)
+        return World(dict(choices), solved, config, pieces, shapes, tied, tuple(lossy))
+
+    def _used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
+        """Active rules' tensors that together show the choices which names decide."""
+        active = [one for one in self._instances if is_active(one, choices)]
+        loose = {one.sources[0].text: one for one in active if one.param == "bias" or one.rule.optional}
+        key = tuple(one.sources[0].text for one in active), tuple(loose), most
+        if key not in self._absent:
+            found: dict[tuple[str | None, ...], tuple[str, ...]] = {}
+            for absent in _subsets(tuple(loose), most=most):
+                names = _training_names([one for one in active if one.sources[0].text not in absent])
+                present = {"present": present_in(names)}
+                found.setdefault(tuple(_first(v.choices, present) for v in self._shown), absent)
+            self._absent[key] = found
+        left = self._absent[key].get(tuple(choices[v.name] for v in self._shown))
+        return None if left is None else [one for one in active if one.sources[0].text not in left]
+
+
+def settle(
+    mapping: MappingFile, choices: Mapping[str, str], used: Sequence[Instance], sizes: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Sizes and config.json that agree: what `dims` make of the configuration they give."""
+    present = present_in(_training_names(used))
+    options = options_of(mapping, {})
+    fixed = {"options": options, "present": present, "training": {}, **choices}
+    current = dict(sizes)
+    config: dict[str, Any] = {}
+    for _ in range(6):
+        scope: dict[str, Any] = {**fixed, **current}
+        for axis, expression in mapping.dims.items():
+            if axis not in current:
+                try:
+                    scope[axis] = evaluate(expression, scope)
+                except EngineError:
+                    continue
+        derived = {a: n for a, n in scope.items() if a in mapping.dims and isinstance(n, int)}
+        config = _render(mapping.config, {**scope, **derived})
+        training = render_known(mapping.training_config, {**config, **fixed, "dtype": "torch.float32", "chunks": 1})
+        facts, _ = claims(mapping, {**training, **fixed}, "the training configuration")
+        found = {**current, **derived, **{axis: fact.value for axis, fact in facts.items()}}
+        if all(current.get(axis) == size for axis, size in found.items()):
+            break
+        current = found
+    return current, config
+
+
+def _render(tree: Any, names: Mapping[str, Any]) -> Any:
+    """A configuration as far as names give it; a key of the training configuration that is missing stands as 1."""
+    if isinstance(tree, Expression):
+        for more in ({}, dict.fromkeys(names_in(tree), 1.0)):
+            try:
+                return evaluate(tree, {**more, **names})
+            except EngineError:
+                continue
+        return OMIT
+    if isinstance(tree, Mapping):
+        return {key: v for key, child in tree.items() if (v := _render(child, names)) is not OMIT}
+    if isinstance(tree, list | tuple):
+        return [v for child in tree if (v := _render(child, names)) is not OMIT]
+    return tree
+
+
+def _training_names(used: Sequence[Instance]) -> set[str]:
+    return {one.sources[0].format(dict.fromkeys(one.axis_names(), 0)) for one in used}
+
+
+def of_files(mapping: MappingFile) -> tuple[str, ...]:
+    """Variants that the tensors' names decide and nothing else."""
+    return tuple(
+        name
+        for name, variant in mapping.variants.items()
+        if variant.decide == "expression" and not any(names_in(e) for e in variant.choices.values() if e is not None)
+    )
+
+
+def _subsets(loose: Sequence[str], *, most: bool) -> Iterator[tuple[str, ...]]:
+    """Sets to leave out: small ones first when `most` are to stay, else large ones first."""
+    counts = list(range(len(loose) + 1)) if len(loose) <= _MAX_OPTIONAL else [0, len(loose)]
+    for count in counts if most else reversed(counts):
+        yield from combinations(loose, count)
+
+
+def _first(choices: Mapping[str, Expression | None], names: Mapping[str, Any]) -> str | None:
+    return next((name for name, e in choices.items() if e is None or evaluate(e, names)), None)

@@ -1,0 +1,161 @@
+"""Drawings: pictures as rectangles with coordinates and colours, ready for SVG. No text is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.planning.stored import Stages
+from engine.show.pictures import Box, Picture, Tile, flat_shape
+
+LEFT, RIGHT = 600, 320  # widths of the sources' and the targets' half
+WIDE, HIGH = 250, 260  # the largest tensor as it is drawn
+SMALLEST = 14
+GAP, LABEL = 12, 14
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """A coloured box; `link` joins it with its other end."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    fill: str
+    link: int
+    woven: bool
+    title: str
+    label: str
+    dark: bool  # text on it is dark
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A tensor: its outline, what stands above it, and its boxes. `target` is an index, or None on the left."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str
+    title: str
+    target: int | None
+    rects: tuple[Rect, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    width: int
+    height: int
+    frames: tuple[Frame, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """The layers of one pipeline stage in the strip of all layers."""
+
+    x: float
+    width: float
+    fill: str
+    label: str
+    title: str
+
+
+def colour(number: int, count: int, shade: int = 0) -> str:
+    """A colour of `count`, in one of three shades.
+
+    >>> colour(0, 4), colour(1, 4, 1)
+    ('hsl(210, 55%, 44%)', 'hsl(300, 55%, 60%)')
+    """
+    step = 360 / count if count <= 12 else 137.5
+    return f"hsl({round(210 + number * step) % 360}, 55%, {44 + 16 * (shade % 3)}%)"
+
+
+def draw(picture: Picture) -> Drawing:
+    """Sources flow on the left, targets stand one under another on the right, all at one scale."""
+    shapes = [flat_shape(tile.shape) for tile in (*picture.sources, *picture.targets)]
+    vectors = all(columns == 1 for _, columns in shapes)
+    scale_y = (HIGH / 3 if vectors else HIGH) / max(max(rows for rows, _ in shapes), 1)
+    scale_x = 40.0 if vectors else WIDE / max(max(columns for _, columns in shapes), 1)
+    count = max(len(picture.sources) + picture.hidden, 1)
+    frames: list[Frame] = []
+    x = y = line = 0.0
+    narrow = 0.45 if len(picture.sources) > 16 else 1.0
+    for tile in picture.sources:
+        width, height = _size(tile, scale_x * narrow, scale_y)
+        across = max(width, 7.0 * min(len(tile.label), 24))
+        if x and x + across > LEFT:
+            x, y, line = 0.0, y + line + GAP, 0.0
+        more = f" and {tile.replicas - 1} equal" if tile.replicas > 1 else ""
+        title = f"{tile.file}:{tile.name}, {_times(tile.shape)}{more}"
+        rects = _rects(picture, tile, (x, y + LABEL), (width, height), count, target=False)
+        frames.append(Frame(x, y + LABEL, width, height, tile.label, title, None, rects))
+        x += across + GAP
+        line = max(line, height + LABEL)
+    bottom = y + line
+    y = 0.0
+    for index, tile in enumerate(picture.targets):
+        width, height = _size(tile, scale_x, scale_y)
+        x = LEFT + GAP * 2
+        label = tile.name if len(tile.name) <= 42 else "…" + tile.name[-41:].lstrip(".")
+        rects = _rects(picture, tile, (x, y + LABEL), (width, height), count, target=True)
+        frames.append(Frame(x, y + LABEL, width, height, label, f"{tile.name}, {_times(tile.shape)}", index, rects))
+        y += height + LABEL + GAP
+    return Drawing(LEFT + RIGHT, int(max(bottom, y)) + 4, tuple(frames))
+
+
+def _size(tile: Tile, scale_x: float, scale_y: float) -> tuple[float, float]:
+    rows, columns = flat_shape(tile.shape)
+    return round(max(SMALLEST, columns * scale_x), 1), round(max(SMALLEST, rows * scale_y), 1)
+
+
+def _rects(
+    picture: Picture, tile: Tile, at: tuple[float, float], size: tuple[float, float], count: int, *, target: bool
+) -> tuple[Rect, ...]:
+    rows, columns = flat_shape(tile.shape)
+    scale = size[0] / max(columns, 1), size[1] / max(rows, 1)
+    return tuple(_rect(picture, box, at, scale, count, target=target) for box in tile.boxes)
+
+
+def _rect(
+    picture: Picture, box: Box, at: tuple[float, float], scale: tuple[float, float], count: int, *, target: bool
+) -> Rect:
+    (x, y), (across, down) = at, scale
+    drawn = picture.drawn[box.link]
+    width, height = (box.columns[1] - box.columns[0]) * across, (box.rows[1] - box.rows[0]) * down
+    text = drawn.comes if target else drawn.goes
+    label = text if height >= 11 and width >= 6 * len(text) + 4 else ""
+    return Rect(
+        round(x + box.columns[0] * across, 2),
+        round(y + box.rows[0] * down, 2),
+        round(width, 2),
+        round(height, 2),
+        colour(drawn.source, count, drawn.target),
+        box.link,
+        box.woven,
+        drawn.text,
+        label,
+        drawn.target % 3 > 0,
+    )
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def strip(stages: Stages, width: float) -> tuple[Band, ...]:
+    """All layers from left to right, coloured by the pipeline rank that holds them."""
+    ranks = 1 + max((pp for _, pp in stages.counts), default=0)
+    each = width / max(stages.layers, 1)
+    bands = []
+    for (chunk, pp), start in sorted(stages.starts.items(), key=lambda entry: entry[1]):
+        held = stages.counts[chunk, pp]
+        if held:
+            last = start + held - 1
+            where = f"pp{pp}" + (f" chunk {chunk}" if stages.chunks > 1 else "")
+            label = f"{start}…{last}" if held > 1 else str(start)
+            title = f"layers {label}: {where}, there numbered from 0"
+            text = f"{where}: {label}" if held * each >= 70 else label if held * each >= 30 else ""
+            bands.append(Band(round(start * each, 2), round(held * each, 2), colour(pp, ranks, 1), text, title))
+    return tuple(bands)

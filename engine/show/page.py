@@ -1,0 +1,109 @@
+"""The HTML view: one self-contained page that shows what a plan does. Loads nothing, sends nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.explaining.describe import describe_plan
+from engine.planning.model import Plan
+from engine.show.drawing import draw, strip
+from engine.show.pictures import pictures
+
+TEMPLATES = Path(__file__).parent / "templates"
+STRIP = 920
+
+
+def view_page(plan: Plan) -> str:
+    """The page: summary, table of rules, a picture of every rule.
+
+    Names of tensors, files and folders are untrusted: the template escapes all of them, data for the
+    script is JSON without `<`, and a Content-Security-Policy allows nothing but this style and script.
+    """
+    from jinja2 import FileSystemLoader, StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from markupsafe import Markup
+
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(times=times, size=decimal)
+    style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("view.css", "view.js"))
+    drawn = pictures(plan)
+    return environment.get_template("view.html.j2").render(
+        facts=describe_plan(plan),
+        description=plan.mapping.description,
+        figures=[(picture, draw(picture)) for picture in drawn],
+        bands=strip(plan.stages, STRIP),
+        strip_width=STRIP,
+        config=json.dumps(dict(plan.config), indent=2, default=str, ensure_ascii=False),
+        policy=policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        lookup=Markup(script_data([picture.lookup for picture in drawn])),
+    )
+
+
+def write_page(page: str, out: Path, *, overwrite: bool) -> dict[str, Any]:
+    """Write the page whole or not at all."""
+    from engine.storage.output import write_error
+
+    if os.path.lexists(out) and not overwrite:
+        raise EngineError(
+            "E401",
+            "the output exists already",
+            place=Place(str(out)),
+            fix="Choose another --out, or give --overwrite to replace it.",
+        )
+    data = page.encode()
+    partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise write_error(out, error) from error
+    return {"out": str(out), "bytes": len(data)}
+
+
+def policy(style: str, script: str) -> str:
+    """Nothing is loaded from anywhere; this style and this script, by their digests, may act."""
+    return (
+        f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def script_data(data: Any) -> str:
+    """JSON that cannot end the script element it stands in.
+
+    >>> script_data(["</script><!--"])
+    '["\\\\u003c/script\\\\u003e\\\\u003c!--"]'
+    """
+    text = json.dumps(data, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def times(shape: Any) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def decimal(number: int) -> str:
+    from engine.show.render import amount
+
+    return amount(number)

@@ -1,0 +1,140 @@
+"""Differences of mappings as text, markdown, a pull request's comment, or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from engine.proving.diff import SECTIONS, Change, MappingDiff
+from engine.proving.routes import KINDS, TensorChange
+
+FORMATS = ("text", "markdown", "json", "github")
+_MARKS = {"added": "+", "removed": "-", "changed": "~"}
+_MAX_COMMENT = 60_000  # GitHub refuses comments of more than 65,536 characters
+
+
+def rendered(diffs: Sequence[MappingDiff], form: str) -> str:
+    """Differences in one of `FORMATS`."""
+    if form == "json":
+        return json.dumps({"mappings": [one.as_dict() for one in diffs]}, indent=2, ensure_ascii=False)
+    if form == "github":
+        return github(diffs)
+    if not diffs:
+        return "no differences"
+    return "\n\n".join((markdown if form == "markdown" else text)(one) for one in diffs)
+
+
+def summary(diffs: Sequence[MappingDiff]) -> str:
+    """One line: how many mappings and tensors change.
+
+    >>> summary([])
+    'No mapping changes.'
+    """
+    if not diffs:
+        return "No mapping changes."
+    mappings = sum(1 + len(one.same_in) for one in diffs)
+    tensors = sum(len(one.tensors) for one in diffs)
+    said = f"{mappings} mapping{'' if mappings == 1 else 's'} changed"
+    if not tensors:
+        return f"{said}; every tensor goes where it went."
+    counts = {kind: sum(c.kind == kind for one in diffs for c in one.tensors) for kind in KINDS}
+    told = ", ".join(f"{count} {KINDS[kind]}" for kind, count in counts.items() if count)
+    return f"{said}; tensors: {told}."
+
+
+def text(one: MappingDiff) -> str:
+    """For the terminal: `-` and `+` as in a diff."""
+    lines = [_title(one)]
+    if one.same_in:
+        lines.append(f"the same in {', '.join(one.same_in)}")
+    for section, changes in _sections(one):
+        lines += ["", SECTIONS[section]]
+        for change in changes:
+            lines.append(f"  {_MARKS[change.kind]} {change.name}")
+            lines += [f"      - {change.old}"] if change.old is not None else []
+            lines += [f"      + {change.new}"] if change.new is not None else []
+    if one.tensors:
+        lines += ["", "what it comes to"]
+        for tensor in one.tensors:
+            lines.append(f"  {KINDS[tensor.kind]}: {tensor.target}{_when(tensor)}")
+            lines += [f"      - {tensor.old}"] if tensor.old is not None else []
+            lines += [f"      + {tensor.new}"] if tensor.new is not None else []
+    elif one.changes:
+        lines += ["", "every tensor goes where it went"]
+    return "\n".join(lines)
+
+
+def markdown(one: MappingDiff, level: int = 3) -> str:
+    """A heading, a table of tensors first, then what the file says."""
+    lines = [f"{'#' * level} {_title(one)}", ""]
+    if one.same_in:
+        lines += [f"The same in {', '.join(map(_code, one.same_in))}.", ""]
+    if one.tensors:
+        lines += ["| tensor | | before | after | when |", "|---|---|---|---|---|"]
+        for tensor in one.tensors:
+            cells = [
+                _code(tensor.target),
+                KINDS[tensor.kind],
+                _code(tensor.old),
+                _code(tensor.new),
+                ", ".join(map(_code, tensor.when)),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    else:
+        lines.append("Every tensor goes where it went.")
+    for section, changes in _sections(one):
+        lines += ["", f"**{SECTIONS[section]}**", "", "| | key | before | after |", "|---|---|---|---|"]
+        for change in changes:
+            cells = [change.kind, _code(change.name), _code(change.old), _code(change.new)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def github(diffs: Sequence[MappingDiff]) -> str:
+    """A comment: one line that says it all, and the details folded away."""
+    lines = [f"**Mappings:** {summary(diffs)}"]
+    left = _MAX_COMMENT
+    for index, one in enumerate(diffs):
+        body = markdown(one, 4)
+        if len(body) > left:
+            more = len(diffs) - index
+            lines += ["", f"{more} more differ{'s' if more == 1 else ''}: run `engine diff` to see the rest."]
+            break
+        left -= len(body)
+        lines += ["", "<details>", f"<summary>{_escaped(_title(one))}</summary>", "", body, "", "</details>"]
+    return "\n".join(lines)
+
+
+def _title(one: MappingDiff) -> str:
+    if one.old is None:
+        return f"{one.name}: new, {one.new}"
+    if one.new is None:
+        return f"{one.name}: removed, was {one.old}"
+    return f"{one.name}: {one.old}" + ("" if one.old == one.new else f" → {one.new}")
+
+
+def _sections(one: MappingDiff) -> Iterator[tuple[str, list[Change]]]:
+    for section in SECTIONS:
+        changes = [change for change in one.changes if change.section == section]
+        if changes:
+            yield section, changes
+
+
+def _when(tensor: TensorChange) -> str:
+    return f" when {', '.join(tensor.when)}" if tensor.when else ""
+
+
+def _code(value: str | None) -> str:
+    """Text as code in a table's cell: nothing in it ends the cell, the code or the line.
+
+    >>> _code("a | b"), _code(None), _code("`x`")
+    ('`a \\\\| b`', '', '`` `x` ``')
+    """
+    if value is None:
+        return ""
+    value = " ".join(value.split()).replace("|", "\\|")
+    return f"`` {value} ``" if "`" in value else f"`{value}`"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,58 @@
+"""What `engine prove` shows: a line per check, counter-examples below it, mutants by what caught them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from engine.proving.proof import Check, Mutant, Proof
+
+_WORDS = {True: ("proved", "green"), False: ("fails", "red"), None: ("open", "yellow")}
+
+
+def proofs(found: Sequence[Proof]) -> str:
+    """Proofs one under another, and how many hold."""
+    lines: list[str] = []
+    for proof in found:
+        lines.append(f"{click.style(proof.mapping, bold=True)} ({proof.seconds:.1f} s)")
+        for check in proof.checks:
+            lines += _check(check)
+        if proof.mutants:
+            lines += _mutants(proof.mutants)
+    failed = sum(not proof.holds for proof in found)
+    told = f"{len(found) - failed} of {len(found)} proved"
+    return "\n".join([*lines, click.style(told, fg="red" if failed else "green")])
+
+
+def _check(check: Check) -> list[str]:
+    word, colour = _WORDS[check.holds]
+    lines = [f"  {click.style(f'{word:<6}', fg=colour)} {check.name}: {check.told}"]
+    for failure in check.failures:
+        lines.append(f"         {failure.message}")
+        at = "; ".join(part for part in (failure.place, failure.where) if part)
+        if at:
+            lines.append(f"           {at}")
+    return lines
+
+
+def _mutants(mutants: Sequence[Mutant]) -> list[str]:
+    counts: dict[str, int] = {}
+    for mutant in mutants:
+        counts[mutant.caught_by or "nothing"] = counts.get(mutant.caught_by or "nothing", 0) + 1
+    told = ", ".join(f"{count} by {name}" for name, count in counts.items())
+    caught = sum(mutant.caught_by is not None for mutant in mutants)
+    colour = "green" if caught == len(mutants) else "red"
+    lines = [f"  {click.style(f'{caught} of {len(mutants)} mutants caught', fg=colour)}: {told}"]
+    for mutant in mutants:
+        if mutant.caught_by in (None, "the committed facts", "the committed rules"):
+            word = f"only by {mutant.caught_by}" if mutant.caught_by else click.style("by nothing", fg="red")
+            lines.append(f"         {mutant.rule}, {mutant.what}: {word}" + (f": {mutant.told}" if mutant.told else ""))
+    return lines
+
+
+def proofs_data(found: Sequence[Proof]) -> dict[str, Any]:
+    """Proofs, JSON-ready."""
+    return {"holds": all(proof.holds for proof in found), "proofs": [proof.as_dict() for proof in found]}

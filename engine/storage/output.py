@@ -1,0 +1,210 @@
+"""The output folder: built beside its final place, moved there when complete, or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+
+from engine.errors import RESUMABLE, EngineError, Place
+from engine.storage.locks import OutputLock
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
+_AT_CWD = -100
+
+
+class OutputFolder:
+    """A context that yields a partial folder and puts it in place on success.
+
+    On success everything is on stable storage before the name changes, and an old output is
+    replaced in one step. On failure what was at the final path is untouched; the partial folder
+    stays where `--resume` can use it, that is after an interruption or a failing disk, and is
+    removed when the input itself is at fault.
+    """
+
+    def __init__(self, out: Path, source: Path, *, overwrite: bool, resume: bool = False, need: int = 0) -> None:
+        """Args: need: bytes that will be written; E403 when there is no room for them."""
+        self.final = Path(os.path.abspath(out))
+        self.partial = self.final.with_name(f".{self.final.name}.partial-{secrets.token_hex(4)}")
+        self._overwrite, self._resume, self._need, self._out = overwrite, resume, need, out
+        self._held = ExitStack()
+        _check_apart(self.final, source)
+        self._check_free()
+
+    def _check_free(self) -> None:
+        if os.path.lexists(self.final) and not self._overwrite:
+            raise EngineError(
+                "E401",
+                "the output exists already",
+                place=Place(str(self._out)),
+                fix="Choose another --out, or give --overwrite to replace it once the new one is complete.",
+            )
+
+    def __enter__(self) -> Path:
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(OutputLock(self.final))
+            try:
+                self._check_free()  # a run that held the lock may just have finished
+                found = leftovers(self.final)
+                if self._resume:
+                    resumable = [path for path in found if ".partial-" in path.name and _is_folder(path)]
+                    self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
+                for path in found:
+                    if path != self.partial:
+                        _remove(path)
+                self._check_room()
+                self.partial.mkdir(exist_ok=self._resume)
+            except BaseException:
+                self._held.close()
+                raise
+        except OSError as error:
+            raise write_error(self.partial, error) from error
+        return self.partial
+
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(self.final.parent).free
+        there = sum(file.lstat().st_blocks * 512 for file in self.partial.iterdir()) if self.partial.is_dir() else 0
+        if self._need > free + there:
+            raise EngineError(
+                "E403",
+                "there is not enough room for the output",
+                place=Place(str(self.final.parent)),
+                got=f"{free} bytes free",
+                expected=f"{self._need} bytes",
+                fix="Free some space, or choose an --out on another file system.",
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        with self._held:
+            if kind is not None:
+                if isinstance(error, EngineError) and error.code not in RESUMABLE:
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                if isinstance(error, OSError):
+                    raise write_error(self.partial, error) from error
+                return
+            try:
+                self._move()
+            except OSError as failed:
+                raise write_error(self.final, failed) from failed
+
+    def _move(self) -> None:
+        sync_folder(self.partial)
+        if os.path.lexists(self.final):
+            old = self.partial if _exchange(self.partial, self.final) else self._swap()
+            sync_folder(self.final.parent)
+            _remove(old)
+        else:
+            os.rename(self.partial, self.final)
+            sync_folder(self.final.parent)
+
+    def _swap(self) -> Path:
+        """Two renames, where the file system cannot exchange names; the old output comes back if one fails."""
+        old = self.final.with_name(f".{self.final.name}.old-{secrets.token_hex(4)}")
+        os.rename(self.final, old)
+        try:
+            os.rename(self.partial, self.final)
+        except OSError:
+            os.rename(old, self.final)
+            raise
+        return old
+
+
+def leftovers(out: Path) -> list[Path]:
+    """What interrupted runs left beside an output."""
+    final = Path(os.path.abspath(out))
+    start = f".{final.name}."
+    names = os.listdir(final.parent) if final.parent.is_dir() else []
+    ends = re.compile(r"(partial|old)-[0-9a-f]{8}")
+    return [final.parent / n for n in sorted(names) if n.startswith(start) and ends.fullmatch(n[len(start) :])]
+
+
+def clean(out: Path) -> list[Path]:
+    """Remove what interrupted runs left beside an output; E408 while a run is writing it."""
+    found = leftovers(out)
+    if found:
+        try:
+            with OutputLock(Path(os.path.abspath(out))):
+                for path in found:
+                    _remove(path)
+        except OSError as error:
+            raise write_error(out, error) from error
+    return found
+
+
+def sweep(folder: Path, keep: Collection[str]) -> None:
+    """Remove from a partial output what the run will not write over, and what is not a file of its own.
+
+    Others may have put it there: it would become part of the output, or lead out of the folder.
+    """
+    try:
+        for path in sorted(folder.iterdir()):
+            found = path.lstat()
+            if path.name not in keep or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                _remove(path)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to stable storage."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # some file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, so that neither is ever missing; False where it cannot be done."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done: int = rename(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE)
+    return done == 0
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if real_out == real_source or real_source in real_out.parents or real_out in real_source.parents:
+        raise EngineError(
+            "E404",
+            "source and output overlap",
+            place=Place(str(out)),
+            got=f"output inside or around {source}",
+            expected="two folders apart",
+            fix="Choose an --out beside the checkpoint, not in it.",
+        )
+
+
+def write_error(path: Path, error: OSError) -> EngineError:
+    return EngineError(
+        "E403",
+        "writing failed",
+        place=Place(str(path)),
+        got=error.strerror or str(error),
+        fix="Check free space and permissions at the output, then run again with --resume; "
+        "what was there before is untouched.",
+    )

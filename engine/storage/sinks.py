@@ -1,0 +1,133 @@
+"""Writing byte ranges of checkpoint files: created whole, filled by pwritev, few descriptors open."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isal import isal_zlib
+
+from engine.storage.buffers import after
+
+_OPEN_FILES = 128
+
+
+@dataclass(slots=True)
+class Checksum:
+    """The CRC-32 of bytes that arrive in order, or in any order as intervals."""
+
+    value: int = 0
+    end: int = 0
+    later: list[tuple[int, int, int]] | None = None
+
+    def add(self, start: int, data: memoryview) -> None:
+        if start == self.end:
+            self.value = isal_zlib.crc32(data, self.value)
+            self.end += len(data)
+        else:
+            self.later = self.later or []
+            self.later.append((start, len(data), isal_zlib.crc32(data)))
+
+    def result(self) -> int:
+        """Of everything added, which must be one interval from 0."""
+        for start, length, value in sorted(self.later or ()):
+            if start != self.end:
+                raise ValueError(f"bytes {self.end} to {start} were not written")
+            self.value = isal_zlib.crc32_combine(self.value, value, length)
+            self.end += length
+        self.later = None
+        return self.value
+
+
+class SinkFiles:
+    """Files being written, opened when first needed. Not shared between threads."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __enter__(self) -> SinkFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _descriptor(self, file: int) -> int:
+        descriptor = self._open.get(file)
+        if descriptor is not None:
+            self._open.move_to_end(file)
+            return descriptor
+        if len(self._open) >= _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        descriptor = os.open(self._paths[file], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._open[file] = descriptor
+        return descriptor
+
+    def create(self, file: int, size: int) -> None:
+        """Set a file's size and take its room, where that costs nothing.
+
+        Only on a block device: in memory taking room takes as long as filling it, and where a file
+        system cannot do it (network file systems mostly) the C library writes to every block instead.
+        """
+        descriptor = self._descriptor(file)
+        if os.major(os.fstat(descriptor).st_dev):  # 0 where no device lies under the file system
+            try:
+                os.posix_fallocate(descriptor, 0, max(size, 1))
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        os.ftruncate(descriptor, size)
+
+    def complete(self, file: int) -> None:
+        """Have the system begin to bring a file to stable storage, which `sync` then need not wait long for."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor(file), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def sync(self, file: int) -> None:
+        """Bring a file to stable storage."""
+        os.fsync(self._descriptor(file))
+
+    def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """What was written, in blocks that are valid until the next one; OSError when the file is shorter."""
+        buffer = memoryview(bytearray(min(nbytes, 1 << 20)))
+        descriptor = self._descriptor(file)
+        while nbytes:
+            count = os.preadv(descriptor, [buffer[: min(nbytes, len(buffer))]], offset)
+            if count == 0:
+                raise OSError(errno.EIO, "the file is shorter than what was written")
+            yield buffer[:count]
+            offset += count
+            nbytes -= count
+
+    def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
+        """Have the system move bytes from another open file, on some file systems by sharing them.
+
+        Returns:
+            How many it moved: 0 where it cannot, for whatever reason.
+        """
+        copy_range = getattr(os, "copy_file_range", None)  # Linux only
+        if copy_range is None:
+            return 0
+        try:
+            moved: int = copy_range(source, self._descriptor(file), nbytes, start, offset)
+        except OSError:
+            return 0
+        return moved
+
+    def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+        """Write buffers one after the other at a byte offset; OSError as the system gives it."""
+        descriptor = self._descriptor(file)
+        left: Sequence[bytes | memoryview] = parts
+        nbytes = sum(len(part) for part in parts)
+        while nbytes:
+            written = os.pwritev(descriptor, left, offset)
+            nbytes -= written
+            offset += written
+            if nbytes:
+                left = after([memoryview(part) for part in left], written)

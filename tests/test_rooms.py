@@ -1,0 +1,54 @@
+"""Each room of the engine imports only rooms below it, as `docs/architecture.md` lists them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = (
+    "commands", "api", "show", "comparing", "discover", "oracle", "proving", "explaining", "assets", "run", "move",
+    "planning", "checkpoint", "formats", "storage", "language", "errors",
+)  # fmt: skip
+LOOSE = {"api": "api", "reviewing": "api", "training": "api", "plan_files": "api", "errors": "errors"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name → file of every module but the two at the top."""
+    found = {}
+    for path in sorted((ROOT / "engine").glob("**/*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if len(parts) > 2 or parts[-1] not in ("__init__", "__main__"):
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def room(module: str) -> str:
+    name = module.split(".")[1]
+    return LOOSE.get(name, name)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module of the engine that a file imports, at its top or inside a function."""
+    found: set[str] = set()
+    known = modules()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            base = node.module or ""
+            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names}
+    return {name for name in found if name.startswith("engine.")}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_imports_only_its_own_room_and_rooms_below(module: str) -> None:
+    up = {n for n in imports(modules()[module]) if ROOMS.index(room(n)) < ROOMS.index(room(module))}
+    assert not up, f"{module} is in {room(module)}, which is below {sorted(up)}"
+
+
+def test_every_module_has_a_room() -> None:
+    assert {room(module) for module in modules()} == set(ROOMS)
