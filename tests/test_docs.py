@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 import engine
 from engine.commands.main import cli
-from engine.errors import CODES, LINTS, lint_file
+from engine.errors import CODES, LINTS
+from engine.proving.lint import lint_file
 from tests.support.shards import same
 
 ROOT = Path(__file__).parent.parent
