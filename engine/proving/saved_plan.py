@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from engine.explaining.describe import fold
 from engine.formats.headers import FileHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.language.search import bundled
+from engine.language.validation import violations
 from engine.planning.model import Plan
 from engine.proving.normal import digest_of_plan, normal_form
 
@@ -119,17 +118,10 @@ def read_saved_plan(path: Path) -> SavedPlan:
             expected=f"plan: {VERSION}",
             fix="Use an engine that knows it, or plan again.",
         )
-    problem = next(iter(_validator().iter_errors(data)), None)
+    problem = next(iter(violations(data, "saved-plan")), None)
     if problem is not None:
         raise _unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
     return SavedPlan(str(path), Request(**data["request"]), data)
-
-
-@lru_cache(maxsize=1)
-def _validator() -> Any:
-    from jsonschema import Draft7Validator
-
-    return Draft7Validator(json.loads((bundled("schemas") / "saved-plan.schema.json").read_text("utf-8")))
 
 
 def _unreadable(path: Path, why: str) -> EngineError:
