@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.oracle.forward import TrainingForward
+from engine.oracle.internevo import Forward
 from tests.support.families import InternLM3, Llama, save_family
 from tests.support.shards import Model, save
 
@@ -81,7 +81,7 @@ def logits_of(out: Path, source: Path = FOLDER / V2, code: int = 1, **settings: 
     return found
 
 
-def run(training: TrainingForward, ids: torch.Tensor) -> torch.Tensor:
+def run(training: Forward, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         x = training.embed(ids)
         for i in range(training.layers):
@@ -92,7 +92,7 @@ def run(training: TrainingForward, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_training_s_own_forward_pass_gives_internevo_s_own_logits(name: str) -> None:
     oracle = torch.load(FOLDER / name / "oracle.pt", weights_only=True)
-    with TrainingForward(FOLDER / name, settings_of(name)) as training:
+    with Forward(FOLDER / name, settings_of(name)) as training:
         torch.testing.assert_close(run(training, oracle["input_ids"]), oracle["logits"], atol=2e-5, rtol=0)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from engine.oracle.forward import TrainingForward
+from engine.oracle.frameworks import Forward, forward_of
 from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
 from engine.oracle.streamed_model import StreamedModel
 from engine.oracle.wrong_layers import STEPS, Wrong, explain, told_once
@@ -81,7 +81,7 @@ def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any]) -> L
     unknown = not_built_in(folder)
     if unknown is not None:
         return _failed(unknown)
-    with TrainingForward(source, settings) as training, quiet(), torch.no_grad():
+    with forward_of(source, settings) as training, quiet(), torch.no_grad():
         try:
             streamed = StreamedModel(folder)
         except EngineError:
@@ -104,7 +104,7 @@ def _failed(*problems: str) -> Logits:
     return Logits((), 0.0, 0.0, (), problems)
 
 
-def _compare(training: TrainingForward, streamed: StreamedModel, parts: Sequence[Any]) -> Logits:
+def _compare(training: Forward, streamed: StreamedModel, parts: Sequence[Any]) -> Logits:
     model, embedding, layers = streamed.model, parts[0], parts[1]
     ids = fixed_tokens(min(training.vocab(), embedding.num_embeddings))
     wanted = [training.embed(ids)]
@@ -174,7 +174,7 @@ class _Steps:
     """A run in which each step is compared with training's and then replaced by it."""
 
     def __init__(
-        self, training: TrainingForward, wanted: Sequence[torch.Tensor], tolerance: float, head_tolerance: float
+        self, training: Forward, wanted: Sequence[torch.Tensor], tolerance: float, head_tolerance: float
     ) -> None:
         """Args: wanted: training's hidden states, its last norm and its logits."""
         self._training, self._wanted = training, wanted

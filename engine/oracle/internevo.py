@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, Place
-from engine.oracle.shards import Shards, Spot, positive, setting
+from engine.oracle.internevo_shards import Shards, Spot, positive, setting
 
 if TYPE_CHECKING:
     import torch
 
 # What a checkpoint may leave open, as the bundled mappings call it. What the checkpoint tells itself,
 # its shapes or its configuration, is never overruled: a wrong setting must not make two wrongs agree.
-KNOWN = {"mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs")}
+SETTINGS = {"mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs")}
 _ROWS = 4096  # rows of the head that are read at a time
 
 
-class TrainingForward:
+class Forward:
     """The layers of a training checkpoint as functions. Used as a context: leaving it closes the files.
 
     A layer's trace is what it computes on the way, by names in the order of computation:
@@ -36,7 +36,7 @@ class TrainingForward:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        for name, choices in KNOWN.items():
+        for name, choices in SETTINGS.items():
             if settings.get(name, choices[0]) not in choices:
                 raise EngineError(
                     "E001",
@@ -62,7 +62,7 @@ class TrainingForward:
         self._told_letters: str | None = settings.get("mlp_letters")
         self._check()
 
-    def __enter__(self) -> TrainingForward:
+    def __enter__(self) -> Forward:
         return self
 
     def __exit__(self, *details: object) -> None:
