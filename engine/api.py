@@ -199,7 +199,7 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     from engine.move.gather import Gatherer
     from engine.move.values import Converter, check_transform
     from engine.run.replicas import compare_replicas
-    from engine.storage.sources import SourceFiles
+    from engine.storage.sources import SourceFiles, check_unchanged
 
     kinds = {
         "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -220,3 +220,4 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
                 written = converter.convert(output, gatherer.gather(block, output.read_dtype))
                 raw[block.low * item : block.high * item] = np.frombuffer(written, np.uint8)
             yield output.name, tensor
+    check_unchanged(compiled.files)

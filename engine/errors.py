@@ -75,6 +75,7 @@ LINTS: dict[str, str] = {
 
 # What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
 RESUMABLE = ("E305", "E403", "E405")
+KEPT = (*RESUMABLE, "E407")  # what else leaves the work of an interrupted run as it is
 
 _LONGEST = 2000  # characters of one part of a message
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from engine.storage.regular import FileState
+
 # Element types by their safetensors names, and bytes per element.
 ITEM_SIZES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -58,12 +60,17 @@ class TensorHeader:
 class FileHeader:
     """One checkpoint file: its tensors in file order, its size in bytes and an identity.
 
-    `identity` is a hex digest over size and the part of the file that describes it (zip
-    directory, or header); it costs no payload read and changes when the content does.
+    Attributes:
+        identity: hex digest over size and the part of the file that describes it (zip directory, or
+            header); it costs no payload read.
+        summed: whether that part holds a checksum of every tensor's bytes, so that equal identities mean
+            equal content. Safetensors have none, nor files from before the zip format; torch may leave them out.
+        state: what the system told of the file when it was indexed; None for one that is no file.
     """
 
     path: Path
     size: int
     tensors: tuple[TensorHeader, ...]
     identity: str
-    modified: int = 0  # nanoseconds since the epoch when it was indexed; 0: not known
+    summed: bool = False
+    state: FileState | None = None

@@ -21,7 +21,7 @@ from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Refused, Storage, Tensor
 from engine.formats.unpickle import MAX_PICKLE, damaged, error_of, load_pickle
 from engine.formats.zipdir import read_directory
-from engine.storage.regular import open_regular
+from engine.storage.regular import FileState, open_regular
 
 LoadPickle = Callable[[bytes, str], Any]
 
@@ -37,9 +37,9 @@ def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
             E305 unreadable.
     """
     with open_regular(path) as file:
-        found = os.fstat(file.fileno())
-        size = found.st_size
-        value, payload, identity = read_torch_file(file, path.name, size, load)
+        state = FileState.of(os.fstat(file.fileno()))
+        size = state.size
+        value, payload, identity, summed = read_torch_file(file, path.name, size, load)
     if not isinstance(value, Mapping):
         raise _not_a_state_dict(path.name, type(value).__name__)
     for name in value:
@@ -58,7 +58,7 @@ def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
                 expected="each element stored once",
                 fix="Save it again after `contiguous()`.",
             )
-    return FileHeader(path, size, tensors, identity, found.st_mtime_ns)
+    return FileHeader(path, size, tensors, identity, summed, state)
 
 
 def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:
@@ -84,24 +84,28 @@ def _is_text(name: str) -> bool:
 
 def read_torch_file(
     file: BinaryIO, name: str, size: int, load: LoadPickle = load_pickle
-) -> tuple[Any, dict[str, tuple[int, int]], str]:
-    """The unpickled value with inert tensors, storage key → (offset, bytes) in the file, identity."""
+) -> tuple[Any, dict[str, tuple[int, int]], str, bool]:
+    """The unpickled value with inert tensors, storage key → (offset, bytes) in the file, identity.
+
+    And whether the identity is over checksums of all bytes; where it is not, it is over the pickle itself.
+    """
     try:
         start = file.read(4)
         if start == b"PK\x03\x04":
-            members, directory = read_directory(file, name, size)
+            members, directory, summed = read_directory(file, name, size)
             root = _root(members, name)
             _check_order(file, members, root, name)
             at, length = members[f"{root}/data.pkl"]
             if length > MAX_PICKLE:
                 raise damaged(name, f"data.pkl of {length} bytes")
-            value = load(_read(file, at, length, name), name)
+            pickle = _read(file, at, length, name)
+            value = load(pickle, name)
             prefix = f"{root}/data/"
             payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
-            identity = hashlib.sha256(struct.pack("<Q", size) + directory).hexdigest()
-            return value, payload, identity
+            described = struct.pack("<Q", size) + directory + (b"" if summed else pickle)
+            return value, payload, hashlib.sha256(described).hexdigest(), summed
         file.seek(0)
-        return load_legacy(file, name, size)
+        return *load_legacy(file, name, size), False
     except OSError as error:
         raise EngineError(
             "E305",

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
-from engine.storage.regular import open_regular
+from engine.storage.regular import FileState, open_regular
 
 _MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
@@ -131,8 +131,8 @@ def read_safetensors(path: Path) -> FileHeader:
 
     try:
         with open_regular(path) as file:
-            found = os.fstat(file.fileno())
-            size = found.st_size
+            state = FileState.of(os.fstat(file.fileno()))
+            size = state.size
             start = file.read(8)
             if len(start) < 8:
                 raise damaged("shorter than 8 bytes")
@@ -182,7 +182,7 @@ def read_safetensors(path: Path) -> FileHeader:
     if 8 + length + position != size:
         raise damaged(f"{size} bytes, its header describes {8 + length + position}")
     identity = hashlib.sha256(start + text).hexdigest()
-    return FileHeader(path, size, tuple(h for _, _, h in tensors), identity, found.st_mtime_ns)
+    return FileHeader(path, size, tuple(h for _, _, h in tensors), identity, state=state)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import BinaryIO
 from engine.errors import EngineError, Place
 
 _LOCAL = struct.Struct("<4s5H3I2H")
+_MOST_DIRECTORY = 64 << 20  # bytes of a directory that an identity is taken over
 _SMALL = 64 << 20  # bytes of a member that is checked against its CRC-32; torch may leave that out, as zero
 
 
-def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tuple[int, int]], bytes]:
-    """Member name → (absolute payload offset, bytes), and the directory's bytes.
+def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tuple[int, int]], bytes, bool]:
+    """Member name → (absolute payload offset, bytes), the directory's bytes, and whether it has all checksums.
 
     Members must be stored uncompressed, lie inside the file, not overlap, and be named once. Those
     that describe the tensors, and are not payload, must have the bytes that were saved.
@@ -78,7 +79,8 @@ def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tupl
             if zlib.crc32(file.read(length)) != info.CRC:
                 raise damaged(f"member {info.filename} has other bytes than were saved")
     file.seek(start)
-    return members, file.read(min(size - start, 64 << 20))
+    summed = size - start <= _MOST_DIRECTORY and all(info.CRC for info in infos if info.file_size)
+    return members, file.read(min(size - start, _MOST_DIRECTORY)), summed
 
 
 def _names_alike(raw: bytes, info: zipfile.ZipInfo) -> bool:

@@ -18,8 +18,9 @@ from engine.formats.headers import FileHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.validation import violations
+from engine.planning.digest import digest_of_plan
 from engine.planning.model import Plan
-from engine.proving.normal import digest_of_plan, normal_form
+from engine.proving.normal import normal_form
 
 VERSION = 1
 MAX_BYTES = 64 << 20
@@ -84,7 +85,12 @@ def saved_plan(plan: Plan, request: Request) -> dict[str, Any]:
 
 
 def _file(header: FileHeader) -> dict[str, Any]:
-    return {"name": header.path.name, "size": header.size, "identity": header.identity}
+    """What tells a file from others. Where no checksums tell its content, only the file itself will do, untouched."""
+    told: dict[str, Any] = {"name": header.path.name, "size": header.size, "identity": header.identity}
+    if not header.summed and header.state is not None:
+        state = header.state  # without the device, whose number may change when the machine starts again
+        told["state"] = {"inode": state.inode, "modified": state.modified, "changed": state.changed}
+    return told
 
 
 def write_saved_plan(path: Path, data: Mapping[str, Any]) -> None:
@@ -157,18 +163,28 @@ def check_files(saved: SavedPlan, files: Sequence[FileHeader], folder: str) -> N
     for name in sorted({*then, *now}):
         if then.get(name) == now.get(name):
             continue
+        fix = _AGAIN
         if name not in now or name not in then:
             got, expected = ("gone", "present") if name not in now else ("new", "no such file")
-        else:
+        elif now[name]["identity"] != then[name]["identity"]:
             got, expected = (f"{one['size']} bytes, headers {one['identity'][:12]}" for one in (now[name], then[name]))
+        else:
+            got, expected = (_told_state(one.get("state", {})) for one in (now[name], then[name]))
+            fix = (
+                "The headers are the same, but the file holds no checksums that tell whether its tensors are. " + _AGAIN
+            )
         raise EngineError(
             "E405",
             f"`{name}` changed since the plan was saved",
             place=Place(folder),
             got=got,
             expected=f"{expected}, as in {saved.path}",
-            fix=_AGAIN,
+            fix=fix,
         )
+
+
+def _told_state(state: Mapping[str, int]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in state.items()) or "nothing told of the file itself"
 
 
 def check_plan(saved: SavedPlan, plan: Plan) -> None:

@@ -107,15 +107,12 @@ def execute(
         started: when the command started, for the report.
         small_memory: bytes that `small` takes.
     """
-    from engine.run.journal import NAME as JOURNAL
     from engine.run.manifest import NAME, encode_manifest, manifest
     from engine.run.runner import write_bytes, write_weights
-    from engine.storage.output import OutputFolder, sweep
+    from engine.storage.output import OutputFolder
 
     notices = list(compiled.notices)
     with OutputFolder(out, source, overwrite=how.overwrite, resume=how.resume, need=compiled.nbytes) as folder:
-        if how.resume:
-            sweep(folder, {JOURNAL, *(file.name for file in compiled.shards)})
         if how.check_source:
             notices += check_source(compiled, how.progress)
         files: dict[str, bytes] = {}

@@ -10,14 +10,16 @@ import hashlib
 import json
 import os
 import re
+import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine import __version__
 from engine.errors import EngineError, Place
+from engine.planning.digest import digest_of_plan
 from engine.planning.model import Plan
 
 NAME = ".journal"
@@ -29,6 +31,9 @@ _WORDS = {
     "settings": "the settings",
     "files": "the output files",
     "sources": "the source files",
+    "sizes": "the model's sizes",
+    "config": "the configuration",
+    "plan": "what is copied from where",
 }
 
 
@@ -38,6 +43,14 @@ class Begun:
 
     digest: str
     end: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """What an interrupted run left: how far each output came, and the state of each source file then, as a list."""
+
+    begun: Mapping[int, Begun] = field(default_factory=dict)
+    states: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +78,15 @@ def work_of(plan: Plan) -> dict[str, Any]:
         },
         "files": listed,
         "sources": {file.path.name: file.identity for file in plan.files},
+        "sizes": dict(plan.sizes),
+        "config": {str(key): repr(value) for key, value in plan.config.items()},
+        "plan": digest_of_plan(plan),
     }
+
+
+def states_of(plan: Plan) -> dict[str, list[int]]:
+    """The state of every source file when it was indexed."""
+    return {file.path.name: list(astuple(file.state)) for file in plan.files if file.state is not None}
 
 
 def _short(value: Any) -> str:
@@ -75,12 +96,16 @@ def _short(value: Any) -> str:
 class Journal:
     """Appends finished units; shared by the workers."""
 
-    def __init__(self, folder: Path, work: Mapping[str, Any], done: Mapping[int, Done]) -> None:
-        """Start a journal, or go on with one: `done` is what has been verified to be there."""
+    def __init__(self, folder: Path, plan: Plan, done: Mapping[int, Done]) -> None:
+        """Start a journal, or go on with one.
+
+        Args:
+            done: what has been verified to be there, and to come from the sources as they are now.
+        """
         self._lock = threading.Lock()
         path = folder / NAME
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        self._write(work)
+        self._write({**work_of(plan), "states": states_of(plan)})
         if done:
             self.add(done)
 
@@ -102,20 +127,17 @@ class Journal:
         os.close(self._file)
 
 
-def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Begun]:
-    """How far an interrupted run came with each output; empty when it wrote no journal.
+def read_journal(folder: Path, plan: Plan) -> Interrupted:
+    """What an interrupted run left; nothing when it wrote no journal.
 
     A last line that was cut short by the interruption is left out.
 
     Raises:
         EngineError: E407 when that run did something else, naming what has changed.
     """
-    try:
-        lines = (folder / NAME).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return {}
     begun: dict[int, Begun] = {}
-    for number, line in enumerate(lines):
+    states: Mapping[str, Any] = {}
+    for number, line in enumerate(_lines(folder / NAME)):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -123,13 +145,24 @@ def read_journal(folder: Path, work: Mapping[str, Any]) -> dict[int, Begun]:
         if not isinstance(value, dict):
             break
         if number == 0:
-            _check_same(value, work, folder)
+            _check_same(value, work_of(plan), folder)
+            states = value["states"] if isinstance(value.get("states"), dict) else {}
             continue
         for output, entry in value.items():
             kinds = list(map(type, entry)) if isinstance(entry, list) else []
             if _NUMBER.fullmatch(output) and kinds in ([str, int], [str, int, int]):
                 begun[int(output)] = Begun(entry[0], entry[2] if len(entry) == 3 else None)
-    return begun
+    return Interrupted(begun, states)
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of a file of the partial output itself: others may have put something else there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return []
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read().split(b"\n") if stat.S_ISREG(os.fstat(descriptor).st_mode) else []
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

@@ -13,14 +13,16 @@ from engine.formats.safetensors import index_json
 from engine.move.values import check_transform
 from engine.planning.model import Plan
 from engine.run.journal import NAME as JOURNAL
-from engine.run.journal import Done, Journal, read_journal, work_of
+from engine.run.journal import Done, Interrupted, Journal, read_journal
 from engine.run.memory import workers_of
 from engine.run.meter import Meter, Progress
 from engine.run.replicas import checks, compare_replicas, replica_bytes
+from engine.run.resume import compare_copied, split
 from engine.run.schedule import schedule
 from engine.run.sharing import Shares
 from engine.run.writer import Writer
-from engine.storage.output import write_error
+from engine.storage.output import sweep, write_error
+from engine.storage.sources import check_unchanged
 
 
 def write_weights(
@@ -51,29 +53,37 @@ def write_weights(
         The digest and checksum of every output.
 
     Raises:
-        EngineError: E402 when replicas differ, E407 when there is another run to resume.
+        EngineError: E402 when replicas differ, E405 when a source changed meanwhile, E407 when there is another
+            run to resume, or its sources changed.
     """
     for output in plan.outputs:
         check_transform(output)
-    work = work_of(plan)
-    known = read_journal(folder, work) if resume else {}
-    meter = Meter(plan.nbytes + replica_bytes(plan), listener)
     count = workers_of(plan, workers, max_memory, beside_memory)
+    left = read_journal(folder, plan) if resume else Interrupted()
+    if resume:
+        sweep(folder, {JOURNAL, *(file.name for file in plan.shards)})
     jobs = schedule(plan)
+    known, unsure = split(plan, left, jobs)
+    meter = Meter(plan.nbytes + replica_bytes(plan) + sum(plan.outputs[o].nbytes for o in unsure), listener)
     writer = Writer(plan, folder, meter, digests=digests, alone=count <= len(jobs))
     writer.take_over(known)
+    again = sorted(unsure & writer.done.keys())
+    meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
     journal = None
     with ThreadPoolExecutor(count + len(beside), thread_name_prefix="writer") as pool:
         try:
+            copied = partial(compare_copied, plan, writer.done, advance=meter.advance, stopped=meter.stopped.is_set)
+            _run(pool, meter, [partial(copied, again[first::count]) for first in range(min(count, len(again)))])
             parts = [checks(plan)[first::count] for first in range(count)]
             comparing = partial(compare_replicas, plan, meter.advance, stopped=meter.stopped.is_set)
             _run(pool, meter, [partial(comparing, part) for part in parts if part])
             _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
             if digests:
-                journal = writer.journal = Journal(folder, work, writer.done)
+                journal = writer.journal = Journal(folder, plan, writer.done)
             writing = [partial(writer.work, Shares(jobs))] * count
             _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *writing])
             _run(pool, meter, [partial(writer.sync, index) for index in range(len(plan.shards))])
+            check_unchanged(plan.files)
         finally:
             meter.stopped.set()
             pool.shutdown()

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 
-from engine.errors import RESUMABLE, EngineError, Place
+from engine.errors import KEPT, EngineError, Place
 from engine.storage.locks import OutputLock
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
@@ -85,7 +85,7 @@ class OutputFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         with self._held:
             if kind is not None:
-                if isinstance(error, EngineError) and error.code not in RESUMABLE:
+                if isinstance(error, EngineError) and error.code not in KEPT:
                     shutil.rmtree(self.partial, ignore_errors=True)
                 if isinstance(error, OSError):
                     raise write_error(self.partial, error) from error

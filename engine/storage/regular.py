@@ -4,10 +4,57 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
 
 from engine.errors import EngineError, Place
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What the system tells of a file: every write to it, and every other file in its place, changes it.
+
+    Attributes:
+        device, inode: which file it is, whatever its name.
+        size: in bytes.
+        modified, changed: nanoseconds since the epoch. `modified` can be set at will (`touch -d`, `cp -p`);
+            `changed` (ctime) cannot.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileState:
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    def unlike(self, other: FileState) -> tuple[str, str]:
+        """What differs between the two, in words: of this one, of the other."""
+        told: list[tuple[str, str]] = []
+        if self.size != other.size:
+            told.append((f"{self.size} bytes", f"{other.size} bytes"))
+        if self.modified != other.modified:
+            told.append((f"modified {_shown(self.modified)}", f"modified {_shown(other.modified)}"))
+        if (self.device, self.inode) != (other.device, other.inode):
+            told.append((f"inode {self.inode}", f"inode {other.inode}: another file"))
+        if not told and self.changed != other.changed:
+            told.append((f"changed {_shown(self.changed)}", f"changed {_shown(other.changed)}"))
+        return ", ".join(one for one, _ in told), ", ".join(two for _, two in told)
+
+
+def _shown(nanoseconds: int) -> str:
+    """A moment to the nanosecond.
+
+    >>> _shown(1_500_000_000_000_000_001)
+    '2017-07-14 02:40:00.000000001'
+    """
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from engine.errors import EngineError, Place
 from engine.storage.buffers import after
-from engine.storage.regular import check_regular
+from engine.storage.regular import FileState, check_regular
 
 _OPEN_FILES = 128  # far below the usual limit of 1024 descriptors, whatever the number of ranks
 
@@ -23,10 +22,7 @@ class IndexedFile(Protocol):
     def path(self) -> Path: ...
 
     @property
-    def size(self) -> int: ...
-
-    @property
-    def modified(self) -> int: ...
+    def state(self) -> FileState | None: ...
 
 
 class SourceFiles:
@@ -60,17 +56,7 @@ class SourceFiles:
             raise _unreadable(header.path, error) from error
         check_regular(descriptor, header.path)  # it may have become a pipe since it was planned
         self._open[file] = descriptor
-        found = os.fstat(descriptor)
-        size = found.st_size
-        if size != header.size or (header.modified and found.st_mtime_ns != header.modified):
-            raise EngineError(
-                "E405",
-                "a source file changed since it was planned",
-                place=Place(header.path.name),
-                got=f"{size} bytes, modified {_shown(found.st_mtime_ns)}",
-                expected=f"{header.size} bytes, modified {_shown(header.modified)}",
-                fix="Wait until training has finished writing the checkpoint, then run again.",
-            )
+        _check_state(header, os.fstat(descriptor))
         return descriptor
 
     def read_into(self, file: int, offset: int, parts: Sequence[memoryview]) -> None:
@@ -95,8 +81,27 @@ class SourceFiles:
             raise _unreadable(self._files[file].path, error) from error
 
 
-def _shown(nanoseconds: int) -> str:
-    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(" ", "milliseconds")
+def check_unchanged(files: Iterable[IndexedFile]) -> None:
+    """E405 unless every file is still the one that was planned: what was read of it is of one state then."""
+    for header in files:
+        try:
+            _check_state(header, os.stat(header.path))
+        except OSError as error:
+            raise _unreadable(header.path, error) from error
+
+
+def _check_state(header: IndexedFile, found: os.stat_result) -> None:
+    now, then = FileState.of(found), header.state
+    if then is not None and now != then:
+        got, expected = now.unlike(then)
+        raise EngineError(
+            "E405",
+            "a source file changed since it was planned",
+            place=Place(header.path.name),
+            got=got,
+            expected=expected,
+            fix="Wait until training has finished writing the checkpoint and nothing else touches it, then run again.",
+        )
 
 
 def _unreadable(path: Path, error: OSError) -> EngineError:
