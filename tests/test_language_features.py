@@ -228,7 +228,7 @@ def test_two_rules_for_one_tensor_are_an_error(whole: dict[str, torch.Tensor], t
 
 def test_expectations_are_reported_and_refused_when_strict(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = write({**DATA, "expect": {"hidden": 5}}, tmp_path)
-    assert any("`hidden` is 4" in notice for notice in engine.plan(path, tmp_path / "step").notices)
+    assert any("hidden: got 4" in notice for notice in engine.plan(path, tmp_path / "step").notices)
     with pytest.raises(EngineError) as caught:
         engine.plan(path, tmp_path / "step", strict=True)
     assert caught.value.code == "E213"

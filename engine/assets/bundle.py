@@ -17,6 +17,7 @@ from engine.assets.model_card import model_card
 from engine.assets.tokenizer import tokenizer_size
 from engine.errors import EngineError, Place
 from engine.planning.model import Plan
+from engine.planning.release import family_of
 
 
 def make_assets(
@@ -115,13 +116,33 @@ def as_json(data: Mapping[str, Any]) -> bytes:
                           fix="Check the expressions under `config` in the mapping.") from error  # fmt: skip
 
 
+def title(plan: Plan) -> str:
+    """What the model is: the release it was chosen as, or else its family and size."""
+    if not plan.departures:
+        return plan.mapping.name
+    return f"{family_of(plan.mapping)} of {rounded(sum(output.elements for output in plan.outputs))} parameters"
+
+
+def rounded(number: int) -> str:
+    """
+    >>> rounded(7_737_708_544), rounded(1_180_000), rounded(120)
+    ('7.74 billion', '1.18 million', '120')
+    """
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:,}"
+
+
 def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
     """What the model card tells."""
     return {
         "engine_version": __version__,
         "mapping": plan.mapping.name,
         "mapping_version": plan.mapping.version,
-        "mapping_description": plan.mapping.description,
+        "mapping_description": None if plan.departures else plan.mapping.description,
+        "title": title(plan),
+        "departures": [{"key": d.key, "got": d.got, "expected": d.expected} for d in plan.departures],
         "mapping_digest": plan.mapping.digest,
         "architecture": plan.config.get("architectures", [plan.mapping.architecture])[0],
         "model_type": plan.mapping.model_type,

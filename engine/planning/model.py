@@ -81,6 +81,15 @@ class OutputFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Departure:
+    """A size in which a model is not the release that was chosen."""
+
+    key: str
+    got: int
+    expected: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything a run needs, and nothing it must decide.
 
@@ -110,6 +119,7 @@ class Plan:
     shards: tuple[OutputFile, ...]
     written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
+    departures: tuple[Departure, ...] = ()  # in what the model is not the release of the mapping
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from engine.errors import EngineError, Place, printable
@@ -21,6 +20,7 @@ from engine.planning.copies import Copy
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Tied
 from engine.planning.pieces import Pieces, match_pieces
+from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import size_error
 from engine.planning.stored import Instance, Stages, Stored, instances, strip
@@ -121,7 +121,8 @@ def make_plan(
     copies = every.subset(kept)
     tied = _tied([(written[i], every(i), to) for i, to in enumerate(tied_to) if to is not None], outputs)
     config["dtype"] = main_dtype(outputs)
-    notices = (*overruled(attempt), *_expectations(mapping, sizes, strict), *_notices(checkpoint, mapping))
+    departures = check_release(mapping, sizes, strict=strict)
+    notices = (*overruled(attempt), *not_the_release(mapping, departures), *_notices(checkpoint, mapping))
     split = split_shards([(o.name, o.nbytes) for o in outputs], max_shard_size)
     index = {o.name: i for i, o in enumerate(outputs)}
     shards = tuple(
@@ -150,6 +151,7 @@ def make_plan(
         dtype,
         max_shard_size,
         shards,
+        departures=departures,
     )
 
 
@@ -214,29 +216,6 @@ def main_dtype(outputs: Sequence[Output]) -> str:
         count[output.dtype] = count.get(output.dtype, 0) + output.elements
     best = max(count, key=lambda d: (count[d], d))
     return {v: k for k, v in DTYPES.items()}.get(best, best.lower())
-
-
-def _expectations(mapping: MappingFile, sizes: Mapping[str, int], strict: bool) -> tuple[str, ...]:
-    differ = [(a, n, sizes[a]) for a, n in mapping.expect.items() if a in sizes and sizes[a] != n]
-    unknown = [a for a in mapping.expect if a not in sizes]
-    if unknown:
-        near = get_close_matches(unknown[0], list(sizes), 1)
-        raise EngineError(
-            "E108",
-            f"`expect` names an axis that is not there: {unknown[0]}",
-            place=mapping.place,
-            fix=f"Did you mean `{near[0]}`?" if near else None,
-        )
-    if differ and strict:
-        raise EngineError(
-            "E213",
-            f"sizes differ from release `{mapping.name}`",
-            place=mapping.place,
-            got=", ".join(f"{a} = {got}" for a, _, got in differ),
-            expected=", ".join(f"{a} = {want}" for a, want, _ in differ),
-            fix="Leave --strict out to convert it all the same.",
-        )
-    return tuple(f"`{a}` is {got}, release `{mapping.name}` has {want}" for a, want, got in differ)
 
 
 def overruled(attempt: Attempt) -> tuple[str, ...]:

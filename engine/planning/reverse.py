@@ -30,6 +30,7 @@ from engine.planning.model import Plan
 from engine.planning.pieces import match_pieces
 from engine.planning.planner import main_dtype, overruled, present_in, replicas_of, understand
 from engine.planning.rank_outputs import RankOutputs, rank_outputs, small_files
+from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import Fact, Sizes, size_error, solve, unknown_error
 from engine.planning.stored import Instance, Stages, instances
@@ -176,6 +177,7 @@ def _plan(
     grid: RankGrid,
     stages: Stages,
 ) -> Plan:
+    departures = check_release(mapping, source.sizes)
     return Plan(
         mapping=mapping,
         layout=layout,
@@ -194,12 +196,13 @@ def _plan(
         config=config,
         names=names,
         ignored=ignored,
-        notices=notices,
+        notices=(*notices, *not_the_release(mapping, departures)),
         dtype=dtype,
         max_shard_size=0,
         shards=written.shards,
         written=written.grid,
         beside=small_files(destination, written.grid.files, config),
+        departures=departures,
     )
 
 

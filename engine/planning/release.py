@@ -1,0 +1,85 @@
+"""Whether a model is the release that was chosen: its sizes against those that the release states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import PurePath
+
+from engine.errors import EngineError
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Mapping as MappingFile
+from engine.language.search import list_names
+from engine.planning.model import Departure
+
+_MOST_NAMES = 4
+
+
+def check_release(mapping: MappingFile, sizes: Mapping[str, int], *, strict: bool = False) -> tuple[Departure, ...]:
+    """What the model has in other sizes than the release that was chosen; nothing when it is that release.
+
+    Args:
+        strict: refuse any difference.
+
+    Raises:
+        EngineError: E213 when another release of the family has exactly these sizes, or when `strict`;
+            E108 for an axis in `expect` that no rule has.
+    """
+    unknown = [axis for axis in mapping.expect if axis not in sizes]
+    if unknown:
+        near = get_close_matches(unknown[0], list(sizes), 1)
+        raise EngineError(
+            "E108",
+            f"`expect` names an axis that is not there: {unknown[0]}",
+            place=mapping.place,
+            fix=f"Did you mean `{near[0]}`?" if near else None,
+        )
+    found = tuple(Departure(axis, sizes[axis], want) for axis, want in mapping.expect.items() if sizes[axis] != want)
+    if not found:
+        return ()
+    others = _releases_of(mapping, sizes)
+    if not others and not strict:
+        return found
+    told = ", ".join(others[:_MOST_NAMES]) + (", …" if len(others) > _MOST_NAMES else "")
+    raise EngineError(
+        "E213",
+        f"this is not release `{mapping.name}`" + (f": it has the sizes of {told}" if others else ""),
+        place=mapping.expect_place or mapping.place,
+        got=", ".join(f"{one.key} = {one.got}" for one in found),
+        expected=", ".join(f"{one.key} = {one.expected}" for one in found),
+        fix=f"Give --mapping {others[0]}, or the one of these that it is."
+        if others
+        else "Leave --strict out to convert it all the same.",
+    )
+
+
+def not_the_release(mapping: MappingFile, found: tuple[Departure, ...]) -> tuple[str, ...]:
+    """The notice of it, one sentence; none when it is the release."""
+    if not found:
+        return ()
+    told = "; ".join(f"{one.key}: got {one.got}, expected {one.expected}" for one in found)
+    return (f"this is not release `{mapping.name}`: {told}",)
+
+
+def family_of(mapping: MappingFile) -> str:
+    """The name of the family that a release belongs to; its own when it extends none."""
+    return PurePath(mapping.files[0]).stem if len(mapping.files) > 1 else mapping.name
+
+
+def _releases_of(mapping: MappingFile, sizes: Mapping[str, int]) -> list[str]:
+    """Mappings in the search folders that read the same tensors and state exactly these sizes."""
+    reads = _reads(mapping)
+    names: list[str] = []
+    for name in list_names():
+        try:
+            other = load_mapping(name)
+        except EngineError:  # a file on the search path that cannot be read has no say here
+            continue
+        same = other.expect.keys() >= mapping.expect.keys() and _reads(other) == reads
+        if same and all(sizes.get(axis) == want for axis, want in other.expect.items()):
+            names.append(name.removesuffix(".yaml"))
+    return names
+
+
+def _reads(mapping: MappingFile) -> tuple[str, str, frozenset[str]]:
+    return mapping.layout, mapping.model_type, frozenset(text for rule in mapping.rules for text in rule.sources)
