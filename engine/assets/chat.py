@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from engine.errors import EngineError, Place
 from engine.language.search import search_folders
+
+_MARK = re.compile(r"\{%\s*(?:end)?generation\s*%\}")
 
 
 def chat_template(name: str) -> str:
@@ -30,10 +33,7 @@ def chat_template(name: str) -> str:
         )
     text = found.read_text(encoding="utf-8")
     try:
-        # `generation` blocks are transformers' own extension
-        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(
-            text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-        )
+        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(unmarked(text))
     except TemplateSyntaxError as error:
         raise EngineError(
             "E502",
@@ -43,3 +43,16 @@ def chat_template(name: str) -> str:
             fix="Correct the template.",
         ) from error
     return text
+
+
+def unmarked(text: str) -> str:
+    """A template without the marks of what the assistant says, which only transformers' Jinja knows.
+
+    transformers reads `chat_template.jinja`, which has them: masks for training come from them. Programs that take
+    `chat_template` of tokenizer_config.json, like llama.cpp's converter and old transformers, get it without:
+    a Jinja that does not know the tag `generation` would refuse the whole template.
+
+    >>> unmarked("{{ a }}{% generation %}{{ b }}{% endgeneration %}")
+    '{{ a }}{{ b }}'
+    """
+    return _MARK.sub("", text)

@@ -132,8 +132,8 @@ def destination_names(
     names: dict[str, Any] = {f"{dim}s": 1 for dim in dims}
     names |= {f"{dim}s": count for dim, count in sizes.items()}
     kind = training.get("model_type")
-    if kind is None and len(mapping.model_types) == 1:
-        kind = mapping.model_types[0]
+    if kind is None and mapping.model_types:
+        kind = mapping.model_types[0]  # as of historical names, the first is the one written
     if kind is not None:
         names["model_type"] = kind
     return {**names, "mode": mode, "chunks": chunks, "layers": layers, "options": options, "training": training}

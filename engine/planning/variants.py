@@ -58,12 +58,18 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def option_value(option: Option, value: Any) -> Any:
     fits = isinstance(value, _TYPES[option.type]) and (option.type == "boolean" or not isinstance(value, bool))
+    if fits and option.type == "number":
+        # 2 for a number is 2.0: what reads the configuration may ask for the type, as InternLM2's own code does
+        try:
+            value = float(value)
+        except OverflowError:
+            fits = False
     if not fits and value is not None:
         raise EngineError(
             "E001",
             f"option `{option.name}` takes a value of type {option.type}",
             place=option.place,
-            got=repr(value),
+            got=repr(value)[:200],
             expected=option.type,
             fix=option.help or None,
         )
