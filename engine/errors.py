@@ -39,6 +39,8 @@ CODES: dict[str, str] = {
     "E215": "a rule does not invert",
     "E216": "what would be written would be read differently",
     "E217": "a saved plan no longer holds",
+    "E218": "a value of a configuration cannot be",
+    "E219": "a key of a configuration is not understood",
     # checkpoint files
     "E301": "a checkpoint file is damaged or truncated",
     "E302": "a checkpoint file asks to run code",
@@ -70,6 +72,7 @@ LINTS: dict[str, str] = {
     "L005": "source and target pieces do not match under some variant choices",
     "L007": "an axis appears only once in the file and has no size in `dims`",
     "L008": "a rule or choice can never be reached",
+    "L009": "a configuration key is read and not declared",
 }
 
 

@@ -135,10 +135,10 @@ def test_a_layout_that_changed_is_refused(saved: Path) -> None:
 def test_a_training_configuration_that_changed_is_refused_by_what_it_changes(checkpoint: Path, saved: Path) -> None:
     path = checkpoint / "model_config.pt"
     config = dict(engine.api.read_checkpoint(checkpoint, api.load_layout("internevo")).config)
-    torch.save(config | {"layer_norm_epsilon": 0.5}, path)
+    torch.save(config | {"layer_norm_epsilon": 0.05}, path)
     error = refused(saved)
     assert error.code == "E217" and "rms_norm_eps" in error.message
-    assert error.got == "0.5"
+    assert error.got == "0.05"
 
 
 @pytest.mark.parametrize(

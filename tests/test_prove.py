@@ -136,7 +136,7 @@ def test_a_configuration_that_is_not_read_back_alike_fails_the_round_trip(broken
 
 
 def test_a_configuration_that_transformers_refuses_is_told(broken: Callable[..., Proof]) -> None:
-    proof = broken("meta-llama", ("attention_bias: false", "attention_bias: perhaps"))
+    proof = broken("meta-llama", ("attention_bias: false", "attention_bias: false\n  initializer_range: perhaps"))
     assert "E502 transformers refuses the configuration" in told(proof)
 
 
@@ -144,7 +144,8 @@ def test_a_release_whose_sizes_do_not_follow_is_told(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     family = ROOT / "mappings" / "families" / "meta-llama.yaml"
     path.write_text(
-        f"mapping: 1\nname: mine\nversion: 1.0.0\nextends: {family}\nexpect: {{head_dim: 100, heads: 32}}\n"
+        f"mapping: 1\nname: mine\nversion: 1.0.0\nextends: {family}\n"
+        "expect: {head_dim: 100, heads: 32, hidden: 4096}\n"
     )
     (proof,) = engine.prove([path])
     assert "`head_dim` would be" in told(proof) and "the release has 100" in told(proof)

@@ -52,6 +52,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "rules": _rules(plan),
         "replicas": {"sets": len(plan.replicas), "tensors": sum(len(r.sources) for r in plan.replicas)},
         "ignored": dict(plan.ignored),
+        "unread": dict(plan.noted),
         "outputs": [
             {"file": one.name, "tensors": len(one.outputs), "bytes": sum(plan.outputs[i].nbytes for i in one.outputs)}
             for one in plan.shards

@@ -16,11 +16,11 @@ from engine.language.loader import load_text
 
 _MAPPING_ORDER = (
     "mapping", "layout", "name", "version", "description", "extends", "remove", "source", "target",
-    "options", "variants", "dims", "rules", "ignore", "refuse", "config", "training_config", "tokenizer",
+    "options", "keys", "variants", "dims", "rules", "ignore", "refuse", "config", "training_config", "tokenizer",
     "generation", "chat_template", "expect",
 )  # fmt: skip
 _LAYOUT_ORDER = (
-    "layout", "name", "version", "description", "config", "training", "prefixes", "options", "layers", "uneven",
+    "layout", "name", "version", "description", "config", "training", "keys", "prefixes", "options", "layers", "uneven",
     "lone_rank", "modes", "skip", "refuse",
 )  # fmt: skip
 _RULE_ORDER = (

@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
+from engine.language.keys import apart, read_keys
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import check_file_name, pattern
@@ -18,6 +19,7 @@ def load_layout(name: str) -> Layout:
     path = find_file(name, "layout")
     document = load_yaml(path, shown(path))
     check_schema(document, "layout")
+    document = apart(document)
     data, place = document.data, document.place
     for key in ("config", "training"):
         if key in data:
@@ -61,6 +63,7 @@ def load_layout(name: str) -> Layout:
         ),
         files=(document.file,),
         digest=digest_of(data),
+        keys=read_keys(document),
     )
     check_layout(layout, document)
     return layout

@@ -12,6 +12,7 @@ from engine.errors import EngineError
 from engine.language.declared import check_mapping, undeclared
 from engine.language.documents import Document
 from engine.language.expressions import check_expression
+from engine.language.keys import read_keys, read_limits
 from engine.language.merging import load_resolved
 from engine.language.model import Exclusion, Expression, Mapping, Option, Variant
 from engine.language.names import check_file_name, pattern
@@ -71,6 +72,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         files=files,
         digest=digest_of(data),
         resolved=data,
+        keys=read_keys(document),
         expect_place=place("expect"),
     )
     check_mapping(mapping, document)
@@ -150,6 +152,7 @@ def read_option(document: Document, name: str, body: dict[str, Any], path: tuple
         body.get("help", ""),
         None if choices is None else tuple(choices),
         document.place(*path),
+        read_limits(body),
     )
 
 

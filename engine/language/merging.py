@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.documents import At, Document, KeyPath, load_yaml
+from engine.language.keys import apart
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
@@ -25,11 +26,13 @@ _BY_KEY = frozenset(
         "generation",
         "source",
         "target",
+        "keys",
     )
 )
 _APPENDED = frozenset(("ignore", "refuse"))
 _REMOVABLE = ("rules", "variants", "dims", "options")
 _WHOLE = frozenset(("choices",))  # the order of choices is their meaning: replaced as a whole
+_WHOLE_KEY = 3  # length of a path to what `keys` declares of one key: one statement
 
 
 def load_resolved(path: Path) -> tuple[Document, tuple[str, ...]]:
@@ -99,7 +102,7 @@ def _own(path: Path) -> Document:
 def _read(path: Path, name: str, stamp: tuple[int, int, int] | None) -> Document:
     document = load_yaml(path, name)
     check_schema(document, "mapping")
-    return _named(document)
+    return _named(apart(document))
 
 
 def _named(document: Document) -> Document:
@@ -169,7 +172,8 @@ class _Merge:
 
     def _keys(self, base: Any, own: Any, path: KeyPath) -> Any:
         """Merge mappings by key, all the way down; anything else is the child's."""
-        if not isinstance(base, dict) or not isinstance(own, dict) or path[-1] in _WHOLE:
+        whole = path[-1] in _WHOLE or (path[0] == "keys" and len(path) == _WHOLE_KEY)
+        if not isinstance(base, dict) or not isinstance(own, dict) or whole:
             return self._take(path, own)
         merged = dict(base)
         for key, value in own.items():

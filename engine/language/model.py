@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from engine.errors import Place
 from engine.language.axes import Axes
+from engine.language.keys import Key, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Option:
     help: str
     choices: tuple[Any, ...] | None
     place: Place
+    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Mapping:
     files: tuple[str, ...]
     digest: str  # sha256 over the resolved data, canonical JSON
     resolved: MappingABC[str, Any]
+    keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
 
 
@@ -196,3 +199,4 @@ class Layout:
     refuse: tuple[RefusedFile, ...]
     files: tuple[str, ...]
     digest: str
+    keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # of every model of the framework

@@ -20,6 +20,7 @@ from engine.planning.stored import Instance, Stages, Stored
 from engine.planning.variants import Decision
 
 _MAX_COMBINATIONS = 16
+_LARGEST = 1 << 63  # no axis of a model is as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,15 @@ def claims(
                 got=repr(value),
                 expected="an integer",
                 fix=f"`{expression.text}` reads {config_name}.",
+            )
+        if not 0 < value < _LARGEST:
+            raise EngineError(
+                "E218",
+                f"dim `{axis}` is no size",
+                place=expression.place,
+                got=str(value)[:40],
+                expected="1 or more",
+                fix=f"Correct what `{expression.text}` reads of {config_name}, or the expression.",
             )
         scope[axis] = value
         why = f"`{expression.text}` on {config_name}" if not expression.text.isdigit() else "its definition"

@@ -56,6 +56,8 @@ def render_known(tree: Any, names: Mapping[str, Any]) -> Any:
             return OMIT
     if isinstance(tree, Mapping):
         return {key: v for key, child in tree.items() if (v := render_known(child, names)) is not OMIT}
+    if isinstance(tree, list | tuple):
+        return [v for child in tree if (v := render_known(child, names)) is not OMIT]
     return tree
 
 

@@ -118,6 +118,7 @@ class Plan:
     max_shard_size: int
     shards: tuple[OutputFile, ...]
     written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
+    noted: Mapping[str, Any] = field(default_factory=dict)  # keys of the source's configuration that nothing reads
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
     departures: tuple[Departure, ...] = ()  # in what the model is not the release of the mapping
 

@@ -16,6 +16,7 @@ from engine.planning import DEFAULT_SHARD_SIZE
 from engine.planning.attempts import Attempt, Checkpoint, Question, decide_by_shapes
 from engine.planning.classes import CopyTable
 from engine.planning.completeness import check_repeated, check_slices, used_instances
+from engine.planning.config_keys import read_config, source_side, training_side
 from engine.planning.copies import Copy
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Tied
@@ -41,27 +42,40 @@ class Understood:
     matches: Matches
     options: Mapping[str, Any]
     names: Mapping[str, Any]  # all that expressions see
+    noted: Mapping[str, Any]  # keys of the configuration that nothing reads
 
     def side(self) -> Side:
         sizes = self.attempt.sizes.values()
         return Side(self.attempt.groups.values(), training_keys(self.used, self.pieces), sizes)
 
 
-def understand(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Understood:
-    """Match, decide and solve a training checkpoint; E2xx for the first thing that does not fit."""
+def understand(
+    mapping: MappingFile,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    settings: Mapping[str, Any],
+    *,
+    expressed: bool = False,
+) -> Understood:
+    """Match, decide and solve a training checkpoint; E2xx for the first thing that does not fit.
+
+    Args:
+        expressed: whether it is to be written as something else, so that its configuration must be expressible.
+    """
     options = options_of(mapping, settings)
     stored = strip(checkpoint.files, layout)
     rules = instances(mapping)
     matches = find_candidates([s.name for s in stored], rules, mapping)
+    check_refused(stored, matches, checkpoint.grid.files)
+    _check_any(stored, matches, mapping, checkpoint)
+    read = read_config(checkpoint.config, source_side(mapping, layout), expressed=expressed)
     names: dict[str, Any] = {
-        **checkpoint.config,
+        **read.config,
         "options": options,
-        "training": checkpoint.training,
+        "training": read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config,
         "present": present_in({one.name for one in stored}),
     }
     layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, names).items()}
-    check_refused(stored, matches, checkpoint.grid.files)
-    _check_any(stored, matches, mapping, checkpoint)
     decisions = decide(mapping.variants, settings, names)
     stages = stages_of(stored, matches, checkpoint.grid, layout, {**names, **layout_choices})
     question = Question(mapping, layout, checkpoint, stored, matches, rules, stages, names)
@@ -75,7 +89,7 @@ def understand(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint, set
         raise size_error(attempt.sizes.contradictions[0])
     used = tuple(used_instances(attempt))
     all_names = {**attempt.names, **attempt.sizes.values()}
-    return Understood(attempt, used, match_pieces(used), stages, matches, options, all_names)
+    return Understood(attempt, used, match_pieces(used), stages, matches, options, all_names, read.noted)
 
 
 def make_plan(
@@ -100,7 +114,7 @@ def make_plan(
         EngineError: E2xx, with the first thing that keeps the plan from being total and exact.
     """
     check_settings(mapping, settings)
-    understood = understand(mapping, layout, checkpoint, settings)
+    understood = understand(mapping, layout, checkpoint, settings, expressed=True)
     attempt, pieces = understood.attempt, understood.pieces
     sizes = attempt.sizes.values()
     source = understood.side()
@@ -123,6 +137,7 @@ def make_plan(
     config["dtype"] = main_dtype(outputs)
     departures = check_release(mapping, sizes, strict=strict)
     notices = (*overruled(attempt), *not_the_release(mapping, departures), *_notices(checkpoint, mapping))
+    notices += noted_keys(understood.noted, layout)
     split = split_shards([(o.name, o.nbytes) for o in outputs], max_shard_size)
     index = {o.name: i for i, o in enumerate(outputs)}
     shards = tuple(
@@ -151,6 +166,7 @@ def make_plan(
         dtype,
         max_shard_size,
         shards,
+        noted=understood.noted,
         departures=departures,
     )
 
@@ -216,6 +232,12 @@ def main_dtype(outputs: Sequence[Output]) -> str:
         count[output.dtype] = count.get(output.dtype, 0) + output.elements
     best = max(count, key=lambda d: (count[d], d))
     return {v: k for k, v in DTYPES.items()}.get(best, best.lower())
+
+
+def noted_keys(noted: Mapping[str, Any], layout: Layout) -> tuple[str, ...]:
+    """What is left behind of the configuration, by name."""
+    told = ", ".join(f"{name} = {value}" for name, value in noted.items())
+    return (f"nothing reads these keys of {layout.config_file}: {told}",) if noted else ()
 
 
 def overruled(attempt: Attempt) -> tuple[str, ...]:

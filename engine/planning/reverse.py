@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.language.expressions import render_tree
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
@@ -22,6 +23,7 @@ from engine.planning.backward import (
     render_known,
     used_back,
 )
+from engine.planning.config_keys import check_returns, read_config, shown, target_side
 from engine.planning.destination import Destination, Request
 from engine.planning.groups import Group
 from engine.planning.likeness import Like, destination_of, like_of, spellings_of
@@ -29,7 +31,7 @@ from engine.planning.matching import is_active
 from engine.planning.model import Plan
 from engine.planning.pieces import match_pieces
 from engine.planning.planner import main_dtype, overruled, present_in, replicas_of, understand
-from engine.planning.rank_outputs import RankOutputs, rank_outputs, small_files
+from engine.planning.rank_outputs import RankOutputs, rank_outputs, small_files, training_text
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import Fact, Sizes, size_error, solve, unknown_error
@@ -70,8 +72,11 @@ def make_reverse_plan(
             expected="a `training_config` block",
             fix="Write the keys of the training configuration as expressions over config.json.",
         )
-    shared = like_of(understand(mapping, layout, like, mine), like, layout) if like is not None else Like()
     options = options_of(mapping, mine)
+    _check_kind(mapping, checkpoint)
+    side = target_side(mapping)
+    checkpoint = replace(checkpoint, config=read_config(checkpoint.config, side).config)
+    shared = like_of(understand(mapping, layout, like, mine), like, layout) if like is not None else Like()
     rules = instances(mapping)
     tensors = checkpoint.tensors()
     back = names_back(list(tensors), rules)
@@ -104,7 +109,8 @@ def make_reverse_plan(
     names = {**seen, **choices, **sizes, **destination.names}
     names["dtype"] = f"torch.{main_dtype(written.outputs)}"
     config = render_tree(mapping.training_config, names)
-    _check_again(mapping, config, options, choices, sizes, written, destination)
+    forth = _check_again(mapping, config, options, choices, sizes, written, destination)
+    check_returns(checkpoint.config, forth, side, mapping)
     return _plan(
         mapping, layout, checkpoint.folder, checkpoint.files, source, written, destination, config, decisions=decisions,
         options=options, names=names, ignored=ignored, notices=(), dtype=dtype, grid=written.grid,
@@ -283,8 +289,11 @@ def _check_again(
     sizes: Mapping[str, int],
     written: RankOutputs,
     destination: Destination,
-) -> None:
-    """E216 unless the written configuration and names, read forwards, give the same choices and sizes."""
+) -> dict[str, Any]:
+    """E216 unless the written configuration and names, read forwards, give the same choices and sizes.
+
+    Returns the config.json that is made of them.
+    """
     prefixes = sorted({destination.prefix(chunk) for chunk in range(destination.stages.chunks)}, key=len, reverse=True)
     names: set[str] = set()
     for output in written.outputs:
@@ -313,3 +322,20 @@ def _check_again(
                 expected=f"{sizes[axis]}, as in the tensors",
                 fix="Let `training_config` write values from which `dims` compute the sizes again.",
             )
+    names_then = {**scope, **choices, **sizes, "training": training_text(destination)}
+    forth: dict[str, Any] = render_known(mapping.config, names_then)
+    return forth
+
+
+def _check_kind(mapping: MappingFile, checkpoint: WholeCheckpoint) -> None:
+    """E212 when config.json is of another architecture than the mapping's target."""
+    kind = checkpoint.config.get("model_type")
+    if kind != mapping.model_type:
+        raise EngineError(
+            "E212",
+            f"mapping `{mapping.name}` is not the one for this checkpoint",
+            place=Place("config.json"),
+            got=f"model_type: {shown(kind)}",
+            expected=f"model_type: {shown(mapping.model_type)}",
+            fix="Tensors of the same names and shapes are not the same model. Use a mapping for its architecture.",
+        )

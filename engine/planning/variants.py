@@ -48,31 +48,19 @@ def options_of(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, A
     return {name: option_value(option, settings.get(name, option.default)) for name, option in mapping.options.items()}
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "integer": (int,),
-    "number": (int, float),
-    "string": (str,),
-    "boolean": (bool,),
-}
-
-
 def option_value(option: Option, value: Any) -> Any:
-    fits = isinstance(value, _TYPES[option.type]) and (option.type == "boolean" or not isinstance(value, bool))
-    if fits and option.type == "number":
-        # 2 for a number is 2.0: what reads the configuration may ask for the type, as InternLM2's own code does
-        try:
-            value = float(value)
-        except OverflowError:
-            fits = False
+    fits = option.limits.fits(value) and (isinstance(value, bool) or option.type != "boolean")
     if not fits and value is not None:
         raise EngineError(
             "E001",
-            f"option `{option.name}` takes a value of type {option.type}",
+            f"option `{option.name}` takes {option.limits}",
             place=option.place,
-            got=repr(value)[:200],
-            expected=option.type,
+            got=repr(value)[:100],
+            expected=str(option.limits),
             fix=option.help or None,
         )
+    if value is not None and option.type == "number":
+        value = float(value)  # what reads the configuration may ask for the type, as InternLM2's own code does
     if option.choices is not None and value not in option.choices:
         raise EngineError(
             "E001",

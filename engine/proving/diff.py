@@ -16,6 +16,7 @@ SECTIONS = {
     "variants": "variants",
     "dims": "dims",
     "options": "options",
+    "keys": "configuration keys",
     "ignore": "ignored tensors",
     "refuse": "refused tensors",
     "config": "config.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import product
 from typing import Any
 
@@ -56,7 +57,7 @@ def lint(mapping: Mapping) -> list[Finding]:
         *_unused(mapping),
         *_shadowed(mapping),
     ]
-    found += [*_lonely_axes(mapping), *_unreachable(mapping)]
+    found += [*_lonely_axes(mapping), *_unreachable(mapping), *_undeclared(mapping)]
     unique = {(f.code, str(f.place), f.message): f for f in found}
     return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
 
@@ -238,3 +239,19 @@ def _unreachable(mapping: Mapping) -> Iterator[Finding]:
                 if set(rule.when.get(variant.name, ())) == {choice}:
                     message = f"rule `{rule.name}` is never active: it needs `{variant.name}: {choice}`"
                     yield Finding("L008", "error", rule.place, message, "Put `otherwise` last in the variant.")
+
+
+def _undeclared(mapping: Mapping) -> Iterator[Finding]:
+    """L009: what nothing says of a key, nothing checks: a text or a negative number would be taken for a size."""
+    from engine.language.layout_file import load_layout
+    from engine.planning.config_keys import undeclared
+
+    for expression, side, path, known in undeclared(mapping, load_layout(mapping.layout)):
+        near = get_close_matches(path, list(known), 1)
+        yield Finding(
+            "L009",
+            "error",
+            expression.place,
+            f"`{path}` is read, and `keys.{side}` does not say what it may be",
+            f"Did you mean `{near[0]}`?" if near else "Declare its type and range: `{type: integer, min: 1}`.",
+        )

@@ -212,9 +212,12 @@ def settle(
 
 
 def _render(tree: Any, names: Mapping[str, Any]) -> Any:
-    """A configuration as far as names give it; a key of the training configuration that is missing stands as 1."""
+    """A configuration as far as names give it; a key of the training configuration that is missing stands as 0.01.
+
+    Such a key is no size: an epsilon, say, which cannot be 1.
+    """
     if isinstance(tree, Expression):
-        for more in ({}, dict.fromkeys(names_in(tree), 1.0)):
+        for more in ({}, dict.fromkeys(names_in(tree), 0.01)):
             try:
                 return evaluate(tree, {**more, **names})
             except EngineError:

@@ -50,6 +50,7 @@ def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -
             name: {"choice": d.choice, "how": d.how, "evidence": d.evidence} for name, d in plan.decisions.items()
         },
         "options": dict(plan.options),
+        "unread": dict(plan.noted),
         "dtype": plan.dtype,
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "tensors": tensors,

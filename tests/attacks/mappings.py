@@ -85,7 +85,8 @@ for _expression in (
 ):  # fmt: skip
     _quoted = "'" + _expression.replace("'", "''") + "'"
     add(f"a size computed as {_expression[:40]!r} ({len(_expression)})", "mapping",
-        change("mapping.yaml", ("layer: num_layers", f"layer: {_quoted}")), "ok E105 E102 E203 E108 E204")  # fmt: skip
+        change("mapping.yaml", ("layer: num_layers", f"layer: {_quoted}")),
+        "ok E105 E102 E203 E108 E204 E218")  # fmt: skip
 
 # Axes.
 for _axes in (

@@ -1,0 +1,185 @@
+"""Types and ranges of values, and what a mapping or layout declares of the keys of configurations.
+
+Options and configuration keys share the words for types and ranges. A key is written once, as a dotted
+path; names of the same declaration may stand together: `use_cache auto_map: {ignored: …}`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.language.documents import Document, KeyPath
+
+SIDES = ("source", "training", "target")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a value may be: one of `types`, and if a number within the range. No types: anything finite."""
+
+    types: tuple[str, ...] = ()
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+
+    def __str__(self) -> str:
+        """What is expected, in words.
+
+        >>> str(Limits(("integer", "null"), min=1)), str(Limits(("number",), above=0))
+        ('a whole number or null, at least 1', 'a number, above 0')
+        """
+        words = [" or ".join(_WORDS[kind] for kind in self.types) or "a finite value"]
+        told = (("at least", self.min), ("above", self.above), ("at most", self.max))
+        return ", ".join(words + [f"{word} {number}" for word, number in told if number is not None])
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is of the type and in the range.
+
+        >>> limits = Limits(("number",), above=0)
+        >>> [limits.fits(v) for v in (1e6, 10000, 0, -1, float("nan"), float("inf"), "1e6", True, None)]
+        [True, True, False, False, False, False, False, False, False]
+        """
+        if not _finite(value):
+            return False
+        if self.types and not any(_CHECKS[kind](value) for kind in self.types):
+            return False
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        low = (self.min is None or value >= self.min) and (self.above is None or value > self.above)
+        return low and (self.max is None or value <= self.max)
+
+    def taken(self, value: Any) -> Any:
+        """The value as expressions see it: 0 and 1 are false and true where only those are meant."""
+        return bool(value) if "boolean" in self.types and _CHECKS["boolean"](value) else value
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number in a value is infinite, NaN or too large to be a float."""
+    if isinstance(value, Mapping):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    try:
+        return not isinstance(value, int | float) or math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "integer": _whole,  # 4096.0 is refused by the programs that read it, too
+    "number": lambda value: _whole(value) or isinstance(value, float),
+    "boolean": lambda value: isinstance(value, int) and value in (0, 1),  # trainers only ask whether it is true
+    "string": lambda value: isinstance(value, str),
+    "mapping": lambda value: isinstance(value, Mapping),
+    "list": lambda value: isinstance(value, list | tuple),
+    "null": lambda value: value is None,
+}
+_WORDS = {
+    "integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a text",
+    "mapping": "keys and values", "list": "a list", "null": "null",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What is declared of one configuration key, or of all that a pattern with `*` matches.
+
+    Attributes:
+        only: the values that can be expressed; any other is refused because of `why`.
+        ignored: why any value is as good as any other.
+        noted: why the key is only told to the user.
+        default: what an absent key means.
+    """
+
+    name: str
+    limits: Limits
+    place: Place
+    only: tuple[Any, ...] | None = None
+    why: str = ""
+    ignored: str | None = None
+    noted: str | None = None
+    default: Any = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether nothing needs to read the key."""
+        return self.only is not None or self.ignored is not None or self.noted is not None
+
+    def allows(self, value: Any) -> bool:
+        return self.only is None or any(_same(value, one) for one in self.only)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def find_key(keys: Mapping[str, Key], path: str) -> Key | None:
+    """The declaration of a path: its own, or that of a pattern."""
+    return keys.get(path) or find_pattern(keys, path)
+
+
+def find_pattern(keys: Mapping[str, Key], path: str) -> Key | None:
+    """The declaration of the longest pattern that matches a path."""
+    patterns = [name for name in keys if "*" in name and fnmatchcase(path, name)]
+    return keys[max(patterns, key=len)] if patterns else None
+
+
+def read_limits(body: Mapping[str, Any]) -> Limits:
+    types = body.get("type", [])
+    listed = types if isinstance(types, list) else [types]
+    return Limits(
+        tuple("null" if t is None else t for t in listed), body.get("min"), body.get("max"), body.get("above")
+    )
+
+
+def read_keys(document: Document) -> dict[str, dict[str, Key]]:
+    """The declarations of a document whose names stand apart, by side and path."""
+    return {
+        side: {
+            name: Key(
+                name,
+                read_limits(body),
+                document.place("keys", side, name),
+                None if "only" not in body else tuple(body["only"]),
+                body.get("why", ""),
+                body.get("ignored"),
+                body.get("noted"),
+                body.get("default"),
+            )
+            for name, body in (entries or {}).items()
+        }
+        for side, entries in (document.data.get("keys") or {}).items()
+    }
+
+
+def apart(document: Document) -> Document:
+    """The document with every name of `keys` on its own; E102 for one that is declared twice."""
+    if not document.data.get("keys"):
+        return document
+    places = {path: at for path, at in document.places.items() if path[:1] != ("keys",) or len(path) < 3}
+    data: dict[str, dict[str, Any]] = {}
+    for side, entries in document.data["keys"].items():
+        data[side] = {}
+        for names, body in (entries or {}).items():
+            below: dict[KeyPath, Any] = {p: at for p, at in document.places.items() if p[:3] == ("keys", side, names)}
+            for name in str(names).split():
+                if name in data[side]:
+                    raise EngineError(
+                        "E102",
+                        f"key `{name}` of `keys.{side}` is declared twice",
+                        place=document.place("keys", side, names),
+                        got=f"also at {places['keys', side, name].key}",
+                        fix="Keep one of them.",
+                    )
+                data[side][name] = body
+                places.update({("keys", side, name, *path[3:]): at for path, at in below.items()})
+    return Document(document.file, {**document.data, "keys": data}, places)
