@@ -154,13 +154,12 @@ def _write(
     compiled: Plan, source: Path, out: str | Path | None, tokenizer: str | Path | None, how: Running, started: float
 ) -> Report:
     """Run a plan that writes a Hugging Face checkpoint."""
-    from engine.assets.bundle import assets_memory, make_assets
+    from engine.assets.bundle import make_assets
 
     real = source.resolve()
     final = Path(out) if out is not None else real.with_name(real.name + "-hf")
     model = Path(tokenizer) if tokenizer else None
-    memory = assets_memory(compiled, model)
-    return execute(compiled, source, final, lambda stopped: make_assets(compiled, model, stopped), how, started, memory)
+    return execute(compiled, source, final, lambda: make_assets(compiled, model), how, started)
 
 
 def run_plan(

@@ -11,7 +11,7 @@ from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
-from engine.run.execute import Report, Running, check_dtype, execute, read_checkpoint
+from engine.run.execute import Report, Running, Small, check_dtype, execute, read_checkpoint
 
 if TYPE_CHECKING:
     from engine.planning.destination import Request
@@ -140,7 +140,7 @@ def reverse(
         lossy=lossy,
     )  # fmt: skip
     how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
-    return execute(compiled, Path(src), Path(out), lambda _: _small_files(compiled), how, started)
+    return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
 
 
 def reshard(
@@ -173,10 +173,10 @@ def reshard(
         mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype
     )
     how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
-    return execute(compiled, Path(src), Path(out), lambda _: _small_files(compiled), how, started)
+    return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
 
 
-def _small_files(compiled: Plan) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def _small_files(compiled: Plan) -> Small:
     from engine.formats.configs import encode_config
 
-    return {n: encode_config(n, kind, content) for n, (kind, content) in compiled.beside.items()}, ()
+    return Small({n: encode_config(n, kind, content) for n, (kind, content) in compiled.beside.items()})

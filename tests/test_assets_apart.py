@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +25,7 @@ from tests.test_sharing import LETTERS, MODEL
 
 @pytest.fixture(autouse=True)
 def always_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apart, "_SMALL", 0)
+    monkeypatch.setattr(apart, "APART", 0)
 
 
 def convert(file: Path, spec: dict[str, Any] = SPEC) -> dict[str, bytes]:
@@ -86,8 +87,9 @@ print(re.search("VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1], fil
     asked = json.dumps({"file": str(model_file), "spec": SPEC})
     done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, check=True)
     assert int(done.stderr) * 1024 <= apart.predicted_memory(model_file)
-    save(MODEL, tmp_path / "step", tp=1)
-    plan = engine.plan(MODEL.mapping, tmp_path / "step", settings=LETTERS)
+    model = replace(MODEL, vocab=512)
+    save(model, tmp_path / "step", tp=1)
+    plan = engine.plan(model.mapping, tmp_path / "step", settings=LETTERS)
     allowed = predicted_memory(plan, 1) + apart.predicted_memory(model_file) - 1
     with pytest.raises(EngineError) as caught:
         engine.convert(

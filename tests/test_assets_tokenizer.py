@@ -16,7 +16,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from engine.assets.merges import ranked_merges
-from engine.assets.tokenizer import convert_tokenizer, tokenizer_size
+from engine.assets.tokenizer import convert_tokenizer
+from engine.assets.tokenizer_read import understand_tokenizer
 from engine.errors import EngineError
 from tests.support.sentencepiece_models import RESERVED, WORDS, train
 
@@ -180,7 +181,7 @@ def test_without_add_bos_nothing_is_put_in_front(model_file: Path, theirs: Any) 
 
 
 def test_the_size_is_the_number_of_pieces(model_file: Path, theirs: Any) -> None:
-    assert tokenizer_size(model_file) == theirs.get_piece_size()
+    assert len(understand_tokenizer(model_file, SPEC).names) == theirs.get_piece_size()
 
 
 def test_the_model_itself_is_handed_on_and_conversion_is_deterministic(model_file: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, data: bytes) -> None
     path = tmp_path / "tokenizer.model"
     path.write_bytes(data)
     with pytest.raises(EngineError) as caught:
-        tokenizer_size(path)
+        understand_tokenizer(path, SPEC)
     assert caught.value.code == "E501"
     assert "not a SentencePiece model" in str(caught.value)
 

@@ -215,7 +215,7 @@ def test_a_configuration_that_changed_is_named_when_resuming(tmp_path: Path, mon
     save(MODEL, source, tp=1)
     interrupted(source, out, monkeypatch)
     config = dict(engine.api.read_checkpoint(source, engine.api.load_layout("internevo")).config)
-    torch.save({**config, "layer_norm_epsilon": 0.5}, source / "model_config.pt")
+    torch.save({**config, "layer_norm_epsilon": 0.05}, source / "model_config.pt")
     error = refused(source, out, "E407", resume=True)
     assert "the configuration" in error.message and "rms_norm_eps" in str(error)
     heads = {"num_attention_heads": MODEL.heads // 2, "num_kv_attention_heads": MODEL.groups // 2}

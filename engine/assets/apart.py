@@ -20,7 +20,7 @@ from typing import Any
 from engine.assets.tokenizer import convert_tokenizer
 from engine.errors import EngineError, Place
 
-_SMALL = 256 << 10  # bytes of a model that is converted before a process has started
+APART = 256 << 10  # bytes of a model: a smaller one is converted before a process would have started
 _LOOK = 0.1  # seconds between looks at the stop flag
 _PROCESS = 64 << 20  # bytes that the process takes before it has read a model
 _PER_BYTE = 160  # bytes that it takes for each of the model's
@@ -32,12 +32,12 @@ def predicted_memory(model_file: Path) -> int:
 
 
 def convert_apart(model_file: Path, spec: Mapping[str, Any], stopped: threading.Event) -> dict[str, bytes]:
-    """As `convert_tokenizer`, which this calls itself where no process can be started.
+    """As `convert_tokenizer`, in another process; here where none can be started.
 
     Args:
         stopped: ends the process early; what is returned then is of no use.
     """
-    if not sys.executable or (model_file.is_file() and model_file.stat().st_size < _SMALL):
+    if not sys.executable:
         return convert_tokenizer(model_file, spec)
     told = _ask(json.dumps({"file": os.fspath(model_file), "spec": spec}).encode(), stopped)
     if stopped.is_set():

@@ -2,69 +2,79 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engine import __version__
-from engine.assets.apart import convert_apart, predicted_memory
+from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template
 from engine.assets.generation import generation_config
 from engine.assets.model_card import model_card
-from engine.assets.tokenizer import tokenizer_size
+from engine.assets.tokenizer import convert_understood
+from engine.assets.tokenizer_read import check_tokenizer
 from engine.errors import EngineError, Place
 from engine.planning.model import Plan
 from engine.planning.release import family_of
+from engine.run.execute import Small
 
 
-def make_assets(
-    plan: Plan, tokenizer: Path | None, stopped: threading.Event
-) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Every small file of the output by name, and what the user should know.
+def make_assets(plan: Plan, tokenizer: Path | None) -> Small:
+    """Every small file of the output, and what the user should know; converting a large tokenizer is left for later.
+
+    Whatever can be wrong with any of them is told here, before a run writes anything.
 
     Args:
         tokenizer: a SentencePiece model; default: the mapping's file beside the checkpoint.
-        stopped: when set, what is returned is no longer wanted.
 
     Raises:
         EngineError: E5xx.
     """
     files: dict[str, bytes] = {"config.json": as_json(plan.config)}
     notices: list[str] = []
-    spec = plan.mapping.tokenizer
-    model = _find_tokenizer(plan, spec, tokenizer)
-    if model is not None and spec is not None:
-        pieces, rows = tokenizer_size(model), plan.sizes.get("vocab")
-        if rows is not None and pieces > rows:
-            raise EngineError(
-                "E501",
-                "the tokenizer is not this model's: it has more pieces than the embedding has rows",
-                place=Place(str(model)),
-                got=f"{pieces} pieces",
-                expected=f"at most {rows}, the vocabulary size",
-                fix="Give the model's own tokenizer with --tokenizer.",
-            )
-        files.update(convert_apart(model, spec, stopped))
-    elif spec is not None:
-        name = spec.get("file", "tokenizer.model")
-        notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")
+    spec, rows = plan.mapping.tokenizer, plan.sizes.get("vocab")
+    model, later, memory = _find_tokenizer(plan, spec, tokenizer), None, 0
     if plan.mapping.chat_template is not None:
         files["chat_template.jinja"] = chat_template(plan.mapping.chat_template).encode()
     if plan.mapping.generation is not None:
-        generation, left_out = _within(plan.mapping.generation, plan.sizes.get("vocab"))
+        generation, left_out = _within(plan.mapping.generation, rows)
         notices += left_out
         files["generation_config.json"] = generation_config(generation, plan.config)
-    files["README.md"] = model_card({**card_facts(plan, notices), "tokenizer": "tokenizer.json" in files})
-    return files, tuple(notices)
+    if model is not None and spec is not None:
+        found = check_tokenizer(model, spec, rows, plan.config)
+        memory = predicted_memory(model)
+        if len(found.data) < APART:
+            files.update(convert_understood(found, spec, Place(str(model))))
+        else:
+            later = partial(_convert_later, model, spec, hashlib.sha256(found.data).digest())
+        if rows is not None and len(found.names) < rows:
+            told = f"{len(found.names)} pieces, fewer than the embedding's {rows} rows"
+            notices.append(f"the tokenizer has {told}; make sure that it is this model's")
+    elif spec is not None:
+        name = spec.get("file", "tokenizer.model")
+        notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")
+    files["README.md"] = model_card({**card_facts(plan, notices), "tokenizer": model is not None})
+    return Small(files, tuple(notices), later, memory)
 
 
-def assets_memory(plan: Plan, tokenizer: Path | None) -> int:
-    """Bytes resident at the peak of `make_assets`, beyond what any run takes. Raises as it does."""
-    model = _find_tokenizer(plan, plan.mapping.tokenizer, tokenizer)
-    return 0 if model is None else predicted_memory(model)
+def _convert_later(
+    model: Path, spec: Mapping[str, Any], checked: bytes, stopped: threading.Event
+) -> Mapping[str, bytes]:
+    """The files of a tokenizer whose bytes, of this SHA-256, have been checked."""
+    files = convert_apart(model, spec, stopped)
+    if files and hashlib.sha256(files["tokenizer.model"]).digest() != checked:
+        raise EngineError(
+            "E405",
+            "the tokenizer changed while it was read",
+            place=Place(str(model)),
+            fix="Wait until nothing writes to it, then run again.",
+        )
+    return files
 
 
 def _within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, Any], list[str]]:

@@ -16,10 +16,8 @@ class Pieces:
 
     texts: list[str]
     types: list[int]
-    scores: list[float]
 
     @classmethod
     def of(cls, model: Any) -> Pieces:
         """The pieces of a parsed `ModelProto`."""
-        found = list(model.pieces)
-        return cls([piece.piece for piece in found], [piece.type for piece in found], [piece.score for piece in found])
+        return cls([piece.piece for piece in model.pieces], [piece.type for piece in model.pieces])

@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.assets.merges import ranked_merges
-from engine.assets.pieces import BYTE, CONTROL, MODEL_TYPES, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces
+from engine.assets.pieces import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces
 from engine.assets.tokenizer_check import compare
+from engine.assets.tokenizer_read import Understood, refuse_kind, understand_tokenizer
 from engine.errors import EngineError, Place
-
-
-def tokenizer_size(model_file: Path) -> int:
-    """The number of pieces of a SentencePiece model: at most the rows of the embedding.
-
-    Raises:
-        EngineError: E501 if the file is not a SentencePiece model.
-    """
-    return len(_read(model_file)[0].pieces)
 
 
 def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, bytes]:
@@ -43,28 +35,20 @@ def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, by
     Raises:
         EngineError: E501: not such a model, or it cannot be expressed exactly.
     """
-    model, data = _read(model_file)
-    place = Place(str(model_file))
-    processor = _processor(data)
-    pieces = Pieces.of(model)
+    return convert_understood(understand_tokenizer(model_file, spec), spec, Place(str(model_file)))
+
+
+def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place) -> dict[str, bytes]:
+    """As `convert_tokenizer`, of a model that has been read."""
+    model, data, pieces, names = found.model, found.data, found.pieces, found.names
+    bos, eos, pad, unk = found.bos, found.eos, found.pad, found.unk
+    processor = _processor(data, place)
     ids = range(len(pieces.texts))
     unused = set(compress(ids, processor.is_unused(list(ids))))
-    _check_kind(model, pieces, unused, place)
-    names = _renamed(pieces, spec, place)
+    refuse_kind(_reason_of_unused(model, pieces, unused), place)
     special = _special_ids(pieces, names)
-    bos, eos, pad = (_named(spec, key, names, place) for key in ("bos", "eos", "pad"))
     special |= {names.index(token) for token in (bos, eos, pad) if token is not None}
     add_bos = bos is not None and bool(spec.get("add_bos", True))
-    unk = names[pieces.types.index(UNKNOWN)]
-    if spec.get("unk", unk) != unk:
-        raise EngineError(
-            "E501",
-            f"the unknown token is not `{spec['unk']}`",
-            place=place,
-            got=f"`{unk}`, by the model",
-            expected=f"`{spec['unk']}`, by the mapping",
-            fix="Correct `tokenizer.unk` in the mapping, or leave it out.",
-        )
     backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))
     compare(pieces, processor, text, place)
@@ -97,125 +81,36 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _read(model_file: Path) -> tuple[Any, bytes]:
-    """The parsed model and the file's bytes."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    place = Place(str(model_file))
-    try:
-        data = model_file.read_bytes()
-    except OSError as error:
-        raise EngineError(
-            "E501",
-            "the tokenizer file cannot be read",
-            place=place,
-            got=error.strerror or str(error),
-            fix="Check the path and its permissions.",
-        ) from error
-    model = sentencepiece_model_pb2.ModelProto()
-    try:
-        model.ParseFromString(data)
-        found = f"{len(model.pieces)} pieces"
-    except DecodeError:
-        found = f"{len(data)} bytes that start with {data[:12]!r}"
-    if not model.HasField("trainer_spec") or all(piece.type != UNKNOWN for piece in model.pieces):
-        raise EngineError(
-            "E501",
-            "the file is not a SentencePiece model",
-            place=place,
-            got=found,
-            expected="a tokenizer.model as SentencePiece writes it",
-            fix="Give the model's own tokenizer.model; check that it was copied whole.",
-        )
-    return model, data
-
-
-def _processor(data: bytes) -> Any:
+def _processor(data: bytes, place: Place) -> Any:
     """SentencePiece itself, which knows better than the file which pieces it uses."""
     import sentencepiece
 
     sentencepiece.set_min_log_level(2)  # else it tells on stderr that a NUL piece is unused
-    return sentencepiece.SentencePieceProcessor(model_proto=data)
-
-
-def _check_kind(model: Any, pieces: Pieces, unused: set[int], place: Place) -> None:
-    """Refuse what `tokenizers` cannot express exactly."""
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    types = pieces.types
-    kind = MODEL_TYPES.get(trainer.model_type, str(trainer.model_type))
-    characters = {text for text in pieces.texts if len(text) == 1}
-    spelled = set("".join(text for text, kind in zip(pieces.texts, types, strict=True) if kind == NORMAL))
-    found: str | None = None
-    if kind != "BPE":
-        found = f"a {kind} model"
-    elif any(_joins(pieces, pieces.texts[index]) for index in unused):
-        found = f"{len(unused)} unused pieces that others are made of"
-    elif unused and not trainer.byte_fallback:
-        found = f"{len(unused)} unused pieces without byte fallback"
-    elif trainer.byte_fallback and types.count(BYTE) != 256:
-        found = f"byte fallback with {types.count(BYTE)} byte pieces"
-    elif spelled - characters:
-        found = f"pieces with characters that are no pieces themselves: {' '.join(sorted(spelled - characters)[:8])}"
-    elif trainer.treat_whitespace_as_suffix and normalizer.add_dummy_prefix:
-        found = "a dummy suffix"
-    elif USER_DEFINED in types and (
-        normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
-    ):
-        # `tokenizers` would normalise the symbols' own names too
-        found = f"user-defined symbols in a model that changes text first (normaliser {normalizer.name})"
-    elif not normalizer.escape_whitespaces:
-        found = "spaces that are not escaped"
-    if found is not None:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
         raise EngineError(
             "E501",
-            "this kind of SentencePiece model cannot be expressed exactly",
+            "SentencePiece refuses the tokenizer",
             place=place,
-            got=found,
-            expected="a BPE model as InternLM trains them",
-            fix="Check that the file is this model's tokenizer.",
-        )
+            got=str(error)[:200],
+            expected="a tokenizer.model as SentencePiece writes it",
+            fix="Give the model's own tokenizer.model; check that it was copied whole.",
+        ) from None
+
+
+def _reason_of_unused(model: Any, pieces: Pieces, unused: set[int]) -> str | None:
+    """Why `tokenizers` cannot express a model exactly, by the pieces that SentencePiece does not use."""
+    if any(_joins(pieces, pieces.texts[index]) for index in unused):
+        return f"{len(unused)} unused pieces that others are made of"
+    if unused and not model.trainer_spec.byte_fallback:
+        return f"{len(unused)} unused pieces without byte fallback"
+    return None
 
 
 def _joins(pieces: Pieces, unused: str) -> bool:
     """Whether an unused piece can come up inside a join: only a lone character that no piece has cannot."""
     return len(unused) != 1 or any(unused in text and text != unused for text in pieces.texts)
-
-
-def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: Place) -> list[str]:
-    """The pieces' names by id, after `rename`."""
-    names = list(pieces.texts)
-    for key, name in (spec.get("rename") or {}).items():
-        index = int(key)
-        if not 0 <= index < len(names):
-            raise EngineError(
-                "E501",
-                f"id {index} is to be named `{name}` but the tokenizer ends before it",
-                place=place,
-                got=f"{len(names)} pieces",
-                expected=f"more than {index}",
-                fix="Give this model's tokenizer, or drop the id from `tokenizer.rename`.",
-            )
-        if pieces.types[index] not in (USER_DEFINED, CONTROL):
-            raise EngineError(
-                "E501",
-                f"id {index} is to be named `{name}` but is not a reserved piece",
-                place=place,
-                got=f"`{pieces.texts[index]}`, which ordinary text uses",
-                expected="a reserved piece",
-                fix="Check the ids under `tokenizer.rename`.",
-            )
-        if name in names and names.index(name) != index:
-            raise EngineError(
-                "E501",
-                f"two ids would be named `{name}`",
-                place=place,
-                got=f"{names.index(name)} and {index}",
-                expected="one id for a name",
-                fix="Check the names under `tokenizer.rename`.",
-            )
-        names[index] = name
-    return names
 
 
 def _special_ids(pieces: Pieces, names: list[str]) -> set[int]:
@@ -227,20 +122,6 @@ def _special_ids(pieces: Pieces, names: list[str]) -> set[int]:
     }
 
 
-def _named(spec: Mapping[str, Any], key: str, names: list[str], place: Place) -> str | None:
-    token = spec.get(key)
-    if token is not None and token not in names:
-        raise EngineError(
-            "E501",
-            f"the {key} token `{token}` is not a piece of the tokenizer",
-            place=place,
-            got=f"{len(names)} pieces, of which the first are {' '.join(names[:4])}",
-            expected=f"a piece `{token}`",
-            fix=f"Correct `tokenizer.{key}` in the mapping.",
-        )
-    return None if token is None else str(token)
-
-
 def _backend(
     model: Any, pieces: Pieces, names: list[str], special: set[int], unused: set[int], bos: str | None, unk: str
 ) -> dict[str, Any]:
@@ -249,9 +130,10 @@ def _backend(
     # can reach (joins make pieces, and this is none), which the decoder spells out again
     spelled = {index: f"<unused {index}>" for index in sorted(unused)}
     vocab = {spelled.get(index, name): index for index, name in enumerate(names)}
+    scored = [piece.score for piece in model.pieces]
     scores = {
         text: score
-        for index, (text, score, kind) in enumerate(zip(pieces.texts, pieces.scores, pieces.types, strict=True))
+        for index, (text, score, kind) in enumerate(zip(pieces.texts, scored, pieces.types, strict=True))
         if kind == NORMAL and index not in unused
     }
     dummy = model.normalizer_spec.add_dummy_prefix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,38 +90,52 @@ class Running:
     max_memory: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Small:
+    """The files of an output beside its weights, made before anything is written.
+
+    Attributes:
+        notices: what the user should know of them.
+        later: makes more of them, which takes long, while tensors are written; the event is set when they are no
+            longer wanted.
+        memory: bytes that all this takes.
+    """
+
+    files: Mapping[str, bytes]
+    notices: tuple[str, ...] = ()
+    later: Callable[[threading.Event], Mapping[str, bytes]] | None = None
+    memory: int = 0
+
+
 def execute(
-    compiled: Plan,
-    source: Path,
-    out: Path,
-    small: Callable[[threading.Event], tuple[dict[str, bytes], tuple[str, ...]]],
-    how: Running,
-    started: float,
-    small_memory: int = 0,
+    compiled: Plan, source: Path, out: Path, make_small: Callable[[], Small], how: Running, started: float
 ) -> Report:
     """Run a plan: weight files, small files and the manifest, complete at `out` or not there.
 
+    Whatever can be refused without reading tensors is, before the folder of the output is made.
+
     Args:
-        small: makes the other files of the output, and notices about them, while tensors are written; the
-            event is set when they are no longer wanted.
+        make_small: makes the other files of the output, or refuses.
         started: when the command started, for the report.
-        small_memory: bytes that `small` takes.
     """
     from engine.run.manifest import NAME, encode_manifest, manifest
-    from engine.run.runner import write_bytes, write_weights
+    from engine.run.runner import check_runnable, write_bytes, write_weights
     from engine.storage.output import OutputFolder
 
-    notices = list(compiled.notices)
-    with OutputFolder(out, source, overwrite=how.overwrite, resume=how.resume, need=compiled.nbytes) as folder:
+    output = OutputFolder(out, source, overwrite=how.overwrite, resume=how.resume, need=compiled.nbytes)
+    small = make_small()
+    check_runnable(compiled, how.workers, how.max_memory, small.memory)
+    _check_names(compiled, small.files)
+    notices = [*compiled.notices, *small.notices]
+    files = dict(small.files)
+    later = small.later
+
+    def make_later(stopped: threading.Event) -> None:
+        files.update(later(stopped) if later is not None else {})
+
+    with output as folder:
         if how.check_source:
             notices += check_source(compiled, how.progress)
-        files: dict[str, bytes] = {}
-
-        def make_small(stopped: threading.Event) -> None:
-            made, told = small(stopped)
-            files.update(made)
-            notices.extend(told)
-
         done = write_weights(
             compiled,
             folder,
@@ -130,8 +144,8 @@ def execute(
             listener=how.progress,
             digests=how.digests,
             resume=how.resume,
-            beside=[make_small],
-            beside_memory=small_memory,
+            beside=[] if later is None else [make_later],
+            beside_memory=small.memory,
         )
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
@@ -147,6 +161,24 @@ def execute(
         content_id=data.get("content_id"),
         notices=tuple(notices),
     )
+
+
+def _check_names(compiled: Plan, small: Iterable[str]) -> None:
+    """E502 when two files of the output would have the same name."""
+    from engine.run.journal import NAME as JOURNAL
+    from engine.run.manifest import NAME
+
+    names = [*(file.name for file in compiled.shards), *small, NAME, JOURNAL]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise EngineError(
+            "E502",
+            "two files of the output would have the same name",
+            place=compiled.layout.place,
+            got=twice,
+            expected="names that differ",
+            fix="Correct the names of files in the layout.",
+        )
 
 
 def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) -> list[str]:

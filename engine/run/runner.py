@@ -25,6 +25,13 @@ from engine.storage.output import sweep, write_error
 from engine.storage.sources import check_unchanged
 
 
+def check_runnable(plan: Plan, workers: int | None, max_memory: int | None, beside_memory: int) -> None:
+    """E209 or E001 for what `write_weights` could not do, told before there is a folder to write to."""
+    for output in plan.outputs:
+        check_transform(output)
+    workers_of(plan, workers, max_memory, beside_memory)
+
+
 def write_weights(
     plan: Plan,
     folder: Path,
@@ -56,8 +63,6 @@ def write_weights(
         EngineError: E402 when replicas differ, E405 when a source changed meanwhile, E407 when there is another
             run to resume, or its sources changed.
     """
-    for output in plan.outputs:
-        check_transform(output)
     count = workers_of(plan, workers, max_memory, beside_memory)
     left = read_journal(folder, plan) if resume else Interrupted()
     if resume:

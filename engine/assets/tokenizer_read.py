@@ -1,0 +1,220 @@
+"""A SentencePiece model as it is read, and checked by what its file tells at once.
+
+This much is done before a run writes anything; converting takes longer, and is done beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.assets.pieces import BYTE, CONTROL, MODEL_TYPES, NORMAL, UNKNOWN, USER_DEFINED, Pieces
+from engine.errors import EngineError, Place
+
+_LARGEST = 256 << 20  # bytes of a model; whatever is longer is none, and is read no further
+
+
+@dataclass(frozen=True, slots=True)
+class Understood:
+    """A SentencePiece model, and what a mapping's `tokenizer` block makes of it.
+
+    Attributes:
+        data: the file's bytes.
+        names: pieces by id, after `rename`.
+        bos, eos, pad, unk: the names of these tokens, where the mapping has them.
+    """
+
+    model: Any
+    data: bytes
+    pieces: Pieces
+    names: list[str]
+    bos: str | None
+    eos: str | None
+    pad: str | None
+    unk: str
+
+
+def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understood:
+    """Read a model and check what its file tells at once: its kind, its pieces, the tokens that are named.
+
+    Raises:
+        EngineError: E501: not such a model, or it cannot be expressed exactly.
+    """
+    model, data = _read(model_file)
+    place = Place(str(model_file))
+    pieces = Pieces.of(model)
+    refuse_kind(_reason(model, pieces), place)
+    names = _renamed(pieces, spec, place)
+    bos, eos, pad = (_named(spec, key, names, place) for key in ("bos", "eos", "pad"))
+    unk = names[pieces.types.index(UNKNOWN)]
+    if spec.get("unk", unk) != unk:
+        raise EngineError(
+            "E501",
+            f"the unknown token is not `{spec['unk']}`",
+            place=place,
+            got=f"`{unk}`, by the model",
+            expected=f"`{spec['unk']}`, by the mapping",
+            fix="Correct `tokenizer.unk` in the mapping, or leave it out.",
+        )
+    return Understood(model, data, pieces, names, bos, eos, pad, unk)
+
+
+def check_tokenizer(
+    model_file: Path, spec: Mapping[str, Any], rows: int | None, config: Mapping[str, Any]
+) -> Understood:
+    """`understand_tokenizer`, and that it is the tokenizer of a model.
+
+    Args:
+        rows: of the model's embedding: a tokenizer has no more pieces.
+        config: config.json, whose `bos_token_id`, `eos_token_id` and `pad_token_id` are ids of the tokens that the
+            mapping names so.
+    """
+    found = understand_tokenizer(model_file, spec)
+    fix = "Give the model's own tokenizer with --tokenizer."
+    if rows is not None and len(found.names) > rows:
+        raise EngineError(
+            "E501",
+            "the tokenizer is not this model's: it has more pieces than the embedding has rows",
+            place=Place(str(model_file)),
+            got=f"{len(found.names)} pieces",
+            expected=f"at most {rows}, the vocabulary size",
+            fix=fix,
+        )
+    for key, token in (("bos", found.bos), ("eos", found.eos), ("pad", found.pad)):
+        wanted = config.get(f"{key}_token_id")
+        ids = wanted if isinstance(wanted, list) else [wanted]
+        if token is not None and wanted is not None and found.names.index(token) not in ids:
+            raise EngineError(
+                "E501",
+                f"the tokenizer is not this model's: `{token}` has another id than config.json says",
+                place=Place(str(model_file)),
+                got=f"{found.names.index(token)}",
+                expected=f"{wanted}, the `{key}_token_id`",
+                fix=fix,
+            )
+    return found
+
+
+def _read(model_file: Path) -> tuple[Any, bytes]:
+    """The parsed model and the file's bytes."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    place = Place(str(model_file))
+    try:
+        with model_file.open("rb") as file:
+            data = file.read(_LARGEST)
+    except OSError as error:
+        raise EngineError(
+            "E501",
+            "the tokenizer file cannot be read",
+            place=place,
+            got=error.strerror or str(error),
+            fix="Check the path and its permissions.",
+        ) from error
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(data)
+        found = f"{len(model.pieces)} pieces"
+    except DecodeError:
+        found = f"{len(data)} bytes that start with {data[:12]!r}"
+    if not model.HasField("trainer_spec") or all(piece.type != UNKNOWN for piece in model.pieces):
+        raise EngineError(
+            "E501",
+            "the file is not a SentencePiece model",
+            place=place,
+            got=found,
+            expected="a tokenizer.model as SentencePiece writes it",
+            fix="Give the model's own tokenizer.model; check that it was copied whole.",
+        )
+    return model, data
+
+
+def _reason(model: Any, pieces: Pieces) -> str | None:
+    """Why `tokenizers` cannot express a model exactly, by its file."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    types = pieces.types
+    kind = MODEL_TYPES.get(trainer.model_type, str(trainer.model_type))
+    characters = {text for text in pieces.texts if len(text) == 1}
+    spelled = set("".join(text for text, kind in zip(pieces.texts, types, strict=True) if kind == NORMAL))
+    found: str | None = None
+    if kind != "BPE":
+        found = f"a {kind} model"
+    elif trainer.byte_fallback and types.count(BYTE) != 256:
+        found = f"byte fallback with {types.count(BYTE)} byte pieces"
+    elif spelled - characters:
+        found = f"pieces with characters that are no pieces themselves: {' '.join(sorted(spelled - characters)[:8])}"
+    elif trainer.treat_whitespace_as_suffix and normalizer.add_dummy_prefix:
+        found = "a dummy suffix"
+    elif USER_DEFINED in types and (
+        normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
+    ):
+        # `tokenizers` would normalise the symbols' own names too
+        found = f"user-defined symbols in a model that changes text first (normaliser {normalizer.name})"
+    elif not normalizer.escape_whitespaces:
+        found = "spaces that are not escaped"
+    return found
+
+
+def refuse_kind(found: str | None, place: Place) -> None:
+    if found is not None:
+        raise EngineError(
+            "E501",
+            "this kind of SentencePiece model cannot be expressed exactly",
+            place=place,
+            got=found,
+            expected="a BPE model as InternLM trains them",
+            fix="Check that the file is this model's tokenizer.",
+        )
+
+
+def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: Place) -> list[str]:
+    """The pieces' names by id, after `rename`."""
+    names = list(pieces.texts)
+    for key, name in (spec.get("rename") or {}).items():
+        index = int(key)
+        if not 0 <= index < len(names):
+            raise EngineError(
+                "E501",
+                f"id {index} is to be named `{name}` but the tokenizer ends before it",
+                place=place,
+                got=f"{len(names)} pieces",
+                expected=f"more than {index}",
+                fix="Give this model's tokenizer, or drop the id from `tokenizer.rename`.",
+            )
+        if pieces.types[index] not in (USER_DEFINED, CONTROL):
+            raise EngineError(
+                "E501",
+                f"id {index} is to be named `{name}` but is not a reserved piece",
+                place=place,
+                got=f"`{pieces.texts[index]}`, which ordinary text uses",
+                expected="a reserved piece",
+                fix="Check the ids under `tokenizer.rename`.",
+            )
+        if name in names and names.index(name) != index:
+            raise EngineError(
+                "E501",
+                f"two ids would be named `{name}`",
+                place=place,
+                got=f"{names.index(name)} and {index}",
+                expected="one id for a name",
+                fix="Check the names under `tokenizer.rename`.",
+            )
+        names[index] = name
+    return names
+
+
+def _named(spec: Mapping[str, Any], key: str, names: list[str], place: Place) -> str | None:
+    token = spec.get(key)
+    if token is not None and token not in names:
+        raise EngineError(
+            "E501",
+            f"the {key} token `{token}` is not a piece of the tokenizer",
+            place=place,
+            got=f"{len(names)} pieces, of which the first are {' '.join(names[:4])}",
+            expected=f"a piece `{token}`",
+            fix=f"Correct `tokenizer.{key}` in the mapping.",
+        )
+    return None if token is None else str(token)
