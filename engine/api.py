@@ -29,6 +29,7 @@ from engine.reviewing import (
     write_facts,
 )
 from engine.run.execute import Report, Running, check_dtype, execute, read_checkpoint
+from engine.storage.replacing import given_path
 from engine.training import plan_reshard, plan_reverse, reshard, reverse
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _write(
     from engine.assets.bundle import make_assets
 
     real = source.resolve()
-    final = Path(out) if out is not None else real.with_name(real.name + "-hf")
+    final = given_path(out, "the output") if out is not None else real.with_name(real.name + "-hf")
     model = Path(tokenizer) if tokenizer else None
     return execute(compiled, source, final, lambda: make_assets(compiled, model), how, started)
 

@@ -6,6 +6,8 @@ Codes are grouped by where the trouble lies: E0 usage, E1 mapping and layout fil
 
 from __future__ import annotations
 
+import json
+import unicodedata
 from dataclasses import dataclass
 
 CODES: dict[str, str] = {
@@ -83,17 +85,34 @@ KEPT = (*RESUMABLE, "E407")  # what else leaves the work of an interrupted run a
 _LONGEST = 2000  # characters of one part of a message
 
 
-def printable(text: str) -> str:
-    """Text that cannot steer a terminal, pretend to be another line, or fail to be written.
+def visible(text: str, keep: str = "") -> str:
+    """Text that cannot steer a terminal, turn its direction, pretend to be another line, or fail to be written.
 
-    Names in a checkpoint and of its files may hold anything.
+    Names in a checkpoint, of its files and in a mapping may hold anything. Everything that is shown, in a
+    terminal, a card, a page or a message, passes through here. `keep` are characters that stay, like newlines.
 
-    >>> printable("two\\nlines")
-    'two\\\\nlines'
+    >>> visible("two\\nlines"), visible("\\x1b[31mred\\u202e")
+    ('two\\\\nlines', '\\\\x1b[31mred\\\\u202e')
     """
-    if len(text) > _LONGEST:
-        text = text[: _LONGEST - 1] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if _shows(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def escaped_json(text: str) -> str:
+    """JSON in which everything that is not to be seen is an escape of JSON's own; it stays the same data."""
+    if text.isprintable():
+        return text
+    return "".join(c if _shows(c) or c == "\n" else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text)
+
+
+def _shows(c: str) -> bool:
+    return c.isprintable() or unicodedata.category(c) == "Zs"  # wide and narrow spaces do no harm
+
+
+def printable(text: str) -> str:
+    """Visible text of one line, of a length that a message can hold."""
+    return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 
 
 def _lines(text: str) -> str:

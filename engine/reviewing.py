@@ -118,8 +118,9 @@ def format_mapping(text: str) -> str:
 def clean(out: str | Path) -> list[Path]:
     """Remove what interrupted runs left beside an output; returns what was removed."""
     from engine.storage.output import clean as remove
+    from engine.storage.replacing import given_path
 
-    return remove(Path(out))
+    return remove(given_path(out, "the output"))
 
 
 def verify(
@@ -188,9 +189,12 @@ def view(
         EngineError: E401 when `out` exists, else as for `plan`.
     """
     from engine.api import plan
-    from engine.show.page import view_page, write_page
+    from engine.show.page import is_page, view_page, write_page
+    from engine.storage.replacing import check_file_free, given_path
 
-    return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), Path(out), overwrite=overwrite)
+    file = given_path(out, "the page")
+    check_file_free(file, overwrite, is_page)
+    return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), file, overwrite=overwrite)
 
 
 def new_mapping(

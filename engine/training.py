@@ -12,6 +12,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.run.execute import Report, Running, Small, check_dtype, execute, read_checkpoint
+from engine.storage.replacing import given_path
 
 if TYPE_CHECKING:
     from engine.planning.destination import Request
@@ -41,7 +42,8 @@ def plan_reverse(
     check_dtype(dtype)
     loaded = mapping if isinstance(mapping, MappingFile) else load_mapping(str(mapping))
     layout = load_layout(loaded.layout)
-    checkpoint = WholeCheckpoint(str(src), read_hf_folder(Path(src)), read_hf_config(Path(src)))
+    folder = given_path(src, "the checkpoint")
+    checkpoint = WholeCheckpoint(str(src), read_hf_folder(folder), read_hf_config(folder))
     if not checkpoint.config:
         raise EngineError(
             "E304",
@@ -140,7 +142,7 @@ def reverse(
         lossy=lossy,
     )  # fmt: skip
     how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
-    return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
+    return execute(compiled, Path(src), given_path(out, "the output"), lambda: _small_files(compiled), how, started)
 
 
 def reshard(
@@ -173,7 +175,7 @@ def reshard(
         mapping, src, tp=tp, pp=pp, wp=wp, chunks=chunks, mode=mode, like=like, settings=settings, dtype=dtype
     )
     how = Running(overwrite, workers, progress, resume, digests, check_source, max_memory)
-    return execute(compiled, Path(src), Path(out), lambda: _small_files(compiled), how, started)
+    return execute(compiled, Path(src), given_path(out, "the output"), lambda: _small_files(compiled), how, started)
 
 
 def _small_files(compiled: Plan) -> Small:

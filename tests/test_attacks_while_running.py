@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from engine.errors import EngineError
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import read_safetensors
 from engine.storage import output
+from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
 V1 = Model()
+with tempfile.TemporaryDirectory() as _folder:
+    OLD = old_output(Path(_folder))
 LETTERS = {"mlp_letters": "w2_is_down"}
 RANK = "model_tp1_pp1.pt"
 ROOT = Path(__file__).parent.parent
-OLD = {"mine.txt": b"keep"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -43,8 +46,7 @@ def source(tmp_path: Path) -> Path:
 def out(tmp_path: Path) -> Path:
     """An old output, which must survive."""
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "hf").mkdir()
-    (tmp_path / "out" / "hf" / "mine.txt").write_bytes(b"keep")
+    assert old_output(tmp_path / "out" / "hf") == OLD
     return tmp_path / "out" / "hf"
 
 
@@ -272,8 +274,7 @@ def test_nothing_is_written_through_a_link_in_a_partial_output(
         assert contents(out) == contents(out.parent / "whole")
         assert not any(path.is_symlink() for path in out.iterdir())
         shutil.rmtree(out)
-        out.mkdir()
-        (out / "mine.txt").write_bytes(b"keep")
+        old_output(out)
 
 
 def test_a_partial_output_that_is_a_link_is_not_followed(source: Path, out: Path, tmp_path: Path) -> None:

@@ -347,8 +347,17 @@ def test_a_file_is_never_replaced_unasked(source: Path, tmp_path: Path) -> None:
         api.new_mapping(source, out=file)
     assert caught.value.code == "E401"
     assert file.read_text() == "mine"
+    with pytest.raises(EngineError, match="E401"):
+        api.new_mapping(source, out=file, overwrite=True)
+    assert file.read_text() == "mine"
+    file.unlink()
+    api.new_mapping(source, out=file)
+    drafted = file.read_text()
     api.new_mapping(source, out=file, overwrite=True)
-    assert file.read_text().startswith("mapping: 1\n")
+    assert file.read_text() == drafted and drafted.startswith("mapping: 1\n")
+    file.write_text(drafted.replace("version: ", "version:  "))  # a person has edited it
+    with pytest.raises(EngineError, match="E401"):
+        api.new_mapping(source, out=file, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "x.yaml"]
 
 

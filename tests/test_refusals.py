@@ -15,6 +15,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
+from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
 V1 = Model(layers=4)
@@ -175,8 +176,7 @@ def test_files_of_two_modes_are_refused(source: Path) -> None:
 
 def test_an_existing_output_is_kept_unless_told_otherwise(source: Path) -> None:
     out = source.parent / "hf"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
+    old_output(out)
     refuse(source, "E401")
     assert (out / "mine.txt").read_text() == "keep"
     engine.convert(V1.mapping, source, out, settings={"mlp_letters": "w2_is_down"}, overwrite=True)
@@ -186,8 +186,7 @@ def test_an_existing_output_is_kept_unless_told_otherwise(source: Path) -> None:
 
 def test_a_failing_overwrite_keeps_the_old_output(source: Path) -> None:
     out = source.parent / "hf"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
+    old_output(out)
     os.truncate(source / "model_tp1_pp0.pt", 1000)
     refuse(source, "E301", overwrite=True)
     assert (out / "mine.txt").read_text() == "keep"
@@ -294,8 +293,7 @@ def test_a_whole_stage_short_of_layers_disagrees_with_the_config(source: Path) -
 
 def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = source.parent / "hf"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
+    old_output(out)
     rename = os.rename
 
     def failing(old: Path, new: Path) -> None:

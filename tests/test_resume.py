@@ -22,6 +22,7 @@ from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.storage.locks import OutputLock
 from engine.storage.sinks import SinkFiles
+from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=4, groups=2, bias=False)
@@ -240,8 +241,7 @@ def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_
     save(model, tmp_path / "step", tp=2)
     engine.convert(model.mapping, tmp_path / "step", tmp_path / "whole", settings=LETTERS, max_shard_size=3_000_000)
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
+    old = old_output(out)
     command = [sys.executable, "-m", "engine", "run", "-m", model.mapping, "-s", str(tmp_path / "step"), "-o", str(out)]
     command += ["--set", "mlp_letters=w2_is_down", "--overwrite", "--max-shard-size", "3MB", "--quiet"]
     dice = random.Random(number)
@@ -262,7 +262,7 @@ def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_
         if process.returncode == 0:
             break  # it was done before the signal came
         assert process.returncode in (-number, 128 + number)
-        assert contents(out) == {"mine.txt": b"keep"}
+        assert contents(out) == old
         if "--resume" not in command:
             command.append("--resume")
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)

@@ -6,7 +6,6 @@ so that what is read later is what the index promises.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from engine.formats.configs import read_json
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import read_safetensors
+from engine.storage.json_text import parse_json
 from engine.storage.regular import open_regular
 
 # In the order transformers looks for them.
@@ -126,8 +126,8 @@ def _read_index(path: Path) -> dict[str, str]:
     if len(raw) > _MAX_INDEX:
         raise damaged(f"it is larger than {_MAX_INDEX >> 20} MiB")
     try:
-        data = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(raw)
+    except ValueError as error:
         raise damaged(f"it is not JSON: {error}"[:200]) from None
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -136,14 +136,6 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(name, str) or not _is_plain(name):
             raise damaged(f"{name!r} is not the name of a file beside it"[:200], tensor)
     return weight_map
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    "".join(result).encode()  # halves of characters are no text
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
 
 
 def _is_plain(name: str) -> bool:

@@ -53,12 +53,15 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
     """Write one HTML page that shows what `run` would do: decisions, rules, a picture of each."""
     from engine import api
     from engine.show import render
-    from engine.show.screenshot import screenshot
+    from engine.show.screenshot import is_picture, screenshot
+    from engine.storage.replacing import check_file_free, given_path
 
     if mapping is None:
         raise click.UsageError("Missing option '--mapping' / '-m'.")
+    if png is not None:
+        check_file_free(given_path(png, "the picture"), options["overwrite"], is_picture)
     done = api.view(mapping, src, out, **options)
     if png is not None:
-        screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0)
+        screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0, overwrite=options["overwrite"])
         done["png"] = png
     click.echo(render.as_json(done) if as_json else f"wrote {done['out']}, {render.amount(done['bytes'])}")

@@ -145,13 +145,17 @@ def inspect(as_json: bool, /, folder: str) -> None:
 @cli.command()
 @planning_options
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
+@click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
 @reports_errors
-def plan(as_json: bool, /, mapping: str, src: str, out: str | None, **options: Any) -> None:
+def plan(as_json: bool, /, mapping: str, src: str, out: str | None, overwrite: bool, **options: Any) -> None:
     """Show what `run` would do, without reading tensor data."""
     from engine import api
     from engine.show import render
 
-    made = api.plan(mapping, src, **options) if out is None else api.save_plan(out, mapping, src, **options)
+    if out is None:
+        made = api.plan(mapping, src, **options)
+    else:
+        made = api.save_plan(out, mapping, src, overwrite=overwrite, **options)
     facts = api.describe_plan(made)
     click.echo(render.as_json(facts) if as_json else render.plan(facts))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from engine.formats.headers import FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import read_safetensors
 from engine.run.digests import ALGORITHM, content_id, digest_of
-from engine.run.manifest import NAME, VERSION
+from engine.run.manifest import NAME, read_manifest
 from engine.storage.regular import open_regular
 from engine.storage.sources import SourceFiles
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from engine.run.meter import Progress
 
 _BLOCK = 1 << 20
-_MOST = 1 << 30  # bytes of a manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +57,6 @@ class Verified:
             **({} if self.manifest else {"manifest": False}),
             **{name: one.as_dict() for name, one in more.items() if one is not None},
         }
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an output; E304 when it has none, E301 when it cannot be read."""
-    path = folder / NAME
-    if not path.is_file():
-        raise EngineError(
-            "E304",
-            f"there is no `{NAME}`",
-            place=Place(str(folder)),
-            expected="an output of this engine",
-            fix="Only what `engine run`, `reverse` or `reshard` wrote can be verified.",
-        )
-    with open_regular(path) as file:
-        raw = file.read(_MOST)
-    try:
-        data = json.loads(raw)
-        known = data["manifest"] == VERSION
-        shaped = all(isinstance(data[key], dict) for key in ("tensors", "files"))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        known = shaped = False
-        data = {}
-    if not known or not shaped:
-        raise EngineError(
-            "E301",
-            f"`{NAME}` cannot be read",
-            place=Place(str(path)),
-            expected=f"a manifest of version {VERSION}",
-            fix="Convert again.",
-        )
-    result: dict[str, Any] = data
-    return result
 
 
 def verify(folder: Path, advance: Callable[[int], None] = lambda _: None) -> Verified:

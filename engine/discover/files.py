@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from engine.discover.scaffold import Request, Scaffold, draft
-from engine.errors import EngineError, Place
+from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.search import bundled, find_file, layout_names, list_names
 from engine.planning.attempts import Checkpoint
+from engine.storage.replacing import check_file_free, given_path, write_error, write_file
 
+_DRAFTED = "# as drafted by engine new: "
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 Reader = Callable[[str | Path, Layout], Checkpoint]
 
@@ -25,17 +28,22 @@ def new_mapping(
     src: str | Path, read: Reader, *, name: str | None, like: str | None, out: str | Path | None, overwrite: bool
 ) -> Scaffold:
     """Draft a mapping for the folder, and write it when `out` names a file."""
-    file = None if out is None else Path(out)
+    file = None if out is None else given_path(out, "the mapping")
     if file is not None:
-        _check_free(file, overwrite)
+        check_file_free(file, overwrite, is_draft)
     called = _name(name, file, Path(src))
     families = _families(like, file)
     only = families[0][1].layout if like is not None else None
     layout, checkpoint = _read(src, read, only)
     paths = {} if like is None else {families[0][0]: find_file(like)}
     made = draft(Request(checkpoint, layout, families, called, _schema(file), like is not None, paths))
+    made = replace(made, text=_signed(made.text))
     if file is not None:
-        _write(file, made.text, overwrite)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(file, error) from error
+        write_file(file, made.text.encode(), overwrite=overwrite, ours=is_draft)
     return made
 
 
@@ -91,42 +99,12 @@ def _schema(out: Path | None) -> str | None:
     return Path(os.path.relpath(root / "schemas" / "mapping.schema.json", folder)).as_posix()
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
-    if os.path.lexists(out) and not overwrite:
-        raise EngineError(
-            "E401",
-            "the output exists already",
-            place=Place(str(out)),
-            fix="Choose another --out, or give --overwrite to replace it.",
-        )
+def _signed(text: str) -> str:
+    """A draft with a last line that tells whether a person has edited it since."""
+    return f"{text}{_DRAFTED}{hashlib.sha256(text.encode()).hexdigest()[:32]}\n"
 
 
-def _write(out: Path, text: str, overwrite: bool) -> None:
-    """Whole or not at all; another file that came meanwhile is kept."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(made, 0o666 & ~_umask())
-            if overwrite:
-                os.replace(made, out)
-            else:
-                os.link(made, out)
-        finally:
-            Path(made).unlink(missing_ok=True)
-    except FileExistsError:
-        _check_free(out, overwrite)
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise EngineError(
-            "E403", "the mapping cannot be written", place=Place(str(out)), got=reason, fix="Choose another --out."
-        ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def is_draft(content: bytes) -> bool:
+    """Whether a file holds a draft that nobody has edited."""
+    text, _, _ = content.decode("utf-8", "replace").rpartition(_DRAFTED)
+    return _signed(text).encode() == content

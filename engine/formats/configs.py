@@ -15,6 +15,7 @@ from engine.formats.rank_files import read_torch_file
 from engine.formats.standins import DType
 from engine.formats.torch_files import encode_torch
 from engine.formats.unpickle import damaged
+from engine.storage.json_text import parse_json
 from engine.storage.regular import open_regular
 
 _DEEPEST = 64
@@ -54,8 +55,8 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         raw = file.read(MAX_SOURCE + 1)
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw)
+    except ValueError as error:
         raise EngineError(
             "E301",
             "the configuration is not JSON",

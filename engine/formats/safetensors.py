@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.storage.json_text import parse_json
 from engine.storage.regular import FileState, open_regular
 
 _MAX_HEADER = 100_000_000  # the format's own limit, in bytes
@@ -112,6 +113,9 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def index_json(files: Mapping[str, str], total_size: int) -> bytes:
     """`model.safetensors.index.json`: tensor name → file, and the bytes of all tensors."""
     data = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(files.items()))}
@@ -149,8 +153,8 @@ def read_safetensors(path: Path) -> FileHeader:
             fix="Check the file and its permissions.",
         ) from error
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text)
+    except ValueError as error:
         raise damaged(f"its header is not JSON: {error}") from None
     if not isinstance(entries, dict):
         raise damaged("its header is not an object")
@@ -183,12 +187,3 @@ def read_safetensors(path: Path) -> FileHeader:
         raise damaged(f"{size} bytes, its header describes {8 + length + position}")
     identity = hashlib.sha256(start + text).hexdigest()
     return FileHeader(path, size, tuple(h for _, _, h in tensors), identity, state=state)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object, if its keys differ and are text that UTF-8 can hold."""
-    result = dict(pairs)
-    "".join(result).encode()
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result

@@ -6,6 +6,7 @@ Copies are computed anew when a saved plan is run; the file holds what they must
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from engine.language.validation import violations
 from engine.planning.digest import digest_of_plan
 from engine.planning.model import Plan
 from engine.proving.normal import normal_form
+from engine.storage.json_text import parse_json
+from engine.storage.regular import open_regular
+from engine.storage.replacing import write_file
 
 VERSION = 1
 MAX_BYTES = 64 << 20
@@ -93,28 +97,26 @@ def _file(header: FileHeader) -> dict[str, Any]:
     return told
 
 
-def write_saved_plan(path: Path, data: Mapping[str, Any]) -> None:
-    """Write the file; E403 when it cannot be."""
-    try:
-        path.write_text(compact_json(data), encoding="utf-8")
-    except OSError as error:
-        raise EngineError(
-            "E403", "the plan cannot be written", place=Place(str(path)), got=error.strerror, fix="Check the path."
-        ) from error
+def write_saved_plan(path: Path, data: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Write the file; E401 when something is there, with `overwrite` unless it is a saved plan."""
+    write_file(path, compact_json(data).encode(), overwrite=overwrite, ours=is_saved_plan)
+
+
+def is_saved_plan(start: bytes) -> bool:
+    """Whether a file of these first bytes was written as a saved plan."""
+    return re.match(rb'\{\s*"plan": \d+,\s*"engine": "', start) is not None
 
 
 def read_saved_plan(path: Path) -> SavedPlan:
     """Read and check a saved plan; E305 or E102 when it is none."""
+    with open_regular(path) as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise _unreadable(path, f"more than {MAX_BYTES} bytes")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise _unreadable(path, f"more than {MAX_BYTES} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EngineError(
-            "E305", "a file cannot be read", place=Place(str(path)), got=error.strerror, fix="Check the path."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(path, str(error) or type(error).__name__) from error
+        data = parse_json(raw)
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from error
     if isinstance(data, dict) and isinstance(data.get("plan"), int) and data["plan"] != VERSION:
         raise EngineError(
             "E102",

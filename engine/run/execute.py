@@ -52,8 +52,9 @@ def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
     from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
     from engine.checkpoint.ranks import check_claims, read_grid
     from engine.planning.planner import Checkpoint
+    from engine.storage.replacing import given_path
 
-    folder = Path(src)
+    folder = given_path(src, "the checkpoint")
     grid = read_grid(list_folder(folder), layout, str(folder))
     config = read_folder_config(folder, layout.config_file, layout.config_format, required=True)
     training: dict[str, Any] = {}
@@ -118,11 +119,19 @@ def execute(
         make_small: makes the other files of the output, or refuses.
         started: when the command started, for the report.
     """
-    from engine.run.manifest import NAME, encode_manifest, manifest
+    from engine.run.manifest import NAME, encode_manifest, foreign, manifest
     from engine.run.runner import check_runnable, write_bytes, write_weights
     from engine.storage.output import OutputFolder
+    from engine.storage.replacing import given_path
 
-    output = OutputFolder(out, source, overwrite=how.overwrite, resume=how.resume, need=compiled.nbytes)
+    output = OutputFolder(
+        given_path(out, "the output"),
+        source,
+        overwrite=how.overwrite,
+        resume=how.resume,
+        need=compiled.nbytes,
+        foreign=foreign,
+    )
     small = make_small()
     check_runnable(compiled, how.workers, how.max_memory, small.memory)
     _check_names(compiled, small.files)

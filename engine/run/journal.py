@@ -21,6 +21,7 @@ from engine import __version__
 from engine.errors import EngineError, Place
 from engine.planning.digest import digest_of_plan
 from engine.planning.model import Plan
+from engine.storage.json_text import parse_json
 
 NAME = ".journal"
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -139,8 +140,8 @@ def read_journal(folder: Path, plan: Plan) -> Interrupted:
     states: Mapping[str, Any] = {}
     for number, line in enumerate(_lines(folder / NAME)):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             break
         if not isinstance(value, dict):
             break

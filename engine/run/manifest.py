@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from engine import __version__
+from engine.errors import EngineError, Place
+from engine.formats.safetensors import INDEX
 from engine.language.documents import plain
+from engine.language.validation import violations
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done
+from engine.storage.json_text import parse_json
+from engine.storage.regular import open_regular
 
 NAME = "conversion.json"
 VERSION = 1
+_MOST = 1 << 30  # bytes of a manifest
 
 
 def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -> dict[str, Any]:
@@ -75,3 +83,53 @@ def tensor_key(plan: Plan, file: str, name: str) -> str:
 
 def encode_manifest(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an output, checked against its schema; E304 when it has none, E301 when it is none."""
+    path = folder / NAME
+    if not path.is_file():
+        raise EngineError(
+            "E304",
+            f"there is no `{NAME}`",
+            place=Place(str(folder)),
+            expected="an output of this engine",
+            fix="Only what `engine run`, `reverse` or `reshard` wrote can be verified.",
+        )
+    with open_regular(path) as file:
+        raw = file.read(_MOST)
+    try:
+        data: dict[str, Any] = parse_json(raw)
+        wrong = next(iter(violations(data, "conversion")), None)
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from None
+    if wrong is not None:
+        raise _unreadable(path, f"{'.'.join(map(str, wrong.absolute_path)) or 'the file'}: {wrong.message[:160]}")
+    return data
+
+
+def _unreadable(path: Path, why: str) -> EngineError:
+    return EngineError(
+        "E301",
+        f"`{NAME}` cannot be read",
+        place=Place(str(path)),
+        got=why[:200],
+        expected=f"a manifest of version {VERSION}",
+        fix="Convert again.",
+    )
+
+
+def foreign(folder: Path) -> str | None:
+    """What of a folder is not the engine's output, in words; None for its output or an empty folder."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if not entries:
+            return None
+        data = read_manifest(folder)
+    except OSError as error:
+        return error.strerror or "a folder that cannot be read"
+    except EngineError as error:
+        return f"a folder without a manifest of the engine: {error.message}"
+    mine = {NAME, INDEX, *data["files"], *(entry["file"] for entry in data["tensors"].values())}
+    others = [one.name for one in entries if one.name not in mine or not one.is_file(follow_symlinks=False)]
+    return f"files that the engine did not write: {', '.join(others[:4])}" if others else None

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
-from engine.formats.safetensors import index_json
+from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
 from engine.planning.model import Plan
 from engine.run.journal import NAME as JOURNAL
@@ -96,7 +96,7 @@ def write_weights(
                 journal.close()
     if len(plan.shards) > 1 and plan.written is None:
         names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
-        write_bytes(folder / "model.safetensors.index.json", index_json(names, plan.nbytes))
+        write_bytes(folder / INDEX, index_json(names, plan.nbytes))
     (folder / JOURNAL).unlink(missing_ok=True)
     return writer.done
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, Place
 from engine.explaining.describe import describe_plan
 from engine.planning.model import Plan
 from engine.show.drawing import draw, strip
 from engine.show.pictures import pictures
+from engine.storage.replacing import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 STRIP = 920
@@ -56,25 +54,15 @@ def view_page(plan: Plan) -> str:
 
 
 def write_page(page: str, out: Path, *, overwrite: bool) -> dict[str, Any]:
-    """Write the page whole or not at all."""
-    from engine.storage.output import write_error
-
-    if os.path.lexists(out) and not overwrite:
-        raise EngineError(
-            "E401",
-            "the output exists already",
-            place=Place(str(out)),
-            fix="Choose another --out, or give --overwrite to replace it.",
-        )
+    """Write the page whole or not at all; with `overwrite`, a page that was written before is replaced."""
     data = page.encode()
-    partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise write_error(out, error) from error
+    write_file(out, data, overwrite=overwrite, ours=is_page)
     return {"out": str(out), "bytes": len(data)}
+
+
+def is_page(start: bytes) -> bool:
+    """Whether a file of these first bytes was written as a page."""
+    return b'<meta name="generator" content="engine view">' in start
 
 
 def policy(style: str, script: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 from engine.errors import EngineError, Place
+from engine.storage.replacing import write_file
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _FLAGS = (
@@ -15,6 +18,7 @@ _FLAGS = (
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--force-device-scale-factor=1",
 )  # fmt: skip
 _SECONDS = 60
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ABOVE, _PER_FIGURE, _TALLEST = 2200, 520, 16_000  # pixels
 
 
@@ -23,13 +27,25 @@ def browser() -> str | None:
     return next((found for name in _NAMES if (found := shutil.which(name)) is not None), None)
 
 
-def screenshot(page: Path, out: Path, *, width: int = 1200, root: bool = False) -> None:
+def is_picture(start: bytes) -> bool:
+    """Whether a file of these first bytes was drawn by `screenshot`."""
+    return start.startswith(_SIGNATURE) and _mark() in start[:100]
+
+
+def _mark() -> bytes:
+    """A chunk of text of a PNG that says who drew it."""
+    body = b"tEXtSoftware\0engine view"
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def screenshot(page: Path, out: Path, *, width: int = 1200, root: bool = False, overwrite: bool = False) -> None:
     """Draw an HTML file as a PNG so many pixels wide, and high enough for its figures.
 
     The browser gets a profile of its own, which is removed, and is asked for no network; the page
     itself loads nothing.
 
     Args:
+        overwrite: replace a picture that was drawn before; no other file is.
         root: whether the process runs as root, for which Chromium has no sandbox.
 
     Raises:
@@ -62,9 +78,6 @@ def screenshot(page: Path, out: Path, *, width: int = 1200, root: bool = False) 
                 got=said[0][:300],
                 fix=f"Try `{Path(found).name} --headless --screenshot` by hand, or leave --png out.",
             )
-        try:
-            shutil.move(drawn, out)
-        except OSError as error:
-            raise EngineError(
-                "E403", "writing failed", place=Place(str(out)), got=error.strerror, fix="Check the path of --png."
-            ) from error
+        data = drawn.read_bytes()
+        first = len(_SIGNATURE) + 25  # the chunk that must come first, IHDR, has 25 bytes
+        write_file(out, data[:first] + _mark() + data[first:], overwrite=overwrite, ours=is_picture)

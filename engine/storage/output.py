@@ -9,12 +9,13 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 
 from engine.errors import KEPT, EngineError, Place
 from engine.storage.locks import OutputLock
+from engine.storage.replacing import exists
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
 _AT_CWD = -100
@@ -29,9 +30,25 @@ class OutputFolder:
     removed when the input itself is at fault.
     """
 
-    def __init__(self, out: Path, source: Path, *, overwrite: bool, resume: bool = False, need: int = 0) -> None:
-        """Args: need: bytes that will be written; E403 when there is no room for them."""
+    def __init__(
+        self,
+        out: Path,
+        source: Path,
+        *,
+        overwrite: bool,
+        resume: bool = False,
+        need: int = 0,
+        foreign: Callable[[Path], str | None] = lambda _: "what the engine cannot tell",
+    ) -> None:
+        """
+        Args:
+            need: bytes that will be written; E403 when there is no room for them.
+            foreign: what a folder holds that the engine did not write, in words; None when nothing.
+        """
         self.final = Path(os.path.abspath(out))
+        if not self.final.name:
+            raise EngineError("E001", "this cannot be an output", got=str(out), fix="Name a folder to write.")
+        self._foreign = foreign
         self.partial = self.final.with_name(f".{self.final.name}.partial-{secrets.token_hex(4)}")
         self._overwrite, self._resume, self._need, self._out = overwrite, resume, need, out
         self._held = ExitStack()
@@ -39,12 +56,18 @@ class OutputFolder:
         self._check_free()
 
     def _check_free(self) -> None:
-        if os.path.lexists(self.final) and not self._overwrite:
-            raise EngineError(
-                "E401",
-                "the output exists already",
-                place=Place(str(self._out)),
-                fix="Choose another --out, or give --overwrite to replace it once the new one is complete.",
+        if not os.path.lexists(self.final):
+            return
+        if not self._overwrite:
+            raise exists(
+                self._out, "Choose another --out, or give --overwrite to replace it once the new one is complete."
+            )
+        found = self._foreign(self.final) if _is_folder(self.final) else "no folder"
+        if found is not None:
+            raise exists(
+                self._out,
+                "Choose another --out, or move it away: only an output of the engine or an empty folder is replaced.",
+                found,
             )
 
     def __enter__(self) -> Path:
@@ -97,6 +120,7 @@ class OutputFolder:
 
     def _move(self) -> None:
         sync_folder(self.partial)
+        self._check_free()  # what somebody put there meanwhile is kept, and so is the new output beside it
         if os.path.lexists(self.final):
             old = self.partial if _exchange(self.partial, self.final) else self._swap()
             sync_folder(self.final.parent)
@@ -120,6 +144,8 @@ class OutputFolder:
 def leftovers(out: Path) -> list[Path]:
     """What interrupted runs left beside an output."""
     final = Path(os.path.abspath(out))
+    if not final.name:
+        return []
     start = f".{final.name}."
     names = os.listdir(final.parent) if final.parent.is_dir() else []
     ends = re.compile(r"(partial|old)-[0-9a-f]{8}")

@@ -61,12 +61,12 @@ def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading; E305 for anything else, without blocking on a fifo."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name may hold NUL
         raise EngineError(
             "E305",
             "a file cannot be read",
             place=Place(str(path)),
-            got=error.strerror,
+            got=error.strerror if isinstance(error, OSError) else str(error),
             fix="Check the file and its permissions.",
         ) from error
     check_regular(descriptor, path)

@@ -1,0 +1,62 @@
+"""JSON from outside, read in one place: only what can be written again, shown, and computed with."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+_MOST_DIGITS = 64  # a float holds any such number; transformers itself writes one of 31 digits
+_LONG = re.compile(rb"[0-9]{%d}" % (_MOST_DIGITS + 1))
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: for what is no JSON, a key that occurs twice, text with NUL or half a character in it,
+            numbers of more than 64 digits or beyond what a float holds, and nesting without end. Says which.
+    """
+    long = _number if _LONG.search(raw) else None
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_int=long, parse_float=_finite)
+        if b"\\u" in raw:
+            _check_text(value)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _number(text: str) -> int:
+    if len(text.lstrip("-")) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is beyond what a float holds")
+    return value
+
+
+def _check_text(value: Any) -> None:
+    """Lone surrogates cannot be written, and NUL ends a path."""
+    stack = [value]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, dict):
+            stack += one
+            stack += one.values()
+        elif isinstance(one, list):
+            stack += one
+        elif isinstance(one, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in one):
+            raise ValueError("a text holds NUL or half a character")
