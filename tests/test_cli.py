@@ -373,7 +373,7 @@ def test_the_bundled_mappings_have_no_lint_errors() -> None:
 
 def test_lint_names_the_place_and_ends_with_1(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
-    text = (Path(api.__file__).parents[1] / "mappings" / MAPPING).read_text()
+    text = (Path(api.__file__).parents[2] / "mappings" / MAPPING).read_text()
     broken.write_text(text.replace("axes: (q heads head_dim) | hidden", "axes: (q heads) | hidden"))
     done = invoke("lint", broken)
     assert done.exit_code == 1

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from engine.commands.options import explaining_options, reports_errors
+from engine.commands.options import EXPLAINED, asks, reports_errors
 
 
 @click.command()
 @click.argument("what", metavar="[TENSOR|CODE]", required=False)
 @click.option("--from", "source", metavar="[FILE:]TENSOR", help="Explain where a stored source tensor goes.")
-@explaining_options
+@asks(*EXPLAINED)
 @reports_errors
 def explain(
     as_json: bool, /, what: str | None, source: str | None, mapping: str | None, src: str, **options: Any
@@ -47,7 +47,7 @@ def explain(
 @click.option("--out", "-o", default="view.html", show_default=True, metavar="FILE", help="The page to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
 @click.option("--png", metavar="FILE", help="Draw it too, by an installed Chromium.")
-@explaining_options
+@asks(*EXPLAINED)
 @reports_errors
 def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | None, **options: Any) -> None:
     """Write one HTML page that shows what `run` would do: decisions, rules, a picture of each."""

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,7 +22,7 @@ from engine.commands.check import clean, compare, prove, verify
 from engine.commands.diff import diff
 from engine.commands.explain import explain, view
 from engine.commands.new import new
-from engine.commands.options import only_plan, planning_options, rank_options, reports_errors, writing_options
+from engine.commands.options import SAVED, asks, only_plan, rank_options, reports_errors, writing_options
 from engine.errors import CODES
 
 if TYPE_CHECKING:
@@ -82,10 +81,10 @@ def write(as_json: bool, command: str, quiet: bool, log_file: str | None, **aske
 
 
 @cli.command()
-@partial(planning_options, required=False)
+@asks(*SAVED)
 @click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
-@click.option("--tokenizer", metavar="FILE", help="The SentencePiece model, if not beside the checkpoint.")
+@asks("tokenizer")
 @writing_options
 @reports_errors
 @click.pass_context
@@ -98,16 +97,13 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     if saved is None:
         write(as_json, "run", **options)
         return
-    planned = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
-    write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in planned})
+    write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
 
 
 @cli.command()
 @rank_options
 @writing_options
-@click.option("--src", "-s", required=True, metavar="DIR", help="The Hugging Face checkpoint.")
-@click.option("--lossy", multiple=True, metavar="RULE",
-              help="Write a rule that does not invert all the same; may be repeated.")  # fmt: skip
+@asks("src", "lossy", required=["src"], src="The Hugging Face checkpoint.")
 @reports_errors
 def reverse(as_json: bool, /, **options: Any) -> None:
     """Write a Hugging Face checkpoint as training rank files.
@@ -120,7 +116,7 @@ def reverse(as_json: bool, /, **options: Any) -> None:
 @cli.command()
 @rank_options
 @writing_options
-@click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR", help="The checkpoint folder.")
+@asks("src")
 @reports_errors
 def reshard(as_json: bool, /, **options: Any) -> None:
     """Write a training checkpoint for other ranks, from shards to shards.
@@ -143,7 +139,7 @@ def inspect(as_json: bool, /, folder: str) -> None:
 
 
 @cli.command()
-@planning_options
+@asks(*SAVED, required=["mapping"])
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
 @reports_errors

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from engine.commands.options import reports_errors
+from engine.commands.options import asks, reports_errors
 
 
 @click.command()
-@click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR", help="The checkpoint folder.")
+@asks("src")
 @click.option("--name", metavar="NAME", help="The mapping's name.  [default: the file's or the folder's]")
 @click.option("--like", metavar="FAMILY", help="The family or mapping to extend.  [default: the nearest]")
 @click.option("--out", "-o", metavar="FILE", help="The file to write.  [default: print it]")

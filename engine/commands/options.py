@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
@@ -12,6 +13,8 @@ import click
 from click.core import ParameterSource
 
 from engine.errors import RESUMABLE, EngineError, EngineErrors
+from engine.planning.request import DTYPES, Request
+from engine.run.running import Running
 
 P = ParamSpec("P")
 
@@ -119,8 +122,49 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
     return wrapped
 
 
-# What a saved plan already says, so that none of it can be given beside --plan.
-SAVED = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
+Command = Callable[..., None]
+_DECLARED = {one.name: one for kind in (Request, Running) for one in fields(kind) if one.metadata}
+
+
+def asks(*names: str, required: Sequence[str] = (), **helps: str) -> Callable[[Command], Command]:
+    """Options of a command, in this order: fields of `Request` or `Running` as these declare them.
+
+    Args:
+        required: those that must be given.
+        helps: other words for what a field is to this command.
+    """
+
+    def add(command: Command) -> Command:
+        for name in reversed(names):
+            command = _option(_DECLARED[name], name in required, helps.get(name))(command)
+        return command
+
+    return add
+
+
+def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Command], Command]:
+    declared = one.metadata
+    flags = declared["flags"].split() or [f"--{one.name.replace('_', '-')}"]
+    how: dict[str, Any] = {"help": other or declared["help"], "metavar": declared["metavar"] or None}
+    if required:
+        how["required"] = True
+    elif one.default is not MISSING and one.default not in (None, False, True, ()):
+        how["default"] = declared["shown"] if declared["kind"] == "size" else one.default
+        how["show_default"] = True if declared["kind"] == "size" else declared["shown"] or True
+    kinds: dict[str, dict[str, Any]] = {
+        "text": {},
+        "flag": {"is_flag": True},
+        "no-flag": {"is_flag": True, "flag_value": False, "default": True},
+        "count": {"type": click.IntRange(1), "metavar": "N"},
+        "size": {"type": Size()},
+        "workers": {"type": Workers(), "default": "auto", "show_default": True},
+        "dtype": {"type": click.Choice(DTYPES)},
+        "setting": {"type": Setting(), "multiple": True, "callback": settings_of},
+        "texts": {"multiple": True},
+    }
+    how |= kinds[declared["kind"]]
+    flags = [f"--no-{one.name}"] if declared["kind"] == "no-flag" else flags
+    return click.option(*flags, one.name, **how)
 
 
 def only_plan(ctx: click.Context, saved: str | None) -> None:
@@ -137,103 +181,35 @@ def only_plan(ctx: click.Context, saved: str | None) -> None:
         raise click.MissingParameter("or give --plan", ctx, missing)
 
 
-def planning_options(command: Callable[..., None], *, required: bool = True) -> Callable[..., None]:
-    """What `run` and `plan` share. With `required` false, a saved plan may stand for the mapping."""
-    for option in reversed(
-        (
-            click.option("--mapping", "-m", required=required, metavar="FILE|NAME",
-                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
-            click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR",
-                         help="The checkpoint folder."),
-            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
-                         help="Set a variant or an option of the mapping; may be repeated."),
-            click.option("--dtype", default="auto", show_default=True,
-                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-                         help="Element type to write; auto keeps each tensor's own."),
-            click.option("--max-shard-size", default="2GB", show_default=True, type=Size(),
-                         help="Most bytes of tensors in one output file, like 2GB or 5GiB."),
-            click.option("--strict", is_flag=True, help="Refuse sizes other than those the release has."),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
+EXPLAINED = ("mapping", "src", "settings", "dtype")
+SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already says
+_WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source")
 
 
-def explaining_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `explain` needs to compile a plan; error codes are explained without any of it."""
-    for option in reversed(
-        (
-            click.option("--mapping", "-m", metavar="FILE|NAME",
-                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
-            click.option("--src", "-s", default=".", show_default="current folder", metavar="DIR",
-                         help="The checkpoint folder."),
-            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
-                         help="Set a variant or an option of the mapping; may be repeated."),
-            click.option("--dtype", default="auto", show_default=True,
-                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-                         help="Element type to write; auto keeps each tensor's own."),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
+def rank_options(command: Command) -> Command:
+    """How `reverse` and `reshard` cut the model."""
+    sizes = (("tp", "Tensor-parallel ranks."), ("pp", "Pipeline ranks."), ("wp", "Weight-parallel ranks, in mode isp."))
+    command = asks("chunks", "mode", "like", "settings", "dtype")(command)
+    for name, told in reversed(sizes):
+        command = click.option(f"--{name}", type=click.IntRange(1), metavar="N", help=told)(command)
+    command = click.option("--out", "-o", required=True, metavar="DIR", help="The folder to write.")(command)
+    return asks("mapping", required=["mapping"])(command)
 
 
-def rank_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `reverse` and `reshard` share: how to cut the model."""
-    for option in reversed(
-        (
-            click.option("--mapping", "-m", required=True, metavar="FILE|NAME",
-                         help="A mapping file, or the name of a bundled one, like internlm2-7b.yaml."),
-            click.option("--out", "-o", required=True, metavar="DIR", help="The folder to write."),
-            click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel ranks."),
-            click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline ranks."),
-            click.option("--wp", type=click.IntRange(1), metavar="N", help="Weight-parallel ranks, in mode isp."),
-            click.option("--chunks", type=click.IntRange(1), metavar="N",
-                         help="Model chunks per pipeline rank (interleaved pipeline)."),
-            click.option("--mode", metavar="NAME", help="Parallel mode of the layout, like mtp or isp."),
-            click.option("--like", metavar="DIR",
-                         help="A training checkpoint whose mode, ranks, names and variants to copy."),
-            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
-                         help="Set a variant or an option of the mapping or its layout; may be repeated."),
-            click.option("--dtype", default="auto", show_default=True,
-                         type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-                         help="Element type to write; auto keeps each tensor's own."),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def writing_options(command: Callable[..., None]) -> Callable[..., None]:
+def writing_options(command: Command) -> Command:
     """What the commands share that write a checkpoint."""
-    for option in reversed(
-        (
-            click.option("--overwrite", is_flag=True, help="Replace the output once the new one is complete."),
-            click.option("--resume", is_flag=True, help="Go on with what an interrupted run left."),
-            click.option("--workers", default="auto", show_default=True, type=Workers(), help="Threads that write."),
-            click.option("--max-memory", type=Size(), help="Most memory to take; fewer threads keep to it."),
-            click.option("--no-digests", "digests", is_flag=True, flag_value=False, default=True,
-                         help="Record no digests of tensors; such a run cannot be resumed."),
-            click.option("--check-source", is_flag=True,
-                         help="Read the source once before, and compare it with the checksums it holds."),
-            click.option("--log-file", metavar="FILE", help="Append one JSON line per event there."),
-            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
+    command = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")(command)
+    command = click.option("--log-file", metavar="FILE", help="Append one JSON line per event there.")(command)
+    return asks(*_WRITTEN)(command)
 
 
-def verifying_options(command: Callable[..., None]) -> Callable[..., None]:
+def verifying_options(command: Command) -> Command:
     """What `verify` can compare an output with besides its manifest."""
     for option in reversed(
         (
             click.option("--src", "-s", metavar="DIR", help="The training checkpoint it was made from."),
-            click.option("--mapping", "-m", metavar="FILE|NAME",
-                         help="Compare every tensor with what this mapping makes of --src."),
-            click.option("--set", "settings", multiple=True, type=Setting(), callback=settings_of,
-                         help="Set a variant or an option of the mapping; may be repeated."),
-            click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+            asks("mapping", "settings", mapping="Compare every tensor with what this mapping makes of --src."),
+            click.option("--dtype", type=click.Choice(DTYPES),
                          help="Element type that was asked for.  [default: as in the manifest]"),
             click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
             click.option("--load", is_flag=True,

@@ -10,7 +10,7 @@ from engine.discover.guesses import is_number, numbers
 from engine.explaining.describe import fold
 
 if TYPE_CHECKING:
-    from engine.comparing.tensors import Verdict
+    from engine.comparing.verdict import Verdict
 
 # Names that `mlp_letters` exchanges, and names that only a mapping's own letters can.
 _LETTERS = ({"up_proj", "down_proj"}, {"w2", "w3"})

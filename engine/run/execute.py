@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.language.model import Layout
+from engine.run.running import Running
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
@@ -63,32 +64,6 @@ def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
         check_claims(grid, layout, training, str(folder))
     headers = read_headers(folder, [f.name for f in grid.files])
     return Checkpoint(str(folder), grid, headers, config, training, layout.config_file)
-
-
-def check_dtype(dtype: str) -> None:
-    """E001 for an element type that cannot be asked for."""
-    from engine.planning.whole import DTYPES
-
-    if dtype != "auto" and dtype not in DTYPES:
-        raise EngineError(
-            "E001",
-            f"there is no dtype `{dtype}`",
-            expected=", ".join(["auto", *DTYPES]),
-            fix="Give one of these to --dtype.",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """How a plan is run: what the commands that write share."""
-
-    overwrite: bool = False
-    workers: int | None = None
-    progress: Callable[[Progress], None] | None = None
-    resume: bool = False
-    digests: bool = True
-    check_source: bool = False
-    max_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
@@ -49,7 +50,6 @@ def explain(
     Raises:
         EngineError: E001 for a name or a slice that is not there, else as for `plan`.
     """
-    from engine.api import plan
     from engine.explaining.sources import explain_source
     from engine.explaining.targets import explain as forward
 
@@ -154,7 +154,6 @@ def verify(
     from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
 
     check_asked(src is not None, mapping is not None, logits, sample is not None)
-    from engine.api import plan
 
     compiled = None
     if src is not None and mapping is not None:
@@ -188,7 +187,6 @@ def view(
     Raises:
         EngineError: E401 when `out` exists, else as for `plan`.
     """
-    from engine.api import plan
     from engine.show.page import is_page, view_page, write_page
     from engine.storage.replacing import check_file_free, given_path
 

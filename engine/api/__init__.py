@@ -1,0 +1,52 @@
+"""The public Python functions. Each is what one command of the command line does."""
+
+from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_plan
+from engine.api.reviews import (
+    clean,
+    compare,
+    describe_plan,
+    explain,
+    format_mapping,
+    inspect,
+    lint,
+    new_mapping,
+    prove,
+    verify,
+    view,
+    write_facts,
+)
+from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.proving.mapping_diff import diff
+from engine.run.execute import Report, read_checkpoint
+
+__all__ = [
+    "Report",
+    "clean",
+    "compare",
+    "convert",
+    "describe_plan",
+    "diff",
+    "explain",
+    "format_mapping",
+    "inspect",
+    "iter_tensors",
+    "lint",
+    "load_layout",
+    "load_mapping",
+    "new_mapping",
+    "load_plan",
+    "plan",
+    "plan_reshard",
+    "plan_reverse",
+    "prove",
+    "read_checkpoint",
+    "reshard",
+    "reverse",
+    "run_plan",
+    "save_plan",
+    "verify",
+    "view",
+    "write_facts",
+]

@@ -1,0 +1,175 @@
+"""What a plan is asked for: each option declared once.
+
+The API takes them as keywords, the command line makes its options of them, and a saved plan holds
+the request. A new option is a field of `Request` and the same line in the keywords below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from engine.errors import EngineError
+from engine.planning import DEFAULT_SHARD_SIZE
+
+if TYPE_CHECKING:
+    from engine.language.model import Mapping as MappingFile
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def option(help: str, kind: str = "text", *, flags: str = "", metavar: str = "", shown: str = "") -> dict[str, str]:
+    """What the command line needs to offer a field.
+
+    Args:
+        help: what it does, in one line.
+        kind: text, flag, no-flag, count, size, workers, dtype, setting or texts (may be repeated).
+        flags: how it is spelled, when not as the field is named.
+        shown: the default as `--help` shows it.
+    """
+    return {"help": help, "kind": kind, "flags": flags, "metavar": metavar, "shown": shown}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a plan is made from.
+
+    Attributes:
+        mapping: a path, the name of a bundled mapping, or a loaded one.
+        src: the folder of the checkpoint that is read.
+        settings: variants and options of the mapping or its layout, as `--set` gives them.
+        dtype: one of `DTYPES`; `auto` keeps each tensor's own type.
+        max_shard_size: bytes of tensors per output file of a Hugging Face checkpoint.
+        strict: refuse sizes other than those of the release.
+        ranks: ranks to write per rank dimension; the others are as in `like`, else as in `src`, else 1.
+        chunks: model chunks per pipeline rank to write.
+        mode: a mode of the layout to write, or an alias.
+        like: a training checkpoint whose mode, ranks, names and variants to copy.
+        lossy: rules that do not invert and are written all the same.
+
+    Raises:
+        EngineError: E001 for a value that cannot be asked for.
+    """
+
+    mapping: str | Path | MappingFile = field(
+        metadata=option(
+            "A mapping file, or the name of a bundled one, like internlm2-7b.yaml.",
+            flags="--mapping -m",
+            metavar="FILE|NAME",
+        )
+    )
+    src: str | Path = field(
+        default=".", metadata=option("The checkpoint folder.", flags="--src -s", metavar="DIR", shown="current folder")
+    )
+    settings: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=option(
+            "Set a variant or an option of the mapping or its layout; may be repeated.", "setting", flags="--set"
+        ),
+    )
+    dtype: str = field(default="auto", metadata=option("Element type to write; auto keeps each tensor's own.", "dtype"))
+    max_shard_size: int = field(
+        default=DEFAULT_SHARD_SIZE,
+        metadata=option("Most bytes of tensors in one output file, like 2GB or 5GiB.", "size", shown="2GB"),
+    )
+    strict: bool = field(default=False, metadata=option("Refuse sizes other than those the release has.", "flag"))
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    chunks: int | None = field(
+        default=None, metadata=option("Model chunks per pipeline rank (interleaved pipeline).", "count")
+    )
+    mode: str | None = field(
+        default=None, metadata=option("Parallel mode of the layout, like mtp or isp.", metavar="NAME")
+    )
+    like: str | Path | None = field(
+        default=None,
+        metadata=option("A training checkpoint whose mode, ranks, names and variants to copy.", metavar="DIR"),
+    )
+    lossy: Sequence[str] = field(
+        default=(),
+        metadata=option("Write a rule that does not invert all the same; may be repeated.", "texts", metavar="RULE"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise EngineError(
+                "E001",
+                f"there is no dtype `{self.dtype}`",
+                expected=", ".join(DTYPES),
+                fix="Give one of these to --dtype.",
+            )
+        if isinstance(self.max_shard_size, bool) or not isinstance(self.max_shard_size, int) or self.max_shard_size < 1:
+            raise EngineError(
+                "E001",
+                "the shard size must be a positive number of bytes",
+                got=str(self.max_shard_size),
+                fix="For example 2GB, in Python 2_000_000_000.",
+            )
+
+
+class PlanOptions(TypedDict, total=False):
+    """Keywords of whatever makes a plan."""
+
+    settings: Mapping[str, Any] | None
+    dtype: str
+
+
+class WholeOptions(PlanOptions, total=False):
+    """Keywords of what plans a Hugging Face checkpoint."""
+
+    max_shard_size: int
+    strict: bool
+
+
+class RankOptions(PlanOptions, total=False):
+    """Keywords of what plans rank files; `tp`, `pp` and `wp` are short for entries of `ranks`."""
+
+    ranks: Mapping[str, int] | None
+    tp: int | None
+    pp: int | None
+    wp: int | None
+    chunks: int | None
+    mode: str | None
+    like: str | Path | None
+
+
+class ReverseOptions(RankOptions, total=False):
+    """Keywords of what plans rank files from a Hugging Face checkpoint."""
+
+    lossy: Sequence[str]
+
+
+def keywords(options: Mapping[str, Any], takes: type) -> Any:
+    """Those of some keywords that a function takes."""
+    return {name: value for name, value in options.items() if name in takes.__annotations__}
+
+
+def request_of(mapping: str | Path | MappingFile, src: str | Path, options: Mapping[str, Any], takes: type) -> Request:
+    """The request that keywords make.
+
+    Args:
+        takes: the keywords there are.
+
+    Raises:
+        TypeError: for a keyword that is none of them, as Python does.
+    """
+    check_keywords(options, takes)
+    ranks = dict(options.get("ranks") or {})
+    ranks |= {name: options[name] for name in ("tp", "pp", "wp") if options.get(name) is not None}
+    given = {name: value for name, value in own(options, Request).items() if value is not None}
+    return Request(mapping, src, **{**given, "ranks": ranks})
+
+
+def own(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Those of some keywords that are fields of a dataclass."""
+    return {one.name: options[one.name] for one in fields(kind) if one.name in options}
+
+
+def check_keywords(options: Mapping[str, Any], takes: type) -> None:
+    """TypeError for a keyword that is none of those a function takes."""
+    for name in options:
+        if name not in takes.__annotations__:
+            near = get_close_matches(name, takes.__annotations__, 1)
+            raise TypeError(f"there is no option `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))

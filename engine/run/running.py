@@ -1,0 +1,81 @@
+"""How a plan is run: each option declared once, as those of planning are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from engine.planning.request import RankOptions, ReverseOptions, WholeOptions, check_keywords, option, own
+from engine.run.meter import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a plan is run.
+
+    Attributes:
+        overwrite: replace the output once the new one is complete.
+        resume: go on with what an interrupted run of the same conversion left.
+        workers: threads that write; None: as many as cores and output files allow.
+        max_memory: bytes resident at most, kept by fewer workers, or refused.
+        digests: record a digest of every tensor in `conversion.json`; resuming needs them.
+        check_source: read the source once before, and compare it with the checksums it holds.
+        tokenizer: a SentencePiece model for a Hugging Face checkpoint; None: the one beside the source, if any.
+        progress: called with bytes done and in all, a few times a second.
+    """
+
+    overwrite: bool = field(default=False, metadata=option("Replace the output once the new one is complete.", "flag"))
+    resume: bool = field(default=False, metadata=option("Go on with what an interrupted run left.", "flag"))
+    workers: int | None = field(default=None, metadata=option("Threads that write.", "workers", shown="auto"))
+    max_memory: int | None = field(
+        default=None, metadata=option("Most memory to take; fewer threads keep to it.", "size")
+    )
+    digests: bool = field(
+        default=True, metadata=option("Record no digests of tensors; such a run cannot be resumed.", "no-flag")
+    )
+    check_source: bool = field(
+        default=False,
+        metadata=option("Read the source once before, and compare it with the checksums it holds.", "flag"),
+    )
+    tokenizer: str | Path | None = field(
+        default=None, metadata=option("The SentencePiece model, if not beside the checkpoint.", metavar="FILE")
+    )
+    progress: Callable[[Progress], None] | None = None
+
+
+class RunOptions(TypedDict, total=False):
+    """Keywords of whatever writes a checkpoint."""
+
+    overwrite: bool
+    resume: bool
+    workers: int | None
+    max_memory: int | None
+    digests: bool
+    check_source: bool
+    progress: Callable[[Progress], None] | None
+
+
+class WholeRunOptions(RunOptions, total=False):
+    """Keywords of what writes a Hugging Face checkpoint."""
+
+    tokenizer: str | Path | None
+
+
+class ConvertOptions(WholeOptions, WholeRunOptions, total=False):
+    """Keywords of `convert`."""
+
+
+class ReverseRunOptions(ReverseOptions, RunOptions, total=False):
+    """Keywords of `reverse`."""
+
+
+class ReshardRunOptions(RankOptions, RunOptions, total=False):
+    """Keywords of `reshard`."""
+
+
+def running_of(options: Mapping[str, Any], takes: type) -> Running:
+    """How to run, of keywords; those of `Request` are left aside. TypeError as for `request_of`."""
+    check_keywords(options, takes)
+    return Running(**own(options, Running))
