@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert len(graph) > 100
     for module in graph:
         visit(module, ())
+
+
+def test_the_architecture_page_lists_the_rooms_in_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^([a-z]+) {2,}\S", page.split("## Rooms")[1].split("```")[1], re.M)
+    assert tuple(listed) == ROOMS
