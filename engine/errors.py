@@ -61,6 +61,7 @@ CODES: dict[str, str] = {
     # assets
     "E501": "the tokenizer cannot be converted",
     "E502": "a configuration cannot be written",
+    "E503": "the code of --code is not the model's",
     # the engine itself
     "E901": "internal error",
 }

@@ -41,6 +41,8 @@ def convert(
 
     Args:
         tokenizer: a SentencePiece model; default: the one beside the checkpoint, if any.
+        code: a folder with the official `configuration_*.py` and `modeling_*.py`, where the mapping's target is
+            remote code: they are copied and named in `auto_map`, and never run.
         overwrite: replace the output once the new one is complete.
         workers: threads that write; default: as many as cores and output files allow.
         resume: go on with what an interrupted run of the same conversion left.
@@ -113,7 +115,8 @@ def _write(compiled: Plan, source: Path, out: str | Path | None, how: Running, s
     real = source.resolve()
     final = given_path(out, "the output") if out is not None else real.with_name(real.name + "-hf")
     model = Path(how.tokenizer) if how.tokenizer else None
-    return execute(compiled, source, final, lambda: make_assets(compiled, model), how, started)
+    code = None if how.code is None else Path(how.code)
+    return execute(compiled, source, final, lambda: make_assets(compiled, model, code), how, started)
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,6 +16,7 @@ from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template
 from engine.assets.generation import generation_config
 from engine.assets.model_card import model_card
+from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
 from engine.errors import EngineError, Place
@@ -24,19 +25,28 @@ from engine.planning.release import family_of
 from engine.run.execute import Small
 
 
-def make_assets(plan: Plan, tokenizer: Path | None) -> Small:
+def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) -> Small:
     """Every small file of the output, and what the user should know; converting a large tokenizer is left for later.
 
     Whatever can be wrong with any of them is told here, before a run writes anything.
 
     Args:
         tokenizer: a SentencePiece model; default: the mapping's file beside the checkpoint.
+        code: where the target's classes are remote code, the folder with the files that hold them.
 
     Raises:
         EngineError: E5xx.
     """
     files: dict[str, bytes] = {"config.json": as_json(plan.config)}
     notices: list[str] = []
+    remote = read_code(plan, code)
+    if remote is not None:
+        files |= {**remote.files, "config.json": as_json({**plan.config, "auto_map": dict(remote.auto_map)})}
+    elif plan.mapping.remote_code is not None:
+        notices.append(
+            f"no program loads it as it is: model type `{plan.mapping.model_type}` is remote code, which is not there; "
+            "add it with --code DIR"
+        )
     spec, rows = plan.mapping.tokenizer, plan.sizes.get("vocab")
     model, later, memory = _find_tokenizer(plan, spec, tokenizer), None, 0
     if plan.mapping.chat_template is not None:
@@ -58,7 +68,8 @@ def make_assets(plan: Plan, tokenizer: Path | None) -> Small:
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")
-    files["README.md"] = model_card({**card_facts(plan, notices), "tokenizer": model is not None})
+    facts = {"tokenizer": model is not None, "remote": remote_facts(plan, remote)}
+    files["README.md"] = model_card({**card_facts(plan, notices), **facts})
     return Small(files, tuple(notices), later, memory)
 
 

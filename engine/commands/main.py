@@ -84,7 +84,7 @@ def write(as_json: bool, command: str, quiet: bool, log_file: str | None, **aske
 @asks(*SAVED)
 @click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
-@asks("tokenizer")
+@asks("tokenizer", "code")
 @writing_options
 @reports_errors
 @click.pass_context

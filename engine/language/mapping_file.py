@@ -14,7 +14,7 @@ from engine.language.documents import Document
 from engine.language.expressions import check_expression
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import load_resolved
-from engine.language.model import Exclusion, Expression, Mapping, Option, Variant
+from engine.language.model import Exclusion, Expression, Mapping, Option, RemoteCode, Variant
 from engine.language.names import check_file_name, pattern
 from engine.language.rules import read_rule
 from engine.language.search import find_file, list_names
@@ -74,6 +74,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         resolved=data,
         keys=read_keys(document),
         expect_place=place("expect"),
+        remote_code=_remote_code(document, target.get("remote_code")),
     )
     check_mapping(mapping, document)
     return mapping
@@ -174,6 +175,13 @@ def read_tree(document: Document, path: tuple[str | int, ...], value: Any) -> An
             )
         return expression(document, path, found[1].strip())
     return value
+
+
+def _remote_code(document: Document, body: dict[str, Any] | None) -> RemoteCode | None:
+    if body is None:
+        return None
+    tree = read_tree(document, ("target", "remote_code", "auto_map"), body["auto_map"])
+    return RemoteCode(body["transformers"], tree)
 
 
 def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:

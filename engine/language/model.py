@@ -79,6 +79,17 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteCode:
+    """That transformers lacks the target's classes: which of its versions run the code, and what `auto_map` names.
+
+    `auto_map` is a tree of class names with `Expression` leaves.
+    """
+
+    transformers: str
+    auto_map: MappingABC[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Mapping:
     """A resolved mapping: its own keys merged over its parents'.
 
@@ -111,6 +122,7 @@ class Mapping:
     resolved: MappingABC[str, Any]
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
+    remote_code: RemoteCode | None = None
 
 
 @dataclass(frozen=True, slots=True)

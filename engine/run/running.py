@@ -23,6 +23,7 @@ class Running:
         digests: record a digest of every tensor in `conversion.json`; resuming needs them.
         check_source: read the source once before, and compare it with the checksums it holds.
         tokenizer: a SentencePiece model for a Hugging Face checkpoint; None: the one beside the source, if any.
+        code: a folder with the official Python files of a Hugging Face model that is remote code.
         progress: called with bytes done and in all, a few times a second.
     """
 
@@ -41,6 +42,12 @@ class Running:
     )
     tokenizer: str | Path | None = field(
         default=None, metadata=option("The SentencePiece model, if not beside the checkpoint.", metavar="FILE")
+    )
+    code: str | Path | None = field(
+        default=None,
+        metadata=option(
+            "For a target that is remote code: its official configuration_*.py and modeling_*.py.", metavar="DIR"
+        ),
     )
     progress: Callable[[Progress], None] | None = None
 
@@ -61,6 +68,7 @@ class WholeRunOptions(RunOptions, total=False):
     """Keywords of what writes a Hugging Face checkpoint."""
 
     tokenizer: str | Path | None
+    code: str | Path | None
 
 
 class ConvertOptions(WholeOptions, WholeRunOptions, total=False):
