@@ -198,7 +198,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "convert", convert)
     given = "-m m.yaml --set a=1 --set b=x --dtype float32 --workers 3 --max-shard-size 1MiB --strict --overwrite"
     given += " --no-digests --check-source --max-memory 256MiB"
-    done = invoke("run", *given.split(), "--tokenizer", "t.model", "--json")
+    done = invoke("run", *given.split(), "--tokenizer", "t.model", "--code", "official", "--json")
     assert done.exit_code == 0, done.stderr
     assert seen == {
         "mapping": "m.yaml",
@@ -210,6 +210,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "strict": True,
         "overwrite": True,
         "tokenizer": "t.model",
+        "code": "official",
         "workers": 3,
         "resume": False,
         "digests": False,
