@@ -2,7 +2,8 @@
 
 An old output lies where a run writes. The run is killed (SIGKILL) at a random moment, some resumed
 ones too. After each kill the output must be the old one, byte for byte, or the new one, complete.
-Resuming must then give the bytes of a run that was never interrupted, and leave nothing beside it.
+Sometimes a source file is replaced by a copy of it then. Resuming must give the bytes of a run that was
+never interrupted, and leave nothing beside it.
 Runs, reversals and reshardings take turns.
 """
 
@@ -111,6 +112,15 @@ def state(out: Path, old: dict[str, str], job: Job) -> str:
     raise AssertionError(f"the output is neither the old one nor the new one: {changed[:5]}")
 
 
+def touch(job: Job) -> None:
+    """Put a source file's copy in its place, so that what was copied of it must be read again."""
+    source = Path(job.command[job.command.index("-s") + 1])
+    path = next(path for path in sorted(source.iterdir()) if path.suffix in (".pt", ".safetensors"))
+    copy = path.with_name("copy")
+    shutil.copy(path, copy)
+    copy.replace(path)
+
+
 def one_round(job: Job, old: Path, folder: Path, dice: random.Random) -> list[str]:
     """Kill, look, resume, perhaps kill again, compare; returns what was found after each kill."""
     out = folder / "out" / "made"
@@ -123,6 +133,8 @@ def one_round(job: Job, old: Path, folder: Path, dice: random.Random) -> list[st
     while True:
         kill(start(command, *again), job, out, dice)
         found.append(state(out, before, job))
+        if dice.random() < 0.5:
+            touch(job)
         again = ("--resume",)
         if dice.random() < 0.7:
             break

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import engine
 from engine.assets import bundle
 from engine.errors import EngineError
 from engine.language.model import Mapping
+from engine.run import execute
 from engine.storage.sinks import SinkFiles
 from tests.support.sentencepiece_models import train
 from tests.support.shards import Model, save
@@ -131,8 +135,6 @@ def test_tokens_that_cannot_be_renamed_are_refused_first(
 
 
 def test_a_folder_or_a_pipe_as_tokenizer_is_refused_first(source: Path, tmp_path: Path, nothing_written: None) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         refused("E501", source, tmp_path / "hf", mapping(), tokenizer=path)
@@ -205,8 +207,6 @@ def test_a_tokenizer_replaced_after_it_was_checked_is_refused(
 def test_two_files_of_one_name_are_refused_before_a_rank_file_is_written(
     source: Path, tmp_path: Path, nothing_written: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.run import execute
-
     plan = engine.api.plan_reshard(MODEL.mapping, source, tp=1, settings=LETTERS)
     how = execute.Running()
     for name in ("model_tp0_pp0.pt", "conversion.json"):
@@ -221,3 +221,26 @@ def test_a_tokenizer_with_fewer_pieces_than_rows_is_told(source: Path, tmp_path:
     own = tokenizers / "own.model"
     report = engine.convert(mapping(), source, tmp_path / "hf", settings=LETTERS, tokenizer=own)
     assert any("pieces" in notice and "512 rows" in notice for notice in report.notices)
+
+
+def test_a_refusal_once_the_folder_is_made_removes_it_again_with_its_parents(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_written: None
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        refused("E403", source, tmp_path / "a" / "b" / "hf", mapping(tokenizer=None))
+    path = source / "model_tp1_pp0.pt"
+    torch.save({k: v + 1 if "norm" in k else v for k, v in torch.load(path, weights_only=True).items()}, path)
+    refused("E402", source, tmp_path / "a" / "b" / "hf", mapping(tokenizer=None))
+
+
+def test_text_that_cannot_be_written_is_refused_before_a_rank_file_is(
+    source: Path, tmp_path: Path, nothing_written: None
+) -> None:
+    """Half a character, in what only the manifest tells."""
+    plan = engine.api.plan_reshard(MODEL.mapping, source, tp=1, settings=LETTERS)
+    plan = replace(plan, options={**plan.options, "note": "\ud800"})
+    with pytest.raises((EngineError, UnicodeEncodeError)):
+        execute.execute(plan, source, tmp_path / "out", lambda: execute.Small({}), execute.Running(), 0.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +104,11 @@ def execute(
         source,
         overwrite=how.overwrite,
         resume=how.resume,
-        need=compiled.nbytes,
         foreign=foreign,
     )
     small = make_small()
+    output.need = compiled.nbytes + sum(map(len, small.files.values()))
+    encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
     check_runnable(compiled, how.workers, how.max_memory, small.memory)
     _check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]

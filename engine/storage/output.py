@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,12 +37,10 @@ class OutputFolder:
         *,
         overwrite: bool,
         resume: bool = False,
-        need: int = 0,
         foreign: Callable[[Path], str | None] = lambda _: "what the engine cannot tell",
     ) -> None:
         """
         Args:
-            need: bytes that will be written; E403 when there is no room for them.
             foreign: what a folder holds that the engine did not write, in words; None when nothing.
         """
         self.final = Path(os.path.abspath(out))
@@ -50,7 +48,8 @@ class OutputFolder:
             raise EngineError("E001", "this cannot be an output", got=str(out), fix="Name a folder to write.")
         self._foreign = foreign
         self.partial = self.final.with_name(f".{self.final.name}.partial-{secrets.token_hex(4)}")
-        self._overwrite, self._resume, self._need, self._out = overwrite, resume, need, out
+        self._overwrite, self._resume, self._out = overwrite, resume, out
+        self.need = 0  # bytes that will be written: entering refuses with E403 when there is no room for them
         self._held = ExitStack()
         _check_apart(self.final, source)
         self._check_free()
@@ -72,6 +71,7 @@ class OutputFolder:
 
     def __enter__(self) -> Path:
         try:
+            self._held.callback(_remove_empty, [p for p in self.final.parents if not os.path.lexists(p)])
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(OutputLock(self.final))
             try:
@@ -89,19 +89,20 @@ class OutputFolder:
                 self._held.close()
                 raise
         except OSError as error:
+            self._held.close()
             raise write_error(self.partial, error) from error
         return self.partial
 
     def _check_room(self) -> None:
         free = shutil.disk_usage(self.final.parent).free
         there = sum(file.lstat().st_blocks * 512 for file in self.partial.iterdir()) if self.partial.is_dir() else 0
-        if self._need > free + there:
+        if self.need > free + there:
             raise EngineError(
                 "E403",
                 "there is not enough room for the output",
                 place=Place(str(self.final.parent)),
                 got=f"{free} bytes free",
-                expected=f"{self._need} bytes",
+                expected=f"{self.need} bytes",
                 fix="Free some space, or choose an --out on another file system.",
             )
 
@@ -199,6 +200,17 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     done: int = rename(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE)
     return done == 0
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, up to the first that holds anything."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return
 
 
 def _is_folder(path: Path) -> bool:
