@@ -8,6 +8,8 @@ from pathlib import Path
 
 from engine.storage.regular import FileState
 
+FLOATS = ("BF16", "F16", "F32", "F64")  # element types of weights, by their safetensors names
+
 # Element types by their safetensors names, and bytes per element.
 ITEM_SIZES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,

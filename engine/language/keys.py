@@ -98,6 +98,7 @@ class Key:
         ignored: why any value is as good as any other.
         noted: why the key is only told to the user.
         default: what an absent key means.
+        same_as: the key that says the same, where both are there.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Key:
     ignored: str | None = None
     noted: str | None = None
     default: Any = None
+    same_as: str | None = None
 
     @property
     def decided(self) -> bool:
@@ -154,6 +156,7 @@ def read_keys(document: Document) -> dict[str, dict[str, Key]]:
                 body.get("ignored"),
                 body.get("noted"),
                 body.get("default"),
+                body.get("same_as"),
             )
             for name, body in (entries or {}).items()
         }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.errors import EngineError, Place
+from engine.formats.headers import FLOATS
 from engine.planning.boxes import Part
 from engine.planning.copies import Copy, intersect
 from engine.planning.groups import Group
@@ -87,7 +88,18 @@ class CopyTable:
                 expected="one type",
                 fix="The files are of different runs or one was cast by hand.",
             )
-        return next(iter(seen), self._source.stored[numbers[0]].header.dtype)
+        dtype = next(iter(seen), self._source.stored[numbers[0]].header.dtype)
+        if dtype not in FLOATS:
+            raise EngineError(
+                "E209",
+                f"`{name}` holds no floating-point weights",
+                place=place,
+                got=f"{dtype} in {files[self._source.stored[next(iter(seen.values()), numbers[0])].file]}",
+                expected=", ".join(FLOATS),
+                fix="Quantised weights mean something only with their scales, which no rule reads. Save the model "
+                "dequantised, with the library that quantised it.",
+            )
+        return dtype
 
     def _of(self, group: Group) -> tuple[Template, list[int]]:
         known = self._groups.get(id(group))

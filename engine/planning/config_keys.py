@@ -89,6 +89,10 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     """
     noted: dict[str, Any] = {}
     read = _read(config, side, "", noted, expressed)
+    for path, key in side.keys.items():
+        value, other = _below(read, path), None if key.same_as is None else _below(read, key.same_as)
+        if value is not None and other is not None and value != other:
+            raise _misfit(path, value, f"{shown(other)}, as `{key.same_as}` says", side.file, key)
     for name, key in side.keys.items():
         if key.default is not None and name not in read and "." not in name:
             read[name] = key.default

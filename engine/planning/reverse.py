@@ -28,7 +28,7 @@ from engine.planning.destination import Destination, Request
 from engine.planning.groups import Group
 from engine.planning.likeness import Like, destination_of, like_of, spellings_of
 from engine.planning.matching import is_active
-from engine.planning.model import Plan
+from engine.planning.model import Plan, Replicas
 from engine.planning.pieces import match_pieces
 from engine.planning.planner import main_dtype, overruled, present_in, replicas_of, understand
 from engine.planning.rank_outputs import RankOutputs, rank_outputs, small_files, training_text
@@ -111,11 +111,12 @@ def make_reverse_plan(
     config = render_tree(mapping.training_config, names)
     forth = _check_again(mapping, config, options, choices, sizes, written, destination)
     check_returns(checkpoint.config, forth, side, mapping)
-    return _plan(
+    plan = _plan(
         mapping, layout, checkpoint.folder, checkpoint.files, source, written, destination, config, decisions=decisions,
         options=options, names=names, ignored=ignored, notices=(), dtype=dtype, grid=written.grid,
         stages=destination.stages,
     )  # fmt: skip
+    return replace(plan, replicas=(*plan.replicas, *_ties(used, source, checkpoint)))
 
 
 def make_reshard_plan(
@@ -325,6 +326,19 @@ def _check_again(
     names_then = {**scope, **choices, **sizes, "training": training_text(destination)}
     forth: dict[str, Any] = render_known(mapping.config, names_then)
     return forth
+
+
+def _ties(used: Sequence[Instance], source: Side, checkpoint: WholeCheckpoint) -> list[Replicas]:
+    """Tensors that the configuration ties to others and that are stored all the same: a run compares the two."""
+    stored = {one.header.name: number for number, one in enumerate(source.stored)}
+    tied = [(one.rule, name.text, one.rule.tied_to) for one in used for name, _ in one.targets]
+    if not checkpoint.config.get("tie_word_embeddings"):
+        return []
+    return [
+        Replicas((stored[to], stored[name]), name, rule.name)
+        for rule, name, to in tied
+        if to is not None and name in stored and to in stored
+    ]
 
 
 def _check_kind(mapping: MappingFile, checkpoint: WholeCheckpoint) -> None:

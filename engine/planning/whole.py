@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import product
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import TensorHeader
+from engine.formats.headers import FLOATS, TensorHeader
 from engine.language.axes import extent
 from engine.planning.groups import Cut, Group
 from engine.planning.model import Output
@@ -15,7 +15,6 @@ from engine.planning.sizes import unknown_error
 from engine.planning.stored import Instance, Stored
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,7 +78,7 @@ def whole_output(spec: TargetSpec, group: Group, read: str, dtype: str) -> Outpu
 
 def written_dtype(read: str, dtype: str, *, keep: bool) -> str:
     """The element type to write: `--dtype` casts floating-point tensors that are not exempt."""
-    return DTYPES[dtype] if dtype != "auto" and not keep and read in _FLOATS else read
+    return DTYPES[dtype] if dtype != "auto" and not keep and read in FLOATS else read
 
 
 def _unique(listed: list[tuple[TargetSpec, Group]]) -> None:
