@@ -127,13 +127,10 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     >>> for name, tensor in iter_tensors(plan("internlm-7b.yaml", "ckpt/1000")):  # doctest: +SKIP
     ...     model.get_parameter(name).data.copy_(tensor)
     """
-    import numpy as np
     import torch
 
-    from engine.formats.headers import ITEM_SIZES
-    from engine.move.blocks import output_blocks
-    from engine.move.gather import Gatherer
-    from engine.move.values import Converter, check_transform
+    from engine.move.reader import Reader
+    from engine.move.values import check_transform
     from engine.run.replicas import compare_replicas
     from engine.storage.sources import SourceFiles, check_unchanged
 
@@ -145,15 +142,12 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     }  # fmt: skip
     compare_replicas(compiled, lambda _: None)
     with SourceFiles(compiled.files) as files:
-        gatherer, converter = Gatherer(files, compiled.sources), Converter()
+        reader = Reader(compiled, files)
         for index, output in enumerate(compiled.outputs):
             check_transform(output)
             tensor = torch.empty(output.shape, dtype=kinds[output.dtype])
-            raw = tensor.view(-1).view(torch.uint8).numpy() if output.elements else np.empty(0, np.uint8)
-            item = ITEM_SIZES[output.dtype]
-            copies = compiled.copies(index)
-            for block in output_blocks(output, copies):
-                written = converter.convert(output, gatherer.gather(block, output.read_dtype))
-                raw[block.low * item : block.high * item] = np.frombuffer(written, np.uint8)
+            raw = tensor.view(-1).view(torch.uint8).numpy().data if output.elements else memoryview(b"")
+            for at, data in reader.blocks(index):
+                raw[at : at + len(data)] = data
             yield output.name, tensor
     check_unchanged(compiled.files)

@@ -21,8 +21,8 @@ from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.move.blocks import Block, output_blocks
-from engine.move.gather import Gatherer
-from engine.move.values import Converter, check_transform
+from engine.move.reader import Reader
+from engine.move.values import check_transform
 from engine.move.views import dense_strides
 from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
@@ -163,7 +163,7 @@ def verify_source(plan: Plan, folder: Path, sample: Sample, advance: Callable[[i
     with SourceFiles(plan.files) as sources, SourceFiles(files) as written:
         if sample.full:
             compare_replicas(plan, advance)
-        gatherer, converter = Gatherer(sources, plan.sources), Converter()
+        reader = Reader(plan, sources)
         for index, output in enumerate(plan.outputs):
             check_transform(output)
             place = found.pop(output.name, None)
@@ -172,7 +172,7 @@ def verify_source(plan: Plan, folder: Path, sample: Sample, advance: Callable[[i
                 copies = plan.copies(index)
                 comparing = _Comparing(plan, output, copies, place[0], place[1], written)
                 for block in _chosen(output, copies, sample):
-                    comparing.compare(block, converter.convert(output, gatherer.gather(block, output.read_dtype)))
+                    comparing.compare(block, reader.convert(output, block))
                 nbytes += comparing.nbytes
                 told = comparing.result(files[place[0]].path.name)
             if told is not None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from engine.formats.headers import ITEM_SIZES
 from engine.formats.written import CHECKED, FORMATS, FileLayout
-from engine.move.blocks import block_bytes, blocks, largest_block, output_blocks
-from engine.move.gather import Gatherer, Scatterer
+from engine.move.blocks import block_bytes, blocks, largest_block
+from engine.move.gather import Scatterer
+from engine.move.reader import Reader
 from engine.move.runs import straight
-from engine.move.values import Converter
 from engine.planning.model import Plan
 from engine.run.digests import Total
 from engine.run.journal import Begun, Done, Journal
@@ -99,7 +99,7 @@ class Writer:
                 sinks.write(file, at + offset, parts)
                 self._meter.advance(end - offset)
 
-            gatherer, converter = Gatherer(files, plan.sources), Converter()
+            reader = Reader(plan, files)
             scatterer = Scatterer(files, plan.sources, write)
             job = None
             while (taken := shares.take(job)) is not None:
@@ -111,7 +111,7 @@ class Writer:
                         if unit.sources:
                             self._scatter(unit, scatterer)
                         elif not self._copied(unit.outputs[0], files, sinks):
-                            self._gather(unit.outputs[0], gatherer, converter, write)
+                            self._gather(unit.outputs[0], reader, write)
                         if self._meter.stopped.is_set():
                             return
                         self._record(unit, sinks)
@@ -178,24 +178,16 @@ class Writer:
     def _gather(
         self,
         index: int,
-        gatherer: Gatherer,
-        converter: Converter,
+        reader: Reader,
         write: Callable[[int, int, Sequence[memoryview]], None],
     ) -> None:
-        output = self._plan.outputs[index]
-        copies = self._plan.copies(index)
-        item = ITEM_SIZES[output.dtype]
         total = self._total(index)
         begun = marked = total.end  # what an interrupted run wrote of it
         self._meter.advance(begun)
-        for block in output_blocks(output, copies):
+        for at, data in reader.blocks(index, begun):
             if self._meter.stopped.is_set():
                 return
-            if block.high * item <= begun:
-                continue
-            written = converter.convert(output, gatherer.gather(block, output.read_dtype))
-            skip = max(begun - block.low * item, 0)
-            write(index, block.low * item + skip, (written[skip:],))
+            write(index, at, (data,))
             if self.journal is not None and total.end - marked >= MARK_BYTES:
                 marked = total.end
                 self.journal.mark(index, *(total.mark() or ("", 0)))
