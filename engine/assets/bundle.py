@@ -110,7 +110,7 @@ def _within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, 
 
 def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | None) -> Path | None:
     if given is not None:
-        if not given.is_file():
+        if not os.path.isfile(given):
             raise EngineError(
                 "E501", "there is no such tokenizer file", place=Place(str(given)), fix="Check --tokenizer."
             )

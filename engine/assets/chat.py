@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def chat_template(name: str) -> str:
     from jinja2 import Environment, TemplateSyntaxError
 
     folders = [folder / "chat_templates" for folder in search_folders()]
-    found = next((path for folder in folders if (path := folder / f"{name}.jinja").is_file()), None)
+    found = next((path for folder in folders if os.path.isfile(path := folder / f"{name}.jinja")), None)
     if found is None or Path(name).name != name:
         known = sorted(path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.jinja"))
         raise EngineError(

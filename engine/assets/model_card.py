@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.errors import visible
+
 UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -27,7 +29,7 @@ def model_card(facts: Mapping[str, Any]) -> bytes:
         autoescape=False,  # Markdown; `cell` and `code` escape what would break out of a table or span
     )
     environment.filters.update(cell=cell, code=code, size=size, count=lambda number: f"{number:,}")
-    return environment.get_template("model_card.md.j2").render(facts).encode()
+    return visible(environment.get_template("model_card.md.j2").render(facts), "\n").encode()
 
 
 def cell(value: object) -> str:

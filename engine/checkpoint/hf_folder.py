@@ -43,9 +43,9 @@ def read_hf_folder(path: Path) -> tuple[FileHeader, ...]:
             names, E208 a tensor is in two files, E301 a damaged file or index, E303 a file of
             another kind, E304 not a checkpoint, E305 unreadable.
     """
-    if path.name.endswith(".index.json") and not path.is_dir():
+    if path.name.endswith(".index.json") and not os.path.isdir(path):
         return _read_shards(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if not os.path.lexists(path):
             raise EngineError("E304", "there is no such checkpoint", place=Place(str(path)), fix="Check the path.")
         return (_read_weights(path),)
@@ -68,7 +68,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     Raises:
         EngineError: E301 when it is not JSON, E303 when it is not an object, E305 when unreadable.
     """
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = (path if os.path.isdir(path) else path.parent) / "config.json"
     return read_json(file) if os.path.lexists(file) else {}
 
 

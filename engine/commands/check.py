@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from engine.commands.options import reports_errors, verifying_options
+from engine.commands.say import say
 
 
 @click.command()
@@ -28,9 +29,9 @@ def compare(ctx: click.Context, as_json: bool, out: str, ref: str, allow_cast: b
     with progress.progress(show=not (quiet or as_json), doing="comparing") as listener:
         done = api.compare(out, ref, progress=listener)
     if as_json:
-        click.echo(render.as_json(done.as_dict()))
+        say(render.as_json(done.as_dict()))
     elif not quiet:
-        click.echo(render.comparison(done.as_dict()))
+        say(render.comparison(done.as_dict()))
     if not done.same(allow_cast=allow_cast):
         ctx.exit(1)
 
@@ -54,9 +55,9 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
     with progress.progress(show=not (quiet or as_json), doing="verifying") as listener:
         found = api.verify(out, progress=listener, **options)
     if as_json:
-        click.echo(render.as_json(found.as_dict()))
+        say(render.as_json(found.as_dict()))
     elif found.problems or not quiet:
-        click.echo(render.verified(found))
+        say(render.verified(found))
     if found.problems:
         ctx.exit(1)
 
@@ -71,9 +72,9 @@ def clean(as_json: bool, /, out: str) -> None:
 
     removed = [str(path) for path in api.clean(out)]
     if as_json:
-        click.echo(render.as_json({"removed": removed}))
+        say(render.as_json({"removed": removed}))
     else:
-        click.echo("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
+        say("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
 
 
 @click.command()
@@ -98,6 +99,6 @@ def prove(
     if write_facts:
         api.write_facts(mappings)
     proofs = api.prove(mappings, mutants=mutants)
-    click.echo(render.as_json(render_prove.proofs_data(proofs)) if as_json else render_prove.proofs(proofs))
+    say(render.as_json(render_prove.proofs_data(proofs)) if as_json else render_prove.proofs(proofs))
     if not all(proof.holds for proof in proofs):
         ctx.exit(1)

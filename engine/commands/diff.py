@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from engine.commands.options import reports_errors
+from engine.commands.say import say
 
 _PATHS = "engine.diff.paths"
 
@@ -46,6 +47,6 @@ def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: 
         found = api.diff(old, None, [new])  # `engine diff main x.yaml`
     else:
         found = api.diff(old, new, paths, revisions=True)
-    click.echo(rendered(found, "json" if as_json else form))
+    say(rendered(found, "json" if as_json else form))
     if exit_code and found:
         ctx.exit(1)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from engine.commands.options import EXPLAINED, asks, reports_errors
+from engine.commands.say import say
 
 
 @click.command()
@@ -35,12 +36,12 @@ def explain(
         from engine.explaining.codes import explain_code
 
         text = explain_code(what)
-        click.echo(render.as_json({"code": what, "text": text}) if as_json else text)
+        say(render.as_json({"code": what, "text": text}) if as_json else text)
         return
     if mapping is None:
         raise click.UsageError("Missing option '--mapping' / '-m'.")
     told = api.explain(what or source or "", mapping, src, backward=source is not None, **options).as_dict()
-    click.echo(render.as_json(told) if as_json else render_explain.explanation(told))
+    say(render.as_json(told) if as_json else render_explain.explanation(told))
 
 
 @click.command()
@@ -64,4 +65,4 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
     if png is not None:
         screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0, overwrite=options["overwrite"])
         done["png"] = png
-    click.echo(render.as_json(done) if as_json else f"wrote {done['out']}, {render.amount(done['bytes'])}")
+    say(render.as_json(done) if as_json else f"wrote {done['out']}, {render.amount(done['bytes'])}")

@@ -7,9 +7,11 @@ Nothing heavy is imported here, so that `--help` and `--version` answer at once.
 from __future__ import annotations
 
 import gc
+import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,7 @@ from engine.commands.diff import diff
 from engine.commands.explain import explain, view
 from engine.commands.new import new
 from engine.commands.options import SAVED, asks, only_plan, rank_options, reports_errors, writing_options
+from engine.commands.say import say
 from engine.errors import CODES
 
 if TYPE_CHECKING:
@@ -40,10 +43,11 @@ class Commands(click.Group):
         try:
             code = super().main(*args, **kwargs)
         except click.Abort:
-            click.echo("interrupted; nothing was put at the output, and --resume goes on from here", err=True)
+            say("interrupted; nothing was put at the output, and --resume goes on from here", err=True)
             sys.exit(143 if _terminated else 130)
         except click.ClickException as error:
-            error.show()
+            error.show(shown := io.StringIO())
+            say(shown.getvalue(), err=True, nl=False)
             sys.exit(error.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -75,9 +79,9 @@ def write(as_json: bool, command: str, quiet: bool, log_file: str | None, **aske
         if log is not None:
             log.event("finished", **report.as_dict())
     if as_json:
-        click.echo(render.as_json(report.as_dict()))
+        say(render.as_json(report.as_dict()))
     elif not quiet:
-        click.echo(render.report(report))
+        say(render.report(report))
 
 
 @cli.command()
@@ -135,7 +139,7 @@ def inspect(as_json: bool, /, folder: str) -> None:
     from engine.show import render
 
     facts = api.inspect(folder)
-    click.echo(render.as_json(facts) if as_json else render.checkpoint(facts))
+    say(render.as_json(facts) if as_json else render.checkpoint(facts))
 
 
 @cli.command()
@@ -153,7 +157,7 @@ def plan(as_json: bool, /, mapping: str, src: str, out: str | None, overwrite: b
     else:
         made = api.save_plan(out, mapping, src, overwrite=overwrite, **options)
     facts = api.describe_plan(made)
-    click.echo(render.as_json(facts) if as_json else render.plan(facts))
+    say(render.as_json(facts) if as_json else render.plan(facts))
 
 
 cli.add_command(compare)
@@ -174,7 +178,7 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...]) -> None:
     from engine.show import render
 
     findings = api.lint(files)
-    click.echo(render.as_json(render.findings_data(findings)) if as_json else render.findings(findings))
+    say(render.as_json(render.findings_data(findings)) if as_json else render.findings(findings))
     if any(finding.severity == "error" for finding in findings):
         ctx.exit(1)
 
@@ -200,7 +204,7 @@ def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
         from engine.language.search import find_file
 
         text = render.read_text(find_file(mapping))
-    click.echo(text, nl=False)
+    say(text, nl=False)
 
 
 @cli.command("format")
@@ -222,10 +226,10 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
             if not check:
                 Path(file).write_text(after, encoding="utf-8")
     if as_json:
-        click.echo(render.as_json({"changed": changed, "checked": len(files)}))
+        say(render.as_json({"changed": changed, "checked": len(files)}))
     else:
         for file in changed:
-            click.echo(f"{'would format' if check else 'formatted'} {file}")
+            say(f"{'would format' if check else 'formatted'} {file}")
     if check and changed:
         ctx.exit(1)
 
@@ -242,7 +246,7 @@ def internal_error(kind: type[BaseException], error: BaseException, trace: Trace
         trace = trace.tb_next
     where = "?" if trace is None else f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
     text = " ".join(str(error).split())
-    click.echo(
+    say(
         f"E901 {CODES['E901']}: {kind.__name__}: {text} ({where}, engine {__version__}); please report it, "
         "with what ENGINE_DEBUG=1 prints",
         err=True,
@@ -263,6 +267,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, terminate)
     gc.set_threshold(100_000, 20, 100)  # plans are large and hold hardly any cycles to look for
     if os.environ.get("ENGINE_DEBUG") != "1":
+        warnings.simplefilter("ignore")  # of libraries: what a user must know is an error or a notice
         sys.excepthook = internal_error
     cli.main()
 

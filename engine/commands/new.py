@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from engine.commands.options import asks, reports_errors
+from engine.commands.say import say
 
 
 @click.command()
@@ -25,20 +26,20 @@ def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str
 
     found = api.new_mapping(src, name=name, like=like, out=out, overwrite=overwrite)
     if as_json:
-        click.echo(render.as_json({"file": out, **found.as_dict()}))
+        say(render.as_json({"file": out, **found.as_dict()}))
         return
     if out is None:
-        click.echo(found.text, nl=False)
+        say(found.text, nl=False)
     else:
-        click.echo(f"wrote {out}: {_KINDS[found.kind].format(parent=found.parent)}")
+        say(f"wrote {out}: {_KINDS[found.kind].format(parent=found.parent)}")
         for line, text in found.decisions:
-            click.echo(f"  {out}:{line}  decide: {text}")
+            say(f"  {out}:{line}  decide: {text}")
     for notice in found.notices:
-        click.echo(f"note {notice}", err=out is None)
+        say(f"note {notice}", err=out is None)
     if found.state is not None:
-        click.echo(f"now a run would say {found.state['code']} {shown(found.state['message'])}", err=out is None)
+        say(f"now a run would say {found.state['code']} {shown(found.state['message'])}", err=out is None)
     elif out is not None:
-        click.echo(f"next: engine plan --mapping {out} --src {src}")
+        say(f"next: engine plan --mapping {out} --src {src}")
 
 
 _KINDS = {

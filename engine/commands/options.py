@@ -12,11 +12,17 @@ from typing import Any, Concatenate, ParamSpec
 import click
 from click.core import ParameterSource
 
-from engine.errors import RESUMABLE, EngineError, EngineErrors
+from engine.commands.say import say
+from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
 from engine.planning.request import DTYPES, Request
 from engine.run.running import Running
 
 P = ParamSpec("P")
+
+_MOST_BYTES = 1 << 62
+_LONGEST_VALUE = 1000  # characters
+_LARGEST = 1e30
+_RANKS = click.IntRange(1, 1 << 20)
 
 
 def parse_size(text: str) -> int:
@@ -30,7 +36,10 @@ def parse_size(text: str) -> int:
         raise ValueError(f"`{text}` is not a size; write it like 5GB, 2GiB, 500MB or plain bytes")
     number, letter, binary = match.groups()
     base = 1024 if binary else 1000
-    size = int(float(number) * base ** (" kmgt".index(letter.lower()) if letter else 0))
+    exact = float(number) * base ** (" kmgt".index(letter.lower()) if letter else 0)
+    if exact > _MOST_BYTES:
+        raise ValueError(f"`{text[:40]}` is larger than any file can be")
+    size = int(exact)
     if size <= 0:
         raise ValueError(f"`{text}` is no size to fill a file with; it must be positive")
     return size
@@ -44,11 +53,17 @@ def parse_value(text: str) -> int | float | bool | str:
     """
     if text in ("true", "false"):
         return text == "true"
-    if re.fullmatch(r"[+-]?\d+", text):
-        return int(text)
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
-        return float(text)
-    return text
+    if len(text) > _LONGEST_VALUE or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"a value of {len(text)} characters is too long, or is not text")
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        value: int | float = int(text)
+    elif re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        value = float(text)
+    else:
+        return text
+    if abs(value) > _LARGEST:
+        raise ValueError(f"the number {text[:40]} is larger than any setting")
+    return value
 
 
 class Size(click.ParamType[int]):
@@ -72,7 +87,10 @@ class Setting(click.ParamType[tuple[str, Any]]):
         name, equals, text = value.partition("=")
         if not equals or not name.strip():
             self.fail(f"`{value}` has no name and value; write it like rotary=halves", param, ctx)
-        return name.strip(), parse_value(text.strip())
+        try:
+            return name.strip(), parse_value(text.strip())
+        except ValueError as error:
+            self.fail(f"{name.strip()}: {error}", param, ctx)
 
 
 class Workers(click.ParamType[int | None]):
@@ -81,9 +99,11 @@ class Workers(click.ParamType[int | None]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         if value is None or value == "auto":
             return None
-        if str(value).isdecimal() and int(value) > 0:
+        from engine.run.memory import MOST_WORKERS
+
+        if re.fullmatch(r"[0-9]{1,9}", str(value)) and 1 <= int(value) <= MOST_WORKERS:
             return int(value)
-        self.fail(f"`{value}` is neither `auto` nor a positive number", param, ctx)
+        self.fail(f"`{value}` is neither `auto` nor a number from 1 to {MOST_WORKERS}", param, ctx)
 
 
 def settings_of(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,8 +115,30 @@ def settings_of(ctx: click.Context, param: click.Parameter, pairs: Sequence[tupl
     return dict(pairs)
 
 
+def check_text(ctx: click.Context) -> None:
+    """A usage error for an argument that is empty, as of a shell variable that is not set, or holds NUL."""
+    for param in ctx.command.params:
+        given = ctx.params.get(param.name or "")
+        for text in given if isinstance(given, tuple) else (given,):
+            if isinstance(text, str) and (not text or "\0" in text):
+                raise click.BadParameter("it is empty" if not text else "it holds a NUL", ctx, param)
+
+
+def _of_a_file(error: OSError) -> EngineError:
+    """What the system says of a path that was given, like a name that is too long; raises anything else again."""
+    if error.filename is None:
+        raise error
+    place = Place(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename))
+    return EngineError(
+        "E305", "a file cannot be read or written", place=place, got=error.strerror, fix="Check the path."
+    )
+
+
 def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..., None]:
-    """Give a command `--json` and `--no-color`, and render the errors it meets. Exit code 1."""
+    """Give a command `--json` and `--no-color`, and render the errors it meets.
+
+    Exit code 2 for arguments that cannot be used as given, else 1.
+    """
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result, or the errors, as JSON.")
     @click.option("--no-color", is_flag=True, help="Print without colours; so does NO_COLOR.")
@@ -105,19 +147,21 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
     def wrapped(ctx: click.Context, /, as_json: bool, no_color: bool, *args: P.args, **kwargs: P.kwargs) -> None:
         if no_color or os.environ.get("NO_COLOR"):
             ctx.color = False
+        check_text(ctx)
         try:
             command(as_json, *args, **kwargs)
-        except (EngineError, EngineErrors) as error:
+        except (EngineError, EngineErrors, OSError) as raised:
+            error = _of_a_file(raised) if isinstance(raised, OSError) else raised
             from engine.show import render
 
             errors = error.errors if isinstance(error, EngineErrors) else [error]
             if as_json:
-                click.echo(render.as_json({"errors": [one.as_dict() for one in errors]}))
+                say(render.as_json({"errors": [one.as_dict() for one in errors]}))
             else:
-                click.echo("\n\n".join(render.error(one) for one in errors), err=True)
+                say("\n\n".join(render.error(one) for one in errors), err=True)
                 if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
-                    click.echo("next: the same command with --resume, once that is mended", err=True)
-            ctx.exit(1)
+                    say("next: the same command with --resume, once that is mended", err=True)
+            ctx.exit(2 if all(one.code == "E001" for one in errors) else 1)
 
     return wrapped
 
@@ -155,7 +199,7 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         "text": {},
         "flag": {"is_flag": True},
         "no-flag": {"is_flag": True, "flag_value": False, "default": True},
-        "count": {"type": click.IntRange(1), "metavar": "N"},
+        "count": {"type": _RANKS, "metavar": "N"},
         "size": {"type": Size()},
         "workers": {"type": Workers(), "default": "auto", "show_default": True},
         "dtype": {"type": click.Choice(DTYPES)},
@@ -191,7 +235,7 @@ def rank_options(command: Command) -> Command:
     sizes = (("tp", "Tensor-parallel ranks."), ("pp", "Pipeline ranks."), ("wp", "Weight-parallel ranks, in mode isp."))
     command = asks("chunks", "mode", "like", "settings", "dtype")(command)
     for name, told in reversed(sizes):
-        command = click.option(f"--{name}", type=click.IntRange(1), metavar="N", help=told)(command)
+        command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
     command = click.option("--out", "-o", required=True, metavar="DIR", help="The folder to write.")(command)
     return asks("mapping", required=["mapping"])(command)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from engine.commands.say import say
+
 if TYPE_CHECKING:
     from engine.run.meter import Progress
 
@@ -29,7 +31,7 @@ def progress(*, show: bool, doing: str = "converting", also: Listener = None) ->
         with _bar(doing) as listener:
             yield _both(listener, also)
     else:
-        yield _both(plain_progress(lambda line: click.echo(line, err=True)), also)
+        yield _both(plain_progress(lambda line: say(line, err=True)), also)
 
 
 def _both(one: Listener, other: Listener) -> Listener:

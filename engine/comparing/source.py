@@ -57,7 +57,7 @@ def parse_sample(text: str) -> Sample:
     >>> parse_sample("5%"), parse_sample("8")
     (Sample(share=0.05, count=None), Sample(share=1.0, count=8))
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%?)", text.strip())
     number = float(found[1]) if found else 0.0
     if found and found[2] and 0 < number <= 100:
         return Sample(share=number / 100)

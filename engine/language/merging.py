@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +64,7 @@ def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, 
     chain = (*children, path.resolve())
     try:
         beside = path.parent / parent
-        found = beside if beside.is_file() else find_file(parent)
+        found = beside if os.path.isfile(beside) else find_file(parent)
     except EngineError as error:
         raise EngineError(
             "E106",

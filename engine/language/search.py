@@ -28,12 +28,12 @@ def find_file(name: str, kind: str = "mapping") -> Path:
         EngineError: E002 with names that are near.
     """
     given = Path(name)
-    if given.is_file():
+    if os.path.isfile(given):
         return given
     stems = (name, f"families/{name}") if kind == "mapping" else (f"layouts/{name}",)
     for folder, stem in product(search_folders(), stems):
         for candidate in (folder / stem, folder / f"{stem}.yaml", folder / f"{stem}.yml"):
-            if candidate.is_file() and candidate.resolve().is_relative_to(folder.resolve()):
+            if os.path.isfile(candidate) and candidate.resolve().is_relative_to(folder.resolve()):
                 return candidate
     known = (
         list_names()

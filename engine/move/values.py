@@ -23,6 +23,9 @@ def float_type(dtype: str) -> np.dtype[Any]:
     return found
 
 
+_LARGEST = {"F16": ("float16", "65504"), "BF16": ("bfloat16", "3.39e+38"), "F32": ("float32", "3.40e+38")}
+
+
 def normalize(rows: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1 (L2), in float32, as InternEvo's norm_head does at run time.
 
@@ -79,27 +82,28 @@ class Converter:
             self._buffer = bytearray(nbytes)
         data = memoryview(self._buffer)[:nbytes]
         written = np.frombuffer(data, target)
-        if output.transform is not None:
-            rows = values.astype(np.float32).reshape(-1, output.shape[-1])
-            values = FUNCTIONS[output.transform[0]](rows).reshape(-1)
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):  # what is not a number stays so; what becomes infinite is refused
+            if output.transform is not None:
+                rows = values.astype(np.float32).reshape(-1, output.shape[-1])
+                values = FUNCTIONS[output.transform[0]](rows).reshape(-1)
             np.copyto(written, values, casting="unsafe")
-        if output.dtype == "F16":
             self._check_overflow(output, values, written)
         return data
 
     @staticmethod
     def _check_overflow(output: Output, values: np.ndarray, written: np.ndarray) -> None:
+        """E406 when numbers became infinite."""
         import numpy as np
 
-        lost = np.isinf(written) & np.isfinite(values.astype(np.float32))
-        if lost.any():
-            largest = float(np.abs(values.astype(np.float32)[lost]).max())
+        lost = ~np.isfinite(written)
+        if lost.any() and (lost := lost & np.isfinite(values)).any():
+            largest = float(np.abs(values[lost].astype(np.float64)).max())
+            kind, most = _LARGEST.get(output.dtype, (output.dtype, "fewer"))
             raise EngineError(
                 "E406",
-                f"`{output.name}` does not fit float16",
+                f"`{output.name}` does not fit {kind}",
                 place=Place(output.place),
                 got=f"{int(lost.sum())} values up to {largest:g}",
-                expected="at most 65504",
-                fix="Write bfloat16 or float32 instead: --dtype bfloat16.",
+                expected=f"at most {most}",
+                fix="Write a type of more range instead, like --dtype bfloat16 or float32.",
             )

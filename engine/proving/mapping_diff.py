@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ def diff(
 def _path_of(path: str | Path) -> Path:
     """A path, also of a file that is not there any more, or the file of a bundled name."""
     given = Path(path)
-    if given.exists() or (given.suffix == ".yaml" and given.parent != Path(".")):
+    if os.path.exists(given) or (given.suffix == ".yaml" and given.parent != Path(".")):
         return given
     try:
         return find_file(str(path))
@@ -87,7 +88,7 @@ def _names(before: Revision, after: Revision | None, files: Sequence[Path]) -> l
 def _load(revision: Revision | None, top: Path, name: PurePosixPath) -> Mapping | None:
     if revision is not None:
         return revision.load(name)
-    return load_mapping(top / name) if (top / name).is_file() else None
+    return load_mapping(top / name) if os.path.isfile(top / name) else None
 
 
 def is_mapping(name: str) -> bool:

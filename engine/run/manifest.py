@@ -88,7 +88,7 @@ def encode_manifest(data: Mapping[str, Any]) -> bytes:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an output, checked against its schema; E304 when it has none, E301 when it is none."""
     path = folder / NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise EngineError(
             "E304",
             f"there is no `{NAME}`",

@@ -9,6 +9,7 @@ from engine.move.blocks import LARGE_BLOCK_BYTES
 from engine.move.runs import MOST_SPAN
 from engine.planning.model import Plan
 
+MOST_WORKERS = 256  # threads: disks have no use for more, and each has buffers of its own
 _BASE = 48 << 20  # the interpreter with the libraries that a run needs
 _PER_TENSOR = 1500  # bytes of headers, outputs and digests per tensor
 _MAPPED = 8 << 20  # what the allocator keeps beyond what is asked for
@@ -32,9 +33,14 @@ def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0
         beside: bytes that other work takes meanwhile, within the same limit.
 
     Raises:
-        EngineError: E001 when not even one fits `limit` bytes.
+        EngineError: E001 for a number of threads that no run should have, and when not even one fits `limit` bytes.
     """
-    wanted = asked or os.cpu_count() or 1
+    if asked is not None and not (type(asked) is int and 1 <= asked <= MOST_WORKERS):
+        raise EngineError(
+            "E001", "this is no number of workers", got=str(asked)[:40], expected=f"auto, or 1 to {MOST_WORKERS}",
+            fix="More threads than cores rarely help.",
+        )  # fmt: skip
+    wanted = asked or min(os.cpu_count() or 1, MOST_WORKERS)
     if limit is None:
         return wanted
     least = predicted_memory(plan, 1) + beside

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine.errors import visible
 from engine.explaining.describe import describe_plan
 from engine.planning.model import Plan
 from engine.show.drawing import draw, strip
@@ -39,7 +40,7 @@ def view_page(plan: Plan) -> str:
     environment.filters.update(times=times, size=decimal)
     style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("view.css", "view.js"))
     drawn = pictures(plan)
-    return environment.get_template("view.html.j2").render(
+    page = environment.get_template("view.html.j2").render(
         facts=describe_plan(plan),
         description=plan.mapping.description,
         figures=[(picture, draw(picture)) for picture in drawn],
@@ -51,6 +52,7 @@ def view_page(plan: Plan) -> str:
         script=Markup(script),
         lookup=Markup(script_data([picture.lookup for picture in drawn])),
     )
+    return visible(page, "\n\t")
 
 
 def write_page(page: str, out: Path, *, overwrite: bool) -> dict[str, Any]:

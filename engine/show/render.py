@@ -6,13 +6,15 @@ Tables are plain aligned text, never cut to the terminal's width, so that they c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, escaped_json, visible
 from engine.language.documents import plain
 
 if TYPE_CHECKING:
@@ -20,11 +22,35 @@ if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
     from engine.run.execute import Report
 
+T = TypeVar("T")
+
 
 def as_json(data: Any) -> str:
-    """JSON that is UTF-8: bytes of a path that are not are written as escapes."""
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    return text if not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(data, indent=2)
+    """JSON that any terminal can show: what is not to be seen is an escape, so are bytes of a path that are no text."""
+    return escaped_json(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def shown(value: Any) -> Any:
+    """Data in which every text is one visible line, whatever a checkpoint, a mapping or a file's name holds."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {shown(key): shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(shown, value)) if type(value) in (list, tuple) else value
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: shown(getattr(value, one.name)) for one in fields(value) if one.init})
+    return value
+
+
+def shows(render: Callable[[T], str]) -> Callable[[T], str]:
+    """Make a function that turns facts into text show nothing of them but what is visible."""
+
+    @wraps(render)
+    def safe(facts: T) -> str:
+        return render(shown(facts))
+
+    return safe
 
 
 def read_text(path: str | Path) -> str:
@@ -98,6 +124,7 @@ def error(problem: EngineError) -> str:
     return click.style(problem.code, fg="red", bold=True) + str(problem).removeprefix(problem.code)
 
 
+@shows
 def report(done: Report) -> str:
     """What a run did."""
     rate = f", {amount(done.bytes / done.seconds)}/s" if done.seconds > 0 else ""
@@ -112,6 +139,7 @@ def report(done: Report) -> str:
     return "\n".join(lines)
 
 
+@shows
 def plan(facts: Mapping[str, Any]) -> str:
     """The plan: source, decisions with their evidence, rules with layers folded, outputs."""
     mapping, layout, source = facts["mapping"], facts["layout"], facts["source"]
@@ -163,6 +191,7 @@ def plan(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@shows
 def comparison(facts: Mapping[str, Any]) -> str:
     """Two checkpoints compared: verdicts with layers folded, what they mean, and a count."""
     colours = {"equal": "green", "cast": "green", "padded": "yellow"}
@@ -195,6 +224,7 @@ def _rule_label(row: Mapping[str, Any]) -> str:
     return f"{name}{place}" + (f", {row['transform']}" if row.get("transform") else "")
 
 
+@shows
 def checkpoint(facts: Mapping[str, Any]) -> str:
     """What a checkpoint folder is, and which mappings fit."""
     kind = f", {facts['model_type']}" if facts.get("model_type") else ""
@@ -273,6 +303,7 @@ def findings_data(found: Sequence[Any]) -> dict[str, Any]:
     }
 
 
+@shows
 def findings(found: Sequence[Any]) -> str:
     """Lint findings one under another, and how many."""
     lines: list[str] = []
@@ -310,6 +341,7 @@ def _rule(name: str, rule: dict[str, Any]) -> dict[str, Any]:
     return rest if name == first else {"name": name, **rest}
 
 
+@shows
 def verified(found: Verified) -> str:
     """What `engine verify` found."""
     told = f"{found.tensors} tensors and {found.files} files, {amount(found.nbytes)}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 
 from engine.proving.diff import SECTIONS, Change, MappingDiff
 from engine.proving.routes import KINDS, TensorChange
+from engine.show.render import as_json, shown
 
 FORMATS = ("text", "markdown", "json", "github")
 _MARKS = {"added": "+", "removed": "-", "changed": "~"}
@@ -16,7 +16,8 @@ _MAX_COMMENT = 60_000  # GitHub refuses comments of more than 65,536 characters
 def rendered(diffs: Sequence[MappingDiff], form: str) -> str:
     """Differences in one of `FORMATS`."""
     if form == "json":
-        return json.dumps({"mappings": [one.as_dict() for one in diffs]}, indent=2, ensure_ascii=False)
+        return as_json({"mappings": [one.as_dict() for one in diffs]})
+    diffs = [shown(one) for one in diffs]
     if form == "github":
         return github(diffs)
     if not diffs:

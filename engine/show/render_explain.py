@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from engine.show.render import count
+from engine.show.render import count, shows
 
 MOST_TENSORS = 8  # shown on a terminal; `--json` has all
 MOST_FLOWS = 8
@@ -22,6 +22,7 @@ def is_code(text: str) -> bool:
     return re.fullmatch(r"[EL]\d{3}", text) is not None
 
 
+@shows
 def explanation(facts: Mapping[str, Any]) -> str:
     """An explanation as text: what it is, in words, then each source or target with its bytes."""
     tensors = facts["tensors"]

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from engine.show.render import shows
+
 if TYPE_CHECKING:
     from engine.proving.proof import Check, Mutant, Proof
 
 _WORDS = {True: ("proved", "green"), False: ("fails", "red"), None: ("open", "yellow")}
 
 
+@shows
 def proofs(found: Sequence[Proof]) -> str:
     """Proofs one under another, and how many hold."""
     lines: list[str] = []
