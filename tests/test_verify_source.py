@@ -176,7 +176,7 @@ def test_a_sample_that_makes_no_sense_is_refused(text: str) -> None:
 )
 def test_arguments_that_say_nothing_together_are_refused(arguments: list[str], made: Path) -> None:
     result = CliRunner().invoke(cli, ["verify", str(made / "hf"), *arguments, "--json"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert json.loads(result.output)["errors"][0]["code"] == "E001"
 
 
