@@ -11,7 +11,10 @@ import pytest
 import engine
 from engine.errors import EngineError
 from engine.formats.configs import read_config
+from engine.language.keys import find_key
+from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
+from engine.planning.config_keys import declared
 from engine.planning.variants import options_of
 from tests.test_genuine_checkpoints import settings_of
 from tests.test_reverse import FIXTURES, GENUINE, family_of
@@ -74,3 +77,29 @@ def test_a_number_beyond_floats_is_refused() -> None:
     with pytest.raises(EngineError) as caught:
         options_of(load_mapping("families/internlm2"), {"rope_factor": 10**400})
     assert caught.value.code == "E001"
+
+
+def floats(config: dict[str, Any], prefix: str = "") -> dict[str, type]:
+    found: dict[str, type] = {}
+    for name, value in config.items():
+        found |= floats(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": type(value)}
+    return found
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_every_key_that_may_be_any_number_is_written_as_one(name: str, tmp_path: Path) -> None:
+    """Both ways, whatever the other side's file held: trainers write `rope_base` whole."""
+    mapping = load_mapping(family_of(name))
+    engine.convert(family_of(name), FIXTURES / name, tmp_path / "hf", settings=settings_of(name))
+    engine.reverse(family_of(name), tmp_path / "hf", tmp_path / "back")
+    there = floats(json.loads((tmp_path / "hf" / "config.json").read_text()))
+    back = floats(read_config(tmp_path / "back" / "model_config.pt", "pickled_mapping"))
+    source = declared(mapping, load_layout(mapping.layout), "source")
+    checked = 0
+    for keys, written in ((mapping.keys["target"], there), (source, back)):
+        for path, kind in written.items():
+            key = find_key(keys, path)
+            if key is not None and "number" in key.limits.types:
+                assert kind is float, path
+                checked += 1
+    assert checked >= 5, "rms_norm_eps, theta; mlp_ratio, layer_norm_epsilon, rope_base"

@@ -57,6 +57,16 @@ class Limits:
         """The value as expressions see it: 0 and 1 are false and true where only those are meant."""
         return bool(value) if "boolean" in self.types and _CHECKS["boolean"](value) else value
 
+    def written(self, value: Any) -> Any:
+        """The value as files hold it: a whole number where any number may stand has its point, as some readers ask.
+
+        >>> number, either = Limits(("number", "null")), Limits(("number", "integer"))
+        >>> number.written(10000), number.written(None), number.written(True), either.written(2)
+        (10000.0, None, True, 2)
+        """
+        numeric = "number" in self.types and "integer" not in self.types
+        return float(value) if numeric and _whole(value) and _finite(value) else value
+
 
 def _finite(value: Any) -> bool:
     """Whether no number in a value is infinite, NaN or too large to be a float."""

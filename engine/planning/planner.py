@@ -16,7 +16,7 @@ from engine.planning import DEFAULT_SHARD_SIZE
 from engine.planning.attempts import Attempt, Checkpoint, Question, decide_by_shapes
 from engine.planning.classes import CopyTable
 from engine.planning.completeness import check_repeated, check_slices, used_instances
-from engine.planning.config_keys import read_config, source_side, training_side
+from engine.planning.config_keys import as_declared, read_config, source_side, training_side
 from engine.planning.copies import Copy
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Tied
@@ -127,7 +127,7 @@ def make_plan(
         whole_output(spec, group, every.dtype(i, group.name, names_of, spec.instances[0].rule.place), dtype)
         for i, (spec, group) in enumerate(listed)
     ]
-    config = render_tree(mapping.config, understood.names)
+    config = as_declared(render_tree(mapping.config, understood.names), mapping.keys.get("target", {}))
     ties = bool(config.get("tie_word_embeddings"))
     tied_to = [spec.instances[0].rule.tied_to if ties else None for spec, _ in listed]
     kept = [i for i, to in enumerate(tied_to) if to is None]

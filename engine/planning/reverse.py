@@ -23,7 +23,7 @@ from engine.planning.backward import (
     render_known,
     used_back,
 )
-from engine.planning.config_keys import check_returns, read_config, shown, target_side
+from engine.planning.config_keys import as_declared, check_returns, declared, read_config, shown, target_side
 from engine.planning.destination import Destination, Request
 from engine.planning.groups import Group
 from engine.planning.likeness import Like, destination_of, like_of, spellings_of
@@ -108,7 +108,7 @@ def make_reverse_plan(
     )
     names = {**seen, **choices, **sizes, **destination.names}
     names["dtype"] = f"torch.{main_dtype(written.outputs)}"
-    config = render_tree(mapping.training_config, names)
+    config = as_declared(render_tree(mapping.training_config, names), declared(mapping, layout, "source"))
     forth = _check_again(mapping, config, options, choices, sizes, written, destination)
     check_returns(checkpoint.config, forth, side, mapping)
     plan = _plan(

@@ -59,8 +59,6 @@ def option_value(option: Option, value: Any) -> Any:
             expected=str(option.limits),
             fix=option.help or None,
         )
-    if value is not None and option.type == "number":
-        value = float(value)  # what reads the configuration may ask for the type, as InternLM2's own code does
     if option.choices is not None and value not in option.choices:
         raise EngineError(
             "E001",
@@ -70,7 +68,7 @@ def option_value(option: Option, value: Any) -> Any:
             expected=", ".join(map(str, option.choices)),
             fix=option.help or None,
         )
-    return value
+    return option.limits.written(value)
 
 
 def choice_of(variant: Variant, value: Any) -> str:
