@@ -20,6 +20,7 @@ import engine
 from engine.errors import EngineError
 from tests.attacks import Attack, canary, corpus
 from tests.support.shards import Model, save
+from tests.test_resume import Disk, contents
 
 V1 = Model()
 LETTERS = {"mlp_letters": "w2_is_down"}
@@ -140,3 +141,37 @@ def test_a_hostile_hugging_face_checkpoint_is_refused(attack: Attack, good: Path
 @pytest.mark.parametrize("attack", names("mapping"))
 def test_a_hostile_mapping_is_refused(attack: Attack, good: Path, tmp_path: Path) -> None:
     check(attack, good, tmp_path)
+
+
+@pytest.mark.parametrize("attack", [*names("interrupted"), *names("interrupted hf")])
+def test_a_resumed_run_writes_what_a_new_one_would_or_is_refused(
+    attack: Attack, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out" / "made"
+    shutil.copytree(good / ("training" if attack.start == "interrupted" else "hf"), folder)
+    out.parent.mkdir()
+
+    def go(out: Path, **how: Any) -> None:
+        if attack.start == "interrupted":
+            engine.convert(V1.mapping, folder, out, settings=LETTERS, max_shard_size=9000, **how)
+        else:
+            engine.reverse(V1.mapping, folder, out, tp=2, **how)
+
+    with monkeypatch.context() as patch:
+        Disk(patch, 25 if attack.start == "interrupted" else 60)
+        with pytest.raises(EngineError) as caught:
+            go(out, workers=1)
+    assert caught.value.code == "E403"
+    attack.make(folder)
+    before = tree(tmp_path)
+    try:
+        go(out, resume=True)
+    except EngineError as error:
+        assert error.code in attack.codes, str(error)
+        assert attack.word in str(error)
+        assert tree(tmp_path) == before
+        return
+    assert not attack.codes or "ok" in attack.codes
+    go(tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert os.listdir(out.parent) == ["made"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Start = Literal["training", "hf", "mapping"]
+Start = Literal["training", "hf", "mapping", "interrupted", "interrupted hf"]
 Make = Callable[[Path], object]
 
 
@@ -21,7 +21,8 @@ class Attack:
 
     Attributes:
         start: what `make` is given: a training checkpoint, a Hugging Face one, or a folder with
-            `mapping.yaml` and `layout.yaml`.
+            `mapping.yaml` and `layout.yaml`; or a training or Hugging Face checkpoint of which a run
+            was interrupted, to be resumed.
         codes: the errors that are right; empty when nothing is wrong, `ok` among them when it may be.
         word: what the message must say.
     """
@@ -58,6 +59,6 @@ def canary(folder: Path) -> Path:
 
 
 def corpus(start: Start) -> Iterator[Attack]:
-    from tests.attacks import faults, files, mappings, pickles, safetensors, zips  # noqa: F401
+    from tests.attacks import faults, files, mappings, pickles, resumes, safetensors, zips  # noqa: F401
 
     return (one for one in CORPUS.values() if one.start == start)
