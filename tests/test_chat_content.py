@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+import engine
 from engine.assets.chat import chat_template, unmarked
+from tests.support.shards import save
 from tests.test_assets_chat import TURNS, load, model_file
+from tests.test_sharing import LETTERS, MODEL
 
 __all__ = ["model_file"]
 TEMPLATES = {path.stem: path for path in (Path(__file__).parent.parent / "mappings/chat_templates").glob("*.jinja")}
@@ -95,3 +100,19 @@ def test_marks_stand_as_programs_that_cut_them_out_look_for_them(name: str) -> N
     text = TEMPLATES[name].read_text()
     assert text.count("generation %}") == 2
     assert text.count("{% generation %}") == text.count("{% endgeneration %}") == 1
+
+
+def test_programs_that_look_in_the_tokenizers_settings_find_it_without_marks(tmp_path: Path, model_file: Path) -> None:
+    """transformers before chat_template.jinja, and llama.cpp's converter, read `tokenizer_config.json`."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "chat.yaml").write_text(
+        "mapping: 1\nname: chat\nversion: 1.0.0\ndescription: A chat\n"
+        "extends: families/internlm2.yaml\nchat_template: internlm2-chat\n"
+    )
+    save(replace(MODEL, vocab=512), tmp_path / "step", tp=2)
+    engine.convert(tmp_path / "chat.yaml", tmp_path / "step", tmp_path / "hf", tokenizer=model_file, settings=LETTERS)
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    marked = (tmp_path / "hf" / "chat_template.jinja").read_text()
+    assert settings["chat_template"] == unmarked(marked) != marked
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template.strip() == marked.strip()

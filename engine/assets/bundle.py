@@ -13,7 +13,7 @@ from typing import Any
 
 from engine import __version__
 from engine.assets.apart import APART, convert_apart, predicted_memory
-from engine.assets.chat import chat_template
+from engine.assets.chat import chat_template, unmarked
 from engine.assets.generation import generation_config
 from engine.assets.model_card import model_card
 from engine.assets.remote_code import read_code, remote_facts
@@ -50,7 +50,9 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     spec, rows = plan.mapping.tokenizer, plan.sizes.get("vocab")
     model, later, memory = _find_tokenizer(plan, spec, tokenizer), None, 0
     if plan.mapping.chat_template is not None:
-        files["chat_template.jinja"] = chat_template(plan.mapping.chat_template).encode()
+        template = chat_template(plan.mapping.chat_template)
+        files["chat_template.jinja"] = template.encode()
+        spec = None if spec is None else {**spec, "chat_template": unmarked(template)}
     if plan.mapping.generation is not None:
         generation, left_out = _within(plan.mapping.generation, rows)
         notices += left_out

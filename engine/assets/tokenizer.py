@@ -64,6 +64,7 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place)
         "additional_special_tokens": extra,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": spec.get("chat_template"),
     }
     kept = {key: value for key, value in settings.items() if value is not None}
     mapped: dict[str, Any] = {
