@@ -204,7 +204,7 @@ def test_sources_with_checksums_that_nothing_touched_are_not_read_again(
 ) -> None:
     source, out = write(tmp_path / "step", "zip"), tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    monkeypatch.setattr("engine.run.resume.Gatherer", None)
+    monkeypatch.setattr("engine.run.resume.Reader", None)
     go(source, out, resume=True)
     assert not engine.api.verify(out).problems
 

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import xxhash
 
 from engine.errors import EngineError, Place
-from engine.move.blocks import output_blocks
-from engine.move.gather import Gatherer
-from engine.move.values import Converter
+from engine.move.reader import Reader
 from engine.planning.model import Plan
 from engine.run.journal import Begun, Done, Interrupted, states_of
 from engine.run.schedule import Job
@@ -52,23 +50,22 @@ def compare_copied(
 ) -> None:
     """E407 unless the sources give the same bytes again for outputs that are done."""
     with SourceFiles(plan.files) as files:
-        gatherer, converter = Gatherer(files, plan.sources), Converter()
+        reader = Reader(plan, files)
         for index in outputs:
-            output, copies, total = plan.outputs[index], plan.copies(index), xxhash.xxh3_128()
-            for block in output_blocks(output, copies):
+            total = xxhash.xxh3_128()
+            for _, data in reader.blocks(index):
                 if stopped():
                     return
-                written = converter.convert(output, gatherer.gather(block, output.read_dtype))
-                total.update(written)
-                advance(len(written))
+                total.update(data)
+                advance(len(data))
             if total.hexdigest() != done[index].digest:
-                sources = [plan.sources[copy.source] for copy in copies]
+                sources = [plan.sources[copy.source] for copy in plan.copies(index)]
                 names = dict.fromkeys(plan.files[source.file].path.name for source in sources)
                 raise EngineError(
                     "E407",
                     "the interrupted run cannot be resumed: the source files changed",
                     place=Place(", ".join(list(names)[:4]), tensor=sources[0].header.name),
-                    got=f"other bytes than those that `{output.name}` was copied from",
+                    got=f"other bytes than those that `{plan.outputs[index].name}` was copied from",
                     expected="the same as when it was started",
                     fix="Run without --resume to start over, or put the files back that it was started with.",
                 )
