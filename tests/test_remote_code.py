@@ -192,3 +192,46 @@ def test_a_chat_release_has_an_official_form_that_is_the_same_chat(release: str)
     for part in ("tokenizer", "generation", "chat_template", "expect", "layout", "model_types"):
         assert getattr(mine, part) == getattr(other, part), part
     assert {n: o.default for n, o in mine.options.items()} == {n: o.default for n, o in other.options.items()}
+
+
+def child(path: Path, target: str) -> Path:
+    path.write_text(
+        "mapping: 1\nname: mine\nversion: 1.0.0\ndescription: Mine\n"
+        f"extends: families/internlm2-official.yaml\ntarget: {target}\n"
+    )
+    return path
+
+
+def test_any_mapping_can_say_that_its_target_is_remote_code(tmp_path: Path) -> None:
+    """The classes, the type and the versions are the mapping's; the engine knows no model."""
+    mapping = child(
+        tmp_path / "mine.yaml",
+        "{model_type: nova, architecture: NovaLM, remote_code: {transformers: '==4.99', auto_map: "
+        '{AutoConfig: NovaConfig, AutoModel: NovaLM, AutoModelForCausalLM: "{{ omit }}"}}}',
+    )
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "configuration_nova.py").write_text("class NovaConfig:\n    model_type: str = 'nova'\n")
+    (tmp_path / "code" / "modeling_nova.py").write_text("class NovaLM: pass\n")
+    engine.convert(mapping, SOURCE, tmp_path / "hf", code=tmp_path / "code")
+    auto_map = json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"]
+    assert auto_map == {"AutoConfig": "configuration_nova.NovaConfig", "AutoModel": "modeling_nova.NovaLM"}
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "==4.99" in card and "AutoModel.from_pretrained" in card
+
+
+def test_a_child_can_say_that_its_target_is_not_remote(tmp_path: Path) -> None:
+    mapping = load_mapping(child(tmp_path / "mine.yaml", "{model_type: internlm2, remote_code: null}"))
+    assert mapping.remote_code is None
+
+
+@pytest.mark.parametrize(
+    "remote", ["{transformers: x}", "{auto_map: {AutoConfig: X}}", "{transformers: x, auto_map: {AutoModel: X}}", "yes"]
+)
+def test_half_a_statement_of_remote_code_does_not_fit_the_schema(tmp_path: Path, remote: str) -> None:
+    own = tmp_path / "mine.yaml"
+    text = (Path(__file__).parent.parent / "mappings/families/internlm2.yaml").read_text()
+    own.write_text(text.replace("architecture: LlamaForCausalLM}", f"architecture: L, remote_code: {remote}}}"))
+    with pytest.raises(EngineError) as caught:
+        load_mapping(own)
+    assert caught.value.code == "E102"
+    assert "remote_code" in str(caught.value)
