@@ -114,7 +114,7 @@ def read_saved_plan(path: Path) -> SavedPlan:
     if len(raw) > MAX_BYTES:
         raise _unreadable(path, f"more than {MAX_BYTES} bytes")
     try:
-        data = parse_json(raw)
+        data = parse_json(raw, own=True)
     except ValueError as error:
         raise _unreadable(path, str(error)) from error
     if isinstance(data, dict) and isinstance(data.get("plan"), int) and data["plan"] != VERSION:

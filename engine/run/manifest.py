@@ -99,7 +99,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         raw = file.read(_MOST)
     try:
-        data: dict[str, Any] = parse_json(raw)
+        data: dict[str, Any] = parse_json(raw, own=True)
         wrong = next(iter(violations(data, "conversion")), None)
     except ValueError as error:
         raise _unreadable(path, str(error)) from None

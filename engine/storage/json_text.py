@@ -11,17 +11,20 @@ _MOST_DIGITS = 64  # a float holds any such number; transformers itself writes o
 _LONG = re.compile(rb"[0-9]{%d}" % (_MOST_DIGITS + 1))
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes, *, own: bool = False) -> Any:
     """The value of a JSON text in UTF-8.
 
+    Args:
+        own: a file that only the engine writes, in which no text holds NUL or half a character either.
+
     Raises:
-        ValueError: for what is no JSON, a key that occurs twice, text with NUL or half a character in it,
-            numbers of more than 64 digits or beyond what a float holds, and nesting without end. Says which.
+        ValueError: for what is no JSON, a key that occurs twice or holds half a character, numbers of more
+            than 64 digits or beyond what a float holds, and nesting without end. Says which.
     """
     long = _number if _LONG.search(raw) else None
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_int=long, parse_float=_finite)
-        if b"\\u" in raw:
+        if own and b"\\u" in raw:
             _check_text(value)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -30,6 +33,8 @@ def parse_json(raw: bytes) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
+    if not "".join(result).isascii():
+        "".join(result).encode()  # half a character is a ValueError
     if len(result) != len(pairs):
         raise ValueError("a key occurs twice")
     return result
@@ -49,7 +54,6 @@ def _finite(text: str) -> float:
 
 
 def _check_text(value: Any) -> None:
-    """Lone surrogates cannot be written, and NUL ends a path."""
     stack = [value]
     while stack:
         one = stack.pop()
