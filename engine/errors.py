@@ -49,6 +49,7 @@ CODES: dict[str, str] = {
     "E303": "a checkpoint file is of an unsupported kind",
     "E304": "the folder is not a checkpoint of this layout",
     "E305": "a file cannot be read",
+    "E306": "a rank file is not the one that its name says",
     # running
     "E401": "the output exists already",
     "E402": "replicas differ between ranks",

@@ -89,7 +89,7 @@ def read_python_source(path: Path) -> dict[str, Any]:
 
 def _unpickle(path: Path) -> Any:
     with open_regular(path) as file:
-        return read_torch_file(file, path.name, os.fstat(file.fileno()).st_size)[0]
+        return read_torch_file(file, path.name, os.fstat(file.fileno()).st_size).value
 
 
 def _plain(value: Any, name: str) -> Any:

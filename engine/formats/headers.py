@@ -76,3 +76,4 @@ class FileHeader:
     identity: str
     summed: bool = False
     state: FileState | None = None
+    root: str | None = None  # the folder inside a torch zip: the name it was saved under

@@ -10,7 +10,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,24 @@ from engine.storage.regular import FileState, open_regular
 LoadPickle = Callable[[bytes, str], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A file that torch saved.
+
+    Attributes:
+        value: what was saved, with inert tensors.
+        payload: storage key → (offset, bytes) in the file.
+        summed: whether the identity is over checksums of all bytes; where it is not, it is over the pickle.
+        root: the folder inside a zip.
+    """
+
+    value: Any
+    payload: Mapping[str, tuple[int, int]]
+    identity: str
+    summed: bool = False
+    root: str | None = None
+
+
 def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
     """Index one rank file.
 
@@ -39,13 +57,14 @@ def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
     with open_regular(path) as file:
         state = FileState.of(os.fstat(file.fileno()))
         size = state.size
-        value, payload, identity, summed = read_torch_file(file, path.name, size, load)
+        saved = read_torch_file(file, path.name, size, load)
+    value = saved.value
     if not isinstance(value, Mapping):
         raise _not_a_state_dict(path.name, type(value).__name__)
     for name in value:
         if not isinstance(name, str) or not _is_text(name):
             raise damaged(path.name, f"a key is not text: {name!r}"[:100])
-    tensors = tuple(_headers(value, payload, path.name))
+    tensors = tuple(_headers(value, saved.payload, path.name))
     if not tensors:
         raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
     for tensor in tensors:  # strides of zero can claim any size
@@ -58,7 +77,7 @@ def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
                 expected="each element stored once",
                 fix="Save it again after `contiguous()`.",
             )
-    return FileHeader(path, size, tensors, identity, summed, state)
+    return FileHeader(path, size, tensors, saved.identity, saved.summed, state, saved.root)
 
 
 def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:
@@ -84,11 +103,8 @@ def _is_text(name: str) -> bool:
 
 def read_torch_file(
     file: BinaryIO, name: str, size: int, load: LoadPickle = load_pickle
-) -> tuple[Any, dict[str, tuple[int, int]], str, bool]:
-    """The unpickled value with inert tensors, storage key → (offset, bytes) in the file, identity.
-
-    And whether the identity is over checksums of all bytes; where it is not, it is over the pickle itself.
-    """
+) -> Saved:
+    """What a file that torch saved holds, without its payload."""
     try:
         start = file.read(4)
         if start == b"PK\x03\x04":
@@ -103,9 +119,9 @@ def read_torch_file(
             prefix = f"{root}/data/"
             payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
             described = struct.pack("<Q", size) + directory + (b"" if summed else pickle)
-            return value, payload, hashlib.sha256(described).hexdigest(), summed
+            return Saved(value, payload, hashlib.sha256(described).hexdigest(), summed, root)
         file.seek(0)
-        return *load_legacy(file, name, size), False
+        return Saved(*load_legacy(file, name, size))
     except OSError as error:
         raise EngineError(
             "E305",

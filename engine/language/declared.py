@@ -68,6 +68,9 @@ def check_mapping(mapping: Mapping, document: Document) -> None:
                 targets,
                 at,
             )
+    for axis in mapping.even:
+        if axis not in axes:
+            raise undeclared(f"`even` names `{axis}`, which is no axis", axis, axes, document.place("even"))
     for axis in mapping.expect:
         if axis not in axes:
             raise undeclared(f"`expect` names `{axis}`, which is no axis", axis, axes, document.place("expect", axis))

@@ -16,12 +16,12 @@ from engine.language.loader import load_text
 
 _MAPPING_ORDER = (
     "mapping", "layout", "name", "version", "description", "extends", "remove", "source", "target",
-    "options", "keys", "variants", "dims", "rules", "ignore", "refuse", "config", "training_config", "tokenizer",
-    "generation", "chat_template", "expect",
+    "options", "keys", "variants", "dims", "even", "rules", "ignore", "refuse", "config", "training_config",
+    "tokenizer", "generation", "chat_template", "expect",
 )  # fmt: skip
 _LAYOUT_ORDER = (
-    "layout", "name", "version", "description", "config", "training", "keys", "prefixes", "options", "layers", "uneven",
-    "lone_rank", "modes", "skip", "refuse",
+    "layout", "name", "version", "description", "config", "training", "keys", "prefixes", "options", "layers", "sizes",
+    "uneven", "even", "lone_rank", "zip_root", "modes", "skip", "refuse",
 )  # fmt: skip
 _RULE_ORDER = (
     "name", "source", "target", "axes", "split", "stage", "when", "optional", "transform", "keep", "drop",

@@ -54,6 +54,7 @@ def load_layout(name: str) -> Layout:
         uneven=data.get("uneven", "first"),
         even=tuple(data.get("even") or ()),
         lone_rank=data.get("lone_rank") or {},
+        zip_root=data.get("zip_root"),
         sizes={n: expression(document, ("sizes", n), text) for n, text in (data.get("sizes") or {}).items()},
         modes=tuple(_mode(document, n, m) for n, m in data["modes"].items()),
         skip=tuple(data.get("skip") or ()),

@@ -60,6 +60,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         },
         variants=variants,
         dims={name: expression(document, ("dims", name), text) for name, text in (data.get("dims") or {}).items()},
+        even=tuple(data.get("even") or ()),
         rules=rules,
         ignore=tuple(_exclusion(document, "ignore", i, e) for i, e in enumerate(data.get("ignore") or [])),
         refuse=tuple(_exclusion(document, "refuse", i, e) for i, e in enumerate(data.get("refuse") or [])),

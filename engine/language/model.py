@@ -108,6 +108,7 @@ class Mapping:
     options: MappingABC[str, Option]
     variants: MappingABC[str, Variant]
     dims: MappingABC[str, Expression]
+    even: tuple[str, ...]  # axes that training only divides evenly over ranks
     rules: tuple[Rule, ...]
     ignore: tuple[Exclusion, ...]
     refuse: tuple[Exclusion, ...]
@@ -141,7 +142,10 @@ class RankMap:
 
 @dataclass(frozen=True, slots=True)
 class FilePattern:
-    """One kind of weight file; `cuts` is stage class → rank dimension → `split`, `rows`, `recorded` or an axis."""
+    """One kind of weight file.
+
+    `cuts` is stage class → rank dimension → `split`, `rows`, `recorded`, `runtime` or an axis.
+    """
 
     name: str
     cuts: MappingABC[str, MappingABC[str, str]]
@@ -205,6 +209,7 @@ class Layout:
     uneven: str
     even: tuple[str, ...]  # stage classes whose tensors the framework only cuts evenly
     lone_rank: MappingABC[str, int]
+    zip_root: str | None  # what the folder inside a rank file's zip is: `file_name`; None: it tells nothing
     sizes: MappingABC[str, Expression]  # ranks per dimension, as the training configuration claims
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
+from engine.checkpoint.identity import Claim, check_identities
 from engine.errors import EngineError, Place
-from engine.formats.headers import TensorHeader
+from engine.formats.headers import FileHeader, TensorHeader
 from engine.oracle.float_tensors import FloatTensors
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Shards:
         self.config = read_folder_config(folder, "model_config.pt", "pickled_mapping", required=True)
         self.training = read_folder_config(folder, "config_file.pt", "python_source", required=False)
         headers = read_headers(folder, [name for name, _ in ranked])
+        check_identities([_claim(found, header) for (_, found), header in zip(ranked, headers, strict=True)])
         self._tensors = FloatTensors(headers)
         self._stages: dict[int, list[_File]] = {}
         self.block = "blocks"
@@ -176,6 +178,13 @@ def _one_each(files: Sequence[_File], word: str) -> list[_File]:
         rank = file.tp if word == "tp" else file.wp
         found.setdefault(rank or 0, file)
     return [found[rank] for rank in sorted(found)]
+
+
+def _claim(found: re.Match[str], header: FileHeader) -> Claim:
+    """What a rank file's name claims; with weight parallelism, ranks of tp alone may hold the same layers."""
+    root = f"{header.root}.pt"
+    place = (found["wp"] or found["tp"], found["pp"])
+    return Claim(header, root if _FILE.fullmatch(root) else None, place)
 
 
 def _check_dense(names: Sequence[str], folder: Path) -> None:

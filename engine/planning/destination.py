@@ -8,10 +8,11 @@ from typing import Any
 
 from engine.checkpoint.ranks import expected_files, rank_dims
 from engine.errors import EngineError
+from engine.language.axes import extent
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import pattern
-from engine.planning.groups import Cut, cut_of
+from engine.planning.groups import cut_of
 from engine.planning.stored import Instance, Stages
 
 _MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
@@ -41,6 +42,7 @@ class Destination:
     sizes: Mapping[str, int]
     stages: Stages
     names: Mapping[str, Any]
+    even: tuple[str, ...] = ()  # axes that the mapping says training only divides evenly
     given_prefix: int | None = None  # index into the layout's prefixes; default: the first whose `when` holds
 
     def prefix(self, chunk: int) -> str:
@@ -164,22 +166,18 @@ def check_cuts(
     destination: Destination, used: Sequence[tuple[Instance, FilePattern]], sizes: Mapping[str, int]
 ) -> None:
     """E214 for the first axis that cannot be cut over so many ranks, naming the numbers that would do."""
-    layout = destination.layout
     for instance, file in used:
-        cut = cut_of(instance, file, layout)
-        for dim in cut.rank_dims():
+        for division in _divisions(instance, file, destination):
+            dim = division.dim
             count = destination.sizes.get(dim, 1)
-            why = _misfit(instance, cut, dim, count, layout, sizes)
+            why = division.misfit(count, sizes)
             if why is None:
                 continue
+            every = [other for one, name in used for other in _divisions(one, name, destination) if other.dim == dim]
             fits = [
                 n
                 for n in range(1, min(max(sizes.values()), _MOST_RANKS) + 1)
-                if all(
-                    dim not in other.rank_dims() or _misfit(one, other, dim, n, layout, sizes) is None
-                    for one, pattern_ in used
-                    for other in (cut_of(one, pattern_, layout),)
-                )
+                if all(other.misfit(n, sizes) is None for other in every)
             ]
             told = ", ".join(map(str, fits[:12])) + (", …" if len(fits) > 12 else "")
             raise EngineError(
@@ -192,23 +190,41 @@ def check_cuts(
             )
 
 
-def _misfit(instance: Instance, cut: Cut, dim: str, count: int, layout: Layout, sizes: Mapping[str, int]) -> str | None:
-    """Why a tensor cannot be cut over `count` ranks of a dimension, or None."""
-    from engine.language.axes import extent
+@dataclass(frozen=True, slots=True)
+class _Division:
+    """What the ranks of one dimension divide: an axis of a tensor, or its storage rows."""
 
-    if cut.rows == dim:
-        rows = extent(instance.axes.dims[0], sizes)
-        return None if rows >= count else f"{rows} rows for {count} ranks"
-    axis = next(axis for d, axis in cut.dims if d == dim)
-    size = sizes[axis]
-    if count > size:
-        times = f"; each would have to be stored {count // size} times" if count % size == 0 else ""
-        return f"axis `{axis}` has {size} for {count} ranks{times}"
-    if instance.stage_class in layout.even and size % count:
-        return (
-            f"axis `{axis}` of {size} does not divide by {count}, and tensors of the {instance.stage_class} stage must"
-        )
-    return None
+    instance: Instance
+    dim: str
+    axis: str | None  # None: storage rows, wherever the cut falls
+    even: str | None  # why it must divide, if it must
+
+    def misfit(self, count: int, sizes: Mapping[str, int]) -> str | None:
+        """Why it cannot be divided among so many ranks, or None."""
+        if self.axis is None:
+            rows = extent(self.instance.axes.dims[0], sizes)
+            return None if rows >= count else f"{rows} rows for {count} ranks"
+        size = sizes[self.axis]
+        if count > size:
+            times = f"; each would have to be stored {count // size} times" if count % size == 0 else ""
+            return f"axis `{self.axis}` has {size} for {count} ranks{times}"
+        if self.even is not None and size % count:
+            return f"axis `{self.axis}` of {size} does not divide by {count}, and {self.even}"
+        return None
+
+
+def _divisions(instance: Instance, file: FilePattern, destination: Destination) -> list[_Division]:
+    """What ranks divide of a tensor: what its shards are cut by, and what training divides while it runs."""
+    kind, even = instance.stage_class, destination.even
+    cut = cut_of(instance, file, destination.layout)
+    stage = f"tensors of the {kind} stage must" if kind in destination.layout.even else None
+    runs = "training runs only where it does"
+    found = [_Division(instance, dim, axis, runs if axis in even else stage) for dim, axis in cut.dims]
+    if cut.rows is not None:
+        found.append(_Division(instance, cut.rows, None, None))
+    roles = file.cuts.get(kind, {})
+    axis = next((axis for axis in instance.rule.split if axis in even), None)
+    return found + [_Division(instance, d, axis, runs) for d, role in roles.items() if axis and role == "runtime"]
 
 
 def _uncut(message: str, got: str, expected: str, fix: str) -> EngineError:

@@ -64,7 +64,7 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
     dims: list[tuple[str, str]] = []
     lone = False
     for dim, role in cuts.items():
-        if role == "recorded":
+        if role in ("recorded", "runtime"):
             continue
         if role == "rows":
             return Cut(rows=dim)

@@ -73,7 +73,7 @@ def destination_of(
     stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)
     told = any(name in settings for name in layout.options)  # then the layout's `when` picks the prefix
     prefix = like.prefix if (stages.chunks > 1) == (like.chunks > 1) and not told else None
-    return Destination(layout, mode, sizes, stages, names, prefix)
+    return Destination(layout, mode, sizes, stages, names, mapping.even, prefix)
 
 
 def _layout_options(layout: Layout, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,9 +48,10 @@ class Report:
 def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
-    No payload is read. Raises EngineError E2xx and E3xx.
+    Of the payload only a few KiB are read, to see that no file is there twice. Raises EngineError E2xx and E3xx.
     """
     from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
+    from engine.checkpoint.identity import Claim, check_identities, place_of, saved_as
     from engine.checkpoint.ranks import check_claims, read_grid
     from engine.planning.planner import Checkpoint
     from engine.storage.replacing import given_path
@@ -63,6 +64,12 @@ def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
         training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
         check_claims(grid, layout, training, str(folder))
     headers = read_headers(folder, [f.name for f in grid.files])
+    check_identities(
+        [
+            Claim(h, saved_as(h.root, layout), place_of(f.pattern, f.ranks))
+            for f, h in zip(grid.files, headers, strict=True)
+        ]
+    )
     return Checkpoint(str(folder), grid, headers, config, training, layout.config_file)
 
 

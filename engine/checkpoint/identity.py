@@ -1,0 +1,165 @@
+"""Whether rank files are the ranks that their names claim: what the files themselves tell of it.
+
+torch names the folder inside a zip, its root, after the file that it saves: `model_tp1_pp0/data.pkl` in
+`model_tp1_pp0.pt` (`PyTorchStreamWriter::setup` in caffe2/serialize/inline_container.cc). So an exchanged,
+doubled or renamed rank file tells on itself. Files saved through a buffer have the root `archive`, files from
+before the zip format have none: of those only doubles are found, by what they hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from engine.errors import EngineError, Place
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.language.model import FilePattern, Layout
+from engine.language.names import pattern
+from engine.storage.regular import open_regular
+
+_SAMPLE = 4096  # bytes at the start of a tensor, which already differ between slices of a trained one
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a rank file's name claims.
+
+    Attributes:
+        saved_as: the rank file that the zip's root names; None when it names none.
+        place: what sets the file apart from others with the same tensors. Files of equal places may be replicas.
+    """
+
+    header: FileHeader
+    saved_as: str | None
+    place: tuple[object, ...]
+
+    @property
+    def name(self) -> str:
+        return self.header.path.name
+
+
+def saved_as(root: str | None, layout: Layout) -> str | None:
+    """The rank file of a layout that a zip's root names, or None when roots tell nothing or this one does not."""
+    if root is None or layout.zip_root is None:
+        return None
+    for name in dict.fromkeys(file.name for mode in layout.modes for file in mode.files):
+        stem, dot, suffix = name.rpartition(".")
+        if pattern(stem if dot else suffix).match(root) is not None:
+            return root + dot + suffix if dot else root
+    return None
+
+
+def place_of(file: FilePattern, ranks: Mapping[str, int]) -> tuple[object, ...]:
+    """A file's pattern with its ranks, but for those over which the layers are not cut."""
+    cutting = {dim for dim, role in file.cuts.get("layers", {}).items() if role not in ("recorded", "runtime")}
+    others = {dim for cuts in file.cuts.values() for dim in cuts} - cutting
+    return (file.name, *(rank for dim, rank in ranks.items() if dim not in others))
+
+
+def check_identities(claims: Sequence[Claim]) -> None:
+    """E306 for the first file that is another rank than its name says, or that is there twice.
+
+    Of the payload at most a few KiB of each file are read, unless files turn out alike.
+    """
+    for claim in claims:
+        if claim.saved_as is not None and claim.saved_as != claim.name:
+            raise _refused(
+                f"`{claim.name}` was saved as `{claim.saved_as}`",
+                claim,
+                f"{claim.saved_as}, by the name that torch wrote into the file",
+                claim.name,
+                "Files were exchanged, renamed or copied over each other. Copy the folder again from the training "
+                "run, or give each file the name it was saved under.",
+            )
+    _check_links(claims)
+    for alike in _same_tensors(claims):
+        _check_contents(alike)
+
+
+def _check_links(claims: Sequence[Claim]) -> None:
+    """One file under two names: hard links, or links to one file."""
+    seen: dict[tuple[object, ...], Claim] = {}
+    for claim in claims:
+        state = claim.header.state
+        if state is None:
+            continue
+        first = seen.setdefault((state.device, state.inode, claim.header.identity), claim)  # some file systems' inodes are not unique
+        if first is not claim:
+            raise _refused(
+                f"`{claim.name}` and `{first.name}` are one file",
+                claim,
+                "two names, by links, of one file",
+                "a file for each rank",
+                "Every rank holds a different slice: copy the missing file from the training run.",
+            )
+
+
+def _same_tensors(claims: Sequence[Claim]) -> Iterator[list[Claim]]:
+    """Files with tensors of the same names, types and shapes, one for each place."""
+    found: dict[tuple[object, ...], dict[tuple[object, ...], Claim]] = {}
+    for claim in claims:
+        kind = tuple(sorted((t.name, t.dtype, t.shape) for t in claim.header.tensors))
+        found.setdefault((hash(kind), kind[:1], len(kind)), {}).setdefault(claim.place, claim)
+    yield from (list(places.values()) for places in found.values() if len(places) > 1)
+
+
+def _check_contents(claims: list[Claim]) -> None:
+    """E306 for two files that are equal to the last bit, unless all they hold is constants, as zeros are."""
+    order = sorted(claims[0].header.tensors, key=lambda t: (-t.nbytes, t.name))
+    groups, telling = [claims], False
+    for name in (t.name for t in order):
+        split: list[list[Claim]] = []
+        for group in groups:
+            by_sample: dict[bytes, list[Claim]] = {}
+            for claim in group:
+                tensor = _tensor(claim, name)
+                sample = next(_blocks(claim, tensor, _SAMPLE), b"")
+                item = ITEM_SIZES[tensor.dtype]
+                telling |= sample != sample[:item] * (len(sample) // item)
+                by_sample.setdefault(sample, []).append(claim)
+            split += [alike for alike in by_sample.values() if len(alike) > 1]
+        groups = split
+        if not groups:
+            return
+    if not telling:
+        return
+    for group in groups:
+        for other in group[1:]:
+            if all(_equal(group[0], other, t.name) for t in order):
+                raise _refused(
+                    f"`{other.name}` and `{group[0].name}` hold the same tensors",
+                    other,
+                    f"{len(order)} tensors that are equal to the last bit",
+                    "different slices or layers on each rank",
+                    "One is a copy of the other under a wrong name: copy the missing file from the training run.",
+                )
+
+
+def _tensor(claim: Claim, name: str) -> TensorHeader:
+    return next(t for t in claim.header.tensors if t.name == name)
+
+
+def _equal(one: Claim, other: Claim, name: str) -> bool:
+    """Whether two tensors are the same bytes, if they lie in the same way: else it is not told."""
+    pair = _tensor(one, name), _tensor(other, name)
+    return pair[0].strides == pair[1].strides and all(
+        x == y for x, y in zip(_blocks(one, pair[0], _BLOCK), _blocks(other, pair[1], _BLOCK), strict=False)
+    )
+
+
+def _blocks(claim: Claim, tensor: TensorHeader, size: int) -> Iterator[bytes]:
+    """The bytes from a tensor's first element to its last, also where others lie between."""
+    if not prod(tensor.shape):
+        return
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+    end = tensor.offset + (last + 1) * ITEM_SIZES[tensor.dtype]
+    with open_regular(claim.header.path) as file:
+        for at in range(tensor.offset, end, size):
+            yield os.pread(file.fileno(), min(size, end - at), at)
+
+
+def _refused(message: str, claim: Claim, got: str, expected: str, fix: str) -> EngineError:
+    return EngineError("E306", message, place=Place(claim.name), got=got, expected=expected, fix=fix)
