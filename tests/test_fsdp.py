@@ -14,7 +14,7 @@ from engine.errors import EngineError
 from engine.formats.headers import Part
 from engine.formats.rank_files import read_rank_file
 from tests.support.fsdp import FIXTURE, save_fsdp
-from tests.support.shards import Model, State, build, same
+from tests.support.shards import Model, State, build, same, with_root
 
 GENUINE = Path(__file__).parent / "fixtures" / "fsdp"
 LETTERS = {"mlp_letters": "w2_is_down"}
@@ -88,11 +88,16 @@ def test_groups_of_ranks_that_differ_are_told(tmp_path: Path) -> None:
     refusal(tmp_path / "step", "E402", name(3), name(1))
 
 
-def test_files_that_changed_their_names_are_refused(source: Path) -> None:
+@pytest.mark.parametrize(("root", "code"), [(None, "E306"), ("archive", "E208")])
+def test_files_that_changed_their_names_are_refused(source: Path, root: str | None, code: str) -> None:
+    """By the names they were saved under, else by the ranks that their shards record."""
+    if root is not None:
+        for rank in (0, 1):
+            with_root(source / name(rank), root)
     (source / name(0)).rename(source / "x")
     (source / name(1)).rename(source / name(0))
     (source / "x").rename(source / name(1))
-    refusal(source, "E208", "order of ranks", name(0))
+    refusal(source, code, name(0))
 
 
 def test_a_missing_rank_is_named(source: Path) -> None:
@@ -114,6 +119,7 @@ def test_a_file_of_another_model_is_refused(source: Path) -> None:
 def test_a_shard_under_the_name_of_another_mode_is_refused(source: Path) -> None:
     for rank in (1, 2):
         (source / name(rank)).unlink()
+    with_root(source / name(0), "archive")
     (source / name(0)).rename(source / "model_tp0_pp0.pt")
     refusal(source, "E303", "a shard", "ShardedTensor")
 

@@ -20,7 +20,7 @@ def test_the_internevo_layout_holds_what_its_file_says() -> None:
     assert [m.name for m in layout.modes] == ["tensor", "isp", "isp_wp", "fsdp"]
     isp = layout.modes[1].files[0]
     assert isp.ranks is not None and set(isp.ranks.dims) == {"tp", "wp"}
-    assert dict(isp.cuts["layers"]) == {"wp": "rows"}
+    assert dict(isp.cuts["layers"]) == {"wp": "rows", "tp": "runtime"} and layout.zip_root == "file_name"
     assert layout.modes[0].files[1].number is not None
     assert layout.lone_rank == {"tp": 0} and layout.uneven == "first" and layout.layers.uneven == "last"
     assert [m.name for m in layout.modes if m.only_read] == ["fsdp"]

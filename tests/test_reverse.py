@@ -56,10 +56,13 @@ def request(layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def writable(model: Model, layout: dict[str, Any]) -> bool:
-    """Whether training could have written it: embeddings are cut evenly, and no rank is empty."""
+    """Whether training could have written it: embeddings and heads are cut evenly, and no rank is empty."""
     first = layout.get("wp", 1) if layout["mode"] == "isp_wp" else layout.get("tp", 1)
     cut = model.vocab if model.embedding == "by_vocab" else model.hidden
     empty = layout["pp"] == 1 and layout["chunks"] > 1
+    heads = model.heads if model.family == "v1" else model.groups
+    if heads % layout.get("tp", 1):
+        return False
     return cut % first == 0 and not empty and max(layout.get("wp", 1), first) <= min(model.ffn, model.hidden)
 
 
@@ -265,6 +268,40 @@ def refuse(
 
 def test_more_ranks_than_key_value_heads_are_refused_with_the_numbers_that_work(tmp_path: Path) -> None:
     refuse("E214", "stored 2 times", "--tp 1, 2", model=V2, tmp_path=tmp_path, tp=4)
+
+
+def test_heads_that_do_not_divide_by_the_ranks_are_refused_with_the_numbers_that_work(tmp_path: Path) -> None:
+    """Training cuts qkv by rows and then splits it per group, or per head: it could not load such files."""
+    groups = Model("v2", hidden=24, heads=6, groups=3, ffn=32, bias=False)
+    refuse("E214", "axis `groups` of 3", "--tp 1, 3\n", model=groups, tmp_path=tmp_path / "groups", tp=2)
+    heads = Model("v1", hidden=24, heads=6, groups=6, ffn=32)
+    refuse("E214", "axis `heads` of 6", "--tp 1, 2, 3, 6\n", model=heads, tmp_path=tmp_path / "heads", tp=4)
+
+
+def test_weight_ranks_may_cut_inside_heads_but_tensor_ranks_deal_them_out(tmp_path: Path) -> None:
+    model = Model("v2", hidden=24, heads=6, groups=3, ffn=32, bias=False)
+    refuse("E214", "axis `groups`", "--tp 1, 3\n", model=model, tmp_path=tmp_path / "a", mode="isp", tp=2, wp=2)
+    for number, asked in enumerate(({"mode": "isp", "tp": 1, "wp": 4}, {"mode": "isp_wp", "wp": 4})):
+        made = engine.reverse(model.mapping, hf(model, tmp_path / str(number)), tmp_path / f"back{number}", **asked)
+        assert made.tensors
+
+
+def test_resharding_refuses_heads_that_do_not_divide_too_but_reads_them(tmp_path: Path) -> None:
+    """Files that an earlier version wrote so can still be cut for other ranks."""
+    model = Model("v2", hidden=24, heads=6, groups=3, ffn=32, bias=False)
+    expected = save(model, tmp_path / "step", tp=2)
+    letters = {"mlp_letters": model.letters}
+    with pytest.raises(EngineError) as caught:
+        engine.reshard(model.mapping, tmp_path / "step", tmp_path / "a", settings=letters)  # as it is
+    assert caught.value.code == "E214" and "--tp 1, 3" in str(caught.value)
+    engine.reshard(model.mapping, tmp_path / "step", tmp_path / "b", settings=letters, tp=3)
+    same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "b", settings=letters))), expected)
+
+
+def test_widths_and_vocabularies_may_still_be_cut_unevenly(tmp_path: Path) -> None:
+    model = Model("v2", heads=4, groups=2, ffn=25, vocab=31, bias=False)
+    made = engine.reverse(model.mapping, hf(model, tmp_path), tmp_path / "back", tp=2)
+    assert made.tensors
 
 
 def test_layers_that_do_not_divide_into_chunks_are_refused_with_those_that_do(tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ def saved_as(root: str | None, layout: Layout) -> str | None:
     if root is None or layout.zip_root is None:
         return None
     for name in dict.fromkeys(file.name for mode in layout.modes for file in mode.files):
-        stem, dot, suffix = name.rpartition(".")
-        if pattern(stem if dot else suffix).match(root) is not None:
-            return root + dot + suffix if dot else root
+        suffix = "." + name.rpartition(".")[2] if "." in name else ""
+        for file in (root, root + suffix):  # torch takes the last suffix off, which may have been another
+            if pattern(name).match(file) is not None:
+                return file
     return None
 
 
@@ -86,7 +87,8 @@ def _check_links(claims: Sequence[Claim]) -> None:
         state = claim.header.state
         if state is None:
             continue
-        first = seen.setdefault((state.device, state.inode, claim.header.identity), claim)  # some file systems' inodes are not unique
+        # with what the file says of itself, since some file systems give an inode twice
+        first = seen.setdefault((state.device, state.inode, claim.header.identity), claim)
         if first is not claim:
             raise _refused(
                 f"`{claim.name}` and `{first.name}` are one file",

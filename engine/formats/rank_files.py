@@ -101,9 +101,7 @@ def _is_text(name: str) -> bool:
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def read_torch_file(
-    file: BinaryIO, name: str, size: int, load: LoadPickle = load_pickle
-) -> Saved:
+def read_torch_file(file: BinaryIO, name: str, size: int, load: LoadPickle = load_pickle) -> Saved:
     """What a file that torch saved holds, without its payload."""
     try:
         start = file.read(4)

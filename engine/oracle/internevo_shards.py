@@ -182,9 +182,9 @@ def _one_each(files: Sequence[_File], word: str) -> list[_File]:
 
 def _claim(found: re.Match[str], header: FileHeader) -> Claim:
     """What a rank file's name claims; with weight parallelism, ranks of tp alone may hold the same layers."""
-    root = f"{header.root}.pt"
-    place = (found["wp"] or found["tp"], found["pp"])
-    return Claim(header, root if _FILE.fullmatch(root) else None, place)
+    root = header.root or ""
+    saved_as = next((name for name in (root, f"{root}.pt") if _FILE.fullmatch(name)), None)
+    return Claim(header, saved_as, (found["wp"] or found["tp"], found["pp"]))
 
 
 def _check_dense(names: Sequence[str], folder: Path) -> None:

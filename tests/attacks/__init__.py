@@ -59,6 +59,6 @@ def canary(folder: Path) -> Path:
 
 
 def corpus(start: Start) -> Iterator[Attack]:
-    from tests.attacks import faults, files, mappings, pickles, resumes, safetensors, zips  # noqa: F401
+    from tests.attacks import faults, files, mappings, pickles, ranks, resumes, safetensors, zips  # noqa: F401
 
     return (one for one in CORPUS.values() if one.start == start)

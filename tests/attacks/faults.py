@@ -30,23 +30,6 @@ def swap(one: Path, other: Path) -> None:
     aside.rename(other)
 
 
-@attack("training", "E207", "out_proj.bias")
-def two_tensor_ranks_swapped(folder: Path) -> None:
-    """A bias that only rank 0 has gives it away."""
-    swap(folder / "model_tp0_pp0.pt", folder / RANK)
-
-
-@attack("training", "E211", "another order")
-def two_stages_swapped(folder: Path) -> None:
-    for tp in range(2):
-        swap(folder / f"model_tp{tp}_pp0.pt", folder / f"model_tp{tp}_pp1.pt")
-
-
-@attack("training", "E402", "differ between ranks")
-def two_stages_swapped_on_one_rank(folder: Path) -> None:
-    swap(folder / RANK, folder / "model_tp1_pp1.pt")
-
-
 @attack("training", "E402", RANK)
 def a_rank_of_another_run(folder: Path) -> None:
     save(Model(seed=1), folder.parent / "other", tp=2, pp=2)
@@ -66,11 +49,6 @@ def a_rank_of_a_run_with_more_ranks(folder: Path) -> None:
     save(Model(), folder.parent / "other", tp=4, pp=2)
     shutil.copy(folder.parent / "other" / RANK, folder / RANK)
     shutil.rmtree(folder.parent / "other")
-
-
-@attack("training", "E207", "")
-def one_rank_twice(folder: Path) -> None:
-    shutil.copy(folder / "model_tp1_pp1.pt", folder / "model_tp0_pp1.pt")
 
 
 @attack("training", "E201", "model_tp0_pp2.pt")

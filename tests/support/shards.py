@@ -10,6 +10,7 @@ import hashlib
 import pickle
 import sys
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -302,6 +303,15 @@ def flattened(state: State, seed: int) -> State:
         flat = torch.cat([state[name].reshape(-1) for name in mine]).split(sizes)
         views |= {name: piece.view(state[name].shape) for name, piece in zip(mine, flat, strict=True)}
     return OrderedDict((name, views[name]) for name in state)
+
+
+def with_root(path: Path, root: str) -> None:
+    """Give a torch zip another root: `archive` is what torch writes when it saves into a buffer."""
+    with zipfile.ZipFile(path) as file:
+        members = [(name, file.read(name)) for name in file.namelist()]
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members:
+            file.writestr(f"{root}/{name.partition('/')[2]}", data)
 
 
 def write_config(m: Model, folder: Path, chunks: int, mode: str, tp: int, pp: int, wp: int, zbv: bool) -> None:

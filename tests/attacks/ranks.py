@@ -1,0 +1,133 @@
+"""Rank files that are not the ranks their names say: exchanged, doubled, linked, of another place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch.serialization import set_crc32_options
+
+from tests.attacks import Make, add, attack
+from tests.attacks.faults import edit, swap
+from tests.attacks.pickles import RANK
+from tests.support.shards import with_root
+
+FIRST, LATER, OTHER = "model_tp0_pp0.pt", "model_tp1_pp1.pt", "model_tp0_pp1.pt"
+ALL = (FIRST, RANK, OTHER, LATER)
+
+
+def stages(folder: Path) -> None:
+    for tp in range(2):
+        swap(folder / f"model_tp{tp}_pp0.pt", folder / f"model_tp{tp}_pp1.pt")
+
+
+def turned(folder: Path) -> None:
+    """Every file moved on by one."""
+    for one, other in pairwise(ALL):
+        swap(folder / one, folder / other)
+
+
+def instead(put: Callable[[Path, Path], object], wrong: str, right: str) -> Make:
+    def make(folder: Path) -> None:
+        (folder / wrong).unlink()
+        put(folder / right, folder / wrong)
+
+    return make
+
+
+def saved_into_buffers(make: Make) -> Make:
+    """torch then writes the same root, `archive`, into every file: names tell nothing."""
+
+    def changed(folder: Path) -> None:
+        for name in ALL:
+            with_root(folder / name, "archive")
+        make(folder)
+
+    return changed
+
+
+def saved_long_ago(make: Make) -> Make:
+    """Files from before the zip format have no root and no checksums."""
+
+    def changed(folder: Path) -> None:
+        for name in ALL:
+            state = torch.load(folder / name, weights_only=True)
+            torch.save(state, folder / name, _use_new_zipfile_serialization=False)
+        make(folder)
+
+    return changed
+
+
+def without_checksums(make: Make) -> Make:
+    def changed(folder: Path) -> None:
+        set_crc32_options(False)
+        try:
+            for name in ALL:
+                edit(folder / name, lambda state: state)
+        finally:
+            set_crc32_options(True)
+        make(folder)
+
+    return changed
+
+
+LINKS: dict[str, Callable[[Path, Path], object]] = {
+    "a copy": shutil.copy,
+    "a hard link": os.link,
+    "a symbolic link": lambda right, wrong: wrong.symlink_to(right.name),
+    "an absolute link": lambda right, wrong: wrong.symlink_to(right.absolute()),
+}
+# How the files came to be, and the errors that are right when ranks, or stages, are exchanged or doubled in them.
+MADE: dict[str, tuple[Callable[[Make], Make], str, str, str]] = {
+    "": (lambda make: make, "E306", "E306", "E306"),
+    " of files without a rank in them": (saved_into_buffers, "E207", "E211 E402", "E306"),
+    " of old files": (saved_long_ago, "E207", "E211 E402", "E306"),
+    " of files without checksums": (without_checksums, "E306", "E306", "E306"),
+}
+for _how, (_wrap, _ranks, _stages, _twice) in MADE.items():
+    add(f"two tensor ranks exchanged{_how}", "training",
+        _wrap(lambda folder: swap(folder / FIRST, folder / RANK)), _ranks)  # fmt: skip
+    add(f"two stages exchanged{_how}", "training", _wrap(stages), _stages)
+    add(f"two stages exchanged on one rank{_how}", "training",
+        _wrap(lambda folder: swap(folder / RANK, folder / LATER)), _stages)  # fmt: skip
+    add(f"every file moved on by one{_how}", "training", _wrap(turned), f"{_ranks} {_stages}")
+    for _what, _put in LINKS.items():
+        add(f"{_what} for another rank{_how}", "training", _wrap(instead(_put, RANK, FIRST)), _twice)
+        add(f"{_what} for another stage{_how}", "training", _wrap(instead(_put, RANK, LATER)), _twice)
+
+for _root in (
+    "model_tp0_pp0", "model_tp1_pp1", "model_tp7_pp0", "model_tp1_pp999999999999999", "model_wp0_pp0",
+    "model_tp1_wp1_pp0", "model_tp0_pp0_dp1", "model_moe_layer0_expert1_tp1", "model_tp0_pp0.pt",
+):  # fmt: skip
+    add(f"a file that was saved as {_root}", "training",
+        lambda folder, root=_root: with_root(folder / RANK, root), "E306", _root)  # fmt: skip
+for _root in (
+    "model_tp1_pp0", "model_tp1_pp0.pt", "archive", "model", "x", "model_tp1", "model_tp1_pp0_old", "tp0_pp0",
+    "model_tp01_pp00", "my model_tp0_pp0", "model_tp1_pp9999999999999999999", "consolidated.00",
+):  # fmt: skip
+    add(f"a file of the root {_root}, which names no other rank", "training",
+        lambda folder, root=_root: with_root(folder / RANK, root), None)  # fmt: skip
+
+
+@attack("training", "E306", "hold the same tensors")
+def a_rank_saved_again_under_the_name_of_another(folder: Path) -> None:
+    """Its root is right, its file another; what it holds is not."""
+    shutil.copy(folder / OTHER, folder / LATER)
+    edit(folder / LATER, lambda state: state)
+
+
+@attack("training", "E306", "hold the same tensors")
+def a_rank_that_lies_otherwise_under_the_name_of_another(folder: Path) -> None:
+    state = torch.load(folder / OTHER, weights_only=True)
+    torch.save(dict(reversed(state.items())), folder / LATER)
+
+
+@attack("training", None)
+def ranks_that_hold_nothing_but_zeros(folder: Path) -> None:
+    """Constants are the same on every rank, as biases are when training starts."""
+    for name in ALL:
+        edit(folder / name, lambda state: [tensor.zero_() for tensor in state.values()])
