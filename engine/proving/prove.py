@@ -28,7 +28,7 @@ from engine.proving.mutants import try_mutants
 from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
-from engine.proving.tiny import World, Worlds, guess_sizes
+from engine.proving.tiny import DIVISIBLE, World, Worlds, guess_sizes
 
 RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
 _MOST_FAILURES = 5  # counter-examples told of one check
@@ -144,7 +144,7 @@ def check_round_trip(
     if not possible:
         failure = Failure("no set of tensors shows any combination of choices", str(mapping.place))
         return check_of(ROUND_TRIP, "no combination of choices can be reached", [failure]), []
-    free = guess_sizes(mapping)
+    free = guess_sizes(mapping, DIVISIBLE)
     refused: set[str] = set()
     failures: list[Failure] = []
     trips: list[Trip] = []

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _DIVISION = re.compile(r"(?<![\w.])([a-z_]\w*) // (\w+)")
 _LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and the like; an axis that others are divided by
-_EVEN = 6  # an axis that ranks only divide evenly: by 2 and by 3
+DIVISIBLE = 6  # by 2 and by 3 ranks
 _APART = (36, 45, 28, 60, 52, 20, 44, 68)  # axes that nothing is known of
 _MAX_OPTIONAL = 8
 
@@ -76,11 +76,14 @@ class World:
         return found
 
 
-def guess_sizes(mapping: MappingFile) -> dict[str, int]:
+def guess_sizes(mapping: MappingFile, even: int = _SHARED) -> dict[str, int]:
     """A small size for every axis that the configuration or the tensors decide.
 
     What is divided becomes a multiple: `heads // groups` and `hidden // heads`, whose result is
-    halved again, give groups 6 (which ranks divide), heads 12, hidden 48.
+    halved again, give groups 3, heads 6, hidden 24.
+
+    Args:
+        even: the size of axes that training only divides evenly, where nothing else decides it.
     """
     divisions = {name: _DIVISION.findall(e.text) for name, e in mapping.dims.items()}
     pairs = [(a, b) for found in divisions.values() for a, b in found]
@@ -114,7 +117,7 @@ def guess_sizes(mapping: MappingFile) -> dict[str, int]:
         elif axis in named:
             values[axis] = _NAMED
         elif axis in mapping.even:
-            values[axis] = _EVEN
+            values[axis] = even
         else:
             values[axis] = _SHARED if any(b == axis for _, b in pairs) else next(apart)
         return values[axis]
