@@ -108,7 +108,7 @@ class Key:
         ignored: why any value is as good as any other.
         noted: why the key is only told to the user.
         default: what an absent key means.
-        same_as: the key that says the same, where both are there.
+        same_as: the key of which this is another spelling.
     """
 
     name: str

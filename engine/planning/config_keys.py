@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,7 +12,7 @@ from engine.errors import EngineError, Place, printable
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, Limits, find_key, find_pattern
-from engine.language.model import Expression, Layout
+from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 
 _FINITE = Limits()
@@ -26,6 +26,11 @@ class Side:
     keys: Mapping[str, Key]
     read: frozenset[str]
     file: str
+    written: frozenset[str] = frozenset()  # what is compared whole with what comes back
+    spelt: Mapping[str, str] = field(default_factory=dict)  # path → the path that the file has
+
+    def reads(self, path: str) -> bool:
+        return path in self.read or any(above in self.written for above in prefixes(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class Read:
 
     config: dict[str, Any]
     noted: dict[str, Any]
+    side: Side
 
 
 def source_side(mapping: MappingFile, layout: Layout) -> Side:
@@ -51,8 +57,9 @@ def training_side(mapping: MappingFile, layout: Layout) -> Side:
 
 def target_side(mapping: MappingFile) -> Side:
     """config.json, as `training_config` reads it; what is written in it must come back equal, so it counts as read."""
-    read = _paths(mapping.training_config) | dict(leaves(mapping.config)).keys()
-    return Side(dict(mapping.keys.get("target", {})), frozenset(read), "config.json")
+    written = frozenset(dict(leaves(mapping.config)))
+    read = _paths(mapping.training_config) | written
+    return Side(dict(mapping.keys.get("target", {})), read, "config.json", written)
 
 
 def declared(mapping: MappingFile, layout: Layout, side: str) -> dict[str, Key]:
@@ -88,33 +95,76 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
             express, E219 for a key that is neither read nor declared.
     """
     noted: dict[str, Any] = {}
-    read = _read(config, side, "", noted, expressed)
-    for path, key in side.keys.items():
-        value, other = _below(read, path), None if key.same_as is None else _below(read, key.same_as)
-        if value is not None and other is not None and value != other:
-            raise _misfit(path, value, f"{shown(other)}, as `{key.same_as}` says", side.file, key)
+    spelt: dict[str, str] = {}
+    once = _spelt_once(config, side, spelt)
+    side = replace(side, spelt=spelt)
+    read = _read(once, side, "", noted, expressed)
     for name, key in side.keys.items():
         if key.default is not None and name not in read and "." not in name:
             read[name] = key.default
-    return Read(read, noted)
+    return Read(read, noted, side)
+
+
+def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) -> dict[str, Any]:
+    """The configuration with every other spelling of a key moved to it; E218 where the two disagree."""
+    result = _copied(config)
+    for path, key in side.keys.items():
+        *above, name = path.split(".")
+        holder = _below(result, ".".join(above)) if above else result
+        if key.same_as is None or not isinstance(holder, dict) or name not in holder:
+            continue
+        value = holder.pop(name)
+        if value is None:
+            continue
+        if not key.limits.fits(value):
+            raise _misfit(path, value, str(key.limits), side, key)
+        for below, item in _below_or_itself(value):
+            _put(result, f"{key.same_as}{below}", item, f"{path}{below}", key, side)
+            spelt.setdefault(f"{key.same_as}{below}", spelt.get(f"{path}{below}", f"{path}{below}"))
+    return result
+
+
+def _below_or_itself(value: Any) -> list[tuple[str, Any]]:
+    return [(f".{path}", item) for path, item in leaves(value)] if isinstance(value, Mapping) else [("", value)]
+
+
+def _put(tree: dict[str, Any], to: str, value: Any, path: str, key: Key, side: Side) -> None:
+    """Put what stands at `path` where it is to stand."""
+    *above, last = to.split(".")
+    for name in above:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise _misfit(name, tree, "keys and values", side, key)
+    if tree.get(last) is None:
+        tree[last] = value
+    elif tree[last] != value:
+        raise _misfit(path, value, f"{shown(tree[last])}, as `{to}` says", side, key)
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
 
 
 def _read(values: Mapping[str, Any], side: Side, prefix: str, noted: dict[str, Any], expressed: bool) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        inner = any(known.startswith(f"{path}.") for known in (*side.keys, *side.read))
+        plain = "." not in name  # a name with a dot is not the path that it looks like
+        inner = plain and any(known.startswith(f"{path}.") for known in (*side.keys, *side.read))
+        reads = plain and side.reads(path)
         key = find_key(side.keys, path)
-        if key is not None and not (key.decided or inner or path in side.read):
+        if key is not None and not (plain and (key.decided or inner or reads)):
             key = find_pattern(side.keys, path)  # its type is declared, and nothing reads it
         if value is None and not _must_be(key, path, side, inner):
             continue
         if inner and (key is None or "*" in key.name) and not isinstance(value, Mapping):
-            raise _misfit(path, value, "keys and values", side.file, None)
+            raise _misfit(path, value, "keys and values", side, None)
         if inner and isinstance(value, Mapping):
             result[name] = _read(value, side, f"{path}.", noted, expressed)
             continue
-        if key is None and path not in side.read:
+        if key is None and not reads:
             if not expressed:
                 result[name] = value
                 continue
@@ -122,11 +172,11 @@ def _read(values: Mapping[str, Any], side: Side, prefix: str, noted: dict[str, A
         limits = _FINITE if key is None else key.limits
         free = key is not None and key.ignored is not None and limits == _FINITE
         if not free and not limits.fits(value):
-            raise _misfit(path, value, str(limits), side.file, key)
+            raise _misfit(path, value, str(limits), side, key)
         value = limits.taken(value)
         if key is not None and expressed:
             if not key.allows(value):
-                raise _inexpressible(path, value, key, side.file)
+                raise _inexpressible(path, value, key, side)
             if key.noted is not None:
                 noted[printable(path)] = value if isinstance(value, int | float) else printable(shown(value))
         result[name] = value
@@ -169,7 +219,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _misfit(path: str, value: Any, expected: str, file: str, key: Key | None) -> EngineError:
+def _misfit(path: str, value: Any, expected: str, side: Side, key: Key | None) -> EngineError:
+    path, file = side.spelt.get(path, path), side.file
     return EngineError(
         "E218",
         f"`{path}` of {file} cannot be {shown(value)}",
@@ -180,7 +231,8 @@ def _misfit(path: str, value: Any, expected: str, file: str, key: Key | None) ->
     )
 
 
-def _inexpressible(path: str, value: Any, key: Key, file: str) -> EngineError:
+def _inexpressible(path: str, value: Any, key: Key, side: Side) -> EngineError:
+    path, file = side.spelt.get(path, path), side.file
     return EngineError(
         "E209",
         f"what `{path}` of {file} says cannot be expressed: {key.why}",
@@ -193,6 +245,7 @@ def _inexpressible(path: str, value: Any, key: Key, file: str) -> EngineError:
 
 
 def _unknown(path: str, value: Any, side: Side) -> EngineError:
+    path = side.spelt.get(path, path)
     known = [name for name in (*side.keys, *sorted(side.read)) if "*" not in name]
     near = get_close_matches(path, known, 1, 0.8)
     return EngineError(
@@ -207,17 +260,17 @@ def _unknown(path: str, value: Any, side: Side) -> EngineError:
     )
 
 
-def check_returns(given: Mapping[str, Any], forth: Mapping[str, Any], side: Side, mapping: MappingFile) -> None:
+def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
     """E209 for the first key of a configuration that the other side does not give back.
 
     Args:
-        given: the configuration as read.
+        read: the configuration as read.
         forth: what is made, by the same mapping and options, of what is to be written.
     """
-    written = dict(leaves(mapping.config))
+    side, written = read.side, dict(leaves(mapping.config))
     back = dict(leaves(forth))
-    for path, value in leaves(given):
-        tree = next((written[p] for p in _above(path) if p in written), None)
+    for path, value in leaves(read.config):
+        tree = next((written[p] for p in prefixes(path) if p in written), None)
         key = find_key(side.keys, path)
         if tree is None or (key is not None and key.ignored is not None):
             continue
@@ -230,9 +283,9 @@ def check_returns(given: Mapping[str, Any], forth: Mapping[str, Any], side: Side
                        if p.startswith("options.")})  # fmt: skip
         raise EngineError(
             "E209",
-            f"`{path}` of {side.file} would be lost",
+            f"`{side.spelt.get(path, path)}` of {side.file} would be lost",
             place=Place(side.file),
-            got=f"{path}: {shown(value)}",
+            got=f"{side.spelt.get(path, path)}: {shown(value)}",
             expected="no such key" if found is None else f"{shown(found)}, as what is written would be read",
             fix=(f"Training files do not hold it. If it is only how the model is served, say so with --set: "
                  f"{', '.join(told)}." if told else
@@ -241,7 +294,7 @@ def check_returns(given: Mapping[str, Any], forth: Mapping[str, Any], side: Side
         )  # fmt: skip
 
 
-def _above(path: str) -> Iterator[str]:
+def prefixes(path: str) -> Iterator[str]:
     """The path and those it lies below, longest first."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
@@ -258,31 +311,3 @@ def _below(tree: Any, path: str) -> Any:
 
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def undeclared(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expression, str, str, Mapping[str, Key]]]:
-    """Keys that expressions read and nothing declares: expression, side, path, what is declared there."""
-    from engine.language.names import pattern
-
-    axes = {name for rule in mapping.rules for name in rule.axes.names()}
-    axes |= {name for rule in mapping.rules for target in rule.targets for name in target.axes.names()}
-    axes |= {name for rule in mapping.rules for s in rule.sources for name in pattern(s).placeholders}
-    dims = {d for mode in layout.modes for file in mode.files for d in pattern(file.name).placeholders}
-    own = {*axes, *mapping.dims, *mapping.variants, "options", "training"}
-    grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants, *(f"{dim}s" for dim in dims)}
-    forth = [dict(mapping.dims), [dict(v.choices) for v in mapping.variants.values()], mapping.config]
-    for side, tree, known in (("source", forth, own), ("target", mapping.training_config, own | grid)):
-        keys = declared(mapping, layout, side) if side == "source" else mapping.keys.get("target", {})
-        for expression in expressions_of(tree):
-            for path in sorted(compile_expression(expression).paths):
-                root, _, rest = path.partition(".")
-                if root == "training" and rest:
-                    training = declared(mapping, layout, "training")
-                    if not any(p in training for p in _above(rest)):
-                        yield expression, "training", rest, training
-                elif root not in known and not _is_declared(path, keys):
-                    yield expression, side, path, keys
-
-
-def _is_declared(path: str, keys: Mapping[str, Key]) -> bool:
-    return path in keys or any(name.startswith(f"{path}.") for name in keys)

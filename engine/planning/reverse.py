@@ -74,8 +74,8 @@ def make_reverse_plan(
         )
     options = options_of(mapping, mine)
     _check_kind(mapping, checkpoint)
-    side = target_side(mapping)
-    checkpoint = replace(checkpoint, config=read_config(checkpoint.config, side).config)
+    read = read_config(checkpoint.config, target_side(mapping))
+    checkpoint = replace(checkpoint, config=read.config)
     shared = like_of(understand(mapping, layout, like, mine), like, layout) if like is not None else Like()
     rules = instances(mapping)
     tensors = checkpoint.tensors()
@@ -110,7 +110,7 @@ def make_reverse_plan(
     names["dtype"] = f"torch.{main_dtype(written.outputs)}"
     config = as_declared(render_tree(mapping.training_config, names), declared(mapping, layout, "source"))
     forth = _check_again(mapping, config, options, choices, sizes, written, destination)
-    check_returns(checkpoint.config, forth, side, mapping)
+    check_returns(read, forth, mapping)
     plan = _plan(
         mapping, layout, checkpoint.folder, checkpoint.files, source, written, destination, config, decisions=decisions,
         options=options, names=names, ignored=ignored, notices=(), dtype=dtype, grid=written.grid,

@@ -244,7 +244,7 @@ def _unreachable(mapping: Mapping) -> Iterator[Finding]:
 def _undeclared(mapping: Mapping) -> Iterator[Finding]:
     """L009: what nothing says of a key, nothing checks: a text or a negative number would be taken for a size."""
     from engine.language.layout_file import load_layout
-    from engine.planning.config_keys import undeclared
+    from engine.proving.undeclared import undeclared
 
     for expression, side, path, known in undeclared(mapping, load_layout(mapping.layout)):
         near = get_close_matches(path, list(known), 1)
