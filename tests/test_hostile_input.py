@@ -120,6 +120,29 @@ def test_no_mapping_breaks_lint_or_plan(made: Path, tmp_path: Path) -> None:
         invoke("plan", "-m", tmp_path / "m.yaml", "-s", made / "step", *SET)
 
 
+def test_no_committed_facts_break_prove(tmp_path: Path) -> None:
+    from engine.language.mapping_file import load_mapping
+    from engine.proving.facts import check_facts, write_facts
+
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("mapping: 1\nname: m\nversion: 1.0.0\ndescription: x\nextends: families/internlm.yaml\n")
+    loaded = load_mapping(str(mapping))
+    file = write_facts(mapping)
+    assert write_facts(mapping) == file  # its own are replaced
+    data = json.loads(file.read_text("utf-8"))
+    data["moves"] = dict(list(data["moves"].items())[:1])
+    for _, raw in mutated(data):
+        file.write_bytes(raw)
+        try:
+            check_facts(loaded)
+        except EngineError as error:
+            str(error).encode()
+    file.write_text("years")
+    with pytest.raises(EngineError, match="E401"):
+        write_facts(mapping)
+    assert file.read_text() == "years"
+
+
 def commands(made: Path, tmp_path: Path) -> Iterator[tuple[tuple[object, ...], str]]:
     """Commands with one argument left open, and what stands before it."""
     planned = ("-m", V2.mapping, "-s", made / "step", *SET)

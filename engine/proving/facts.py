@@ -15,7 +15,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError
 from engine.formats.configs import read_json
 from engine.language.model import Mapping as MappingFile
 from engine.language.search import find_file, search_folders
@@ -24,6 +24,7 @@ from engine.planning.stored import instances
 from engine.proving.counterexamples import moves_of
 from engine.proving.proof import Check, Failure, check_of
 from engine.proving.tiny import guess_sizes, settle
+from engine.storage.replacing import write_file
 
 FACTS = "facts"
 
@@ -56,11 +57,13 @@ def write_facts(name: str | Path) -> Path:
 
     path = find_file(str(name)).with_suffix(".facts.json")
     text = json.dumps(facts_of(load_mapping(name)), indent=1, ensure_ascii=False) + "\n"
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EngineError("E403", "facts cannot be written", place=Place(str(path)), got=error.strerror) from error
+    write_file(path, text.encode(), overwrite=True, ours=is_facts)
     return path
+
+
+def is_facts(start: bytes) -> bool:
+    """Whether a file of these first bytes was written as facts."""
+    return start.startswith(b'{\n "facts": ')
 
 
 def committed(mapping: MappingFile) -> tuple[str, dict[str, Any]] | None:
@@ -83,8 +86,12 @@ def check_facts(mapping: MappingFile) -> Check:
     failures = differences(mapping, facts)
     if failures and file != mapping.files[-1]:
         return Check(FACTS, None, f"its rules are not those of {file}, and no facts of its own are committed")
+    moves = facts.get("moves")
+    count = len(moves) if isinstance(moves, dict) else 0
     return check_of(
-        FACTS, f"{len(facts['moves'])} targets come from where {file} had them when it was checked", failures
+        FACTS,
+        f"{count} targets come from where {file} had them when it was checked",
+        failures,
     )
 
 
