@@ -338,6 +338,14 @@ def test_resharding_keeps_what_cannot_be_converted(tmp_path: Path) -> None:
     assert config["use_dynamic_ntk_rope"] is True and config["mystery"] == 5
 
 
+@pytest.mark.parametrize("value", ["two", 0, -1, True, 2.0, None, []])
+def test_what_is_read_of_the_training_configuration_has_its_type_and_range(tmp_path: Path, value: Any) -> None:
+    shutil.copytree(FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "ckpt")
+    torch.save(f"moe = dict(top_k={value!r})", tmp_path / "ckpt" / "config_file.pt")
+    error = refused(api.plan, "families/internlm-moe.yaml", tmp_path / "ckpt")
+    assert error.code == "E218" and "moe.top_k" in error.message and "config_file.pt" in error.message
+
+
 def test_internlm_has_no_head_that_is_normalised(tmp_path: Path) -> None:
     source = training(tmp_path / "ckpt", {"norm_head": True}, "v1_tp2_pp2")
     assert refused(api.plan, "families/internlm.yaml", source).code == "E209"

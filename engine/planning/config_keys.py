@@ -52,7 +52,8 @@ def source_side(mapping: MappingFile, layout: Layout) -> Side:
 
 def training_side(mapping: MappingFile, layout: Layout) -> Side:
     """What expressions see as `training`; only what is declared is looked at."""
-    return Side(declared(mapping, layout, "training"), frozenset(), layout.training_file or "the training config")
+    keys = declared(mapping, layout, "training")
+    return Side(keys, frozenset(keys), layout.training_file or "the training config")
 
 
 def target_side(mapping: MappingFile) -> Side:
