@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import engine
+from engine import api
 from engine.assets import bundle
 from engine.errors import EngineError
 from engine.language.model import Mapping
@@ -207,7 +208,7 @@ def test_a_tokenizer_replaced_after_it_was_checked_is_refused(
 def test_two_files_of_one_name_are_refused_before_a_rank_file_is_written(
     source: Path, tmp_path: Path, nothing_written: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = engine.api.plan_reshard(MODEL.mapping, source, tp=1, settings=LETTERS)
+    plan = api.plan_reshard(MODEL.mapping, source, tp=1, settings=LETTERS)
     how = execute.Running()
     for name in ("model_tp0_pp0.pt", "conversion.json"):
         small = execute.Small({name: b""})
@@ -239,7 +240,7 @@ def test_text_that_cannot_be_written_is_refused_before_a_rank_file_is(
     source: Path, tmp_path: Path, nothing_written: None
 ) -> None:
     """Half a character, in what only the manifest tells."""
-    plan = engine.api.plan_reshard(MODEL.mapping, source, tp=1, settings=LETTERS)
+    plan = api.plan_reshard(MODEL.mapping, source, tp=1, settings=LETTERS)
     plan = replace(plan, options={**plan.options, "note": "\ud800"})
     with pytest.raises((EngineError, UnicodeEncodeError)):
         execute.execute(plan, source, tmp_path / "out", lambda: execute.Small({}), execute.Running(), 0.0)

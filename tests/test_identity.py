@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import engine
+from engine import api
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
@@ -206,7 +207,7 @@ def test_sources_with_checksums_that_nothing_touched_are_not_read_again(
     interrupted(source, out, monkeypatch)
     monkeypatch.setattr("engine.run.resume.Reader", None)
     go(source, out, resume=True)
-    assert not engine.api.verify(out).problems
+    assert not api.verify(out).problems
 
 
 def test_a_configuration_that_changed_is_named_when_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +215,7 @@ def test_a_configuration_that_changed_is_named_when_resuming(tmp_path: Path, mon
     source, out = tmp_path / "step", tmp_path / "out"
     save(MODEL, source, tp=1)
     interrupted(source, out, monkeypatch)
-    config = dict(engine.api.read_checkpoint(source, engine.api.load_layout("internevo")).config)
+    config = dict(api.read_checkpoint(source, api.load_layout("internevo")).config)
     torch.save({**config, "layer_norm_epsilon": 0.05}, source / "model_config.pt")
     error = refused(source, out, "E407", resume=True)
     assert "the configuration" in error.message and "rms_norm_eps" in str(error)
@@ -249,7 +250,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused_at_the_end(
 
 
 def planned(source: Path, folder: Path) -> Path:
-    engine.api.save_plan(folder / "plan.json", MODEL.mapping, source, settings=LETTERS)
+    api.save_plan(folder / "plan.json", MODEL.mapping, source, settings=LETTERS)
     return folder / "plan.json"
 
 
@@ -260,7 +261,7 @@ def test_a_saved_plan_does_not_run_on_another_model_of_the_same_headers(kind: st
     saved, data = planned(source, tmp_path), other_model(source, kind)
     PUT[put](weights(source), data)
     with pytest.raises(EngineError) as caught:
-        engine.api.run_plan(saved, tmp_path / "out")
+        api.run_plan(saved, tmp_path / "out")
     assert caught.value.code == "E405"
     assert weights(source).name in caught.value.message
     assert not (tmp_path / "out").exists()
@@ -270,16 +271,16 @@ def test_a_saved_plan_does_not_run_on_another_model_of_the_same_headers(kind: st
 def test_a_saved_plan_runs_on_a_copy_where_checksums_tell_that_it_is_one(kind: str, tmp_path: Path) -> None:
     source = write(tmp_path / "step", kind)
     saved = planned(source, tmp_path)
-    engine.api.run_plan(saved, tmp_path / "hf")
+    api.run_plan(saved, tmp_path / "hf")
     shutil.copytree(source, tmp_path / "copy")
     shutil.rmtree(source)
     (tmp_path / "copy").rename(source)
     if kind == "zip":
-        engine.api.run_plan(saved, tmp_path / "again")
+        api.run_plan(saved, tmp_path / "again")
         assert contents(tmp_path / "again") == contents(tmp_path / "hf")
         return
     with pytest.raises(EngineError) as caught:
-        engine.api.run_plan(saved, tmp_path / "again")
+        api.run_plan(saved, tmp_path / "again")
     assert caught.value.code == "E405"
     assert "checksum" in str(caught.value) and "inode" in str(caught.value)
 
