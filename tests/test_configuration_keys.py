@@ -466,6 +466,10 @@ def test_what_transformers_saves_of_the_same_model_is_understood_key_by_key(
         letters = {"mlp_letters": "w2_is_down"}
         engine.convert(name, FIXTURES / fixture, tmp_path / "hf", settings=letters)
     ours = api.plan_reverse(name, tmp_path / "hf", settings=letters).config
+    held = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for key, declared in api.load_mapping(name).keys["target"].items():  # what is absent means what it means there
+        if declared.default is not None:
+            assert getattr(AutoConfig.for_model(held["model_type"]), key) == declared.default, key
     config = AutoConfig.from_pretrained(tmp_path / "hf")
     config.save_pretrained(tmp_path / "hf")
     assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours
