@@ -80,7 +80,7 @@ ELSEWHERE: list[tuple[dict[str, Any], str, str]] = [
     ({"layer_types": ["full_attention", "sliding_attention"]}, "E219", "layer_types"),
     ({"num_hiden_layers": 2}, "E219", "num_hidden_layers"),
     ({"a": {"b": {"c": 1}}}, "E219", "`a`"),
-    ({"rope_parameters.rope_theta": 1e6}, "E219", "rope_parameters.rope_theta"),
+    ({"rope_parameters.rope_theta": 1e6}, "E219", "rope_theta"),
     ({"rope_parameters": {"rope_theta": 1e4, "rope_theta.": 1e6}}, "E219", "rope_theta."),
     # scaled rotary angles in every form
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **LLAMA3}}, "E219", "rope_parameters"),
@@ -433,7 +433,7 @@ def test_llama_3_1_comes_back_as_metas_params_say(tmp_path: Path) -> None:
     back = json.loads((tmp_path / "back" / "params.json").read_text())
     assert back["use_scaled_rope"] is True and back["rope_theta"] == 500000.0
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    config["rope_parameters"]["low_freq_factor"] = 2.0
+    config["rope_parameters"]["low_freq_factor"] = config["rope_scaling"]["low_freq_factor"] = 2.0
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     error = refused(api.plan_reverse, "families/meta-llama.yaml", tmp_path / "hf")
     assert error.code == "E209" and "low_freq_factor" in error.message

@@ -134,7 +134,7 @@ def make_plan(
     outputs = tuple(written[i] for i in kept)
     copies = every.subset(kept)
     tied = _tied([(written[i], every(i), to) for i, to in enumerate(tied_to) if to is not None], outputs)
-    config["dtype"] = main_dtype(outputs)
+    config |= dict.fromkeys(("dtype", "torch_dtype"), main_dtype(outputs))  # as transformers 5 and 4 spell it
     departures = check_release(mapping, sizes, strict=strict)
     notices = (*overruled(attempt), *not_the_release(mapping, departures), *_notices(checkpoint, mapping))
     notices += noted_keys(understood.noted, layout)
