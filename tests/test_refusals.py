@@ -320,7 +320,7 @@ def test_a_plan_that_would_leave_a_gap_is_refused(source: Path) -> None:
     from engine.planning.classes import prove_total
 
     plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
-    group = plan.copies._outputs[0][0]
+    group = plan.copies.outputs[0][0]
     prove_total(plan.copies(0), plan.outputs[0].shape, group)
     with pytest.raises(EngineError) as caught:
         prove_total(plan.copies(0)[1:], plan.outputs[0].shape, group)

@@ -69,7 +69,7 @@ def spots(side: Side, group: Group, shard: Shard, window: Window | None = None) 
                 box[axis] = (low + start, high + start)
                 base -= region.strides[axis] * start
             bases.append(base)
-        key = side.keys[id(group.instance), frozenset(box)]
+        key = side.keys[group.instance.key, frozenset(box)]
         result.append(Spot(key, box, tuple(bases), tuple(region.strides for region in combination)))
     return result
 

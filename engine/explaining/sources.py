@@ -8,7 +8,7 @@ from engine.errors import EngineError
 from engine.explaining.explanation import Explained, Explanation, Flow, Tensor
 from engine.explaining.links import Window, links, spots
 from engine.explaining.selection import parse_selection, unknown_name
-from engine.explaining.targets import copy_table, flow, output_notes, target_window, tensor_of
+from engine.explaining.targets import flow, output_notes, target_window, tensor_of
 from engine.explaining.words import (
     axes_sentence,
     cut_sentence,
@@ -39,7 +39,7 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
     Raises:
         EngineError: E001 for a file, a name or a slice that is not there.
     """
-    table = copy_table(plan)
+    table = plan.copies
     selection = parse_selection(asked, file=True)
     files = [file.path.name for file in plan.files]
     if selection.file is not None and selection.file not in files:
@@ -73,7 +73,7 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
 
 def find_places(plan: Plan, table: CopyTable, wanted: list[Stored]) -> dict[tuple[int, str], Held]:
     """(file, name in the file) → where the plan uses it."""
-    source, _ = table.sides
+    source = table.source
     keys = {(one.file, one.header.name) for one in wanted}
     result: dict[tuple[int, str], Held] = {}
     for group in source.groups:
@@ -95,7 +95,7 @@ def _explained(
     if held is None:
         why = plan.ignored.get(one.name, "no rule uses it")
         return Explained(asked, None, None, (), (), (f"ignored: {why}",))
-    source, target = table.sides
+    source, target = table.source, table.target
     group, shard = held.group, held.shard
     rule = group.instance.rule
     selected = spots(source, group, shard, window)
@@ -110,10 +110,10 @@ def _explained(
         origin = plan.files[first.file].path.name
         notes.append(f"replica: a run compares it with the one in {origin}, which is the one that is copied")
     flows: list[Flow] = []
-    reached = {id(other): other for other in target.reaching(group, source)}
+    reached = {other.key: other for other in target.reaching(group, source)}
     for index, output in enumerate(plan.outputs):
-        found, position = table.output(index)
-        if id(found) in reached:
+        found, position = table.outputs[index]
+        if found.key in reached:
             landing = spots(target, found, target.shards(found)[position])
             shared = list(links(selected, landing))
             if shared:

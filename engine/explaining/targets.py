@@ -20,7 +20,6 @@ from engine.explaining.words import (
     slice_text,
 )
 from engine.planning.boxes import Interval
-from engine.planning.classes import CopyTable
 from engine.planning.groups import Group
 from engine.planning.model import Output, Plan
 from engine.planning.sides import Shard
@@ -35,7 +34,7 @@ def explain(plan: Plan, asked: str) -> Explanation:
     Raises:
         EngineError: E001 for a name or a slice that is not there.
     """
-    table = copy_table(plan)
+    table = plan.copies
     selection = parse_selection(asked)
     names = {output.name: index for index, output in enumerate(plan.outputs)}
     ties = {tied.output.name: tied for tied in plan.tied}
@@ -51,8 +50,8 @@ def explain(plan: Plan, asked: str) -> Explanation:
     index = names[name]
     output = plan.outputs[index]
     window = selection.window(output.shape)
-    group, position = table.output(index)
-    source, target = table.sides
+    group, position = table.outputs[index]
+    source, target = table.source, table.target
     shard = target.shards(group)[position]
     selected = spots(target, group, shard, window)
     words = [axes_sentence(output.name, group, target.sizes)]
@@ -75,13 +74,6 @@ def explain(plan: Plan, asked: str) -> Explanation:
         tensor_of(output, window), output.rule, output.place, tuple(words), tuple(flows), tuple(notes)
     )
     return Explanation("forward", (explained,))
-
-
-def copy_table(plan: Plan) -> CopyTable:
-    """The plan's copies with their sides, which name the axes."""
-    if not isinstance(plan.copies, CopyTable):
-        raise EngineError("E001", "this plan cannot be explained", fix="Compile it with `engine.plan`.")
-    return plan.copies
 
 
 def tensor_of(output: Output, window: Window) -> Tensor:

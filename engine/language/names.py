@@ -53,6 +53,9 @@ class Pattern:
 
         return _PLACEHOLDER.sub(put, self.text)
 
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return pattern, (self.text,)
+
     def with_param(self, param: str) -> Pattern:
         return pattern(self.text.replace("{param}", param)) if self.has_param else self
 

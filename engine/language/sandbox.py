@@ -23,6 +23,9 @@ class Omit:
     def __repr__(self) -> str:
         return "omit"
 
+    def __reduce__(self) -> str:
+        return "OMIT"
+
 
 OMIT: Final = Omit()
 

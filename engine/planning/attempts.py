@@ -13,7 +13,7 @@ from engine.formats.headers import FileHeader
 from engine.language.expressions import OMIT, evaluate
 from engine.language.model import Layout, Rule, Variant
 from engine.language.model import Mapping as MappingFile
-from engine.planning.groups import Group, group_shards
+from engine.planning.groups import Group, GroupKey, group_shards
 from engine.planning.matching import Matches, assign, is_active
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve
 from engine.planning.stored import Instance, Stages, Stored
@@ -55,7 +55,7 @@ class Attempt:
 
     decisions: Mapping[str, Decision]
     active: tuple[Instance, ...]
-    groups: Mapping[tuple[Instance, tuple[int, ...]], Group]
+    groups: Mapping[GroupKey, Group]
     sizes: Sizes
     names: Mapping[str, Any]
     unread: Mapping[str, EngineError]
@@ -168,7 +168,7 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
             ),
         )
     for axis in {p for i in active for p in i.axis_names()} - {"layer"}:
-        seen = [fixed for (instance, _), g in groups.items() if (fixed := g.fixed.get(axis)) is not None]
+        seen = [fixed for g in groups.values() if (fixed := g.fixed.get(axis)) is not None]
         if seen and axis not in sizes.facts:
             sizes.facts[axis] = Fact(axis, max(seen) + 1, f"{{{axis}}} in tensor names")
     return Attempt(decisions, active, groups, sizes, scope, unread)

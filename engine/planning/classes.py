@@ -7,13 +7,13 @@ same shapes, strides and cuts on both sides are a class, and one template of cop
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FLOATS
 from engine.planning.boxes import Part
 from engine.planning.copies import Copy, intersect
-from engine.planning.groups import Group
+from engine.planning.groups import Group, GroupKey
 from engine.planning.sides import Side
 
 
@@ -25,22 +25,25 @@ class Template:
     dtypes: tuple[frozenset[int], ...]  # per target shard: which sources it reads
 
 
+@dataclass(frozen=True, slots=True)
 class CopyTable:
     """`Plan.copies`: a class's template with the tensor numbers of one output put in.
 
-    Args:
+    Attributes:
         outputs: for each output, its group on the target side and the position of its shard.
+        target, source: tensors of the source side are numbered as in the plan.
     """
 
-    def __init__(self, outputs: Sequence[tuple[Group, int]], target: Side, source: Side) -> None:
-        self._outputs = outputs
-        self._target, self._source = target, source
-        self._templates: dict[tuple[object, ...], Template] = {}
-        self._groups: dict[int, tuple[Template, list[int]]] = {}  # rank files name a group's shards far apart
+    outputs: tuple[tuple[Group, int], ...]
+    target: Side
+    source: Side
+    _templates: dict[tuple[object, ...], Template] = field(default_factory=dict, compare=False, repr=False)
+    # of each group that was asked for, as rank files name its shards far apart
+    _filled: dict[GroupKey, tuple[Template, list[int]]] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, output: int) -> list[Copy]:
-        group, shard = self._outputs[output]
-        template, numbers = self._of(group)
+        group, shard = self.outputs[output]
+        template, numbers = self.filled(group)
         return [
             Copy(
                 numbers[c.source], output, c.source_offset, c.target_offset, c.shape, c.source_strides, c.target_strides
@@ -50,21 +53,7 @@ class CopyTable:
 
     def subset(self, kept: Sequence[int]) -> CopyTable:
         """The copies of some outputs, numbered anew; templates are shared."""
-        result = CopyTable([self._outputs[i] for i in kept], self._target, self._source)
-        result._templates = self._templates
-        return result
-
-    def __len__(self) -> int:
-        return len(self._outputs)
-
-    @property
-    def sides(self) -> tuple[Side, Side]:
-        """The source side and the target side; tensors of the source side are numbered as in the plan."""
-        return self._source, self._target
-
-    def output(self, index: int) -> tuple[Group, int]:
-        """The group of an output on the target side, and the position of its shard."""
-        return self._outputs[index]
+        return CopyTable(tuple(self.outputs[i] for i in kept), self.target, self.source, self._templates, self._filled)
 
     @property
     def classes(self) -> int:
@@ -73,13 +62,13 @@ class CopyTable:
 
     def dtype(self, output: int, name: str, files: Sequence[str], place: Place | None) -> str:
         """The one element type of everything that is copied into an output; E210 when there are several."""
-        group, shard = self._outputs[output]
-        template, numbers = self._of(group)
+        group, shard = self.outputs[output]
+        template, numbers = self.filled(group)
         seen: dict[str, int] = {}
         for source in sorted(template.dtypes[shard]):
-            seen.setdefault(self._source.stored[numbers[source]].header.dtype, numbers[source])
+            seen.setdefault(self.source.stored[numbers[source]].header.dtype, numbers[source])
         if len(seen) > 1:
-            held = {dtype: self._source.stored[number] for dtype, number in seen.items()}
+            held = {dtype: self.source.stored[number] for dtype, number in seen.items()}
             raise EngineError(
                 "E210",
                 f"element types differ inside `{name}`",
@@ -88,30 +77,31 @@ class CopyTable:
                 expected="one type",
                 fix="The files are of different runs or one was cast by hand.",
             )
-        dtype = next(iter(seen), self._source.stored[numbers[0]].header.dtype)
+        dtype = next(iter(seen), self.source.stored[numbers[0]].header.dtype)
         if dtype not in FLOATS:
             raise EngineError(
                 "E209",
                 f"`{name}` holds no floating-point weights",
                 place=place,
-                got=f"{dtype} in {files[self._source.stored[next(iter(seen.values()), numbers[0])].file]}",
+                got=f"{dtype} in {files[self.source.stored[next(iter(seen.values()), numbers[0])].file]}",
                 expected=", ".join(FLOATS),
                 fix="Quantised weights mean something only with their scales, which no rule reads. Save the model "
                 "dequantised, with the library that quantised it.",
             )
         return dtype
 
-    def _of(self, group: Group) -> tuple[Template, list[int]]:
-        known = self._groups.get(id(group))
+    def filled(self, group: Group) -> tuple[Template, list[int]]:
+        """The template of a group, and the numbers of the tensors that its sources are."""
+        known = self._filled.get(group.key)
         if known is not None:
             return known
-        reaching = self._source.reaching(group, self._target)
-        numbers = [n[0] for one in reaching for n in self._source.numbers(one)]
+        reaching = self.source.reaching(group, self.target)
+        numbers = [n[0] for one in reaching for n in self.source.numbers(one)]
         key = _class_of(group, reaching)
         template = self._templates.get(key)
         if template is None:
             template = self._templates[key] = self._make(group, reaching)
-        self._groups[id(group)] = template, numbers
+        self._filled[group.key] = template, numbers
         return template, numbers
 
     def _make(self, group: Group, reaching: Sequence[Group]) -> Template:
@@ -119,12 +109,12 @@ class CopyTable:
         sources: dict[object, list[Part]] = {}
         count = 0
         for one in reaching:
-            for held in self._source.place(one):
+            for held in self.source.place(one):
                 for key, region in held:
                     sources.setdefault(key, []).append(Part(count, region))
                 count += 1
         made: list[tuple[Copy, ...]] = []
-        for (ranks, replicas), held in zip(group.shards.items(), self._target.place(group), strict=True):
+        for (ranks, replicas), held in zip(group.shards.items(), self.target.place(group), strict=True):
             copies = [
                 copy
                 for key, region in held
@@ -162,7 +152,7 @@ def _class_of(group: Group, reaching: Sequence[Group]) -> tuple[object, ...]:
         shared &= set(one.fixed)
     return tuple(
         (
-            id(one.instance),
+            one.instance.key,
             one.cut,
             tuple((r, h.shape, h.strides, h.dtype, h.part) for r, s in one.shards.items() for h in (s[0].header,)),
             tuple((a, v) for a, v in one.fixed.items() if a not in shared),

@@ -15,13 +15,13 @@ from engine.planning.stored import Instance
 
 def used_instances(attempt: Attempt) -> list[Instance]:
     """Active rules that matched; the first tensor that a rule or a rank lacks is named."""
-    found: dict[int, dict[tuple[int, ...], Group]] = {}
-    for (instance, key), one in attempt.groups.items():
-        found.setdefault(id(instance), {})[key] = one
+    found: dict[str, list[Group]] = {}
+    for one in attempt.groups.values():
+        found.setdefault(one.instance.key, []).append(one)
     used: list[Instance] = []
     sizes = attempt.sizes.values()
     for instance in attempt.active:
-        groups = found.get(id(instance))
+        groups = found.get(instance.key)
         if groups is None:
             if instance.param != "bias" and not instance.rule.optional:
                 raise EngineError(
@@ -37,11 +37,9 @@ def used_instances(attempt: Attempt) -> list[Instance]:
         used.append(instance)
         for values in points([sizes[axis] for axis in instance.axis_names()]):
             fixed = dict(zip(instance.axis_names(), values, strict=True))
-            order = tuple(next(iter(groups.values())).fixed)
-            group = groups.get(tuple(fixed[axis] for axis in order))
-            if group is None:
+            if (instance.key, *(fixed[axis] for axis in groups[0].fixed)) not in attempt.groups:
                 where = ", ".join(f"{a} {v}" for a, v in fixed.items())
-                there = next(iter(groups.values())).fixed
+                there = groups[0].fixed
                 raise EngineError(
                     "E207",
                     f"a tensor that a rule needs is missing: {instance.sources[0].format(fixed)}",

@@ -32,6 +32,9 @@ class Cut:
         return (*(dim for dim, _ in self.dims), *((self.rows,) if self.rows is not None else ()))
 
 
+GroupKey = tuple[str | int, ...]  # of the instance, then the placeholder values: one on each side
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """The shards of one logical tensor: coordinates along the cut's rank dimensions → replicas."""
@@ -43,6 +46,10 @@ class Group:
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
         return tuple((ranks, stored[0].header.whole) for ranks, stored in self.shards.items())
+
+    @property
+    def key(self) -> GroupKey:
+        return (self.instance.key, *self.fixed.values())
 
     @property
     def name(self) -> str:
@@ -81,31 +88,31 @@ def group_shards(
     matched: Sequence[tuple[Stored, Instance, Mapping[str, int]]],
     files: Sequence[RankFile],
     layout: Layout,
-) -> dict[tuple[Instance, tuple[int, ...]], Group]:
+) -> dict[GroupKey, Group]:
     """Collect shards of the same rule, parameter and placeholder values, replicas together."""
-    cuts: dict[tuple[int, int, bool], tuple[Cut, tuple[str, ...]]] = {}
-    collected: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], list[Stored]]] = {}
-    facts: dict[tuple[int, tuple[int, ...]], tuple[Instance, Mapping[str, int], Cut]] = {}
+    cuts: dict[tuple[str, str, bool], tuple[Cut, tuple[str, ...]]] = {}
+    collected: dict[GroupKey, dict[tuple[int, ...], list[Stored]]] = {}
+    facts: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut]] = {}
     once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
     for stored, instance, fixed in matched:
         file = files[stored.file]
         part = stored.header.part is not None
-        cut_key = (id(instance), id(file.pattern), part)
+        cut_key = (instance.key, file.pattern.name, part)
         if cut_key not in cuts:
             cut = cut_of(instance, file.pattern, layout, part=part)
             cuts[cut_key] = cut, cut.rank_dims()
         cut, dims = cuts[cut_key]
-        key = (id(instance), tuple(fixed.values()))
+        key: GroupKey = (instance.key, *fixed.values())
         if facts.setdefault(key, (instance, fixed, cut))[2].recorded != part:
             raise unexpected_part(stored, file)
         ranks = tuple([file.ranks[dim] for dim in dims])
         ranks = once.setdefault(ranks, ranks)
         collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
-    result: dict[tuple[Instance, tuple[int, ...]], Group] = {}
+    result: dict[GroupKey, Group] = {}
     for key, shards in collected.items():
         instance, fixed, cut = facts[key]
         ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
         if cut.recorded:
             ordered = fold_replicas(ordered, files)
-        result[instance, key[1]] = Group(instance, fixed, cut, ordered)
+        result[key] = Group(instance, fixed, cut, ordered)
     return result

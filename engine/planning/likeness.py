@@ -80,10 +80,10 @@ def _layout_options(layout: Layout, settings: Mapping[str, Any]) -> dict[str, An
     return {name: option_value(o, settings.get(name, o.default)) for name, o in layout.options.items()}
 
 
-def spellings_of(used: Sequence[Instance], like: Like) -> dict[int, Pattern]:
+def spellings_of(used: Sequence[Instance], like: Like) -> dict[str, Pattern]:
     """For rules with historical names, the one that a checkpoint uses."""
     return {
-        id(one): next((s for s in one.sources if s.text in like.spelt), one.sources[0])
+        one.key: next((s for s in one.sources if s.text in like.spelt), one.sources[0])
         for one in used
         if len(one.sources) > 1
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from engine.checkpoint.ranks import RankGrid
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
+from engine.planning.classes import CopyTable
 from engine.planning.copies import Copy
 from engine.planning.stored import SourceTensor, Stages
 from engine.planning.variants import Decision
@@ -93,7 +94,8 @@ class Departure:
 class Plan:
     """Everything a run needs, and nothing it must decide.
 
-    `copies(i)` gives the copies that fill `outputs[i]`, computed when asked for.
+    `copies(i)` gives the copies that fill `outputs[i]`, computed when asked for. A plan is plain data: it can be
+    pickled, copied and run in another process.
     """
 
     mapping: MappingFile
@@ -104,14 +106,14 @@ class Plan:
     files: tuple[FileHeader, ...]
     sources: tuple[SourceTensor, ...]
     outputs: tuple[Output, ...]
-    copies: Callable[[int], list[Copy]]
+    copies: CopyTable
     replicas: tuple[Replicas, ...]
     tied: tuple[Tied, ...]
     decisions: Mapping[str, Decision]
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
     config: Mapping[str, Any]
-    names: Mapping[str, Any]
+    names: Mapping[str, Any]  # what expressions see, functions aside
     ignored: Mapping[str, str]
     notices: tuple[str, ...]
     dtype: str

@@ -25,7 +25,7 @@ class TargetSpec:
     def instance(self) -> Instance:
         """The target as a rule's tensor of its own: whole, under its own name."""
         rule = self.instances[0].rule
-        return Instance(rule, None, self.axes, (self.name,), ())
+        return Instance(self.name.text, rule, None, self.axes, (self.name,), ())
 
     def piece_keys(self) -> tuple[Key, ...]:
         placeholders = frozenset(self.name.placeholders)
@@ -38,8 +38,8 @@ class Pieces:
 
     targets: Mapping[str, TargetSpec]
     owners: Mapping[Key, Instance]
-    dropped: Mapping[tuple[int, frozenset[str]], str]
-    by_source: Mapping[tuple[int, frozenset[str]], Key]
+    dropped: Mapping[tuple[str, frozenset[str]], str]
+    by_source: Mapping[tuple[str, frozenset[str]], Key]
 
 
 def source_pieces(instance: Instance) -> tuple[frozenset[str], ...]:
@@ -66,15 +66,15 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
             elif instance not in known.instances:
                 targets[name.text] = TargetSpec(name, axes, (*known.instances, instance))
     owners: dict[Key, Instance] = {}
-    by_source: dict[tuple[int, frozenset[str]], Key] = {}
-    dropped: dict[tuple[int, frozenset[str]], str] = {}
+    by_source: dict[tuple[str, frozenset[str]], Key] = {}
+    dropped: dict[tuple[str, frozenset[str]], str] = {}
     for instance in active:
         wanted = {key for name, _ in instance.targets for key in targets[name.text].piece_keys()}
         for piece in source_pieces(instance):
             reason = next((why for axis, why in instance.rule.drop.items() if axis in piece), None)
             keys = [key for key in wanted if key[1] == piece]
             if reason is not None and not keys:
-                dropped[id(instance), piece] = reason
+                dropped[instance.key, piece] = reason
                 continue
             if len(keys) != 1:
                 told = "no target" if not keys else f"{len(keys)} targets"
@@ -83,7 +83,7 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
                 other = owners[keys[0]].rule.name
                 raise _piece_error(instance, f"target piece {_braces(piece)} is also written by rule `{other}`")
             owners[keys[0]] = instance
-            by_source[id(instance), piece] = keys[0]
+            by_source[instance.key, piece] = keys[0]
     for spec in targets.values():
         for key in spec.piece_keys():
             if key not in owners:

@@ -46,7 +46,7 @@ class Understood:
 
     def side(self) -> Side:
         sizes = self.attempt.sizes.values()
-        return Side(self.attempt.groups.values(), training_keys(self.used, self.pieces), sizes)
+        return Side(tuple(self.attempt.groups.values()), training_keys(self.used, self.pieces), sizes)
 
 
 def understand(
@@ -120,8 +120,8 @@ def make_plan(
     source = understood.side()
     whole = whole_instances(pieces)
     listed = whole_groups(pieces, whole, sizes, attempt.unread)
-    target = Side([group for _, group in listed], whole_keys(whole), sizes)
-    every = CopyTable([(group, 0) for _, group in listed], target, source)
+    target = Side(tuple(group for _, group in listed), whole_keys(whole), sizes)
+    every = CopyTable(tuple((group, 0) for _, group in listed), target, source)
     names_of = [file.name for file in checkpoint.grid.files]
     written = [
         whole_output(spec, group, every.dtype(i, group.name, names_of, spec.instances[0].rule.place), dtype)
@@ -151,7 +151,7 @@ def make_plan(
         checkpoint.grid,
         understood.stages,
         checkpoint.files,
-        tuple(source.stored),
+        source.stored,
         outputs,
         copies,
         replicas_of(source),
@@ -160,7 +160,7 @@ def make_plan(
         sizes,
         understood.options,
         config,
-        understood.names,
+        data_only(understood.names),
         dict(understood.matches.ignored),
         notices,
         dtype,
@@ -169,6 +169,11 @@ def make_plan(
         noted=understood.noted,
         departures=departures,
     )
+
+
+def data_only(names: Mapping[str, Any]) -> dict[str, Any]:
+    """What expressions see without its one function."""
+    return {name: value for name, value in names.items() if name != "present"}
 
 
 def replicas_of(side: Side) -> tuple[Replicas, ...]:

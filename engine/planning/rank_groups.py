@@ -18,10 +18,11 @@ from engine.planning.stored import Instance, Stored
 from engine.planning.whole import contiguous
 
 Order = tuple[int, ...]
+Held = tuple[Order, Stored, Group, int]  # where it stands in its file, a tensor, its group and its shard's position
 
 
 class RankGroups:
-    """Invents the shards of every tensor: `groups` and the `files` that hold them.
+    """Invents the shards of every tensor: `groups`, the `files` that hold them, and what each file holds in order.
 
     Args:
         used: rules in the order of the model.
@@ -33,34 +34,37 @@ class RankGroups:
         destination: Destination,
         used: Sequence[Instance],
         sizes: Mapping[str, int],
-        spellings: Mapping[int, Pattern],
+        spellings: Mapping[str, Pattern],
     ) -> None:
         self.groups: list[Group] = []
         self.files: list[RankFile] = []
-        self.order: dict[int, Order] = {}  # id(stored) → where it stands in its file
+        self.held: list[list[Held]] = []  # of each file
         self._destination, self._sizes, self._spellings = destination, sizes, spellings
         self._numbers: dict[str, int] = {}
         patterns = [(instance, file_of(instance, destination.mode)) for instance in used]
         check_cuts(destination, patterns, sizes)
-        self._ranks = {id(file): destination.ranks(file) for file in destination.mode.files}
-        for ranks in self._ranks[id(destination.mode.files[0])]:
+        self._ranks = {file.name: destination.ranks(file) for file in destination.mode.files}
+        for ranks in self._ranks[destination.mode.files[0].name]:
             self._number(destination.mode.files[0], ranks)
         self._experts = self._expert_numbers(patterns)
         for position, (instance, file) in enumerate(patterns):
             self._add(position, instance, file)
+        for held in self.held:
+            held.sort(key=lambda entry: (entry[0], entry[1].name))
 
     def _add(self, position: int, instance: Instance, file: FilePattern) -> None:
         layout, stages = self._destination.layout, self._destination.stages
         cut = cut_of(instance, file, layout)
         names = instance.axis_names()
-        spelling = self._spellings.get(id(instance), instance.sources[0])
+        spelling = self._spellings.get(instance.key, instance.sources[0])
         shape = self._shapes(instance, cut)
         for values in product(*(range(self._sizes[a]) for a in names)):
             fixed = dict(zip(names, values, strict=True))
             chunk, pp, local = self._stage(instance, fixed, stages.layers)
             key = self._destination.prefix(chunk) + spelling.format({**fixed, "layer": local})
             shards: dict[tuple[int, ...], list[Stored]] = {}
-            for ranks in self._ranks[id(file)]:
+            listed: list[tuple[Order, Stored, tuple[int, ...]]] = []
+            for ranks in self._ranks[file.name]:
                 if ranks.get("pp", pp) != pp:
                     continue
                 if cut.lone and any(ranks.get(d, r) != r for d, r in layout.lone_rank.items()):
@@ -68,13 +72,17 @@ class RankGroups:
                 at = tuple(ranks[dim] for dim in cut.rank_dims())
                 local_shape = shape(at)
                 header = TensorHeader(key, "", local_shape, contiguous(local_shape), 0)
-                placed = {**ranks, **fixed, "number": self._experts.get((id(file), fixed.get("layer", 0)), 0)}
+                placed = {**ranks, **fixed, "number": self._experts.get((file.name, fixed.get("layer", 0)), 0)}
                 one = Stored(self._number(file, placed), header, key, chunk)
                 stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
-                self.order[id(one)] = (chunk, stage, local, position, *values)
+                listed.append(((chunk, stage, local, position, *values), one, at))
                 shards.setdefault(at, []).append(one)
             ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
-            self.groups.append(Group(instance, fixed, cut, ordered))
+            group = Group(instance, fixed, cut, ordered)
+            self.groups.append(group)
+            place = {ranks: number for number, ranks in enumerate(ordered)}
+            for order, one, at in listed:
+                self.held[one.file].append((order, one, group, place[at]))
 
     def _stage(self, instance: Instance, fixed: Mapping[str, int], layers: int) -> tuple[int, int, int]:
         """(chunk, pp, local layer) of a tensor."""
@@ -95,14 +103,15 @@ class RankGroups:
         name = compiled.format(values)
         if name not in self._numbers:
             self._numbers[name] = len(self.files)
+            self.held.append([])
             self.files.append(RankFile(name, file, {p: values[p] for p in compiled.placeholders}))
         return self._numbers[name]
 
-    def _expert_numbers(self, patterns: Sequence[tuple[Instance, FilePattern]]) -> dict[tuple[int, int], int]:
+    def _expert_numbers(self, patterns: Sequence[tuple[Instance, FilePattern]]) -> dict[tuple[str, int], int]:
         """(file pattern, layer) → its number; E214 when two layers would write the same file."""
         stages, sizes = self._destination.stages, self._destination.sizes
-        result: dict[tuple[int, int], int] = {}
-        for file in {id(f): f for _, f in patterns if f.number is not None}.values():
+        result: dict[tuple[str, int], int] = {}
+        for file in {f.name: f for _, f in patterns if f.number is not None}.values():
             seen: dict[int, tuple[int, int]] = {}
             pps = sizes.get("pp", 1)
             for pp in range(pps):
@@ -131,7 +140,7 @@ class RankGroups:
                                 + ".",
                             )
                         seen[number] = (pp, layer)
-                        result[id(file), layer] = number
+                        result[file.name, layer] = number
                         nth += 1
         return result
 

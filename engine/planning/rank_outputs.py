@@ -15,11 +15,10 @@ from engine.language.model import Mapping as MappingFile
 from engine.language.names import Pattern, pattern
 from engine.planning.classes import CopyTable
 from engine.planning.destination import Destination
-from engine.planning.groups import Group
 from engine.planning.model import Output, OutputFile
 from engine.planning.rank_groups import RankGroups
 from engine.planning.sides import Keys, Side
-from engine.planning.stored import Instance, Stored
+from engine.planning.stored import Instance
 from engine.planning.whole import written_dtype
 
 
@@ -37,7 +36,7 @@ def rank_outputs(
     destination: Destination,
     used: Sequence[Instance],
     keys: Keys,
-    spellings: Mapping[int, Pattern],
+    spellings: Mapping[str, Pattern],
     source: Side,
     source_files: Sequence[str],
     dtype: str,
@@ -54,19 +53,12 @@ def rank_outputs(
         EngineError: E214 when the model cannot be cut so, E208 or E210 when the source does not fill it.
     """
     invented = RankGroups(destination, used, source.sizes, spellings)
-    target = Side(invented.groups, keys, source.sizes)
-    by_file: list[list[tuple[tuple[int, ...], Stored, Group, int]]] = [[] for _ in invented.files]
-    for group in invented.groups:
-        for position, replicas in enumerate(group.shards.values()):
-            for one in replicas:
-                by_file[one.file].append((invented.order[id(one)], one, group, position))
-    listed = [
-        (file, entry) for file, held in enumerate(by_file) for entry in sorted(held, key=lambda e: (e[0], e[1].name))
-    ]
-    copies = CopyTable([(entry[2], entry[3]) for _, entry in listed], target, source)
+    target = Side(tuple(invented.groups), keys, source.sizes)
+    listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
+    copies = CopyTable(tuple((group, position) for _, group, position in listed), target, source)
     outputs: list[Output] = []
     members: list[list[int]] = [[] for _ in invented.files]
-    for index, (file, (_, one, group, _)) in enumerate(listed):
+    for index, (one, group, _) in enumerate(listed):
         rule = group.instance.rule
         read = copies.dtype(index, one.name, source_files, rule.place)
         wanted = written_dtype(read, dtype, keep=rule.keep_dtype)
@@ -81,7 +73,7 @@ def rank_outputs(
             )
         text = group.instance.sources[0].text
         outputs.append(Output(one.name, wanted, read, one.header.shape, rule.name, str(rule.place), text))
-        members[file].append(index)
+        members[one.file].append(index)
     shards = tuple(
         OutputFile(file.name, "torch", tuple(held)) for file, held in zip(invented.files, members, strict=True)
     )
@@ -102,7 +94,7 @@ def small_files(
         found[layout.training_file] = ("python_source", training_text(destination))
     for beside in destination.mode.beside:
         for file in files:
-            if file.pattern is destination.mode.files[0]:
+            if file.pattern.name == destination.mode.files[0].name:
                 name = pattern(beside.file).format(file.ranks)
                 found[name] = ("pickled_mapping", render_tree(beside.content, destination.counts()))
     return found

@@ -30,7 +30,7 @@ from engine.planning.likeness import Like, destination_of, like_of, spellings_of
 from engine.planning.matching import is_active
 from engine.planning.model import Plan, Replicas
 from engine.planning.pieces import match_pieces
-from engine.planning.planner import main_dtype, overruled, present_in, replicas_of, understand
+from engine.planning.planner import data_only, main_dtype, overruled, present_in, replicas_of, understand
 from engine.planning.rank_outputs import RankOutputs, rank_outputs, small_files, training_text
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
@@ -100,7 +100,7 @@ def make_reverse_plan(
         for axis in (*instance.axis_names(), *instance.axes.names()):
             if axis not in sizes:
                 raise unread.get(axis) or unknown_error(axis, instance.rule.place)
-    source = Side(groups_back(checkpoint, pieces, whole, sizes), whole_keys(whole), sizes)
+    source = Side(tuple(groups_back(checkpoint, pieces, whole, sizes)), whole_keys(whole), sizes)
     destination = destination_of(mapping, layout, request, shared, settings, sizes.get("layer", 0))
     keys = training_keys(used, pieces)
     written = rank_outputs(
@@ -192,7 +192,7 @@ def _plan(
         grid=grid,
         stages=stages,
         files=files,
-        sources=tuple(source.stored),
+        sources=source.stored,
         outputs=written.outputs,
         copies=written.copies,
         replicas=replicas_of(source),
@@ -201,7 +201,7 @@ def _plan(
         sizes=source.sizes,
         options=options,
         config=config,
-        names=names,
+        names=data_only(names),
         ignored=ignored,
         notices=(*notices, *not_the_release(mapping, departures)),
         dtype=dtype,
@@ -252,7 +252,7 @@ def _solve(
     found: Sequence[Group],
     scope: dict[str, Any],
     files: Sequence[RankFile],
-    dropped: Mapping[tuple[int, frozenset[str]], str],
+    dropped: Mapping[tuple[str, frozenset[str]], str],
 ) -> tuple[Sizes, dict[str, EngineError]]:
     """Sizes from dims, names and shapes; dropped pieces are not restored, so their axis is 0."""
     facts, unread = claims(mapping, scope, "the training configuration")

@@ -7,30 +7,30 @@ layout cuts, a Hugging Face checkpoint is groups of one whole shard each.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from engine.planning.boxes import Interval, Region, regions
-from engine.planning.groups import Group
+from engine.planning.groups import Group, GroupKey
 from engine.planning.pieces import Key, Pieces, source_pieces
 from engine.planning.sizes import extents
 from engine.planning.stored import Instance, Stored
 
-Keys = Mapping[tuple[int, frozenset[str]], Key]
+Keys = Mapping[tuple[str, frozenset[str]], Key]  # (instance, piece) → what it is called on both sides
 
 
-def training_keys(used: Iterable[Instance], pieces: Pieces) -> dict[tuple[int, frozenset[str]], Key]:
+def training_keys(used: Iterable[Instance], pieces: Pieces) -> dict[tuple[str, frozenset[str]], Key]:
     """Keys of the training side. A dropped piece has no target: its rule and parameter name it."""
     keys = dict(pieces.by_source)
     for instance in used:
         for piece in source_pieces(instance):
-            keys.setdefault((id(instance), piece), (f"{instance.rule.name}.{instance.param}", piece))
+            keys.setdefault((instance.key, piece), (f"{instance.rule.name}.{instance.param}", piece))
     return keys
 
 
-def whole_keys(instances: Mapping[str, Instance]) -> dict[tuple[int, frozenset[str]], Key]:
+def whole_keys(instances: Mapping[str, Instance]) -> dict[tuple[str, frozenset[str]], Key]:
     """Keys of the Hugging Face side: target pattern → its instance."""
-    return {(id(one), piece): (text, piece) for text, one in instances.items() for piece in source_pieces(one)}
+    return {(one.key, piece): (text, piece) for text, one in instances.items() for piece in source_pieces(one)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,48 +51,54 @@ class Shard:
     rows: Interval | None
 
 
+@dataclass(frozen=True, slots=True)
 class Side:
     """Groups of shards with a number for every tensor, in the order of the groups.
 
-    Args:
+    Attributes:
         keys: (instance, piece) → key; pieces of equal keys on two sides are the same elements.
         sizes: of every axis.
+        stored: every tensor, by its number.
     """
 
-    def __init__(self, groups: Iterable[Group], keys: Keys, sizes: Mapping[str, int]) -> None:
-        self.groups = tuple(groups)
-        self.keys = keys
-        self.sizes = sizes
-        self.stored: list[Stored] = []
-        self._found: dict[tuple[int, tuple[int, ...]], Group] = {}
-        self._first: dict[int, int] = {}  # id of a group → the number of its first tensor
-        orders: dict[int, tuple[str, ...]] = {}
+    groups: tuple[Group, ...]
+    keys: Keys
+    sizes: Mapping[str, int]
+    stored: tuple[Stored, ...] = field(init=False, compare=False, repr=False)
+    _groups: Mapping[GroupKey, tuple[Group, int]] = field(init=False, compare=False, repr=False)
+    _owners: Mapping[Key, tuple[str, tuple[str, ...]]] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        stored: list[Stored] = []
+        groups: dict[GroupKey, tuple[Group, int]] = {}
+        orders: dict[str, tuple[str, ...]] = {}
         for group in self.groups:
-            self._found[id(group.instance), tuple(group.fixed.values())] = group
-            orders[id(group.instance)] = tuple(group.fixed)
-            self._first[id(group)] = len(self.stored)
+            groups[group.key] = group, len(stored)
+            orders[group.instance.key] = tuple(group.fixed)
             for replicas in group.shards.values():
-                self.stored.extend(replicas)
-        self._owners = {key: (owner, orders[owner]) for (owner, _), key in keys.items() if owner in orders}
+                stored.extend(replicas)
+        owners = {key: (owner, orders[owner]) for (owner, _), key in self.keys.items() if owner in orders}
+        for name, value in (("stored", tuple(stored)), ("_groups", groups), ("_owners", owners)):
+            object.__setattr__(self, name, value)
 
     def numbers(self, group: Group) -> Iterator[range]:
         """The numbers of each shard's replicas."""
-        first = self._first[id(group)]
+        first = self._groups[group.key][1]
         for replicas in group.shards.values():
             yield range(first, first + len(replicas))
             first += len(replicas)
 
     def reaching(self, group: Group, other: Side) -> list[Group]:
         """Groups of this side that hold pieces of a group of the other side."""
-        result: dict[int, Group] = {}
+        result: dict[GroupKey, Group] = {}
         for piece in source_pieces(group.instance):
-            owner = self._owners.get(other.keys[id(group.instance), piece])
+            owner = self._owners.get(other.keys[group.instance.key, piece])
             if owner is None:
                 continue
             ranges = [[group.fixed[a]] if a in group.fixed else range(self.sizes[a]) for a in owner[1]]
             for values in product(*ranges):
-                found = self._found[owner[0], values]
-                result[id(found)] = found
+                key: GroupKey = (owner[0], *values)
+                result[key] = self._groups[key][0]
         return list(result.values())
 
     def place(self, group: Group) -> list[list[tuple[Key, Region]]]:
@@ -103,7 +109,7 @@ class Side:
             found = regions(
                 group.instance.axes, shard.sizes, strides, rows=shard.rows, starts=shard.starts, fixed=group.fixed
             )
-            placed.append([(self.keys[id(group.instance), region.piece], region) for region in found])
+            placed.append([(self.keys[group.instance.key, region.piece], region) for region in found])
         return placed
 
     def shards(self, group: Group) -> list[Shard]:

@@ -76,7 +76,7 @@ def solve(groups: Sequence[Group], known: Mapping[str, Fact], files: Sequence[Ra
     """Solve to a fixed point. Groups of the same rule, ranks and shapes are looked at once."""
     distinct: dict[tuple[object, ...], Group] = {}
     for group in groups:
-        distinct.setdefault((id(group.instance), group.shapes()), group)
+        distinct.setdefault((group.instance.key, group.shapes()), group)
     state = Sizes(dict(known))
     pending = list(distinct.values())
     while pending:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
@@ -32,18 +32,19 @@ class Stored(SourceTensor):
     chunk: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Instance:
     """A rule for one parameter (weight, bias, or the whole when its names have no `{param}`).
 
-    Compared by identity: one is made per rule and parameter of a mapping.
+    `key` names it among those of its side of a mapping, and is all that is compared.
     """
 
-    rule: Rule
-    param: str | None
-    axes: Axes
-    sources: tuple[Pattern, ...]
-    targets: tuple[tuple[Pattern, Axes], ...]
+    key: str
+    rule: Rule = field(compare=False)
+    param: str | None = field(compare=False)
+    axes: Axes = field(compare=False)
+    sources: tuple[Pattern, ...] = field(compare=False)
+    targets: tuple[tuple[Pattern, Axes], ...] = field(compare=False)
 
     def axis_names(self) -> tuple[str, ...]:
         """The placeholders of the source name: axes of every piece."""
@@ -56,12 +57,13 @@ class Instance:
 
 def instances(mapping: MappingFile) -> tuple[Instance, ...]:
     result: list[Instance] = []
-    for rule in mapping.rules:
+    for number, rule in enumerate(mapping.rules):
         compiled = [pattern(s, rule.place) for s in rule.sources]
         for param in PARAMS if compiled[0].has_param else (None,):
             side = Axes.bias if param == "bias" else Axes.weight
             result.append(
                 Instance(
+                    f"{number}.{param or ''}",
                     rule,
                     param,
                     side(rule.axes),

@@ -79,7 +79,7 @@ class _Reader:
         self._stored = {(s.file, s.header.name): s for s in strip(plan.files, plan.layout)}
         self._replicas = {one.sources[0]: len(one.sources) for one in plan.replicas}
         self._found: dict[str, tuple[Instance, Mapping[str, int], str]] = {}
-        self._cuts: dict[tuple[int, int], Cut] = {}
+        self._cuts: dict[tuple[str, str], Cut] = {}
 
     def add(
         self, classes: dict[tuple[object, ...], _Class], output: Output, copies: Sequence[Copy], note: str = ""
@@ -113,7 +113,7 @@ class _Reader:
         if stored.name not in self._found:
             self._found[stored.name] = self._match(stored.name)
         instance, values, text = self._found[stored.name]
-        key = (id(instance), id(file.pattern))
+        key = (instance.key, file.pattern.name)
         if key not in self._cuts:
             self._cuts[key] = cut_of(instance, file.pattern, self._plan.layout)
         cut = self._cuts[key]

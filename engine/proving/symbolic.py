@@ -112,14 +112,11 @@ def _shape(copy: Copy) -> tuple[object, ...]:
 
 def one_to_one(plan: Plan) -> Iterator[str]:
     """What keeps a plan from being one to one, per class of tensors."""
-    both = getattr(plan.copies, "sides", None)
-    if both is None:
-        return
     seen: set[object] = set()
-    sides = (both[1], both[0])  # what is written, what is read
+    sides = (plan.copies.target, plan.copies.source)
     for group in sides[0].groups:
         reaching = sides[1].reaching(group, sides[0])
-        key = tuple((id(g.instance), g.cut, g.shapes()) for g in (group, *reaching))
+        key = tuple((g.instance.key, g.cut, g.shapes()) for g in (group, *reaching))
         if key in seen:
             continue
         seen.add(key)

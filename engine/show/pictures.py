@@ -8,11 +8,10 @@ from typing import Any
 
 from engine.explaining.lattice import Lattice
 from engine.explaining.links import Link, Spot, links, spots
-from engine.explaining.targets import copy_table
 from engine.explaining.words import cut_sentence, index_texts, shard_words, span
 from engine.formats.headers import ITEM_SIZES
 from engine.planning.boxes import Interval
-from engine.planning.groups import Group
+from engine.planning.groups import Group, GroupKey
 from engine.planning.model import Plan
 from engine.planning.sides import Shard
 
@@ -82,16 +81,16 @@ class Picture:
 
 def pictures(plan: Plan) -> tuple[Picture, ...]:
     """One picture per set of targets that come from the same source tensors, for their first layer."""
-    table = copy_table(plan)
-    source, target = table.sides
+    table = plan.copies
+    source, target = table.source, table.target
     first: dict[str, int] = {}
     for index, output in enumerate(plan.outputs):
         first.setdefault(output.pattern, index)
-    together: list[tuple[dict[int, Group], list[int]]] = []
+    together: list[tuple[dict[GroupKey, Group], list[int]]] = []
     for index in first.values():
-        groups = {id(one): one for one in source.reaching(table.output(index)[0], target)}
+        groups = {one.key: one for one in source.reaching(table.outputs[index][0], target)}
         joined = [entry for entry in together if entry[0].keys() & groups.keys()]
-        merged: tuple[dict[int, Group], list[int]] = ({}, [])
+        merged: tuple[dict[GroupKey, Group], list[int]] = ({}, [])
         for entry in [*joined, (groups, [index])]:
             merged[0].update(entry[0])
             merged[1].extend(entry[1])
@@ -102,10 +101,10 @@ def pictures(plan: Plan) -> tuple[Picture, ...]:
 
 
 def _picture(plan: Plan, groups: Sequence[Group], outputs: Sequence[int]) -> Picture:
-    table = copy_table(plan)
-    source, target = table.sides
+    table = plan.copies
+    source, target = table.source, table.target
     shards = [(group, shard) for group in groups for shard in source.shards(group)]
-    ends = [table.output(index) for index in outputs]
+    ends = [table.outputs[index] for index in outputs]
     landings = [spots(target, group, target.shards(group)[position]) for group, position in ends]
     drawn: list[Drawn] = []
     found: list[Link] = []

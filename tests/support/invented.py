@@ -55,21 +55,20 @@ def invent(
         and (one.param != "bias" or any(part in one.sources[0].text for part in biased))
     ]
     groups = RankGroups(destination, used, solved, {})
-    held: dict[str, list[tuple[tuple[int, ...], TensorHeader, str]]] = {file.name: [] for file in groups.files}
-    for group in groups.groups:
-        dtype = "F32" if group.instance.rule.keep_dtype else "BF16"
-        for stored in (one for replicas in group.shards.values() for one in replicas):
-            held[groups.files[stored.file].name].append((groups.order[id(stored)], stored.header, dtype))
+    held: dict[str, list[tuple[TensorHeader, str]]] = {
+        file.name: [(one.header, "F32" if group.instance.rule.keep_dtype else "BF16") for _, one, group, _ in entries]
+        for file, entries in zip(groups.files, groups.held, strict=True)
+    }
     grid = read_grid(list(held), layout, "invented")
     headers = tuple(_file(file.name, held[file.name]) for file in grid.files)
     text = training_text(destination) if layout.training_file is not None else {}
     return Checkpoint("invented", grid, headers, config, text, layout.config_file)
 
 
-def _file(name: str, held: list[tuple[tuple[int, ...], TensorHeader, str]]) -> FileHeader:
+def _file(name: str, held: list[tuple[TensorHeader, str]]) -> FileHeader:
     tensors: list[TensorHeader] = []
     offset = 0
-    for _, header, dtype in sorted(held, key=lambda entry: (entry[0], entry[1].name)):
+    for header, dtype in held:
         tensors.append(TensorHeader(header.name, dtype, header.shape, header.strides, offset))
         offset = -(-(offset + tensors[-1].nbytes) // 64) * 64
     assert set(ITEM_SIZES) >= {t.dtype for t in tensors}
