@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 import engine
+from engine.assets.tokenizer import convert_tokenizer
+from tests.support.sentencepiece_models import RESERVED, train
 
 FIXTURES = Path(__file__).parent / "fixtures" / "internevo"
 MODELS = [
@@ -80,3 +83,38 @@ def test_what_was_written_so_can_be_written_back(
 ) -> None:
     config(folder, mapping, "none", tmp_path / "out")
     engine.reverse(mapping, tmp_path / "out", tmp_path / "back", like=FIXTURES / folder)
+
+
+@pytest.mark.parametrize("dummy", [True, False])
+def test_the_tokenizers_settings_say_what_llama_cpp_reads_there(dummy: bool, tmp_path: Path) -> None:
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(model_with(dummy))
+    files = convert_tokenizer(model, {"bos": "<s>", "eos": "</s>", "pad": "</s>", "rename": renamed(model, dummy)})
+    settings, tokenizer = (json.loads(files[name]) for name in ("tokenizer_config.json", "tokenizer.json"))
+    assert settings["add_prefix_space"] is dummy
+    read = [{"id": int(index), **token} for index, token in settings["added_tokens_decoder"].items()]
+    assert sorted(read, key=lambda token: token["id"]) == tokenizer["added_tokens"]
+    assert dummy or "<|im_start|>" in {token["content"] for token in read}
+
+
+@pytest.mark.parametrize("dummy", [True, False])
+def test_transformers_gives_the_ids_of_sentencepiece_with_these_settings(dummy: bool, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(model_with(dummy))
+    for name, data in convert_tokenizer(model, {"bos": "<s>", "eos": "</s>", "add_bos": False}).items():
+        (tmp_path / name).write_bytes(data)
+    ours, theirs = AutoTokenizer.from_pretrained(tmp_path), SentencePieceProcessor(model_file=str(model))
+    for text in ("hello world", " two  spaces", "a\nb", "x---", "你好"):
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+def model_with(dummy: bool) -> bytes:
+    """A model with or without a dummy prefix; with one, symbols of its own cannot be expressed."""
+    return train(add_dummy_prefix=dummy, **({"user_defined_symbols": []} if dummy else {}))
+
+
+def renamed(model: Path, dummy: bool) -> dict[int, str]:
+    index = SentencePieceProcessor(model_file=str(model)).piece_to_id(RESERVED[0])
+    return {} if dummy else {index: "<|im_start|>"}

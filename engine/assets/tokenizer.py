@@ -63,6 +63,12 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place)
         "unk_token": unk,
         "additional_special_tokens": extra,
         "clean_up_tokenization_spaces": False,
+        # llama.cpp's converter reads these two here, and not in tokenizer.json
+        "add_prefix_space": bool(model.normalizer_spec.add_dummy_prefix),
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+            for token in backend["added_tokens"]
+        },
         "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": spec.get("chat_template"),
     }
