@@ -57,7 +57,7 @@ fuzz: setup
 # Every attack in every carrier; then kills runs at so many random moments, and sees that nothing is lost.
 SOAK_KILLS ?= 200
 soak: setup
-	ALL_ATTACKS=1 ALL_PEERS=1 $(BIN)/python -m pytest -q tests/test_attacks.py tests/test_benchmarks.py
+	ALL_ATTACKS=1 ALL_PEERS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/test_benchmarks.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 
 # Keeps the versions the lock has, unless pyproject.toml asks for others.

@@ -1,6 +1,6 @@
 """A corpus of attacks: each a function that turns a good checkpoint folder into a hostile one.
 
-`tests/test_attacks.py` runs them all. An attack names the error that must come of it, and a word of
+`tests/attacks/test_attacks.py` runs them all. An attack names the error that must come of it, and a word of
 its message; None stands for a file that looks odd, is harmless, and converts as if it were not.
 """
 

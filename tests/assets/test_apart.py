@@ -1,0 +1,103 @@
+"""The tokenizer is converted in a process of its own while tensors are copied, with the same result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import engine
+from engine.assets import apart
+from engine.assets.tokenizer import convert_tokenizer
+from engine.errors import EngineError
+from engine.run.memory import predicted_memory
+from tests.assets.test_tokenizer import SPEC, model_file  # noqa: F401
+from tests.move.test_sharing import LETTERS, MODEL
+from tests.support.shards import save
+
+
+@pytest.fixture(autouse=True)
+def always_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "APART", 0)
+
+
+def convert(file: Path, spec: dict[str, Any] = SPEC) -> dict[str, bytes]:
+    return apart.convert_apart(file, spec, threading.Event())
+
+
+def test_another_process_gives_the_same_files(model_file: Path) -> None:  # noqa: F811
+    with mock.patch.object(apart, "convert_tokenizer", side_effect=AssertionError("not in this process")):
+        files = convert(model_file)
+    assert files == convert_tokenizer(model_file, SPEC)
+
+
+def test_an_error_of_the_other_process_is_told_as_if_it_were_ours(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    told = []
+    for function in (convert, lambda file: convert_tokenizer(file, SPEC)):
+        with pytest.raises(EngineError) as caught:
+            function(tmp_path / "tokenizer.model")
+        told.append(str(caught.value))
+    assert told[0] == told[1] and told[0].startswith("E501")
+
+
+@pytest.mark.parametrize("program", ["", "no-such-program", "false", "true"])
+def test_without_another_process_it_is_converted_here(
+    program: str,
+    model_file: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    assert convert(model_file) == convert_tokenizer(model_file, SPEC)
+
+
+def test_a_run_that_stops_does_not_wait_for_it(model_file: Path) -> None:  # noqa: F811
+    stopped = threading.Event()
+    stopped.set()
+    assert apart.convert_apart(model_file, SPEC, stopped) == {}
+
+
+def test_modules_are_not_taken_from_the_current_folder(
+    model_file: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sentencepiece.py").write_text("open('planted', 'w').close()")
+    (tmp_path / "json.py").write_text("open('planted', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    convert(model_file)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_the_memory_it_takes_is_told_and_counts_in_what_is_allowed(model_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    code = """
+import re, sys
+sys.stdout = open("/dev/null", "w")
+from engine.assets.apart import main
+main()
+print(re.search("VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+    asked = json.dumps({"file": str(model_file), "spec": SPEC})
+    done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, check=True)
+    assert int(done.stderr) * 1024 <= apart.predicted_memory(model_file)
+    model = replace(MODEL, vocab=512)
+    save(model, tmp_path / "step", tp=1)
+    plan = engine.plan(model.mapping, tmp_path / "step", settings=LETTERS)
+    allowed = predicted_memory(plan, 1) + apart.predicted_memory(model_file) - 1
+    with pytest.raises(EngineError) as caught:
+        engine.convert(
+            MODEL.mapping,
+            tmp_path / "step",
+            tmp_path / "hf",
+            settings=LETTERS,
+            tokenizer=model_file,
+            max_memory=allowed,
+        )
+    assert caught.value.code == "E001" and "tokenizer" in str(caught.value)

@@ -1,0 +1,160 @@
+"""Rank files that are not the ranks their names say are refused by every command, in every mode of a layout."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import engine
+from engine.commands.main import cli
+from engine.errors import EngineError
+from engine.language.layout_file import load_layout
+from tests.attacks.faults import swap
+from tests.support.families import model_of, save_family
+from tests.support.shards import Model, save, with_root
+
+V2 = Model("v2", layers=6, groups=2, bias=False)
+LETTERS = {"mlp_letters": "w2_is_down"}
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+META = model_of("meta", heads=4, groups=4)
+EXPERTS = model_of("moe")
+
+# Model, layout, and two files of it that are exchanged: none of these was seen before.
+EXCHANGED: dict[str, tuple[Any, dict[str, Any], str, str]] = {
+    "tensor ranks": (V2, {"tp": 2}, "model_tp0_pp0.pt", "model_tp1_pp0.pt"),
+    "middle stages": (V2, {"tp": 1, "pp": 4}, "model_tp0_pp1.pt", "model_tp0_pp2.pt"),
+    "isp": (V2, {"mode": "isp", "tp": 1, "wp": 2}, "model_tp0_wp0_pp0.pt", "model_tp0_wp1_pp0.pt"),
+    "isp, both": (V2, {"mode": "isp", "tp": 2, "wp": 4}, "model_tp0_wp0_pp0.pt", "model_tp0_wp2_pp0.pt"),
+    "later isp": (V2, {"mode": "isp_wp", "wp": 2}, "model_wp0_pp0.pt", "model_wp1_pp0.pt"),
+    "experts' ranks": (EXPERTS, {"tp": 2}, "model_moe_layer0_expert0_tp0.pt", "model_moe_layer0_expert0_tp1.pt"),
+    "experts": (EXPERTS, {"tp": 1}, "model_moe_layer0_expert0_tp0.pt", "model_moe_layer0_expert1_tp0.pt"),
+    "layers of experts": (EXPERTS, {"tp": 1, "pp": 2}, "model_moe_layer0_expert0_tp0.pt",
+                          "model_moe_layer2_expert0_tp0.pt"),
+    "Meta's ranks": (META, {"tp": 2}, "consolidated.00.pth", "consolidated.01.pth"),
+}  # fmt: skip
+
+
+def made(model: Any, folder: Path, **layout: Any) -> Path:
+    (save if isinstance(model, Model) and type(model) is Model else save_family)(model, folder, **layout)
+    return folder
+
+
+def refused(model: Any, folder: Path) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        engine.convert(model.mapping, folder, folder.parent / "hf", settings=settings_of(model))
+    assert not (folder.parent / "hf").exists()
+    return caught.value
+
+
+def settings_of(model: Any) -> dict[str, str]:
+    return {} if model is META else LETTERS
+
+
+@pytest.mark.parametrize("case", EXCHANGED.values(), ids=EXCHANGED)
+def test_exchanged_files_are_refused_by_the_names_they_were_saved_under(case: Any, tmp_path: Path) -> None:
+    model, layout, one, other = case
+    folder = made(model, tmp_path / "step", **layout)
+    engine.plan(model.mapping, folder, settings=settings_of(model))  # it is well before
+    swap(folder / one, folder / other)
+    error = refused(model, folder)
+    assert error.code == "E306" and {one, other} <= set(str(error).replace("`", " ").split())
+
+
+@pytest.mark.parametrize("put", [shutil.copy, Path.hardlink_to, Path.symlink_to], ids=["copy", "link", "symlink"])
+@pytest.mark.parametrize("case", EXCHANGED.values(), ids=EXCHANGED)
+def test_one_file_under_two_names_is_refused_also_where_no_name_was_saved(case: Any, put: Any, tmp_path: Path) -> None:
+    model, layout, one, other = case
+    folder = made(model, tmp_path / "step", **layout)
+    with_root(folder / one, "archive")
+    (folder / other).unlink()
+    put(folder / one, folder / other) if put is shutil.copy else put(folder / other, folder / one)
+    error = refused(model, folder)
+    # a copy of another expert's, or of another layer's experts, has tensors of other names
+    assert error.code == "E306" or (put is shutil.copy and model is EXPERTS and error.code in ("E206", "E207", "E211"))
+
+
+COMMANDS: dict[str, list[str]] = {
+    "run": ["run", "-m", V2.mapping, "--src", "{src}", "-o", "{out}"],
+    "run --check-source": ["run", "-m", V2.mapping, "--src", "{src}", "-o", "{out}", "--check-source"],
+    "plan": ["plan", "-m", V2.mapping, "--src", "{src}"],
+    "reshard": ["reshard", "-m", V2.mapping, "--src", "{src}", "-o", "{out}", "--tp", "1"],
+    "reverse --like": ["reverse", "-m", V2.mapping, "--src", "{hf}", "-o", "{out}", "--like", "{src}"],
+    "inspect": ["inspect", "{src}"],
+    "verify --src": ["verify", "{hf}", "--src", "{src}", "-m", V2.mapping],
+    "verify --logits": ["verify", "{hf}", "--src", "{src}", "--logits"],
+    "run --plan": ["run", "--plan", "{plan}", "-o", "{out}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_command_that_reads_a_training_checkpoint_refuses_exchanged_ranks(
+    command: list[str], tmp_path: Path
+) -> None:
+    source = FIXTURES / "v2_tp2_pp2"
+    folder = shutil.copytree(source, tmp_path / "step")
+    paths = {name: str(tmp_path / name) for name in ("hf", "out", "plan")} | {"src": str(folder)}
+    engine.convert(V2.mapping, folder, tmp_path / "hf")
+    run = CliRunner().invoke(cli, ["plan", "-m", V2.mapping, "--src", str(folder), "-o", paths["plan"]])
+    assert run.exit_code == 0, run.output
+    for pp in range(2):
+        swap(folder / f"model_tp0_pp{pp}.pt", folder / f"model_tp1_pp{pp}.pt")
+    result = CliRunner().invoke(cli, [word.format(**paths) for word in command])
+    assert result.exit_code != 0 and not (tmp_path / "out").exists()
+    assert "E306" in result.output, result.output
+
+
+def test_files_that_the_engine_writes_have_the_roots_that_training_writes(tmp_path: Path) -> None:
+    folder = made(V2, tmp_path / "step", tp=2, pp=2)
+    modes: list[dict[str, Any]] = [
+        {"tp": 2, "pp": 2},
+        {"mode": "isp", "tp": 1, "wp": 2},
+        {"mode": "isp_wp", "wp": 2},
+    ]
+    for number, asked in enumerate(modes):
+        out = tmp_path / str(number)
+        engine.reshard(V2.mapping, folder, out, settings=LETTERS, **asked)
+        for path in out.glob("*.pt"):
+            with zipfile.ZipFile(path) as file:
+                assert {name.partition("/")[0] for name in file.namelist()} == {path.stem}
+        ranks = sorted(out.glob("model_*p0.pt"))
+        for one, other in pairwise(ranks):
+            swap(one, other)
+        assert refused(V2, out).code == "E306"
+
+
+def test_ranks_that_hold_the_same_layers_are_no_copies(tmp_path: Path) -> None:
+    """In isp, tensor ranks of one weight rank hold the same rows; only embedding and head differ."""
+    folder = made(V2, tmp_path / "step", mode="isp", tp=4, wp=2, pp=3)
+    one, other = (torch.load(folder / f"model_tp{tp}_wp0_pp1.pt", weights_only=True) for tp in (0, 2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    engine.plan(V2.mapping, folder, settings=LETTERS)
+
+
+def test_a_rank_with_the_same_start_of_every_tensor_is_no_copy(tmp_path: Path) -> None:
+    """Only what is equal to the last bit is one: samples are a first look."""
+    model = Model("v2", layers=1, hidden=64, heads=4, groups=2, ffn=512, vocab=512, bias=False)
+    folder = made(model, tmp_path / "step", tp=2)
+    state = torch.load(folder / "model_tp0_pp0.pt", weights_only=True)
+    changed = {name: tensor.clone() for name, tensor in state.items()}
+    changed["layers.0.feed_forward.w1.weight"][-1, -1] += 1
+    torch.save(changed, folder / "model_tp1_pp0.pt")
+    engine.plan(model.mapping, folder, settings=LETTERS)
+
+
+def test_whether_roots_tell_anything_is_the_layout_s_to_say() -> None:
+    from dataclasses import replace
+
+    from engine.checkpoint.identity import saved_as
+
+    layout = load_layout("internevo")
+    assert saved_as("model_tp1_pp0", layout) == "model_tp1_pp0.pt"
+    assert saved_as("model_tp1_pp0", replace(layout, zip_root=None)) is None
+    assert saved_as("consolidated.01", load_layout("meta-llama")) == "consolidated.01.pth"
+    assert saved_as("consolidated", load_layout("meta-llama")) is None  # as in Meta's own

@@ -1,0 +1,486 @@
+"""What people rely on at the command line: start-up, exit codes, where things are printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import engine
+from engine import api
+from engine.commands import progress
+from engine.commands.main import cli
+from engine.commands.options import parse_size, parse_value
+from engine.errors import EngineError, EngineErrors, Place
+from engine.run.meter import Progress
+from engine.show import render
+from tests.support.shards import Model, save
+
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "internevo" / "v1_tp2_pp2"
+MAPPING = "families/internlm.yaml"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "step"))
+
+
+# -- start-up
+
+
+@pytest.mark.parametrize("arguments", (["--help"], ["--version"], ["run", "--help"], ["lint"], ["show", "internlm"]))
+def test_commands_without_a_checkpoint_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom engine.commands.main import cli\n"
+        f"try: cli.main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = python(code)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_planning_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, engine\n"
+        f"engine.plan({MAPPING!r}, {str(CHECKPOINT)!r})\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = python(code)
+    assert done.stdout.rstrip() == "[]", done.stderr
+
+
+def test_merging_rows_of_usual_length_imports_no_numpy(tmp_path: Path) -> None:
+    """It would take a sixth of the time until the first byte."""
+    save(
+        Model("v2", layers=1, hidden=2048, heads=16, groups=4, ffn=2048, rotary="pairs", bias=False),
+        tmp_path / "step",
+        tp=2,
+    )
+    code = (
+        "import sys, engine\n"
+        f"engine.convert('families/internlm2.yaml', {str(tmp_path / 'step')!r}, {str(tmp_path / 'hf')!r}, "
+        "settings={'mlp_letters': 'w2_is_down'})\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = python(code)
+    assert done.stdout.rstrip() == "[]", done.stdout + done.stderr
+
+
+def test_help_parses_no_yaml() -> None:
+    code = (
+        "import sys\nfrom engine.commands.main import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'yaml', 'jsonschema', 'jinja2', 'rich'} & set(sys.modules)))"
+    )
+    assert python(code).stdout.rstrip().endswith("[]")
+
+
+def test_importing_the_package_is_instant_and_gives_every_public_name() -> None:
+    code = (
+        "import sys, engine\n"
+        "assert not {'torch', 'numpy', 'yaml', 'click'} & set(sys.modules)\n"
+        "for name in engine.__all__: getattr(engine, name)\n"
+        "print('ok')"
+    )
+    done = python(code)
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_the_package_named_plan_does_what_the_function_does() -> None:
+    code = f"import engine, engine.planning.planner\nprint(len(engine.plan({MAPPING!r}, {str(CHECKPOINT)!r}).outputs))"
+    assert python(code).stdout == "55\n"
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'convrt'"):
+        _ = engine.convrt
+
+
+def test_commands_are_listed_in_the_order_of_use() -> None:
+    listed = [line.split()[0] for line in invoke("--help").output.split("Commands:\n")[1].splitlines()]
+    order = ["run", "reverse", "reshard", "inspect", "plan", "compare", "lint", "show", "format"]
+    assert [name for name in listed if name in order] == order
+
+
+# -- arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    (("5GB", 5 * 10**9), ("2GiB", 2 << 30), ("500MB", 500 * 10**6), ("1.5kB", 1500), ("7", 7), ("3 tib", 3 << 40)),
+)
+def test_sizes_are_decimal_unless_they_say_i(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ("", "GB", "5 G B", "-1", "0", "0.1", "5PB", "1e9", "5iB"))
+def test_a_size_that_is_none_is_wrong_usage(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_size(text)
+    assert invoke("run", "--mapping", MAPPING, "--max-shard-size", text).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    (
+        ("4096", 4096),
+        ("-1", -1),
+        ("1e-5", 1e-5),
+        ("2.0", 2.0),
+        ("true", True),
+        ("false", False),
+        ("yes", "yes"),
+        ("nan", "nan"),
+        ("w2_is_up", "w2_is_up"),
+        ("a=b", "a=b"),
+        ("", ""),
+    ),
+)
+def test_set_takes_numbers_booleans_and_text(text: str, value: object) -> None:
+    parsed = parse_value(text)
+    assert (parsed, type(parsed)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        ["run"],
+        ["rum"],
+        ["run", "--mapping", "x", "--dtype", "float8"],
+        ["run", "--mapping", "x", "--set", "rotary"],
+        ["run", "--mapping", "x", "--set", "=halves"],
+        ["run", "--mapping", "x", "--set", "rotary=halves", "--set", "rotary=pairs"],
+        ["run", "--mapping", "x", "--workers", "0"],
+        ["run", "--mapping", "x", "--workers", "many"],
+        ["plan"],
+        ["show"],
+        ["format"],
+        ["inspect", "a", "b"],
+    ),
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str]) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert "Error:" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_near_command_is_suggested() -> None:
+    assert "run" in invoke("rum").stderr.split("Error:")[1]
+
+
+def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def convert(mapping: str, src: str, out: str | None, **options: Any) -> api.Report:
+        seen.update(mapping=mapping, src=src, out=out, **options)
+        return api.Report(out=Path("o"), tensors=1, bytes=2, seconds=0.5, variants={}, files=(), notices=())
+
+    monkeypatch.setattr(api, "convert", convert)
+    given = "-m m.yaml --set a=1 --set b=x --dtype float32 --workers 3 --max-shard-size 1MiB --strict --overwrite"
+    given += " --no-digests --check-source --max-memory 256MiB"
+    done = invoke("run", *given.split(), "--tokenizer", "t.model", "--code", "official", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert seen == {
+        "mapping": "m.yaml",
+        "src": ".",
+        "out": None,
+        "settings": {"a": 1, "b": "x"},
+        "dtype": "float32",
+        "max_shard_size": 1 << 20,
+        "strict": True,
+        "overwrite": True,
+        "tokenizer": "t.model",
+        "code": "official",
+        "workers": 3,
+        "resume": False,
+        "digests": False,
+        "check_source": True,
+        "max_memory": 1 << 28,
+        "progress": None,
+    }
+    assert json.loads(done.stdout)["tensors"] == 1
+
+
+# -- run
+
+
+def test_run_converts_and_says_where_to(checkpoint: Path) -> None:
+    done = invoke("run", "--mapping", MAPPING, "--src", checkpoint)
+    assert done.exit_code == 0, done.stderr
+    out = checkpoint.with_name("step-hf")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
+    assert str(out) in done.stdout
+    assert "55 tensors" in done.stdout
+
+
+def test_the_current_folder_is_converted_beside_itself(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint)
+    assert invoke("run", "--mapping", MAPPING, "--quiet").exit_code == 0
+    assert (checkpoint.with_name("step-hf") / "config.json").is_file()
+
+
+def test_quiet_prints_nothing(checkpoint: Path) -> None:
+    done = invoke("run", "--mapping", MAPPING, "--src", checkpoint, "--quiet")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_output_that_exists_is_not_touched(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    done = invoke("run", "--mapping", MAPPING, "--src", checkpoint, "--out", out)
+    assert done.exit_code == 1
+    assert "E401" in done.stderr
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_an_error_goes_to_stderr_with_its_code_and_fix(tmp_path: Path) -> None:
+    done = invoke("plan", "--mapping", "families/internlm9.yaml", "--src", tmp_path)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("E002 ")
+    assert "families/internlm" in done.stderr
+
+
+def test_with_json_errors_are_data_on_stdout(tmp_path: Path) -> None:
+    done = invoke("plan", "--mapping", "families/internlm9.yaml", "--src", tmp_path, "--json")
+    assert done.exit_code == 1
+    (error,) = json.loads(done.stdout)["errors"]
+    assert error["code"] == "E002"
+    assert error["fix"]
+
+
+def test_several_errors_are_all_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(*_: Any, **__: Any) -> None:
+        raise EngineErrors([EngineError("E205", "one"), EngineError("E206", "two", place=Place("f", 3))])
+
+    monkeypatch.setattr(api, "plan", plan)
+    shown = invoke("plan", "--mapping", "x")
+    assert (shown.exit_code, shown.stderr) == (1, "E205 one\n\nE206 two\n  f:3\n")
+    assert len(json.loads(invoke("plan", "--mapping", "x", "--json").stdout)["errors"]) == 2
+
+
+def test_an_interruption_is_told_and_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "plan", plan)
+    done = invoke("plan", "--mapping", "x")
+    assert done.exit_code == 130
+    assert "interrupted" in done.stderr
+
+
+BROKEN = (
+    "import sys\nfrom engine import api\nfrom engine.commands import main as cli\n"
+    "def plan(*_, **__): raise ValueError('two\\nlines')\n"
+    "api.plan = plan\n"
+    "sys.argv = ['engine', 'plan', '--mapping', 'x']\n"
+    "cli.main()"
+)
+
+
+def test_an_internal_error_is_one_line_that_asks_to_be_reported() -> None:
+    done = python(BROKEN, ENGINE_DEBUG="")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("E901 internal error: ValueError: two lines (")
+    assert "report" in done.stderr
+
+
+def test_the_traceback_of_an_internal_error_is_there_for_who_asks() -> None:
+    done = python(BROKEN, ENGINE_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    shown = subprocess.run(
+        f"{sys.executable} -m engine show --resolved internlm | head -n 1", shell=True, capture_output=True, text=True
+    )
+    assert shown.stderr == ""
+    assert shown.stdout.startswith("# internlm")
+
+
+# -- inspect and plan
+
+
+def test_inspect_names_the_grid_the_layers_and_the_mapping_that_fits() -> None:
+    done = invoke("inspect", CHECKPOINT)
+    assert done.exit_code == 0, done.stderr
+    assert "tp 2 × pp 2" in done.stdout
+    assert "pp0: 0…1; pp1: 2…3" in done.stdout
+    assert "fits  internlm\n" in done.stdout
+    assert json.loads(invoke("inspect", CHECKPOINT, "--json").stdout)["ranks"] == {"tp": 2, "pp": 2}
+
+
+def test_inspect_of_a_folder_that_is_no_checkpoint_fails_clearly(tmp_path: Path) -> None:
+    done = invoke("inspect", tmp_path)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("E")
+
+
+def test_plan_folds_layers_and_shows_why_each_variant_was_chosen() -> None:
+    done = invoke("plan", "--mapping", MAPPING, "--src", CHECKPOINT)
+    assert done.exit_code == 0, done.stderr
+    assert "model.layers.{0…3}.self_attn.q_proj.weight" in done.stdout
+    assert "the only choice under which all sizes agree" in done.stdout
+    assert "model.safetensors" in done.stdout
+    assert "peak memory" in done.stdout
+
+
+def test_plan_as_json_counts_what_run_will_write(checkpoint: Path) -> None:
+    planned = json.loads(invoke("plan", "--mapping", MAPPING, "--src", checkpoint, "--json").stdout)
+    done = json.loads(invoke("run", "--mapping", MAPPING, "--src", checkpoint, "--json").stdout)
+    assert planned["tensors"] == done["tensors"] == 55
+    assert planned["bytes"] == done["bytes"]
+    assert {o["file"] for o in planned["outputs"]} <= set(done["files"])
+    assert all(rule["place"].startswith("mappings/families/internlm.yaml:") for rule in planned["rules"])
+
+
+def test_plan_writes_nothing(checkpoint: Path) -> None:
+    before = sorted(checkpoint.parent.rglob("*"))
+    assert invoke("plan", "--mapping", MAPPING, "--src", checkpoint).exit_code == 0
+    assert sorted(checkpoint.parent.rglob("*")) == before
+
+
+# -- lint, show, format
+
+
+def test_the_bundled_mappings_have_no_lint_errors() -> None:
+    done = invoke("lint", "--json")
+    assert done.exit_code == 0, done.stdout
+    assert not [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "error"]
+
+
+def test_lint_names_the_place_and_ends_with_1(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    text = (Path(api.__file__).parents[2] / "mappings" / MAPPING).read_text()
+    broken.write_text(text.replace("axes: (q heads head_dim) | hidden", "axes: (q heads) | hidden"))
+    done = invoke("lint", broken)
+    assert done.exit_code == 1
+    assert "broken.yaml:" in done.stdout + done.stderr
+
+
+def test_show_prints_a_mapping_as_written_and_resolved() -> None:
+    written = invoke("show", MAPPING)
+    assert "# each is a claim" in written.stdout
+    resolved = invoke("show", "--resolved", MAPPING)
+    assert resolved.stdout.startswith("# internlm 1.0.0, from mappings/families/internlm.yaml\n")
+    assert json.loads(invoke("show", "--json", MAPPING).stdout)["name"] == "internlm"
+
+
+def test_a_resolved_mapping_is_itself_a_mapping(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(invoke("show", "--resolved", MAPPING).stdout)
+    assert api.load_mapping(copy).digest == api.load_mapping(MAPPING).digest
+
+
+def test_format_rewrites_only_what_differs_and_check_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "format_mapping", lambda text: text.replace("  ", " "))
+    tidy, untidy = tmp_path / "tidy.yaml", tmp_path / "untidy.yaml"
+    tidy.write_text("a: b\n")
+    untidy.write_text("a:  b\n")
+    checked = invoke("format", "--check", tidy, untidy)
+    assert (checked.exit_code, checked.stdout) == (1, f"would format {untidy}\n")
+    assert untidy.read_text() == "a:  b\n"
+    assert invoke("format", tidy, untidy).exit_code == 0
+    assert untidy.read_text() == "a: b\n"
+    assert invoke("format", "--check", tidy, untidy).exit_code == 0
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe")
+    for name in ("none.yaml", "x.yaml"):
+        done = invoke("format", tmp_path / name)
+        assert done.exit_code == 1
+        assert name in done.stderr
+
+
+# -- rendering
+
+
+def test_colours_are_only_for_terminals_and_can_be_turned_off() -> None:
+    def shown(*arguments: str, **environment: str) -> str:
+        return CliRunner(env=environment).invoke(cli, ["plan", "-m", "none.yaml", *arguments], color=True).stderr
+
+    assert shown().startswith("\x1b[31m")
+    assert shown("--no-color").startswith("E002")
+    assert shown(NO_COLOR="1").startswith("E002")
+
+
+def test_tables_are_aligned_and_never_cut() -> None:
+    lines = render.table(("name", "n"), [("x" * 200, "1"), ("y", "1,000")])
+    assert lines[1] == "  " + "x" * 200 + "      1"
+    assert lines[2] == "  y" + " " * 199 + "  1,000"
+
+
+def test_plain_progress_tells_tenths_and_every_five_seconds() -> None:
+    lines: list[str] = []
+    now = [0.0]
+    listen = progress.plain_progress(lines.append, lambda: now[0])
+    for done, second in ((0, 0), (1, 1), (9, 2), (10, 3), (11, 4), (12, 8), (100, 9)):
+        now[0] = second
+        listen(Progress(done, 100))
+    assert [line.split("%")[0].strip() for line in lines] == ["10", "12", "100"]
+    assert "left" in lines[0]
+    assert "left" not in lines[-1]
+
+
+# -- the log
+
+
+def test_a_log_has_one_json_line_per_event(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    command = ["run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "--log-file", str(log), "-q"]
+    assert invoke(*command).exit_code == 0
+    assert invoke(*command).exit_code == 1  # the output exists
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "progress", "finished", "started", "failed"]
+    assert events[0]["command"] == "run" and events[0]["mapping"] == MAPPING
+    assert events[2]["content_id"] and events[2]["tensors"] == 55
+    assert events[4]["errors"][0]["code"] == "E401"
+
+
+def test_a_log_that_cannot_be_written_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "--log-file", str(tmp_path))
+    assert done.exit_code == 1 and "E403" in done.stderr
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_run_that_failed_on_its_disk_says_what_to_do_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "-q")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("next: the same command with --resume")
+
+
+def test_the_command_line_and_the_api_write_files_of_the_same_size() -> None:
+    from engine.planning import DEFAULT_SHARD_SIZE
+
+    option = next(param for param in cli.commands["run"].params if param.name == "max_shard_size")
+    assert parse_size(option.default) == DEFAULT_SHARD_SIZE

@@ -1,0 +1,81 @@
+"""`engine plan --json` fits its schema, folds layers, and touches neither tensor data nor torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft7Validator
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
+SCHEMA = json.loads((ROOT / "schemas" / "plan.schema.json").read_text("utf-8"))
+
+
+def plan(name: str, mapping: str, *more: str) -> dict[str, object]:
+    command = [sys.executable, "-m", "engine", "plan", "-m", mapping, "--src", str(FIXTURES / name), "--json", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    result: dict[str, object] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "mapping"),
+    [
+        ("v1_tp2_pp2_chunks2", "internlm-7b"),
+        ("v1_isp_tp1_wp2", "families/internlm.yaml"),
+        ("v2_tp2_pp1_normhead", "families/internlm2-official.yaml"),
+        ("v1_tp2_pp1_reward", "internlm-20b"),
+    ],
+)
+def test_the_plan_fits_its_schema(name: str, mapping: str) -> None:
+    Draft7Validator.check_schema(SCHEMA)
+    Draft7Validator(SCHEMA).validate(plan(name, mapping))
+
+
+def test_layers_are_folded_and_bytes_add_up() -> None:
+    found = plan("v1_tp2_pp2_chunks2", "families/internlm.yaml", "--max-shard-size", "200kB")
+    rules = found["rules"]
+    outputs = found["outputs"]
+    assert isinstance(rules, list) and isinstance(outputs, list)
+    assert "model.layers.{0…5}.self_attn.q_proj.weight" in [row["target"] for row in rules]
+    assert sum(row["count"] for row in rules) == found["tensors"] == sum(o["tensors"] for o in outputs)
+    assert sum(o["bytes"] for o in outputs) == found["bytes"]
+    assert all(o["bytes"] <= 200_000 for o in outputs)
+
+
+def test_planning_imports_neither_torch_nor_transformers_nor_numpy() -> None:
+    source = FIXTURES / "v2_tp2_pp2"
+    code = (
+        "import sys, engine\n"
+        f"engine.plan('families/internlm2.yaml', {str(source)!r})\n"
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_planning_and_running_read_no_more_than_they_must(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Payload is read once per run, and replicas once more for comparing; planning reads none of it."""
+    import engine
+    from engine.run.replicas import replica_bytes
+    from engine.storage.sources import SourceFiles
+
+    read = 0
+    original = SourceFiles.read_into
+
+    def counting(self: SourceFiles, file: int, offset: int, parts: Sequence[memoryview]) -> None:
+        nonlocal read
+        read += sum(map(len, parts))
+        original(self, file, offset, parts)
+
+    monkeypatch.setattr(SourceFiles, "read_into", counting)
+    source = FIXTURES / "v1_tp2_pp2"
+    compiled = engine.plan("families/internlm.yaml", source)
+    assert read == 0
+    engine.convert("families/internlm.yaml", source, tmp_path / "hf")
+    assert read <= compiled.nbytes + 2 * replica_bytes(compiled)

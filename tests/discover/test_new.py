@@ -1,0 +1,402 @@
+"""`engine new`: drafts that are right, or refuse, or ask; and never a file that is not clean."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import engine
+from engine import api
+from engine.commands.main import cli
+from engine.discover.scaffold import Scaffold
+from engine.discover.text import block, comment, scalar, shown
+from engine.errors import EngineError
+from tests.support.families import model_of, save_family
+from tests.support.fsdp import save_fsdp
+from tests.support.shards import Model, State, same, save
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "internevo"
+FAMILIES = {"moe": "internlm-moe", "v1": "internlm", "v2": "internlm2", "llama": "llama"}
+GENUINE = sorted(path.name for path in FOLDER.iterdir())
+ASKS = {"mlp_letters": "w2_is_down"}
+
+V1_NAMES = {
+    "blocks.": "layers.",
+    "mixer.Wqkv": "attention.qkv_proj",
+    "mixer.out_proj": "attention.out_proj",
+    "embedding.": "tok_embeddings.",
+    "head.": "lm_head.",
+}
+V2_NAMES = {"attention.wqkv": "attn.qkv_proj", "attention.wo": "attn.out_proj", "feed_forward": "ffn"}
+HF_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "embed_tokens",
+    "output.": "lm_head.",
+}
+FOREIGN = {
+    "attention.wqkv": "sa.pack",
+    "attention.wo": "sa.back",
+    "feed_forward.w": "m.l",
+    "attention_norm": "u0",
+    "ffn_norm": "u1",
+    "layers.": "trunk.layers.",
+    "tok_embeddings": "entry",
+    "output": "exit",
+    "norm.": "z.",
+}
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """Every rank file saved again with changed tensors."""
+    for path in folder.glob("model_*.pt"):
+        if path.name != "model_config.pt":
+            torch.save(change(torch.load(path, weights_only=True)), path)
+    return folder
+
+
+def renamed(folder: Path, names: Mapping[str, str]) -> Path:
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        result = {}
+        for name, tensor in state.items():
+            for old, new in names.items():
+                name = name.replace(old, new)
+            result[name] = tensor
+        return result
+
+    return rewritten(folder, change)
+
+
+def drafted(folder: Path, file: Path, **asked: Any) -> Scaffold:
+    """A draft, written, which must lint clean and be in its usual form."""
+    made = api.new_mapping(folder, out=file, **asked)
+    assert api.lint([file]) == []
+    assert api.format_mapping(made.text) == made.text == file.read_text()
+    lines = made.text.split("\n")
+    assert made.decisions
+    assert all("# decide:" in lines[line - 1] for line, _ in made.decisions)
+    return made
+
+
+def tensors(mapping: Path | str, folder: Path, **chosen: str) -> State:
+    return dict(engine.iter_tensors(engine.plan(mapping, folder, settings=chosen)))
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+    family = next(value for key, value in FAMILIES.items() if key in name)
+    file = tmp_path / "release.yaml"
+    made = api.new_mapping(FOLDER / name, out=file)
+    assert (made.kind, made.parent) == ("release", f"families/{family}.yaml")
+    assert api.lint([file]) == []
+    loaded = engine.load_mapping(file)
+    assert loaded.expect["hidden"] == 64
+    chosen = ASKS if made.state is not None and made.state["code"] == "E202" else {}
+    for mapping in (str(file), f"families/{family}.yaml"):
+        engine.convert(mapping, FOLDER / name, tmp_path / Path(mapping).stem, settings=chosen, strict=True)
+    weights = sorted(p.name for p in (tmp_path / family).glob("*") if p.suffix in (".safetensors", ".json"))
+    for weight in set(weights) - {"conversion.json"}:
+        assert (tmp_path / "release" / weight).read_bytes() == (tmp_path / family / weight).read_bytes()
+
+
+@pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2, "pp": 2}, {"tp": 2, "pp": 2, "chunks": 2}])
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (Model(family="v2", groups=2, ffn=40), V2_NAMES),
+        (Model(family="v2", groups=2, ffn=40, bias=False), V2_NAMES),
+        (Model(family="v2", groups=2, ffn=40, rotary="pairs"), V2_NAMES),
+        (Model(family="v2", groups=2, ffn=40, letters="w2_is_up"), V2_NAMES),
+        (Model(family="v1", ffn=40), V1_NAMES),
+        (model_of("llama", ffn=40, heads=4, groups=2, bias=True, mlp_bias=True), HF_NAMES),
+        (model_of("llama", ffn=40, heads=4, groups=4), HF_NAMES),
+        (model_of("internlm3", ffn=40, heads=4, groups=2), HF_NAMES),
+    ],
+)
+def test_renamed_tensors_convert_right(
+    model: Any, names: Mapping[str, str], layout: dict[str, int], tmp_path: Path
+) -> None:
+    expected = (
+        save_family(model, tmp_path / "src", **layout)
+        if model.family == "llama"
+        else save(model, tmp_path / "src", **layout)
+    )
+    plain = shutil.copytree(tmp_path / "src", tmp_path / "plain")
+    made = drafted(renamed(tmp_path / "src", names), tmp_path / "x.yaml")
+    assert (made.kind, made.parent, made.state) == ("renamed", model.mapping, None)
+    same(tensors(tmp_path / "x.yaml", tmp_path / "src"), expected)
+    ours, theirs = (
+        engine.plan(m, s).config for m, s in ((tmp_path / "x.yaml", tmp_path / "src"), (model.mapping, plain))
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"feed_forward.w1": "mlp.a", "feed_forward.w2": "mlp.b", "feed_forward.w3": "mlp.c"},
+        {"attention_norm": "ln_1", "ffn_norm": "ln_2"},
+        {"attention.wq": "attn.x", "attention.wk": "attn.y", "attention.wv": "attn.z"},
+        {"tok_embeddings": "one", "output": "two"},
+    ],
+)
+def test_names_that_do_not_tell_are_left_to_a_person(names: Mapping[str, str], tmp_path: Path) -> None:
+    save_family(model_of("llama", ffn=40, heads=4, groups=4), tmp_path / "src")
+    made = drafted(renamed(tmp_path / "src", names), tmp_path / "x.yaml")
+    assert made.kind == "renamed"
+    assert made.state is not None and made.state["code"] in ("E205", "E207", "E202")
+    with pytest.raises(EngineError):
+        engine.plan(tmp_path / "x.yaml", tmp_path / "src")
+    for new in names.values():
+        assert any("no rule reads" in text and new in text for _, text in made.decisions)
+
+
+def test_what_is_proposed_in_a_comment_can_be_taken_by_deleting_the_hash(tmp_path: Path) -> None:
+    model = Model(family="v1", ffn=40)
+    expected = save(model, tmp_path / "src", tp=2)
+    made = drafted(renamed(tmp_path / "src", {"mixer.Wqkv": "attn.query_key_value"}), tmp_path / "x.yaml")
+    assert made.state is not None
+    taken = made.text.replace("\n#  - ", "\n  - ").replace("\n#rules:", "\nrules:")
+    assert taken != made.text
+    (tmp_path / "y.yaml").write_text(taken)
+    assert api.lint([tmp_path / "y.yaml"]) == []
+    same(tensors(tmp_path / "y.yaml", tmp_path / "src"), expected)
+    assert engine.plan(tmp_path / "y.yaml", tmp_path / "src").config["attention_bias"] is True
+
+
+def test_two_orders_of_one_shape_are_not_chosen_between(tmp_path: Path) -> None:
+    """Without a model type, q k v in blocks and by groups are both possible."""
+    save(Model(family="v1", ffn=40), tmp_path / "src", tp=2)
+    (tmp_path / "src" / "config_file.pt").unlink()
+    made = drafted(renamed(tmp_path / "src", V1_NAMES), tmp_path / "x.yaml")
+    assert made.state is not None
+    assert "qkv_proj" not in "".join(line for line in made.text.split("\n") if "source: " in line and "#" not in line)
+
+
+def test_the_family_can_be_named(tmp_path: Path) -> None:
+    expected = save(Model(family="v2", groups=2, ffn=40), tmp_path / "src", tp=2)
+    renamed(tmp_path / "src", V2_NAMES)
+    made = drafted(tmp_path / "src", tmp_path / "x.yaml", like="internlm2-official")
+    assert made.parent == "families/internlm2-official.yaml"
+    assert tensors(tmp_path / "x.yaml", tmp_path / "src").keys() != expected.keys()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "base.yaml").write_text("mapping: 1\nname: base\nextends: families/internlm2.yaml\n")
+    made = drafted(tmp_path / "src", tmp_path / "y.yaml", like=str(mine / "base.yaml"))
+    assert made.parent == "mine/base.yaml"
+    same(tensors(tmp_path / "y.yaml", tmp_path / "src"), expected)
+
+
+@pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2}, {"tp": 3, "pp": 2}, {"mode": "isp", "wp": 2}])
+def test_a_foreign_checkpoint_gets_a_rule_for_every_pattern(layout: dict[str, Any], tmp_path: Path) -> None:
+    model = Model(family="v2", hidden=48, heads=6, groups=3, ffn=56, vocab=64)
+    save(model, tmp_path / "whole")
+    whole = torch.load(renamed(tmp_path / "whole", FOREIGN) / "model_tp0_pp0.pt", weights_only=True)
+    save(model, tmp_path / "src", **layout)
+    made = drafted(renamed(tmp_path / "src", FOREIGN), tmp_path / "x.yaml")
+    assert made.kind == "own"
+    assert all(entry["rule"] for entry in made.patterns)
+    asked = yaml.safe_load(made.text).get("variants", {})
+    chosen = {name: next(c for c in ("rows_by_turns", "rows") if c in body["choices"]) for name, body in asked.items()}
+    if chosen:
+        assert made.state is not None and made.state["code"] == "E202"
+    same(tensors(tmp_path / "x.yaml", tmp_path / "src", **chosen), whole)
+
+
+def test_shards_that_record_their_rows_are_read_as_what_they_are_part_of(tmp_path: Path) -> None:
+    model = Model(family="v2", hidden=48, heads=6, groups=3, ffn=56, vocab=64, layers=1)
+    expected = save_fsdp(model, tmp_path / "src", dp=3, tp=2)
+    made = api.new_mapping(tmp_path / "src", out=tmp_path / "x.yaml")
+    assert (made.kind, made.state) == ("release", None)
+    same(tensors(tmp_path / "x.yaml", tmp_path / "src"), expected)
+    gate = next(entry for entry in made.patterns if entry["pattern"].endswith("w1.weight"))
+    assert {"axes": ["ffn", "hidden"], "cut": 0} in gate["readings"]
+
+
+def test_a_foreign_cut_that_no_size_explains_is_refused_and_not_joined(tmp_path: Path) -> None:
+    save(Model(family="v2", groups=2, ffn=40), tmp_path / "src", tp=2)
+
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        return {f"a.{name}": tensor for name, tensor in state.items()} | {"odd.weight": torch.randn(11, 3)}
+
+    renamed(tmp_path / "src", FOREIGN)
+    made = drafted(rewritten(tmp_path / "src", change), tmp_path / "x.yaml")
+    assert made.kind == "own"
+    assert "no cut is proposed" in " ".join(text for _, text in made.decisions)
+    with pytest.raises(EngineError):
+        tensors(tmp_path / "x.yaml", tmp_path / "src")
+
+
+HOSTILE = [
+    "a: b",
+    "x\nmapping: 2",
+    "x # y",
+    '"quoted"',
+    "it's",
+    "- item",
+    "{layer}",
+    "a}b",
+    "null",
+    "yes",
+    "1e5",
+    "& anchor",
+    "*alias",
+    "!!python/object",
+    "%TAG",
+    "\\x00",
+    "tab\there",
+    "\x1b[31mred",
+    "ünïcode",
+    "\U0001f600",
+    "  ",
+    "layers.00.weight",
+    "layers.99999999999999999999.weight",
+    "{{ 7 * 7 }}",
+    "a.#.b",
+    "=",
+    "\u2028line",
+    "\x85next",
+]
+
+
+def test_hostile_names_stay_names(tmp_path: Path) -> None:
+    save(Model(family="v1"), tmp_path / "src")
+    sizes = {name: 3 + i for i, name in enumerate(HOSTILE)}
+    made = drafted(
+        rewritten(tmp_path / "src", lambda _: {name: torch.zeros(n) for name, n in sizes.items()}), tmp_path / "x.yaml"
+    )
+    data = yaml.safe_load(made.text)
+    assert data["mapping"] == 1
+    rules = {rule["source"] for rule in data["rules"]}
+    assert rules == {name for name in HOSTILE if "{" not in name and "}" not in name}
+    assert made.text.isascii() and "\x1b" not in made.text
+    with pytest.raises(EngineError):  # those with braces have no rule
+        engine.plan(tmp_path / "x.yaml", tmp_path / "src")
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_text_is_one_scalar_and_one_comment(text: str) -> None:
+    assert yaml.safe_load(scalar(text)) == text or "\ud800" <= max(text, default="") <= "\udfff"
+    lines = comment(f"decide: {shown(text)} ends")
+    assert yaml.safe_load("\n".join([*lines, "a: 1"])) == {"a": 1}
+    if text.isascii():
+        assert yaml.safe_load("\n".join(block("key", text))) == {"key": text}
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from(["layers", "blocks", "0", "1", "12", "experts", "w", "weight", "bias", "h"]),
+            min_size=1,
+            max_size=5,
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+def test_any_set_of_names_gives_patterns_that_read_each_name_once(tmp_path: Path, parts: list[list[str]]) -> None:
+    from engine.discover.names import observe
+    from engine.formats.headers import TensorHeader
+    from engine.language.names import pattern
+    from engine.planning.stored import Stored
+
+    def stored(name: str) -> Stored:
+        header = object.__new__(TensorHeader)
+        object.__setattr__(header, "name", name)
+        object.__setattr__(header, "shape", (2,))
+        return Stored(0, header, name, 0)
+
+    names = {".".join(one) for one in parts}
+    found, hopeless = observe([stored(name) for name in sorted(names)])
+    assert hopeless == []
+    for name in names:
+        assert sum(pattern(one.text).match(name) is not None for one in found) == 1
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Path]:
+    save(Model(family="v1"), tmp_path / "src", tp=2)
+    yield tmp_path / "src"
+
+
+def test_a_file_is_never_replaced_unasked(source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("mine")
+    with pytest.raises(EngineError) as caught:
+        api.new_mapping(source, out=file)
+    assert caught.value.code == "E401"
+    assert file.read_text() == "mine"
+    with pytest.raises(EngineError, match="E401"):
+        api.new_mapping(source, out=file, overwrite=True)
+    assert file.read_text() == "mine"
+    file.unlink()
+    api.new_mapping(source, out=file)
+    drafted = file.read_text()
+    api.new_mapping(source, out=file, overwrite=True)
+    assert file.read_text() == drafted and drafted.startswith("mapping: 1\n")
+    file.write_text(drafted.replace("version: ", "version:  "))  # a person has edited it
+    with pytest.raises(EngineError, match="E401"):
+        api.new_mapping(source, out=file, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "x.yaml"]
+
+
+def test_the_command_prints_writes_and_gives_data(source: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    printed = runner.invoke(cli, ["new", "--src", str(source), "--name", "mine"])
+    assert printed.exit_code == 0
+    assert yaml.safe_load(printed.stdout)["extends"] == "families/internlm.yaml"
+    file = tmp_path / "deep" / "x.yaml"
+    written = runner.invoke(cli, ["new", "--src", str(source), "-o", str(file)])
+    assert f"wrote {file}: a release of families/internlm.yaml, which fits" in written.stdout
+    assert f"next: engine plan --mapping {file} --src {source}" in written.stdout
+    again = runner.invoke(cli, ["new", "--src", str(source), "-o", str(file)])
+    assert again.exit_code == 1 and "E401" in again.stderr
+    data = json.loads(runner.invoke(cli, ["new", "--src", str(source), "--json"]).stdout)
+    assert data["file"] is None and data["kind"] == "release" and data["state"] is None
+    qkv = next(entry for entry in data["patterns"] if entry["pattern"] == "blocks.{layer}.mixer.Wqkv.weight")
+    assert qkv["shapes"] == {"tp0": [24, 16], "tp1": [24, 16]}
+    assert 0 in {reading["cut"] for reading in qkv["readings"]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [({"name": "No Name"}, "E001"), ({"like": "families/internlm9"}, "E002"), ({"like": "meta-llama"}, "E304")],
+)
+def test_what_cannot_be_drafted_is_said(asked: dict[str, Any], code: str, source: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        api.new_mapping(source, **asked)
+    assert caught.value.code == code
+
+
+def test_a_folder_without_a_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        api.new_mapping(tmp_path)
+    assert caught.value.code == "E304"
+
+
+def test_metas_files_give_a_release_of_its_family(tmp_path: Path) -> None:
+    expected = save_family(model_of("meta", ffn=40, embedding="by_vocab"), tmp_path / "src", tp=2)
+    made = api.new_mapping(tmp_path / "src", out=tmp_path / "x.yaml")
+    assert (made.kind, made.parent) == ("release", "families/meta-llama.yaml")
+    same(tensors(tmp_path / "x.yaml", tmp_path / "src"), expected)

@@ -1,0 +1,477 @@
+"""No key of a configuration vanishes, and none has a value that cannot be, in either direction."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine
+from engine import api
+from engine.errors import EngineError
+from engine.proving.lint import lint_file
+from tests.support.shards import same
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+FAMILY = "families/internlm2.yaml"
+NAN, INF = float("nan"), float("inf")
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A genuine InternLM2 as Hugging Face has it, `config.json` as the engine writes it."""
+    folder = tmp_path_factory.mktemp("whole") / "hf"
+    engine.convert(FAMILY, FIXTURES / "v2_tp2_pp2", folder)
+    return folder
+
+
+def changed(whole: Path, folder: Path, changes: dict[str, Any], without: tuple[str, ...] = ()) -> Path:
+    shutil.copytree(whole, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in without}))
+    return folder
+
+
+def refused(call: Any, *args: Any, **more: Any) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        call(*args, **more)
+    return caught.value
+
+
+# What a Llama's config.json may not say when it becomes a training checkpoint, and with what it is refused.
+ELSEWHERE: list[tuple[dict[str, Any], str, str]] = [
+    # another architecture, though all its tensors have these names and shapes
+    *[({"model_type": kind}, "E212", kind) for kind in ("mistral", "qwen2", "gemma", "granite", "internlm3", "phi3")],
+    ({"model_type": 5}, "E212", "5"),
+    ({"model_type": None}, "E212", "null"),
+    ({"architectures": ["MistralForCausalLM"]}, "E209", "MistralForCausalLM"),
+    ({"architectures": ["LlamaModel"]}, "E209", "LlamaModel"),
+    ({"architectures": "LlamaForCausalLM"}, "E218", "LlamaForCausalLM"),
+    # another function
+    ({"hidden_act": "gelu"}, "E209", "hidden_act"),
+    ({"hidden_act": "relu2"}, "E209", "hidden_act"),
+    ({"hidden_act": True}, "E218", "hidden_act"),
+    ({"attention_bias": True}, "E209", "attention_bias"),
+    ({"mlp_bias": True}, "E209", "mlp_bias"),
+    ({"head_dim": 16}, "E209", "head_dim"),
+    ({"pretraining_tp": 2}, "E209", "pretraining_tp"),
+    ({"tie_word_embeddings": True}, "E209", "tie_word_embeddings"),
+    ({"partial_rotary_factor": 0.5}, "E209", "partial_rotary_factor"),
+    ({"sliding_window": 4096}, "E209", "sliding_window"),
+    ({"use_sliding_window": True}, "E209", "use_sliding_window"),
+    ({"final_logit_softcapping": 30.0}, "E209", "final_logit_softcapping"),
+    ({"attn_logit_softcapping": 50.0}, "E209", "attn_logit_softcapping"),
+    ({"logits_scaling": 8.0}, "E209", "logits_scaling"),
+    ({"embedding_multiplier": 12.0}, "E209", "embedding_multiplier"),
+    ({"residual_multiplier": 0.22}, "E209", "residual_multiplier"),
+    ({"is_decoder": True}, "E209", "is_decoder"),
+    ({"pruned_heads": {"0": [1]}}, "E209", "pruned_heads"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "E209", "quantization_config"),
+    ({"num_key_value_heads": 8}, "E203", "groups"),
+    ({"num_key_value_heads": None}, "E203", "groups"),
+    # what nothing here has heard of
+    ({"kv_lora_rank": 512}, "E219", "kv_lora_rank"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "E219", "layer_types"),
+    ({"num_hiden_layers": 2}, "E219", "num_hidden_layers"),
+    ({"a": {"b": {"c": 1}}}, "E219", "`a`"),
+    ({"rope_parameters.rope_theta": 1e6}, "E219", "rope_theta"),
+    ({"rope_parameters": {"rope_theta": 1e4, "rope_theta.": 1e6}}, "E219", "rope_theta."),
+    # scaled rotary angles in every form
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **LLAMA3}}, "E219", "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "E209", "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "E209", "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "E209", "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "E209", "rope_parameters.rope_type"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0}}, "E209", "factor"),
+    ({"rope_parameters": {"rope_theta": 1e4, "attention_factor": 2.0}}, "E219", "attention_factor"),
+    ({"rope_parameters": {"type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "E209", "rope_parameters"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "E209", "partial_rotary_factor"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "E219", "full_attention"),
+    *[
+        (
+            {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {name: kind, "factor": 2.0}},
+            "E209",
+            "rope_scaling.",
+        )
+        for name in ("type", "rope_type")
+        for kind in ("linear", "dynamic", "yarn", "longrope")
+    ],
+    (
+        {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        "E219",
+        "rope_scaling.low_freq_factor",
+    ),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "E209", "rope_scaling.type"),
+    ({"rope_parameters": None, "rope_scaling": "linear"}, "E218", "rope_scaling"),
+    ({"rope_parameters": 5, "rope_scaling": {"type": "linear"}}, "E218", "rope_parameters"),
+    # two keys that disagree
+    ({"rope_theta": 1e6}, "E218", "rope_theta"),
+    ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5}}, "E218", "rope_theta"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "E218", "rope"),
+    ({"rope_parameters": {"rope_type": "default", "type": "linear"}}, "E218", "rope_parameters.type"),
+    # values that cannot be
+    *[({"rms_norm_eps": v}, "E218", "rms_norm_eps") for v in (-1e-5, 0, "1e-5", None, True, NAN, INF, 1e30, [1e-5])],
+    *[
+        ({"rope_parameters": {"rope_theta": v}}, "E218", "rope_theta")
+        for v in (-1, 0, "1e4", True, NAN, INF, -INF, 1e300, 1, [1e4], {})
+    ],
+    *[({"rope_parameters": v}, "E218", "rope_parameters") for v in ("default", [], 5, True)],
+    *[({"num_hidden_layers": v}, "E218", "num_hidden_layers") for v in (0, -4, "4", 4.0, True, None, INF, {}, [4])],
+    *[({"vocab_size": v}, "E218", "vocab_size") for v in (-1, 0, "256", True, 256.0)],
+    *[({"hidden_size": v}, "E218", "hidden_size") for v in (64.0, NAN, False)],
+    *[({"head_dim": v}, "E218", "head_dim") for v in (0, -8, "8", 8.0)],
+    *[({"max_position_embeddings": v}, "E218", "max_position_embeddings") for v in (0, -1, "many", True, INF)],
+    *[({"tie_word_embeddings": v}, "E218", "tie_word_embeddings") for v in ("False", "false", "", 2, [], None, 0.0)],
+    *[({"attention_bias": v}, "E218", "attention_bias") for v in ("False", "no", 2)],
+    ({"bos_token_id": "<s>"}, "E218", "bos_token_id"),
+]
+
+
+def told(change: dict[str, Any]) -> str:
+    return json.dumps(change)[:70]
+
+
+@pytest.mark.parametrize(("change", "code", "word"), ELSEWHERE, ids=[told(change) for change, _, _ in ELSEWHERE])
+def test_what_config_json_says_and_training_cannot_have_is_refused(
+    whole: Path, tmp_path: Path, change: dict[str, Any], code: str, word: str
+) -> None:
+    source = changed(whole, tmp_path / "hf", change)
+    error = refused(engine.reverse, FAMILY, source, tmp_path / "out")
+    assert error.code == code, error
+    assert word in str(error), error
+    assert error.code == "E203" or "config.json" in str(error), error
+    assert not (tmp_path / "out").exists()
+
+
+HARMLESS: list[dict[str, Any]] = [
+    {"architectures": None},
+    {"attention_dropout": 0.1, "initializer_range": 0.5, "use_cache": False},
+    {"head_dim": None, "rope_scaling": None, "sliding_window": None, "never_heard_of": None},
+    {"tie_word_embeddings": 0, "attention_bias": False, "mlp_bias": 0},
+    {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "use_sliding_window": False},
+    {"torch_dtype": "float32", "transformers_version": "4.57.6", "_name_or_path": "x", "auto_map": {"AutoConfig": "x"}},
+    {"bos_token_id": 5, "eos_token_id": [2, 92542], "pad_token_id": None, "max_position_embeddings": 4096},
+    {"rope_parameters": {"rope_theta": 10000.0}},
+    {"rope_parameters": None, "rope_theta": 10000},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "rope_theta": 10000.0},
+    {"rope_parameters": {"rope_theta": 10000}, "rope_scaling": {"type": "default"}},
+    {"rope_parameters": {"type": "default", "rope_type": "default", "rope_theta": 10000}},
+]
+
+
+@pytest.mark.parametrize("change", HARMLESS, ids=told)
+def test_what_changes_nothing_changes_nothing(whole: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    plan = api.plan_reverse(FAMILY, changed(whole, tmp_path / "hf", change))
+    assert plan.config == api.plan_reverse(FAMILY, whole).config
+
+
+@pytest.mark.parametrize(
+    ("change", "without", "key", "value"),
+    [
+        ({"rope_parameters": None, "rope_theta": 1e6}, (), "rope_base", 1e6),
+        ({"rope_theta": 1e6}, ("rope_parameters",), "rope_base", 1e6),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e6}, (), "rope_base", 1e6),
+        ({}, ("rope_parameters", "rope_theta"), "rope_base", 10000),
+        ({}, ("rms_norm_eps",), "layer_norm_epsilon", 1e-6),
+    ],
+)
+def test_a_key_in_any_of_its_places_is_read_as_transformers_reads_it(
+    whole: Path, tmp_path: Path, change: dict[str, Any], without: tuple[str, ...], key: str, value: float
+) -> None:
+    plan = api.plan_reverse(FAMILY, changed(whole, tmp_path / "hf", change, without))
+    assert plan.config[key] == value
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "linear", "yarn"])
+def test_scaling_for_serving_comes_back_only_where_it_is_given_again(tmp_path: Path, scaling: str) -> None:
+    given = {"rope_scaling": scaling, "rope_factor": 3.0}
+    engine.convert(FAMILY, FIXTURES / "v2_tp2_pp2", tmp_path / "hf", settings=given)
+    error = refused(api.plan_reverse, FAMILY, tmp_path / "hf")
+    assert error.code == "E209" and "--set" in str(error.fix) and "rope_scaling" in str(error.fix)
+    assert refused(api.plan_reverse, FAMILY, tmp_path / "hf", settings={"rope_scaling": scaling}).code == "E209"
+    assert api.plan_reverse(FAMILY, tmp_path / "hf", settings=given).config["rope_base"] == 10000
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    scaled = {k: v for k, v in config.pop("rope_parameters").items() if k not in ("rope_theta", "rope_type")}
+    config |= {"rope_theta": 10000.0, "rope_scaling": scaled | {"type": scaling}}  # as transformers 4 has it
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert refused(api.plan_reverse, FAMILY, tmp_path / "hf").code == "E209"
+    assert api.plan_reverse(FAMILY, tmp_path / "hf", settings=given).config["rope_base"] == 10000
+
+
+def with_weights(whole: Path, folder: Path, change: Any, config: dict[str, Any] | None = None) -> Path:
+    changed(whole, folder, config or {})
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("asked", ["auto", "bfloat16"])
+def test_quantised_weights_are_refused(whole: Path, tmp_path: Path, dtype: torch.dtype, asked: str) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = with_weights(whole, tmp_path / "hf", lambda state: state.update({name: state[name].float().to(dtype)}))
+    error = refused(engine.reverse, FAMILY, source, tmp_path / "out", dtype=asked)
+    assert error.code == "E209" and "floating-point" in error.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_no_rule_writes_are_refused(whole: Path, tmp_path: Path) -> None:
+    more = {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
+    source = with_weights(whole, tmp_path / "hf", lambda state: state.update(more))
+    assert refused(api.plan_reverse, FAMILY, source).code == "E205"
+
+
+TIED = f"""mapping: 1
+name: tied
+version: 1.0.0
+extends: {FAMILY}
+rules: [{{name: head, tied_to: model.embed_tokens.weight}}]
+keys: {{target: {{tie_word_embeddings: {{type: boolean}}}}}}
+config: {{tie_word_embeddings: true}}
+"""
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_head_that_is_stored_too_must_equal_what_it_is_tied_to(whole: Path, tmp_path: Path, equal: bool) -> None:
+    (tmp_path / "tied.yaml").write_text(TIED)
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        if equal:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+
+    source = with_weights(whole, tmp_path / "hf", change, {"tie_word_embeddings": True})
+    if equal:
+        engine.reverse(tmp_path / "tied.yaml", source, tmp_path / "out")
+    else:
+        assert refused(engine.reverse, tmp_path / "tied.yaml", source, tmp_path / "out").code == "E402"
+    assert (tmp_path / "out").exists() is equal
+
+
+# The training side.
+
+
+def training(folder: Path, changes: dict[str, Any], fixture: str = "v2_tp2_pp2") -> Path:
+    shutil.copytree(FIXTURES / fixture, folder)
+    config = dict(api.read_checkpoint(folder, api.load_layout("internevo")).config)
+    torch.save(config | changes, folder / "model_config.pt")
+    return folder
+
+
+HOMEGROWN: list[tuple[dict[str, Any], str, str]] = [
+    ({"use_dynamic_ntk_rope": True}, "E209", "use_dynamic_ntk_rope"),
+    ({"apply_post_layer_norm": True}, "E209", "apply_post_layer_norm"),
+    ({"norm_type": "layernorm"}, "E209", "norm_type"),
+    ({"use_swiglu": False}, "E209", "use_swiglu"),
+    ({"moe_use_residual": True}, "E209", "moe_use_residual"),
+    ({"num_shared_experts": 2}, "E209", "num_shared_experts"),
+    ({"rope_scaling_factor": 2.0}, "E209", "rope_scaling_factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "E209", "rope_scaling"),
+    ({"sliding_window": 128}, "E209", "sliding_window"),
+    ({"qk_norm": True}, "E209", "qk_norm"),
+    ({"enable_qk_norm": True}, "E209", "enable_qk_norm"),
+    ({"deepnorm": True}, "E209", "deepnorm"),
+    ({"residual_scale": 0.5}, "E209", "residual_scale"),
+    ({"partial_rotary_factor": 0.5}, "E209", "partial_rotary_factor"),
+    ({"tie_word_embeddings": True}, "E209", "tie_word_embeddings"),
+    ({"activation_type": "gelu"}, "E209", "activation_type"),
+    *[({"rope_base": v}, "E218", "rope_base") for v in (-1, 0, 1, "10000", None, True, NAN, INF, 1e300, [1e4])],
+    *[({"layer_norm_epsilon": v}, "E218", "layer_norm_epsilon") for v in (-1e-5, 0, "x", None, True, NAN, INF, 5)],
+    *[({"num_layers": v}, "E218", "num_layers") for v in (0, -4, "4", 4.0, True, None, INF)],
+    *[({"num_kv_attention_heads": v}, "E218", "num_kv_attention_heads") for v in (0, -4, "4", None)],
+    *[({"mlp_ratio": v}, "E218", "mlp_ratio") for v in (0, -3.5, "3.5", NAN, 1e300)],
+    *[({"multiple_of": v}, "E218", "multiple_of") for v in (0, -256, "256", 256.0)],
+    *[({"adapt_hf": v}, "E218", "adapt_hf") for v in ("False", "True", None, 2, 0.0, [])],
+    *[({"is_reward": v}, "E218", "is_reward") for v in ("False", "no", "")],
+    *[({"norm_head": v}, "E218", "norm_head") for v in ("False", 5)],
+    *[({"apply_post_layer_norm": v}, "E218", "apply_post_layer_norm") for v in ("False", None)],
+]
+
+
+@pytest.mark.parametrize(("change", "code", "word"), HOMEGROWN, ids=[told(change) for change, _, _ in HOMEGROWN])
+def test_what_model_config_says_and_the_target_cannot_have_is_refused(
+    tmp_path: Path, change: dict[str, Any], code: str, word: str
+) -> None:
+    source = training(tmp_path / "ckpt", change)
+    error = refused(engine.convert, FAMILY, source, tmp_path / "out")
+    assert error.code == code and word in str(error) and "model_config.pt" in str(error), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"drop_rate": 0.1, "attn_drop_rate": 0.1, "residual_in_fp32": True, "embed_grad_scale": 0.1, "checkpoint": 0.5},
+        {"use_dynamic_ntk_rope": False, "norm_head": 0, "is_reward": False, "adapt_hf": 1},
+        {"init_type": "normal", "attn_wqkv_init_std": 0.1, "use_flash_attn": True, "mlp_layer_fusion": True},
+        {"rope_scaling_factor": 1.0, "sliding_window": None, "num_shared_experts": 0, "activation_type": "swiglu"},
+    ],
+    ids=told,
+)
+def test_how_it_was_trained_does_not_matter(tmp_path: Path, change: dict[str, Any]) -> None:
+    plan = api.plan(FAMILY, training(tmp_path / "ckpt", change))
+    assert plan.config == api.plan(FAMILY, FIXTURES / "v2_tp2_pp2").config
+    assert not plan.noted
+
+
+def test_keys_that_nothing_reads_are_listed_in_plan_and_manifest(tmp_path: Path) -> None:
+    source = training(tmp_path / "ckpt", {"mystery": 5, "other": {"a": ["\x1b[2J"]}})
+    plan = api.plan(FAMILY, source)
+    (notice,) = [one for one in plan.notices if "mystery" in one]
+    assert "mystery = 5" in notice and "other" in notice and "model_config.pt" in notice and "\x1b" not in notice
+    assert api.describe_plan(plan)["unread"].keys() == {"mystery", "other"}
+    report = engine.convert(FAMILY, source, tmp_path / "hf")
+    assert notice in report.notices
+    assert json.loads((tmp_path / "hf" / "conversion.json").read_text())["unread"]["mystery"] == 5
+
+
+def test_resharding_keeps_what_cannot_be_converted(tmp_path: Path) -> None:
+    source = training(tmp_path / "ckpt", {"use_dynamic_ntk_rope": True, "mystery": 5})
+    engine.reshard(FAMILY, source, tmp_path / "out", tp=1, pp=1)
+    config = api.read_checkpoint(tmp_path / "out", api.load_layout("internevo")).config
+    assert config["use_dynamic_ntk_rope"] is True and config["mystery"] == 5
+
+
+@pytest.mark.parametrize("value", ["two", 0, -1, True, 2.0, None, []])
+def test_what_is_read_of_the_training_configuration_has_its_type_and_range(tmp_path: Path, value: Any) -> None:
+    shutil.copytree(FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "ckpt")
+    torch.save(f"moe = dict(top_k={value!r})", tmp_path / "ckpt" / "config_file.pt")
+    error = refused(api.plan, "families/internlm-moe.yaml", tmp_path / "ckpt")
+    assert error.code == "E218" and "moe.top_k" in error.message and "config_file.pt" in error.message
+
+
+def test_internlm_has_no_head_that_is_normalised(tmp_path: Path) -> None:
+    source = training(tmp_path / "ckpt", {"norm_head": True}, "v1_tp2_pp2")
+    assert refused(api.plan, "families/internlm.yaml", source).code == "E209"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("rope_factor", v) for v in (-1, 0, 0.5, INF, NAN, "nan", "inf", "2x", True, 10**400, 1e30)],
+        *[("max_position_embeddings", v) for v in (0, -1, 4096.0, "4k", True, 10**400, 10**12)],
+        *[("rope_scaling", v) for v in ("llama3", 5, True)],
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_in_both_directions(
+    whole: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    for call, source in ((engine.convert, FIXTURES / "v2_tp2_pp2"), (engine.reverse, whole)):
+        error = refused(call, FAMILY, source, tmp_path / "out", settings={name: value})
+        assert error.code == "E001" and name in error.message
+    assert not (tmp_path / "out").exists()
+
+
+# The language.
+
+MINE = f"""mapping: 1
+name: mine
+version: 1.0.0
+extends: {FAMILY}
+"""
+
+
+def test_a_mapping_of_a_few_lines_says_what_does_not_matter(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE + "keys: {target: {unsloth_* other: {ignored: a remark}}}\n")
+    source = changed(whole, tmp_path / "hf", {"unsloth_version": "2026", "other": NAN})
+    plan = api.plan_reverse(tmp_path / "mine.yaml", source)
+    assert plan.config == api.plan_reverse(FAMILY, whole).config
+
+
+def test_a_child_says_of_a_key_what_it_says_whole(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE + "keys: {target: {hidden_act: {ignored: all of them are SiLU here}}}\n")
+    key = api.load_mapping(tmp_path / "mine.yaml").keys["target"]["hidden_act"]
+    assert key.only is None and not key.limits.types
+    api.plan_reverse(tmp_path / "mine.yaml", changed(whole, tmp_path / "hf", {"hidden_act": "gelu"}))
+
+
+def test_a_key_that_is_read_and_not_declared_is_a_finding_with_the_near_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        MINE
+        + 'dims: {layer: nun_layers}\ntraining_config: {layer_norm_epsilon: "{{ rms_norm_esp | default(1e-5) }}"}\n'
+    )
+    found = [f for f in lint_file(str(tmp_path / "mine.yaml")) if f.code == "L009"]
+    assert {(f.severity, f.fix) for f in found} == {
+        ("error", "Did you mean `num_layers`?"),
+        ("error", "Did you mean `rms_norm_eps`?"),
+    }
+
+
+def test_a_key_declared_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE + "keys: {target: {a b: {ignored: x}, b: {ignored: y}}}\n")
+    error = refused(api.load_mapping, tmp_path / "mine.yaml")
+    assert error.code == "E102" and "`b`" in error.message
+
+
+def test_all_genuine_configurations_hold_nothing_unheard_of() -> None:
+    families = {"v1": "internlm", "old": "internlm", "llama": "llama", "moe": "internlm-moe"}
+    for folder in sorted(FIXTURES.iterdir()):
+        family = families.get(folder.name.split("_")[0], "internlm2")
+        try:
+            plan = api.plan(f"families/{family}.yaml", folder)
+        except EngineError as error:
+            assert error.code == "E202"
+            plan = api.plan(f"families/{family}.yaml", folder, settings={"mlp_letters": "w2_is_down"})
+        assert not plan.noted, folder
+
+
+def test_llama_3_1_comes_back_as_metas_params_say(tmp_path: Path) -> None:
+    from tests.support.families import model_of, save_family
+
+    model = model_of("meta", layers=2, vocab=64, embedding="by_vocab", rope_base=500000.0)
+    save_family(model, tmp_path / "ckpt")
+    params = json.loads((tmp_path / "ckpt" / "params.json").read_text()) | {"use_scaled_rope": True}
+    (tmp_path / "ckpt" / "params.json").write_text(json.dumps(params))
+    engine.convert("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "hf")
+    engine.reverse("families/meta-llama.yaml", tmp_path / "hf", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "params.json").read_text())
+    assert back["use_scaled_rope"] is True and back["rope_theta"] == 500000.0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["rope_parameters"]["low_freq_factor"] = config["rope_scaling"]["low_freq_factor"] = 2.0
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    error = refused(api.plan_reverse, "families/meta-llama.yaml", tmp_path / "hf")
+    assert error.code == "E209" and "low_freq_factor" in error.message
+
+
+def test_the_same_weights_come_out_whatever_the_harmless_keys_say(whole: Path, tmp_path: Path) -> None:
+    source = changed(whole, tmp_path / "hf", {"use_cache": False, "pad_token_id": None})
+    for name, folder in (("a", whole), ("b", source)):
+        engine.reverse(FAMILY, folder, tmp_path / name)
+    rank = "model_tp0_pp0.pt"
+    same(torch.load(tmp_path / "a" / rank, weights_only=True), torch.load(tmp_path / "b" / rank, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "fixture"),
+    [("internlm2", "v2_tp2_pp2"), ("internlm", "v1_tp1_pp1"), ("llama", "llama_tp2_pp1_default"),
+     ("internlm3", "llama_tp2_pp1_default"), ("internlm", "v1_tp2_pp1_reward")],
+)  # fmt: skip
+def test_what_transformers_saves_of_the_same_model_is_understood_key_by_key(
+    tmp_path: Path, family: str, fixture: str
+) -> None:
+    """Its own `config.json`, as saved and with every default written out."""
+    from transformers import AutoConfig
+
+    name, letters = f"families/{family}.yaml", {}
+    try:
+        engine.convert(name, FIXTURES / fixture, tmp_path / "hf")
+    except EngineError as error:
+        assert error.code == "E202"
+        letters = {"mlp_letters": "w2_is_down"}
+        engine.convert(name, FIXTURES / fixture, tmp_path / "hf", settings=letters)
+    ours = api.plan_reverse(name, tmp_path / "hf", settings=letters).config
+    held = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for key, declared in api.load_mapping(name).keys["target"].items():  # what is absent means what it means there
+        if declared.default is not None:
+            assert getattr(AutoConfig.for_model(held["model_type"]), key) == declared.default, key
+    config = AutoConfig.from_pretrained(tmp_path / "hf")
+    config.save_pretrained(tmp_path / "hf")
+    assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config.to_dict()))
+    assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours

@@ -1,0 +1,427 @@
+"""Llama, InternLM3, mixtures of experts and Meta's files: any layout gives the unsharded truth, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import engine
+from engine.errors import EngineError
+from tests.support.families import Experts, InternLM3, Meta, build_llama, expert_files, model_of, save_family
+from tests.support.reference_families import forward_experts, forward_llama, whole_experts, whole_llama
+from tests.support.shards import Model, State, same, write
+
+common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+Case = tuple[Model, dict[str, Any]]
+
+
+def layouts(draw: st.DrawFn, model: Any, modes: list[str]) -> dict[str, Any]:
+    mode = draw(st.sampled_from(modes))
+    layout: dict[str, Any] = {"mode": mode, "pp": draw(st.integers(1, 3)), "chunks": draw(st.integers(1, 2))}
+    assume(model.layers % layout["chunks"] == 0 and model.layers // layout["chunks"] >= layout["pp"])
+    if mode == "tensor":
+        layout["tp"] = draw(st.integers(1, model.groups))
+    elif mode == "isp":
+        layout["tp"], layout["wp"] = draw(st.sampled_from([(1, 3), (2, 4), (4, 2), (2, 2), (1, 5)]))
+    else:
+        layout["wp"] = draw(st.integers(1, 5))
+    layout["zbv"] = layout["chunks"] == 2 and draw(st.booleans())
+    layout["wrapped"] = layout["chunks"] == 1 and draw(st.booleans())
+    return layout
+
+
+@st.composite
+def llamas(draw: st.DrawFn, kind: str) -> Case:
+    heads = draw(st.sampled_from([2, 3, 4, 6]))
+    key = draw(
+        st.sampled_from(["qk_interleaved", "adapt_hf", "neither"] if kind == "llama" else ["qk_interleaved", "neither"])
+    )
+    unsaid = "pairs" if kind == "llama" else "halves"
+    bias = draw(st.booleans())
+    model = model_of(
+        kind,
+        layers=draw(st.integers(2, 7)),
+        hidden=heads * draw(st.sampled_from([2, 4])),
+        heads=heads,
+        groups=draw(st.sampled_from([g for g in (1, 2, 3, 4, 6) if heads % g == 0])),
+        ffn=draw(st.integers(7, 25)),
+        vocab=draw(st.integers(8, 19)),
+        bias=bias,
+        mlp_bias=bias if kind == "internlm3" else draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        rotary=unsaid if key == "neither" else draw(st.sampled_from(["pairs", "halves"])),
+        key=key,
+        letters=draw(st.sampled_from(["w2_is_down", "w2_is_up"])) if kind == "llama" else "w2_is_down",
+        embedding=draw(st.sampled_from(["by_hidden", "by_vocab"])),
+        head=draw(st.sampled_from(["lm", "reward"])) if kind == "llama" else "lm",
+        seed=draw(st.integers(0, 9)),
+    )
+    return model, layouts(draw, model, ["tensor", "isp", "isp_wp"])
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Case:
+    heads = draw(st.sampled_from([2, 3, 4]))
+    model = model_of(
+        "moe",
+        layers=draw(st.integers(2, 6)),
+        hidden=heads * draw(st.sampled_from([2, 4])),
+        heads=heads,
+        groups=heads,
+        ffn=draw(st.integers(7, 15)),
+        vocab=draw(st.integers(8, 19)),
+        experts=draw(st.integers(1, 3)),
+        bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        rotary=draw(st.sampled_from(["pairs", "halves"])),
+        letters=draw(st.sampled_from(["w2_is_down", "w2_is_up"])),
+        seed=draw(st.integers(0, 9)),
+    )
+    return model, layouts(draw, model, ["tensor", "isp_wp"])
+
+
+@st.composite
+def metas(draw: st.DrawFn) -> Case:
+    tp = draw(st.sampled_from([1, 2, 4]))
+    groups = tp * draw(st.sampled_from([1, 2]))
+    heads = groups * draw(st.sampled_from([1, 3]))
+    model = model_of(
+        "meta",
+        layers=draw(st.integers(1, 3)),
+        hidden=heads * draw(st.sampled_from([2, 4])),
+        heads=heads,
+        groups=groups,
+        vocab=4 * draw(st.integers(2, 5)),
+        ffn_dim_multiplier=draw(st.sampled_from([None, 1.3])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        embedding=draw(st.sampled_from(["by_hidden", "by_vocab"])),
+        rope_base=draw(st.sampled_from([10000.0, 500000.0])),
+        seed=draw(st.integers(0, 9)),
+    )
+    return model, {"tp": tp}
+
+
+def told(model: Model) -> dict[str, str]:
+    """What shapes cannot always tell; Meta's letters never changed."""
+    return {} if isinstance(model, Meta) else {"mlp_letters": model.letters}
+
+
+def converted(model: Model, folder: Path, mapping: str = "") -> State:
+    return dict(engine.iter_tensors(engine.plan(mapping or model.mapping, folder, settings=told(model))))
+
+
+def proved(case: Case) -> None:
+    model, layout = case
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save_family(model, Path(folder) / "step", **layout)
+        same(converted(model, Path(folder) / "step"), expected)
+
+
+@common
+@given(llamas("llama"))
+def test_every_layout_of_a_llama_gives_the_unsharded_truth(case: Case) -> None:
+    proved(case)
+
+
+@common
+@given(llamas("internlm3"))
+def test_every_layout_of_an_internlm3_gives_the_unsharded_truth(case: Case) -> None:
+    proved(case)
+
+
+@common
+@given(metas())
+def test_metas_files_give_the_unsharded_truth_however_many_they_are(case: Case) -> None:
+    proved(case)
+
+
+def lost_layers(model: Experts, layout: dict[str, Any], survivor: str) -> list[int]:
+    kept = {layer for layer, *_ in expert_files(model, survivor=survivor, **layout).values()}
+    return sorted(set(range(model.layers)) - kept)
+
+
+# 5 layers over 3 stages, 1 and 2 and 2: the second and the third stage both write number 2.
+UNEVEN = model_of("moe", layers=5, hidden=8, heads=2, groups=2, ffn=6, vocab=8), {"pp": 3, "tp": 2}
+
+
+@common
+@given(mixtures(), st.sampled_from(["earlier", "later"]))
+@example(UNEVEN, "earlier")
+@example(UNEVEN, "later")
+def test_experts_come_together_or_the_layer_lost_at_saving_is_named(case: Case, survivor: str) -> None:
+    model, layout = case
+    assert isinstance(model, Experts)
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save_family(model, Path(folder) / "step", survivor=survivor, **layout)
+        lost = lost_layers(model, layout, survivor)
+        if not lost:
+            same(converted(model, Path(folder) / "step"), expected)
+            return
+        with pytest.raises(EngineError) as caught:
+            converted(model, Path(folder) / "step")
+        assert caught.value.code in ("E207", "E211")
+        assert any(f"layer {layer}" in str(caught.value) for layer in lost), str(caught.value)
+
+
+@common
+@given(mixtures())
+def test_stacked_experts_are_the_same_numbers_fused(case: Case) -> None:
+    model, layout = case
+    assert isinstance(model, Experts)
+    assume(not lost_layers(model, layout, "later"))
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save_family(model, Path(folder) / "step", **layout)
+        same(converted(model, Path(folder) / "step", "families/moe-stacked.yaml"), stacked(model, expected))
+
+
+def stacked(model: Experts, each: State) -> State:
+    """gate_up_proj [expert, gate then up, hidden] and down_proj [expert, hidden, ffn] per layer."""
+    result = {name: tensor for name, tensor in each.items() if ".mlp." not in name}
+    for i in range(model.layers):
+        to = f"model.layers.{i}.mlp"
+        gates, ups, downs = (
+            [each[f"{to}.experts.{e}.{word}.weight"] for e in range(model.experts)]
+            for word in ("gate_proj", "up_proj", "down_proj")
+        )
+        result[f"{to}.gate.weight"] = each[f"{to}.gate.weight"]
+        both = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+        result[f"{to}.experts.gate_up_proj"] = torch.stack(both)
+        result[f"{to}.experts.down_proj"] = torch.stack(downs)
+    return result
+
+
+SMALL = {"layers": 3, "hidden": 32, "heads": 4, "groups": 2, "ffn": 40, "vocab": 64, "dtype": torch.float32}
+THIRD = {"embedding": "by_vocab", "rope_base": 500000.0}
+
+
+def loaded(folder: Path) -> Any:
+    """The model that stock transformers makes of a folder; no key may be missing or left over."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[word] for word in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts", "layout"),
+    [
+        ("llama", {}, {"tp": 2, "pp": 2}),
+        ("llama", {"key": "neither"}, {"tp": 2}),
+        ("llama", {"rotary": "halves", "key": "adapt_hf", "letters": "w2_is_up"}, {"pp": 3}),
+        ("llama", {"bias": True, "mlp_bias": True, "rope_base": 1e6}, {"tp": 2, "pp": 2}),
+        ("internlm3", {}, {"mode": "isp_wp", "wp": 3, "pp": 2}),
+        ("internlm3", {"rotary": "pairs", "bias": True, "mlp_bias": True}, {"mode": "isp", "tp": 1, "wp": 5}),
+        ("meta", {}, {"tp": 2}),
+        ("meta", {"groups": 4, "ffn_dim_multiplier": 1.3}, {"tp": 4}),
+        ("meta", THIRD, {"tp": 2}),
+        ("meta", THIRD, {"tp": 1}),
+    ],
+)
+def test_stock_transformers_computes_what_the_training_tensors_compute(
+    kind: str, facts: dict[str, Any], layout: dict[str, Any], tmp_path: Path
+) -> None:
+    model = model_of(kind, **SMALL | facts)
+    save_family(model, tmp_path / "step", **layout)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=told(model))
+    stock, wanted = logits(model, tmp_path / "hf")
+    torch.testing.assert_close(stock, wanted, atol=1e-4, rtol=0)
+
+
+def logits(model: Any, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what stock transformers computes from a converted folder, what the training tensors compute)."""
+    ids = torch.randint(model.vocab, (2, 12), generator=torch.Generator().manual_seed(3))
+    stock = loaded(folder)
+    assert stock.config.model_type == ("internlm3" if isinstance(model, InternLM3) else "llama")
+    with torch.no_grad():
+        return stock(ids).logits, forward_llama(model, whole_llama(model), ids)
+
+
+GENUINE = Path(__file__).parents[1] / "fixtures" / "internevo" / "llama_tp2_pp1_default"
+TRAINED = model_of("llama", layers=4, hidden=64, heads=8, groups=4, ffn=256, vocab=256, key="neither")
+
+
+def rank_files(folder: Path) -> dict[str, State]:
+    return {p.name: torch.load(p, weights_only=True) for p in sorted(folder.glob("model_tp*.pt"))}
+
+
+def test_the_sharder_cuts_genuine_llama_weights_into_the_very_bytes_training_wrote(tmp_path: Path) -> None:
+    ranks = rank_files(GENUINE)
+    whole = genuine_llama()
+    layers, first, last, _ = build_llama(TRAINED)
+    refilled = [[replace(w, data=whole[f"layers.{i}.{w.name}"]) for w in one] for i, one in enumerate(layers)]
+    write(
+        TRAINED,
+        tmp_path / "step",
+        refilled,
+        *([replace(w, data=whole[w.name]) for w in e] for e in (first, last)),
+        tp=2,
+    )
+    written = rank_files(tmp_path / "step")
+    assert written.keys() == ranks.keys()
+    for file, state in ranks.items():
+        same(written[file], state)
+
+
+def genuine_llama() -> State:
+    """The fixture's two ranks put together: rows of column linears and head, columns of the others, norms once."""
+    one, two = rank_files(GENUINE).values()
+    columns = ("wo.weight", "w2.weight", "tok_embeddings.weight")
+    return {
+        n: t if "norm" in n else torch.cat([t, two[n]], dim=1 if n.endswith(columns) else 0) for n, t in one.items()
+    }
+
+
+def test_the_llama_forward_gives_internevos_own_logits() -> None:
+    oracle = torch.load(GENUINE / "oracle.pt", weights_only=True)
+    ours = forward_llama(TRAINED, genuine_llama(), oracle["input_ids"])
+    torch.testing.assert_close(ours, oracle["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "said", "other"), [("llama", "pairs", "halves"), ("internlm3", "halves", "pairs")])
+def test_the_other_reading_of_rotary_pairs_gives_other_logits(kind: str, said: str, other: str, tmp_path: Path) -> None:
+    model = model_of(kind, **SMALL, rotary=said)
+    save_family(model, tmp_path / "step", tp=2)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=told(model) | {"rotary": other})
+    stock, wanted = logits(model, tmp_path / "hf")
+    assert (stock - wanted).abs().max() > 0.01  # a hundred times what a right one may differ
+
+
+BIASES = [{"bias": True}, {"mlp_bias": True}]
+
+
+@pytest.mark.parametrize("facts", BIASES)
+def test_internlm3_with_biases_in_part_is_more_than_transformers_expresses(
+    facts: dict[str, bool], tmp_path: Path
+) -> None:
+    model = model_of("internlm3", **SMALL, **facts)
+    save_family(model, tmp_path / "step", tp=2)
+    with pytest.raises(EngineError, match="in every linear of a layer, or in none") as caught:
+        converted(model, tmp_path / "step")
+    assert caught.value.code == "E202"
+
+
+@pytest.mark.parametrize(("rotary", "letters"), [("halves", "w2_is_down"), ("pairs", "w2_is_up")])
+def test_stacked_experts_compute_in_stock_mixtral_what_training_computes(
+    rotary: str, letters: str, tmp_path: Path
+) -> None:
+    """Without biases a mixture is a Mixtral; loading strictly, gate before up is what its experts expect."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"layers": 2, "hidden": 16, "heads": 2, "groups": 2, "ffn": 24, "vocab": 32, "experts": 4}
+    model = model_of("moe", **sizes, bias=False, rotary=rotary, letters=letters, dtype=torch.float32)
+    save_family(model, tmp_path / "step", tp=2, pp=2)
+    engine.convert("families/moe-stacked.yaml", tmp_path / "step", tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    words = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shared = {word: written[word] for word in (*words, "vocab_size", "rms_norm_eps", "rope_parameters")}
+    stock = MixtralForCausalLM(MixtralConfig(**shared, num_local_experts=written["num_experts"], num_experts_per_tok=2))
+    stock.load_state_dict(load_file(tmp_path / "hf" / "model.safetensors"), strict=True)
+    ids = torch.randint(model.vocab, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = stock.eval()(ids).logits
+    torch.testing.assert_close(ours, forward_experts(model, whole_experts(model), ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "of"), [("internlm3", "InternLM3"), ("moe", "experts")])
+def test_a_reward_model_that_nothing_loads_is_refused(kind: str, of: str, tmp_path: Path) -> None:
+    model = model_of(kind, **SMALL | {"groups": 4}, head="reward")
+    save_family(model, tmp_path / "step", tp=2)
+    with pytest.raises(EngineError, match=f"no reward model of {of}") as caught:
+        converted(model, tmp_path / "step")
+    assert caught.value.code == "E202"
+
+
+@pytest.mark.parametrize(("line", "said"), [("moe = dict(top_k=2)", 2), ("", None)])
+def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
+    line: str, said: int | None, tmp_path: Path
+) -> None:
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
+    save_family(model, tmp_path / "step")
+    lines = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
+    torch.save(f"{lines}{line}\n", tmp_path / "step" / "config_file.pt")
+    config = engine.plan(model.mapping, tmp_path / "step").config
+    assert config.get("num_experts_per_tok") == said
+    assert (config["num_experts"], config["num_shared_experts"], config["bias"]) == (3, 0, True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gate_stays_in_float32_whatever_the_others_become(dtype: str, tmp_path: Path) -> None:
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8, dtype=torch.float32)
+    expected = save_family(model, tmp_path / "step", tp=2)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", dtype=dtype, settings=told(model))
+    wide = {n: t if ".gate.weight" in n else t.to(getattr(torch, dtype)) for n, t in expected.items()}
+    same(load_file(tmp_path / "hf" / "model.safetensors"), wide)
+
+
+def config_of(model: Any, folder: Path, **more: Any) -> dict[str, Any]:
+    save_family(model, folder)
+    params = json.loads((folder / "params.json").read_text()) | more
+    (folder / "params.json").write_text(json.dumps(params))
+    return dict(engine.plan(model.mapping, folder).config)
+
+
+TINY = {"layers": 1, "hidden": 8, "heads": 2, "groups": 1, "dtype": torch.bfloat16}
+
+
+def test_llama_3s_vocabulary_brings_its_own_first_and_last_token(tmp_path: Path) -> None:
+    second = config_of(model_of("meta", **TINY, vocab=32000), tmp_path / "2")
+    third = config_of(model_of("meta", **TINY, **THIRD, vocab=128256), tmp_path / "3")
+    assert (second["bos_token_id"], second["eos_token_id"], second["vocab_size"]) == (1, 2, 32000)
+    assert (third["bos_token_id"], third["eos_token_id"], third["vocab_size"]) == (128000, 128001, 128256)
+    assert second["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000}
+    assert third["rope_parameters"] == {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = config_of(model_of("meta", **TINY, **THIRD, vocab=16), tmp_path / "3.1", use_scaled_rope=True)
+    assert config["rope_parameters"] == {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).rope_type == "llama3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "gone"),
+    [({"n_kv_heads": None, "ffn_dim_multiplier": None}, []), ({"later": {"key": [1]}}, ["multiple_of", "vocab_size"])],
+)
+def test_params_json_need_not_say_what_the_tensors_do(lines: dict[str, Any], gone: list[str], tmp_path: Path) -> None:
+    model = model_of("meta", **TINY | {"groups": 2}, vocab=16)
+    expected = save_family(model, tmp_path / "step", tp=2)
+    params = json.loads((tmp_path / "step" / "params.json").read_text()) | lines
+    (tmp_path / "step" / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k not in gone}))
+    same(converted(model, tmp_path / "step"), expected)
+
+
+def test_a_missing_file_of_metas_is_named(tmp_path: Path) -> None:
+    model = model_of("meta", **TINY | {"groups": 2}, vocab=16)
+    save_family(replace(model, heads=4, groups=4, hidden=16).sized(), tmp_path / "step", tp=4)
+    (tmp_path / "step" / "consolidated.01.pth").unlink()
+    with pytest.raises(EngineError, match=r"consolidated\.01\.pth") as caught:
+        converted(model, tmp_path / "step")
+    assert caught.value.code == "E201"
+
+
+def test_a_ffn_that_params_json_does_not_give_is_another_models(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="ffn") as caught:
+        config_of(model_of("meta", **TINY, vocab=16), tmp_path / "step", ffn_dim_multiplier=2.0)
+    assert caught.value.code == "E203"

@@ -1,0 +1,186 @@
+"""Plans are files: what is reviewed is what runs, or nothing runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from jsonschema import Draft7Validator
+
+import engine
+from engine import api
+from engine.commands.main import cli
+from engine.errors import EngineError
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
+SCHEMA = json.loads((ROOT / "schemas" / "saved-plan.schema.json").read_text("utf-8"))
+MAPPING = "families/internlm.yaml"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "v1_tp2_pp2", tmp_path / "step"))
+
+
+@pytest.fixture
+def saved(checkpoint: Path, tmp_path: Path) -> Path:
+    done = invoke("plan", "-m", MAPPING, "-s", checkpoint, "-o", tmp_path / "plan.json")
+    assert done.exit_code == 0, done.output
+    return tmp_path / "plan.json"
+
+
+def refused(path: Path) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        api.load_plan(path)
+    return caught.value
+
+
+def change(path: Path, *keys: str | int, to: Any) -> None:
+    data = json.loads(path.read_text("utf-8"))
+    at = data
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = to
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "mapping"),
+    [
+        ("v1_tp2_pp2_chunks2", "internlm-7b"),
+        ("v1_isp_tp1_wp2", "families/internlm.yaml"),
+        ("v2_tp2_pp1_normhead", "families/internlm2-official.yaml"),
+        ("v1_tp2_pp1_reward", "internlm-20b"),
+        ("moe_tp2_pp2_dp1", "families/moe-stacked.yaml"),
+    ],
+)
+def test_a_saved_plan_fits_its_schema_and_is_small(name: str, mapping: str, tmp_path: Path) -> None:
+    Draft7Validator.check_schema(SCHEMA)
+    api.save_plan(tmp_path / "plan.json", mapping, FIXTURES / name)
+    text = (tmp_path / "plan.json").read_text("utf-8")
+    Draft7Validator(SCHEMA).validate(json.loads(text))
+    assert len(text) < 20_000
+
+
+def test_running_a_saved_plan_writes_what_running_its_request_writes(
+    checkpoint: Path, saved: Path, tmp_path: Path
+) -> None:
+    engine.convert(MAPPING, checkpoint, tmp_path / "direct")
+    done = invoke("run", "--plan", saved, "-o", tmp_path / "planned", "-q")
+    assert done.exit_code == 0, done.output
+    direct = {p.name: p.read_bytes() for p in (tmp_path / "direct").iterdir() if p.suffix == ".safetensors"}
+    planned = {p.name: p.read_bytes() for p in (tmp_path / "planned").iterdir() if p.suffix == ".safetensors"}
+    assert direct == planned and direct
+    assert (tmp_path / "direct" / "config.json").read_bytes() == (tmp_path / "planned" / "config.json").read_bytes()
+
+
+def test_a_saved_plan_keeps_settings_dtype_and_shard_size(checkpoint: Path, tmp_path: Path) -> None:
+    asked = ("--set", "max_position_embeddings=64", "--dtype", "float16", "--max-shard-size", "200kB")
+    assert invoke("plan", "-m", MAPPING, "-s", checkpoint, "-o", tmp_path / "p", *asked).exit_code == 0
+    done = invoke("run", "--plan", tmp_path / "p", "-o", tmp_path / "hf", "-q")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "hf" / "config.json").read_text("utf-8"))
+    assert (config["max_position_embeddings"], config["dtype"]) == (64, "float16")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+
+
+def test_planning_twice_saves_the_same_bytes(checkpoint: Path, saved: Path, tmp_path: Path) -> None:
+    api.save_plan(tmp_path / "again.json", MAPPING, checkpoint)
+    assert (tmp_path / "again.json").read_bytes() == saved.read_bytes()
+
+
+def test_a_checkpoint_file_that_changed_is_named_and_nothing_is_written(
+    checkpoint: Path, saved: Path, tmp_path: Path
+) -> None:
+    path = checkpoint / "model_tp1_pp0.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, path)
+    error = refused(saved)
+    assert (error.code, error.message.split("`")[1]) == ("E405", "model_tp1_pp0.pt")
+    done = invoke("run", "--plan", saved, "-o", tmp_path / "hf")
+    assert done.exit_code == 1 and "E405" in done.output
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_mapping_that_changed_is_refused_also_through_its_parent(tmp_path: Path, checkpoint: Path) -> None:
+    mine = tmp_path / "mappings"
+    mine.mkdir()
+    family = (ROOT / "mappings" / MAPPING).read_text("utf-8")
+    (mine / "family.yaml").write_text(family, encoding="utf-8")
+    (mine / "mine.yaml").write_text("mapping: 1\nname: mine\nversion: 1.0.0\nextends: family.yaml\n", encoding="utf-8")
+    api.save_plan(tmp_path / "plan.json", mine / "mine.yaml", checkpoint)
+    (mine / "family.yaml").write_text(family + "# a remark\n", encoding="utf-8")
+    api.load_plan(tmp_path / "plan.json")
+    (mine / "family.yaml").write_text(family.replace("default: 2048", "default: 4096"), encoding="utf-8")
+    error = refused(tmp_path / "plan.json")
+    assert error.code == "E217" and "the mapping changed" in error.message
+
+
+def test_a_layout_that_changed_is_refused(saved: Path) -> None:
+    change(saved, "layout", "digest", to="0" * 64)
+    error = refused(saved)
+    assert error.code == "E217" and "the layout changed" in error.message
+
+
+def test_a_training_configuration_that_changed_is_refused_by_what_it_changes(checkpoint: Path, saved: Path) -> None:
+    path = checkpoint / "model_config.pt"
+    config = dict(engine.api.read_checkpoint(checkpoint, api.load_layout("internevo")).config)
+    torch.save(config | {"layer_norm_epsilon": 0.05}, path)
+    error = refused(saved)
+    assert error.code == "E217" and "rms_norm_eps" in error.message
+    assert error.got == "0.05"
+
+
+@pytest.mark.parametrize(
+    ("keys", "to", "told"),
+    [
+        (("variants", "rotary"), "pairs", "`rotary` of variants"),
+        (("normal", "stages"), [], "`stages`"),
+        (("normal", "tensors", 1, "copies"), ["other"], "self_attn.q_proj.weight"),
+        (("outputs", 0, "tensors"), 1, "what goes into which file"),
+        (("digest",), "ab", "what is copied"),
+    ],
+)
+def test_a_plan_that_comes_out_differently_is_refused_and_the_difference_named(
+    saved: Path, keys: tuple[str | int, ...], to: Any, told: str
+) -> None:
+    change(saved, *keys, to=to)
+    error = refused(saved)
+    assert error.code == "E217" and told in error.message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": 1}', "[" * 100_000])
+def test_a_file_that_is_no_saved_plan_is_refused_plainly(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8")
+    error = refused(tmp_path / "plan.json")
+    assert (error.code, error.message) == ("E102", "the file is not a saved plan")
+
+
+def test_a_saved_plan_of_a_later_format_is_refused_as_such(saved: Path) -> None:
+    change(saved, "plan", to=2)
+    assert "version 2" in refused(saved).message
+
+
+@pytest.mark.parametrize(
+    "more", [("-m", MAPPING), ("-s", "."), ("--set", "rotary=pairs"), ("--dtype", "float32"), ("--strict",)]
+)
+def test_a_saved_plan_excludes_what_it_already_says(saved: Path, more: tuple[str, ...]) -> None:
+    done = invoke("run", "--plan", saved, *more)
+    assert done.exit_code == 2
+    assert "--plan" in done.output
+
+
+def test_a_run_needs_a_mapping_or_a_plan() -> None:
+    done = invoke("run")
+    assert done.exit_code == 2
+    assert "--mapping" in done.output and "--plan" in done.output

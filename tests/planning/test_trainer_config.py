@@ -1,0 +1,105 @@
+"""What `reverse` tells the trainer of the model, and numbers in the type that is declared of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine
+from engine.errors import EngineError
+from engine.formats.configs import read_config
+from engine.language.keys import find_key
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.planning.config_keys import declared
+from engine.planning.variants import options_of
+from tests.oracle.test_genuine_checkpoints import settings_of
+from tests.planning.test_reverse import FIXTURES, GENUINE, family_of
+
+MAPPINGS = Path(__file__).parents[2] / "mappings"
+ALL = [str(path.relative_to(MAPPINGS).with_suffix("")) for path in sorted(MAPPINGS.glob("**/*.yaml"))]
+ALL = [name for name in ALL if not name.startswith("layouts")]
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_the_training_config_names_the_model_as_the_trainer_registers_it(name: str, tmp_path: Path) -> None:
+    """Without `model_type`, InternEvo takes INTERNLM, whatever the tensors."""
+    genuine = read_config(FIXTURES / name / "config_file.pt", "python_source")["model_type"]
+    engine.convert(family_of(name), FIXTURES / name, tmp_path / "hf", settings=settings_of(name))
+    engine.reverse(family_of(name), tmp_path / "hf", tmp_path / "back")
+    assert read_config(tmp_path / "back" / "config_file.pt", "python_source")["model_type"] == genuine
+
+
+def test_a_checkpoint_to_be_like_says_its_own_model_type(tmp_path: Path) -> None:
+    source = FIXTURES / "v2_tp2_pp2"
+    engine.convert("families/internlm2.yaml", source, tmp_path / "hf")
+    engine.reverse("families/internlm2.yaml", tmp_path / "hf", tmp_path / "like")
+    (tmp_path / "like" / "config_file.pt").write_bytes(renamed(tmp_path / "like" / "config_file.pt"))
+    engine.reverse("families/internlm2.yaml", tmp_path / "hf", tmp_path / "back", like=tmp_path / "like")
+    assert read_config(tmp_path / "back" / "config_file.pt", "python_source")["model_type"] == "INTERNLM2_FORKED"
+
+
+def renamed(path: Path) -> bytes:
+    import io
+
+    import torch
+
+    text = torch.load(path, weights_only=True).replace("INTERNLM2_PUBLIC", "INTERNLM2_FORKED")
+    buffer = io.BytesIO()
+    torch.save(text, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("family", ["families/internlm2", "families/internlm2-official"])
+@pytest.mark.parametrize("scaling", ["dynamic", "linear"])
+def test_a_whole_number_for_a_number_is_written_with_its_point(family: str, scaling: str, tmp_path: Path) -> None:
+    settings = {"rope_scaling": scaling, "rope_factor": 2}
+    engine.convert(family, FIXTURES / "v2_tp2_pp2", tmp_path / "hf", settings=settings)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    factor = (config.get("rope_parameters") or config["rope_scaling"])["factor"]
+    assert isinstance(factor, float) and factor == 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_option_has_the_type_it_declares(name: str) -> None:
+    mapping = load_mapping(name)
+    kinds: dict[str, type] = {"integer": int, "number": float, "string": str, "boolean": bool}
+    given: dict[str, Any] = {option.name: 2 for option in mapping.options.values() if option.type == "number"}
+    for settings in ({}, given):
+        for option, value in options_of(mapping, settings).items():
+            assert value is None or type(value) is kinds[mapping.options[option].type], option
+
+
+def test_a_number_beyond_floats_is_refused() -> None:
+    with pytest.raises(EngineError) as caught:
+        options_of(load_mapping("families/internlm2"), {"rope_factor": 10**400})
+    assert caught.value.code == "E001"
+
+
+def floats(config: dict[str, Any], prefix: str = "") -> dict[str, type]:
+    found: dict[str, type] = {}
+    for name, value in config.items():
+        found |= floats(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": type(value)}
+    return found
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_every_key_that_may_be_any_number_is_written_as_one(name: str, tmp_path: Path) -> None:
+    """Both ways, whatever the other side's file held: trainers write `rope_base` whole."""
+    mapping = load_mapping(family_of(name))
+    engine.convert(family_of(name), FIXTURES / name, tmp_path / "hf", settings=settings_of(name))
+    engine.reverse(family_of(name), tmp_path / "hf", tmp_path / "back")
+    there = floats(json.loads((tmp_path / "hf" / "config.json").read_text()))
+    back = floats(read_config(tmp_path / "back" / "model_config.pt", "pickled_mapping"))
+    source = declared(mapping, load_layout(mapping.layout), "source")
+    checked = 0
+    for keys, written in ((mapping.keys["target"], there), (source, back)):
+        for path, kind in written.items():
+            key = find_key(keys, path)
+            if key is not None and "number" in key.limits.types:
+                assert kind is float, path
+                checked += 1
+    assert checked >= 5, "rms_norm_eps, theta; mlp_ratio, layer_norm_epsilon, rope_base"

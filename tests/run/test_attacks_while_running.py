@@ -1,0 +1,379 @@
+"""Faults that happen between planning and the end of a run, and around its output."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine.errors import EngineError
+from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
+from engine.storage import output
+from tests.support.old_output import old_output
+from tests.support.shards import Model, save
+
+V1 = Model()
+with tempfile.TemporaryDirectory() as _folder:
+    OLD = old_output(Path(_folder))
+LETTERS = {"mlp_letters": "w2_is_down"}
+RANK = "model_tp1_pp1.pt"
+ROOT = Path(__file__).parents[2]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save(V1, tmp_path / "step", tp=2, pp=2)
+    return tmp_path / "step"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An old output, which must survive."""
+    (tmp_path / "out").mkdir()
+    assert old_output(tmp_path / "out" / "hf") == OLD
+    return tmp_path / "out" / "hf"
+
+
+def convert(source: Path, out: Path, **how: Any) -> Any:
+    return engine.convert(V1.mapping, source, out, settings=LETTERS, overwrite=True, **how)
+
+
+def fails(source: Path, out: Path, *codes: str, **how: Any) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        convert(source, out, **how)
+    assert caught.value.code in codes, str(caught.value)
+    assert contents(out) == OLD
+    return caught.value
+
+
+def after_planning(monkeypatch: pytest.MonkeyPatch, harm: Callable[[], object]) -> None:
+    """Do something when everything has been planned and the output folder is made."""
+    enter = output.OutputFolder.__enter__
+
+    def harmful(self: output.OutputFolder) -> Path:
+        folder = enter(self)
+        harm()
+        return folder
+
+    monkeypatch.setattr(output.OutputFolder, "__enter__", harmful)
+
+
+def replaced(path: Path, put: Callable[[Path], object]) -> Callable[[], None]:
+    def harm() -> None:
+        path.unlink()
+        put(path)
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("put", "code"),
+    [
+        (lambda path: None, "E305"),
+        (os.mkfifo, "E305"),
+        (os.mkdir, "E305"),
+        (lambda path: path.symlink_to("/dev/zero"), "E305"),
+        (lambda path: path.symlink_to(path.name), "E305"),
+        (lambda path: path.write_bytes(b"x"), "E405"),
+        (lambda path: path.write_bytes(b""), "E405"),
+    ],
+    ids=["vanishes", "becomes a pipe", "becomes a folder", "becomes a device", "becomes a loop", "shrinks", "empties"],
+)
+def test_a_source_that_changes_after_planning_is_refused(
+    put: Callable[[Path], object], code: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_planning(monkeypatch, replaced(source / RANK, put))
+    assert RANK in str(fails(source, out, code))
+
+
+def test_a_source_that_grows_after_planning_is_refused(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_planning(monkeypatch, lambda: (source / RANK).open("ab").write(b"x"))
+    fails(source, out, "E405")
+
+
+def test_a_source_that_shrinks_while_it_is_read_is_refused(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.storage.sources import SourceFiles
+
+    descriptor = SourceFiles.descriptor
+
+    def shrinking(self: SourceFiles, file: int) -> int:
+        opened = descriptor(self, file)
+        os.truncate(self._files[file].path, 100)
+        return opened
+
+    monkeypatch.setattr(SourceFiles, "descriptor", shrinking)
+    fails(source, out, "E301", "E405")
+
+
+@pytest.mark.parametrize("name", [RANK, "model_config.pt"])
+def test_a_source_that_vanishes_after_it_was_listed_is_refused(
+    name: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.checkpoint import folder
+
+    listed = folder.list_folder
+    monkeypatch.setattr(folder, "list_folder", lambda path: (listed(path), (source / name).unlink())[0])
+    fails(source, out, "E305", "E304")
+
+
+def test_a_disk_that_fails_to_read_is_told(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    assert "Input/output" in str(fails(source, out, "E305"))
+
+
+def limited(command: list[str], limit: int) -> subprocess.CompletedProcess[str]:
+    """Run the engine where no file may be longer than so many bytes, as on a full disk."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
+        "from engine.commands.main import main; main()"
+    )
+    words = [sys.executable, "-c", code, str(limit), *command]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 20_000])
+def test_files_that_may_not_grow_end_the_run_and_it_resumes(limit: int, source: Path, out: Path) -> None:
+    convert(source, out.parent / "whole")
+    command = ["run", "-m", V1.mapping, "-s", str(source), "-o", str(out), "--set", "mlp_letters=w2_is_down",
+               "--overwrite", "-q"]  # fmt: skip
+    done = limited(command, limit)
+    assert done.returncode == 1
+    assert "E403" in done.stderr and "Traceback" not in done.stderr
+    assert contents(out) == OLD
+    convert(source, out, resume=True)
+    assert contents(out) == contents(out.parent / "whole")
+
+
+@pytest.mark.parametrize("call", ["fsync", "ftruncate", "posix_fallocate", "pwritev"])
+def test_any_call_that_writes_may_fail(call: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        assert "No space" in str(fails(source, out, "E403"))
+    convert(source, out, resume=True)
+    assert not engine.api.verify(out).problems
+
+
+@pytest.mark.parametrize("path", ["/proc/made/hf", "/dev/null/hf", "/sys/made"])
+def test_an_output_where_nothing_can_be_written_is_told(path: str, source: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        convert(source, Path(path))
+    assert caught.value.code == "E403"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_an_output_folder_that_is_read_only_is_told(source: Path, out: Path) -> None:
+    out.parent.chmod(0o500)
+    try:
+        fails(source, out, "E403")
+    finally:
+        out.parent.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_source_that_may_not_be_read_is_told(source: Path, out: Path) -> None:
+    (source / RANK).chmod(0)
+    fails(source, out, "E305")
+
+
+def test_a_parent_that_is_a_file_is_told(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(EngineError) as caught:
+        convert(source, tmp_path / "file" / "hf")
+    assert caught.value.code == "E403"
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    "name", [b"\xff\xfe not utf-8", "größe 模型, with space, new\nline, tab\t '\"$(touch ran)".encode()]
+)
+def test_paths_may_have_any_name(name: bytes, tmp_path: Path) -> None:
+    """From the command line, in text and as JSON, on both sides."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    folder.mkdir()
+    save(V1, folder / "step", tp=2, pp=2)
+    for i, how in enumerate(([], ["--json"])):
+        out = folder / f"hf{i}"
+        command = [sys.executable, "-m", "engine", "run", "-m", V1.mapping, "-s", folder / "step", "-o", out,
+                   "--set", "mlp_letters=w2_is_down", *how]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if how:
+            assert json.loads(done.stdout)["files"]
+        assert not engine.api.verify(out).problems
+        failed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        assert failed.returncode == 1
+        assert b"E401" in failed.stdout + failed.stderr and b"Traceback" not in failed.stderr
+    assert sorted(os.listdir(folder)) == ["hf0", "hf1", "step"]
+
+
+# Around the output: what others may have put there.
+
+
+def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def failing(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        fails(source, out, "E403")
+    (partial,) = out.parent.glob(f".{out.name}.partial-*")
+    return partial
+
+
+def test_a_stranger_in_a_partial_output_does_not_become_part_of_it(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = interrupted(source, out, monkeypatch)
+    (partial / "modeling_evil.py").write_text("import os")
+    (partial / "folder").mkdir()
+    (partial / "folder" / "file").write_text("x")
+    (partial / "link").symlink_to("/etc/passwd")
+    convert(source, out.parent / "whole")
+    convert(source, out, resume=True)
+    assert contents(out) == contents(out.parent / "whole")
+
+
+def test_nothing_is_written_through_a_link_in_a_partial_output(
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, out.parent / "whole")
+    for name in ("config.json", "conversion.json", "README.md", ".journal", "model.safetensors"):
+        partial = interrupted(source, out, monkeypatch)
+        victim = tmp_path / "victim"
+        victim.write_text("keep")
+        (partial / name).unlink(missing_ok=True)
+        (partial / name).symlink_to(victim)
+        convert(source, out, resume=True)
+        assert victim.read_text() == "keep", name
+        assert contents(out) == contents(out.parent / "whole")
+        assert not any(path.is_symlink() for path in out.iterdir())
+        shutil.rmtree(out)
+        old_output(out)
+
+
+def test_a_partial_output_that_is_a_link_is_not_followed(source: Path, out: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (out.parent / f".{out.name}.partial-00000000").symlink_to(victim)
+    convert(source, out, resume=True)
+    assert not list(victim.iterdir())
+    assert not out.is_symlink()
+    assert not engine.api.verify(out).problems
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[" * 100_000, b'{"0": [null, null]}', b'{"0": ["x", "y"]}', b'{"' + b"9" * 5000 + b'": ["x", 1]}', b"\xff",
+     b"null", b'{"0": [1, 1e999]}', b'{"-1": ["x", 1], "99999": ["x", 1]}'],
+    ids=["deep", "null", "text", "long", "bytes", "none", "infinite", "others"],
+)  # fmt: skip
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_damaged_journal_costs_work_and_nothing_else(
+    first: bool, line: bytes, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, out.parent / "whole")
+    partial = interrupted(source, out, monkeypatch)
+    lines = (partial / ".journal").read_bytes().split(b"\n")
+    (partial / ".journal").write_bytes(b"\n".join([line, *lines] if first else [lines[0], line, *lines[1:]]))
+    try:
+        convert(source, out, resume=True)
+    except EngineError as error:
+        assert first and error.code == "E407"
+        convert(source, out)
+    assert contents(out) == contents(out.parent / "whole")
+
+
+@pytest.mark.parametrize("put", [os.mkdir, lambda path: path.symlink_to("nothing"), os.mkfifo])
+def test_something_else_at_the_place_of_the_lock_is_told(put: Callable[[Path], None], source: Path, out: Path) -> None:
+    lock = out.parent / f".{out.name}.lock"
+    put(lock)
+    try:
+        convert(source, out)
+    except EngineError as error:
+        assert error.code == "E403"
+        assert contents(out) == OLD
+    else:
+        assert not engine.api.verify(out).problems
+
+
+# Every point at which a file can end, and every bit of what describes it.
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_every_truncation_of_a_rank_file_is_refused(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=not legacy)
+    raw = path.read_bytes()
+    assert read_rank_file(path).tensors
+    for length in range(len(raw)):
+        path.write_bytes(raw[:length])
+        with pytest.raises(EngineError) as caught:
+            read_rank_file(path)
+        assert caught.value.code in ("E301", "E303"), length
+
+
+def test_every_flipped_bit_beside_the_payload_of_a_rank_file_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.arange(3.0)}, path)
+    raw, whole = path.read_bytes(), read_rank_file(path)
+    payload = range(whole.tensors[0].offset, whole.tensors[0].offset + 12)
+    refused = 0
+    for at in range(len(raw)):
+        if at in payload:
+            continue
+        flipped = bytearray(raw)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            assert read_rank_file(path).tensors == whole.tensors, at
+        except EngineError as error:
+            assert error.code in ("E301", "E303"), at
+            refused += 1
+    assert refused > 300
+
+
+def test_every_flipped_bit_in_the_header_of_a_safetensors_file_is_refused_or_told_by_names(tmp_path: Path) -> None:
+    """It has no checksum: what a flip can change without notice is a name, or a type of the same width."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3)}, path)
+    raw, whole = path.read_bytes(), read_safetensors(path)
+    for at in range(8 + int.from_bytes(raw[:8], "little")):
+        for bit in range(8):
+            flipped = bytearray(raw)
+            flipped[at] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                read = read_safetensors(path)
+            except EngineError as error:
+                assert error.code == "E301"
+            else:
+                assert [t.offset for t in read.tensors] == [t.offset for t in whole.tensors]
+                assert [t.nbytes for t in read.tensors] == [t.nbytes for t in whole.tensors]

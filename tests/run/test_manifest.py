@@ -1,0 +1,170 @@
+"""The manifest: what an output was made from, and proof that it is still what was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import xxhash
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import engine
+from engine.commands.main import cli
+from engine.errors import EngineError
+from tests.support.shards import Model, save
+
+MODEL = Model("v1", layers=3)
+LETTERS = {"mlp_letters": "w2_is_down"}
+SCHEMA = json.loads((Path(__file__).parents[2] / "schemas" / "conversion.schema.json").read_text())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "conversion.json").read_text())
+    jsonschema.Draft7Validator(SCHEMA).validate(data)
+    return data
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save(MODEL, tmp_path / "step", tp=2)
+    return tmp_path / "step"
+
+
+def test_every_tensor_has_the_digest_of_its_bytes(source: Path, tmp_path: Path) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+    data = read(tmp_path / "hf")
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    assert sorted(data["tensors"]) == sorted(state)
+    for name, tensor in state.items():
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert data["tensors"][name]["digest"] == xxhash.xxh3_128(raw).hexdigest()
+    assert data["variants"]["mlp_letters"] == {
+        "choice": "w2_is_down", "how": "set", "evidence": "--set mlp_letters=w2_is_down"
+    }  # fmt: skip
+    assert sorted(data["sources"]) == ["model_tp0_pp0.pt", "model_tp1_pp0.pt"]
+
+
+def test_the_content_id_is_that_of_the_model_whatever_ranks_and_files_it_came_in(tmp_path: Path) -> None:
+    ids = set()
+    for i, (layout, size) in enumerate([({"tp": 1}, 10**9), ({"tp": 2, "pp": 3}, 10**9), ({"tp": 4}, 1500)]):
+        save(MODEL, tmp_path / f"step{i}", **layout)
+        out = tmp_path / f"hf{i}"
+        report = engine.convert(MODEL.mapping, tmp_path / f"step{i}", out, settings=LETTERS, max_shard_size=size)
+        assert report.content_id == read(out)["content_id"]
+        ids.add(report.content_id)
+    assert len(ids) == 1
+    other = Model("v1", layers=3, seed=1)
+    save(other, tmp_path / "other")
+    ids.add(engine.convert(MODEL.mapping, tmp_path / "other", tmp_path / "hf", settings=LETTERS).content_id)
+    assert len(ids) == 2
+
+
+def test_rank_files_have_a_manifest_too_and_it_is_no_stranger_to_them(source: Path, tmp_path: Path) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+    engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "back", tp=2)
+    assert "model_tp1_pp0.pt:norm.weight" in read(tmp_path / "back")["tensors"]
+    assert not engine.api.verify(tmp_path / "back").problems
+    report = engine.convert(MODEL.mapping, tmp_path / "back", tmp_path / "again", settings=LETTERS)
+    assert not any("conversion.json" in notice for notice in report.notices)
+    assert report.content_id == read(tmp_path / "hf")["content_id"]
+
+
+def test_an_untouched_output_verifies(source: Path, tmp_path: Path) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS, max_shard_size=2000)
+    result = CliRunner().invoke(cli, ["verify", str(tmp_path / "hf")])
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "hf")["content_id"] in result.output
+
+
+@pytest.mark.parametrize("damage", ["payload", "config", "missing", "renamed", "extra", "shape"])
+def test_whatever_changed_in_an_output_is_found(damage: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    engine.convert(MODEL.mapping, source, out, settings=LETTERS)
+    path = out / "model.safetensors"
+    state = load_file(path)
+    if damage == "payload":
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif damage == "config":
+        (out / "config.json").write_text((out / "config.json").read_text().replace("10000", "20000"))
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "renamed":
+        state["other"] = state.pop("model.norm.weight")
+        save_file(state, path)
+    elif damage == "extra":
+        save_file(state | {"more": torch.zeros(1)}, path)
+    else:
+        state["lm_head.weight"] = state["lm_head.weight"].t().contiguous()
+        save_file(state, path)
+    result = CliRunner().invoke(cli, ["verify", str(out), "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.output)["problems"]
+
+
+def test_without_digests_there_is_no_content_id_but_names_are_still_checked(source: Path, tmp_path: Path) -> None:
+    report = engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS, digests=False)
+    assert report.content_id is None
+    assert "content_id" not in read(tmp_path / "hf")
+    assert not engine.api.verify(tmp_path / "hf").problems
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"manifest": 1}', '{"manifest": 2, "tensors": {}, "files": {}}'])
+def test_a_manifest_that_cannot_be_read_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "conversion.json").write_text(text)
+    with pytest.raises(EngineError) as caught:
+        engine.api.verify(tmp_path)
+    assert caught.value.code == "E301"
+
+
+def test_a_manifest_cannot_point_outside_its_folder(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    engine.convert(MODEL.mapping, source, out, settings=LETTERS)
+    data = read(out)
+    data["files"]["../step/model_config.pt"] = "0" * 64
+    data["tensors"]["x"] = {"dtype": "BF16", "shape": [1], "file": "../step/model_tp0_pp0.pt", "digest": "00"}
+    (out / "conversion.json").write_text(json.dumps(data))
+    problems = engine.api.verify(out).problems
+    assert sum("not the name of a file of the output" in problem for problem in problems) == 2
+
+
+def flip(path: Path) -> None:
+    """One bit of payload, which no header shows."""
+    from engine.formats.rank_files import read_rank_file
+
+    at = read_rank_file(path).tensors[0].offset
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_the_source_is_found_when_asked_for(source: Path, tmp_path: Path) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "good", settings=LETTERS, check_source=True)
+    flip(source / "model_tp1_pp0.pt")
+    with pytest.raises(EngineError) as caught:
+        engine.convert(MODEL.mapping, source, tmp_path / "bad", settings=LETTERS, check_source=True)
+    assert caught.value.code == "E301"
+    assert "model_tp1_pp0.pt" in str(caught.value)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_files_without_checksums_are_said_to_be_unchecked(source: Path, tmp_path: Path) -> None:
+    (source / "model_tp0_pp0.pt.md5").unlink()
+    path = source / "model_tp1_pp0.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    report = engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS, check_source=True)
+    assert any("model_tp1_pp0.pt" in notice and "not checked" in notice for notice in report.notices)
+
+
+def test_a_sidecar_of_another_file_is_found(source: Path, tmp_path: Path) -> None:
+    (source / "model_tp1_pp0.pt.md5").write_text("d41d8cd98f00b204e9800998ecf8427e")
+    with pytest.raises(EngineError) as caught:
+        engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS, check_source=True)
+    assert "MD5" in str(caught.value)

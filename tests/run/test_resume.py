@@ -1,0 +1,322 @@
+"""Nothing lost: an interrupted run leaves the old output whole and a partial one that can be resumed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import engine
+from engine.commands.main import cli
+from engine.errors import EngineError
+from engine.storage.locks import OutputLock
+from engine.storage.sinks import SinkFiles
+from tests.support.old_output import old_output
+from tests.support.shards import Model, save
+
+MODEL = Model("v2", layers=4, groups=2, bias=False)
+LETTERS = {"mlp_letters": "w2_is_down"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def partials(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f".{out.name}.*"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save(MODEL, tmp_path / "step", tp=2, pp=2)
+    return tmp_path / "step"
+
+
+def convert(source: Path, out: Path, **how: Any) -> Any:
+    return engine.convert(MODEL.mapping, source, out, settings=LETTERS, max_shard_size=2000, **how)
+
+
+class Disk:
+    """A disk that fails after so many writes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, good: int) -> None:
+        write = SinkFiles.write
+        self.left = good
+
+        def limited(sinks: SinkFiles, file: int, offset: int, data: bytes | memoryview) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+            write(sinks, file, offset, data)
+
+        monkeypatch.setattr(SinkFiles, "write", limited)
+
+
+@pytest.mark.parametrize("good", [0, 1, 7, 20, 40])
+def test_a_full_disk_leaves_a_partial_output_that_resumes_to_the_same_bytes(
+    good: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, tmp_path / "whole")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Disk(patch, good)
+        with pytest.raises(EngineError) as caught:
+            convert(source, out)
+    assert caught.value.code == "E403"
+    assert not out.exists()
+    assert len(partials(out)) == 1
+    convert(source, out, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not partials(out)
+
+
+def test_a_resumed_run_writes_only_what_was_missing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, writes = tmp_path / "out", []
+    with monkeypatch.context() as patch:
+        Disk(patch, 40)
+        with pytest.raises(EngineError):
+            convert(source, out, workers=1)
+    write = SinkFiles.write
+    monkeypatch.setattr(SinkFiles, "write", lambda *a: (writes.append(a[2]), write(*a))[1])
+    convert(source, out, resume=True, workers=1)
+    resumed = len(writes)
+    writes.clear()
+    convert(source, tmp_path / "whole", workers=1)
+    assert resumed < len(writes) - 10
+
+
+def test_reverse_resumes_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(source, tmp_path / "hf")
+    engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "whole", tp=2, pp=2)
+    with monkeypatch.context() as patch:
+        Disk(patch, 30)
+        with pytest.raises(EngineError):
+            engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "out", tp=2, pp=2)
+    engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "out", tp=2, pp=2, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_bytes_that_changed_in_a_partial_output_are_written_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, tmp_path / "whole")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Disk(patch, 40)
+        with pytest.raises(EngineError):
+            convert(source, out)
+    (partial,) = partials(out)
+    for path in partial.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        for at in range(len(data) // 2, len(data), 97):
+            data[at] ^= 255
+        path.write_bytes(data)
+    convert(source, out, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        Disk(patch, 30)
+        with pytest.raises(EngineError):
+            convert(source, out)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [({"dtype": "float32"}, "settings"), ({"max_shard_size": 1 << 30}, "output files")],
+    ids=["dtype", "shards"],
+)
+def test_another_conversion_does_not_resume_it(
+    how: dict[str, Any], told: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(source, tmp_path / "out", monkeypatch)
+    with pytest.raises(EngineError) as caught:
+        engine.convert(
+            MODEL.mapping, source, tmp_path / "out", settings=LETTERS, resume=True, **{"max_shard_size": 2000} | how
+        )
+    assert caught.value.code == "E407"
+    assert told in str(caught.value)
+
+
+def test_a_source_that_changed_is_named_when_resuming(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(source, tmp_path / "out", monkeypatch)
+    path = source / "model_tp1_pp0.pt"
+    torch.save({k: v + 1 if "wqkv" in k else v for k, v in torch.load(path, weights_only=True).items()}, path)
+    with pytest.raises(EngineError) as caught:
+        convert(source, tmp_path / "out", resume=True)
+    assert caught.value.code == "E407"
+    assert "model_tp1_pp0.pt" in str(caught.value)
+
+
+def test_without_resume_a_run_starts_over_and_clean_removes_what_is_left(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    interrupted(source, out, monkeypatch)
+    assert len(partials(out)) == 1
+    result = CliRunner().invoke(cli, ["clean", str(out)])
+    assert result.exit_code == 0 and "removed" in result.output
+    assert not partials(out)
+    assert "nothing to remove" in CliRunner().invoke(cli, ["clean", str(out)]).output
+
+
+def test_nothing_is_kept_when_the_input_is_at_fault(source: Path, tmp_path: Path) -> None:
+    path = source / "model_tp1_pp0.pt"
+    torch.save({k: v + 1 if "norm" in k else v for k, v in torch.load(path, weights_only=True).items()}, path)
+    with pytest.raises(EngineError) as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.code == "E402"
+    assert not partials(tmp_path / "out")
+
+
+def test_a_second_run_to_one_output_is_refused_until_the_first_ends(source: Path, tmp_path: Path) -> None:
+    with OutputLock(tmp_path / "out"), pytest.raises(EngineError) as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.code == "E408"
+    convert(source, tmp_path / "out")
+    assert not partials(tmp_path / "out")
+
+
+def test_many_runs_may_read_one_source(source: Path, tmp_path: Path) -> None:
+    runs = [threading.Thread(target=convert, args=(source, tmp_path / f"out{i}")) for i in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert all(contents(tmp_path / f"out{i}") == contents(tmp_path / "out0") for i in range(4))
+
+
+def test_too_little_room_is_told_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(EngineError) as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.code == "E403"
+    assert "1000 bytes free" in str(caught.value)
+    assert not partials(tmp_path / "out")
+
+
+def test_an_old_output_is_replaced_in_one_step(source: Path, tmp_path: Path) -> None:
+    """While a run overwrites it, the old output is there at every moment, or the new one."""
+    out = tmp_path / "out"
+    convert(source, out)
+    stop, missing = threading.Event(), []
+
+    def watch() -> None:
+        while not stop.is_set():
+            if not (out / "config.json").exists():
+                missing.append(time.monotonic())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(5):
+        convert(source, out, overwrite=True)
+    stop.set()
+    watcher.join()
+    assert not missing
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_path: Path) -> None:
+    model = Model("v2", layers=12, hidden=256, heads=4, groups=2, ffn=2048, vocab=2048, bias=False)
+    save(model, tmp_path / "step", tp=2)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "whole", settings=LETTERS, max_shard_size=3_000_000)
+    out = tmp_path / "out"
+    old = old_output(out)
+    command = [sys.executable, "-m", "engine", "run", "-m", model.mapping, "-s", str(tmp_path / "step"), "-o", str(out)]
+    command += ["--set", "mlp_letters=w2_is_down", "--overwrite", "--max-shard-size", "3MB", "--quiet"]
+    dice = random.Random(number)
+    lock = out.with_name(f".{out.name}.lock")  # held while a run writes
+    for _ in range(3):
+        process = subprocess.Popen(
+            command,
+            stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[2],
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # may be ignored here
+        )
+        deadline = time.monotonic() + 20
+        while process.poll() is None and not lock.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)  # a signal before that meets the interpreter, which is not ours to test
+        time.sleep(dice.uniform(0, 0.05))
+        os.kill(process.pid, number)
+        process.wait(20)
+        if process.returncode == 0:
+            break  # it was done before the signal came
+        assert process.returncode in (-number, 128 + number)
+        assert contents(out) == old
+        if "--resume" not in command:
+            command.append("--resume")
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not partials(out)
+
+
+def test_a_source_rewritten_while_it_is_read_is_noticed(source: Path, tmp_path: Path) -> None:
+    """The same size, other bytes: training goes on writing."""
+    plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
+    path = source / "model_tp0_pp0.pt"
+    data = path.read_bytes()
+    path.write_bytes(data)
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    with pytest.raises(EngineError) as caught:
+        list(engine.iter_tensors(plan))
+    assert caught.value.code == "E405"
+
+
+@pytest.mark.parametrize("command", ["convert", "reverse"])
+def test_a_tensor_in_progress_goes_on_where_it_was_marked(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries of the journal come every so many bytes of a tensor, not only at its end."""
+    monkeypatch.setattr("engine.run.writer.MARK_BYTES", 3000)
+    for module in ("BLOCK_BYTES", "LARGE_BLOCK_BYTES"):
+        monkeypatch.setattr(f"engine.move.blocks.{module}", 1000)
+    model = Model("v2", layers=2, hidden=64, heads=4, groups=2, ffn=256, vocab=512, bias=False)
+    save(model, tmp_path / "step", tp=2)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=LETTERS)
+
+    def go(out: str, **how: Any) -> None:
+        if command == "convert":
+            engine.convert(model.mapping, tmp_path / "step", tmp_path / out, settings=LETTERS, workers=1, **how)
+        else:
+            engine.reverse(model.mapping, tmp_path / "hf", tmp_path / out, tp=1, workers=1, **how)
+
+    go("whole")
+    writes: list[int] = []
+    write = SinkFiles.write
+
+    def counted(sinks: SinkFiles, file: int, offset: int, data: bytes | memoryview) -> None:
+        writes.append(len(data))
+        write(sinks, file, offset, data)
+
+    for good in (20, 50, 90):
+        with monkeypatch.context() as patch:
+            Disk(patch, good)
+            with pytest.raises(EngineError):
+                go("out", resume=good > 20)
+    monkeypatch.setattr(SinkFiles, "write", counted)
+    go("out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    resumed = sum(writes)
+    writes.clear()
+    go("again")
+    assert resumed < 0.8 * sum(writes)
