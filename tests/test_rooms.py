@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = (
-    "commands", "api", "show", "comparing", "discover", "oracle", "proving", "explaining", "assets", "run", "move",
+    "commands", "api", "serve", "show", "comparing", "discover", "oracle", "proving", "explaining", "assets", "run", "move",
     "planning", "checkpoint", "formats", "storage", "language", "errors",
 )  # fmt: skip
 
