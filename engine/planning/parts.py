@@ -120,8 +120,8 @@ def first_fault(boxes: Sequence[Box], whole: Sequence[int]) -> tuple[Box, tuple[
             steps += len(reached)
             if steps > _MOST_STEPS:
                 return tuple((0, size) for size in whole[dim:]), tuple(held[:1])
-            for slab in reached:
-                slabs[slab].append(box)
+            for index in reached:
+                slabs[index].append(box)
         for interval, slab in zip(pairwise(edges), slabs, strict=True):
             fault = look(slab, dim + 1)
             if fault is not None:
