@@ -26,6 +26,7 @@ from engine.commands.explain import explain, view
 from engine.commands.new import new
 from engine.commands.options import SAVED, asks, only_plan, rank_options, reports_errors, writing_options
 from engine.commands.say import say
+from engine.commands.serve import serve
 from engine.errors import CODES
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ cli.add_command(diff)
 cli.add_command(explain)
 cli.add_command(view)
 cli.add_command(new)
+cli.add_command(serve)
 
 
 def internal_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
