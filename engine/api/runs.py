@@ -112,11 +112,16 @@ def _write(compiled: Plan, source: Path, out: str | Path | None, how: Running, s
         return execute(compiled, source, given_path(out or "", "the output"), lambda: Small(beside), how, started)
     from engine.assets.bundle import make_assets
 
-    real = source.resolve()
-    final = given_path(out, "the output") if out is not None else real.with_name(real.name + "-hf")
+    final = given_path(out, "the output") if out is not None else default_out(source)
     model = Path(how.tokenizer) if how.tokenizer else None
     code = None if how.code is None else Path(how.code)
     return execute(compiled, source, final, lambda: make_assets(compiled, model, code), how, started)
+
+
+def default_out(src: str | Path) -> Path:
+    """Where `convert` writes when it is not told."""
+    real = Path(src).resolve()
+    return real.with_name(real.name + "-hf")
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -28,11 +28,11 @@ def list_folder(folder: Path) -> list[str]:
             "E304",
             "the checkpoint is a file, not a folder",
             place=Place(str(folder)),
-            fix="Point --src at the folder that holds the rank files.",
+            fix="Give the folder that holds the rank files.",
         ) from None
     except FileNotFoundError:
         raise EngineError(
-            "E304", "there is no such checkpoint folder", place=Place(str(folder)), fix="Check the path given to --src."
+            "E304", "there is no such checkpoint folder", place=Place(str(folder)), fix="Check the path."
         ) from None
     except OSError as error:
         raise EngineError(

@@ -74,7 +74,7 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
             place=Place(folder),
             got=_sample(names),
             expected=f"files named {wanted}",
-            fix="Point --src at the step folder itself (the one that holds the rank files).",
+            fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
     if len(modes) > 1:
         raise EngineError(
