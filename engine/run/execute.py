@@ -118,7 +118,7 @@ def execute(
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
     check_runnable(compiled, how.workers, how.max_memory, small.memory)
-    _check_names(compiled, small.files)
+    check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]
     files = dict(small.files)
     later = small.later
@@ -157,7 +157,7 @@ def execute(
     )
 
 
-def _check_names(compiled: Plan, small: Iterable[str]) -> None:
+def check_names(compiled: Plan, small: Iterable[str]) -> None:
     """E502 when two files of the output would have the same name."""
     from engine.run.journal import NAME as JOURNAL
     from engine.run.manifest import NAME

@@ -14,7 +14,7 @@ from engine.move.blocks import block_bytes, blocks, largest_block
 from engine.move.gather import Scatterer
 from engine.move.reader import Reader
 from engine.move.runs import straight
-from engine.planning.model import Plan
+from engine.planning.model import OutputFile, Plan
 from engine.run.digests import Total
 from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
@@ -28,6 +28,12 @@ MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
 _DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
 
 
+def layout_of(plan: Plan, file: OutputFile) -> FileLayout:
+    """Where everything of a file goes."""
+    tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
+    return FORMATS[file.format](tensors, PurePosixPath(file.name).stem)
+
+
 class Writer:
     """Writes the files of a plan; shared by the workers."""
 
@@ -38,8 +44,7 @@ class Writer:
         self._layouts: list[FileLayout] = []
         self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
         for index, file in enumerate(plan.shards):
-            tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
-            layout = FORMATS[file.format](tensors, PurePosixPath(file.name).stem)
+            layout = layout_of(plan, file)
             self._layouts.append(layout)
             self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
         checked = {o for file in plan.shards if file.format in CHECKED for o in file.outputs}
