@@ -22,6 +22,7 @@ from engine.api.reviews import (
     write_facts,
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
+from engine.api.serving import open, virtual
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
@@ -49,6 +50,7 @@ __all__ = [
     "mappings",
     "new_mapping",
     "load_plan",
+    "open",
     "plan",
     "plan_reshard",
     "plan_reverse",
@@ -60,5 +62,6 @@ __all__ = [
     "save_plan",
     "verify",
     "view",
+    "virtual",
     "write_facts",
 ]

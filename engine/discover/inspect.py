@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import WEIGHTS, read_hf_config, read_hf_folder
 from engine.discover.fits import Fit, differences, find_fits
 from engine.errors import EngineError, Place
@@ -23,7 +24,8 @@ from engine.language.search import layout_names, list_names, spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.stored import strip
 from engine.run.manifest import read_manifest
-from engine.storage.replacing import given_path
+from engine.storage.places import store_at
+from engine.storage.store import Store
 
 Reader = Callable[[str | Path, Layout], Checkpoint]
 _AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # the order sizes are told in
@@ -96,17 +98,18 @@ def inspect(src: str | Path, read: Reader, *, every: bool = False) -> Inspection
     Raises:
         EngineError: E304 when it is none of these; E2xx and E3xx for a checkpoint that is not whole.
     """
-    folder = given_path(src, "the checkpoint")
     try:
         layout, checkpoint = read_any(src, read)
     except EngineError as error:
-        if error.code != "E304" or not folder.is_dir():
+        folder = store_at(src, "the checkpoint")
+        if error.code != "E304":
             raise
-        if is_whole(folder):
-            return describe_whole(folder)
-        steps = find_steps(folder, read, every=every)
+        names = list_folder(folder)
+        if is_whole(names):
+            return describe_whole(folder, names)
+        steps = find_steps(str(src), read, every=every) if os.path.isdir(src) else None
         if steps is None:
-            raise _nothing(folder) if not _has_weights(error) else error from None
+            raise error if _has_weights(error) else _nothing(folder, names) from None
         return Inspection(str(src), "steps", steps)
     return describe_training(checkpoint, layout)
 
@@ -128,22 +131,21 @@ def _has_weights(error: EngineError) -> bool:
     return not error.message.startswith("no weight files")
 
 
-def _nothing(folder: Path) -> EngineError:
-    names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
     kinds = "\n".join(f"{load_layout(name).modes[0].files[0].name} ({name})" for name in layout_names())
     return EngineError(
         "E304",
         "this folder is no checkpoint",
-        place=Place(str(folder)),
+        place=Place(folder.place()),
         got=", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "") or "an empty folder",
         expected=f"{kinds}\nconfig.json with {WEIGHTS[0]} (Hugging Face)\nor a folder of such folders",
         fix="Give the folder that holds the files of one step, or the folder of the steps.",
     )
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether it looks like a Hugging Face checkpoint: weights by the names that transformers looks for."""
-    return any(os.path.lexists(folder / name) for stem in WEIGHTS for name in (stem, f"{stem}.index.json"))
+def is_whole(names: Sequence[str]) -> bool:
+    """Whether files are a Hugging Face checkpoint's: weights by the names that transformers looks for."""
+    return any(name in names for stem in WEIGHTS for name in (stem, f"{stem}.index.json"))
 
 
 def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
@@ -182,7 +184,7 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
     return Inspection(checkpoint.folder, "training", facts, (*fits, *unread))
 
 
-def describe_whole(folder: Path) -> Inspection:
+def describe_whole(folder: Store, names: Sequence[str]) -> Inspection:
     """Facts of a Hugging Face checkpoint, and which mappings write its kind back as rank files."""
     files, config = read_hf_folder(folder), read_hf_config(folder)
     kind = config.get("model_type")
@@ -192,7 +194,6 @@ def describe_whole(folder: Path) -> Inspection:
         for m in load_all()[0]
         if m.model_type == kind and not m.expect and len(m.files) == 1
     ]
-    names = {entry.name for entry in os.scandir(folder)}
     facts = {
         "model_type": kind,
         "architecture": architecture,
@@ -205,10 +206,10 @@ def describe_whole(folder: Path) -> Inspection:
         "bytes": sum(file.size for file in files),
         "dtypes": _types(files),
     }
-    return Inspection(str(folder), "whole", facts, tuple(fits))
+    return Inspection(folder.place(), "whole", facts, tuple(fits))
 
 
-def _made_by(folder: Path) -> str | None:
+def _made_by(folder: Store) -> str | None:
     """The mapping that an output of the engine was made with, by its manifest."""
     try:
         made = read_manifest(folder).get("mapping")
@@ -217,13 +218,13 @@ def _made_by(folder: Path) -> str | None:
     return str(made.get("name")) if isinstance(made, dict) else None
 
 
-def find_steps(folder: Path, read: Reader, *, every: bool = False) -> dict[str, Any] | None:
+def find_steps(folder: str, read: Reader, *, every: bool = False) -> dict[str, Any] | None:
     """The checkpoints below a folder, oldest first, and which of them are complete; None when there are none."""
     names = sorted((e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")), key=_number)
     steps: dict[str, dict[str, Any] | None] = {}
     for name in reversed(names):
         look = every or len(steps) < _MOST_STEPS
-        steps[name] = _step(folder / name, read) if look else _NOT_LOOKED_AT
+        steps[name] = _step(f"{folder.rstrip('/')}/{name}", read) if look else _NOT_LOOKED_AT
     shapes = {_shape(name) for name, step in steps.items() if step is not None and step["complete"] is not None}
     found = [{"name": n, **step} for n in names if (step := steps[n]) is not None and _shape(n) in shapes]
     if not found:
@@ -242,16 +243,17 @@ def _shape(name: str) -> str:
     return re.sub("[0-9]+", "0", name)
 
 
-def _step(folder: Path, read: Reader) -> dict[str, Any] | None:
+def _step(folder: str, read: Reader) -> dict[str, Any] | None:
     """Whether one folder is a complete checkpoint; None when it is none at all."""
     try:
         layout, checkpoint = read_any(folder, read)
     except EngineError as error:
         if error.code == "E304" and not _has_weights(error):
-            if not is_whole(folder):
+            store = store_at(folder, "the checkpoint")
+            if not is_whole(list_folder(store)):
                 return None
             try:
-                files = read_hf_folder(folder)
+                files = read_hf_folder(store)
             except EngineError as damaged:
                 return {"complete": False, "why": damaged.message, "bytes": None, "layout": "Hugging Face"}
             size = sum(file.size for file in files)
@@ -308,7 +310,7 @@ def choose(found: Inspection) -> Fit:
             place=Place(found.folder),
             got="\n".join(told),
             expected="one of them by --mapping",
-            fix="Choose by what the weights were trained for: a base model, or a chat model of one of these releases.",
+            fix="Choose by what sets them apart; `engine inspect` says what each of these means.",
         )
     raise EngineError(
         "E003",

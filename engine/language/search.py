@@ -70,7 +70,7 @@ def _no_file(path: Path) -> EngineError:
     where = path.parent if path.parent.is_dir() else f"{path.parent}, which is not there"
     return EngineError(
         "E002",
-        f"there is no file `{path}`",
+        f"there is no mapping file `{path}`",
         got=f"in {where}: {', '.join(beside[:4]) or 'no YAML files'}" + (", …" if len(beside) > 4 else ""),
         fix=f"Did you mean `{path.with_name(near[0])}`?"
         if near
