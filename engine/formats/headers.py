@@ -21,9 +21,9 @@ ITEM_SIZES: dict[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of a larger tensor, by the file's own record: the first row, and the larger one's shape."""
+    """A box of a larger tensor, by the file's own record: its first element, and the larger one's shape."""
 
-    start: int
+    starts: tuple[int, ...]
     whole: tuple[int, ...]
 
 

@@ -124,6 +124,11 @@ def index_json(files: Mapping[str, str], total_size: int) -> bytes:
 
 def read_safetensors(path: Path) -> FileHeader:
     """Index a safetensors file. E301 for a header that is not exactly right, E305 when unreadable."""
+    return read_safetensors_metadata(path)[0]
+
+
+def read_safetensors_metadata(path: Path) -> tuple[FileHeader, Mapping[str, str]]:
+    """The same with the file's `__metadata__`."""
 
     def damaged(what: str, tensor: str | None = None) -> EngineError:
         return EngineError(
@@ -186,4 +191,4 @@ def read_safetensors(path: Path) -> FileHeader:
     if 8 + length + position != size:
         raise damaged(f"{size} bytes, its header describes {8 + length + position}")
     identity = hashlib.sha256(start + text).hexdigest()
-    return FileHeader(path, size, tuple(h for _, _, h in tensors), identity, state=state)
+    return FileHeader(path, size, tuple(h for _, _, h in tensors), identity, state=state), metadata
