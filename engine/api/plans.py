@@ -16,6 +16,7 @@ from engine.storage.replacing import check_file_free, given_path
 if TYPE_CHECKING:
     from engine.language.model import Layout
     from engine.planning.backward import WholeCheckpoint
+    from engine.planning.attempts import Checkpoint
     from engine.planning.model import Plan
 
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
@@ -39,10 +40,11 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
 
     asked = request_of(mapping, src, options, WholeOptions)
     loaded, layout = _rules(asked)
+    checkpoint = read_checkpoint(src, layout, asked.config)
     return make_plan(
-        loaded,
+        fitted(loaded, layout, checkpoint),
         layout,
-        read_checkpoint(src, layout),
+        checkpoint,
         settings=asked.settings,
         dtype=asked.dtype,
         max_shard_size=asked.max_shard_size,
@@ -63,7 +65,7 @@ def plan_reverse(mapping: str | Path | MappingFile, src: str | Path, **options: 
         read_whole(src),
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout),
+        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
         dtype=asked.dtype,
         lossy=asked.lossy,
     )
@@ -79,10 +81,10 @@ def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: 
     return make_reshard_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout),
+        read_checkpoint(src, layout, asked.config),
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout),
+        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
         dtype=asked.dtype,
     )
 
@@ -103,6 +105,18 @@ def read_whole(src: str | Path) -> WholeCheckpoint:
             fix="Copy it from the model: the training configuration is computed from it.",
         )
     return checkpoint
+
+
+def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> MappingFile:
+    """A mapping with its rules, also where these come from the model class of the checkpoint's configuration."""
+    if not mapping.as_model:
+        return mapping
+    from engine.planning.as_model import rules_of
+    from engine.proving.meta_model import wanted_by_class
+
+    names = {tensor.name for file in checkpoint.files for tensor in file.tensors}
+    config = checkpoint.target_config
+    return rules_of(mapping, layout, wanted_by_class(config), config, names)
 
 
 def _rules(asked: Request) -> tuple[MappingFile, Layout]:
@@ -130,7 +144,15 @@ def save_plan(
     check_file_free(file, overwrite, is_saved_plan)
     compiled = plan(mapping, src, **options)
     asked = request_of(mapping, src, options, WholeOptions)
-    request = Saved(str(mapping), str(src), dict(asked.settings), asked.dtype, asked.max_shard_size, asked.strict)
+    request = Saved(
+        str(mapping),
+        str(src),
+        dict(asked.settings),
+        asked.dtype,
+        asked.max_shard_size,
+        asked.strict,
+        None if asked.config is None else str(asked.config),
+    )
     write_saved_plan(file, saved_plan(compiled, request), overwrite=overwrite)
     return compiled
 
@@ -150,10 +172,10 @@ def load_plan(path: str | Path) -> Plan:
     loaded = load_mapping(request.mapping)
     layout = load_layout(loaded.layout)
     check_rules(saved, loaded, layout)
-    checkpoint = read_checkpoint(request.src, layout)
+    checkpoint = read_checkpoint(request.src, layout, request.config)
     check_files(saved, checkpoint.files, request.src)
     compiled = make_plan(
-        loaded,
+        fitted(loaded, layout, checkpoint),
         layout,
         checkpoint,
         settings=request.settings,

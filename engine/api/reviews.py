@@ -37,6 +37,7 @@ def explain(
     src: str | Path = ".",
     *,
     backward: bool = False,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
 ) -> Explanation:
@@ -53,14 +54,17 @@ def explain(
     from engine.explaining.sources import explain_source
     from engine.explaining.targets import explain as forward
 
-    compiled = plan(mapping, src, settings=settings, dtype=dtype)
+    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
-def inspect(src: str | Path = ".") -> dict[str, Any]:
+def inspect(src: str | Path = ".", config: str | Path | None = None) -> dict[str, Any]:
     """What a checkpoint folder is: layout, mode, ranks, sizes, and which bundled mappings fit.
 
     Reads headers only. The first layout whose files are there is taken.
+
+    Args:
+        config: as for `convert`.
 
     Raises:
         EngineError: E2xx and E3xx, of the layout that came closest.
@@ -72,7 +76,7 @@ def inspect(src: str | Path = ".") -> dict[str, Any]:
     for name in layout_names():
         layout = load_layout(name)
         try:
-            checkpoint = read_checkpoint(src, layout)
+            checkpoint = read_checkpoint(src, layout, config)
         except EngineError as error:
             # Another layout may fit, unless this one knows the files and says what is wrong.
             if error.code != "E304":
@@ -129,6 +133,7 @@ def verify(
     *,
     src: str | Path | None = None,
     mapping: str | Path | MappingFile | None = None,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     sample: str | None = None,
@@ -140,6 +145,7 @@ def verify(
     Args:
         src: the training checkpoint it was made from.
         mapping: plan again with this mapping, and compare every tensor with what `src` gives.
+        config: as for `convert`.
         settings: variants and options, as `--set` gives them.
         dtype: as for `convert`; default: what the manifest says, else `auto`.
         sample: compare some blocks of each tensor only: a share like `5%`, or a number like `8`.
@@ -157,7 +163,7 @@ def verify(
 
     compiled = None
     if src is not None and mapping is not None:
-        compiled = plan(mapping, src, settings=settings, dtype=dtype or written_dtype(Path(out)))
+        compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(Path(out)))
     source = Path(src) if src is not None and logits else None
     return verify_output(Path(out), Asked(compiled, sample, load, source, settings or {}), progress)
 
@@ -176,6 +182,7 @@ def view(
     src: str | Path,
     out: str | Path,
     *,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -192,7 +199,7 @@ def view(
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), file, overwrite=overwrite)
+    return write_page(view_page(plan(mapping, src, config=config, settings=settings, dtype=dtype)), file, overwrite=overwrite)
 
 
 def new_mapping(

@@ -225,7 +225,7 @@ def only_plan(ctx: click.Context, saved: str | None) -> None:
         raise click.MissingParameter("or give --plan", ctx, missing)
 
 
-EXPLAINED = ("mapping", "src", "settings", "dtype")
+EXPLAINED = ("mapping", "src", "config", "settings", "dtype")
 SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already says
 _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source")
 
@@ -233,7 +233,7 @@ _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_so
 def rank_options(command: Command) -> Command:
     """How `reverse` and `reshard` cut the model."""
     sizes = (("tp", "Tensor-parallel ranks."), ("pp", "Pipeline ranks."), ("wp", "Weight-parallel ranks, in mode isp."))
-    command = asks("chunks", "mode", "like", "settings", "dtype")(command)
+    command = asks("chunks", "mode", "like", "config", "settings", "dtype")(command)
     for name, told in reversed(sizes):
         command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
     command = click.option("--out", "-o", required=True, metavar="DIR", help="The folder to write.")(command)
@@ -252,7 +252,7 @@ def verifying_options(command: Command) -> Command:
     for option in reversed(
         (
             click.option("--src", "-s", metavar="DIR", help="The training checkpoint it was made from."),
-            asks("mapping", "settings", mapping="Compare every tensor with what this mapping makes of --src."),
+            asks("mapping", "config", "settings", mapping="Compare every tensor with what this mapping makes of --src."),
             click.option("--dtype", type=click.Choice(DTYPES),
                          help="Element type that was asked for.  [default: as in the manifest]"),
             click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
