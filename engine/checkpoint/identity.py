@@ -55,6 +55,8 @@ def saved_as(root: str | None, layout: Layout) -> str | None:
 
 def place_of(file: FilePattern, ranks: Mapping[str, int]) -> tuple[object, ...]:
     """A file's pattern with its ranks, but for those over which the layers are not cut."""
+    if file.boxes:
+        return (file.name,)
     cutting = {dim for dim, role in file.cuts.get("layers", {}).items() if role not in ("recorded", "runtime")}
     others = {dim for cuts in file.cuts.values() for dim in cuts} - cutting
     return (file.name, *(rank for dim, rank in ranks.items() if dim not in others))

@@ -21,7 +21,12 @@ ITEM_SIZES: dict[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a larger tensor, by the file's own record: its first element, and the larger one's shape."""
+    """A box of a larger tensor, by the file's own record.
+
+    Attributes:
+        starts: where it begins along each dimension of the larger tensor.
+        whole: the larger tensor's shape.
+    """
 
     starts: tuple[int, ...]
     whole: tuple[int, ...]
@@ -37,7 +42,7 @@ class TensorHeader:
         shape: sizes in elements.
         strides: in elements, as stored; shared storages make offsets and strides arbitrary.
         offset: absolute byte position in the file of element [0, 0, ...].
-        part: where it lies in a larger tensor, for a shard that records it (FSDP).
+        part: where it lies in a larger tensor, for a shard that records it.
     """
 
     name: str
@@ -51,6 +56,11 @@ class TensorHeader:
     def whole(self) -> tuple[int, ...]:
         """The shape of the tensor that this one is, or that it records to be a part of."""
         return self.shape if self.part is None else self.part.whole
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where it begins in `whole`, along each dimension."""
+        return (0,) * len(self.shape) if self.part is None else self.part.starts
 
     @property
     def nbytes(self) -> int:

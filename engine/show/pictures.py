@@ -156,7 +156,7 @@ def _source_tile(plan: Plan, groups: Sequence[Group], group: Group, shard: Shard
 
 def _label(groups: Sequence[Group], group: Group, shard: Shard) -> str:
     """What tells a shard from the others of its picture: `tp1`, or `w1 expert 3 tp1`."""
-    told = [shard_words(group, shard)] if group.cut.rank_dims() else []
+    told = [words] if (words := shard_words(group, shard)) else []
     if len(groups) > 1:
         told = [_last_name(group.name), *(f"{a} {v}" for a, v in group.fixed.items() if a != "layer"), *told]
     return " ".join(told)
