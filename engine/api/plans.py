@@ -16,7 +16,6 @@ from engine.storage.replacing import check_file_free, given_path
 if TYPE_CHECKING:
     from engine.language.model import Layout
     from engine.planning.backward import WholeCheckpoint
-    from engine.planning.attempts import Checkpoint
     from engine.planning.model import Plan
 
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
@@ -37,12 +36,14 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
         EngineError: with a code, the place, got against expected and what to do.
     """
     from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted
 
     asked = request_of(mapping, src, options, WholeOptions)
     loaded, layout = _rules(asked)
     checkpoint = read_checkpoint(src, layout, asked.config)
+    loaded, checkpoint = fitted(loaded, layout, checkpoint)
     return make_plan(
-        fitted(loaded, layout, checkpoint),
+        loaded,
         layout,
         checkpoint,
         settings=asked.settings,
@@ -107,18 +108,6 @@ def read_whole(src: str | Path) -> WholeCheckpoint:
     return checkpoint
 
 
-def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> MappingFile:
-    """A mapping with its rules, also where these come from the model class of the checkpoint's configuration."""
-    if not mapping.as_model:
-        return mapping
-    from engine.planning.as_model import rules_of
-    from engine.proving.meta_model import wanted_by_class
-
-    names = {tensor.name for file in checkpoint.files for tensor in file.tensors}
-    config = checkpoint.target_config
-    return rules_of(mapping, layout, wanted_by_class(config), config, names)
-
-
 def _rules(asked: Request) -> tuple[MappingFile, Layout]:
     loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(str(asked.mapping))
     return loaded, load_layout(loaded.layout)
@@ -165,6 +154,7 @@ def load_plan(path: str | Path) -> Plan:
             checkpoint's files did.
     """
     from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted
     from engine.proving.saved_plan import check_files, check_plan, check_rules, read_saved_plan
 
     saved = read_saved_plan(given_path(path, "the plan"))
@@ -174,8 +164,9 @@ def load_plan(path: str | Path) -> Plan:
     check_rules(saved, loaded, layout)
     checkpoint = read_checkpoint(request.src, layout, request.config)
     check_files(saved, checkpoint.files, request.src)
+    loaded, checkpoint = fitted(loaded, layout, checkpoint)
     compiled = make_plan(
-        fitted(loaded, layout, checkpoint),
+        loaded,
         layout,
         checkpoint,
         settings=request.settings,

@@ -76,7 +76,7 @@ def inspect(src: str | Path = ".", config: str | Path | None = None) -> dict[str
     for name in layout_names():
         layout = load_layout(name)
         try:
-            checkpoint = read_checkpoint(src, layout, config)
+            checkpoint = read_checkpoint(src, layout, config, needed=False)
         except EngineError as error:
             # Another layout may fit, unless this one knows the files and says what is wrong.
             if error.code != "E304":
@@ -199,7 +199,9 @@ def view(
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    return write_page(view_page(plan(mapping, src, config=config, settings=settings, dtype=dtype)), file, overwrite=overwrite)
+    return write_page(
+        view_page(plan(mapping, src, config=config, settings=settings, dtype=dtype)), file, overwrite=overwrite
+    )
 
 
 def new_mapping(

@@ -85,11 +85,6 @@ class _Skip:
     def __call__(self, name: str) -> bool:
         return self._regex is None or self._regex.match(name) is None
 
-    def of(self, header: FileHeader) -> FileHeader:
-        if self._regex is None:
-            return header
-        return replace(header, tensors=tuple(t for t in header.tensors if self(t.name)))
-
 
 def _torch(folder: Path, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip) -> tuple[FileHeader, ...]:
     """Files that torch saved, a few at a time."""
@@ -97,7 +92,7 @@ def _torch(folder: Path, names: Sequence[str], state: list[re.Pattern[str]], wan
 
     def read(name: str) -> FileHeader:
         try:
-            return wanted.of(read_rank_file(folder / name, load, state))
+            return read_rank_file(folder / name, load, state).only(wanted)
         except EngineError as error:
             if error.place is None or error.place.file == name or "/" not in name:
                 raise
@@ -115,7 +110,7 @@ def _dcp(folder: Path, names: Sequence[str], state: object, wanted: _Skip) -> tu
 
 
 def _safetensors(folder: Path, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
-    return tuple(map(wanted.of, read_sharded_safetensors(folder, names)))
+    return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
 
 
 _FORMATS: Mapping[str, Callable[..., tuple[FileHeader, ...]]] = {
@@ -141,11 +136,15 @@ class _Pickles:
         return found
 
 
-def read_configuration(folder: Path, layout: Layout, given: Path | None = None) -> dict[str, Any]:
+def read_configuration(
+    folder: Path, layout: Layout, given: Path | None = None, *, needed: bool = True
+) -> dict[str, Any]:
     """The model's configuration, from the first of the layout's places that is there.
 
     Args:
         given: a file of the target's configuration; it goes before all places of a layout whose configuration that is.
+
+        needed: without it, one that frameworks do not save may be absent and is then empty.
 
     Raises:
         EngineError: E304 when it lies nowhere, E30x when it cannot be read.
@@ -166,6 +165,8 @@ def read_configuration(folder: Path, layout: Layout, given: Path | None = None) 
                 continue
             keys = inside.split(".") if inside else []
         return _below(value, keys, place.file)
+    if layout.config_of_target and not needed:
+        return {}
     places = ", ".join(dict.fromkeys(place.file for place in layout.configs))
     raise EngineError(
         "E304",

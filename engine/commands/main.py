@@ -132,13 +132,14 @@ def reshard(as_json: bool, /, **options: Any) -> None:
 
 @cli.command()
 @click.argument("folder", metavar="DIR", default=".")
+@asks("config")
 @reports_errors
-def inspect(as_json: bool, /, folder: str) -> None:
+def inspect(as_json: bool, /, folder: str, config: str | None) -> None:
     """Say what a checkpoint is, and which mappings fit it."""
     from engine import api
     from engine.show import render
 
-    facts = api.inspect(folder)
+    facts = api.inspect(folder, config)
     say(render.as_json(facts) if as_json else render.checkpoint(facts))
 
 

@@ -252,7 +252,7 @@ def verifying_options(command: Command) -> Command:
     for option in reversed(
         (
             click.option("--src", "-s", metavar="DIR", help="The training checkpoint it was made from."),
-            asks("mapping", "config", "settings", mapping="Compare every tensor with what this mapping makes of --src."),
+            asks("mapping", "config", "settings", mapping="Compare tensors with what this mapping makes of --src."),
             click.option("--dtype", type=click.Choice(DTYPES),
                          help="Element type that was asked for.  [default: as in the manifest]"),
             click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),

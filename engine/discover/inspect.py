@@ -12,6 +12,7 @@ from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.planner import Checkpoint, make_plan
 from engine.planning.stored import strip
+from engine.proving.meta_model import fitted
 
 
 def describe_checkpoint(checkpoint: Checkpoint, layout: Layout, mappings: Sequence[MappingFile]) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def _fit(checkpoint: Checkpoint, layout: Layout, mapping: MappingFile) -> dict[s
         return {"name": mapping.name, "fits": False, "code": "E212",
                 "why": f"it is for model_type {' or '.join(mapping.model_types)}, this is {kind}"}  # fmt: skip
     try:
+        mapping, checkpoint = fitted(mapping, layout, checkpoint)
         plan = make_plan(mapping, layout, checkpoint, settings={})
     except EngineError as error:
         why = error.message if error.code != "E202" else f"{error.message}; {error.fix}"

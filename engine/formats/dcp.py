@@ -35,7 +35,9 @@ _KEPT = 4096  # pickles that are kept: boxes of one shape have one
 Load = Callable[[bytes, str], Any]
 
 
-def read_dcp(folder: Path, names: Sequence[str], wanted: Callable[[str], bool] = lambda _: True) -> tuple[FileHeader, ...]:
+def read_dcp(
+    folder: Path, names: Sequence[str], wanted: Callable[[str], bool] = lambda _: True
+) -> tuple[FileHeader, ...]:
     """Index the `.distcp` files of a folder.
 
     Args:
@@ -106,7 +108,8 @@ def _read_file(
             tensors.append(_tensor(small, entry, load))
             digest.update(small.central)
             summed &= small.summed
-    return FileHeader(path, state.size, tuple(tensors), digest.hexdigest(), summed, state)
+    left = tuple(entry.name for entry in entries if not wanted(entry.name))
+    return FileHeader(path, state.size, tuple(tensors), digest.hexdigest(), summed, state, left=left)
 
 
 def _tensor(small: _Small, entry: Entry, load: Load) -> TensorHeader:
@@ -142,7 +145,9 @@ class _Small:
         self._head = os.pread(descriptor, min(length, _HEAD), offset)
         self.central, self._members = self._directory()
         self.summed = all(crc for _, size, crc in self._members.values() if size)
-        roots = [name[: -len("data.pkl")] for name in self._members if name.endswith("/data.pkl") and name.count("/") == 1]
+        roots = [
+            name[: -len("data.pkl")] for name in self._members if name.endswith("/data.pkl") and name.count("/") == 1
+        ]
         if len(roots) != 1:
             raise self._damaged("no torch file: it has no member data.pkl")
         self._root = roots[0]

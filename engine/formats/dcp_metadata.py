@@ -162,4 +162,3 @@ def _dtype(properties: Any) -> str:
     if not isinstance(dtype, DType):
         raise Refused("E301", "a tensor without an element type")
     return DTYPES.get(dtype.name, dtype.name)
-

@@ -82,7 +82,9 @@ def _axes(layout: Any) -> tuple[int, ...]:
     told = attributes(layout, "_MeshLayout", "_FlatLayout", "Layout")
     axes = told.get("axes")
     if type(axes) is tuple and len(axes) <= 64:
-        return tuple(prod(_shape(attributes(axis, "_FlatLayout", "_MeshLayout", "Layout").get("shape"))) for axis in axes)
+        return tuple(
+            prod(_shape(attributes(axis, "_FlatLayout", "_MeshLayout", "Layout").get("shape"))) for axis in axes
+        )
     return _shape(told.get("shape"))
 
 
@@ -116,7 +118,9 @@ def _box(
             after = [
                 size
                 for other, size in zip(placements[number + 1 :], sizes[number + 1 :], strict=True)
-                if isinstance(other, Instance) and other.kind.name == "Shard" and attributes(other, "Shard").get("dim") == dim
+                if isinstance(other, Instance)
+                and other.kind.name == "Shard"
+                and attributes(other, "Shard").get("dim") == dim
             ]
             if told.get("split_factor") != prod(after):
                 raise Refused("E303", f"a DTensor whose strides are {reprlib.repr(told.get('split_factor'))}")

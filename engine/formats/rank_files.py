@@ -110,10 +110,10 @@ def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], f
             yield tensor_header(name, one, payload, file)
         elif isinstance(one, Distributed):
             try:
-                tensor, part = read_distributed(one)
+                local, place = read_distributed(one)
             except Refused as refused:
                 raise error_of(refused, file, name) from None
-            yield replace(tensor_header(name, tensor, payload, file), part=part)
+            yield replace(tensor_header(name, local, payload, file), part=place)
         elif isinstance(one, Sharded):
             try:
                 tensor, dtype, part = shards.read(one)

@@ -101,9 +101,10 @@ def opaque(kind: str) -> OpaqueClass:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainClass:
-    """A class of which a pickle can make an `Instance`, and nothing else."""
+    """A class of which a pickle can make an `Instance`, and nothing else; with arguments only if it takes any."""
 
     name: str
+    takes: bool = False
 
 
 _UNSET: Any = object()
@@ -271,7 +272,7 @@ def known_global(module: str, name: str) -> Any:
     if module.startswith(_OPAQUE_PACKAGES):
         return opaque(name)
     if module.startswith(_PLAIN_PACKAGES):
-        return PlainClass(name)
+        return PlainClass(name, takes=True)
     if "_shard" in module or name in ("ShardedTensor", "DTensor", "_rebuild_qtensor"):
         raise Refused("E303", f"{module}.{name}")
     raise Refused("E302", f"{module}.{name}")

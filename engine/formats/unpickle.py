@@ -177,15 +177,17 @@ def _reduce(machine: _Machine) -> None:
     function = machine.stack[-1]
     if type(arguments) is not tuple or not isinstance(function, Function | PlainClass):
         raise Refused("E301", f"a call of a {type(function).__name__}")
-    if isinstance(function, PlainClass):
+    if isinstance(function, Function):
+        machine.stack[-1] = function.call(*arguments)
+    elif function.takes:
         machine.stack[-1] = Instance(function, arguments)
     else:
-        machine.stack[-1] = function.call(*arguments)
+        raise Refused("E301", f"a call of a {function.name}")
 
 
 def _newobj(machine: _Machine) -> None:
     arguments, kind = machine.stack.pop(), machine.stack[-1]
-    if isinstance(kind, PlainClass) and type(arguments) is tuple:
+    if isinstance(kind, PlainClass) and type(arguments) is tuple and (kind.takes or not arguments):
         machine.stack[-1] = Instance(kind, arguments)
     elif isinstance(kind, OpaqueClass):
         machine.stack[-1] = kind.call()

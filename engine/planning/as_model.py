@@ -8,7 +8,7 @@ Whatever else is stored is matched by no rule and refused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -17,6 +17,7 @@ from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
 from engine.language.model import Expression, Layout, Rule, Target
 from engine.language.model import Mapping as MappingFile
+from engine.planning.attempts import Checkpoint
 from engine.planning.stored import without_prefix
 
 Shape = tuple[int, ...]
@@ -45,32 +46,46 @@ class _Family:
     tied_to: str | None
 
 
+def fit_to_model(
+    mapping: MappingFile, layout: Layout, wanted: Wanted, checkpoint: Checkpoint
+) -> tuple[MappingFile, Checkpoint]:
+    """The mapping with its rules, and the checkpoint without what is not of the model.
+
+    What is of the model has the prefix under which all of the class's tensors are, and then begins as one of these.
+
+    Raises:
+        EngineError: E207 when the checkpoint lacks a tensor of the class under every prefix.
+    """
+    prefix = _prefix(wanted, {tensor.name for file in checkpoint.files for tensor in file.tensors})
+    begins = tuple({prefix + name.partition(".")[0] + "." * ("." in name) for name in wanted.shapes})
+    files = tuple(file.only(lambda name: name.startswith(begins)) for file in checkpoint.files)
+    fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: without_prefix(prefix + name, layout)[0])
+    return fitted, replace(checkpoint, files=files)
+
+
 def rules_of(
-    mapping: MappingFile, layout: Layout, wanted: Wanted, config: Mapping[str, Any], names: Collection[str]
+    mapping: MappingFile, wanted: Wanted, config: Mapping[str, Any], stored: Callable[[str], str] = str
 ) -> MappingFile:
     """The mapping with rules for every tensor that a model class wants.
 
     Args:
         config: the target's configuration.
-        names: of the stored tensors, with prefixes; empty where tensors are to be written.
-
-    Raises:
-        EngineError: E207 when the checkpoint lacks a tensor of the class under every prefix.
+        stored: the name in training files, without their prefix.
     """
-    prefix = _prefix(wanted, names) if names else ""
     families = _families(wanted)
     counted = next((f.counts["layer"] for f in families if "layer" in f.counts), None)
-    rules, dims, seen = [], {}, False
+    rules: list[Rule] = []
+    dims: dict[str, int] = {}
+    seen = False
     for family in families:
         dims |= {name: count for name, count in family.counts.items()}
         dims |= {f"n{size}": size for size in family.shape}
         axes = Axes(tuple(map(Axis, _axes(family.shape, dims))))
         seen = seen or "layer" in family.counts
-        source = without_prefix(prefix + family.name, layout)[0] if names else family.name
         rules.append(
             Rule(
                 name=family.name,
-                sources=(source,),
+                sources=(stored(family.name),),
                 axes=axes,
                 targets=(Target(family.name, axes, mapping.place),),
                 place=mapping.place,
@@ -134,12 +149,12 @@ def _families(wanted: Wanted) -> list[_Family]:
     layers = Counter(counts[0] for counts in full.values() if counts)
     layer = layers.most_common(1)[0][0] if layers else None
     families: list[_Family] = []
-    for (text, shape, tied), numbers in listed.items():
+    for (text, shape, tied), every_number in listed.items():
         counts = full[text, shape, tied]
         if counts is None:
-            families += [_Family(_put(text, list(map(str, one))), {}, shape, tied) for one in numbers]
+            families += [_Family(_put(text, [str(number) for number in one]), {}, shape, tied) for one in every_number]
             continue
-        words = [f"i{count}" + "_" * counts[:i].count(count) for i, count in enumerate(counts)]
+        words: list[str] = [f"i{count}" + "_" * counts[:i].count(count) for i, count in enumerate(counts)]
         if counts and counts[0] == layer:
             words[0] = "layer"
         families.append(

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import EngineError
-from engine.planning.as_model import Wanted
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.planning.as_model import Wanted, fit_to_model
+from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
 
@@ -32,6 +35,13 @@ def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
     Raises:
         EngineError: E209 when transformers has no such class, E502 when it refuses the configuration.
     """
+    if not config:
+        raise EngineError(
+            "E204",
+            "what the model needs is told by its configuration, which is not there",
+            expected="config.json beside the weights, or --config",
+            fix="Give the config.json of the model with --config FILE.",
+        )
     found = built(config, "")
     if isinstance(found, str):
         raise EngineError(
@@ -55,6 +65,16 @@ def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
     if isinstance(listed, Mapping):
         tied |= {name: to for name, to in listed.items() if name in shapes and to in shapes}
     return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
+
+
+def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Checkpoint]:
+    """A mapping with its rules, also where these come from the model class of the checkpoint's configuration.
+
+    The checkpoint is then left with what is of the model.
+    """
+    if not mapping.as_model:
+        return mapping, checkpoint
+    return fit_to_model(mapping, layout, wanted_by_class(checkpoint.target_config), checkpoint)
 
 
 def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | str:

@@ -46,13 +46,16 @@ class Report:
         }
 
 
-def read_checkpoint(src: Path | str, layout: Layout, config: Path | str | None = None) -> Checkpoint:
+def read_checkpoint(
+    src: Path | str, layout: Layout, config: Path | str | None = None, *, needed: bool = True
+) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
     Of the payload only a few KiB are read, to see that no file is there twice. Raises EngineError E2xx and E3xx.
 
     Args:
         config: a file of the target's configuration, for what the checkpoint does not say.
+        needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
     """
     from engine.checkpoint.folder import list_folder, read_configuration, read_folder_config, read_headers
     from engine.checkpoint.identity import Claim, check_identities, place_of, saved_as
@@ -64,7 +67,7 @@ def read_checkpoint(src: Path | str, layout: Layout, config: Path | str | None =
     folder = given_path(src, "the checkpoint")
     file = None if config is None else given_path(config, "the configuration")
     target = {} if file is None else read_json(file)
-    read = cache(lambda: read_configuration(folder, layout, file))
+    read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
     grid = read_grid(list_folder(folder, folders_in(layout)), layout, str(folder), read)
     training: dict[str, Any] = {}
     if layout.training_file is not None and layout.training_format is not None:
