@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from fnmatch import translate
-from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
@@ -21,12 +18,13 @@ from engine.formats.sharded_safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.model import Layout, Mode
 from engine.language.names import pattern
+from engine.storage.store import File, Store
 
 _KEPT = 256  # pickles of a folder that are kept while it is read
 _READERS = 4  # threads: indexing waits on storage, not on the processor
 
 
-def list_folder(folder: Path, inside: Sequence[str] = ()) -> list[str]:
+def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
     """File names of a checkpoint folder, sorted; E304/E305 when there is none.
 
     Args:
@@ -34,28 +32,33 @@ def list_folder(folder: Path, inside: Sequence[str] = ()) -> list[str]:
     """
     below = [pattern(text) for text in dict.fromkeys(inside)]
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+        names = [name for name in folder.names() if not name.startswith(".")]
         for name in [n for n in names if any(one.match(n) is not None for one in below)]:
-            if (folder / name).is_dir():
-                names.remove(name)
-                names += (f"{name}/{entry.name}" for entry in os.scandir(folder / name) if entry.name[:1] != ".")
+            try:
+                names += (f"{name}/{one}" for one in folder.names(name) if not one.startswith("."))
+            except NotADirectoryError:
+                continue
+            names.remove(name)
         names.sort()
     except NotADirectoryError:
         raise EngineError(
             "E304",
             "the checkpoint is a file, not a folder",
-            place=Place(str(folder)),
+            place=Place(folder.place()),
             fix="Point --src at the folder that holds the rank files.",
         ) from None
     except FileNotFoundError:
         raise EngineError(
-            "E304", "there is no such checkpoint folder", place=Place(str(folder)), fix="Check the path given to --src."
+            "E304",
+            "there is no such checkpoint folder",
+            place=Place(folder.place()),
+            fix="Check the path given to --src.",
         ) from None
     except OSError as error:
         raise EngineError(
             "E305",
             "the checkpoint folder cannot be read",
-            place=Place(str(folder)),
+            place=Place(folder.place()),
             got=error.strerror,
             fix="Check its permissions.",
         ) from error
@@ -63,7 +66,7 @@ def list_folder(folder: Path, inside: Sequence[str] = ()) -> list[str]:
 
 
 def read_headers(
-    folder: Path, names: Sequence[str], mode: Mode | None = None, skip: Sequence[str] = ()
+    folder: Store, names: Sequence[str], mode: Mode | None = None, skip: Sequence[str] = ()
 ) -> tuple[FileHeader, ...]:
     """Index rank files without reading their payload.
 
@@ -71,9 +74,8 @@ def read_headers(
         mode: says of what format they are; default: files that torch saved.
         skip: names of tensors that are left out, as globs.
     """
-    format = "torch" if mode is None else mode.format
-    found = _FORMATS[format](folder, names, [pattern(text).regex for text in mode.state] if mode else [], _Skip(skip))
-    return found
+    state = [pattern(text).regex for text in mode.state] if mode else []
+    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip))
 
 
 class _Skip:
@@ -86,18 +88,12 @@ class _Skip:
         return self._regex is None or self._regex.match(name) is None
 
 
-def _torch(folder: Path, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip) -> tuple[FileHeader, ...]:
+def _torch(folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip) -> tuple[FileHeader, ...]:
     """Files that torch saved, a few at a time."""
     load = _Pickles()
 
     def read(name: str) -> FileHeader:
-        try:
-            return read_rank_file(folder / name, load, state).only(wanted)
-        except EngineError as error:
-            if error.place is None or error.place.file == name or "/" not in name:
-                raise
-            error.place = replace(error.place, file=name)
-            raise
+        return read_rank_file(File(folder, name), load, state).only(wanted)
 
     if len(names) == 1:
         return (read(names[0]),)
@@ -105,11 +101,11 @@ def _torch(folder: Path, names: Sequence[str], state: list[re.Pattern[str]], wan
         return tuple(pool.map(read, names))
 
 
-def _dcp(folder: Path, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
+def _dcp(folder: Store, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
     return read_dcp(folder, names, wanted)
 
 
-def _safetensors(folder: Path, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
+def _safetensors(folder: Store, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
     return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
 
 
@@ -137,13 +133,12 @@ class _Pickles:
 
 
 def read_configuration(
-    folder: Path, layout: Layout, given: Path | None = None, *, needed: bool = True
+    folder: Store, layout: Layout, given: File | None = None, *, needed: bool = True
 ) -> dict[str, Any]:
     """The model's configuration, from the first of the layout's places that is there.
 
     Args:
         given: a file of the target's configuration; it goes before all places of a layout whose configuration that is.
-
         needed: without it, one that frameworks do not save may be absent and is then empty.
 
     Raises:
@@ -152,10 +147,11 @@ def read_configuration(
     if given is not None and layout.config_of_target:
         return read_config(given, "json")
     for place in layout.configs:
-        if not os.path.lexists(folder / place.file):
+        file = File(folder, place.file)
+        if not file.exists:
             continue
         if place.format != "dcp":
-            value: Any = read_config(folder / place.file, place.format)
+            value: Any = read_config(file, place.format)
             keys = place.key.split(".") if place.key is not None else []
         else:
             name, _, inside = (place.key or "").partition(":")
@@ -171,7 +167,7 @@ def read_configuration(
     raise EngineError(
         "E304",
         f"`{layout.config_file}` is missing",
-        place=Place(str(folder)),
+        place=Place(folder.place()),
         expected=f"the model's configuration beside the weights, in {places}"
         if len(layout.configs) > 1
         else "the model's configuration beside the rank files",
@@ -202,17 +198,17 @@ def _below(value: Any, keys: Sequence[str], file: str) -> dict[str, Any]:
     return value
 
 
-def read_folder_config(folder: Path, name: str, format: str, *, required: bool) -> dict[str, Any]:
+def read_folder_config(folder: Store, name: str, format: str, *, required: bool) -> dict[str, Any]:
     """A configuration file of the folder; an empty mapping when it may be absent and is."""
-    path = folder / name
-    if not os.path.lexists(path):
+    file = File(folder, name)
+    if not file.exists:
         if required:
             raise EngineError(
                 "E304",
                 f"`{name}` is missing",
-                place=Place(str(folder)),
+                place=Place(folder.place()),
                 expected="the model's configuration beside the rank files",
                 fix="Copy it from the training run; sizes are checked against it.",
             )
         return {}
-    return read_config(path, format)
+    return read_config(file, format)

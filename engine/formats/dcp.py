@@ -8,13 +8,11 @@ thing in it, and the pickle the first. Where the payload begins is nowhere fixed
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
@@ -24,7 +22,7 @@ from engine.formats.rank_files import tensor_header
 from engine.formats.sharded_safetensors import read_boxes
 from engine.formats.standins import Tensor
 from engine.formats.unpickle import damaged, load_pickle
-from engine.storage.regular import FileState, open_regular
+from engine.storage.store import File, OpenFile, Store
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -36,7 +34,7 @@ Load = Callable[[bytes, str], Any]
 
 
 def read_dcp(
-    folder: Path, names: Sequence[str], wanted: Callable[[str], bool] = lambda _: True
+    folder: Store, names: Sequence[str], wanted: Callable[[str], bool] = lambda _: True
 ) -> tuple[FileHeader, ...]:
     """Index the `.distcp` files of a folder.
 
@@ -54,21 +52,21 @@ def read_dcp(
         raise EngineError(
             "E201",
             f"`{missing[0]}` is missing" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            place=Place(str(folder)),
+            place=Place(folder.place()),
             got=f"{len(names)} files",
             expected=f"{len(directory.files())} files that {DIRECTORY} names",
             fix="Copy it from the training run; every file holds other parts of the tensors.",
         )
     by_file = {name: list(entries) for name, entries in groupby(directory.entries, lambda e: e.file)}
     load = _Pickles()
-    return tuple(_read_file(folder / name, by_file.get(name, []), wanted, load, directory) for name in names)
+    return tuple(_read_file(File(folder, name), by_file.get(name, []), wanted, load, directory) for name in names)
 
 
-def read_dcp_value(folder: Path, name: str) -> Any:
+def read_dcp_value(folder: Store, name: str) -> Any:
     """A Python object of the checkpoint, with inert stand-ins; KeyError when there is none of that name."""
     file, offset, length = read_dcp_directory(folder).values[name]
-    with open_regular(folder / file) as opened:
-        entry = _Small(opened.fileno(), offset, length, file, os.fstat(opened.fileno()).st_size)
+    with folder.open(file) as opened:
+        entry = _Small(opened, offset, length, file)
         return load_pickle(entry.pickle(), file)
 
 
@@ -88,28 +86,27 @@ class _Pickles:
 
 
 def _read_file(
-    path: Path, entries: list[Entry], wanted: Callable[[str], bool], load: Load, directory: Directory
+    where: File, entries: list[Entry], wanted: Callable[[str], bool], load: Load, directory: Directory
 ) -> FileHeader:
-    with open_regular(path) as file:
-        descriptor = file.fileno()
-        state = FileState.of(os.fstat(descriptor))
-        if entries and os.pread(descriptor, 4, 0)[:4] != b"PK\x03\x04":
-            return _plain_safetensors(path, entries, wanted)
+    with where.open() as file:
+        state = file.state
+        if entries and file.read(9)[8:] == b"{":
+            return _plain_safetensors(where, entries, wanted)
         digest = hashlib.sha256(struct.pack("<Q", state.size) + directory.identity.encode())
         tensors: list[TensorHeader] = []
         end, summed = 0, True
         for entry in entries:
             if entry.offset < end:
-                raise damaged(path.name, f"it begins at byte {entry.offset}, the one before ends at {end}", entry.name)
+                raise damaged(where.name, f"it begins at byte {entry.offset}, the one before ends at {end}", entry.name)
             end = entry.offset + entry.length
             if not wanted(entry.name):
                 continue
-            small = _Small(descriptor, entry.offset, entry.length, path.name, state.size)
+            small = _Small(file, entry.offset, entry.length, where.name)
             tensors.append(_tensor(small, entry, load))
             digest.update(small.central)
             summed &= small.summed
     left = tuple(entry.name for entry in entries if not wanted(entry.name))
-    return FileHeader(path, state.size, tuple(tensors), digest.hexdigest(), summed, state, left=left)
+    return FileHeader(where, state.size, tuple(tensors), digest.hexdigest(), summed, state, left=left)
 
 
 def _tensor(small: _Small, entry: Entry, load: Load) -> TensorHeader:
@@ -134,15 +131,16 @@ class _Small:
     """A torch file inside a file: its directory and pickle, read from its two ends, distrusting all of it.
 
     Args:
-        end: size of the file that it lies in.
+        file: what it lies in; `name` is for people.
     """
 
-    def __init__(self, descriptor: int, offset: int, length: int, name: str, end: int) -> None:
+    def __init__(self, file: OpenFile, offset: int, length: int, name: str) -> None:
         self.name, self.offset, self.length = name, offset, length
-        self._descriptor = descriptor
-        if length < 22 or offset + length > end:
-            raise damaged(name, f"an entry of bytes {offset} to {offset + length} in a file of {end}")
-        self._head = os.pread(descriptor, min(length, _HEAD), offset)
+        self._file = file
+        if length < 22 or offset + length > file.state.size:
+            raise damaged(name, f"an entry of bytes {offset} to {offset + length} in a file of {file.state.size}")
+        self._head = b""
+        self._head = self._read(0, min(length, _HEAD))
         self.central, self._members = self._directory()
         self.summed = all(crc for _, size, crc in self._members.values() if size)
         roots = [
@@ -184,7 +182,8 @@ class _Small:
             return self._head[at : at + size]
         if at + size > self.length or size > 1 << 26:
             raise self._damaged(f"bytes {at} to {at + size} of {self.length}")
-        data = os.pread(self._descriptor, size, self.offset + at)
+        self._file.seek(self.offset + at)
+        data = self._file.read(size)
         if len(data) != size:
             raise self._damaged(f"bytes {at} to {at + size} cannot be read")
         return data
@@ -253,18 +252,18 @@ def _wide(extra: bytes, size: int, offset: int) -> tuple[int, int]:
     return offset, size
 
 
-def _plain_safetensors(path: Path, entries: list[Entry], wanted: Callable[[str], bool]) -> FileHeader:
+def _plain_safetensors(where: File, entries: list[Entry], wanted: Callable[[str], bool]) -> FileHeader:
     """A file that was saved as safetensors: its own header counts, and offsets in the directory are not set."""
-    header = read_boxes(path)
+    header = read_boxes(where)
     listed = {(e.name, e.starts): e for e in entries}
     tensors: list[TensorHeader] = []
     for tensor in header.tensors:
         starts = tensor.part.starts if tensor.part is not None else (0,) * len(tensor.shape)
         entry = listed.pop((tensor.name, starts), None)
         if entry is None or entry.shape != tensor.shape or entry.dtype != tensor.dtype:
-            raise damaged(path.name, f"a box at {starts} of shape {tensor.shape}, unlike its directory", tensor.name)
+            raise damaged(where.name, f"a box at {starts} of shape {tensor.shape}, unlike its directory", tensor.name)
         if wanted(tensor.name):
             tensors.append(replace(tensor, part=Part(starts, entry.whole)))
     if listed:
-        raise damaged(path.name, "its directory has a tensor that it does not hold", next(iter(listed))[0])
+        raise damaged(where.name, "its directory has a tensor that it does not hold", next(iter(listed))[0])
     return replace(header, tensors=tuple(tensors))

@@ -8,16 +8,14 @@ torch, and Megatron adds some: those that are not needed here are not looked at.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.standins import DTYPES, DType, Refused, attributes, ints
 from engine.formats.unpickle import damaged, error_of, load_pickle
-from engine.storage.regular import open_regular
+from engine.storage.store import File, Store
 
 DIRECTORY = ".metadata"
 _MOST_BYTES = 1 << 30  # of a pickle that is read whole; ten thousand ranks' save is a tenth of it
@@ -62,17 +60,17 @@ class Directory:
         return tuple(sorted({e.file for e in self.entries} | {file for file, _, _ in self.values.values()}))
 
 
-def read_dcp_directory(folder: Path) -> Directory:
+def read_dcp_directory(folder: Store) -> Directory:
     """Read `.metadata` without its payload, and without torch.
 
     Raises:
         EngineError: E201 when there is none, E301 damaged or not of torch's form, E302 when it asks to run code,
             E303 for entries that are transformed, E305 unreadable.
     """
-    path = folder / DIRECTORY
-    if not os.path.lexists(path):
+    where = File(folder, DIRECTORY)
+    if not where.exists:
         raise unfinished(folder)
-    with open_regular(path) as file:
+    with where.open() as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
         raise damaged(DIRECTORY, f"more than {_MOST_BYTES} bytes")
@@ -83,12 +81,12 @@ def read_dcp_directory(folder: Path) -> Directory:
         raise error_of(refused, DIRECTORY) from None
 
 
-def unfinished(folder: Path) -> EngineError:
+def unfinished(folder: Store) -> EngineError:
     """E201: the directory is written last, so that the save was not finished."""
     return EngineError(
         "E201",
         "`.metadata` is missing: the checkpoint was not saved to its end",
-        place=Place(str(folder)),
+        place=Place(folder.place()),
         got="files of ranks without the directory that says what they hold",
         expected="`.metadata`, which is written last",
         fix="Take the step before, or copy the folder again with its hidden files.",

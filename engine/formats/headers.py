@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 
-from engine.storage.regular import FileState
+from engine.storage.store import File, State
 
 FLOATS = ("BF16", "F16", "F32", "F64")  # element types of weights, by their safetensors names
 
@@ -79,15 +78,15 @@ class FileHeader:
         summed: whether that part holds a checksum of every tensor's bytes, so that equal identities mean
             equal content. Safetensors have none, nor files from before the zip format; torch may leave them out.
         left: names of tensors in it that are not of the model, and were not looked at.
-        state: what the system told of the file when it was indexed; None for one that is no file.
+        state: what the store told of the file when it was indexed; None for one that is no file.
     """
 
-    path: Path
+    file: File
     size: int
     tensors: tuple[TensorHeader, ...]
     identity: str
     summed: bool = False
-    state: FileState | None = None
+    state: State | None = None
     root: str | None = None  # the folder inside a torch zip: the name it was saved under
     left: tuple[str, ...] = ()
 
@@ -95,3 +94,7 @@ class FileHeader:
         """The header without tensors that are not wanted, by name; these are `left`."""
         left = tuple(t.name for t in self.tensors if not wanted(t.name))
         return replace(self, tensors=tuple(t for t in self.tensors if wanted(t.name)), left=(*self.left, *left))
+
+    @property
+    def name(self) -> str:
+        return self.file.name
