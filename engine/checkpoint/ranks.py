@@ -48,7 +48,12 @@ class RankGrid:
 
 
 def rank_dims(file: FilePattern) -> tuple[str, ...]:
-    """The placeholders of a file pattern that are rank dimensions: not `{number}`, not an expert."""
+    """The placeholders of a file pattern that are rank dimensions: not `{number}`, not an expert.
+
+    None are where tensors record their boxes: nothing follows from such a file's name.
+    """
+    if file.boxes:
+        return ()
     cut = {dim for cuts in file.cuts.values() for dim in cuts}
     names = pattern(file.name).placeholders
     return tuple(n for n in names if file.number is None or n in cut)
@@ -101,7 +106,8 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
     main = [f for f in files if f.pattern is mode.files[0]]
     sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
     grid = RankGrid(mode, sizes, _ordered(files), skipped, unknown)
-    _complete(grid, folder)
+    if not mode.files[0].boxes:  # else the boxes tell what is missing
+        _complete(grid, folder)
     return grid
 
 

@@ -188,7 +188,7 @@ class ShardReader:
                 "E301", f"{len(shards)} local shards on rank {rank} of a tensor cut over {len(ends[0])} ranks"
             )
         tensor = _local(shards[0], start, (end - start, *whole[1:]), sharded.empty.dtype) if shards else None
-        return tensor, sharded.empty.dtype, Part(start, whole)
+        return tensor, sharded.empty.dtype, Part((start, *(0,) * (len(whole) - 1)), whole)
 
     def _ends(self, listed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where each rank's rows end, and the other dimensions; rows follow each other in the order of ranks."""

@@ -95,7 +95,7 @@ def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any])
     number = body.get("number")
     return FilePattern(
         body["name"],
-        body["cuts"],
+        body.get("cuts") or {},
         None
         if ranks is None
         else RankMap(
@@ -104,4 +104,5 @@ def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any])
         ),
         None if number is None else expression(document, (*path, "number"), number),
         document.place(*path),
+        body.get("boxes") == "recorded",
     )

@@ -144,7 +144,9 @@ class RankMap:
 class FilePattern:
     """One kind of weight file.
 
-    `cuts` is stage class → rank dimension → `split`, `rows`, `recorded`, `runtime` or an axis.
+    Attributes:
+        cuts: stage class → rank dimension → `split`, `rows`, `recorded`, `runtime` or an axis.
+        boxes: each tensor records which box it is of a larger one; ranks, if names have any, say nothing.
     """
 
     name: str
@@ -152,6 +154,7 @@ class FilePattern:
     ranks: RankMap | None
     number: Expression | None
     place: Place
+    boxes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,8 @@ def understand(
         check_repeated(attempt, checkpoint)
         raise size_error(attempt.sizes.contradictions[0])
     used = tuple(used_instances(attempt))
+    if not stages.layers and len(stages.counts) == 1:  # no name has a layer's number: tensors stack them
+        stages = Stages(stages.starts, dict.fromkeys(stages.counts, attempt.sizes.values().get("layer", 0)), 1)
     all_names = {**attempt.names, **attempt.sizes.values()}
     return Understood(attempt, used, match_pieces(used), stages, matches, options, all_names, read.noted)
 

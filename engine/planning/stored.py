@@ -52,7 +52,7 @@ class Instance:
 
     @property
     def stage_class(self) -> str:
-        return "layers" if "layer" in self.sources[0].placeholders else str(self.rule.stage)
+        return "layers" if self.rule.stage is None else self.rule.stage
 
 
 def instances(mapping: MappingFile) -> tuple[Instance, ...]:
