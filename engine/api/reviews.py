@@ -14,7 +14,7 @@ from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
 
 if TYPE_CHECKING:
-    from engine.comparing.tensors import Comparison
+    from engine.comparing.comparison import Comparison
     from engine.comparing.verify import Verified
     from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
@@ -99,9 +99,9 @@ def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], 
         EngineError: E2xx and E3xx when either cannot be read.
     """
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+    from engine.comparing.comparison import Comparison
     from engine.comparing.diagnoses import diagnose
-    from engine.comparing.tensors import Comparison, compare_files
-    from engine.discover.guesses import geometries
+    from engine.comparing.tensors import compare_files
     from engine.run.meter import Meter
     from engine.storage.places import found_at
 
@@ -110,7 +110,7 @@ def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], 
     configs = [read_hf_config(one) for one in places]
     meter = Meter(sum(tensor.nbytes for file in ours for tensor in file.tensors), progress)
     verdicts = compare_files(ours, theirs, configs, meter.advance)
-    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts, heads_known=bool(geometries(configs))))
+    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts))
 
 
 def format_mapping(text: str) -> str:
