@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
 
 if TYPE_CHECKING:
-    from engine.comparing.tensors import Comparison
+    from engine.comparing.comparison import Comparison
     from engine.comparing.verify import Verified
     from engine.discover.fits import Fit
     from engine.discover.inspect import Inspection
@@ -36,6 +37,7 @@ def explain(
     src: str | Path = ".",
     *,
     backward: bool = False,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
 ) -> Explanation:
@@ -52,11 +54,11 @@ def explain(
     from engine.explaining.sources import explain_source
     from engine.explaining.targets import explain as forward
 
-    compiled = plan(mapping, src, settings=settings, dtype=dtype)
+    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
-def inspect(src: str | Path = ".", *, every: bool = False) -> Inspection:
+def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: bool = False) -> Inspection:
     """What a folder is: a training checkpoint, a Hugging Face checkpoint, or a folder of steps.
 
     Reads headers only. Of a training checkpoint it tells layout, ranks and sizes, and which mappings fit.
@@ -65,6 +67,7 @@ def inspect(src: str | Path = ".", *, every: bool = False) -> Inspection:
     'internlm-7b'
 
     Args:
+        config: as for `convert`.
         every: look at every step of a folder of steps; else at the newest 20.
 
     Raises:
@@ -72,10 +75,10 @@ def inspect(src: str | Path = ".", *, every: bool = False) -> Inspection:
     """
     from engine.discover.inspect import inspect as look
 
-    return look(src, read_checkpoint, every=every)
+    return look(src, partial(read_checkpoint, config=config, needed=False), every=every)
 
 
-def find_mapping(src: str | Path = ".") -> Fit:
+def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:
     """The only bundled mapping that fits a training checkpoint.
 
     Raises:
@@ -83,7 +86,7 @@ def find_mapping(src: str | Path = ".") -> Fit:
     """
     from engine.discover.inspect import choose, describe_training, read_any
 
-    layout, checkpoint = read_any(src, read_checkpoint)
+    layout, checkpoint = read_any(src, partial(read_checkpoint, config=config, needed=False))
     return choose(describe_training(checkpoint, layout))
 
 
@@ -106,9 +109,9 @@ def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], 
         EngineError: E2xx and E3xx when either cannot be read.
     """
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+    from engine.comparing.comparison import Comparison
     from engine.comparing.diagnoses import diagnose
-    from engine.comparing.tensors import Comparison, compare_files
-    from engine.discover.guesses import geometries
+    from engine.comparing.tensors import compare_files
     from engine.run.meter import Meter
     from engine.storage.places import found_at
 
@@ -117,7 +120,7 @@ def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], 
     configs = [read_hf_config(one) for one in places]
     meter = Meter(sum(tensor.nbytes for file in ours for tensor in file.tensors), progress)
     verdicts = compare_files(ours, theirs, configs, meter.advance)
-    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts, heads_known=bool(geometries(configs))))
+    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts))
 
 
 def format_mapping(text: str) -> str:
@@ -203,6 +206,7 @@ def verify(
     *,
     src: str | Path | None = None,
     mapping: str | Path | MappingFile | None = None,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     sample: str | None = None,
@@ -214,6 +218,7 @@ def verify(
     Args:
         src: the training checkpoint it was made from.
         mapping: plan again with this mapping, and compare every tensor with what `src` gives.
+        config: as for `convert`.
         settings: variants and options, as `--set` gives them.
         dtype: as for `convert`; default: what the manifest says, else `auto`.
         sample: compare some blocks of each tensor only: a share like `5%`, or a number like `8`.
@@ -232,7 +237,7 @@ def verify(
     written = store_at(out, "the output")
     compiled = None
     if src is not None and mapping is not None:
-        compiled = plan(mapping, src, settings=settings, dtype=dtype or written_dtype(written))
+        compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
     source = Path(src) if src is not None and logits else None
     return verify_output(written, Asked(compiled, sample, load, source, settings or {}), progress)
 
@@ -251,6 +256,7 @@ def view(
     src: str | Path,
     out: str | Path,
     *,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -267,7 +273,8 @@ def view(
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), file, overwrite=overwrite)
+    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
+    return write_page(view_page(compiled), file, overwrite=overwrite)
 
 
 def new_mapping(

@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     from engine.run.execute import Report
 
 
-def write(as_json: bool, command: str, quiet: bool, log_file: str | None, next_step: str = "", **asked: Any) -> None:
+def write(
+    as_json: bool,
+    command: str,
+    quiet: bool,
+    log_file: str | None,
+    then: Callable[[str], str] = lambda out: f"engine inspect {out}",
+    **asked: Any,
+) -> None:
     """Run an API function that writes a checkpoint, with progress and a log, and say what it did.
 
     Args:
-        next_step: what to do with the output, `{out}` in it being its path.
+        then: what to do next with an output, by its path.
     """
     from engine import api
     from engine.commands import progress
@@ -46,7 +53,7 @@ def write(as_json: bool, command: str, quiet: bool, log_file: str | None, next_s
     if as_json:
         answer(True, report.as_dict(), str)
     elif not quiet:
-        say(render.report(report) + next_step.format(out=shlex.quote(str(report.out))))
+        say(f"{render.report(report)}\nnext: {then(shlex.quote(str(report.out)))}")
 
 
 @click.command()
@@ -72,7 +79,9 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     if saved is not None:
         write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
         return
-    options["mapping"] = chosen(options["mapping"], options["src"], quiet=options["quiet"] or as_json)
+    options["mapping"] = chosen(
+        options["mapping"], options["src"], options["config"], quiet=options["quiet"] or as_json
+    )
     same = " ".join(
         [f"--mapping {shlex.quote(options['mapping'])} --src {shlex.quote(options['src'])}"]
         + [shlex.quote(f"--set={name}={value}") for name, value in options["settings"].items()]
@@ -80,8 +89,10 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     write(
         as_json,
         "run",
-        next_step=f"\nnext: engine verify {{out}} {same}   (every tensor against the checkpoint)"
-        "\n      hf upload ORG/NAME {out}   (publishes it)",
+        then=lambda out: (
+            f"engine verify {out}{same}   (every tensor against the checkpoint)\n"
+            f"      hf upload ORG/NAME {out}   (publishes it)"
+        ),
         **options,
     )
 
@@ -102,7 +113,7 @@ def plan(as_json: bool, /, mapping: str | None, src: str, out: str | None, overw
     from engine import api
     from engine.show import render
 
-    mapping = chosen(mapping, src, quiet=as_json)
+    mapping = chosen(mapping, src, options["config"], quiet=as_json)
     if out is None:
         made = api.plan(mapping, src, **options)
     else:
@@ -126,7 +137,7 @@ def reverse(as_json: bool, /, **options: Any) -> None:
       engine reverse -m internlm2-7b -s hf -o ranks --tp 4 --pp 2
       engine reverse -m internlm2-7b -s hf -o ranks --like ckpt/20000
     """
-    write(as_json, "reverse", next_step="\nnext: engine inspect {out}", **options)
+    write(as_json, "reverse", **options)
 
 
 @click.command()
@@ -143,7 +154,7 @@ def reshard(as_json: bool, /, **options: Any) -> None:
     Example:
       engine reshard -m internlm2-7b -s ckpt/20000 -o tp6 --tp 6
     """
-    write(as_json, "reshard", next_step="\nnext: engine inspect {out}", **options)
+    write(as_json, "reshard", **options)
 
 
 @click.command()

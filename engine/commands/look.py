@@ -16,8 +16,9 @@ from engine.commands.say import answer, say
 @click.command()
 @click.argument("folder", metavar="DIR", default=".", shell_complete=folders)
 @click.option("--all", "every", is_flag=True, help="Say why each other mapping does not fit; look at every step.")
+@asks("config")
 @reports_errors
-def inspect(as_json: bool, /, folder: str, every: bool) -> None:
+def inspect(as_json: bool, /, folder: str, every: bool, config: str | None) -> None:
     """Say what a folder is, and which mappings fit.
 
     DIR is a training checkpoint, a Hugging Face checkpoint or a folder of steps.
@@ -29,7 +30,7 @@ def inspect(as_json: bool, /, folder: str, every: bool) -> None:
     from engine import api
     from engine.show.render_inspect import inspection
 
-    found = api.inspect(folder, every=every)
+    found = api.inspect(folder, config, every=every)
     answer(as_json, found.as_dict(), lambda: inspection(found, every=every))
 
 
@@ -72,7 +73,7 @@ def explain(
         text = api.explain_code(what)
         answer(as_json, {"code": what, "text": text}, lambda: text)
         return
-    mapping = chosen(mapping, src, quiet=as_json)
+    mapping = chosen(mapping, src, options["config"], quiet=as_json)
     told = api.explain(what or source or "", mapping, src, backward=source is not None, **options).as_dict()
     answer(as_json, told, lambda: render_explain.explanation(told))
 
@@ -90,7 +91,7 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
     from engine.show.screenshot import is_picture, screenshot
     from engine.storage.replacing import check_file_free, given_path
 
-    mapping = chosen(mapping, src, quiet=as_json)
+    mapping = chosen(mapping, src, options["config"], quiet=as_json)
     if png is not None:
         check_file_free(given_path(png, "the picture"), options["overwrite"], is_picture)
     done = api.view(mapping, src, out, **options)

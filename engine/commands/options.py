@@ -217,19 +217,19 @@ def only_plan(ctx: click.Context, saved: str | None) -> None:
         raise click.UsageError(f"--plan says all of {given[0].opts[0]} already; give one or the other", ctx)
 
 
-def chosen(mapping: str | None, src: str, *, quiet: bool = False) -> str:
+def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: bool = False) -> str:
     """The mapping that was given, else the only one that fits, which is told; E003 where none or several fit."""
     if mapping is not None:
         return mapping
     from engine import api
 
-    fit = api.find_mapping(src)
+    fit = api.find_mapping(src, config)
     if not quiet:
         say(f"using mapping {fit.name}, the only one that fits: {fit.description}", err=True)
     return fit.name
 
 
-EXPLAINED = ("mapping", "src", "settings", "dtype")
+EXPLAINED = ("mapping", "src", "config", "settings", "dtype")
 SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already says
 _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source")
 
@@ -237,7 +237,7 @@ _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_so
 def rank_options(command: Command) -> Command:
     """How `reverse` and `reshard` cut the model."""
     sizes = (("tp", "Tensor-parallel ranks."), ("pp", "Pipeline ranks."), ("wp", "Weight-parallel ranks, in mode isp."))
-    command = asks("chunks", "mode", "like", "settings", "dtype")(command)
+    command = asks("chunks", "mode", "like", "config", "settings", "dtype")(command)
     for name, told in reversed(sizes):
         command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
     command = click.option(
@@ -258,7 +258,7 @@ def verifying_options(command: Command) -> Command:
     for option in reversed(
         (
             asks("src", src="The training checkpoint it was made from."),
-            asks("mapping", "settings", mapping="Compare every tensor with what this mapping makes of --src."),
+            asks("mapping", "config", "settings", mapping="Compare tensors with what this mapping makes of --src."),
             asks("dtype", dtype="Element type that was asked for.  [default: as in the manifest]"),
             click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
             click.option("--load", is_flag=True,

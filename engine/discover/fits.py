@@ -13,6 +13,7 @@ from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
+from engine.proving.meta_model import fitted
 
 # What a mapping says that no tensor tells: of two that differ in these alone, both fit.
 _NO_TENSORS = ("name", "version", "description", "extends", "expect", "generation", "chat_template", "tokenizer")
@@ -76,7 +77,8 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
 
 def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan | EngineError:
     try:
-        return make_plan(replace(mapping, expect={}), layout, checkpoint, settings={})
+        mapping, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
+        return make_plan(mapping, layout, checkpoint, settings={})
     except EngineError as error:
         return error
 

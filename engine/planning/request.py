@@ -84,6 +84,7 @@ class Request:
     Attributes:
         mapping: a path, the name of a bundled mapping, or a loaded one.
         src: the folder of the checkpoint that is read.
+        config: a file with the target's configuration, for what the checkpoint does not say.
         settings: variants and options of the mapping or its layout, as `--set` gives them.
         dtype: one of `DTYPES`, a short form like `bf16`, or a torch dtype; `auto` keeps each tensor's own type.
         max_shard_size: bytes of tensors per output file of a Hugging Face checkpoint, or text like `5GB`.
@@ -107,6 +108,12 @@ class Request:
     )
     src: str | Path = field(
         default=".", metadata=option("The checkpoint folder.", flags="--src -s", metavar="DIR", shown="current folder")
+    )
+    config: str | Path | None = field(
+        default=None,
+        metadata=option(
+            "The target's config.json, for frameworks that save none, and what theirs leaves open.", metavar="FILE"
+        ),
     )
     settings: Mapping[str, Any] = field(
         default_factory=dict,
@@ -150,6 +157,7 @@ class PlanOptions(TypedDict, total=False):
     """Keywords of whatever makes a plan."""
 
     settings: Mapping[str, Any] | None
+    config: str | Path | None
     dtype: str
 
 

@@ -151,7 +151,7 @@ def fit(text: str, width: int | None) -> str:
 
 def _fit_line(line: str, width: int) -> list[str]:
     plain = _STYLE.sub("", line)
-    if len(plain) <= width or plain.lstrip().startswith(("next: ", "$ ")):
+    if len(plain) <= width or plain.lstrip().startswith(("next: ", "$ ", "hf upload ")):
         return [line]
     found = _HANGING.match(plain)
     indent = min(found.end() if found else 0, width // 3)

@@ -215,6 +215,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {
         "mapping": "m.yaml",
         "src": ".",
+        "config": None,
         "out": None,
         "settings": {"a": 1, "b": "x"},
         "dtype": "float32",
