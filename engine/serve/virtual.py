@@ -14,7 +14,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 from engine.formats.safetensors import INDEX, index_json
@@ -146,7 +146,7 @@ class VirtualFolder(Mapping[str, VirtualFile]):
 
 def identity_of(plan: Plan) -> str:
     """A digest of everything that the bytes of a run depend on; source files without checksums count by their state."""
-    states = [(f.path.name, astuple(f.state)) for f in plan.files if not f.summed and f.state is not None]
+    states = [(f.name, f.state.told()) for f in plan.files if not f.summed and f.state is not None]
     return _short(work_of(plan), states)
 
 
