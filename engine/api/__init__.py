@@ -16,6 +16,7 @@ from engine.api.reviews import (
     write_facts,
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
+from engine.api.serving import open, virtual
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
@@ -37,6 +38,7 @@ __all__ = [
     "load_mapping",
     "new_mapping",
     "load_plan",
+    "open",
     "plan",
     "plan_reshard",
     "plan_reverse",
@@ -48,5 +50,6 @@ __all__ = [
     "save_plan",
     "verify",
     "view",
+    "virtual",
     "write_facts",
 ]

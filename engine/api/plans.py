@@ -11,6 +11,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.planning.request import RankOptions, Request, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
+from engine.storage.places import found_at
 from engine.storage.replacing import check_file_free, given_path
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def read_whole(src: str | Path) -> WholeCheckpoint:
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
     from engine.planning.backward import WholeCheckpoint
 
-    folder = given_path(src, "the checkpoint")
+    folder = found_at(src, "the checkpoint")
     checkpoint = WholeCheckpoint(str(src), read_hf_folder(folder), read_hf_config(folder))
     if not checkpoint.config:
         raise EngineError(

@@ -14,7 +14,7 @@ from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
 
 if TYPE_CHECKING:
-    from engine.comparing.tensors import Comparison
+    from engine.comparing.comparison import Comparison
     from engine.comparing.verify import Verified
     from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
@@ -95,17 +95,18 @@ def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], 
         EngineError: E2xx and E3xx when either cannot be read.
     """
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+    from engine.comparing.comparison import Comparison
     from engine.comparing.diagnoses import diagnose
-    from engine.comparing.tensors import Comparison, compare_files
-    from engine.discover.guesses import geometries
+    from engine.comparing.tensors import compare_files
     from engine.run.meter import Meter
+    from engine.storage.places import found_at
 
-    paths = Path(out), Path(ref)
-    ours, theirs = (read_hf_folder(path) for path in paths)
-    configs = [read_hf_config(path) for path in paths]
+    places = [found_at(one, "the checkpoint") for one in (out, ref)]
+    ours, theirs = (read_hf_folder(one) for one in places)
+    configs = [read_hf_config(one) for one in places]
     meter = Meter(sum(tensor.nbytes for file in ours for tensor in file.tensors), progress)
     verdicts = compare_files(ours, theirs, configs, meter.advance)
-    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts, heads_known=bool(geometries(configs))))
+    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts))
 
 
 def format_mapping(text: str) -> str:
@@ -152,14 +153,15 @@ def verify(
             for arguments that do not go together, E2xx and E3xx when either side cannot be read.
     """
     from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
+    from engine.storage.places import store_at
 
     check_asked(src is not None, mapping is not None, logits, sample is not None)
-
+    written = store_at(out, "the output")
     compiled = None
     if src is not None and mapping is not None:
-        compiled = plan(mapping, src, settings=settings, dtype=dtype or written_dtype(Path(out)))
+        compiled = plan(mapping, src, settings=settings, dtype=dtype or written_dtype(written))
     source = Path(src) if src is not None and logits else None
-    return verify_output(Path(out), Asked(compiled, sample, load, source, settings or {}), progress)
+    return verify_output(written, Asked(compiled, sample, load, source, settings or {}), progress)
 
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
-from engine.storage.regular import FileState
+from engine.storage.store import File, State
 
 FLOATS = ("BF16", "F16", "F32", "F64")  # element types of weights, by their safetensors names
 
@@ -77,13 +76,17 @@ class FileHeader:
             header); it costs no payload read.
         summed: whether that part holds a checksum of every tensor's bytes, so that equal identities mean
             equal content. Safetensors have none, nor files from before the zip format; torch may leave them out.
-        state: what the system told of the file when it was indexed; None for one that is no file.
+        state: what the store told of the file when it was indexed; None for one that is no file.
     """
 
-    path: Path
+    file: File
     size: int
     tensors: tuple[TensorHeader, ...]
     identity: str
     summed: bool = False
-    state: FileState | None = None
+    state: State | None = None
     root: str | None = None  # the folder inside a torch zip: the name it was saved under
+
+    @property
+    def name(self) -> str:
+        return self.file.name

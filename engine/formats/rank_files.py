@@ -7,11 +7,9 @@ shape and strides. Files from before the zip format hold the same in a sequence 
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.errors import EngineError, Place
@@ -21,7 +19,7 @@ from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Refused, Storage, Tensor
 from engine.formats.unpickle import MAX_PICKLE, damaged, error_of, load_pickle
 from engine.formats.zipdir import read_directory
-from engine.storage.regular import FileState, open_regular
+from engine.storage.store import File, OpenFile
 
 LoadPickle = Callable[[bytes, str], Any]
 
@@ -44,7 +42,7 @@ class Saved:
     root: str | None = None
 
 
-def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
+def read_rank_file(where: File, load: LoadPickle = load_pickle) -> FileHeader:
     """Index one rank file.
 
     Args:
@@ -54,30 +52,30 @@ def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
         EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
             E305 unreadable.
     """
-    with open_regular(path) as file:
-        state = FileState.of(os.fstat(file.fileno()))
+    with where.open() as file:
+        state = file.state
         size = state.size
-        saved = read_torch_file(file, path.name, size, load)
+        saved = read_torch_file(file, where.name, load)
     value = saved.value
     if not isinstance(value, Mapping):
-        raise _not_a_state_dict(path.name, type(value).__name__)
+        raise _not_a_state_dict(where.name, type(value).__name__)
     for name in value:
         if not isinstance(name, str) or not _is_text(name):
-            raise damaged(path.name, f"a key is not text: {name!r}"[:100])
-    tensors = tuple(_headers(value, saved.payload, path.name))
+            raise damaged(where.name, f"a key is not text: {name!r}"[:100])
+    tensors = tuple(_headers(value, saved.payload, where.name))
     if not tensors:
-        raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
+        raise _not_a_state_dict(where.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
     for tensor in tensors:  # strides of zero can claim any size
         if tensor.nbytes > size:
             raise EngineError(
                 "E303",
                 f"`{tensor.name}` repeats its elements",
-                place=Place(path.name, tensor=tensor.name),
+                place=Place(where.name, tensor=tensor.name),
                 got=f"{tensor.nbytes} bytes in a file of {size}",
                 expected="each element stored once",
                 fix="Save it again after `contiguous()`.",
             )
-    return FileHeader(path, size, tensors, saved.identity, saved.summed, state, saved.root)
+    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root)
 
 
 def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:
@@ -101,8 +99,9 @@ def _is_text(name: str) -> bool:
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def read_torch_file(file: BinaryIO, name: str, size: int, load: LoadPickle = load_pickle) -> Saved:
+def read_torch_file(file: OpenFile, name: str, load: LoadPickle = load_pickle) -> Saved:
     """What a file that torch saved holds, without its payload."""
+    size = file.state.size
     try:
         start = file.read(4)
         if start == b"PK\x03\x04":

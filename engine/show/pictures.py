@@ -149,7 +149,7 @@ def _picture(plan: Plan, groups: Sequence[Group], outputs: Sequence[int]) -> Pic
 
 def _source_tile(plan: Plan, groups: Sequence[Group], group: Group, shard: Shard, boxes: Sequence[Box]) -> Tile:
     one = shard.replicas[0]
-    file = plan.files[one.file].path.name
+    file = plan.files[one.file].name
     label = _label(groups, group, shard) or file
     return Tile(label, one.header.name, file, one.header.shape, len(shard.replicas), tuple(boxes))
 
@@ -246,7 +246,7 @@ def _lookup(
     return {
         "sources": [
             [
-                plan.files[shard.replicas[0].file].path.name,
+                plan.files[shard.replicas[0].file].name,
                 shard.replicas[0].header.name,
                 shard.replicas[0].header.offset,
                 list(shard.replicas[0].header.strides),

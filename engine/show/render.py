@@ -208,13 +208,14 @@ def comparison(facts: Mapping[str, Any]) -> str:
 
 
 def _deviation(row: Mapping[str, Any]) -> str:
-    """How the tensors of a row differ, where elements were counted."""
+    """How the tensors of a row differ; where elements were counted, how many and how far."""
     if row["differing"] is None:
         return str(row["note"])
+    note = f"{row['note']}; " if row["note"] else ""
     largest = row["largest_deviation"]
     by = largest if isinstance(largest, str) else f"{largest:.3g}"
     first = row["first_difference"]
-    return f"{row['differing']:,} of {row['elements']:,} elements, by up to {by}, first at {first['index']}"
+    return f"{note}{row['differing']:,} of {row['elements']:,} elements, by up to {by}, first at {first['index']}"
 
 
 def _rule_label(row: Mapping[str, Any]) -> str:

@@ -237,7 +237,7 @@ def _check_apart(out: Path, source: Path) -> None:
         )
 
 
-def write_error(path: Path, error: OSError) -> EngineError:
+def write_error(path: Path | str, error: OSError) -> EngineError:
     return EngineError(
         "E403",
         "writing failed",

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import engine
 from engine.errors import EngineError
 from engine.formats.headers import Part
-from engine.formats.rank_files import read_rank_file
 from tests.support.fsdp import FIXTURE, save_fsdp
+from tests.support.readers import read_rank_file
 from tests.support.shards import Model, State, build, same, with_root
 
 GENUINE = Path(__file__).parents[1] / "fixtures" / "fsdp"

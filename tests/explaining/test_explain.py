@@ -135,7 +135,7 @@ def test_every_output_and_every_source_tensor_can_be_explained(made: dict[str, A
         for output in plan.outputs:
             assert sum(flow.elements for flow in only(explain(plan, output.name)).flows) == output.elements
         for source in plan.sources:
-            file = plan.files[source.file].path.name
+            file = plan.files[source.file].name
             told = only(explain_source(plan, f"{file}:{source.header.name}"))
             assert sum(flow.elements for flow in told.flows) * ITEM_SIZES[source.header.dtype] == source.header.nbytes
 

@@ -20,10 +20,10 @@ from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
 
 from engine.errors import EngineError
 from engine.formats.headers import Part
-from engine.formats.rank_files import read_rank_file
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Refused
 from engine.formats.unpickle import load_pickle
+from tests.support.readers import read_rank_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.parts import first_fault
 from engine.planning.planner import make_plan
+from engine.storage.memory import MemoryStore
+from engine.storage.store import File
 
 modest = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 Box = tuple[tuple[int, int], ...]
@@ -168,7 +169,7 @@ class Files:
         names = [f"shard_{i}.bin" for i in range(len(self.tensors))]
         grid = read_grid(names, layout, "step")
         headers = {
-            f"shard_{i}.bin": FileHeader(Path(f"shard_{i}.bin"), 0, tuple(held), str(i))
+            f"shard_{i}.bin": FileHeader(File(MemoryStore(), f"shard_{i}.bin"), 0, tuple(held), str(i))
             for i, held in enumerate(self.tensors)
         }
         config = {"layers": LAYERS, "experts": EXPERTS}
@@ -181,7 +182,7 @@ class Files:
             target = np.full(prod(output.shape), np.nan, np.float32)
             for copy in plan.copies(index):
                 one = plan.sources[copy.source]
-                number = int(plan.files[one.file].path.stem.split("_")[1])
+                number = int(plan.files[one.file].name.removesuffix(".bin").split("_")[1])
                 flat = self.data[number, one.header.offset].ravel(order="K")
                 steps = [4 * step for step in copy.source_strides], [4 * step for step in copy.target_strides]
                 as_strided(target[copy.target_offset :], copy.shape, steps[1])[...] = as_strided(
