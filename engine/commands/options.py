@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from engine.commands.say import say
 from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
-from engine.planning.request import DTYPES, Request
+from engine.planning.request import DTYPES, RANK_OPTIONS, Request
 from engine.run.running import Running
 
 P = ParamSpec("P")
@@ -232,9 +232,8 @@ _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_so
 
 def rank_options(command: Command) -> Command:
     """How `reverse` and `reshard` cut the model."""
-    sizes = (("tp", "Tensor-parallel ranks."), ("pp", "Pipeline ranks."), ("wp", "Weight-parallel ranks, in mode isp."))
-    command = asks("chunks", "mode", "like", "config", "settings", "dtype")(command)
-    for name, told in reversed(sizes):
+    command = asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype")(command)
+    for name, told in reversed(RANK_OPTIONS.items()):
         command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
     command = click.option("--out", "-o", required=True, metavar="DIR", help="The folder to write.")(command)
     return asks("mapping", required=["mapping"])(command)

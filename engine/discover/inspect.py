@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from engine.checkpoint.ranks import Stage
 from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES
 from engine.language.model import Layout
@@ -66,8 +67,8 @@ def _fit(checkpoint: Checkpoint, layout: Layout, mapping: MappingFile) -> dict[s
         return {"name": mapping.name, "fits": error.code == "E202", "code": error.code, "why": why}
     differ = [a for a, n in mapping.expect.items() if plan.sizes.get(a) != n]
     stages = [
-        {"chunk": c, "pp": p, "first": plan.stages.starts[c, p], "layers": n}
-        for (c, p), n in sorted(plan.stages.counts.items(), key=lambda item: plan.stages.starts[item[0]])
+        {"chunk": stage[0], **plan.stages.ranks(stage), "first": first, "layers": plan.stages.counts[stage]}
+        for stage, first in sorted(plan.stages.starts.items(), key=lambda item: item[1])
     ]
     why = (
         ""
@@ -79,8 +80,8 @@ def _fit(checkpoint: Checkpoint, layout: Layout, mapping: MappingFile) -> dict[s
 
 def _uneven(checkpoint: Checkpoint) -> list[str]:
     """Names whose shards have different shapes on different ranks of a stage."""
-    shapes: dict[tuple[str, int], set[tuple[int, ...]]] = {}
-    for rank_file, file in zip(checkpoint.grid.files, checkpoint.files, strict=True):
+    shapes: dict[tuple[str, Stage], set[tuple[int, ...]]] = {}
+    for number, file in enumerate(checkpoint.files):
         for tensor in file.tensors:
-            shapes.setdefault((tensor.name, rank_file.ranks.get("pp", 0)), set()).add(tensor.whole)
+            shapes.setdefault((tensor.name, checkpoint.grid.stage(number, 0)), set()).add(tensor.whole)
     return sorted({name for (name, _), seen in shapes.items() if len(seen) > 1})

@@ -71,6 +71,7 @@ def load_layout(name: str) -> Layout:
         files=(document.file,),
         digest=digest_of(data),
         keys=read_keys(document),
+        indices={n: expression(document, ("indices", n), text) for n, text in (data.get("indices") or {}).items()},
     )
     check_layout(layout, document)
     return layout

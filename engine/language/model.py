@@ -209,7 +209,7 @@ class RefusedFile:
 
 @dataclass(frozen=True, slots=True)
 class LayerCut:
-    """How the layer axis is cut over pipeline stages: sort (chunk, pp) by `stage`."""
+    """How the layer axis is cut over pipeline stages: chunks and the ranks that `stage` reads, sorted by it."""
 
     stage: Expression
     variants: MappingABC[str, Variant]
@@ -245,3 +245,4 @@ class Layout:
     files: tuple[str, ...]
     digest: str
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # of every model of the framework
+    indices: MappingABC[str, Expression] = field(default_factory=dict)  # axis → its number in the whole model

@@ -35,7 +35,8 @@ from engine.planning.rank_outputs import RankOutputs, rank_outputs, small_files,
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import Fact, Sizes, size_error, solve, unknown_error
-from engine.planning.stored import Instance, Stages, instances
+from engine.planning.stages import Stages
+from engine.planning.stored import Instance, instances
 from engine.planning.variants import check_settings, decide, options_of
 from engine.planning.whole import whole_instances
 

@@ -238,9 +238,11 @@ def checkpoint(facts: Mapping[str, Any]) -> str:
     ]
     if facts.get("stages"):
         chunked = facts["chunks"] > 1
-        stages = [
-            f"pp{s['pp']}" + (f" chunk {s['chunk']}" if chunked else "") + f": {_layers(s)}" for s in facts["stages"]
-        ]
+        stages = []
+        for stage in facts["stages"]:
+            told = [f"{dim}{rank}" for dim, rank in stage.items() if dim not in ("chunk", "first", "layers")]
+            told += [f"chunk {stage['chunk']}"] if chunked else []
+            stages.append(f"{' '.join(told) or 'one stage'}: {_layers(stage)}")
         lines.append("  layers    " + "; ".join(stages))
     for label in ("missing", "uneven", "unknown"):
         if facts.get(label):
