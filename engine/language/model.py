@@ -28,7 +28,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. `sources` are name patterns, the first is the one written in reverse."""
+    """One rule. `sources` are name patterns, the first is the one written in reverse.
+
+    `split` are axes, or `rows` or `columns`: a storage dimension that is cut wherever that falls.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -197,6 +200,7 @@ class ConfigFile:
     file: str
     format: str
     key: str | None = None
+    beside: tuple[str, ...] = ()  # keys that stand beside the last of `key`, and are read with it
 
 
 @dataclass(frozen=True, slots=True)
