@@ -45,14 +45,14 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
             "E304",
             "the checkpoint is a file, not a folder",
             place=Place(folder.place()),
-            fix="Point --src at the folder that holds the rank files.",
+            fix="Give the folder that holds the rank files.",
         ) from None
     except FileNotFoundError:
         raise EngineError(
             "E304",
             "there is no such checkpoint folder",
             place=Place(folder.place()),
-            fix="Check the path given to --src.",
+            fix="Check the path.",
         ) from None
     except OSError as error:
         raise EngineError(

@@ -128,7 +128,7 @@ def read_grid(
             place=Place(folder),
             got=_sample(names),
             expected=f"files named {wanted}",
-            fix="Point --src at the step folder itself (the one that holds the rank files).",
+            fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
     if any(mode.when is not None for mode in modes):
         facts = config()
