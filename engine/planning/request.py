@@ -176,8 +176,8 @@ def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
     if isinstance(ranks, str):
         found: dict[str, int] = {}
         for one in ranks.split(","):
-            dim, _, count = (part.strip() for part in one.partition("="))
-            if not dim.isidentifier() or not count.isascii() or not count.isdecimal() or len(count) > 9 or dim in found:
+            dim, _, text = (part.strip() for part in one.partition("="))
+            if not dim.isidentifier() or not text.isascii() or not text.isdecimal() or len(text) > 9 or dim in found:
                 raise EngineError(
                     "E001",
                     "ranks are given as a dimension and a number, each dimension once",
@@ -185,7 +185,7 @@ def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
                     expected="tp=2,pp=4",
                     fix="The dimensions are those of the layout: `engine inspect` shows a checkpoint's.",
                 )
-            found[dim] = int(count)
+            found[dim] = int(text)
         return found
     for dim, count in (ranks or {}).items():
         if isinstance(count, bool) or not isinstance(count, int):
