@@ -76,6 +76,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         keys=read_keys(document),
         expect_place=place("expect"),
         remote_code=_remote_code(document, target.get("remote_code")),
+        transformers=read_tree(document, ("target", "transformers"), target.get("transformers")),
     )
     check_mapping(mapping, document)
     return mapping
@@ -182,7 +183,7 @@ def _remote_code(document: Document, body: dict[str, Any] | None) -> RemoteCode 
     if body is None:
         return None
     tree = read_tree(document, ("target", "remote_code", "auto_map"), body["auto_map"])
-    return RemoteCode(body["transformers"], tree)
+    return RemoteCode(tree)
 
 
 def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:

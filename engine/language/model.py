@@ -80,12 +80,8 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class RemoteCode:
-    """That transformers lacks the target's classes: which of its versions run the code, and what `auto_map` names.
+    """That transformers lacks the target's classes: `auto_map` is a tree of their names with `Expression` leaves."""
 
-    `auto_map` is a tree of class names with `Expression` leaves.
-    """
-
-    transformers: str
     auto_map: MappingABC[str, Any]
 
 
@@ -94,6 +90,7 @@ class Mapping:
     """A resolved mapping: its own keys merged over its parents'.
 
     `config` and `training_config` are trees of literals with `Expression` leaves.
+    `transformers` says, as a string or an `Expression`, in which of its versions the target is the same model.
     `files` are the YAML files it came from, family first; `resolved` is the merged YAML data.
     """
 
@@ -124,6 +121,7 @@ class Mapping:
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
     remote_code: RemoteCode | None = None
+    transformers: Any = None
 
 
 @dataclass(frozen=True, slots=True)
