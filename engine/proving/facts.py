@@ -24,6 +24,7 @@ from engine.planning.stored import instances
 from engine.proving.counterexamples import moves_of
 from engine.proving.proof import Check, Failure, check_of
 from engine.proving.tiny import guess_sizes, settle
+from engine.storage.local import local_file
 from engine.storage.replacing import write_file
 
 FACTS = "facts"
@@ -72,7 +73,7 @@ def committed(mapping: MappingFile) -> tuple[str, dict[str, Any]] | None:
         for base in (Path(), *(folder.parent for folder in search_folders())):
             path = (base / file).with_suffix(".facts.json")
             if path.is_file():
-                return file, read_json(path)
+                return file, read_json(local_file(path))
     return None
 
 

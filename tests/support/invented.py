@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.ranks import read_grid
@@ -19,6 +18,8 @@ from engine.planning.rank_groups import RankGroups
 from engine.planning.rank_outputs import training_text
 from engine.planning.stored import instances
 from engine.planning.variants import options_of
+from engine.storage.memory import MemoryStore
+from engine.storage.store import File
 
 
 def invent(
@@ -72,4 +73,4 @@ def _file(name: str, held: list[tuple[TensorHeader, str]]) -> FileHeader:
         tensors.append(TensorHeader(header.name, dtype, header.shape, header.strides, offset))
         offset = -(-(offset + tensors[-1].nbytes) // 64) * 64
     assert set(ITEM_SIZES) >= {t.dtype for t in tensors}
-    return FileHeader(Path(name), offset, tuple(tensors), "0" * 64)
+    return FileHeader(File(MemoryStore(), name), offset, tuple(tensors), "0" * 64)
