@@ -41,8 +41,9 @@ needs_fuse = pytest.mark.skipif(missing() is not None, reason=f"no FUSE: {missin
 
 
 def start(at: Path, src: Path, **variables: str) -> subprocess.Popen[str]:
+    options = ["-m", MAPPING, "-s", str(src), "--max-shard-size", str(SPLIT)]
     return subprocess.Popen(
-        [sys.executable, "-m", "engine", "mount", str(at), "-m", MAPPING, "-s", str(src), "--max-shard-size", str(SPLIT)],
+        [sys.executable, "-m", "engine", "mount", str(at), *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), **variables}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
