@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 
 from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
@@ -26,7 +27,9 @@ from engine.run.journal import Done, work_of
 from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
 from engine.run.writer import layout_of
 from engine.serve.readers import Readers, reading_threads
+from engine.serve.store import VirtualIO, VirtualStore
 
+_BUFFER = 1 << 20  # bytes
 Fill = Callable[[int, memoryview], None]  # takes a byte offset in the stretch and a buffer to fill
 
 
@@ -77,6 +80,10 @@ class VirtualFile:
                 index += 1
             at = end
 
+    def open(self) -> BufferedReader:
+        """The file as Python's files are, for reading from any position."""
+        return BufferedReader(VirtualIO(self), _BUFFER)
+
     def read(self, start: int = 0, size: int | None = None) -> bytes:
         """Some bytes of the file; fewer at its end."""
         start = min(start, self.size)
@@ -93,6 +100,7 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         readers: the bytes of its outputs.
         notices: what a run would tell beside.
         commit: 40 hexadecimal digits that change when any byte may have.
+        store: the same files as the source of another plan: `plan_reverse(mapping, folder.store, tp=4)`.
     """
 
     def __init__(self, plan: Plan, make_small: Callable[[], Small], threads: ThreadPoolExecutor | None = None) -> None:
@@ -120,6 +128,7 @@ class VirtualFolder(Mapping[str, VirtualFile]):
             made.append(_fixed(INDEX, index_json(names, plan.nbytes)))
         made.append(_manifest(self.readers, files, identity))
         self._files = {one.name: one for one in sorted(made, key=lambda one: one.name)}
+        self.store = VirtualStore(self._files, f"virtual:{plan.folder}")
         self.commit = _short(*((one.name, one.size, one.etag) for one in made))[:40]
 
     def __getitem__(self, name: str) -> VirtualFile:
