@@ -79,13 +79,10 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     if saved is not None:
         write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
         return
-    options["mapping"] = chosen(
-        options["mapping"], options["src"], options["config"], quiet=options["quiet"] or as_json
-    )
-    same = " ".join(
-        [f"--mapping {shlex.quote(options['mapping'])} --src {shlex.quote(options['src'])}"]
-        + [shlex.quote(f"--set={name}={value}") for name, value in options["settings"].items()]
-    )
+    silent = options["quiet"] or as_json
+    options["mapping"] = chosen(options["mapping"], options["src"], options["config"], quiet=silent)
+    same = "".join(f" --{name} {shlex.quote(options[name])}" for name in ("mapping", "src", "config") if options[name])
+    same += "".join(f" --set {shlex.quote(f'{name}={value}')}" for name, value in options["settings"].items())
     write(
         as_json,
         "run",

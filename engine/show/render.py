@@ -39,6 +39,8 @@ def report(done: Report) -> str:
         f"in {duration(done.seconds)}{rate}",
         f"  to {done.out}",
     ]
+    if done.kept:
+        lines.append(f"  {amount(done.kept)} of it were kept from the interrupted run")
     if done.variants:
         lines.append("  as " + ", ".join(f"{name}={choice}" for name, choice in done.variants.items()))
     lines += [note(notice) for notice in done.notices]
