@@ -98,8 +98,11 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
 @asks(*SAVED)
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
+@click.option("--why", is_flag=True, help="Show the mapping's expressions that decided, too.")
 @reports_errors
-def plan(as_json: bool, /, mapping: str | None, src: str, out: str | None, overwrite: bool, **options: Any) -> None:
+def plan(
+    as_json: bool, /, mapping: str | None, src: str, out: str | None, overwrite: bool, why: bool, **options: Any
+) -> None:
     """Show what `run` would do; reads no tensor data.
 
     \b
@@ -116,7 +119,7 @@ def plan(as_json: bool, /, mapping: str | None, src: str, out: str | None, overw
     else:
         made = api.save_plan(out, mapping, src, overwrite=overwrite, **options)
     facts = api.describe_plan(made)
-    answer(as_json, facts, lambda: render.plan(facts))
+    answer(as_json, facts, lambda: render.plan(facts, why=why))
 
 
 @click.command()
