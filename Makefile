@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo bench plots fuzz soak snapshots lock
+.PHONY: setup test lint format demo bench plots fuzz soak meanings lock
 
 setup: $(STAMP)
 
@@ -37,9 +37,9 @@ format: setup
 demo: setup
 	$(BIN)/python tests/support/demo.py
 
-# Writes anew what bundled mappings mean, under tests/snapshots/; review the diff.
-snapshots: setup
-	$(BIN)/python -m tests.support.snapshots
+# Writes anew what bundled mappings mean, into meanings/ beside them; review the diff.
+meanings: setup
+	$(BIN)/python -m engine prove --all --write-meaning
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench

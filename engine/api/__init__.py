@@ -13,7 +13,7 @@ from engine.api.reviews import (
     prove,
     verify,
     view,
-    write_facts,
+    write_meanings,
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
 from engine.language.layout_file import load_layout
@@ -48,5 +48,5 @@ __all__ = [
     "save_plan",
     "verify",
     "view",
-    "write_facts",
+    "write_meanings",
 ]

@@ -237,8 +237,14 @@ def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = Fal
     return prove_each(list(names) or bundled, mutants=mutants)
 
 
-def write_facts(names: Sequence[str | Path]) -> list[Path]:
-    """Write beside each mapping file what its targets take from where, for `prove` to compare with later."""
-    from engine.proving.facts import write_facts as write
+def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
+    """Write what mapping files mean into `meanings/` beside them, for `prove` to compare with later.
 
-    return [write(name) for name in names]
+    Args:
+        names: paths or names of bundled mappings; default: all bundled ones.
+    """
+    from engine.language.search import list_names
+    from engine.proving.committed import write_meaning as write
+
+    every = [*names] or sorted(list_names(), key=lambda name: len(load_mapping(name).files))  # parents first
+    return [write(name) for name in every]

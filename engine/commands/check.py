@@ -81,11 +81,12 @@ def clean(as_json: bool, /, out: str) -> None:
 @click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...")
 @click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
 @click.option("--mutants", is_flag=True, help="Perturb each rule too, and say what would have caught it.")
-@click.option("--write-facts", is_flag=True, help="First commit what each mapping does now as what it should do.")
+@click.option("--write-meaning", "--write-facts", "write_meaning", is_flag=True,
+              help="First commit what each mapping means now as what it should mean.")  # fmt: skip
 @reports_errors
 @click.pass_context
 def prove(
-    ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_facts: bool
+    ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_meaning: bool
 ) -> None:
     """Prove mappings total, injective and invertible in every layout, no checkpoint needed.
 
@@ -96,8 +97,8 @@ def prove(
 
     if bool(mappings) == every:
         raise click.UsageError("Give mappings to prove, or --all.")
-    if write_facts:
-        api.write_facts(mappings)
+    if write_meaning:
+        api.write_meanings(mappings)
     proofs = api.prove(mappings, mutants=mutants)
     say(render.as_json(render_prove.proofs_data(proofs)) if as_json else render_prove.proofs(proofs))
     if not all(proof.holds for proof in proofs):
