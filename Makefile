@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo bench plots fuzz soak meanings lock
+.PHONY: setup test lint format demo docs wheel bench plots fuzz soak meanings lock
 
 setup: $(STAMP)
 
@@ -36,6 +36,17 @@ format: setup
 # Converts a genuine checkpoint (tp 2 × pp 2) and loads the result with transformers.
 demo: setup
 	$(BIN)/python tests/support/demo.py
+
+# Builds the documentation site into build/docs; a warning is an error.
+docs: setup
+	$(BIN)/python -m pip install -qq --require-hashes -r requirements-docs.lock
+	$(BIN)/python -m sphinx -q -b html -W --keep-going docs build/docs
+	@echo "built build/docs/index.html"
+
+# Builds dist/*.whl, to be installed with pip.
+wheel: setup
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist
+	@ls dist/*.whl
 
 # Writes anew what bundled mappings mean, into meanings/ beside them; review the diff.
 meanings: setup
@@ -69,3 +80,7 @@ lock: setup
 	  --constraints requirements-dev.lock \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  --output-file requirements-bench.lock
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --group docs \
+	  --constraints requirements-dev.lock \
+	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  --output-file requirements-docs.lock

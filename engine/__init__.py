@@ -17,12 +17,14 @@ if TYPE_CHECKING:
         inspect,
         iter_tensors,
         load_mapping,
+        open,
         plan,
         plan_reshard,
         plan_reverse,
         prove,
         reshard,
         reverse,
+        virtual,
     )
     from engine.errors import EngineError, EngineErrors
 
@@ -39,12 +41,14 @@ __all__ = [
     "iter_tensors",
     "load_mapping",
     "new_mapping",
+    "open",
     "plan",
     "plan_reshard",
     "plan_reverse",
     "prove",
     "reshard",
     "reverse",
+    "virtual",
 ]
 
 _FROM_ERRORS = frozenset({"EngineError", "EngineErrors"})

@@ -22,7 +22,7 @@ from tests.support.shards import same
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "mapping-guide.md"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
 
 

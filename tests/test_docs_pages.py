@@ -22,7 +22,7 @@ from tests.support.families import model_of, save_family
 from tests.support.shards import Model, save, write_config
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 
 
 def fenced(page: Path, language: str) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = (
-    "commands", "api", "show", "comparing", "discover", "oracle", "proving", "explaining", "assets", "run", "move",
-    "planning", "checkpoint", "formats", "storage", "language", "errors",
+    "commands", "api", "serve", "show", "comparing", "discover", "oracle", "proving", "explaining", "assets", "run",
+    "move", "planning", "checkpoint", "formats", "storage", "language", "errors",
 )  # fmt: skip
 
 

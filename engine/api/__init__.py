@@ -5,10 +5,16 @@ from engine.api.reviews import (
     clean,
     compare,
     describe_plan,
+    environment,
     explain,
+    explain_code,
+    find_mapping,
     format_mapping,
     inspect,
+    kept,
     lint,
+    mapping_files,
+    mappings,
     new_mapping,
     prove,
     verify,
@@ -16,6 +22,7 @@ from engine.api.reviews import (
     write_meanings,
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
+from engine.api.serving import open, virtual
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
@@ -28,15 +35,22 @@ __all__ = [
     "convert",
     "describe_plan",
     "diff",
+    "environment",
     "explain",
+    "explain_code",
+    "find_mapping",
     "format_mapping",
     "inspect",
     "iter_tensors",
+    "kept",
     "lint",
     "load_layout",
     "load_mapping",
+    "mapping_files",
+    "mappings",
     "new_mapping",
     "load_plan",
+    "open",
     "plan",
     "plan_reshard",
     "plan_reverse",
@@ -48,5 +62,6 @@ __all__ = [
     "save_plan",
     "verify",
     "view",
+    "virtual",
     "write_meanings",
 ]

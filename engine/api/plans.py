@@ -11,6 +11,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.planning.request import RankOptions, Request, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
+from engine.storage.places import found_at
 from engine.storage.replacing import check_file_free, given_path
 
 if TYPE_CHECKING:
@@ -36,13 +37,16 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
         EngineError: with a code, the place, got against expected and what to do.
     """
     from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted
 
     asked = request_of(mapping, src, options, WholeOptions)
     loaded, layout = _rules(asked)
+    checkpoint = read_checkpoint(src, layout, asked.config)
+    loaded, checkpoint = fitted(loaded, layout, checkpoint)
     return make_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout),
+        checkpoint,
         settings=asked.settings,
         dtype=asked.dtype,
         max_shard_size=asked.max_shard_size,
@@ -63,7 +67,7 @@ def plan_reverse(mapping: str | Path | MappingFile, src: str | Path, **options: 
         read_whole(src),
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout),
+        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
         dtype=asked.dtype,
         lossy=asked.lossy,
     )
@@ -79,10 +83,10 @@ def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: 
     return make_reshard_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout),
+        read_checkpoint(src, layout, asked.config),
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout),
+        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
         dtype=asked.dtype,
     )
 
@@ -92,7 +96,7 @@ def read_whole(src: str | Path) -> WholeCheckpoint:
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
     from engine.planning.backward import WholeCheckpoint
 
-    folder = given_path(src, "the checkpoint")
+    folder = found_at(src, "the checkpoint")
     checkpoint = WholeCheckpoint(str(src), read_hf_folder(folder), read_hf_config(folder))
     if not checkpoint.config:
         raise EngineError(
@@ -130,7 +134,15 @@ def save_plan(
     check_file_free(file, overwrite, is_saved_plan)
     compiled = plan(mapping, src, **options)
     asked = request_of(mapping, src, options, WholeOptions)
-    request = Saved(str(mapping), str(src), dict(asked.settings), asked.dtype, asked.max_shard_size, asked.strict)
+    request = Saved(
+        str(mapping),
+        str(src),
+        dict(asked.settings),
+        asked.dtype,
+        asked.max_shard_size,
+        asked.strict,
+        None if asked.config is None else str(asked.config),
+    )
     write_saved_plan(file, saved_plan(compiled, request), overwrite=overwrite)
     return compiled
 
@@ -143,6 +155,7 @@ def load_plan(path: str | Path) -> Plan:
             checkpoint's files did.
     """
     from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted
     from engine.proving.saved_plan import check_files, check_plan, check_rules, read_saved_plan
 
     saved = read_saved_plan(given_path(path, "the plan"))
@@ -150,8 +163,9 @@ def load_plan(path: str | Path) -> Plan:
     loaded = load_mapping(request.mapping)
     layout = load_layout(loaded.layout)
     check_rules(saved, loaded, layout)
-    checkpoint = read_checkpoint(request.src, layout)
+    checkpoint = read_checkpoint(request.src, layout, request.config)
     check_files(saved, checkpoint.files, request.src)
+    loaded, checkpoint = fitted(loaded, layout, checkpoint)
     compiled = make_plan(
         loaded,
         layout,

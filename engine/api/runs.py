@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -105,18 +106,27 @@ def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[
 
 def _write(compiled: Plan, source: Path, out: str | Path | None, how: Running, started: float) -> Report:
     """Run a plan, with the small files that belong to what it writes."""
+    if out is None and compiled.written is None:
+        out = default_out(source)
+    small = partial(small_files, compiled, how.tokenizer, how.code)
+    return execute(compiled, source, given_path(out or "", "the output"), small, how, started)
+
+
+def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:
+    """The files that belong beside the weights that a plan writes."""
     if compiled.written is not None:
         from engine.formats.configs import encode_config
 
-        beside = {name: encode_config(name, kind, content) for name, (kind, content) in compiled.beside.items()}
-        return execute(compiled, source, given_path(out or "", "the output"), lambda: Small(beside), how, started)
+        return Small({name: encode_config(name, kind, content) for name, (kind, content) in compiled.beside.items()})
     from engine.assets.bundle import make_assets
 
-    real = source.resolve()
-    final = given_path(out, "the output") if out is not None else real.with_name(real.name + "-hf")
-    model = Path(how.tokenizer) if how.tokenizer else None
-    code = None if how.code is None else Path(how.code)
-    return execute(compiled, source, final, lambda: make_assets(compiled, model, code), how, started)
+    return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
+
+
+def default_out(src: str | Path) -> Path:
+    """Where `convert` writes when it is not told."""
+    real = Path(src).resolve()
+    return real.with_name(real.name + "-hf")
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
@@ -127,27 +137,8 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     >>> for name, tensor in iter_tensors(plan("internlm-7b.yaml", "ckpt/1000")):  # doctest: +SKIP
     ...     model.get_parameter(name).data.copy_(tensor)
     """
-    import torch
+    from engine.serve.tensors import Tensors
 
-    from engine.move.reader import Reader
-    from engine.move.values import check_transform
-    from engine.run.replicas import compare_replicas
-    from engine.storage.sources import SourceFiles, check_unchanged
-
-    kinds = {
-        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
-        "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    }  # fmt: skip
-    compare_replicas(compiled, lambda _: None)
-    with SourceFiles(compiled.files) as files:
-        reader = Reader(compiled, files)
-        for index, output in enumerate(compiled.outputs):
-            check_transform(output)
-            tensor = torch.empty(output.shape, dtype=kinds[output.dtype])
-            raw = tensor.view(-1).view(torch.uint8).numpy().data if output.elements else memoryview(b"")
-            for at, data in reader.blocks(index):
-                raw[at : at + len(data)] = data
-            yield output.name, tensor
-    check_unchanged(compiled.files)
+    with Tensors(compiled) as tensors:
+        tensors.compare_all()
+        yield from tensors.items()

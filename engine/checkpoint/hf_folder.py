@@ -6,10 +6,9 @@ so that what is read later is what the index promises.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from engine.errors import EngineError, Place
@@ -18,7 +17,7 @@ from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import read_safetensors
 from engine.storage.json_text import parse_json
-from engine.storage.regular import open_regular
+from engine.storage.store import File, Store
 
 # In the order transformers looks for them.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -28,11 +27,11 @@ _READERS = 4  # threads: indexing waits on storage, not on the processor
 _TORCH = (".bin", ".pt", ".pth")
 
 
-def read_hf_folder(path: Path) -> tuple[FileHeader, ...]:
+def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
     """Index the weights of a Hugging Face checkpoint without reading any payload.
 
     Args:
-        path: a folder, an index, or one weight file. In a folder safetensors are preferred to torch
+        where: a folder, an index, or one weight file. In a folder safetensors are preferred to torch
             files, as transformers does.
 
     Returns:
@@ -43,83 +42,80 @@ def read_hf_folder(path: Path) -> tuple[FileHeader, ...]:
             names, E208 a tensor is in two files, E301 a damaged file or index, E303 a file of
             another kind, E304 not a checkpoint, E305 unreadable.
     """
-    if path.name.endswith(".index.json") and not os.path.isdir(path):
-        return _read_shards(path)
-    if not os.path.isdir(path):
-        if not os.path.lexists(path):
-            raise EngineError("E304", "there is no such checkpoint", place=Place(str(path)), fix="Check the path.")
-        return (_read_weights(path),)
+    if isinstance(where, File):
+        return _read_shards(where) if where.name.endswith(".index.json") else (_read_weights(where),)
     for name in WEIGHTS:
-        single, index = path / name, path / f"{name}.index.json"
-        if os.path.lexists(single) and os.path.lexists(index):
+        single, index = File(where, name), File(where, f"{name}.index.json")
+        if single.exists and index.exists:
             if set(_read_index(index).values()) != {name}:
-                raise _two_sets(path, name)
+                raise _two_sets(where, name)
             return _read_shards(index)
-        if os.path.lexists(single):
+        if single.exists:
             return (_read_weights(single),)
-        if os.path.lexists(index):
+        if index.exists:
             return _read_shards(index)
-    raise _no_weights(path)
+    raise _no_weights(where)
 
 
-def read_hf_config(path: Path) -> dict[str, Any]:
+def read_hf_config(where: Store | File) -> dict[str, Any]:
     """The `config.json` of a checkpoint folder, or beside a weight file; empty when there is none.
 
     Raises:
         EngineError: E301 when it is not JSON, E303 when it is not an object, E305 when unreadable.
     """
-    file = (path if os.path.isdir(path) else path.parent) / "config.json"
-    return read_json(file) if os.path.lexists(file) else {}
+    file = where.beside("config.json") if isinstance(where, File) else File(where, "config.json")
+    return read_json(file) if file.exists else {}
 
 
-def _read_weights(path: Path) -> FileHeader:
+def _read_weights(file: File) -> FileHeader:
     """One file, by its ending; without a known one, a zip is torch's."""
-    torch = path.suffix in _TORCH
-    if not torch and path.suffix != ".safetensors":
-        with open_regular(path) as file:
-            torch = file.read(4) == b"PK\x03\x04"
-    return read_rank_file(path) if torch else read_safetensors(path)
+    suffix = PurePosixPath(file.name).suffix
+    torch = suffix in _TORCH
+    if not torch and suffix != ".safetensors":
+        with file.open() as opened:
+            torch = opened.read(4) == b"PK\x03\x04"
+    return read_rank_file(file) if torch else read_safetensors(file)
 
 
-def _read_shards(index: Path) -> tuple[FileHeader, ...]:
+def _read_shards(index: File) -> tuple[FileHeader, ...]:
     weight_map = _read_index(index)
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not os.path.lexists(index.parent / name)]
+    missing = [name for name in names if not index.beside(name).exists]
     if missing:
         raise EngineError(
             "E201",
             f"`{missing[0]}` is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            place=Place(str(index)),
+            place=Place(index.place),
             got=f"{len(names) - len(missing)} of {len(names)} files that the index names",
             expected=", ".join(missing[:8]) + (", …" if len(missing) > 8 else ""),
             fix="Copy the missing files into the folder: a download may have been interrupted.",
         )
     with ThreadPoolExecutor(_READERS) as pool:
-        files = tuple(pool.map(lambda name: _read_weights(index.parent / name), names))
+        files = tuple(pool.map(lambda name: _read_weights(index.beside(name)), names))
     _check(weight_map, files, index)
     return files
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(file: File) -> dict[str, str]:
     """Tensor name → file name. File names stay in the folder of the index."""
 
     def damaged(what: str, tensor: str | None = None) -> EngineError:
         return EngineError(
             "E301",
             f"an index of weights is damaged: {what}",
-            place=Place(path.name, tensor=tensor),
+            place=Place(file.name, tensor=tensor),
             expected='{"weight_map": {"tensor name": "file name", …}}',
             fix="Copy the file again.",
         )
 
     try:
-        with open_regular(path) as file:
-            raw = file.read(_MAX_INDEX + 1)
+        with file.open() as opened:
+            raw = opened.read(_MAX_INDEX + 1)
     except OSError as error:
         raise EngineError(
             "E305",
             "a file cannot be read",
-            place=Place(str(path)),
+            place=Place(file.place),
             got=error.strerror,
             fix="Check the file and its permissions.",
         ) from error
@@ -148,7 +144,7 @@ def _is_plain(name: str) -> bool:
     return not bad and name not in ("", ".", "..")
 
 
-def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: Path) -> None:
+def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: File) -> None:
     """The index and the files say the same, both ways."""
     found: dict[str, str] = {}
     for file in files:
@@ -157,18 +153,18 @@ def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: 
                 raise EngineError(
                     "E208",
                     f"`{tensor.name}` is in two files",
-                    place=Place(str(index), tensor=tensor.name),
-                    got=f"{found[tensor.name]}, {file.path.name}",
+                    place=Place(index.place, tensor=tensor.name),
+                    got=f"{found[tensor.name]}, {file.name}",
                     expected=f"{weight_map.get(tensor.name, 'one file')} alone",
                     fix="The files are of two different saves; copy the folder again.",
                 )
-            found[tensor.name] = file.path.name
+            found[tensor.name] = file.name
     for name, file_name in weight_map.items():
         if found.get(name) != file_name:
             raise EngineError(
                 "E207",
                 f"`{name}` is not in the file that the index names",
-                place=Place(str(index), tensor=name),
+                place=Place(index.place, tensor=name),
                 got=found.get(name, "in no file"),
                 expected=file_name,
                 fix="The index and the files are of two different saves; copy the folder again.",
@@ -179,39 +175,41 @@ def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: 
             "E301",
             f"an index of weights is damaged: it leaves out `{unlisted[0]}`"
             + (f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""),
-            place=Place(str(index), tensor=unlisted[0]),
+            place=Place(index.place, tensor=unlisted[0]),
             got=f"in {found[unlisted[0]]}",
             expected="every tensor of the files in the index",
             fix="The index and the files are of two different saves; copy the folder again.",
         )
 
 
-def _two_sets(folder: Path, name: str) -> EngineError:
+def _two_sets(folder: Store, name: str) -> EngineError:
     return EngineError(
         "E304",
         "the folder has two sets of weights",
-        place=Place(str(folder)),
+        place=Place(folder.place()),
         got=f"{name} and {name}.index.json with other files",
         expected="one of them",
         fix="Remove the one left over from another save, or give the file itself.",
     )
 
 
-def _no_weights(folder: Path) -> EngineError:
+def _no_weights(folder: Store) -> EngineError:
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+        names = [name for name in folder.names() if not name.startswith(".")]
+    except FileNotFoundError:
+        return EngineError("E304", "there is no such checkpoint", place=Place(folder.place()), fix="Check the path.")
     except OSError as error:
         return EngineError(
             "E305",
             "the checkpoint folder cannot be read",
-            place=Place(str(folder)),
+            place=Place(folder.place()),
             got=error.strerror,
             fix="Check its permissions.",
         )
     return EngineError(
         "E304",
         "the folder is not a Hugging Face checkpoint",
-        place=Place(str(folder)),
+        place=Place(folder.place()),
         got=(", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder",
         expected=", ".join(f"{name} or {name}.index.json" for name in WEIGHTS),
         fix="Give the folder that `from_pretrained` would take, or one weight file.",

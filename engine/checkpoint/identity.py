@@ -8,7 +8,6 @@ before the zip format have none: of those only doubles are found, by what they h
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +16,6 @@ from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.language.model import FilePattern, Layout
 from engine.language.names import pattern
-from engine.storage.regular import open_regular
 
 _SAMPLE = 4096  # bytes at the start of a tensor, which already differ between slices of a trained one
 _BLOCK = 1 << 20
@@ -38,7 +36,7 @@ class Claim:
 
     @property
     def name(self) -> str:
-        return self.header.path.name
+        return self.header.name
 
 
 def saved_as(root: str | None, layout: Layout) -> str | None:
@@ -55,6 +53,8 @@ def saved_as(root: str | None, layout: Layout) -> str | None:
 
 def place_of(file: FilePattern, ranks: Mapping[str, int]) -> tuple[object, ...]:
     """A file's pattern with its ranks, but for those over which the layers are not cut."""
+    if file.boxes:
+        return (file.name,)
     cutting = {dim for dim, role in file.cuts.get("layers", {}).items() if role not in ("recorded", "runtime")}
     others = {dim for cuts in file.cuts.values() for dim in cuts} - cutting
     return (file.name, *(rank for dim, rank in ranks.items() if dim not in others))
@@ -84,11 +84,11 @@ def _check_links(claims: Sequence[Claim]) -> None:
     """One file under two names: hard links, or links to one file."""
     seen: dict[tuple[object, ...], Claim] = {}
     for claim in claims:
-        state = claim.header.state
-        if state is None:
+        links = None if claim.header.state is None else claim.header.state.links
+        if links is None:
             continue
         # with what the file says of itself, since some file systems give an inode twice
-        first = seen.setdefault((state.device, state.inode, claim.header.identity), claim)
+        first = seen.setdefault((links, claim.header.identity), claim)
         if first is not claim:
             raise _refused(
                 f"`{claim.name}` and `{first.name}` are one file",
@@ -158,9 +158,10 @@ def _blocks(claim: Claim, tensor: TensorHeader, size: int) -> Iterator[bytes]:
         return
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
     end = tensor.offset + (last + 1) * ITEM_SIZES[tensor.dtype]
-    with open_regular(claim.header.path) as file:
+    with claim.header.file.open() as file:
+        file.seek(tensor.offset)
         for at in range(tensor.offset, end, size):
-            yield os.pread(file.fileno(), min(size, end - at), at)
+            yield file.read(min(size, end - at))
 
 
 def _refused(message: str, claim: Claim, got: str, expected: str, fix: str) -> EngineError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -48,14 +48,30 @@ class RankGrid:
 
 
 def rank_dims(file: FilePattern) -> tuple[str, ...]:
-    """The placeholders of a file pattern that are rank dimensions: not `{number}`, not an expert."""
+    """The placeholders of a file pattern that are rank dimensions: not `{number}`, not an expert.
+
+    None are where tensors record their boxes: nothing follows from such a file's name.
+    """
+    if file.boxes:
+        return ()
     cut = {dim for cuts in file.cuts.values() for dim in cuts}
     names = pattern(file.name).placeholders
     return tuple(n for n in names if file.number is None or n in cut)
 
 
-def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
+def folders_in(layout: Layout) -> list[str]:
+    """Names of the folders that a layout has files in, as patterns."""
+    files = (file.name for mode in layout.modes for file in mode.files)
+    return [name.split("/")[0] for name in files if "/" in name]
+
+
+def read_grid(
+    names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]] = dict
+) -> RankGrid:
     """Sort a folder's file names into weight files, known files and unknown ones.
+
+    Args:
+        config: gives the configuration, which tells modes apart whose files have the same names.
 
     Raises:
         EngineError: E303 for files the layout refuses, E304 when there are no weight files or
@@ -74,8 +90,20 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
             place=Place(folder),
             got=_sample(names),
             expected=f"files named {wanted}",
-            fix="Point --src at the step folder itself (the one that holds the rank files).",
+            fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
+    if any(mode.when is not None for mode in modes):
+        facts = config()
+        modes = [m for m in modes if m.when is None or evaluate(m.when, facts)]
+        if not modes:
+            raise EngineError(
+                "E304",
+                "the configuration is not of these files",
+                place=Place(folder),
+                got=_sample(names),
+                expected="files named as the configuration's numbers of ranks say",
+                fix="Copy the folder again from the training run, with its configuration.",
+            )
     if len(modes) > 1:
         raise EngineError(
             "E304",
@@ -101,7 +129,8 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
     main = [f for f in files if f.pattern is mode.files[0]]
     sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
     grid = RankGrid(mode, sizes, _ordered(files), skipped, unknown)
-    _complete(grid, folder)
+    if not mode.files[0].boxes:  # else the boxes tell what is missing
+        _complete(grid, folder)
     return grid
 
 
@@ -134,7 +163,7 @@ def check_claims(grid: RankGrid, layout: Layout, training: Mapping[str, Any], fo
 
 
 def _known(name: str, layout: Layout) -> bool:
-    known = (layout.config_file, layout.training_file)
+    known = (*(place.file for place in layout.configs), layout.training_file)
     return name in known or any(fnmatchcase(name, glob) for glob in layout.skip)
 
 

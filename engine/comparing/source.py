@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.storage.sources import SourceFiles
+from engine.storage.store import Store
 
 LISTED = 50  # differing tensors that are listed one by one
 
@@ -146,7 +146,7 @@ def source_bytes(plan: Plan, sample: Sample) -> int:
     return plan.nbytes + (replica_bytes(plan) if sample.full else 0)
 
 
-def verify_source(plan: Plan, folder: Path, sample: Sample, advance: Callable[[int], None]) -> AgainstSource:
+def verify_source(plan: Plan, folder: Store, sample: Sample, advance: Callable[[int], None]) -> AgainstSource:
     """Compare every tensor of an output with what the plan makes of the source now.
 
     Args:
@@ -174,7 +174,7 @@ def verify_source(plan: Plan, folder: Path, sample: Sample, advance: Callable[[i
                 for block in _chosen(output, copies, sample):
                     comparing.compare(block, reader.convert(output, block))
                 nbytes += comparing.nbytes
-                told = comparing.result(files[place[0]].path.name)
+                told = comparing.result(files[place[0]].name)
             if told is not None:
                 differing, more = ([*differing, told], more) if len(differing) < LISTED else (differing, more + 1)
             advance(output.nbytes)
@@ -194,7 +194,7 @@ def _header_differs(
 
     if place is None:
         return differing("is missing", "")
-    header, file = place[1], files[place[0]].path.name
+    header, file = place[1], files[place[0]].name
     if header.shape != output.shape or header.dtype != output.dtype:
         wanted = f"{output.dtype} {list(output.shape)}"
         return differing(f"is {header.dtype} {list(header.shape)}, the source gives {wanted}", file)
@@ -206,7 +206,7 @@ def _header_differs(
 def _sources(plan: Plan, copies: list[Copy], at: int | None = None) -> tuple[str, ...]:
     """The source tensors of copies as `file:tensor`, the one that fills element `at` first."""
     ordered = sorted(copies, key=lambda copy: at is None or not _fills(copy, at))
-    names = (f"{plan.files[s.file].path.name}:{s.header.name}" for s in (plan.sources[c.source] for c in ordered))
+    names = (f"{plan.files[s.file].name}:{s.header.name}" for s in (plan.sources[c.source] for c in ordered))
     return tuple(islice(dict.fromkeys(names), 8))
 
 

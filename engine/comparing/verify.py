@@ -14,8 +14,9 @@ from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import read_safetensors
 from engine.run.digests import ALGORITHM, content_id, digest_of
 from engine.run.manifest import NAME, read_manifest
-from engine.storage.regular import open_regular
+from engine.storage.places import on_this_machine
 from engine.storage.sources import SourceFiles
+from engine.storage.store import File, Store
 
 if TYPE_CHECKING:
     from engine.comparing.source import AgainstSource
@@ -59,7 +60,7 @@ class Verified:
         }
 
 
-def verify(folder: Path, advance: Callable[[int], None] = lambda _: None) -> Verified:
+def verify(folder: Store, advance: Callable[[int], None] = lambda _: None) -> Verified:
     """Read every byte of an output and compare it with the manifest.
 
     Raises:
@@ -119,7 +120,7 @@ class Asked:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def verify_output(folder: Path, asked: Asked, progress: Callable[[Progress], None] | None = None) -> Verified:
+def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], None] | None = None) -> Verified:
     """Verify an output against its manifest, and in every other way that is asked for.
 
     Without a manifest the other ways still serve, whatever program wrote the output.
@@ -134,10 +135,10 @@ def verify_output(folder: Path, asked: Asked, progress: Callable[[Progress], Non
     if asked.plan is None:
         _check_settings(asked.settings)
     needed = asked.plan is None and asked.source is None and not asked.load
-    known = read_manifest(folder) if needed or (folder / NAME).exists() else None
+    known = read_manifest(folder) if needed or folder.has(NAME) else None
     sample = parse_sample(asked.sample or "100%")
     named = {str(entry.get("file")) for entry in (known or {"tensors": {}})["tensors"].values()}
-    total = sum((folder / name).stat().st_size for name in named if (folder / name).is_file())
+    total = sum(state.size for state in folder.states([name for name in named if folder.has(name)]).values())
     meter = Meter(total + (source_bytes(asked.plan, sample) if asked.plan is not None else 0), progress)
     found = verify(folder, meter.advance) if known is not None else Verified(0, 0, 0, "", (), manifest=False)
     if asked.plan is not None:
@@ -147,12 +148,12 @@ def verify_output(folder: Path, asked: Asked, progress: Callable[[Progress], Non
     if asked.load:
         from engine.oracle.load_model import load_model
 
-        model = load_model(folder)
+        model = load_model(on_this_machine(folder, "--load"))
         found = replace(found, model=model, problems=(*found.problems, *model.problems))
     if asked.source is not None:
         from engine.oracle.logits import compare_logits
 
-        logits = compare_logits(folder, asked.source, asked.settings)
+        logits = compare_logits(on_this_machine(folder, "--logits"), asked.source, asked.settings)
         found = replace(found, logits=logits, problems=(*found.problems, *logits.problems))
     return found
 
@@ -184,17 +185,17 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
-def written_dtype(folder: Path) -> str:
+def written_dtype(folder: Store) -> str:
     """The `--dtype` an output was made with, by its manifest, so that it need not be given again."""
-    dtype = read_manifest(folder).get("dtype") if (folder / NAME).exists() else None
+    dtype = read_manifest(folder).get("dtype") if folder.has(NAME) else None
     return dtype if isinstance(dtype, str) else "auto"
 
 
-def _check_small(folder: Path, name: str, wanted: str) -> list[str]:
+def _check_small(folder: Store, name: str, wanted: str) -> list[str]:
     if "/" in name or name in ("", ".", ".."):
         return [f"{name!r} is not the name of a file of the output"]
     try:
-        with open_regular(folder / name) as file:
+        with folder.open(name) as file:
             total = hashlib.sha256()
             while block := file.read(_BLOCK):
                 total.update(block)
@@ -203,11 +204,11 @@ def _check_small(folder: Path, name: str, wanted: str) -> list[str]:
     return [] if total.hexdigest() == wanted else [f"{name} was changed"]
 
 
-def _read(folder: Path, name: str) -> FileHeader:
+def _read(folder: Store, name: str) -> FileHeader:
     if "/" in name or name in ("", ".", ".."):
         raise EngineError("E301", "not the name of a file of the output", place=Place(name))
-    path = folder / name
-    return read_safetensors(path) if name.endswith(".safetensors") else read_rank_file(path)
+    file = File(folder, name)
+    return read_safetensors(file) if name.endswith(".safetensors") else read_rank_file(file)
 
 
 def _blocks(sources: SourceFiles, one: TensorHeader, advance: Callable[[int], None]) -> Any:

@@ -80,7 +80,7 @@ def _rules(plan: Plan) -> list[dict[str, Any]]:
             name = name.replace(f"{{{placeholder}}}", f"{{{folded}}}")
         first = plan.outputs.index(outputs[0])
         copies = plan.copies(first)
-        sources = sorted({plan.files[plan.sources[c.source].file].path.name for c in copies})
+        sources = sorted({plan.files[plan.sources[c.source].file].name for c in copies})
         result.append(
             {
                 "rule": outputs[0].rule,

@@ -12,7 +12,6 @@ from itertools import product
 
 from engine.explaining.lattice import Lattice
 from engine.formats.headers import ITEM_SIZES, TensorHeader
-from engine.language.axes import extent
 from engine.planning.boxes import Interval, Region, cut
 from engine.planning.groups import Group
 from engine.planning.pieces import Key
@@ -51,19 +50,17 @@ class Spot:
 def spots(side: Side, group: Group, shard: Shard, window: Window | None = None) -> list[Spot]:
     """The boxes of a shard, or of the part of it in `window`."""
     shape = shard.replicas[0].header.shape
-    shift = shard.rows[0] if shard.rows is not None else 0
     per_dim: list[list[Region]] = []
     for position, node in enumerate(group.instance.axes.dims):
         low, high = window[position] if window is not None else (0, shape[position])
-        if position == 0:
-            low, high = low + shift, high + shift
-        per_dim.append(cut(node, low, min(high, extent(node, shard.sizes)), shard.sizes))
+        shift, end = shard.window[position]
+        per_dim.append(cut(node, low + shift, min(high + shift, end), shard.sizes))
     result: list[Spot] = []
     for combination in product(*per_dim):
         box: dict[str, Interval] = {axis: (value, value + 1) for axis, value in group.fixed.items()}
         bases: list[int] = []
         for position, region in enumerate(combination):
-            base = region.base - (shift if position == 0 else 0)
+            base = region.base - shard.window[position][0]
             for axis, (low, high) in region.box.items():
                 start = shard.starts.get(axis, 0)
                 box[axis] = (low + start, high + start)

@@ -41,7 +41,7 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
     """
     table = plan.copies
     selection = parse_selection(asked, file=True)
-    files = [file.path.name for file in plan.files]
+    files = [file.name for file in plan.files]
     if selection.file is not None and selection.file not in files:
         raise unknown_name(selection.file, "checkpoint file", files)
     stored = [
@@ -89,7 +89,7 @@ def _explained(
     plan: Plan, table: CopyTable, one: Stored, window: Window, places: dict[tuple[int, str], Held]
 ) -> Explained:
     header = one.header
-    file = plan.files[one.file].path.name
+    file = plan.files[one.file].name
     asked = Tensor(header.name, header.dtype, header.shape, slice_text(window, header.shape), file)
     held = places.get((one.file, header.name))
     if held is None:
@@ -107,7 +107,7 @@ def _explained(
     notes: list[str] = []
     if held.replica:
         first = shard.replicas[0]
-        origin = plan.files[first.file].path.name
+        origin = plan.files[first.file].name
         notes.append(f"replica: a run compares it with the one in {origin}, which is the one that is copied")
     flows: list[Flow] = []
     reached = {other.key: other for other in target.reaching(group, source)}

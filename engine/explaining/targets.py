@@ -94,7 +94,7 @@ def flow(plan: Plan, held: tuple[Group, Shard], target: Tensor, found: list[Link
     group, shard = held
     first = shard.replicas[replica]
     header = first.header
-    file = plan.files[first.file].path.name
+    file = plan.files[first.file].name
     runs, count = join_lattices([link.source_elements(header) for link in found], SHOWN)
     window = _hull([(link.source, link) for link in found])
     return Flow(
@@ -106,7 +106,7 @@ def flow(plan: Plan, held: tuple[Group, Shard], target: Tensor, found: list[Link
         sum(link.volume() for link in found),
         in_bytes(runs, header),
         count,
-        tuple(plan.files[one.file].path.name for one in shard.replicas if one is not first),
+        tuple(plan.files[one.file].name for one in shard.replicas if one is not first),
     )
 
 

@@ -10,6 +10,7 @@ from engine.explaining.links import Link, Spot
 from engine.language.axes import Axis, leaves
 from engine.planning.boxes import Interval
 from engine.planning.groups import Group
+from engine.planning.parts import told_box
 from engine.planning.sides import Shard, Side
 from engine.planning.stored import Stages
 
@@ -106,11 +107,13 @@ def cut_sentence(side: Side, group: Group) -> str:
     shards = side.shards(group)
     if group.cut.lone:
         return "one rank holds it undivided"
+    if group.cut.boxes and len(shards) > 1:
+        return f"{len(shards)} shards record which boxes of it they hold"
     if not dims:
         copies = len(shards[0].replicas)
         return f"{copies} files hold it whole and must agree" if copies > 1 else "one file holds it whole"
     if group.cut.rows is not None:
-        held = {s.ranks[0]: s.rows[1] - s.rows[0] for s in shards if s.rows is not None}
+        held = {s.ranks[0]: s.window[0][1] - s.window[0][0] for s in shards}
         return f"storage rows are cut over {dims[0]}, wherever that falls: {_shares(held)}"
     told = []
     for position, (dim, axis) in enumerate(group.cut.dims):
@@ -134,8 +137,10 @@ def _shares(held: Mapping[int, int]) -> str:
 
 def shard_words(group: Group, shard: Shard) -> str:
     """
-    `tp1`, or nothing for a tensor that is not cut.
+    `tp1`, or `[0:65, 32:64]` where shards record their boxes, or nothing for a tensor that is not cut.
     """
+    if group.cut.boxes:
+        return told_box(shard.window) if len(group.shards) > 1 else ""
     return ", ".join(f"{dim}{rank}" for dim, rank in zip(group.cut.rank_dims(), shard.ranks, strict=True))
 
 

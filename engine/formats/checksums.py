@@ -7,18 +7,17 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from isal import isal_zlib
 
 from engine.errors import EngineError, Place
-from engine.storage.regular import open_regular
+from engine.storage.store import File
 
 _BLOCK = 1 << 20
 _MD5 = re.compile(rb"\b[0-9a-f]{32}\b")
 
 
-def check_files(paths: Iterable[Path], advance: Callable[[int], None]) -> list[str]:
+def check_files(files: Iterable[File], advance: Callable[[int], None]) -> list[str]:
     """Check files against what is recorded of them; returns names of those that nothing is recorded of.
 
     Torch can leave every checksum out of a zip; all zero means none, not damage.
@@ -27,74 +26,74 @@ def check_files(paths: Iterable[Path], advance: Callable[[int], None]) -> list[s
         EngineError: E301 for the first file that is not what it was when it was saved, E305 when unreadable.
     """
     unchecked: list[str] = []
-    for path in paths:
+    for file in files:
         try:
-            checked = _check_members(path, advance)
-            sidecar = path.with_name(path.name + ".md5")
-            if sidecar.is_file():
-                _check_md5(path, sidecar, advance)
+            checked = _check_members(file, advance)
+            sidecar = file.beside(file.name + ".md5")
+            if sidecar.exists:
+                _check_md5(file, sidecar, advance)
                 checked = True
         except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, RuntimeError) as error:
-            raise _damaged(path, None, str(error)[:200], "a zip as torch.save writes it") from None
+            raise _damaged(file, None, str(error)[:200], "a zip as torch.save writes it") from None
         except OSError as error:
             raise EngineError(
                 "E305",
                 "a file cannot be read",
-                place=Place(path.name),
+                place=Place(file.name),
                 got=str(error),
                 fix="Check the file and its storage.",
             ) from error
         if not checked:
-            unchecked.append(path.name)
+            unchecked.append(file.name)
     return unchecked
 
 
-def _check_members(path: Path, advance: Callable[[int], None]) -> bool:
+def _check_members(file: File, advance: Callable[[int], None]) -> bool:
     buffer = memoryview(bytearray(_BLOCK))
-    with open_regular(path) as file:
-        if file.read(4) != b"PK\x03\x04":
+    with file.open() as opened:
+        if opened.read(4) != b"PK\x03\x04":
             return False
-        archive = zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(opened)
         infos = archive.infolist()
         if not any(info.CRC for info in infos):
             return False
         for info in infos:
-            file.seek(info.header_offset + 26)
-            lengths = file.read(4)
+            opened.seek(info.header_offset + 26)
+            lengths = opened.read(4)
             skip = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            file.seek(skip, 1)
+            opened.seek(skip, 1)
             left, found = info.file_size, 0
             while left:
-                count = file.readinto(buffer[: min(left, _BLOCK)])
+                count = opened.readinto(buffer[: min(left, _BLOCK)])
                 if not count:
                     break
                 found = isal_zlib.crc32(buffer[:count], found)
                 left -= count
                 advance(count)
             if left or found != info.CRC:
-                raise _damaged(path, info.filename, f"CRC-32 {found:08x}", f"{info.CRC:08x}, as recorded at saving")
+                raise _damaged(file, info.filename, f"CRC-32 {found:08x}", f"{info.CRC:08x}, as recorded at saving")
     return True
 
 
-def _check_md5(path: Path, sidecar: Path, advance: Callable[[int], None]) -> None:
-    with open_regular(sidecar) as file:
-        recorded = _MD5.search(file.read(4096).lower())
+def _check_md5(file: File, sidecar: File, advance: Callable[[int], None]) -> None:
+    with sidecar.open() as opened:
+        recorded = _MD5.search(opened.read(4096).lower())
     if recorded is None:
         return
     total = hashlib.md5(usedforsecurity=False)
-    with open_regular(path) as file:
-        while block := file.read(_BLOCK):
+    with file.open() as opened:
+        while block := opened.read(_BLOCK):
             total.update(block)
     wanted = recorded[0].decode()
     if total.hexdigest() != wanted:
-        raise _damaged(path, None, f"MD5 {total.hexdigest()}", f"{wanted}, as in {sidecar.name}")
+        raise _damaged(file, None, f"MD5 {total.hexdigest()}", f"{wanted}, as in {sidecar.name}")
 
 
-def _damaged(path: Path, member: str | None, got: str, expected: str) -> EngineError:
+def _damaged(file: File, member: str | None, got: str, expected: str) -> EngineError:
     return EngineError(
         "E301",
         "a checkpoint file is damaged: its bytes are not those that were saved",
-        place=Place(path.name, tensor=member),
+        place=Place(file.name, tensor=member),
         got=got,
         expected=expected,
         fix="Copy the file again from the training run.",

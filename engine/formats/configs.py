@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,30 @@ from engine.errors import EngineError, Place
 from engine.formats.pickling import with_dtypes
 from engine.formats.python_source import MAX_SOURCE, literals
 from engine.formats.rank_files import read_torch_file
-from engine.formats.standins import DType
+from engine.formats.standins import DType, Instance, Opaque
 from engine.formats.torch_files import encode_torch
 from engine.formats.unpickle import damaged
 from engine.storage.json_text import parse_json
-from engine.storage.regular import open_regular
+from engine.storage.store import File
 
 _DEEPEST = 64
 _MOST_BITS = 4096
 _MOST_VALUES = 100_000  # counted as if nothing were shared
 
 
-def read_config(path: Path, format: str) -> dict[str, Any]:
+def read_config(file: File, format: str) -> dict[str, Any]:
     """Read a configuration in one of the layout's formats; EngineError E30x."""
-    return _FORMATS[format](path)
+    return _FORMATS[format](file)
 
 
-def read_pickled_mapping(path: Path) -> dict[str, Any]:
+def read_pickled_mapping(file: File) -> dict[str, Any]:
     """A pickled dict, or a `Config` class that is one; dtypes become text such as `torch.bfloat16`."""
-    value = _plain(_unpickle(path), path.name)
+    value = plain(_unpickle(file), file.name)
     if not isinstance(value, dict):
         raise EngineError(
             "E303",
             "the configuration is not a mapping",
-            place=Place(path.name),
+            place=Place(file.name),
             got=type(value).__name__,
             fix="Is it the model_config.pt of the training run?",
         )
@@ -43,7 +42,7 @@ def read_pickled_mapping(path: Path) -> dict[str, Any]:
         raise EngineError(
             "E303",
             "the configuration is empty",
-            place=Place(path.name),
+            place=Place(file.name),
             expected="the model's settings as items of a mapping",
             fix="A class that keeps them in attributes cannot be read without running it: save a plain dict of them "
             "in the training environment.",
@@ -51,69 +50,73 @@ def read_pickled_mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        raw = file.read(MAX_SOURCE + 1)
+def read_json(file: File) -> dict[str, Any]:
+    with file.open() as opened:
+        raw = opened.read(MAX_SOURCE + 1)
     try:
         value = parse_json(raw)
     except ValueError as error:
         raise EngineError(
             "E301",
             "the configuration is not JSON",
-            place=Place(path.name),
+            place=Place(file.name),
             got=str(error)[:100],
             fix="Copy the file again.",
         ) from None
     if not isinstance(value, dict):
         raise EngineError(
-            "E303", "the configuration is not an object", place=Place(path.name), fix="Is it the right file?"
+            "E303", "the configuration is not an object", place=Place(file.name), fix="Is it the right file?"
         )
     return value
 
 
-def read_python_source(path: Path) -> dict[str, Any]:
+def read_python_source(file: File) -> dict[str, Any]:
     """A training configuration's assignments, as far as they are literals. Never executed.
 
     What cannot be told from the text alone is left out; a configuration that cannot be parsed is
     empty, since it only adds facts.
     """
-    if path.suffix == ".py":
-        with open_regular(path) as file:
-            source: Any = file.read(MAX_SOURCE).decode("utf-8", "replace")
+    if file.name.endswith(".py"):
+        with file.open() as opened:
+            source: Any = opened.read(MAX_SOURCE).decode("utf-8", "replace")
     else:
-        source = _unpickle(path)
+        source = _unpickle(file)
     if not isinstance(source, str) or len(source) > MAX_SOURCE:
         return {}
     return literals(source)
 
 
-def _unpickle(path: Path) -> Any:
-    with open_regular(path) as file:
-        return read_torch_file(file, path.name, os.fstat(file.fileno()).st_size).value
+def _unpickle(file: File) -> Any:
+    with file.open() as opened:
+        return read_torch_file(opened, file.name).value
 
 
-def _plain(value: Any, name: str) -> Any:
+def plain(value: Any, name: str) -> Any:
     """The value as JSON could hold it. A pickle can hold itself, or the same list a million times."""
     left = _MOST_VALUES
 
-    def plain(value: Any, depth: int) -> Any:
+    def told(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
         if left < 0 or depth > _DEEPEST:
             raise damaged(name, "a configuration nested too deeply, or of too many values")
         if isinstance(value, Mapping):
-            return {str(key): plain(item, depth + 1) for key, item in value.items()}
+            return {str(key): told(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [plain(item, depth + 1) for item in value]
+            return [told(item, depth + 1) for item in value]
         if isinstance(value, set | frozenset):
-            return [plain(item, depth + 1) for item in sorted(value, key=repr)]
+            return [told(item, depth + 1) for item in sorted(value, key=repr)]
+        if isinstance(value, Instance) and value.kind.name == "Namespace" and isinstance(value.state, dict):
+            return told(value.state, depth)
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
             raise damaged(name, f"a number of {value.bit_length()} bits")
         if isinstance(value, DType):
             return f"torch.{value.name}"
+        if isinstance(value, Opaque):
+            return value.kind
         return value if isinstance(value, str | int | float | bool) or value is None else type(value).__name__
 
-    return plain(value, 0)
+    return told(value, 0)
 
 
 def encode_config(name: str, format: str, content: Any) -> bytes:
@@ -127,7 +130,7 @@ def encode_config(name: str, format: str, content: Any) -> bytes:
     return source.encode() if name.endswith(".py") else encode_torch(source, stem)
 
 
-_FORMATS: dict[str, Callable[[Path], dict[str, Any]]] = {
+_FORMATS: dict[str, Callable[[File], dict[str, Any]]] = {
     "pickled_mapping": read_pickled_mapping,
     "json": read_json,
     "python_source": read_python_source,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 
-from engine.storage.regular import FileState
+from engine.storage.store import File, State
 
 FLOATS = ("BF16", "F16", "F32", "F64")  # element types of weights, by their safetensors names
 
@@ -21,9 +21,14 @@ ITEM_SIZES: dict[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of a larger tensor, by the file's own record: the first row, and the larger one's shape."""
+    """A box of a larger tensor, by the file's own record.
 
-    start: int
+    Attributes:
+        starts: where it begins along each dimension of the larger tensor.
+        whole: the larger tensor's shape.
+    """
+
+    starts: tuple[int, ...]
     whole: tuple[int, ...]
 
 
@@ -37,7 +42,7 @@ class TensorHeader:
         shape: sizes in elements.
         strides: in elements, as stored; shared storages make offsets and strides arbitrary.
         offset: absolute byte position in the file of element [0, 0, ...].
-        part: where it lies in a larger tensor, for a shard that records it (FSDP).
+        part: where it lies in a larger tensor, for a shard that records it.
     """
 
     name: str
@@ -51,6 +56,11 @@ class TensorHeader:
     def whole(self) -> tuple[int, ...]:
         """The shape of the tensor that this one is, or that it records to be a part of."""
         return self.shape if self.part is None else self.part.whole
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where it begins in `whole`, along each dimension."""
+        return (0,) * len(self.shape) if self.part is None else self.part.starts
 
     @property
     def nbytes(self) -> int:
@@ -67,13 +77,24 @@ class FileHeader:
             header); it costs no payload read.
         summed: whether that part holds a checksum of every tensor's bytes, so that equal identities mean
             equal content. Safetensors have none, nor files from before the zip format; torch may leave them out.
-        state: what the system told of the file when it was indexed; None for one that is no file.
+        left: names of tensors in it that are not of the model, and were not looked at.
+        state: what the store told of the file when it was indexed; None for one that is no file.
     """
 
-    path: Path
+    file: File
     size: int
     tensors: tuple[TensorHeader, ...]
     identity: str
     summed: bool = False
-    state: FileState | None = None
+    state: State | None = None
     root: str | None = None  # the folder inside a torch zip: the name it was saved under
+    left: tuple[str, ...] = ()
+
+    def only(self, wanted: Callable[[str], bool]) -> FileHeader:
+        """The header without tensors that are not wanted, by name; these are `left`."""
+        left = tuple(t.name for t in self.tensors if not wanted(t.name))
+        return replace(self, tensors=tuple(t for t in self.tensors if wanted(t.name)), left=(*self.left, *left))
+
+    @property
+    def name(self) -> str:
+        return self.file.name

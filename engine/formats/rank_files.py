@@ -7,21 +7,21 @@ shape and strides. Files from before the zip format hold the same in a sequence 
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from re import Pattern
 from typing import Any, BinaryIO
 
 from engine.errors import EngineError, Place
+from engine.formats.dtensor import Distributed, read_distributed
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Refused, Storage, Tensor
 from engine.formats.unpickle import MAX_PICKLE, damaged, error_of, load_pickle
 from engine.formats.zipdir import read_directory
-from engine.storage.regular import FileState, open_regular
+from engine.storage.store import File, OpenFile
 
 LoadPickle = Callable[[bytes, str], Any]
 
@@ -44,54 +44,81 @@ class Saved:
     root: str | None = None
 
 
-def read_rank_file(path: Path, load: LoadPickle = load_pickle) -> FileHeader:
+def read_rank_file(where: File, load: LoadPickle = load_pickle, nested: Sequence[Pattern[str]] = ()) -> FileHeader:
     """Index one rank file.
 
     Args:
         load: reads a pickle, given its bytes and the file's name.
+        nested: which of the file's keys hold the mappings of tensors, whose names begin with that key and a dot;
+            nothing beside them is looked at. Without any, the file itself is the mapping.
 
     Raises:
         EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
             E305 unreadable.
     """
-    with open_regular(path) as file:
-        state = FileState.of(os.fstat(file.fileno()))
+    with where.open() as file:
+        state = file.state
         size = state.size
-        saved = read_torch_file(file, path.name, size, load)
+        saved = read_torch_file(file, where.name, load)
     value = saved.value
     if not isinstance(value, Mapping):
-        raise _not_a_state_dict(path.name, type(value).__name__)
+        raise _not_a_state_dict(where.name, type(value).__name__)
+    if nested:
+        value = dict(_flat(value, nested, where.name))
     for name in value:
         if not isinstance(name, str) or not _is_text(name):
-            raise damaged(path.name, f"a key is not text: {name!r}"[:100])
-    tensors = tuple(_headers(value, saved.payload, path.name))
+            raise damaged(where.name, f"a key is not text: {name!r}"[:100])
+    tensors = tuple(_headers(value, saved.payload, where.name))
     if not tensors:
-        raise _not_a_state_dict(path.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
+        raise _not_a_state_dict(where.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
     for tensor in tensors:  # strides of zero can claim any size
         if tensor.nbytes > size:
             raise EngineError(
                 "E303",
                 f"`{tensor.name}` repeats its elements",
-                place=Place(path.name, tensor=tensor.name),
+                place=Place(where.name, tensor=tensor.name),
                 got=f"{tensor.nbytes} bytes in a file of {size}",
                 expected="each element stored once",
                 fix="Save it again after `contiguous()`.",
             )
-    return FileHeader(path, size, tensors, saved.identity, saved.summed, state, saved.root)
+    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root)
+
+
+def _flat(value: Mapping[Any, Any], nested: Sequence[Pattern[str]], file: str) -> Iterator[tuple[str, Any]]:
+    """The items of the mappings that a file holds under some keys, by dotted names."""
+    found = False
+    for key, below in value.items():
+        if isinstance(key, str) and any(one.fullmatch(key) for one in nested):
+            if not isinstance(below, Mapping):
+                raise _not_a_state_dict(file, f"{type(below).__name__} under the key {key}"[:100])
+            found = True
+            for name, one in below.items():
+                if not isinstance(name, str):
+                    raise damaged(file, f"a key is not text: {name!r}"[:100])
+                yield f"{key}.{name}", one
+    if not found:
+        keys = ", ".join(str(key) for key in list(value)[:8])
+        raise _not_a_state_dict(file, f"keys {keys}"[:200])
 
 
 def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:
     shards = ShardReader()
     for name, one in value.items():
         if isinstance(one, Tensor):
-            yield _header(name, one, payload, file)
+            yield tensor_header(name, one, payload, file)
+        elif isinstance(one, Distributed):
+            try:
+                local, place = read_distributed(one)
+            except Refused as refused:
+                raise error_of(refused, file, name) from None
+            yield replace(tensor_header(name, local, payload, file), part=place)
         elif isinstance(one, Sharded):
             try:
                 tensor, dtype, part = shards.read(one)
             except Refused as refused:
                 raise error_of(refused, file, name) from None
             if tensor is not None:
-                yield replace(_header(name, tensor, payload, file), part=part)
+                yield replace(tensor_header(name, tensor, payload, file), part=part)
             elif dtype in ITEM_SIZES:
                 yield TensorHeader(name, dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
 
@@ -101,8 +128,9 @@ def _is_text(name: str) -> bool:
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def read_torch_file(file: BinaryIO, name: str, size: int, load: LoadPickle = load_pickle) -> Saved:
+def read_torch_file(file: OpenFile, name: str, load: LoadPickle = load_pickle) -> Saved:
     """What a file that torch saved holds, without its payload."""
+    size = file.state.size
     try:
         start = file.read(4)
         if start == b"PK\x03\x04":
@@ -167,7 +195,8 @@ def _read(file: BinaryIO, at: int, length: int, name: str) -> bytes:
     return data
 
 
-def _header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
+def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
+    """Where a tensor lies, given where the storages of its file do."""
     storage: Storage = tensor.storage
     place = payload.get(storage.key)
     if place is None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.storage.json_text import parse_json
-from engine.storage.regular import FileState, open_regular
+from engine.storage.store import File
 
 _MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
@@ -122,20 +120,25 @@ def index_json(files: Mapping[str, str], total_size: int) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def read_safetensors(path: Path) -> FileHeader:
+def read_safetensors(where: File) -> FileHeader:
     """Index a safetensors file. E301 for a header that is not exactly right, E305 when unreadable."""
+    return read_safetensors_metadata(where)[0]
+
+
+def read_safetensors_metadata(where: File) -> tuple[FileHeader, Mapping[str, str]]:
+    """The same with the file's `__metadata__`."""
 
     def damaged(what: str, tensor: str | None = None) -> EngineError:
         return EngineError(
             "E301",
             f"a safetensors file is damaged: {what}",
-            place=Place(path.name, tensor=tensor),
+            place=Place(where.name, tensor=tensor),
             fix="Copy the file again.",
         )
 
     try:
-        with open_regular(path) as file:
-            state = FileState.of(os.fstat(file.fileno()))
+        with where.open() as file:
+            state = file.state
             size = state.size
             start = file.read(8)
             if len(start) < 8:
@@ -148,7 +151,7 @@ def read_safetensors(path: Path) -> FileHeader:
         raise EngineError(
             "E305",
             "a file cannot be read",
-            place=Place(str(path)),
+            place=Place(where.place),
             got=error.strerror,
             fix="Check the file and its permissions.",
         ) from error
@@ -186,4 +189,4 @@ def read_safetensors(path: Path) -> FileHeader:
     if 8 + length + position != size:
         raise damaged(f"{size} bytes, its header describes {8 + length + position}")
     identity = hashlib.sha256(start + text).hexdigest()
-    return FileHeader(path, size, tuple(h for _, _, h in tensors), identity, state=state)
+    return FileHeader(where, size, tuple(h for _, _, h in tensors), identity, state=state), metadata

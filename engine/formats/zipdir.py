@@ -6,16 +6,16 @@ import struct
 import zipfile
 import zlib
 from itertools import pairwise
-from typing import BinaryIO
 
 from engine.errors import EngineError, Place
+from engine.storage.store import OpenFile
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _MOST_DIRECTORY = 64 << 20  # bytes of a directory that an identity is taken over
 _SMALL = 64 << 20  # bytes of a member that is checked against its CRC-32; torch may leave that out, as zero
 
 
-def read_directory(file: BinaryIO, name: str, size: int) -> tuple[dict[str, tuple[int, int]], bytes, bool]:
+def read_directory(file: OpenFile, name: str, size: int) -> tuple[dict[str, tuple[int, int]], bytes, bool]:
     """Member name → (absolute payload offset, bytes), the directory's bytes, and whether it has all checksums.
 
     Members must be stored uncompressed, lie inside the file, not overlap, and be named once. Those

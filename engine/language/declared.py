@@ -85,6 +85,23 @@ def check_layout(layout: Layout, document: Document) -> None:
     every: dict[str, None] = {}
     for mode in layout.modes:
         for index, file in enumerate(mode.files):
+            if file.boxes == bool(file.cuts):
+                raise EngineError(
+                    "E102",
+                    f"`{file.name}` must say how its tensors are cut, in one way",
+                    place=file.place,
+                    got="`cuts` and `boxes`" if file.boxes else "neither `cuts` nor `boxes`",
+                    expected="`cuts` over ranks, or `boxes: recorded`",
+                    fix="With `boxes: recorded` nothing follows from ranks: each tensor records which box it is.",
+                )
+            if file.boxes and mode.only_read is None:
+                raise EngineError(
+                    "E102",
+                    f"mode `{mode.name}` cannot be written, as its tensors record boxes",
+                    place=file.place,
+                    expected="`only_read`, with the reason",
+                    fix="Say `only_read: its tensors record which boxes they are`.",
+                )
             known = pattern(file.name).placeholders
             every.update(dict.fromkeys(known))
             base = ("modes", mode.name, "files", index)

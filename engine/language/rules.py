@@ -36,15 +36,17 @@ def read_rule(document: Document, name: str, body: dict[str, Any], variants: Map
             at = document.value_place(*base, "split")
             raise undeclared(f"rule `{name}` is split on `{axis}`, which is not among its axes", axis, axes.names(), at)
     stage = body.get("stage")
-    if ("layer" in patterns[0].placeholders) == (stage is not None):
+    if ("layer" in (*patterns[0].placeholders, *axes.names())) == (stage is not None):
         layered = stage is not None
         raise EngineError(
             "E102",
             f"rule `{name}` {'must not' if layered else 'must'} say its `stage`",
             place=document.place(*base, "stage") if layered else document.place(*base),
             got=sources[0],
-            expected="a name with {layer}, or `stage`, not both" if layered else "stage: first, or stage: last",
-            fix="`stage` says on which pipeline stage a tensor without {layer} lives.",
+            expected="layers, by name or as an axis, or `stage`, not both"
+            if layered
+            else "stage: first, or stage: last",
+            fix="`stage` says on which pipeline stage a tensor lives that is of no layer.",
         )
     return Rule(
         name=name,

@@ -35,7 +35,7 @@ class FloatTensors:
             raise EngineError(
                 "E303",
                 "a tensor's element type is not one to compute with",
-                place=Place(self._headers[file].path.name, tensor=header.name),
+                place=Place(self._headers[file].name, tensor=header.name),
                 got=header.dtype,
                 expected=", ".join(kinds),
                 fix="Quantised weights are not run.",

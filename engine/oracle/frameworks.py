@@ -15,6 +15,7 @@ from engine.checkpoint.folder import list_folder
 from engine.checkpoint.ranks import read_grid
 from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
+from engine.storage.local import LocalStore
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
     Raises:
         EngineError: E304 when no known framework's rank files are there, else E2xx and E3xx of the checkpoint.
     """
-    names = list_folder(folder)
+    names = list_folder(LocalStore(folder))
     for layout, module in FORWARDS.items():
         try:
             read_grid(names, load_layout(layout), str(folder))

@@ -18,6 +18,7 @@ from engine.checkpoint.identity import Claim, check_identities
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.oracle.float_tensors import FloatTensors
+from engine.storage.local import LocalStore
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
-        names = list_folder(folder)
+        names = list_folder(LocalStore(folder))
         _check_dense(names, folder)
         ranked = [(name, found) for name in names if (found := _FILE.fullmatch(name)) and (found["tp"] or found["wp"])]
         if not ranked:
@@ -66,9 +67,9 @@ class Shards:
                 expected="model_tp0_pp0.pt or model_wp0_pp0.pt",
                 fix="Training's own forward pass is known for InternEvo's checkpoints only; leave --logits out.",
             )
-        self.config = read_folder_config(folder, "model_config.pt", "pickled_mapping", required=True)
-        self.training = read_folder_config(folder, "config_file.pt", "python_source", required=False)
-        headers = read_headers(folder, [name for name, _ in ranked])
+        self.config = read_folder_config(LocalStore(folder), "model_config.pt", "pickled_mapping", required=True)
+        self.training = read_folder_config(LocalStore(folder), "config_file.pt", "python_source", required=False)
+        headers = read_headers(LocalStore(folder), [name for name, _ in ranked])
         check_identities([_claim(found, header) for (_, found), header in zip(ranked, headers, strict=True)])
         self._tensors = FloatTensors(headers)
         self._stages: dict[int, list[_File]] = {}

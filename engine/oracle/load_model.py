@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
 from engine.errors import EngineError
+from engine.storage.local import LocalStore
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def load_model(folder: Path) -> Loaded:
                 dtype="auto",
                 local_files_only=True,
                 trust_remote_code=False,
-                use_safetensors=any(file.path.suffix == ".safetensors" for file in read_hf_folder(folder)),
+                use_safetensors=any(file.name.endswith(".safetensors") for file in read_hf_folder(LocalStore(folder))),
                 output_loading_info=True,
             )
         except EngineError:
@@ -109,7 +110,7 @@ def auto_class(folder: Path) -> Any:
     """The class that loads what `architectures` of the config names."""
     import transformers
 
-    named = read_hf_config(folder).get("architectures")
+    named = read_hf_config(LocalStore(folder)).get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""
     return (
         transformers.AutoModelForSequenceClassification
@@ -122,7 +123,7 @@ def not_built_in(folder: Path) -> str | None:
     """Why transformers cannot run it without remote code, if so: `internlm` and `internlm2` are such types."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = read_hf_config(folder).get("model_type")
+    kind = read_hf_config(LocalStore(folder)).get("model_type")
     if not isinstance(kind, str):
         return "there is no config.json that names a model_type, so transformers cannot load it"
     if kind in CONFIG_MAPPING:

@@ -15,6 +15,7 @@ from engine.checkpoint.hf_folder import read_hf_folder
 from engine.formats.headers import TensorHeader
 from engine.oracle.float_tensors import FloatTensors
 from engine.oracle.load_model import auto_class
+from engine.storage.local import LocalStore
 
 
 class StreamedModel:
@@ -29,7 +30,7 @@ class StreamedModel:
         import torch
         from transformers import AutoConfig
 
-        headers = read_hf_folder(folder)
+        headers = read_hf_folder(LocalStore(folder))
         self._tensors = FloatTensors(headers)
         self._found = {tensor.name: (i, tensor) for i, file in enumerate(headers) for tensor in file.tensors}
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

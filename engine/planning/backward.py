@@ -168,7 +168,7 @@ def check_names_back(
     refuse = [(pattern(e.pattern), e) for e in mapping.refuse if e.side == "target"]
     patterns = [spec.name for spec in pieces.targets.values()]
     for name, (file, header) in checkpoint.tensors().items():
-        place = Place(checkpoint.files[file].path.name, tensor=name)
+        place = Place(checkpoint.files[file].name, tensor=name)
         shape = f"{' × '.join(map(str, header.shape))} {header.dtype}"
         entry = _hit(name, refuse)
         if entry is not None:

@@ -106,7 +106,7 @@ def regions(
     sizes: Mapping[str, int],
     strides: Sequence[int],
     *,
-    rows: Interval | None = None,
+    window: Sequence[Interval] | None = None,
     starts: Mapping[str, int] | None = None,
     fixed: Mapping[str, int] | None = None,
 ) -> list[Region]:
@@ -116,19 +116,18 @@ def regions(
         axes: its storage dimensions.
         sizes: extent of each axis as stored (local extents where an axis is cut).
         strides: elements per step of each storage dimension.
-        rows: the interval of the whole tensor's first dimension that is stored (default: all).
+        window: the interval of each dimension of the whole tensor that is stored (default: all).
         starts: global index of the first stored element, for axes that are cut.
         fixed: axes that are not stored but known from the name (`layer`, `expert`).
     """
     result = [Region({}, 0, {})]
     for position, (node, step) in enumerate(zip(axes.dims, strides, strict=True)):
-        low, high = rows if rows is not None and position == 0 else (0, extent(node, sizes))
+        low, high = window[position] if window is not None else (0, extent(node, sizes))
         here = cut(node, low, high, sizes)
-        shift = low if position == 0 else 0
         result = [
             Region(
                 {**left.box, **right.box},
-                left.base + (right.base - shift) * step,
+                left.base + (right.base - low) * step,
                 {**left.strides, **{name: stride * step for name, stride in right.strides.items()}},
             )
             for left in result

@@ -17,7 +17,7 @@ def digest_of_plan(plan: Plan) -> str:
         total.update(repr(facts).encode())
 
     def told(source: int) -> tuple[str, str]:
-        return plan.files[plan.sources[source].file].path.name, plan.sources[source].header.name
+        return plan.files[plan.sources[source].file].name, plan.sources[source].header.name
 
     def add_output(output: Output, copies: Iterable[Copy]) -> None:
         add(output.name, output.dtype, output.read_dtype, output.shape, output.transform, output.transform_dim)

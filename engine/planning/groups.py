@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.checkpoint.ranks import RankFile
 from engine.language.model import FilePattern, Layout
-from engine.planning.parts import fold_replicas, unexpected_part
+from engine.planning.parts import by_boxes, fold_replicas, unexpected_part
 from engine.planning.stored import Instance, Stored
 
 
@@ -18,7 +18,7 @@ class Cut:
     Attributes:
         dims: (rank dimension, axis) pairs; the axis is cut in the order of ranks.
         rows: the rank dimension that cuts storage rows, if any.
-        recorded: each shard records which rows it holds, of the tensor that `dims` leave.
+        recorded: each shard records which box it holds, of the tensor that `dims` leave.
         lone: the tensor lies undivided in one rank only (a row-parallel bias).
     """
 
@@ -31,13 +31,21 @@ class Cut:
         """Rank dimensions, the one that cuts rows last: a shard's coordinates in its group."""
         return (*(dim for dim, _ in self.dims), *((self.rows,) if self.rows is not None else ()))
 
+    @property
+    def boxes(self) -> bool:
+        """Whether shards are told apart by what they record alone."""
+        return self.recorded and self.rows is None
+
 
 GroupKey = tuple[str | int, ...]  # of the instance, then the placeholder values: one on each side
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The shards of one logical tensor: coordinates along the cut's rank dimensions → replicas."""
+    """The shards of one logical tensor: coordinates along the cut's rank dimensions → replicas.
+
+    Where only recorded boxes tell shards apart, the coordinates are where each begins.
+    """
 
     instance: Instance
     fixed: Mapping[str, int]  # placeholders: layer, expert
@@ -61,8 +69,11 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
 
     A rule without `split` is replicated. A tensor of a split rule that lacks the axis lies where
     `lone_rank` says, unless the mode cuts rows, which every tensor of such a rule has. Tensors of
-    any rule that record which rows they are (`part`) are cut so where the mode says `recorded`.
+    any rule that record which rows they are (`part`) are cut so where the mode says `recorded`. In
+    files whose tensors record their boxes, nothing else tells.
     """
+    if file.boxes:
+        return Cut(recorded=True)
     cuts = file.cuts.get(instance.stage_class, {})
     rows = next((dim for dim, role in cuts.items() if role == "recorded"), None) if part else None
     if not instance.rule.split:
@@ -103,7 +114,7 @@ def group_shards(
             cuts[cut_key] = cut, cut.rank_dims()
         cut, dims = cuts[cut_key]
         key: GroupKey = (instance.key, *fixed.values())
-        if facts.setdefault(key, (instance, fixed, cut))[2].recorded != part:
+        if facts.setdefault(key, (instance, fixed, cut))[2].recorded != cut.recorded or (part and not cut.recorded):
             raise unexpected_part(stored, file)
         ranks = tuple([file.ranks[dim] for dim in dims])
         ranks = once.setdefault(ranks, ranks)
@@ -112,7 +123,9 @@ def group_shards(
     for key, shards in collected.items():
         instance, fixed, cut = facts[key]
         ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
-        if cut.recorded:
+        if cut.boxes:
+            ordered = by_boxes(ordered[()], files)
+        elif cut.recorded:
             ordered = fold_replicas(ordered, files)
         result[key] = Group(instance, fixed, cut, ordered)
     return result

@@ -150,7 +150,8 @@ def stages_of(
         if layer is None:
             continue
         counts = local.setdefault((one.chunk, file.ranks.get("pp", 0)), {})
-        counts[one.file] = max(counts.get(one.file, 0), layer + 1)
+        seen_in = 0 if file.pattern.boxes else one.file  # files of boxes hold whatever was dealt to them
+        counts[seen_in] = max(counts.get(seen_in, 0), layer + 1)
     stages = number_layers(local, grid, layout, names, grid.files)
     _check_order(stored, matches, grid, stages)
     return stages

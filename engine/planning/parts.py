@@ -1,17 +1,25 @@
-"""Parts: shards that record which rows of a larger tensor they hold, checked against the order of their ranks.
+"""Parts: shards that record which box of a larger tensor they hold.
 
-Trusting the record alone would let in a file of another run; trusting the order alone, a renamed file.
+Where a layout has ranks, the record is checked against their order: trusting the record alone would let in a file
+of another run; trusting the order alone, a renamed file. Where files say nothing of ranks, the boxes must make up
+the tensor.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import prod
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place
 from engine.planning.stored import Stored
 
+_MOST_STEPS = 1 << 24  # a hundred thousand boxes in a grid take a few of them each
+
 Ranks = tuple[int, ...]
+Box = tuple[tuple[int, int], ...]  # an interval of each dimension
 Shards = Mapping[Ranks, tuple[Stored, ...]]
 
 
@@ -37,7 +45,9 @@ def fold_replicas(shards: Shards, files: Sequence[RankFile]) -> dict[Ranks, tupl
             if end == rows and any(one.header.shape[0] for one in held):
                 end = position = 0
             for one in held:
-                if _start(one) != end or one.header.shape != held[0].header.shape:
+                if one.header.starts != (end, *(0,) * len(one.header.shape[1:])) or (
+                    one.header.shape != held[0].header.shape
+                ):
                     raise _out_of_order(one, files, end)
             end += held[0].header.shape[0]
             if held[0].header.shape[0]:
@@ -48,12 +58,101 @@ def fold_replicas(shards: Shards, files: Sequence[RankFile]) -> dict[Ranks, tupl
     return result
 
 
-def _start(one: Stored) -> int:
-    return 0 if one.header.part is None else one.header.part.start
+def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, tuple[Stored, ...]]:
+    """Shards by where their boxes begin: equal boxes are replicas, empty ones are left out.
+
+    Raises:
+        EngineError: E208 naming the first box that no shard holds, or that two hold in part.
+    """
+    whole = held[0].header.whole
+    found: dict[Box, list[Stored]] = {}
+    for one in held:
+        header = one.header
+        box = tuple((low, low + size) for low, size in zip(header.starts, header.shape, strict=True))
+        if header.whole != whole or any(low < 0 or high > size for (low, high), size in zip(box, whole, strict=True)):
+            raise _bad_box(
+                one, files, f"{told_box(box)} of {_shape(header.whole)}", f"a box of {_shape(whole)}, as in other files"
+            )
+        if prod(header.shape) or not prod(whole):
+            found.setdefault(box, []).append(one)
+    boxes = sorted(found)
+    fault = first_fault(boxes, whole) if prod(whole) else None
+    if fault is not None:
+        missing, sharing = fault
+        one = found[sharing[0]][0] if sharing else held[0]
+        got = " and ".join(f"{told_box(b)} in {files[found[b][0].file].name}" for b in sharing)
+        if len(sharing) == 1:
+            got = f"{len(boxes)} boxes that cross each other in more ways than can be looked at"
+        raise _bad_box(
+            one,
+            files,
+            got or f"no shard holds {told_box(missing)} of {_shape(whole)}",
+            f"one shard for {told_box(missing)}" if sharing else f"{_shape(whole)}, every element in one shard",
+        )
+    return {tuple(low for low, _ in box): tuple(found[box]) for box in boxes}
+
+
+def first_fault(boxes: Sequence[Box], whole: Sequence[int]) -> tuple[Box, tuple[Box, ...]] | None:
+    """The first box of a tensor, in the order of its elements, that not exactly one of some boxes holds.
+
+    Returns:
+        The box and two that share it, or none if nothing holds it; None when the boxes make up the whole. With one
+        box, no answer: the boxes cross each other so much that looking takes too long.
+
+    >>> first_fault([((0, 2), (0, 3)), ((2, 4), (0, 1)), ((2, 4), (1, 3))], (4, 3))
+    >>> first_fault([((0, 2), (0, 3)), ((2, 4), (1, 3))], (4, 3))
+    (((2, 4), (0, 1)), ())
+    >>> first_fault([((0, 3), (0, 3)), ((2, 4), (0, 3))], (4, 3))
+    (((2, 3), (0, 3)), (((0, 3), (0, 3)), ((2, 4), (0, 3))))
+    """
+
+    steps = 0
+
+    def look(held: Sequence[Box], dim: int) -> tuple[Box, tuple[Box, ...]] | None:
+        nonlocal steps
+        if dim == len(whole) or not held:
+            around = tuple((0, size) for size in whole[dim:])
+            return None if len(held) == 1 else (around, tuple(held[:2]))
+        edges = sorted({0, whole[dim], *(edge for box in held for edge in box[dim])})
+        slabs: list[list[Box]] = [[] for _ in edges[1:]]  # of each interval between two edges, what reaches it
+        for box in held:
+            reached = range(bisect_left(edges, box[dim][0]), bisect_left(edges, box[dim][1]))
+            steps += len(reached)
+            if steps > _MOST_STEPS:
+                return tuple((0, size) for size in whole[dim:]), tuple(held[:1])
+            for index in reached:
+                slabs[index].append(box)
+        for interval, slab in zip(pairwise(edges), slabs, strict=True):
+            fault = look(slab, dim + 1)
+            if fault is not None:
+                return (interval, *fault[0]), fault[1]
+        return None
+
+    return look(boxes, 0)
+
+
+def told_box(box: Box) -> str:
+    """A box as it is read: `[0:65, 32:64]`."""
+    return f"[{', '.join(f'{low}:{high}' for low, high in box)}]"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "a scalar"
+
+
+def _bad_box(one: Stored, files: Sequence[RankFile], got: str, expected: str) -> EngineError:
+    return EngineError(
+        "E208",
+        f"the shards of `{one.name}` do not make up the tensor",
+        place=Place(files[one.file].name, tensor=one.header.name),
+        got=got,
+        expected=expected,
+        fix="A file is missing, damaged or from another run: copy the checkpoint again. Holes are never filled.",
+    )
 
 
 def _out_of_order(one: Stored, files: Sequence[RankFile], end: int) -> EngineError:
-    first, count, rows = _start(one), one.header.shape[0], one.header.whole[0]
+    first, count, rows = one.header.starts[0], one.header.shape[0], one.header.whole[0]
     return EngineError(
         "E208",
         f"shards of `{one.name}` do not follow each other in the order of ranks",

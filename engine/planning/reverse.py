@@ -93,7 +93,7 @@ def make_reverse_plan(
     found = groups_back(checkpoint, pieces, whole, None)
     scope = {**render_known(mapping.training_config, {**seen, **choices}), "options": options, **choices}
     scope |= {"training": {}, "present": seen["present"]}
-    files = [RankFile(f.path.name, layout.modes[0].files[0], {}) for f in checkpoint.files]
+    files = [RankFile(f.name, layout.modes[0].files[0], {}) for f in checkpoint.files]
     state, unread = _solve(mapping, found, scope, files, pieces.dropped)
     sizes = state.values()
     for instance in (*used, *whole.values()):
@@ -104,7 +104,7 @@ def make_reverse_plan(
     destination = destination_of(mapping, layout, request, shared, settings, sizes.get("layer", 0))
     keys = training_keys(used, pieces)
     written = rank_outputs(
-        destination, used, keys, spellings_of(used, shared), source, [f.path.name for f in checkpoint.files], dtype
+        destination, used, keys, spellings_of(used, shared), source, [f.name for f in checkpoint.files], dtype
     )
     names = {**seen, **choices, **sizes, **destination.names}
     names["dtype"] = f"torch.{main_dtype(written.outputs)}"

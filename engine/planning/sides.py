@@ -7,7 +7,7 @@ layout cuts, a Hugging Face checkpoint is groups of one whole shard each.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from engine.planning.boxes import Interval, Region, regions
@@ -16,6 +16,7 @@ from engine.planning.pieces import Key, Pieces, source_pieces
 from engine.planning.sizes import extents
 from engine.planning.stored import Instance, Stored
 
+Holding = dict[tuple[int, ...], list[tuple[int, ...]]]
 Keys = Mapping[tuple[str, frozenset[str]], Key]  # (instance, piece) → what it is called on both sides
 
 
@@ -38,17 +39,17 @@ class Shard:
     """One shard of a group: its replicas and where they lie in the whole tensor.
 
     Attributes:
-        ranks: coordinates along the cut's rank dimensions.
+        ranks: its key in the group.
         sizes: extent of every axis as stored.
         starts: global index of the first stored element of each cut axis.
-        rows: the interval of storage rows, where rows are cut.
+        window: the interval of each storage dimension that it holds, of the tensor that the cut axes leave.
     """
 
     ranks: tuple[int, ...]
     replicas: tuple[Stored, ...]
     sizes: Mapping[str, int]
     starts: Mapping[str, int]
-    rows: Interval | None
+    window: tuple[Interval, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,10 @@ class Side:
     stored: tuple[Stored, ...] = field(init=False, compare=False, repr=False)
     _groups: Mapping[GroupKey, tuple[Group, int]] = field(init=False, compare=False, repr=False)
     _owners: Mapping[Key, tuple[str, tuple[str, ...]]] = field(init=False, compare=False, repr=False)
+    # of a group whose boxes are recorded: values of some axes → the shards that hold such elements
+    _holding: dict[tuple[GroupKey, tuple[str, ...]], Holding] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         stored: list[Stored] = []
@@ -83,13 +88,14 @@ class Side:
 
     def numbers(self, group: Group) -> Iterator[range]:
         """The numbers of each shard's replicas."""
-        first = self._groups[group.key][1]
-        for replicas in group.shards.values():
-            yield range(first, first + len(replicas))
+        whole, first = self._groups[group.key]
+        for ranks, replicas in whole.shards.items():
+            if whole is group or ranks in group.shards:
+                yield range(first, first + len(replicas))
             first += len(replicas)
 
     def reaching(self, group: Group, other: Side) -> list[Group]:
-        """Groups of this side that hold pieces of a group of the other side."""
+        """Groups of this side that hold pieces of a group of the other side, without shards that hold none of it."""
         result: dict[GroupKey, Group] = {}
         for piece in source_pieces(group.instance):
             owner = self._owners.get(other.keys[group.instance.key, piece])
@@ -98,16 +104,38 @@ class Side:
             ranges = [[group.fixed[a]] if a in group.fixed else range(self.sizes[a]) for a in owner[1]]
             for values in product(*ranges):
                 key: GroupKey = (owner[0], *values)
-                result[key] = self._groups[key][0]
-        return list(result.values())
+                result[key] = self._narrowed(self._groups[key][0], group.fixed)
+        return [one for one in result.values() if one.shards]
+
+    def _narrowed(self, group: Group, fixed: Mapping[str, int]) -> Group:
+        """A group with those shards whose recorded boxes hold elements of given indices.
+
+        So that a checkpoint that stacks its layers is not searched whole for each of them.
+        """
+        axes = tuple(axis for axis in group.instance.axes.names() if axis in fixed)
+        if not axes or not group.cut.boxes or len(group.shards) == 1:
+            return group
+        holding = self._holding.get((group.key, axes))
+        if holding is None:
+            holding = self._holding[group.key, axes] = {}
+            for ranks, held in zip(group.shards, self.place(group), strict=True):
+                boxes = [[range(*region.box.get(axis, (0, 1))) for axis in axes] for _, region in held]
+                for values in dict.fromkeys(values for box in boxes for values in product(*box)):
+                    holding.setdefault(values, []).append(ranks)
+        kept = holding.get(tuple(fixed[axis] for axis in axes), ())
+        return replace(group, shards={ranks: group.shards[ranks] for ranks in kept})
 
     def place(self, group: Group) -> list[list[tuple[Key, Region]]]:
         """The regions of each shard."""
         placed: list[list[tuple[Key, Region]]] = []
         for shard in self.shards(group):
-            strides = shard.replicas[0].header.strides
             found = regions(
-                group.instance.axes, shard.sizes, strides, rows=shard.rows, starts=shard.starts, fixed=group.fixed
+                group.instance.axes,
+                shard.sizes,
+                shard.replicas[0].header.strides,
+                window=shard.window,
+                starts=shard.starts,
+                fixed=group.fixed,
             )
             placed.append([(self.keys[group.instance.key, region.piece], region) for region in found])
         return placed
@@ -123,13 +151,12 @@ class Side:
             for position, (_, axis) in enumerate(group.cut.dims):
                 sizes[axis] = local[axis][ranks[position]]
                 begin[axis] = starts[axis][ranks[position]]
-            rows = None
-            if group.cut.rows is not None:
-                header = replicas[0].header
-                first = row if header.part is None else header.part.start
-                rows = (first, first + header.shape[0])
-                row = rows[1]
-            result.append(Shard(ranks, replicas, sizes, begin, rows))
+            header = replicas[0].header
+            first = header.starts
+            if group.cut.rows is not None and not group.cut.recorded:
+                first, row = (row, *first[1:]), row + header.shape[0]
+            window = tuple((low, low + size) for low, size in zip(first, header.shape, strict=True))
+            result.append(Shard(ranks, replicas, sizes, begin, window))
         return result
 
 

@@ -109,7 +109,10 @@ def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]
 def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
     """Draw what can be drawn from one group; True when nothing more can be learnt from it."""
     axes = group.instance.axes
-    for ranks, stored in group.shards.items():
+    shards = list(group.shards.items())
+    if group.cut.boxes:
+        shards = shards[:1]  # all record the same whole
+    for ranks, stored in shards:
         for one in stored:
             if len(one.header.whole) != len(axes.dims) or one.header.whole != stored[0].header.whole:
                 wanted = f"{len(axes.dims)} dimensions, `{axes}`"
@@ -132,7 +135,7 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
     others = {name: size for name, size in sizes.items() if name not in cut_axes}
     done = True
     local: dict[str, dict[int, int]] = {axis: {} for axis in cut_axes}
-    for ranks, stored in group.shards.items():
+    for ranks, stored in shards:
         for node, size in zip(axes.dims, stored[0].header.whole, strict=True):
             form = linear(node, others)
             if form is None:

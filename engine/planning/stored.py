@@ -52,7 +52,7 @@ class Instance:
 
     @property
     def stage_class(self) -> str:
-        return "layers" if "layer" in self.sources[0].placeholders else str(self.rule.stage)
+        return "layers" if self.rule.stage is None else self.rule.stage
 
 
 def instances(mapping: MappingFile) -> tuple[Instance, ...]:
@@ -82,21 +82,24 @@ def instances(mapping: MappingFile) -> tuple[Instance, ...]:
 
 def strip(files: Sequence[FileHeader], layout: Layout) -> tuple[Stored, ...]:
     """Take the layout's prefixes off every name; the first that matches counts."""
-    prefixes = [pattern(p.prefix).regex for p in layout.prefixes]
     known: dict[str, tuple[str, int]] = {}
-
-    def split(name: str) -> tuple[str, int]:
-        found = next((f for f in (regex.match(name) for regex in prefixes) if f is not None), None)
-        return (name, 0) if found is None else (name[found.end() :], int(found.groupdict().get("chunk") or 0))
-
     result: list[Stored] = []
     for index, file in enumerate(files):
         for header in file.tensors:
             if header.name not in known:
-                known[header.name] = split(header.name)
+                known[header.name] = without_prefix(header.name, layout)
             name, chunk = known[header.name]
             result.append(Stored(index, header, name, chunk))
     return tuple(result)
+
+
+def without_prefix(name: str, layout: Layout) -> tuple[str, int]:
+    """A name without the first of the layout's prefixes that it has, and the chunk that the prefix names."""
+    for prefix in layout.prefixes:
+        found = pattern(prefix.prefix).regex.match(name)
+        if found is not None:
+            return name[found.end() :], int(found.groupdict().get("chunk") or 0)
+    return name, 0
 
 
 def prefix_of(names: Sequence[str], layout: Layout) -> int | None:

@@ -30,6 +30,10 @@ Meaning = dict[str, Any]
 Path = tuple[str, ...]
 
 VERSION = 1
+_SAID = frozenset((
+    "mapping", "name", "version", "description", "extends", "options", "keys", "variants", "dims", "even", "rules",
+    "ignore", "refuse", "config", "training_config", "tokenizer", "generation", "chat_template", "expect",
+))  # fmt: skip
 _ORDER = (
     "about", "release", "options", "variants", "divided evenly", "sizes", "tensors", "layers", "ranks", "ignored",
     "refused", "reading", "writing", "keys", "tokenizer", "generation_config.json", "chat",
@@ -122,6 +126,7 @@ def usual_world(mapping: MappingFile, worlds: Worlds) -> World | None:
 def _about(mapping: MappingFile) -> Meaning:
     about: Meaning = {"layout": mapping.layout, "source model types": list(mapping.model_types)}
     about |= {"target": f"{mapping.architecture}, model type {mapping.model_type}"}
+    about |= {key: value for key, value in mapping.resolved.items() if key not in (*_SAID, "source", "target")}
     if mapping.remote_code is not None:
         about["remote code for transformers"] = mapping.remote_code.transformers
     return about

@@ -118,6 +118,8 @@ class _Reader:
             self._cuts[key] = cut_of(instance, file.pattern, self._plan.layout)
         cut = self._cuts[key]
         label = tuple((d, file.ranks[d]) for d in cut.rank_dims())
+        if cut.boxes and source.header.part is not None:
+            label += tuple((f"dim{dim}=", start) for dim, start in enumerate(source.header.starts))
         label += tuple((p, v) for p, v in values.items() if p not in target)
         home = tuple((d, file.ranks[d]) for d in ("pp", "number") if d in file.ranks)
         home += (("chunk", stored.chunk),) if self._plan.stages.chunks > 1 else ()
@@ -147,6 +149,8 @@ def cut_text(cut: Cut, lone_rank: Mapping[str, int]) -> str:
     >>> cut_text(Cut((("tp", "heads"),)), {}), cut_text(Cut(rows="wp"), {}), cut_text(Cut(), {})
     ('tp cuts heads', 'wp cuts rows', 'whole')
     """
+    if cut.boxes:
+        return "recorded boxes"
     if cut.rows is not None:
         return f"{cut.rows} cuts rows"
     told = [f"{dim} cuts {axis}" for dim, axis in cut.dims]

@@ -26,6 +26,7 @@ from engine.proving.proof import Failure
 from engine.proving.tiny import World, of_files
 from engine.run.execute import read_checkpoint
 from engine.run.runner import write_weights
+from engine.storage.local import LocalStore
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,7 @@ def write_world(world: World, folder: Path) -> WholeCheckpoint:
 
     folder.mkdir(parents=True)
     save_file(world.arrays(), str(folder / "model.safetensors"))
-    return WholeCheckpoint("the tiny checkpoint", read_hf_folder(folder), world.config)
+    return WholeCheckpoint("the tiny checkpoint", read_hf_folder(LocalStore(folder)), world.config)
 
 
 def write_ranks(
@@ -64,7 +65,7 @@ def write_ranks(
     settings = {**world.choices, **case.settings}
     plan = make_reverse_plan(mapping, layout, whole, case.request(), settings=settings, lossy=world.lossy)
     folder.mkdir(parents=True)
-    write_weights(plan, folder, workers=1)
+    write_weights(plan, LocalStore(folder), workers=1)
     for name, (kind, content) in plan.beside.items():
         (folder / name).write_bytes(encode_config(name, kind, content))
     return Trip(world, case, read_checkpoint(folder, layout))
@@ -98,7 +99,7 @@ def convert(plan: Plan, out: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     out.mkdir(parents=True)
-    write_weights(plan, out, workers=1)
+    write_weights(plan, LocalStore(out), workers=1)
     return {name: array for file in plan.shards for name, array in load_file(str(out / file.name)).items()}
 
 
@@ -139,7 +140,9 @@ def stored_numbers(plan: Plan, source: int) -> np.ndarray:
     count = 1 + sum((n - 1) * s for n, s in zip(header.shape, header.strides, strict=True))
     if not all(header.shape):
         return np.empty(header.shape, np.float32)
-    flat = np.fromfile(plan.files[tensor.file].path, np.float32, count, offset=header.offset)
+    with plan.files[tensor.file].file.open() as file:
+        file.seek(header.offset)
+        flat = np.frombuffer(file.read(4 * count), np.float32)
     return np.lib.stride_tricks.as_strided(flat, header.shape, [s * 4 for s in header.strides])
 
 
@@ -196,6 +199,6 @@ def _origin(plan: Plan, output: int, position: int) -> str:
             for stride in source.header.strides:
                 at.append(offset // stride if stride else 0)
                 offset -= at[-1] * stride
-            file = plan.files[source.file].path.stem.removeprefix("model_")
+            file = plan.files[source.file].name.removesuffix(".pt").removeprefix("model_")
             return f"{file} {source.header.name}{index(np.array(at))}"
     return "nowhere"

@@ -41,9 +41,11 @@ class Request:
     dtype: str
     max_shard_size: int
     strict: bool
+    config: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            **({} if self.config is None else {"config": self.config}),
             "mapping": self.mapping,
             "src": self.src,
             "settings": dict(sorted(self.settings.items())),
@@ -90,10 +92,9 @@ def saved_plan(plan: Plan, request: Request) -> dict[str, Any]:
 
 def _file(header: FileHeader) -> dict[str, Any]:
     """What tells a file from others. Where no checksums tell its content, only the file itself will do, untouched."""
-    told: dict[str, Any] = {"name": header.path.name, "size": header.size, "identity": header.identity}
+    told: dict[str, Any] = {"name": header.name, "size": header.size, "identity": header.identity}
     if not header.summed and header.state is not None:
-        state = header.state  # without the device, whose number may change when the machine starts again
-        told["state"] = {"inode": state.inode, "modified": state.modified, "changed": state.changed}
+        told["state"] = dict(header.state.told())
     return told
 
 
@@ -161,7 +162,7 @@ def check_rules(saved: SavedPlan, mapping: MappingFile, layout: Layout) -> None:
 def check_files(saved: SavedPlan, files: Sequence[FileHeader], folder: str) -> None:
     """E405 for the first checkpoint file that is not the one the plan was made from."""
     then = {one["name"]: one for one in saved.data["files"]}
-    now = {header.path.name: _file(header) for header in files}
+    now = {header.name: _file(header) for header in files}
     for name in sorted({*then, *now}):
         if then.get(name) == now.get(name):
             continue

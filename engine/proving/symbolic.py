@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.language.model import Layout
@@ -28,6 +27,8 @@ from engine.planning.whole import contiguous
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World
+from engine.storage.memory import MemoryStore
+from engine.storage.store import File
 
 Interval = tuple[int, int]
 
@@ -45,7 +46,7 @@ def _file(name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Fil
     for tensor, dtype, shape in tensors:
         headers.append(TensorHeader(tensor, dtype, shape, contiguous(shape), offset))
         offset += math.prod(shape) * ITEM_SIZES[dtype]
-    return FileHeader(Path(name), offset, tuple(headers), name)
+    return FileHeader(File(MemoryStore(), name), offset, tuple(headers), name)
 
 
 def written(plan: Plan, layout: Layout) -> Checkpoint:
@@ -103,7 +104,7 @@ def _output_names(plan: Plan) -> dict[int, tuple[str, str]]:
 
 def _name(plan: Plan, source: int) -> tuple[str, str]:
     tensor = plan.sources[source]
-    return plan.files[tensor.file].path.name, tensor.header.name
+    return plan.files[tensor.file].name, tensor.header.name
 
 
 def _shape(copy: Copy) -> tuple[object, ...]:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,32 +46,44 @@ class Report:
         }
 
 
-def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
+def read_checkpoint(
+    src: Path | str, layout: Layout, config: Path | str | None = None, *, needed: bool = True
+) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
     Of the payload only a few KiB are read, to see that no file is there twice. Raises EngineError E2xx and E3xx.
-    """
-    from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
-    from engine.checkpoint.identity import Claim, check_identities, place_of, saved_as
-    from engine.checkpoint.ranks import check_claims, read_grid
-    from engine.planning.planner import Checkpoint
-    from engine.storage.replacing import given_path
 
-    folder = given_path(src, "the checkpoint")
-    grid = read_grid(list_folder(folder), layout, str(folder))
-    config = read_folder_config(folder, layout.config_file, layout.config_format, required=True)
+    Args:
+        config: a file of the target's configuration, for what the checkpoint does not say.
+        needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
+    """
+    from engine.checkpoint.folder import list_folder, read_configuration, read_folder_config, read_headers
+    from engine.checkpoint.identity import Claim, check_identities, place_of, saved_as
+    from engine.checkpoint.ranks import check_claims, folders_in, read_grid
+    from engine.formats.configs import read_json
+    from engine.planning.planner import Checkpoint
+    from engine.storage.places import file_at, store_at
+
+    folder = store_at(src, "the checkpoint")
+    file = None if config is None else file_at(config, "the configuration")
+    target = {} if file is None else read_json(file)
+    read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
+    grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), read)
     training: dict[str, Any] = {}
     if layout.training_file is not None and layout.training_format is not None:
         training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
-        check_claims(grid, layout, training, str(folder))
-    headers = read_headers(folder, [f.name for f in grid.files])
+        check_claims(grid, layout, training, folder.place())
+    headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors)
     check_identities(
         [
             Claim(h, saved_as(h.root, layout), place_of(f.pattern, f.ranks))
             for f, h in zip(grid.files, headers, strict=True)
         ]
     )
-    return Checkpoint(str(folder), grid, headers, config, training, layout.config_file)
+    if layout.config_of_target:
+        target = read()
+    name = layout.config_file if file is None or not layout.config_of_target else file.name
+    return Checkpoint(folder.place(), grid, headers, read(), training, name, target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +115,8 @@ def execute(
         started: when the command started, for the report.
     """
     from engine.run.manifest import NAME, encode_manifest, foreign, manifest
-    from engine.run.runner import check_runnable, write_bytes, write_weights
+    from engine.run.runner import check_runnable, write_weights
+    from engine.storage.local import LocalStore
     from engine.storage.output import OutputFolder
     from engine.storage.replacing import given_path
 
@@ -117,7 +131,7 @@ def execute(
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
     check_runnable(compiled, how.workers, how.max_memory, small.memory)
-    _check_names(compiled, small.files)
+    check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]
     files = dict(small.files)
     later = small.later
@@ -126,11 +140,12 @@ def execute(
         files.update(later(stopped) if later is not None else {})
 
     with output as folder:
+        store = LocalStore(folder)
         if how.check_source:
             notices += check_source(compiled, how.progress)
         done = write_weights(
             compiled,
-            folder,
+            store,
             workers=how.workers,
             max_memory=how.max_memory,
             listener=how.progress,
@@ -141,8 +156,8 @@ def execute(
         )
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
-            write_bytes(folder / name, content)
-        names = tuple(sorted(path.name for path in folder.iterdir()))
+            store.put(name, content)
+        names = tuple(store.names())
     return Report(
         out=out,
         tensors=len(compiled.outputs),
@@ -155,7 +170,7 @@ def execute(
     )
 
 
-def _check_names(compiled: Plan, small: Iterable[str]) -> None:
+def check_names(compiled: Plan, small: Iterable[str]) -> None:
     """E502 when two files of the output would have the same name."""
     from engine.run.journal import NAME as JOURNAL
     from engine.run.manifest import NAME
@@ -179,5 +194,5 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
     from engine.run.meter import Meter
 
     meter = Meter(sum(file.size for file in compiled.files), progress)
-    unchecked = check_files([file.path for file in compiled.files], meter.advance)
+    unchecked = check_files([header.file for header in compiled.files], meter.advance)
     return [f"no checksum was saved with {', '.join(unchecked[:4])}; not checked"] if unchecked else []

@@ -13,7 +13,7 @@ import re
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def work_of(plan: Plan) -> dict[str, Any]:
             "dtype": plan.dtype,
         },
         "files": listed,
-        "sources": {file.path.name: file.identity for file in plan.files},
+        "sources": {file.name: file.identity for file in plan.files},
         "sizes": dict(plan.sizes),
         "config": {str(key): repr(value) for key, value in plan.config.items()},
         "plan": digest_of_plan(plan),
@@ -87,7 +87,7 @@ def work_of(plan: Plan) -> dict[str, Any]:
 
 def states_of(plan: Plan) -> dict[str, list[int]]:
     """The state of every source file when it was indexed."""
-    return {file.path.name: list(astuple(file.state)) for file in plan.files if file.state is not None}
+    return {file.name: list(file.state.told().values()) for file in plan.files if file.state is not None}
 
 
 def _short(value: Any) -> str:

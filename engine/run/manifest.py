@@ -21,7 +21,8 @@ from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done
 from engine.storage.json_text import parse_json
-from engine.storage.regular import open_regular
+from engine.storage.local import LocalStore
+from engine.storage.store import Store
 
 NAME = "conversion.json"
 VERSION = 1
@@ -53,7 +54,7 @@ def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -
             "resolved": plain(plan.mapping.resolved),
         },
         "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
-        "sources": {file.path.name: {"bytes": file.size, "identity": file.identity} for file in plan.files},
+        "sources": {file.name: {"bytes": file.size, "identity": file.identity} for file in plan.files},
         "variants": {
             name: {"choice": d.choice, "how": d.how, "evidence": d.evidence} for name, d in plan.decisions.items()
         },
@@ -85,34 +86,34 @@ def encode_manifest(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Store) -> dict[str, Any]:
     """The manifest of an output, checked against its schema; E304 when it has none, E301 when it is none."""
-    path = folder / NAME
-    if not os.path.isfile(path):
+    place = folder.place(NAME)
+    if not folder.has(NAME):
         raise EngineError(
             "E304",
             f"there is no `{NAME}`",
-            place=Place(str(folder)),
+            place=Place(folder.place()),
             expected="an output of this engine",
             fix="Only what `engine run`, `reverse` or `reshard` wrote can be verified.",
         )
-    with open_regular(path) as file:
+    with folder.open(NAME) as file:
         raw = file.read(_MOST)
     try:
         data: dict[str, Any] = parse_json(raw, own=True)
         wrong = next(iter(violations(data, "conversion")), None)
     except ValueError as error:
-        raise _unreadable(path, str(error)) from None
+        raise _unreadable(place, str(error)) from None
     if wrong is not None:
-        raise _unreadable(path, f"{'.'.join(map(str, wrong.absolute_path)) or 'the file'}: {wrong.message[:160]}")
+        raise _unreadable(place, f"{'.'.join(map(str, wrong.absolute_path)) or 'the file'}: {wrong.message[:160]}")
     return data
 
 
-def _unreadable(path: Path, why: str) -> EngineError:
+def _unreadable(place: str, why: str) -> EngineError:
     return EngineError(
         "E301",
         f"`{NAME}` cannot be read",
-        place=Place(str(path)),
+        place=Place(place),
         got=why[:200],
         expected=f"a manifest of version {VERSION}",
         fix="Convert again.",
@@ -125,7 +126,7 @@ def foreign(folder: Path) -> str | None:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         if not entries:
             return None
-        data = read_manifest(folder)
+        data = read_manifest(LocalStore(folder))
     except OSError as error:
         return error.strerror or "a folder that cannot be read"
     except EngineError as error:

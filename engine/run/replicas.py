@@ -148,7 +148,7 @@ def _whole(plan: Plan, source: int) -> Copy:
 
 def _differ(plan: Plan, replicas: Replicas, source: int, told: str) -> EngineError:
     def file(index: int) -> str:
-        return plan.files[plan.sources[index].file].path.name
+        return plan.files[plan.sources[index].file].name
 
     return EngineError(
         "E402",

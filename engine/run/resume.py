@@ -28,7 +28,7 @@ def split(plan: Plan, left: Interrupted, jobs: Iterable[Job]) -> tuple[dict[int,
     changed = {
         index
         for index, file in enumerate(plan.files)
-        if not file.summed or left.states.get(file.path.name) != now.get(file.path.name)
+        if not file.summed or left.states.get(file.name) != now.get(file.name)
     }
     unsure: set[int] = set()
     if changed:
@@ -60,7 +60,7 @@ def compare_copied(
                 advance(len(data))
             if total.hexdigest() != done[index].digest:
                 sources = [plan.sources[copy.source] for copy in plan.copies(index)]
-                names = dict.fromkeys(plan.files[source.file].path.name for source in sources)
+                names = dict.fromkeys(plan.files[source.file].name for source in sources)
                 raise EngineError(
                     "E407",
                     "the interrupted run cannot be resumed: the source files changed",

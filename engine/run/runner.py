@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
-from pathlib import Path
 
 from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
@@ -21,8 +19,9 @@ from engine.run.resume import compare_copied, split
 from engine.run.schedule import schedule
 from engine.run.sharing import Shares
 from engine.run.writer import Writer
-from engine.storage.output import sweep, write_error
+from engine.storage.output import sweep
 from engine.storage.sources import check_unchanged
+from engine.storage.store import Store
 
 
 def check_runnable(plan: Plan, workers: int | None, max_memory: int | None, beside_memory: int) -> None:
@@ -34,7 +33,7 @@ def check_runnable(plan: Plan, workers: int | None, max_memory: int | None, besi
 
 def write_weights(
     plan: Plan,
-    folder: Path,
+    store: Store,
     *,
     workers: int | None = None,
     max_memory: int | None = None,
@@ -44,14 +43,14 @@ def write_weights(
     beside: Sequence[Callable[[threading.Event], None]] = (),
     beside_memory: int = 0,
 ) -> dict[int, Done]:
-    """Compare replicas, then write every weight file of a plan into `folder`, to stable storage.
+    """Compare replicas, then write every weight file of a plan into `store`, to stable storage.
 
     Args:
         workers: threads, each with output files of its own while there are enough; default: as many
             as cores.
         max_memory: bytes resident at most; fewer workers keep to it, and E001 refuses less than one needs.
         digests: compute a digest of every tensor, which also lets the run be resumed.
-        resume: go on with what an interrupted run of the same plan left in `folder`.
+        resume: go on with what an interrupted run of the same plan left there.
         beside: called in threads of their own while tensors are written, with an event that is set when they
             should stop; an error of theirs ends the run.
         beside_memory: bytes that they take, which count in `max_memory`.
@@ -64,13 +63,14 @@ def write_weights(
             run to resume, or its sources changed.
     """
     count = workers_of(plan, workers, max_memory, beside_memory)
-    left = read_journal(folder, plan) if resume else Interrupted()
-    if resume:
+    folder = store.folder  # where a journal can lie
+    left = read_journal(folder, plan) if resume and folder is not None else Interrupted()
+    if resume and folder is not None:
         sweep(folder, {JOURNAL, *(file.name for file in plan.shards)})
     jobs = schedule(plan)
     known, unsure = split(plan, left, jobs)
     meter = Meter(plan.nbytes + replica_bytes(plan) + sum(plan.outputs[o].nbytes for o in unsure), listener)
-    writer = Writer(plan, folder, meter, digests=digests, alone=count <= len(jobs))
+    writer = Writer(plan, store, meter, digests=digests, alone=count <= len(jobs))
     writer.take_over(known)
     again = sorted(unsure & writer.done.keys())
     meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
@@ -83,7 +83,7 @@ def write_weights(
             comparing = partial(compare_replicas, plan, meter.advance, stopped=meter.stopped.is_set)
             _run(pool, meter, [partial(comparing, part) for part in parts if part])
             _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
-            if digests:
+            if digests and folder is not None:
                 journal = writer.journal = Journal(folder, plan, writer.done)
             writing = [partial(writer.work, Shares(jobs))] * count
             _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *writing])
@@ -96,8 +96,9 @@ def write_weights(
                 journal.close()
     if len(plan.shards) > 1 and plan.written is None:
         names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
-        write_bytes(folder / INDEX, index_json(names, plan.nbytes))
-    (folder / JOURNAL).unlink(missing_ok=True)
+        store.put(INDEX, index_json(names, plan.nbytes))
+    if folder is not None:
+        (folder / JOURNAL).unlink(missing_ok=True)
     return writer.done
 
 
@@ -114,14 +115,3 @@ def _run(pool: ThreadPoolExecutor, meter: Meter, tasks: Iterable[Callable[[], ob
         for future in futures:
             future.cancel()
         raise
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole, to stable storage."""
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise write_error(path, error) from error

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from engine.formats.headers import ITEM_SIZES
 from engine.formats.written import CHECKED, FORMATS, FileLayout
@@ -14,32 +14,37 @@ from engine.move.blocks import block_bytes, blocks, largest_block
 from engine.move.gather import Scatterer
 from engine.move.reader import Reader
 from engine.move.runs import straight
-from engine.planning.model import Plan
+from engine.planning.model import OutputFile, Plan
 from engine.run.digests import Total
 from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
 from engine.run.schedule import Unit, copies_from
 from engine.run.sharing import Shares
 from engine.storage.output import write_error
-from engine.storage.sinks import SinkFiles
 from engine.storage.sources import SourceFiles
+from engine.storage.store import Sinks, Store
 
 MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
 _DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
 
 
+def layout_of(plan: Plan, file: OutputFile) -> FileLayout:
+    """Where everything of a file goes."""
+    tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
+    return FORMATS[file.format](tensors, PurePosixPath(file.name).stem)
+
+
 class Writer:
     """Writes the files of a plan; shared by the workers."""
 
-    def __init__(self, plan: Plan, folder: Path, meter: Meter, *, digests: bool, alone: bool) -> None:
+    def __init__(self, plan: Plan, store: Store, meter: Meter, *, digests: bool, alone: bool) -> None:
         """Args: alone: whether each file is mostly written by one worker at a time."""
         self._plan, self._meter = plan, meter
-        self._paths = [folder / file.name for file in plan.shards]
+        self._store, self._names = store, [file.name for file in plan.shards]
         self._layouts: list[FileLayout] = []
         self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
         for index, file in enumerate(plan.shards):
-            tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
-            layout = FORMATS[file.format](tensors, Path(file.name).stem)
+            layout = layout_of(plan, file)
             self._layouts.append(layout)
             self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
         checked = {o for file in plan.shards if file.format in CHECKED for o in file.outputs}
@@ -60,7 +65,7 @@ class Writer:
 
     def take_over(self, known: Mapping[int, Begun]) -> None:
         """Keep what an interrupted run wrote, as far as its bytes are there; read them for their digests."""
-        with SinkFiles(self._paths) as sinks:
+        with self._store.sinks(self._names) as sinks:
             for output, one in known.items():
                 if output not in self._places:
                     continue
@@ -80,7 +85,7 @@ class Writer:
 
     def start(self, index: int) -> None:
         """Create a file of its full size, with what comes before its payload."""
-        with SinkFiles(self._paths) as sinks, self._errors(index):
+        with self._store.sinks(self._names) as sinks, self._errors(index):
             sinks.create(index, self._layouts[index].end)
             for offset, data in self._layouts[index].start():
                 sinks.write(index, offset, (data,))
@@ -88,7 +93,7 @@ class Writer:
     def work(self, shares: Shares) -> None:
         """Write units until none is left. Each output is written by one worker."""
         plan = self._plan
-        with SinkFiles(self._paths) as sinks, SourceFiles(plan.files) as files:
+        with self._store.sinks(self._names) as sinks, SourceFiles(plan.files) as files:
 
             def write(output: int, offset: int, parts: Sequence[memoryview]) -> None:
                 total, end = self._total(output), offset
@@ -119,7 +124,7 @@ class Writer:
                     for file in shares.files(job):
                         self._finish(file, sinks)
 
-    def _finish(self, index: int, sinks: SinkFiles) -> None:
+    def _finish(self, index: int, sinks: Sinks) -> None:
         """Write what is only known when the payload is complete; the file is on its way to stable storage then."""
         outputs = self._plan.shards[index].outputs
         with self._errors(index):
@@ -129,10 +134,10 @@ class Writer:
 
     def sync(self, index: int) -> None:
         """Bring a file to stable storage."""
-        with SinkFiles(self._paths) as sinks, self._errors(index):
+        with self._store.sinks(self._names) as sinks, self._errors(index):
             sinks.sync(index)
 
-    def _record(self, unit: Unit, sinks: SinkFiles) -> None:
+    def _record(self, unit: Unit, sinks: Sinks) -> None:
         """Digests of a finished unit, into the journal too."""
         finished: dict[int, Done] = {}
         for output in unit.outputs:
@@ -150,9 +155,9 @@ class Writer:
         try:
             yield
         except OSError as error:
-            raise write_error(self._paths[index], error) from error
+            raise write_error(self._store.place(self._names[index]), error) from error
 
-    def _copied(self, index: int, files: SourceFiles, sinks: SinkFiles) -> bool:
+    def _copied(self, index: int, files: SourceFiles, sinks: Sinks) -> bool:
         """Have the system move an output that is whole runs of its sources, unseen; False where it cannot."""
         output = self._plan.outputs[index]
         if not self._direct or index in self._checked or not output.unchanged:
@@ -164,10 +169,13 @@ class Writer:
         moved = 0
         for copy in copies:
             source = self._plan.sources[copy.source]
+            descriptor = files.descriptor(source.file)
+            if descriptor is None:
+                return False
             begin = source.header.offset + copy.source_offset * item
             to, left = at + copy.target_offset * item, copy.volume() * item
             while left and not self._meter.stopped.is_set():
-                count = sinks.copy(file, to, files.descriptor(source.file), begin, min(left, _DIRECT_BYTES))
+                count = sinks.copy(file, to, descriptor, begin, min(left, _DIRECT_BYTES))
                 if not count:  # gathering tells what is wrong, if anything is
                     self._meter.advance(-moved)
                     return False

@@ -149,14 +149,14 @@ def _picture(plan: Plan, groups: Sequence[Group], outputs: Sequence[int]) -> Pic
 
 def _source_tile(plan: Plan, groups: Sequence[Group], group: Group, shard: Shard, boxes: Sequence[Box]) -> Tile:
     one = shard.replicas[0]
-    file = plan.files[one.file].path.name
+    file = plan.files[one.file].name
     label = _label(groups, group, shard) or file
     return Tile(label, one.header.name, file, one.header.shape, len(shard.replicas), tuple(boxes))
 
 
 def _label(groups: Sequence[Group], group: Group, shard: Shard) -> str:
     """What tells a shard from the others of its picture: `tp1`, or `w1 expert 3 tp1`."""
-    told = [shard_words(group, shard)] if group.cut.rank_dims() else []
+    told = [words] if (words := shard_words(group, shard)) else []
     if len(groups) > 1:
         told = [_last_name(group.name), *(f"{a} {v}" for a, v in group.fixed.items() if a != "layer"), *told]
     return " ".join(told)
@@ -246,7 +246,7 @@ def _lookup(
     return {
         "sources": [
             [
-                plan.files[shard.replicas[0].file].path.name,
+                plan.files[shard.replicas[0].file].name,
                 shard.replicas[0].header.name,
                 shard.replicas[0].header.offset,
                 list(shard.replicas[0].header.strides),

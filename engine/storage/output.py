@@ -55,7 +55,7 @@ class OutputFolder:
         self._check_free()
 
     def _check_free(self) -> None:
-        if not os.path.lexists(self.final):
+        if not os.path.lexists(self.final) or _is_empty(self.final):
             return
         if not self._overwrite:
             raise exists(
@@ -217,6 +217,11 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether it is a folder with nothing in it, as `mkdir` makes one for an output."""
+    return _is_folder(path) and next(os.scandir(path), None) is None
+
+
 def _remove(path: Path) -> None:
     if _is_folder(path):
         shutil.rmtree(path)
@@ -237,7 +242,7 @@ def _check_apart(out: Path, source: Path) -> None:
         )
 
 
-def write_error(path: Path, error: OSError) -> EngineError:
+def write_error(path: Path | str, error: OSError) -> EngineError:
     return EngineError(
         "E403",
         "writing failed",

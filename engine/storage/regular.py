@@ -6,10 +6,12 @@ import os
 import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from io import BufferedReader
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.storage.store import OpenFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,14 @@ class FileState:
     @classmethod
     def of(cls, found: os.stat_result) -> FileState:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    @property
+    def links(self) -> tuple[int, int]:
+        return self.device, self.inode
+
+    def told(self) -> dict[str, Any]:
+        """Without the device, whose number may change when the machine starts again."""
+        return {"inode": self.inode, "modified": self.modified, "changed": self.changed}
 
     def unlike(self, other: FileState) -> tuple[str, str]:
         """What differs between the two, in words: of this one, of the other."""
@@ -57,7 +67,7 @@ def _shown(nanoseconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 
-def open_regular(path: Path) -> BufferedReader:
+def open_regular(path: Path) -> OpenFile:
     """Open a regular file for reading; E305 for anything else, without blocking on a fifo."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -70,7 +80,7 @@ def open_regular(path: Path) -> BufferedReader:
             fix="Check the file and its permissions.",
         ) from error
     check_regular(descriptor, path)
-    return os.fdopen(descriptor, "rb")
+    return OpenFile(FileIO(descriptor), FileState.of(os.fstat(descriptor)))
 
 
 def check_regular(descriptor: int, path: Path) -> None:

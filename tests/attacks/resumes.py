@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 from engine.formats.headers import FileHeader
-from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import read_safetensors
 from tests.attacks import Start, add, attack
 from tests.attacks.pickles import RANK
+from tests.support.readers import read_rank_file, read_safetensors
 from tests.support.shards import Model, save
 
 SHARD = "model-00002-of-00003.safetensors"

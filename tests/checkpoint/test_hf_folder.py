@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
 from engine.errors import EngineError
+from tests.support.readers import read_hf_config, read_hf_folder
 
 INDEX = "model.safetensors.index.json"
 
@@ -22,7 +22,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def names(path: Path) -> dict[str, list[str]]:
-    return {file.path.name: sorted(t.name for t in file.tensors) for file in read_hf_folder(path)}
+    return {file.name: sorted(t.name for t in file.tensors) for file in read_hf_folder(path)}
 
 
 def write_index(folder: Path, weight_map: Any, name: str = INDEX) -> None:

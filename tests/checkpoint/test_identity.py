@@ -15,11 +15,10 @@ import engine
 from engine import api
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
-from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import read_safetensors
 from engine.storage.sinks import SinkFiles
 from engine.storage.sources import SourceFiles
 from tests.run.test_resume import LETTERS, Disk, contents, partials
+from tests.support.readers import read_rank_file, read_safetensors
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=4, groups=2, bias=False)

@@ -19,10 +19,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
-from engine.formats.configs import literals, read_pickled_mapping
-from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import read_safetensors
+from engine.formats.configs import literals
 from engine.formats.unpickle import load_pickle
+from tests.support.readers import read_pickled_mapping, read_rank_file, read_safetensors
 
 
 def text(value: bytes) -> bytes:

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
-from engine.formats.configs import literals, read_config, read_python_source
+from engine.formats.configs import literals
 from engine.formats.headers import ITEM_SIZES
-from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import encode_header, index_json, read_safetensors, shard_names, split_shards
+from engine.formats.safetensors import encode_header, index_json, shard_names, split_shards
+from tests.support.readers import read_config, read_python_source, read_rank_file, read_safetensors
 
 BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

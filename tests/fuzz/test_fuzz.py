@@ -17,13 +17,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import CODES, EngineError, Place
 from engine.formats.checksums import check_files
-from engine.formats.configs import read_json, read_pickled_mapping, read_python_source
 from engine.formats.python_source import literals
-from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import read_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.axes import parse_axes
 from engine.language.expressions import evaluate, render_tree
@@ -34,6 +30,15 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Expression
 from engine.language.names import pattern
 from engine.language.sandbox import FILTERS, TESTS
+from engine.storage.local import local_file
+from tests.support.readers import (
+    read_hf_folder,
+    read_json,
+    read_pickled_mapping,
+    read_python_source,
+    read_rank_file,
+    read_safetensors,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = {path.name: path.read_bytes() for path in sorted((Path(__file__).parent / "seeds").iterdir())}
@@ -112,9 +117,10 @@ def mutated(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 @fuzzed
 @given(mutated([data for name, data in SEEDS.items() if name.endswith(".pt")]))
 def test_a_nearly_right_rank_file_is_read_or_refused(data: bytes) -> None:
-    read(
-        data, read_rank_file, read_pickled_mapping, read_python_source, lambda path: check_files([path], lambda _: None)
-    )
+    def check(path: Path) -> None:
+        check_files([local_file(path)], lambda _: None)
+
+    read(data, read_rank_file, read_pickled_mapping, read_python_source, check)
 
 
 def zipped(pickled: bytes) -> bytes:

@@ -69,6 +69,9 @@ def test_an_integer_stage_is_an_expression() -> None:
         ("when: options.wrapped", "when: options.wraped", "E108", "Did you mean `wrapped`"),
         ("number: pp * (layers // pps) + nth", "number: pp * layers //", "E105", "read"),
         ("ranks: {count: wps, wp: rank}", "ranks: {wp: rank}", "E102", "count"),
+        ("cuts: {layers: {wp: rows}}", "boxes: recorded", "E102", "cannot be written"),
+        ("        cuts: {layers: {wp: rows}}\n", "", "E102", "neither `cuts` nor `boxes`"),
+        ("cuts: {layers: {wp: rows}}", "cuts: {layers: {wp: rows}}\n        boxes: recorded", "E102", "in one way"),
         ("name: model_tp{tp}_pp{pp}.pt", 'name: "model_tp{tp}{pp}.pt"', "E104", "touch"),
     ],
 )

@@ -9,9 +9,9 @@ import pytest
 from safetensors import safe_open
 
 import engine
-from engine.formats.safetensors import read_safetensors
 from engine.move.reader import Reader
 from engine.storage.sources import SourceFiles
+from tests.support.readers import read_safetensors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 CASES = [

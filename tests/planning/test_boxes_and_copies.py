@@ -69,7 +69,7 @@ def test_any_cut_of_rows_partitions_the_whole_and_keeps_addresses(text: str, dat
     bounds = [0, *sorted(data.draw(st.lists(st.integers(0, rows), max_size=4))), rows]
     seen: set[tuple[tuple[str, int], ...]] = set()
     for low, high in pairwise(bounds):
-        for region in regions(axes, SIZES, (inner, 1), rows=(low, high)):
+        for region in regions(axes, SIZES, (inner, 1), window=((low, high), (0, inner))):
             for index, address in addresses(region).items():
                 assert index not in seen
                 seen.add(index)

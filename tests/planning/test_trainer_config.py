@@ -10,7 +10,6 @@ import pytest
 
 import engine
 from engine.errors import EngineError
-from engine.formats.configs import read_config
 from engine.language.keys import find_key
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
@@ -18,6 +17,7 @@ from engine.planning.config_keys import declared
 from engine.planning.variants import options_of
 from tests.oracle.test_genuine_checkpoints import settings_of
 from tests.planning.test_reverse import FIXTURES, GENUINE, family_of
+from tests.support.readers import read_config
 
 MAPPINGS = Path(__file__).parents[2] / "mappings"
 ALL = [str(path.relative_to(MAPPINGS).with_suffix("")) for path in sorted(MAPPINGS.glob("**/*.yaml"))]

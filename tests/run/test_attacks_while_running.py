@@ -18,10 +18,9 @@ import torch
 
 import engine
 from engine.errors import EngineError
-from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import read_safetensors
 from engine.storage import output
 from tests.support.old_output import old_output
+from tests.support.readers import read_rank_file, read_safetensors
 from tests.support.shards import Model, save
 
 V1 = Model()
@@ -113,15 +112,16 @@ def test_a_source_that_shrinks_while_it_is_read_is_refused(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from engine.storage.sources import SourceFiles
+    from engine.storage.store import Ranges
 
-    descriptor = SourceFiles.descriptor
+    opened = SourceFiles.opened
 
-    def shrinking(self: SourceFiles, file: int) -> int:
-        opened = descriptor(self, file)
-        os.truncate(self._files[file].path, 100)
-        return opened
+    def shrinking(self: SourceFiles, file: int) -> Ranges:
+        found = opened(self, file)
+        os.truncate(self._files[file].file.place, 100)
+        return found
 
-    monkeypatch.setattr(SourceFiles, "descriptor", shrinking)
+    monkeypatch.setattr(SourceFiles, "opened", shrinking)
     fails(source, out, "E301", "E405")
 
 

@@ -16,13 +16,12 @@ from unittest import mock
 import pytest
 
 import engine
-from engine.checkpoint.folder import read_headers
-from engine.formats.rank_files import read_rank_file
 from engine.formats.unpickle import load_pickle
 from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
 from engine.storage.sinks import SinkFiles
 from engine.storage.sources import SourceFiles
+from tests.support.readers import read_headers, read_rank_file
 from tests.support.shards import Model, save
 
 LETTERS = {"mlp_letters": "w2_is_down"}

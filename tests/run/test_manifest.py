@@ -136,7 +136,7 @@ def test_a_manifest_cannot_point_outside_its_folder(source: Path, tmp_path: Path
 
 def flip(path: Path) -> None:
     """One bit of payload, which no header shows."""
-    from engine.formats.rank_files import read_rank_file
+    from tests.support.readers import read_rank_file
 
     at = read_rank_file(path).tensors[0].offset
     data = bytearray(path.read_bytes())

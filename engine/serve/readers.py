@@ -1,0 +1,131 @@
+"""Readers for any number of users: any bytes of a plan's outputs, read by a few threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+from engine.errors import EngineError, Place
+from engine.move.reader import Reader
+from engine.planning.model import Plan, Tied
+from engine.run.digests import Total
+from engine.run.journal import Done
+from engine.run.replicas import Check, checks, compare_replicas
+from engine.serve.once import Once
+from engine.storage.sources import SourceFiles, check_unchanged
+
+PART_BYTES = 4 << 20  # of one output that one thread reads at a time
+_MOST_THREADS = 8
+
+
+def reading_threads() -> ThreadPoolExecutor:
+    """The threads that read, for one plan or for many: as many as cores, at most 8."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), thread_name_prefix="reader")
+
+
+class Readers:
+    """The bytes of a plan's outputs, for any number of threads at once.
+
+    Nothing of a tensor is handed out before its replicas were compared, and every read ends with a look at the
+    source files: what was read of one that changed since it was planned is not handed out.
+    """
+
+    def __init__(self, plan: Plan, threads: ThreadPoolExecutor) -> None:
+        """Args: threads: they read; whoever made them ends them."""
+        self.plan, self._threads = plan, threads
+        self._own = threading.local()  # the reader of each thread
+        self._opened: list[SourceFiles] = []
+        self._closing = weakref.finalize(self, _close, self._opened)
+        self._users, self._open = 0, True
+        self._changed = threading.Condition()
+        self._compared = Once(self._compare)
+        self.done = Once(self._done)  # output → digest and checksum; all of it is read for them
+        self._checks: dict[int, list[int]] = {}  # source → checks that it takes part in
+        self._ties: dict[int, list[int]] = {}  # output → checks that compare another tensor with it
+        for index, check in enumerate(checks(plan)):
+            if isinstance(check, Tied):
+                self._ties.setdefault(check.same_as, []).append(index)
+            else:
+                for source in check.sources:
+                    self._checks.setdefault(source, []).append(index)
+
+    def read_into(self, output: int, start: int, target: memoryview) -> None:
+        """Fill a buffer with the bytes of an output from byte `start` on.
+
+        Raises:
+            EngineError: E402 when replicas of the tensor differ, E405 when a source changed, E3xx when one
+                cannot be read, E001 when this is closed.
+            ValueError: for bytes beyond the output's.
+        """
+        with self._using():
+            sources = {copy.source for copy in self.plan.copies(output)}
+            for check in sorted({*self._ties.get(output, ()), *(c for s in sources for c in self._checks.get(s, ()))}):
+                self._compared(check)
+            cuts = range(0, len(target), PART_BYTES)
+            parts = [self._threads.submit(self._fill, output, start + at, target[at : at + PART_BYTES]) for at in cuts]
+            wait(parts)
+            for part in parts:
+                part.result()
+            check_unchanged([self.plan.files[file] for file in sorted({self.plan.sources[s].file for s in sources})])
+
+    def compare_all(self) -> None:
+        """Compare all replicas that have not been yet; E402 when some differ."""
+        with self._using():
+            for index in range(len(checks(self.plan))):
+                self._compared(index)
+
+    def close(self) -> None:
+        """Close the files, when those who read have finished."""
+        with self._changed:
+            self._open = False
+            self._changed.wait_for(lambda: not self._users)
+        self._closing()
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        with self._changed:
+            if not self._open:
+                raise EngineError(
+                    "E001",
+                    "the checkpoint is closed",
+                    place=Place(self.plan.folder),
+                    fix="Read it before it is closed, inside its `with` block.",
+                )
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def _fill(self, output: int, start: int, target: memoryview) -> None:
+        reader: Reader | None = getattr(self._own, "reader", None)
+        if reader is None:
+            files = SourceFiles(self.plan.files)
+            self._opened.append(files)
+            reader = self._own.reader = Reader(self.plan, files)
+        reader.read_into(output, start, target)
+
+    def _compare(self, index: int) -> Check:
+        check = checks(self.plan)[index]
+        compare_replicas(self.plan, lambda _: None, [check])
+        return check
+
+    def _done(self, output: int) -> Done:
+        total, nbytes = Total(digest=True, checksum=True), self.plan.outputs[output].nbytes
+        buffer = memoryview(bytearray(min(nbytes, 2 * PART_BYTES)))
+        for at in range(0, nbytes, max(len(buffer), 1)):
+            data = buffer[: nbytes - at]
+            self.read_into(output, at, data)
+            total.add(at, data)
+        return Done(total.digest(tuple), total.checksum())
+
+
+def _close(opened: list[SourceFiles]) -> None:
+    for files in opened:
+        files.__exit__()

@@ -1,0 +1,211 @@
+"""A plan's outputs as a lazy state dict: names to tensors that are read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from engine.errors import EngineError
+from engine.formats.headers import ITEM_SIZES
+from engine.move.values import check_transform
+from engine.planning.model import Plan
+from engine.run.manifest import tensor_key
+from engine.serve.readers import PART_BYTES, Readers, reading_threads
+
+if TYPE_CHECKING:
+    import torch
+
+Item = TypeVar("Item")
+
+
+class _Names(Mapping[str, Item], Generic[Item]):
+    """A mapping whose items are made when they are asked for."""
+
+    def __init__(self, outputs: Mapping[str, int], make: Callable[[int], Item]) -> None:
+        self._outputs, self._make = outputs, make
+
+    def __getitem__(self, name: str) -> Item:
+        return self._make(self._outputs[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+
+class Tensors(_Names["torch.Tensor"]):
+    """A checkpoint as a state dict that a run would write: a mapping of names to tensors.
+
+    A tensor is read when it is asked for, owns its memory, and is not kept. Its replicas are compared before. A
+    context manager; any number of threads may read.
+
+    Attributes:
+        plan: what is read.
+        slices: the same names to slices, which are not read before they are indexed; for transformers, which
+            sorts all values before it takes the first.
+    """
+
+    def __init__(self, plan: Plan, threads: ThreadPoolExecutor | None = None) -> None:
+        for output in plan.outputs:
+            check_transform(output)
+        outputs = {tensor_key(plan, file.name, plan.outputs[i].name): i for file in plan.shards for i in file.outputs}
+        self._threads = reading_threads() if threads is None else None
+        self.plan, self._readers = plan, Readers(plan, threads or self._threads or reading_threads())
+        super().__init__(outputs, self._tensor)
+        self.slices: Mapping[str, Slice] = _Names(outputs, self._slice)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration, as it stands in `config.json`."""
+        return dict(self.plan.config)
+
+    def model(self, **options: Any) -> Any:
+        """The model that transformers builds of these tensors; no file is written and no code of a model is run.
+
+        Args:
+            options: as for transformers' `from_pretrained`, like `dtype` and `device_map`.
+
+        Raises:
+            EngineError: E209 for an architecture that transformers does not have.
+        """
+        import transformers
+
+        config = self.config
+        kinds = config.get("architectures") or [""]
+        found = getattr(transformers, kinds[0], None)
+        if found is None:
+            raise EngineError(
+                "E209", "transformers has no class for this model", got=str(kinds[0]),
+                fix="Load the tensors into a class of your own: `load_state_dict(tensors, assign=True)`.",
+            )  # fmt: skip
+        # The class itself: `AutoModelForCausalLM` of some versions insists on a path.
+        made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+        return found.from_pretrained(None, config=made, state_dict=self.slices, **options)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A tensor, as safetensors' `safe_open` has it."""
+        return self[name]
+
+    def get_slice(self, name: str) -> Slice:
+        """What a tensor can be sliced from without reading all of it, as safetensors' `safe_open` has it."""
+        return self.slices[name]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tensors of {self.plan.nbytes:,} bytes, read from {self.plan.folder}>"
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def compare_all(self) -> None:
+        """Compare all replicas now, rather than each with its tensor; E402 when some differ."""
+        self._readers.compare_all()
+
+    def close(self) -> None:
+        """Close the source files, when those who read have finished."""
+        self._readers.close()
+        if self._threads is not None:
+            self._threads.shutdown()
+
+    def _slice(self, output: int) -> Slice:
+        return Slice(self._readers, output)
+
+    def _tensor(self, output: int) -> torch.Tensor:
+        return self._slice(output)[...]
+
+
+class Slice:
+    """A tensor that is not read yet, as safetensors' `get_slice` has it."""
+
+    def __init__(self, readers: Readers, output: int) -> None:
+        self._readers, self._index = readers, output
+        self._output = readers.plan.outputs[output]
+
+    def get_shape(self) -> list[int]:
+        return list(self._output.shape)
+
+    def get_dtype(self) -> str:
+        """The element type as safetensors spells it."""
+        return self._output.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._output.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_types()[self._output.dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """The elements that an index of integers, slices and `...` takes.
+
+        Only the rows that it takes of the first dimension are read, a few megabytes at a time.
+
+        Raises:
+            EngineError: E402 when replicas differ, E405 when a source changed, E3xx when one cannot be read.
+            IndexError, TypeError, ValueError: for what cannot be an index, as torch does.
+        """
+        import torch
+
+        shape = self._output.shape
+        if not shape:
+            return self._rows(0, 1).reshape(())[index]
+        first, *rest = _expanded(index, len(shape))
+        rows = (
+            range(*first.indices(shape[0])) if isinstance(first, slice) else range(shape[0])[first : first + 1 or None]
+        )
+        if not isinstance(first, slice) and not -shape[0] <= first < shape[0]:
+            raise IndexError(f"index {first} is out of range for {shape[0]} rows of {self._output.name}")
+        if rows.step < 0:
+            raise ValueError("a slice cannot go backwards")
+        if rows.step == 1 and all(one == slice(None) for one in rest):
+            found = self._rows(rows.start, max(rows.start, rows.stop))
+        else:
+            per = max(1, 4 * PART_BYTES // max(1, prod(shape[1:]) * ITEM_SIZES[self._output.dtype] * rows.step))
+            some = [rows[at : at + per] for at in range(0, max(len(rows), 1), per)]
+            read = (self._rows(one.start, max(one.start, one.stop - one.step + 1))[:: rows.step] for one in some)
+            found = torch.cat([block[(slice(None), *rest)] for block in read])
+        return found if isinstance(first, slice) else found[0]
+
+    def _rows(self, low: int, high: int) -> torch.Tensor:
+        import torch
+
+        shape = self._output.shape
+        tensor = torch.empty((high - low, *shape[1:]), dtype=self.dtype)
+        if tensor.numel():
+            row = prod(shape[1:]) * ITEM_SIZES[self._output.dtype]
+            self._readers.read_into(self._index, low * row, tensor.view(-1).view(torch.uint8).numpy().data)
+        return tensor
+
+
+def _expanded(index: Any, dims: int) -> list[int | slice]:
+    """An index with one entry for each dimension.
+
+    >>> _expanded((..., 3), 3)
+    [slice(None, None, None), slice(None, None, None), 3]
+    """
+    given = list(index) if isinstance(index, tuple) else [index]
+    if not all(one is ... or type(one) is int or isinstance(one, slice) for one in given):
+        raise TypeError(f"only integers, slices and ... can be indices, not {index!r}"[:200])
+    at = given.index(...) if ... in given else len(given)
+    before, after = given[:at], [one for one in given[at:] if one is not ...]
+    if len(before) + len(after) > dims:
+        raise IndexError(f"too many indices for {dims} dimensions")
+    return [*before, *[slice(None)] * (dims - len(before) - len(after)), *after]
+
+
+def torch_types() -> dict[str, torch.dtype]:
+    """Torch's element types by their safetensors names."""
+    import torch
+
+    return {
+        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+        "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    }  # fmt: skip

@@ -1,0 +1,236 @@
+"""Virtual files: each file that a run of a plan would write, readable at any byte, without the run.
+
+What comes before, between and after tensors is laid out by the format that the writer uses; the tensors' bytes
+are read from the sources when they are asked for; digests and checksums are computed when they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from engine.formats.safetensors import INDEX, index_json
+from engine.move.values import check_transform
+from engine.planning.model import OutputFile, Plan
+from engine.run.digests import content_id
+from engine.run.execute import Small, check_names
+from engine.run.journal import Done, work_of
+from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
+from engine.run.writer import layout_of
+from engine.serve.readers import Readers, reading_threads
+
+Fill = Callable[[int, memoryview], None]  # takes a byte offset in the stretch and a buffer to fill
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes `start` to `end` of a file, and what fills a buffer with some of them."""
+
+    start: int
+    end: int
+    fill: Fill
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualFile:
+    """One file that a run would write.
+
+    Attributes:
+        size: in bytes.
+        etag: changes when the bytes may have; hexadecimal.
+        stretches: in order, without overlaps; what lies between them is zeros.
+    """
+
+    name: str
+    size: int
+    etag: str
+    stretches: tuple[Stretch, ...]
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill a buffer with the file's bytes from byte `start` on.
+
+        Raises:
+            EngineError: E402 when replicas differ, E405 when a source changed, E3xx when one cannot be read.
+            ValueError: for bytes beyond the file's.
+        """
+        stop = start + len(target)
+        if not 0 <= start <= stop <= self.size:
+            raise ValueError(f"bytes {start} to {stop} of the {self.size} of {self.name}")
+        at = start
+        index = bisect_right(self.stretches, start, key=lambda one: one.end)
+        while at < stop:
+            one = self.stretches[index] if index < len(self.stretches) else None
+            end = stop if one is None else min(stop, one.end)
+            if one is None or at < one.start:
+                end = stop if one is None else min(stop, one.start)
+                target[at - start : end - start] = bytes(end - at)
+            else:
+                one.fill(at - one.start, target[at - start : end - start])
+                index += 1
+            at = end
+
+    def read(self, start: int = 0, size: int | None = None) -> bytes:
+        """Some bytes of the file; fewer at its end."""
+        start = min(start, self.size)
+        buffer = bytearray(self.size - start if size is None else max(min(size, self.size - start), 0))
+        self.read_into(start, memoryview(buffer))
+        return bytes(buffer)
+
+
+class VirtualFolder(Mapping[str, VirtualFile]):
+    """The files that a run of a plan would write, by name. A context manager; any number of threads may read.
+
+    Attributes:
+        plan: what is read.
+        readers: the bytes of its outputs.
+        notices: what a run would tell beside.
+        commit: 40 hexadecimal digits that change when any byte may have.
+    """
+
+    def __init__(self, plan: Plan, make_small: Callable[[], Small], threads: ThreadPoolExecutor | None = None) -> None:
+        """Make the small files; no tensor is read.
+
+        Args:
+            threads: they read; default: own ones, which end with this.
+
+        Raises:
+            EngineError: as a run that has not begun to write.
+        """
+        for output in plan.outputs:
+            check_transform(output)
+        small = make_small()
+        check_names(plan, small.files)
+        files = {**small.files, **(small.later(threading.Event()) if small.later is not None else {})}
+        self._threads = reading_threads() if threads is None else None
+        self.plan, self.readers = plan, Readers(plan, threads or self._threads or reading_threads())
+        self.notices = (*plan.notices, *small.notices)
+        identity = identity_of(plan)
+        made = [_weights(self.readers, file, identity) for file in plan.shards]
+        made += [_fixed(name, data) for name, data in files.items()]
+        if len(plan.shards) > 1 and plan.written is None:
+            names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
+            made.append(_fixed(INDEX, index_json(names, plan.nbytes)))
+        made.append(_manifest(self.readers, files, identity))
+        self._files = {one.name: one for one in sorted(made, key=lambda one: one.name)}
+        self.commit = _short(*((one.name, one.size, one.etag) for one in made))[:40]
+
+    def __getitem__(self, name: str) -> VirtualFile:
+        return self._files[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __enter__(self) -> VirtualFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the source files, when those who read have finished."""
+        self.readers.close()
+        if self._threads is not None:
+            self._threads.shutdown()
+
+
+def identity_of(plan: Plan) -> str:
+    """A digest of everything that the bytes of a run depend on; source files without checksums count by their state."""
+    states = [(f.name, f.state.told()) for f in plan.files if not f.summed and f.state is not None]
+    return _short(work_of(plan), states)
+
+
+def _short(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _fixed(name: str, data: bytes) -> VirtualFile:
+    return VirtualFile(name, len(data), hashlib.sha256(data).hexdigest(), tuple(_bytes(0, data)))
+
+
+def _bytes(start: int, data: bytes) -> list[Stretch]:
+    def fill(at: int, target: memoryview) -> None:
+        target[:] = memoryview(data)[at : at + len(target)]
+
+    return [Stretch(start, start + len(data), fill)] if data else []
+
+
+def _computed(start: int, size: int, make: Callable[[], bytes]) -> Stretch:
+    """Bytes that are made when they are read."""
+
+    def fill(at: int, target: memoryview) -> None:
+        target[:] = memoryview(make())[at : at + len(target)]
+
+    return Stretch(start, start + size, fill)
+
+
+def _weights(readers: Readers, file: OutputFile, identity: str) -> VirtualFile:
+    """A weight file: payloads from the sources, the rest as the format lays it out."""
+    plan, layout = readers.plan, layout_of(readers.plan, file)
+    stretches = [
+        Stretch(at, at + plan.outputs[i].nbytes, partial(readers.read_into, i))
+        for i, at in zip(file.outputs, layout.offsets, strict=True)
+        if plan.outputs[i].nbytes
+    ]
+    for start, data in layout.start():
+        stretches += _bytes(start, data)
+
+    def finished(index: int) -> bytes:
+        return layout.finish([readers.done(i).checksum for i in file.outputs])[index][1]
+
+    # Where these bytes lie does not depend on the checksums in them.
+    for index, (start, data) in enumerate(layout.finish([0] * len(file.outputs))):
+        stretches.append(_computed(start, len(data), partial(finished, index)))
+    stretches.sort(key=lambda one: one.start)
+    size = max(layout.end, max((one.end for one in stretches), default=0))
+    return VirtualFile(file.name, size, _short(identity, file.name), tuple(stretches))
+
+
+_DIGEST, _CONTENT = 32, 64  # hexadecimal digits of a tensor's digest and of the content id
+
+
+def _manifest(readers: Readers, small: Mapping[str, bytes], identity: str) -> VirtualFile:
+    """`conversion.json`, in which each digest is computed when its bytes are read."""
+    plan, mark = readers.plan, f"@{secrets.token_hex(8)}"  # which nothing else in the file holds
+    digits = _DIGEST - len(mark)
+    data = manifest(plan, {i: Done(f"{mark}{i:0{digits}d}", 0) for i in range(len(plan.outputs))}, small)
+    data["content_id"] = f"{mark}{'c' * (_CONTENT - len(mark))}"
+    text = encode_manifest(data)
+    stretches: list[Stretch] = []
+    end = 0
+    for found in re.finditer(rb"%b(c+|[0-9]{%d})" % (mark.encode(), digits), text):
+        stretches += _bytes(end, text[end : found.start()])
+        make = partial(_content_id, readers) if found[1][:1] == b"c" else partial(_digest, readers, int(found[1]))
+        stretches.append(_computed(found.start(), len(found[0]), make))
+        end = found.end()
+    stretches += _bytes(end, text[end:])
+    etag = _short(identity, text.replace(mark.encode(), b"").decode())
+    return VirtualFile(NAME, len(text), etag, tuple(stretches))
+
+
+def _digest(readers: Readers, output: int) -> bytes:
+    return readers.done(output).digest.encode()
+
+
+def _content_id(readers: Readers) -> bytes:
+    """Of a checkpoint whose replicas have all been compared."""
+    readers.compare_all()
+    plan = readers.plan
+    tensors = {
+        tensor_key(plan, file.name, plan.outputs[i].name): (
+            plan.outputs[i].dtype, plan.outputs[i].shape, readers.done(i).digest,
+        )
+        for file in plan.shards
+        for i in file.outputs
+    }  # fmt: skip
+    return content_id(tensors).encode()

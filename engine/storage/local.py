@@ -1,0 +1,104 @@
+"""Folders of this machine as stores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.storage.buffers import after
+from engine.storage.output import write_error
+from engine.storage.regular import FileState, check_regular, open_regular
+from engine.storage.sinks import SinkFiles
+from engine.storage.store import File, OpenFile, Ranges, State, check_state, ends_early, unreadable
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStore:
+    """A folder of this machine."""
+
+    path: Path
+    positioned = True
+
+    @property
+    def folder(self) -> Path:
+        return self.path
+
+    def place(self, name: str = "") -> str:
+        return str(self.path / name)
+
+    def names(self, inside: str = "") -> list[str]:
+        return sorted(os.listdir(self.path / inside))
+
+    def has(self, name: str) -> bool:
+        return os.path.lexists(self.path / name)
+
+    def open(self, name: str) -> OpenFile:
+        return open_regular(self.path / name)
+
+    def ranges(self, name: str, state: State | None) -> Ranges:
+        path = self.path / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise unreadable(str(path), error.strerror or str(error)) from error
+        check_regular(descriptor, path)  # it may have become a pipe since it was planned
+        found = LocalRanges(descriptor, path)
+        try:
+            check_state(name, FileState.of(os.fstat(descriptor)), state)
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    def states(self, names: Sequence[str]) -> Mapping[str, State]:
+        found: dict[str, State] = {}
+        for name in names:
+            try:
+                found[name] = FileState.of(os.stat(self.path / name))
+            except OSError as error:
+                raise unreadable(self.place(name), error.strerror or str(error)) from error
+        return found
+
+    def sinks(self, names: Sequence[str]) -> SinkFiles:
+        return SinkFiles([self.path / name for name in names])
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        try:
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(path, error) from error
+
+
+class LocalRanges:
+    """An open file, read by preadv into the caller's buffers."""
+
+    __slots__ = ("_path", "descriptor")
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self.descriptor, self._path = descriptor, path
+
+    def read_into(self, offset: int, parts: Sequence[memoryview]) -> None:
+        nbytes = sum(map(len, parts))
+        try:
+            got = os.preadv(self.descriptor, parts, offset)
+            while got < nbytes:
+                more = os.preadv(self.descriptor, after(parts, got), offset + got)
+                if more == 0:
+                    raise ends_early(self._path.name, offset + got, offset + nbytes)
+                got += more
+        except OSError as error:
+            raise unreadable(str(self._path), error.strerror or str(error)) from error
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def local_file(path: Path) -> File:
+    """A file of this machine, by its path."""
+    return File(LocalStore(path.parent), path.name)

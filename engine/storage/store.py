@@ -1,0 +1,168 @@
+"""Stores: where files lie. A folder, a prefix of a bucket, or memory; headers name a file of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from io import BufferedReader, RawIOBase
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.errors import EngineError, Place
+
+
+class State(Protocol):
+    """What is told of a file: any write to it, and any other file in its place, changes it. Plain data."""
+
+    @property
+    def size(self) -> int: ...  # in bytes
+
+    @property
+    def links(self) -> object: ...  # equal for two names of one file; None where that cannot be told
+
+    def unlike(self, other: Any) -> tuple[str, str]:
+        """What differs between the two, in words: of this one, of the other."""
+
+    def told(self) -> Mapping[str, Any]:
+        """What a saved plan keeps of it, as JSON."""
+
+
+class OpenFile(BufferedReader):
+    """A file that is open for reading from any position, as readers of formats take it.
+
+    Attributes:
+        state: the file's when it was opened.
+        at_hand: whether reading bytes from one position to another costs no request.
+    """
+
+    def __init__(self, raw: RawIOBase, state: State, at_hand: Callable[[int, int], bool] | None = None) -> None:
+        super().__init__(raw)
+        self.state = state
+        self.at_hand = at_hand or (lambda start, end: True)
+
+
+class Ranges(Protocol):
+    """A file whose bytes are read by position. Belongs to one thread."""
+
+    @property
+    def descriptor(self) -> int | None: ...  # of a file of this machine
+
+    def read_into(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Fill buffers one after the other; E301 when the file ends before, E305 when it cannot be read."""
+
+    def close(self) -> None: ...
+
+
+class Sinks(AbstractContextManager["Sinks"], Protocol):
+    """Files being written, by number. Not shared between threads."""
+
+    def create(self, file: int, size: int) -> None:
+        """Begin a file of so many bytes."""
+
+    def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+        """Write buffers one after the other at a byte offset; OSError when that fails."""
+
+    def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """What was written, in blocks that are valid until the next one; OSError when it is not all there."""
+
+    def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
+        """Have the system move bytes from an open descriptor; how many it moved, 0 where it cannot."""
+
+    def complete(self, file: int) -> None:
+        """A file is written in full."""
+
+    def sync(self, file: int) -> None:
+        """Bring a file to stable storage."""
+
+
+class Store(Protocol):
+    """A folder, wherever it lies. Plain data: it can be pickled, and opens what it needs when it is asked."""
+
+    @property
+    def folder(self) -> Path | None: ...  # of this machine, if it is one
+
+    @property
+    def positioned(self) -> bool: ...  # writes go anywhere in a file, or else in order only
+
+    def place(self, name: str = "") -> str:
+        """The path or URL of the store or of a file in it, for people."""
+
+    def names(self, inside: str = "") -> list[str]:
+        """What lies directly in it, or in a folder inside, sorted; OSError when it cannot be listed."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file, whatever it is."""
+
+    def open(self, name: str) -> OpenFile:
+        """Open a file for reading; E305 when it is none or cannot be read."""
+
+    def ranges(self, name: str, state: State | None) -> Ranges:
+        """Open a file for reading by position; E405 unless it is in that state, E305 when it cannot be read."""
+
+    def states(self, names: Sequence[str]) -> Mapping[str, State]:
+        """The states of files; E305 when one cannot be read."""
+
+    def sinks(self, names: Sequence[str]) -> Sinks:
+        """Files to write, numbered in this order."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file whole, to stable storage; E403 when that fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a store, by its name there."""
+
+    store: Store
+    name: str
+
+    @property
+    def place(self) -> str:
+        return self.store.place(self.name)
+
+    @property
+    def exists(self) -> bool:
+        return self.store.has(self.name)
+
+    def open(self) -> OpenFile:
+        return self.store.open(self.name)
+
+    def beside(self, name: str) -> File:
+        """Another file of the same store."""
+        return File(self.store, name)
+
+
+def check_state(name: str, now: State, then: State | None) -> None:
+    """E405 unless a file is still the one that was planned."""
+    if then is not None and now != then:
+        got, expected = now.unlike(then)
+        raise EngineError(
+            "E405",
+            "a source file changed since it was planned",
+            place=Place(name),
+            got=got,
+            expected=expected,
+            fix="Wait until training has finished writing the checkpoint and nothing else touches it, then run again.",
+        )
+
+
+def ends_early(name: str, got: int, expected: int) -> EngineError:
+    return EngineError(
+        "E301",
+        "a checkpoint file ends too early",
+        place=Place(name),
+        got=f"{got} bytes",
+        expected=f"at least {expected} bytes",
+        fix="Copy the file again from the training run.",
+    )
+
+
+def unreadable(place: str, why: str) -> EngineError:
+    return EngineError(
+        "E305",
+        "a checkpoint file cannot be read",
+        place=Place(place),
+        got=why,
+        fix="Check the file and its permissions, then run again.",
+    )

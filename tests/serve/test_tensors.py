@@ -1,0 +1,158 @@
+"""A checkpoint that is opened is a lazy state dict: the tensors of a run, read when they are asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import engine
+from engine.formats.headers import ITEM_SIZES
+from engine.serve.tensors import Tensors, torch_types
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+GENUINE = [
+    ("v1_tp2_pp2", "families/internlm.yaml"),
+    ("v2_tp2_pp2", "families/internlm2.yaml"),
+    ("llama_tp2_pp1_default", "families/llama.yaml"),
+]
+
+
+def config_of(tensors: Tensors) -> Any:
+    config = dict(tensors.config)
+    return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+@pytest.mark.parametrize(("folder", "mapping"), GENUINE)
+@pytest.mark.parametrize("lazy", [False, True], ids=["tensors", "slices"])
+def test_transformers_takes_it_as_a_state_dict_and_computes_the_trainers_logits(
+    folder: str, mapping: str, lazy: bool
+) -> None:
+    oracle = torch.load(FIXTURES / folder / "oracle.pt", weights_only=True)
+    with engine.open(FIXTURES / folder, mapping=mapping, dtype="float32") as tensors:
+        how = {"dtype": torch.float32, "output_loading_info": True}
+        if lazy:
+            model, loading = tensors.model(**how)
+        else:
+            kind = getattr(transformers, tensors.config["architectures"][0])
+            model, loading = kind.from_pretrained(None, config=config_of(tensors), state_dict=tensors, **how)
+    assert not any(loading.values())
+    with torch.no_grad():
+        assert (model(oracle["input_ids"]).logits - oracle["logits"]).abs().max() < 1e-4
+
+
+def test_torch_takes_it_as_a_state_dict_and_the_parameters_are_its_tensors() -> None:
+    folder, mapping = GENUINE[1]
+    oracle = torch.load(FIXTURES / folder / "oracle.pt", weights_only=True)
+    with engine.open(FIXTURES / folder, mapping=mapping, dtype="float32") as tensors:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config_of(tensors), dtype=torch.float32)
+        result = model.load_state_dict(tensors, assign=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # holds no weights
+    with torch.no_grad():
+        assert (model(oracle["input_ids"]).logits - oracle["logits"]).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("written") / "out"
+    engine.convert(GENUINE[1][1], FIXTURES / GENUINE[1][0], out, dtype="bfloat16")
+    return safe_open(str(out / "model.safetensors"), "pt")
+
+
+@pytest.fixture(scope="module")
+def opened() -> Any:
+    with engine.open(FIXTURES / GENUINE[1][0], mapping=GENUINE[1][1], dtype="bfloat16") as tensors:
+        yield tensors
+
+
+def test_it_is_a_mapping_of_the_tensors_that_a_run_writes(opened: Tensors, written: Any) -> None:
+    assert isinstance(opened, Mapping) and set(opened) == set(written.keys()) and len(opened) == len(opened.slices)
+    with ThreadPoolExecutor(8) as users:
+        found = dict(zip(opened, users.map(opened.get_tensor, opened), strict=True))
+    for name, tensor in found.items():
+        one, other = opened.get_slice(name), written.get_slice(name)
+        assert tensor.dtype == one.dtype and tensor.shape == one.shape
+        assert tensor.equal(written.get_tensor(name))
+        assert one.get_shape() == other.get_shape() and one.get_dtype() == other.get_dtype()
+    assert "nothing" not in opened
+    with pytest.raises(KeyError):
+        opened["nothing"]
+    assert "tensors of" in repr(opened)
+
+
+INDEX = st.one_of(
+    st.integers(-130, 130),
+    st.slices(128).filter(lambda one: one.step is None or one.step > 0),
+    st.just(slice(None)),
+    st.just(...),
+)
+
+
+NAMES = ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"]
+
+
+@given(name=st.sampled_from(NAMES),
+       index=st.one_of(INDEX, st.lists(INDEX, max_size=3).map(tuple)))  # fmt: skip
+def test_a_slice_is_that_of_the_whole_tensor(opened: Tensors, written: Any, name: str, index: Any) -> None:
+    try:
+        expected = written.get_tensor(name)[index]
+    except (IndexError, ValueError):
+        with pytest.raises((IndexError, ValueError)):
+            opened.get_slice(name)[index]
+        return
+    assert opened.get_slice(name)[index].equal(expected)
+
+
+@pytest.mark.parametrize("index", [None, "a", 1.0, True, [1], torch.tensor([1]), slice(None, None, -1), (0, 0, 0)])
+def test_what_is_no_index_is_refused(opened: Tensors, index: Any) -> None:
+    with pytest.raises((TypeError, IndexError, ValueError)):
+        opened.get_slice("model.norm.weight")[index]
+
+
+def test_a_slice_reads_only_its_rows(opened: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    readers = opened._readers
+    read = readers.read_into
+
+    def counted(output: int, start: int, target: memoryview) -> None:
+        asked.append(len(target))
+        read(output, start, target)
+
+    monkeypatch.setattr(readers, "read_into", counted)
+    shape = opened.get_slice("model.embed_tokens.weight").get_shape()
+    opened.get_slice("model.embed_tokens.weight")[3:5]
+    assert asked == [2 * shape[1] * 2]
+
+
+def test_every_element_type_has_torchs() -> None:
+    assert {name: kind.itemsize for name, kind in torch_types().items()} == ITEM_SIZES
+
+
+def test_a_checkpoint_that_changes_or_is_closed_is_not_read(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / GENUINE[0][0], tmp_path / "src")
+    with engine.open(tmp_path / "src", mapping=GENUINE[0][1]) as tensors:
+        assert tensors["lm_head.weight"].numel()
+        (tmp_path / "src" / "model_tp0_pp1.pt").touch()
+        with pytest.raises(engine.EngineError, match="E405"):
+            tensors["lm_head.weight"]
+        assert tensors["model.embed_tokens.weight"].numel()  # of files that did not change
+    with pytest.raises(engine.EngineError, match="closed"):
+        tensors["model.embed_tokens.weight"]
+
+
+def test_a_plan_can_be_opened_and_rank_files_have_their_files_names(tmp_path: Path) -> None:
+    plan = engine.plan_reshard("families/internlm.yaml", FIXTURES / "v1_tp2_pp2", tp=1, pp=2)
+    with engine.open(plan) as tensors:
+        assert tensors["model_tp0_pp1.pt:norm.weight"].numel()

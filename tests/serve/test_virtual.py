@@ -1,0 +1,202 @@
+"""Virtual files hold, at any byte, what a run writes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine.planning.model import Plan
+from engine.serve.virtual import VirtualFolder
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+WHOLE = [
+    ("v1_tp2_pp2", "families/internlm.yaml", {}),
+    ("v2_tp2_pp2", "families/internlm2.yaml", {"dtype": "float32", "max_shard_size": 100_000}),
+    ("v2_tp2_pp1_normhead", "families/internlm2.yaml", {"dtype": "bfloat16"}),
+    ("moe_tp2_pp2_dp1", "families/internlm-moe.yaml", {"max_shard_size": 300_000}),
+    ("v1_isp_tp1_wp2", "families/internlm.yaml", {}),
+]
+
+
+def change(file: Path, tensor: str) -> None:
+    """Save a rank file again, with one element of a tensor changed."""
+    state = torch.load(file, weights_only=True)
+    (key,) = (key for key in state if key.endswith(tensor))
+    state[key].view(-1)[0] += 1
+    torch.save(state, file)
+
+
+def same(folder: VirtualFolder, written: Path) -> None:
+    """Every file whole, then many ranges in random order, each from several threads."""
+    names = {path.name for path in written.iterdir()}
+    assert set(folder) == names and list(folder) == sorted(names)
+    for name in names:
+        data, file = (written / name).read_bytes(), folder[name]
+        draw = random.Random(name)
+
+        def check(span: tuple[int, int], data: bytes = data, file: Any = file) -> None:
+            start, stop = span
+            assert file.read(start, stop - start) == data[start:stop], (file.name, start, stop)
+
+        assert file.size == len(data)
+        assert file.read() == data
+        spans = [sorted((draw.randrange(len(data) + 1), draw.randrange(len(data) + 1))) for _ in range(60)]
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(check, [(a, b) for a, b in spans]))
+
+
+@pytest.mark.parametrize(("folder", "mapping", "options"), WHOLE)
+def test_every_file_is_byte_for_byte_that_of_a_run(
+    folder: str, mapping: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    engine.convert(mapping, FIXTURES / folder, tmp_path / "out", **options)
+    with engine.virtual(engine.plan(mapping, FIXTURES / folder, **options)) as virtual:
+        same(virtual, tmp_path / "out")
+
+
+def test_the_manifest_is_right_when_it_is_read_first_and_from_its_middle(tmp_path: Path) -> None:
+    folder, mapping, options = WHOLE[1]
+    engine.convert(mapping, FIXTURES / folder, tmp_path / "out", **options)
+    data = (tmp_path / "out" / "conversion.json").read_bytes()
+    for start in (len(data) - 30, len(data) // 2, 0):
+        with engine.virtual(engine.plan(mapping, FIXTURES / folder, **options)) as virtual:
+            assert virtual["conversion.json"].read(start) == data[start:]
+
+
+def rank_files(make: Callable[[], Plan], write: Callable[[Path], object], out: Path) -> None:
+    write(out)
+    with engine.virtual(make()) as virtual:
+        same(virtual, out)
+
+
+def test_rank_files_of_a_reverse_plan_are_those_of_reverse(tmp_path: Path) -> None:
+    mapping, hf = "families/internlm2.yaml", tmp_path / "hf"
+    engine.convert(mapping, FIXTURES / "v2_tp2_pp2", hf)
+    how: dict[str, Any] = {"tp": 2, "pp": 2}
+    rank_files(
+        lambda: engine.plan_reverse(mapping, hf, **how),
+        lambda out: engine.reverse(mapping, hf, out, **how),
+        tmp_path / "back",
+    )
+
+
+def test_rank_files_of_a_reshard_plan_are_those_of_reshard(tmp_path: Path) -> None:
+    mapping, src = "families/internlm.yaml", FIXTURES / "v1_tp2_pp2"
+    how: dict[str, Any] = {"tp": 4, "pp": 1}
+    rank_files(
+        lambda: engine.plan_reshard(mapping, src, **how),
+        lambda out: engine.reshard(mapping, src, out, **how),
+        tmp_path / "other",
+    )
+
+
+def test_etags_and_the_commit_are_the_same_for_the_same_bytes_and_others_for_others(tmp_path: Path) -> None:
+    folder, mapping, _ = WHOLE[0]
+    shutil.copytree(FIXTURES / folder, tmp_path / "copy")
+
+    def told(src: Path, **options: Any) -> tuple[str, dict[str, str]]:
+        with engine.virtual(engine.plan(mapping, src, **options)) as virtual:
+            assert len(virtual.commit) == 40
+            return virtual.commit, {name: file.etag for name, file in virtual.items()}
+
+    first = told(FIXTURES / folder)
+    assert told(tmp_path / "copy") == first
+    commit, etags = told(FIXTURES / folder, dtype="float32")
+    assert commit != first[0] and etags["model.safetensors"] != first[1]["model.safetensors"]
+    change(tmp_path / "copy" / "model_tp0_pp0.pt", "blocks.0.mixer.Wqkv.weight")
+    commit, etags = told(tmp_path / "copy")
+    assert commit != first[0] and etags["model.safetensors"] != first[1]["model.safetensors"]
+    assert etags["config.json"] == first[1]["config.json"]
+
+
+def test_nothing_of_a_tensor_is_handed_out_whose_replicas_differ(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    shutil.copytree(FIXTURES / "v1_tp2_pp2", src)
+    change(src / "model_tp1_pp1.pt", "norm.weight")
+    plan = engine.plan("families/internlm.yaml", src)
+    with engine.virtual(plan) as virtual:
+        file = virtual["model.safetensors"]
+        for index, at in zip(plan.shards[0].outputs, range(10**6), strict=False):
+            output = plan.outputs[index]
+            start = next(one.start for one in file.stretches if getattr(one.fill, "args", None) == (index,))
+            if output.name == "model.norm.weight":
+                with pytest.raises(engine.EngineError, match="E402") as raised:
+                    file.read(start, 1)
+                assert "model_tp1_pp1.pt" in str(raised.value)
+            else:
+                assert len(file.read(start, 1)) == 1, at
+        with pytest.raises(engine.EngineError, match="E402"):
+            virtual["conversion.json"].read()
+
+
+def test_every_replica_is_one_of_a_tensor_that_is_written() -> None:
+    for folder, mapping, options in WHOLE:
+        plan = engine.plan(mapping, FIXTURES / folder, **options)
+        read = {copy.source for index in range(len(plan.outputs)) for copy in plan.copies(index)}
+        assert plan.replicas and all(read.intersection(one.sources) for one in plan.replicas)
+
+
+@pytest.mark.parametrize("how", ["touched", "replaced", "removed", "truncated"])
+def test_a_source_that_changes_is_refused(how: str, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    shutil.copytree(FIXTURES / "v1_tp2_pp2", src)
+    with engine.virtual(engine.plan("families/internlm.yaml", src)) as virtual:
+        file = virtual["model.safetensors"]
+        assert file.read()
+        one = src / "model_tp0_pp0.pt"
+        if how == "touched":
+            one.touch()
+        elif how == "replaced":
+            shutil.copy(one, tmp_path / "other")
+            (tmp_path / "other").replace(one)
+        elif how == "removed":
+            one.unlink()
+        else:
+            with one.open("r+b") as opened:
+                opened.truncate(1000)
+        with pytest.raises(engine.EngineError, match=r"E405|E305|E301"):
+            file.read()
+        assert virtual["config.json"].read()
+
+
+def test_what_is_closed_is_not_read_and_closing_waits_for_readers() -> None:
+    plan = engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2")
+    virtual = engine.virtual(plan)
+    file = virtual["model.safetensors"]
+    whole = file.read()
+    found: list[bytes | str] = []
+
+    def read() -> None:
+        try:
+            while True:
+                found.append(file.read())
+        except (engine.EngineError, RuntimeError) as error:
+            found.append(str(error))
+
+    users = [threading.Thread(target=read) for _ in range(4)]
+    for user in users:
+        user.start()
+    virtual.close()
+    for user in users:
+        user.join(20)
+    assert all(one == whole for one in found if isinstance(one, bytes))
+    told = [one for one in found if isinstance(one, str)]
+    assert len(told) == 4 and all("closed" in one for one in told)
+
+
+def test_bytes_beyond_a_file_are_no_bytes() -> None:
+    with engine.virtual(engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2")) as virtual:
+        file = virtual["model.safetensors"]
+        assert file.read(file.size) == file.read(file.size + 5) == file.read(3, 0) == b""
+        for start, size in ((file.size, 1), (-1, 1), (file.size + 1, 0)):
+            with pytest.raises(ValueError, match="bytes"):
+                file.read_into(start, memoryview(bytearray(size)))
