@@ -22,13 +22,14 @@ from engine.api.reviews import (
     write_meanings,
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
-from engine.api.serving import open, virtual
+from engine.api.serving import Model, open, serve, virtual
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
 from engine.run.execute import Report, read_checkpoint
 
 __all__ = [
+    "Model",
     "Report",
     "clean",
     "compare",
@@ -58,6 +59,7 @@ __all__ = [
     "read_checkpoint",
     "reshard",
     "reverse",
+    "serve",
     "run_plan",
     "save_plan",
     "verify",

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from engine import __version__
-from engine.commands import convert, look, review
+from engine.commands import convert, look, review, serve
 from engine.commands.say import say
 from engine.errors import CODES
 
@@ -30,6 +30,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Write and review mappings": (
         review.new, review.lint, review.prove, review.diff, review.show, review.format_,
     ),
+    "Use without converting": (serve.serve,),
     "This program": (look.env, look.completion),
 }  # fmt: skip
 ALIASES = {"convert": "run"}
