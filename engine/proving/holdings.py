@@ -251,12 +251,14 @@ def _ranges(held: Any) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    """Which layers each pipeline stage has, in the order of the layers."""
-    stages = plan.stages
+    """Which layers each stage has, in the order of the layers."""
+    stages, staged = plan.stages, plan.grid.staged
     told = []
-    for (chunk, pp), start in sorted(stages.starts.items(), key=lambda one: one[1]):
-        end = start + stages.counts[chunk, pp]
-        told.append(f"{start}:{end} at " + (f"chunk{chunk} " if stages.chunks > 1 else "") + f"pp{pp}")
+    for place, start in sorted(stages.starts.items(), key=lambda one: one[1]):
+        chunk, *ranks = place
+        at = [f"chunk{chunk}"] if stages.chunks > 1 else []
+        at += [f"{dim}{rank}" for dim, rank in zip(staged, ranks, strict=True)]
+        told.append(f"{start}:{start + stages.counts[place]}" + (f" at {' '.join(at)}" if at else ""))
     return ", ".join(told)
 
 

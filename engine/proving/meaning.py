@@ -127,8 +127,6 @@ def _about(mapping: MappingFile) -> Meaning:
     about: Meaning = {"layout": mapping.layout, "source model types": list(mapping.model_types)}
     about |= {"target": f"{mapping.architecture}, model type {mapping.model_type}"}
     about |= {key: value for key, value in mapping.resolved.items() if key not in (*_SAID, "source", "target")}
-    if mapping.remote_code is not None:
-        about["remote code for transformers"] = mapping.remote_code.transformers
     return about
 
 
