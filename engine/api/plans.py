@@ -37,13 +37,16 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
         EngineError: with a code, the place, got against expected and what to do.
     """
     from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted
 
     asked = request_of(mapping, src, options, WholeOptions)
     loaded, layout = _rules(asked)
+    checkpoint = read_checkpoint(src, layout, asked.config)
+    loaded, checkpoint = fitted(loaded, layout, checkpoint)
     return make_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout),
+        checkpoint,
         settings=asked.settings,
         dtype=asked.dtype,
         max_shard_size=asked.max_shard_size,
@@ -64,7 +67,7 @@ def plan_reverse(mapping: str | Path | MappingFile, src: str | Path, **options: 
         read_whole(src),
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout),
+        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
         dtype=asked.dtype,
         lossy=asked.lossy,
     )
@@ -80,10 +83,10 @@ def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: 
     return make_reshard_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout),
+        read_checkpoint(src, layout, asked.config),
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout),
+        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
         dtype=asked.dtype,
     )
 
@@ -131,7 +134,15 @@ def save_plan(
     check_file_free(file, overwrite, is_saved_plan)
     compiled = plan(mapping, src, **options)
     asked = request_of(mapping, src, options, WholeOptions)
-    request = Saved(str(mapping), str(src), dict(asked.settings), asked.dtype, asked.max_shard_size, asked.strict)
+    request = Saved(
+        str(mapping),
+        str(src),
+        dict(asked.settings),
+        asked.dtype,
+        asked.max_shard_size,
+        asked.strict,
+        None if asked.config is None else str(asked.config),
+    )
     write_saved_plan(file, saved_plan(compiled, request), overwrite=overwrite)
     return compiled
 
@@ -144,6 +155,7 @@ def load_plan(path: str | Path) -> Plan:
             checkpoint's files did.
     """
     from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted
     from engine.proving.saved_plan import check_files, check_plan, check_rules, read_saved_plan
 
     saved = read_saved_plan(given_path(path, "the plan"))
@@ -151,8 +163,9 @@ def load_plan(path: str | Path) -> Plan:
     loaded = load_mapping(request.mapping)
     layout = load_layout(loaded.layout)
     check_rules(saved, loaded, layout)
-    checkpoint = read_checkpoint(request.src, layout)
+    checkpoint = read_checkpoint(request.src, layout, request.config)
     check_files(saved, checkpoint.files, request.src)
+    loaded, checkpoint = fitted(loaded, layout, checkpoint)
     compiled = make_plan(
         loaded,
         layout,

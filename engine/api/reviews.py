@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.api.plans import plan
-from engine.errors import EngineError
-from engine.language.layout_file import load_layout
-from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
 
 if TYPE_CHECKING:
     from engine.comparing.comparison import Comparison
     from engine.comparing.verify import Verified
+    from engine.discover.fits import Fit
+    from engine.discover.inspect import Inspection
     from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
     from engine.planning.model import Plan
@@ -37,6 +37,7 @@ def explain(
     src: str | Path = ".",
     *,
     backward: bool = False,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
 ) -> Explanation:
@@ -53,34 +54,47 @@ def explain(
     from engine.explaining.sources import explain_source
     from engine.explaining.targets import explain as forward
 
-    compiled = plan(mapping, src, settings=settings, dtype=dtype)
+    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
-def inspect(src: str | Path = ".") -> dict[str, Any]:
-    """What a checkpoint folder is: layout, mode, ranks, sizes, and which bundled mappings fit.
+def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: bool = False) -> Inspection:
+    """What a folder is: a training checkpoint, a Hugging Face checkpoint, or a folder of steps.
 
-    Reads headers only. The first layout whose files are there is taken.
+    Reads headers only. Of a training checkpoint it tells layout, ranks and sizes, and which mappings fit.
+
+    >>> inspect("ckpt/1000").fitting[0].name  # doctest: +SKIP
+    'internlm-7b'
+
+    Args:
+        config: as for `convert`.
+        every: look at every step of a folder of steps; else at the newest 20.
 
     Raises:
-        EngineError: E2xx and E3xx, of the layout that came closest.
+        EngineError: E304 when it is none of these, E2xx and E3xx for a checkpoint that is not whole.
     """
-    from engine.discover.inspect import describe_checkpoint
-    from engine.language.search import layout_names, list_names
+    from engine.discover.inspect import inspect as look
 
-    first: EngineError | None = None
-    for name in layout_names():
-        layout = load_layout(name)
-        try:
-            checkpoint = read_checkpoint(src, layout)
-        except EngineError as error:
-            # Another layout may fit, unless this one knows the files and says what is wrong.
-            if error.code != "E304":
-                raise
-            first = first or error
-            continue
-        return describe_checkpoint(checkpoint, layout, [load_mapping(m) for m in list_names()])
-    raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
+    return look(src, partial(read_checkpoint, config=config, needed=False), every=every)
+
+
+def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:
+    """The only bundled mapping that fits a training checkpoint.
+
+    Raises:
+        EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
+    """
+    from engine.discover.inspect import choose, describe_training, read_any
+
+    layout, checkpoint = read_any(src, partial(read_checkpoint, config=config, needed=False))
+    return choose(describe_training(checkpoint, layout))
+
+
+def mappings() -> list[MappingFile]:
+    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families."""
+    from engine.discover.inspect import load_all
+
+    return load_all()[0]
 
 
 def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], None] | None = None) -> Comparison:
@@ -124,12 +138,75 @@ def clean(out: str | Path) -> list[Path]:
     return remove(given_path(out, "the output"))
 
 
+def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
+    """An output's path, and what interrupted runs left beside it: each folder with its bytes.
+
+    Args:
+        out: as it was given to the run; without it, the default of `src`.
+    """
+    from engine.api.runs import default_out
+    from engine.storage.output import leftovers
+
+    final = default_out(src or ".") if out is None else Path(out)
+    found = [path for path in leftovers(final.absolute()) if path.is_dir()]
+    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in found]
+    return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
+
+
+def environment() -> dict[str, str]:
+    """What a bug report needs: versions of the engine and of what it uses, Python and the system."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from engine import __version__
+
+    facts = {
+        "engine": __version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    try:
+        wanted = [text.split(";")[0] for text in requires("internlm-engine") or ()]
+    except PackageNotFoundError:
+        wanted = []
+    for name in sorted("".join(c if c.isalnum() or c in "-_" else " " for c in text).split()[0] for text in wanted):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    named = ("ENGINE_MAPPINGS", "ENGINE_DEBUG", "TMPDIR")
+    return facts | {name: os.environ[name] for name in named if name in os.environ}
+
+
+def explain_code(code: str) -> str:
+    """What an error or lint code means and what to do, as Markdown; E001 for a code that is none."""
+    from engine.explaining.codes import explain_code as page
+
+    return page(code)
+
+
+def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that paths stand for; of a folder, every YAML file below it, layouts too.
+
+    Raises:
+        EngineError: E002 for a folder without any, or a path where nothing is.
+    """
+    from engine.language.search import find_file, yaml_files
+
+    return [
+        file for path in paths for file in (yaml_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
+    ]
+
+
 def verify(
     out: str | Path,
     progress: Callable[[Progress], None] | None = None,
     *,
     src: str | Path | None = None,
     mapping: str | Path | MappingFile | None = None,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     sample: str | None = None,
@@ -141,6 +218,7 @@ def verify(
     Args:
         src: the training checkpoint it was made from.
         mapping: plan again with this mapping, and compare every tensor with what `src` gives.
+        config: as for `convert`.
         settings: variants and options, as `--set` gives them.
         dtype: as for `convert`; default: what the manifest says, else `auto`.
         sample: compare some blocks of each tensor only: a share like `5%`, or a number like `8`.
@@ -159,17 +237,17 @@ def verify(
     written = store_at(out, "the output")
     compiled = None
     if src is not None and mapping is not None:
-        compiled = plan(mapping, src, settings=settings, dtype=dtype or written_dtype(written))
+        compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
     source = Path(src) if src is not None and logits else None
     return verify_output(written, Asked(compiled, sample, load, source, settings or {}), progress)
 
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
-    """Findings of mapping files; without paths, of every bundled one. Touches no checkpoint."""
-    from engine.language.search import list_names
+    """Findings of mapping files, or of those below folders; without paths, of every bundled one."""
+    from engine.language.search import is_layout, list_names
     from engine.proving.lint import lint_file
 
-    names = [str(path) for path in paths] or list_names()
+    names = [str(p) for p in mapping_files(paths) if not is_layout(p)] if paths else list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 
@@ -178,6 +256,7 @@ def view(
     src: str | Path,
     out: str | Path,
     *,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -194,7 +273,8 @@ def view(
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), file, overwrite=overwrite)
+    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
+    return write_page(view_page(compiled), file, overwrite=overwrite)
 
 
 def new_mapping(

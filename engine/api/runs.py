@@ -106,9 +106,8 @@ def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[
 
 def _write(compiled: Plan, source: Path, out: str | Path | None, how: Running, started: float) -> Report:
     """Run a plan, with the small files that belong to what it writes."""
-    real = source.resolve()
     if out is None and compiled.written is None:
-        out = real.with_name(real.name + "-hf")
+        out = default_out(source)
     small = partial(small_files, compiled, how.tokenizer, how.code)
     return execute(compiled, source, given_path(out or "", "the output"), small, how, started)
 
@@ -122,6 +121,12 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
     from engine.assets.bundle import make_assets
 
     return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
+
+
+def default_out(src: str | Path) -> Path:
+    """Where `convert` writes when it is not told."""
+    real = Path(src).resolve()
+    return real.with_name(real.name + "-hf")
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

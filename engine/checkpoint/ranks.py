@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -97,8 +97,19 @@ def counts_of(layout: Layout, sizes: Mapping[str, int]) -> dict[str, int]:
     return {f"{dim}s": sizes.get(dim, 1) for dim in (*layout_dims(layout), *sizes)}
 
 
-def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
+def folders_in(layout: Layout) -> list[str]:
+    """Names of the folders that a layout has files in, as patterns."""
+    files = (file.name for mode in layout.modes for file in mode.files)
+    return [name.split("/")[0] for name in files if "/" in name]
+
+
+def read_grid(
+    names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]] = dict
+) -> RankGrid:
     """Sort a folder's file names into weight files, known files and unknown ones.
+
+    Args:
+        config: gives the configuration, which tells modes apart whose files have the same names.
 
     Raises:
         EngineError: E303 for files the layout refuses, E304 when there are no weight files or
@@ -117,8 +128,20 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
             place=Place(folder),
             got=_sample(names),
             expected=f"files named {wanted}",
-            fix="Point --src at the step folder itself (the one that holds the rank files).",
+            fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
+    if any(mode.when is not None for mode in modes):
+        facts = config()
+        modes = [m for m in modes if m.when is None or evaluate(m.when, facts)]
+        if not modes:
+            raise EngineError(
+                "E304",
+                "the configuration is not of these files",
+                place=Place(folder),
+                got=_sample(names),
+                expected="files named as the configuration's numbers of ranks say",
+                fix="Copy the folder again from the training run, with its configuration.",
+            )
     if len(modes) > 1:
         raise EngineError(
             "E304",
@@ -178,7 +201,7 @@ def check_claims(grid: RankGrid, layout: Layout, training: Mapping[str, Any], fo
 
 
 def _known(name: str, layout: Layout) -> bool:
-    known = (layout.config_file, layout.training_file)
+    known = (*(place.file for place in layout.configs), layout.training_file)
     return name in known or any(fnmatchcase(name, glob) for glob in layout.skip)
 
 

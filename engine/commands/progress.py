@@ -63,7 +63,7 @@ def plain_progress(
     write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
 ) -> Callable[[Progress], None]:
     """A line at every tenth of the way, and after five seconds without one."""
-    from engine.show.render import amount, duration
+    from engine.show.text import amount, duration
 
     started = last = clock()
     tenth = 0

@@ -93,7 +93,7 @@ def draft(request: Request) -> Scaffold:
             "no rule can be written for this folder",
             got="no tensors" if not stored else f"tensors named {list_of(hopeless[:3])}",
             expected="tensors with a shape, and names without braces",
-            fix="Point --src at the step folder itself (the one that holds the rank files).",
+            fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
     attempts = [_release(request), _renamed(request, observed), _own(request, observed)]
     kind, parent, body, readers, notices = next(a for a in attempts if a is not None)

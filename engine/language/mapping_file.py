@@ -41,7 +41,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         name: read_variant(document, name, body, ("variants", name))
         for name, body in (data.get("variants") or {}).items()
     }
-    rules = tuple(read_rule(document, name, body, variants) for name, body in data["rules"].items())
+    rules = tuple(read_rule(document, name, body, variants) for name, body in (data.get("rules") or {}).items())
     source, target = data["source"], data["target"]
     if "file" in (data.get("tokenizer") or {}):
         check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
@@ -75,6 +75,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         resolved=data,
         keys=read_keys(document),
         expect_place=place("expect"),
+        as_model=data.get("names") == "model",
         remote_code=_remote_code(document, target.get("remote_code")),
     )
     check_mapping(mapping, document)

@@ -123,6 +123,7 @@ class Mapping:
     resolved: MappingABC[str, Any]
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
+    as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
     remote_code: RemoteCode | None = None
 
 
@@ -167,7 +168,13 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A parallel mode, told by its first file's name; `only_read` is why it is never written, if it is not."""
+    """A parallel mode, told by its first file's name; `only_read` is why it is never written, if it is not.
+
+    Attributes:
+        format: what its files are: `torch`, `dcp` or `safetensors`.
+        state: which keys of a file hold the tensors, as name patterns; none: the file itself does.
+        when: told by the configuration, of modes whose files have the same names.
+    """
 
     name: str
     help: str
@@ -175,6 +182,21 @@ class Mode:
     aliases: tuple[str, ...] = ()
     beside: tuple[Beside, ...] = ()
     only_read: str | None = None
+    format: str = "torch"
+    state: tuple[str, ...] = ()
+    when: Expression | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A place where a configuration may lie: a file, and the dotted key in it.
+
+    `format` is pickled_mapping, json or dcp; of the last, `key` begins with the name of a value of the checkpoint.
+    """
+
+    file: str
+    format: str
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +225,8 @@ class Layout:
     place: Place
     config_file: str
     config_format: str  # pickled_mapping | json
+    configs: tuple[ConfigFile, ...]  # where it may lie; the first is `config_file`
+    config_of_target: bool  # it is the target's own config.json, which may also be given
     training_file: str | None
     training_format: str | None  # python_source
     training_write: MappingABC[str, Any]  # what is written of it: literals with `Expression` leaves
@@ -216,6 +240,7 @@ class Layout:
     sizes: MappingABC[str, Expression]  # ranks per dimension, as the training configuration claims
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]
+    skip_tensors: tuple[str, ...]  # names of what is not of the model, as globs
     refuse: tuple[RefusedFile, ...]
     files: tuple[str, ...]
     digest: str

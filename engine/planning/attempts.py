@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -34,6 +34,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     training: Mapping[str, Any]
     config_name: str
+    target_config: Mapping[str, Any] = field(default_factory=dict)  # of the target, where it is given
 
 
 @dataclass(frozen=True, slots=True)

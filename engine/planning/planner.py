@@ -16,7 +16,7 @@ from engine.planning import DEFAULT_SHARD_SIZE
 from engine.planning.attempts import Attempt, Checkpoint, Question, decide_by_shapes
 from engine.planning.classes import CopyTable
 from engine.planning.completeness import check_repeated, check_slices, used_instances
-from engine.planning.config_keys import as_declared, read_config, source_side, training_side
+from engine.planning.config_keys import as_declared, read_config, source_side, training_side, with_given
 from engine.planning.copies import Copy
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Tied
@@ -132,6 +132,7 @@ def make_plan(
         for i, (spec, group) in enumerate(listed)
     ]
     config = as_declared(render_tree(mapping.config, understood.names), mapping.keys.get("target", {}))
+    config = with_given(config, checkpoint.target_config, mapping)
     ties = bool(config.get("tie_word_embeddings"))
     tied_to = [spec.instances[0].rule.tied_to if ties else None for spec, _ in listed]
     kept = [i for i, to in enumerate(tied_to) if to is None]
@@ -270,4 +271,8 @@ def _notices(checkpoint: Checkpoint, mapping: MappingFile) -> tuple[str, ...]:
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
     if unknown:
         notices.append("not part of the checkpoint, left alone: " + ", ".join(map(printable, unknown)))
+    left = sorted({name for file in checkpoint.files for name in file.left})
+    if left:
+        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        notices.append("not of the model, left behind: " + ", ".join(map(printable, left[:4])) + more)
     return tuple(notices)

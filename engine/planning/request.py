@@ -6,6 +6,7 @@ the request. A new option is a field of `Request` and the same line in the keywo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -19,8 +20,51 @@ if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.
+# Rank dimensions of bundled layouts that have keywords and options of their own, with their help.
 RANK_OPTIONS = {"tp": "Tensor-parallel ranks.", "pp": "Pipeline ranks.", "wp": "Weight-parallel ranks, in mode isp."}
+_ALSO = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32",
+         "f32": "float32", "float": "float32"}  # fmt: skip
+_MOST_BYTES = 1 << 62
+
+
+def dtype_name(value: object) -> str:
+    """One of `DTYPES`, of a name as people and programs write it, or of a torch dtype.
+
+    >>> dtype_name("bf16"), dtype_name("torch.float16"), dtype_name("FP32")
+    ('bfloat16', 'float16', 'float32')
+
+    Raises:
+        ValueError: for any other.
+    """
+    name = str(value).removeprefix("torch.").lower()
+    name = _ALSO.get(name, name)
+    if name not in DTYPES:
+        near = get_close_matches(name, [*DTYPES, *_ALSO], 1)
+        raise ValueError(f"there is no dtype `{value}`; there are {', '.join(DTYPES)}"
+                         + (f"; did you mean `{near[0]}`?" if near else ""))  # fmt: skip
+    return name
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes from `5GB` (powers of 1000), `2GiB` (powers of 1024) or a plain number.
+
+    >>> parse_size("5GB"), parse_size("1.5 GiB"), parse_size("500"), parse_size(500)
+    (5000000000, 1610612736, 500, 500)
+
+    Raises:
+        ValueError: for what is no size.
+    """
+    text = str(value).strip()
+    match = None if isinstance(value, bool) else re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text, re.I)
+    if match is None:
+        raise ValueError(f"`{value}` is not a size; write it like 5GB, 2GiB, 500MB or plain bytes")
+    number, letter, binary = match.groups()
+    exact = float(number) * (1024 if binary else 1000) ** (" kmgt".index(letter.lower()) if letter else 0)
+    if exact > _MOST_BYTES:
+        raise ValueError(f"`{text[:40]}` is larger than any file can be")
+    if exact < 1 or exact != int(exact):
+        raise ValueError(f"`{text}` is no size to fill a file with; it must be a positive number of bytes")
+    return int(exact)
 
 
 def option(help: str, kind: str = "text", *, flags: str = "", metavar: str = "", shown: str = "") -> dict[str, str]:
@@ -42,9 +86,10 @@ class Request:
     Attributes:
         mapping: a path, the name of a bundled mapping, or a loaded one.
         src: the folder of the checkpoint that is read.
+        config: a file with the target's configuration, for what the checkpoint does not say.
         settings: variants and options of the mapping or its layout, as `--set` gives them.
-        dtype: one of `DTYPES`; `auto` keeps each tensor's own type.
-        max_shard_size: bytes of tensors per output file of a Hugging Face checkpoint.
+        dtype: one of `DTYPES`, a short form like `bf16`, or a torch dtype; `auto` keeps each tensor's own type.
+        max_shard_size: bytes of tensors per output file of a Hugging Face checkpoint, or text like `5GB`.
         strict: refuse sizes other than those of the release.
         ranks: ranks to write per rank dimension; the others are as in `like`, else as in `src`, else 1.
         chunks: model chunks per pipeline rank to write.
@@ -65,6 +110,12 @@ class Request:
     )
     src: str | Path = field(
         default=".", metadata=option("The checkpoint folder.", flags="--src -s", metavar="DIR", shown="current folder")
+    )
+    config: str | Path | None = field(
+        default=None,
+        metadata=option(
+            "The target's config.json, for frameworks that save none, and what theirs leaves open.", metavar="FILE"
+        ),
     )
     settings: Mapping[str, Any] = field(
         default_factory=dict,
@@ -98,26 +149,20 @@ class Request:
     )
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise EngineError(
-                "E001",
-                f"there is no dtype `{self.dtype}`",
-                expected=", ".join(DTYPES),
-                fix="Give one of these to --dtype.",
-            )
-        if isinstance(self.max_shard_size, bool) or not isinstance(self.max_shard_size, int) or self.max_shard_size < 1:
-            raise EngineError(
-                "E001",
-                "the shard size must be a positive number of bytes",
-                got=str(self.max_shard_size),
-                fix="For example 2GB, in Python 2_000_000_000.",
-            )
+        for name, read in (("dtype", dtype_name), ("max_shard_size", parse_size)):
+            try:
+                object.__setattr__(self, name, read(getattr(self, name)))
+            except ValueError as error:
+                raise EngineError(
+                    "E001", f"{name} cannot be used as given", got=repr(getattr(self, name))[:100], fix=f"{error}."
+                ) from None
 
 
 class PlanOptions(TypedDict, total=False):
     """Keywords of whatever makes a plan."""
 
     settings: Mapping[str, Any] | None
+    config: str | Path | None
     dtype: str
 
 

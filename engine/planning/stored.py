@@ -78,21 +78,24 @@ def instances(mapping: MappingFile) -> tuple[Instance, ...]:
 
 def strip(files: Sequence[FileHeader], layout: Layout) -> tuple[Stored, ...]:
     """Take the layout's prefixes off every name; the first that matches counts."""
-    prefixes = [pattern(p.prefix).regex for p in layout.prefixes]
     known: dict[str, tuple[str, int]] = {}
-
-    def split(name: str) -> tuple[str, int]:
-        found = next((f for f in (regex.match(name) for regex in prefixes) if f is not None), None)
-        return (name, 0) if found is None else (name[found.end() :], int(found.groupdict().get("chunk") or 0))
-
     result: list[Stored] = []
     for index, file in enumerate(files):
         for header in file.tensors:
             if header.name not in known:
-                known[header.name] = split(header.name)
+                known[header.name] = without_prefix(header.name, layout)
             name, chunk = known[header.name]
             result.append(Stored(index, header, name, chunk))
     return tuple(result)
+
+
+def without_prefix(name: str, layout: Layout) -> tuple[str, int]:
+    """A name without the first of the layout's prefixes that it has, and the chunk that the prefix names."""
+    for prefix in layout.prefixes:
+        found = pattern(prefix.prefix).regex.match(name)
+        if found is not None:
+            return name[found.end() :], int(found.groupdict().get("chunk") or 0)
+    return name, 0
 
 
 def prefix_of(names: Sequence[str], layout: Layout) -> int | None:

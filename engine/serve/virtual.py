@@ -45,7 +45,7 @@ class VirtualFile:
 
     Attributes:
         size: in bytes.
-        etag: changes when the bytes may have; hexadecimal.
+        etag: hexadecimal digits that change when the bytes may have: a SHA-256 of small files' bytes, else 40 digits.
         stretches: in order, without overlaps; what lies between them is zeros.
     """
 
@@ -193,7 +193,7 @@ def _weights(readers: Readers, file: OutputFile, identity: str) -> VirtualFile:
         stretches.append(_computed(start, len(data), partial(finished, index)))
     stretches.sort(key=lambda one: one.start)
     size = max(layout.end, max((one.end for one in stretches), default=0))
-    return VirtualFile(file.name, size, _short(identity, file.name), tuple(stretches))
+    return VirtualFile(file.name, size, _short(identity, file.name)[:40], tuple(stretches))
 
 
 _DIGEST, _CONTENT = 32, 64  # hexadecimal digits of a tensor's digest and of the content id
@@ -214,7 +214,7 @@ def _manifest(readers: Readers, small: Mapping[str, bytes], identity: str) -> Vi
         stretches.append(_computed(found.start(), len(found[0]), make))
         end = found.end()
     stretches += _bytes(end, text[end:])
-    etag = _short(identity, text.replace(mark.encode(), b"").decode())
+    etag = _short(identity, text.replace(mark.encode(), b"").decode())[:40]
     return VirtualFile(NAME, len(text), etag, tuple(stretches))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from engine.proving.diff import SECTIONS, Change, MappingDiff
 from engine.proving.routes import KINDS, TensorChange
-from engine.show.render import as_json, shown
+from engine.show.text import as_json, shown
 
 FORMATS = ("text", "markdown", "json", "github")
 _MARKS = {"added": "+", "removed": "-", "changed": "~"}

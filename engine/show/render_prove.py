@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.show.render import shows
+from engine.show.text import shows
 
 if TYPE_CHECKING:
     from engine.proving.proof import Check, Mutant, Proof

@@ -28,6 +28,12 @@ def found_at(place: str | Path, what: str) -> Store | File:
     return File(LocalStore(path.parent), path.name)
 
 
+def file_at(place: str | Path, what: str) -> File:
+    """The file that a path names; E001 as for `store_at`."""
+    path = given_path(place, what)
+    return File(LocalStore(path.parent), path.name)
+
+
 def on_this_machine(store: Store, option: str) -> Path:
     """The folder of a store; E001 when it is not of this machine, which an option needs."""
     if store.folder is None:

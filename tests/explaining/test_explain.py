@@ -331,7 +331,7 @@ def test_many_ranks_are_counted_on_the_terminal_and_all_there_as_json(tmp_path: 
 
 def test_the_command_says_what_is_missing() -> None:
     assert invoke("explain").exit_code == 2
-    assert invoke("explain", "model.norm.weight").exit_code == 2
+    assert invoke("explain", "model.norm.weight", "--src", "nowhere").exit_code == 1  # nothing to choose a mapping by
     assert invoke("explain", "x", "--from", "y").exit_code == 2
 
 
