@@ -75,6 +75,12 @@ def rank_dims(file: FilePattern) -> tuple[str, ...]:
     return tuple(n for n in names if file.number is None or n in cut)
 
 
+def folders_in(layout: Layout) -> list[str]:
+    """Names of the folders that a layout has files in, as patterns."""
+    files = (file.name for mode in layout.modes for file in mode.files)
+    return [name.split("/")[0] for name in files if "/" in name]
+
+
 def layout_dims(layout: Layout) -> tuple[str, ...]:
     """Every rank dimension that files of some mode have."""
     return tuple(dict.fromkeys(dim for mode in layout.modes for dim in rank_dims(mode.files[0])))
@@ -95,12 +101,6 @@ def index_dims(layout: Layout, axis: str) -> tuple[str, ...]:
 def counts_of(layout: Layout, sizes: Mapping[str, int]) -> dict[str, int]:
     """Ranks per dimension as layout expressions see them: `tps`, `pps`, ...; 1 where files have no such dimension."""
     return {f"{dim}s": sizes.get(dim, 1) for dim in (*layout_dims(layout), *sizes)}
-
-
-def folders_in(layout: Layout) -> list[str]:
-    """Names of the folders that a layout has files in, as patterns."""
-    files = (file.name for mode in layout.modes for file in mode.files)
-    return [name.split("/")[0] for name in files if "/" in name]
 
 
 def read_grid(

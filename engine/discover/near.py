@@ -183,7 +183,12 @@ class _Fits:
         self.instances: dict[tuple[str, ...], list[Instance]] = {}
         for instance in instances(mapping):
             self.instances.setdefault(instance.rule.sources, []).append(instance)
-        names: dict[str, Any] = {**checkpoint.config, "training": checkpoint.training, "present": present_in(())}
+        names: dict[str, Any] = {
+            **checkpoint.config,
+            "training": checkpoint.training,
+            "given": checkpoint.target_config,
+            "present": present_in(()),
+        }
         self.facts: Mapping[str, Fact] = {}
         try:
             names["options"] = options_of(mapping, {})

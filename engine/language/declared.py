@@ -44,7 +44,8 @@ def check_mapping(mapping: Mapping, document: Document) -> None:
     """Options, dropped and expected axes, and tied targets of a mapping exist."""
     choices = [dict(v.choices) for v in mapping.variants.values()]
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
-    for expression in expressions_of([dict(mapping.dims), choices, mapping.config, mapping.training_config, remote]):
+    said = [dict(mapping.dims), choices, mapping.config, mapping.training_config, remote, mapping.transformers]
+    for expression in expressions_of(said):
         _check_options(expression, mapping.options)
     targets = [target.name for rule in mapping.rules for target in rule.targets]
     axes = dict.fromkeys(mapping.dims)

@@ -77,6 +77,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         expect_place=place("expect"),
         as_model=data.get("names") == "model",
         remote_code=_remote_code(document, target.get("remote_code")),
+        transformers=read_tree(document, ("target", "transformers"), target.get("transformers")),
     )
     check_mapping(mapping, document)
     return mapping
@@ -183,7 +184,7 @@ def _remote_code(document: Document, body: dict[str, Any] | None) -> RemoteCode 
     if body is None:
         return None
     tree = read_tree(document, ("target", "remote_code", "auto_map"), body["auto_map"])
-    return RemoteCode(body["transformers"], tree)
+    return RemoteCode(tree)
 
 
 def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:

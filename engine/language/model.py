@@ -28,7 +28,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. `sources` are name patterns, the first is the one written in reverse."""
+    """One rule. `sources` are name patterns, the first is the one written in reverse.
+
+    `split` are axes, or `rows` or `columns`: a storage dimension that is cut wherever that falls.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -80,12 +83,8 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class RemoteCode:
-    """That transformers lacks the target's classes: which of its versions run the code, and what `auto_map` names.
+    """That transformers lacks the target's classes: `auto_map` is a tree of their names with `Expression` leaves."""
 
-    `auto_map` is a tree of class names with `Expression` leaves.
-    """
-
-    transformers: str
     auto_map: MappingABC[str, Any]
 
 
@@ -94,6 +93,7 @@ class Mapping:
     """A resolved mapping: its own keys merged over its parents'.
 
     `config` and `training_config` are trees of literals with `Expression` leaves.
+    `transformers` says, as a string or an `Expression`, in which of its versions the target is the same model.
     `files` are the YAML files it came from, family first; `resolved` is the merged YAML data.
     """
 
@@ -125,6 +125,7 @@ class Mapping:
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
     remote_code: RemoteCode | None = None
+    transformers: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,7 @@ class ConfigFile:
     file: str
     format: str
     key: str | None = None
+    beside: tuple[str, ...] = ()  # keys that stand beside the last of `key`, and are read with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,7 +199,8 @@ def claims(
                 expected="an integer",
                 fix=f"`{expression.text}` reads {config_name}.",
             )
-        if not 0 < value < _LARGEST:
+        dropped = any(axis in rule.drop for rule in mapping.rules)  # as padding, of which there may be none
+        if not (0 if dropped else 1) <= value < _LARGEST:
             raise EngineError(
                 "E218",
                 f"dim `{axis}` is no size",

@@ -13,6 +13,7 @@ from engine.language.axes import extent
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import pattern
+from engine.language.rules import STORED
 from engine.planning.groups import cut_of
 from engine.planning.request import RANK_OPTIONS
 from engine.planning.stages import Stages, in_order, laid_out
@@ -210,11 +211,14 @@ class _Division:
     dim: str
     axis: str | None  # None: storage rows, wherever the cut falls
     even: str | None  # why it must divide, if it must
+    at: int = 0  # the storage dimension
 
     def misfit(self, count: int, sizes: Mapping[str, int]) -> str | None:
         """Why it cannot be divided among so many ranks, or None."""
         if self.axis is None:
-            rows = extent(self.instance.axes.dims[0], sizes)
+            rows = extent(self.instance.axes.dims[self.at], sizes)
+            if self.even is not None and rows % count:
+                return f"{rows} rows do not divide by {count}, and {self.even}"
             return None if rows >= count else f"{rows} rows for {count} ranks"
         size = sizes[self.axis]
         if count > size:
@@ -233,7 +237,8 @@ def _divisions(instance: Instance, file: FilePattern, destination: Destination) 
     runs = "training runs only where it does"
     found = [_Division(instance, dim, axis, runs if axis in even else stage) for dim, axis in cut.dims]
     if cut.rows is not None:
-        found.append(_Division(instance, cut.rows, None, None))
+        named = instance.rule.split[0] in STORED
+        found.append(_Division(instance, cut.rows, None, stage if named else None, cut.at))
     roles = file.cuts.get(kind, {})
     axis = next((axis for axis in instance.rule.split if axis in even), None)
     return found + [_Division(instance, d, axis, runs) for d, role in roles.items() if axis and role == "runtime"]

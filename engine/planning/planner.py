@@ -73,6 +73,7 @@ def understand(
     names: dict[str, Any] = {
         **read.config,
         "options": options,
+        "given": dict(checkpoint.target_config),
         "training": read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config,
         "present": present_in({one.name for one in stored}),
     }

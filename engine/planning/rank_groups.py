@@ -150,9 +150,10 @@ class _Shapes:
         self._shares = {axis: shares(sizes[axis], destination.sizes.get(dim, 1), extra) for dim, axis in cut.dims}
         self._rows: list[int] = []
         if cut.rows is not None:
-            self._rows = shares(extent(self._axes.dims[0], sizes), destination.sizes.get(cut.rows, 1), extra)
+            self._rows = shares(extent(self._axes.dims[cut.at], sizes), destination.sizes.get(cut.rows, 1), extra)
 
     def __call__(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
         local = {axis: self._shares[axis][ranks[i]] for i, (_, axis) in enumerate(self._cut.dims)}
         shape = tuple(extent(dim, {**self._sizes, **local}) for dim in self._axes.dims)
-        return (self._rows[ranks[0]], *shape[1:]) if self._rows else shape
+        at = self._cut.at
+        return (*shape[:at], self._rows[ranks[0]], *shape[at + 1 :]) if self._rows else shape

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# Rank dimensions of bundled layouts that have keywords and options of their own, with their help.
+# Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.
 RANK_OPTIONS = {"tp": "Tensor-parallel ranks.", "pp": "Pipeline ranks.", "wp": "Weight-parallel ranks, in mode isp."}
 _ALSO = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32",
          "f32": "float32", "float": "float32"}  # fmt: skip

@@ -144,6 +144,6 @@ def _by_expression(variant: Variant, names: Mapping[str, Any]) -> Decision:
         place=variant.place,
         got="\n".join(tried),
         expected="one of " + ", ".join(variant.choices),
-        fix=f"{variant.help[:1].upper()}{variant.help[1:]}. None of its choices describes this checkpoint, so the "
-        "mapping is not the one for it; `engine inspect` tells which fit.",
+        fix=f"{variant.help[:1].upper()}{variant.help[1:]}. None of its choices describes this checkpoint: what they "
+        "read is missing, or the mapping is not the one for it, and `engine inspect` tells which fit.",
     )

@@ -14,6 +14,7 @@ from typing import Any
 from engine.checkpoint.ranks import index_dims, stage_dims
 from engine.explaining.describe import fold
 from engine.language.names import pattern
+from engine.language.rules import STORED
 from engine.planning.copies import Copy
 from engine.planning.groups import Cut, cut_of
 from engine.planning.matching import is_active
@@ -156,7 +157,7 @@ def cut_text(cut: Cut, lone_rank: Mapping[str, int]) -> str:
     if cut.boxes:
         return "recorded boxes"
     if cut.rows is not None:
-        return f"{cut.rows} cuts rows"
+        return f"{cut.rows} cuts {STORED[cut.at]}"
     told = [f"{dim} cuts {axis}" for dim, axis in cut.dims]
     if cut.lone:
         told.append("only on " + ", ".join(f"{dim}{rank}" for dim, rank in lone_rank.items()))

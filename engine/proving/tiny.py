@@ -195,7 +195,7 @@ def settle(
     """Sizes and config.json that agree: what `dims` make of the configuration they give."""
     present = present_in(_training_names(used))
     options = options_of(mapping, {})
-    fixed = {"options": options, "present": present, "training": {}, **choices}
+    fixed = {"options": options, "present": present, "training": {}, "given": {}, **choices}
     current = dict(sizes)
     config: dict[str, Any] = {}
     for _ in range(6):

@@ -178,8 +178,8 @@ def _stage(one: Mapping[str, Any], chunked: bool) -> str:
     'pp1: layers 2…4'
     """
     told = [f"{dim}{rank}" for dim, rank in one.items() if dim not in ("chunk", "first", "layers")]
-    told += [f"chunk {one['chunk']}"] if chunked or not told else []
-    name = " ".join(told)
+    told += [f"chunk {one['chunk']}"] if chunked else []
+    name = " ".join(told) or "one stage"
     if not one["layers"]:
         return f"{name}: no layer"
     last = one["first"] + one["layers"] - 1
