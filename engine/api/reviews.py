@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.api.plans import plan
+from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
 
@@ -97,30 +98,49 @@ def mappings() -> list[MappingFile]:
     return load_all()[0]
 
 
-def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], None] | None = None) -> Comparison:
-    """Compare two Hugging Face checkpoints tensor by tensor, and say what the differences mean.
+def compare(
+    out: str | Path,
+    ref: str | Path,
+    *,
+    mapping: str | Path | MappingFile | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> Comparison:
+    """Compare everything that makes two models, and say what the differences are and what they do.
 
-    Each is a folder, an index or one weight file; safetensors and torch files may be mixed.
+    Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
+    folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
+    by what a mapping makes of it, without writing it.
 
     Args:
+        mapping: for a side that is a training checkpoint, or for both.
+        settings: variants and options of the mapping, as `--set` gives them.
+        dtype: the type that a training checkpoint's tensors are taken in, as for `convert`.
         progress: called with bytes of `out` compared and in all, a few times a second.
 
     Raises:
         EngineError: E2xx and E3xx when either cannot be read.
     """
-    from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
-    from engine.comparing.comparison import Comparison
-    from engine.comparing.diagnoses import diagnose
-    from engine.comparing.tensors import compare_files
+    from engine.assets.bundle import make_assets
+    from engine.comparing.comparison import compare_sides
+    from engine.comparing.sides import read_side
     from engine.run.meter import Meter
     from engine.storage.places import found_at
 
-    places = [found_at(one, "the checkpoint") for one in (out, ref)]
-    ours, theirs = (read_hf_folder(one) for one in places)
-    configs = [read_hf_config(one) for one in places]
-    meter = Meter(sum(tensor.nbytes for file in ours for tensor in file.tensors), progress, "comparing")
-    verdicts = compare_files(ours, theirs, configs, meter.advance)
-    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts))
+    def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
+        def made() -> tuple[Plan, Mapping[str, bytes]]:
+            compiled = plan(mapping or "", where, settings=settings, dtype=dtype)
+            return compiled, make_assets(compiled, None).whole()
+
+        return None if mapping is None else made
+
+    sides = [read_side(found_at(one, "the checkpoint"), planned(one)) for one in (out, ref)]
+    if mapping is not None and not any(side.training for side in sides):
+        raise EngineError("E001", "neither side is a training checkpoint, which a mapping is for",
+                          fix="Leave --mapping out.")  # fmt: skip
+    meter = Meter(sides[0].nbytes, progress, "comparing")
+    return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
 
 
 def format_mapping(text: str) -> str:
@@ -325,8 +345,15 @@ def prove(
     return prove_each(list(names) or bundled, mutants=mutants, progress=progress)
 
 
-def write_facts(names: Sequence[str | Path]) -> list[Path]:
-    """Write beside each mapping file what its targets take from where, for `prove` to compare with later."""
-    from engine.proving.facts import write_facts as write
+def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
+    """Write what mapping files mean into `meanings/` beside them, for `prove` to compare with later.
 
-    return [write(name) for name in names]
+    Args:
+        names: paths or names of bundled mappings; default: all bundled ones.
+    """
+    from engine.language.mapping_file import load_mapping
+    from engine.language.search import list_names
+    from engine.proving.committed import write_meaning as write
+
+    every = [*names] or sorted(list_names(), key=lambda name: len(load_mapping(name).files))  # parents first
+    return [write(name) for name in every]

@@ -160,7 +160,8 @@ def read_configuration(
             except KeyError:
                 continue
             keys = inside.split(".") if inside else []
-        return _below(value, keys, place.file)
+        extra = _below(value, keys[:-1], place.file) if place.beside else {}
+        return {**_below(value, keys, place.file), **{key: extra[key] for key in place.beside if key in extra}}
     if layout.config_of_target and not needed:
         return {}
     places = ", ".join(dict.fromkeys(place.file for place in layout.configs))

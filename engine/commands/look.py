@@ -134,21 +134,26 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
 @click.command()
 @click.argument("out", metavar="OUT", shell_complete=folders)
 @click.argument("ref", metavar="REF", shell_complete=folders)
+@asks("mapping", "settings", "dtype", mapping="What a side that is a training checkpoint is compared by.")
 @click.option("--allow-cast", is_flag=True, help="Exit with 0 also where tensors are equal after casting.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @reports_errors
 @click.pass_context
-def compare(ctx: click.Context, as_json: bool, out: str, ref: str, allow_cast: bool, quiet: bool) -> None:
-    """Compare two checkpoints, and say what differs.
+def compare(
+    ctx: click.Context, as_json: bool, /, out: str, ref: str, allow_cast: bool, quiet: bool, **options: Any
+) -> None:
+    """Compare two models whole, and say what differs.
 
-    OUT and REF are Hugging Face folders or weight files. Exits with 0 when every tensor is equal, else with 1.
+    OUT and REF are Hugging Face folders or weight files, or with --mapping training checkpoints. Tensors,
+    configuration, generation settings, tokenizer, chat template and code are compared. Exits with 0 when both are
+    the same function, else with 1.
     """
     from engine import api
     from engine.commands import progress
     from engine.show import render
 
     with progress.progress(show=not (quiet or as_json), doing="comparing") as listener:
-        done = api.compare(out, ref, progress=listener)
+        done = api.compare(out, ref, progress=listener, **options)
     if as_json or not quiet:
         answer(as_json, done.as_dict(), lambda: render.comparison(done.as_dict()))
     if not done.same(allow_cast=allow_cast):

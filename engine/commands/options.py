@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
 from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
-from engine.planning.request import DTYPES, Request, dtype_name, parse_size
+from engine.planning.request import DTYPES, RANK_OPTIONS, Request, dtype_name, parse_size
 from engine.run.running import Running
 
 P = ParamSpec("P")
@@ -242,9 +242,8 @@ _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_so
 
 def rank_options(command: Command) -> Command:
     """How `reverse` and `reshard` cut the model."""
-    sizes = (("tp", "Tensor-parallel ranks."), ("pp", "Pipeline ranks."), ("wp", "Weight-parallel ranks, in mode isp."))
-    command = asks("chunks", "mode", "like", "config", "settings", "dtype")(command)
-    for name, told in reversed(sizes):
+    command = asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype")(command)
+    for name, told in reversed(RANK_OPTIONS.items()):
         command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
     command = click.option(
         "--out", "-o", required=True, metavar="DIR", shell_complete=folders, help="The folder to write."

@@ -13,31 +13,29 @@ from engine.discover.relate import Relation, Search, as_matrix
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.move.tensors import Tensors
 from engine.move.views import View
+from engine.planning.model import Plan
 
 _MEASURED = ("different", "changed")
 
 
-def compare_files(
-    out: Sequence[FileHeader],
-    ref: Sequence[FileHeader],
+def compare_tensors(
+    out: Sequence[FileHeader] | Plan,
+    ref: Sequence[FileHeader] | Plan,
     configs: Sequence[Mapping[str, Any]],
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Verdict, ...]:
     """Verdicts on every tensor of either side, by name.
 
     Args:
+        out, ref: files, or a plan for what it would write.
         configs: of out and ref, possibly empty; head counts are taken from them.
         advance: called with bytes of the output that are done.
 
     Raises:
         EngineError: E301, E305 or E405 when a file fails while it is read.
     """
-    with Tensors([*out, *ref]) as tensors:
-        names = [header.name for file in (*out, *ref) for header in file.tensors]
-        first = sum(len(file.tensors) for file in out)
-        sides = [dict(zip(names[:first], tensors.views[:first], strict=True)),
-                 dict(zip(names[first:], tensors.views[first:], strict=True))]  # fmt: skip
-        return _Comparer(tensors, sides[0], sides[1], configs, advance).run()
+    with Tensors(out, ref) as tensors:
+        return _Comparer(tensors, tensors.sides[0], tensors.sides[1], configs, advance).run()
 
 
 class _Comparer:

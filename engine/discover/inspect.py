@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import WEIGHTS, read_hf_config, read_hf_folder
+from engine.checkpoint.ranks import Stage
 from engine.discover.fits import Fit, differences, find_fits
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
@@ -178,8 +179,8 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
         facts["parameters"] = sum(output.elements for output in plan.outputs)
         facts["sizes"] = {axis: plan.sizes[axis] for axis in _AXES if axis in plan.sizes}
         facts["stages"] = [
-            {"chunk": c, "pp": p, "first": plan.stages.starts[c, p], "layers": n}
-            for (c, p), n in sorted(plan.stages.counts.items(), key=lambda item: plan.stages.starts[item[0]])
+            {"chunk": stage[0], **plan.stages.ranks(stage), "first": first, "layers": plan.stages.counts[stage]}
+            for stage, first in sorted(plan.stages.starts.items(), key=lambda item: item[1])
         ]
     return Inspection(checkpoint.folder, "training", facts, (*fits, *unread))
 
@@ -283,10 +284,10 @@ def _types(files: Sequence[FileHeader]) -> dict[str, int]:
 
 def _uneven(checkpoint: Checkpoint) -> list[str]:
     """Names whose shards have different shapes on different ranks of a stage."""
-    shapes: dict[tuple[str, int], set[tuple[int, ...]]] = {}
-    for rank_file, file in zip(checkpoint.grid.files, checkpoint.files, strict=True):
+    shapes: dict[tuple[str, Stage], set[tuple[int, ...]]] = {}
+    for number, file in enumerate(checkpoint.files):
         for tensor in file.tensors:
-            shapes.setdefault((tensor.name, rank_file.ranks.get("pp", 0)), set()).add(tensor.whole)
+            shapes.setdefault((tensor.name, checkpoint.grid.stage(number, 0)), set()).add(tensor.whole)
     return sorted({name for (name, _), seen in shapes.items() if len(seen) > 1})
 
 

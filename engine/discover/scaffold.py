@@ -224,7 +224,6 @@ def _patterns(
 ) -> tuple[Mapping[str, Any], ...]:
     """What was found, for `--json`: shapes over ranks, and which storage dimension they cut."""
     known = known_sizes(request.checkpoint.config)
-    ranks = [file.ranks for file in request.checkpoint.grid.files]
     result = []
     for one in observed:
         stage = "layers" if one.layered else stage_of(one, request.checkpoint)[0]
@@ -236,7 +235,7 @@ def _patterns(
                 "pattern": one.text,
                 "tensors": one.count(),
                 "dtypes": sorted({stored.header.dtype for stored in one.stored}),
-                "shapes": shapes_by_rank(one, ranks),
+                "shapes": shapes_by_rank(one, request.checkpoint.grid),
                 "readings": [{"axes": list(r.axes), "cut": r.cut} for r in readings.listed],
                 "sure": readings.sure,
                 "rule": rule,

@@ -37,7 +37,9 @@ def load_layout(name: str) -> Layout:
         place=place("name"),
         config_file=data["config"]["file"],
         config_format=data["config"]["format"],
-        configs=tuple(ConfigFile(one["file"], one["format"], one.get("key")) for one in configs),
+        configs=tuple(
+            ConfigFile(one["file"], one["format"], one.get("key"), tuple(one.get("beside") or ())) for one in configs
+        ),
         config_of_target=data["config"].get("of") == "target",
         training_file=training.get("file"),
         training_format=training.get("format"),
@@ -71,6 +73,7 @@ def load_layout(name: str) -> Layout:
         files=(document.file,),
         digest=digest_of(data),
         keys=read_keys(document),
+        indices={n: expression(document, ("indices", n), text) for n, text in (data.get("indices") or {}).items()},
     )
     check_layout(layout, document)
     return layout

@@ -28,7 +28,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. `sources` are name patterns, the first is the one written in reverse."""
+    """One rule. `sources` are name patterns, the first is the one written in reverse.
+
+    `split` are axes, or `rows` or `columns`: a storage dimension that is cut wherever that falls.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -195,6 +198,7 @@ class ConfigFile:
     file: str
     format: str
     key: str | None = None
+    beside: tuple[str, ...] = ()  # keys that stand beside the last of `key`, and are read with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +211,7 @@ class RefusedFile:
 
 @dataclass(frozen=True, slots=True)
 class LayerCut:
-    """How the layer axis is cut over pipeline stages: sort (chunk, pp) by `stage`."""
+    """How the layer axis is cut over pipeline stages: chunks and the ranks that `stage` reads, sorted by it."""
 
     stage: Expression
     variants: MappingABC[str, Variant]
@@ -243,3 +247,4 @@ class Layout:
     files: tuple[str, ...]
     digest: str
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # of every model of the framework
+    indices: MappingABC[str, Expression] = field(default_factory=dict)  # axis → its number in the whole model

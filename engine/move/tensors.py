@@ -7,12 +7,14 @@ from math import prod
 
 import numpy as np
 
-from engine.formats.headers import FileHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.move.blocks import Block
 from engine.move.gather import Gatherer
+from engine.move.reader import Reader
 from engine.move.values import elements, float_type
 from engine.move.views import Box, View, dense_strides, tiles
 from engine.planning.copies import Copy
+from engine.planning.model import Plan
 from engine.planning.stored import SourceTensor
 from engine.storage.sources import SourceFiles
 
@@ -50,36 +52,37 @@ def narrowest(types: Sequence[str]) -> str | None:
 
 
 class Tensors:
-    """Every tensor of some files, read in tiles. Not shared between threads.
+    """The tensors of some checkpoints, each its files or what a plan makes of others, read in tiles.
 
-    Used as a context: leaving it closes the files.
+    Not shared between threads. Used as a context: leaving it closes the files.
+
+    Attributes:
+        sides: each checkpoint's tensors by name, in order.
     """
 
-    def __init__(self, files: Sequence[FileHeader]) -> None:
-        sources = [SourceTensor(i, header) for i, file in enumerate(files) for header in file.tensors]
-        self.views = tuple(
-            View(i, source.header.dtype, source.header.shape, source.header.strides) for i, source in enumerate(sources)
-        )
-        self._files = SourceFiles(files)
-        self._readers = (Gatherer(self._files, sources), Gatherer(self._files, sources))
-        self._last: list[tuple[object, tuple[Copy, ...]] | None] = [None, None]
+    def __init__(self, *sides: Sequence[FileHeader] | Plan) -> None:
+        self._files = [SourceFiles(side.files if isinstance(side, Plan) else side) for side in sides]
+        self._readers: list[tuple[_Stored | _Planned, int]] = []  # of each tensor, and its number there
+        self.sides: list[dict[str, View]] = []
+        for side, files in zip(sides, self._files, strict=True):
+            views: dict[str, View] = {}
+            readers = _Planned(side, files) if isinstance(side, Plan) else _Stored(side, files)
+            for number, (name, dtype, shape, strides) in enumerate(readers.tensors):
+                views[name] = View(len(self._readers), dtype, shape, strides)
+                self._readers.append((readers, number))
+            self.sides.append(views)
 
     def __enter__(self) -> Tensors:
         return self
 
     def __exit__(self, *details: object) -> None:
-        self._files.__exit__(*details)
+        for files in self._files:
+            files.__exit__(*details)
 
     def read(self, view: View, box: Box, reader: int = 0) -> np.ndarray:
         """A box's elements in row-major order, as unsigned integers; valid until the next call of this reader."""
-        shape = tuple(high - low for low, high in box)
-        key = (view.source, view.strides, shape)
-        last = self._last[reader]
-        if last is None or last[0] != key:  # boxes of a tensor differ by their start only
-            last = self._last[reader] = (key, tuple(_pieces(view.source, shape, view.strides)))
-        start = view.start + sum(low * stride for (low, _), stride in zip(box, view.strides, strict=True))
-        block = Block(0, prod(shape), last[1], (1,) * len(last[1]), start)
-        return elements(self._readers[reader].gather(block, view.dtype), view.dtype)
+        readers, number = self._readers[view.source]
+        return readers.read(number, view, box, reader)
 
     def match(self, one: View, two: View, advance: Callable[[int], None] | None = None) -> bool:
         """Whether two arrays of one shape are the same, cast if their types differ; stops where they are not.
@@ -98,6 +101,54 @@ class Tensors:
             if advance is not None:
                 advance(x.size)
         return True
+
+
+_Tensor = tuple[str, str, tuple[int, ...], tuple[int, ...]]  # name, type, shape, strides
+
+
+class _Stored:
+    """Tensors as they lie in files."""
+
+    def __init__(self, files: Sequence[FileHeader], opened: SourceFiles) -> None:
+        sources = [SourceTensor(i, header) for i, file in enumerate(files) for header in file.tensors]
+        self.tensors: list[_Tensor] = [
+            (s.header.name, s.header.dtype, s.header.shape, s.header.strides) for s in sources
+        ]
+        self._gatherers = (Gatherer(opened, sources), Gatherer(opened, sources))
+        self._last: list[tuple[object, tuple[Copy, ...]] | None] = [None, None]
+
+    def read(self, number: int, view: View, box: Box, reader: int) -> np.ndarray:
+        shape = tuple(high - low for low, high in box)
+        key = (number, view.strides, shape)
+        last = self._last[reader]
+        if last is None or last[0] != key:  # boxes of a tensor differ by their start only
+            last = self._last[reader] = (key, tuple(_pieces(number, shape, view.strides)))
+        block = Block(0, prod(shape), last[1], (1,) * len(last[1]), _start(view, box))
+        return elements(self._gatherers[reader].gather(block, view.dtype), view.dtype)
+
+
+class _Planned:
+    """Tensors as a plan would write them."""
+
+    def __init__(self, plan: Plan, opened: SourceFiles) -> None:
+        self.tensors: list[_Tensor] = [(o.name, o.dtype, o.shape, dense_strides(o.shape)) for o in plan.outputs]
+        self._readers = (Reader(plan, opened), Reader(plan, opened))
+
+    def read(self, number: int, view: View, box: Box, reader: int) -> np.ndarray:
+        shape, item = tuple(high - low for low, high in box), ITEM_SIZES[view.dtype]
+        start = _start(view, box)
+        count = 1 + sum((size - 1) * stride for size, stride in zip(shape, view.strides, strict=True))
+        data = bytearray(count * item)
+        self._readers[reader].read_into(number, start * item, memoryview(data))
+        found = elements(memoryview(data), view.dtype)
+        if view.strides == dense_strides(view.shape) and count == prod(shape):
+            return found
+        strides = [stride * item for stride in view.strides]
+        return np.lib.stride_tricks.as_strided(found, shape, strides).reshape(-1)
+
+
+def _start(view: View, box: Box) -> int:
+    return view.start + sum(low * stride for (low, _), stride in zip(box, view.strides, strict=True))
 
 
 def _pieces(source: int, shape: Sequence[int], strides: Sequence[int]) -> Iterator[Copy]:

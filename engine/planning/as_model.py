@@ -52,14 +52,19 @@ def fit_to_model(
     """The mapping with its rules, and the checkpoint without what is not of the model.
 
     What is of the model has the prefix under which all of the class's tensors are, and then begins as one of these.
+    Some trainers have their prefix in the place of the class's own, `model.`: XTuner's head is `model.lm_head.weight`.
 
     Raises:
         EngineError: E207 when the checkpoint lacks a tensor of the class under every prefix.
     """
-    prefix = _prefix(wanted, {tensor.name for file in checkpoint.files for tensor in file.tensors})
-    begins = tuple({prefix + name.partition(".")[0] + "." * ("." in name) for name in wanted.shapes})
+    prefix, own = _prefix(wanted, {tensor.name for file in checkpoint.files for tensor in file.tensors})
+
+    def stored(name: str) -> str:
+        return prefix + name.removeprefix(own)
+
+    begins = tuple({prefix + _first(name.removeprefix(own)) for name in wanted.shapes})
     files = tuple(file.only(lambda name: name.startswith(begins)) for file in checkpoint.files)
-    fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: without_prefix(prefix + name, layout)[0])
+    fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: without_prefix(stored(name), layout)[0])
     return fitted, replace(checkpoint, files=files)
 
 
@@ -115,17 +120,28 @@ def _axes(shape: Shape, dims: dict[str, int]) -> list[str]:
     return names
 
 
-def _prefix(wanted: Wanted, names: Collection[str]) -> str:
-    """What stands before the class's names in the checkpoint's."""
+def _first(name: str) -> str:
+    """
+    >>> _first("layers.0.norm.weight"), _first("scale")
+    ('layers.', 'scale')
+    """
+    head, dot, _ = name.partition(".")
+    return head + dot
+
+
+def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
+    """What stands before the class's names in the checkpoint's, and the class's own prefix that is not there."""
     held = set(names)
     first = next(iter(wanted.shapes))
-    candidates = sorted({name[: -len(first)] for name in held if name.endswith(first)}, key=lambda p: (len(p), p))
     lacking: dict[str, str] = {}
-    for prefix in candidates:
-        missing = next((name for name in wanted.shapes if prefix + name not in held), None)
-        if missing is None:
-            return prefix
-        lacking[prefix] = missing
+    for own in ("", _first(first)):
+        ending = first.removeprefix(own)
+        candidates = {name[: -len(ending)] for name in held if name.endswith(ending)}
+        for prefix in sorted(candidates, key=lambda p: (len(p), p)):
+            missing = next((name for name in wanted.shapes if prefix + name.removeprefix(own) not in held), None)
+            if missing is None:
+                return prefix, own
+            lacking.setdefault(prefix, missing)
     best = max(lacking, key=lambda p: list(wanted.shapes).index(lacking[p]), default="")
     raise EngineError(
         "E207",

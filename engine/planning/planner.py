@@ -24,7 +24,8 @@ from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import size_error
-from engine.planning.stored import Instance, Stages, Stored, instances, strip
+from engine.planning.stages import Stages, laid_out
+from engine.planning.stored import Instance, Stored, instances, strip
 from engine.planning.variants import check_settings, decide, options_of
 from engine.planning.whole import DTYPES, whole_groups, whole_instances, whole_output
 
@@ -72,6 +73,7 @@ def understand(
     names: dict[str, Any] = {
         **read.config,
         "options": options,
+        "given": dict(checkpoint.target_config),
         "training": read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config,
         "present": present_in({one.name for one in stored}),
     }
@@ -89,7 +91,8 @@ def understand(
         raise size_error(attempt.sizes.contradictions[0])
     used = tuple(used_instances(attempt))
     if not stages.layers and len(stages.counts) == 1:  # no name has a layer's number: tensors stack them
-        stages = Stages(stages.starts, dict.fromkeys(stages.counts, attempt.sizes.values().get("layer", 0)), 1)
+        layers = attempt.sizes.values().get("layer", 0)
+        stages = laid_out([(stage, layers) for stage in stages.counts], stages.chunks, stages.dims)
     all_names = {**attempt.names, **attempt.sizes.values()}
     return Understood(attempt, used, match_pieces(used), stages, matches, options, all_names, read.noted)
 

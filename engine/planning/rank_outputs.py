@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.checkpoint.ranks import RankFile, RankGrid
+from engine.checkpoint.ranks import RankFile, RankGrid, counts_of
 from engine.errors import EngineError
 from engine.formats.pickling import WRITABLE
 from engine.language.expressions import render_tree
@@ -81,7 +81,7 @@ def rank_outputs(
 
 
 def _grid(destination: Destination, files: Sequence[RankFile]) -> RankGrid:
-    return RankGrid(destination.mode, destination.sizes, tuple(files))
+    return RankGrid(destination.mode, destination.sizes, tuple(files), staged=destination.stages.dims)
 
 
 def small_files(
@@ -120,9 +120,7 @@ def destination_names(
 
     Every rank dimension that any mode of the layout has is there, as 1 where this mode lacks it.
     """
-    dims = {d for m in layout.modes for f in m.files for d in pattern(f.name).placeholders}
-    names: dict[str, Any] = {f"{dim}s": 1 for dim in dims}
-    names |= {f"{dim}s": count for dim, count in sizes.items()}
+    names: dict[str, Any] = dict(counts_of(layout, sizes))
     kind = training.get("model_type")
     if kind is None and mapping.model_types:
         kind = mapping.model_types[0]  # as of historical names, the first is the one written

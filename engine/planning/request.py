@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.
+RANK_OPTIONS = {"tp": "Tensor-parallel ranks.", "pp": "Pipeline ranks.", "wp": "Weight-parallel ranks, in mode isp."}
 _ALSO = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32",
          "f32": "float32", "float": "float32"}  # fmt: skip
 _MOST_BYTES = 1 << 62
@@ -127,7 +129,10 @@ class Request:
         metadata=option("Most bytes of tensors in one output file, like 2GB or 5GiB.", "size", shown="2GB"),
     )
     strict: bool = field(default=False, metadata=option("Refuse sizes other than those the release has.", "flag"))
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=option("Ranks to write, of any dimension that the layout has.", metavar="DIM=N,…"),
+    )
     chunks: int | None = field(
         default=None, metadata=option("Model chunks per pipeline rank (interleaved pipeline).", "count")
     )
@@ -169,9 +174,9 @@ class WholeOptions(PlanOptions, total=False):
 
 
 class RankOptions(PlanOptions, total=False):
-    """Keywords of what plans rank files; `tp`, `pp` and `wp` are short for entries of `ranks`."""
+    """Keywords of what plans rank files; `RANK_OPTIONS` are short for entries of `ranks`."""
 
-    ranks: Mapping[str, int] | None
+    ranks: Mapping[str, int] | str | None
     tp: int | None
     pp: int | None
     wp: int | None
@@ -201,10 +206,38 @@ def request_of(mapping: str | Path | MappingFile, src: str | Path, options: Mapp
         TypeError: for a keyword that is none of them, as Python does.
     """
     check_keywords(options, takes)
-    ranks = dict(options.get("ranks") or {})
-    ranks |= {name: options[name] for name in ("tp", "pp", "wp") if options.get(name) is not None}
+    ranks = ranks_given(options.get("ranks"))
+    ranks |= {name: options[name] for name in RANK_OPTIONS if options.get(name) is not None}
     given = {name: value for name, value in own(options, Request).items() if value is not None}
     return Request(mapping, src, **{**given, "ranks": ranks})
+
+
+def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
+    """Ranks per dimension, as a mapping or as text; E001 for what is neither.
+
+    >>> ranks_given("tp=2,pp=4")
+    {'tp': 2, 'pp': 4}
+    """
+    if isinstance(ranks, str):
+        found: dict[str, int] = {}
+        for one in ranks.split(","):
+            dim, _, text = (part.strip() for part in one.partition("="))
+            if not dim.isidentifier() or not text.isascii() or not text.isdecimal() or len(text) > 9 or dim in found:
+                raise EngineError(
+                    "E001",
+                    "ranks are given as a dimension and a number, each dimension once",
+                    got=ranks[:100],
+                    expected="tp=2,pp=4",
+                    fix="The dimensions are those of the layout: `engine inspect` shows a checkpoint's.",
+                )
+            found[dim] = int(text)
+        return found
+    for dim, count in (ranks or {}).items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise EngineError(
+                "E001", f"ranks of `{dim}` must be a whole number", got=repr(count)[:100], expected="1 or more"
+            )
+    return dict(ranks or {})
 
 
 def own(options: Mapping[str, Any], kind: type) -> dict[str, Any]:

@@ -35,7 +35,8 @@ from engine.planning.rank_outputs import RankOutputs, rank_outputs, small_files,
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import Fact, Sizes, size_error, solve, unknown_error
-from engine.planning.stored import Instance, Stages, instances
+from engine.planning.stages import Stages
+from engine.planning.stored import Instance, instances
 from engine.planning.variants import check_settings, decide, options_of
 from engine.planning.whole import whole_instances
 
@@ -82,7 +83,9 @@ def make_reverse_plan(
     back = names_back(list(tensors), rules)
     seen = {**checkpoint.config, "options": options, "present": present_in(back)}
     first = {**render_known(mapping.training_config, seen), "options": options, "present": seen["present"]}
-    decisions = decide_back(mapping.variants, mine, shared.choices, {**first, "training": {}})
+    decisions = decide_back(
+        mapping.variants, mine, shared.choices, {**first, "training": {}, "given": checkpoint.config}
+    )
     choices = {n: d.choice for n, d in decisions.items()}
     active = [one for one in rules if is_active(one, choices)]
     used = used_back(active, list(tensors), checkpoint.folder)
@@ -92,7 +95,7 @@ def make_reverse_plan(
     whole = whole_instances(pieces)
     found = groups_back(checkpoint, pieces, whole, None)
     scope = {**render_known(mapping.training_config, {**seen, **choices}), "options": options, **choices}
-    scope |= {"training": {}, "present": seen["present"]}
+    scope |= {"training": {}, "present": seen["present"], "given": checkpoint.config}
     files = [RankFile(f.name, layout.modes[0].files[0], {}) for f in checkpoint.files]
     state, unread = _solve(mapping, found, scope, files, pieces.dropped)
     sizes = state.values()

@@ -160,6 +160,6 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
         place=variant.place,
         got="\n".join([because(tried, names, called), *(f"not {c}: {e.text}" for c, e in named)]),
         expected="one of " + ", ".join(variant.choices),
-        fix=f"{variant.help[:1].upper()}{variant.help[1:]}. None of its choices describes this checkpoint, so the "
-        "mapping is not the one for it; `engine inspect` tells which fit.",
+        fix=f"{variant.help[:1].upper()}{variant.help[1:]}. None of its choices describes this checkpoint: what they "
+        "read is missing, or the mapping is not the one for it, and `engine inspect` tells which fit.",
     )

@@ -37,7 +37,7 @@ def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
     """
     if not config:
         raise EngineError(
-            "E204",
+            "E202",
             "what the model needs is told by its configuration, which is not there",
             expected="config.json beside the weights, or --config",
             fix="Give the config.json of the model with --config FILE.",

@@ -104,6 +104,10 @@ class Small:
     later: Callable[[threading.Event], Mapping[str, bytes]] | None = None
     memory: int = 0
 
+    def whole(self) -> dict[str, bytes]:
+        """All of the files, also those that take long."""
+        return {**self.files, **(self.later(threading.Event()) if self.later is not None else {})}
+
 
 def execute(
     compiled: Plan, source: Path, out: Path, make_small: Callable[[], Small], how: Running, started: float

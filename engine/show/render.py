@@ -117,8 +117,19 @@ def comparison(facts: Mapping[str, Any]) -> str:
     lines += table(("tensor", "tensors", "verdict", "here", "reference", "how"), rows)
     if facts["diagnoses"]:
         lines += ["", *(f"{click.style('means', fg='yellow')} {text}" for text in facts["diagnoses"])]
+    if facts["differences"]:
+        lines += ["", *(_difference(one) for one in facts["differences"])]
+    if facts["unchecked"]:
+        lines += ["", *(f"{click.style('note', fg='yellow')} {text}" for text in facts["unchecked"])]
     counts = [click.style(f"{n:,} {kind}", fg=colours.get(kind, "red")) for kind, n in facts["counts"].items()]
     return "\n".join([*lines, "", ", ".join(counts) or "no tensors"])
+
+
+def _difference(one: Mapping[str, Any]) -> str:
+    """A difference in something other than tensors, and what it does."""
+    colour = "yellow" if one["grade"] == "told" else "red"
+    told = f"{one['what']} is {one['out']} here, {one['ref']} in the reference: {one['effect']}"
+    return f"{click.style(one['part'], fg=colour)} {told}"
 
 
 def _deviation(row: Mapping[str, Any]) -> str:

@@ -177,7 +177,9 @@ def _stage(one: Mapping[str, Any], chunked: bool) -> str:
     >>> _stage({"pp": 1, "chunk": 0, "first": 2, "layers": 3}, False)
     'pp1: layers 2…4'
     """
-    name = f"pp{one['pp']}" + (f" chunk {one['chunk']}" if chunked else "")
+    told = [f"{dim}{rank}" for dim, rank in one.items() if dim not in ("chunk", "first", "layers")]
+    told += [f"chunk {one['chunk']}"] if chunked else []
+    name = " ".join(told) or "one stage"
     if not one["layers"]:
         return f"{name}: no layer"
     last = one["first"] + one["layers"] - 1

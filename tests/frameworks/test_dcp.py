@@ -209,3 +209,9 @@ def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> 
         engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out", config=other)
     assert caught.value.code in ("E203", "E207")
     assert not (tmp_path / "out").exists()
+
+
+def test_torchtitans_names_and_rotary_order_give_its_logits(tmp_path: Path) -> None:
+    fixture = DCP / "tt03_fsdp4"
+    engine.convert("torchtitan-llama", fixture / "step-10", tmp_path / "out", config=fixture / "hf_config.json")
+    assert logits_off(tmp_path / "out", fixture / "oracle.pt") < 1e-4
