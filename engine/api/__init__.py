@@ -19,7 +19,7 @@ from engine.api.reviews import (
     prove,
     verify,
     view,
-    write_facts,
+    write_meanings,
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
 from engine.api.serving import Model, mount, open, serve, virtual
@@ -66,5 +66,5 @@ __all__ = [
     "verify",
     "view",
     "virtual",
-    "write_facts",
+    "write_meanings",
 ]

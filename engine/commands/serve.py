@@ -40,7 +40,9 @@ def serve(
     as_json: bool, /, mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...], host: str,
     port: int, token_file: str | None, quiet: bool, log_file: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Serve checkpoints as the Hugging Face Hub serves models; weight files are computed as they are read.
+    """Serve checkpoints as the Hugging Face Hub does.
+
+    Weight files are computed as they are read.
 
     \b
     engine serve -m internlm2-7b -s ckpt --as internlm/mine
