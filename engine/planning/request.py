@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from engine.errors import EngineError
 from engine.planning import DEFAULT_SHARD_SIZE
+from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
-    from engine.storage.places import Source
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.serve.files import VirtualFile, VirtualIO
 from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
-
-if TYPE_CHECKING:
-    from engine.serve.virtual import VirtualFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,33 +92,3 @@ class _Ranges:
 
     def close(self) -> None:
         pass
-
-
-class VirtualIO(io.RawIOBase):
-    """A virtual file as Python's files are."""
-
-    def __init__(self, file: VirtualFile) -> None:
-        self._file, self._at = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        if at < 0:
-            raise ValueError(f"negative position {at}")
-        self._at = at
-        return at
-
-    def readinto(self, buffer: Any) -> int:
-        target = memoryview(buffer).cast("B")
-        target = target[: max(min(len(target), self._file.size - self._at), 0)]
-        self._file.read_into(min(self._at, self._file.size), target)
-        self._at += len(target)
-        return len(target)
