@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients snapshots lock
+.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings lock
 
 setup: $(STAMP)
 
@@ -48,9 +48,9 @@ wheel: setup
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 	@ls dist/*.whl
 
-# Writes anew what bundled mappings mean, under tests/snapshots/; review the diff.
-snapshots: setup
-	$(BIN)/python -m tests.support.snapshots
+# Writes anew what bundled mappings mean, into meanings/ beside them; review the diff.
+meanings: setup
+	$(BIN)/python -m engine prove --all --write-meaning
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench

@@ -19,10 +19,10 @@ from engine.api.reviews import (
     prove,
     verify,
     view,
-    write_facts,
+    write_meanings,
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
-from engine.api.serving import Model, open, serve, virtual
+from engine.api.serving import Model, mount, open, serve, virtual
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
@@ -51,6 +51,7 @@ __all__ = [
     "mappings",
     "new_mapping",
     "load_plan",
+    "mount",
     "open",
     "plan",
     "plan_reshard",
@@ -65,5 +66,5 @@ __all__ = [
     "verify",
     "view",
     "virtual",
-    "write_facts",
+    "write_meanings",
 ]

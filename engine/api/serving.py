@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from engine.serve.tensors import Tensors
     from engine.serve.virtual import VirtualFolder
 
-__all__ = ["Model", "open", "serve", "virtual"]
+__all__ = ["Model", "mount", "open", "serve", "virtual"]
 
 
 def open(
@@ -62,6 +62,28 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     from engine.serve.virtual import VirtualFolder
 
     return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code))
+
+
+def mount(
+    folder: VirtualFolder,
+    at: str | Path,
+    *,
+    log: Callable[[str], None] = lambda _: None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Mount virtual files as a read-only folder until SIGINT, SIGTERM or an unmount; only from the main thread.
+
+    Args:
+        at: an empty folder, or none: it is made, and removed afterwards.
+        log: called with errors of reads, of which a program sees only that the input failed.
+        ready: called when it is mounted.
+
+    Raises:
+        EngineError: E001 where there is no FUSE, E401 when there is something at `at`.
+    """
+    from engine.serve.mount import mount as run
+
+    run(folder, given_path(at, "the folder to mount at"), log, ready)
 
 
 _NAME = re.compile(r"(?!api/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")

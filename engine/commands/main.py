@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Write and review mappings": (
         review.new, review.lint, review.prove, review.diff, review.show, review.format_,
     ),
-    "Use without converting": (serve.serve,),
+    "Use without converting": (serve.serve, serve.mount),
     "This program": (look.env, look.completion),
 }  # fmt: skip
 ALIASES = {"convert": "run"}

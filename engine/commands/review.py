@@ -8,6 +8,7 @@ import click
 
 from engine.commands.completion import mapping_names, paths
 from engine.commands.options import asks, reports_errors
+from engine.commands.progress import progress
 from engine.commands.say import answer, say
 
 _PATHS = "engine.diff.paths"
@@ -71,11 +72,12 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
 @click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...", shell_complete=mapping_names)
 @click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
 @click.option("--mutants", is_flag=True, help="Perturb each rule too, and say what would have caught it.")
-@click.option("--write-facts", is_flag=True, help="First commit what each mapping does now as what it should do.")
+@click.option("--write-meaning", "--write-facts", "write_meaning", is_flag=True,
+              help="First commit what each mapping means now as what it should mean.")  # fmt: skip
 @reports_errors
 @click.pass_context
 def prove(
-    ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_facts: bool
+    ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_meaning: bool
 ) -> None:
     """Prove mappings complete and invertible in every layout.
 
@@ -86,9 +88,10 @@ def prove(
 
     if bool(mappings) == every:
         raise click.UsageError("Give mappings to prove, or --all.")
-    if write_facts:
-        api.write_facts(mappings)
-    proofs = api.prove(mappings, mutants=mutants)
+    if write_meaning:
+        api.write_meanings(mappings)
+    with progress(show=not as_json, doing="proving") as listener:
+        proofs = api.prove(mappings, mutants=mutants, progress=listener)
     answer(as_json, render_prove.proofs_data(proofs), lambda: render_prove.proofs(proofs))
     if not all(proof.holds for proof in proofs):
         ctx.exit(1)

@@ -40,7 +40,9 @@ def serve(
     as_json: bool, /, mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...], host: str,
     port: int, token_file: str | None, quiet: bool, log_file: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Serve checkpoints as the Hugging Face Hub serves models; weight files are computed as they are read.
+    """Serve checkpoints as the Hugging Face Hub does.
+
+    Weight files are computed as they are read.
 
     \b
     engine serve -m internlm2-7b -s ckpt --as internlm/mine
@@ -99,3 +101,29 @@ def _token(file: str | None) -> str | None:
             fix="`openssl rand -hex 32 > FILE` makes one.",
         )  # fmt: skip
     return token
+
+
+@click.command()
+@click.argument("at", metavar="DIR")
+@asks(*SAVED, "tokenizer", "code", required=["mapping"])
+@reports_errors
+def mount(
+    as_json: bool, /, at: str, mapping: str, src: str, tokenizer: str | None, code: str | None, **options: Any
+) -> None:
+    """Mount the folder that `run` would write, read only, at DIR; weight files are computed as they are read.
+
+    \b
+    engine mount -m internlm2-7b -s ckpt/20000 model &
+    vllm serve ./model
+
+    It stays until Ctrl-C or `fusermount -u DIR`. Needs FUSE and `pip install internlm-engine[mount]`.
+    """
+    from engine import api
+
+    def ready() -> None:
+        say(f"mounted at {at}; Ctrl-C ends it", err=True)
+
+    compiled = api.plan(mapping, src, **options)
+    with api.virtual(compiled, tokenizer=tokenizer, code=code) as folder:
+        api.mount(folder, at, log=lambda text: say(text, err=True), ready=ready)
+    say("unmounted", err=True)

@@ -104,9 +104,10 @@ def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], No
     sample = parse_sample(asked.sample or "100%")
     named = {str(entry.get("file")) for entry in (known or {"tensors": {}})["tensors"].values()}
     total = sum(state.size for state in folder.states([name for name in named if folder.has(name)]).values())
-    meter = Meter(total + (source_bytes(asked.plan, sample) if asked.plan is not None else 0), progress)
+    meter = Meter(total + (source_bytes(asked.plan, sample) if asked.plan is not None else 0), progress, "verifying")
     found = _of_manifest(folder, known, asked, meter.advance)
     if asked.plan is not None:
+        meter.begin("comparing with the source")
         source = verify_source(asked.plan, folder, sample, meter.advance)
         problems, unchecked = _settings(folder, asked.plan, asked.small)
         found = found.and_also(*source.problems, *problems, unchecked=unchecked, source=source)
@@ -114,12 +115,13 @@ def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], No
     if asked.load:
         from engine.oracle.load_model import load_model
 
+        Meter(1, progress, "loading and running the model", "models").begin("loading and running the model")
         model = load_model(on_this_machine(folder, "--load"))
         found = found.and_also(*model.problems, model=model)
     if asked.source is not None:
         from engine.oracle.logits import compare_logits
 
-        logits = compare_logits(on_this_machine(folder, "--logits"), asked.source, asked.settings)
+        logits = compare_logits(on_this_machine(folder, "--logits"), asked.source, asked.settings, progress)
         found = found.and_also(*logits.problems, logits=logits)
     nothing = nothing_read([found.read > 0, found.source is not None, found.logits is not None, asked.load])
     return found if nothing is None or found.problems else found.and_also(nothing)

@@ -15,6 +15,7 @@ from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import pattern
 from engine.language.rules import STORED
 from engine.planning.groups import cut_of
+from engine.planning.request import RANK_OPTIONS
 from engine.planning.stages import Stages, in_order, laid_out
 from engine.planning.stored import Instance
 
@@ -164,9 +165,14 @@ def asked(ranks: Mapping[str, int]) -> str:
     """Ranks as the command line takes them.
 
     >>> asked({"tp": 2}), asked({"tp": 2, "ep": 4})
-    ('--ranks tp=2', '--ranks tp=2,ep=4')
+    ('--tp 2', '--tp 2 --ranks ep=4')
     """
-    return "--ranks " + ",".join(f"{dim}={count}" for dim, count in ranks.items())
+    return " ".join(f"{flag(dim)}{count}" for dim, count in ranks.items())
+
+
+def flag(dim: str) -> str:
+    """What stands before a number of ranks on the command line."""
+    return f"--{dim} " if dim in RANK_OPTIONS else f"--ranks {dim}="
 
 
 def check_cuts(
@@ -192,7 +198,7 @@ def check_cuts(
                 f"`{instance.sources[0].text}` cannot be cut over {count} {dim} ranks",
                 place=instance.rule.place,
                 got=why,
-                expected=f"{dim} {told}",
+                expected=f"{flag(dim)}{told}",
                 fix=f"These numbers of {dim} ranks would work for every tensor of this model.",
             )
 

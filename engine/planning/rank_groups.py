@@ -11,7 +11,7 @@ from engine.formats.headers import TensorHeader
 from engine.language.axes import extent
 from engine.language.model import FilePattern
 from engine.language.names import Pattern, pattern
-from engine.planning.destination import Destination, check_cuts, file_of, shares
+from engine.planning.destination import Destination, check_cuts, file_of, flag, shares
 from engine.planning.groups import Cut, Group, cut_of
 from engine.planning.stages import Indices, file_numbers, shared_out
 from engine.planning.stored import Instance, Stored
@@ -132,7 +132,7 @@ class RankGroups:
                         got=f"layer {seen[number][1]} on {seen[number][0]} and layer {layer} on {name}: "
                         f"{file.name} with number {number}",
                         expected="layers that divide by the pipeline ranks",
-                        fix=f"Give numbers of {' and '.join(stages.dims)} ranks that divide the layers: "
+                        fix=f"Give a {' or '.join(flag(dim).strip() for dim in stages.dims)} that divides the layers: "
                         + ", ".join(str(n) for n in range(1, stages.layers + 1) if stages.layers % n == 0)
                         + ".",
                     )

@@ -212,12 +212,11 @@ def shared_out(axis: str, total: int, layout: Layout, sizes: Mapping[str, int]) 
     dims = index_dims(layout, axis)
     ranks = prod(sizes.get(dim, 1) for dim in dims)
     if total % ranks:
-        some = ",".join(f"{dim}={sizes.get(dim, 1)}" for dim in dims)
         raise EngineError(
             "E214",
             f"axis `{axis}` of {total} does not divide by {ranks} ranks",
             place=layout.indices[axis].place,
-            got=f"--ranks {some}",
+            got=" ".join(f"{dim} {sizes.get(dim, 1)}" for dim in dims),
             expected="ranks that divide "
             + str(total)
             + ": "

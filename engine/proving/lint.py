@@ -249,7 +249,12 @@ def _undeclared(mapping: Mapping) -> Iterator[Finding]:
     from engine.language.layout_file import load_layout
     from engine.proving.undeclared import undeclared
 
-    for expression, side, path, known in undeclared(mapping, load_layout(mapping.layout)):
+    try:
+        layout = load_layout(mapping.layout)
+    except EngineError as error:
+        yield _from_error(error)
+        return
+    for expression, side, path, known in undeclared(mapping, layout):
         near = get_close_matches(path, list(known), 1)
         yield Finding(
             "L009",

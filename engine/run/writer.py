@@ -111,7 +111,7 @@ class Writer:
                 job, unit = taken
                 with self._errors(self._places[unit.outputs[0]][0]):
                     if all(output in self.done for output in unit.outputs):
-                        self._meter.advance(sum(plan.outputs[output].nbytes for output in unit.outputs))
+                        self._meter.keep(sum(plan.outputs[output].nbytes for output in unit.outputs))
                     else:
                         if unit.sources:
                             self._scatter(unit, scatterer)
@@ -191,7 +191,7 @@ class Writer:
     ) -> None:
         total = self._total(index)
         begun = marked = total.end  # what an interrupted run wrote of it
-        self._meter.advance(begun)
+        self._meter.keep(begun)
         for at, data in reader.blocks(index, begun):
             if self._meter.stopped.is_set():
                 return

@@ -90,7 +90,7 @@ def test_experts_of_uneven_stages_that_would_overwrite_each_other_are_refused(tm
     with pytest.raises(EngineError) as caught:
         engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", pp=3)
     assert caught.value.code == "E214"
-    assert "pp ranks" in str(caught.value) and "1, 5" in str(caught.value)
+    assert "--pp" in str(caught.value) and "1, 5" in str(caught.value)
 
 
 def test_genuine_experts_come_back_bit_for_bit(tmp_path: Path) -> None:
