@@ -11,7 +11,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.planning.request import RankOptions, Request, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
-from engine.storage.places import found_at
+from engine.storage.places import Source, found_at
 from engine.storage.replacing import check_file_free, given_path
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
 
 
-def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Unpack[WholeOptions]) -> Plan:
+def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
 
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
-        src: the training checkpoint's folder.
+        src: the training checkpoint's folder, or a store, as `engine.virtual` makes one.
         settings: variants and options, as `--set` gives them.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         max_shard_size: bytes of tensors per output file.
@@ -54,7 +54,7 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
     )
 
 
-def plan_reverse(mapping: str | Path | MappingFile, src: str | Path, **options: Unpack[ReverseOptions]) -> Plan:
+def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
     """Compile what `reverse` would do. Arguments as for `reverse`."""
     from engine.planning.destination import Request as Grid
     from engine.planning.reverse import make_reverse_plan
@@ -79,7 +79,7 @@ def plan_reverse(mapping: str | Path | MappingFile, src: str | Path, **options: 
     )
 
 
-def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: Unpack[RankOptions]) -> Plan:
+def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[RankOptions]) -> Plan:
     """Compile what `reshard` would do. Arguments as for `reshard`."""
     from engine.planning.destination import Request as Grid
     from engine.planning.reverse import make_reshard_plan
@@ -99,7 +99,7 @@ def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: 
     )
 
 
-def read_whole(src: str | Path) -> WholeCheckpoint:
+def read_whole(src: Source) -> WholeCheckpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
     from engine.planning.backward import WholeCheckpoint
