@@ -11,6 +11,7 @@ from engine.language.keys import apart, read_keys
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, ConfigFile, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import check_file_name, pattern
+from engine.language.rules import STORED
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
@@ -126,4 +127,5 @@ def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any])
         None if number is None else expression(document, (*path, "number"), number),
         document.place(*path),
         body.get("boxes") == "recorded",
+        {dim: STORED.index(cut) for dim, cut in (body.get("mesh") or {}).items()},
     )

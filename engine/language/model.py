@@ -150,6 +150,7 @@ class FilePattern:
     Attributes:
         cuts: stage class → rank dimension → `split`, `rows`, `recorded`, `runtime` or an axis.
         boxes: each tensor records which box it is of a larger one; ranks, if names have any, say nothing.
+        mesh: of such files, when they are written: rank dimension → the storage dimension that it cuts.
     """
 
     name: str
@@ -158,6 +159,7 @@ class FilePattern:
     number: Expression | None
     place: Place
     boxes: bool = False
+    mesh: MappingABC[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

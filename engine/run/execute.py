@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError
 from engine.language.model import Layout
 from engine.run.running import Running
+from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
@@ -49,7 +50,7 @@ class Report:
 
 
 def read_checkpoint(
-    src: Path | str, layout: Layout, config: Path | str | None = None, *, needed: bool = True
+    src: Source, layout: Layout, config: Path | str | None = None, *, needed: bool = True
 ) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 

@@ -10,18 +10,22 @@ from engine.storage.local import LocalStore
 from engine.storage.replacing import given_path
 from engine.storage.store import File, Store
 
+Source = str | Path | Store  # where a checkpoint lies: a path as a user gave it, or a store that a program has
 
-def store_at(place: str | Path, what: str) -> Store:
+
+def store_at(place: Source, what: str) -> Store:
     """The store at a path as a user gave it; E001 for one that names nothing.
 
     Args:
         what: what lies there, in words.
     """
-    return LocalStore(given_path(place, what))
+    return LocalStore(given_path(place, what)) if isinstance(place, str | Path) else place
 
 
-def found_at(place: str | Path, what: str) -> Store | File:
+def found_at(place: Source, what: str) -> Store | File:
     """A store, or the one file that a path names; E001 as for `store_at`."""
+    if not isinstance(place, str | Path):
+        return place
     path = given_path(place, what)
     if os.path.isdir(path) or not os.path.lexists(path):
         return LocalStore(path)
