@@ -43,7 +43,7 @@ MISTAKES = (
             "    spilt: groups\n    when: {rotary: halves}", ("`spilt`", "rule `qkv`", "Did you mean `split`?")),
     Mistake("An axis of another name", "axes: (groups k head_dim) | hidden", "axes: (groups k head_dims) | hidden",
             ("rule `qkv`", "`head_dims`", "`head_dim`", "k_proj")),
-    Mistake("A rule that is missing", WO, "", ("layers.0.attention.wo.weight", "no rule", "like rule `qkv` (my-model.yaml:"),
+    Mistake("A rule that is missing", WO, "", ("attention.wo.weight", "no rule", "like rule `qkv` (my-model.yaml:"),
             ("plan", "--mapping", FILE, "--src", "step")),
     Mistake("Two rules for one tensor", "  - source: norm.weight\n",
             "  - {source: norm.weight, target: model.final.weight, axes: hidden, stage: last}\n"
