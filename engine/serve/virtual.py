@@ -24,7 +24,7 @@ from engine.run.digests import content_id
 from engine.run.execute import Small, check_names
 from engine.run.journal import Done, work_of
 from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
-from engine.run.writer import layout_of
+from engine.run.schedule import layout_of
 from engine.serve.readers import Readers, reading_threads
 
 Fill = Callable[[int, memoryview], None]  # takes a byte offset in the stretch and a buffer to fill
@@ -188,12 +188,18 @@ def _weights(readers: Readers, file: OutputFile, identity: str) -> VirtualFile:
     def finished(index: int) -> bytes:
         return layout.finish([readers.done(i).checksum for i in file.outputs])[index][1]
 
+    def behind(number: int) -> bytes:
+        return b"".join(data for _, data in layout.after(number, readers.done(file.outputs[number]).checksum))
+
     # Where these bytes lie does not depend on the checksums in them.
+    for number in range(len(file.outputs)):
+        if found := layout.after(number, 0):
+            size = sum(len(data) for _, data in found)
+            stretches.append(_computed(found[0][0], size, partial(behind, number)))
     for index, (start, data) in enumerate(layout.finish([0] * len(file.outputs))):
         stretches.append(_computed(start, len(data), partial(finished, index)))
     stretches.sort(key=lambda one: one.start)
-    size = max(layout.end, max((one.end for one in stretches), default=0))
-    return VirtualFile(file.name, size, _short(identity, file.name), tuple(stretches))
+    return VirtualFile(file.name, layout.size, _short(identity, file.name), tuple(stretches))
 
 
 _DIGEST, _CONTENT = 32, 64  # hexadecimal digits of a tensor's digest and of the content id
