@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo docs wheel bench plots fuzz soak snapshots lock
+.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings lock
 
 setup: $(STAMP)
 
@@ -48,9 +48,9 @@ wheel: setup
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 	@ls dist/*.whl
 
-# Writes anew what bundled mappings mean, under tests/snapshots/; review the diff.
-snapshots: setup
-	$(BIN)/python -m tests.support.snapshots
+# Writes anew what bundled mappings mean, into meanings/ beside them; review the diff.
+meanings: setup
+	$(BIN)/python -m engine prove --all --write-meaning
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench
@@ -70,6 +70,11 @@ SOAK_KILLS ?= 200
 soak: setup
 	ALL_ATTACKS=1 ALL_PEERS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/test_benchmarks.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
+
+# Programs of others on converted folders, each in an environment of its own; writes docs/clients.md. TOKENIZERS=DIR adds
+# the releases' own tokenizers, OFFICIAL_CODE=DIR InternLM2's official classes.
+clients: setup
+	$(BIN)/python -m tests.clients
 
 # Keeps the versions the lock has, unless pyproject.toml asks for others.
 lock: setup

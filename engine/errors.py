@@ -14,6 +14,7 @@ CODES: dict[str, str] = {
     # usage
     "E001": "an argument or option cannot be used as given",
     "E002": "a mapping or layout of that name cannot be found",
+    "E003": "which mapping is meant is not told",
     # mapping and layout files
     "E101": "the YAML cannot be read",
     "E102": "the file does not fit its schema",
@@ -146,6 +147,11 @@ class Place:
             parts.append(self.tensor)
         return ":".join(parts)
 
+    def as_dict(self) -> dict[str, object]:
+        """The same as data, for `--json`; what is not known is left out."""
+        parts = {"file": printable(self.file), "line": self.line, "column": self.column, "tensor": self.tensor}
+        return {name: printable(p) if isinstance(p, str) else p for name, p in parts.items() if p is not None}
+
 
 class EngineError(Exception):
     """Something a user must know, ready to print.
@@ -197,7 +203,7 @@ class EngineError(Exception):
         return {
             "code": self.code,
             "message": printable(self.message),
-            "place": None if self.place is None else printable(str(self.place)),
+            "place": None if self.place is None else self.place.as_dict(),
             "got": None if self.got is None else _lines(self.got),
             "expected": None if self.expected is None else _lines(self.expected),
             "fix": None if self.fix is None else _lines(self.fix),

@@ -5,39 +5,53 @@ from engine.api.reviews import (
     clean,
     compare,
     describe_plan,
+    environment,
     explain,
+    explain_code,
+    find_mapping,
     format_mapping,
     inspect,
+    kept,
     lint,
+    mapping_files,
+    mappings,
     new_mapping,
     prove,
     verify,
     view,
-    write_facts,
+    write_meanings,
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
-from engine.api.serving import open, virtual
+from engine.api.serving import Model, mount, open, serve, virtual
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
 from engine.run.execute import Report, read_checkpoint
 
 __all__ = [
+    "Model",
     "Report",
     "clean",
     "compare",
     "convert",
     "describe_plan",
     "diff",
+    "environment",
     "explain",
+    "explain_code",
+    "find_mapping",
     "format_mapping",
     "inspect",
     "iter_tensors",
+    "kept",
     "lint",
     "load_layout",
     "load_mapping",
+    "mapping_files",
+    "mappings",
     "new_mapping",
     "load_plan",
+    "mount",
     "open",
     "plan",
     "plan_reshard",
@@ -46,10 +60,11 @@ __all__ = [
     "read_checkpoint",
     "reshard",
     "reverse",
+    "serve",
     "run_plan",
     "save_plan",
     "verify",
     "view",
     "virtual",
-    "write_facts",
+    "write_meanings",
 ]

@@ -11,7 +11,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.planning.request import RankOptions, Request, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
-from engine.storage.places import found_at
+from engine.storage.places import Source, found_at
 from engine.storage.replacing import check_file_free, given_path
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
 
 
-def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Unpack[WholeOptions]) -> Plan:
+def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
 
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
-        src: the training checkpoint's folder.
+        src: the training checkpoint's folder, or a store, as `engine.virtual` makes one.
         settings: variants and options, as `--set` gives them.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         max_shard_size: bytes of tensors per output file.
@@ -37,13 +37,16 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
         EngineError: with a code, the place, got against expected and what to do.
     """
     from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted
 
     asked = request_of(mapping, src, options, WholeOptions)
     loaded, layout = _rules(asked)
+    checkpoint = read_checkpoint(src, layout, asked.config)
+    loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
     return make_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout),
+        checkpoint,
         settings=asked.settings,
         dtype=asked.dtype,
         max_shard_size=asked.max_shard_size,
@@ -51,44 +54,52 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
     )
 
 
-def plan_reverse(mapping: str | Path | MappingFile, src: str | Path, **options: Unpack[ReverseOptions]) -> Plan:
+def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
     """Compile what `reverse` would do. Arguments as for `reverse`."""
     from engine.planning.destination import Request as Grid
     from engine.planning.reverse import make_reverse_plan
+    from engine.proving.meta_model import fitted, written_as_model
 
     asked = request_of(mapping, src, options, ReverseOptions)
     loaded, layout = _rules(asked)
+    whole = read_whole(src)
+    like = None if asked.like is None else read_checkpoint(asked.like, layout, asked.config)
+    if like is not None:
+        loaded, layout, like = fitted(loaded, layout, like)
+    loaded = written_as_model(loaded, whole.config)
     return make_reverse_plan(
         loaded,
         layout,
-        read_whole(src),
+        whole,
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout),
+        like=like,
         dtype=asked.dtype,
         lossy=asked.lossy,
     )
 
 
-def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: Unpack[RankOptions]) -> Plan:
+def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[RankOptions]) -> Plan:
     """Compile what `reshard` would do. Arguments as for `reshard`."""
     from engine.planning.destination import Request as Grid
     from engine.planning.reverse import make_reshard_plan
+    from engine.proving.meta_model import fitted
 
     asked = request_of(mapping, src, options, RankOptions)
     loaded, layout = _rules(asked)
+    loaded, layout, checkpoint = fitted(loaded, layout, read_checkpoint(src, layout, asked.config))
     return make_reshard_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout),
+        checkpoint,
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout),
+        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
         dtype=asked.dtype,
     )
 
 
-def read_whole(src: str | Path) -> WholeCheckpoint:
+def read_whole(src: Source) -> WholeCheckpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
     from engine.planning.backward import WholeCheckpoint
@@ -131,7 +142,15 @@ def save_plan(
     check_file_free(file, overwrite, is_saved_plan)
     compiled = plan(mapping, src, **options)
     asked = request_of(mapping, src, options, WholeOptions)
-    request = Saved(str(mapping), str(src), dict(asked.settings), asked.dtype, asked.max_shard_size, asked.strict)
+    request = Saved(
+        str(mapping),
+        str(src),
+        dict(asked.settings),
+        asked.dtype,
+        asked.max_shard_size,
+        asked.strict,
+        None if asked.config is None else str(asked.config),
+    )
     write_saved_plan(file, saved_plan(compiled, request), overwrite=overwrite)
     return compiled
 
@@ -144,6 +163,7 @@ def load_plan(path: str | Path) -> Plan:
             checkpoint's files did.
     """
     from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted
     from engine.proving.saved_plan import check_files, check_plan, check_rules, read_saved_plan
 
     saved = read_saved_plan(given_path(path, "the plan"))
@@ -151,8 +171,9 @@ def load_plan(path: str | Path) -> Plan:
     loaded = load_mapping(request.mapping)
     layout = load_layout(loaded.layout)
     check_rules(saved, loaded, layout)
-    checkpoint = read_checkpoint(request.src, layout)
+    checkpoint = read_checkpoint(request.src, layout, request.config)
     check_files(saved, checkpoint.files, request.src)
+    loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
     compiled = make_plan(
         loaded,
         layout,

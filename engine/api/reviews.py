@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.api.plans import plan
 from engine.errors import EngineError
-from engine.language.layout_file import load_layout
-from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
 
 if TYPE_CHECKING:
-    from engine.comparing.tensors import Comparison
+    from engine.comparing.comparison import Comparison
     from engine.comparing.verify import Verified
+    from engine.discover.fits import Fit
+    from engine.discover.inspect import Inspection
     from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
     from engine.planning.model import Plan
@@ -37,6 +38,7 @@ def explain(
     src: str | Path = ".",
     *,
     backward: bool = False,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
 ) -> Explanation:
@@ -53,60 +55,92 @@ def explain(
     from engine.explaining.sources import explain_source
     from engine.explaining.targets import explain as forward
 
-    compiled = plan(mapping, src, settings=settings, dtype=dtype)
+    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
-def inspect(src: str | Path = ".") -> dict[str, Any]:
-    """What a checkpoint folder is: layout, mode, ranks, sizes, and which bundled mappings fit.
+def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: bool = False) -> Inspection:
+    """What a folder is: a training checkpoint, a Hugging Face checkpoint, or a folder of steps.
 
-    Reads headers only. The first layout whose files are there is taken.
+    Reads headers only. Of a training checkpoint it tells layout, ranks and sizes, and which mappings fit.
 
-    Raises:
-        EngineError: E2xx and E3xx, of the layout that came closest.
-    """
-    from engine.discover.inspect import describe_checkpoint
-    from engine.language.search import layout_names, list_names
-
-    first: EngineError | None = None
-    for name in layout_names():
-        layout = load_layout(name)
-        try:
-            checkpoint = read_checkpoint(src, layout)
-        except EngineError as error:
-            # Another layout may fit, unless this one knows the files and says what is wrong.
-            if error.code != "E304":
-                raise
-            first = first or error
-            continue
-        return describe_checkpoint(checkpoint, layout, [load_mapping(m) for m in list_names()])
-    raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
-
-
-def compare(out: str | Path, ref: str | Path, *, progress: Callable[[Progress], None] | None = None) -> Comparison:
-    """Compare two Hugging Face checkpoints tensor by tensor, and say what the differences mean.
-
-    Each is a folder, an index or one weight file; safetensors and torch files may be mixed.
+    >>> inspect("ckpt/1000").fitting[0].name  # doctest: +SKIP
+    'internlm-7b'
 
     Args:
+        config: as for `convert`.
+        every: look at every step of a folder of steps; else at the newest 20.
+
+    Raises:
+        EngineError: E304 when it is none of these, E2xx and E3xx for a checkpoint that is not whole.
+    """
+    from engine.discover.inspect import inspect as look
+
+    return look(src, partial(read_checkpoint, config=config, needed=False), every=every)
+
+
+def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:
+    """The only bundled mapping that fits a training checkpoint.
+
+    Raises:
+        EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
+    """
+    from engine.discover.inspect import choose, describe_training, read_any
+
+    layout, checkpoint = read_any(src, partial(read_checkpoint, config=config, needed=False))
+    return choose(describe_training(checkpoint, layout))
+
+
+def mappings() -> list[MappingFile]:
+    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families."""
+    from engine.discover.inspect import load_all
+
+    return load_all()[0]
+
+
+def compare(
+    out: str | Path,
+    ref: str | Path,
+    *,
+    mapping: str | Path | MappingFile | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> Comparison:
+    """Compare everything that makes two models, and say what the differences are and what they do.
+
+    Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
+    folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
+    by what a mapping makes of it, without writing it.
+
+    Args:
+        mapping: for a side that is a training checkpoint, or for both.
+        settings: variants and options of the mapping, as `--set` gives them.
+        dtype: the type that a training checkpoint's tensors are taken in, as for `convert`.
         progress: called with bytes of `out` compared and in all, a few times a second.
 
     Raises:
         EngineError: E2xx and E3xx when either cannot be read.
     """
-    from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
-    from engine.comparing.diagnoses import diagnose
-    from engine.comparing.tensors import Comparison, compare_files
-    from engine.discover.guesses import geometries
+    from engine.assets.bundle import make_assets
+    from engine.comparing.comparison import compare_sides
+    from engine.comparing.sides import read_side
     from engine.run.meter import Meter
     from engine.storage.places import found_at
 
-    places = [found_at(one, "the checkpoint") for one in (out, ref)]
-    ours, theirs = (read_hf_folder(one) for one in places)
-    configs = [read_hf_config(one) for one in places]
-    meter = Meter(sum(tensor.nbytes for file in ours for tensor in file.tensors), progress)
-    verdicts = compare_files(ours, theirs, configs, meter.advance)
-    return Comparison(str(out), str(ref), verdicts, diagnose(verdicts, heads_known=bool(geometries(configs))))
+    def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
+        def made() -> tuple[Plan, Mapping[str, bytes]]:
+            compiled = plan(mapping or "", where, settings=settings, dtype=dtype)
+            return compiled, make_assets(compiled, None).whole()
+
+        return None if mapping is None else made
+
+    sides = [read_side(found_at(one, "the checkpoint"), planned(one)) for one in (out, ref)]
+    if mapping is not None and not any(side.training for side in sides):
+        raise EngineError("E001", "neither side is a training checkpoint, which a mapping is for",
+                          fix="Leave --mapping out.")  # fmt: skip
+    meter = Meter(sides[0].nbytes, progress, "comparing")
+    return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
 
 
 def format_mapping(text: str) -> str:
@@ -124,12 +158,75 @@ def clean(out: str | Path) -> list[Path]:
     return remove(given_path(out, "the output"))
 
 
+def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
+    """An output's path, and what interrupted runs left beside it: each folder with the bytes it takes.
+
+    Args:
+        out: as it was given to the run; without it, the default of `src`.
+    """
+    from engine.api.runs import default_out
+    from engine.storage.output import leftovers
+
+    final = default_out(src or ".") if out is None else Path(out)
+    found = [path for path in leftovers(final.absolute()) if path.is_dir()]
+    sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
+    return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
+
+
+def environment() -> dict[str, str]:
+    """What a bug report needs: versions of the engine and of what it uses, Python and the system."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from engine import __version__
+
+    facts = {
+        "engine": __version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    try:
+        wanted = [text.split(";")[0] for text in requires("internlm-engine") or ()]
+    except PackageNotFoundError:
+        wanted = []
+    for name in sorted("".join(c if c.isalnum() or c in "-_" else " " for c in text).split()[0] for text in wanted):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    named = ("ENGINE_MAPPINGS", "ENGINE_DEBUG", "TMPDIR")
+    return facts | {name: os.environ[name] for name in named if name in os.environ}
+
+
+def explain_code(code: str) -> str:
+    """What an error or lint code means and what to do, as Markdown; E001 for a code that is none."""
+    from engine.explaining.codes import explain_code as page
+
+    return page(code)
+
+
+def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that paths stand for; of a folder, every YAML file below it, layouts too.
+
+    Raises:
+        EngineError: E002 for a folder without any, or a path where nothing is.
+    """
+    from engine.language.search import find_file, yaml_files
+
+    return [
+        file for path in paths for file in (yaml_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
+    ]
+
+
 def verify(
     out: str | Path,
     progress: Callable[[Progress], None] | None = None,
     *,
     src: str | Path | None = None,
     mapping: str | Path | MappingFile | None = None,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     sample: str | None = None,
@@ -141,6 +238,7 @@ def verify(
     Args:
         src: the training checkpoint it was made from.
         mapping: plan again with this mapping, and compare every tensor with what `src` gives.
+        config: as for `convert`.
         settings: variants and options, as `--set` gives them.
         dtype: as for `convert`; default: what the manifest says, else `auto`.
         sample: compare some blocks of each tensor only: a share like `5%`, or a number like `8`.
@@ -159,17 +257,17 @@ def verify(
     written = store_at(out, "the output")
     compiled = None
     if src is not None and mapping is not None:
-        compiled = plan(mapping, src, settings=settings, dtype=dtype or written_dtype(written))
+        compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
     source = Path(src) if src is not None and logits else None
     return verify_output(written, Asked(compiled, sample, load, source, settings or {}), progress)
 
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
-    """Findings of mapping files; without paths, of every bundled one. Touches no checkpoint."""
-    from engine.language.search import list_names
+    """Findings of mapping files, or of those below folders; without paths, of every bundled one."""
+    from engine.language.search import is_layout, list_names
     from engine.proving.lint import lint_file
 
-    names = [str(path) for path in paths] or list_names()
+    names = [str(p) for p in mapping_files(paths) if not is_layout(p)] if paths else list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 
@@ -178,6 +276,7 @@ def view(
     src: str | Path,
     out: str | Path,
     *,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -194,7 +293,8 @@ def view(
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    return write_page(view_page(plan(mapping, src, settings=settings, dtype=dtype)), file, overwrite=overwrite)
+    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
+    return write_page(view_page(compiled), file, overwrite=overwrite)
 
 
 def new_mapping(
@@ -221,7 +321,12 @@ def new_mapping(
     return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
 
 
-def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = False) -> list[Proof]:
+def prove(
+    names: Sequence[str | Path | MappingFile] = (),
+    *,
+    mutants: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Proof]:
     """Prove mappings: total, injective, exactly invertible, alike in every layout; without names, all bundled ones.
 
     Runs the real planner and runner on tiny index tensors in a temporary folder, checks a release's
@@ -231,16 +336,24 @@ def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = Fal
     Args:
         names: paths, names of bundled mappings, or loaded ones.
         mutants: perturb each rule too, and say what would have caught it.
+        progress: called before each mapping.
     """
     from engine.language.search import list_names
     from engine.proving.prove import prove as prove_each
 
     bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
-    return prove_each(list(names) or bundled, mutants=mutants)
+    return prove_each(list(names) or bundled, mutants=mutants, progress=progress)
 
 
-def write_facts(names: Sequence[str | Path]) -> list[Path]:
-    """Write beside each mapping file what its targets take from where, for `prove` to compare with later."""
-    from engine.proving.facts import write_facts as write
+def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
+    """Write what mapping files mean into `meanings/` beside them, for `prove` to compare with later.
 
-    return [write(name) for name in names]
+    Args:
+        names: paths or names of bundled mappings; default: all bundled ones.
+    """
+    from engine.language.mapping_file import load_mapping
+    from engine.language.search import list_names
+    from engine.proving.committed import write_meaning as write
+
+    every = [*names] or sorted(list_names(), key=lambda name: len(load_mapping(name).files))  # parents first
+    return [write(name) for name in every]

@@ -20,6 +20,7 @@ from engine.run.running import (
     WholeRunOptions,
     running_of,
 )
+from engine.storage.places import Source
 from engine.storage.replacing import given_path
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = ["convert", "iter_tensors", "reshard", "reverse", "run_plan"]
 
 def convert(
     mapping: str | Path | MappingFile,
-    src: str | Path = ".",
+    src: Source = ".",
     out: str | Path | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
@@ -58,11 +59,11 @@ def convert(
     """
     started = time.monotonic()
     how = running_of(options, ConvertOptions)
-    return _write(plan(mapping, src, **keywords(options, WholeOptions)), Path(src), out, how, started)
+    return _write(plan(mapping, src, **keywords(options, WholeOptions)), Path(str(src)), out, how, started)
 
 
 def reverse(
-    mapping: str | Path | MappingFile, src: str | Path, out: str | Path, **options: Unpack[ReverseRunOptions]
+    mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReverseRunOptions]
 ) -> Report:
     """Write a Hugging Face checkpoint as training rank files.
 
@@ -81,11 +82,11 @@ def reverse(
     """
     started = time.monotonic()
     how = running_of(options, ReverseRunOptions)
-    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), Path(src), out, how, started)
+    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), Path(str(src)), out, how, started)
 
 
 def reshard(
-    mapping: str | Path | MappingFile, src: str | Path, out: str | Path, **options: Unpack[ReshardRunOptions]
+    mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReshardRunOptions]
 ) -> Report:
     """Write a training checkpoint for other ranks, from shards to shards.
 
@@ -93,7 +94,7 @@ def reshard(
     """
     started = time.monotonic()
     how = running_of(options, ReshardRunOptions)
-    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), Path(src), out, how, started)
+    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), Path(str(src)), out, how, started)
 
 
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
@@ -106,9 +107,8 @@ def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[
 
 def _write(compiled: Plan, source: Path, out: str | Path | None, how: Running, started: float) -> Report:
     """Run a plan, with the small files that belong to what it writes."""
-    real = source.resolve()
     if out is None and compiled.written is None:
-        out = real.with_name(real.name + "-hf")
+        out = default_out(source)
     small = partial(small_files, compiled, how.tokenizer, how.code)
     return execute(compiled, source, given_path(out or "", "the output"), small, how, started)
 
@@ -122,6 +122,12 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
     from engine.assets.bundle import make_assets
 
     return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
+
+
+def default_out(src: str | Path) -> Path:
+    """Where `convert` writes when it is not told."""
+    real = Path(src).resolve()
+    return real.with_name(real.name + "-hf")
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from engine import __version__
 from engine.api.plans import plan
 from engine.api.runs import small_files
+from engine.errors import EngineError
+from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.planning.request import WholeOptions
+from engine.storage.replacing import given_path
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
+    from engine.serve.server import Line, Patience, Server
     from engine.serve.tensors import Tensors
     from engine.serve.virtual import VirtualFolder
 
-__all__ = ["open", "virtual"]
+__all__ = ["Model", "mount", "open", "serve", "virtual"]
 
 
 def open(
@@ -54,3 +62,96 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     from engine.serve.virtual import VirtualFolder
 
     return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code))
+
+
+def mount(
+    folder: VirtualFolder,
+    at: str | Path,
+    *,
+    log: Callable[[str], None] = lambda _: None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Mount virtual files as a read-only folder until SIGINT, SIGTERM or an unmount; only from the main thread.
+
+    Args:
+        at: an empty folder, or none: it is made, and removed afterwards.
+        log: called with errors of reads, of which a program sees only that the input failed.
+        ready: called when it is mounted.
+
+    Raises:
+        EngineError: E001 where there is no FUSE, E401 when there is something at `at`.
+    """
+    from engine.serve.mount import mount as run
+
+    run(folder, given_path(at, "the folder to mount at"), log, ready)
+
+
+_NAME = re.compile(r"(?!api/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model to serve: its name, `org/name`, and where it comes from: a checkpoint, or a run's folder of steps."""
+
+    name: str
+    mapping: str | Path | MappingFile
+    src: str | Path
+
+
+def serve(
+    models: Sequence[Model],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    tokenizer: str | Path | None = None,
+    code: str | Path | None = None,
+    log: Callable[[Line], None] = lambda _: None,
+    told: Callable[[str], None] = lambda _: None,
+    patience: Patience | None = None,
+    **options: Unpack[WholeOptions],
+) -> Server:
+    """A Hub-compatible endpoint for some models, bound and ready; its `run` serves until it is told to stop.
+
+    Args:
+        host, port: where to listen; port 0 takes a free one.
+        token: what every request must carry; needed where others than this machine can ask.
+        log: called with every request.
+        told: called with a line about each step that is found.
+        patience: how long to wait for clients.
+        Others as for `convert`.
+
+    Raises:
+        EngineError: E001 for a name, an address or a missing token; else as for `plan`.
+    """
+    from engine.serve.hub import Hub, Served
+    from engine.serve.readers import reading_threads
+    from engine.serve.revisions import Revisions
+    from engine.serve.server import Server, is_loopback
+    from engine.serve.virtual import VirtualFolder
+
+    names = [one.name for one in models]
+    for name in names:
+        if not _NAME.fullmatch(name) or "--" in name or ".." in name or names.count(name) > 1:
+            raise EngineError(
+                "E001", "a model cannot be served by this name", got=name[:200] or "nothing",
+                expected="org/name of letters, digits, `-`, `_` and `.`, and each name once", fix="Change --as.",
+            )  # fmt: skip
+    if token is None and not is_loopback(host):
+        raise EngineError(
+            "E001", "anybody who reaches this address could read the model", got=f"--host {host} without a token",
+            fix="Give --token-file FILE with a secret in it, or listen on 127.0.0.1.",
+        )  # fmt: skip
+    threads = reading_threads()
+
+    def served(one: Model) -> Served:
+        mapping = one.mapping if isinstance(one.mapping, MappingFile) else load_mapping(str(one.mapping))
+
+        def make(path: Path) -> VirtualFolder:
+            compiled = plan(mapping, path, **options)
+            return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code), threads)
+
+        salt = repr((__version__, mapping.digest, sorted(options.items()), str(tokenizer), str(code)))
+        return Served(one.name, Revisions(given_path(one.src, "the checkpoint"), make, salt, told))
+
+    return Server(Hub([served(one) for one in models], token), host, port, log, patience)

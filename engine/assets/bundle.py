@@ -20,6 +20,7 @@ from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
 from engine.errors import EngineError, Place
+from engine.language.expressions import render_tree
 from engine.planning.model import Plan
 from engine.planning.release import family_of
 from engine.run.execute import Small
@@ -53,12 +54,13 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         template = chat_template(plan.mapping.chat_template)
         files["chat_template.jinja"] = template.encode()
         spec = None if spec is None else {**spec, "chat_template": unmarked(template)}
+    generation: dict[str, Any] = {}
     if plan.mapping.generation is not None:
         generation, left_out = _within(plan.mapping.generation, rows)
         notices += left_out
         files["generation_config.json"] = generation_config(generation, plan.config)
     if model is not None and spec is not None:
-        found = check_tokenizer(model, spec, rows, plan.config)
+        found = check_tokenizer(model, spec, rows, {**plan.config, **generation})
         memory = predicted_memory(model)
         if len(found.data) < APART:
             files.update(convert_understood(found, spec, Place(str(model))))
@@ -70,7 +72,8 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")
-    facts = {"tokenizer": model is not None, "remote": remote_facts(plan, remote)}
+    versions = render_tree(plan.mapping.transformers, plan.names)
+    facts = {"tokenizer": model is not None, "remote": remote_facts(plan, remote), "transformers": versions}
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})
     return Small(files, tuple(notices), later, memory)
 

@@ -85,7 +85,6 @@ def remote_facts(plan: Plan, code: Code | None) -> dict[str, Any] | None:
     auto_map = render_tree(remote.auto_map, plan.names)
     special = [auto for auto in auto_map if auto.startswith("AutoModelFor")]
     return {
-        "transformers": remote.transformers,
         "patterns": PATTERNS,
         "auto_class": (special or [auto for auto in auto_map if auto != "AutoConfig"] or ["AutoModel"])[0],
         "classes": sorted(set(map(str, auto_map.values()))),

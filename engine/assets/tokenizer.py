@@ -183,9 +183,15 @@ def _backend(
             "byte_fallback": model.trainer_spec.byte_fallback,
             "ignore_merges": False,
             "vocab": vocab,
-            "merges": ranked_merges(scores),
+            "merges": written_merges(ranked_merges(scores)),
         },
     }
+
+
+def written_merges(merges: list[tuple[str, str]]) -> list[str] | list[tuple[str, str]]:
+    """Merges in the form that every `tokenizers` reads; only newer ones (0.20) read pairs, which may hold spaces."""
+    joined = [f"{left} {right}" for left, right in merges]
+    return joined if all(text.count(" ") == 1 for text in joined) else merges
 
 
 def _normalizer(spec: Any) -> dict[str, Any] | None:

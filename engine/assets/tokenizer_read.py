@@ -68,8 +68,8 @@ def check_tokenizer(
 
     Args:
         rows: of the model's embedding: a tokenizer has no more pieces.
-        config: config.json, whose `bos_token_id`, `eos_token_id` and `pad_token_id` are ids of the tokens that the
-            mapping names so.
+        config: config.json and over it the generation settings: `bos_token_id`, `eos_token_id` and `pad_token_id`
+            are, or hold, ids of the tokens that the mapping names so.
     """
     found = understand_tokenizer(model_file, spec)
     fix = "Give the model's own tokenizer with --tokenizer."

@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import translate
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.configs import read_config
+from engine.formats.configs import plain, read_config
+from engine.formats.dcp import read_dcp, read_dcp_value
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
+from engine.formats.sharded_safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
+from engine.language.model import Layout, Mode
+from engine.language.names import pattern
 from engine.storage.store import File, Store
 
 _KEPT = 256  # pickles of a folder that are kept while it is read
 _READERS = 4  # threads: indexing waits on storage, not on the processor
 
 
-def list_folder(folder: Store) -> list[str]:
-    """File names of a checkpoint folder, sorted; E304/E305 when there is none."""
+def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
+    """File names of a checkpoint folder, sorted; E304/E305 when there is none.
+
+    Args:
+        inside: names of folders in it whose files are listed too, as patterns.
+    """
+    below = [pattern(text) for text in dict.fromkeys(inside)]
     try:
         names = [name for name in folder.names() if not name.startswith(".")]
+        for name in [n for n in names if any(one.match(n) is not None for one in below)]:
+            try:
+                names += (f"{name}/{one}" for one in folder.names(name) if not one.startswith("."))
+            except NotADirectoryError:
+                continue
+            names.remove(name)
+        names.sort()
     except NotADirectoryError:
         raise EngineError(
             "E304",
             "the checkpoint is a file, not a folder",
             place=Place(folder.place()),
-            fix="Point --src at the folder that holds the rank files.",
+            fix="Give the folder that holds the rank files.",
         ) from None
     except FileNotFoundError:
         raise EngineError(
             "E304",
             "there is no such checkpoint folder",
             place=Place(folder.place()),
-            fix="Check the path given to --src.",
+            fix="Check the path.",
         ) from None
     except OSError as error:
         raise EngineError(
@@ -47,13 +65,55 @@ def list_folder(folder: Store) -> list[str]:
     return names
 
 
-def read_headers(folder: Store, names: Sequence[str]) -> tuple[FileHeader, ...]:
-    """Index rank files without reading their payload, a few at a time."""
-    if len(names) == 1:
-        return (read_rank_file(File(folder, names[0])),)
+def read_headers(
+    folder: Store, names: Sequence[str], mode: Mode | None = None, skip: Sequence[str] = ()
+) -> tuple[FileHeader, ...]:
+    """Index rank files without reading their payload.
+
+    Args:
+        mode: says of what format they are; default: files that torch saved.
+        skip: names of tensors that are left out, as globs.
+    """
+    state = [pattern(text).regex for text in mode.state] if mode else []
+    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip))
+
+
+class _Skip:
+    """Whether a tensor is of the model, by globs for names of those that are not."""
+
+    def __init__(self, globs: Sequence[str]) -> None:
+        self._regex = re.compile("|".join(map(translate, globs))) if globs else None
+
+    def __call__(self, name: str) -> bool:
+        return self._regex is None or self._regex.match(name) is None
+
+
+def _torch(folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip) -> tuple[FileHeader, ...]:
+    """Files that torch saved, a few at a time."""
     load = _Pickles()
+
+    def read(name: str) -> FileHeader:
+        return read_rank_file(File(folder, name), load, state).only(wanted)
+
+    if len(names) == 1:
+        return (read(names[0]),)
     with ThreadPoolExecutor(_READERS) as pool:
-        return tuple(pool.map(lambda name: read_rank_file(File(folder, name), load), names))
+        return tuple(pool.map(read, names))
+
+
+def _dcp(folder: Store, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
+    return read_dcp(folder, names, wanted)
+
+
+def _safetensors(folder: Store, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
+    return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
+
+
+_FORMATS: Mapping[str, Callable[..., tuple[FileHeader, ...]]] = {
+    "torch": _torch,
+    "dcp": _dcp,
+    "safetensors": _safetensors,
+}
 
 
 class _Pickles:
@@ -70,6 +130,73 @@ class _Pickles:
             if len(self._known) < _KEPT:
                 self._known[key] = found  # which nobody changes
         return found
+
+
+def read_configuration(
+    folder: Store, layout: Layout, given: File | None = None, *, needed: bool = True
+) -> dict[str, Any]:
+    """The model's configuration, from the first of the layout's places that is there.
+
+    Args:
+        given: a file of the target's configuration; it goes before all places of a layout whose configuration that is.
+        needed: without it, one that frameworks do not save may be absent and is then empty.
+
+    Raises:
+        EngineError: E304 when it lies nowhere, E30x when it cannot be read.
+    """
+    if given is not None and layout.config_of_target:
+        return read_config(given, "json")
+    for place in layout.configs:
+        file = File(folder, place.file)
+        if not file.exists:
+            continue
+        if place.format != "dcp":
+            value: Any = read_config(file, place.format)
+            keys = place.key.split(".") if place.key is not None else []
+        else:
+            name, _, inside = (place.key or "").partition(":")
+            try:
+                value = plain(read_dcp_value(folder, name), place.file)
+            except KeyError:
+                continue
+            keys = inside.split(".") if inside else []
+        extra = _below(value, keys[:-1], place.file) if place.beside else {}
+        return {**_below(value, keys, place.file), **{key: extra[key] for key in place.beside if key in extra}}
+    if layout.config_of_target and not needed:
+        return {}
+    places = ", ".join(dict.fromkeys(place.file for place in layout.configs))
+    raise EngineError(
+        "E304",
+        f"`{layout.config_file}` is missing",
+        place=Place(folder.place()),
+        expected=f"the model's configuration beside the weights, in {places}"
+        if len(layout.configs) > 1
+        else "the model's configuration beside the rank files",
+        fix="This framework does not save it: give the config.json of the model with --config FILE, or put it there."
+        if layout.config_of_target
+        else "Copy it from the training run; sizes are checked against it.",
+    )
+
+
+def _below(value: Any, keys: Sequence[str], file: str) -> dict[str, Any]:
+    """What stands under dotted keys; numbers count in lists."""
+    for key in keys:
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, dict) and key in value:
+            value = value[key]
+        else:
+            value = None
+    if not isinstance(value, dict) or not value:
+        raise EngineError(
+            "E303",
+            "the configuration is not a mapping",
+            place=Place(file),
+            got=f"{type(value).__name__} under {'.'.join(keys)}" if keys else type(value).__name__,
+            expected="the model's settings by name",
+            fix="Copy the file again from the training run.",
+        )
+    return value
 
 
 def read_folder_config(folder: Store, name: str, format: str, *, required: bool) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.language.expressions import evaluate
+from engine.language.expressions import evaluate, names_in
 from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import Pattern, pattern
 
 _MOST_FILES = 10_000  # missing ones that are counted
+
+
+Stage = tuple[int, ...]  # a chunk, then a rank of each dimension that orders stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class RankGrid:
         files: weight files, sorted by coordinates.
         skipped: known files beside the weights.
         unknown: files the layout does not know.
+        staged: the rank dimensions that order pipeline stages.
     """
 
     mode: Mode
@@ -41,10 +45,22 @@ class RankGrid:
     files: tuple[RankFile, ...]
     skipped: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    staged: tuple[str, ...] = ()
 
-    def names(self) -> dict[str, int]:
-        """The counts as layout expressions see them: `tps`, `pps`, ..."""
-        return {f"{name}s": count for name, count in self.sizes.items()}
+    @property
+    def pipelined(self) -> bool:
+        """Whether files are of several pipeline stages."""
+        return any(self.sizes.get(dim, 1) > 1 for dim in self.staged)
+
+    def stage(self, file: int, chunk: int) -> Stage:
+        """The stage that a chunk of a file is."""
+        return (chunk, *(self.files[file].ranks.get(dim, 0) for dim in self.staged))
+
+    def slices(self, file: int) -> dict[str, int]:
+        """The ranks of a file that tell slices of one tensor apart."""
+        return {
+            dim: rank for dim, rank in self.files[file].ranks.items() if dim in self.sizes and dim not in self.staged
+        }
 
 
 def rank_dims(file: FilePattern) -> tuple[str, ...]:
@@ -59,8 +75,46 @@ def rank_dims(file: FilePattern) -> tuple[str, ...]:
     return tuple(n for n in names if file.number is None or n in cut)
 
 
-def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
+def folders_in(layout: Layout) -> list[str]:
+    """Names of the folders that a layout has files in, as patterns."""
+    files = (file.name for mode in layout.modes for file in mode.files)
+    return [name.split("/")[0] for name in files if "/" in name]
+
+
+def written_dims(file: FilePattern) -> tuple[str, ...]:
+    """The rank dimensions of a file that is written."""
+    return tuple(file.mesh) if file.boxes else rank_dims(file)
+
+
+def layout_dims(layout: Layout) -> tuple[str, ...]:
+    """Every rank dimension that files of some mode have."""
+    return tuple(dict.fromkeys(dim for mode in layout.modes for dim in written_dims(mode.files[0])))
+
+
+def stage_dims(layout: Layout) -> tuple[str, ...]:
+    """The rank dimensions that order pipeline stages: those that `layers.stage` reads."""
+    read = names_in(layout.layers.stage)
+    return tuple(dim for dim in layout_dims(layout) if dim in read)
+
+
+def index_dims(layout: Layout, axis: str) -> tuple[str, ...]:
+    """The rank dimensions to which an axis' numbers in tensor names are local."""
+    read = names_in(layout.indices[axis])
+    return tuple(dim for dim in layout_dims(layout) if dim in read)
+
+
+def counts_of(layout: Layout, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Ranks per dimension as layout expressions see them: `tps`, `pps`, ...; 1 where files have no such dimension."""
+    return {f"{dim}s": sizes.get(dim, 1) for dim in (*layout_dims(layout), *sizes)}
+
+
+def read_grid(
+    names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]] = dict
+) -> RankGrid:
     """Sort a folder's file names into weight files, known files and unknown ones.
+
+    Args:
+        config: gives the configuration, which tells modes apart whose files have the same names.
 
     Raises:
         EngineError: E303 for files the layout refuses, E304 when there are no weight files or
@@ -79,8 +133,20 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
             place=Place(folder),
             got=_sample(names),
             expected=f"files named {wanted}",
-            fix="Point --src at the step folder itself (the one that holds the rank files).",
+            fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
+    if any(mode.when is not None for mode in modes):
+        facts = config()
+        modes = [m for m in modes if m.when is None or evaluate(m.when, facts)]
+        if not modes:
+            raise EngineError(
+                "E304",
+                "the configuration is not of these files",
+                place=Place(folder),
+                got=_sample(names),
+                expected="files named as the configuration's numbers of ranks say",
+                fix="Copy the folder again from the training run, with its configuration.",
+            )
     if len(modes) > 1:
         raise EngineError(
             "E304",
@@ -105,9 +171,9 @@ def read_grid(names: Sequence[str], layout: Layout, folder: str) -> RankGrid:
     unknown = tuple(n for n in rest if n not in skipped)
     main = [f for f in files if f.pattern is mode.files[0]]
     sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
-    grid = RankGrid(mode, sizes, _ordered(files), skipped, unknown)
+    grid = RankGrid(mode, sizes, _ordered(files), skipped, unknown, stage_dims(layout))
     if not mode.files[0].boxes:  # else the boxes tell what is missing
-        _complete(grid, folder)
+        _complete(grid, layout, folder)
     return grid
 
 
@@ -140,7 +206,7 @@ def check_claims(grid: RankGrid, layout: Layout, training: Mapping[str, Any], fo
 
 
 def _known(name: str, layout: Layout) -> bool:
-    known = (layout.config_file, layout.training_file)
+    known = (*(place.file for place in layout.configs), layout.training_file)
     return name in known or any(fnmatchcase(name, glob) for glob in layout.skip)
 
 
@@ -178,12 +244,15 @@ def points(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
-def _complete(grid: RankGrid, folder: str) -> None:
+def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
     main = grid.mode.files[0]
     compiled: Pattern = pattern(main.name)
     present = {f.name for f in grid.files}
     most = len(present) + _MOST_FILES
-    wanted = [compiled.format(ranks) for ranks in islice(expected_files(main, grid.sizes, grid.names()), most)]
+    wanted = [
+        compiled.format(ranks)
+        for ranks in islice(expected_files(main, grid.sizes, counts_of(layout, grid.sizes)), most)
+    ]
     missing = [name for name in wanted if name not in present]
     shape = " × ".join(f"{dim} {size}" for dim, size in grid.sizes.items())
     if missing:

@@ -12,38 +12,64 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from engine import __version__
-from engine.commands.check import clean, compare, prove, verify
-from engine.commands.diff import diff
-from engine.commands.explain import explain, view
-from engine.commands.new import new
-from engine.commands.options import SAVED, asks, only_plan, rank_options, reports_errors, writing_options
+from engine.commands import convert, look, review, serve
 from engine.commands.say import say
 from engine.errors import CODES
 
-if TYPE_CHECKING:
-    from engine.run.execute import Report
+# A command is listed under the first heading, in this order, with the first sentence of its help.
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Convert": (convert.run, convert.plan, convert.reverse, convert.reshard, convert.clean),
+    "Inspect": (look.inspect, look.mappings, look.explain, look.view, look.verify, look.compare),
+    "Write and review mappings": (
+        review.new, review.lint, review.prove, review.diff, review.show, review.format_,
+    ),
+    "Use without converting": (serve.serve, serve.mount),
+    "This program": (look.env, look.completion),
+}  # fmt: skip
+ALIASES = {"convert": "run"}
+EXAMPLES = """\
+Examples:
+  engine inspect ckpt/20000              what is this, and which mapping fits?
+  engine run --src ckpt/20000            convert, if only one mapping fits
+  engine run -m internlm2-chat-7b -s ckpt/20000 -o hf
+  engine verify hf -m internlm2-chat-7b -s ckpt/20000
+  engine explain E203                    what an error means, and what to do
+
+Documentation: docs/commands.md shows each command with its output,
+docs/troubleshooting.md what to do when one refuses."""
 
 
 class Commands(click.Group):
-    """Commands listed in the order people use them, and exit codes in one place."""
+    """Commands in sections, aliases, and exit codes in one place."""
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return super().get_command(ctx, ALIASES.get(name, name))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        widest = max(map(len, self.commands))
+        for heading, commands in SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{c.name:<{widest}}", c.get_short_help_str(100)) for c in commands])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(f"\n{EXAMPLES}\n")
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
         try:
             code = super().main(*args, **kwargs)
-        except click.Abort:
-            say("interrupted; nothing was put at the output, and --resume goes on from here", err=True)
+        except click.Abort as interruption:
+            say(str(interruption) or "interrupted", err=True)
             sys.exit(143 if _terminated else 130)
         except click.ClickException as error:
             error.show(shown := io.StringIO())
@@ -55,189 +81,15 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="engine", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Convert tensor- and pipeline-parallel training checkpoints to Hugging Face, from rules in YAML."""
+    """Convert training checkpoints of InternLM and others to Hugging Face checkpoints and back.
 
-
-def write(as_json: bool, command: str, quiet: bool, log_file: str | None, **asked: Any) -> None:
-    """Run an API function that writes a checkpoint, with progress and a log, and say what it did."""
-    from engine import api
-    from engine.commands import progress
-    from engine.commands.logs import logged
-    from engine.show import render
-
-    functions: dict[str, Callable[..., Report]] = {
-        "run": api.convert,
-        "run --plan": api.run_plan,
-        "reverse": api.reverse,
-        "reshard": api.reshard,
-    }
-    with (
-        logged(log_file, command, asked) as log,
-        progress.progress(show=not (quiet or as_json), also=None if log is None else log.progress) as listener,
-    ):
-        report = functions[command](**asked, progress=listener)
-        if log is not None:
-            log.event("finished", **report.as_dict())
-    if as_json:
-        say(render.as_json(report.as_dict()))
-    elif not quiet:
-        say(render.report(report))
-
-
-@cli.command()
-@asks(*SAVED)
-@click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
-@click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
-@asks("tokenizer", "code")
-@writing_options
-@reports_errors
-@click.pass_context
-def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
-    """Convert a training checkpoint to a Hugging Face checkpoint.
-
-    The output is complete when the command ends, or not there at all.
+    How tensors map is written in YAML, in mappings; `engine mappings` lists them.
     """
-    only_plan(ctx, saved)
-    if saved is None:
-        write(as_json, "run", **options)
-        return
-    write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
 
 
-@cli.command()
-@rank_options
-@writing_options
-@asks("src", "lossy", required=["src"], src="The Hugging Face checkpoint.")
-@reports_errors
-def reverse(as_json: bool, /, **options: Any) -> None:
-    """Write a Hugging Face checkpoint as training rank files.
-
-    What is not given is as in --like, or 1.
-    """
-    write(as_json, "reverse", **options)
-
-
-@cli.command()
-@rank_options
-@writing_options
-@asks("src")
-@reports_errors
-def reshard(as_json: bool, /, **options: Any) -> None:
-    """Write a training checkpoint for other ranks, from shards to shards.
-
-    What is not given stays as it is, or is as in --like.
-    """
-    write(as_json, "reshard", **options)
-
-
-@cli.command()
-@click.argument("folder", metavar="DIR", default=".")
-@reports_errors
-def inspect(as_json: bool, /, folder: str) -> None:
-    """Say what a checkpoint is, and which mappings fit it."""
-    from engine import api
-    from engine.show import render
-
-    facts = api.inspect(folder)
-    say(render.as_json(facts) if as_json else render.checkpoint(facts))
-
-
-@cli.command()
-@asks(*SAVED, required=["mapping"])
-@click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
-@click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
-@reports_errors
-def plan(as_json: bool, /, mapping: str, src: str, out: str | None, overwrite: bool, **options: Any) -> None:
-    """Show what `run` would do, without reading tensor data."""
-    from engine import api
-    from engine.show import render
-
-    if out is None:
-        made = api.plan(mapping, src, **options)
-    else:
-        made = api.save_plan(out, mapping, src, overwrite=overwrite, **options)
-    facts = api.describe_plan(made)
-    say(render.as_json(facts) if as_json else render.plan(facts))
-
-
-cli.add_command(compare)
-cli.add_command(verify)
-cli.add_command(clean)
-
-
-@cli.command()
-@click.argument("files", nargs=-1, metavar="[FILES]...")
-@reports_errors
-@click.pass_context
-def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...]) -> None:
-    """Check mapping files, no checkpoint needed.
-
-    Without FILES, all bundled mappings are checked.
-    """
-    from engine import api
-    from engine.show import render
-
-    findings = api.lint(files)
-    say(render.as_json(render.findings_data(findings)) if as_json else render.findings(findings))
-    if any(finding.severity == "error" for finding in findings):
-        ctx.exit(1)
-
-
-cli.add_command(prove)
-
-
-@cli.command()
-@click.argument("mapping", metavar="FILE|NAME")
-@click.option("--resolved", is_flag=True, help="Merge in what it extends, as the engine reads it.")
-@reports_errors
-def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
-    """Print a mapping, as written or resolved."""
-    from engine import api
-    from engine.show import render
-
-    if as_json or resolved:
-        from engine.language.documents import plain
-
-        loaded = api.load_mapping(mapping)
-        text = render.as_json(plain(loaded.resolved)) + "\n" if as_json else render.resolved(loaded)
-    else:
-        from engine.language.search import find_file
-
-        text = render.read_text(find_file(mapping))
-    say(text, nl=False)
-
-
-@cli.command("format")
-@click.argument("files", nargs=-1, required=True, metavar="FILES...")
-@click.option("--check", is_flag=True, help="Change nothing; exit with 1 if a file is not formatted.")
-@reports_errors
-@click.pass_context
-def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bool) -> None:
-    """Put mapping files in their usual form."""
-    from engine import api
-    from engine.show import render
-
-    changed = []
-    for file in files:
-        before = render.read_text(file)
-        after = api.format_mapping(before)
-        if after != before:
-            changed.append(file)
-            if not check:
-                Path(file).write_text(after, encoding="utf-8")
-    if as_json:
-        say(render.as_json({"changed": changed, "checked": len(files)}))
-    else:
-        for file in changed:
-            say(f"{'would format' if check else 'formatted'} {file}")
-    if check and changed:
-        ctx.exit(1)
-
-
-cli.add_command(diff)
-cli.add_command(explain)
-cli.add_command(view)
-cli.add_command(new)
+for _commands in SECTIONS.values():
+    for _command in _commands:
+        cli.add_command(_command)
 
 
 def internal_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -248,7 +100,7 @@ def internal_error(kind: type[BaseException], error: BaseException, trace: Trace
     text = " ".join(str(error).split())
     say(
         f"E901 {CODES['E901']}: {kind.__name__}: {text} ({where}, engine {__version__}); please report it, "
-        "with what ENGINE_DEBUG=1 prints",
+        "with what `engine env` and ENGINE_DEBUG=1 print",
         err=True,
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
@@ -12,37 +14,17 @@ from typing import Any, Concatenate, ParamSpec
 import click
 from click.core import ParameterSource
 
-from engine.commands.say import say
+from engine.commands.completion import BY_METAVAR, folders
+from engine.commands.say import answer, say
 from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
-from engine.planning.request import DTYPES, Request
+from engine.planning.request import DTYPES, RANK_OPTIONS, Request, dtype_name, parse_size
 from engine.run.running import Running
 
 P = ParamSpec("P")
 
-_MOST_BYTES = 1 << 62
 _LONGEST_VALUE = 1000  # characters
 _LARGEST = 1e30
 _RANKS = click.IntRange(1, 1 << 20)
-
-
-def parse_size(text: str) -> int:
-    """Bytes from `5GB` (powers of 1000), `2GiB` (powers of 1024) or a plain number.
-
-    >>> parse_size("5GB"), parse_size("1.5 GiB"), parse_size("500")
-    (5000000000, 1610612736, 500)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"`{text}` is not a size; write it like 5GB, 2GiB, 500MB or plain bytes")
-    number, letter, binary = match.groups()
-    base = 1024 if binary else 1000
-    exact = float(number) * base ** (" kmgt".index(letter.lower()) if letter else 0)
-    if exact > _MOST_BYTES:
-        raise ValueError(f"`{text[:40]}` is larger than any file can be")
-    size = int(exact)
-    if size <= 0:
-        raise ValueError(f"`{text}` is no size to fill a file with; it must be positive")
-    return size
 
 
 def parse_value(text: str) -> int | float | bool | str:
@@ -74,6 +56,16 @@ class Size(click.ParamType[int]):
             return value
         try:
             return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Dtype(click.ParamType[str]):
+    name = "|".join(DTYPES)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return dtype_name(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -148,19 +140,26 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
         if no_color or os.environ.get("NO_COLOR"):
             ctx.color = False
         check_text(ctx)
+        from engine.commands.progress import live
+
+        waiting = nullcontext() if as_json or kwargs.get("quiet") or not sys.stderr.isatty() else live("working")
         try:
-            command(as_json, *args, **kwargs)
+            with waiting:
+                command(as_json, *args, **kwargs)
         except (EngineError, EngineErrors, OSError) as raised:
             error = _of_a_file(raised) if isinstance(raised, OSError) else raised
             from engine.show import render
 
             errors = error.errors if isinstance(error, EngineErrors) else [error]
             if as_json:
-                say(render.as_json({"errors": [one.as_dict() for one in errors]}))
+                answer(True, {"errors": [one.as_dict() for one in errors]}, str)
             else:
                 say("\n\n".join(render.error(one) for one in errors), err=True)
                 if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
-                    say("next: the same command with --resume, once that is mended", err=True)
+                    from engine import api
+
+                    left = api.kept(kwargs.get("out"), kwargs.get("src"))  # type: ignore[arg-type]
+                    say(f"once that is mended: {render.kept(*left)}", err=True)
             ctx.exit(2 if all(one.code == "E001" for one in errors) else 1)
 
     return wrapped
@@ -175,7 +174,7 @@ def asks(*names: str, required: Sequence[str] = (), **helps: str) -> Callable[[C
 
     Args:
         required: those that must be given.
-        helps: other words for what a field is to this command.
+        helps: other words for what a field is to this command; it has no default there.
     """
 
     def add(command: Command) -> Command:
@@ -192,7 +191,7 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
     how: dict[str, Any] = {"help": other or declared["help"], "metavar": declared["metavar"] or None}
     if required:
         how["required"] = True
-    elif one.default is not MISSING and one.default not in (None, False, True, ()):
+    elif other is None and one.default is not MISSING and one.default not in (None, False, True, ()):
         how["default"] = declared["shown"] if declared["kind"] == "size" else one.default
         how["show_default"] = True if declared["kind"] == "size" else declared["shown"] or True
     kinds: dict[str, dict[str, Any]] = {
@@ -202,17 +201,19 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         "count": {"type": _RANKS, "metavar": "N"},
         "size": {"type": Size()},
         "workers": {"type": Workers(), "default": "auto", "show_default": True},
-        "dtype": {"type": click.Choice(DTYPES)},
+        "dtype": {"type": Dtype()},
         "setting": {"type": Setting(), "multiple": True, "callback": settings_of},
         "texts": {"multiple": True},
     }
     how |= kinds[declared["kind"]]
+    metavar = how.get("metavar") or ("NAME=VALUE" if declared["kind"] == "setting" else "")
+    how["shell_complete"] = BY_METAVAR.get(metavar)
     flags = [f"--no-{one.name}"] if declared["kind"] == "no-flag" else flags
     return click.option(*flags, one.name, **how)
 
 
 def only_plan(ctx: click.Context, saved: str | None) -> None:
-    """A usage error unless a saved plan is given alone, or else a mapping."""
+    """A usage error unless a saved plan is given alone."""
     given = [
         param
         for param in ctx.command.params
@@ -220,23 +221,33 @@ def only_plan(ctx: click.Context, saved: str | None) -> None:
     ]
     if saved is not None and given:
         raise click.UsageError(f"--plan says all of {given[0].opts[0]} already; give one or the other", ctx)
-    if saved is None and ctx.params.get("mapping") is None:
-        missing = next(param for param in ctx.command.params if param.name == "mapping")
-        raise click.MissingParameter("or give --plan", ctx, missing)
 
 
-EXPLAINED = ("mapping", "src", "settings", "dtype")
+def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: bool = False) -> str:
+    """The mapping that was given, else the only one that fits, which is told; E003 where none or several fit."""
+    if mapping is not None:
+        return mapping
+    from engine import api
+
+    fit = api.find_mapping(src, config)
+    if not quiet:
+        say(f"using mapping {fit.name}, the only one that fits: {fit.description}", err=True)
+    return fit.name
+
+
+EXPLAINED = ("mapping", "src", "config", "settings", "dtype")
 SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already says
 _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source")
 
 
 def rank_options(command: Command) -> Command:
     """How `reverse` and `reshard` cut the model."""
-    sizes = (("tp", "Tensor-parallel ranks."), ("pp", "Pipeline ranks."), ("wp", "Weight-parallel ranks, in mode isp."))
-    command = asks("chunks", "mode", "like", "settings", "dtype")(command)
-    for name, told in reversed(sizes):
+    command = asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype")(command)
+    for name, told in reversed(RANK_OPTIONS.items()):
         command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
-    command = click.option("--out", "-o", required=True, metavar="DIR", help="The folder to write.")(command)
+    command = click.option(
+        "--out", "-o", required=True, metavar="DIR", shell_complete=folders, help="The folder to write."
+    )(command)
     return asks("mapping", required=["mapping"])(command)
 
 
@@ -251,10 +262,9 @@ def verifying_options(command: Command) -> Command:
     """What `verify` can compare an output with besides its manifest."""
     for option in reversed(
         (
-            click.option("--src", "-s", metavar="DIR", help="The training checkpoint it was made from."),
-            asks("mapping", "settings", mapping="Compare every tensor with what this mapping makes of --src."),
-            click.option("--dtype", type=click.Choice(DTYPES),
-                         help="Element type that was asked for.  [default: as in the manifest]"),
+            asks("src", src="The training checkpoint it was made from."),
+            asks("mapping", "config", "settings", mapping="Compare tensors with what this mapping makes of --src."),
+            asks("dtype", dtype="Element type that was asked for.  [default: as in the manifest]"),
             click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
             click.option("--load", is_flag=True,
                          help="Load the model with transformers, without remote code, and run it once."),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.discover.guesses import is_number, numbers
+from engine.discover.geometry import is_number, numbers
 from engine.explaining.describe import fold
 
 if TYPE_CHECKING:
@@ -17,16 +17,9 @@ _LETTERS = ({"up_proj", "down_proj"}, {"w2", "w3"})
 _FIRST_LETTER = ({"gate_proj", "up_proj"}, {"gate_proj", "down_proj"}, {"w1", "w2"}, {"w1", "w3"})
 
 
-def diagnose(verdicts: Sequence[Verdict], *, heads_known: bool = True) -> tuple[str, ...]:
-    """One sentence per thing that went wrong, whatever the number of layers.
-
-    Args:
-        heads_known: whether a configuration gave head counts, so that rotary orders were tried.
-    """
-    found = [*_rotary(verdicts), *_swaps(verdicts), *_renamed(verdicts), *_simple(verdicts)]
-    if not heads_known and any(v.kind == "different" for v in verdicts):
-        found.append("no config.json on either side gives head counts, so orders of rotary pairs were not tried")
-    return tuple(found)
+def diagnose(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
+    """One sentence per thing that went wrong, whatever the number of layers."""
+    return tuple([*_rotary(verdicts), *_swaps(verdicts), *_renamed(verdicts), *_casts(verdicts), *_others(verdicts)])
 
 
 def fold_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -121,44 +114,45 @@ def _rotary(verdicts: Sequence[Verdict]) -> Iterator[str]:
         ("halves", "after interleaving rotary pairs: `rotary` should be `halves`"),
         ("other", "with the rows of each rotary pair exchanged: `rotary` should be the other choice"),
     ):
-        names = [v.name for v in verdicts if v.rotary == rotary]
+        names = [v.name for v in verdicts if v.kind == "permuted" and v.rotary == rotary]
         if names:
             yield f"{_leaves(names)}{_layers(names)} equal the reference {said}"
-    for verdict in verdicts:
-        if verdict.kind == "permuted" and verdict.rotary is None:
-            yield f"rows of {_leaf(verdict.name)} are in another order: is the tokenizer's vocabulary the same?"
 
 
 def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    swapped = {v.name: v for v in verdicts if v.kind == "swapped"}
+    swapped = {v.name: v for v in verdicts if v.kind in ("swapped", "copied")}
     exchanged: dict[tuple[str, ...], list[Verdict]] = {}
-    moved: list[tuple[int, int]] = []
+    moved: dict[str, list[tuple[int, int]]] = {}
     single: dict[tuple[str, str], list[str]] = {}
     for name, verdict in swapped.items():
         other = verdict.other or ""
         back = swapped.get(other)
         if numbers(name) == numbers(other) and back is not None and back.other == name:
             exchanged.setdefault(tuple(sorted((_leaf(name), _leaf(other)))), []).append(verdict)
-        elif _pattern(name) == _pattern(other) and numbers(name)[0] != numbers(other)[0]:
-            moved.append((numbers(name)[0], numbers(other)[0]))
+        elif verdict.kind == "swapped" and _pattern(name) == _pattern(other):
+            at = next(i for i, pair in enumerate(zip(numbers(name), numbers(other), strict=True)) if pair[0] != pair[1])
+            moved.setdefault("layers" if at == 0 else "experts", []).append((numbers(name)[at], numbers(other)[at]))
         else:
             single.setdefault((_pattern(name), _pattern(other)), []).append(name)
     for leaves, group in exchanged.items():
         names = [v.name for v in group]
         hint = ""
         if set(leaves) in _LETTERS:
-            cut = ", and cut along the wrong dimension" if "cut" in group[0].note else ""
+            cut = ", and cut along the wrong dimension" if "cut the other way" in group[0].note else ""
             hint = f"{cut}: `mlp_letters` should be the other choice"
         elif set(leaves) in _FIRST_LETTER:
             hint = ": which of w1, w2 and w3 is which is read the wrong way; see `mlp_letters` and the mapping's rules"
         yield f"{_leaves(names)} are exchanged{_layers(names)}{hint}"
-    if moved:
-        pairs = dict(sorted(moved))
+    for what, changed in moved.items():
+        pairs = dict(sorted(changed))
         told = ", ".join(f"{here} holds {there}" for here, there in list(pairs.items())[:8])
-        yield f"layers are in another order: {told}{', …' if len(pairs) > 8 else ''}"
+        yield f"{what} are in another order: {told}{', …' if len(pairs) > 8 else ''}"
     for group_names in single.values():
-        other = _leaf(swapped[group_names[0]].other or "")
-        yield f"{_leaves(group_names)}{_layers(group_names)} equals {other} of the reference"
+        first = swapped[group_names[0]]
+        what = "is a copy of" if first.kind == "copied" else "equals"
+        yield f"{_leaves(group_names)}{_layers(group_names)} {what} {_leaf(first.other or '')} of the reference" + (
+            f"{_layers([v.other or '' for v in map(swapped.__getitem__, group_names)])}"
+        )
 
 
 def _renamed(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -171,19 +165,40 @@ def _renamed(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"{here} is {there} in the reference"
 
 
-def _simple(verdicts: Sequence[Verdict]) -> Iterator[str]:
+def _casts(verdicts: Sequence[Verdict]) -> Iterator[str]:
     casts: dict[tuple[str | None, str | None], int] = {}
     for verdict in verdicts:
         if verdict.kind == "cast":
             types = verdict.out_dtype, verdict.ref_dtype
             casts[types] = casts.get(types, 0) + 1
-        elif verdict.kind == "padded":
-            rows = (verdict.out_shape or (0,))[0] - (verdict.ref_shape or (0,))[0]
-            what = f"{abs(rows)} {'more' if rows > 0 else 'fewer'} rows than the reference"
-            yield f"{verdict.name} has {what}, the others equal: the vocabulary is padded on one side"
     for (one, two), count in casts.items():
         what = "tensors are" if count > 1 else "tensor is"
         yield f"{count} {what} {one} here and {two} in the reference, equal after casting"
-    transposed = [v.name for v in verdicts if v.kind == "transposed"]
-    if transposed:
-        yield f"{_leaves(transposed)}{_layers(transposed)} equal the reference after transposing"
+
+
+# What else a relation means, where more can be said than that it is so.
+_MEANS = {
+    "padded": "the vocabulary is padded on one side",
+    "truncated": "what was cut off is lost",
+}
+_ROWS_OF_TOKENS = ("embed_tokens", "lm_head", "tok_embeddings", "output")
+
+
+def _others(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """Relations alike in several tensors, once."""
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts:
+        named = verdict.kind not in ("equal", "cast", "swapped", "copied", "shape", "missing", "extra")
+        if named and verdict.note and not (verdict.kind == "permuted" and verdict.rotary):
+            groups.setdefault((verdict.kind, _pattern(verdict.note)), []).append(verdict)
+    for (kind, _), group in groups.items():
+        names = [v.name for v in group]
+        means = _MEANS.get(kind, "")
+        if kind == "transposed" and all(v.note == "rows are columns" for v in group):
+            yield f"{_leaves(names)}{_layers(names)} equal the reference after transposing"
+            continue
+        if kind == "permuted" and all(_leaf(name) in _ROWS_OF_TOKENS for name in names):
+            means = "is the tokenizer's vocabulary the same?"
+        note = _folded([v.note for v in group])
+        what = note if note.startswith(kind) else f"{kind}, {note}"
+        yield f"{_leaves(names)}{_layers(names)}: {what}" + (f": {means}" if means else "")

@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["equal", "cast", "permuted", "transposed", "swapped", "padded", "different", "shape", "missing", "extra"]
+Kind = Literal[
+    "equal", "cast", "permuted", "transposed", "recut", "swapped", "copied", "part", "padded", "truncated", "extended",
+    "zeroed", "constant", "negated", "scaled", "shifted", "rounded", "changed", "different", "shape", "missing",
+    "extra",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

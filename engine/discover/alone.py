@@ -28,11 +28,10 @@ _ALIKE = 0.45
 
 def stage_of(observed: Observed, checkpoint: Checkpoint) -> tuple[str, bool]:
     """The pipeline stage of a tensor without `{layer}`, and whether the files tell it."""
-    pps = checkpoint.grid.sizes.get("pp", 1)
-    if pps > 1:
-        held = {(one.chunk, checkpoint.grid.files[one.file].ranks.get("pp", 0)) for one in observed.stored}
+    if checkpoint.grid.pipelined:
+        held = {checkpoint.grid.stage(one.file, one.chunk) for one in observed.stored}
         if len(held) == 1:
-            return ("first", True) if held == {(0, 0)} else ("last", True)
+            return ("last", True) if any(next(iter(held))) else ("first", True)
     name = observed.text.lower()
     return ("first" if any(word in name for word in ("embed", "wte", "wpe", "tok")) else "last"), False
 
@@ -114,7 +113,7 @@ def _together(weight: Observed, bias: Observed, checkpoint: Checkpoint, known: K
     (one, _), (two, _) = (_read(o, checkpoint, known) for o in (weight, bias))
     if len(one.listed) != len(two.listed) or weight.placeholders != bias.placeholders:
         return False
-    ranks = {tuple(checkpoint.grid.files[s.file].ranks.get(d, 0) for d in ("tp", "wp")) for s in bias.stored}
+    ranks = {tuple(checkpoint.grid.slices(s.file).items()) for s in bias.stored}
     return all(_one_rule(w, b, len(ranks)) for w, b in zip(one.listed, two.listed, strict=True))
 
 
@@ -163,6 +162,7 @@ def _notes(
         notes.append("whether its rows are " + " or ".join(dict.fromkeys(fused)) + " or something else of that size")
     if not one.layered and not stage[1]:
         notes.append(f"the stage; {stage[0]} is a guess from the name, or all ranks hold it")
-    if all(size == 1 for dim, size in checkpoint.grid.sizes.items() if dim in ("tp", "wp")):
+    grid = checkpoint.grid
+    if all(size == 1 for dim, size in grid.sizes.items() if dim not in grid.staged):
         notes[-1] += "; what ranks would cut (`split`) does not show with one rank" if notes else ""
     return ["; and ".join(notes)]

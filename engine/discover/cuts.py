@@ -135,8 +135,8 @@ def _groups(stored: Sequence[Stored], grid: RankGrid, dim: str | None) -> dict[o
     """For each tensor, its shape by rank along the cutting dimension."""
     result: dict[object, dict[int, tuple[int, ...]]] = {}
     for one in stored:
-        ranks = grid.files[one.file].ranks
-        others = tuple((d, r) for d, r in ranks.items() if d in ("pp", "number", "expert"))
+        ranks, slices = grid.files[one.file].ranks, grid.slices(one.file)
+        others = tuple((d, r) for d, r in ranks.items() if d not in slices)
         rank = ranks.get(dim, 0) if dim is not None else 0
         result.setdefault((one.name, one.chunk, others), {}).setdefault(rank, one.header.whole)
     return result

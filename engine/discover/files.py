@@ -5,23 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from engine.discover.inspect import Reader, read_any
 from engine.discover.scaffold import Request, Scaffold, draft
 from engine.errors import EngineError
-from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.language.search import bundled, find_file, layout_names, list_names
-from engine.planning.attempts import Checkpoint
+from engine.language.search import bundled, find_file, list_names
 from engine.storage.replacing import check_file_free, given_path, write_error, write_file
 
 _DRAFTED = "# as drafted by engine new: "
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-Reader = Callable[[str | Path, Layout], Checkpoint]
 
 
 def new_mapping(
@@ -34,7 +30,7 @@ def new_mapping(
     called = _name(name, file, Path(src))
     families = _families(like, file)
     only = families[0][1].layout if like is not None else None
-    layout, checkpoint = _read(src, read, only)
+    layout, checkpoint = read_any(src, read, [] if only is None else [only])
     paths = {} if like is None else {families[0][0]: find_file(like)}
     made = draft(Request(checkpoint, layout, families, called, _schema(file), like is not None, paths))
     made = replace(made, text=_signed(made.text))
@@ -45,20 +41,6 @@ def new_mapping(
             raise write_error(file, error) from error
         write_file(file, made.text.encode(), overwrite=overwrite, ours=is_draft)
     return made
-
-
-def _read(src: str | Path, read: Reader, only: str | None) -> tuple[Layout, Checkpoint]:
-    """The checkpoint by the first layout whose files are there."""
-    first: EngineError | None = None
-    for name in layout_names() if only is None else [only]:
-        layout = load_layout(name)
-        try:
-            return layout, read(src, layout)
-        except EngineError as error:
-            if error.code != "E304":  # this layout knows the files and says what is wrong
-                raise
-            first = first or error
-    raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
 
 
 def _families(like: str | None, out: Path | None) -> list[tuple[str, MappingFile]]:

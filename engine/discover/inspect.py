@@ -1,84 +1,322 @@
-"""What a checkpoint folder is: layout, mode, ranks, stages, sizes, and which mappings fit."""
+"""What a folder is: a training checkpoint of some layout, a Hugging Face checkpoint, or a folder of steps."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
 
-from engine.errors import EngineError
-from engine.formats.headers import ITEM_SIZES
+from engine.checkpoint.folder import list_folder
+from engine.checkpoint.hf_folder import WEIGHTS, read_hf_config, read_hf_folder
+from engine.checkpoint.ranks import Stage
+from engine.discover.fits import Fit, differences, find_fits
+from engine.errors import EngineError, Place
+from engine.formats.headers import FileHeader
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.planning.planner import Checkpoint, make_plan
+from engine.language.search import layout_names, list_names, spelled
+from engine.planning.attempts import Checkpoint
 from engine.planning.stored import strip
+from engine.run.manifest import read_manifest
+from engine.storage.places import store_at
+from engine.storage.store import Store
+
+Reader = Callable[[str | Path, Layout], Checkpoint]
+_AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # the order sizes are told in
+_MOST_STEPS = 20  # steps whose files are read, the newest first; older ones are only named
 
 
-def describe_checkpoint(checkpoint: Checkpoint, layout: Layout, mappings: Sequence[MappingFile]) -> dict[str, Any]:
-    """Facts of a checkpoint, JSON-ready. Reads headers only."""
-    types: Counter[str] = Counter()
-    for file in checkpoint.files:
-        for tensor in file.tensors:
-            count = 1
-            for size in tensor.shape:
-                count *= size
-            types[tensor.dtype] += count * ITEM_SIZES[tensor.dtype]
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a folder is.
+
+    Attributes:
+        kind: `training`, `whole` (a Hugging Face checkpoint) or `steps` (a folder of checkpoints).
+        facts: layout, ranks, sizes and so on, JSON-ready; which ones depends on the kind.
+        fits: of a training checkpoint, every mapping held against it; of a whole one, those that write it back.
+    """
+
+    folder: str
+    kind: Literal["training", "whole", "steps"]
+    facts: Mapping[str, Any]
+    fits: tuple[Fit, ...] = field(default=())
+
+    @property
+    def fitting(self) -> tuple[Fit, ...]:
+        """The mappings that fit, the most specific first."""
+        return tuple(fit for fit in self.fits if fit.fits)
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """In which traits the mappings that fit differ."""
+        return differences(self.fitting)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, JSON-ready."""
+        return {
+            "folder": self.folder,
+            "kind": self.kind,
+            **self.facts,
+            "differences": list(self.differences),
+            "mappings": [fit.as_dict() for fit in self.fits],
+        }
+
+
+def read_any(src: str | Path, read: Reader, layouts: Sequence[str] = ()) -> tuple[Layout, Checkpoint]:
+    """A training checkpoint by the first layout whose files are there.
+
+    Args:
+        layouts: the names to try; all there are when it is empty.
+
+    Raises:
+        EngineError: E304 when no layout knows the files, else what the one that does says is wrong.
+    """
+    first: EngineError | None = None
+    for name in layouts or layout_names():
+        layout = load_layout(name)
+        try:
+            return layout, read(src, layout)
+        except EngineError as error:
+            if error.code != "E304":  # this layout knows the files and says what is wrong
+                raise
+            first = first or error
+    raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
+
+
+def inspect(src: str | Path, read: Reader, *, every: bool = False) -> Inspection:
+    """What a folder is; headers and configurations only.
+
+    Args:
+        every: look at every step of a folder of steps, not only at the newest.
+
+    Raises:
+        EngineError: E304 when it is none of these; E2xx and E3xx for a checkpoint that is not whole.
+    """
+    try:
+        layout, checkpoint = read_any(src, read)
+    except EngineError as error:
+        folder = store_at(src, "the checkpoint")
+        if error.code != "E304":
+            raise
+        names = list_folder(folder)
+        if is_whole(names):
+            return describe_whole(folder, names)
+        steps = find_steps(str(src), read, every=every) if os.path.isdir(src) else None
+        if steps is None:
+            raise error if _has_weights(error) else _nothing(folder, names) from None
+        return Inspection(str(src), "steps", steps)
+    return describe_training(checkpoint, layout)
+
+
+def load_all() -> tuple[list[MappingFile], list[Fit]]:
+    """Every mapping of the search folders, and what is wrong with those that cannot be read."""
+    good: list[MappingFile] = []
+    bad: list[Fit] = []
+    for name in list_names():
+        try:
+            good.append(load_mapping(name))
+        except EngineError as error:
+            bad.append(Fit(spelled(name), "", False, error.code, error.message))
+    return good, bad
+
+
+def _has_weights(error: EngineError) -> bool:
+    """Whether a layout knew files of the folder all the same: two modes in one, or a configuration that is missing."""
+    return not error.message.startswith("no weight files")
+
+
+def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
+    kinds = "\n".join(f"{load_layout(name).modes[0].files[0].name} ({name})" for name in layout_names())
+    return EngineError(
+        "E304",
+        "this folder is no checkpoint",
+        place=Place(folder.place()),
+        got=", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "") or "an empty folder",
+        expected=f"{kinds}\nconfig.json with {WEIGHTS[0]} (Hugging Face)\nor a folder of such folders",
+        fix="Give the folder that holds the files of one step, or the folder of the steps.",
+    )
+
+
+def is_whole(names: Sequence[str]) -> bool:
+    """Whether files are a Hugging Face checkpoint's: weights by the names that transformers looks for."""
+    return any(name in names for stem in WEIGHTS for name in (stem, f"{stem}.index.json"))
+
+
+def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
+    """Facts of a training checkpoint, and every mapping of its layout held against it."""
     stored = strip(checkpoint.files, layout)
-    # Releases say more than families, and a family more than what extends it for another target.
-    ranked = sorted(mappings, key=lambda m: (not m.expect, len(m.files), m.name))
-    fits = [_fit(checkpoint, layout, mapping) for mapping in ranked if mapping.layout == layout.name]
-    stages = next((f.pop("_stages") for f in fits if f.get("_stages")), None)
-    for fit in fits:
-        fit.pop("_stages", None)
-    sizes = checkpoint.grid.sizes
-    return {
-        "folder": checkpoint.folder,
+    mappings, unread = load_all()
+    fits, plan = find_fits(checkpoint, layout, mappings)
+    present = {*checkpoint.grid.unknown, *checkpoint.grid.skipped}
+    wanted = dict.fromkeys(str(m.tokenizer["file"]) for m in mappings if m.tokenizer and "file" in m.tokenizer)
+    facts: dict[str, Any] = {
         "layout": layout.name,
         "mode": checkpoint.grid.mode.name,
-        "ranks": dict(sizes),
+        "ranks": dict(checkpoint.grid.sizes),
         "chunks": 1 + max((one.chunk for one in stored), default=0),
-        "stages": stages,
+        "stages": None,
         "model_type": checkpoint.training.get("model_type"),
+        "parameters": None,
+        "sizes": {},
+        "tokenizer": next((name for name in wanted if name in present), None),
         "files": len(checkpoint.files),
         "tensors": len(stored),
         "bytes": sum(file.size for file in checkpoint.files),
-        "dtypes": dict(sorted(types.items())),
+        "dtypes": _types(checkpoint.files),
         "uneven": _uneven(checkpoint),
         "skipped": list(checkpoint.grid.skipped),
-        "unknown": list(checkpoint.grid.unknown),
+        "unknown": [name for name in checkpoint.grid.unknown if name not in wanted],
         "config": {k: v for k, v in checkpoint.config.items() if isinstance(v, (str, int, float, bool))},
-        "mappings": fits,
     }
+    if plan is not None:
+        facts["parameters"] = sum(output.elements for output in plan.outputs)
+        facts["sizes"] = {axis: plan.sizes[axis] for axis in _AXES if axis in plan.sizes}
+        facts["stages"] = [
+            {"chunk": stage[0], **plan.stages.ranks(stage), "first": first, "layers": plan.stages.counts[stage]}
+            for stage, first in sorted(plan.stages.starts.items(), key=lambda item: item[1])
+        ]
+    return Inspection(checkpoint.folder, "training", facts, (*fits, *unread))
 
 
-def _fit(checkpoint: Checkpoint, layout: Layout, mapping: MappingFile) -> dict[str, Any]:
-    """Whether a mapping can be planned for the checkpoint, or the first reason why not."""
-    kind = checkpoint.training.get("model_type")
-    if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
-        return {"name": mapping.name, "fits": False, "code": "E212",
-                "why": f"it is for model_type {' or '.join(mapping.model_types)}, this is {kind}"}  # fmt: skip
-    try:
-        plan = make_plan(mapping, layout, checkpoint, settings={})
-    except EngineError as error:
-        why = error.message if error.code != "E202" else f"{error.message}; {error.fix}"
-        return {"name": mapping.name, "fits": error.code == "E202", "code": error.code, "why": why}
-    differ = [a for a, n in mapping.expect.items() if plan.sizes.get(a) != n]
-    stages = [
-        {"chunk": c, "pp": p, "first": plan.stages.starts[c, p], "layers": n}
-        for (c, p), n in sorted(plan.stages.counts.items(), key=lambda item: plan.stages.starts[item[0]])
+def describe_whole(folder: Store, names: Sequence[str]) -> Inspection:
+    """Facts of a Hugging Face checkpoint, and which mappings write its kind back as rank files."""
+    files, config = read_hf_folder(folder), read_hf_config(folder)
+    kind = config.get("model_type")
+    architecture = next(iter(config.get("architectures") or ()), None)
+    fits = [
+        Fit(m.name, m.description, True)
+        for m in load_all()[0]
+        if m.model_type == kind and not m.expect and len(m.files) == 1
     ]
-    why = (
-        ""
-        if not differ
-        else "other sizes: " + ", ".join(f"{a} {plan.sizes.get(a)}, release {mapping.expect[a]}" for a in differ)
-    )
-    return {"name": mapping.name, "fits": not differ, "code": None, "why": why, "_stages": stages}
+    facts = {
+        "model_type": kind,
+        "architecture": architecture,
+        "parameters": sum(prod(tensor.shape) for file in files for tensor in file.tensors),
+        "tokenizer": next((n for n in ("tokenizer.json", "tokenizer.model") if n in names), None),
+        "chat_template": "chat_template.jinja" in names,
+        "made_by": _made_by(folder),
+        "files": len(files),
+        "tensors": sum(len(file.tensors) for file in files),
+        "bytes": sum(file.size for file in files),
+        "dtypes": _types(files),
+    }
+    return Inspection(folder.place(), "whole", facts, tuple(fits))
+
+
+def _made_by(folder: Store) -> str | None:
+    """The mapping that an output of the engine was made with, by its manifest."""
+    try:
+        made = read_manifest(folder).get("mapping")
+    except EngineError:
+        return None
+    return str(made.get("name")) if isinstance(made, dict) else None
+
+
+def find_steps(folder: str, read: Reader, *, every: bool = False) -> dict[str, Any] | None:
+    """The checkpoints below a folder, oldest first, and which of them are complete; None when there are none."""
+    names = sorted((e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")), key=_number)
+    steps: dict[str, dict[str, Any] | None] = {}
+    for name in reversed(names):
+        look = every or len(steps) < _MOST_STEPS
+        steps[name] = _step(f"{folder.rstrip('/')}/{name}", read) if look else _NOT_LOOKED_AT
+    shapes = {_shape(name) for name, step in steps.items() if step is not None and step["complete"] is not None}
+    found = [{"name": n, **step} for n in names if (step := steps[n]) is not None and _shape(n) in shapes]
+    if not found:
+        return None
+    return {"steps": found, "newest": next((one["name"] for one in reversed(found) if one["complete"]), None)}
+
+
+_NOT_LOOKED_AT = {"complete": None, "why": "", "bytes": None, "layout": None}
+
+
+def _shape(name: str) -> str:
+    """
+    >>> _shape("iter_0000020"), _shape("500")
+    ('iter_0', '0')
+    """
+    return re.sub("[0-9]+", "0", name)
+
+
+def _step(folder: str, read: Reader) -> dict[str, Any] | None:
+    """Whether one folder is a complete checkpoint; None when it is none at all."""
+    try:
+        layout, checkpoint = read_any(folder, read)
+    except EngineError as error:
+        if error.code == "E304" and not _has_weights(error):
+            store = store_at(folder, "the checkpoint")
+            if not is_whole(list_folder(store)):
+                return None
+            try:
+                files = read_hf_folder(store)
+            except EngineError as damaged:
+                return {"complete": False, "why": damaged.message, "bytes": None, "layout": "Hugging Face"}
+            size = sum(file.size for file in files)
+            return {"complete": True, "why": "", "bytes": size, "layout": "Hugging Face"}
+        return {"complete": False, "why": error.message, "bytes": None, "layout": "?"}
+    size = sum(file.size for file in checkpoint.files)
+    return {"complete": True, "why": "", "bytes": size, "layout": layout.name}
+
+
+def _number(name: str) -> tuple[int, str]:
+    """
+    >>> sorted(["1000", "iter_0000020", "500"], key=_number)
+    ['iter_0000020', '500', '1000']
+    """
+    digits = "".join(c if c.isdecimal() else " " for c in name).split()
+    return (int(digits[-1][:18]) if digits else -1, name)
+
+
+def _types(files: Sequence[FileHeader]) -> dict[str, int]:
+    """Bytes of each element type."""
+    types: Counter[str] = Counter()
+    for file in files:
+        for tensor in file.tensors:
+            types[tensor.dtype] += tensor.nbytes
+    return dict(sorted(types.items()))
 
 
 def _uneven(checkpoint: Checkpoint) -> list[str]:
     """Names whose shards have different shapes on different ranks of a stage."""
-    shapes: dict[tuple[str, int], set[tuple[int, ...]]] = {}
-    for rank_file, file in zip(checkpoint.grid.files, checkpoint.files, strict=True):
+    shapes: dict[tuple[str, Stage], set[tuple[int, ...]]] = {}
+    for number, file in enumerate(checkpoint.files):
         for tensor in file.tensors:
-            shapes.setdefault((tensor.name, rank_file.ranks.get("pp", 0)), set()).add(tensor.whole)
+            shapes.setdefault((tensor.name, checkpoint.grid.stage(number, 0)), set()).add(tensor.whole)
     return sorted({name for (name, _), seen in shapes.items() if len(seen) > 1})
+
+
+def choose(found: Inspection) -> Fit:
+    """The only mapping that fits a training checkpoint.
+
+    Raises:
+        EngineError: E003 when none fits or several do: these are listed with what tells them apart.
+    """
+    fitting = found.fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    told = [
+        f"{fit.name}: " + ", ".join(f"{name} {(fit.traits or {}).get(name)}" for name in found.differences)
+        for fit in fitting
+    ]
+    if fitting:
+        raise EngineError(
+            "E003",
+            f"{len(fitting)} mappings fit, and no file tells which is meant",
+            place=Place(found.folder),
+            got="\n".join(told),
+            expected="one of them by --mapping",
+            fix="Choose by what sets them apart; `engine inspect` says what each of these means.",
+        )
+    raise EngineError(
+        "E003",
+        "no bundled mapping fits",
+        place=Place(found.folder),
+        expected="a mapping, by --mapping FILE",
+        fix="`engine inspect` says why each does not fit; `engine new` drafts one.",
+    )

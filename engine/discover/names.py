@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.checkpoint.ranks import RankGrid
 from engine.errors import EngineError
 from engine.language.names import PARAMS, pattern
 from engine.planning.stored import Stored
@@ -112,13 +113,13 @@ def tail(text: str) -> tuple[str, ...]:
     return tuple(part for part in parts if not part.startswith("{")) or tuple(parts)
 
 
-def shapes_by_rank(observed: Observed, ranks: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
+def shapes_by_rank(observed: Observed, grid: RankGrid) -> dict[str, list[int]]:
     """The shape in each file's ranks, for people: `{"tp0": [64, 32], "tp1": [64, 32]}`.
 
     Pipeline ranks, layers and experts are left out: they hold other tensors, not other parts.
     """
     result: dict[str, list[int]] = {}
     for one in observed.stored:
-        where = " ".join(f"{dim}{rank}" for dim, rank in ranks[one.file].items() if dim in ("tp", "wp", "ep", "dp"))
+        where = " ".join(f"{dim}{rank}" for dim, rank in grid.slices(one.file).items())
         result.setdefault(where or "rank", list(one.header.shape))
     return dict(sorted(result.items()))

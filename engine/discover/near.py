@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
+from engine.checkpoint.ranks import Stage
 from engine.discover.names import Observed, tail
 from engine.errors import EngineError
 from engine.language.model import Layout, Rule
@@ -182,7 +183,12 @@ class _Fits:
         self.instances: dict[tuple[str, ...], list[Instance]] = {}
         for instance in instances(mapping):
             self.instances.setdefault(instance.rule.sources, []).append(instance)
-        names: dict[str, Any] = {**checkpoint.config, "training": checkpoint.training, "present": present_in(())}
+        names: dict[str, Any] = {
+            **checkpoint.config,
+            "training": checkpoint.training,
+            "given": checkpoint.target_config,
+            "present": present_in(()),
+        }
         self.facts: Mapping[str, Fact] = {}
         try:
             names["options"] = options_of(mapping, {})
@@ -206,22 +212,23 @@ class _Fits:
             return False
         compiled = pattern(one.text)
         matched = []
+        places: dict[Stage, int] = {}
         some = {one.stored[0].name, one.stored[-1].name}  # a plan looks at all of them in the end
         for stored in (stored for stored in one.stored if stored.name in some):
             values = dict(compiled.match(stored.name) or {})
             if "layer" in values:
-                place = stored.chunk * 4096 + files[stored.file].ranks.get("pp", 0)
-                values["layer"] += place * 1_000_000
+                stage = self.checkpoint.grid.stage(stored.file, stored.chunk)
+                values["layer"] += places.setdefault(stage, len(places)) * 1_000_000
             matched.append((stored, instance, values))
         return not solve(list(group_shards(matched, files, self.layout).values()), self.facts, files).contradictions
 
     def _in_stage(self, stage: str, one: Observed) -> bool:
         """Whether the tensor lies where the stage is: in the first pipeline rank alone, or in others."""
-        files = self.checkpoint.grid.files
-        if self.checkpoint.grid.sizes.get("pp", 1) == 1:
+        grid = self.checkpoint.grid
+        if not grid.pipelined:
             return True
-        places = {(stored.chunk, files[stored.file].ranks.get("pp", 0)) for stored in one.stored}
-        return places == {(0, 0)} if stage == "first" else (0, 0) not in places
+        places = [grid.stage(stored.file, stored.chunk) for stored in one.stored]
+        return not any(map(any, places)) if stage == "first" else all(map(any, places))
 
 
 def drop_contested(

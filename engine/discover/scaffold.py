@@ -93,7 +93,7 @@ def draft(request: Request) -> Scaffold:
             "no rule can be written for this folder",
             got="no tensors" if not stored else f"tensors named {list_of(hopeless[:3])}",
             expected="tensors with a shape, and names without braces",
-            fix="Point --src at the step folder itself (the one that holds the rank files).",
+            fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
     attempts = [_release(request), _renamed(request, observed), _own(request, observed)]
     kind, parent, body, readers, notices = next(a for a in attempts if a is not None)
@@ -224,7 +224,6 @@ def _patterns(
 ) -> tuple[Mapping[str, Any], ...]:
     """What was found, for `--json`: shapes over ranks, and which storage dimension they cut."""
     known = known_sizes(request.checkpoint.config)
-    ranks = [file.ranks for file in request.checkpoint.grid.files]
     result = []
     for one in observed:
         stage = "layers" if one.layered else stage_of(one, request.checkpoint)[0]
@@ -236,7 +235,7 @@ def _patterns(
                 "pattern": one.text,
                 "tensors": one.count(),
                 "dtypes": sorted({stored.header.dtype for stored in one.stored}),
-                "shapes": shapes_by_rank(one, ranks),
+                "shapes": shapes_by_rank(one, request.checkpoint.grid),
                 "readings": [{"axes": list(r.axes), "cut": r.cut} for r in readings.listed],
                 "sure": readings.sure,
                 "rule": rule,

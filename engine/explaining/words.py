@@ -12,7 +12,7 @@ from engine.planning.boxes import Interval
 from engine.planning.groups import Group
 from engine.planning.parts import told_box
 from engine.planning.sides import Shard, Side
-from engine.planning.stored import Stages
+from engine.planning.stages import Stages
 
 MOST_ORDERED = 100_000  # positions that are looked at one by one
 
@@ -65,18 +65,16 @@ def axes_sentence(name: str, group: Group, sizes: Mapping[str, int]) -> str:
 
 
 def fixed_sentence(fixed: Mapping[str, int], sizes: Mapping[str, int], stages: Stages) -> str | None:
-    """`layer 7 of 0…31, the 2nd of pipeline rank 3 (6…8)`."""
+    """`layer 7 of 0…31, number 1 in pp3 (6…8)`."""
     if not fixed:
         return None
     parts = []
     for axis, value in fixed.items():
         text = f"{axis} {value} of 0…{sizes[axis] - 1}"
         if axis == "layer":
-            for (chunk, pp), start in stages.starts.items():
-                count = stages.counts[chunk, pp]
-                if start <= value < start + count:
-                    chunked = f", chunk {chunk}" if stages.chunks > 1 else ""
-                    text += f", number {value - start} in pipeline rank {pp}{chunked} ({span((start, start + count))})"
+            stage, local = stages.find(value)
+            first = stages.starts[stage]
+            text += f", number {local} in {stages.name(stage)} ({span((first, first + stages.counts[stage]))})"
         parts.append(text)
     return "; ".join(parts)
 

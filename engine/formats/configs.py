@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.formats.dcp_files import encode_directory
 from engine.formats.pickling import with_dtypes
 from engine.formats.python_source import MAX_SOURCE, literals
 from engine.formats.rank_files import read_torch_file
-from engine.formats.standins import DType
+from engine.formats.standins import DType, Instance, Opaque
 from engine.formats.torch_files import encode_torch
 from engine.formats.unpickle import damaged
 from engine.storage.json_text import parse_json
@@ -29,7 +30,7 @@ def read_config(file: File, format: str) -> dict[str, Any]:
 
 def read_pickled_mapping(file: File) -> dict[str, Any]:
     """A pickled dict, or a `Config` class that is one; dtypes become text such as `torch.bfloat16`."""
-    value = _plain(_unpickle(file), file.name)
+    value = plain(_unpickle(file), file.name)
     if not isinstance(value, dict):
         raise EngineError(
             "E303",
@@ -91,32 +92,38 @@ def _unpickle(file: File) -> Any:
         return read_torch_file(opened, file.name).value
 
 
-def _plain(value: Any, name: str) -> Any:
+def plain(value: Any, name: str) -> Any:
     """The value as JSON could hold it. A pickle can hold itself, or the same list a million times."""
     left = _MOST_VALUES
 
-    def plain(value: Any, depth: int) -> Any:
+    def told(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
         if left < 0 or depth > _DEEPEST:
             raise damaged(name, "a configuration nested too deeply, or of too many values")
         if isinstance(value, Mapping):
-            return {str(key): plain(item, depth + 1) for key, item in value.items()}
+            return {str(key): told(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [plain(item, depth + 1) for item in value]
+            return [told(item, depth + 1) for item in value]
         if isinstance(value, set | frozenset):
-            return [plain(item, depth + 1) for item in sorted(value, key=repr)]
+            return [told(item, depth + 1) for item in sorted(value, key=repr)]
+        if isinstance(value, Instance) and value.kind.name == "Namespace" and isinstance(value.state, dict):
+            return told(value.state, depth)
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
             raise damaged(name, f"a number of {value.bit_length()} bits")
         if isinstance(value, DType):
             return f"torch.{value.name}"
+        if isinstance(value, Opaque):
+            return value.kind
         return value if isinstance(value, str | int | float | bool) or value is None else type(value).__name__
 
-    return plain(value, 0)
+    return told(value, 0)
 
 
 def encode_config(name: str, format: str, content: Any) -> bytes:
     """A configuration's file in one of the layout's formats, as its framework would read it."""
+    if format == "dcp":
+        return encode_directory(content)
     stem = Path(name).stem
     if format == "json":
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import prod
 
 from engine.storage.store import File, State
@@ -76,6 +77,7 @@ class FileHeader:
             header); it costs no payload read.
         summed: whether that part holds a checksum of every tensor's bytes, so that equal identities mean
             equal content. Safetensors have none, nor files from before the zip format; torch may leave them out.
+        left: names of tensors in it that are not of the model, and were not looked at.
         state: what the store told of the file when it was indexed; None for one that is no file.
     """
 
@@ -86,6 +88,12 @@ class FileHeader:
     summed: bool = False
     state: State | None = None
     root: str | None = None  # the folder inside a torch zip: the name it was saved under
+    left: tuple[str, ...] = ()
+
+    def only(self, wanted: Callable[[str], bool]) -> FileHeader:
+        """The header without tensors that are not wanted, by name; these are `left`."""
+        left = tuple(t.name for t in self.tensors if not wanted(t.name))
+        return replace(self, tensors=tuple(t for t in self.tensors if wanted(t.name)), left=(*self.left, *left))
 
     @property
     def name(self) -> str:

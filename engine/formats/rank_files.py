@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from re import Pattern
 from typing import Any, BinaryIO
 
 from engine.errors import EngineError, Place
+from engine.formats.dtensor import Distributed, read_distributed
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
@@ -42,11 +44,13 @@ class Saved:
     root: str | None = None
 
 
-def read_rank_file(where: File, load: LoadPickle = load_pickle) -> FileHeader:
+def read_rank_file(where: File, load: LoadPickle = load_pickle, nested: Sequence[Pattern[str]] = ()) -> FileHeader:
     """Index one rank file.
 
     Args:
         load: reads a pickle, given its bytes and the file's name.
+        nested: which of the file's keys hold the mappings of tensors, whose names begin with that key and a dot;
+            nothing beside them is looked at. Without any, the file itself is the mapping.
 
     Raises:
         EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
@@ -59,6 +63,8 @@ def read_rank_file(where: File, load: LoadPickle = load_pickle) -> FileHeader:
     value = saved.value
     if not isinstance(value, Mapping):
         raise _not_a_state_dict(where.name, type(value).__name__)
+    if nested:
+        value = dict(_flat(value, nested, where.name))
     for name in value:
         if not isinstance(name, str) or not _is_text(name):
             raise damaged(where.name, f"a key is not text: {name!r}"[:100])
@@ -78,18 +84,41 @@ def read_rank_file(where: File, load: LoadPickle = load_pickle) -> FileHeader:
     return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root)
 
 
+def _flat(value: Mapping[Any, Any], nested: Sequence[Pattern[str]], file: str) -> Iterator[tuple[str, Any]]:
+    """The items of the mappings that a file holds under some keys, by dotted names."""
+    found = False
+    for key, below in value.items():
+        if isinstance(key, str) and any(one.fullmatch(key) for one in nested):
+            if not isinstance(below, Mapping):
+                raise _not_a_state_dict(file, f"{type(below).__name__} under the key {key}"[:100])
+            found = True
+            for name, one in below.items():
+                if not isinstance(name, str):
+                    raise damaged(file, f"a key is not text: {name!r}"[:100])
+                yield f"{key}.{name}", one
+    if not found:
+        keys = ", ".join(str(key) for key in list(value)[:8])
+        raise _not_a_state_dict(file, f"keys {keys}"[:200])
+
+
 def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:
     shards = ShardReader()
     for name, one in value.items():
         if isinstance(one, Tensor):
-            yield _header(name, one, payload, file)
+            yield tensor_header(name, one, payload, file)
+        elif isinstance(one, Distributed):
+            try:
+                local, place = read_distributed(one)
+            except Refused as refused:
+                raise error_of(refused, file, name) from None
+            yield replace(tensor_header(name, local, payload, file), part=place)
         elif isinstance(one, Sharded):
             try:
                 tensor, dtype, part = shards.read(one)
             except Refused as refused:
                 raise error_of(refused, file, name) from None
             if tensor is not None:
-                yield replace(_header(name, tensor, payload, file), part=part)
+                yield replace(tensor_header(name, tensor, payload, file), part=part)
             elif dtype in ITEM_SIZES:
                 yield TensorHeader(name, dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
 
@@ -166,7 +195,8 @@ def _read(file: BinaryIO, at: int, length: int, name: str) -> bytes:
     return data
 
 
-def _header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
+def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
+    """Where a tensor lies, given where the storages of its file do."""
     storage: Storage = tensor.storage
     place = payload.get(storage.key)
     if place is None:

@@ -129,6 +129,11 @@ def index_json(files: Mapping[str, str], total_size: int) -> bytes:
 
 def read_safetensors(where: File) -> FileHeader:
     """Index a safetensors file. E301 for a header that is not exactly right, E305 when unreadable."""
+    return read_safetensors_metadata(where)[0]
+
+
+def read_safetensors_metadata(where: File) -> tuple[FileHeader, Mapping[str, str]]:
+    """The same with the file's `__metadata__`."""
 
     def damaged(what: str, tensor: str | None = None) -> EngineError:
         return EngineError(
@@ -191,4 +196,4 @@ def read_safetensors(where: File) -> FileHeader:
     if 8 + length + position != size:
         raise damaged(f"{size} bytes, its header describes {8 + length + position}")
     identity = hashlib.sha256(start + text).hexdigest()
-    return FileHeader(where, size, tuple(h for _, _, h in tensors), identity, state=state)
+    return FileHeader(where, size, tuple(h for _, _, h in tensors), identity, state=state), metadata

@@ -18,13 +18,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.formats.dtensor import Distributed
 from engine.formats.headers import Part
 from engine.formats.standins import (
     DTYPES,
     MOST_DIMENSIONS,
     DType,
     Function,
+    Instance,
     OtherClass,
+    PlainClass,
     Refused,
     Tensor,
     ints,
@@ -32,28 +35,6 @@ from engine.formats.standins import (
 )
 
 _MOST_RANKS = 1 << 20
-_UNSET = object()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlainClass:
-    """A class of which a pickle can make an `Instance`, and nothing else."""
-
-    name: str
-
-
-@dataclass(slots=True, eq=False, repr=False)  # a state can be nested without end
-class Instance:
-    """An object of one of torch's sharding classes: its class, and its state as pickled."""
-
-    kind: PlainClass
-    state: Any = _UNSET
-
-    def build(self, state: Any) -> None:
-        """The state is set once, as pickling does; it is checked when it is read."""
-        if self.state is not _UNSET:
-            raise Refused("E301", f"a second state for a {self.kind.name}")
-        self.state = state
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +98,7 @@ def _memory_format(*arguments: Any) -> _Word:
 
 def _empty(*arguments: Any) -> _Empty:
     """`_rebuild_wrapper_subclass`: class, type, shape, strides, offset, layout, device, requires_grad."""
-    if len(arguments) != 8 or arguments[0] is not _SHARDED or not isinstance(arguments[1], DType):
+    if len(arguments) != 8 or not _distributed(arguments[0]) or not isinstance(arguments[1], DType):
         raise Refused("E301", "an empty tensor that is not a sharded one")
     return _Empty(DTYPES.get(arguments[1].name, arguments[1].name), ints(arguments[2]))
 
@@ -125,9 +106,16 @@ def _empty(*arguments: Any) -> _Empty:
 _EMPTY = Function(_empty)
 
 
-def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor | Sharded:
+def _distributed(kind: Any) -> bool:
+    return kind is _SHARDED or (isinstance(kind, PlainClass) and kind.name == "DTensor")
+
+
+def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor | Sharded | Distributed:
     if function is not _EMPTY:
         return rebuild_from_type(function, kind, arguments, state)
+    if isinstance(kind, PlainClass) and _distributed(kind) and type(arguments) is tuple:
+        empty = _empty(*arguments)
+        return Distributed(empty.dtype, empty.shape, state)
     if kind is not _SHARDED or type(arguments) is not tuple or type(state) is not tuple or len(state) != 5:
         raise Refused("E301", "a sharded tensor of another form than torch's")
     return Sharded(_empty(*arguments), state)

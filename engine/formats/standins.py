@@ -83,6 +83,65 @@ class Function:
     call: Callable[..., Any]
 
 
+class Opaque:
+    """An object of a class whose content nobody looks at: an enum, a random state. It holds nothing."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpaqueClass(Function):
+    """A class or function that makes an `Opaque`, whatever it is called with."""
+
+
+def opaque(kind: str) -> OpaqueClass:
+    return OpaqueClass(lambda *_: Opaque(kind))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainClass:
+    """A class of which a pickle can make an `Instance`, and nothing else; with arguments only if it takes any."""
+
+    name: str
+    takes: bool = False
+
+
+_UNSET: Any = object()
+
+
+@dataclass(slots=True, eq=False, repr=False)  # a state can be nested without end
+class Instance:
+    """An object of a class that is known: its arguments, and its state as it stands in the pickle."""
+
+    kind: PlainClass
+    arguments: tuple[Any, ...] = ()
+    state: Any = _UNSET
+
+    def build(self, state: Any) -> None:
+        """The state is set once, as pickling does; it is checked when it is read."""
+        if self.state is not _UNSET:
+            raise Refused("E301", f"a second state for a {self.kind.name}")
+        self.state = state
+
+
+def attributes(value: Any, *kinds: str) -> dict[str, Any]:
+    """The attributes of an object of one of these classes; those that are of no use stay unread.
+
+    Raises:
+        Refused: E301 for another object. Slots are pickled as (None, attributes).
+    """
+    if isinstance(value, Instance) and value.kind.name in kinds:
+        state = value.state
+        if type(state) is tuple and len(state) == 2 and state[0] is None:
+            state = state[1]
+        if state is _UNSET:
+            return {}
+        if type(state) is dict:
+            return state
+    raise Refused("E301", f"no {' or '.join(kinds)} where one should be")
+
+
 @dataclass(frozen=True, slots=True)
 class OtherClass:
     """A class that is only ever mentioned, as the type of a tensor with attributes."""
@@ -164,15 +223,28 @@ def _set(items: Any = ()) -> set[Any]:
 
 def scalar(value: Any) -> Any:
     """The value, if it is fit to be a key. Hashing anything nested can take forever, or crash."""
-    if type(value) not in (str, int, float, bool, type(None)):
+    if type(value) not in (str, int, float, bool, type(None), Instance):  # which is told by its identity
         raise Refused("E301", f"a key is a {type(value).__name__}, not text")
     return value
 
 
 RECORD = Function(_record)
 
+# What frameworks keep beside the weights: settings, random states, paths. Nothing of it is looked at.
+_OPAQUE_PACKAGES = ("megatron.", "pathlib", "torch.distributed.checkpoint.planner")
+# What tells where a part of a tensor belongs: `dtensor` and `dcp_metadata` read the attributes of such objects.
+_PLAIN_PACKAGES = (
+    "torch.distributed.checkpoint.", "torch.distributed.tensor", "torch.distributed._tensor",
+    "torch.distributed.device_mesh", "torch.distributed._mesh_layout", "torch.distributed._pycute",
+)  # fmt: skip
+_OPAQUE = (
+    ("signal", "Signals"), ("_codecs", "encode"), ("_io", "BytesIO"), ("builtins", "bytes"), ("__builtin__", "bytes"),
+    ("numpy", "ndarray"), ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+)  # fmt: skip
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): RECORD,
+    ("argparse", "Namespace"): PlainClass("Namespace"),
     ("torch", "Size"): Function(_size),
     ("torch._tensor", "_rebuild_from_type_v2"): Function(rebuild_from_type),
     ("torch.storage", "UntypedStorage"): StorageType(None),
@@ -182,6 +254,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("builtins", "set"): Function(_set),
     ("__builtin__", "set"): Function(_set),
 }
+_KNOWN.update({key: opaque(key[1]) for key in _OPAQUE})
 _KNOWN.update({("torch._utils", name): function for name, function in _REBUILD.items()})
 _KNOWN.update({("torch", name): DType(name) for name in (*DTYPES, *_UNSUPPORTED_DTYPES)})
 for _module in ("torch", "torch.storage"):
@@ -196,6 +269,10 @@ def known_global(module: str, name: str) -> Any:
         return known
     if name == "Config":
         return RECORD
+    if module.startswith(_OPAQUE_PACKAGES):
+        return opaque(name)
+    if module.startswith(_PLAIN_PACKAGES):
+        return PlainClass(name, takes=True)
     if "_shard" in module or name in ("ShardedTensor", "DTensor", "_rebuild_qtensor"):
         raise Refused("E303", f"{module}.{name}")
     raise Refused("E302", f"{module}.{name}")

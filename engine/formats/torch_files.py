@@ -102,7 +102,12 @@ def torch_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -
         tensors: name, element type and shape of each, in order.
         root: the folder inside the zip; torch takes the file's name without suffix.
     """
-    listed: list[tuple[str, bytes | int]] = [("data.pkl", state_dict(tensors)), ("byteorder", b"little")]
+    return laid_out(state_dict(tensors), tensors, root)
+
+
+def laid_out(pickled: bytes, tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> TorchFile:
+    """Lay out a file of a pickle and the storages that it names by their numbers, one for each tensor."""
+    listed: list[tuple[str, bytes | int]] = [("data.pkl", pickled), ("byteorder", b"little")]
     for index, (_, dtype, shape) in enumerate(tensors):
         count = 1
         for size in shape:

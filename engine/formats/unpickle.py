@@ -14,11 +14,15 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, ClassVar
 
 from engine.errors import EngineError, Place
-from engine.formats.sharded import Instance, PlainClass, sharding_global
+from engine.formats.sharded import sharding_global
 from engine.formats.standins import (
     RECORD,
     Function,
+    Instance,
+    Opaque,
+    OpaqueClass,
     OtherClass,
+    PlainClass,
     Record,
     Refused,
     Storage,
@@ -114,6 +118,8 @@ class _Machine(pickle._Unpickler):
         return storage
 
     def put_items(self, into: Any, items: list[Any]) -> None:
+        if isinstance(into, Opaque):
+            return
         if not isinstance(into, dict):
             raise Refused("E301", f"items for a {type(into).__name__}")
         for i in range(0, len(items), 2):
@@ -147,6 +153,8 @@ def _appends(machine: _Machine) -> None:
 
 
 def _extend(into: Any, items: list[Any]) -> None:
+    if isinstance(into, Opaque):
+        return
     if type(into) is not list:
         raise Refused("E301", f"items for a {type(into).__name__}")
     into.extend(items)
@@ -167,15 +175,22 @@ def _frozenset(machine: _Machine) -> None:
 def _reduce(machine: _Machine) -> None:
     arguments = machine.stack.pop()
     function = machine.stack[-1]
-    if not isinstance(function, Function) or type(arguments) is not tuple:
+    if type(arguments) is not tuple or not isinstance(function, Function | PlainClass):
         raise Refused("E301", f"a call of a {type(function).__name__}")
-    machine.stack[-1] = function.call(*arguments)
+    if isinstance(function, Function):
+        machine.stack[-1] = function.call(*arguments)
+    elif function.takes:
+        machine.stack[-1] = Instance(function, arguments)
+    else:
+        raise Refused("E301", f"a call of a {function.name}")
 
 
 def _newobj(machine: _Machine) -> None:
     arguments, kind = machine.stack.pop(), machine.stack[-1]
-    if isinstance(kind, PlainClass) and type(arguments) is tuple and not arguments:
-        machine.stack[-1] = Instance(kind)
+    if isinstance(kind, PlainClass) and type(arguments) is tuple and (kind.takes or not arguments):
+        machine.stack[-1] = Instance(kind, arguments)
+    elif isinstance(kind, OpaqueClass):
+        machine.stack[-1] = kind.call()
     elif kind is RECORD:
         machine.stack[-1] = Record()
     elif isinstance(kind, OtherClass) and kind.name == "ShardedTensor":
@@ -193,11 +208,11 @@ def _frame(machine: _Machine) -> None:
 
 
 def _build(machine: _Machine) -> None:
-    """A mapping's attributes are not kept, an instance's are its content. Nothing else may have any."""
+    """A mapping's attributes are not kept, nor an opaque one's; an instance's are its content. Nothing else has any."""
     state, built = machine.stack.pop(), machine.stack[-1]
     if isinstance(built, Instance):
         built.build(state)
-    elif not isinstance(built, Record):
+    elif not isinstance(built, Record | Opaque):
         raise Refused("E301", f"attributes for a {type(machine.stack[-1]).__name__}")
 
 

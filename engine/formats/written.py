@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from engine.formats.dcp_files import dcp_file
 from engine.formats.safetensors import safetensors_file
 from engine.formats.torch_files import torch_file
 
@@ -35,5 +36,6 @@ class FileLayout(Protocol):
 FORMATS: dict[str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str], FileLayout]] = {
     "safetensors": safetensors_file,
     "torch": torch_file,
+    "dcp": dcp_file,
 }
-CHECKED = frozenset(("torch",))  # formats whose headers hold a CRC-32 of every payload
+CHECKED = frozenset(("torch", "dcp"))  # formats whose headers hold a CRC-32 of every payload

@@ -44,7 +44,8 @@ def check_mapping(mapping: Mapping, document: Document) -> None:
     """Options, dropped and expected axes, and tied targets of a mapping exist."""
     choices = [dict(v.choices) for v in mapping.variants.values()]
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
-    for expression in expressions_of([dict(mapping.dims), choices, mapping.config, mapping.training_config, remote]):
+    said = [dict(mapping.dims), choices, mapping.config, mapping.training_config, remote, mapping.transformers]
+    for expression in expressions_of(said):
         _check_options(expression, mapping.options)
     targets = [target.name for rule in mapping.rules for target in rule.targets]
     axes = dict.fromkeys(mapping.dims)
@@ -94,13 +95,13 @@ def check_layout(layout: Layout, document: Document) -> None:
                     expected="`cuts` over ranks, or `boxes: recorded`",
                     fix="With `boxes: recorded` nothing follows from ranks: each tensor records which box it is.",
                 )
-            if file.boxes and mode.only_read is None:
+            if file.boxes and not file.mesh and mode.only_read is None:
                 raise EngineError(
                     "E102",
                     f"mode `{mode.name}` cannot be written, as its tensors record boxes",
                     place=file.place,
-                    expected="`only_read`, with the reason",
-                    fix="Say `only_read: its tensors record which boxes they are`.",
+                    expected="`mesh`, or `only_read` with the reason",
+                    fix="Say `mesh: {dp: rows}`, or `only_read: its tensors record which boxes they are`.",
                 )
             known = pattern(file.name).placeholders
             every.update(dict.fromkeys(known))

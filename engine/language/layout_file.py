@@ -8,8 +8,9 @@ from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
 from engine.language.keys import apart, read_keys
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
-from engine.language.model import Beside, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
+from engine.language.model import Beside, ConfigFile, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import check_file_name, pattern
+from engine.language.rules import STORED
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
@@ -21,9 +22,12 @@ def load_layout(name: str) -> Layout:
     check_schema(document, "layout")
     document = apart(document)
     data, place = document.data, document.place
-    for key in ("config", "training"):
-        if key in data:
-            check_file_name(data[key]["file"], document.value_place(key, "file"))
+    configs = [data["config"], *(data["config"].get("or") or ())]
+    for i, one in enumerate(configs):
+        at = ("config", "or", i - 1, "file") if i else ("config", "file")
+        check_file_name(one["file"], document.value_place(*at), folders=True)
+    if "training" in data:
+        check_file_name(data["training"]["file"], document.value_place("training", "file"))
     training = data.get("training") or {}
     layers = data["layers"]
     divides = layers.get("divides")
@@ -34,6 +38,10 @@ def load_layout(name: str) -> Layout:
         place=place("name"),
         config_file=data["config"]["file"],
         config_format=data["config"]["format"],
+        configs=tuple(
+            ConfigFile(one["file"], one["format"], one.get("key"), tuple(one.get("beside") or ())) for one in configs
+        ),
+        config_of_target=data["config"].get("of") == "target",
         training_file=training.get("file"),
         training_format=training.get("format"),
         training_write=read_tree(document, ("training", "write"), training.get("write") or {}),
@@ -58,6 +66,7 @@ def load_layout(name: str) -> Layout:
         sizes={n: expression(document, ("sizes", n), text) for n, text in (data.get("sizes") or {}).items()},
         modes=tuple(_mode(document, n, m) for n, m in data["modes"].items()),
         skip=tuple(data.get("skip") or ()),
+        skip_tensors=tuple(data.get("skip_tensors") or ()),
         refuse=tuple(
             RefusedFile(r["file"], r["why"], r["fix"], place("refuse", i))
             for i, r in enumerate(data.get("refuse") or [])
@@ -65,6 +74,7 @@ def load_layout(name: str) -> Layout:
         files=(document.file,),
         digest=digest_of(data),
         keys=read_keys(document),
+        indices={n: expression(document, ("indices", n), text) for n, text in (data.get("indices") or {}).items()},
     )
     check_layout(layout, document)
     return layout
@@ -80,6 +90,9 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
         tuple(body.get("aliases") or ()),
         tuple(_beside(document, ("modes", name, "beside", i), b) for i, b in enumerate(body.get("beside") or [])),
         body.get("only_read"),
+        body.get("format", "torch"),
+        tuple(body.get("state") or ()),
+        expression(document, ("modes", name, "when"), body["when"]) if "when" in body else None,
     )
 
 
@@ -89,7 +102,7 @@ def _beside(document: Document, path: tuple[str | int, ...], body: dict[str, Any
 
 
 def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> FilePattern:
-    check_file_name(body["name"], document.value_place(*path, "name"))
+    check_file_name(body["name"], document.value_place(*path, "name"), folders=True)
     pattern(body["name"], document.value_place(*path, "name"))
     ranks = body.get("ranks")
     number = body.get("number")
@@ -105,4 +118,5 @@ def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any])
         None if number is None else expression(document, (*path, "number"), number),
         document.place(*path),
         body.get("boxes") == "recorded",
+        {dim: STORED.index(cut) for dim, cut in (body.get("mesh") or {}).items()},
     )

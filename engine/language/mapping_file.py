@@ -41,7 +41,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         name: read_variant(document, name, body, ("variants", name))
         for name, body in (data.get("variants") or {}).items()
     }
-    rules = tuple(read_rule(document, name, body, variants) for name, body in data["rules"].items())
+    rules = tuple(read_rule(document, name, body, variants) for name, body in (data.get("rules") or {}).items())
     source, target = data["source"], data["target"]
     if "file" in (data.get("tokenizer") or {}):
         check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
@@ -75,7 +75,9 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         resolved=data,
         keys=read_keys(document),
         expect_place=place("expect"),
+        as_model=data.get("names") == "model",
         remote_code=_remote_code(document, target.get("remote_code")),
+        transformers=read_tree(document, ("target", "transformers"), target.get("transformers")),
     )
     check_mapping(mapping, document)
     return mapping
@@ -182,7 +184,7 @@ def _remote_code(document: Document, body: dict[str, Any] | None) -> RemoteCode 
     if body is None:
         return None
     tree = read_tree(document, ("target", "remote_code", "auto_map"), body["auto_map"])
-    return RemoteCode(body["transformers"], tree)
+    return RemoteCode(tree)
 
 
 def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:

@@ -28,7 +28,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. `sources` are name patterns, the first is the one written in reverse."""
+    """One rule. `sources` are name patterns, the first is the one written in reverse.
+
+    `split` are axes, or `rows` or `columns`: a storage dimension that is cut wherever that falls.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -80,12 +83,8 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class RemoteCode:
-    """That transformers lacks the target's classes: which of its versions run the code, and what `auto_map` names.
+    """That transformers lacks the target's classes: `auto_map` is a tree of their names with `Expression` leaves."""
 
-    `auto_map` is a tree of class names with `Expression` leaves.
-    """
-
-    transformers: str
     auto_map: MappingABC[str, Any]
 
 
@@ -94,6 +93,7 @@ class Mapping:
     """A resolved mapping: its own keys merged over its parents'.
 
     `config` and `training_config` are trees of literals with `Expression` leaves.
+    `transformers` says, as a string or an `Expression`, in which of its versions the target is the same model.
     `files` are the YAML files it came from, family first; `resolved` is the merged YAML data.
     """
 
@@ -123,7 +123,9 @@ class Mapping:
     resolved: MappingABC[str, Any]
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
+    as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
     remote_code: RemoteCode | None = None
+    transformers: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ class FilePattern:
     Attributes:
         cuts: stage class → rank dimension → `split`, `rows`, `recorded`, `runtime` or an axis.
         boxes: each tensor records which box it is of a larger one; ranks, if names have any, say nothing.
+        mesh: of such files, when they are written: rank dimension → the storage dimension that it cuts.
     """
 
     name: str
@@ -155,6 +158,7 @@ class FilePattern:
     number: Expression | None
     place: Place
     boxes: bool = False
+    mesh: MappingABC[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +171,13 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A parallel mode, told by its first file's name; `only_read` is why it is never written, if it is not."""
+    """A parallel mode, told by its first file's name; `only_read` is why it is never written, if it is not.
+
+    Attributes:
+        format: what its files are: `torch`, `dcp` or `safetensors`.
+        state: which keys of a file hold the tensors, as name patterns; none: the file itself does.
+        when: told by the configuration, of modes whose files have the same names.
+    """
 
     name: str
     help: str
@@ -175,6 +185,22 @@ class Mode:
     aliases: tuple[str, ...] = ()
     beside: tuple[Beside, ...] = ()
     only_read: str | None = None
+    format: str = "torch"
+    state: tuple[str, ...] = ()
+    when: Expression | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A place where a configuration may lie: a file, and the dotted key in it.
+
+    `format` is pickled_mapping, json or dcp; of the last, `key` begins with the name of a value of the checkpoint.
+    """
+
+    file: str
+    format: str
+    key: str | None = None
+    beside: tuple[str, ...] = ()  # keys that stand beside the last of `key`, and are read with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +213,7 @@ class RefusedFile:
 
 @dataclass(frozen=True, slots=True)
 class LayerCut:
-    """How the layer axis is cut over pipeline stages: sort (chunk, pp) by `stage`."""
+    """How the layer axis is cut over pipeline stages: chunks and the ranks that `stage` reads, sorted by it."""
 
     stage: Expression
     variants: MappingABC[str, Variant]
@@ -203,6 +229,8 @@ class Layout:
     place: Place
     config_file: str
     config_format: str  # pickled_mapping | json
+    configs: tuple[ConfigFile, ...]  # where it may lie; the first is `config_file`
+    config_of_target: bool  # it is the target's own config.json, which may also be given
     training_file: str | None
     training_format: str | None  # python_source
     training_write: MappingABC[str, Any]  # what is written of it: literals with `Expression` leaves
@@ -216,7 +244,9 @@ class Layout:
     sizes: MappingABC[str, Expression]  # ranks per dimension, as the training configuration claims
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]
+    skip_tensors: tuple[str, ...]  # names of what is not of the model, as globs
     refuse: tuple[RefusedFile, ...]
     files: tuple[str, ...]
     digest: str
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # of every model of the framework
+    indices: MappingABC[str, Expression] = field(default_factory=dict)  # axis → its number in the whole model

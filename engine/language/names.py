@@ -60,12 +60,22 @@ class Pattern:
         return pattern(self.text.replace("{param}", param)) if self.has_param else self
 
 
-def check_file_name(text: str, place: Place) -> None:
+def check_file_name(text: str, place: Place, *, folders: bool = False) -> None:
     """E104 unless a file of this name, or names of this pattern, can only lie in the folder itself.
 
-    A name with a leading dot is not part of a checkpoint: so are the engine's own files.
+    A name with a leading dot is not part of a checkpoint: so are the engine's own files. But for those that torch's
+    directory is called by.
+
+    Args:
+        folders: whether it may lie in a folder inside, `mp_rank_{tp:02}/model_optim_rng.pt`.
     """
-    if text.startswith(".") or not text.isprintable() or any(c in "/\\" for c in text) or len(text) > 200:
+    if folders and text.count("/") == 1:
+        for part in text.split("/"):
+            check_file_name(part, place)
+        return
+    if folders and text == ".metadata":
+        return
+    if not text or text.startswith(".") or not text.isprintable() or any(c in "/\\" for c in text) or len(text) > 200:
         raise EngineError(
             "E104",
             "a file name would leave its folder, or cannot be one",

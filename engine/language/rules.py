@@ -12,6 +12,8 @@ from engine.language.documents import Document, KeyPath
 from engine.language.model import Rule, Target, Variant
 from engine.language.names import Pattern, pattern
 
+STORED = ("rows", "columns")  # storage dimensions that `split` may name in an axis' stead
+
 
 def read_rule(document: Document, name: str, body: dict[str, Any], variants: Mapping[str, Variant]) -> Rule:
     """The rule at `rules` → `name`; E103, E104 and E108 for what it says wrongly."""
@@ -32,7 +34,7 @@ def read_rule(document: Document, name: str, body: dict[str, Any], variants: Map
             )
     split = _texts(body.get("split", []))
     for axis in split:
-        if axis not in axes.names():
+        if axis not in (*axes.names(), *STORED):
             at = document.value_place(*base, "split")
             raise undeclared(f"rule `{name}` is split on `{axis}`, which is not among its axes", axis, axes.names(), at)
     stage = body.get("stage")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
@@ -35,21 +37,79 @@ def find_file(name: str, kind: str = "mapping") -> Path:
         for candidate in (folder / stem, folder / f"{stem}.yaml", folder / f"{stem}.yml"):
             if os.path.isfile(candidate) and candidate.resolve().is_relative_to(folder.resolve()):
                 return candidate
-    known = (
-        list_names()
-        if kind == "mapping"
-        else [p.stem for f in search_folders() for p in (f / "layouts").glob("*.yaml")]
-    )
-    near = get_close_matches(name, known, 3, 0.5) or get_close_matches(
-        name.removesuffix(".yaml") + ".yaml", known, 3, 0.5
-    )
+    if kind == "mapping" and (os.sep in name or name.endswith((".yaml", ".yml"))) and not _bundled_form(name):
+        raise _no_file(given)
+    known = list(map(spelled, list_names())) if kind == "mapping" else layout_names()
+    same, others = near_names(name, known)
+    listed = "`engine mappings` lists them all" if kind == "mapping" else f"There are {', '.join(known)}"
     raise EngineError(
         "E002",
         f"there is no {kind} `{name}`",
-        got=f"searched {', '.join(str(f) for f in search_folders())}",
-        expected=", ".join(near) if near else "a path, or one of: " + ", ".join(known),
-        fix=f"Did you mean `{near[0]}`?" if near else "Give the path of a mapping file, or set ENGINE_MAPPINGS.",
+        expected=", ".join(same) or None,
+        fix=f"Did you mean `{same[0]}`?"
+        if same
+        else (f"Names that are near are of other models: {', '.join(others)}. " if others else "")
+        + f"{listed}; a file is given by its path.",
     )
+
+
+def _bundled_form(name: str) -> bool:
+    """Whether it is a bundled mapping's name as older versions spelled it: `families/NAME`, `NAME.yaml`."""
+    folder = name.rpartition("/")[0]
+    return folder in ("", "families") and (folder != "" or not os.path.lexists(name))
+
+
+def _no_file(path: Path) -> EngineError:
+    """E002 for a path where nothing is, with what lies near it."""
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.glob("*.yaml"))[:4])
+        return EngineError("E002", f"`{path}` is a folder", got=inside or "no YAML files in it",
+                           expected="a mapping file", fix="Give one of its files.")  # fmt: skip
+    beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, 1)
+    where = path.parent if path.parent.is_dir() else f"{path.parent}, which is not there"
+    return EngineError(
+        "E002",
+        f"there is no mapping file `{path}`",
+        got=f"in {where}: {', '.join(beside[:4]) or 'no YAML files'}" + (", …" if len(beside) > 4 else ""),
+        fix=f"Did you mean `{path.with_name(near[0])}`?"
+        if near
+        else "Check the path. A bundled mapping goes by its name alone, like internlm2-7b.",
+    )
+
+
+def spelled(name: str) -> str:
+    """A bundled mapping's name as it is written everywhere.
+
+    >>> spelled("families/internlm2.yaml"), spelled("internlm2_5-7b.yaml")
+    ('internlm2', 'internlm2_5-7b')
+    """
+    return name.removeprefix("families/").removesuffix(".yaml")
+
+
+def near_names(name: str, known: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names that may be meant: the same model in another spelling, and near names of other models.
+
+    A model's generation and size are the numbers in its name; where these differ, it is another model.
+
+    >>> near_names("internlm2.5-7b-chat", ["internlm2-chat-7b", "internlm2_5-7b-chat", "internlm2-7b"])
+    (['internlm2_5-7b-chat'], ['internlm2-chat-7b', 'internlm2-7b'])
+    """
+    wanted = _words(spelled(name))
+    same = [one for one in known if _words(one) == wanted]
+    if not same:
+        numbers = [one for one in known if _numbers(_words(one)) == _numbers(wanted)]
+        same = get_close_matches(spelled(name), numbers, 3, 0.75)
+    others = [one for one in get_close_matches(spelled(name), known, 3, 0.6) if one not in same]
+    return same, others
+
+
+def _words(name: str) -> list[str]:
+    return sorted(re.findall(r"[a-z]+|[0-9]+", name.lower()))
+
+
+def _numbers(words: Sequence[str]) -> list[str]:
+    return [word for word in words if word.isdecimal()]
 
 
 def list_names() -> list[str]:
@@ -59,6 +119,23 @@ def list_names() -> list[str]:
         names += sorted(p.name for p in folder.glob("*.yaml"))
         names += sorted(f"families/{p.name}" for p in (folder / "families").glob("*.yaml"))
     return list(dict.fromkeys(names))
+
+
+def yaml_files(folder: Path) -> list[Path]:
+    """Every YAML file below a folder, hidden ones aside; E002 when there is none."""
+    found = sorted(p for p in folder.rglob("*.y*ml") if not any(x.startswith(".") for x in p.relative_to(folder).parts))
+    if not found:
+        raise EngineError("E002", f"there are no YAML files below `{folder}`", fix="Give a folder with mappings.")
+    return found
+
+
+def is_layout(path: Path) -> bool:
+    """Whether a file is a layout, by its first keys, however broken it is else."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return re.search(r"^layout:\s*[0-9]", file.read(1 << 16), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 def shown(path: Path) -> str:

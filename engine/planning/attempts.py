@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -16,7 +16,8 @@ from engine.language.model import Mapping as MappingFile
 from engine.planning.groups import Group, GroupKey, group_shards
 from engine.planning.matching import Matches, assign, is_active
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve
-from engine.planning.stored import Instance, Stages, Stored
+from engine.planning.stages import Stages
+from engine.planning.stored import Instance, Stored
 from engine.planning.variants import Decision
 
 _MAX_COMBINATIONS = 16
@@ -33,6 +34,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     training: Mapping[str, Any]
     config_name: str
+    target_config: Mapping[str, Any] = field(default_factory=dict)  # of the target, where it is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
         matches.ignored,
         matches.refused,
     )
-    matched = assign(question.stored, usable, choices, checkpoint.grid, stages)
+    matched = assign(question.stored, usable, choices, checkpoint.grid, question.layout, stages)
     groups = group_shards(matched, checkpoint.grid.files, question.layout)
     scope = {**question.names, **choices}
     facts, unread = claims(question.mapping, scope, checkpoint.config_name)
@@ -155,7 +157,7 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
         facts.setdefault("layer", Fact("layer", stages.layers, counted))
     sizes = solve(list(groups.values()), facts, checkpoint.grid.files)
     if known is not None and stages.layers and known.value != stages.layers:
-        per = ", ".join(f"chunk {c} pp {p}: {n}" for (c, p), n in sorted(stages.counts.items()))
+        per = ", ".join(f"{stages.name(stage)}: {n}" for stage, n in sorted(stages.counts.items()))
         sizes.contradictions.insert(
             0,
             Contradiction(
@@ -197,7 +199,8 @@ def claims(
                 expected="an integer",
                 fix=f"`{expression.text}` reads {config_name}.",
             )
-        if not 0 < value < _LARGEST:
+        dropped = any(axis in rule.drop for rule in mapping.rules)  # as padding, of which there may be none
+        if not (0 if dropped else 1) <= value < _LARGEST:
             raise EngineError(
                 "E218",
                 f"dim `{axis}` is no size",

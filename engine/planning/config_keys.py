@@ -45,7 +45,7 @@ class Read:
 def source_side(mapping: MappingFile, layout: Layout) -> Side:
     """The training configuration, as dims, variants and config.json read it."""
     variants = [dict(v.choices) for v in mapping.variants.values()]
-    own = {*mapping.dims, *mapping.variants, "options", "training"}  # names that stand for something else
+    own = {*mapping.dims, *mapping.variants, "options", "training", "given"}  # names that stand for something else
     read = {path for path in _paths([dict(mapping.dims), variants, mapping.config]) if path.split(".")[0] not in own}
     return Side(declared(mapping, layout, "source"), frozenset(read), layout.config_file)
 
@@ -293,6 +293,35 @@ def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) ->
                  "The configuration contradicts itself or the weights, or training files cannot express it: it is "
                  "another model's, or the mapping is not the one for it."),
         )  # fmt: skip
+
+
+def with_given(config: Mapping[str, Any], given: Mapping[str, Any], mapping: MappingFile) -> dict[str, Any]:
+    """A configuration to be written, completed by what was given of it; what both say must agree.
+
+    Raises:
+        EngineError: E218 for the first key that the checkpoint and the given configuration say differently.
+    """
+    for path, value in leaves(config):
+        other = _below(given, path)
+        if other is not None and value is not None and _plain(other) != _plain(value):
+            raise EngineError(
+                "E218",
+                f"the given configuration is not of this checkpoint: `{path}` is {shown(other)}",
+                place=Place("config.json"),
+                got=f"{path}: {shown(other)}",
+                expected=f"{shown(value)}, as mapping `{mapping.name}` reads the checkpoint",
+                fix="Give the configuration of this model, or correct that key in it.",
+            )
+    return _over(given, config)
+
+
+def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees in one; what the second says counts."""
+    result = _copied(under)
+    for name, value in over.items():
+        below = result.get(name)
+        result[name] = _over(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return result
 
 
 def prefixes(path: str) -> Iterator[str]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from engine.checkpoint.ranks import expected_files, rank_dims
+from engine.checkpoint.ranks import counts_of, expected_files, points, stage_dims, written_dims
 from engine.errors import EngineError
 from engine.language.axes import extent
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import pattern
+from engine.language.rules import STORED
 from engine.planning.groups import cut_of
-from engine.planning.stored import Instance, Stages
+from engine.planning.request import RANK_OPTIONS
+from engine.planning.stages import Stages, in_order, laid_out
+from engine.planning.stored import Instance
 
 _MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
 
@@ -56,14 +60,20 @@ class Destination:
         return ""
 
     def counts(self) -> dict[str, Any]:
-        return {**self.names, **{f"{dim}s": count for dim, count in self.sizes.items()}}
+        return {**self.names, **counts_of(self.layout, self.sizes)}
 
     def grid_names(self) -> dict[str, Any]:
         """The names that say how the model is cut, and nothing else."""
         return {k: v for k, v in self.counts().items() if k not in ("options", "training", "model_type")}
 
     def ranks(self, file: FilePattern) -> list[dict[str, int]]:
-        return list(expected_files(file, self.sizes, self.counts()))
+        """Coordinates of every file, with the values of all its placeholders."""
+        if not file.boxes:
+            return list(expected_files(file, self.sizes, self.counts()))
+        dims = written_dims(file)
+        plain = dict.fromkeys(pattern(file.name).placeholders, 0)
+        every = points([self.sizes[dim] for dim in dims])
+        return [{**plain, "rank": rank, **dict(zip(dims, at, strict=True))} for rank, at in enumerate(every)]
 
 
 def shares(count: int, ranks: int, extra: str) -> list[int]:
@@ -104,7 +114,7 @@ def mode_of(layout: Layout, name: str | None) -> Mode:
 
 def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, int]:
     """Ranks for every dimension of a mode's files; E001 for a dimension it does not have."""
-    dims = rank_dims(mode.files[0])
+    dims = written_dims(mode.files[0])
     for dim, count in sizes.items():
         if count < 1:
             raise EngineError("E001", f"there must be at least one {dim} rank", got=str(count), expected="1 or more")
@@ -114,7 +124,7 @@ def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, 
                 f"mode `{mode.name}` of layout `{layout.name}` has no {dim} ranks",
                 got=f"{dim} {count}",
                 expected=", ".join(dims),
-                fix=f"Leave --{dim} out, or choose another --mode: {', '.join(m.name for m in layout.modes)}.",
+                fix=f"Leave {dim} out, or choose another --mode: {', '.join(m.name for m in layout.modes)}.",
             )
     return {dim: sizes.get(dim, 1) for dim in dims}
 
@@ -122,7 +132,7 @@ def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, 
 def cut_layers(
     layout: Layout, layers: int, sizes: Mapping[str, int], chunks: int, names: Mapping[str, Any], like: Stages | None
 ) -> Stages:
-    """Cut the layers over (chunk, pp) stages as the framework does.
+    """Cut the layers over stages as the framework does.
 
     Args:
         like: stages to copy where they have as many layers, chunks and ranks.
@@ -130,36 +140,45 @@ def cut_layers(
     Raises:
         EngineError: E214 when the layers do not divide so, naming what would.
     """
-    pps = sizes.get("pp", 1)
-    facts = {**names, **{f"{dim}s": count for dim, count in sizes.items()}, "chunks": chunks}
+    dims = stage_dims(layout)
+    ranks = prod(sizes.get(dim, 1) for dim in dims)
+    given = asked({dim: sizes.get(dim, 1) for dim in dims})
+    facts = {**names, **counts_of(layout, sizes), "chunks": chunks}
     step = evaluate(layout.layers.divides, facts) if layout.layers.divides is not None else chunks
     if layers % step:
-        fits = [str(n) for n in range(1, layers + 1) if layers % n == 0 and layers // n >= pps]
+        fits = [str(n) for n in range(1, layers + 1) if layers % n == 0 and layers // n >= ranks]
         raise _uncut(
             f"{layers} layers do not divide into {chunks} chunks",
             f"--chunks {chunks}",
             f"chunks that divide {layers}: {', '.join(fits)}",
-            f"Give one of these to --chunks, with --pp {pps}.",
+            f"Give one of these to --chunks, with {given}.",
         )
-    if layers // chunks < pps:
+    if layers // chunks < ranks:
         raise _uncut(
-            f"{layers // chunks} layers{' of a chunk' if chunks > 1 else ''} are too few for {pps} pipeline ranks",
-            f"--pp {pps}",
+            f"{layers // chunks} layers{' of a chunk' if chunks > 1 else ''} are too few for {ranks} pipeline ranks",
+            given,
             f"at most {layers // chunks}",
             "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if chunks > 1 else "."),
         )
-    places = [(chunk, pp) for chunk in range(chunks) for pp in range(pps)]
-    order = sorted(places, key=lambda s: evaluate(layout.layers.stage, {**facts, "chunk": s[0], "pp": s[1]}))
+    order = in_order(layout, sizes, chunks, names)
     if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
         return like
-    starts: dict[tuple[int, int], int] = {}
-    counts: dict[tuple[int, int], int] = {}
-    total = 0
-    share = shares(layers // chunks, pps, layout.layers.uneven)
-    for index, place in enumerate(order):
-        starts[place], counts[place] = total, share[index % pps]
-        total += counts[place]
-    return Stages(starts, counts, chunks)
+    share = shares(layers // chunks, ranks, layout.layers.uneven)
+    return laid_out([(stage, share[index % ranks]) for index, stage in enumerate(order)], chunks, dims)
+
+
+def asked(ranks: Mapping[str, int]) -> str:
+    """Ranks as the command line takes them.
+
+    >>> asked({"tp": 2}), asked({"tp": 2, "ep": 4})
+    ('--tp 2', '--tp 2 --ranks ep=4')
+    """
+    return " ".join(f"{flag(dim)}{count}" for dim, count in ranks.items())
+
+
+def flag(dim: str) -> str:
+    """What stands before a number of ranks on the command line."""
+    return f"--{dim} " if dim in RANK_OPTIONS else f"--ranks {dim}="
 
 
 def check_cuts(
@@ -185,7 +204,7 @@ def check_cuts(
                 f"`{instance.sources[0].text}` cannot be cut over {count} {dim} ranks",
                 place=instance.rule.place,
                 got=why,
-                expected=f"--{dim} {told}",
+                expected=f"{flag(dim)}{told}",
                 fix=f"These numbers of {dim} ranks would work for every tensor of this model.",
             )
 
@@ -198,11 +217,14 @@ class _Division:
     dim: str
     axis: str | None  # None: storage rows, wherever the cut falls
     even: str | None  # why it must divide, if it must
+    at: int = 0  # the storage dimension
 
     def misfit(self, count: int, sizes: Mapping[str, int]) -> str | None:
         """Why it cannot be divided among so many ranks, or None."""
         if self.axis is None:
-            rows = extent(self.instance.axes.dims[0], sizes)
+            rows = extent(self.instance.axes.dims[self.at], sizes)
+            if self.even is not None and rows % count:
+                return f"{rows} rows do not divide by {count}, and {self.even}"
             return None if rows >= count else f"{rows} rows for {count} ranks"
         size = sizes[self.axis]
         if count > size:
@@ -221,7 +243,8 @@ def _divisions(instance: Instance, file: FilePattern, destination: Destination) 
     runs = "training runs only where it does"
     found = [_Division(instance, dim, axis, runs if axis in even else stage) for dim, axis in cut.dims]
     if cut.rows is not None:
-        found.append(_Division(instance, cut.rows, None, None))
+        named = instance.rule.split[0] in STORED
+        found.append(_Division(instance, cut.rows, None, stage if named else None, cut.at))
     roles = file.cuts.get(kind, {})
     axis = next((axis for axis in instance.rule.split if axis in even), None)
     return found + [_Division(instance, d, axis, runs) for d, role in roles.items() if axis and role == "runtime"]

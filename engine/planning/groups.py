@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from engine.checkpoint.ranks import RankFile
 from engine.language.model import FilePattern, Layout
+from engine.language.rules import STORED
 from engine.planning.parts import by_boxes, fold_replicas, unexpected_part
 from engine.planning.stored import Instance, Stored
 
@@ -17,7 +18,7 @@ class Cut:
 
     Attributes:
         dims: (rank dimension, axis) pairs; the axis is cut in the order of ranks.
-        rows: the rank dimension that cuts storage rows, if any.
+        rows: the rank dimension that cuts storage rows, if any; `at` is the storage dimension that it cuts.
         recorded: each shard records which box it holds, of the tensor that `dims` leave.
         lone: the tensor lies undivided in one rank only (a row-parallel bias).
     """
@@ -26,6 +27,7 @@ class Cut:
     rows: str | None = None
     lone: bool = False
     recorded: bool = False
+    at: int = 0
 
     def rank_dims(self) -> tuple[str, ...]:
         """Rank dimensions, the one that cuts rows last: a shard's coordinates in its group."""
@@ -78,6 +80,10 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
     rows = next((dim for dim, role in cuts.items() if role == "recorded"), None) if part else None
     if not instance.rule.split:
         return Cut(rows=rows, recorded=rows is not None)
+    if instance.rule.split[0] in STORED and instance.rule.split[0] not in instance.axes.names():
+        at = STORED.index(instance.rule.split[0])
+        dim = next((dim for dim, role in cuts.items() if role in ("split", "rows")), None)
+        return Cut(rows=dim, at=at) if dim is not None and at < len(instance.axes.dims) else Cut()
     present = set(instance.axes.names())
     dims: list[tuple[str, str]] = []
     lone = False

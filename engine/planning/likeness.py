@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+from engine.checkpoint.ranks import stage_dims
 from engine.errors import EngineError
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
@@ -14,7 +16,8 @@ from engine.planning.attempts import Checkpoint
 from engine.planning.destination import Destination, Request, cut_layers, mode_of, ranks_of
 from engine.planning.planner import Understood
 from engine.planning.rank_outputs import destination_names
-from engine.planning.stored import Instance, Stages, prefix_of
+from engine.planning.stages import Stages
+from engine.planning.stored import Instance, prefix_of
 from engine.planning.variants import decide, option_value
 
 
@@ -58,12 +61,14 @@ def destination_of(
     mode = mode_of(layout, request.mode if request.mode is not None else like.mode)
     asked = dict(request.sizes or {})
     known = {d: n for d, n in like.sizes.items() if d not in asked} if mode.name == like.mode else {}
-    shared = {d: n for d, n in like.sizes.items() if d == "pp" and d not in asked}
+    staged = stage_dims(layout)  # stages are what modes share
+    shared = {d: n for d, n in like.sizes.items() if d in staged and d not in asked}
     sizes = ranks_of(layout, mode, {**shared, **known, **asked})
     chunks = request.chunks
     if chunks is None:
-        pps = sizes.get("pp", 1)
-        chunks = like.chunks if pps > 1 or pps == like.sizes.get("pp") else 1
+        ranks = {d: sizes.get(d, 1) for d in staged}
+        same = ranks == {d: like.sizes.get(d) for d in staged}
+        chunks = like.chunks if same or prod(ranks.values()) > 1 else 1
     if chunks < 1:
         raise EngineError("E001", "there must be at least one chunk", got=str(chunks), expected="1 or more")
     options = _layout_options(layout, settings)

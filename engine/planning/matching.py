@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.checkpoint.ranks import RankFile, RankGrid
+from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, layout_dims
 from engine.errors import EngineError, Place
 from engine.language.model import Exclusion, Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
-from engine.planning.stored import Instance, Stages, Stored, number_experts, number_layers
+from engine.planning.stages import Indices, Stages, file_numbers, local_indices, number_layers
+from engine.planning.stored import Instance, Stored
 
 Match = tuple[Stored, Instance, Mapping[str, int]]
 
@@ -141,7 +142,7 @@ def stages_of(
     stored: Sequence[Stored], matches: Matches, grid: RankGrid, layout: Layout, names: Mapping[str, Any]
 ) -> Stages:
     """Count each stage's layers, file by file, in the files that hold whole stages."""
-    local: dict[tuple[int, int], dict[int, int]] = {}
+    local: dict[Stage, dict[int, int]] = {}
     for one in stored:
         file = grid.files[one.file]
         if file.pattern.number is not None or one.name not in matches.candidates:
@@ -149,10 +150,10 @@ def stages_of(
         layer = matches.candidates[one.name][0][1].get("layer")
         if layer is None:
             continue
-        counts = local.setdefault((one.chunk, file.ranks.get("pp", 0)), {})
+        counts = local.setdefault(grid.stage(one.file, one.chunk), {})
         seen_in = 0 if file.pattern.boxes else one.file  # files of boxes hold whatever was dealt to them
         counts[seen_in] = max(counts.get(seen_in, 0), layer + 1)
-    stages = number_layers(local, grid, layout, names, grid.files)
+    stages = number_layers(local, grid, layout, names)
     _check_order(stored, matches, grid, stages)
     return stages
 
@@ -166,7 +167,7 @@ def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, sta
     found: dict[tuple[str, str], list[tuple[int, Stored]]] = {}
     for one in stored:
         file = grid.files[one.file]
-        place = one.chunk, file.ranks.get("pp", 0)
+        place = grid.stage(one.file, one.chunk)
         if one.name in matches.candidates and file.pattern.number is None and place in stages.starts:
             kind = matches.candidates[one.name][0][0].stage_class
             if kind != "layers":
@@ -174,24 +175,40 @@ def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, sta
     for (kind, name), places in found.items():
         wanted = 0 if kind == "first" else len(order) - 1
         if all(at != wanted for at, _ in places):
-            (chunk, pp), at = order[wanted], order[places[0][0]]
             raise EngineError(
                 "E211",
                 f"the pipeline stages are in another order than their files say: `{name}` belongs to the {kind} one",
                 place=Place(grid.files[places[0][1].file].name, tensor=name),
-                got=f"in chunk {at[0]} of pp{at[1]}",
-                expected=f"in chunk {chunk} of pp{pp}",
+                got=f"in {stages.name(order[places[0][0]])}",
+                expected=f"in {stages.name(order[wanted])}",
                 fix="Files were renamed or exchanged, or are of another run; copy the folder again.",
             )
 
 
+def indices_of(stored: Sequence[Stored], matches: Matches, grid: RankGrid, layout: Layout) -> Indices:
+    """How numbers in names become those of the whole model, where the layout says that they are local to a rank."""
+    seen: dict[str, dict[int, int]] = {}
+    for one in stored if layout.indices else ():
+        for axis, value in matches.candidates[one.name][0][1].items() if one.name in matches.candidates else ():
+            if axis in layout.indices:
+                counts = seen.setdefault(axis, {})
+                counts[one.file] = max(counts.get(one.file, 0), value + 1)
+    return Indices(layout, grid.sizes, local_indices(layout, seen, grid.files))
+
+
 def assign(
-    stored: Sequence[Stored], matches: Matches, choices: Mapping[str, str], grid: RankGrid, stages: Stages
+    stored: Sequence[Stored],
+    matches: Matches,
+    choices: Mapping[str, str],
+    grid: RankGrid,
+    layout: Layout,
+    stages: Stages,
 ) -> list[Match]:
     """Pair each tensor with its active rule and its placeholder values in the whole model."""
     result: list[Match] = []
-    positions: dict[int, dict[tuple[int, int], list[tuple[int, int]]]] = {}
-    cache: dict[tuple[str, int, int], tuple[Instance, Mapping[str, int]]] = {}
+    positions: dict[int, dict[tuple[int, int], set[int]]] = {}
+    cache: dict[tuple[str, Stage, tuple[int, ...]], tuple[Instance, Mapping[str, int]]] = {}
+    indices, dims = indices_of(stored, matches, grid, layout), layout_dims(layout) if layout.indices else ()
     for one in stored:
         found = matches.candidates.get(one.name)
         if found is None or one.name in matches.ignored:
@@ -200,15 +217,19 @@ def assign(
         if file.pattern.number is not None:
             instance, values = next((i, v) for i, v in found if is_active(i, choices))
             if one.file not in positions:
-                positions[one.file] = number_experts(grid, stages, file)
+                positions[one.file] = {}
+                for stage, local, number in file_numbers(file.pattern, stages, counts_of(layout, grid.sizes)):
+                    if number == file.ranks["number"]:
+                        fits = positions[one.file].setdefault((stage[0], local), set())
+                        fits.add(stages.starts[stage] + local)
             result.append((one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}))
             continue
-        key = (one.name, one.chunk, file.ranks.get("pp", 0))
+        key = (one.name, grid.stage(one.file, one.chunk), tuple(file.ranks.get(dim, 0) for dim in dims))
         if key not in cache:
             instance, values = next((i, v) for i, v in found if is_active(i, choices))
             if "layer" in values:
-                values = {**values, "layer": values["layer"] + stages.starts[key[1], key[2]]}
-            cache[key] = (instance, values)
+                values = {**values, "layer": values["layer"] + stages.starts[key[1]]}
+            cache[key] = (instance, indices.whole(values, file.ranks))
         result.append((one, *cache[key]))
     return result
 
@@ -216,16 +237,16 @@ def assign(
 def _expert_layer(
     one: Stored,
     values: Mapping[str, int],
-    positions: Mapping[tuple[int, int], list[tuple[int, int]]],
+    positions: Mapping[tuple[int, int], set[int]],
     file: RankFile,
 ) -> int:
     """The whole-model layer of an expert file's tensor: exactly one position must fit number and key."""
     local = values["layer"]
-    fits = {layer for (_, at), places in positions.items() if at == local for _, layer in places}
+    fits = {layer for (_, at), layers in positions.items() if at == local for layer in layers}
     if len(fits) == 1:
         return next(iter(fits))
     place = Place(file.name, tensor=one.header.name)
-    every = sorted(layer for places in positions.values() for _, layer in places)
+    every = sorted(layer for layers in positions.values() for layer in layers)
     raise EngineError(
         "E211",
         "an expert file's layer cannot be told",

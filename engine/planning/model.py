@@ -12,7 +12,8 @@ from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.classes import CopyTable
 from engine.planning.copies import Copy
-from engine.planning.stored import SourceTensor, Stages
+from engine.planning.stages import Stages
+from engine.planning.stored import SourceTensor
 from engine.planning.variants import Decision
 
 

@@ -16,7 +16,7 @@ from engine.planning import DEFAULT_SHARD_SIZE
 from engine.planning.attempts import Attempt, Checkpoint, Question, decide_by_shapes
 from engine.planning.classes import CopyTable
 from engine.planning.completeness import check_repeated, check_slices, used_instances
-from engine.planning.config_keys import as_declared, read_config, source_side, training_side
+from engine.planning.config_keys import as_declared, read_config, source_side, training_side, with_given
 from engine.planning.copies import Copy
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Tied
@@ -24,7 +24,8 @@ from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import size_error
-from engine.planning.stored import Instance, Stages, Stored, instances, strip
+from engine.planning.stages import Stages, laid_out
+from engine.planning.stored import Instance, Stored, instances, strip
 from engine.planning.variants import check_settings, decide, options_of
 from engine.planning.whole import DTYPES, whole_groups, whole_instances, whole_output
 
@@ -72,11 +73,12 @@ def understand(
     names: dict[str, Any] = {
         **read.config,
         "options": options,
+        "given": dict(checkpoint.target_config),
         "training": read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config,
         "present": present_in({one.name for one in stored}),
     }
     layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, names).items()}
-    decisions = decide(mapping.variants, settings, names)
+    decisions = decide(mapping.variants, settings, names, checkpoint.config_name)
     stages = stages_of(stored, matches, checkpoint.grid, layout, {**names, **layout_choices})
     question = Question(mapping, layout, checkpoint, stored, matches, rules, stages, names)
     attempt = decide_by_shapes(question, decisions)
@@ -89,7 +91,8 @@ def understand(
         raise size_error(attempt.sizes.contradictions[0])
     used = tuple(used_instances(attempt))
     if not stages.layers and len(stages.counts) == 1:  # no name has a layer's number: tensors stack them
-        stages = Stages(stages.starts, dict.fromkeys(stages.counts, attempt.sizes.values().get("layer", 0)), 1)
+        layers = attempt.sizes.values().get("layer", 0)
+        stages = laid_out([(stage, layers) for stage in stages.counts], stages.chunks, stages.dims)
     all_names = {**attempt.names, **attempt.sizes.values()}
     return Understood(attempt, used, match_pieces(used), stages, matches, options, all_names, read.noted)
 
@@ -130,6 +133,7 @@ def make_plan(
         for i, (spec, group) in enumerate(listed)
     ]
     config = as_declared(render_tree(mapping.config, understood.names), mapping.keys.get("target", {}))
+    config = with_given(config, checkpoint.target_config, mapping)
     ties = bool(config.get("tie_word_embeddings"))
     tied_to = [spec.instances[0].rule.tied_to if ties else None for spec, _ in listed]
     kept = [i for i, to in enumerate(tied_to) if to is None]
@@ -268,4 +272,8 @@ def _notices(checkpoint: Checkpoint, mapping: MappingFile) -> tuple[str, ...]:
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
     if unknown:
         notices.append("not part of the checkpoint, left alone: " + ", ".join(map(printable, unknown)))
+    left = sorted({name for file in checkpoint.files for name in file.left})
+    if left:
+        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        notices.append("not of the model, left behind: " + ", ".join(map(printable, left[:4])) + more)
     return tuple(notices)

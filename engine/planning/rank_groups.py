@@ -7,13 +7,13 @@ from itertools import product
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError
-from engine.formats.headers import TensorHeader
+from engine.formats.headers import Part, TensorHeader
 from engine.language.axes import extent
-from engine.language.expressions import evaluate
 from engine.language.model import FilePattern
 from engine.language.names import Pattern, pattern
-from engine.planning.destination import Destination, check_cuts, file_of, shares
+from engine.planning.destination import Destination, check_cuts, file_of, flag, shares
 from engine.planning.groups import Cut, Group, cut_of
+from engine.planning.stages import Indices, file_numbers, shared_out
 from engine.planning.stored import Instance, Stored
 from engine.planning.whole import contiguous
 
@@ -46,36 +46,50 @@ class RankGroups:
         self._ranks = {file.name: destination.ranks(file) for file in destination.mode.files}
         for ranks in self._ranks[destination.mode.files[0].name]:
             self._number(destination.mode.files[0], ranks)
-        self._experts = self._expert_numbers(patterns)
+        self._layer_numbers = self._file_numbers(patterns)
+        layout, dims = destination.layout, destination.sizes
+        local = {axis: shared_out(axis, sizes.get(axis, 0), layout, dims) for axis in layout.indices}
+        indices = Indices(layout, dims, local)
+        self._homes = {axis: indices.homes(axis) for axis in layout.indices}
         for position, (instance, file) in enumerate(patterns):
             self._add(position, instance, file)
         for held in self.held:
             held.sort(key=lambda entry: (entry[0], entry[1].name))
 
     def _add(self, position: int, instance: Instance, file: FilePattern) -> None:
-        layout, stages = self._destination.layout, self._destination.stages
+        layout = self._destination.layout
         cut = cut_of(instance, file, layout)
+        boxes = _Boxes(instance, file, self._destination, self._sizes) if file.boxes else None
         names = instance.axis_names()
         spelling = self._spellings.get(instance.key, instance.sources[0])
         shape = self._shapes(instance, cut)
         for values in product(*(range(self._sizes[a]) for a in names)):
             fixed = dict(zip(names, values, strict=True))
-            chunk, pp, local = self._stage(instance, fixed, stages.layers)
-            key = self._destination.prefix(chunk) + spelling.format({**fixed, "layer": local})
+            chunk, home, local = self._home(instance, fixed)
+            key = self._destination.prefix(chunk) + spelling.format(local)
             shards: dict[tuple[int, ...], list[Stored]] = {}
             listed: list[tuple[Order, Stored, tuple[int, ...]]] = []
             for ranks in self._ranks[file.name]:
-                if ranks.get("pp", pp) != pp:
+                if any(ranks.get(dim, rank) != rank for dim, rank in home.items()):
                     continue
                 if cut.lone and any(ranks.get(d, r) != r for d, r in layout.lone_rank.items()):
                     continue
                 at = tuple(ranks[dim] for dim in cut.rank_dims())
-                local_shape = shape(at)
-                header = TensorHeader(key, "", local_shape, contiguous(local_shape), 0)
-                placed = {**ranks, **fixed, "number": self._experts.get((file.name, fixed.get("layer", 0)), 0)}
+                part = None
+                if boxes is not None:
+                    found = boxes(ranks)
+                    if found is None:
+                        continue
+                    part, local_shape = found
+                    at = part.starts
+                else:
+                    local_shape = shape(at)
+                header = TensorHeader(key, "", local_shape, contiguous(local_shape), 0, part)
+                number = self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)
+                placed = {**ranks, **fixed, "number": number}
                 one = Stored(self._number(file, placed), header, key, chunk)
                 stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
-                listed.append(((chunk, stage, local, position, *values), one, at))
+                listed.append(((chunk, stage, local.get("layer", 0), position, *values), one, at))
                 shards.setdefault(at, []).append(one)
             ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
             group = Group(instance, fixed, cut, ordered)
@@ -84,15 +98,20 @@ class RankGroups:
             for order, one, at in listed:
                 self.held[one.file].append((order, one, group, place[at]))
 
-    def _stage(self, instance: Instance, fixed: Mapping[str, int], layers: int) -> tuple[int, int, int]:
-        """(chunk, pp, local layer) of a tensor."""
+    def _home(self, instance: Instance, fixed: Mapping[str, int]) -> tuple[int, dict[str, int], dict[str, int]]:
+        """The chunk of a tensor, the ranks that it is bound to, and the numbers in its name there."""
         stages = self._destination.stages
         kind = instance.stage_class
-        layer = fixed["layer"] if kind == "layers" else 0 if kind == "first" else layers - 1
-        for place, start in stages.starts.items():
-            if start <= layer < start + stages.counts[place]:
-                return (*place, layer - start)
-        raise ValueError(f"layer {layer} of {layers} is in no stage")
+        layer = fixed.get("layer", 0) if kind == "layers" else 0 if kind == "first" else stages.layers - 1
+        stage, at = stages.find(layer)
+        home, local = stages.ranks(stage), dict(fixed)
+        if "layer" in fixed:
+            local["layer"] = at
+        for axis, homes in self._homes.items():
+            if axis in fixed:
+                ranks, local[axis] = homes[fixed[axis]]
+                home |= ranks
+        return stage[0], home, local
 
     def _shapes(self, instance: Instance, cut: Cut) -> _Shapes:
         return _Shapes(instance, cut, self._destination, self._sizes)
@@ -107,42 +126,51 @@ class RankGroups:
             self.files.append(RankFile(name, file, {p: values[p] for p in compiled.placeholders}))
         return self._numbers[name]
 
-    def _expert_numbers(self, patterns: Sequence[tuple[Instance, FilePattern]]) -> dict[tuple[str, int], int]:
+    def _file_numbers(self, patterns: Sequence[tuple[Instance, FilePattern]]) -> dict[tuple[str, int], int]:
         """(file pattern, layer) → its number; E214 when two layers would write the same file."""
-        stages, sizes = self._destination.stages, self._destination.sizes
-        result: dict[tuple[str, int], int] = {}
-        for file in {f.name: f for _, f in patterns if f.number is not None}.values():
-            seen: dict[int, tuple[int, int]] = {}
-            pps = sizes.get("pp", 1)
-            for pp in range(pps):
-                nth = 0
-                for chunk in range(stages.chunks):
-                    for local in range(stages.counts[chunk, pp]):
-                        layer = stages.starts[chunk, pp] + local
-                        facts = {
-                            **self._destination.counts(),
-                            "pp": pp,
-                            "pps": pps,
-                            "layers": stages.layers,
-                            "nth": nth,
-                        }
-                        number = evaluate(file.number, {**facts, "chunks": stages.chunks}) if file.number else 0
-                        if number in seen:
-                            raise EngineError(
-                                "E214",
-                                "two layers would write the same expert files, and one would be lost",
-                                place=file.place,
-                                got=f"layer {seen[number][1]} on pp{seen[number][0]} and layer {layer} on pp{pp}: "
-                                f"{pattern(file.name).text} with number {number}",
-                                expected="layers that divide by the pipeline ranks",
-                                fix="Give a --pp that divides the layers: "
-                                + ", ".join(str(n) for n in range(1, stages.layers + 1) if stages.layers % n == 0)
-                                + ".",
-                            )
-                        seen[number] = (pp, layer)
-                        result[file.name, layer] = number
-                        nth += 1
+        stages, result = self._destination.stages, dict[tuple[str, int], int]()
+        for file in {f.name: f for _, f in patterns}.values():
+            seen: dict[int, tuple[str, int]] = {}
+            for stage, local, number in file_numbers(file, stages, self._destination.counts()):
+                layer, name = stages.starts[stage] + local, stages.name(stage)
+                if number in seen:
+                    raise EngineError(
+                        "E214",
+                        "two layers would write the same expert files, and one would be lost",
+                        place=file.place,
+                        got=f"layer {seen[number][1]} on {seen[number][0]} and layer {layer} on {name}: "
+                        f"{file.name} with number {number}",
+                        expected="layers that divide by the pipeline ranks",
+                        fix=f"Give a {' or '.join(flag(dim).strip() for dim in stages.dims)} that divides the layers: "
+                        + ", ".join(str(n) for n in range(1, stages.layers + 1) if stages.layers % n == 0)
+                        + ".",
+                    )
+                seen[number] = name, layer
+                result[file.name, layer] = number
         return result
+
+
+class _Boxes:
+    """The box of a tensor that each rank of a mesh stores: replicas once, by the first rank that holds one."""
+
+    def __init__(
+        self, instance: Instance, file: FilePattern, destination: Destination, sizes: Mapping[str, int]
+    ) -> None:
+        self._whole = tuple(extent(dim, sizes) for dim in instance.axes.dims)
+        self._mesh, self._counts = file.mesh, destination.sizes
+
+    def __call__(self, ranks: Mapping[str, int]) -> tuple[Part, tuple[int, ...]] | None:
+        """Where the box lies and its shape, by torch's rule of chunks; None for a rank that stores nothing."""
+        starts, shape = [0] * len(self._whole), list(self._whole)
+        for dim, at in self._mesh.items():
+            if at >= len(shape):
+                if ranks[dim]:
+                    return None
+                continue
+            step = -(-self._whole[at] // self._counts[dim])
+            low, high = min(ranks[dim] * step, self._whole[at]), min((ranks[dim] + 1) * step, self._whole[at])
+            starts[at], shape[at] = low, high - low
+        return None if 0 in shape else (Part(tuple(starts), self._whole), tuple(shape))
 
 
 class _Shapes:
@@ -154,9 +182,10 @@ class _Shapes:
         self._shares = {axis: shares(sizes[axis], destination.sizes.get(dim, 1), extra) for dim, axis in cut.dims}
         self._rows: list[int] = []
         if cut.rows is not None:
-            self._rows = shares(extent(self._axes.dims[0], sizes), destination.sizes.get(cut.rows, 1), extra)
+            self._rows = shares(extent(self._axes.dims[cut.at], sizes), destination.sizes.get(cut.rows, 1), extra)
 
     def __call__(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
         local = {axis: self._shares[axis][ranks[i]] for i, (_, axis) in enumerate(self._cut.dims)}
         shape = tuple(extent(dim, {**self._sizes, **local}) for dim in self._axes.dims)
-        return (self._rows[ranks[0]], *shape[1:]) if self._rows else shape
+        at = self._cut.at
+        return (*shape[:at], self._rows[ranks[0]], *shape[at + 1 :]) if self._rows else shape

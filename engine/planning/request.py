@@ -6,6 +6,7 @@ the request. A new option is a field of `Request` and the same line in the keywo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -14,11 +15,57 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from engine.errors import EngineError
 from engine.planning import DEFAULT_SHARD_SIZE
+from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.
+RANK_OPTIONS = {"tp": "Tensor-parallel ranks.", "pp": "Pipeline ranks.", "wp": "Weight-parallel ranks, in mode isp."}
+_ALSO = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32",
+         "f32": "float32", "float": "float32"}  # fmt: skip
+_MOST_BYTES = 1 << 62
+
+
+def dtype_name(value: object) -> str:
+    """One of `DTYPES`, of a name as people and programs write it, or of a torch dtype.
+
+    >>> dtype_name("bf16"), dtype_name("torch.float16"), dtype_name("FP32")
+    ('bfloat16', 'float16', 'float32')
+
+    Raises:
+        ValueError: for any other.
+    """
+    name = str(value).removeprefix("torch.").lower()
+    name = _ALSO.get(name, name)
+    if name not in DTYPES:
+        near = get_close_matches(name, [*DTYPES, *_ALSO], 1)
+        raise ValueError(f"there is no dtype `{value}`; there are {', '.join(DTYPES)}"
+                         + (f"; did you mean `{near[0]}`?" if near else ""))  # fmt: skip
+    return name
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes from `5GB` (powers of 1000), `2GiB` (powers of 1024) or a plain number.
+
+    >>> parse_size("5GB"), parse_size("1.5 GiB"), parse_size("500"), parse_size(500)
+    (5000000000, 1610612736, 500, 500)
+
+    Raises:
+        ValueError: for what is no size.
+    """
+    text = str(value).strip()
+    match = None if isinstance(value, bool) else re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text, re.I)
+    if match is None:
+        raise ValueError(f"`{value}` is not a size; write it like 5GB, 2GiB, 500MB or plain bytes")
+    number, letter, binary = match.groups()
+    exact = float(number) * (1024 if binary else 1000) ** (" kmgt".index(letter.lower()) if letter else 0)
+    if exact > _MOST_BYTES:
+        raise ValueError(f"`{text[:40]}` is larger than any file can be")
+    if exact < 1 or exact != int(exact):
+        raise ValueError(f"`{text}` is no size to fill a file with; it must be a positive number of bytes")
+    return int(exact)
 
 
 def option(help: str, kind: str = "text", *, flags: str = "", metavar: str = "", shown: str = "") -> dict[str, str]:
@@ -40,9 +87,10 @@ class Request:
     Attributes:
         mapping: a path, the name of a bundled mapping, or a loaded one.
         src: the folder of the checkpoint that is read.
+        config: a file with the target's configuration, for what the checkpoint does not say.
         settings: variants and options of the mapping or its layout, as `--set` gives them.
-        dtype: one of `DTYPES`; `auto` keeps each tensor's own type.
-        max_shard_size: bytes of tensors per output file of a Hugging Face checkpoint.
+        dtype: one of `DTYPES`, a short form like `bf16`, or a torch dtype; `auto` keeps each tensor's own type.
+        max_shard_size: bytes of tensors per output file of a Hugging Face checkpoint, or text like `5GB`.
         strict: refuse sizes other than those of the release.
         ranks: ranks to write per rank dimension; the others are as in `like`, else as in `src`, else 1.
         chunks: model chunks per pipeline rank to write.
@@ -61,8 +109,14 @@ class Request:
             metavar="FILE|NAME",
         )
     )
-    src: str | Path = field(
+    src: Source = field(
         default=".", metadata=option("The checkpoint folder.", flags="--src -s", metavar="DIR", shown="current folder")
+    )
+    config: str | Path | None = field(
+        default=None,
+        metadata=option(
+            "The target's config.json, for frameworks that save none, and what theirs leaves open.", metavar="FILE"
+        ),
     )
     settings: Mapping[str, Any] = field(
         default_factory=dict,
@@ -76,7 +130,10 @@ class Request:
         metadata=option("Most bytes of tensors in one output file, like 2GB or 5GiB.", "size", shown="2GB"),
     )
     strict: bool = field(default=False, metadata=option("Refuse sizes other than those the release has.", "flag"))
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=option("Ranks to write, of any dimension that the layout has.", metavar="DIM=N,…"),
+    )
     chunks: int | None = field(
         default=None, metadata=option("Model chunks per pipeline rank (interleaved pipeline).", "count")
     )
@@ -93,26 +150,20 @@ class Request:
     )
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise EngineError(
-                "E001",
-                f"there is no dtype `{self.dtype}`",
-                expected=", ".join(DTYPES),
-                fix="Give one of these to --dtype.",
-            )
-        if isinstance(self.max_shard_size, bool) or not isinstance(self.max_shard_size, int) or self.max_shard_size < 1:
-            raise EngineError(
-                "E001",
-                "the shard size must be a positive number of bytes",
-                got=str(self.max_shard_size),
-                fix="For example 2GB, in Python 2_000_000_000.",
-            )
+        for name, read in (("dtype", dtype_name), ("max_shard_size", parse_size)):
+            try:
+                object.__setattr__(self, name, read(getattr(self, name)))
+            except ValueError as error:
+                raise EngineError(
+                    "E001", f"{name} cannot be used as given", got=repr(getattr(self, name))[:100], fix=f"{error}."
+                ) from None
 
 
 class PlanOptions(TypedDict, total=False):
     """Keywords of whatever makes a plan."""
 
     settings: Mapping[str, Any] | None
+    config: str | Path | None
     dtype: str
 
 
@@ -124,9 +175,9 @@ class WholeOptions(PlanOptions, total=False):
 
 
 class RankOptions(PlanOptions, total=False):
-    """Keywords of what plans rank files; `tp`, `pp` and `wp` are short for entries of `ranks`."""
+    """Keywords of what plans rank files; `RANK_OPTIONS` are short for entries of `ranks`."""
 
-    ranks: Mapping[str, int] | None
+    ranks: Mapping[str, int] | str | None
     tp: int | None
     pp: int | None
     wp: int | None
@@ -146,7 +197,7 @@ def keywords(options: Mapping[str, Any], takes: type) -> Any:
     return {name: value for name, value in options.items() if name in takes.__annotations__}
 
 
-def request_of(mapping: str | Path | MappingFile, src: str | Path, options: Mapping[str, Any], takes: type) -> Request:
+def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[str, Any], takes: type) -> Request:
     """The request that keywords make.
 
     Args:
@@ -156,10 +207,38 @@ def request_of(mapping: str | Path | MappingFile, src: str | Path, options: Mapp
         TypeError: for a keyword that is none of them, as Python does.
     """
     check_keywords(options, takes)
-    ranks = dict(options.get("ranks") or {})
-    ranks |= {name: options[name] for name in ("tp", "pp", "wp") if options.get(name) is not None}
+    ranks = ranks_given(options.get("ranks"))
+    ranks |= {name: options[name] for name in RANK_OPTIONS if options.get(name) is not None}
     given = {name: value for name, value in own(options, Request).items() if value is not None}
     return Request(mapping, src, **{**given, "ranks": ranks})
+
+
+def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
+    """Ranks per dimension, as a mapping or as text; E001 for what is neither.
+
+    >>> ranks_given("tp=2,pp=4")
+    {'tp': 2, 'pp': 4}
+    """
+    if isinstance(ranks, str):
+        found: dict[str, int] = {}
+        for one in ranks.split(","):
+            dim, _, text = (part.strip() for part in one.partition("="))
+            if not dim.isidentifier() or not text.isascii() or not text.isdecimal() or len(text) > 9 or dim in found:
+                raise EngineError(
+                    "E001",
+                    "ranks are given as a dimension and a number, each dimension once",
+                    got=ranks[:100],
+                    expected="tp=2,pp=4",
+                    fix="The dimensions are those of the layout: `engine inspect` shows a checkpoint's.",
+                )
+            found[dim] = int(text)
+        return found
+    for dim, count in (ranks or {}).items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise EngineError(
+                "E001", f"ranks of `{dim}` must be a whole number", got=repr(count)[:100], expected="1 or more"
+            )
+    return dict(ranks or {})
 
 
 def own(options: Mapping[str, Any], kind: type) -> dict[str, Any]:

@@ -154,7 +154,8 @@ class Side:
             header = replicas[0].header
             first = header.starts
             if group.cut.rows is not None and not group.cut.recorded:
-                first, row = (row, *first[1:]), row + header.shape[0]
+                at = group.cut.at
+                first, row = (*first[:at], row, *first[at + 1 :]), row + header.shape[at]
             window = tuple((low, low + size) for low, size in zip(first, header.shape, strict=True))
             result.append(Shard(ranks, replicas, sizes, begin, window))
         return result

@@ -196,16 +196,17 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
 
 
 def _look_rows(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
-    """Weight parallelism: the shards' rows add up to the whole first dimension."""
-    axes = group.instance.axes
-    rows = sum(stored[0].header.shape[0] for stored in group.shards.values())
+    """Where storage rows are cut, wherever that falls: the shards' rows add up to the whole dimension."""
+    axes, at = group.instance.axes, group.cut.at
+    rows = sum(stored[0].header.shape[at] for stored in group.shards.values())
     done = True
     first = next(iter(group.shards))
-    checks: list[tuple[Node, int, tuple[int, ...]]] = [(axes.dims[0], rows, first)]
+    checks: list[tuple[Node, int, tuple[int, ...]]] = [(axes.dims[at], rows, first)]
     checks += [
         (node, size, ranks)
         for ranks, stored in group.shards.items()
-        for node, size in zip(axes.dims[1:], stored[0].header.shape[1:], strict=True)
+        for other, (node, size) in enumerate(zip(axes.dims, stored[0].header.shape, strict=True))
+        if other != at
     ]
     for node, size, ranks in checks:
         form = linear(node, state.values())
@@ -214,8 +215,8 @@ def _look_rows(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
             continue
         constant, factor, unknown = form
         value, rest = divmod(size - constant, factor) if factor else (size, size - constant)
-        if rest or (unknown is None and constant != size):
-            where = _where(group, ranks, files) if node is not axes.dims[0] else _all(group, files)
+        if rest or value < 0 or (unknown is None and constant != size):
+            where = _where(group, ranks, files) if node is not axes.dims[at] else _all(group, files)
             _contradict(
                 state,
                 group,

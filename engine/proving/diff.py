@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.language.model import Mapping as MappingFile
-from engine.proving.routes import TensorChange, compare_routes
+from engine.proving.changes import TensorChange, ValueChange, compare_meanings
 
 # Section → what readers call it. `rules` by rule and key, the others by dotted path.
 SECTIONS = {
@@ -48,7 +48,9 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class MappingDiff:
-    """What changes between two mappings; `old` or `new` is None where there is none.
+    """What changes between two mappings: in their files, in where tensors go, and in what is written.
+
+    `old` or `new` is None where there is none.
 
     `same_in` names other mappings that change in just this way, as releases do with their family.
     """
@@ -58,11 +60,12 @@ class MappingDiff:
     new: str | None
     changes: tuple[Change, ...]
     tensors: tuple[TensorChange, ...]
+    values: tuple[ValueChange, ...] = ()
     same_in: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
-        return not self.changes and not self.tensors
+        return not self.changes and not self.tensors and not self.values
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -72,6 +75,7 @@ class MappingDiff:
             "equal": self.equal,
             "changes": [one.as_dict() for one in self.changes],
             "tensors": [one.as_dict() for one in self.tensors],
+            "values": [one.as_dict() for one in self.values],
             "same_in": list(self.same_in),
         }
 
@@ -86,7 +90,9 @@ def diff_mappings(name: str, old: MappingFile | None, new: MappingFile | None) -
             if before.get(key) != after.get(key):
                 changes.append(Change(section, key, before.get(key), after.get(key)))
     told = [None if one is None else f"{one.name} {one.version}" for one in (old, new)]
-    return MappingDiff(name, told[0], told[1], _whole_rules(changes), tuple(compare_routes(old, new)))
+    alike = old is not None and new is not None and old.resolved == new.resolved
+    tensors, values = ((), ()) if alike else compare_meanings(old, new)
+    return MappingDiff(name, told[0], told[1], _whole_rules(changes), tensors, values)
 
 
 def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
@@ -97,11 +103,11 @@ def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
     found: dict[tuple[object, ...], list[MappingDiff]] = {}
     for one in diffs:
         if not one.equal:
-            key = (one.old is None, one.new is None, one.changes, one.tensors)
+            key = (one.old is None, one.new is None, one.changes, one.tensors, one.values)
             found.setdefault(key, []).append(one)
     return [
         MappingDiff(
-            first.name, first.old, first.new, first.changes, first.tensors, tuple(one.name for one in rest)
+            first.name, first.old, first.new, first.changes, first.tensors, first.values, tuple(o.name for o in rest)
         )
         for first, *rest in found.values()
     ]  # fmt: skip

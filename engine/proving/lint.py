@@ -26,13 +26,17 @@ class Finding:
     place: Place | None
     message: str
     fix: str | None
+    got: str | None = None
+    expected: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "code": self.code,
             "severity": self.severity,
-            "place": None if self.place is None else str(self.place),
+            "place": None if self.place is None else self.place.as_dict(),
             "message": self.message,
+            "got": self.got,
+            "expected": self.expected,
             "fix": self.fix,
         }
 
@@ -63,8 +67,7 @@ def lint(mapping: Mapping) -> list[Finding]:
 
 
 def _from_error(error: EngineError) -> Finding:
-    detail = "".join(f"; {label} {text}" for label, text in (("got", error.got), ("expected", error.expected)) if text)
-    return Finding(error.code, "error", error.place, error.message + detail, error.fix)
+    return Finding(error.code, "error", error.place, error.message, error.fix, error.got, error.expected)
 
 
 def _choices(mapping: Mapping) -> Iterator[dict[str, str]]:
@@ -246,7 +249,12 @@ def _undeclared(mapping: Mapping) -> Iterator[Finding]:
     from engine.language.layout_file import load_layout
     from engine.proving.undeclared import undeclared
 
-    for expression, side, path, known in undeclared(mapping, load_layout(mapping.layout)):
+    try:
+        layout = load_layout(mapping.layout)
+    except EngineError as error:
+        yield _from_error(error)
+        return
+    for expression, side, path, known in undeclared(mapping, layout):
         near = get_close_matches(path, list(known), 1)
         yield Finding(
             "L009",

@@ -61,6 +61,8 @@ def _path_of(path: str | Path) -> Path:
 
 def _names(before: Revision, after: Revision | None, files: Sequence[Path]) -> list[PurePosixPath]:
     """Paths from the repository's top; families first, so that releases say they follow."""
+    from engine.proving.revisions import is_mapping_path
+
     if files:
         names: list[PurePosixPath] = []
         for file in files:
@@ -81,7 +83,7 @@ def _names(before: Revision, after: Revision | None, files: Sequence[Path]) -> l
     else:
         now = (before.top / "mappings").rglob("*.yaml")
         listed |= {p.relative_to(before.top).as_posix() for p in now}
-    kept = [PurePosixPath(p) for p in listed if not p.startswith("mappings/layouts/")]
+    kept = [PurePosixPath(p) for p in listed if is_mapping_path(p)]
     return sorted(kept, key=lambda p: (p.parent.name != "families", str(p)))
 
 

@@ -12,7 +12,7 @@ from itertools import combinations, product
 from random import Random
 from typing import Any
 
-from engine.checkpoint.ranks import rank_dims
+from engine.checkpoint.ranks import rank_dims, stage_dims
 from engine.language.expressions import names_in
 from engine.language.model import Layout, Mode
 from engine.language.model import Mapping as MappingFile
@@ -51,8 +51,8 @@ def cases(layout: Layout) -> list[Case]:
         dims = rank_dims(mode.files[0])
         if number == 0:
             found.append(_case(mode, dict.fromkeys(dims, 1)))
-        found += [_case(mode, _ranks(mode, *counts)) for counts in _TINY]
-        if number == 0 and "pp" in dims:
+        found += [_case(mode, _ranks(layout, mode, *counts)) for counts in _TINY]
+        if number == 0 and set(stage_dims(layout)) & set(dims):
             found += _chunked(layout, mode, {d: 2 for d in dims})
     switches = [name for name, option in layout.options.items() if option.type == "boolean"]
     if switches:
@@ -60,11 +60,12 @@ def cases(layout: Layout) -> list[Case]:
     return found
 
 
-def _ranks(mode: Mode, few: int, wide: int, pps: int) -> dict[str, int]:
+def _ranks(layout: Layout, mode: Mode, few: int, wide: int, stages: int) -> dict[str, int]:
     """Ranks for each dimension of a mode; more where storage rows are cut."""
+    staged = stage_dims(layout)
     file = mode.files[0]
     by_rows = {dim for cuts in file.cuts.values() for dim, role in cuts.items() if role == "rows"}
-    return {d: pps if d == "pp" else wide if d in by_rows else few for d in rank_dims(file)}
+    return {d: stages if d in staged else wide if d in by_rows else few for d in rank_dims(file)}
 
 
 def _chunked(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> Iterator[Case]:
@@ -150,6 +151,6 @@ def real_cases(layout: Layout) -> list[list[Case]]:
         if mode.files[0].cuts.get("layers") in cuts_seen:
             continue
         cuts_seen.append(mode.files[0].cuts.get("layers"))
-        tried = [_ranks(mode, few, wide, 2 if number else 4) for few, wide in _REAL]
+        tried = [_ranks(layout, mode, few, wide, 2 if number else 4) for few, wide in _REAL]
         found.append([_case(mode, sizes) for sizes in tried])
     return found

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.planning.as_model import Wanted, fit_to_model, rules_of
+from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
 
@@ -17,6 +21,71 @@ def wanted(config: Mapping[str, Any], architecture: str) -> dict[str, tuple[int,
     Raises:
         EngineError: E502 when transformers refuses the configuration.
     """
+    found = built(config, architecture)
+    if isinstance(found, str):
+        return found
+    model, ties = found
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if ties else set()
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
+    """What the model class of a configuration wants to load, ties apart.
+
+    Raises:
+        EngineError: E209 when transformers has no such class, E502 when it refuses the configuration.
+    """
+    if not config:
+        raise EngineError(
+            "E202",
+            "what the model needs is told by its configuration, which is not there",
+            expected="config.json beside the weights, or --config",
+            fix="Give the config.json of the model with --config FILE.",
+        )
+    found = built(config, "")
+    if isinstance(found, str):
+        raise EngineError(
+            "E209",
+            "what the model needs cannot be told without its class",
+            got=found.removeprefix("not checked: "),
+            expected="a config.json of a model that transformers has",
+            fix="Use a mapping of the model's family: its rules say what the model needs.",
+        )
+    model, ties = found
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if not ties:
+        return Wanted(shapes, {})
+    owners: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = owners.setdefault(id(parameter), name)
+        if first != name:
+            tied[name] = first
+    listed = getattr(model, "_tied_weights_keys", None) or {}
+    if isinstance(listed, Mapping):
+        tied |= {name: to for name, to in listed.items() if name in shapes and to in shapes}
+    return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
+
+
+def written_as_model(mapping: MappingFile, config: Mapping[str, Any]) -> MappingFile:
+    """A mapping with its rules for tensors to be written, also where these come from the model class."""
+    if not mapping.as_model or mapping.rules:
+        return mapping
+    return rules_of(mapping, wanted_by_class(config), config)
+
+
+def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Layout, Checkpoint]:
+    """A mapping with its rules, also where these come from the model class of the checkpoint's configuration.
+
+    The checkpoint is then left with what is of the model, and the layout with the prefix of its names.
+    """
+    if not mapping.as_model:
+        return mapping, layout, checkpoint
+    return fit_to_model(mapping, layout, wanted_by_class(checkpoint.target_config), checkpoint)
+
+
+def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | str:
+    """The model without memory, and whether embedding and head are one; or why it cannot be told."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -42,8 +111,7 @@ def wanted(config: Mapping[str, Any], architecture: str) -> dict[str, tuple[int,
         ) from error
     finally:
         quiet.setLevel(level)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if loaded.tie_word_embeddings else set()
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    return model, bool(getattr(loaded, "tie_word_embeddings", False))
 
 
 def misfits(

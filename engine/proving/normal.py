@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.checkpoint.ranks import index_dims, stage_dims
 from engine.explaining.describe import fold
 from engine.language.names import pattern
+from engine.language.rules import STORED
 from engine.planning.copies import Copy
 from engine.planning.groups import Cut, cut_of
 from engine.planning.matching import is_active
@@ -80,6 +82,9 @@ class _Reader:
         self._replicas = {one.sources[0]: len(one.sources) for one in plan.replicas}
         self._found: dict[str, tuple[Instance, Mapping[str, int], str]] = {}
         self._cuts: dict[tuple[str, str], Cut] = {}
+        layout = plan.layout
+        local = [dim for axis in layout.indices for dim in index_dims(layout, axis)]
+        self._homes = tuple(dict.fromkeys((*stage_dims(layout), "number", *local)))
 
     def add(
         self, classes: dict[tuple[object, ...], _Class], output: Output, copies: Sequence[Copy], note: str = ""
@@ -121,7 +126,7 @@ class _Reader:
         if cut.boxes and source.header.part is not None:
             label += tuple((f"dim{dim}=", start) for dim, start in enumerate(source.header.starts))
         label += tuple((p, v) for p, v in values.items() if p not in target)
-        home = tuple((d, file.ranks[d]) for d in ("pp", "number") if d in file.ranks)
+        home = tuple((d, file.ranks[d]) for d in self._homes if d in file.ranks)
         home += (("chunk", stored.chunk),) if self._plan.stages.chunks > 1 else ()
         return _Origin(
             text,
@@ -152,7 +157,7 @@ def cut_text(cut: Cut, lone_rank: Mapping[str, int]) -> str:
     if cut.boxes:
         return "recorded boxes"
     if cut.rows is not None:
-        return f"{cut.rows} cuts rows"
+        return f"{cut.rows} cuts {STORED[cut.at]}"
     told = [f"{dim} cuts {axis}" for dim, axis in cut.dims]
     if cut.lone:
         told.append("only on " + ", ".join(f"{dim}{rank}" for dim, rank in lone_rank.items()))
@@ -171,10 +176,9 @@ def _stages(plan: Plan) -> list[str]:
     """Which layers each stage holds, in the order of the model."""
     stages = plan.stages
     rows = []
-    for (chunk, pp), start in sorted(stages.starts.items(), key=lambda entry: (entry[1], entry[0])):
-        held = range(start, start + stages.counts[chunk, pp])
-        where = f"chunk{chunk} pp{pp}" if stages.chunks > 1 else f"pp{pp}"
-        rows.append(f"{where}: layers {fold(held) or 'none'}")
+    for stage, start in sorted(stages.starts.items(), key=lambda entry: (entry[1], entry[0])):
+        held = range(start, start + stages.counts[stage])
+        rows.append(f"{stages.name(stage)}: layers {fold(held) or 'none'}")
     return rows
 
 
@@ -230,7 +234,7 @@ def _places(plan: Plan, one: _Class) -> list[str]:
     for values, homes in zip(one.values, one.homes, strict=True):
         for home, local in homes:
             at = dict(home)
-            stage = (at.get("chunk", 0), at.get("pp", 0))
+            stage = (at.get("chunk", 0), *(at.get(dim, 0) for dim in stages.dims))
             layer = values.get("layer")
             plain = plain and "number" not in at and layer is not None and local is not None
             if plain and layer is not None and local is not None:

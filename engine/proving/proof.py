@@ -49,15 +49,22 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A mapping with one rule perturbed: what was done, and what showed it (None: nothing)."""
+    """A mapping changed in one place: where, what was done, and what showed it (None: nothing)."""
 
-    rule: str
+    where: str
     what: str
     caught_by: str | None
     told: str
+    kind: str
 
     def as_dict(self) -> dict[str, Any]:
-        return {"rule": self.rule, "what": self.what, "caught_by": self.caught_by, "told": self.told}
+        return {
+            "kind": self.kind,
+            "where": self.where,
+            "what": self.what,
+            "caught_by": self.caught_by,
+            "told": self.told,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
+from engine.proving.committed import check_meaning
 from engine.proving.counterexamples import counter_examples
-from engine.proving.facts import check_facts
 from engine.proving.lint import Finding, lint
 from engine.proving.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
 from engine.proving.meta_model import misfits, wanted
@@ -29,6 +29,7 @@ from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
 from engine.proving.tiny import DIVISIBLE, World, Worlds, guess_sizes
+from engine.run.meter import Listener, Meter
 
 RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
 _MOST_FAILURES = 5  # counter-examples told of one check
@@ -45,11 +46,16 @@ class _Proven:
         return json.dumps([mapping.resolved.get(part) for part in parts], default=str, sort_keys=True)
 
 
-def prove(names: Sequence[str | Path | MappingFile], *, mutants: bool = False) -> list[Proof]:
+def prove(
+    names: Sequence[str | Path | MappingFile], *, mutants: bool = False, progress: Listener | None = None
+) -> list[Proof]:
     """Prove mappings one after another; rules that several share are run once."""
     proven = _Proven({})
     found: list[Proof] = []
-    for name in names:
+    meter = Meter(len(names), progress, "proving", "mappings")
+    for done, name in enumerate(names):
+        meter.advance(min(done, 1))
+        meter.begin(f"proving {name.name if isinstance(name, MappingFile) else name}")
         started = time.monotonic()
         try:
             mapping = name if isinstance(name, MappingFile) else load_mapping(str(name))
@@ -67,7 +73,7 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
     layout = load_layout(mapping.layout)
     combinations = combinations_of(mapping)
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
-    checks.append(check_facts(mapping))
+    checks.append(check_meaning(mapping))
     if not checks[0].holds:
         return checks[:1], []
     worlds = Worlds(mapping)
@@ -79,10 +85,10 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
     else:
         proven.names[key] = mapping.name
         with tempfile.TemporaryDirectory(prefix="prove-") as folder:
-            check, trips = check_round_trip(mapping, layout, worlds, possible, Path(folder))
+            check = check_round_trip(mapping, layout, worlds, possible, Path(folder))
             checks.append(check)
             if mutants and check.holds:
-                tried = try_mutants(mapping, layout, trips, _models(mapping, trips), Path(folder) / "mutants")
+                tried = try_mutants(mapping)
     if not checks[-1].holds:
         return checks, []
     world = usual(mapping, worlds, possible)
@@ -136,18 +142,18 @@ def _of_finding(finding: Finding) -> Failure:
 
 def check_round_trip(
     mapping: MappingFile, layout: Layout, worlds: Worlds, possible: Sequence[Combination], folder: Path
-) -> tuple[Check, list[Trip]]:
+) -> Check:
     """Index tensors to rank files and back, over a matrix of layouts and choices."""
     if not mapping.training_config:
         told = "not checked: the mapping has no `training_config`, so nothing can be written"
-        return Check(ROUND_TRIP, None, told), []
+        return Check(ROUND_TRIP, None, told)
     if not possible:
         failure = Failure("no set of tensors shows any combination of choices", str(mapping.place))
-        return check_of(ROUND_TRIP, "no combination of choices can be reached", [failure]), []
+        return check_of(ROUND_TRIP, "no combination of choices can be reached", [failure])
     free = guess_sizes(mapping, DIVISIBLE)
     refused: set[str] = set()
     failures: list[Failure] = []
-    trips: list[Trip] = []
+    trips = 0
     lossy: set[str] = set()
     ran: set[str] = set()
     for number, row in enumerate(rows(mapping, cases(layout), possible, refused)):
@@ -158,7 +164,7 @@ def check_round_trip(
             if world is None:
                 continue
             trip = _trip(mapping, layout, world, row.case, folder / str(number))
-            plan, given = plan_back(mapping, layout, trip)
+            plan = plan_back(mapping, layout, trip)
             failures += compare_trip(trip, plan, folder / str(number) / "back")
         except EngineError as error:
             if error.code == "E214":  # too many ranks for sizes so small
@@ -166,10 +172,10 @@ def check_round_trip(
             else:
                 failures.append(Failure.of(error, f"{row.case.label}; {_told(row)}"))
             continue
-        trips.append(replace(trip, settings=given))
+        trips += 1
         ran.add(row.case.label)
         lossy |= set(world.lossy)
-    told = f"{len(trips)} round trips of {free_of(free)} over {len(ran)} layouts, every element back at its place"
+    told = f"{trips} round trips of {free_of(free)} over {len(ran)} layouts, every element back at its place"
     if lossy:
         told += f"; totality only for {', '.join(sorted(lossy))}, which change or drop values"
     missed = _never(mapping, possible)
@@ -177,7 +183,7 @@ def check_round_trip(
         told += f"; shown by no set of tensors: {', '.join(missed)}"
     if not trips and not failures:
         failures.append(Failure("no layout can hold a tiny model", str(mapping.place)))
-    return check_of(ROUND_TRIP, told, failures), trips
+    return check_of(ROUND_TRIP, told, failures)
 
 
 def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
@@ -185,23 +191,6 @@ def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
     reached = {(name, choice) for choices, _ in possible for name, choice in choices.items()}
     every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
     return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
-
-
-def _models(mapping: MappingFile, trips: Sequence[Trip]) -> dict[str, Mapping[str, tuple[int, ...]]]:
-    """What transformers wants of each world, where it has such a model and accepts it."""
-    found: dict[str, Mapping[str, tuple[int, ...]]] = {}
-    built: dict[str, Mapping[str, tuple[int, ...]] | str] = {}
-    for world in (trip.world for trip in trips):
-        key = json.dumps(world.config, sort_keys=True, default=str)
-        if key not in built:
-            try:
-                built[key] = wanted(world.config, mapping.architecture)
-            except EngineError as error:
-                built[key] = error.message
-        model = built[key]
-        if not isinstance(model, str) and not misfits(world.shapes, model, world.pieces):
-            found[world.label] = model
-    return found
 
 
 def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Check:

@@ -65,7 +65,7 @@ class Revision:
     def mappings(self) -> list[str]:
         """Paths of the mapping files below the top's `mappings` folder, layouts aside."""
         listed = (self._git("ls-tree", "-r", "--name-only", "-z", self._commit, "mappings/") or "").split("\0")
-        return [p for p in listed if p.endswith(".yaml") and not p.startswith("mappings/layouts/")]
+        return [p for p in listed if is_mapping_path(p)]
 
     def load(self, path: PurePosixPath) -> Mapping | None:
         """The mapping resolved over its parents of that revision; None when it is not there.
@@ -112,6 +112,11 @@ class Revision:
             if text is not None:
                 return normal, text
         return None
+
+
+def is_mapping_path(path: str) -> bool:
+    """Whether a path below `mappings/` is a mapping's, and no layout's or committed meaning's."""
+    return path.endswith(".yaml") and not path.startswith("mappings/layouts/") and "/meanings/" not in path
 
 
 def _normal(path: Path | PurePosixPath) -> str:

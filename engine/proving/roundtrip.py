@@ -39,7 +39,6 @@ class Trip:
     world: World
     case: Case
     checkpoint: Checkpoint
-    settings: Mapping[str, str]  # choices that only a setting decides
 
     @property
     def where(self) -> str:
@@ -69,22 +68,22 @@ def write_ranks(
     write_weights(plan, LocalStore(folder), workers=1)
     for name, (kind, content) in plan.beside.items():
         (folder / name).write_bytes(encode_config(name, kind, content))
-    return Trip(world, case, read_checkpoint(folder, layout), {})
+    return Trip(world, case, read_checkpoint(folder, layout))
 
 
-def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> tuple[Plan, Mapping[str, str]]:
-    """The plan back, and the settings it needed: choices that more than one plan would fit."""
+def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
+    """The plan back; choices that more than one plan would fit are set."""
     try:
-        return make_plan(mapping, layout, trip.checkpoint, settings=trip.settings), trip.settings
+        return make_plan(mapping, layout, trip.checkpoint, settings={})
     except EngineError as error:
-        if error.code != "E202" or trip.settings:
+        if error.code != "E202":
             raise
     given = {
         n: c
         for n, c in trip.world.choices.items()
         if n not in of_files(mapping) and mapping.variants[n].decide == "shapes"
     }
-    return make_plan(mapping, layout, trip.checkpoint, settings=given), given
+    return make_plan(mapping, layout, trip.checkpoint, settings=given)
 
 
 def compare_trip(trip: Trip, plan: Plan, out: Path) -> list[Failure]:

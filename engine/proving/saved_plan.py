@@ -41,9 +41,11 @@ class Request:
     dtype: str
     max_shard_size: int
     strict: bool
+    config: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            **({} if self.config is None else {"config": self.config}),
             "mapping": self.mapping,
             "src": self.src,
             "settings": dict(sorted(self.settings.items())),

@@ -7,14 +7,15 @@ chosen so that everything a mapping divides divides, and so that no two axes loo
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import nodes
+
 from engine.errors import EngineError
-from engine.language.expressions import OMIT, evaluate, names_in
+from engine.language.expressions import OMIT, compile_expression, evaluate, names_in
 from engine.language.model import Expression
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import claims
@@ -29,10 +30,10 @@ from engine.planning.whole import whole_groups, whole_instances
 if TYPE_CHECKING:
     import numpy as np
 
-_DIVISION = re.compile(r"(?<![\w.])([a-z_]\w*) // (\w+)")
 _LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and the like; an axis that others are divided by
 DIVISIBLE = 6  # by 2 and by 3 ranks
 _APART = (36, 45, 28, 60, 52, 20, 44, 68)  # axes that nothing is known of
+EVEN = (36, 54, 30, 66, 42, 78, 90, 102)  # the same where two and three ranks are to divide them
 _MAX_OPTIONAL = 8
 
 
@@ -76,7 +77,7 @@ class World:
         return found
 
 
-def guess_sizes(mapping: MappingFile, even: int = _SHARED) -> dict[str, int]:
+def guess_sizes(mapping: MappingFile, even: int = _SHARED, apart: Sequence[int] = _APART) -> dict[str, int]:
     """A small size for every axis that the configuration or the tensors decide.
 
     What is divided becomes a multiple: `heads // groups` and `hidden // heads`, whose result is
@@ -84,8 +85,9 @@ def guess_sizes(mapping: MappingFile, even: int = _SHARED) -> dict[str, int]:
 
     Args:
         even: the size of axes that training only divides evenly, where nothing else decides it.
+        apart: sizes of axes that nothing is known of.
     """
-    divisions = {name: _DIVISION.findall(e.text) for name, e in mapping.dims.items()}
+    divisions = {name: _divisions(e) for name, e in mapping.dims.items()}
     pairs = [(a, b) for found in divisions.values() for a, b in found]
     axes = {**_axes_of(mapping), **dict.fromkeys(name for pair in pairs for name in pair if name in mapping.dims)}
     named = {
@@ -94,7 +96,7 @@ def guess_sizes(mapping: MappingFile, even: int = _SHARED) -> dict[str, int]:
     known = {*mapping.dims, *mapping.options, *mapping.variants}
     free = [a for a, e in mapping.dims.items() if a in axes and not names_in(e) <= known]
     free += [a for a in axes if a not in mapping.dims]
-    apart = iter(_APART * 8)
+    others = iter(tuple(apart) * 8)
     values: dict[str, int] = {}
 
     def parts(axis: str) -> int:
@@ -107,7 +109,7 @@ def guess_sizes(mapping: MappingFile, even: int = _SHARED) -> dict[str, int]:
         multiples: list[int] = []
         for a, b in pairs:
             if a == axis and depth < 16:
-                quotients = [d for d, e in mapping.dims.items() if e.text.strip() == f"{a} // {b}"]
+                quotients = [d for d, e in mapping.dims.items() if divisions[d][:1] == [(a, b)] and _is_division(e)]
                 whole = int(b) if b.isdigit() else value(b, depth + 1) if b in axes else 1
                 multiples.append(whole * max((parts(d) for d in quotients), default=1))
         if multiples:
@@ -119,12 +121,28 @@ def guess_sizes(mapping: MappingFile, even: int = _SHARED) -> dict[str, int]:
         elif axis in mapping.even:
             values[axis] = even
         else:
-            values[axis] = _SHARED if any(b == axis for _, b in pairs) else next(apart)
+            values[axis] = _SHARED if any(b == axis for _, b in pairs) else next(others)
         return values[axis]
 
     for axis in free:
         value(axis)
     return {axis: values[axis] for axis in free}
+
+
+def _divisions(expression: Expression) -> list[tuple[str, str]]:
+    """What an expression divides by what, where both are names, or a name and a number."""
+    tree = compile_expression(expression).tree
+    every = [*([tree] if isinstance(tree, nodes.FloorDiv) else []), *tree.find_all(nodes.FloorDiv)]
+    found: list[tuple[str, str]] = []
+    for one in every:
+        right = one.right.name if isinstance(one.right, nodes.Name) else getattr(one.right, "value", None)
+        if isinstance(one.left, nodes.Name) and isinstance(right, str | int):
+            found.append((one.left.name, str(right)))
+    return found
+
+
+def _is_division(expression: Expression) -> bool:
+    return isinstance(compile_expression(expression).tree, nodes.FloorDiv)
 
 
 def _axes_of(mapping: MappingFile) -> dict[str, None]:
@@ -145,7 +163,7 @@ class Worlds:
 
     def shows(self, choices: Mapping[str, str], *, most: bool) -> bool:
         """Whether some set of tensors shows these choices."""
-        return self._used(choices, most=most) is not None
+        return self.used(choices, most=most) is not None
 
     def make(self, choices: Mapping[str, str], sizes: Mapping[str, int], *, most: bool = True) -> World | None:
         """The world of a combination of choices; None when no set of tensors shows them.
@@ -157,7 +175,7 @@ class Worlds:
         Raises:
             EngineError: E107, or E204 for a size that does not follow.
         """
-        used = self._used(choices, most=most)
+        used = self.used(choices, most=most)
         if used is None:
             return None
         pieces = match_pieces(used)
@@ -173,7 +191,7 @@ class Worlds:
         lossy = dict.fromkeys(i.rule.name for i in used if i.rule.transform is not None or i.rule.drop)
         return World(dict(choices), solved, config, pieces, shapes, tied, tuple(lossy))
 
-    def _used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
+    def used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
         """Active rules' tensors that together show the choices which names decide."""
         active = [one for one in self._instances if is_active(one, choices)]
         loose = {one.sources[0].text: one for one in active if one.param == "bias" or one.rule.optional}
@@ -181,7 +199,7 @@ class Worlds:
         if key not in self._absent:
             found: dict[tuple[str | None, ...], tuple[str, ...]] = {}
             for absent in _subsets(tuple(loose), most=most):
-                names = _training_names([one for one in active if one.sources[0].text not in absent])
+                names = training_names([one for one in active if one.sources[0].text not in absent])
                 present = {"present": present_in(names)}
                 found.setdefault(tuple(_first(v.choices, present) for v in self._shown), absent)
             self._absent[key] = found
@@ -193,9 +211,9 @@ def settle(
     mapping: MappingFile, choices: Mapping[str, str], used: Sequence[Instance], sizes: Mapping[str, int]
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Sizes and config.json that agree: what `dims` make of the configuration they give."""
-    present = present_in(_training_names(used))
+    present = present_in(training_names(used))
     options = options_of(mapping, {})
-    fixed = {"options": options, "present": present, "training": {}, **choices}
+    fixed = {"options": options, "present": present, "training": {}, "given": {}, **choices}
     current = dict(sizes)
     config: dict[str, Any] = {}
     for _ in range(6):
@@ -236,7 +254,7 @@ def _render(tree: Any, names: Mapping[str, Any]) -> Any:
     return tree
 
 
-def _training_names(used: Sequence[Instance]) -> set[str]:
+def training_names(used: Sequence[Instance]) -> set[str]:
     return {one.sources[0].format(dict.fromkeys(one.axis_names(), 0)) for one in used}
 
 

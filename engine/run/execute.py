@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.language.model import Layout
 from engine.run.running import Running
+from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
@@ -29,6 +31,7 @@ class Report:
     seconds: float
     variants: Mapping[str, str]
     files: tuple[str, ...]
+    kept: int = 0  # bytes that an interrupted run had written
     content_id: str | None = None  # of all tensors, whatever files they lie in; None without digests
     notices: tuple[str, ...] = field(default=())
 
@@ -41,36 +44,49 @@ class Report:
             "variants": dict(self.variants),
             "files": list(self.files),
             "content_id": self.content_id,
+            "kept": self.kept,
             "notices": list(self.notices),
         }
 
 
-def read_checkpoint(src: Path | str, layout: Layout) -> Checkpoint:
+def read_checkpoint(
+    src: Source, layout: Layout, config: Path | str | None = None, *, needed: bool = True
+) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
     Of the payload only a few KiB are read, to see that no file is there twice. Raises EngineError E2xx and E3xx.
+
+    Args:
+        config: a file of the target's configuration, for what the checkpoint does not say.
+        needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
     """
-    from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
+    from engine.checkpoint.folder import list_folder, read_configuration, read_folder_config, read_headers
     from engine.checkpoint.identity import Claim, check_identities, place_of, saved_as
-    from engine.checkpoint.ranks import check_claims, read_grid
+    from engine.checkpoint.ranks import check_claims, folders_in, read_grid
+    from engine.formats.configs import read_json
     from engine.planning.planner import Checkpoint
-    from engine.storage.places import store_at
+    from engine.storage.places import file_at, store_at
 
     folder = store_at(src, "the checkpoint")
-    grid = read_grid(list_folder(folder), layout, folder.place())
-    config = read_folder_config(folder, layout.config_file, layout.config_format, required=True)
+    file = None if config is None else file_at(config, "the configuration")
+    target = {} if file is None else read_json(file)
+    read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
+    grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), read)
     training: dict[str, Any] = {}
     if layout.training_file is not None and layout.training_format is not None:
         training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
         check_claims(grid, layout, training, folder.place())
-    headers = read_headers(folder, [f.name for f in grid.files])
+    headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors)
     check_identities(
         [
             Claim(h, saved_as(h.root, layout), place_of(f.pattern, f.ranks))
             for f, h in zip(grid.files, headers, strict=True)
         ]
     )
-    return Checkpoint(folder.place(), grid, headers, config, training, layout.config_file)
+    if layout.config_of_target:
+        target = read()
+    name = layout.config_file if file is None or not layout.config_of_target else file.name
+    return Checkpoint(folder.place(), grid, headers, read(), training, name, target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +104,10 @@ class Small:
     notices: tuple[str, ...] = ()
     later: Callable[[threading.Event], Mapping[str, bytes]] | None = None
     memory: int = 0
+
+    def whole(self) -> dict[str, bytes]:
+        """All of the files, also those that take long."""
+        return {**self.files, **(self.later(threading.Event()) if self.later is not None else {})}
 
 
 def execute(
@@ -126,6 +146,13 @@ def execute(
     def make_later(stopped: threading.Event) -> None:
         files.update(later(stopped) if later is not None else {})
 
+    told: list[Progress] = []
+
+    def listen(state: Progress) -> None:
+        told[:] = [state]
+        if how.progress is not None:
+            how.progress(state)
+
     with output as folder:
         store = LocalStore(folder)
         if how.check_source:
@@ -135,7 +162,7 @@ def execute(
             store,
             workers=how.workers,
             max_memory=how.max_memory,
-            listener=how.progress,
+            listener=listen,
             digests=how.digests,
             resume=how.resume,
             beside=[] if later is None else [make_later],
@@ -152,6 +179,7 @@ def execute(
         seconds=time.monotonic() - started,
         variants={name: d.choice for name, d in compiled.decisions.items()},
         files=names,
+        kept=told[0].kept if told else 0,
         content_id=data.get("content_id"),
         notices=tuple(notices),
     )
@@ -180,6 +208,6 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
     from engine.formats.checksums import check_files
     from engine.run.meter import Meter
 
-    meter = Meter(sum(file.size for file in compiled.files), progress)
+    meter = Meter(sum(file.size for file in compiled.files), progress, "checking the source")
     unchecked = check_files([header.file for header in compiled.files], meter.advance)
     return [f"no checksum was saved with {', '.join(unchecked[:4])}; not checked"] if unchecked else []

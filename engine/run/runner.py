@@ -78,10 +78,15 @@ def write_weights(
     with ThreadPoolExecutor(count + len(beside), thread_name_prefix="writer") as pool:
         try:
             copied = partial(compare_copied, plan, writer.done, advance=meter.advance, stopped=meter.stopped.is_set)
+            if again:
+                meter.begin("checking what is kept")
             _run(pool, meter, [partial(copied, again[first::count]) for first in range(min(count, len(again)))])
             parts = [checks(plan)[first::count] for first in range(count)]
             comparing = partial(compare_replicas, plan, meter.advance, stopped=meter.stopped.is_set)
+            if any(parts):
+                meter.begin("comparing replicas")
             _run(pool, meter, [partial(comparing, part) for part in parts if part])
+            meter.begin("writing")
             if store.positioned:
                 _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
             if digests and folder is not None:

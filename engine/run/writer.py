@@ -113,7 +113,7 @@ class Writer:
             while (taken := shares.take(job)) is not None:
                 job, unit = taken
                 left = [output for output in unit.outputs if output not in self.done]
-                self._meter.advance(sum(plan.outputs[i].nbytes for i in unit.outputs if i in self.done))
+                self._meter.keep(sum(plan.outputs[i].nbytes for i in unit.outputs if i in self.done))
                 with self._errors(self._places[unit.outputs[0]][0]):
                     if not self._store.positioned and left:
                         self.start(self._places[left[0]][0])
@@ -204,7 +204,7 @@ class Writer:
     ) -> None:
         """Write outputs one after the other, each from where an interrupted run left it."""
         begun = {output: self._total(output).end for output in outputs}
-        self._meter.advance(sum(begun.values()))
+        self._meter.keep(sum(begun.values()))
         waiting = iter(outputs)  # outputs that are not finished
         marked = dict(begun)
 

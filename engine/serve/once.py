@@ -31,7 +31,12 @@ class Once(Generic[Key, Value]):
                 found.set_result(self._compute(key))
             except BaseException as error:
                 with self._lock:
-                    del self._known[key]
+                    self._known.pop(key, None)
                 found.set_exception(error)
                 raise
         return found.result()
+
+    def forget(self, key: Key) -> None:
+        """Keep a result no longer; whoever asks next computes it again."""
+        with self._lock:
+            self._known.pop(key, None)

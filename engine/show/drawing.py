@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.planning.stored import Stages
+from engine.planning.stages import Stages
 from engine.show.pictures import Box, Picture, Tile, flat_shape
 
 LEFT, RIGHT = 600, 320  # widths of the sources' and the targets' half
@@ -146,16 +146,24 @@ def _times(shape: Sequence[int]) -> str:
 
 def strip(stages: Stages, width: float) -> tuple[Band, ...]:
     """All layers from left to right, coloured by the pipeline rank that holds them."""
-    ranks = 1 + max((pp for _, pp in stages.counts), default=0)
+    ranks = sorted({stage[1:] for stage in stages.counts})
     each = width / max(stages.layers, 1)
     bands = []
-    for (chunk, pp), start in sorted(stages.starts.items(), key=lambda entry: entry[1]):
-        held = stages.counts[chunk, pp]
+    for stage, start in sorted(stages.starts.items(), key=lambda entry: entry[1]):
+        held = stages.counts[stage]
         if held:
             last = start + held - 1
-            where = f"pp{pp}" + (f" chunk {chunk}" if stages.chunks > 1 else "")
+            where = stages.name(stage)
             label = f"{start}…{last}" if held > 1 else str(start)
             title = f"layers {label}: {where}, there numbered from 0"
             text = f"{where}: {label}" if held * each >= 70 else label if held * each >= 30 else ""
-            bands.append(Band(round(start * each, 2), round(held * each, 2), colour(pp, ranks, 1), text, title))
+            bands.append(
+                Band(
+                    round(start * each, 2),
+                    round(held * each, 2),
+                    colour(ranks.index(stage[1:]), len(ranks), 1),
+                    text,
+                    title,
+                )
+            )
     return tuple(bands)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from engine.proving.changes import KINDS, TensorChange, ValueChange
 from engine.proving.diff import SECTIONS, Change, MappingDiff
-from engine.proving.routes import KINDS, TensorChange
-from engine.show.render import as_json, shown
+from engine.show.text import as_json, shown
 
 FORMATS = ("text", "markdown", "json", "github")
 _MARKS = {"added": "+", "removed": "-", "changed": "~"}
@@ -36,11 +36,13 @@ def summary(diffs: Sequence[MappingDiff]) -> str:
     mappings = sum(1 + len(one.same_in) for one in diffs)
     tensors = sum(len(one.tensors) for one in diffs)
     said = f"{mappings} mapping{'' if mappings == 1 else 's'} changed"
+    values = sum(len(one.values) for one in diffs)
+    valued = f" **{values} value{'' if values == 1 else 's'} of what is written differ{'s' if values == 1 else ''}.**"
     if not tensors:
-        return f"{said}; every tensor goes where it went."
+        return f"{said}; every tensor goes where it went." + (valued if values else "")
     counts = {kind: sum(c.kind == kind for one in diffs for c in one.tensors) for kind in KINDS}
     told = ", ".join(f"{count} {KINDS[kind]}" for kind, count in counts.items() if count)
-    return f"{said}; tensors: {told}."
+    return f"{said}; tensors: {told}." + (valued if values else "")
 
 
 def text(one: MappingDiff) -> str:
@@ -62,6 +64,11 @@ def text(one: MappingDiff) -> str:
             lines += [f"      + {tensor.new}"] if tensor.new is not None else []
     elif one.changes:
         lines += ["", "every tensor goes where it went"]
+    if one.values:
+        lines += ["", "what is written differently"]
+        for value in one.values:
+            lines.append(f"  {value.file} {value.name}{_given(value)}")
+            lines += [f"      - {value.old}", f"      + {value.new}"]
     return "\n".join(lines)
 
 
@@ -83,6 +90,17 @@ def markdown(one: MappingDiff, level: int = 3) -> str:
             lines.append("| " + " | ".join(cells) + " |")
     else:
         lines.append("Every tensor goes where it went.")
+    if one.values:
+        lines += [
+            "",
+            "**What is written differently**",
+            "",
+            "| file | key | before | after | when |",
+            "|---|---|---|---|---|",
+        ]
+        for value in one.values:
+            cells = [value.file, _code(value.name), _code(value.old), _code(value.new), _code(_given(value).strip())]
+            lines.append("| " + " | ".join(cells) + " |")
     for section, changes in _sections(one):
         lines += ["", f"**{SECTIONS[section]}**", "", "| | key | before | after |", "|---|---|---|---|"]
         for change in changes:
@@ -119,6 +137,11 @@ def _sections(one: MappingDiff) -> Iterator[tuple[str, list[Change]]]:
         changes = [change for change in one.changes if change.section == section]
         if changes:
             yield section, changes
+
+
+def _given(value: ValueChange) -> str:
+    more = f", and {value.others} more" if value.others else ""
+    return (f" with {value.given}" if value.given else "") + more
 
 
 def _when(tensor: TensorChange) -> str:

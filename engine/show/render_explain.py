@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from engine.show.render import count, shows
+from engine.show.text import count, shows
 
 MOST_TENSORS = 8  # shown on a terminal; `--json` has all
 MOST_FLOWS = 8

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.show.render import shows
+from engine.show.text import shows
 
 if TYPE_CHECKING:
     from engine.proving.proof import Check, Mutant, Proof
@@ -42,17 +43,17 @@ def _check(check: Check) -> list[str]:
 
 
 def _mutants(mutants: Sequence[Mutant]) -> list[str]:
-    counts: dict[str, int] = {}
-    for mutant in mutants:
-        counts[mutant.caught_by or "nothing"] = counts.get(mutant.caught_by or "nothing", 0) + 1
-    told = ", ".join(f"{count} by {name}" for name, count in counts.items())
+    """How many of each kind were caught, and by what; then those that nothing showed."""
     caught = sum(mutant.caught_by is not None for mutant in mutants)
     colour = "green" if caught == len(mutants) else "red"
-    lines = [f"  {click.style(f'{caught} of {len(mutants)} mutants caught', fg=colour)}: {told}"]
+    lines = [f"  {click.style(f'{caught} of {len(mutants)} mutants caught', fg=colour)}"]
+    for kind, count in Counter(mutant.kind for mutant in mutants).items():
+        by = Counter(mutant.caught_by or "nothing" for mutant in mutants if mutant.kind == kind)
+        told = ", ".join(f"{number} by {name}" for name, number in by.most_common())
+        lines.append(f"         {kind}: {count - by['nothing']} of {count}: {told}")
     for mutant in mutants:
-        if mutant.caught_by in (None, "the committed facts", "the committed rules"):
-            word = f"only by {mutant.caught_by}" if mutant.caught_by else click.style("by nothing", fg="red")
-            lines.append(f"         {mutant.rule}, {mutant.what}: {word}" + (f": {mutant.told}" if mutant.told else ""))
+        if mutant.caught_by is None:
+            lines.append(f"         {mutant.where}, {mutant.what}: {click.style('by nothing', fg='red')}")
     return lines
 
 

@@ -30,8 +30,8 @@ class LocalStore:
     def place(self, name: str = "") -> str:
         return str(self.path / name)
 
-    def names(self) -> list[str]:
-        return sorted(os.listdir(self.path))
+    def names(self, inside: str = "") -> list[str]:
+        return sorted(os.listdir(self.path / inside))
 
     def has(self, name: str) -> bool:
         return os.path.lexists(self.path / name)

@@ -45,8 +45,9 @@ class MemoryStore:
     def place(self, name: str = "") -> str:
         return f"{self.name}:{name}"
 
-    def names(self) -> list[str]:
-        return sorted(self.files)
+    def names(self, inside: str = "") -> list[str]:
+        below = f"{inside}/" if inside else ""
+        return sorted({name[len(below) :].split("/")[0] for name in self.files if name.startswith(below)})
 
     def has(self, name: str) -> bool:
         return name in self.files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import time
@@ -72,7 +73,7 @@ class ObjectStore:
     url: str
     options: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     block: int = WINDOW
-    _listed: dict[str, State] = field(default_factory=dict, compare=False, repr=False)
+    _listed: dict[str, dict[str, State]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def folder(self) -> Path | None:
@@ -95,34 +96,36 @@ class ObjectStore:
         shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
         return f"{shown.rstrip('/')}/{name}" if name else shown
 
-    def names(self) -> list[str]:
+    def names(self, inside: str = "") -> list[str]:
         import obstore
 
         if not self.listable:
-            return linked_names(self._asked("", lambda: obstore.get(self.client, "").bytes()).to_bytes(), self.place())
-        found = self._asked("", lambda: obstore.list_with_delimiter(self.client))
-        self._listed.clear()
-        self._listed.update((one["path"], ObjectState.of(one)) for one in found["objects"])
-        names = sorted({*self._listed, *found["common_prefixes"]} - {""})
+            page = self._asked(inside, lambda: obstore.get(self.client, inside).bytes().to_bytes())
+            return linked_names(page, self.place(inside))
+        found = self._asked(inside, lambda: obstore.list_with_delimiter(self.client, inside or None))
+        listed = self._listed[inside] = {one["path"]: ObjectState.of(one) for one in found["objects"]}
+        names = sorted({name.rpartition("/")[2] for name in (*listed, *found["common_prefixes"])} - {""})
         if not names:
-            raise FileNotFoundError(f"nothing is there: {self.place()}")
+            raise FileNotFoundError(errno.ENOENT, "nothing is there", self.place(inside))
         return names
 
     def _look(self, name: str) -> State | None:
-        """The state of an object, as it was listed if it was; None when it is not there."""
+        """The state of an object, as it was listed; None when it is not there."""
         import obstore
 
-        if not self._listed and self.listable:
-            try:
-                self.names()
-            except FileNotFoundError:
-                return None
-        if name not in self._listed and ("/" in name or not self.listable):
-            try:
-                self._listed[name] = ObjectState.of(self._asked(name, lambda: obstore.head(self.client, name)))
-            except FileNotFoundError:
-                return None
-        return self._listed.get(name)
+        inside = name.rpartition("/")[0]
+        listed = self._listed.get(inside, {})
+        try:
+            if self.listable and inside not in self._listed:
+                self.names(inside)
+                listed = self._listed[inside]
+            elif not self.listable and name not in listed:
+                found = self._asked(name, lambda: obstore.head(self.client, name))
+                listed = self._listed.setdefault(inside, {})
+                listed[name] = ObjectState.of(found)
+        except FileNotFoundError:
+            return None
+        return listed.get(name)
 
     def has(self, name: str) -> bool:
         return self._look(name) is not None

@@ -55,7 +55,7 @@ class OutputFolder:
         self._check_free()
 
     def _check_free(self) -> None:
-        if not os.path.lexists(self.final):
+        if not os.path.lexists(self.final) or _is_empty(self.final):
             return
         if not self._overwrite:
             raise exists(
@@ -215,6 +215,11 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether it is a folder with nothing in it, as `mkdir` makes one for an output."""
+    return _is_folder(path) and next(os.scandir(path), None) is None
 
 
 def _remove(path: Path) -> None:

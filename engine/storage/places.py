@@ -41,12 +41,17 @@ def store_options(options: Mapping[str, str] | None = None, window: int | None =
         _options, _window = before
 
 
-def store_at(place: str | Path, what: str) -> Store:
+Source = str | Path | Store  # where a checkpoint lies: a path or URL as a user gave it, or a store that a program has
+
+
+def store_at(place: Source, what: str) -> Store:
     """The store at a path or URL as a user gave it; E001 for one that names nothing.
 
     Args:
         what: what lies there, in words.
     """
+    if not isinstance(place, str | Path):
+        return place
     found = _URL.match(str(place))
     if found is None:
         return LocalStore(given_path(place, what))
@@ -61,14 +66,22 @@ def store_at(place: str | Path, what: str) -> Store:
     return ObjectStore(str(place).rstrip("/"), tuple(sorted(_options.items())), _window)
 
 
-def found_at(place: str | Path, what: str) -> Store | File:
+def found_at(place: Source, what: str) -> Store | File:
     """A store, or the one file that a path or URL names; E001 as for `store_at`."""
+    if not isinstance(place, str | Path):
+        return place
     if is_url(place):
         above, _, name = str(place).rstrip("/").rpartition("/")
         return File(store_at(above, what), name) if name.endswith(_FILES) else store_at(place, what)
     path = given_path(place, what)
     if os.path.isdir(path) or not os.path.lexists(path):
         return LocalStore(path)
+    return File(LocalStore(path.parent), path.name)
+
+
+def file_at(place: str | Path, what: str) -> File:
+    """The file that a path names; E001 as for `store_at`."""
+    path = given_path(place, what)
     return File(LocalStore(path.parent), path.name)
 
 

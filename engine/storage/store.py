@@ -101,8 +101,8 @@ class Store(Protocol):
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
 
-    def names(self) -> list[str]:
-        """What lies directly in it, sorted; OSError when it cannot be listed."""
+    def names(self, inside: str = "") -> list[str]:
+        """What lies directly in it, or in a folder inside, sorted; OSError when it cannot be listed."""
 
     def has(self, name: str) -> bool:
         """Whether there is such a file, whatever it is."""

@@ -13,7 +13,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 import engine
-from engine.assets.tokenizer import convert_tokenizer
+from engine.assets.tokenizer import convert_tokenizer, written_merges
+from tests.support.families import Llama, save_family
 from tests.support.sentencepiece_models import RESERVED, train
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
@@ -22,6 +23,7 @@ MODELS = [
     ("v2_tp2_pp2", "families/internlm2.yaml", None),
     ("llama_tp2_pp1_default", "families/llama.yaml", None),
 ]
+SPEC = {"bos": "<s>", "eos": "</s>", "pad": "</s>"}
 SCALED = {
     "none": None,
     "linear": {"type": "linear", "factor": 4.0},
@@ -118,3 +120,70 @@ def model_with(dummy: bool) -> bytes:
 def renamed(model: Path, dummy: bool) -> dict[int, str]:
     index = SentencePieceProcessor(model_file=str(model)).piece_to_id(RESERVED[0])
     return {} if dummy else {index: "<|im_start|>"}
+
+
+def test_every_tokenizers_reads_the_merges(tmp_path: Path) -> None:
+    """Before 0.20, which transformers 4.40 asks for, a merge is one string."""
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(train())
+    merges = json.loads(convert_tokenizer(model, SPEC)["tokenizer.json"])["model"]["merges"]
+    assert merges and all(isinstance(one, str) and one.count(" ") == 1 for one in merges)
+
+
+def test_merges_of_pieces_with_spaces_stay_pairs() -> None:
+    pairs = [("a", "b"), ("a b", "c")]
+    assert written_merges(pairs) == pairs
+    assert written_merges(pairs[:1]) == ["a b"]
+
+
+CARDS = [
+    ("v2_tp2_pp2", "families/internlm2.yaml", {}, ">=4.40"),
+    ("v2_tp2_pp2", "families/internlm2.yaml", {"rope_scaling": "linear"}, ">=4.40"),
+    ("v1_tp2_pp2", "families/internlm.yaml", {"rope_scaling": "yarn"}, ">=4.51"),
+    ("llama_tp2_pp1_default", "families/llama.yaml", {}, ">=4.40"),
+    ("v2_tp2_pp2", "families/internlm2-official.yaml", {}, ">=4.41,<4.52"),
+]
+
+
+@pytest.mark.parametrize(("folder", "mapping", "settings", "versions"), CARDS)
+def test_the_card_names_the_versions_that_read_it_as_this_model(
+    folder: str, mapping: str, settings: dict[str, str], versions: str, tmp_path: Path
+) -> None:
+    engine.convert(mapping, FIXTURES / folder, tmp_path / "hf", settings=settings)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"transformers `{versions}`" in card
+    assert '("path/to/this/folder", dtype=' not in card  # transformers before 4.56 does not know that word
+
+
+def test_a_model_with_biases_in_its_mlp_needs_a_version_that_reads_them(tmp_path: Path) -> None:
+    model = Llama(layers=2, mlp_bias=True, bias=True)
+    save_family(model, tmp_path / "src")
+    engine.convert(model.mapping, tmp_path / "src", tmp_path / "hf")
+    assert "transformers `>=4.41`" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_a_model_that_transformers_lacks_is_not_said_to_load_in_it(tmp_path: Path) -> None:
+    engine.convert("families/internlm-moe.yaml", FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "No program loads this folder as it is" in card and "from_pretrained" not in card
+
+
+@pytest.mark.parametrize("release", ["internlm-chat-7b", "internlm-chat-20b"])
+def test_the_first_chats_end_with_eoa_for_programs_that_know_one_end(release: str) -> None:
+    mapping = engine.load_mapping(release)
+    assert mapping.tokenizer == {"file": "tokenizer.model", "bos": "<s>", "eos": "<eoa>", "pad": "</s>"}
+    assert mapping.generation == {"eos_token_id": [2, 103028]}
+
+
+def test_an_end_of_the_answer_is_a_special_token(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(train(user_defined_symbols=[*RESERVED, "<eoa>"]))
+    for name, data in convert_tokenizer(model, {**SPEC, "eos": "<eoa>"}).items():
+        (tmp_path / name).write_bytes(data)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("the cat<eoa>", add_special_tokens=False)
+    assert ids == SentencePieceProcessor(model_file=str(model)).encode("the cat<eoa>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the cat"
+    assert tokenizer.eos_token == "<eoa>"

@@ -206,7 +206,7 @@ def test_any_mapping_can_say_that_its_target_is_remote_code(tmp_path: Path) -> N
     """The classes, the type and the versions are the mapping's; the engine knows no model."""
     mapping = child(
         tmp_path / "mine.yaml",
-        "{model_type: nova, architecture: NovaLM, remote_code: {transformers: '==4.99', auto_map: "
+        "{model_type: nova, architecture: NovaLM, transformers: '==4.99', remote_code: {auto_map: "
         '{AutoConfig: NovaConfig, AutoModel: NovaLM, AutoModelForCausalLM: "{{ omit }}"}}}',
     )
     (tmp_path / "code").mkdir()
@@ -225,12 +225,13 @@ def test_a_child_can_say_that_its_target_is_not_remote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "remote", ["{transformers: x}", "{auto_map: {AutoConfig: X}}", "{transformers: x, auto_map: {AutoModel: X}}", "yes"]
+    "remote",
+    ["{}", "{transformers: x}", "{auto_map: {AutoModel: X}}", "{transformers: x, auto_map: {AutoConfig: X}}", "yes"],
 )
 def test_half_a_statement_of_remote_code_does_not_fit_the_schema(tmp_path: Path, remote: str) -> None:
     own = tmp_path / "mine.yaml"
     text = (Path(__file__).parents[2] / "mappings/families/internlm2.yaml").read_text()
-    own.write_text(text.replace("architecture: LlamaForCausalLM}", f"architecture: L, remote_code: {remote}}}"))
+    own.write_text(text.replace("architecture: LlamaForCausalLM\n", f"architecture: L\n  remote_code: {remote}\n"))
     with pytest.raises(EngineError) as caught:
         load_mapping(own)
     assert caught.value.code == "E102"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,9 +117,21 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 
 def test_commands_are_listed_in_the_order_of_use() -> None:
-    listed = [line.split()[0] for line in invoke("--help").output.split("Commands:\n")[1].splitlines()]
-    order = ["run", "reverse", "reshard", "inspect", "plan", "compare", "lint", "show", "format"]
+    listed = [line.split()[0] for line in invoke("--help").output.splitlines() if line.startswith("  ")]
+    order = ["run", "reverse", "reshard", "inspect", "verify", "compare", "new", "lint", "show", "format"]
     assert [name for name in listed if name in order] == order
+
+
+def test_every_command_is_in_a_section_with_a_line_that_is_not_cut_off() -> None:
+    told = invoke("--help").output
+    for name, command in cli.commands.items():
+        (line,) = re.findall(rf"^  {name} .*$", told, re.MULTILINE)
+        assert len(line) <= 80 and line.endswith(".") and not line.endswith("..."), line
+        assert command.help is not None
+
+
+def test_convert_is_another_name_of_run() -> None:
+    assert invoke("convert", "--help").output.split("\n", 1)[1] == invoke("run", "--help").output.split("\n", 1)[1]
 
 
 # -- arguments
@@ -163,15 +176,14 @@ def test_set_takes_numbers_booleans_and_text(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     "arguments",
     (
-        ["run"],
         ["rum"],
+        ["run", "--mapping", ""],
         ["run", "--mapping", "x", "--dtype", "float8"],
         ["run", "--mapping", "x", "--set", "rotary"],
         ["run", "--mapping", "x", "--set", "=halves"],
         ["run", "--mapping", "x", "--set", "rotary=halves", "--set", "rotary=pairs"],
         ["run", "--mapping", "x", "--workers", "0"],
         ["run", "--mapping", "x", "--workers", "many"],
-        ["plan"],
         ["show"],
         ["format"],
         ["inspect", "a", "b"],
@@ -203,6 +215,7 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {
         "mapping": "m.yaml",
         "src": ".",
+        "config": None,
         "out": None,
         "settings": {"a": 1, "b": "x"},
         "dtype": "float32",
@@ -328,8 +341,9 @@ def test_inspect_names_the_grid_the_layers_and_the_mapping_that_fits() -> None:
     done = invoke("inspect", CHECKPOINT)
     assert done.exit_code == 0, done.stderr
     assert "tp 2 × pp 2" in done.stdout
-    assert "pp0: 0…1; pp1: 2…3" in done.stdout
-    assert "fits  internlm\n" in done.stdout
+    assert "pp0: layers 0…1; pp1: layers 2…3" in done.stdout
+    assert "296,512" in done.stdout and "4 layers, hidden 64, 8 heads" in done.stdout
+    assert "\n  internlm  " in done.stdout
     assert json.loads(invoke("inspect", CHECKPOINT, "--json").stdout)["ranks"] == {"tp": 2, "pp": 2}
 
 
@@ -443,7 +457,12 @@ def test_plain_progress_tells_tenths_and_every_five_seconds() -> None:
     for done, second in ((0, 0), (1, 1), (9, 2), (10, 3), (11, 4), (12, 8), (100, 9)):
         now[0] = second
         listen(Progress(done, 100))
-    assert [line.split("%")[0].strip() for line in lines] == ["10", "12", "100"]
+    assert [line.split("%")[0].strip() for line in lines] == [
+        "writing: 1",
+        "writing: 10",
+        "writing: 12",
+        "writing: 100",
+    ]
     assert "left" in lines[0]
     assert "left" not in lines[-1]
 
@@ -476,7 +495,8 @@ def test_a_run_that_failed_on_its_disk_says_what_to_do_next(tmp_path: Path, monk
     monkeypatch.setattr(os, "pwritev", full)
     done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "-q")
     assert done.exit_code == 1
-    assert done.stderr.splitlines()[-1].startswith("next: the same command with --resume")
+    assert "go on   the same command with --resume" in done.stderr
+    assert f"remove  engine clean {tmp_path / 'hf'}" in done.stderr
 
 
 def test_the_command_line_and_the_api_write_files_of_the_same_size() -> None:

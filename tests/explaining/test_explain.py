@@ -150,7 +150,7 @@ def test_rotary_pairs_are_worked_through_in_words(pairs: Path) -> None:
     assert "rows 0…7 are groups 0, queries 0, half 0…1, pair 0…3" in sentences
     assert "layers.{layer}.attention.wqkv.weight is `(groups (queries + k + v) pair half) | hidden`" in sentences
     assert "groups is cut over tp: ranks 0…1 hold 1 each" in sentences
-    assert "layer 1 of 0…3, number 1 in pipeline rank 0 (0…1)" in sentences
+    assert "layer 1 of 0…3, number 1 in pp0 (0…1)" in sentences
     file, line, _ = str(told.rule_place).split(":")
     assert told.rule == "qkv_pairs"
     assert (Path(__file__).parents[2] / file).read_text().splitlines()[int(line) - 1].strip() == "- name: qkv_pairs"
@@ -331,7 +331,7 @@ def test_many_ranks_are_counted_on_the_terminal_and_all_there_as_json(tmp_path: 
 
 def test_the_command_says_what_is_missing() -> None:
     assert invoke("explain").exit_code == 2
-    assert invoke("explain", "model.norm.weight").exit_code == 2
+    assert invoke("explain", "model.norm.weight", "--src", "nowhere").exit_code == 1  # nothing to choose a mapping by
     assert invoke("explain", "x", "--from", "y").exit_code == 2
 
 

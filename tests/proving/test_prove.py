@@ -14,9 +14,10 @@ import engine
 from engine.commands.main import cli
 from engine.language.axes import parse_axes
 from engine.language.mapping_file import load_mapping
-from engine.proving.facts import check_facts
+from engine.language.search import list_names
+from engine.proving.committed import check_meaning, committed_text, path_of
 from engine.proving.matrix import cases, combinations_of, rows
-from engine.proving.mutants import reordered
+from engine.proving.mutants import mutants_of, reordered, try_mutants
 from engine.proving.proof import Proof
 from engine.proving.symbolic import _overlaps
 from engine.proving.tiny import Worlds, guess_sizes
@@ -193,62 +194,104 @@ def test_mutants_reorder_sums_and_products_one_step_at_a_time() -> None:
     assert [str(one) for one in reordered(parse_axes("(k heads d) hidden"), frozenset({"k"}))] == ["(k d heads) hidden"]
 
 
-def test_every_mutant_of_internlm2_is_caught_and_a_swap_of_gate_and_up_only_by_the_committed_facts() -> None:
-    (proof,) = engine.prove(["families/internlm2.yaml"], mutants=True)
-    assert [m for m in proof.mutants if m.caught_by is None] == []
-    assert proof.holds and len(proof.mutants) > 60
-    (swap,) = [m for m in proof.mutants if m.what == "`gate_proj` and `up_proj` exchanged"]
-    assert swap.caught_by == "the committed facts"
+def test_mutants_are_of_every_kind_and_those_of_rules_and_values_are_caught() -> None:
+    """`make soak` tries all of them, of every family."""
+    mapping = load_mapping("families/internlm2.yaml")
+    every = list(mutants_of(mapping))
+    assert {change.kind for change in every} >= {
+        "rule", "split", "stage", "axis order", "dim", "variant", "config expression", "training-config expression",
+        "option", "tokenizer", "generation", "configuration key",
+    }  # fmt: skip
+    quick = ("rule", "split", "stage", "axis order", "tokenizer", "generation")
+    found = try_mutants(mapping, [one for one in every if one.kind in quick])
+    assert [(m.where, m.what) for m in found if m.caught_by is None] == [("generation.eos_token_id", "left out")]
+    (swap,) = [m for m in found if m.what == "`gate_proj` and `up_proj` exchanged"]
+    assert swap.caught_by == "the committed meaning"
     assert swap.told == (
         "model.layers.{layer}.mlp.gate_proj.weight comes from layers.{layer}.feed_forward.w3.weight "
         "(mlp_letters=w2_is_down) or layers.{layer}.feed_forward.w2.weight (mlp_letters=w2_is_up); "
-        "the committed facts say layers.{layer}.feed_forward.w1.weight"
+        "the committed meaning says layers.{layer}.feed_forward.w1.weight"
     )
-    assert {m.caught_by for m in proof.mutants} == {
-        "lint",
-        "planning",
-        "the model's names and shapes",
-        "the committed facts",
-    }
 
 
-def test_without_facts_a_swap_is_only_caught_by_the_rules_before_it_and_shown_with_its_ranks(tmp_path: Path) -> None:
+def test_without_a_committed_meaning_mutants_are_told_from_what_the_mapping_meant_before(tmp_path: Path) -> None:
     path = tmp_path / "alone.yaml"
-    path.write_text((ROOT / META).read_text())
-    (proof,) = engine.prove([path], mutants=True)
-    (facts,) = [check for check in proof.checks if check.name == "facts"]
-    assert facts.holds is None and "a swap of equal shapes goes unseen" in facts.told
-    (swap,) = [m for m in proof.mutants if m.what == "`gate_proj` and `up_proj` exchanged"]
-    assert swap.caught_by == "the committed rules"
-    assert swap.told.startswith("model.layers.") and " comes from consolidated.0" in swap.told
-    assert swap.told.endswith("claims too")
+    path.write_text((ROOT / META).read_text().replace("name: meta-llama\n", "name: alone\n"))
+    (proof,) = engine.prove([path])
+    (meaning,) = [check for check in proof.checks if check.name == "meaning"]
+    assert proof.holds and meaning.holds is None and "a wrong rule may go unseen" in meaning.told
+    mapping = load_mapping(path)
+    (swap,) = [one for one in mutants_of(mapping) if one.what == "`gate_proj` and `up_proj` exchanged"]
+    (found,) = try_mutants(mapping, [swap])
+    assert found.caught_by == "its meaning before"
 
 
-def test_gate_and_up_exchanged_contradict_the_committed_facts(broken: Callable[..., Proof], tmp_path: Path) -> None:
-    facts = ROOT / "mappings" / "families" / "meta-llama.facts.json"
-    (tmp_path / facts.name).write_bytes(facts.read_bytes())
+def test_what_an_edit_comes_to_is_told_beside_what_is_committed(broken: Callable[..., Proof]) -> None:
     swap = (("gate_proj", "x_proj"), ("up_proj", "gate_proj"), ("x_proj", "up_proj"))
-    assert "the committed facts say layers.{layer}.feed_forward.w1.weight" in told(broken("meta-llama", *swap))
+    assert "the committed meaning says layers.{layer}.feed_forward.w1.weight" in told(broken("meta-llama", *swap))
     turned = ("split: ffn", "split: hidden")
-    assert "w1.weight is cut on hidden; the committed facts say ffn" in told(broken("meta-llama", turned))
+    assert "split of model.layers.{layer}.mlp.up_proj.weight is hidden; the committed" in told(
+        broken("meta-llama", turned)
+    )
     halves = ("(groups queries half pair)", "(groups queries pair half)")
-    assert "in another order than the committed facts say" in told(broken("meta-llama", halves))
+    assert "in another order than the committed meaning says" in told(broken("meta-llama", halves))
+    theta = ("rope_theta | default(10000) }}", "rope_theta | default(1000000) }}")
+    assert "rope_theta: (absent), config.json rope_theta: 1000000.0; the committed meaning says 10000.0" in told(
+        broken("meta-llama", theta)
+    )
     assert broken("meta-llama").holds
 
 
-def test_facts_are_written_beside_a_mapping_and_then_hold(tmp_path: Path) -> None:
+def test_what_each_rank_holds_is_part_of_it(broken: Callable[..., Proof]) -> None:
+    """Right on one rank, wrong on two."""
+    proof = broken(
+        "internlm2", ("axes: hidden | (groups queries head_dim)", "axes: hidden | (queries groups head_dim)")
+    )
+    assert "of model.layers.{layer}.self_attn.o_proj.weight tensor tp2 pp2 hold tp0 pp0 [:, 0:12+24:36]" in told(proof)
+    assert "instead of tp0 pp0 [:, 0:24]; tp1 pp0 [:, 24:48]" in told(proof)
+
+
+def test_a_copy_of_a_bundled_mapping_is_held_against_what_is_committed_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "copy.yaml").write_text((ROOT / META).read_text().replace("stage: last", "stage: first"))
+    check = check_meaning(load_mapping(tmp_path / "copy.yaml"))
+    assert not check.holds and "the bundled meta-llama" in check.told
+    assert any(f.message.startswith("stage of lm_head.weight is first") for f in check.failures)
+
+
+def test_beside_committed_meanings_a_mapping_without_one_fails(tmp_path: Path) -> None:
+    (tmp_path / "meanings").mkdir()
+    (tmp_path / "mine.yaml").write_text("mapping: 1\nname: mine\nversion: 1.0.0\nextends: families/meta-llama.yaml\n")
+    check = check_meaning(load_mapping(tmp_path / "mine.yaml"))
+    assert not check.holds and "no meaning of its own is committed" in check.failures[0].message
+
+
+def test_a_child_that_means_something_else_is_open_and_says_in_what(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "mapping: 1\nname: mine\nversion: 1.0.0\nextends: families/meta-llama.yaml\nconfig: {rms_norm_eps: 1.0e-3}\n"
+    )
+    check = check_meaning(load_mapping(tmp_path / "mine.yaml"))
+    assert check.holds is None
+    assert any("config.json rms_norm_eps: 0.001" in failure.message for failure in check.failures)
+
+
+def test_a_meaning_is_written_beside_a_mapping_and_then_holds(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text((ROOT / META).read_text())
-    done = invoke(str(path), "--write-facts")
-    assert done.exit_code == 0 and "proved facts" in done.output
-    written = json.loads((tmp_path / "mine.facts.json").read_text())
-    assert written == json.loads((ROOT / META).with_suffix(".facts.json").read_text())
+    done = invoke(str(path), "--write-facts")  # as it was once called
+    assert done.exit_code == 0 and "proved meaning" in done.output
+    written = (tmp_path / "meanings" / "mine.yaml").read_text("utf-8")
+    assert written == (ROOT / "mappings" / "families" / "meanings" / "meta-llama.yaml").read_text("utf-8")
 
 
-def test_the_committed_facts_of_every_family_are_of_its_rules() -> None:
-    for path in (ROOT / "mappings" / "families").glob("*.yaml"):
-        check = check_facts(load_mapping(path))
-        assert check.holds, [failure.message for failure in check.failures]
+@pytest.mark.parametrize("name", ["families/meta-llama.yaml", "families/moe-stacked.yaml", "llama2-7b.yaml"])
+def test_what_a_bundled_mapping_means_is_committed_to_the_letter(name: str) -> None:
+    path = path_of(ROOT / "mappings" / name)
+    assert path.read_text("utf-8") == committed_text(load_mapping(name)), "run `make meanings`, and read the diff"
+
+
+def test_every_committed_meaning_is_of_a_mapping() -> None:
+    found = {path for path in (ROOT / "mappings").rglob("meanings/*.yaml")}
+    assert found == {path_of(ROOT / "mappings" / name) for name in list_names()}
 
 
 def invoke(*arguments: str) -> Any:
@@ -267,12 +310,11 @@ def test_the_command_shows_each_check_and_exits_by_the_outcome(tmp_path: Path) -
 
 
 def test_the_command_prints_json() -> None:
-    done = invoke("families/meta-llama.yaml", "--mutants", "--json")
+    done = invoke("families/meta-llama.yaml", "--json")
     data = json.loads(done.output)
     assert data["holds"] is True
     (proof,) = data["proofs"]
-    assert [check["name"] for check in proof["checks"]] == ["rules", "facts", "round trip", "model"]
-    assert {"rule", "what", "caught_by", "told"} == set(proof["mutants"][0])
+    assert [check["name"] for check in proof["checks"]] == ["rules", "meaning", "round trip", "model"]
 
 
 def test_the_command_takes_mappings_or_all_and_not_both() -> None:

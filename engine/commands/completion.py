@@ -1,0 +1,86 @@
+"""What a shell completes: mapping names, files, folders, codes, settings; and the script that makes it do so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+SHELLS = ("bash", "zsh", "fish")
+_VARIABLE = "_ENGINE_COMPLETE"
+
+# Click's own for bash lets go of names where files are offered too.
+_BASH = """\
+_engine_completion() {
+    local IFS=$'\\n' line
+    COMPREPLY=()
+    for line in $(env COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD="$COMP_CWORD" _ENGINE_COMPLETE=bash_complete engine); do
+        case $line in
+            file,*) compopt -o filenames; COMPREPLY+=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}")) ;;
+            dir,*) compopt -o filenames; COMPREPLY+=($(compgen -d -- "${COMP_WORDS[COMP_CWORD]}")) ;;
+            plain,*) COMPREPLY+=("${line#plain,}") ;;
+        esac
+    done
+}
+complete -o nosort -F _engine_completion engine
+"""
+
+
+def script(shell: str, cli: click.Command) -> str:
+    """The script that a shell evaluates to complete the command line."""
+    kind = get_completion_class(shell)
+    if shell == "bash" or kind is None:
+        return _BASH
+    return kind(cli, {}, "engine", _VARIABLE).source()
+
+
+def _files(kind: str, incomplete: str) -> CompletionItem:
+    return CompletionItem(incomplete, type=kind)
+
+
+def paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Files and folders."""
+    return [_files("file", incomplete)]
+
+
+def folders(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Folders."""
+    return [_files("dir", incomplete)]
+
+
+def mapping_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of mappings, and files."""
+    from engine.language.search import list_names, spelled
+
+    names = [name for name in dict.fromkeys(map(spelled, list_names())) if name.startswith(incomplete)]
+    return [*map(CompletionItem, names), _files("file", incomplete)]
+
+
+def codes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Error and lint codes, with what they mean."""
+    from engine.errors import CODES, LINTS
+
+    return [CompletionItem(code, help=text) for code, text in {**CODES, **LINTS}.items() if code.startswith(incomplete)]
+
+
+def settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """`NAME=VALUE` of the variants and options of the mapping that was given before."""
+    from engine.errors import EngineError, EngineErrors
+    from engine.language.mapping_file import load_mapping
+
+    try:
+        found = load_mapping(ctx.params.get("mapping") or "")
+    except (EngineError, EngineErrors, OSError):
+        return []
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        for variant in found.variants.values():
+            yield from ((f"{variant.name}={choice}", variant.help) for choice in variant.choices)
+        for option in found.options.values():
+            yield from ((f"{option.name}={choice}", option.help) for choice in option.choices or ("",))
+
+    return [CompletionItem(text, help=told) for text, told in pairs() if text.startswith(incomplete)]
+
+
+BY_METAVAR = {"DIR": folders, "FILE": paths, "FILE|NAME": mapping_names, "NAME=VALUE": settings}

@@ -1,0 +1,169 @@
+"""Commands that write checkpoints, and the plan of what they would do."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engine.commands.completion import folders
+from engine.commands.options import SAVED, asks, chosen, only_plan, rank_options, reports_errors, writing_options
+from engine.commands.say import answer, say
+
+if TYPE_CHECKING:
+    from engine.run.execute import Report
+
+
+def write(
+    as_json: bool,
+    command: str,
+    quiet: bool,
+    log_file: str | None,
+    then: Callable[[str], str] = lambda out: f"engine inspect {out}",
+    **asked: Any,
+) -> None:
+    """Run an API function that writes a checkpoint, with progress and a log, and say what it did.
+
+    Args:
+        then: what to do next with an output, by its path.
+    """
+    from engine import api
+    from engine.commands import progress
+    from engine.commands.logs import logged
+    from engine.show import render
+
+    functions: dict[str, Callable[..., Report]] = {
+        "run": api.convert,
+        "run --plan": api.run_plan,
+        "reverse": api.reverse,
+        "reshard": api.reshard,
+    }
+    try:
+        with (
+            logged(log_file, command, asked) as log,
+            progress.progress(show=not (quiet or as_json), also=None if log is None else log.progress) as listener,
+        ):
+            report = functions[command](**asked, progress=listener)
+            if log is not None:
+                log.event("finished", **report.as_dict())
+    except KeyboardInterrupt:
+        raise click.Abort(f"interrupted: {render.kept(*api.kept(asked.get('out'), asked.get('src')))}") from None
+    if as_json:
+        answer(True, report.as_dict(), str)
+    elif not quiet:
+        say(f"{render.report(report)}\nnext: {then(shlex.quote(str(report.out)))}")
+
+
+@click.command()
+@asks(*SAVED)
+@click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
+@click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
+@asks("tokenizer", "code")
+@writing_options
+@reports_errors
+@click.pass_context
+def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
+    """Convert a training checkpoint to Hugging Face.
+
+    The output is complete when the command ends, or not there at all. Without --mapping, the only
+    mapping that fits is taken; where several fit, they are listed.
+
+    \b
+    Examples:
+      engine run --src ckpt/20000
+      engine run -m internlm2-chat-7b -s ckpt/20000 -o hf --dtype bf16 --max-shard-size 5GB
+    """
+    only_plan(ctx, saved)
+    if saved is not None:
+        write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
+        return
+    silent = options["quiet"] or as_json
+    options["mapping"] = chosen(options["mapping"], options["src"], options["config"], quiet=silent)
+    same = "".join(f" --{name} {shlex.quote(options[name])}" for name in ("mapping", "src", "config") if options[name])
+    same += "".join(f" --set {shlex.quote(f'{name}={value}')}" for name, value in options["settings"].items())
+    write(
+        as_json,
+        "run",
+        then=lambda out: (
+            f"engine verify {out}{same}   (every tensor against the checkpoint)\n"
+            f"      hf upload ORG/NAME {out}   (publishes it)"
+        ),
+        **options,
+    )
+
+
+@click.command()
+@asks(*SAVED)
+@click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
+@click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
+@click.option("--why", is_flag=True, help="Show the mapping's expressions that decided, too.")
+@reports_errors
+def plan(
+    as_json: bool, /, mapping: str | None, src: str, out: str | None, overwrite: bool, why: bool, **options: Any
+) -> None:
+    """Show what `run` would do; reads no tensor data.
+
+    \b
+    Examples:
+      engine plan -m internlm2-7b -s ckpt/20000
+      engine plan -m internlm2-7b -s ckpt/20000 -o plan.json && engine run --plan plan.json
+    """
+    from engine import api
+    from engine.show import render
+
+    mapping = chosen(mapping, src, options["config"], quiet=as_json)
+    if out is None:
+        made = api.plan(mapping, src, **options)
+    else:
+        made = api.save_plan(out, mapping, src, overwrite=overwrite, **options)
+    facts = api.describe_plan(made)
+    answer(as_json, facts, lambda: render.plan(facts, why=why))
+
+
+@click.command()
+@rank_options
+@writing_options
+@asks("src", "lossy", required=["src"], src="The Hugging Face checkpoint.")
+@reports_errors
+def reverse(as_json: bool, /, **options: Any) -> None:
+    """Write a Hugging Face checkpoint as training rank files.
+
+    What is not given is as in --like, or 1.
+
+    \b
+    Examples:
+      engine reverse -m internlm2-7b -s hf -o ranks --tp 4 --pp 2
+      engine reverse -m internlm2-7b -s hf -o ranks --like ckpt/20000
+    """
+    write(as_json, "reverse", **options)
+
+
+@click.command()
+@rank_options
+@writing_options
+@asks("src")
+@reports_errors
+def reshard(as_json: bool, /, **options: Any) -> None:
+    """Write a training checkpoint for other ranks.
+
+    What is not given stays as it is, or is as in --like.
+
+    \b
+    Example:
+      engine reshard -m internlm2-7b -s ckpt/20000 -o tp6 --tp 6
+    """
+    write(as_json, "reshard", **options)
+
+
+@click.command()
+@click.argument("out", metavar="OUT", shell_complete=folders)
+@reports_errors
+def clean(as_json: bool, /, out: str) -> None:
+    """Remove what interrupted runs left beside an output."""
+    from engine import api
+
+    removed = [str(path) for path in api.clean(out)]
+    told = "\n".join(f"removed {path}" for path in removed) or "nothing to remove"
+    answer(as_json, {"removed": removed}, lambda: told)

@@ -1,0 +1,189 @@
+"""Commands that look at what is there and write no checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine.commands.completion import SHELLS, codes, folders, script
+from engine.commands.options import EXPLAINED, asks, chosen, reports_errors, verifying_options
+from engine.commands.say import answer, say
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", default=".", shell_complete=folders)
+@click.option("--all", "every", is_flag=True, help="Say why each other mapping does not fit; look at every step.")
+@asks("config")
+@reports_errors
+def inspect(as_json: bool, /, folder: str, every: bool, config: str | None) -> None:
+    """Say what a folder is, and which mappings fit.
+
+    DIR is a training checkpoint, a Hugging Face checkpoint or a folder of steps.
+
+    \b
+    Example:
+      engine inspect ckpt/20000
+    """
+    from engine import api
+    from engine.show.render_inspect import inspection
+
+    found = api.inspect(folder, config, every=every)
+    answer(as_json, found.as_dict(), lambda: inspection(found, every=every))
+
+
+@click.command()
+@reports_errors
+def mappings(as_json: bool, /) -> None:
+    """List all mappings, with sizes and versions.
+
+    A mapping is given by its name alone, or by the path of a file. `ENGINE_MAPPINGS` adds folders to search.
+    """
+    from engine import api
+    from engine.show import render_inspect
+
+    found = api.mappings()
+    answer(as_json, render_inspect.mappings_data(found), lambda: render_inspect.mappings(found))
+
+
+@click.command()
+@click.argument("what", metavar="[TENSOR|CODE]", required=False, shell_complete=codes)
+@click.option("--from", "source", metavar="[FILE:]TENSOR", help="Explain where a stored source tensor goes.")
+@asks(*EXPLAINED)
+@reports_errors
+def explain(
+    as_json: bool, /, what: str | None, source: str | None, mapping: str | None, src: str, **options: Any
+) -> None:
+    """Say where part of a tensor comes from, or what an error means.
+
+    \b
+    Examples:
+      engine explain -m internlm2-7b -s DIR 'model.layers.7.self_attn.k_proj.weight[0:128, :]'
+      engine explain -m internlm2-7b -s DIR --from 'model_tp1_pp0.pt:layers.3.attention.wqkv.weight[0:4]'
+      engine explain E203
+    """
+    from engine import api
+    from engine.show import render_explain
+
+    if (what is None) == (source is None):
+        raise click.UsageError("Give a tensor or a code to explain, or a source tensor with --from; one of them.")
+    if what is not None and render_explain.is_code(what):
+        text = api.explain_code(what)
+        answer(as_json, {"code": what, "text": text}, lambda: text)
+        return
+    mapping = chosen(mapping, src, options["config"], quiet=as_json)
+    told = api.explain(what or source or "", mapping, src, backward=source is not None, **options).as_dict()
+    answer(as_json, told, lambda: render_explain.explanation(told))
+
+
+@click.command()
+@click.option("--out", "-o", default="view.html", show_default=True, metavar="FILE", help="The page to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
+@click.option("--png", metavar="FILE", help="Draw it too, by an installed Chromium.")
+@asks(*EXPLAINED)
+@reports_errors
+def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | None, **options: Any) -> None:
+    """Draw where each rank's tensors land, as one HTML page."""
+    from engine import api
+    from engine.show import render
+    from engine.show.screenshot import is_picture, screenshot
+    from engine.storage.replacing import check_file_free, given_path
+
+    mapping = chosen(mapping, src, options["config"], quiet=as_json)
+    if png is not None:
+        check_file_free(given_path(png, "the picture"), options["overwrite"], is_picture)
+    done = api.view(mapping, src, out, **options)
+    if png is not None:
+        screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0, overwrite=options["overwrite"])
+        done["png"] = png
+    answer(as_json, done, lambda: f"wrote {done['out']}, {render.amount(done['bytes'])}")
+
+
+@click.command()
+@click.argument("out", metavar="OUT", shell_complete=folders)
+@verifying_options
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
+@reports_errors
+@click.pass_context
+def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **options: Any) -> None:
+    """Check an output: by its manifest, its source, its logits.
+
+    Alone, byte for byte against its own manifest. With --src and --mapping, against the training
+    checkpoint; with --load, whether transformers runs it; with --src and --logits, against a forward
+    pass as training computes it.
+
+    \b
+    Examples:
+      engine verify hf
+      engine verify hf -m internlm2-7b -s ckpt/20000 --logits
+    """
+    from engine import api
+    from engine.commands import progress
+    from engine.show import render
+
+    with progress.progress(show=not (quiet or as_json), doing="verifying") as listener:
+        found = api.verify(out, progress=listener, **options)
+    if as_json or found.problems or not quiet:
+        answer(as_json, found.as_dict(), lambda: render.verified(found))
+    if found.problems:
+        ctx.exit(1)
+
+
+@click.command()
+@click.argument("out", metavar="OUT", shell_complete=folders)
+@click.argument("ref", metavar="REF", shell_complete=folders)
+@asks("mapping", "settings", "dtype", mapping="What a side that is a training checkpoint is compared by.")
+@click.option("--allow-cast", is_flag=True, help="Exit with 0 also where tensors are equal after casting.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@reports_errors
+@click.pass_context
+def compare(
+    ctx: click.Context, as_json: bool, /, out: str, ref: str, allow_cast: bool, quiet: bool, **options: Any
+) -> None:
+    """Compare two models whole, and say what differs.
+
+    OUT and REF are Hugging Face folders or weight files, or with --mapping training checkpoints. Tensors,
+    configuration, generation settings, tokenizer, chat template and code are compared. Exits with 0 when both are
+    the same function, else with 1.
+    """
+    from engine import api
+    from engine.commands import progress
+    from engine.show import render
+
+    with progress.progress(show=not (quiet or as_json), doing="comparing") as listener:
+        done = api.compare(out, ref, progress=listener, **options)
+    if as_json or not quiet:
+        answer(as_json, done.as_dict(), lambda: render.comparison(done.as_dict()))
+    if not done.same(allow_cast=allow_cast):
+        ctx.exit(1)
+
+
+@click.command()
+@reports_errors
+def env(as_json: bool, /) -> None:
+    """Print what a bug report needs: versions and system."""
+    from engine import api
+    from engine.show import render
+
+    facts = api.environment()
+    answer(as_json, facts, lambda: render.environment(facts))
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS), required=False)
+@click.pass_context
+def completion(ctx: click.Context, shell: str | None) -> None:
+    """Print the script for bash, zsh or fish to complete.
+
+    \b
+    One line in the shell's own file:
+      bash   eval "$(engine completion bash)"     in ~/.bashrc
+      zsh    eval "$(engine completion zsh)"      in ~/.zshrc, after compinit
+      fish   engine completion fish | source      in ~/.config/fish/config.fish
+    """
+    shell = shell or os.path.basename(os.environ.get("SHELL", ""))
+    if shell not in SHELLS:
+        raise click.UsageError(f"Which shell? Give one of {', '.join(SHELLS)}.", ctx)
+    say(script(shell, ctx.find_root().command), nl=False, raw=True)

@@ -1,0 +1,191 @@
+"""Commands for who writes and reviews mappings; none needs a checkpoint but `new`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from engine.commands.completion import mapping_names, paths
+from engine.commands.options import asks, reports_errors
+from engine.commands.progress import progress
+from engine.commands.say import answer, say
+
+_PATHS = "engine.diff.paths"
+
+
+@click.command()
+@asks("src")
+@click.option("--name", metavar="NAME", help="The mapping's name.  [default: the file's or the folder's]")
+@click.option("--like", metavar="FAMILY", help="The family or mapping to extend.  [default: the nearest]")
+@click.option("--out", "-o", metavar="FILE", help="The file to write.  [default: print it]")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@reports_errors
+def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str | None, overwrite: bool) -> None:
+    """Draft a mapping for a checkpoint, from its headers.
+
+    The draft lints clean. What a person must decide is marked `# decide:` in it.
+    """
+    from engine import api
+    from engine.show.render_review import draft
+
+    found = api.new_mapping(src, name=name, like=like, out=out, overwrite=overwrite)
+    if as_json:
+        answer(True, {"file": out, **found.as_dict()}, str)
+        return
+    if out is None:
+        say(found.text, nl=False, raw=True)
+    say(draft(found, out, src), err=out is None)
+
+
+@click.command()
+@click.argument("files", nargs=-1, metavar="[FILES|FOLDERS|NAMES]...", shell_complete=mapping_names)
+@click.option("--format", "form", type=click.Choice(["text", "github", "json"]), default="text", show_default=True,
+              help="How to print it; github is annotations of a workflow's run.")  # fmt: skip
+@reports_errors
+@click.pass_context
+def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -> None:
+    """Check mapping files: schema, overlaps, gaps, unused keys.
+
+    Of a folder every mapping below it is checked; without FILES, all bundled ones are.
+
+    \b
+    Examples:
+      engine lint mappings/my-7b.yaml
+      engine lint mappings --format github
+    """
+    from engine import api
+    from engine.show import render_review
+
+    findings = api.lint(files)
+    if as_json or form == "json":
+        answer(True, render_review.findings_data(findings), str)
+    elif form == "github":
+        say(render_review.github(findings), raw=True, nl=bool(findings))
+    else:
+        say(render_review.findings(findings))
+    if any(finding.severity == "error" for finding in findings):
+        ctx.exit(1)
+
+
+@click.command()
+@click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...", shell_complete=mapping_names)
+@click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
+@click.option("--mutants", is_flag=True, help="Perturb each rule too, and say what would have caught it.")
+@click.option("--write-meaning", "--write-facts", "write_meaning", is_flag=True,
+              help="First commit what each mapping means now as what it should mean.")  # fmt: skip
+@reports_errors
+@click.pass_context
+def prove(
+    ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_meaning: bool
+) -> None:
+    """Prove mappings complete and invertible in every layout.
+
+    No checkpoint is needed. Exits with 0 when everything holds, else with 1.
+    """
+    from engine import api
+    from engine.show import render_prove
+
+    if bool(mappings) == every:
+        raise click.UsageError("Give mappings to prove, or --all.")
+    if write_meaning:
+        api.write_meanings(mappings)
+    with progress(show=not as_json, doing="proving") as listener:
+        proofs = api.prove(mappings, mutants=mutants, progress=listener)
+    answer(as_json, render_prove.proofs_data(proofs), lambda: render_prove.proofs(proofs))
+    if not all(proof.holds for proof in proofs):
+        ctx.exit(1)
+
+
+class DiffCommand(click.Command):
+    """What stands after `--` are paths, as git has it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            at = args.index("--")
+            ctx.meta[_PATHS] = tuple(args[at + 1 :])
+            args = args[:at]
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=DiffCommand, options_metavar="[OPTIONS]")
+@click.argument("old", metavar="OLD|REVISION", shell_complete=mapping_names)
+@click.argument("new", metavar="[NEW|REVISION] [-- FILES...]", required=False,
+                shell_complete=mapping_names)  # fmt: skip
+@click.option("--format", "form", type=click.Choice(["text", "markdown", "json", "github"]), default="text",
+              show_default=True, help="How to print it; github is for a pull request's comment.")  # fmt: skip
+@click.option("--exit-code", is_flag=True, help="Exit with 1 when there are differences.")
+@reports_errors
+@click.pass_context
+def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: str, exit_code: bool) -> None:
+    """Say what changes between mappings, or since a revision.
+
+    OLD and NEW are mapping files or names of bundled ones. `engine diff main -- mappings/x.yaml`
+    compares a git revision with the working tree, `engine diff v1 v2` two revisions; without FILES,
+    all mappings below mappings/.
+    """
+    from engine import api
+    from engine.proving.mapping_diff import is_mapping
+    from engine.show.render_diff import rendered
+
+    paths: tuple[str, ...] = ctx.meta.get(_PATHS, ())
+    if new is not None and not paths and _PATHS not in ctx.meta and is_mapping(old):
+        found = api.diff(old, new)
+    elif new is not None and not paths and is_mapping(new):
+        found = api.diff(old, None, [new])  # `engine diff main x.yaml`
+    else:
+        found = api.diff(old, new, paths, revisions=True)
+    form = "json" if as_json else form
+    say(rendered(found, form), raw=form != "text")
+    if exit_code and found:
+        ctx.exit(1)
+
+
+@click.command()
+@click.argument("mapping", metavar="FILE|NAME", shell_complete=mapping_names)
+@click.option("--resolved", is_flag=True, help="Merge in what it extends, as the engine reads it.")
+@reports_errors
+def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
+    """Print a mapping, as written or with what it extends."""
+    from engine import api
+    from engine.language.documents import plain
+    from engine.language.search import find_file
+    from engine.show import render
+
+    if as_json:
+        answer(True, plain(api.load_mapping(mapping).resolved), str)
+    elif resolved:
+        say(render.resolved(api.load_mapping(mapping)), nl=False, raw=True)
+    else:
+        say(render.read_text(find_file(mapping)), nl=False, raw=True)
+
+
+@click.command("format")
+@click.argument("files", nargs=-1, required=True, metavar="FILES|FOLDERS...", shell_complete=paths)
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 if a file is not formatted.")
+@click.option("--diff", "differences", is_flag=True, help="Change nothing; print what would change.")
+@reports_errors
+@click.pass_context
+def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bool, differences: bool) -> None:
+    """Put mapping files in their usual form."""
+    from engine import api
+    from engine.show import render, render_review
+
+    changed: dict[str, tuple[str, str]] = {}
+    paths = api.mapping_files(files)
+    for file in paths:
+        before = render.read_text(file)
+        after = api.format_mapping(before)
+        if after != before:
+            changed[str(file)] = before, after
+            if not (check or differences):
+                Path(file).write_text(after, encoding="utf-8")
+    if as_json:
+        answer(True, {"changed": list(changed), "checked": len(paths)}, str)
+    elif differences:
+        say("".join(render_review.unified(name, *texts) for name, texts in changed.items()), nl=False, raw=True)
+    else:
+        for name in changed:
+            say(f"{'would format' if check else 'formatted'} {name}")
+    if check and changed:
+        ctx.exit(1)

@@ -1,0 +1,129 @@
+"""`engine serve` and `engine mount`: a checkpoint as a run would write it, without the run."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engine.commands.logs import logged
+from engine.commands.options import SAVED, asks, reports_errors
+from engine.commands.say import say
+from engine.errors import EngineError, Place
+
+if TYPE_CHECKING:
+    from engine.serve.server import Line
+
+_TOKEN = "ENGINE_TOKEN"
+_PLANNED = tuple(name for name in SAVED if name not in ("mapping", "src"))
+
+
+@click.command()
+@click.option("--mapping", "-m", "mappings", metavar="FILE|NAME", multiple=True, required=True,
+              help="A mapping file, or the name of a bundled one; once for all models, or once for each.")  # fmt: skip
+@click.option("--src", "-s", "sources", metavar="DIR", multiple=True, default=["."],
+              help="A checkpoint, or a run's folder of steps; may be repeated.  [default: current folder]")  # fmt: skip
+@click.option("--as", "names", metavar="ORG/NAME", multiple=True,
+              help="What each --src is served as.  [default: local/ and its folder's name]")  # fmt: skip
+@asks(*_PLANNED, "tokenizer", "code")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--token-file", metavar="FILE",
+              help=f"A secret that requests must carry, as HF_TOKEN does; or in {_TOKEN}.")  # fmt: skip
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.option("--log-file", metavar="FILE", help="Append one JSON line per request there.")
+@reports_errors
+def serve(
+    as_json: bool, /, mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...], host: str,
+    port: int, token_file: str | None, quiet: bool, log_file: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Serve checkpoints as the Hugging Face Hub does.
+
+    Weight files are computed as they are read.
+
+    \b
+    engine serve -m internlm2-7b -s ckpt --as internlm/mine
+    HF_ENDPOINT=http://127.0.0.1:8000 python -c \\
+      'from transformers import pipeline; print(pipeline(model="internlm/mine")("Hello"))'
+
+    Steps of a run are revisions; main is the newest complete one. Read only; ends on Ctrl-C.
+    """
+    from engine import api
+
+    models = _models(mappings, sources, names)
+    asked = {"mapping": mappings, "src": sources, "as": [one.name for one in models], "host": host, "port": port}
+    with logged(log_file, "serve", asked) as log:
+
+        def line(one: Line) -> None:
+            if log is not None:
+                log.event("request", **{name: getattr(one, name) for name in one.__slots__})
+            if not quiet:
+                told = f"{one.client} {one.method} {one.path} {one.status} {one.bytes} {one.seconds:.3f}s"
+                say(told + (f" {' '.join(one.problem.split())}" if one.problem else ""), err=True)
+
+        server = api.serve(
+            models, host=host, port=port, token=_token(token_file), log=line,
+            told=lambda text: None if quiet else say(text, err=True), **options,
+        )  # fmt: skip
+        if not quiet:
+            served = ", ".join(one.name for one in models)
+            say(f"serving {served}\n  HF_ENDPOINT={server.url}\nCtrl-C ends it", err=True)
+        if log is not None:
+            log.event("serving", url=server.url)
+        with suppress(KeyboardInterrupt):  # which is how it ends
+            server.run()
+        if log is not None:
+            log.event("finished")
+    if not quiet:
+        say("stopped", err=True)
+
+
+def _models(mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...]) -> list[Any]:
+    from engine.api import Model
+
+    if len(mappings) not in (1, len(sources)) or (names and len(names) != len(sources)):
+        raise click.UsageError("Give --mapping once or once for each --src, and --as once for each --src.")
+    mappings = mappings * len(sources) if len(mappings) == 1 else mappings
+    names = names or tuple(f"local/{Path(one).resolve().name}" for one in sources)
+    return [Model(*one) for one in zip(names, mappings, sources, strict=True)]
+
+
+def _token(file: str | None) -> str | None:
+    if file is None:
+        return os.environ.get(_TOKEN) or None
+    token = Path(file).read_text(encoding="utf-8", errors="replace").strip()
+    if not token or not token.isascii() or not token.isprintable():
+        raise EngineError(
+            "E001", "there is no token in the file", place=Place(file), expected="one line of ASCII characters",
+            fix="`openssl rand -hex 32 > FILE` makes one.",
+        )  # fmt: skip
+    return token
+
+
+@click.command()
+@click.argument("at", metavar="DIR")
+@asks(*SAVED, "tokenizer", "code", required=["mapping"])
+@reports_errors
+def mount(
+    as_json: bool, /, at: str, mapping: str, src: str, tokenizer: str | None, code: str | None, **options: Any
+) -> None:
+    """Mount the folder that `run` would write, read only, at DIR; weight files are computed as they are read.
+
+    \b
+    engine mount -m internlm2-7b -s ckpt/20000 model &
+    vllm serve ./model
+
+    It stays until Ctrl-C or `fusermount -u DIR`. Needs FUSE and `pip install internlm-engine[mount]`.
+    """
+    from engine import api
+
+    def ready() -> None:
+        say(f"mounted at {at}; Ctrl-C ends it", err=True)
+
+    compiled = api.plan(mapping, src, **options)
+    with api.virtual(compiled, tokenizer=tokenizer, code=code) as folder:
+        api.mount(folder, at, log=lambda text: say(text, err=True), ready=ready)
+    say("unmounted", err=True)

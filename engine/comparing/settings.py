@@ -1,0 +1,124 @@
+"""Everything of two models but their tensors: configuration, generation settings, tokenizer, chat template, code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.comparing.effects import Difference, Grade, differing, effect_of
+from engine.comparing.meaning import default_generation, full_config, full_generation, plain_config
+from engine.comparing.texts import compare_templates, compare_tokenizers
+from engine.errors import EngineError, Place
+from engine.storage.json_text import parse_json
+from engine.storage.store import File, Store
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_LARGEST = 256 << 20  # bytes of a file that is read
+
+Files = Mapping[str, bytes]
+
+
+def small_files(where: Store) -> dict[str, bytes]:
+    """The files of a checkpoint folder that make the model besides its weights, and its Python files."""
+    names = {*where.names()}
+    wanted = [name for name in (CONFIG, GENERATION, *TOKENIZER, *TEMPLATES) if name in names]
+    wanted += sorted(name for name in names if name.endswith(".py"))
+    found = {}
+    for name in wanted:
+        with File(where, name).open() as file:
+            found[name] = file.read(_LARGEST)
+    return found
+
+
+def compare_settings(
+    ours: Files, theirs: Files, *, dtypes: tuple[str | None, str | None] = (None, None)
+) -> tuple[Difference, ...]:
+    """What differs between two models other than their tensors, and what that does.
+
+    Args:
+        ours, theirs: files by name, as `small_files` reads them.
+        dtypes: the element type that each side's weights have, which an absent `dtype` means.
+
+    Raises:
+        EngineError: E301 or E303 when a file is no JSON, or no object.
+    """
+    configs = [_read(files, CONFIG) for files in (ours, theirs)]
+    generations = [_read(files, GENERATION) for files in (ours, theirs)]
+    found: list[Difference] = []
+    if None in configs and configs != [None, None]:
+        effect = "without it transformers does not load the model"
+        found.append(Difference("config", CONFIG, *_there(ours, theirs, CONFIG), effect))
+    one, two = (config or {} for config in configs)
+    if None not in configs:
+        found += _configs(one, two, dtypes)
+    found += _generations(generations[0], generations[1], one, two)
+    found += compare_tokenizers(ours, theirs, TOKENIZER)
+    found += compare_templates(ours, theirs)
+    for name in sorted(name for name in ours.keys() | theirs.keys() if name.endswith(".py")):
+        if ours.get(name) != theirs.get(name):
+            effect = "with trust_remote_code another program runs the weights"
+            found.append(Difference("code", name, *_there(ours, theirs, name, "another content"), effect))
+    return tuple(found)
+
+
+def _there(ours: Files, theirs: Files, name: str, both: str = "there") -> tuple[str, str]:
+    one, two = ("absent" if name not in files else "there" for files in (ours, theirs))
+    return (both, "its own") if one == two == "there" else (one, two)
+
+
+def _read(files: Files, name: str) -> dict[str, Any] | None:
+    if name not in files:
+        return None
+    try:
+        data = parse_json(files[name])
+    except ValueError as error:
+        raise EngineError("E301", "the file is not JSON", place=Place(name), got=str(error)[:200],
+                          fix="Copy the file again.") from None  # fmt: skip
+    if not isinstance(data, dict):
+        raise EngineError("E303", "the file is not an object", place=Place(name), got=type(data).__name__,
+                          fix="Copy the file again.")  # fmt: skip
+    return data
+
+
+def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str | None, str | None]) -> list[Difference]:
+    """Two configurations, by what they mean."""
+    ours, theirs = plain_config(one), plain_config(two)
+    if ours == theirs:
+        return []
+    full = [full_config(config) for config in (one, two)]
+    own: frozenset[str] | None = None
+    if full[0] is not None and full[1] is not None:
+        (ours, mine), (theirs, other) = full[0], full[1]
+        own = mine | other
+    for side, dtype in zip((ours, theirs), dtypes, strict=True):
+        if "dtype" not in side and dtype is not None:
+            side["dtype"] = dtype
+    scaled = any(side.get("rope_parameters.rope_type", "default") != "default" for side in (ours, theirs))
+
+    def said(key: str) -> tuple[str, Grade]:
+        return effect_of(key, scaled=scaled, own=own)
+
+    return differing("config", ours, theirs, said)
+
+
+def _generations(
+    ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, one: Mapping[str, Any], two: Mapping[str, Any]
+) -> list[Difference]:
+    here, there = full_generation(ours, one), full_generation(theirs, two)
+    if here == there or (ours is None and theirs is None):
+        return []
+    defaults = default_generation()
+    return differing("generation", here, there, _generating, defaults=defaults)
+
+
+def _generating(key: str) -> tuple[str, Grade]:
+    if key.endswith("_token_id"):
+        return effect_of(key)
+    if key in ("use_cache", "cache_implementation", "return_dict_in_generate") or key.startswith("output_"):
+        return "speed, or what is returned besides", "told"
+    return "generate() gives other text", "function"

@@ -1,0 +1,78 @@
+"""What is compared: a Hugging Face checkpoint, or what a mapping makes of a training checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+from engine.comparing.settings import small_files
+from engine.errors import EngineError
+from engine.formats.headers import FileHeader
+from engine.planning.model import Plan
+from engine.storage.store import File, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of two checkpoints.
+
+    Attributes:
+        tensors: files, or the plan that says what they would be.
+        small: the files beside the weights by name; None for a weight file given alone.
+        training: whether a plan stands for it.
+    """
+
+    tensors: Sequence[FileHeader] | Plan
+    config: Mapping[str, Any]
+    small: Mapping[str, bytes] | None
+
+    @property
+    def training(self) -> bool:
+        return isinstance(self.tensors, Plan)
+
+    @property
+    def nbytes(self) -> int:
+        if isinstance(self.tensors, Plan):
+            return self.tensors.nbytes
+        return sum(tensor.nbytes for file in self.tensors for tensor in file.tensors)
+
+    @property
+    def dtype(self) -> str | None:
+        """The element type of its first tensor, as configurations say it."""
+        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+        if isinstance(self.tensors, Plan):
+            types = [output.dtype for output in self.tensors.outputs]
+        else:
+            types = [tensor.dtype for file in self.tensors for tensor in file.tensors]
+        return next((names[dtype] for dtype in types if dtype in names), None)
+
+
+def read_side(where: Store | File, planned: Callable[[], tuple[Plan, Mapping[str, bytes]]] | None) -> Side:
+    """One side of a comparison.
+
+    Args:
+        planned: makes a plan of a training checkpoint, and the small files that would be written; None
+            without a mapping.
+
+    Raises:
+        EngineError: E304 for what is no Hugging Face checkpoint, where there is no mapping; E2xx and E3xx.
+    """
+    try:
+        files = read_hf_folder(where)
+    except EngineError as error:
+        if error.code != "E304" or isinstance(where, File):
+            raise
+        if planned is None:
+            raise EngineError(
+                error.code,
+                error.message,
+                place=error.place,
+                got=error.got,
+                expected=error.expected,
+                fix=f"{error.fix} A training checkpoint is compared by what a mapping makes of it: give --mapping.",
+            ) from None
+        plan, small = planned()
+        return Side(plan, plan.config, small)
+    return Side(files, read_hf_config(where), None if isinstance(where, File) else small_files(where))

@@ -1,0 +1,283 @@
+"""Two tokenizers by the ids they give, and two chat templates by what they render.
+
+Nothing of a checkpoint is run: tokenizers are data, and templates are rendered in Jinja's sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.comparing.corpus import CONVERSATIONS, texts
+from engine.comparing.effects import Difference
+
+Files = Mapping[str, bytes]
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_FEWEST = 2  # tokens of a vocabulary that was read
+_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokenizer:
+    """A tokenizer as functions.
+
+    Attributes:
+        named: special tokens by what they are for.
+        other: settings that change batches or text, by name.
+        whole: whether special tokens are put round text as the model's users have it.
+    """
+
+    encode: Callable[[str, bool], list[int]]
+    decode: Callable[[list[int]], str]
+    vocabulary: dict[str, int]
+    named: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
+
+
+def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list[Difference]:
+    """What two tokenizers, given by the folders' files, make differently.
+
+    Args:
+        names: the files that belong to a tokenizer.
+    """
+    if all(ours.get(name) == theirs.get(name) for name in names):
+        return []
+    ours, theirs = (
+        {name: files[name] for name in ("config.json", *names) if name in files} for files in (ours, theirs)
+    )
+    there = [any(name in files for name in _MODELS) for files in (ours, theirs)]
+    if not all(there):
+        if not any(there):
+            return []
+        told = tuple("there" if one else "absent" for one in there)
+        return [Difference("tokenizer", "a tokenizer", told[0], told[1], "without it text becomes no ids")]
+    with tempfile.TemporaryDirectory(prefix="engine-") as made:
+        one, two = (_load(files, Path(made) / str(side)) for side, files in enumerate((ours, theirs)))
+        if isinstance(one, str) or isinstance(two, str):
+            shown = _both(lambda side: f"not loadable: {side}" if isinstance(side, str) else "loadable", one, two)
+            return [Difference("tokenizer", "a tokenizer", *shown, "its ids could not be compared")]
+        found = list(_tokenizers(one, two))
+    if not found:
+        unlike = [name for name in names if ours.get(name) != theirs.get(name)]
+        effect = "ids, text and special tokens are equal all the same, over the texts tried"
+        found = [Difference("tokenizer", ", ".join(unlike), "other bytes", "its own", effect, "told")]
+    return found
+
+
+def _tokenizers(one: _Tokenizer, two: _Tokenizer) -> Iterator[Difference]:
+    if len(one.vocabulary) != len(two.vocabulary):
+        sizes = _both(lambda side: f"{len(side.vocabulary):,} tokens", one, two)
+        yield Difference("tokenizer", "the vocabulary", *sizes, "some ids exist on one side only")
+    for name in sorted(one.named.keys() | two.named.keys()):
+        if one.named.get(name) != two.named.get(name):
+            shown = _both(_shown, one.named.get(name), two.named.get(name))
+            yield Difference("tokenizer", name, *shown, "text begins, ends, or is padded with another token")
+    special = [str(name) for side in (one, two) for value in side.named.values()
+               for name in (value if isinstance(value, list) else [value]) if name]  # fmt: skip
+    with_special = [True, False] if one.whole and two.whole else [False]
+    pieces = [*one.vocabulary, *two.vocabulary]
+    unlike: dict[str, tuple[str, list[int], list[int]]] = {}
+    counts: dict[str, int] = {}
+    for text in texts(list(dict.fromkeys(special)), pieces):
+        for wrapped in with_special:
+            ids = one.encode(text, wrapped), two.encode(text, wrapped)
+            kind = "ids with special tokens" if wrapped else "ids"
+            if ids[0] != ids[1]:
+                counts[kind] = counts.get(kind, 0) + 1
+                unlike.setdefault(kind, (text, *ids))
+            elif not wrapped and one.decode(ids[0]) != two.decode(ids[1]):
+                counts["text from ids"] = counts.get("text from ids", 0) + 1
+                unlike.setdefault("text from ids", (text, *ids))
+    if "ids" in unlike:
+        unlike.pop("ids with special tokens", None)
+    for kind, (text, here, there) in unlike.items():
+        what = f"{kind} of {_shown(text[:30])} and {counts[kind] - 1} more texts" if counts[kind] > 1 else (
+            f"{kind} of {_shown(text[:30])}")  # fmt: skip
+        if kind == "text from ids":
+            shown = _shown(one.decode(here)[:40]), _shown(two.decode(there)[:40])
+            yield Difference("tokenizer", what, *shown, "generated text reads otherwise")
+        else:
+            effect = "the model reads other tokens than it was trained on" if kind == "ids" else (
+                "special tokens are put round text otherwise")  # fmt: skip
+            yield Difference("tokenizer", what, str(here[:8]), str(there[:8]), effect)
+    for name in sorted(one.other.keys() | two.other.keys()):
+        if one.other.get(name) != two.other.get(name):
+            shown = _both(_shown, one.other.get(name), two.other.get(name))
+            if name == "model_max_length":
+                yield Difference("tokenizer", name, *shown, "only a warning for long text changes", "told")
+            else:
+                yield Difference("tokenizer", name, *shown, "batches or text are made up otherwise")
+
+
+def _load(files: Files, folder: Path) -> _Tokenizer | str:
+    """A tokenizer from copies of its files; why it cannot be loaded, if so."""
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(_without_code(name, data))
+    why = ""
+    for load in (_by_transformers, _by_tokenizers, _by_sentencepiece):
+        try:
+            return load(folder)
+        except Exception as error:  # whatever the files make these libraries raise
+            why = why or " ".join(str(error).split())[:160] or type(error).__name__
+    return why
+
+
+def _without_code(name: str, data: bytes) -> bytes:
+    """A configuration without the names of classes that only code of the checkpoint has."""
+    if name not in (_SETTINGS, "config.json"):
+        return data
+    try:
+        settings = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(settings, dict) or "auto_map" not in settings:
+        return data
+    kept = {key: value for key, value in settings.items() if key not in ("auto_map", "tokenizer_class")}
+    return json.dumps(kept).encode()
+
+
+def _by_transformers(folder: Path) -> _Tokenizer:
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if len(loaded.get_vocab()) < _FEWEST:
+        raise ValueError("transformers makes an empty vocabulary of it")
+    named = {name: getattr(loaded, name, None) for name in _TOKENS}
+    more = sorted({str(token) for token in loaded.all_special_tokens} - {str(t) for t in named.values()})
+    return _Tokenizer(
+        lambda text, special: list(loaded.encode(text, add_special_tokens=special)),
+        lambda ids: str(loaded.decode(ids)),
+        dict(loaded.get_vocab()),
+        {
+            **{name: None if token is None else str(token) for name, token in named.items()},
+            "other special tokens": more,
+        },
+        {name: getattr(loaded, name, None) for name in ("padding_side", "truncation_side", "model_max_length")},
+    )
+
+
+def _by_tokenizers(folder: Path) -> _Tokenizer:
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return _Tokenizer(
+        lambda text, special: list(loaded.encode(text, add_special_tokens=special).ids),
+        lambda ids: str(loaded.decode(ids, skip_special_tokens=False)),
+        dict(loaded.get_vocab()),
+    )
+
+
+def _by_sentencepiece(folder: Path) -> _Tokenizer:
+    import sentencepiece
+
+    loaded = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
+    pieces = {loaded.id_to_piece(i): i for i in range(loaded.get_piece_size())}
+    return _Tokenizer(
+        lambda text, _: list(loaded.encode(text)), lambda ids: str(loaded.decode(ids)), pieces, whole=False
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _both(show: Callable[[Any], str], one: Any, two: Any) -> tuple[str, str]:
+    return show(one), show(two)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def compare_templates(ours: Files, theirs: Files) -> list[Difference]:
+    """What two chat templates, given by the folders' files, render differently."""
+    one, two = (_templates(files) for files in (ours, theirs))
+    found: list[Difference] = []
+    for name in sorted(one.keys() | two.keys()):
+        called = "the template" if name == "default" else f"template `{name}`"
+        if name not in one or name not in two:
+            told = _both(lambda side: "there" if side is not None else "absent", one.get(name), two.get(name))
+            found.append(Difference("chat template", called, *told, "chat() works on one side only"))
+        elif one[name] != two[name]:
+            found += _rendered(called, (one[name], _named(ours)), (two[name], _named(theirs)))
+    return found
+
+
+def _rendered(
+    called: str, one: tuple[str, Mapping[str, Any]], two: tuple[str, Mapping[str, Any]]
+) -> Iterator[Difference]:
+    unlike = []
+    for conversation in CONVERSATIONS:
+        here, there = (_render(template, named, conversation) for template, named in (one, two))
+        if here != there:
+            unlike.append((conversation, here, there))
+    if not unlike:
+        effect = f"it renders {len(CONVERSATIONS)} conversations alike all the same"
+        yield Difference("chat template", called, "other text", "its own", effect, "told")
+        return
+    conversation, here, there = unlike[0]
+    at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
+    low = max(at - 10, 0)
+    more = f" and {len(unlike) - 1} more conversations" if len(unlike) > 1 else ""
+    effect = "the model is asked in another form than it was trained on"
+    shown = _both(lambda text: _shown(text[low : low + 50]), here, there)
+    yield Difference("chat template", f"what it renders of {conversation}{more}", *shown, effect)
+
+
+def _templates(files: Files) -> dict[str, str]:
+    """A folder's templates by name, as transformers finds them."""
+    if _TEMPLATE in files:
+        return {"default": files[_TEMPLATE].decode("utf-8", "replace")}
+    for name in ("chat_template.json", _SETTINGS):
+        found = _settings(files, name).get("chat_template")
+        if isinstance(found, str):
+            return {"default": found}
+        if isinstance(found, list):
+            return {str(one.get("name")): str(one.get("template")) for one in found if isinstance(one, dict)}
+    return {}
+
+
+def _settings(files: Files, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(files.get(name, b"{}"))
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _named(files: Files) -> dict[str, Any]:
+    """Special tokens, which templates write."""
+    settings = _settings(files, "special_tokens_map.json") | _settings(files, _SETTINGS)
+    return {name: token.get("content") if isinstance(token, dict) else token
+            for name in _TOKENS if (token := settings.get(name)) is not None}  # fmt: skip
+
+
+def _render(template: str, named: Mapping[str, Any], conversation: str) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages, tools, speaking = CONVERSATIONS[conversation]
+    try:
+        texts, _ = render_jinja_template(
+            [messages], tools=tools, chat_template=template, add_generation_prompt=speaking, **named
+        )
+    except Exception as error:  # a template refuses what it does not know in its own words
+        return f"refused: {' '.join(str(error).split())[:120]}"
+    return str(texts[0])

@@ -1,0 +1,117 @@
+"""Which mappings fit a training checkpoint, and in what those that fit differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.errors import EngineError
+from engine.language.mapping_file import digest_of
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.planning.attempts import Checkpoint
+from engine.planning.model import Plan
+from engine.planning.planner import make_plan
+from engine.proving.meta_model import fitted
+
+# What a mapping says that no tensor tells: of two that differ in these alone, both fit.
+_NO_TENSORS = ("name", "version", "description", "extends", "expect", "generation", "chat_template", "tokenizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How one mapping relates to a checkpoint.
+
+    Attributes:
+        fits: whether a run would convert it as this release or family.
+        code, why: of what keeps it from fitting; also of what must be `--set` before it runs.
+        differing: axis → (the checkpoint's size, the release's).
+        traits: what the mapping says that the checkpoint does not.
+    """
+
+    name: str
+    description: str
+    fits: bool
+    code: str | None = None
+    why: str = ""
+    differing: Mapping[str, tuple[int | None, int]] | None = None
+    traits: Mapping[str, str] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "description": self.description,
+            "fits": self.fits,
+            "code": self.code,
+            "why": self.why,
+            "differing": {axis: list(sizes) for axis, sizes in (self.differing or {}).items()},
+            "traits": dict(self.traits or {}),
+        }
+
+
+def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[MappingFile]) -> tuple[list[Fit], Plan | None]:
+    """Every mapping of the layout held against the checkpoint, and a plan by one of those that can be planned.
+
+    Releases come before families, and a family before what extends it for another target. Mappings that differ
+    only in what no tensor tells are planned once.
+    """
+    ranked = sorted(
+        (m for m in mappings if m.layout == layout.name), key=lambda m: (not m.expect, len(m.files), m.name)
+    )
+    plans: dict[str, Plan | EngineError] = {}
+    found: list[Fit] = []
+    for mapping in ranked:
+        kind = checkpoint.training.get("model_type")
+        if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
+            why = f"it is for model_type {' or '.join(mapping.model_types)}, this is {kind}"
+            found.append(Fit(mapping.name, mapping.description, False, "E212", why))
+            continue
+        key = digest_of({k: v for k, v in mapping.resolved.items() if k not in _NO_TENSORS})
+        if key not in plans:
+            plans[key] = _planned(mapping, layout, checkpoint)
+        found.append(_fit(mapping, plans[key]))
+    ok = [plan for plan in plans.values() if isinstance(plan, Plan)]
+    return found, ok[0] if ok else None
+
+
+def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan | EngineError:
+    try:
+        mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
+        return make_plan(mapping, layout, checkpoint, settings={})
+    except EngineError as error:
+        return error
+
+
+def _fit(mapping: MappingFile, plan: Plan | EngineError) -> Fit:
+    if isinstance(plan, EngineError):
+        asks = plan.code == "E202"  # the mapping is the right one, once a person has decided
+        why = f"{plan.message}; {plan.fix}" if asks else plan.message
+        return Fit(mapping.name, mapping.description, asks, plan.code, why, traits=traits(mapping))
+    differing = {axis: (plan.sizes.get(axis), n) for axis, n in mapping.expect.items() if plan.sizes.get(axis) != n}
+    why = ", ".join(f"{axis} {got}, not {wanted}" for axis, (got, wanted) in differing.items())
+    return Fit(mapping.name, mapping.description, not differing, None, why, differing, traits(mapping))
+
+
+def traits(mapping: MappingFile) -> dict[str, str]:
+    """What a mapping adds to a model that no weight tells: the target, how it is talked to, and for how long.
+
+    >>> from engine.language.mapping_file import load_mapping
+    >>> traits(load_mapping("internlm2-chat-7b"))
+    {'target': 'llama', 'chat': 'internlm2-chat', 'stops at': '2, 92542', 'length': '32768'}
+    """
+    length = mapping.options.get("max_position_embeddings")
+    said = length.default if length is not None else mapping.config.get("max_position_embeddings", "")
+    stops = (mapping.generation or {}).get("eos_token_id", "")
+    return {
+        "target": mapping.model_type + (", remote code" if mapping.remote_code else ""),
+        "chat": mapping.chat_template or "no, base model",
+        "stops at": ", ".join(map(str, stops)) if isinstance(stops, list | tuple) else str(stops),
+        "length": str(said) if isinstance(said, int | str) else "",
+    }
+
+
+def differences(fits: Sequence[Fit]) -> tuple[str, ...]:
+    """The traits in which mappings that fit differ."""
+    names = dict.fromkeys(name for fit in fits for name in fit.traits or {})
+    return tuple(name for name in names if len({(fit.traits or {}).get(name) for fit in fits}) > 1)

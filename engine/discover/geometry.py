@@ -1,0 +1,102 @@
+"""What names and configurations tell of tensors: layers and experts, and what their rows are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from engine.discover.orders import Units
+
+_ATTENTION = re.compile(r"attn|attention|mixer|qkv|(^|[._])w?[qkvo](_proj)?[._]")
+_OUT = re.compile(r"(^|\.)(o_proj|wo|out_proj|dense|c_proj|proj)(\.|$)")
+_OTHER = re.compile(r"norm|mlp|feed_forward|embed|lm_head|output\.|gate|expert")
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Head counts of a model: query heads, key/value heads, rows per head."""
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes whose roots scale attention."""
+        return {"head_dim": self.head_dim, "hidden": self.heads * self.head_dim}
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows that queries, keys or values, and all of them together have."""
+        return tuple(n * self.head_dim for n in (self.heads, self.groups, self.heads + 2 * self.groups))
+
+
+def geometry_of(configs: Sequence[Mapping[str, Any]]) -> Geometry | None:
+    """The geometry that configurations tell, the last one's first.
+
+    >>> geometry_of([{}, {"num_attention_heads": 4, "hidden_size": 32}])
+    Geometry(heads=4, groups=4, head_dim=8)
+    """
+    for config in reversed(configs):
+        inner = next((config[k] for k in ("text_config", "llm_config") if isinstance(config.get(k), Mapping)), config)
+        heads = inner.get("num_attention_heads")
+        if not _positive(heads):
+            continue
+        groups, head_dim, hidden = (inner.get(k) for k in ("num_key_value_heads", "head_dim", "hidden_size"))
+        if not _positive(head_dim) and _positive(hidden):
+            head_dim = hidden // heads
+        if _positive(head_dim):
+            return Geometry(heads, groups if _positive(groups) else heads, head_dim)
+    return None
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | None) -> Units:
+    """What the rows (axis 0) or columns of a tensor are: rows of heads in attention, of experts in a stack of them.
+
+    >>> units_of("h.0.attn.k_proj.weight", 0, (16, 32), Geometry(4, 2, 8)).sizes
+    {'head': 8}
+    >>> units_of("h.0.attn.q_proj.weight", 0, (32, 32), Geometry(4, 2, 8)).sizes
+    {'head': 8, 'key/value group': 16}
+    """
+    noun = "column" if axis else "row" if len(shape) > 1 else "element"
+    size = shape[-1] if axis else prod(shape[:-1]) if len(shape) > 1 else prod(shape)
+    if len(shape) > 2 and axis == 0:
+        return Units(noun, {"expert" if "expert" in name else "matrix": prod(shape[1:-1])}, heads=False)
+    named, other = _ATTENTION.search(name), _OTHER.search(name)
+    of_heads = None if not named and not other else bool(named and (axis == 1) == bool(_OUT.search(name)))
+    if geometry is None or of_heads is False:
+        return Units(noun, {}, heads=of_heads)
+    sizes = {"head": geometry.head_dim}
+    if size == geometry.rows[0] and geometry.groups < geometry.heads:
+        sizes["key/value group"] = geometry.rows[0] // geometry.groups
+    if size not in geometry.rows:
+        return Units(noun, {}, heads=of_heads)
+    return Units(noun, sizes if named else {}, geometry.head_dim, of_heads)
+
+
+def numbers(name: str) -> tuple[int, ...]:
+    """The integers of a name: its layer, and its expert if it has one.
+
+    >>> numbers("model.layers.3.mlp.experts.7.w1.weight")
+    (3, 7)
+    """
+    return tuple(int(part) for part in name.split(".") if is_number(part))
+
+
+def is_number(part: str) -> bool:
+    """Whether a part of a name counts layers or experts."""
+    return part.isascii() and part.isdecimal() and len(part) < 10
+
+
+def neighbours(name: str, candidates: Sequence[str]) -> list[str]:
+    """Candidates other than the name itself, those of the same layer and expert first."""
+    own = numbers(name)
+    near = [other for other in candidates if other != name and numbers(other) == own]
+    return near + [other for other in candidates if other != name and numbers(other) != own]

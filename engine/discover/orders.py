@@ -1,0 +1,292 @@
+"""Orders: which unit of one list lies where in another, found by content and read back in words.
+
+An order is an array p: place i of the output holds what lies at place p[i] of the reference. It is found at
+the coarsest blocks whose contents are the same on both sides, and read as blocks, periods and axes: which block
+size, which permutation, within what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from engine.discover.prints import Prints64, joined
+
+_MOST_NAMED = 6  # blocks that are named one by one
+_RANKS = 64  # so many slices may be those of tensor ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An order in words.
+
+    Attributes:
+        words: without a verb: `heads 0 and 2 exchanged`.
+        rotary: the choice of `rotary` that would have been right, where rotary pairs lie otherwise.
+    """
+
+    words: str
+    rotary: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What is ordered: rows, columns or elements, and what so many of them in a row are called.
+
+    Attributes:
+        noun: `row`.
+        sizes: name → how many rows: `{"head": 128, "key/value group": 512}`.
+        head: rows of a head, where rows are those of heads; None where nothing is known of heads.
+        heads: whether they are rows of heads; None where nothing is known.
+    """
+
+    noun: str
+    sizes: Mapping[str, int]
+    head: int | None = None
+    heads: bool | None = None
+
+    def block(self, size: int) -> str:
+        """
+        >>> Units("row", {"head": 8, "group": 16}).block(16)
+        '16 rows = 2 heads = 1 group'
+        """
+        told = [_count(size, self.noun)]
+        told += [_count(size // one, name) for name, one in self.sizes.items() if one > 1 and size % one == 0]
+        return " = ".join(told)
+
+    def block_noun(self, size: int) -> str:
+        """What a block of so many is called: a head, or else a block.
+
+        >>> [Units("row", {"head": 8}).block_noun(n) for n in (1, 8, 12)]
+        ['row', 'head', 'block of 12 rows']
+        """
+        if size == 1:
+            return self.noun
+        named = next((name for name, one in self.sizes.items() if one == size), None)
+        return named or f"block of {_count(size, self.noun)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def find_order(ours: Prints64, theirs: Prints64) -> np.ndarray | None:
+    """The order in which the units of one side are those of the other; None when they are not the same units.
+
+    >>> find_order(np.array([3, 4, 1, 2], np.uint64), np.array([1, 2, 3, 4], np.uint64)).tolist()
+    [2, 3, 0, 1]
+    """
+    count = len(ours)
+    if count != len(theirs) or count < 2 or not _same_bag(ours, theirs):
+        return None
+    for size in sorted(divisors(count), reverse=True):
+        if size == count:
+            continue
+        one, two = (ours, theirs) if size == 1 else (joined(ours, size), joined(theirs, size))
+        if _same_bag(one, two):
+            order = _order_of(one, two)
+            return (order[:, None] * size + np.arange(size)).reshape(-1)
+    return None
+
+
+def _same_bag(one: Prints64, two: Prints64) -> bool:
+    return one.sum(dtype=np.uint64) == two.sum(dtype=np.uint64) and np.array_equal(np.sort(one), np.sort(two))
+
+
+def _order_of(one: Prints64, two: Prints64) -> np.ndarray:
+    """An order of units that are the same; where some are equal, the plainest that fits."""
+    if len(np.unique(two)) == len(two):
+        by_content = np.argsort(two)
+        found: np.ndarray = by_content[np.searchsorted(two[by_content], one)]
+        return found
+    for order in _plain_orders(len(one)):
+        if np.array_equal(one, two[order]):
+            return order
+    return _greedy(one, two)
+
+
+def _plain_orders(count: int) -> Iterator[np.ndarray]:
+    """The reverse, and orders that swap two axes somewhere: (a, b, c, d) read as (a, c, b, d)."""
+    places = np.arange(count)
+    yield places[::-1]
+    sizes = divisors(count)
+    for block in sorted(sizes, reverse=True):
+        for inner in divisors(count // block):
+            for a in divisors(inner):
+                b = inner // a
+                if a > 1 and b > 1:
+                    yield places.reshape(-1, a, b, block).swapaxes(1, 2).reshape(-1)
+
+
+def _greedy(one: Prints64, two: Prints64) -> np.ndarray:
+    """Each unit from the place after or before its neighbour's, else its own place, else the first that is left."""
+    left: dict[int, dict[int, None]] = {}
+    for place, value in enumerate(two.tolist()):
+        left.setdefault(value, {})[place] = None
+    order = np.empty(len(one), np.int64)
+    last = -1
+    for place, value in enumerate(one.tolist()):
+        free = left[value]
+        last = next((at for at in (last + 1, last - 1, place) if at in free), next(iter(free)))
+        del free[last]
+        order[place] = last
+    return order
+
+
+def divisors(number: int) -> list[int]:
+    """
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
+
+
+def block_size(order: np.ndarray) -> int:
+    """The largest blocks that stay whole.
+
+    >>> block_size(np.array([4, 5, 6, 7, 0, 1, 2, 3]))
+    4
+    """
+    breaks = np.flatnonzero(np.diff(order) != 1) + 1
+    edges = [len(order), int(order[0]), *breaks.tolist(), *order[breaks].tolist()]
+    return int(np.gcd.reduce(edges))
+
+
+def read_order(order: np.ndarray, units: Units) -> Reading:
+    """An order that is not the identity, in words."""
+    size = block_size(order)
+    blocks = order[::size] // size
+    period = _period(blocks, None if units.head is None else units.head // size)
+    if period is None:
+        return Reading(_words(blocks, size, units))
+    local = blocks.reshape(-1, period) - np.arange(0, len(blocks), period)[:, None]
+    moved = np.flatnonzero((local != np.arange(period)).any(axis=1))
+    patterns = np.unique(local[moved], axis=0)
+    span = period * size
+    where = "in every" if len(moved) == len(local) else "in some"
+    noun = units.block_noun(span) if span != units.head else "head"
+    which = f"{where} {noun}" if where == "in every" or len(moved) > _MOST_NAMED else f"in {noun} {_list(moved)}"
+    if len(local) == 1:
+        which = f"within the {noun}"
+    if len(patterns) == 1:
+        turned = _rotary(patterns[0], size, span, units)
+        if turned is not None:
+            return Reading(f"rotary pairs {which}", turned)
+        return Reading(f"{_words(patterns[0], size, units, joined=False)}, {which}")
+    return Reading(f"{units.noun}s in another order {which}, not the same in each")
+
+
+def _period(blocks: np.ndarray, head: int | None) -> int | None:
+    """The smallest number of blocks within whose multiples everything stays."""
+    places = np.arange(len(blocks))
+    for size in divisors(len(blocks)):
+        whole = size == len(blocks)
+        if size > 1 and (not whole or size == head) and np.array_equal(blocks // size, places // size):
+            return size
+    return None
+
+
+def _rotary(pattern: np.ndarray, size: int, span: int, units: Units) -> str | None:
+    """Which choice would have been right, where a head's halves and pairs changed places.
+
+    Rows of a head are (half, pair) or (pair, half).
+    """
+    if size != 1 or span % 2 or span < 4 or units.heads is False or span != (units.head or span):
+        return None
+    places = np.arange(span)
+    pairs = places.reshape(2, -1).T.reshape(-1)
+    if not np.array_equal(pattern, pairs) and not np.array_equal(pattern, np.argsort(pairs)):
+        return None
+    if span == 4:
+        return "other"
+    return "pairs" if np.array_equal(pattern, pairs) else "halves"
+
+
+def _words(blocks: np.ndarray, size: int, units: Units, *, joined: bool = True) -> str:
+    """A permutation of blocks of one size.
+
+    Args:
+        joined: whether the blocks may be what tensor ranks hold.
+    """
+    count = len(blocks)
+    places = np.arange(count)
+    moved = np.flatnonzero(blocks != places)
+    noun = units.block_noun(size)
+    named = noun.split(" ")[0] if noun.startswith("block") else noun
+    extent = f" ({units.block(size)} each)" if size > 1 else ""
+    slices = joined and size > 1 and count <= _RANKS
+    ranks = f", as slices of {count} tensor ranks joined in another order" if slices else ""
+    shift = int(blocks[0])
+    axes = _axes(blocks)
+    if count == 2:
+        return f"halves of the {units.noun}s exchanged{extent}{ranks}"
+    if len(moved) == 2:
+        return f"{named}s {moved[0]} and {moved[1]} exchanged{extent}{ranks if count <= 8 else ''}"
+    if np.array_equal(blocks, places[::-1]):
+        return f"{named}s in reverse order{extent}{ranks}"
+    if np.array_equal(blocks, np.roll(places, -shift)):
+        by = -shift if shift <= count // 2 else count - shift
+        return f"{named}s shifted by {abs(by)}, the last ones round to the other end{extent}{ranks}"
+    if axes is not None:
+        a, b = axes
+        told = f" × {size}" if size > 1 else ""
+        return (
+            f"{units.noun}s interleaved: ({a} × {b}{told}) lie as ({b} × {a}{told}), as slices of {min(a, b)} or "
+            f"{max(a, b)} joined along the wrong axis"
+        )
+    shown = ", ".join(f"{at} holds {blocks[at]}" for at in moved[:_MOST_NAMED].tolist())
+    more = ", …" if len(moved) > _MOST_NAMED else ""
+    return f"{named}s in another order{extent}: {shown}{more}{ranks if count <= 8 else ''}"
+
+
+def _axes(blocks: np.ndarray) -> tuple[int, int] | None:
+    """Two axes that changed places: reference (a, b), output (b, a)."""
+    count = len(blocks)
+    if count < 4 or blocks[0] != 0:
+        return None
+    b = int(blocks[1])
+    if b < 2 or count % b:
+        return None
+    a = count // b
+    return (a, b) if a > 1 and np.array_equal(blocks, np.arange(count).reshape(a, b).T.reshape(-1)) else None
+
+
+def read_loops(order: np.ndarray) -> list[tuple[int, int]] | None:
+    """An order from 0 on as nested loops (count, step), outermost first; None when it is none.
+
+    >>> read_loops(np.arange(12).reshape(2, 3, 2).swapaxes(0, 1).reshape(-1))
+    [(3, 2), (2, 6), (2, 1)]
+    """
+    loops: list[tuple[int, int]] = []
+    while len(order) > 1:
+        step = int(order[1] - order[0])
+        ends = np.flatnonzero(np.diff(order) != step)
+        count = int(ends[0]) + 1 if len(ends) else len(order)
+        if count == 1 or len(order) % count:
+            return None
+        starts = order[::count]
+        if not np.array_equal(order.reshape(-1, count), starts[:, None] + step * np.arange(count)):
+            return None
+        loops.append((count, step))
+        order = starts
+    return loops[::-1] if order[0] == 0 else None
+
+
+def runs_of(order: np.ndarray) -> list[tuple[int, int, int]]:
+    """Stretches of an order as (low, high, start): places low..high hold start, start + 1, …; unknown ones start at -1.
+
+    >>> runs_of(np.array([5, 6, -1, -1, 0]))
+    [(0, 2, 5), (2, 4, -1), (4, 5, 0)]
+    """
+    known = order >= 0
+    joins = np.where(known[1:] & known[:-1], np.diff(order) == 1, known[1:] == known[:-1])
+    edges = [0, *(np.flatnonzero(~joins) + 1).tolist(), len(order)]
+    return [(low, high, int(order[low])) for low, high in pairwise(edges)]
+
+
+def _list(numbers: np.ndarray) -> str:
+    return ", ".join(str(n) for n in numbers.tolist())

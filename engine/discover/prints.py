@@ -1,0 +1,125 @@
+"""Fingerprints of a tensor's rows and columns, by which the same content is found wherever it lies.
+
+A tensor is read once, in small tiles. Every element's bits are mixed to 64 bits; a row's print is the sum of its
+elements' with weights by place, so it tells content and order, and its bag is the sum without weights, so it
+tells content alone. Two rows of equal print are the same but for a chance of one in 2 ** 64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.move.tensors import Tensors, cast_bits
+from engine.move.views import View, dense_strides, tiles
+
+_TILE = 1 << 15  # elements at a time: eight bytes each
+_ODD, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+
+Prints64 = np.ndarray  # of uint64
+
+
+@dataclass(frozen=True, slots=True)
+class Prints:
+    """What identifies the rows and columns of an array.
+
+    Attributes:
+        rows, cols: prints, by content and order.
+        row_bags, col_bags: by content alone.
+        plain_rows, plain_cols: which of them are one value throughout, and so prove nothing.
+    """
+
+    rows: Prints64
+    cols: Prints64
+    row_bags: Prints64
+    col_bags: Prints64
+    plain_rows: np.ndarray
+    plain_cols: np.ndarray
+
+    @property
+    def bag(self) -> int:
+        """Equal for tensors of the same elements, in whatever order and shape."""
+        return int(self.row_bags.sum(dtype=np.uint64))
+
+    @property
+    def plain(self) -> bool:
+        """Whether all elements are equal."""
+        return bool(self.plain_rows.all() and self.plain_cols.all())
+
+
+def take_prints(tensors: Tensors, view: View, kind: str, order: np.ndarray | None = None) -> Prints:
+    """The prints of an array of rows × columns, cast to `kind`.
+
+    Args:
+        order: weigh columns as if column i lay at `order[i]`, to look for rows whose columns moved too.
+    """
+    rows, cols = view.shape
+    places = weights(max(rows, cols))
+    across = places[:cols] if order is None else places[order]
+    found = {name: np.zeros(size, np.uint64) for name, size in
+             (("rows", rows), ("row_bags", rows), ("row_first", rows), ("cols", cols), ("col_bags", cols),
+              ("col_first", cols))}  # fmt: skip
+    for box in tiles(view.shape, (dense_strides(view.shape),), _TILE):
+        mixed = mix(cast_bits(tensors.read(view, box), view.dtype, kind))
+        (low, high), (left, right) = box
+        mixed = mixed.reshape(high - low, right - left)
+        found["rows"][low:high] += mixed @ across[left:right]
+        found["row_bags"][low:high] += mixed.sum(axis=1, dtype=np.uint64)
+        found["cols"][left:right] += np.einsum("i,ij->j", places[low:high], mixed)
+        found["col_bags"][left:right] += mixed.sum(axis=0, dtype=np.uint64)
+        if left == 0:
+            found["row_first"][low:high] = mixed[:, 0]
+        if low == 0:
+            found["col_first"][left:right] = mixed[0]
+    return Prints(
+        found["rows"],
+        found["cols"],
+        found["row_bags"],
+        found["col_bags"],
+        found["row_bags"] == found["row_first"] * np.uint64(cols),
+        found["col_bags"] == found["col_first"] * np.uint64(rows),
+    )
+
+
+def take_runs(tensors: Tensors, view: View, kind: str, length: int) -> Prints64:
+    """The print of each run of `length` elements of an array of rows × columns, whose rows are whole runs."""
+    found = np.empty((view.shape[0], view.shape[1] // length), np.uint64)
+    places = weights(length)
+    for (low, high), (left, right) in tiles(found.shape, (dense_strides(found.shape),), max(_TILE // length, 1)):
+        bits = tensors.read(view, ((low, high), (left * length, right * length)))
+        mixed = mix(cast_bits(bits, view.dtype, kind)).reshape(-1, length)
+        found[low:high, left:right] = (mixed @ places).reshape(high - low, right - left)
+    return found.reshape(-1)
+
+
+def mix(bits: np.ndarray) -> Prints64:
+    """64 well-mixed bits of each element's own.
+
+    >>> len(set(mix(np.arange(1000, dtype=np.uint16)).tolist()))
+    1000
+    """
+    z = bits.astype(np.uint64)
+    z += np.uint64(1)
+    z *= _ODD
+    high = z >> np.uint64(32)
+    z ^= high
+    z *= _OTHER
+    np.right_shift(z, np.uint64(29), out=high)
+    z ^= high
+    return z
+
+
+def weights(count: int) -> Prints64:
+    """Odd weights of so many places, the same for each first ones."""
+    return mix(np.arange(count, dtype=np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
+
+
+def joined(prints: Prints64, size: int) -> Prints64:
+    """The prints of blocks of `size` neighbours.
+
+    >>> joined(np.arange(6, dtype=np.uint64), 3).shape
+    (2,)
+    """
+    found: Prints64 = mix(prints).reshape(-1, size) @ weights(size)
+    return found

@@ -1,0 +1,381 @@
+"""Relations: what a tensor that is not the reference's own holds instead.
+
+One search for whatever became of a tensor: its content in another order, its values changed, a part of it
+changed, the content of other tensors. Content is found by its prints, so that no kind of mistake needs a guess of
+its own, and orders are read back in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import gcd, prod
+
+import numpy as np
+
+from engine.discover.changes import Changes, Region, changes_of, region_of
+from engine.discover.geometry import Geometry, neighbours, units_of
+from engine.discover.orders import divisors, find_order, read_loops, read_order, runs_of
+from engine.discover.prints import Prints, Prints64, take_prints, take_runs
+from engine.discover.values import closeness, relate_values
+from engine.move.tensors import Tensors, common_types
+from engine.move.views import View
+
+_MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
+_FEWEST_UNITS = 4  # different units that an order must put in place
+_SHORTEST = 4  # elements of a run
+_CLOSE = 0.1  # of its size
+_MOST_RUNS = 4  # stretches that are named one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """What a tensor holds.
+
+    Attributes:
+        kind: in one word, as `permuted`; `other` where it is another tensor's content, whole.
+        words: in what way; empty where the kind says it all.
+        other: the reference's tensor whose content it is, where that is not its own.
+        rotary: the choice of `rotary` that would have been right.
+    """
+
+    kind: str
+    words: str = ""
+    other: str | None = None
+    rotary: str | None = None
+
+
+class Search:
+    """The tensors of two checkpoints, and what is known of them so far."""
+
+    def __init__(
+        self, tensors: Tensors, out: Mapping[str, View], ref: Mapping[str, View], geometry: Geometry | None
+    ) -> None:
+        self.geometry = geometry
+        self._tensors = tensors
+        self._out, self._ref = out, ref
+        self._prints: dict[tuple[View, str], Prints] = {}
+
+    def relate(self, name: str, first: Sequence[str]) -> Relation | None:
+        """What an output's tensor holds, which is not what the reference's of this name does.
+
+        Args:
+            first: the reference's tensors to look at before others.
+        """
+        out, ref = self._out[name], self._ref.get(name)
+        one, own = as_matrix(out), None if ref is None else as_matrix(ref)
+        if one is None or not one.elements:
+            return None
+        kind = None if own is None else next(iter(common_types(one.dtype, own.dtype)), None)
+        if own is not None and kind is not None and ref is not None:
+            found = self._own(name, one, own, out, ref, kind)
+            if found is not None:
+                return found
+        others = [other for other in self._others(name, first) if self._ref[other].elements]
+        return self._whole(name, one, others) or self._parts(name, one, own, others)
+
+    def _own(self, name: str, one: View, own: View, out: View, ref: View, kind: str) -> Relation | None:
+        arranged = self._arranged(name, one, own, kind)
+        if arranged is not None or out.shape != ref.shape or one.shape != own.shape:
+            return arranged
+        changes = changes_of(self._tensors, one, own)
+        region = None if changes is None else region_of(changes, out.shape)
+        if changes is not None and region is not None and "scattered" not in region.words:
+            return self._local(name, one, own, changes, region, kind)
+        values = relate_values(self._tensors, one, own, self._sizes())
+        if values is not None:
+            return Relation(values.kind, values.words)
+        if changes is not None and region is not None:
+            nan = ", all of them NaN" if changes.nans == changes.count else ""
+            return Relation("changed", f"{region.words}{nan}")
+        return None
+
+    def _sizes(self) -> dict[str, int]:
+        return {} if self.geometry is None else self.geometry.sizes
+
+    def _local(self, name: str, one: View, own: View, changes: Changes, region: Region, kind: str) -> Relation:
+        """A part that changed: what became of it."""
+        if changes.nans == changes.count:
+            return Relation("changed", f"{region.words}: NaN")
+        told = set()
+        for low, high in region.rows:
+            for left, right in region.cols:
+                here, there = (view.part(0, low, high).part(1, left, right) for view in (one, own))
+                found = relate_values(self._tensors, here, there, self._sizes()) if here.elements > 1 else None
+                told.add(found.words if found is not None else self._from(name, one, kind, (low, high), region))
+        words = told.pop() if len(told) == 1 else ""
+        return Relation("changed", f"{region.words}: {words}" if words else region.words)
+
+    def _from(self, name: str, one: View, kind: str, span: tuple[int, int], region: Region) -> str:
+        """Where changed rows come from, if they come whole from elsewhere."""
+        if one.shape[1] < _SHORTEST or region.cols != ((0, one.shape[1]),):
+            return ""
+        rows = self._take(one, kind).rows[span[0] : span[1]]
+        for other in [name, *self._others(name, ())]:
+            view = as_matrix(self._ref[other])
+            if view is not None and view.dtype == one.dtype and view.shape[1] == one.shape[1]:
+                order = _lookup(rows, self._take(view, kind).rows)
+                if (order >= 0).all():
+                    return f"holds {_spans(order, 'row')} of {'the reference' if other == name else other}"
+        return ""
+
+    def _others(self, name: str, first: Sequence[str]) -> list[str]:
+        rest = [other for other in self._ref if other not in set(first)]
+        return neighbours(name, first) + neighbours(name, rest)
+
+    def _take(self, view: View, kind: str) -> Prints:
+        key = (view, kind)
+        if key not in self._prints:
+            self._prints[key] = take_prints(self._tensors, view, kind)
+        return self._prints[key]
+
+    # -- the same elements
+
+    def _arranged(self, name: str, one: View, two: View, kind: str) -> Relation | None:
+        """The elements of another array in another order."""
+        if one.elements != two.elements or (one.elements > _MOST_UNITS and 1 in one.shape):
+            return None
+        ours, theirs = self._take(one, kind), self._take(two, kind)
+        if ours.plain or ours.bag != theirs.bag:
+            return None
+        if one.shape == two.shape:
+            for axis, (here, there) in enumerate(((ours.rows, theirs.rows), (ours.cols, theirs.cols))):
+                order = find_order(here, there) if _telling(here) else None
+                if order is not None:
+                    return self._read(name, axis, order)
+        if one.shape == two.shape[::-1] and 1 not in one.shape:
+            order = np.arange(len(ours.rows)) if np.array_equal(ours.rows, theirs.cols) else None
+            if order is not None:
+                return Relation("transposed", "rows are columns")
+            order = find_order(ours.rows, theirs.cols)
+            if order is not None:
+                return Relation("transposed", f"rows are columns, and {self._read(name, 0, order).words}")
+        if one.shape == two.shape and _telling(ours.row_bags) and _telling(ours.col_bags):
+            rows, cols = find_order(ours.row_bags, theirs.row_bags), find_order(ours.col_bags, theirs.col_bags)
+            if rows is not None and cols is not None:
+                again = take_prints(self._tensors, one, kind, cols)
+                if np.array_equal(again.rows, theirs.rows[rows]):
+                    told = [self._read(name, axis, order).words for axis, order in enumerate((rows, cols))]
+                    return Relation("permuted", "; ".join(told))
+        return self._recut(one, two, kind)
+
+    def _read(self, name: str, axis: int, order: np.ndarray) -> Relation:
+        reading = read_order(order, units_of(name, axis, self._out[name].shape, self.geometry))
+        return Relation("permuted", reading.words, rotary=reading.rotary)
+
+    def _recut(self, one: View, two: View, kind: str) -> Relation | None:
+        """Runs of elements in another order: slices that were joined along another axis than they were cut."""
+        for length in reversed(divisors(gcd(one.shape[-1], two.shape[-1]))):
+            if length < _SHORTEST or one.elements // length > _MOST_UNITS:
+                break
+            runs = [take_runs(self._tensors, view, kind, length) for view in (one, two)]
+            order = find_order(*runs) if _telling(runs[0]) else None
+            if order is None:
+                if np.array_equal(runs[0], runs[1]):
+                    return Relation("recut", f"the same elements in a row, as {' × '.join(map(str, one.shape))}")
+                continue
+            loops = read_loops((order[:, None] * length + np.arange(length)).reshape(-1))
+            if loops is None:
+                return Relation("permuted", f"runs of {length} elements in another order")
+            sizes = " × ".join(str(count) for count, _ in loops)
+            held = " × ".join(str(count) for count, _ in sorted(loops, key=lambda loop: -loop[1]))
+            parts = sorted({count for count, _ in loops[:2]})
+            return Relation(
+                "recut",
+                f"interleaved: ({held}) lies as ({sizes}), as slices of {parts[0]} tensor ranks joined along the "
+                "wrong axis",
+            )
+        known = _telling(self._take(one, kind).rows)
+        return Relation("permuted", "the same elements in another order") if known else None
+
+    def _whole(self, name: str, one: View, others: Sequence[str]) -> Relation | None:
+        """All of another tensor of the reference."""
+        for other in others:
+            view = as_matrix(self._ref[other])
+            kind = None if view is None else next(iter(common_types(one.dtype, view.dtype)), None)
+            if view is None or kind is None or view.elements != one.elements:
+                continue
+            ours, theirs = self._take(one, kind), self._take(view, kind)
+            if ours.plain or ours.bag != theirs.bag:
+                continue
+            if one.shape == view.shape and np.array_equal(ours.rows, theirs.rows):
+                return Relation("other", other=other)
+            arranged = self._arranged(name, one, view, kind)
+            if arranged is not None:
+                told = "cut the other way" if arranged.kind == "recut" else arranged.kind
+                return replace(arranged, kind="other", other=other, words=f"{told}: {arranged.words}")
+        return None
+
+    # -- some of the elements
+
+    def _parts(self, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
+        """Rows or columns of the reference's own or other tensors, in other places; else how close it comes."""
+        sources = ([name] if own is not None else []) + list(others)
+        if max(one.shape) <= _MOST_UNITS:
+            for axis in (0, 1):
+                found = self._gathered(name, one, own, axis, sources)
+                if found is not None:
+                    return found
+        if own is None or own.shape != one.shape or not common_types(one.dtype, own.dtype):
+            return None
+        apart = closeness(self._tensors, one, own)
+        close = apart is not None and apart < _CLOSE
+        return Relation("different", f"close: off by {apart:.2%} of its size") if close else None
+
+    def _gathered(self, name: str, one: View, own: View | None, axis: int, sources: Sequence[str]) -> Relation | None:
+        """Rows (axis 0) or columns that lie elsewhere, from as many tensors as it takes."""
+        noun, across = ("row", "column")[axis], one.shape[1 - axis]
+        left: np.ndarray | None = None  # places that are not found yet
+        told: list[tuple[str, np.ndarray]] = []
+        for other in sources:
+            view = as_matrix(self._ref[other])
+            kind = None if view is None else next(iter(common_types(one.dtype, view.dtype)), None)
+            if view is None or kind is None or max(view.shape) > _MOST_UNITS or view.shape[1 - axis] != across:
+                continue
+            ours, theirs = self._take(one, kind), self._take(view, kind)
+            here, there = (ours.rows, theirs.rows) if axis == 0 else (ours.cols, theirs.cols)
+            if across == 1:
+                found = self._stretch(other, here, there) if name != other or len(here) != len(there) else None
+                if found is not None:
+                    return found
+                continue
+            plain = ours.plain_rows if axis == 0 else ours.plain_cols
+            left = ~plain if left is None else left
+            order = np.where(left, _lookup(here, there), -1)
+            count = int((order >= 0).sum())
+            if across < _SHORTEST or count < 2:
+                continue
+            if other == name and count >= max(2, int(left.sum()) / 2):
+                plain = theirs.plain_rows if axis == 0 else theirs.plain_cols
+                return _own_rows(order, here, there, noun, plain, int(left.sum()))
+            told.append((other, order))
+            left = left & (order < 0)
+            if not left.any():
+                break
+        if left is None or not told or 2 * int(left.sum()) > len(left):
+            return None
+        rest = f"; {int(left.sum()):,} {noun}s are from elsewhere" if left.any() else ""
+        if len(told) == 1:
+            return Relation("part", f"{_spans(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0])
+        words = ", ".join(f"{_placed(order, noun, every=True)} of {other}" for other, order in told[:_MOST_RUNS])
+        return Relation("part", words + (", …" if len(told) > _MOST_RUNS else "") + rest)
+
+    @staticmethod
+    def _stretch(other: str, here: Prints64, there: Prints64) -> Relation | None:
+        """Elements that lie in a row in another vector."""
+        if not _telling(here):
+            return None
+        if len(here) > len(there):
+            if np.array_equal(here[: len(there)], there):
+                return Relation("padded", f"{len(here) - len(there):,} elements more than the reference")
+            return None
+        for start in np.flatnonzero(there == here[0])[:1000].tolist():
+            if np.array_equal(there[start : start + len(here)], here):
+                return Relation("part", f"elements {start}…{start + len(here) - 1} of {other}", other=other)
+        return None
+
+
+def _own_rows(
+    order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray, telling: int
+) -> Relation:
+    """Rows of the same tensor in other places."""
+    if len(here) != len(there):
+        return _resized(order, here, there, noun, plain)
+    known = order >= 0
+    found = int(known.sum())
+    steps = np.unique((np.arange(len(order)) - order)[known])
+    if len(steps) == 1:
+        by, left = int(steps[0]), len(order) - found
+        also = f"; {left:,} {noun}{'' if left == 1 else 's'} from elsewhere" if left else ""
+        first = f"{noun} {max(by, 0)} holds {noun} {max(-by, 0)}"
+        return Relation("permuted", f"{noun}s shifted by {abs(by)}: {first}{also}")
+    repeated = len(np.unique(order[known])) < found
+    what = f"{noun}s repeated" if repeated else f"{noun}s in other places"
+    rest = f"; {len(order) - found:,} are from elsewhere" if found < telling else ""
+    return Relation("permuted", f"{what}: {_placed(order, noun)}{rest}")
+
+
+def _repeats(order: np.ndarray, count: int) -> str | None:
+    """Each of `count` rows several times: block by block, or all of them again and again."""
+    if len(order) % count or (order < 0).any() or (np.bincount(order, minlength=count) != len(order) // count).any():
+        return None
+    times = len(order) // count
+    for size in sorted(divisors(count), reverse=True):
+        blocks = np.arange(count).reshape(-1, 1, size)
+        if np.array_equal(order, np.repeat(blocks, times, axis=1).reshape(-1)):
+            return f"each block of {size} is there {times} times" if size < count else f"all are there {times} times"
+    return None
+
+
+def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray) -> Relation:
+    """More or fewer rows than the reference, the others in order."""
+    by = len(here) - len(there)
+    told = f"{abs(by):,} {noun}{'' if abs(by) == 1 else 's'} {'more' if by > 0 else 'fewer'} than the reference"
+    common = min(len(here), len(there))
+    known = order >= 0
+    if by < 0 and np.array_equal(here, there[:common]):
+        left = there[common:]
+        padding = bool(plain[common:].all()) or len(np.unique(left)) == 1
+        return Relation("padded" if padding else "truncated", told + ("" if padding else f", {noun}s with content"))
+    if by > 0 and np.array_equal(here[:common], there):
+        padding = len(np.unique(here[common:])) == 1
+        return Relation("padded" if padding else "extended", told + ("" if padding else f", {noun}s with content"))
+    repeats = _repeats(order, len(there)) if by > 0 else None
+    if repeats is not None:
+        return Relation("extended", f"{told}: {noun}s repeated, {repeats}")
+    rising = bool((np.diff(order[known]) > 0).all())
+    what = "in order" if rising else "in another order"
+    kind = "padded" if by > 0 and rising else "truncated" if by < 0 and rising else "shape"
+    return Relation(kind, f"{told}, the others {what}: {_placed(order, noun)}")
+
+
+def _telling(prints: Prints64) -> bool:
+    return len(prints) >= 2 and len(np.unique(prints)) >= min(_FEWEST_UNITS, len(prints))
+
+
+def _lookup(here: Prints64, there: Prints64) -> np.ndarray:
+    """Where each unit lies on the other side; its own place if it is there, -1 where it is nowhere."""
+    by_content = np.argsort(there, kind="stable")
+    at = np.searchsorted(there[by_content], here)
+    places = by_content[np.minimum(at, len(there) - 1)]
+    found = np.where(there[places] == here, places, -1)
+    own = np.arange(len(here))
+    same = (own < len(there)) & (there[np.minimum(own, len(there) - 1)] == here)
+    result: np.ndarray = np.where(same, own, found)
+    return result
+
+
+def _spans(order: np.ndarray, noun: str) -> str:
+    """
+    >>> _spans(np.array([4, 5, 6, -1, 0]), "row")
+    'rows 4…6, 0'
+    """
+    runs = [(start, start + high - low - 1) for low, high, start in runs_of(order) if start >= 0]
+    told = ", ".join(str(low) if low == high else f"{low}…{high}" for low, high in runs[:_MOST_RUNS])
+    return f"{noun}{'' if runs and len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {told}" + (
+        ", …" if len(runs) > _MOST_RUNS else ""
+    )
+
+
+def _placed(order: np.ndarray, noun: str, *, every: bool = False) -> str:
+    """
+    >>> _placed(np.array([0, 1, 0, 1]), "row")
+    'rows 2…3 hold 0…1'
+    """
+    moved = [(low, high, start) for low, high, start in runs_of(order) if start >= 0 and (every or start != low)]
+    told = ", ".join(f"{_range(low, high)} hold {_range(start, start + high - low)}" for low, high, start in moved[:4])
+    return f"{noun}s {told}" + (", …" if len(moved) > _MOST_RUNS else "")
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if high - low == 1 else f"{low}…{high - 1}"
+
+
+def as_matrix(view: View) -> View | None:
+    """All axes but the last as one, a vector as a column; None where the strides do not allow it."""
+    if len(view.shape) < 2:
+        return View(view.source, view.dtype, (view.elements, 1), (*(view.strides or (1,)), 1), view.start)
+    for outer, inner, size in zip(view.strides[:-2], view.strides[1:-1], view.shape[1:-1], strict=True):
+        if outer != inner * size:
+            return None
+    return replace(view, shape=(prod(view.shape[:-1]), view.shape[-1]), strides=(view.strides[-2], view.strides[-1]))

@@ -1,0 +1,162 @@
+"""The directory of a torch distributed checkpoint (DCP): which box of which tensor lies where.
+
+`.metadata` is one pickle of a `Metadata` object (torch/distributed/checkpoint/metadata.py, filesystem.py). It
+is written last and by renaming, so a folder without it is an unfinished save. Its attributes have grown with
+torch, and Megatron adds some: those that are not needed here are not looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.formats.standins import DTYPES, DType, Refused, attributes, ints
+from engine.formats.unpickle import damaged, error_of, load_pickle
+from engine.storage.store import File, Store
+
+DIRECTORY = ".metadata"
+_MOST_BYTES = 1 << 30  # of a pickle that is read whole; ten thousand ranks' save is a tenth of it
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A box of a tensor, and the bytes of a file that hold it.
+
+    Attributes:
+        dtype: safetensors spelling, or torch's name where there is none.
+        whole: shape of the tensor; `starts` and `shape` are the box.
+        offset, length: the bytes in the file: a small torch file of its own.
+    """
+
+    name: str
+    dtype: str
+    whole: tuple[int, ...]
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """What `.metadata` says.
+
+    Attributes:
+        entries: boxes of tensors, in the order of the files and of the bytes in them.
+        values: names of Python objects → file, offset and length of the torch file that holds each.
+        identity: digest of the file.
+    """
+
+    entries: tuple[Entry, ...]
+    values: Mapping[str, tuple[str, int, int]]
+    identity: str
+
+    def files(self) -> tuple[str, ...]:
+        """Every file that is named, sorted."""
+        return tuple(sorted({e.file for e in self.entries} | {file for file, _, _ in self.values.values()}))
+
+
+def read_dcp_directory(folder: Store) -> Directory:
+    """Read `.metadata` without its payload, and without torch.
+
+    Raises:
+        EngineError: E201 when there is none, E301 damaged or not of torch's form, E302 when it asks to run code,
+            E303 for entries that are transformed, E305 unreadable.
+    """
+    where = File(folder, DIRECTORY)
+    if not where.exists:
+        raise unfinished(folder)
+    with where.open() as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise damaged(DIRECTORY, f"more than {_MOST_BYTES} bytes")
+    value = load_pickle(data, DIRECTORY)
+    try:
+        return _directory(value, hashlib.sha256(data).hexdigest())
+    except Refused as refused:
+        raise error_of(refused, DIRECTORY) from None
+
+
+def unfinished(folder: Store) -> EngineError:
+    """E201: the directory is written last, so that the save was not finished."""
+    return EngineError(
+        "E201",
+        "`.metadata` is missing: the checkpoint was not saved to its end",
+        place=Place(folder.place()),
+        got="files of ranks without the directory that says what they hold",
+        expected="`.metadata`, which is written last",
+        fix="Take the step before, or copy the folder again with its hidden files.",
+    )
+
+
+def _directory(value: Any, identity: str) -> Directory:
+    told = attributes(value, "Metadata")
+    tensors, stored = told.get("state_dict_metadata"), told.get("storage_data")
+    if type(tensors) is not dict or type(stored) is not dict:
+        raise Refused("E301", "a Metadata without state_dict_metadata or storage_data")
+    places = _places(stored)
+    entries: list[Entry] = []
+    values: dict[str, tuple[str, int, int]] = {}
+    for name, one in tensors.items():
+        if type(name) is not str or not name.isprintable():
+            raise Refused("E301", f"a name {name!r}"[:100])
+        kind = one.kind.name if hasattr(one, "kind") else ""
+        if kind == "BytesStorageMetadata":
+            if (name, None) not in places:
+                raise Refused("E301", f"`{name}` is listed and its bytes are not")
+            values[name] = places[name, None]
+            continue
+        about = attributes(one, "TensorStorageMetadata")
+        dtype, whole, chunks = _dtype(about.get("properties")), ints(about.get("size")), about.get("chunks")
+        if type(chunks) is not list:
+            raise Refused("E301", f"`{name}` has no list of its boxes")
+        for chunk in chunks:
+            box = attributes(chunk, "ChunkStorageMetadata")
+            starts, shape = ints(box.get("offsets")), ints(box.get("sizes"))
+            if not len(starts) == len(shape) == len(whole) or any(
+                at + size > all_ for at, size, all_ in zip(starts, shape, whole, strict=True)
+            ):
+                raise Refused("E301", f"`{name}` of shape {whole} has a box at {starts} of shape {shape}")
+            if 0 in shape:
+                continue  # a rank with nothing to hold
+            place = places.get((name, starts))
+            if place is None:
+                raise Refused("E301", f"the box of `{name}` at {starts} is listed and its bytes are not")
+            entries.append(Entry(name, dtype, whole, starts, shape, *place))
+    entries.sort(key=lambda e: (e.file, e.offset))
+    return Directory(tuple(entries), values, identity)
+
+
+def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]:
+    """(name, start of the box) → file, offset and length; a Python object has no start."""
+    places: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
+    for index, info in stored.items():
+        key, place = attributes(index, "MetadataIndex"), attributes(info, "_StorageInfo")
+        name, at = key.get("fqn"), key.get("offset")
+        file, offset, length = (place.get(word) for word in ("relative_path", "offset", "length"))
+        if type(name) is not str or type(offset) is not int or type(length) is not int:
+            raise Refused("E301", "an entry without name, offset or length")
+        if type(file) is not str or not file.isprintable() or "/" in file or file in ("", ".", ".."):
+            raise Refused("E301", f"`{name}` is in a file named {file!r}, outside the folder"[:200])
+        if not 0 <= offset < 1 << 62 or not 0 <= length < 1 << 62:
+            raise Refused("E301", f"`{name}` lies at byte {offset}, {length} long")
+        if transforms := place.get("transform_descriptors"):
+            told = ", ".join(map(str, transforms)) if type(transforms) is list else "?"
+            raise Refused("E303", f"entries transformed by {told[:100]}")
+        where = (name, None if at is None else ints(at))
+        if places.setdefault(where, (file, offset, length)) != (file, offset, length):
+            raise Refused("E301", f"`{name}` at {at} is listed twice")
+    return places
+
+
+def _dtype(properties: Any) -> str:
+    """The element type among a tensor's properties: the first of a tuple, or an attribute."""
+    state = getattr(properties, "state", None)
+    dtype = state[0] if type(state) is tuple and state else None
+    if not isinstance(dtype, DType):
+        raise Refused("E301", "a tensor without an element type")
+    return DTYPES.get(dtype.name, dtype.name)

@@ -1,0 +1,132 @@
+"""DTensors, as FSDP2 and verl pickle them, read as data: the local tensor, and where it belongs.
+
+torch pickles a `DTensor` as a call that rebuilds an empty tensor of its class, with the local tensor and a
+`DTensorSpec`: a mesh of ranks, one placement for each of its dimensions, and the shape of the whole
+(torch/distributed/tensor/_api.py). The mesh says which of its places the saving rank had. From torch 2.3 to
+today a mesh is pickled in two ways: with a tensor of rank numbers (`mesh`), whose shape is the mesh's, or with
+a `_layout` of axes. The ranks' numbers are of no use here, only the sizes of the dimensions are.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from engine.formats.headers import Part
+from engine.formats.standins import Instance, Refused, Tensor, attributes, ints
+
+_MESH = "DeviceMesh"
+_SPLITS = ("Shard", "_StridedShard")
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Distributed:
+    """A DTensor with its state as it stands in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    state: Any
+
+
+def read_distributed(one: Distributed) -> tuple[Tensor, Part]:
+    """The local tensor and the box that it fills.
+
+    Raises:
+        Refused: E301 for anything that torch would not have written, E303 for placements that do not say
+            where elements are, as sums that are still to be made.
+    """
+    state = one.state
+    if type(state) is tuple and len(state) == 2 and state[0] is None:
+        state = state[1]
+    if type(state) is not dict:
+        raise Refused("E301", "a DTensor without its state")
+    spec, tensor = attributes(state.get("_spec"), "DTensorSpec"), state.get("_local_tensor")
+    if not isinstance(tensor, Tensor):
+        raise Refused("E301", "a DTensor without a local tensor")
+    whole = _whole(spec.get("tensor_meta"))
+    if whole != one.shape:
+        raise Refused("E301", f"a DTensor of shape {one.shape}, in its metadata {whole}")
+    sizes, place = _mesh(spec.get("mesh"))
+    placements = spec.get("placements")
+    if type(placements) is not tuple or len(placements) != len(sizes):
+        raise Refused("E301", f"placements {reprlib.repr(placements)} on a mesh of {sizes}")
+    starts, shape = _box(whole, placements, sizes, place)
+    if tensor.shape != shape or (tensor.dtype or tensor.storage.dtype) != one.dtype:
+        raise Refused("E301", f"a local tensor of shape {tensor.shape}, by its placements {shape} of {one.dtype}")
+    return tensor, Part(starts, whole)
+
+
+def _whole(meta: Any) -> tuple[int, ...]:
+    """The shape in a `TensorMeta`, which is a tuple of shape, strides and element type."""
+    if isinstance(meta, Instance) and meta.kind.name == "TensorMeta" and meta.arguments:
+        return ints(meta.arguments[0])
+    raise Refused("E301", "a DTensor without the shape of the whole")
+
+
+def _mesh(mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of a mesh's dimensions, and the saving rank's place on each."""
+    told = attributes(mesh, _MESH)
+    ranks = told.get("mesh", told.get("_mesh"))
+    sizes = ranks.shape if isinstance(ranks, Tensor) else _axes(told.get("_layout"))
+    place = told.get("_coordinate_on_dim")
+    place = ints(tuple(place) if type(place) is list and len(place) <= len(sizes) else place)
+    if len(place) != len(sizes) or any(at >= size for at, size in zip(place, sizes, strict=True)):
+        raise Refused("E301", f"place {place} on a mesh of {sizes}")
+    return sizes, place
+
+
+def _axes(layout: Any) -> tuple[int, ...]:
+    """Sizes of the axes of a `_MeshLayout`: each an object with a shape, or all of them in one shape."""
+    told = attributes(layout, "_MeshLayout", "_FlatLayout", "Layout")
+    axes = told.get("axes")
+    if type(axes) is tuple and len(axes) <= 64:
+        return tuple(
+            prod(_shape(attributes(axis, "_FlatLayout", "_MeshLayout", "Layout").get("shape"))) for axis in axes
+        )
+    return _shape(told.get("shape"))
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    if type(shape) is int:
+        shape = (shape,)
+    if type(shape) is not tuple or not shape or len(shape) > 64:
+        raise Refused("E301", f"a mesh of shape {reprlib.repr(shape)}")
+    return tuple(prod(ints(size)) if type(size) is tuple else ints((size,))[0] for size in shape)
+
+
+def _box(
+    whole: tuple[int, ...], placements: tuple[Any, ...], sizes: tuple[int, ...], place: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the local tensor starts, and its shape, by torch's rule of chunks.
+
+    Each `Shard` cuts what those before it left. A `_StridedShard` cuts what those after it left, as FSDP2 does
+    inside tensor parallelism.
+    """
+    starts, shape = [0] * len(whole), list(whole)
+    cuts: list[tuple[bool, int, int, int]] = []  # strided, dimension, ranks, this rank
+    for number, placement in enumerate(placements):
+        kind = placement.kind.name if isinstance(placement, Instance) else type(placement).__name__
+        if kind == "Replicate":
+            continue
+        told = attributes(placement, *_SPLITS) if kind in _SPLITS else {}
+        dim = told.get("dim")
+        if type(dim) is not int or not 0 <= dim < len(whole):
+            raise Refused("E303", f"a DTensor placed as {kind}")
+        if kind == "_StridedShard":
+            after = [
+                size
+                for other, size in zip(placements[number + 1 :], sizes[number + 1 :], strict=True)
+                if isinstance(other, Instance)
+                and other.kind.name == "Shard"
+                and attributes(other, "Shard").get("dim") == dim
+            ]
+            if told.get("split_factor") != prod(after):
+                raise Refused("E303", f"a DTensor whose strides are {reprlib.repr(told.get('split_factor'))}")
+        cuts.append((kind == "_StridedShard", dim, sizes[number], place[number]))
+    for _, dim, ranks, rank in sorted(cuts, key=lambda cut: cut[0]):
+        step = -(-shape[dim] // ranks)
+        low, high = min(rank * step, shape[dim]), min((rank + 1) * step, shape[dim])
+        starts[dim], shape[dim] = starts[dim] + low, high - low
+    return tuple(starts), tuple(shape)

@@ -1,0 +1,201 @@
+"""The rules of a mapping that has none of its own: every tensor is the model class's tensor of that name.
+
+A checkpoint that was saved with the target's own names and shapes needs no rules, only a proof that nothing is
+missing. So rules are made of what the model class wants: each of its tensors must be stored, in its shape.
+Whatever else is stored is matched by no rule and refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.language.axes import Axes, Axis
+from engine.language.model import Expression, Layout, Prefix, Rule, Target
+from engine.language.model import Mapping as MappingFile
+from engine.planning.attempts import Checkpoint
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a model class wants to load.
+
+    Attributes:
+        shapes: name → shape, in the order of the model.
+        tied: names that are stored or not, and equal another: name → that one.
+    """
+
+    shapes: Mapping[str, Shape]
+    tied: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Tensors whose names differ in numbers only, each of which counts from 0: a name pattern with its counts."""
+
+    name: str
+    counts: Mapping[str, int]
+    shape: Shape
+    tied_to: str | None
+
+
+def fit_to_model(
+    mapping: MappingFile, layout: Layout, wanted: Wanted, checkpoint: Checkpoint
+) -> tuple[MappingFile, Layout, Checkpoint]:
+    """The mapping with its rules, the layout with its prefix, and the checkpoint without what is not of the model.
+
+    What is of the model has the prefix under which all of the class's tensors are, and then begins as one of these.
+    Some trainers have their prefix in the place of the class's own, `model.`: XTuner's head is `model.lm_head.weight`.
+
+    Raises:
+        EngineError: E207 when the checkpoint lacks a tensor of the class under every prefix.
+    """
+    prefix, own = _prefix(wanted, {tensor.name for file in checkpoint.files for tensor in file.tensors})
+
+    begins = tuple({prefix + _first(name.removeprefix(own)) for name in wanted.shapes})
+    files = tuple(file.only(lambda name: name.startswith(begins)) for file in checkpoint.files)
+    fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: name.removeprefix(own))
+    return fitted, replace(layout, prefixes=(Prefix(prefix, None),)), replace(checkpoint, files=files)
+
+
+def rules_of(
+    mapping: MappingFile, wanted: Wanted, config: Mapping[str, Any], stored: Callable[[str], str] = str
+) -> MappingFile:
+    """The mapping with rules for every tensor that a model class wants.
+
+    Args:
+        config: the target's configuration.
+        stored: the name in training files, without their prefix.
+    """
+    families = _families(wanted)
+    counted = next((f.counts["layer"] for f in families if "layer" in f.counts), None)
+    rules: list[Rule] = []
+    dims: dict[str, int] = {}
+    seen = False
+    for family in families:
+        dims |= {name: count for name, count in family.counts.items()}
+        dims |= {f"n{size}": size for size in family.shape}
+        axes = Axes(tuple(map(Axis, _axes(family.shape, dims))))
+        seen = seen or "layer" in family.counts
+        rules.append(
+            Rule(
+                name=family.name,
+                sources=(stored(family.name),),
+                axes=axes,
+                targets=(Target(family.name, axes, mapping.place),),
+                place=mapping.place,
+                stage=None if "layer" in family.counts else "last" if seen or counted is None else "first",
+                optional=family.tied_to is not None,
+                tied_to=family.tied_to,
+            )
+        )
+    return replace(
+        mapping,
+        rules=tuple(rules),
+        dims={name: Expression(str(size), mapping.place) for name, size in dims.items()},
+        model_type=str(config.get("model_type")),
+        architecture=str((config.get("architectures") or ["the model class of config.json"])[0]),
+    )
+
+
+def _axes(shape: Shape, dims: dict[str, int]) -> list[str]:
+    """An axis for each dimension, named by its size, so that sizes of other tensors are not mixed up with it."""
+    names: list[str] = []
+    for size in shape:
+        name = f"n{size}"
+        while name in names:
+            name += "_"
+        names.append(name)
+        dims[name] = size
+    return names
+
+
+def _first(name: str) -> str:
+    """
+    >>> _first("layers.0.norm.weight"), _first("scale")
+    ('layers.', 'scale')
+    """
+    head, dot, _ = name.partition(".")
+    return head + dot
+
+
+def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
+    """What stands before the class's names in the checkpoint's, and the class's own prefix that is not there."""
+    held = set(names)
+    first = next(iter(wanted.shapes))
+    lacking: dict[str, str] = {}
+    for own in ("", _first(first)):
+        ending = first.removeprefix(own)
+        candidates = {name[: -len(ending)] for name in held if name.endswith(ending)}
+        for prefix in sorted(candidates, key=lambda p: (len(p), p)):
+            missing = next((name for name in wanted.shapes if prefix + name.removeprefix(own) not in held), None)
+            if missing is None:
+                return prefix, own
+            lacking.setdefault(prefix, missing)
+    best = max(lacking, key=lambda p: list(wanted.shapes).index(lacking[p]), default="")
+    raise EngineError(
+        "E207",
+        f"the checkpoint has no `{lacking.get(best, first)}`, which the model class of its configuration wants",
+        place=Place(lacking.get(best, first)),
+        got=", ".join(sorted(held)[:3]) + f", … ({len(held)} tensors)",
+        expected=f"all {len(wanted.shapes)} tensors of the class" + (f", behind `{best}`" if best else ""),
+        fix="The configuration is another model's, or the checkpoint has the trainer's own names: then a mapping of "
+        "its family reads it, as `engine inspect` says.",
+    )
+
+
+def _families(wanted: Wanted) -> list[_Family]:
+    """Names folded by their numbers, where these count from 0 without gaps and shapes are equal."""
+    listed: dict[tuple[str, Shape, str | None], list[tuple[int, ...]]] = {}
+    every = {**wanted.shapes, **{name: wanted.shapes[to] for name, to in wanted.tied.items() if to in wanted.shapes}}
+    for name, shape in every.items():
+        text, numbers = _folded(name)
+        listed.setdefault((text, shape, wanted.tied.get(name)), []).append(numbers)
+    full = {key: _counts(numbers) for key, numbers in listed.items()}
+    layers = Counter(counts[0] for counts in full.values() if counts)
+    layer = layers.most_common(1)[0][0] if layers else None
+    families: list[_Family] = []
+    for (text, shape, tied), every_number in listed.items():
+        counts = full[text, shape, tied]
+        if counts is None:
+            families += [_Family(_put(text, [str(number) for number in one]), {}, shape, tied) for one in every_number]
+            continue
+        words: list[str] = [f"i{count}" + "_" * counts[:i].count(count) for i, count in enumerate(counts)]
+        if counts and counts[0] == layer:
+            words[0] = "layer"
+        families.append(
+            _Family(_put(text, [f"{{{word}}}" for word in words]), dict(zip(words, counts, strict=True)), shape, tied)
+        )
+    return families
+
+
+def _folded(name: str) -> tuple[str, tuple[int, ...]]:
+    """
+    >>> _folded("layers.3.mlp.w.weight")
+    ('layers.\\x00.mlp.w.weight', (3,))
+    """
+    parts = name.split(".")
+    numbers = tuple(int(p) for p in parts if _counts_as_number(p))
+    return ".".join("\0" if _counts_as_number(p) else p for p in parts), numbers
+
+
+def _counts_as_number(part: str) -> bool:
+    return part.isdecimal() and part.isascii() and str(int(part)) == part
+
+
+def _put(text: str, words: Sequence[str]) -> str:
+    for word in words:
+        text = text.replace("\0", word, 1)
+    return text
+
+
+def _counts(numbers: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """How far each number counts, if all combinations from 0 on are there; None if not."""
+    counts = tuple(1 + max(column) for column in zip(*numbers, strict=True))
+    return counts if len(numbers) == prod(counts) and len(set(numbers)) == len(numbers) else None

@@ -1,0 +1,226 @@
+"""Stages: how the layers are dealt over chunks and ranks, and how other numbers in names follow from ranks.
+
+Which rank dimensions order stages, and which other numbers are local to a rank, is what a layout's
+expressions say: `layers.stage` and `indices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any
+
+from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, index_dims, stage_dims
+from engine.errors import EngineError, Place
+from engine.language.expressions import evaluate
+from engine.language.model import FilePattern, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Where each stage's layers start in the whole model, and how many it has.
+
+    Attributes:
+        starts: in the order of the model.
+        dims: the rank dimensions of a stage.
+    """
+
+    starts: Mapping[Stage, int]
+    counts: Mapping[Stage, int]
+    chunks: int
+    dims: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        return sum(self.counts.values())
+
+    def name(self, stage: Stage) -> str:
+        """`pp1`, with its chunk where there are several.
+
+        >>> Stages({}, {}, 2, ("pp",)).name((0, 1)), Stages({}, {}, 1).name((0,))
+        ('chunk0 pp1', 'the only stage')
+        """
+        told = [f"chunk{stage[0]}"] if self.chunks > 1 else []
+        told += [f"{dim}{rank}" for dim, rank in zip(self.dims, stage[1:], strict=True)]
+        return " ".join(told) or "the only stage"
+
+    def ranks(self, stage: Stage) -> dict[str, int]:
+        return dict(zip(self.dims, stage[1:], strict=True))
+
+    def find(self, layer: int) -> tuple[Stage, int]:
+        """The stage of a layer, and the layer's number there."""
+        for stage, start in self.starts.items():
+            if start <= layer < start + self.counts[stage]:
+                return stage, layer - start
+        raise ValueError(f"layer {layer} of {self.layers} is in no stage")
+
+
+def in_order(layout: Layout, sizes: Mapping[str, int], chunks: int, names: Mapping[str, Any]) -> list[Stage]:
+    """Every stage, in the order of the model."""
+    dims = stage_dims(layout)
+    facts = {**names, **counts_of(layout, sizes), "chunks": chunks}
+    every = product(range(chunks), *(range(sizes.get(dim, 1)) for dim in dims))
+
+    def place(stage: Stage) -> Any:
+        return evaluate(layout.layers.stage, {**facts, "chunk": stage[0], **dict(zip(dims, stage[1:], strict=True))})
+
+    return sorted(every, key=place)
+
+
+def laid_out(counts: Iterable[tuple[Stage, int]], chunks: int, dims: tuple[str, ...]) -> Stages:
+    """Stages end to end, given each one's layers in the order of the model."""
+    starts: dict[Stage, int] = {}
+    total = 0
+    held = dict(counts)
+    for stage, count in held.items():
+        starts[stage] = total
+        total += count
+    return Stages(starts, held, chunks, dims)
+
+
+def number_layers(
+    local: Mapping[Stage, Mapping[int, int]],
+    grid: RankGrid,
+    layout: Layout,
+    names: Mapping[str, Any],
+) -> Stages:
+    """Lay the stages of a checkpoint end to end.
+
+    Args:
+        local: for each stage, file index → number of local layers seen in that file.
+
+    Raises:
+        EngineError: E211 when files of one stage differ in it.
+    """
+    chunks = 1 + max((stage[0] for stage in local), default=0)
+    counts: list[tuple[Stage, int]] = []
+    for stage in in_order(layout, grid.sizes, chunks, names):
+        seen = local.get(stage, {})
+        if len(set(seen.values())) > 1:
+            few = min(seen, key=lambda f: (seen[f], f))
+            many = max(seen, key=lambda f: (seen[f], -f))
+            raise EngineError(
+                "E211",
+                "files of one pipeline stage hold different numbers of layers",
+                place=Place(grid.files[few].name),
+                got=f"{seen[few]} layers in {grid.files[few].name}",
+                expected=f"{seen[many]} layers, as in {grid.files[many].name}",
+                fix="One of the files is from another run or damaged; compare dates and sizes.",
+            )
+        counts.append((stage, next(iter(seen.values()), 0)))
+    return laid_out(counts, chunks, stage_dims(layout))
+
+
+def file_numbers(file: FilePattern, stages: Stages, counts: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int]]:
+    """(stage, local layer, number) of every layer: which `{number}` the layer's own files have.
+
+    Args:
+        counts: ranks per dimension, as expressions see them.
+    """
+    if file.number is None:
+        return
+    facts = {**counts, "layers": stages.layers, "chunks": stages.chunks}
+    for ranks in sorted({stage[1:] for stage in stages.counts}):
+        nth = 0
+        for chunk in range(stages.chunks):
+            stage = (chunk, *ranks)
+            for local in range(stages.counts[stage]):
+                yield stage, local, evaluate(file.number, {**facts, **stages.ranks(stage), "nth": nth})
+                nth += 1
+
+
+class Indices:
+    """Numbers in tensor names that are local to a rank, and those of the whole model.
+
+    Args:
+        local: for each axis that the layout's `indices` name, how many each rank holds.
+    """
+
+    def __init__(self, layout: Layout, sizes: Mapping[str, int], local: Mapping[str, int]) -> None:
+        self._layout, self._local = layout, local
+        self._counts = counts_of(layout, sizes)
+        self._dims = {axis: index_dims(layout, axis) for axis in layout.indices}
+        self._sizes = {dim: sizes.get(dim, 1) for dims in self._dims.values() for dim in dims}
+        for axis, expression in layout.indices.items():
+            numbers = sorted(self.homes(axis))
+            total = local[axis] * prod(self._sizes[dim] for dim in self._dims[axis])
+            if numbers != list(range(total)):
+                raise EngineError(
+                    "E105",
+                    f"`indices` does not number axis `{axis}`",
+                    place=expression.place,
+                    got=f"{_sample(numbers)} for {local[axis]} on each rank",
+                    expected=f"each of 0…{total - 1} once",
+                    fix=f"With {self._dims[axis][0] if self._dims[axis] else 'rank'} the rank and `count` the number "
+                    "on each, write it as `rank * count + number` or the like.",
+                )
+
+    def whole(self, values: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
+        """The numbers of a tensor of some ranks' file, in the whole model."""
+        result = dict(values)
+        for axis, expression in self._layout.indices.items():
+            if axis in values:
+                here = {dim: ranks.get(dim, 0) for dim in self._dims[axis]}
+                facts = {**self._counts, **here, "count": self._local[axis], axis: values[axis]}
+                result[axis] = evaluate(expression, facts)
+        return result
+
+    def homes(self, axis: str) -> dict[int, tuple[dict[str, int], int]]:
+        """Number in the whole model → the ranks that hold it, and its number there."""
+        dims = self._dims[axis]
+        found: dict[int, tuple[dict[str, int], int]] = {}
+        for ranks in product(*(range(self._sizes[dim]) for dim in dims)):
+            here = dict(zip(dims, ranks, strict=True))
+            for number in range(self._local[axis]):
+                found[self.whole({axis: number}, here)[axis]] = here, number
+        return found
+
+
+def _sample(numbers: Sequence[object]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+
+
+def local_indices(layout: Layout, seen: Mapping[str, Mapping[int, int]], files: Sequence[RankFile]) -> dict[str, int]:
+    """How many of each axis of `indices` a rank holds.
+
+    Args:
+        seen: axis → file index → how many the names in that file count.
+
+    Raises:
+        EngineError: E211 when ranks hold different numbers of them.
+    """
+    result = dict.fromkeys(layout.indices, 0)
+    for axis, held in seen.items():
+        few, many = min(held, key=lambda f: (held[f], f)), max(held, key=lambda f: (held[f], -f))
+        if held[few] != held[many]:
+            raise EngineError(
+                "E211",
+                f"files hold different numbers of axis `{axis}`",
+                place=Place(files[few].name),
+                got=f"{held[few]} in {files[few].name}",
+                expected=f"{held[many]}, as in {files[many].name}",
+                fix="One of the files is from another run or damaged; compare dates and sizes.",
+            )
+        result[axis] = held[many]
+    return result
+
+
+def shared_out(axis: str, total: int, layout: Layout, sizes: Mapping[str, int]) -> int:
+    """How many of an axis of `indices` each rank is to hold; E214 when they do not divide."""
+    dims = index_dims(layout, axis)
+    ranks = prod(sizes.get(dim, 1) for dim in dims)
+    if total % ranks:
+        raise EngineError(
+            "E214",
+            f"axis `{axis}` of {total} does not divide by {ranks} ranks",
+            place=layout.indices[axis].place,
+            got=" ".join(f"{dim} {sizes.get(dim, 1)}" for dim in dims),
+            expected="ranks that divide "
+            + str(total)
+            + ": "
+            + ", ".join(str(n) for n in range(1, total + 1) if total % n == 0),
+            fix="Every rank holds as many.",
+        )
+    return total // ranks

@@ -1,0 +1,303 @@
+"""What two meanings differ in, as a reviewer asks: which tensors come out otherwise, and which values.
+
+Tensors are compared under every combination of variant choices, so that a rule that was split in two by `when`,
+renamed or moved to a family shows only where it comes to something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from engine.language.model import Mapping as MappingFile
+from engine.proving.holdings import parts_of
+from engine.proving.meaning import Meaning, flat, meaning_of
+
+KINDS = {
+    "added": "newly mapped",
+    "removed": "no longer mapped",
+    "renamed": "renamed",
+    "rerouted": "read from elsewhere",
+    "laid out": "laid out differently",
+    "cut": "cut differently over ranks",
+    "valued": "changed in value",
+    "treated": "treated differently",
+}
+_ASPECTS = {
+    "rerouted": ("source", "also read as"),
+    "laid out": ("shape", "order"),
+    "valued": ("changed", "dropped"),
+    "cut": ("split", "stage", "ranks"),
+    "treated": ("own dtype", "optional", "tied to"),
+}
+_MAX_COMBINATIONS = 4096
+_PARAMS = (".weight", ".bias")
+# Parts of a meaning whose values are what a model computes or says; others are names and bounds.
+_VALUED = ("reading", "writing", "tokenizer", "generation_config.json", "chat")
+_Key = tuple[str, ...]  # kind, target, sources before and after
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """A target tensor that comes out differently.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        target: its name pattern; the new one where it was renamed.
+        old, new: where it comes from, for people; None when it is not mapped.
+        when: the choices under which it is so, `rotary=pairs`; empty for all of them.
+    """
+
+    kind: str
+    target: str
+    old: str | None
+    new: str | None
+    when: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        return {"kind": self.kind, "target": self.target, "old": self.old, "new": self.new, "when": list(self.when)}
+
+
+@dataclass(frozen=True, slots=True)
+class ValueChange:
+    """A value of a written file that comes out differently.
+
+    Attributes:
+        file: `config.json`, `tokenizer` and the like.
+        name: the key.
+        given: what is read then, `rope_base: (absent)`; empty for the usual values.
+        others: how many more given configurations it differs for.
+    """
+
+    file: str
+    name: str
+    given: str
+    old: str | None
+    new: str | None
+    others: int = 0
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "file": self.file, "name": self.name, "given": self.given, "old": self.old, "new": self.new,
+            "others": self.others,
+        }  # fmt: skip
+
+
+def compare_meanings(
+    old: MappingFile | None, new: MappingFile | None
+) -> tuple[tuple[TensorChange, ...], tuple[ValueChange, ...]]:
+    """Tensors and values that come out differently; None stands for a mapping that does not exist."""
+    before, after = ({} if one is None else meaning_of(one) for one in (old, new))
+    tensors = tuple(_tensor_changes(before, after, [one for one in (old, new) if one is not None]))
+    return tensors, () if old is None or new is None else tuple(_value_changes(before, after))
+
+
+# -- values
+
+
+def _value_changes(before: Meaning, after: Meaning) -> Iterator[ValueChange]:
+    """What is written differently, each key once with the first given configuration that shows it."""
+    found: dict[tuple[str, str], list[tuple[str, Any, Any]]] = {}
+    for part in _VALUED:
+        for name, given, old, new in _values(part, before.get(part, {}), after.get(part, {})):
+            if old != new:
+                file, _, key = name.partition(" ") if part in ("reading", "writing") else (part, "", name)
+                found.setdefault((file, key), []).append((given, old, new))
+    for (file, key), held in found.items():
+        given, old, new = held[0]
+        yield ValueChange(file, key, given, _text(old), _text(new), len(held) - 1)
+
+
+def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
+    """Key, what is given, and its value on either side. Sizes and what is given are not written anywhere."""
+    if part not in ("reading", "writing"):
+        flats = [{".".join(path): value for path, value in flat(one)} for one in (before, after)]
+        for name in dict.fromkeys([*flats[0], *flats[1]]):
+            yield name, "", flats[0].get(name), flats[1].get(name)
+        return
+    sides = [one if isinstance(one, Mapping) else {} for one in (before, after)]
+    usual = [side.get("gives", {}) for side in sides]
+    rows = [side.get("otherwise", {}) for side in sides]
+    alike = [{*side.get("otherwise", {}), *side.get("no difference", ())} for side in sides]
+    for given in ["", *(name for name in dict.fromkeys([*rows[0], *rows[1]]) if all(name in one for one in alike))]:
+        both = [{**usual[i], **(rows[i].get(given, {}) if given else {})} for i in (0, 1)]
+        for name in dict.fromkeys([*both[0], *both[1]]):
+            if not name.startswith("size "):
+                yield name, given, both[0].get(name), both[1].get(name)
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# -- tensors
+
+
+Route = tuple[dict[str, Any], ...]  # the entries that fill one target
+
+
+def _tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingFile]) -> list[TensorChange]:
+    combinations = list(_combinations(mappings))
+    found: dict[_Key, dict[str, list[Mapping[str, str]]]] = {}
+    texts: dict[tuple[_Key, str], tuple[str | None, str | None]] = {}
+    listed = [list(_entries(one)) for one in (before, after)]
+    for choices in combinations:
+        for param, key, told in _under(_routes(listed[0], choices), _routes(listed[1], choices)):
+            found.setdefault(key, {}).setdefault(param, []).append(choices)
+            texts.setdefault((key, param), told)
+    order = list(KINDS)
+    changes: list[TensorChange] = []
+    for key, held in found.items():
+        weight = held.get(".weight")
+        if weight is not None and weight == held.get(".bias"):
+            texts[key, ".{param}"] = texts[key, ".weight"]
+            held = {".{param}": weight}
+        for param, under in held.items():
+            old, new = (None if t is None else t.replace("*", param) for t in texts[key, param])
+            for when in _conditions(under, combinations):
+                changes.append(TensorChange(key[0], key[1].replace("*", param), old, new, when))
+    return sorted(changes, key=lambda c: (order.index(c.kind), c.target, c.when))
+
+
+def _entries(meaning: Meaning) -> Iterator[dict[str, Any]]:
+    for key, entry in meaning.get("tensors", {}).items():
+        target, source, when = parts_of(key)
+        allowed = dict(one.split("=") for one in when.split(", ")) if when else {}
+        held = meaning.get("ranks", {}).get(key)
+        yield {
+            **entry,
+            "ranks": held,
+            "target": target,
+            "source": source,
+            "when": {n: c.split("|") for n, c in allowed.items()},
+        }
+
+
+def _combinations(mappings: Sequence[MappingFile]) -> Iterator[dict[str, str]]:
+    """Choices of the variants that rules of either mapping name."""
+    choices: dict[str, dict[str, None]] = {}
+    for mapping in mappings:
+        for name in dict.fromkeys(name for rule in mapping.rules for name in rule.when):
+            choices.setdefault(name, {}).update(dict.fromkeys(mapping.variants[name].choices))
+    for count, combination in enumerate(product(*choices.values())):
+        if count >= _MAX_COMBINATIONS:
+            return
+        yield dict(zip(choices, combination, strict=True))
+
+
+def _routes(entries: Sequence[dict[str, Any]], choices: Mapping[str, str]) -> dict[str, Route]:
+    found: dict[str, Route] = {}
+    for one in entries:
+        if all(choices.get(name) in allowed for name, allowed in one["when"].items()):
+            found[one["target"]] = (*found.get(one["target"], ()), one)
+    return {target: tuple(sorted(route, key=lambda one: str(one["source"]))) for target, route in found.items()}
+
+
+def _under(
+    before: Mapping[str, Route], after: Mapping[str, Route]
+) -> Iterator[tuple[str, _Key, tuple[str | None, str | None]]]:
+    """What differs under one combination: the parameter, which stands as `*` in texts, what, and how it was and is."""
+    gone = {target: route for target, route in before.items() if target not in after}
+
+    def change(kind: str, target: str, old: Route, new: Route, told: tuple[str | None, str | None]) -> Any:
+        param = _param(target)
+        sources = [_stem(one["source"], param) for one in (*old, *new)]
+        return param, (kind, _stem(target, param), *sources), told
+
+    for target, route in after.items():
+        param = _param(target)
+        known = before.get(target)
+        if known is None:
+            moved = next((t for t, one in gone.items() if _kind(one, route) is None), None)
+            if moved is None:
+                yield change("added", target, (), route, (None, _told(route, param)))
+            else:
+                names = (_stem(moved, param), _stem(target, param))
+                yield change("renamed", target, gone.pop(moved), route, names)
+        elif (kind := _kind(known, route)) is not None:
+            yield change(kind, target, known, route, (_told(known, param, route), _told(route, param, known)))
+    for target, route in gone.items():
+        yield change("removed", target, route, (), (_told(route, _param(target)), None))
+
+
+def _param(name: str) -> str:
+    return next((param for param in _PARAMS if name.endswith(param)), "")
+
+
+def _stem(name: str, param: str) -> str:
+    return name.removesuffix(param) + "*" if param and name.endswith(param) else name
+
+
+def _kind(old: Route, new: Route) -> str | None:
+    for kind, names in _ASPECTS.items():
+        if len(old) != len(new) or any(_unlike(a, b, names) for a, b in zip(old, new, strict=True)):
+            return kind
+    return None
+
+
+def _unlike(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether two entries differ; where one is in no plan, what ranks hold of it is not known."""
+    known = all(isinstance(one.get("ranks"), Mapping) for one in (old, new))
+    return any(old.get(name) != new.get(name) for name in names if name != "ranks" or known)
+
+
+def _told(route: Route, param: str, other: Route = ()) -> str:
+    """A route in one line, with what it has unlike another."""
+    lines: list[str] = []
+    for number, one in enumerate(route):
+        unlike = other[number] if number < len(other) else {}
+        told = [" or ".join(_stem(name, param) for name in (one["source"], *one.get("also read as", ())))]
+        told.append(f"`{one['axes']}`")
+        told += [f"split {one['split']}"] if one["split"] != "no" else []
+        told += [f"stage {one['stage']}"] if "stage" in one else []
+        if "changed" in one:
+            told.append(str(one["changed"]))
+        told += [f"drop {axis}" for axis in one.get("dropped", ())]
+        told += [word for word in ("own dtype", "optional") if one.get(word)]
+        told += [f"tied to {one['tied to']}"] if one.get("tied to") else []
+        if unlike and one["axes"] == unlike["axes"] and _unlike(unlike, one, ("order",)):
+            told.append(str(one["order"]))
+        elif unlike and not _unlike(unlike, one, ("split", "stage", "axes")) and _unlike(unlike, one, ("ranks",)):
+            told.append(_grid(one["ranks"], unlike["ranks"]))
+        lines.append(", ".join(told))
+    return " + ".join(lines)
+
+
+def _grid(ranks: Any, other: Any) -> str:
+    """The first grid of which ranks hold otherwise."""
+    mine, theirs = (_by_grid(one) for one in (ranks, other))
+    for grid, held in mine.items():
+        if theirs.get(grid) != held:
+            return f"{grid}: {held}"
+    return str(ranks)
+
+
+def _by_grid(ranks: Any) -> dict[str, str]:
+    if not isinstance(ranks, Mapping):
+        return {}
+    return {grid: held for grids, held in ranks.items() for grid in grids.split(", ")}
+
+
+def _conditions(held: Sequence[Mapping[str, str]], every: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
+    """Combinations as few conditions: `a=x|y` for every variant that matters, if that says them all."""
+    if len(held) == len(every):
+        return [()]
+    seen = {name: list(dict.fromkeys(one[name] for one in held)) for name in every[0]}
+    full = {name: {one[name] for one in every} for name in every[0]}
+    size = 1
+    for choices in seen.values():
+        size *= len(choices)
+    if size == len(held):
+        return [tuple(f"{n}={'|'.join(c)}" for n, c in seen.items() if set(c) != full[n])]
+    # Not a product: fix one variant and say the rest for each of its choices.
+    name = next(n for n, choices in seen.items() if len(choices) > 1)
+    result: list[tuple[str, ...]] = []
+    for choice in seen[name]:
+        below = [one for one in held if one[name] == choice]
+        within = [one for one in every if one[name] == choice]
+        result += [tuple(dict.fromkeys((f"{name}={choice}", *rest))) for rest in _conditions(below, within)]
+    return result

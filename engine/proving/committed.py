@@ -1,0 +1,248 @@
+"""The meaning that is committed beside a mapping, and how what it means now differs from it, in words.
+
+`families/internlm2.yaml` has `families/meanings/internlm2.yaml`. A mapping that differs little from the one it
+extends commits only the differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError
+from engine.language.loader import load_yaml
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Mapping as MappingFile
+from engine.language.search import find_file, search_folders
+from engine.proving.holdings import parts_of
+from engine.proving.meaning import VERSION, flat, meaning_of, text_of, tree
+from engine.proving.meaning import Path as KeyPath
+from engine.proving.proof import Check, Failure, check_of
+from engine.storage.replacing import write_file
+
+MEANING = "meaning"
+FOLDER = "meanings"
+GONE = "(not there)"
+RANKS = "ranks of "
+_START = b"# What this mapping means"
+_HEAD = """\
+# What this mapping means, written by `engine prove --write-meaning`. Read its diff: it is what an edit comes to.
+# `order` gives elements from a source to a target: `@first → @first: count (step there → step here) × …`.
+"""
+
+
+def path_of(file: Path) -> Path:
+    """Where the meaning of a mapping file is committed."""
+    return file.parent / FOLDER / f"{file.stem}.yaml"
+
+
+def write_meaning(name: str | Path) -> Path:
+    """Commit what a mapping file means, as it is now."""
+    file = find_file(str(name))
+    path = path_of(file)
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, committed_text(load_mapping(file)).encode(), overwrite=True, ours=is_meaning)
+    return path
+
+
+def committed_text(mapping: MappingFile) -> str:
+    """What is committed of a mapping: its whole meaning, or how it differs from what it extends if that is shorter."""
+    head = {"meaning": VERSION, "mapping": mapping.name}
+    now = meaning_of(mapping)
+    whole = _HEAD + text_of({**head, **now})
+    if len(mapping.files) < 2:
+        return whole
+    before, after = dict(flat(meaning_of(load_mapping(_file(mapping.files[-2]))))), dict(flat(now))
+    changed = {p: v for p, v in after.items() if p not in before or before[p] != v}
+    changed |= {p: GONE for p in before if p not in after}
+    beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree(changed)})
+    return min(whole, beside, key=len)
+
+
+def is_meaning(start: bytes) -> bool:
+    """Whether a file of these first bytes was written as a meaning."""
+    return start.startswith(_START)
+
+
+def _file(shown: str) -> Path:
+    """A mapping's file by the name that `Mapping.files` has of it."""
+    for base in (Path(), *(folder.parent for folder in search_folders())):
+        if (base / shown).is_file():
+            return base / shown
+    return Path(shown)
+
+
+def read_meaning(path: Path) -> dict[KeyPath, Any]:
+    """The values of a committed meaning, over those of what it extends.
+
+    Raises:
+        EngineError: E101 for a file that is none.
+    """
+    try:
+        data = load_yaml(path).data
+        if data["meaning"] != VERSION:
+            raise ValueError(f"version {data['meaning']} is not known")
+        found = {p: v for p, v in flat(data) if p[0] not in ("meaning", "mapping", "extends", "differs")}
+        if "differs" not in data:
+            return found
+        parent = _file(str(data["extends"]))
+        over = path_of(parent)
+        base = read_meaning(over) if over.is_file() else dict(flat(meaning_of(load_mapping(parent))))
+        differs = dict(flat(data["differs"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(
+            "E101",
+            f"the committed meaning cannot be read: {' '.join(str(error).split())[:200]}",
+            got=str(path),
+            fix="Write it again with `engine prove --write-meaning`, and read what changes.",
+        ) from None
+    base = {p: v for p, v in base.items() if not any(p[: len(q)] == q or q[: len(p)] == p for q in differs)}
+    return {**base, **{p: v for p, v in differs.items() if v != GONE}}
+
+
+def committed(mapping: MappingFile) -> tuple[str, Path] | None:
+    """The nearest committed meaning: the mapping's own, one of its name, else that of what it extends."""
+    own = path_of(_file(mapping.files[-1]))
+    if own.is_file():
+        return mapping.files[-1], own
+    for folder in search_folders():
+        for place in (folder, folder / "families"):
+            named = path_of(place / f"{mapping.name}.yaml")
+            if named.is_file():
+                return f"the bundled {mapping.name}", named
+    for file in reversed(mapping.files[:-1]):
+        if path_of(_file(file)).is_file():
+            return file, path_of(_file(file))
+    return None
+
+
+def check_meaning(mapping: MappingFile) -> Check:
+    """Whether a mapping means what is committed of it."""
+    found = committed(mapping)
+    own = _file(mapping.files[-1])
+    if found is None:
+        if (own.parent / FOLDER).is_dir():
+            told = "none is committed, and its neighbours have theirs; --write-meaning writes it"
+            return check_of(MEANING, told, [Failure(told, str(mapping.place))])
+        told = "none is committed beside it, so a wrong rule may go unseen; --write-meaning writes it"
+        return Check(MEANING, None, told)
+    file, path = found
+    try:
+        then = read_meaning(path)
+        now = dict(flat(meaning_of(mapping)))
+    except EngineError as error:
+        return check_of(MEANING, "", [Failure.of(error)])
+    failures = differences(mapping, then, now)
+    inherits = file in mapping.files[:-1]
+    if inherits and (own.parent / FOLDER).is_dir():
+        failures.insert(0, Failure("no meaning of its own is committed; --write-meaning writes it", str(mapping.place)))
+    elif inherits and failures:
+        told = f"none is committed of its own, and what it means is not what {file} means"
+        return Check(MEANING, None, told, tuple(failures))
+    return check_of(MEANING, f"{len(now)} facts are as {file} had them when it was checked", failures)
+
+
+def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> list[Failure]:
+    """How a meaning differs from a committed one, in words and with places; the tensors first."""
+    places = {
+        (target.name.replace("{param}", param), source.replace("{param}", param)): str(rule.place)
+        for rule in mapping.rules for target in rule.targets for source in rule.sources for param in ("weight", "bias")
+    }  # fmt: skip
+    found: list[Failure] = []
+    told: set[str] = set()
+    for message, key in _tensors(then, now):
+        target, source, _ = parts_of(key)
+        if message not in told:
+            found.append(Failure(message, places.get((target, source))))
+        told.add(message)
+    for path in dict.fromkeys([*then, *now]):
+        if path[0] not in ("tensors", "ranks") and then.get(path, GONE) != now.get(path, GONE):
+            found.append(Failure(_generic(path, then.get(path, GONE), now.get(path, GONE)), _place(mapping, path)))
+    return found
+
+
+def _place(mapping: MappingFile, path: KeyPath) -> str | None:
+    """The line of the expression that a value comes from, where it is one."""
+    last = path[-1].partition(" ")[2].split(".")[0]
+    for part in (mapping.config, mapping.training_config, mapping.dims):
+        place = getattr(part.get(last), "place", None)
+        if place is not None:
+            return str(place)
+    return str(mapping.place)
+
+
+def _tensors(then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Iterator[tuple[str, str]]:
+    before, after = entries(then), entries(now)
+    sources = [_sources(one) for one in (before, after)]
+    for key in dict.fromkeys([*before, *after]):
+        target, source, when = parts_of(key)
+        under = f" ({when})" if when else ""
+        if key not in before or key not in after:
+            was, comes = (by.get((target, when)) or _any(by, target) for by in sources)
+            yield f"{target}{under} comes from {comes}; the committed meaning says {was}", key
+            continue
+        for name in dict.fromkeys([*before[key], *after[key]]):
+            old, new = before[key].get(name, GONE), after[key].get(name, GONE)
+            if old == new:
+                continue
+            if name == "order":
+                yield (
+                    (
+                        f"{target}{under} takes the elements of {source} in another order than the committed meaning "
+                        f"says: {_short(new)} instead of {_short(old)}"
+                    ),
+                    key,
+                )
+            elif name.startswith(RANKS):
+                yield (
+                    (
+                        f"{source}{under} is cut otherwise than the committed meaning says: of {target} "
+                        f"{name.removeprefix(RANKS) or 'the ranks'} hold {_short(new)} instead of {_short(old)}"
+                    ),
+                    key,
+                )
+            else:
+                yield f"{name} of {target}{under} is {_short(new)}; the committed meaning says {_short(old)}", key
+
+
+def entries(values: Mapping[KeyPath, Any]) -> dict[str, dict[str, Any]]:
+    """The tensors of a flat meaning: entry → what is said of it, and what ranks hold by grid."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        if path[0] == "tensors" and len(path) == 3:
+            found.setdefault(path[1], {})[path[2]] = value
+        elif path[0] == "ranks" and len(path) > 1:
+            for grid in path[2].split(", ") if len(path) > 2 else [""]:
+                found.setdefault(path[1], {})[f"{RANKS}{grid}"] = value
+    return found
+
+
+def _sources(listed: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for key in listed:
+        target, source, when = parts_of(key)
+        found.setdefault((target, when), []).append(source)
+    return {key: " and ".join(sources) for key, sources in found.items()}
+
+
+def _any(by: Mapping[tuple[str, str], str], target: str) -> str:
+    told = [sources + (f" ({when})" if when else "") for (name, when), sources in by.items() if name == target]
+    return " or ".join(told) or "nowhere"
+
+
+def _generic(path: KeyPath, old: Any, new: Any) -> str:
+    """Another value anywhere else: `reading, rope_base: (absent), config.json rope_theta: …`."""
+    where = ", ".join(path)
+    if isinstance(old, list) and isinstance(new, list):
+        lost, more = [o for o in old if o not in new], [n for n in new if n not in old]
+        if lost or more:
+            both = (("has no", lost), ("has also", more))
+            told = " and ".join(f"{word} {', '.join(map(str, some))}" for word, some in both if some)
+            return f"{where}: {told}, unlike the committed meaning"
+    return f"{where}: {_short(new)}; the committed meaning says {_short(old)}"
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,287 @@
+"""Where the elements of every target come from, and what each rank of small grids holds of it.
+
+Read off the plans that write a tiny model for each layout, so that what counts is what an engine does with
+a rule and not how the rule is written: axes by other names hold the same elements.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.language.axes import Axes, extent
+from engine.language.expressions import evaluate
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import Pattern
+from engine.planning.copies import Copy, swap
+from engine.planning.matching import is_active
+from engine.planning.model import Plan
+from engine.planning.stored import Instance, instances
+from engine.proving.copy_text import copy_texts
+from engine.proving.counterexamples import moves_of
+from engine.proving.matrix import Case, cases, combinations_of
+from engine.proving.proof import Failure
+from engine.proving.symbolic import reverse_of
+from engine.proving.tiny import DIVISIBLE, EVEN, World, Worlds, guess_sizes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Coordinates = tuple[tuple[str, int], ...]
+
+
+def origins(mapping: MappingFile) -> dict[str, Any]:
+    """Tiny sizes, and for each target where its elements come from, in which order."""
+    sizes = _sizes(mapping, guess_sizes(mapping, DIVISIBLE, EVEN))
+    return {
+        "sizes": {axis: sizes[axis] for axis in sorted(sizes)},
+        "tensors": {key: _entry(one, target, axes, sizes) for key, one, target, axes in _targets(mapping)},
+    }
+
+
+def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, Any]:
+    """How each small grid cuts layers, and what of each target its ranks hold; grids that hold alike are told once."""
+    free = guess_sizes(mapping, DIVISIBLE, EVEN)
+    grids: dict[str, str] = {}
+    ranks: dict[str, dict[str, str]] = {key: {} for key, *_ in _targets(mapping)}
+    for world in _covering(mapping, worlds, free):
+        known = _zeroth(mapping, world)
+        for case in small_cases(layout):
+            try:
+                plan = reverse_of(mapping, layout, world, case)
+            except EngineError as error:
+                grids.setdefault(case.label, f"refused: {Failure.of(error).message}")
+                continue
+            grids[case.label] = _stages(plan)
+            for key, held in _held(plan, known).items():
+                usual = plan.grid.mode.files[0].name
+                file = f" in {held[0][1]}" if held[0][1] != usual else ""
+                ranks[key][case.label] = _ranks(held, plan) + file
+    return {"layers": grids, "ranks": {key: _gathered(held) or "in no plan" for key, held in ranks.items()}}
+
+
+def _targets(mapping: MappingFile) -> Iterator[tuple[str, Instance, Pattern, Axes]]:
+    """Every entry: its name, its rule, and its target."""
+    for one in instances(mapping):
+        for name, axes in one.targets:
+            yield key_of(name.text, one.sources[0].text, one.rule.when), one, name, axes
+
+
+def _sizes(mapping: MappingFile, free: Mapping[str, int]) -> dict[str, int]:
+    """Sizes that follow from the free ones, whatever a configuration would say."""
+    sizes: dict[str, int] = dict(free)
+    for axis, expression in mapping.dims.items():
+        if axis not in sizes:
+            try:
+                value = evaluate(expression, sizes)
+            except EngineError:
+                continue
+            if isinstance(value, int):
+                sizes[axis] = value
+    return sizes
+
+
+def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What a rule says of a target, and the order of elements on one rank."""
+    rule = one.rule
+    told: dict[str, Any] = {"axes": f"{one.axes} → {axes}" if one.axes != axes else str(axes)}
+    told["split"] = " ".join(axis for axis in rule.split if axis in (*one.axes.names(), *one.axis_names())) or "no"
+    if rule.stage is not None:
+        told["stage"] = rule.stage
+    try:
+        told["shape"] = " → ".join(_by([extent(dim, sizes) for dim in shape.dims]) for shape in (one.axes, axes))
+        told["order"] = _order(moves_of(one, sizes).get(target.text, []))
+    except KeyError as error:
+        told["order"] = f"not known: axis {error} has no size"
+    if len(one.sources) > 1:
+        told["also read as"] = [source.text for source in one.sources[1:]]
+    if rule.transform is not None:
+        told["changed"] = f"{rule.transform[0]} along {rule.transform[1]}"
+    if rule.drop:
+        told["dropped"] = sorted(rule.drop)
+    told |= {"own dtype": True} if rule.keep_dtype else {}
+    told |= {"optional": True} if rule.optional else {}
+    told |= {"tied to": rule.tied_to} if rule.tied_to else {}
+    return told
+
+
+def small_cases(layout: Layout) -> list[Case]:
+    """Of the layouts that are proved, the first mode in every way and of each other mode one."""
+    found: list[Case] = []
+    for case in cases(layout):
+        first = not found or case.mode == found[0].mode
+        plain = all(value is not True for value in case.settings.values())
+        if plain and (first or all(case.mode != one.mode for one in found)):
+            found.append(case)
+    return found
+
+
+def key_of(target: str, source: str, when: Mapping[str, Sequence[str]]) -> str:
+    """How an entry is called: `model.norm.weight ← norm.weight`, with choices where it depends on them."""
+    told = ", ".join(f"{name}={'|'.join(allowed)}" for name, allowed in sorted(when.items()))
+    return f"{target} ← {source}" + (f" ({told})" if told else "")
+
+
+def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int]) -> Iterator[World]:
+    """Worlds in which every rule is at work, as few as greed finds."""
+    left = {one.key for one in instances(mapping)}
+    possible = [choices for choices, most in combinations_of(mapping) if most]
+    every = [(choices, {one.key for one in worlds.used(choices, most=True) or ()}) for choices in possible]
+    while every:
+        choices, keys = max(every, key=lambda one: len(one[1] & left))
+        if not keys & left:
+            return
+        left -= keys
+        world = worlds.make(choices, free)
+        if world is not None:
+            yield world
+
+
+def _zeroth(mapping: MappingFile, world: World) -> dict[str, dict[str, tuple[Instance, str]]]:
+    """Source pattern → the target tensors with 0 for every placeholder → the rule, and the target's pattern."""
+    found: dict[str, dict[str, tuple[Instance, str]]] = defaultdict(dict)
+    for one in instances(mapping):
+        if is_active(one, world.choices):
+            for name, _ in one.targets:
+                found[one.sources[0].text][name.format(dict.fromkeys(name.placeholders, 0))] = one, name.text
+    return found
+
+
+Held = list[tuple[Coordinates, str, tuple[int, ...], list[Copy]]]
+
+
+def _held(plan: Plan, known: Mapping[str, Mapping[str, tuple[Instance, str]]]) -> dict[str, Held]:
+    """Entry → rank, file pattern, shape of the target, copies into it."""
+    assert plan.written is not None
+    found: dict[str, Held] = defaultdict(list)
+    for file, shard in zip(plan.written.files, plan.shards, strict=True):
+        rank = tuple((dim, file.ranks[dim]) for dim in plan.written.sizes if dim in file.ranks)
+        for index in shard.outputs:
+            output = plan.outputs[index]
+            by_target: dict[str, list[Copy]] = defaultdict(list)
+            shapes: dict[str, tuple[int, ...]] = {}
+            for copy in plan.copies(index):
+                header = plan.sources[copy.source].header
+                if header.name in known[output.pattern]:
+                    by_target[header.name].append(swap(copy))
+                    shapes[header.name] = header.shape
+            for target, copies in by_target.items():
+                instance, text = known[output.pattern][target]
+                key = key_of(text, output.pattern, instance.rule.when)
+                found[key].append((rank, file.pattern.name, shapes[target], copies))
+    return found
+
+
+def _order(moves: Sequence[tuple[str, str, Copy]]) -> str | list[str]:
+    """The order of elements in a target, of whose kind the first stands for all; several tensors may fill it."""
+    first = min((target for _, target, _ in moves), default="")
+    listed = [(source, copy) for source, target, copy in moves if target == first]
+    names = list(dict.fromkeys(source for source, _ in listed))
+    copies = [replace(copy, source=names.index(source)) for source, copy in listed]
+    labels = [(("tensor", n),) if len(names) > 1 else () for n in range(len(names))]
+    told = copy_texts(copies, labels, [""] * len(names))
+    return told[0] if len(told) == 1 else told
+
+
+def _ranks(held: Held, plan: Plan) -> str:
+    """Which elements of the target each rank holds: `tp0 [0:24, :]; tp1 [24:48, :]`."""
+    import numpy as np
+
+    assert plan.written is not None
+    dims = [dim for dim, count in plan.written.sizes.items() if count > 1]
+    files = {file.pattern.name for file in plan.written.files if any(file.pattern.name == one[1] for one in held)}
+    empty = np.zeros(held[0][2], bool)
+    masks = {
+        tuple((dim, file.ranks[dim]) for dim in dims if dim in file.ranks): empty.copy()
+        for file in plan.written.files
+        if file.pattern.name in files
+    }
+    for rank, _, _, copies in held:
+        mask = masks[tuple((dim, number) for dim, number in rank if dim in dims)].reshape(-1)
+        for copy in copies:
+            mask[_positions(copy)] = True
+    told = {at: _box(mask) if mask.any() else "" for at, mask in masks.items()}
+    while fewer := [less for dim in dims if (less := _without(told, dim))]:
+        told = min(fewer, key=len)
+    return "; ".join(f"{' '.join(f'{d}{n}' for d, n in at)} {box}".strip() for at, box in told.items() if box)
+
+
+def _without(told: Mapping[Coordinates, str], dim: str) -> dict[Coordinates, str] | None:
+    """Without a rank dimension, where ranks that differ only in it hold the same; None where they do not."""
+    found: dict[Coordinates, str] = {}
+    for at, box in told.items():
+        rest = tuple(one for one in at if one[0] != dim)
+        if rest == at or found.setdefault(rest, box) != box:
+            return None
+    return found
+
+
+def _positions(copy: Copy) -> np.ndarray:
+    import numpy as np
+
+    at = np.full((1,) * len(copy.shape), copy.target_offset)
+    for axis, (size, stride) in enumerate(zip(copy.shape, copy.target_strides, strict=True)):
+        at = at + np.arange(size).reshape([-1 if i == axis else 1 for i in range(len(copy.shape))]) * stride
+    return at.ravel()
+
+
+def _box(mask: np.ndarray) -> str:
+    """A set of elements as ranges along each dimension, or as ranges of the elements counted through."""
+    import numpy as np
+
+    along = [mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)) for axis in range(mask.ndim)]
+    whole = np.ones(mask.shape, bool)
+    for axis, held in enumerate(along):
+        whole &= held.reshape([-1 if a == axis else 1 for a in range(mask.ndim)])
+    if not (whole == mask).all():
+        return f"elements {_ranges(mask.ravel())}"
+    return "all" if mask.all() else f"[{', '.join(':' if held.all() else _ranges(held) for held in along)}]"
+
+
+def _ranges(held: Any) -> str:
+    import numpy as np
+
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], held.astype(np.int8), [0]))))
+    return "+".join(f"{int(low)}:{int(high)}" for low, high in edges.reshape(-1, 2))
+
+
+def _stages(plan: Plan) -> str:
+    """Which layers each stage has, in the order of the layers."""
+    stages, staged = plan.stages, plan.grid.staged
+    told = []
+    for place, start in sorted(stages.starts.items(), key=lambda one: one[1]):
+        chunk, *ranks = place
+        at = [f"chunk{chunk}"] if stages.chunks > 1 else []
+        at += [f"{dim}{rank}" for dim, rank in zip(staged, ranks, strict=True)]
+        told.append(f"{start}:{start + stages.counts[place]}" + (f" at {' '.join(at)}" if at else ""))
+    return ", ".join(told)
+
+
+def _gathered(ranks: Mapping[str, str]) -> dict[str, str]:
+    """Grids that hold alike as one."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for grid, held in ranks.items():
+        found[held].append(grid)
+    return {", ".join(grids): held for held, grids in found.items()}
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "1"
+
+
+_KEY = re.compile(r"(.*) ← (.*?)(?: \((.*)\))?")
+
+
+def parts_of(key: str) -> tuple[str, str, str]:
+    """Target, source and choices of an entry.
+
+    >>> parts_of("lm_head.weight ← output.weight (head=plain)")
+    ('lm_head.weight', 'output.weight', 'head=plain')
+    """
+    found = _KEY.fullmatch(key)
+    return (key, "", "") if found is None else (found[1], found[2], found[3] or "")

@@ -1,0 +1,235 @@
+"""What a mapping means, in one readable form: what reviewers read, and what is proved, compared and mutated against.
+
+For every target tensor: where its elements come from, their order, and what each rank of small grids holds.
+For every configuration: what its keys come to when others are as usual, absent or unusual. How a rule is
+written, what axes are called and in which order rules stand is no part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from engine.assets.chat import chat_template, unmarked
+from engine.assets.generation import generation_config
+from engine.errors import EngineError
+from engine.language.keys import Key, Limits
+from engine.language.layout_file import load_layout
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.proving.holdings import holdings, origins
+from engine.proving.matrix import combinations_of
+from engine.proving.proof import Failure
+from engine.proving.readings import readings
+from engine.proving.tiny import World, Worlds, guess_sizes
+
+Meaning = dict[str, Any]
+Path = tuple[str, ...]
+
+VERSION = 1
+_SAID = frozenset((
+    "mapping", "name", "version", "description", "extends", "options", "keys", "variants", "dims", "even", "rules",
+    "ignore", "refuse", "config", "training_config", "tokenizer", "generation", "chat_template", "expect",
+))  # fmt: skip
+_ORDER = (
+    "about", "release", "options", "variants", "divided evenly", "sizes", "tensors", "layers", "ranks", "ignored",
+    "refused", "reading", "writing", "keys", "tokenizer", "generation_config.json", "chat",
+)  # fmt: skip
+# What where tensors lie and what is read depend on; options only matter to the latter.
+_SHARED = ("rules", "dims", "even", "variants", "config", "training_config", "keys", "source", "target")
+_WIDTH = 118
+_TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+]
+_KNOWN: dict[str, Meaning] = {}  # what several mappings share, by what it depends on
+_MOST_KNOWN = 64
+
+
+def meaning_of(mapping: MappingFile) -> Meaning:
+    """The meaning of a mapping, plain data.
+
+    Raises:
+        EngineError: for a layout that cannot be read. What the mapping itself cannot do is part of its meaning.
+    """
+    found = dict(parts_of_meaning(mapping))
+    return {name: found[name] for name in _ORDER if found.get(name) not in ({}, [], None)}
+
+
+def parts_of_meaning(mapping: MappingFile) -> Iterator[tuple[str, Any]]:
+    """The parts by name, those that are quickly known first."""
+    layout = load_layout(mapping.layout)
+    data = mapping.resolved
+    quick: Meaning = {
+        "about": _about(mapping),
+        "options": {name: _option(one) for name, one in (data.get("options") or {}).items()},
+        "variants": {
+            name: {"choices": list(v.choices), "decided by": v.decide, "written by default": v.default}
+            for name, v in mapping.variants.items()
+        },
+        "divided evenly": sorted(mapping.even),
+        "ignored": sorted(f"{one.side} {one.pattern}" for one in mapping.ignore),
+        "refused": sorted(f"{one.side} {one.pattern}" for one in mapping.refuse),
+        "keys": {side: _keys(keys) for side, keys in mapping.keys.items()},
+        "tokenizer": dict(mapping.tokenizer or {}),
+        "chat": _chat(mapping),
+        "release": dict(mapping.expect),
+    }
+    yield from _plain(quick).items()
+    yield from _plain(origins(mapping)).items()
+    parts = [data.get(part) for part in (*_SHARED, "options")]
+    read = _once("reading", [*parts, layout.digest], lambda: _readings(mapping, layout))
+    yield from _plain(read).items()
+    yield "generation_config.json", _generation(mapping, read)
+    parts = [data.get(part) for part in _SHARED]
+    yield from _plain(
+        _once("ranks", [*parts, layout.digest], lambda: holdings(mapping, layout, Worlds(mapping)))
+    ).items()
+
+
+def _once(kind: str, parts: list[Any], make: Callable[[], Meaning]) -> Meaning:
+    """A part made once for all mappings that say the same of what it depends on; or why there is none."""
+    key = json.dumps([kind, parts], default=str, sort_keys=False)
+    if key not in _KNOWN:
+        while len(_KNOWN) >= _MOST_KNOWN:
+            del _KNOWN[next(iter(_KNOWN))]
+        try:
+            _KNOWN[key] = make()
+        except EngineError as error:
+            _KNOWN[key] = {kind: f"refused: {Failure.of(error).message}"}
+    return _KNOWN[key]
+
+
+def _readings(mapping: MappingFile, layout: Layout) -> Meaning:
+    worlds = Worlds(mapping)
+    world = usual_world(mapping, worlds)
+    if world is None:
+        return {"reading": "no set of tensors shows any combination of choices"}
+    return readings(mapping, layout, worlds, world)
+
+
+def usual_world(mapping: MappingFile, worlds: Worlds) -> World | None:
+    """The tiny world of the default choices, or of those nearest to them that some tensors show."""
+    default = {v.name: v.default or list(v.choices)[-1] for v in mapping.variants.values()}
+    possible = [one for one in combinations_of(mapping) if worlds.shows(one[0], most=one[1])]
+    if not possible:
+        return None
+    choices, most = min(possible, key=lambda one: 2 * sum(one[0][n] != c for n, c in default.items()) + one[1])
+    return worlds.make(choices, guess_sizes(mapping), most=most)
+
+
+def _about(mapping: MappingFile) -> Meaning:
+    about: Meaning = {"layout": mapping.layout, "source model types": list(mapping.model_types)}
+    about |= {"target": f"{mapping.architecture}, model type {mapping.model_type}"}
+    about |= {key: value for key, value in mapping.resolved.items() if key not in (*_SAID, "source", "target")}
+    return about
+
+
+def _option(body: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{key} {json.dumps(value)}" for key, value in body.items() if key not in ("help", "type"))
+    return f"{body.get('type')}, {told}"
+
+
+def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
+    """What is declared, without reasons → the names of which it is."""
+    found: dict[str, list[str]] = {}
+    for name, key in keys.items():
+        told = [] if key.limits == Limits() else [str(key.limits)]
+        told += [f"only {json.dumps(list(key.only))}"] if key.only is not None else []
+        told += ["ignored"] if key.ignored is not None else ["noted"] if key.noted is not None else []
+        told += [f"default {json.dumps(key.default)}"] if key.default is not None else []
+        told += [f"another name of {key.same_as}"] if key.same_as is not None else []
+        found.setdefault(", ".join(told) or "anything", []).append(name)
+    return {told: sorted(names) for told, names in sorted(found.items())}
+
+
+def _generation(mapping: MappingFile, read: Meaning) -> Meaning:
+    """generation_config.json, its token ids filled up from config.json."""
+    if mapping.generation is None:
+        return {}
+    gives = read.get("reading", {}).get("gives", {}) if isinstance(read.get("reading"), dict) else {}
+    config = {p.removeprefix("config.json "): v for p, v in gives.items() if p.endswith("_token_id")}
+    try:
+        made: Meaning = json.loads(generation_config(mapping.generation, config))
+    except EngineError as error:
+        return {"refused": f"{error.code} {error.message}"}
+    return made
+
+
+def _chat(mapping: MappingFile) -> Meaning:
+    """A conversation as the template writes it, with and without a system's words."""
+    if mapping.chat_template is None:
+        return {}
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    found: Meaning = {"template": mapping.chat_template}
+    tokens = {f"{name}_token": str((mapping.tokenizer or {}).get(name, "")) for name in ("bos", "eos")}
+    for name, talk in (("written", _TALK), ("written without a system", _TALK[1:])):
+        try:
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]
+            )
+            template = environment.from_string(unmarked(chat_template(mapping.chat_template)))
+            found[name] = template.render(messages=talk, add_generation_prompt=True, **tokens).split("\n")
+        except (EngineError, TemplateError, TypeError) as error:
+            found[name] = f"cannot be written: {' '.join(str(error).split())[:200]}"
+    return found
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    return [_plain(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+# -- as text, and back
+
+
+class _Text(yaml.SafeDumper):
+    """YAML in block form, what fits on a line in flow form."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_data(self, data: Any) -> Any:
+        node = super().represent_data(data)
+        if isinstance(node, yaml.CollectionNode):
+            node.flow_style = _short(data)
+        return node
+
+
+def _short(data: Any) -> bool:
+    if isinstance(data, list):
+        return not any(isinstance(one, dict | list) and one for one in data)
+    return not any(isinstance(one, dict | list) and one for one in data.values()) and len(str(data)) < _WIDTH - 20
+
+
+def text_of(data: Mapping[str, Any]) -> str:
+    """Data as YAML that reads as a diff."""
+    return yaml.dump(dict(data), Dumper=_Text, sort_keys=False, allow_unicode=True, width=_WIDTH)
+
+
+def flat(meaning: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every value with its path; lists and empty mappings are values."""
+    for name, value in meaning.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, (*above, str(name)))
+        else:
+            yield (*above, str(name)), value
+
+
+def tree(values: Mapping[Path, Any]) -> Meaning:
+    """The other way round."""
+    found: Meaning = {}
+    for path, value in values.items():
+        at = found
+        for name in path[:-1]:
+            at = at.setdefault(name, {})
+        at[path[-1]] = value
+    return found

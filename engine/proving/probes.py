@@ -1,0 +1,166 @@
+"""What to try a mapping's expressions with: every key as usual, absent and otherwise, and pairs of switches.
+
+Values are taken from what is declared of a key and from the constants that expressions compare it with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from jinja2 import nodes
+
+from engine.language.expressions import OMIT, compile_expression
+from engine.language.keys import Key, find_key
+from engine.language.model import Expression
+
+ABSENT = "(absent)"
+Given = Mapping[str, Any]  # what is read → its value; OMIT where it is absent
+Outcome = Mapping[str, Any]
+_UNUSUAL = (0.0625, 12345.5, 0.375, 3.25, 17.5, 0.015625, 260.25)  # exact in binary, all different
+_MOST_PAIRS = 24  # of one expression
+
+
+def constants(expressions: Sequence[Expression], reads: Callable[[str], frozenset[str]]) -> dict[str, list[Any]]:
+    """What is read → the constants that expressions compare it with."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for expression in expressions:
+        tree = compile_expression(expression).tree
+        for compare in tree.find_all(nodes.Compare) if not isinstance(tree, nodes.Compare) else _compares(tree):
+            values = [const.value for const in compare.find_all(nodes.Const)]
+            for path in sorted({p for name in _paths(compare) for p in reads(name)}):
+                found[path] += [value for value in values if value not in found[path]]
+    return found
+
+
+def divisors_of(expression: Expression) -> frozenset[str]:
+    """Names that stand below a whole division."""
+    tree = compile_expression(expression).tree
+    every = [*tree.find_all(nodes.FloorDiv), *([tree] if isinstance(tree, nodes.FloorDiv) else [])]
+    return frozenset(path for one in every for path in _paths(one.right))
+
+
+def _compares(tree: nodes.Compare) -> Iterator[nodes.Compare]:
+    yield tree
+    yield from tree.find_all(nodes.Compare)
+
+
+def _paths(tree: nodes.Node) -> Iterator[str]:
+    if isinstance(tree, nodes.Name):
+        yield tree.name
+    for name in tree.find_all(nodes.Name):
+        yield name.name
+    for attribute in tree.find_all(nodes.Getattr):
+        parts, inner = [attribute.attr], attribute.node
+        while isinstance(inner, nodes.Getattr):
+            parts.append(inner.attr)
+            inner = inner.node
+        if isinstance(inner, nodes.Name):
+            yield ".".join([inner.name, *reversed(parts)])
+
+
+def unusual(number: int, key: Key | None) -> float:
+    """A number that nobody would write, within what is declared."""
+    for value in (*_UNUSUAL[number % len(_UNUSUAL) :], *_UNUSUAL):
+        if key is None or key.limits.fits(value):
+            return value
+    return 0.5
+
+
+def others(path: str, usual: Any, keys: Mapping[str, Key], compared: Sequence[Any]) -> list[Any]:
+    """Values to try besides the usual one: absent, the other truth value, other sizes, what it is compared with."""
+    key = find_key(keys, path)
+    types = () if key is None else key.limits.types
+    values: list[Any] = [OMIT]
+    if "null" in types:
+        values.append(None)
+    if "boolean" in types or isinstance(usual, bool):
+        values += [False, True]
+    elif isinstance(usual, int):
+        values += [usual + 1, 2 * usual]
+    elif isinstance(usual, float):
+        values += [2 * usual]
+    for one in compared:
+        if isinstance(one, bool) or not isinstance(one, int | float):
+            values.append(one)
+        else:
+            values += [one - 1, one, one + 1]
+    if any(isinstance(one, str) for one in compared):
+        values.append("another")
+    if isinstance(usual, list) or any(isinstance(one, list) for one in compared) or "list" in types:
+        values += [[one] for one in compared if isinstance(one, str)]
+    kept: list[Any] = []
+    for value in values:
+        fits = value is OMIT or key is None or not types or key.limits.fits(value)
+        if fits and not _same(value, usual) and not any(_same(value, one) for one in kept):
+            kept.append(value)
+    return kept
+
+
+def _same(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and bool(one == other)
+
+
+def scenarios(
+    base: Given, tried: Mapping[str, Sequence[Any]], together: Sequence[frozenset[str]], few: Mapping[str, bool]
+) -> Iterator[dict[str, Any]]:
+    """What differs from `base`: one thing at a time, then pairs of switches that one expression reads.
+
+    Args:
+        tried: what is read → the values to try.
+        together: what one expression reads.
+        few: whether a thing is a switch, with few values.
+    """
+    for path, values in tried.items():
+        for value in values:
+            yield {path: value}
+    seen: set[tuple[str, str]] = set()
+    for read in together:
+        switches = sorted(path for path in read if few.get(path))
+        count = 0
+        for one, two in combinations(switches, 2):
+            if (one, two) in seen:
+                continue
+            seen.add((one, two))
+            for a in tried[one]:
+                for b in tried[two]:
+                    count += 1
+                    if count <= _MOST_PAIRS:
+                        yield {one: a, two: b}
+
+
+def told(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as text can hold them: what is absent as a word."""
+    return {path: ABSENT if value is OMIT else value for path, value in given.items()}
+
+
+def changes(before: Outcome, after: Outcome) -> dict[str, Any]:
+    """What comes out otherwise."""
+    if "refused" in after and "refused" not in before:
+        return {"refused": after["refused"]}
+    paths = [*before, *(path for path in after if path not in before)]
+    return {p: after.get(p, ABSENT) for p in paths if not _same(before.get(p, OMIT), after.get(p, OMIT))}
+
+
+def name_of(given: Mapping[str, Any]) -> str:
+    """What is tried, in words: `rope_base: (absent)`."""
+    return ", ".join(f"{path}: {_shown(value)}" for path, value in given.items())
+
+
+def table(base: Given, run: Callable[[Given], Outcome], tried: Iterable[tuple[str, Given]]) -> dict[str, Any]:
+    """What comes of the usual values, and for everything tried what comes out otherwise."""
+    usual = run(base)
+    rows = {name: changes(usual, run({**base, **one})) for name, one in tried}
+    return {
+        "given": told({p: v for p, v in base.items() if v is not OMIT}),
+        "gives": dict(usual),
+        "otherwise": {name: row for name, row in rows.items() if row},
+        "no difference": [name for name, row in rows.items() if not row],
+    }
+
+
+def _shown(value: Any) -> str:
+    return ABSENT if value is OMIT else json.dumps(value, ensure_ascii=False)

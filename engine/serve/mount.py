@@ -1,0 +1,144 @@
+"""A mount: the folder that a run would write, as a read-only file system in user space."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError, EngineErrors, Place
+from engine.serve.ahead import Ahead
+from engine.serve.virtual import VirtualFolder
+
+_FOREVER = 3600  # seconds that the system may remember what never changes
+
+
+class Files:
+    """What the system asks of the folder. Called from threads of its own."""
+
+    use_ns = True
+
+    def __init__(self, folder: VirtualFolder, ahead: Ahead, log: Callable[[str], None], ready: Callable[[], None]):
+        self._folder, self._ahead, self._log, self._ready = folder, ahead, log, ready
+        self._made = time.time_ns()
+
+    def init(self, path: str) -> None:
+        self._ready()
+
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
+        common = {"st_uid": os.getuid(), "st_gid": os.getgid()}
+        common |= dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), self._made)
+        if path == "/":
+            return {**common, "st_mode": stat.S_IFDIR | 0o555, "st_nlink": 2}
+        size = self._file(path).size
+        return {**common, "st_mode": stat.S_IFREG | 0o444, "st_nlink": 1, "st_size": size, "st_blocks": -(-size // 512)}
+
+    def readdir(self, path: str, fh: int) -> list[str]:
+        return [".", "..", *self._folder]
+
+    def open(self, path: str, flags: int) -> int:
+        self._file(path)
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, path)
+        return 0
+
+    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        try:
+            return self._ahead.read(self._file(path), offset, size)
+        except (EngineError, EngineErrors) as error:
+            self._log(str(error))
+            raise OSError(errno.EIO, path) from error
+
+    def statfs(self, path: str) -> dict[str, int]:
+        size = sum(file.size for file in self._folder.values())
+        return {"f_bsize": 4096, "f_frsize": 4096, "f_blocks": -(-size // 4096), "f_files": len(self._folder),
+                "f_bfree": 0, "f_bavail": 0, "f_namemax": 255}  # fmt: skip
+
+    def _file(self, path: str) -> Any:
+        file = self._folder.get(path[1:])
+        if file is None:
+            raise OSError(errno.ENOENT, path)
+        return file
+
+
+def mount(folder: VirtualFolder, at: Path, log: Callable[[str], None], ready: Callable[[], None]) -> None:
+    """Mount a folder until SIGINT or SIGTERM, or until it is unmounted; only from the main thread.
+
+    Args:
+        at: an empty folder, or none: it is made, and removed afterwards.
+        log: called with errors of reads, of which a program sees only that the input failed.
+        ready: called when it is mounted.
+
+    Raises:
+        EngineError: E001 where there is no FUSE, E401 when there is something at `at`.
+    """
+    fuse = _fuse()
+    with _mount_point(at), Ahead() as ahead, _default(signal.SIGTERM, signal.SIGHUP):
+        files = Files(folder, ahead, log, ready)
+        try:
+            fuse.FUSE(
+                files, str(at), foreground=True, ro=True, kernel_cache=True, fsname="engine", subtype="engine",
+                attr_timeout=_FOREVER, entry_timeout=_FOREVER, default_permissions=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise EngineError(
+                "E001", "the system did not mount it", place=Place(str(at)), got=f"libfuse ended with {error}",
+                fix="Its reason stands above. `fusermount -u` ends an old mount; in a container FUSE must be allowed.",
+            ) from error  # fmt: skip
+
+
+def _fuse() -> Any:
+    """The library, or E001 with what is missing."""
+    if not os.path.exists("/dev/fuse"):
+        raise _no_fuse("there is no /dev/fuse", "Use `engine serve`, or allow FUSE to this container or machine.")
+    try:
+        import mfusepy
+    except ImportError as error:
+        raise _no_fuse("the package mfusepy is not installed", "Run `pip install internlm-engine[mount]`.") from error
+    except (OSError, AttributeError) as error:
+        fix = "Install it from the distribution, as by `apt-get install fuse3`, or use `engine serve`."
+        raise _no_fuse(str(error) or "libfuse is not installed", fix) from error
+    return mfusepy
+
+
+def _no_fuse(got: str, fix: str) -> EngineError:
+    return EngineError("E001", "nothing can be mounted here", got=got, expected="file systems in user space", fix=fix)
+
+
+@contextmanager
+def _mount_point(at: Path) -> Iterator[None]:
+    made = not os.path.lexists(at)
+    try:
+        if made:
+            at.mkdir()
+        elif next(os.scandir(at), None) is not None:
+            raise EngineError(
+                "E401", "the folder to mount at is not empty", place=Place(str(at)), fix="Choose another one."
+            )
+    except OSError as error:
+        raise EngineError(
+            "E001", "nothing can be mounted there", place=Place(str(at)), got=error.strerror,
+            expected="an empty folder, or none", fix="Choose another one.",
+        ) from error  # fmt: skip
+    try:
+        yield
+    finally:
+        if made:
+            at.rmdir()
+
+
+@contextmanager
+def _default(*numbers: signal.Signals) -> Iterator[None]:
+    """Leave signals to libfuse, which ends the mount; it leaves those alone that have a handler."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,54 @@
+"""Conditions and ranges of a request for a file, as RFC 9110 has them. No I/O."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_RANGE = re.compile(r"([0-9]{1,20})-([0-9]{0,20})|-([0-9]{1,20})")
+_TAG = re.compile(r'(?:W/)?"([^"]*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is sent of a file: an HTTP status, and bytes `start` to `stop`."""
+
+    status: int
+    start: int = 0
+    stop: int = 0
+
+
+def part_of(method: str, headers: Mapping[str, str], size: int, etag: str) -> Part:
+    """Which part of a file of `size` bytes a request gets.
+
+    Several ranges at once are refused, as is one that is none: a client that asks for a piece should not get it all.
+
+    Args:
+        headers: by lower-case names.
+        etag: without quotes; a strong one.
+
+    >>> part_of("GET", {"range": "bytes=-3"}, 10, "a"), part_of("GET", {"if-none-match": '"a"'}, 10, "a")
+    (Part(status=206, start=7, stop=10), Part(status=304, start=0, stop=0))
+    """
+    match, none, asked = (headers.get(name) for name in ("if-match", "if-none-match", "range"))
+    if match is not None and not _among(etag, match):
+        return Part(412)
+    if none is not None and _among(etag, none):
+        return Part(304)
+    whole = Part(200, 0, size)
+    if asked is None or method != "GET" or headers.get("if-range", f'"{etag}"') != f'"{etag}"':
+        return whole
+    unit, _, ranges = asked.partition("=")
+    if unit.strip().lower() != "bytes":
+        return whole
+    found = _RANGE.fullmatch(ranges.strip())
+    if found is None:
+        return Part(416)
+    first, last, suffix = found.groups()
+    start, stop = (max(size - int(suffix), 0), size) if suffix else (int(first), min(int(last or size - 1) + 1, size))
+    return Part(206, start, stop) if start < stop else Part(416)
+
+
+def _among(etag: str, header: str) -> bool:
+    return header.strip() == "*" or etag in _TAG.findall(header)

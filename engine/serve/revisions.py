@@ -1,0 +1,199 @@
+"""The revisions of a served model: the steps of a run folder, or one checkpoint, as they are now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import EngineError, EngineErrors, Place
+from engine.serve.once import Once
+from engine.serve.virtual import VirtualFolder
+
+MAIN = "main"
+_STEP = re.compile(r"(?:.*[^0-9])?0*([0-9]{1,12})")  # a folder whose name ends with the number of a step
+_OPEN = 8  # checkpoints that are kept planned
+_REMEMBERED = 256  # refusals
+_MOST_FILES = 100_000  # of one step that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A step as it is at one moment.
+
+    Attributes:
+        commit: 40 hexadecimal digits, others when any of its files changed.
+    """
+
+    name: str
+    path: Path
+    commit: str
+
+
+class NoRevision(Exception):
+    """There is no such revision, or its step is not complete; the text says why."""
+
+
+class Revisions:
+    """The steps of a run, found again whenever they are asked for. For any number of threads."""
+
+    def __init__(
+        self, src: Path, make: Callable[[Path], VirtualFolder], salt: str, told: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Look whether `src` is a checkpoint or a folder of them.
+
+        Args:
+            make: plans a checkpoint; it is called once for each state of a step.
+            salt: what else the bytes depend on: mapping, settings, versions.
+            told: called with a line about each state of a step, once.
+
+        Raises:
+            EngineError: when `src` is no checkpoint and holds no steps.
+        """
+        self._src, self._make, self._salt = src, make, salt
+        self._told: Callable[[str], None] = lambda _: None  # nothing of a first look that fails
+        self._lock = threading.Lock()
+        self._folders: OrderedDict[str, tuple[Revision, VirtualFolder]] = OrderedDict()  # by commit
+        self._refused: OrderedDict[str, EngineError | EngineErrors] = OrderedDict()  # by commit
+        self._once = Once(self._plan)
+        self._last: dict[str, str] = {}  # what was told of each step
+        self._steps = False
+        try:
+            self._open(self._revision(src))
+        except (EngineError, EngineErrors):
+            self._steps = any(_steps(src))
+            if not self._steps:
+                raise
+        self._told = told
+
+    def names(self) -> list[str]:
+        """The steps, the newest first; whether they are complete is not asked."""
+        return [self._name(path) for path in self._paths()]
+
+    def all(self) -> Iterator[Revision]:
+        """Every step as it is now, the newest first; whether they are complete is not asked."""
+        for path in self._paths():
+            with suppress(OSError):  # it is being removed
+                yield self._revision(path)
+
+    def find(self, name: str) -> tuple[Revision, VirtualFolder]:
+        """A revision by the name of its step, its number, its commit, or `main`, the newest complete one.
+
+        Raises:
+            NoRevision: when there is none.
+        """
+        with self._lock:
+            if name in self._folders:
+                return self._folders[name]
+        reasons: list[str] = []
+        named = [path for path in self._paths() if name in (self._name(path), _number(self._name(path)))]
+        for path in named or self._paths():
+            try:
+                one = self._revision(path)
+                if named or name in (MAIN, one.commit):
+                    return self._open(one)
+            except (EngineError, EngineErrors, OSError) as error:
+                reasons.append(f"{self._name(path)}: {_first_line(error)}")
+                if name != MAIN:
+                    break
+        if name == MAIN and not reasons:
+            raise NoRevision("there is no step yet")
+        raise NoRevision("; ".join(reasons[:4]) if reasons else f"there is no revision {name}")
+
+    def _paths(self) -> list[Path]:
+        return [path for _, path in sorted(_steps(self._src), reverse=True)] if self._steps else [self._src]
+
+    def _revision(self, path: Path) -> Revision:
+        found = hashlib.sha256(json.dumps([self._salt, list(_states(path))]).encode()).hexdigest()[:40]
+        return Revision(self._name(path), path, found)
+
+    def _open(self, one: Revision) -> tuple[Revision, VirtualFolder]:
+        with self._lock:
+            known, refused = self._folders.get(one.commit), self._refused.get(one.commit)
+            if known is not None:
+                self._folders.move_to_end(one.commit)
+                return known
+        if refused is not None:
+            raise refused.with_traceback(None)
+        folder = self._once(one)
+        with self._lock:
+            self._folders[one.commit] = one, folder
+            while len(self._folders) > _OPEN:
+                self._folders.popitem(last=False)  # whoever reads it goes on; then its files are closed
+        self._once.forget(one)
+        return one, folder
+
+    def _plan(self, one: Revision) -> VirtualFolder:
+        try:
+            folder = self._make(one.path)
+            if self._revision(one.path) != one:
+                raise EngineError(
+                    "E405", "the step changed while it was planned", place=Place(str(one.path)),
+                    fix="Ask again when training has finished writing it.",
+                )  # fmt: skip
+        except (EngineError, EngineErrors) as error:
+            self._tell(one.name, f"is not served: {_first_line(error)}")
+            with self._lock:
+                self._refused[one.commit] = error
+                while len(self._refused) > _REMEMBERED:
+                    self._refused.popitem(last=False)
+            raise
+        self._tell(one.name, f"is served as {one.commit[:12]}")
+        return folder
+
+    def _tell(self, name: str, what: str) -> None:
+        """Tell what became of a step, unless that was the last that was told of it."""
+        with self._lock:
+            last, self._last[name] = self._last.get(name), what
+        if last != what:
+            self._told(f"{name} {what}")
+
+    def _name(self, path: Path) -> str:
+        return path.name if self._steps else path.resolve().name
+
+
+def _first_line(error: EngineError | EngineErrors | OSError) -> str:
+    one = error.errors[0] if isinstance(error, EngineErrors) else error
+    return f"{one.code} {one.message}" if isinstance(one, EngineError) else str(one.strerror)
+
+
+def _steps(src: Path) -> Iterator[tuple[int, Path]]:
+    try:
+        entries = list(os.scandir(src))
+    except OSError:
+        return
+    for entry in entries:
+        match = _STEP.fullmatch(entry.name)
+        if match is not None and not entry.name.startswith(".") and entry.is_dir():
+            yield int(match[1]), Path(entry.path)
+
+
+def _number(name: str) -> str | None:
+    """The number of a step's folder.
+
+    >>> _number("iter_0000500"), _number("20000"), _number("latest")
+    ('500', '20000', None)
+    """
+    match = _STEP.fullmatch(name)
+    return None if match is None else match[1]
+
+
+def _states(path: Path) -> Iterator[tuple[str, int, int, int, int]]:
+    """Name, size, times and inode of every file of a step."""
+    count = 0
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            found = os.stat(os.path.join(folder, name))
+            told = os.path.relpath(os.path.join(folder, name), path)
+            yield told, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+            count += 1
+            if count > _MOST_FILES:
+                return

@@ -1,0 +1,91 @@
+"""What `engine lint`, `engine new` and `engine format --diff` show. No decisions are made here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from difflib import unified_diff
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engine.discover.text import shown as one_line
+from engine.show.text import count, note, shows
+
+if TYPE_CHECKING:
+    from engine.discover.scaffold import Scaffold
+    from engine.proving.lint import Finding
+
+_KINDS = {
+    "release": "a release of {parent}, which fits",
+    "renamed": "{parent} with other sources",
+    "own": "rules of its own, no family is near",
+}
+
+
+def findings_data(found: Sequence[Finding]) -> dict[str, Any]:
+    """Lint findings, JSON-ready."""
+    return {"findings": [finding.as_dict() for finding in found]}
+
+
+@shows
+def findings(found: Sequence[Finding]) -> str:
+    """Lint findings one under another, in the shape of errors, and how many."""
+    lines: list[str] = []
+    for finding in found:
+        colour = "red" if finding.severity == "error" else "yellow"
+        lines.append(f"{click.style(finding.code, fg=colour, bold=True)} {finding.message}")
+        lines += [f"  {finding.place}"] if finding.place is not None else []
+        for label, text in (("got", finding.got), ("expected", finding.expected)):
+            lines += [f"    {label:<9} {text}"] if text else []
+        lines += [f"  {finding.fix}"] if finding.fix else []
+        lines.append("")
+    errors = sum(f.severity == "error" for f in found)
+    if not found:
+        lines.append(click.style("no findings", fg="green"))
+    else:
+        lines.append(f"{count(errors, 'error')}, {count(len(found) - errors, 'warning')}")
+    return "\n".join(lines)
+
+
+def github(found: Sequence[Finding]) -> str:
+    """Findings as a workflow's run shows them beside the lines of a pull request."""
+    lines = []
+    for finding in found:
+        parts = [finding.message]
+        parts += [f"{label}: {text}" for label, text in (("got", finding.got), ("expected", finding.expected)) if text]
+        parts += [finding.fix] if finding.fix else []
+        at = {} if finding.place is None else finding.place.as_dict()
+        where = {"file": at.get("file"), "line": at.get("line"), "col": at.get("column"), "title": finding.code}
+        told = ",".join(f"{name}={_escaped(str(value), ':,')}" for name, value in where.items() if value is not None)
+        lines.append(f"::{finding.severity} {told}::{_escaped(chr(10).join(parts))}")
+    return "\n".join(lines)
+
+
+def _escaped(text: str, also: str = "") -> str:
+    """Text in which nothing ends a workflow's command.
+
+    >>> _escaped("50 %\\nnext: x", ":,")
+    '50 %25%0Anext%3A x'
+    """
+    return "".join(f"%{ord(c):02X}" if c in "%\r\n" + also else c for c in text)
+
+
+def unified(file: str, before: str, after: str) -> str:
+    """What formatting would change of a file, as `diff -u` says it."""
+    lines = unified_diff(before.splitlines(True), after.splitlines(True), file, f"{file} (formatted)")
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+
+
+def draft(found: Scaffold, out: str | None, src: str) -> str:
+    """What a draft is, what must be decided in it, and what comes next."""
+    lines = []
+    if out is not None:
+        lines.append(f"wrote {out}: {_KINDS[found.kind].format(parent=found.parent)}")
+        lines += [f"  {out}:{line}  decide: {text}" for line, text in found.decisions]
+    lines += [note(notice) for notice in found.notices]
+    if found.state is not None:
+        lines.append(f"now a run would say {found.state['code']} {one_line(found.state['message'])}")
+    elif out is not None:
+        lines.append(f"next: engine plan --mapping {shlex.quote(out)} --src {shlex.quote(src)}")
+    return "\n".join(lines)

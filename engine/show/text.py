@@ -1,0 +1,241 @@
+"""How amounts, lists and tables are written, and how they fit a terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from engine.errors import EngineError, Place, escaped_json, visible
+
+T = TypeVar("T")
+
+_NARROWEST = 40  # columns; a terminal that claims less is not one
+_LEAST = 16  # columns that a wide column of a table keeps; with fewer, each row is told in lines of its own
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+_SPACES = re.compile(r"(?<=\s)(?=\S)")
+# Where a word that is too long for the rest of a line may go on in the next one, and where it has none of these.
+_INSIDE = (re.compile(r"(?<=[,;/.…×|&=:])(?=[^\s,;/.…×|&=:])"), re.compile(r"(?<=[_-])(?=[^\s_-])"))
+_HANGING = re.compile(r"\s*(?:[-+~] |\S{1,12} {2,}|(?:note|means) )?")
+
+
+def as_json(data: Any) -> str:
+    """JSON that any terminal can show: what is not to be seen is an escape, so are bytes of a path that are no text."""
+    return escaped_json(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def shown(value: Any) -> Any:
+    """Data in which every text is one visible line, whatever a checkpoint, a mapping or a file's name holds."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {shown(key): shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(shown, value)) if type(value) in (list, tuple) else value
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: shown(getattr(value, one.name)) for one in fields(value) if one.init})
+    return value
+
+
+def shows(render: Callable[[T], str]) -> Callable[[T], str]:
+    """Make a function that turns facts into text show nothing of them but what is visible."""
+
+    @wraps(render)
+    def safe(facts: T) -> str:
+        return render(shown(facts))
+
+    return safe
+
+
+def read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise EngineError("E305", "a file cannot be read", place=Place(str(path)), got=reason,
+                          fix="Check the path.") from error  # fmt: skip
+
+
+def amount(nbytes: float) -> str:
+    """Bytes as people say them, in powers of 1000 as file sizes are given.
+
+    >>> amount(999), amount(14_482_000_000)
+    ('999 B', '14.5 GB')
+    """
+    if nbytes < 999.5:
+        return f"{nbytes:.0f} B"
+    units = ["kB", "MB", "GB", "TB"]
+    nbytes /= 1000
+    while nbytes >= 999.5 and len(units) > 1:
+        nbytes /= 1000
+        units.pop(0)
+    return f"{nbytes:.3g} {units[0]}"
+
+
+def number(value: float) -> str:
+    """A number of parameters as people say it.
+
+    >>> number(7_737_708_544), number(297_056), number(512)
+    ('7.74 billion', '297,056', '512')
+    """
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {word}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.42), duration(75), duration(3700)
+    ('0.4 s', '1 min 15 s', '1 h 1 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count(number: int, noun: str) -> str:
+    """
+    >>> count(1, "file"), count(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def title(text: str) -> str:
+    return click.style(text, bold=True)
+
+
+def note(text: str) -> str:
+    return f"{click.style('note', fg='yellow')} {text}"
+
+
+def terminal_width(err: bool = False) -> int | None:
+    """Columns of the terminal that is printed to; None for a pipe or a file, where lines stay whole for `grep`.
+
+    `COLUMNS` says another width, as for other programs.
+    """
+    stream = sys.stderr if err else sys.stdout
+    if not stream.isatty():
+        return None
+    return max(shutil.get_terminal_size((80, 24)).columns, _NARROWEST)
+
+
+def fit(text: str, width: int | None) -> str:
+    """Lines no wider than the terminal; what a line goes on with stands under its own first word.
+
+    Lines are broken at spaces and after `,`, `/`, `.` and the like. Commands to copy stay whole.
+
+    >>> print(fit("  note a tensor of no rule: layers.0.mixer.Wqkv.weight", 30))
+      note a tensor of no rule:
+           layers.0.mixer.Wqkv.
+           weight
+    """
+    if width is None:
+        return text
+    return "\n".join(part for line in text.split("\n") for part in _fit_line(line, width))
+
+
+def _fit_line(line: str, width: int) -> list[str]:
+    plain = _STYLE.sub("", line)
+    if len(plain) <= width or plain.lstrip().startswith(("next: ", "$ ", "hf upload ")):
+        return [line]
+    found = _HANGING.match(plain)
+    indent = min(found.end() if found else 0, width // 3)
+    first, *rest = wrap(line, width, width - indent)
+    return [first, *(" " * indent + part for part in rest)]
+
+
+def wrap(text: str, first: int, rest: int | None = None) -> list[str]:
+    """A text in lines of at most so many columns; styles take none.
+
+    >>> wrap("model.layers.{layer}.mlp.gate_proj.weight", 24)
+    ['model.layers.{layer}.', 'mlp.gate_proj.weight']
+    """
+    rest = first if rest is None else rest
+    lines: list[str] = []
+    line = ""
+    words = _SPACES.split(text)
+    for inside, most in zip(_INSIDE, (rest * 2 // 3, rest), strict=True):
+        words = [part for word in words for part in (inside.split(word) if len(word.rstrip()) > most else [word])]
+    for word in words:
+        while _columns(line) + _columns(word.rstrip()) > (rest if lines else first):
+            if not line.strip():  # no separator in sight: broken where the line ends
+                room = (rest if lines else first) - _columns(line)
+                line, word = line + word[:room], word[room:]
+            lines.append(line.rstrip())
+            line = ""
+        line += word
+    return [*lines, line.rstrip()] if line.strip() or not lines else lines
+
+
+def _columns(text: str) -> int:
+    return len(_STYLE.sub("", text))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: str = "  ") -> list[str]:
+    """Aligned columns that fit the terminal; those whose cells are all numbers are aligned right.
+
+    The widest columns give way first, and their cells go on in further lines. Into a pipe or a file every row is
+    one line.
+    """
+    cells = [list(map(str, row)) for row in rows]
+    columns = list(zip(header, *cells, strict=True))
+    widths = [max(map(_columns, column)) for column in columns]
+    right = [len(column) > 1 and all(c.replace(",", "").isdecimal() for c in column[1:]) for column in columns]
+    width = terminal_width()
+    if width is not None:
+        room = width - len(indent) - 2 * (len(widths) - 1)
+        widths = narrowed(widths, room)
+        if sum(widths) > room:
+            return [line for row in cells for line in _record(header, row, indent, width)]
+
+    def lines(row: Sequence[str]) -> list[str]:
+        parts = [wrap(cell, w) if _columns(cell) > w else [cell] for cell, w in zip(row, widths, strict=True)]
+        height = max(map(len, parts), default=0)
+        return [
+            (indent + "  ".join(_padded(p[i] if i < len(p) else "", w, r)
+                                for p, w, r in zip(parts, widths, right, strict=True))).rstrip()
+            for i in range(height)
+        ]  # fmt: skip
+
+    return [*(click.style(line, dim=True) for line in lines(header)), *(line for row in cells for line in lines(row))]
+
+
+def _record(header: Sequence[str], row: Sequence[str], indent: str, width: int) -> list[str]:
+    """A row of a table that is too wide: its first cell, and below it the others by name."""
+    first, *rest = row
+    told = "; ".join(f"{name} {cell}" for name, cell in zip(header[1:], rest, strict=True) if cell)
+    lines = [indent + line for line in wrap(first, width - len(indent))]
+    return [*lines, *(indent + "    " + line for line in wrap(told, width - len(indent) - 4))]
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    space = " " * (width - _columns(text))
+    return space + text if right else text + space
+
+
+def narrowed(widths: Sequence[int], room: int) -> list[int]:
+    """Widths of columns that fit so many columns of a terminal: the widest give way, names in the first one last.
+
+    >>> narrowed([40, 5, 30], 55), narrowed([20, 5, 70], 55)
+    ([27, 5, 23], [20, 5, 30])
+    """
+    found = list(widths)
+    while sum(found) > room and max(found) > _LEAST:
+        give = found[1:] if found[0] <= room // 2 and max(found[1:], default=0) > _LEAST else found
+        found[len(found) - len(give) + give.index(max(give))] -= 1
+    return found

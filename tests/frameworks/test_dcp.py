@@ -1,0 +1,217 @@
+"""Genuine DCP checkpoints and their kin convert to models with the trainer's logits, and broken ones are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine
+from engine.errors import EngineError
+from tests.support.frameworks import FIXTURES, logits_off, source_of, weights
+
+DCP = FIXTURES / "dcp"
+NAMED = ["fsdp2tp2-f32-model", "fsdp4-bf16-threads2", "fsdp4-f32-hf", "fsdp4-f32-optim", "hf_verl_fsdp4"]
+
+
+def convert(name: str, out: Path, source: Path | None = None, **options: Any) -> engine.Report:
+    folder = source or source_of(DCP / name)
+    return engine.convert("transformers", folder, out, config=DCP / name / "hf_config.json", **options)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[str], Path]:
+    return lambda name: Path(shutil.copytree(source_of(DCP / name), tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_checkpoint_of_transformers_names_gives_the_trainers_logits(name: str, tmp_path: Path) -> None:
+    convert(name, tmp_path / "out")
+    assert logits_off(tmp_path / "out", DCP / name / "oracle.pt") < 1e-4
+
+
+def test_what_is_not_of_the_model_is_left_behind_and_told(tmp_path: Path) -> None:
+    report = convert("fsdp4-f32-optim", tmp_path / "out")
+    assert report.tensors == 21
+    assert any("app.optim.state" in notice for notice in report.notices)
+
+
+def test_odd_boxes_strides_and_replicas_are_read_as_torch_reads_them(tmp_path: Path) -> None:
+    truth = torch.load(DCP / "odd4" / "truth.pt", weights_only=False)
+    wanted = {k: v for k, v in truth.items() if v.dtype == torch.float32 and v.numel() and v.dim()}
+    stored = metadata(DCP / "odd4" / "step-10").state_dict_metadata
+    assert {"transposed", "five_rows_shard0", "grid_shard1_shard1", "view_cols"} <= set(wanted)
+    rules = "\n".join(
+        f"  - {{source: {name}, target: {name}, axes: {' '.join(f'n{i}x{size}' for i, size in enumerate(one.shape))},"
+        " stage: first}"
+        for name, one in wanted.items()
+    )
+    dims = {f"n{i}x{size}": size for one in wanted.values() for i, size in enumerate(one.shape)}
+    (tmp_path / "odd.yaml").write_text(
+        f"mapping: 1\nname: odd\nversion: 1.0.0\nsource: {{layout: torch-dcp}}\n"
+        f"target: {{model_type: none, architecture: None}}\nconfig: {{}}\ndims: {dims}\nrules:\n{rules}\nignore:\n"
+        + "".join(f"  - {{source: {name}, why: no weight}}\n" for name in stored if name not in wanted)
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    plan = engine.plan(tmp_path / "odd.yaml", DCP / "odd4" / "step-10", config=tmp_path / "config.json")
+    made = dict(engine.iter_tensors(plan))
+    for name, one in wanted.items():
+        assert torch.equal(made[name], one.detach()), name
+
+
+def test_the_same_model_is_the_same_content_whatever_it_was_saved_in(tmp_path: Path) -> None:
+    one = convert("fsdp4-f32-hf", tmp_path / "one")
+    sharded = {}
+    for file in sorted((DCP / "fsdp4-f32-hf" / "step-10").iterdir()):
+        for key, value in load_file(file).items():
+            sharded.setdefault(key, []).append(value)
+    made = weights(tmp_path / "one")
+    assert set(made) == set(sharded)
+    for key, parts in sharded.items():  # rank after rank, as FSDP cuts rows
+        assert torch.equal(made[key], torch.cat(parts)), key
+    assert one.content_id == convert("fsdp4-f32-hf", tmp_path / "two", max_shard_size=100_000).content_id
+
+
+def metadata(folder: Path) -> Any:
+    return pickle.loads((folder / ".metadata").read_bytes())
+
+
+def changed(folder: Path, change: Callable[[Any], object]) -> None:
+    value = metadata(folder)
+    change(value)
+    (folder / ".metadata").write_bytes(pickle.dumps(value))
+
+
+def refused(name: str, folder: Path, tmp_path: Path) -> EngineError:
+    before = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
+    with pytest.raises(EngineError) as caught:
+        convert(name, tmp_path / "out", folder)
+    assert not (tmp_path / "out").exists()
+    assert before == {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
+    assert caught.value.place is not None and caught.value.fix
+    return caught.value
+
+
+def test_an_unfinished_save_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("fsdp4-bf16-threads2")
+    (folder / ".metadata").rename(folder / ".metadata.tmp")
+    assert refused("fsdp4-bf16-threads2", folder, tmp_path).code == "E201"
+
+
+def test_a_missing_file_is_refused_by_its_name(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("fsdp4-bf16-threads2")
+    (folder / "__2_1.distcp").unlink()
+    error = refused("fsdp4-bf16-threads2", folder, tmp_path)
+    assert error.code == "E201" and "__2_1.distcp" in error.message
+
+
+def _drop_box(value: Any) -> None:
+    value.state_dict_metadata["model.model.embed_tokens.weight"].chunks.pop(1)
+
+
+def _double_box(value: Any) -> None:
+    chunks = value.state_dict_metadata["model.model.embed_tokens.weight"].chunks
+    info = next(v for k, v in value.storage_data.items() if k.fqn == "model.model.embed_tokens.weight")
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+    chunks.append(ChunkStorageMetadata(torch.Size([32, 0]), torch.Size([65, 64])))
+    value.storage_data[MetadataIndex("model.model.embed_tokens.weight", torch.Size([32, 0]))] = info
+
+
+def _lying_box(value: Any) -> None:
+    chunk = value.state_dict_metadata["model.model.embed_tokens.weight"].chunks[0]
+    chunk.sizes = torch.Size([64, 65])
+
+
+def _outside(value: Any) -> None:
+    next(iter(value.storage_data.values())).offset = 1 << 40
+
+
+def _above(value: Any) -> None:
+    next(iter(value.storage_data.values())).relative_path = "../fsdp4-bf16-threads2/__0_0.distcp"
+
+
+def _transformed(value: Any) -> None:
+    for info in value.storage_data.values():
+        info.transform_descriptors = ["stream.zstd/1"]
+
+
+def _one_on_another(value: Any) -> None:
+    infos = [info for info in value.storage_data.values() if info.relative_path == "__0_0.distcp"]
+    infos[1].offset = infos[0].offset
+
+
+def _no_bytes(value: Any) -> None:
+    value.storage_data.pop(next(iter(value.storage_data)))
+
+
+def _other_type(value: Any) -> None:
+    value.state_dict_metadata["model.model.norm.weight"].properties.dtype = torch.float16
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (_drop_box, "E208"), (_double_box, "E301"), (_lying_box, "E301"), (_outside, "E301"), (_above, "E301"),
+        (_transformed, "E303"), (_one_on_another, "E301"), (_no_bytes, "E301"), (_other_type, "E301"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_does_not_fit_its_files_is_refused(
+    change: Callable[[Any], None], code: str, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy("fsdp4-bf16-threads2")
+    changed(folder, change)
+    assert refused("fsdp4-bf16-threads2", folder, tmp_path).code == code
+
+
+def test_a_file_of_another_rank_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("fsdp4-bf16-threads2")
+    (folder / "__3_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes())
+    assert refused("fsdp4-bf16-threads2", folder, tmp_path).code in ("E301", "E306")
+
+
+def test_every_cut_off_file_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("fsdp4-bf16-threads2")
+    whole = (folder / "__1_0.distcp").read_bytes()
+    for end in (0, 1, 700, len(whole) // 2, len(whole) - 1):
+        (folder / "__1_0.distcp").write_bytes(whole[:end])
+        assert refused("fsdp4-bf16-threads2", folder, tmp_path).code == "E301"
+
+
+def test_sharding_info_that_lies_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("fsdp4-f32-hf")
+    path = folder / "shard-00002-model-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    for said in (
+        None,
+        "{}",
+        "[]",
+        "{" + ",".join(f'"{name}":{{"saved_offsets":[0,0]}}' for name in tensors) + "}",
+        "{" + ",".join(f'"{n}":{{"saved_offsets":{[-1] * t.dim()}}}' for n, t in tensors.items()) + "}",
+        "{" + ",".join(f'"{n}":{{"saved_offsets":{[9999] * t.dim()}}}' for n, t in tensors.items()) + "}",
+    ):
+        save_file(tensors, path, {"format": "pt"} | ({} if said is None else {"DCP_SHARDING_INFO": said}))
+        assert refused("fsdp4-f32-hf", folder, tmp_path).code in ("E301", "E303", "E208", "E203")
+
+
+def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="--config"):
+        engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out")
+    other = DCP / "fsdp4-f32-hf" / "hf_config.json"
+    with pytest.raises(EngineError) as caught:
+        engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out", config=other)
+    assert caught.value.code in ("E203", "E207")
+    assert not (tmp_path / "out").exists()
+
+
+def test_torchtitans_names_and_rotary_order_give_its_logits(tmp_path: Path) -> None:
+    fixture = DCP / "tt03_fsdp4"
+    engine.convert("torchtitan-llama", fixture / "step-10", tmp_path / "out", config=fixture / "hf_config.json")
+    assert logits_off(tmp_path / "out", fixture / "oracle.pt") < 1e-4

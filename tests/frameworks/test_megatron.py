@@ -1,0 +1,160 @@
+"""Genuine Megatron-Core checkpoints, legacy and torch_dist, convert to models with Megatron's own logits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine.errors import EngineError
+from tests.support.frameworks import FIXTURES, logits_off, source_of
+
+MEGATRON = FIXTURES / "megatron"
+FAMILIES = {
+    "dist-ep2-moe": "megatron-mixtral",
+    "dist-tp2pp1-bf16-qkvbias": "megatron-qwen2",
+    "dist-tp2pp2": "megatron-llama",
+    "leg_p2_uneven": "megatron-llama",
+    "leg_t2_distopt": "megatron-llama",
+    "leg_t4_g2": "megatron-llama",
+    "td19_t2": "megatron-llama",
+    "torch-ep2-moe": "megatron-mixtral",
+    "torch-tp1pp1-tied": "megatron-llama",
+    "torch-tp2pp2-vpp2": "megatron-llama",
+}
+
+
+def convert(name: str, out: Path, source: Path | None = None, **options: Any) -> engine.Report:
+    options.setdefault("config", MEGATRON / name / "hf_config.json")
+    return engine.convert(FAMILIES[name], source or source_of(MEGATRON / name), out, **options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_checkpoint_gives_megatrons_own_logits(name: str, tmp_path: Path) -> None:
+    convert(name, tmp_path / "out")
+    assert logits_off(tmp_path / "out", MEGATRON / name / "oracle.pt") < 1e-4
+
+
+@pytest.mark.parametrize(("one", "other"), [("torch-tp2pp2-vpp2", "dist-tp2pp2"), ("torch-ep2-moe", "dist-ep2-moe")])
+def test_a_model_is_the_same_files_from_either_format(one: str, other: str, tmp_path: Path) -> None:
+    convert(one, tmp_path / "one")
+    convert(other, tmp_path / "other")
+    files = {path.name for path in (tmp_path / "one").iterdir()} - {"conversion.json", "README.md"}
+    assert any(name.endswith(".safetensors") for name in files)
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
+
+
+def test_the_vocabulary_without_its_padding_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="vocab_size") as caught:
+        convert("torch-tp1pp1-tied", tmp_path / "out", config=None)
+    assert caught.value.code == "E202"
+    convert("torch-tp1pp1-tied", tmp_path / "out", config=None, settings={"vocab_size": 259})
+    assert logits_off(tmp_path / "out", MEGATRON / "torch-tp1pp1-tied" / "oracle.pt") < 1e-4
+
+
+def test_a_vocabulary_larger_than_the_padded_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        convert("leg_t2_distopt", tmp_path / "out", config=None, settings={"vocab_size": 145})
+    assert caught.value.code in ("E203", "E218")
+
+
+def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        convert("leg_t2_distopt", tmp_path / "out", config=MEGATRON / "torch-tp1pp1-tied" / "hf_config.json")
+    assert caught.value.code in ("E203", "E218")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[str], Path]:
+    return lambda name: Path(shutil.copytree(source_of(MEGATRON / name), tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"apply_layernorm_1p": True}, "E209"), ({"normalization": "LayerNorm"}, "E209"), ({"swiglu": False}, "E209"),
+        ({"multi_latent_attention": True}, "E209"), ({"rotary_percent": 0.5}, "E209"), ({"num_layers": 5}, "E203"),
+        ({"hidden_size": 32}, "E203"), ({"padded_vocab_size": 128}, "E218"), ({"add_bias_linear": True}, "E209"),
+    ],
+)  # fmt: skip
+def test_arguments_that_mean_another_model_are_refused(
+    change: dict[str, Any], code: str, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy("leg_t2_distopt")
+    rewritten(folder, lambda args: args.update(change))
+    with pytest.raises(EngineError) as caught:
+        convert("leg_t2_distopt", tmp_path / "out", folder, config=None, settings={"vocab_size": 131})
+    assert caught.value.code == code
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_old_order_of_queries_keys_and_values_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("leg_t2_distopt")
+    rewritten(folder, lambda args: None, checkpoint_version=1.0)
+    with pytest.raises(EngineError, match="checkpoint_version"):
+        convert("leg_t2_distopt", tmp_path / "out", folder)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], object], **beside: Any) -> None:
+    """Save every rank file of a folder again, with the arguments changed."""
+    import argparse
+
+    for path in folder.glob("mp_rank_*/model_optim_rng.pt"):
+        value = torch.load(path, weights_only=False, pickle_module=_stubs())
+        args = {k: v for k, v in vars(value["args"]).items() if type(v).__module__ in ("builtins", "torch")}
+        change(args)
+        model = {name: one.clone() for name, one in value["model"].items() if one is not None}
+        saved = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 10, "model": model}
+        torch.save({**saved, **beside}, path)
+
+
+def _stubs() -> Any:
+    """A pickle module that loads classes of Megatron as something."""
+    import pickle
+    import types
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module.startswith("megatron"):
+                return lambda *_: None
+            return super().find_class(module, name)
+
+    return types.SimpleNamespace(__name__="stubs", Unpickler=Unpickler, load=pickle.load)
+
+
+def test_a_missing_rank_is_refused_by_its_name(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("torch-tp2pp2-vpp2")
+    shutil.rmtree(folder / "mp_rank_01_000")
+    with pytest.raises(EngineError, match="mp_rank_01_000") as caught:
+        convert("torch-tp2pp2-vpp2", tmp_path / "out", folder)
+    assert caught.value.code == "E201"
+
+
+def test_exchanged_stages_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("leg_p2_uneven")
+    (folder / "mp_rank_00_000").rename(folder / "x")
+    (folder / "mp_rank_00_001").rename(folder / "mp_rank_00_000")
+    (folder / "x").rename(folder / "mp_rank_00_001")
+    with pytest.raises(EngineError) as caught:
+        convert("leg_p2_uneven", tmp_path / "out", folder)
+    assert caught.value.code == "E211"
+
+
+def test_dense_copies_that_differ_between_expert_ranks_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("torch-ep2-moe")
+    path = folder / "mp_rank_00_001" / "model_optim_rng.pt"
+    data = bytearray(path.read_bytes())
+    plan = engine.plan("megatron-mixtral", folder, config=MEGATRON / "torch-ep2-moe" / "hf_config.json")
+    file = next(f for f in plan.files if f.name == "mp_rank_00_001/model_optim_rng.pt")
+    header = next(t for t in file.tensors if t.name.endswith("final_layernorm.weight"))
+    data[header.offset + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(EngineError) as caught:
+        convert("torch-ep2-moe", tmp_path / "out", folder)
+    assert caught.value.code == "E402"

@@ -1,0 +1,161 @@
+"""Rank dimensions are what a layout says they are: a new one is a few lines of a layout file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engine
+from engine.errors import EngineError
+from tests.support.shards import State
+
+ROOT = Path(__file__).parents[2]
+GENUINE = ROOT / "tests" / "fixtures" / "internevo" / "moe_tp2_pp2_dp1"  # 4 experts
+LAYOUT = (ROOT / "mappings" / "layouts" / "internevo.yaml").read_text("utf-8")
+EXPERTS = ".mlp.moe_layer.experts.wrapped_experts."
+
+# Experts are dealt over `ep` ranks and numbered from 0 on each; what every rank holds is in every file.
+NEW = """
+indices: {expert: ep * count + expert}
+
+modes:
+  expert_parallel:
+    files:
+      - name: model_tp{tp}_ep{ep}_stage{stage}.pt
+        cuts: {layers: {tp: split}, first: {tp: split}, last: {tp: split}}
+"""
+
+
+@pytest.fixture
+def mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The experts' mapping over a layout with ranks `ep`, and `stage` in place of `pp`."""
+    folder = tmp_path / "mine"
+    (folder / "layouts").mkdir(parents=True)
+    before, _, after = LAYOUT.partition("\nmodes:")
+    text = before + NEW + "\nskip:" + after.partition("\nskip:")[2]
+    text = text.replace("name: internevo", "name: mine", 1)
+    text = text.replace("stage: chunk * pps + (pps - 1 - pp if schedule == 'zbv' and chunk % 2 == 1 else pp)",
+                        "stage: chunk * stages + stage")  # fmt: skip
+    text = text.replace("{{ pps }}", "{{ stages }}").replace("{{ wps }}", "1")
+    (folder / "layouts" / "mine.yaml").write_text(text, encoding="utf-8")
+    (folder / "mine.yaml").write_text(
+        "mapping: 1\nname: mine\nversion: 1.0.0\nextends: internlm-moe.yaml\nsource: {layout: mine}\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(folder))
+    return str(folder / "mine.yaml")
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    engine.convert("families/internlm-moe.yaml", GENUINE, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def files(folder: Path) -> dict[str, State]:
+    return {p.name: torch.load(p, weights_only=True) for p in folder.glob("model_*stage*.pt")}
+
+
+def genuine_experts() -> dict[tuple[int, int, str, int], torch.Tensor]:
+    """(layer, expert, linear, tp) → what InternEvo saved; two layers on each of two stages."""
+    found = {}
+    for path in GENUINE.glob("model_moe_layer*_expert*_tp*.pt"):
+        layer, expert, tp = (int("".join(c for c in part if c.isdigit())) for part in path.stem.split("_")[2:])
+        for name, tensor in torch.load(path, weights_only=True).items():
+            found[layer, expert, name.split(".")[-2], tp] = tensor
+    return found
+
+
+def test_experts_over_a_new_dimension_are_numbered_by_the_layout_both_ways(
+    mapping: str, whole: Path, tmp_path: Path
+) -> None:
+    engine.reverse(mapping, whole, tmp_path / "ranks", ranks="tp=2,ep=2,stage=2")
+    written, experts = files(tmp_path / "ranks"), genuine_experts()
+    assert sorted(written) == [f"model_tp{t}_ep{e}_stage{p}.pt" for t in (0, 1) for e in (0, 1) for p in (0, 1)]
+    seen = 0
+    for name, state in written.items():
+        tp, ep, stage = (int(part[-1]) for part in name.removesuffix(".pt").split("_")[1:])
+        for key, tensor in state.items():
+            if EXPERTS in key:
+                _, layer, *_, expert, linear, _ = key.split(".")
+                assert torch.equal(tensor, experts[2 * stage + int(layer), 2 * ep + int(expert), linear, tp])
+                seen += 1
+            else:
+                assert torch.equal(tensor, written[f"model_tp{tp}_ep{1 - ep}_stage{stage}.pt"][key])
+    assert seen == len(experts)
+    engine.convert(mapping, tmp_path / "ranks", tmp_path / "again")
+    again, before = load_file(tmp_path / "again" / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert again.keys() == before.keys()
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_ranks_of_any_dimension_can_be_changed(mapping: str, whole: Path, tmp_path: Path) -> None:
+    engine.reverse(mapping, whole, tmp_path / "ranks", ranks={"ep": 4, "stage": 2})
+    engine.reshard(mapping, tmp_path / "ranks", tmp_path / "other", ranks="ep=2, stage=1")  # the rest as it is
+    engine.reverse(mapping, whole, tmp_path / "direct", ranks={"ep": 2})
+    for name in files(tmp_path / "direct"):
+        assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_copies_that_ranks_of_a_new_dimension_hold_are_compared(mapping: str, whole: Path, tmp_path: Path) -> None:
+    engine.reverse(mapping, whole, tmp_path / "ranks", ranks={"ep": 2})
+    path = tmp_path / "ranks" / "model_tp0_ep1_stage0.pt"
+    state = torch.load(path, weights_only=True)
+    state["blocks.1.norm1.weight"][3] += 1
+    torch.save(state, path)
+    with pytest.raises(EngineError) as caught:
+        engine.convert(mapping, tmp_path / "ranks", tmp_path / "again")
+    assert caught.value.code == "E402"
+    assert "ep1" in str(caught.value)
+
+
+def test_a_missing_rank_of_a_new_dimension_is_named(mapping: str, whole: Path, tmp_path: Path) -> None:
+    engine.reverse(mapping, whole, tmp_path / "ranks", ranks={"ep": 4})
+    (tmp_path / "ranks" / "model_tp0_ep2_stage0.pt").unlink()
+    with pytest.raises(EngineError) as caught:
+        engine.plan(mapping, tmp_path / "ranks")
+    assert caught.value.code == "E201"
+    assert "model_tp0_ep2_stage0.pt" in str(caught.value)
+
+
+def test_a_rank_with_fewer_experts_is_named(mapping: str, whole: Path, tmp_path: Path) -> None:
+    engine.reverse(mapping, whole, tmp_path / "ranks", ranks={"ep": 2})
+    path = tmp_path / "ranks" / "model_tp0_ep1_stage0.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({name: tensor for name, tensor in state.items() if f"{EXPERTS}1." not in name}, path)
+    with pytest.raises(EngineError) as caught:
+        engine.plan(mapping, tmp_path / "ranks")
+    assert caught.value.code == "E211"
+    assert path.name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code", "told"),
+    [
+        ({"ep": 3}, "E214", "1, 2, 4"),
+        ({"stage": 5}, "E214", "stage=5"),
+        ("tp=2,xp=2", "E001", "has no xp ranks"),
+        ("tp", "E001", "tp=2,pp=4"),
+        ("tp=2,tp=4", "E001", "each dimension once"),
+        ({"tp": 2.0}, "E001", "whole number"),
+        ({"tp": 0}, "E001", "at least one"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    ranks: object, code: str, told: str, mapping: str, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.reverse(mapping, whole, tmp_path / "ranks", ranks=ranks)  # type: ignore[arg-type]
+    assert caught.value.code == code
+    assert told in str(caught.value)
+
+
+def test_an_index_that_gives_a_number_twice_is_refused(mapping: str, whole: Path, tmp_path: Path) -> None:
+    path = Path(mapping).parent / "layouts" / "mine.yaml"
+    path.write_text(path.read_text("utf-8").replace("ep * count + expert", "ep + expert"), encoding="utf-8")
+    with pytest.raises(EngineError) as caught:
+        engine.reverse(mapping, whole, tmp_path / "ranks", ranks={"ep": 2})
+    assert caught.value.code == "E105"
+    assert "mine.yaml" in str(caught.value.place)

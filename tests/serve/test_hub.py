@@ -1,0 +1,255 @@
+"""A server answers as the Hub does, with files byte for byte those of a run, and refuses what is not served."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine
+from engine import api
+from tests.support.serving import MAPPING, STEP, Running
+
+FILE = "/org/name/resolve/main/model-00001-of-00003.safetensors"
+
+
+def test_every_file_is_that_of_a_run(hub: Running, written: Path) -> None:
+    for path in written.iterdir():
+        status, headers, body = hub.ask(f"/org/name/resolve/200/{path.name}")
+        assert status == 200 and body == path.read_bytes(), path.name
+        assert headers["content-length"] == str(len(body)) and headers["accept-ranges"] == "bytes"
+
+
+def test_main_is_the_newest_complete_step_and_steps_are_revisions(hub: Running) -> None:
+    told = {name: json.loads(hub.ask(f"/api/models/org/name/revision/{name}")[2]) for name in ("main", "200", "100")}
+    assert told["main"]["sha"] == told["200"]["sha"] != told["100"]["sha"]
+    assert json.loads(hub.ask("/api/models/org/name")[2]) == told["main"]
+    by_sha = hub.ask(f"/org/name/resolve/{told['100']['sha']}/config.json")
+    assert by_sha[1]["x-repo-commit"] == told["100"]["sha"]
+    status, headers, body = hub.ask("/org/name/resolve/300/config.json")
+    assert status == 404 and headers["x-error-code"] == "RevisionNotFound"
+    assert "model_tp1_pp1.pt` is missing" in headers["x-error-message"] and "E201" in json.loads(body)["error"]
+
+
+def test_a_step_is_found_when_training_has_written_it(run: Path, tmp_path: Path, serve: Callable[..., Any]) -> None:
+    moving = tmp_path / "run"
+    moving.mkdir()
+    shutil.copytree(run / "100", moving / "iter_0000100")
+    with serve([api.Model("a/b", MAPPING, moving)]) as running:
+
+        def sha(revision: str = "main") -> str:
+            return str(json.loads(running.ask(f"/api/models/a/b/revision/{revision}")[2]).get("sha"))
+
+        first = sha()
+        assert first == sha("iter_0000100") == sha("100")
+        (moving / "iter_0000200").mkdir()
+        assert sha() == first
+        for path in sorted(STEP.iterdir()):
+            shutil.copy(path, moving / "iter_0000200")
+            assert sha() in (first, sha("200"))
+        assert sha() == sha("200") != first
+        second, etag = sha(), running.ask("/a/b/resolve/main/model.safetensors", "HEAD")[1]["etag"]
+        (moving / "iter_0000200" / "model_tp0_pp0.pt").touch()
+        status, _, body = running.ask(f"/a/b/resolve/{second}/model.safetensors")
+        assert status == 409 and b"E405" in body
+        assert sha() != second
+        status, headers, _ = running.ask("/a/b/resolve/main/model.safetensors", "HEAD")
+        assert status == 200 and headers["etag"] == etag  # the same bytes
+        shutil.rmtree(moving / "iter_0000200")
+        assert sha() == first
+    assert [line for line in running.told if "iter_0000200 is not served: E" in line]
+    assert running.told[0].startswith("iter_0000100 is served as ")
+
+
+def test_a_run_without_a_complete_step_waits_for_one(tmp_path: Path, serve: Callable[..., Any]) -> None:
+    (tmp_path / "run" / "10").mkdir(parents=True)
+    with serve([api.Model("a/b", MAPPING, tmp_path / "run")]) as running:
+        assert running.ask("/api/models/a/b")[0] == 404
+        assert b"is not there" in running.ask("/")[2]
+        shutil.copytree(STEP, tmp_path / "run" / "20")
+        assert running.ask("/api/models/a/b")[0] == 200
+
+
+def test_the_hub_lists_files_refs_and_models(hub: Running, written: Path) -> None:
+    info = json.loads(hub.ask("/api/models/org/name")[2])
+    sizes = {path.name: path.stat().st_size for path in written.iterdir()}
+    assert {one["rfilename"]: one["size"] for one in info["siblings"]} == sizes
+    tree = json.loads(hub.ask("/api/models/org/name/tree/main?recursive=true&expand=false")[2])
+    assert {one["path"]: one["size"] for one in tree} == sizes and {one["type"] for one in tree} == {"file"}
+    refs = json.loads(hub.ask("/api/models/org/name/refs")[2])["branches"]
+    assert [one["name"] for one in refs] == ["main", "300", "200", "100"]
+    assert refs[0]["targetCommit"] == refs[2]["targetCommit"] == info["sha"]
+    assert [one["id"] for one in json.loads(hub.ask("/api/models")[2])] == ["org/name", "single"]
+
+
+def test_head_says_what_get_sends(hub: Running) -> None:
+    for path in (FILE, "/org/name/resolve/main/conversion.json", "/", "/api/models/single", "/nothing", "/org/name"):
+        get, head = hub.ask(path), hub.ask(path, "HEAD")
+        for headers in (get[1], head[1]):
+            headers.pop("date")
+        assert head == (get[0], get[1], b"") and int(get[1]["content-length"]) == len(get[2]) > 0
+
+
+def test_ranges_and_conditions(hub: Running, written: Path) -> None:
+    data = (written / "model-00001-of-00003.safetensors").read_bytes()
+    etag = hub.ask(FILE, "HEAD")[1]["etag"]
+    for asked, start, stop in (("0-99", 0, 100), ("100-", 100, len(data)), ("-7", len(data) - 7, len(data))):
+        status, headers, body = hub.ask(FILE, Range=f"bytes={asked}")
+        assert (status, body) == (206, data[start:stop])
+        assert headers["content-range"] == f"bytes {start}-{stop - 1}/{len(data)}"
+    for asked in ("bytes=0-1,5-6", "bytes=999999999999-", "bytes=9-1", "bytes=x"):
+        status, headers, _ = hub.ask(FILE, Range=asked)
+        assert status == 416 and headers["content-range"] == f"bytes */{len(data)}"
+    assert hub.ask(FILE, If_None_Match=etag)[0::2] == (304, b"")
+    assert hub.ask(FILE, Range="bytes=0-1", If_Range=etag)[2] == data[:2]
+    assert hub.ask(FILE, Range="bytes=0-1", If_Range='"older"')[2] == data
+    assert hub.ask(FILE, If_Match='"older"')[0] == 412
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/org/name/resolve/main/../../../etc/passwd",
+        "/org/name/resolve/main/%2e%2e/%2e%2e/model_config.pt",
+        "/org/name/resolve/main/..%2f..%2fmodel_config.pt",
+        "/org/name/resolve/main//etc/passwd",
+        "/org/name/resolve/main/model_config.pt",
+        "/org/name/resolve/main/.",
+        "/org/name/resolve/main/",
+        "/org/name/resolve/main/config.json%00",
+        "/org/name/resolve/main/config.json/",
+        "/org/name/resolve/../config.json",
+        "/org/name/resolve/..%2F200/config.json",
+        "/org/name/resolve/notes/config.json",
+        "/org/name/resolve/./config.json",
+        "/org/name/resolve/400/config.json",
+        "/org/name/resolve//config.json",
+        "/org/name/resolve/" + "a" * 5000 + "/config.json",
+        "/org/nam/resolve/main/config.json",
+        "/org/name2/resolve/main/config.json",
+        "/org",
+        "/name",
+        "/api",
+        "/api/models/org",
+        "/api/models/org/name/tree/main/folder",
+        "/api/models/org/name/anything",
+        "/api/datasets/org/name",
+        "//org/name/resolve/main/config.json",
+        "/favicon.ico",
+        "/%ff%fe",
+        "/org/name/upload/main/config.json",
+    ],
+)
+def test_what_is_not_served_is_not_found(hub: Running, path: str) -> None:
+    status, headers, body = hub.ask(path)
+    assert status == 404 and json.loads(body)["error"] and b"Traceback" not in body
+    assert headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "MKCOL", "get"])
+def test_it_is_read_only(hub: Running, method: str) -> None:
+    for path in (FILE, "/api/models/org/name", "/", "/api/repos/create"):
+        status, headers, _ = hub.ask(path, method)
+        assert status == 405 and headers["allow"] == "GET, HEAD"
+
+
+def test_replicas_that_differ_are_a_conflict_before_a_byte_is_sent(
+    run: Path, tmp_path: Path, serve: Callable[..., Any]
+) -> None:
+    import torch
+
+    src = tmp_path / "step"
+    shutil.copytree(run / "100", src)
+    state = torch.load(src / "model_tp1_pp0.pt", weights_only=True)
+    key = next(key for key in state if key.endswith("attention_norm.weight"))
+    state[key] += 1
+    torch.save(state, src / "model_tp1_pp0.pt")
+    with serve([api.Model("a/b", MAPPING, src)]) as running:
+        assert running.ask("/a/b/resolve/main/config.json")[0] == 200
+        index = json.loads(
+            running.ask("/a/b/resolve/main/model.safetensors", Range="bytes=8-20000")[2].split(b"}}")[0] + b"}}"
+        )
+        start = 8 + int.from_bytes(running.ask("/a/b/resolve/main/model.safetensors", Range="bytes=0-7")[2], "little")
+        name = next(name for name in index if name.endswith("layers.0.input_layernorm.weight"))
+        at = start + index[name]["data_offsets"][0]
+        status, headers, body = running.ask("/a/b/resolve/main/model.safetensors", Range=f"bytes={at}-{at + 3}")
+        assert status == 409 and b"E402" in body and "replicas" in headers["x-error-message"]
+        running.ask("/")
+        running.logged("/")
+        assert [line for line in running.lines if line.status == 409 and "model_tp1_pp0.pt" in str(line.problem)]
+
+
+def test_a_token_is_asked_for_and_compared(run: Path, serve: Callable[..., Any]) -> None:
+    basic = base64.b64encode(b"anybody:secret").decode()
+    with serve([api.Model("a/b", MAPPING, run / "100")], token="secret") as running:
+        for path in ("/", "/api/models/a/b", "/a/b/resolve/main/config.json", "/nothing"):
+            wrong = ("Bearer wrong", "Bearer", "secret", "Basic !!", "Basic c2VjcmV0", "Bearer sécret")
+            for given in ({}, *({"Authorization": one} for one in wrong)):
+                status, headers, body = running.ask(path, **given)
+                assert status == 401 and "Bearer" in headers["www-authenticate"] and b"HF_TOKEN" in body
+            for given in ({"Authorization": "Bearer secret"}, {"authorization": f"basic {basic}"}):
+                assert running.ask(path, Host="other.example", **given)[0] == (404 if path == "/nothing" else 200)
+
+
+def test_a_page_of_another_name_cannot_read_what_is_served_without_a_token(hub: Running) -> None:
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "10.0.0.1:8000", "", "[::2]"):
+        assert hub.ask("/api/models", Host=host)[0] in (400, 421), host
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:1", "[::1]:80", "[::1]"):
+        assert hub.ask("/api/models", Host=host)[0] == 200, host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "host.invalid"])
+def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
+    with pytest.raises(engine.EngineError, match="E001") as raised:
+        api.serve([api.Model("a/b", MAPPING, STEP)], host=host, port=0)
+    assert "--token-file" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a/b/c", "api/models", "../x", "a/..", "a/b c", "-a", "a--b", "a/b\n", "é", "a" * 97]
+)
+def test_a_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(engine.EngineError, match="E001"):
+        api.serve([api.Model(name, MAPPING, STEP)], port=0)
+
+
+def test_two_models_of_one_name_an_address_in_use_and_no_checkpoint_are_refused(tmp_path: Path, hub: Running) -> None:
+    one = api.Model("a/b", MAPPING, STEP)
+    with pytest.raises(engine.EngineError, match="E001"):
+        api.serve([one, one], port=0)
+    with pytest.raises(engine.EngineError, match="E001") as raised:
+        api.serve([one], port=hub.server.port)
+    assert "--port" in str(raised.value)
+    with pytest.raises(engine.EngineError, match="E304"):
+        api.serve([api.Model("a/b", MAPPING, tmp_path)], port=0)
+
+
+def test_the_page_lists_models_and_says_what_each_is(hub: Running) -> None:
+    status, headers, body = hub.ask("/")
+    page = body.decode()
+    assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
+    for text in ("org/name", "single", "LlamaForCausalLM", "step <code>200</code>", "tp 2", "parameters", ">300<"):
+        assert text in page
+    status, _, body = hub.ask("/org/name/tree/100")
+    assert status == 200 and "model-00002-of-00003.safetensors" in body.decode() and 'revision="100"' in body.decode()
+    assert hub.ask("/org/name/tree/300")[0] == 404
+
+
+def test_names_of_steps_cannot_write_markup(tmp_path: Path, serve: Callable[..., Any]) -> None:
+    shutil.copytree(STEP, tmp_path / "run" / "<script>alert(1)<7")
+    with serve([api.Model("a/b", MAPPING, tmp_path / "run")]) as running:
+        page = running.ask("/")[2]
+        assert b"<script" not in page and b"&lt;script&gt;" in page
+
+
+def test_requests_are_logged(run: Path, serve: Callable[..., Any]) -> None:
+    with serve([api.Model("a/b", MAPPING, run)]) as running:
+        running.ask("/a/b/resolve/main/config.json?x=1")
+        line = running.logged("/a/b/resolve/main/config.json")
+        assert (line.method, line.status, line.client, line.problem) == ("GET", 200, "127.0.0.1", None)
+        assert line.bytes > 100 and line.seconds > 0
