@@ -119,7 +119,7 @@ def read_whole(src: Source) -> WholeCheckpoint:
 
 def _rules(asked: Request) -> tuple[MappingFile, Layout]:
     loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(str(asked.mapping))
-    return loaded, load_layout(loaded.layout)
+    return loaded, load_layout(loaded.layout, loaded.layout_place)
 
 
 def save_plan(
@@ -169,7 +169,7 @@ def load_plan(path: str | Path) -> Plan:
     saved = read_saved_plan(given_path(path, "the plan"))
     request = saved.request
     loaded = load_mapping(request.mapping)
-    layout = load_layout(loaded.layout)
+    layout = load_layout(loaded.layout, loaded.layout_place)
     check_rules(saved, loaded, layout)
     checkpoint = read_checkpoint(request.src, layout, request.config)
     check_files(saved, checkpoint.files, request.src)

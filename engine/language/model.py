@@ -121,6 +121,7 @@ class Mapping:
     files: tuple[str, ...]
     digest: str  # sha256 over the resolved data, canonical JSON
     resolved: MappingABC[str, Any]
+    layout_place: Place | None = None  # where the file names its layout
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
