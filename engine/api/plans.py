@@ -42,7 +42,7 @@ def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack
     asked = request_of(mapping, src, options, WholeOptions)
     loaded, layout = _rules(asked)
     checkpoint = read_checkpoint(src, layout, asked.config)
-    loaded, checkpoint = fitted(loaded, layout, checkpoint)
+    loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
     return make_plan(
         loaded,
         layout,
@@ -58,16 +58,22 @@ def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpa
     """Compile what `reverse` would do. Arguments as for `reverse`."""
     from engine.planning.destination import Request as Grid
     from engine.planning.reverse import make_reverse_plan
+    from engine.proving.meta_model import fitted, written_as_model
 
     asked = request_of(mapping, src, options, ReverseOptions)
     loaded, layout = _rules(asked)
+    whole = read_whole(src)
+    like = None if asked.like is None else read_checkpoint(asked.like, layout, asked.config)
+    if like is not None:
+        loaded, layout, like = fitted(loaded, layout, like)
+    loaded = written_as_model(loaded, whole.config)
     return make_reverse_plan(
         loaded,
         layout,
-        read_whole(src),
+        whole,
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
+        like=like,
         dtype=asked.dtype,
         lossy=asked.lossy,
     )
@@ -77,13 +83,15 @@ def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpa
     """Compile what `reshard` would do. Arguments as for `reshard`."""
     from engine.planning.destination import Request as Grid
     from engine.planning.reverse import make_reshard_plan
+    from engine.proving.meta_model import fitted
 
     asked = request_of(mapping, src, options, RankOptions)
     loaded, layout = _rules(asked)
+    loaded, layout, checkpoint = fitted(loaded, layout, read_checkpoint(src, layout, asked.config))
     return make_reshard_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout, asked.config),
+        checkpoint,
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
         like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
@@ -111,7 +119,7 @@ def read_whole(src: Source) -> WholeCheckpoint:
 
 def _rules(asked: Request) -> tuple[MappingFile, Layout]:
     loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(str(asked.mapping))
-    return loaded, load_layout(loaded.layout)
+    return loaded, load_layout(loaded.layout, loaded.layout_place)
 
 
 def save_plan(
@@ -161,11 +169,11 @@ def load_plan(path: str | Path) -> Plan:
     saved = read_saved_plan(given_path(path, "the plan"))
     request = saved.request
     loaded = load_mapping(request.mapping)
-    layout = load_layout(loaded.layout)
+    layout = load_layout(loaded.layout, loaded.layout_place)
     check_rules(saved, loaded, layout)
     checkpoint = read_checkpoint(request.src, layout, request.config)
     check_files(saved, checkpoint.files, request.src)
-    loaded, checkpoint = fitted(loaded, layout, checkpoint)
+    loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
     compiled = make_plan(
         loaded,
         layout,

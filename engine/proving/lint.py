@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from itertools import product
 from typing import Any
 
-from engine.errors import EngineError, EngineErrors, Place
+from engine.errors import EngineError, EngineErrors, Place, in_words
 from engine.language.expressions import names_in
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Expression, Mapping, Rule
@@ -28,6 +28,10 @@ class Finding:
     fix: str | None
     got: str | None = None
     expected: str | None = None
+
+    def in_words(self) -> str:
+        """The finding in the shape of an error."""
+        return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -121,7 +125,7 @@ def _unmatched(mapping: Mapping) -> Iterator[Finding]:
         try:
             match_pieces([instance for instance in every if _active(instance.rule, choices)])
         except EngineError as error:
-            yield Finding("L005", "error", error.place, error.message, error.fix)
+            yield Finding("L005", "error", error.place, error.message, error.fix, error.got, error.expected)
 
 
 def _expanded(rule: Rule) -> set[str]:
@@ -250,7 +254,7 @@ def _undeclared(mapping: Mapping) -> Iterator[Finding]:
     from engine.proving.undeclared import undeclared
 
     try:
-        layout = load_layout(mapping.layout)
+        layout = load_layout(mapping.layout, mapping.layout_place)
     except EngineError as error:
         yield _from_error(error)
         return

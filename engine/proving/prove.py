@@ -70,7 +70,7 @@ def prove(
 
 
 def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[list[Check], list[Mutant]]:
-    layout = load_layout(mapping.layout)
+    layout = load_layout(mapping.layout, mapping.layout_place)
     combinations = combinations_of(mapping)
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
     checks.append(check_meaning(mapping))
