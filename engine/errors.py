@@ -155,6 +155,23 @@ class Place:
         return {name: printable(p) if isinstance(p, str) else p for name, p in parts.items() if p is not None}
 
 
+def in_words(
+    code: str, message: str, place: Place | None, got: str | None, expected: str | None, fix: str | None
+) -> str:
+    """A problem as it is printed: what, where, what was found and should have been, what to do."""
+    lines = [f"{code} {printable(message)}"]
+    if place is not None:
+        lines.append(f"  {printable(str(place))}")
+    for label, text in (("got", got), ("expected", expected)):
+        if text is not None:
+            first, *rest = _lines(text).split("\n")
+            lines.append(f"    {label:<9} {first}")
+            lines.extend(f"    {'':<9} {line}" for line in rest)
+    if fix is not None:
+        lines.append(f"  {_lines(fix)}")
+    return "\n".join(lines)
+
+
 class EngineError(Exception):
     """Something a user must know, ready to print.
 
@@ -188,17 +205,7 @@ class EngineError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        lines = [f"{self.code} {printable(self.message)}"]
-        if self.place is not None:
-            lines.append(f"  {printable(str(self.place))}")
-        for label, text in (("got", self.got), ("expected", self.expected)):
-            if text is not None:
-                first, *rest = _lines(text).split("\n")
-                lines.append(f"    {label:<9} {first}")
-                lines.extend(f"    {'':<9} {line}" for line in rest)
-        if self.fix is not None:
-            lines.append(f"  {_lines(self.fix)}")
-        return "\n".join(lines)
+        return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
     def as_dict(self) -> dict[str, object]:
         """The same as data, for `--json`."""

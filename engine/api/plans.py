@@ -11,7 +11,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.planning.request import RankOptions, Request, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
-from engine.storage.places import found_at
+from engine.storage.places import Source, found_at
 from engine.storage.replacing import check_file_free, given_path
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
 
 
-def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Unpack[WholeOptions]) -> Plan:
+def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
 
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
-        src: the training checkpoint's folder.
+        src: the training checkpoint's folder, or a store, as `engine.virtual` makes one.
         settings: variants and options, as `--set` gives them.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         max_shard_size: bytes of tensors per output file.
@@ -42,7 +42,7 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
     asked = request_of(mapping, src, options, WholeOptions)
     loaded, layout = _rules(asked)
     checkpoint = read_checkpoint(src, layout, asked.config)
-    loaded, checkpoint = fitted(loaded, layout, checkpoint)
+    loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
     return make_plan(
         loaded,
         layout,
@@ -54,36 +54,44 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
     )
 
 
-def plan_reverse(mapping: str | Path | MappingFile, src: str | Path, **options: Unpack[ReverseOptions]) -> Plan:
+def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
     """Compile what `reverse` would do. Arguments as for `reverse`."""
     from engine.planning.destination import Request as Grid
     from engine.planning.reverse import make_reverse_plan
+    from engine.proving.meta_model import fitted, written_as_model
 
     asked = request_of(mapping, src, options, ReverseOptions)
     loaded, layout = _rules(asked)
+    whole = read_whole(src)
+    like = None if asked.like is None else read_checkpoint(asked.like, layout, asked.config)
+    if like is not None:
+        loaded, layout, like = fitted(loaded, layout, like)
+    loaded = written_as_model(loaded, whole.config)
     return make_reverse_plan(
         loaded,
         layout,
-        read_whole(src),
+        whole,
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
+        like=like,
         dtype=asked.dtype,
         lossy=asked.lossy,
     )
 
 
-def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: Unpack[RankOptions]) -> Plan:
+def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[RankOptions]) -> Plan:
     """Compile what `reshard` would do. Arguments as for `reshard`."""
     from engine.planning.destination import Request as Grid
     from engine.planning.reverse import make_reshard_plan
+    from engine.proving.meta_model import fitted
 
     asked = request_of(mapping, src, options, RankOptions)
     loaded, layout = _rules(asked)
+    loaded, layout, checkpoint = fitted(loaded, layout, read_checkpoint(src, layout, asked.config))
     return make_reshard_plan(
         loaded,
         layout,
-        read_checkpoint(src, layout, asked.config),
+        checkpoint,
         Grid(asked.mode, asked.ranks, asked.chunks),
         settings=asked.settings,
         like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
@@ -91,7 +99,7 @@ def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: 
     )
 
 
-def read_whole(src: str | Path) -> WholeCheckpoint:
+def read_whole(src: Source) -> WholeCheckpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
     from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
     from engine.planning.backward import WholeCheckpoint
@@ -111,7 +119,7 @@ def read_whole(src: str | Path) -> WholeCheckpoint:
 
 def _rules(asked: Request) -> tuple[MappingFile, Layout]:
     loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(str(asked.mapping))
-    return loaded, load_layout(loaded.layout)
+    return loaded, load_layout(loaded.layout, loaded.layout_place)
 
 
 def save_plan(
@@ -161,11 +169,11 @@ def load_plan(path: str | Path) -> Plan:
     saved = read_saved_plan(given_path(path, "the plan"))
     request = saved.request
     loaded = load_mapping(request.mapping)
-    layout = load_layout(loaded.layout)
+    layout = load_layout(loaded.layout, loaded.layout_place)
     check_rules(saved, loaded, layout)
     checkpoint = read_checkpoint(request.src, layout, request.config)
     check_files(saved, checkpoint.files, request.src)
-    loaded, checkpoint = fitted(loaded, layout, checkpoint)
+    loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
     compiled = make_plan(
         loaded,
         layout,

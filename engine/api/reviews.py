@@ -139,7 +139,7 @@ def compare(
     if mapping is not None and not any(side.training for side in sides):
         raise EngineError("E001", "neither side is a training checkpoint, which a mapping is for",
                           fix="Leave --mapping out.")  # fmt: skip
-    meter = Meter(sides[0].nbytes, progress)
+    meter = Meter(sides[0].nbytes, progress, "comparing")
     return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
 
 
@@ -159,7 +159,7 @@ def clean(out: str | Path) -> list[Path]:
 
 
 def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
-    """An output's path, and what interrupted runs left beside it: each folder with its bytes.
+    """An output's path, and what interrupted runs left beside it: each folder with the bytes it takes.
 
     Args:
         out: as it was given to the run; without it, the default of `src`.
@@ -169,7 +169,7 @@ def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, li
 
     final = default_out(src or ".") if out is None else Path(out)
     found = [path for path in leftovers(final.absolute()) if path.is_dir()]
-    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in found]
+    sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
     return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
 
 
@@ -321,7 +321,12 @@ def new_mapping(
     return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
 
 
-def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = False) -> list[Proof]:
+def prove(
+    names: Sequence[str | Path | MappingFile] = (),
+    *,
+    mutants: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Proof]:
     """Prove mappings: total, injective, exactly invertible, alike in every layout; without names, all bundled ones.
 
     Runs the real planner and runner on tiny index tensors in a temporary folder, checks a release's
@@ -331,12 +336,13 @@ def prove(names: Sequence[str | Path | MappingFile] = (), *, mutants: bool = Fal
     Args:
         names: paths, names of bundled mappings, or loaded ones.
         mutants: perturb each rule too, and say what would have caught it.
+        progress: called before each mapping.
     """
     from engine.language.search import list_names
     from engine.proving.prove import prove as prove_each
 
     bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
-    return prove_each(list(names) or bundled, mutants=mutants)
+    return prove_each(list(names) or bundled, mutants=mutants, progress=progress)
 
 
 def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:

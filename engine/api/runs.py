@@ -20,6 +20,7 @@ from engine.run.running import (
     WholeRunOptions,
     running_of,
 )
+from engine.storage.places import Source
 from engine.storage.replacing import given_path
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = ["convert", "iter_tensors", "reshard", "reverse", "run_plan"]
 
 def convert(
     mapping: str | Path | MappingFile,
-    src: str | Path = ".",
+    src: Source = ".",
     out: str | Path | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
@@ -58,11 +59,11 @@ def convert(
     """
     started = time.monotonic()
     how = running_of(options, ConvertOptions)
-    return _write(plan(mapping, src, **keywords(options, WholeOptions)), Path(src), out, how, started)
+    return _write(plan(mapping, src, **keywords(options, WholeOptions)), Path(str(src)), out, how, started)
 
 
 def reverse(
-    mapping: str | Path | MappingFile, src: str | Path, out: str | Path, **options: Unpack[ReverseRunOptions]
+    mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReverseRunOptions]
 ) -> Report:
     """Write a Hugging Face checkpoint as training rank files.
 
@@ -81,11 +82,11 @@ def reverse(
     """
     started = time.monotonic()
     how = running_of(options, ReverseRunOptions)
-    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), Path(src), out, how, started)
+    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), Path(str(src)), out, how, started)
 
 
 def reshard(
-    mapping: str | Path | MappingFile, src: str | Path, out: str | Path, **options: Unpack[ReshardRunOptions]
+    mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReshardRunOptions]
 ) -> Report:
     """Write a training checkpoint for other ranks, from shards to shards.
 
@@ -93,7 +94,7 @@ def reshard(
     """
     started = time.monotonic()
     how = running_of(options, ReshardRunOptions)
-    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), Path(src), out, how, started)
+    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), Path(str(src)), out, how, started)
 
 
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:

@@ -79,13 +79,10 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     if saved is not None:
         write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
         return
-    options["mapping"] = chosen(
-        options["mapping"], options["src"], options["config"], quiet=options["quiet"] or as_json
-    )
-    same = " ".join(
-        [f"--mapping {shlex.quote(options['mapping'])} --src {shlex.quote(options['src'])}"]
-        + [shlex.quote(f"--set={name}={value}") for name, value in options["settings"].items()]
-    )
+    silent = options["quiet"] or as_json
+    options["mapping"] = chosen(options["mapping"], options["src"], options["config"], quiet=silent)
+    same = "".join(f" --{name} {shlex.quote(options[name])}" for name in ("mapping", "src", "config") if options[name])
+    same += "".join(f" --set {shlex.quote(f'{name}={value}')}" for name, value in options["settings"].items())
     write(
         as_json,
         "run",
@@ -101,8 +98,11 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
 @asks(*SAVED)
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
+@click.option("--why", is_flag=True, help="Show the mapping's expressions that decided, too.")
 @reports_errors
-def plan(as_json: bool, /, mapping: str | None, src: str, out: str | None, overwrite: bool, **options: Any) -> None:
+def plan(
+    as_json: bool, /, mapping: str | None, src: str, out: str | None, overwrite: bool, why: bool, **options: Any
+) -> None:
     """Show what `run` would do; reads no tensor data.
 
     \b
@@ -119,7 +119,7 @@ def plan(as_json: bool, /, mapping: str | None, src: str, out: str | None, overw
     else:
         made = api.save_plan(out, mapping, src, overwrite=overwrite, **options)
     facts = api.describe_plan(made)
-    answer(as_json, facts, lambda: render.plan(facts))
+    answer(as_json, facts, lambda: render.plan(facts, why=why))
 
 
 @click.command()

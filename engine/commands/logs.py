@@ -58,9 +58,9 @@ class Log:
     def progress(self, state: Progress) -> None:
         """Bytes moved, now and then and at the end."""
         now = self._clock()
-        if now - self._told >= _EVERY or state.done_bytes == state.total_bytes:
+        if now - self._told >= _EVERY or state.done == state.total:
             self._told = now
-            self.event("progress", done_bytes=state.done_bytes, total_bytes=state.total_bytes)
+            self.event("progress", phase=state.phase, done=state.done, total=state.total, unit=state.unit)
 
     def close(self) -> None:
         os.close(self._file)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
@@ -138,8 +140,12 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
         if no_color or os.environ.get("NO_COLOR"):
             ctx.color = False
         check_text(ctx)
+        from engine.commands.progress import live
+
+        waiting = nullcontext() if as_json or kwargs.get("quiet") or not sys.stderr.isatty() else live("working")
         try:
-            command(as_json, *args, **kwargs)
+            with waiting:
+                command(as_json, *args, **kwargs)
         except (EngineError, EngineErrors, OSError) as raised:
             error = _of_a_file(raised) if isinstance(raised, OSError) else raised
             from engine.show import render

@@ -1,8 +1,9 @@
-"""Progress of a run: bytes, rate and time left; a live bar on a terminal, plain lines elsewhere."""
+"""Progress of whatever takes over a second: phase, per cent, rate, time left; live on a terminal, else plain lines."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,76 +11,147 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.commands.say import say
+from engine.commands.say import LIVE, hush, say
 
 if TYPE_CHECKING:
-    from engine.run.meter import Progress
+    from rich.progress import Progress as Bar
 
-    Listener = Callable[[Progress], None] | None
+    from engine.run.meter import Listener, Progress
+
+_SILENT = 1.0  # seconds before anything is shown
+
+
+class Told:
+    """Progress in words, with the rate of the phase that is on.
+
+    >>> from engine.run.meter import Progress
+    >>> now = [0.0]
+    >>> told = Told(lambda: now[0])
+    >>> told(Progress(0, 8 * 10**9))
+    '0 %  0 B of 8 GB'
+    >>> now[0] = 2.0
+    >>> told(Progress(2 * 10**9, 8 * 10**9))
+    '25 %  2 GB of 8 GB, 1 GB/s, 6.0 s left'
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._phase, self._since, self._from = "", clock(), 0
+
+    def __call__(self, state: Progress) -> str:
+        from engine.show.text import amount, duration
+
+        if state.phase != self._phase:
+            self._phase, self._since, self._from = state.phase, self._clock(), state.done
+        bytes_ = state.unit == "bytes"
+        done, total = (amount(n) if bytes_ else f"{n:,}" for n in (state.done, state.total))
+        told = f"{100 * state.done // max(state.total, 1)} %  {done} of {total}" + ("" if bytes_ else f" {state.unit}")
+        seconds, moved = self._clock() - self._since, state.done - self._from - state.kept
+        if moved > 0 and seconds > 0 and state.done < state.total:
+            told += f", {amount(moved / seconds)}/s" if bytes_ else ""
+            told += f", {duration((state.total - state.done) * seconds / moved)} left"
+        return told
 
 
 @contextmanager
-def progress(*, show: bool, doing: str = "converting", also: Listener = None) -> Iterator[Listener]:
-    """A listener for a run: a live bar on a terminal, now and then a plain line elsewhere.
+def progress(*, show: bool, doing: str = "planning", also: Listener | None = None) -> Iterator[Listener | None]:
+    """A listener for a long piece of work.
 
     Args:
+        doing: what is done before the first report.
         also: another listener that is told the same.
     """
     if not show:
         yield also
     elif sys.stderr.isatty():
-        with _bar(doing) as listener:
+        with live(doing) as listener:
             yield _both(listener, also)
     else:
         yield _both(plain_progress(lambda line: say(line, err=True)), also)
 
 
-def _both(one: Listener, other: Listener) -> Listener:
-    if one is None or other is None:
-        return one or other
+def _both(one: Listener, other: Listener | None) -> Listener:
+    if other is None:
+        return one
+    second = other
 
     def listen(state: Progress) -> None:
         one(state)
-        other(state)
+        second(state)
 
     return listen
 
 
+class Live:
+    """A line at the foot of the terminal, shown after a second and gone when the work ends."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing, self._no_color = doing, click.get_current_context().color is False
+        self._told = Told(time.monotonic)
+        self._lock, self._ended = threading.Lock(), False
+        self._bar: Bar | None = None
+        self._waiting = threading.Timer(_SILENT, self._start)
+        self._waiting.daemon = True
+        self._waiting.start()
+
+    def _start(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(16, style="dim", complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
+            TextColumn("{task.fields[told]}"),
+        )
+        bar = Bar(*columns, console=Console(stderr=True, no_color=self._no_color), transient=True)
+        bar.add_task(self._doing, total=None, told="")
+        with self._lock:
+            if not self._ended:
+                self._bar = bar
+                bar.start()
+
+    def __call__(self, state: Progress) -> None:
+        told = self._told(state)
+        with self._lock:
+            if self._bar is not None:
+                task = self._bar.task_ids[0]
+                self._bar.update(task, description=state.phase, completed=state.done, total=state.total, told=told)
+            else:
+                self._doing = state.phase
+
+    def stop(self) -> None:
+        with self._lock:
+            self._ended, bar, self._bar = True, self._bar, None
+        self._waiting.cancel()
+        if bar is not None:
+            bar.stop()
+
+
 @contextmanager
-def _bar(doing: str) -> Iterator[Listener]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    no_color = click.get_current_context().color is False
-    with Bar(*columns, console=Console(stderr=True, no_color=no_color), transient=True) as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda state: bar.update(task, completed=state.done_bytes, total=state.total_bytes)
+def live(doing: str) -> Iterator[Live]:
+    """Show that something goes on, until it ends or something is printed; rich is only loaded where it is shown."""
+    hush()
+    shown = click.get_current_context().meta[LIVE] = Live(doing)
+    try:
+        yield shown
+    finally:
+        shown.stop()
 
 
-def plain_progress(
-    write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-) -> Callable[[Progress], None]:
-    """A line at every tenth of the way, and after five seconds without one."""
-    from engine.show.text import amount, duration
-
+def plain_progress(write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Listener:
+    """A line at every tenth of the way and for every phase, and after five seconds without one; none at first."""
+    told = Told(clock)
     started = last = clock()
-    tenth = 0
+    reached: tuple[str, int] = ("", 0)
 
     def listen(state: Progress) -> None:
-        nonlocal last, tenth
-        now = clock()
-        reached = 10 if not state.total_bytes else 10 * state.done_bytes // state.total_bytes
-        if reached == tenth and now - last < 5:
+        nonlocal last, reached
+        now, line = clock(), told(state)
+        tenth = state.phase, 10 * state.done // max(state.total, 1)
+        if now - started < _SILENT or (tenth == reached and now - last < 5):
             return
-        last, tenth = now, reached
-        rate = state.done_bytes / max(now - started, 1e-3)
-        line = f"{10 * state.done_bytes * 10 // max(state.total_bytes, 1):3d} %  {amount(state.done_bytes)} of "
-        line += f"{amount(state.total_bytes)}, {amount(rate)}/s"
-        if rate and state.done_bytes < state.total_bytes:
-            line += f", {duration((state.total_bytes - state.done_bytes) / rate)} left"
-        write(line)
+        last, reached = now, tenth
+        write(f"{state.phase}: {line}")
 
     return listen

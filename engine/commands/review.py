@@ -8,6 +8,7 @@ import click
 
 from engine.commands.completion import mapping_names, paths
 from engine.commands.options import asks, reports_errors
+from engine.commands.progress import progress
 from engine.commands.say import answer, say
 
 _PATHS = "engine.diff.paths"
@@ -89,7 +90,8 @@ def prove(
         raise click.UsageError("Give mappings to prove, or --all.")
     if write_meaning:
         api.write_meanings(mappings)
-    proofs = api.prove(mappings, mutants=mutants)
+    with progress(show=not as_json, doing="proving") as listener:
+        proofs = api.prove(mappings, mutants=mutants, progress=listener)
     answer(as_json, render_prove.proofs_data(proofs), lambda: render_prove.proofs(proofs))
     if not all(proof.holds for proof in proofs):
         ctx.exit(1)

@@ -13,11 +13,23 @@ from engine.show.text import as_json, fit, terminal_width
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")  # what `click.style` writes, and nothing else of a terminal's
 
 
+LIVE = "engine.live"  # where a command's context holds the progress that is on the terminal
+
+
+def hush() -> None:
+    """Take progress off the terminal, where something is to be printed."""
+    context = click.get_current_context(silent=True)
+    shown = None if context is None else context.meta.pop(LIVE, None)
+    if shown is not None:
+        shown.stop()
+
+
 def say(text: str, *, err: bool = False, nl: bool = True, raw: bool = False) -> None:
     """Print text that cannot steer the terminal: what is not a line's end or a colour is shown as an escape.
 
     Lines are fitted to the terminal, unless they are `raw`: JSON, YAML, a script.
     """
+    hush()
     parts = _STYLE.split(text if raw else fit(text, terminal_width(err)))
     click.echo("".join(p if _STYLE.fullmatch(p) else visible(p, "\n\t") for p in parts), err=err, nl=nl)
 

@@ -40,7 +40,9 @@ def serve(
     as_json: bool, /, mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...], host: str,
     port: int, token_file: str | None, quiet: bool, log_file: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Serve checkpoints as the Hugging Face Hub serves models; weight files are computed as they are read.
+    """Serve checkpoints as the Hugging Face Hub does.
+
+    Weight files are computed as they are read.
 
     \b
     engine serve -m internlm2-7b -s ckpt --as internlm/mine
@@ -108,7 +110,9 @@ def _token(file: str | None) -> str | None:
 def mount(
     as_json: bool, /, at: str, mapping: str, src: str, tokenizer: str | None, code: str | None, **options: Any
 ) -> None:
-    """Mount the folder that `run` would write, read only, at DIR; weight files are computed as they are read.
+    """Mount the folder that `run` would write, read only.
+
+    At DIR, or beside the checkpoint; weight files are computed as they are read.
 
     \b
     engine mount -m internlm2-7b -s ckpt/20000 model &

@@ -139,21 +139,23 @@ def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], No
     sample = parse_sample(asked.sample or "100%")
     named = {str(entry.get("file")) for entry in (known or {"tensors": {}})["tensors"].values()}
     total = sum(state.size for state in folder.states([name for name in named if folder.has(name)]).values())
-    meter = Meter(total + (source_bytes(asked.plan, sample) if asked.plan is not None else 0), progress)
+    meter = Meter(total + (source_bytes(asked.plan, sample) if asked.plan is not None else 0), progress, "verifying")
     found = verify(folder, meter.advance) if known is not None else Verified(0, 0, 0, "", (), manifest=False)
     if asked.plan is not None:
+        meter.begin("comparing with the source")
         source = verify_source(asked.plan, folder, sample, meter.advance)
         found = replace(found, source=source, problems=(*found.problems, *source.problems))
     meter.finish()  # files are counted whole, their headers are not read again
     if asked.load:
         from engine.oracle.load_model import load_model
 
+        Meter(1, progress, "loading and running the model", "models").begin("loading and running the model")
         model = load_model(on_this_machine(folder, "--load"))
         found = replace(found, model=model, problems=(*found.problems, *model.problems))
     if asked.source is not None:
         from engine.oracle.logits import compare_logits
 
-        logits = compare_logits(on_this_machine(folder, "--logits"), asked.source, asked.settings)
+        logits = compare_logits(on_this_machine(folder, "--logits"), asked.source, asked.settings, progress)
         found = replace(found, logits=logits, problems=(*found.problems, *logits.problems))
     return found
 

@@ -46,7 +46,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         },
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "variants": {
-            name: {"choice": d.choice, "how": d.how, "evidence": d.evidence} for name, d in plan.decisions.items()
+            name: {"choice": d.choice, "how": d.how, "evidence": d.evidence, "expression": d.expression}
+            for name, d in plan.decisions.items()
         },
         "options": dict(plan.options),
         "rules": _rules(plan),

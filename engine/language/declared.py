@@ -91,13 +91,13 @@ def check_layout(layout: Layout, document: Document) -> None:
                     expected="`cuts` over ranks, or `boxes: recorded`",
                     fix="With `boxes: recorded` nothing follows from ranks: each tensor records which box it is.",
                 )
-            if file.boxes and mode.only_read is None:
+            if file.boxes and not file.mesh and mode.only_read is None:
                 raise EngineError(
                     "E102",
                     f"mode `{mode.name}` cannot be written, as its tensors record boxes",
                     place=file.place,
-                    expected="`only_read`, with the reason",
-                    fix="Say `only_read: its tensors record which boxes they are`.",
+                    expected="`mesh`, or `only_read` with the reason",
+                    fix="Say `mesh: {dp: rows}`, or `only_read: its tensors record which boxes they are`.",
                 )
             known = pattern(file.name).placeholders
             every.update(dict.fromkeys(known))

@@ -100,6 +100,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         files=files,
         digest=digest_of(data),
         resolved=data,
+        layout_place=document.value_place("source", "layout"),
         keys=read_keys(document),
         expect_place=place("expect"),
         as_model=data.get("names") == "model",

@@ -121,6 +121,7 @@ class Mapping:
     files: tuple[str, ...]
     digest: str  # sha256 over the resolved data, canonical JSON
     resolved: MappingABC[str, Any]
+    layout_place: Place | None = None  # where the file names its layout
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
@@ -149,6 +150,7 @@ class FilePattern:
     Attributes:
         cuts: stage class → rank dimension → `split`, `rows`, `recorded`, `runtime` or an axis.
         boxes: each tensor records which box it is of a larger one; ranks, if names have any, say nothing.
+        mesh: of such files, when they are written: rank dimension → the storage dimension that it cuts.
     """
 
     name: str
@@ -157,6 +159,7 @@ class FilePattern:
     number: Expression | None
     place: Place
     boxes: bool = False
+    mesh: MappingABC[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

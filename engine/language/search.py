@@ -39,17 +39,29 @@ def find_file(name: str, kind: str = "mapping") -> Path:
                 return candidate
     if kind == "mapping" and (os.sep in name or name.endswith((".yaml", ".yml"))) and not _bundled_form(name):
         raise _no_file(given)
-    known = list(map(spelled, list_names())) if kind == "mapping" else layout_names()
-    same, others = near_names(name, known)
-    listed = "`engine mappings` lists them all" if kind == "mapping" else f"There are {', '.join(known)}"
+    if kind != "mapping":
+        raise _no_layout(name)
+    same, others = near_names(name, list(map(spelled, list_names())))
     raise EngineError(
         "E002",
-        f"there is no {kind} `{name}`",
+        f"there is no mapping `{name}`",
         expected=", ".join(same) or None,
         fix=f"Did you mean `{same[0]}`?"
         if same
         else (f"Names that are near are of other models: {', '.join(others)}. " if others else "")
-        + f"{listed}; a file is given by its path.",
+        + "`engine mappings` lists them all; a file is given by its path.",
+    )
+
+
+def _no_layout(name: str) -> EngineError:
+    known = layout_names()
+    near = get_close_matches(name, known, 1)
+    return EngineError(
+        "E002",
+        f"there is no layout `{name}`",
+        got=name,
+        expected=f"one of {', '.join(known)}",
+        fix=f"Did you mean `{near[0]}`?" if near else "Correct `layout` in `source` of the mapping.",
     )
 
 

@@ -95,7 +95,7 @@ def _missing(error: Any) -> str:
 
 def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -> list[EngineError]:
     """A violation in words; several keys that do not exist are several errors."""
-    where = f"`{'.'.join(map(str, path))}`" if path else "the file"
+    where = _where(document, path)
     described = error.schema.get("description") if isinstance(error.schema, dict) else None
     got: str = _short(error.instance)
     expected: str | None = None
@@ -109,10 +109,18 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         message, expected = f"the key `{missing}` is missing in {where}", f"{missing}: …"
         got = ", ".join(map(str, error.instance)) or "nothing"
         fix = _description(_schema(kind), path, missing)
+        if kind == "mapping" and len(path) == 2 and path[0] == "rules" and isinstance(path[1], str):
+            others = [name for name in document.data["rules"] if name != path[1]]
+            near = get_close_matches(path[1], others, 3, 0.5)
+            message = f"rule `{path[1]}` is of this file alone, and has no `{missing}`"
+            expected = f"`{missing}`, or the name of a rule that is inherited"
+            expected += f": {', '.join(near)}" if near else ""
+            fix = f"Did you mean rule `{near[0]}`?" if near else fix
     elif error.validator == "type":
         types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-        expected = " or ".join(_TYPES[t] for t in types)
-        message = f"{where} is not {expected}"
+        named = [_TYPES[t] for t in types if t != "integer" or "number" not in types]
+        expected = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} or {named[-1]}"
+        message = f"{where} is {_kind(error.instance)}, not {expected}"
         if "string" in types and isinstance(error.instance, int | float) and not isinstance(error.instance, bool):
             fix = "Put it in quotes."
     elif error.validator == "enum":
@@ -136,9 +144,30 @@ def _extra(key: Any, known: list[str], where: str, place: Place) -> EngineError:
         f"there is no key `{key}` in {where}",
         place=place,
         got=str(key),
-        expected=", ".join(known),
+        expected="one of " + ", ".join(known),
         fix=f"Did you mean `{near[0]}`?" if near else "Remove it, or correct its name.",
     )
+
+
+def _where(document: Document, path: list[str | int]) -> str:
+    """A place in a file by its keys; a rule goes by its name."""
+    if not path:
+        return "the file"
+    if path[0] == "rules" and len(path) > 1:
+        rules = document.data.get("rules")
+        key: Any = path[1]
+        rule = rules[key] if isinstance(rules, list | dict) else None
+        source = rule.get("name") or rule.get("source") if isinstance(rule, dict) else None
+        name = source[0] if isinstance(source, list) and source else source
+        told = f"rule `{name if isinstance(name, str) else path[1]}`"
+        return told if len(path) == 2 else f"`{'.'.join(map(str, path[2:]))}` of {told}"
+    return f"`{'.'.join(map(str, path))}`"
+
+
+def _kind(value: Any) -> str:
+    kinds = ((bool, "true or false"), (int, "a whole number"), (float, "a number"), (str, "a text"), (list, "a list"),
+             (dict, "keys and values"))  # fmt: skip
+    return next((word for kind, word in kinds if isinstance(value, kind)), "nothing")
 
 
 def _description(schema: Any, path: list[str | int], key: str) -> str | None:

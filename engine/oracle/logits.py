@@ -18,6 +18,7 @@ from engine.oracle.frameworks import Forward, forward_of
 from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
 from engine.oracle.streamed_model import StreamedModel
 from engine.oracle.wrong_layers import STEPS, Wrong, explain, told_once
+from engine.run.meter import Listener, Meter
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ class Logits:
         }
 
 
-def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any]) -> Logits:
+def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], progress: Listener | None = None) -> Logits:
     """Run an output with transformers' code and its source with training's, and compare.
 
     Raises:
@@ -95,7 +96,7 @@ def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any]) -> L
             if len(parts[1]) != training.layers:
                 return _failed(f"the model has {len(parts[1])} layers, the source {training.layers}")
             try:
-                return _compare(training, streamed, parts)
+                return _compare(training, streamed, parts, progress)
             except (RuntimeError, ValueError, IndexError) as error:
                 return _failed(f"the model does not run: {one_line(error)}")
 
@@ -104,15 +105,20 @@ def _failed(*problems: str) -> Logits:
     return Logits((), 0.0, 0.0, (), problems)
 
 
-def _compare(training: Forward, streamed: StreamedModel, parts: Sequence[Any]) -> Logits:
+def _compare(training: Forward, streamed: StreamedModel, parts: Sequence[Any], progress: Listener | None) -> Logits:
     model, embedding, layers = streamed.model, parts[0], parts[1]
     ids = fixed_tokens(min(training.vocab(), embedding.num_embeddings))
+    meter = Meter(2 * training.layers, progress, "running training's layers", "layers")
+    meter.begin("running training's layers")
     wanted = [training.embed(ids)]
     for i in range(training.layers):
+        meter.advance(1)
         wanted.append(training.layer(i, wanted[-1])["out"])
     normed, logits = training.head(wanted[-1])
     got: list[torch.Tensor] = []
     hooks = [one.register_forward_hook(lambda _, __, out: got.append(_tensor(out))) for one in (embedding, *layers)]
+    hooks += [one.register_forward_hook(lambda *_: meter.advance(1)) for one in layers]
+    meter.begin("running the model's layers")
     got.append(run_model(model, ids))
     for hook in hooks:
         hook.remove()

@@ -78,7 +78,7 @@ def understand(
         "present": present_in({one.name for one in stored}),
     }
     layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, names).items()}
-    decisions = decide(mapping.variants, settings, names)
+    decisions = decide(mapping.variants, settings, names, checkpoint.config_name)
     stages = stages_of(stored, matches, checkpoint.grid, layout, {**names, **layout_choices})
     question = Question(mapping, layout, checkpoint, stored, matches, rules, stages, names)
     attempt = decide_by_shapes(question, decisions)

@@ -8,6 +8,9 @@ from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, counts_of
 from engine.errors import EngineError
+from engine.formats.dcp_files import Saved
+from engine.formats.dcp_metadata import DIRECTORY
+from engine.formats.headers import Part
 from engine.formats.pickling import WRITABLE
 from engine.language.expressions import render_tree
 from engine.language.model import Layout
@@ -30,6 +33,7 @@ class RankOutputs:
     copies: CopyTable
     shards: tuple[OutputFile, ...]
     grid: RankGrid
+    parts: tuple[Part | None, ...] = ()  # of each output, where it records its place
 
 
 def rank_outputs(
@@ -75,13 +79,28 @@ def rank_outputs(
         outputs.append(Output(one.name, wanted, read, one.header.shape, rule.name, str(rule.place), text))
         members[one.file].append(index)
     shards = tuple(
-        OutputFile(file.name, "torch", tuple(held)) for file, held in zip(invented.files, members, strict=True)
+        OutputFile(file.name, destination.mode.format, tuple(held))
+        for file, held in zip(invented.files, members, strict=True)
     )
-    return RankOutputs(tuple(outputs), copies, shards, _grid(destination, invented.files))
+    parts = tuple(one.header.part for one, _, _ in listed)
+    return RankOutputs(tuple(outputs), copies, shards, _grid(destination, invented.files), parts)
 
 
 def _grid(destination: Destination, files: Sequence[RankFile]) -> RankGrid:
     return RankGrid(destination.mode, destination.sizes, tuple(files), staged=destination.stages.dims)
+
+
+def directory_of(destination: Destination, written: RankOutputs) -> dict[str, tuple[str, Any]]:
+    """The file that says where the boxes lie, where the mode's format has one: name → (format, content)."""
+    if destination.mode.format != "dcp":
+        return {}
+    saved = [
+        Saved(file.name, one.name, one.dtype, one.shape, part)
+        for file in written.shards
+        for i in file.outputs
+        if (one := written.outputs[i]) and (part := written.parts[i]) is not None
+    ]
+    return {DIRECTORY: ("dcp", saved)}
 
 
 def small_files(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from engine.errors import EngineError
 from engine.planning import DEFAULT_SHARD_SIZE
+from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
@@ -108,7 +109,7 @@ class Request:
             metavar="FILE|NAME",
         )
     )
-    src: str | Path = field(
+    src: Source = field(
         default=".", metadata=option("The checkpoint folder.", flags="--src -s", metavar="DIR", shown="current folder")
     )
     config: str | Path | None = field(
@@ -196,7 +197,7 @@ def keywords(options: Mapping[str, Any], takes: type) -> Any:
     return {name: value for name, value in options.items() if name in takes.__annotations__}
 
 
-def request_of(mapping: str | Path | MappingFile, src: str | Path, options: Mapping[str, Any], takes: type) -> Request:
+def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[str, Any], takes: type) -> Request:
     """The request that keywords make.
 
     Args:

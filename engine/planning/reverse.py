@@ -31,7 +31,7 @@ from engine.planning.matching import is_active
 from engine.planning.model import Plan, Replicas
 from engine.planning.pieces import match_pieces
 from engine.planning.planner import data_only, main_dtype, overruled, present_in, replicas_of, understand
-from engine.planning.rank_outputs import RankOutputs, rank_outputs, small_files, training_text
+from engine.planning.rank_outputs import RankOutputs, directory_of, rank_outputs, small_files, training_text
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import Fact, Sizes, size_error, solve, unknown_error
@@ -65,7 +65,7 @@ def make_reverse_plan(
             would not give the same sizes and choices.
     """
     mine = _settings(mapping, layout, settings)
-    if not mapping.training_config:
+    if not mapping.training_config and not layout.config_of_target:
         raise EngineError(
             "E215",
             f"mapping `{mapping.name}` says nothing of the training configuration",
@@ -76,13 +76,18 @@ def make_reverse_plan(
     options = options_of(mapping, mine)
     _check_kind(mapping, checkpoint)
     read = read_config(checkpoint.config, target_side(mapping))
+    own = checkpoint.config if layout.config_of_target else None  # what is written is what was read
     checkpoint = replace(checkpoint, config=read.config)
+
+    def training(names: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(read.config) if own is not None else render_known(mapping.training_config, names)
+
     shared = like_of(understand(mapping, layout, like, mine), like, layout) if like is not None else Like()
     rules = instances(mapping)
     tensors = checkpoint.tensors()
     back = names_back(list(tensors), rules)
     seen = {**checkpoint.config, "options": options, "present": present_in(back)}
-    first = {**render_known(mapping.training_config, seen), "options": options, "present": seen["present"]}
+    first = {**training(seen), "options": options, "present": seen["present"]}
     decisions = decide_back(
         mapping.variants, mine, shared.choices, {**first, "training": {}, "given": checkpoint.config}
     )
@@ -94,7 +99,7 @@ def make_reverse_plan(
     ignored = check_names_back(checkpoint, pieces, mapping, choices)
     whole = whole_instances(pieces)
     found = groups_back(checkpoint, pieces, whole, None)
-    scope = {**render_known(mapping.training_config, {**seen, **choices}), "options": options, **choices}
+    scope = {**training({**seen, **choices}), "options": options, **choices}
     scope |= {"training": {}, "present": seen["present"], "given": checkpoint.config}
     files = [RankFile(f.name, layout.modes[0].files[0], {}) for f in checkpoint.files]
     state, unread = _solve(mapping, found, scope, files, pieces.dropped)
@@ -111,9 +116,13 @@ def make_reverse_plan(
     )
     names = {**seen, **choices, **sizes, **destination.names}
     names["dtype"] = f"torch.{main_dtype(written.outputs)}"
-    config = as_declared(render_tree(mapping.training_config, names), declared(mapping, layout, "source"))
-    forth = _check_again(mapping, config, options, choices, sizes, written, destination)
-    check_returns(read, forth, mapping)
+    if own is not None:
+        config = dict(own)
+        _check_again(mapping, read.config, options, choices, sizes, written, destination)
+    else:
+        config = as_declared(render_tree(mapping.training_config, names), declared(mapping, layout, "source"))
+        forth = _check_again(mapping, config, options, choices, sizes, written, destination)
+        check_returns(read, forth, mapping)
     plan = _plan(
         mapping, layout, checkpoint.folder, checkpoint.files, source, written, destination, config, decisions=decisions,
         options=options, names=names, ignored=ignored, notices=(), dtype=dtype, grid=written.grid,
@@ -211,7 +220,7 @@ def _plan(
         max_shard_size=0,
         shards=written.shards,
         written=written.grid,
-        beside=small_files(destination, written.grid.files, config),
+        beside=small_files(destination, written.grid.files, config) | directory_of(destination, written),
         departures=departures,
     )
 
@@ -303,7 +312,7 @@ def _check_again(
     for output in written.outputs:
         prefix = next(p for p in prefixes if output.name.startswith(p))
         names.add(output.name[len(prefix) :])
-    scope = {**config, "options": options, "training": {}, "present": present_in(names)}
+    scope = {**config, "options": options, "training": {}, "given": config, "present": present_in(names)}
     for name, decision in decide(mapping.variants, {}, scope).items():
         if decision.choice != choices[name]:
             variant = mapping.variants[name]

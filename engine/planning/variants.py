@@ -9,15 +9,19 @@ from typing import Any, Literal
 
 from engine.errors import EngineError
 from engine.language.expressions import evaluate, names_in
+from engine.language.model import Expression, Option, Variant
 from engine.language.model import Mapping as MappingFile
-from engine.language.model import Option, Variant
+from engine.planning.evidence import because
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A variant's choice, how it was made and what was seen.
 
-    `instead_of` is what the configuration says where a setting says otherwise.
+    Attributes:
+        evidence: what was seen, in words.
+        expression: what decided, as the mapping has it.
+        instead_of: what the configuration says where a setting says otherwise.
     """
 
     variant: str
@@ -25,6 +29,7 @@ class Decision:
     how: Literal["set", "expression", "shapes", "like", "default"]
     evidence: str
     instead_of: str | None = None
+    expression: str = ""
 
 
 def check_settings(mapping: MappingFile, settings: Mapping[str, Any]) -> None:
@@ -87,20 +92,27 @@ def choice_of(variant: Variant, value: Any) -> str:
 
 
 def decide(
-    variants: Mapping[str, Variant], settings: Mapping[str, Any], names: Mapping[str, Any]
+    variants: Mapping[str, Variant],
+    settings: Mapping[str, Any],
+    names: Mapping[str, Any],
+    called: str = "the configuration",
 ) -> dict[str, Decision]:
-    """Decide every variant that `--set` or an expression decides; those by shapes stay open."""
+    """Decide every variant that `--set` or an expression decides; those by shapes stay open.
+
+    Args:
+        called: the file of the configuration, for what is told.
+    """
     decided: dict[str, Decision] = {}
     for variant in variants.values():
         if variant.name in settings:
             choice = choice_of(variant, settings[variant.name])
-            decided[variant.name] = _by_setting(variant, choice, names)
+            decided[variant.name] = _by_setting(variant, choice, names, called)
         elif variant.decide == "expression":
-            decided[variant.name] = _by_expression(variant, names)
+            decided[variant.name] = _by_expression(variant, names, called)
     return decided
 
 
-def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any]) -> Decision:
+def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called: str) -> Decision:
     """A setting may overrule a configuration, which can be wrong, but not the files.
 
     Where expressions read nothing but `present(...)`, the choice is what the files hold.
@@ -110,7 +122,7 @@ def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any]) -> Deci
         return Decision(variant.name, choice, "set", said)
     of_files = not any(names_in(e) for e in variant.choices.values() if e is not None)
     try:
-        found = _by_expression(variant, names)
+        found = _by_expression(variant, names, called)
     except EngineError:
         if of_files:
             raise
@@ -129,20 +141,24 @@ def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any]) -> Deci
     return Decision(variant.name, choice, "set", said, f"{found.choice}: {found.evidence}")
 
 
-def _by_expression(variant: Variant, names: Mapping[str, Any]) -> Decision:
-    tried: list[str] = []
+def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> Decision:
+    tried: list[Expression] = []
     for choice, expression in variant.choices.items():
         if expression is None:
-            evidence = "otherwise: " + "; ".join(tried) if tried else "the only choice"
-            return Decision(variant.name, choice, "expression", evidence)
+            said = " and ".join(f"not ({one.text})" for one in tried)
+            evidence = because(tried, names, called) if tried else "the only choice"
+            return Decision(variant.name, choice, "expression", evidence, expression=said)
+        tried.append(expression)
         if evaluate(expression, names):
-            return Decision(variant.name, choice, "expression", expression.text)
-        tried.append(f"not {choice}: {expression.text}")
+            return Decision(
+                variant.name, choice, "expression", because(tried[-1:], names, called), expression=expression.text
+            )
+    named = zip(variant.choices, tried, strict=True)
     raise EngineError(
         "E202",
         f"variant `{variant.name}` cannot be decided: no choice holds",
         place=variant.place,
-        got="\n".join(tried),
+        got="\n".join([because(tried, names, called), *(f"not {c}: {e.text}" for c, e in named)]),
         expected="one of " + ", ".join(variant.choices),
         fix=f"{variant.help[:1].upper()}{variant.help[1:]}. None of its choices describes this checkpoint: what they "
         "read is missing, or the mapping is not the one for it, and `engine inspect` tells which fit.",

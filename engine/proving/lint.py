@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from itertools import product
 from typing import Any
 
-from engine.errors import EngineError, EngineErrors, Place
-from engine.language.expressions import names_in
+from engine.errors import EngineError, EngineErrors, Place, in_words
+from engine.language.expressions import compile_expression, names_in
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Expression, Mapping, Rule
 from engine.language.names import PARAMS, pattern
@@ -28,6 +28,10 @@ class Finding:
     fix: str | None
     got: str | None = None
     expected: str | None = None
+
+    def in_words(self) -> str:
+        """The finding in the shape of an error."""
+        return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -121,7 +125,7 @@ def _unmatched(mapping: Mapping) -> Iterator[Finding]:
         try:
             match_pieces([instance for instance in every if _active(instance.rule, choices)])
         except EngineError as error:
-            yield Finding("L005", "error", error.place, error.message, error.fix)
+            yield Finding("L005", "error", error.place, error.message, error.fix, error.got, error.expected)
 
 
 def _expanded(rule: Rule) -> set[str]:
@@ -167,9 +171,9 @@ def _unused(mapping: Mapping) -> Iterator[Finding]:
     for variant in mapping.variants.values():
         if variant.name not in used and variant.name not in read:
             yield Finding("L003", "warning", variant.place, f"variant `{variant.name}` is never used", "Remove it.")
-    text = repr(mapping.config) + repr(mapping.generation) + repr(mapping.training_config)
+    paths = {path for expression in _expressions(mapping) for path in compile_expression(expression).paths}
     for option in mapping.options.values():
-        if f"options.{option.name}" not in text:
+        if not any(path == f"options.{option.name}" or path.startswith(f"options.{option.name}.") for path in paths):
             yield Finding("L003", "warning", option.place, f"option `{option.name}` is never used", "Remove it.")
 
 
@@ -250,7 +254,7 @@ def _undeclared(mapping: Mapping) -> Iterator[Finding]:
     from engine.proving.undeclared import undeclared
 
     try:
-        layout = load_layout(mapping.layout)
+        layout = load_layout(mapping.layout, mapping.layout_place)
     except EngineError as error:
         yield _from_error(error)
         return

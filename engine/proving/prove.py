@@ -29,6 +29,7 @@ from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
 from engine.proving.tiny import DIVISIBLE, World, Worlds, guess_sizes
+from engine.run.meter import Listener, Meter
 
 RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
 _MOST_FAILURES = 5  # counter-examples told of one check
@@ -45,11 +46,16 @@ class _Proven:
         return json.dumps([mapping.resolved.get(part) for part in parts], default=str, sort_keys=True)
 
 
-def prove(names: Sequence[str | Path | MappingFile], *, mutants: bool = False) -> list[Proof]:
+def prove(
+    names: Sequence[str | Path | MappingFile], *, mutants: bool = False, progress: Listener | None = None
+) -> list[Proof]:
     """Prove mappings one after another; rules that several share are run once."""
     proven = _Proven({})
     found: list[Proof] = []
-    for name in names:
+    meter = Meter(len(names), progress, "proving", "mappings")
+    for done, name in enumerate(names):
+        meter.advance(min(done, 1))
+        meter.begin(f"proving {name.name if isinstance(name, MappingFile) else name}")
         started = time.monotonic()
         try:
             mapping = name if isinstance(name, MappingFile) else load_mapping(str(name))
@@ -64,7 +70,7 @@ def prove(names: Sequence[str | Path | MappingFile], *, mutants: bool = False) -
 
 
 def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[list[Check], list[Mutant]]:
-    layout = load_layout(mapping.layout)
+    layout = load_layout(mapping.layout, mapping.layout_place)
     combinations = combinations_of(mapping)
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
     checks.append(check_meaning(mapping))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError
 from engine.language.model import Layout
 from engine.run.running import Running
+from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
@@ -30,6 +31,7 @@ class Report:
     seconds: float
     variants: Mapping[str, str]
     files: tuple[str, ...]
+    kept: int = 0  # bytes that an interrupted run had written
     content_id: str | None = None  # of all tensors, whatever files they lie in; None without digests
     notices: tuple[str, ...] = field(default=())
 
@@ -42,12 +44,13 @@ class Report:
             "variants": dict(self.variants),
             "files": list(self.files),
             "content_id": self.content_id,
+            "kept": self.kept,
             "notices": list(self.notices),
         }
 
 
 def read_checkpoint(
-    src: Path | str, layout: Layout, config: Path | str | None = None, *, needed: bool = True
+    src: Source, layout: Layout, config: Path | str | None = None, *, needed: bool = True
 ) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
@@ -143,6 +146,13 @@ def execute(
     def make_later(stopped: threading.Event) -> None:
         files.update(later(stopped) if later is not None else {})
 
+    told: list[Progress] = []
+
+    def listen(state: Progress) -> None:
+        told[:] = [state]
+        if how.progress is not None:
+            how.progress(state)
+
     with output as folder:
         store = LocalStore(folder)
         if how.check_source:
@@ -152,7 +162,7 @@ def execute(
             store,
             workers=how.workers,
             max_memory=how.max_memory,
-            listener=how.progress,
+            listener=listen,
             digests=how.digests,
             resume=how.resume,
             beside=[] if later is None else [make_later],
@@ -169,6 +179,7 @@ def execute(
         seconds=time.monotonic() - started,
         variants={name: d.choice for name, d in compiled.decisions.items()},
         files=names,
+        kept=told[0].kept if told else 0,
         content_id=data.get("content_id"),
         notices=tuple(notices),
     )
@@ -197,6 +208,6 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
     from engine.formats.checksums import check_files
     from engine.run.meter import Meter
 
-    meter = Meter(sum(file.size for file in compiled.files), progress)
+    meter = Meter(sum(file.size for file in compiled.files), progress, "checking the source")
     unchecked = check_files([header.file for header in compiled.files], meter.advance)
     return [f"no checksum was saved with {', '.join(unchecked[:4])}; not checked"] if unchecked else []

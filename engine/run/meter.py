@@ -1,4 +1,4 @@
-"""What workers have moved so far, told to a listener; and the flag that stops them."""
+"""How far a long piece of work is, told to a listener; and the flag that stops its workers."""
 
 from __future__ import annotations
 
@@ -6,32 +6,64 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+_TOLD_EVERY = 8 << 20  # bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes moved so far and in all: replicas compared plus tensors written."""
+    """How far a piece of work is.
 
-    done_bytes: int
-    total_bytes: int
+    Attributes:
+        done, total: in `unit`, over all phases.
+        phase: what is being done, in words.
+        unit: `bytes`, or what else is counted, like `layers`.
+        kept: how much of `done` an interrupted run had done before.
+    """
+
+    done: int
+    total: int
+    phase: str = "writing"
+    unit: str = "bytes"
+    kept: int = 0
+
+
+Listener = Callable[[Progress], None]
 
 
 class Meter:
-    """Adds up what workers did; tells the listener at most once every 8 MiB. Also the stop flag."""
+    """Adds up what workers did; tells the listener now and then. Also the stop flag."""
 
-    def __init__(self, total: int, listener: Callable[[Progress], None] | None) -> None:
-        self._total, self._listener = total, listener
-        self._done = self._told = 0
+    def __init__(self, total: int, listener: Listener | None, phase: str = "writing", unit: str = "bytes") -> None:
+        self._total, self._listener, self._phase, self._unit = total, listener, phase, unit
+        self._done = self._told = self._kept = 0
         self._lock = threading.Lock()
         self.stopped = threading.Event()
 
-    def advance(self, nbytes: int) -> None:
+    def begin(self, phase: str) -> None:
+        """Say what is done from here on."""
         with self._lock:
-            self._done += nbytes
-            if self._listener is not None and (self._done - self._told >= 8 << 20 or self._done == self._total):
-                self._told = self._done
-                self._listener(Progress(self._done, self._total))
+            self._phase = phase
+            self._tell()
+
+    def advance(self, amount: int) -> None:
+        with self._lock:
+            self._done += amount
+            step = _TOLD_EVERY if self._unit == "bytes" else 1
+            if self._done - self._told >= step or self._done == self._total:
+                self._tell()
+
+    def keep(self, amount: int) -> None:
+        """Count what an interrupted run had done."""
+        with self._lock:
+            self._kept += amount
+        self.advance(amount)
 
     def finish(self) -> None:
         """Everything is done: what is left needed no reading."""
         if self._done < self._total:
             self.advance(self._total - self._done)
+
+    def _tell(self) -> None:
+        self._told = self._done
+        if self._listener is not None:
+            self._listener(Progress(self._done, self._total, self._phase, self._unit, self._kept))

@@ -67,7 +67,7 @@ def write_weights(
     left = read_journal(folder, plan) if resume and folder is not None else Interrupted()
     if resume and folder is not None:
         sweep(folder, {JOURNAL, *(file.name for file in plan.shards)})
-    jobs = schedule(plan)
+    jobs = schedule(plan, positioned=store.positioned)
     known, unsure = split(plan, left, jobs)
     meter = Meter(plan.nbytes + replica_bytes(plan) + sum(plan.outputs[o].nbytes for o in unsure), listener)
     writer = Writer(plan, store, meter, digests=digests, alone=count <= len(jobs))
@@ -78,11 +78,17 @@ def write_weights(
     with ThreadPoolExecutor(count + len(beside), thread_name_prefix="writer") as pool:
         try:
             copied = partial(compare_copied, plan, writer.done, advance=meter.advance, stopped=meter.stopped.is_set)
+            if again:
+                meter.begin("checking what is kept")
             _run(pool, meter, [partial(copied, again[first::count]) for first in range(min(count, len(again)))])
             parts = [checks(plan)[first::count] for first in range(count)]
             comparing = partial(compare_replicas, plan, meter.advance, stopped=meter.stopped.is_set)
+            if any(parts):
+                meter.begin("comparing replicas")
             _run(pool, meter, [partial(comparing, part) for part in parts if part])
-            _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
+            meter.begin("writing")
+            if store.positioned:
+                _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
             if digests and folder is not None:
                 journal = writer.journal = Journal(folder, plan, writer.done)
             writing = [partial(writer.work, Shares(jobs))] * count

@@ -12,7 +12,7 @@ import click
 from engine.errors import EngineError, visible
 from engine.language.documents import plain
 from engine.show.render_inspect import grid
-from engine.show.text import amount, as_json, count, duration, note, read_text, shows, table, title
+from engine.show.text import amount, as_json, count, duration, note, read_text, shown, shows, table, title
 
 if TYPE_CHECKING:
     from engine.comparing.verify import Verified
@@ -39,15 +39,21 @@ def report(done: Report) -> str:
         f"in {duration(done.seconds)}{rate}",
         f"  to {done.out}",
     ]
+    if done.kept:
+        lines.append(f"  {amount(done.kept)} of it were kept from the interrupted run")
     if done.variants:
         lines.append("  as " + ", ".join(f"{name}={choice}" for name, choice in done.variants.items()))
     lines += [note(notice) for notice in done.notices]
     return "\n".join(lines)
 
 
-@shows
-def plan(facts: Mapping[str, Any]) -> str:
-    """The plan: source, decisions with their evidence, rules with layers folded, outputs."""
+def plan(facts: Mapping[str, Any], *, why: bool = False) -> str:
+    """The plan: source, decisions with their evidence, rules with layers folded, outputs.
+
+    Args:
+        why: also the expressions that decided.
+    """
+    facts = shown(facts)
     mapping, layout, source = facts["mapping"], facts["layout"], facts["source"]
     lines = [
         f"{title(mapping['name'])} {mapping['version']}, layout {layout['name']} ({layout['mode']})",
@@ -61,6 +67,8 @@ def plan(facts: Mapping[str, Any]) -> str:
             ("variant", "choice", "by", "because"),
             [(name, d["choice"], d["how"], d["evidence"] or "") for name, d in facts["variants"].items()],
         )
+        if why:
+            lines += [f"    {name}: {d['expression']}" for name, d in facts["variants"].items() if d["expression"]]
     if facts.get("options"):
         lines += ["", title("options"), *(f"  {n} = {_scalar(v)}" for n, v in facts["options"].items())]
     lines += ["", title("rules")]

@@ -457,7 +457,12 @@ def test_plain_progress_tells_tenths_and_every_five_seconds() -> None:
     for done, second in ((0, 0), (1, 1), (9, 2), (10, 3), (11, 4), (12, 8), (100, 9)):
         now[0] = second
         listen(Progress(done, 100))
-    assert [line.split("%")[0].strip() for line in lines] == ["10", "12", "100"]
+    assert [line.split("%")[0].strip() for line in lines] == [
+        "writing: 1",
+        "writing: 10",
+        "writing: 12",
+        "writing: 100",
+    ]
     assert "left" in lines[0]
     assert "left" not in lines[-1]
 

@@ -481,7 +481,7 @@ def test_progress_ends_at_the_whole(tmp_path: Path, ref: Path) -> None:
     state["model.more.weight"] = torch.ones(5)
     told: list[Progress] = []
     api.compare(save(tmp_path / "out", state), ref, progress=told.append)
-    assert told[-1].done_bytes == told[-1].total_bytes == sum(t.nbytes for t in state.values())
+    assert told[-1].done == told[-1].total == sum(t.nbytes for t in state.values())
 
 
 # -- the command
