@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
     from engine.planning.model import Plan
-    from engine.proving.lint import Finding
+    from engine.proving.finding import Finding
     from engine.proving.proof import Proof
     from engine.run.meter import Progress
 
