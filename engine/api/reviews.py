@@ -208,15 +208,15 @@ def explain_code(code: str) -> str:
 
 
 def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths stand for; of a folder, every YAML file below it, layouts too.
+    """The files that paths stand for; of a folder, every mapping and layout below it.
 
     Raises:
         EngineError: E002 for a folder without any, or a path where nothing is.
     """
-    from engine.language.search import find_file, yaml_files
+    from engine.language.search import find_file, rule_files
 
     return [
-        file for path in paths for file in (yaml_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
+        file for path in paths for file in (rule_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
     ]
 
 
@@ -264,10 +264,10 @@ def verify(
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
     """Findings of mapping files, or of those below folders; without paths, of every bundled one."""
-    from engine.language.search import is_layout, list_names
+    from engine.language.search import kind_of, list_names
     from engine.proving.lint import lint_file
 
-    names = [str(p) for p in mapping_files(paths) if not is_layout(p)] if paths else list_names()
+    names = [str(p) for p in mapping_files(paths) if kind_of(p) != "layout"] if paths else list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 
