@@ -41,16 +41,22 @@ class DcpFile:
     def offsets(self) -> tuple[int, ...]:
         return tuple(at + entry.offsets[0] for at, entry in zip(self.starts, self.entries, strict=True))
 
+    @property
+    def size(self) -> int:
+        return self.end
+
     def start(self) -> list[tuple[int, bytes]]:
-        return []
+        """(offset, bytes) of what comes before the payload of each entry."""
+        both = zip(self.starts, self.entries, strict=True)
+        return [(base + at, data) for base, entry in both for at, data in entry.start()]
+
+    def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of the rest of an entry, given the CRC-32 of its tensor."""
+        base, entry = self.starts[tensor], self.entries[tensor]
+        return [(base + at, data) for at, data in (*entry.after(0, checksum), *entry.finish((checksum,)))]
 
     def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of all that is not payload, given the CRC-32 of each tensor."""
-        return [
-            (base + at, data)
-            for base, entry, crc in zip(self.starts, self.entries, checksums, strict=True)
-            for at, data in entry.finish((crc,))
-        ]
+        return []
 
 
 def dcp_file(tensors: Sequence[tuple[str, str, Shape]], root: str) -> DcpFile:

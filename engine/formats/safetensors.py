@@ -58,8 +58,15 @@ class SafetensorsFile:
     def start(self) -> list[tuple[int, bytes]]:
         return [(0, self.header)]
 
+    def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
+        return []
+
     def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
         return []
+
+    @property
+    def size(self) -> int:
+        return self.end
 
 
 def safetensors_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> SafetensorsFile:

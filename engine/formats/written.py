@@ -19,9 +19,17 @@ class FileLayout(Protocol):
     @property
     def end(self) -> int: ...
 
-    def start(self) -> list[tuple[int, bytes]]: ...
+    @property
+    def size(self) -> int: ...  # of the whole file
 
-    def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]: ...
+    def start(self) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of what is known before any payload."""
+
+    def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of what follows a tensor's payload, given its CRC-32."""
+
+    def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of what comes when all payload is written, given the CRC-32 of each tensor."""
 
 
 # Format → the layout of a file that holds tensors (name, element type, shape) under a root name.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from engine.formats.headers import ITEM_SIZES
 from engine.move.blocks import Block, block_of, output_blocks
 from engine.move.gather import Gatherer
 from engine.move.values import Converter, check_transform
+from engine.move.windows import needed, windows
 from engine.planning.model import Output, Plan
 from engine.storage.sources import SourceFiles
 
@@ -16,21 +17,43 @@ class Reader:
     """The bytes of a plan's outputs. Belongs to one thread, as the files it reads do."""
 
     def __init__(self, plan: Plan, files: SourceFiles) -> None:
-        self._plan = plan
+        self._plan, self._files = plan, files
         self._gatherer, self._converter = Gatherer(files, plan.sources), Converter()
 
     def convert(self, output: Output, block: Block) -> memoryview:
         """The bytes of one block as they are written, valid until the next call."""
         return self._converter.convert(output, self._gatherer.gather(block, output.read_dtype))
 
+    def stream(self, wanted: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, memoryview]]:
+        """The bytes of outputs one after the other, each from a byte offset on; read ahead where reading has latency.
+
+        Args:
+            wanted: outputs, and the byte offset that each is read from.
+
+        Yields:
+            The output, a byte offset in it, and bytes that are valid until the next. Nothing of an output that is
+            empty.
+        """
+        if not self._files.block:
+            for index, start in wanted:
+                output = self._plan.outputs[index]
+                item = ITEM_SIZES[output.dtype]
+                for block in output_blocks(output, self._plan.copies(index)):
+                    if block.high * item > start:
+                        skip = max(start - block.low * item, 0)
+                        yield index, block.low * item + skip, self.convert(output, block)[skip:]
+            return
+        found = windows(self._plan, wanted, self._files.block)
+        for window in self._files.ahead((window, window.ranges) for window in found):
+            for index, start, block in window.blocks:
+                output = self._plan.outputs[index]
+                at = block.low * ITEM_SIZES[output.dtype]
+                skip = max(start - at, 0)
+                yield index, at + skip, self.convert(output, block)[skip:]
+
     def blocks(self, index: int, start: int = 0) -> Iterator[tuple[int, memoryview]]:
         """All bytes of an output from `start` on: (byte offset, bytes valid until the next), in order."""
-        output = self._plan.outputs[index]
-        item = ITEM_SIZES[output.dtype]
-        for block in output_blocks(output, self._plan.copies(index)):
-            if block.high * item > start:
-                skip = max(start - block.low * item, 0)
-                yield block.low * item + skip, self.convert(output, block)[skip:]
+        return ((at, data) for _, at, data in self.stream([(index, start)]))
 
     def read_into(self, index: int, start: int, target: memoryview) -> None:
         """Fill a buffer with the bytes of an output at a byte offset, wherever elements begin or end.
@@ -50,8 +73,9 @@ class Reader:
         low, high = start // (item * row) * row, -(-stop // (item * row)) * row
         copies = self._plan.copies(index)
         step = max(_STEP // row, 1) * row
-        for first in range(low, high, step):
-            block = block_of(copies, first, min(first + step, high))
+        whole = needed(self._plan, [(index, 0, block_of(copies, low, high))]) if self._files.block else {}
+        parts = (block_of(copies, first, min(first + step, high)) for first in range(low, high, step))
+        for block in parts if not whole else next(self._files.ahead([(parts, whole)])):
             at = block.low * item
             data = self.convert(output, block)[max(start - at, 0) : stop - at]
             to = max(at - start, 0)

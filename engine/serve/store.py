@@ -9,7 +9,8 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.serve.files import VirtualFile, VirtualIO
-from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
+from engine.storage.coalesce import Range
+from engine.storage.store import Fetched, OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class VirtualStore:
 
     folder: Path | None = None
     positioned = False
+    block = 0
 
     def __init__(self, files: Mapping[str, VirtualFile], place: str) -> None:
         """Args: place: what is read, for people."""
@@ -89,6 +91,12 @@ class _Ranges:
                 raise ends_early(self._file.name, self._file.size, offset + len(part))
             self._file.read_into(offset, part)
             offset += len(part)
+
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
+        return ()
+
+    def hold(self, fetched: Fetched) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -22,7 +22,7 @@ from engine.run.digests import content_id
 from engine.run.execute import Small, check_names
 from engine.run.journal import Done, work_of
 from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
-from engine.run.writer import layout_of
+from engine.run.schedule import layout_of
 from engine.serve.files import Stretch, VirtualFile
 from engine.serve.readers import Readers, reading_threads
 from engine.serve.store import VirtualStore
@@ -133,12 +133,17 @@ def _weights(readers: Readers, file: OutputFile, identity: str) -> VirtualFile:
     def finished(index: int) -> bytes:
         return layout.finish([readers.done(i).checksum for i in file.outputs])[index][1]
 
+    def behind(number: int, index: int) -> bytes:
+        return layout.after(number, readers.done(file.outputs[number]).checksum)[index][1]
+
     # Where these bytes lie does not depend on the checksums in them.
+    for number in range(len(file.outputs)):
+        for index, (start, data) in enumerate(layout.after(number, 0)):
+            stretches.append(_computed(start, len(data), partial(behind, number, index)))
     for index, (start, data) in enumerate(layout.finish([0] * len(file.outputs))):
         stretches.append(_computed(start, len(data), partial(finished, index)))
     stretches.sort(key=lambda one: one.start)
-    size = max(layout.end, max((one.end for one in stretches), default=0))
-    return VirtualFile(file.name, size, _short(identity, file.name)[:40], tuple(stretches))
+    return VirtualFile(file.name, layout.size, _short(identity, file.name)[:40], tuple(stretches))
 
 
 _DIGEST, _CONTENT = 32, 64  # hexadecimal digits of a tensor's digest and of the content id

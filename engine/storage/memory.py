@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
+from engine.storage.coalesce import Range
+from engine.storage.store import Fetched, OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class MemoryStore:
     files: dict[str, bytearray] = field(default_factory=dict, compare=False, repr=False)
     folder: Path | None = None
     positioned: bool = True
+    block: int = 0
 
     def place(self, name: str = "") -> str:
         return f"{self.name}:{name}"
@@ -87,6 +89,12 @@ class _Ranges:
                 raise ends_early(self._name, len(self._data), offset + len(part))
             part[:] = self._data[offset : offset + len(part)]
             offset += len(part)
+
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
+        return ()
+
+    def hold(self, fetched: Fetched) -> None:
+        pass
 
     def close(self) -> None:
         self._data.release()

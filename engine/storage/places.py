@@ -1,31 +1,78 @@
-"""Where a user says that files lie, as a store."""
+"""Where a user says that files lie, as a store: a path, or a URL."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import EngineError, Place
 from engine.storage.local import LocalStore
+from engine.storage.objects import SCHEMES, WINDOW, ObjectStore
 from engine.storage.replacing import given_path
 from engine.storage.store import File, Store
 
-Source = str | Path | Store  # where a checkpoint lies: a path as a user gave it, or a store that a program has
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
+_options: dict[str, str] = {}
+_window = WINDOW
+
+
+def is_url(place: str | Path) -> bool:
+    return _URL.match(str(place)) is not None
+
+
+@contextmanager
+def store_options(options: Mapping[str, str] | None = None, window: int | None = None) -> Iterator[None]:
+    """Options of every store that is opened meanwhile.
+
+    Args:
+        options: as obstore names them, such as `region` and `endpoint`; default: none.
+        window: bytes that are read ahead at once; default: 16 MiB.
+    """
+    global _options, _window
+    before = _options, _window
+    _options, _window = dict(options or {}), window or WINDOW
+    try:
+        yield
+    finally:
+        _options, _window = before
+
+
+Source = str | Path | Store  # where a checkpoint lies: a path or URL as a user gave it, or a store that a program has
 
 
 def store_at(place: Source, what: str) -> Store:
-    """The store at a path as a user gave it; E001 for one that names nothing.
+    """The store at a path or URL as a user gave it; E001 for one that names nothing.
 
     Args:
         what: what lies there, in words.
     """
-    return LocalStore(given_path(place, what)) if isinstance(place, str | Path) else place
+    if not isinstance(place, str | Path):
+        return place
+    found = _URL.match(str(place))
+    if found is None:
+        return LocalStore(given_path(place, what))
+    if found[1] not in SCHEMES:
+        raise EngineError(
+            "E001",
+            f"there are no stores of kind `{found[1]}`",
+            place=Place(str(place)),
+            expected=", ".join(f"{name}://" for name in SCHEMES),
+            fix="Give a path, or a URL of one of these.",
+        )
+    return ObjectStore(str(place).rstrip("/"), tuple(sorted(_options.items())), _window)
 
 
 def found_at(place: Source, what: str) -> Store | File:
-    """A store, or the one file that a path names; E001 as for `store_at`."""
+    """A store, or the one file that a path or URL names; E001 as for `store_at`."""
     if not isinstance(place, str | Path):
         return place
+    if is_url(place):
+        above, _, name = str(place).rstrip("/").rpartition("/")
+        return File(store_at(above, what), name) if name.endswith(_FILES) else store_at(place, what)
     path = given_path(place, what)
     if os.path.isdir(path) or not os.path.lexists(path):
         return LocalStore(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BufferedReader, RawIOBase
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import EngineError, Place
+from engine.storage.coalesce import Range
+
+Fetched = Sequence[tuple[int, Future[memoryview]]]  # begin of a range, and its bytes once they are there
 
 
 class State(Protocol):
@@ -51,6 +55,12 @@ class Ranges(Protocol):
     def read_into(self, offset: int, parts: Sequence[memoryview]) -> None:
         """Fill buffers one after the other; E301 when the file ends before, E305 when it cannot be read."""
 
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
+        """Begin to fetch bytes that will be read soon; what `hold` takes. Nothing where reading costs no request."""
+
+    def hold(self, fetched: Fetched) -> None:
+        """Have these bytes at hand, and none that were held before; waits for them."""
+
     def close(self) -> None: ...
 
 
@@ -84,6 +94,9 @@ class Store(Protocol):
 
     @property
     def positioned(self) -> bool: ...  # writes go anywhere in a file, or else in order only
+
+    @property
+    def block(self) -> int: ...  # bytes that are worth reading ahead at once; 0 where reading costs no request
 
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
