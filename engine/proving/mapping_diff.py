@@ -23,6 +23,9 @@ def diff(
 ) -> list[MappingDiff]:
     """What changes between mappings: in their rules, and in where every tensor goes.
 
+    >>> [one.name for one in diff("main", revisions=True)]  # doctest: +SKIP
+    ['mappings/families/internlm2.yaml']
+
     Args:
         old: a mapping (with `new` another), or a git revision.
         new: a mapping, or a revision; without it a revision is compared with the working tree.
