@@ -237,7 +237,8 @@ def verify(
 
     Args:
         src: the training checkpoint it was made from.
-        mapping: plan again with this mapping, and compare every tensor with what `src` gives.
+        mapping: plan again with this mapping, and compare every tensor, the configuration, generation settings,
+            tokenizer and chat template with what `src` gives.
         config: as for `convert`.
         settings: variants and options, as `--set` gives them.
         dtype: as for `convert`; default: what the manifest says, else `auto`.
@@ -250,16 +251,18 @@ def verify(
         EngineError: E304 or E301 when there is no manifest and nothing else to compare with, E0xx
             for arguments that do not go together, E2xx and E3xx when either side cannot be read.
     """
+    from engine.assets.bundle import make_assets
     from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
     from engine.storage.places import store_at
 
     check_asked(src is not None, mapping is not None, logits, sample is not None)
     written = store_at(out, "the output")
-    compiled = None
+    compiled, small = None, {}
     if src is not None and mapping is not None:
         compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
+        small = make_assets(compiled, None).whole()
     source = Path(src) if src is not None and logits else None
-    return verify_output(written, Asked(compiled, sample, load, source, settings or {}), progress)
+    return verify_output(written, Asked(compiled, small, sample, load, source, settings or {}), progress)
 
 
 def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from engine.errors import EngineError, EngineErrors, Place, in_words
-from engine.language.expressions import names_in
+from engine.language.expressions import compile_expression, names_in
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Expression, Mapping, Rule
 from engine.language.names import PARAMS, pattern
@@ -171,9 +171,9 @@ def _unused(mapping: Mapping) -> Iterator[Finding]:
     for variant in mapping.variants.values():
         if variant.name not in used and variant.name not in read:
             yield Finding("L003", "warning", variant.place, f"variant `{variant.name}` is never used", "Remove it.")
-    text = repr(mapping.config) + repr(mapping.generation) + repr(mapping.training_config)
+    paths = {path for expression in _expressions(mapping) for path in compile_expression(expression).paths}
     for option in mapping.options.values():
-        if f"options.{option.name}" not in text:
+        if not any(path == f"options.{option.name}" or path.startswith(f"options.{option.name}.") for path in paths):
             yield Finding("L003", "warning", option.place, f"option `{option.name}` is never used", "Remove it.")
 
 

@@ -115,8 +115,8 @@ class Revision:
 
 
 def is_mapping_path(path: str) -> bool:
-    """Whether a path below `mappings/` is a mapping's, and no layout's or committed meaning's."""
-    return path.endswith(".yaml") and not path.startswith("mappings/layouts/") and "/meanings/" not in path
+    """Whether a path below `mappings/` is a mapping's, and no layout's."""
+    return path.endswith(".yaml") and not path.startswith("mappings/layouts/")
 
 
 def _normal(path: Path | PurePosixPath) -> str:
