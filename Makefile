@@ -82,7 +82,7 @@ clients: setup
 
 # Keeps the versions the lock has, unless pyproject.toml asks for others.
 lock: setup
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev pyproject.toml \
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev --extra model pyproject.toml \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  --no-emit-package torch --output-file requirements-dev.lock
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --group bench \

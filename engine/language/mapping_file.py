@@ -30,8 +30,15 @@ def load_mapping(name: str | Path) -> Mapping:
     Raises:
         EngineError: E002, E1xx with file, line and column.
     """
-    path = find_file(str(name))
-    document, files = load_resolved(path)
+    if not isinstance(name, str | Path):
+        raise EngineError(
+            "E001",
+            "this is no mapping",
+            got=f"{name!r:.80}, of type {type(name).__name__}",
+            expected="a name, a path, or a loaded mapping",
+            fix="Give the name of a bundled mapping, like internlm2-7b, or the path of a file.",
+        )
+    document, files = load_resolved(find_file(str(name)))
     check_schema(document, "mapping")
     return build_mapping(document, files)
 
