@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from engine.api.plans import plan
 from engine.errors import EngineError
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
     from engine.planning.model import Plan
-    from engine.proving.lint import Finding
+    from engine.proving.finding import Finding
     from engine.proving.proof import Proof
     from engine.run.meter import Progress
+
+T = TypeVar("T")
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -108,6 +110,10 @@ def compare(
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
     """Compare everything that makes two models, and say what the differences are and what they do.
+
+    >>> done = compare("hf", "reference")  # doctest: +SKIP
+    >>> done.same(), done.diagnoses  # doctest: +SKIP
+    (False, ('k_proj and q_proj … equal the reference after interleaving rotary pairs: …',))
 
     Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
     folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
@@ -207,16 +213,21 @@ def explain_code(code: str) -> str:
     return page(code)
 
 
+def _listed(names: T | Sequence[T]) -> list[T]:
+    """Several names, or one by itself."""
+    return list(names) if isinstance(names, list | tuple | set | frozenset) else [cast(T, names)]
+
+
 def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths stand for; of a folder, every YAML file below it, layouts too.
+    """The files that paths stand for; of a folder, every mapping and layout below it.
 
     Raises:
         EngineError: E002 for a folder without any, or a path where nothing is.
     """
-    from engine.language.search import find_file, yaml_files
+    from engine.language.search import find_file, rule_files
 
     return [
-        file for path in paths for file in (yaml_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
+        file for path in paths for file in (rule_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
     ]
 
 
@@ -234,6 +245,9 @@ def verify(
     logits: bool = False,
 ) -> Verified:
     """Verify an output: against its own manifest, and in whatever other way is asked for.
+
+    >>> verify("hf", src="ckpt/1000", mapping="internlm2-7b").problems  # doctest: +SKIP
+    ()
 
     Args:
         src: the training checkpoint it was made from.
@@ -265,12 +279,12 @@ def verify(
     return verify_output(written, Asked(compiled, small, sample, load, source, settings or {}), progress)
 
 
-def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
+def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
     """Findings of mapping files, or of those below folders; without paths, of every bundled one."""
-    from engine.language.search import is_layout, list_names
+    from engine.language.search import kind_of, list_names
     from engine.proving.lint import lint_file
 
-    names = [str(p) for p in mapping_files(paths) if not is_layout(p)] if paths else list_names()
+    names = [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) == "mapping"] if paths else list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 
@@ -310,6 +324,11 @@ def new_mapping(
 ) -> Scaffold:
     """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
 
+    >>> print(new_mapping("ckpt/1000", name="mine-7b").text)  # doctest: +SKIP
+    mapping: 1
+    name: mine-7b
+    …
+
     Args:
         name: the mapping's; default: that of the file or of the folder.
         like: the family to extend, by name or path; default: the nearest bundled one.
@@ -325,7 +344,7 @@ def new_mapping(
 
 
 def prove(
-    names: Sequence[str | Path | MappingFile] = (),
+    names: str | Path | MappingFile | Sequence[str | Path | MappingFile] = (),
     *,
     mutants: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -345,7 +364,7 @@ def prove(
     from engine.proving.prove import prove as prove_each
 
     bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
-    return prove_each(list(names) or bundled, mutants=mutants, progress=progress)
+    return prove_each(_listed(names) or bundled, mutants=mutants, progress=progress)
 
 
 def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
