@@ -166,8 +166,12 @@ def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, li
     """
     from engine.api.runs import default_out
     from engine.storage.output import leftovers
+    from engine.storage.places import is_url
 
-    final = default_out(src or ".") if out is None else Path(out)
+    final = default_out(src or ".") if out is None else out
+    if is_url(final):
+        return str(final), []
+    final = Path(final)
     found = [path for path in leftovers(final.absolute()) if path.is_dir()]
     sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
     return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 from engine.errors import EngineError, Place
 from engine.storage.coalesce import Range, split
 from engine.storage.listing import linked_names
+from engine.storage.replacing import exists
 from engine.storage.store import Fetched, OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
 
 T = TypeVar("T")
@@ -153,10 +154,40 @@ class ObjectStore:
         return {name: state for name, state in found.items() if state is not None}
 
     def sinks(self, names: Sequence[str]) -> Sinks:
-        raise NotImplementedError
+        raise NotImplementedError("files are written through `uploads`")
 
     def put(self, name: str, data: bytes) -> None:
-        raise NotImplementedError
+        self.write(name, data)
+
+    def write(self, name: str, data: bytes, *, new: bool = False) -> None:
+        """Put an object; E401 when it should be new and is there, E403 when it cannot be put."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            obstore.put(self.client, name, data, mode="create" if new else "overwrite")
+        except (AlreadyExistsError, FileExistsError) as error:
+            raise exists(self.place(name), "Choose another --out.", "another run's, which came meanwhile") from error
+        except Exception as error:  # obstore's own kinds, and OSError
+            raise refused(self.place(name), str(error), writing=True) from error
+
+    def delete(self, name: str) -> None:
+        import obstore
+
+        try:
+            obstore.delete(self.client, name)
+        except FileNotFoundError:
+            return
+        except Exception as error:  # obstore's own kinds, and OSError
+            raise refused(self.place(name), str(error), writing=True) from error
+
+    def attribute(self, name: str, key: str) -> str | None:
+        """What was kept with an object under a name."""
+        import obstore
+
+        options: dict[str, Any] = {"head": True}
+        found: Any = self._asked(name, lambda: obstore.get(self.client, name, options=options).attributes)
+        return None if found is None else found.get(key)
 
     def get(self, name: str, start: int, end: int, state: State) -> memoryview:
         """Some bytes of an object; E405 when it is not in that state any more."""
@@ -211,8 +242,8 @@ def _cut_off(told: str) -> bool:
     return any(word in told for word in ("kind: Body", "kind: Decode", "IncompleteMessage", "UnexpectedEof"))
 
 
-def refused(place: str, told: str) -> EngineError:
-    """What a server, or the way to it, says, as an error: E304 for no such bucket, else E305."""
+def refused(place: str, told: str, *, writing: bool = False) -> EngineError:
+    """What a server, or the way to it, says, as an error: E304 for no such bucket, else E305, or E403 when writing."""
     code, message, fix = (
         "E305",
         "a store cannot be read or written",
@@ -226,6 +257,7 @@ def refused(place: str, told: str) -> EngineError:
     elif "credential" in told.lower() or "metadata" in told.lower():
         message = "there are no credentials for a store"
         fix = "Set them as its provider says, like AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in --store-option."
+    code = "E403" if writing else code
     got = " ".join(told.split("Debug source")[0].split())
     return EngineError(code, message, place=Place(place), got=got[:300], fix=fix)
 
