@@ -150,12 +150,20 @@ def format_mapping(text: str) -> str:
     return reformat(text)
 
 
-def clean(out: str | Path) -> list[Path]:
-    """Remove what interrupted runs left beside an output; returns what was removed."""
-    from engine.storage.output import clean as remove
-    from engine.storage.replacing import given_path
+def clean(out: str | Path) -> list[Path | str]:
+    """Remove what interrupted runs left beside an output; returns what was removed.
 
-    return remove(given_path(out, "the output"))
+    In an object store that is uploads that are pending below the output's prefix: files that are not visible yet.
+    """
+    from engine.storage.objects import ObjectStore
+    from engine.storage.output import clean as remove
+    from engine.storage.pending import end_uploads
+    from engine.storage.places import on_this_machine, store_at
+
+    store = store_at(out, "the output")
+    if isinstance(store, ObjectStore):
+        return [*end_uploads(store)]
+    return [*remove(on_this_machine(store, "the output"))]
 
 
 def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:

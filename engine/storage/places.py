@@ -33,12 +33,12 @@ def store_options(options: Mapping[str, str] | None = None, window: int | None =
     """Options of every store that is opened meanwhile.
 
     Args:
-        options: as obstore names them, such as `region` and `endpoint`; default: none.
-        window: bytes that are read ahead at once; default: 16 MiB.
+        options: as obstore names them, such as `region` and `endpoint`.
+        window: bytes that are read ahead at once; 16 MiB until it is given.
     """
     global _options, _window
     before = _options, _window
-    _options, _window = dict(options or {}), window or WINDOW
+    _options, _window = dict(before[0] if options is None else options), window or before[1]
     try:
         yield
     finally:
