@@ -73,7 +73,7 @@ class Reader:
         low, high = start // (item * row) * row, -(-stop // (item * row)) * row
         copies = self._plan.copies(index)
         step = max(_STEP // row, 1) * row
-        whole = needed(self._plan, [(index, 0, block_of(copies, low, high))]) if self._files.block else {}
+        whole = needed(self._plan, index, block_of(copies, low, high)) if self._files.block else {}
         parts = (block_of(copies, first, min(first + step, high)) for first in range(low, high, step))
         for block in parts if not whole else next(self._files.ahead([(parts, whole)])):
             at = block.low * item

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.storage.objects import ObjectStore, refused
+from engine.storage.objects import ObjectStore, library, refused
 from engine.storage.replacing import exists
 from engine.storage.store import OpenFile, Ranges, State, Store
 
 PART = 8 << 20  # bytes of a part of an upload, about
 _LEAST_PART = 5 << 20  # what S3 takes
 _MOST_PARTS = 9_000
-_AT_ONCE = 2  # parts of a file on their way
+_AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
 _MARK = "engine-work"  # the attribute that says what an object was made from
 _BLOCK = 4 << 20
 
@@ -221,7 +221,7 @@ class UploadSinks:
         return 0
 
     def complete(self, file: int) -> None:
-        self._upload.writer(self._names[file]).check_whole()
+        self._upload.writer(self._names[file]).flush()
 
     def sync(self, file: int) -> None:
         pass
@@ -231,12 +231,10 @@ class InOrder:
     """One object that is uploaded from begin to end. Bytes that come early are kept until it is their turn."""
 
     def __init__(self, store: ObjectStore, name: str, size: int, work: str) -> None:
-        import obstore
-
         self._place, self._size, self._end = store.place(name), size, 0
         self._early: dict[int, bytes] = {}
         self._closed = False
-        self._writer = obstore.open_writer(
+        self._writer = library().open_writer(
             store.client, name, buffer_size=part_size(size), max_concurrency=_AT_ONCE,
             attributes={_MARK: work},
         )  # fmt: skip
@@ -255,6 +253,11 @@ class InOrder:
             own = bytes(data)  # which the writer keeps, and the caller's buffer is used again
             self._said(lambda: self._writer.write(own))
             self._end += len(data)
+
+    def flush(self) -> None:
+        """Wait until all parts are uploaded; the file is whole then, and not visible."""
+        self.check_whole()
+        self._said(lambda: self._writer.write(b""))
 
     def check_whole(self) -> None:
         if self._end != self._size or self._early:
