@@ -25,6 +25,9 @@ __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "s
 def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
 
+    >>> plan("internlm2-7b", "ckpt/1000", dtype="bf16")  # doctest: +SKIP
+    <Plan of internlm2-7b 1.0.0: 'ckpt/1000' (tp 8) to 291 tensors, 15,475,417,088 bytes in 8 files>
+
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
         src: the training checkpoint's folder, or a store, as `engine.virtual` makes one.
@@ -118,7 +121,7 @@ def read_whole(src: Source) -> WholeCheckpoint:
 
 
 def _rules(asked: Request) -> tuple[MappingFile, Layout]:
-    loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(str(asked.mapping))
+    loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(asked.mapping)
     return loaded, load_layout(loaded.layout, loaded.layout_place)
 
 

@@ -38,6 +38,9 @@ def convert(
 ) -> Report:
     """Convert a training checkpoint to a Hugging Face checkpoint.
 
+    >>> convert("internlm2-7b", "ckpt/1000", "hf", max_shard_size="5GB", progress=print)  # doctest: +SKIP
+    Report(out=PosixPath('hf'), tensors=291, …)
+
     The output is complete at `out` (default: `<src>-hf`) when this returns, or not there at all.
 
     Args:
@@ -66,6 +69,9 @@ def reverse(
 ) -> Report:
     """Write a Hugging Face checkpoint as training rank files.
 
+    >>> reverse("internlm2-7b", "hf", "ranks", tp=4, pp=2)  # doctest: +SKIP
+    Report(out=PosixPath('ranks'), tensors=908, …)
+
     Args:
         ranks: ranks per dimension, such as `{"tp": 8}`; `tp`, `pp` and `wp` may be given by themselves.
             Default: as in `like`, else 1.
@@ -89,7 +95,13 @@ def reshard(
 ) -> Report:
     """Write a training checkpoint for other ranks, from shards to shards.
 
+    >>> reshard("internlm2-7b", "ckpt/1000", "tp4", tp=4)  # doctest: +SKIP
+    Report(out=PosixPath('tp4'), tensors=908, …)
+
     Ranks, chunks and mode that are not given are as in `like`, else as in `src`. Arguments as for `reverse`.
+
+    Raises:
+        EngineError: as for `reverse`.
     """
     started = time.monotonic()
     how = running_of(options, ReshardRunOptions)

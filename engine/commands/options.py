@@ -22,6 +22,7 @@ from engine.run.running import Running
 
 P = ParamSpec("P")
 
+_OPTIONAL = ("torch", "transformers")  # of the extra `model`
 _LONGEST_VALUE = 1000  # characters
 _LARGEST = 1e30
 _RANKS = click.IntRange(1, 1 << 20)
@@ -116,8 +117,16 @@ def check_text(ctx: click.Context) -> None:
                 raise click.BadParameter("it is empty" if not text else "it holds a NUL", ctx, param)
 
 
-def _of_a_file(error: OSError) -> EngineError:
-    """What the system says of a path that was given, like a name that is too long; raises anything else again."""
+def _in_words(error: OSError | ModuleNotFoundError) -> EngineError:
+    """A library that is not installed, or what the system says of a path that was given; raises anything else again."""
+    if isinstance(error, ModuleNotFoundError):
+        if error.name not in _OPTIONAL:
+            raise error
+        return EngineError(
+            "E001",
+            f"this needs {error.name}, which is not installed",
+            fix="Install it with: pip install 'internlm-engine[model]'.",
+        )
     if error.filename is None:
         raise error
     place = Place(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename))
@@ -146,8 +155,8 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
         try:
             with waiting:
                 command(as_json, *args, **kwargs)
-        except (EngineError, EngineErrors, OSError) as raised:
-            error = _of_a_file(raised) if isinstance(raised, OSError) else raised
+        except (EngineError, OSError, ModuleNotFoundError) as raised:
+            error = raised if isinstance(raised, EngineError) else _in_words(raised)
             from engine.show import render
 
             errors = error.errors if isinstance(error, EngineErrors) else [error]

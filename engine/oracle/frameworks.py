@@ -43,6 +43,9 @@ class Forward(Protocol):
     @property
     def dtypes(self) -> frozenset[str]: ...
 
+    @property
+    def numbers(self) -> Mapping[str, Any]: ...  # what config.json must say, by its keys, dotted where they are nested
+
     def __enter__(self) -> Forward: ...
 
     def __exit__(

@@ -58,7 +58,7 @@ def fit_to_model(
     """
     prefix, own = _prefix(wanted, {tensor.name for file in checkpoint.files for tensor in file.tensors})
 
-    begins = tuple({prefix + _first(name.removeprefix(own)) for name in wanted.shapes})
+    begins = tuple({prefix + _first(name.removeprefix(own)) for name in (*wanted.shapes, *wanted.tied)})
     files = tuple(file.only(lambda name: name.startswith(begins)) for file in checkpoint.files)
     fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: name.removeprefix(own))
     return fitted, replace(layout, prefixes=(Prefix(prefix, None),)), replace(checkpoint, files=files)

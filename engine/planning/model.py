@@ -91,7 +91,7 @@ class Departure:
     expected: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """Everything a run needs, and nothing it must decide.
 
@@ -128,3 +128,11 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
+
+    def __repr__(self) -> str:
+        """One line: what of which checkpoint comes to what. Its fields are the whole plan."""
+        ranks = " × ".join(f"{name} {size}" for name, size in self.grid.sizes.items())
+        return (
+            f"<Plan of {self.mapping.name} {self.mapping.version}: {self.folder!r} ({ranks or 'one rank'}) to "
+            f"{len(self.outputs):,} tensors, {self.nbytes:,} bytes in {len(self.shards):,} files>"
+        )

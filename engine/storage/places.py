@@ -55,7 +55,7 @@ def store_at(place: Source, what: str) -> Store:
         what: what lies there, in words.
     """
     if not isinstance(place, str | Path):
-        return place
+        return _given_store(place, what)
     found = _URL.match(str(place))
     if found is None:
         return LocalStore(given_path(place, what))
@@ -70,10 +70,23 @@ def store_at(place: Source, what: str) -> Store:
     return ObjectStore(str(place).rstrip("/"), tuple(sorted(_options.items())), _window)
 
 
+def _given_store(place: Store, what: str) -> Store:
+    """E001 for what is no store: a program gave it."""
+    if hasattr(place, "names"):
+        return place
+    raise EngineError(
+        "E001",
+        f"{what} is neither a path nor a URL",
+        got=f"{place!r:.80}, of type {type(place).__name__}",
+        expected="a path or a URL",
+        fix="Give the path as text or as a pathlib.Path.",
+    )
+
+
 def found_at(place: Source, what: str) -> Store | File:
     """A store, or the one file that a path or URL names; E001 as for `store_at`."""
     if not isinstance(place, str | Path):
-        return place
+        return _given_store(place, what)
     if is_url(place):
         above, _, name = str(place).rstrip("/").rpartition("/")
         return File(store_at(above, what), name) if name.endswith(_FILES) else store_at(place, what)

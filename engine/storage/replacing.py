@@ -19,7 +19,9 @@ def given_path(path: str | Path, what: str) -> Path:
 
     An empty one would stand for the current folder, as when a shell variable is not set.
     """
-    if path == "":
+    if not issubclass(type(path), str | os.PathLike):
+        got = f"{str(path)[:80]}, of type {type(path).__name__}"
+    elif path == "":
         got = "nothing"
     elif "\0" in str(path):
         got = "a NUL in it"
