@@ -48,11 +48,13 @@ def windows(plan: Plan, wanted: Iterable[tuple[int, int]], nbytes: int) -> Itera
         yield Window(tuple(held), ranges)
 
 
-def needed(plan: Plan, index: int, block: Block) -> dict[int, list[Range]]:
-    """For each file, the byte ranges that a block of an output is gathered from."""
+def needed(plan: Plan, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
+    """For each file, the byte ranges that blocks of an output are gathered from."""
     found: dict[int, list[Range]] = {}
-    for file, begin, end in _Needs(plan).of(index, block):
-        found.setdefault(file, []).append((begin, end))
+    needs = _Needs(plan)
+    for block in blocks:
+        for file, begin, end in needs.of(index, block):
+            found.setdefault(file, []).append((begin, end))
     return found
 
 
