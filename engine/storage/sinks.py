@@ -108,6 +108,9 @@ class SinkFiles:
             offset += count
             nbytes -= count
 
+    def whole(self, file: int, size: int) -> bool:
+        return False
+
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
         """Have the system move bytes from another open file, on some file systems by sharing them.
 
