@@ -178,6 +178,8 @@ def _of_rule(name: str, rule: Data, data: Data) -> Iterator[tuple[str, Callable[
 
 def _reorder(rule: Data, where: str, old: str, new: str) -> None:
     """Other axes of the source alone, or of the targets alone."""
+    if old not in (rule["axes"] if where == "axes" else str(rule["targets"])):
+        raise KeyError(old)
     if where == "axes":
         if rule.get("target") is not None:
             rule["targets"] = [{"name": rule.pop("target"), "axes": rule["axes"]}]
