@@ -20,6 +20,7 @@ from engine.run.running import (
     WholeRunOptions,
     running_of,
 )
+from engine.show.notebook import displayed
 from engine.storage.places import Source
 from engine.storage.replacing import given_path
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "iter_tensors", "reshard", "reverse", "run_plan"]
 
 
+@displayed
 def convert(
     mapping: str | Path | MappingFile,
     src: Source = ".",
@@ -65,6 +67,7 @@ def convert(
     return _write(plan(mapping, src, **keywords(options, WholeOptions)), Path(str(src)), out, how, started)
 
 
+@displayed
 def reverse(
     mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReverseRunOptions]
 ) -> Report:
@@ -91,6 +94,7 @@ def reverse(
     return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), Path(str(src)), out, how, started)
 
 
+@displayed
 def reshard(
     mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReshardRunOptions]
 ) -> Report:
@@ -109,6 +113,7 @@ def reshard(
     return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), Path(str(src)), out, how, started)
 
 
+@displayed
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
     """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
     started = time.monotonic()
