@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings lock
+.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings targets lock
 
 setup: $(STAMP)
 
@@ -47,6 +47,10 @@ docs: setup
 wheel: setup
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 	@ls dist/*.whl
+
+# Takes anew what transformers' classes know, which `engine lint` asks.
+targets: setup
+	$(BIN)/python -m engine.proving.targets
 
 # Writes anew what bundled mappings mean, into meanings/ beside them; review the diff.
 meanings: setup

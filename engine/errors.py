@@ -80,6 +80,14 @@ LINTS: dict[str, str] = {
     "L007": "an axis appears only once in the file and has no size in `dims`",
     "L008": "a rule or choice can never be reached",
     "L009": "a configuration key is read and not declared",
+    "L010": "a key is written that nothing known reads",
+    "L011": "a model, a model type or an activation does not exist, or two contradict each other",
+    "L012": "an expression asks for a tensor that no rule has",
+    "L013": "a variant or option is compared with something that is none of its choices",
+    "L014": "a value is written that `keys` does not allow",
+    "L015": "a special token is another one than its name or number says",
+    "L016": "an option's default or choice does not fit its type or range",
+    "L017": "two spellings of one key are written differently",
 }
 
 

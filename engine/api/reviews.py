@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
     from engine.planning.model import Plan
-    from engine.proving.lint import Finding
+    from engine.proving.finding import Finding
     from engine.proving.proof import Proof
     from engine.run.meter import Progress
 
@@ -159,12 +159,20 @@ def format_mapping(text: str) -> str:
     return reformat(text)
 
 
-def clean(out: str | Path) -> list[Path]:
-    """Remove what interrupted runs left beside an output; returns what was removed."""
-    from engine.storage.output import clean as remove
-    from engine.storage.replacing import given_path
+def clean(out: str | Path) -> list[Path | str]:
+    """Remove what interrupted runs left beside an output; returns what was removed.
 
-    return remove(given_path(out, "the output"))
+    In an object store that is uploads that are pending below the output's prefix: files that are not visible yet.
+    """
+    from engine.storage.objects import ObjectStore
+    from engine.storage.output import clean as remove
+    from engine.storage.pending import end_uploads
+    from engine.storage.places import on_this_machine, store_at
+
+    store = store_at(out, "the output")
+    if isinstance(store, ObjectStore):
+        return [*end_uploads(store)]
+    return [*remove(on_this_machine(store, "the output"))]
 
 
 def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
@@ -175,8 +183,12 @@ def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, li
     """
     from engine.api.runs import default_out
     from engine.storage.output import leftovers
+    from engine.storage.places import is_url
 
-    final = default_out(src or ".") if out is None else Path(out)
+    final = default_out(src or ".") if out is None else out
+    if is_url(final):
+        return str(final), []
+    final = Path(final)
     found = [path for path in leftovers(final.absolute()) if path.is_dir()]
     sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
     return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]

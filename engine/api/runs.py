@@ -21,8 +21,7 @@ from engine.run.running import (
     running_of,
 )
 from engine.show.notebook import displayed
-from engine.storage.places import Source
-from engine.storage.replacing import given_path
+from engine.storage.places import Source, is_url
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +63,7 @@ def convert(
     """
     started = time.monotonic()
     how = running_of(options, ConvertOptions)
-    return _write(plan(mapping, src, **keywords(options, WholeOptions)), Path(str(src)), out, how, started)
+    return _write(plan(mapping, src, **keywords(options, WholeOptions)), str(src), out, how, started)
 
 
 @displayed
@@ -91,7 +90,7 @@ def reverse(
     """
     started = time.monotonic()
     how = running_of(options, ReverseRunOptions)
-    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), Path(str(src)), out, how, started)
+    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), str(src), out, how, started)
 
 
 @displayed
@@ -110,7 +109,7 @@ def reshard(
     """
     started = time.monotonic()
     how = running_of(options, ReshardRunOptions)
-    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), Path(str(src)), out, how, started)
+    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), str(src), out, how, started)
 
 
 @displayed
@@ -119,15 +118,15 @@ def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[
     started = time.monotonic()
     how = running_of(options, WholeRunOptions)
     compiled = load_plan(path)
-    return _write(compiled, Path(compiled.folder), out, how, started)
+    return _write(compiled, compiled.folder, out, how, started)
 
 
-def _write(compiled: Plan, source: Path, out: str | Path | None, how: Running, started: float) -> Report:
+def _write(compiled: Plan, source: str, out: str | Path | None, how: Running, started: float) -> Report:
     """Run a plan, with the small files that belong to what it writes."""
     if out is None and compiled.written is None:
         out = default_out(source)
     small = partial(small_files, compiled, how.tokenizer, how.code)
-    return execute(compiled, source, given_path(out or "", "the output"), small, how, started)
+    return execute(compiled, source, out or "", small, how, started)
 
 
 def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:
@@ -141,8 +140,10 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
     return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
 
 
-def default_out(src: str | Path) -> Path:
+def default_out(src: str | Path) -> Path | str:
     """Where `convert` writes when it is not told."""
+    if is_url(src):
+        return str(src).rstrip("/") + "-hf"
     real = Path(src).resolve()
     return real.with_name(real.name + "-hf")
 

@@ -44,13 +44,13 @@ def check_mapping(mapping: Mapping, document: Document, *, whole: bool = True) -
     """Options, dropped and expected axes, and tied targets of a mapping exist; all that do not are told.
 
     Args:
-        whole: whether every rule and option could be read; else what only some of them declare is not asked for.
+        whole: whether every rule could be read; else what only some of them declare is not asked for.
     """
     errors = Errors()
     choices = [dict(v.choices) for v in mapping.variants.values()]
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     said = [dict(mapping.dims), choices, mapping.config, mapping.training_config, remote, mapping.transformers]
-    for expression in expressions_of(said) if whole else ():
+    for expression in expressions_of(said):
         with errors.caught():
             _check_options(expression, mapping.options)
     targets = [target.name for rule in mapping.rules for target in rule.targets]

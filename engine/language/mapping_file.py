@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
-from engine.language.documents import Document
+from engine.language.documents import At, Document
 from engine.language.expressions import check_expression
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import load_resolved
@@ -110,6 +110,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         layout_place=document.value_place("source", "layout"),
         keys=read_keys(document),
         expect_place=place("expect"),
+        places={(part, *path): at.key for (part, *path), at in _placed(document)},
         as_model=data.get("names") == "model",
         remote_code=_remote_code(document, target.get("remote_code")),
         transformers=read(("target", "transformers"), target.get("transformers")),
@@ -118,6 +119,12 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         check_mapping(mapping, document, whole=not errors.found)
     errors.check()
     return mapping
+
+
+def _placed(document: Document) -> list[tuple[tuple[str, ...], At]]:
+    """Where parts of a mapping and their keys stand; rules know their own places."""
+    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 3)
+    return [(path, at) for path, at in listed if path[0] not in ("rules", "keys")]
 
 
 def find_mapping(name: str | Path) -> Path:

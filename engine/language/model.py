@@ -45,6 +45,7 @@ class Rule:
     transform: tuple[str, str] | None = None  # (operation, axis)
     keep_dtype: bool = False
     drop: MappingABC[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
+    zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
     tied_to: str | None = None
 
 
@@ -125,6 +126,7 @@ class Mapping:
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
+    places: MappingABC[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
     remote_code: RemoteCode | None = None
     transformers: Any = None
 
@@ -168,6 +170,7 @@ class Beside:
 
     file: str
     content: Any
+    format: str = "pickled_mapping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,7 @@ class ConfigFile:
     file: str
     format: str
     key: str | None = None
+    kind: str | None = None  # `namespace`: an argparse.Namespace, when it is written
     beside: tuple[str, ...] = ()  # keys that stand beside the last of `key`, and are read with it
 
 

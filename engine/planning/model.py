@@ -75,11 +75,15 @@ class Tied:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A weight file that is written: its name, its format (`safetensors` or `torch`) and its outputs."""
+    """A weight file that is written: its name, its format (`safetensors`, `torch` or `dcp`) and its outputs.
+
+    `around` is what else it holds, by key.
+    """
 
     name: str
     format: str
     outputs: tuple[int, ...]  # indices into `Plan.outputs`
+    around: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

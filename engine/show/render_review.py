@@ -14,7 +14,7 @@ from engine.show.text import count, note
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
-    from engine.proving.lint import Finding
+    from engine.proving.finding import Finding
 
 _KINDS = {
     "release": "a release of {parent}, which fits",

@@ -30,7 +30,7 @@ def given_path(path: str | Path, what: str) -> Path:
     raise EngineError("E001", f"{what} has no path", got=got, fix="Write it out; the current folder is `./`.")
 
 
-def exists(path: Path, fix: str, got: str | None = None) -> EngineError:
+def exists(path: Path | str, fix: str, got: str | None = None) -> EngineError:
     return EngineError("E401", "the output exists already", place=Place(str(path)), got=got, fix=fix)
 
 
