@@ -108,11 +108,12 @@ def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpa
 
 def read_whole(src: Source) -> WholeCheckpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
-    from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+    from engine.checkpoint.hf_folder import other_weights, read_hf_config, read_hf_folder
     from engine.planning.backward import WholeCheckpoint
 
     folder = found_at(src, "the checkpoint")
-    checkpoint = WholeCheckpoint(str(src), read_hf_folder(folder), read_hf_config(folder))
+    files = read_hf_folder(folder)
+    checkpoint = WholeCheckpoint(str(src), files, read_hf_config(folder), other_weights(folder, files))
     if not checkpoint.config:
         raise EngineError(
             "E304",

@@ -129,17 +129,19 @@ def compare(
         progress: called with bytes of `out` compared and in all, a few times a second.
 
     Raises:
-        EngineError: E2xx and E3xx when either cannot be read.
+        EngineError: E2xx and E3xx when either cannot be read, E402 when replicas of a training checkpoint differ.
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.comparison import compare_sides
     from engine.comparing.sides import read_side
     from engine.run.meter import Meter
+    from engine.run.replicas import compare_replicas
     from engine.storage.places import found_at
 
     def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
         def made() -> tuple[Plan, Mapping[str, bytes]]:
             compiled = plan(mapping or "", where, settings=settings, dtype=dtype)
+            compare_replicas(compiled, lambda _: None)
             return compiled, make_assets(compiled, None).whole()
 
         return None if mapping is None else made
