@@ -10,7 +10,7 @@ from engine.formats.headers import ITEM_SIZES
 from engine.move.blocks import Block, block_of, output_blocks
 from engine.move.gather import Gatherer
 from engine.move.values import Converter, check_transform
-from engine.move.windows import windows
+from engine.move.windows import needed, windows
 from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
 from engine.storage.sources import SourceFiles
@@ -75,7 +75,11 @@ class Reader:
         item = ITEM_SIZES[output.dtype]
         row = output.shape[-1] if output.transform is not None else 1  # a transform needs whole rows
         low, high = start // (item * row) * row, -(-stop // (item * row)) * row
-        for block in self._covering(index, low, high):
+        blocks: Iterable[Block] = self._covering(index, low, high)
+        if self._files.block:
+            blocks = list(blocks)
+            (blocks,) = self._files.ahead([(blocks, needed(self._plan, index, blocks))])
+        for block in blocks:
             at = block.low * item
             data = self.convert(output, block)[max(start - at, 0) : stop - at]
             to = max(at - start, 0)
