@@ -11,6 +11,7 @@ from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
+from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
     from engine.comparing.comparison import Comparison
@@ -61,6 +62,7 @@ def explain(
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
+@displayed
 def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: bool = False) -> Inspection:
     """What a folder is: a training checkpoint, a Hugging Face checkpoint, or a folder of steps.
 
@@ -100,6 +102,7 @@ def mappings() -> list[MappingFile]:
     return load_all()[0]
 
 
+@displayed
 def compare(
     out: str | Path,
     ref: str | Path,
@@ -126,17 +129,19 @@ def compare(
         progress: called with bytes of `out` compared and in all, a few times a second.
 
     Raises:
-        EngineError: E2xx and E3xx when either cannot be read.
+        EngineError: E2xx and E3xx when either cannot be read, E402 when replicas of a training checkpoint differ.
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.comparison import compare_sides
     from engine.comparing.sides import read_side
     from engine.run.meter import Meter
+    from engine.run.replicas import compare_replicas
     from engine.storage.places import found_at
 
     def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
         def made() -> tuple[Plan, Mapping[str, bytes]]:
             compiled = plan(mapping or "", where, settings=settings, dtype=dtype)
+            compare_replicas(compiled, lambda _: None)
             return compiled, make_assets(compiled, None).whole()
 
         return None if mapping is None else made
@@ -156,12 +161,20 @@ def format_mapping(text: str) -> str:
     return reformat(text)
 
 
-def clean(out: str | Path) -> list[Path]:
-    """Remove what interrupted runs left beside an output; returns what was removed."""
-    from engine.storage.output import clean as remove
-    from engine.storage.replacing import given_path
+def clean(out: str | Path) -> list[Path | str]:
+    """Remove what interrupted runs left beside an output; returns what was removed.
 
-    return remove(given_path(out, "the output"))
+    In an object store that is uploads that are pending below the output's prefix: files that are not visible yet.
+    """
+    from engine.storage.objects import ObjectStore
+    from engine.storage.output import clean as remove
+    from engine.storage.pending import end_uploads
+    from engine.storage.places import on_this_machine, store_at
+
+    store = store_at(out, "the output")
+    if isinstance(store, ObjectStore):
+        return [*end_uploads(store)]
+    return [*remove(on_this_machine(store, "the output"))]
 
 
 def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
@@ -172,8 +185,12 @@ def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, li
     """
     from engine.api.runs import default_out
     from engine.storage.output import leftovers
+    from engine.storage.places import is_url
 
-    final = default_out(src or ".") if out is None else Path(out)
+    final = default_out(src or ".") if out is None else out
+    if is_url(final):
+        return str(final), []
+    final = Path(final)
     found = [path for path in leftovers(final.absolute()) if path.is_dir()]
     sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
     return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
@@ -231,6 +248,7 @@ def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
     ]
 
 
+@displayed
 def verify(
     out: str | Path,
     progress: Callable[[Progress], None] | None = None,

@@ -20,8 +20,8 @@ from engine.run.running import (
     WholeRunOptions,
     running_of,
 )
-from engine.storage.places import Source
-from engine.storage.replacing import given_path
+from engine.show.notebook import displayed
+from engine.storage.places import Source, is_url
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "iter_tensors", "reshard", "reverse", "run_plan"]
 
 
+@displayed
 def convert(
     mapping: str | Path | MappingFile,
     src: Source = ".",
@@ -62,9 +63,10 @@ def convert(
     """
     started = time.monotonic()
     how = running_of(options, ConvertOptions)
-    return _write(plan(mapping, src, **keywords(options, WholeOptions)), Path(str(src)), out, how, started)
+    return _write(plan(mapping, src, **keywords(options, WholeOptions)), str(src), out, how, started)
 
 
+@displayed
 def reverse(
     mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReverseRunOptions]
 ) -> Report:
@@ -88,9 +90,10 @@ def reverse(
     """
     started = time.monotonic()
     how = running_of(options, ReverseRunOptions)
-    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), Path(str(src)), out, how, started)
+    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), str(src), out, how, started)
 
 
+@displayed
 def reshard(
     mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReshardRunOptions]
 ) -> Report:
@@ -106,23 +109,24 @@ def reshard(
     """
     started = time.monotonic()
     how = running_of(options, ReshardRunOptions)
-    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), Path(str(src)), out, how, started)
+    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), str(src), out, how, started)
 
 
+@displayed
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
     """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
     started = time.monotonic()
     how = running_of(options, WholeRunOptions)
     compiled = load_plan(path)
-    return _write(compiled, Path(compiled.folder), out, how, started)
+    return _write(compiled, compiled.folder, out, how, started)
 
 
-def _write(compiled: Plan, source: Path, out: str | Path | None, how: Running, started: float) -> Report:
+def _write(compiled: Plan, source: str, out: str | Path | None, how: Running, started: float) -> Report:
     """Run a plan, with the small files that belong to what it writes."""
     if out is None and compiled.written is None:
         out = default_out(source)
     small = partial(small_files, compiled, how.tokenizer, how.code)
-    return execute(compiled, source, given_path(out or "", "the output"), small, how, started)
+    return execute(compiled, source, out or "", small, how, started)
 
 
 def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:
@@ -136,8 +140,10 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
     return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
 
 
-def default_out(src: str | Path) -> Path:
+def default_out(src: str | Path) -> Path | str:
     """Where `convert` writes when it is not told."""
+    if is_url(src):
+        return str(src).rstrip("/") + "-hf"
     real = Path(src).resolve()
     return real.with_name(real.name + "-hf")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 
 from engine.formats.headers import ITEM_SIZES
 from engine.move.blocks import Block, block_of, output_blocks
 from engine.move.gather import Gatherer
 from engine.move.values import Converter, check_transform
 from engine.move.windows import needed, windows
+from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
 from engine.storage.sources import SourceFiles
 
@@ -19,6 +22,7 @@ class Reader:
     def __init__(self, plan: Plan, files: SourceFiles) -> None:
         self._plan, self._files = plan, files
         self._gatherer, self._converter = Gatherer(files, plan.sources), Converter()
+        self._known: OrderedDict[int, tuple[Sequence[Copy], list[Block], list[int]]] = OrderedDict()
 
     def convert(self, output: Output, block: Block) -> memoryview:
         """The bytes of one block as they are written, valid until the next call."""
@@ -71,15 +75,38 @@ class Reader:
         item = ITEM_SIZES[output.dtype]
         row = output.shape[-1] if output.transform is not None else 1  # a transform needs whole rows
         low, high = start // (item * row) * row, -(-stop // (item * row)) * row
-        copies = self._plan.copies(index)
-        step = max(_STEP // row, 1) * row
-        whole = needed(self._plan, [(index, 0, block_of(copies, low, high))]) if self._files.block else {}
-        parts = (block_of(copies, first, min(first + step, high)) for first in range(low, high, step))
-        for block in parts if not whole else next(self._files.ahead([(parts, whole)])):
+        blocks: Iterable[Block] = self._covering(index, low, high)
+        if self._files.block:
+            blocks = list(blocks)
+            (blocks,) = self._files.ahead([(blocks, needed(self._plan, index, blocks))])
+        for block in blocks:
             at = block.low * item
             data = self.convert(output, block)[max(start - at, 0) : stop - at]
             to = max(at - start, 0)
             target[to : to + len(data)] = data
 
+    def _covering(self, index: int, low: int, high: int) -> Iterator[Block]:
+        """Blocks that hold elements low..high: those of the whole output, whose programs repeat, or part of one."""
+        copies, blocks, ends = self._blocks_of(index)
+        at = bisect_right(ends, low)
+        while low < high:
+            whole = blocks[at]
+            end = min(high, whole.high)
+            least = (end - low) * _WORTH < whole.high - whole.low
+            yield block_of(copies, low, end) if least else whole
+            low, at = end, at + 1
 
-_STEP = 1 << 18  # elements at a time
+    def _blocks_of(self, index: int) -> tuple[Sequence[Copy], list[Block], list[int]]:
+        """The copies of an output, its blocks, and where each ends; of the last few outputs they are kept."""
+        found = self._known.get(index)
+        if found is None:
+            copies = self._plan.copies(index)
+            blocks = list(output_blocks(self._plan.outputs[index], copies))
+            found = self._known[index] = copies, blocks, [block.high for block in blocks]
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return found
+
+
+_WORTH = 4  # a block is computed whole for a share of it from a quarter on
+_KEPT = 8  # outputs whose blocks are kept

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.formats.headers import ITEM_SIZES
 from engine.move.blocks import Block, output_blocks
-from engine.move.runs import MOST_SPAN, READ_THROUGH, dense_parts, span
+from engine.move.runs import MOST_SPAN, dense_parts, span
 from engine.planning.copies import Copy
 from engine.planning.model import Plan
 from engine.storage.coalesce import GAP, Range
@@ -24,42 +24,58 @@ class Window:
 
 
 def windows(plan: Plan, wanted: Iterable[tuple[int, int]], nbytes: int) -> Iterator[Window]:
-    """Cut outputs, each from a byte offset on, into windows of about so many bytes; small outputs share one."""
+    """Cut outputs, each from a byte offset on, into windows that fetch about so many bytes; small outputs share one."""
     held: list[Wanted] = []
+    ranges: dict[int, list[Range]] = {}
     total = 0
+    needs = _Needs(plan)
     for index, start in wanted:
         output = plan.outputs[index]
         item = ITEM_SIZES[output.dtype]
         for block in output_blocks(output, plan.copies(index)):
             if block.high * item <= start:
                 continue
-            size = (block.high - block.low) * max(item, ITEM_SIZES[output.read_dtype])
+            found = needs.of(index, block)
+            size = max(sum(end - begin for _, begin, end in found), (block.high - block.low) * item)
             if held and total + size > nbytes:
-                yield Window(tuple(held), needed(plan, held))
-                held, total = [], 0
+                yield Window(tuple(held), ranges)
+                held, ranges, total = [], {}, 0
             held.append((index, start, block))
             total += size
+            for file, begin, end in found:
+                ranges.setdefault(file, []).append((begin, end))
     if held:
-        yield Window(tuple(held), needed(plan, held))
+        yield Window(tuple(held), ranges)
 
 
-def needed(plan: Plan, blocks: Iterable[Wanted]) -> dict[int, list[Range]]:
-    """For each file, the byte ranges that blocks are gathered from."""
+def needed(plan: Plan, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
+    """For each file, the byte ranges that blocks of an output are gathered from."""
     found: dict[int, list[Range]] = {}
-    template: Sequence[Copy] = ()
-    parts: list[tuple[Copy, int]] = []
-    for index, _, block in blocks:
-        item = ITEM_SIZES[plan.outputs[index].read_dtype]
-        if block.template is not template:
-            template = block.template
-            parts = [
-                (part, shift)
-                for copy, shift in zip(template, block.shifts, strict=True)
-                for part in dense_parts(copy, max(GAP, READ_THROUGH) // item, MOST_SPAN // item)
-            ]
-        for part, shift in parts:
-            source = plan.sources[part.source]
-            start = source.header.offset + (part.source_offset + block.step * shift) * item
-            end = start + span(part.shape, part.source_strides) * item
-            found.setdefault(source.file, []).append((start, end))
+    needs = _Needs(plan)
+    for block in blocks:
+        for file, begin, end in needs.of(index, block):
+            found.setdefault(file, []).append((begin, end))
     return found
+
+
+class _Needs:
+    """What blocks read; that of a template is computed once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._template: Sequence[Copy] = ()
+        self._parts: list[tuple[int, int, int, int]] = []  # file, first byte, bytes per step, bytes
+
+    def of(self, index: int, block: Block) -> list[tuple[int, int, int]]:
+        """(file, begin, end) of every run."""
+        if block.template is not self._template:
+            self._template, item = block.template, ITEM_SIZES[self._plan.outputs[index].read_dtype]
+            self._parts = []
+            for copy, shift in zip(block.template, block.shifts, strict=True):
+                source = self._plan.sources[copy.source]
+                for part in dense_parts(copy, GAP // item, MOST_SPAN // item):
+                    begin = source.header.offset + part.source_offset * item
+                    nbytes = span(part.shape, part.source_strides) * item
+                    self._parts.append((source.file, begin, shift * item, nbytes))
+        step = block.step
+        return [(file, at + step * shift, at + step * shift + size) for file, at, shift, size in self._parts]

@@ -72,6 +72,8 @@ def write_weights(
     meter = Meter(plan.nbytes + replica_bytes(plan) + sum(plan.outputs[o].nbytes for o in unsure), listener)
     writer = Writer(plan, store, meter, digests=digests, alone=count <= len(jobs))
     writer.take_over(known)
+    if resume and not store.positioned:
+        writer.take_whole()
     again = sorted(unsure & writer.done.keys())
     meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
     journal = None

@@ -19,9 +19,8 @@ from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
 from engine.run.schedule import Unit, copies_from, layout_of
 from engine.run.sharing import Shares
-from engine.storage.output import write_error
 from engine.storage.sources import SourceFiles
-from engine.storage.store import Sinks, Store
+from engine.storage.store import Sinks, Store, write_error
 
 MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
 _DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
@@ -49,6 +48,7 @@ class Writer:
         # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
         self._direct = alone and not digests
         self.done: dict[int, Done] = {}
+        self._whole: set[int] = set()  # files that need not be written
         self.journal: Journal | None = None
 
     def _total(self, output: int) -> Total:
@@ -76,6 +76,20 @@ class Writer:
                 if kept and end == nbytes:
                     self.done[output] = Done(one.digest, total.checksum())
                 if not kept or end == nbytes:
+                    del self._totals[output]
+
+    def take_whole(self) -> None:
+        """Keep the files that an interrupted run left whole; read them for their digests."""
+        with self._store.sinks(self._names) as sinks:
+            for index, file in enumerate(self._plan.shards):
+                if not sinks.whole(index, self._layouts[index].size):
+                    continue
+                self._whole.add(index)
+                for output in file.outputs:
+                    total = self._total(output)
+                    for block in sinks.read(index, self._places[output][1], self._plan.outputs[output].nbytes):
+                        total.add(total.end, block)
+                    self.done[output] = Done(total.digest(tuple), total.checksum())
                     del self._totals[output]
 
     def start(self, index: int) -> None:
@@ -131,6 +145,8 @@ class Writer:
     def _finish(self, index: int, sinks: Sinks) -> None:
         """Write what is only known when the payload is complete; the file is on its way to stable storage then."""
         outputs = self._plan.shards[index].outputs
+        if index in self._whole:
+            return
         with self._errors(index):
             for offset, data in self._layouts[index].finish([self.done[output].checksum for output in outputs]):
                 sinks.write(index, offset, (data,))

@@ -20,7 +20,7 @@ from engine.move.values import check_transform
 from engine.planning.model import OutputFile, Plan
 from engine.run.digests import content_id
 from engine.run.execute import Small, check_names
-from engine.run.journal import Done, work_of
+from engine.run.journal import Done, identity_of
 from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
 from engine.run.schedule import layout_of
 from engine.serve.files import Stretch, VirtualFile
@@ -87,12 +87,6 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         self.readers.close()
         if self._threads is not None:
             self._threads.shutdown()
-
-
-def identity_of(plan: Plan) -> str:
-    """A digest of everything that the bytes of a run depend on; source files without checksums count by their state."""
-    states = [(f.name, f.state.told()) for f in plan.files if not f.summed and f.state is not None]
-    return _short(work_of(plan), states)
 
 
 def _short(*values: object) -> str:

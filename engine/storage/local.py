@@ -9,10 +9,19 @@ from pathlib import Path
 
 from engine.storage.buffers import after
 from engine.storage.coalesce import Range
-from engine.storage.output import write_error
 from engine.storage.regular import FileState, check_regular, open_regular
 from engine.storage.sinks import SinkFiles
-from engine.storage.store import Fetched, File, OpenFile, Ranges, State, check_state, ends_early, unreadable
+from engine.storage.store import (
+    Fetched,
+    File,
+    OpenFile,
+    Ranges,
+    State,
+    check_state,
+    ends_early,
+    unreadable,
+    write_error,
+)
 
 
 @dataclass(frozen=True, slots=True)

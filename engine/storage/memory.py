@@ -127,6 +127,9 @@ class _Sinks:
             raise OSError("the file is shorter than what was written")
         yield memoryview(bytes(data[offset : offset + nbytes]))
 
+    def whole(self, file: int, size: int) -> bool:
+        return False
+
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
         return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 from engine.errors import EngineError, Place
 from engine.storage.coalesce import Range, split
 from engine.storage.listing import linked_names
+from engine.storage.replacing import exists
 from engine.storage.store import Fetched, OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
 
 T = TypeVar("T")
@@ -97,7 +99,7 @@ class ObjectStore:
         return f"{shown.rstrip('/')}/{name}" if name else shown
 
     def names(self, inside: str = "") -> list[str]:
-        import obstore
+        obstore = library()
 
         if not self.listable:
             page = self._asked(inside, lambda: obstore.get(self.client, inside).bytes().to_bytes())
@@ -111,7 +113,7 @@ class ObjectStore:
 
     def _look(self, name: str) -> State | None:
         """The state of an object, as it was listed; None when it is not there."""
-        import obstore
+        obstore = library()
 
         inside = name.rpartition("/")[0]
         listed = self._listed.get(inside, {})
@@ -153,14 +155,44 @@ class ObjectStore:
         return {name: state for name, state in found.items() if state is not None}
 
     def sinks(self, names: Sequence[str]) -> Sinks:
-        raise NotImplementedError
+        raise NotImplementedError("files are written through `uploads`")
 
     def put(self, name: str, data: bytes) -> None:
-        raise NotImplementedError
+        self.write(name, data)
+
+    def write(self, name: str, data: bytes, *, new: bool = False) -> None:
+        """Put an object; E401 when it should be new and is there, E403 when it cannot be put."""
+        obstore = library()
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            obstore.put(self.client, name, data, mode="create" if new else "overwrite")
+        except (AlreadyExistsError, FileExistsError) as error:
+            raise exists(self.place(name), "Choose another --out.", "another run's, which came meanwhile") from error
+        except Exception as error:  # obstore's own kinds, and OSError
+            raise refused(self.place(name), str(error), writing=True) from error
+
+    def delete(self, name: str) -> None:
+        obstore = library()
+
+        try:
+            obstore.delete(self.client, name)
+        except FileNotFoundError:
+            return
+        except Exception as error:  # obstore's own kinds, and OSError
+            raise refused(self.place(name), str(error), writing=True) from error
+
+    def attribute(self, name: str, key: str) -> str | None:
+        """What was kept with an object under a name."""
+        obstore = library()
+
+        options: dict[str, Any] = {"head": True}
+        found: Any = self._asked(name, lambda: obstore.get(self.client, name, options=options).attributes)
+        return None if found is None else found.get(key)
 
     def get(self, name: str, start: int, end: int, state: State) -> memoryview:
         """Some bytes of an object; E405 when it is not in that state any more."""
-        import obstore
+        obstore = library()
 
         wanted = state if isinstance(state, ObjectState) else None
         options: dict[str, Any] = {"range": (start, end)}
@@ -211,8 +243,8 @@ def _cut_off(told: str) -> bool:
     return any(word in told for word in ("kind: Body", "kind: Decode", "IncompleteMessage", "UnexpectedEof"))
 
 
-def refused(place: str, told: str) -> EngineError:
-    """What a server, or the way to it, says, as an error: E304 for no such bucket, else E305."""
+def refused(place: str, told: str, *, writing: bool = False) -> EngineError:
+    """What a server, or the way to it, says, as an error: E304 for no such bucket, else E305, or E403 when writing."""
     code, message, fix = (
         "E305",
         "a store cannot be read or written",
@@ -226,8 +258,14 @@ def refused(place: str, told: str) -> EngineError:
     elif "credential" in told.lower() or "metadata" in told.lower():
         message = "there are no credentials for a store"
         fix = "Set them as its provider says, like AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in --store-option."
-    got = " ".join(told.split("Debug source")[0].split())
-    return EngineError(code, message, place=Place(place), got=got[:300], fix=fix)
+    code = "E403" if writing else code
+    return EngineError(code, message, place=Place(place), got=_short(told), fix=fix)
+
+
+def _short(told: str) -> str:
+    """What a server says, in a line: its code and message if it gives them."""
+    found = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", told, re.DOTALL)
+    return f"{found[1]}: {found[2]}"[:300] if found else " ".join(told.split("Debug source")[0].split())[:300]
 
 
 def _changed(place: str, state: State) -> EngineError:
@@ -241,22 +279,29 @@ def _changed(place: str, state: State) -> EngineError:
     )
 
 
+def library() -> Any:
+    """The module obstore; E001 without the extra that brings it."""
+    try:
+        import obstore
+    except ImportError:
+        raise EngineError(
+            "E001",
+            "URLs need the extra `store`",
+            got="no module obstore",
+            fix="Install it: pip install 'internlm-engine[store]'.",
+        ) from None
+    return obstore
+
+
 @cache
 def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     """The client of a store; E001 without the extra, and for an address or option that it does not know."""
     from datetime import timedelta
 
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import from_url
-    except ImportError:
-        raise EngineError(
-            "E001",
-            "stores need the extra `store`",
-            place=Place(url.partition("?")[0]),
-            got="no module obstore",
-            fix="Install it: pip install 'internlm-engine[store]'.",
-        ) from None
+    library()
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
     given: dict[str, Any] = {name: value for name, value in options if name not in _CLIENT}
     client: dict[str, Any] = {"timeout": "60s", "connect_timeout": "10s"}
     client |= {name: value for name, value in options if name in _CLIENT}
@@ -274,7 +319,7 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
             "E001",
             "this is no store",
             place=Place(url.partition("?")[0]),
-            got=" ".join(str(error).split("Debug source")[0].split())[:200],
+            got=_short(str(error)),
             fix="Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1.",
         ) from None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from engine.errors import EngineError, Place
@@ -16,6 +19,7 @@ from engine.storage.store import File, Store
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
+_MOST_COPIED = 256 << 20  # bytes
 _options: dict[str, str] = {}
 _window = WINDOW
 
@@ -29,12 +33,12 @@ def store_options(options: Mapping[str, str] | None = None, window: int | None =
     """Options of every store that is opened meanwhile.
 
     Args:
-        options: as obstore names them, such as `region` and `endpoint`; default: none.
-        window: bytes that are read ahead at once; default: 16 MiB.
+        options: as obstore names them, such as `region` and `endpoint`.
+        window: bytes that are read ahead at once; 16 MiB until it is given.
     """
     global _options, _window
     before = _options, _window
-    _options, _window = dict(options or {}), window or WINDOW
+    _options, _window = dict(before[0] if options is None else options), window or before[1]
     try:
         yield
     finally:
@@ -108,3 +112,29 @@ def on_this_machine(store: Store, option: str) -> Path:
             fix="Copy the checkpoint to a folder first.",
         )
     return store.folder
+
+
+def local_copy(file: File) -> Path | None:
+    """A small file of a store as a file of this machine, copied there until the program ends; None when there is none.
+
+    For programs that take a path only.
+    """
+    if file.store.folder is not None:
+        return file.store.folder / file.name
+    if not file.exists:
+        return None
+    path = Path(_copies().name) / hashlib.sha256(file.place.encode()).hexdigest()[:16] / file.name
+    path.parent.mkdir(exist_ok=True)
+    with file.open() as opened:
+        if opened.state.size > _MOST_COPIED:
+            raise EngineError(
+                "E305", "a file is too large to be copied", place=Place(file.place), got=f"{opened.state.size} bytes",
+                expected=f"at most {_MOST_COPIED}", fix="Is it the right file?",
+            )  # fmt: skip
+        path.write_bytes(opened.read())
+    return path
+
+
+@cache
+def _copies() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="engine-")

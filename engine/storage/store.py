@@ -76,6 +76,9 @@ class Sinks(AbstractContextManager["Sinks"], Protocol):
     def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
         """What was written, in blocks that are valid until the next one; OSError when it is not all there."""
 
+    def whole(self, file: int, size: int) -> bool:
+        """Whether an interrupted run of the same work left a file of so many bytes whole, where files are not parts."""
+
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
         """Have the system move bytes from an open descriptor; how many it moved, 0 where it cannot."""
 
@@ -178,4 +181,15 @@ def unreadable(place: str, why: str) -> EngineError:
         place=Place(place),
         got=why,
         fix="Check the file and its permissions, then run again.",
+    )
+
+
+def write_error(path: Path | str, error: OSError) -> EngineError:
+    return EngineError(
+        "E403",
+        "writing failed",
+        place=Place(str(path)),
+        got=error.strerror or str(error),
+        fix="Check free space and permissions at the output, then run again with --resume; "
+        "what was there before is untouched.",
     )
