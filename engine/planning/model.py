@@ -65,6 +65,14 @@ class Replicas:
 
 
 @dataclass(frozen=True, slots=True)
+class Slices:
+    """Stored slices of one tensor, of one shape: no two can be equal, constants aside, unless one is a copy."""
+
+    sources: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tied:
     """A tensor that is left out because the config ties it to another; a run compares the two."""
 
@@ -127,6 +135,7 @@ class Plan:
     written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
     noted: Mapping[str, Any] = field(default_factory=dict)  # keys of the source's configuration that nothing reads
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
+    slices: tuple[Slices, ...] = ()
     departures: tuple[Departure, ...] = ()  # in what the model is not the release of the mapping
 
     @property

@@ -30,7 +30,16 @@ from engine.planning.likeness import Like, destination_of, grid_of, like_of, spe
 from engine.planning.matching import is_active
 from engine.planning.model import Plan, Replicas
 from engine.planning.pieces import match_pieces
-from engine.planning.planner import data_only, main_dtype, overruled, present_in, replicas_of, understand
+from engine.planning.planner import (
+    data_only,
+    left_alone,
+    main_dtype,
+    overruled,
+    present_in,
+    replicas_of,
+    slices_of,
+    understand,
+)
 from engine.planning.rank_outputs import (
     RankOutputs,
     directory_of,
@@ -140,8 +149,8 @@ def make_reverse_plan(
         check_returns(read, forth, mapping)
     plan = _plan(
         mapping, layout, checkpoint.folder, files_read, source, written, destination, config, decisions=decisions,
-        options=options, names=names, ignored=ignored, notices=(), dtype=dtype, grid=written.grid,
-        stages=destination.stages,
+        options=options, names=names, ignored=ignored, notices=left_alone(checkpoint.unknown), dtype=dtype,
+        grid=written.grid, stages=destination.stages,
     )  # fmt: skip
     return replace(plan, replicas=(*plan.replicas, *_ties(used, source, checkpoint)))
 
@@ -223,6 +232,7 @@ def _plan(
         outputs=written.outputs,
         copies=written.copies,
         replicas=replicas_of(source),
+        slices=slices_of(source),
         tied=(),
         decisions=decisions,
         sizes=source.sizes,
