@@ -70,8 +70,10 @@ def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer, stop
         )
 
 
-def replica_bytes(plan: Plan) -> int:
-    return sum(_nbytes(plan, source) for replicas in plan.replicas for source in replicas.sources[1:])
+def replica_bytes(plan: Plan, some: Sequence[Check] | None = None) -> int:
+    """Bytes that comparing replicas reads besides the first of each set; of some of the `checks`, or all."""
+    sets = [check for check in (checks(plan) if some is None else some) if isinstance(check, Replicas)]
+    return sum(_nbytes(plan, source) for replicas in sets for source in replicas.sources[1:])
 
 
 def _nbytes(plan: Plan, source: int) -> int:
