@@ -59,7 +59,7 @@ class DcpFile:
         return []
 
 
-def dcp_file(tensors: Sequence[tuple[str, str, Shape]], root: str) -> DcpFile:
+def dcp_file(tensors: Sequence[tuple[str, str, Shape]], root: str, around: object = None) -> DcpFile:
     """Lay out a file of boxes, given name, element type and shape of each; names do not stand in it."""
     entries, starts, end = [], [], 0
     for _, dtype, shape in tensors:

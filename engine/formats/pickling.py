@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,11 @@ class Made:
 
     kind: Global
     state: Any
+
+
+def namespace(values: Mapping[str, Any]) -> Made:
+    """An `argparse.Namespace` of plain values."""
+    return Made(Global("argparse", "Namespace"), with_dtypes(dict(values)))
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,20 @@ def dumps(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]], around: Mapping[str, Any] | None = None) -> bytes:
     """The pickle of a state dict whose tensors are contiguous, each in a storage of its own.
 
     Args:
         tensors: name, element type (one of `WRITABLE`) and shape; storage keys are `0`, `1`, ...
+        around: what else the file holds, by key; then names begin with the key that their state dict has there.
     """
+    if around is not None:
+        below: dict[str, list[tuple[str, Any]]] = {}
+        for index, (name, dtype, shape) in enumerate(tensors):
+            key, _, inside = name.partition(".")
+            below.setdefault(key, []).append((inside, tensor(dtype, shape, index)))
+        states = {key: _Ordered(tuple(items)) for key, items in below.items()}
+        return dumps(Pairs(tuple({**around, **states}.items())))
     return dumps(
         _Ordered(tuple((name, tensor(dtype, shape, index)) for index, (name, dtype, shape) in enumerate(tensors)))
     )

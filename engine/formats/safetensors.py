@@ -69,7 +69,9 @@ class SafetensorsFile:
         return self.end
 
 
-def safetensors_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> SafetensorsFile:
+def safetensors_file(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str, around: object = None
+) -> SafetensorsFile:
     """Lay out a file as transformers expects it: metadata `{"format": "pt"}`."""
     header, offsets = encode_header(tensors, {"format": "pt"})
     sizes = [math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in tensors]

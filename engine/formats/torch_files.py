@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,14 +95,17 @@ class TorchFile:
         return [member for member in self.members if member.data is None]
 
 
-def torch_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> TorchFile:
+def torch_file(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str, around: Mapping[str, Any] | None = None
+) -> TorchFile:
     """Lay out a rank file that holds a state dict.
 
     Args:
         tensors: name, element type and shape of each, in order.
         root: the folder inside the zip; torch takes the file's name without suffix.
+        around: what else the file holds, by key; then names begin with the key that their state dict has there.
     """
-    return laid_out(state_dict(tensors), tensors, root)
+    return laid_out(state_dict(tensors, around), tensors, root)
 
 
 def laid_out(pickled: bytes, tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> TorchFile:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from engine.formats.dcp_files import dcp_file
 from engine.formats.safetensors import safetensors_file
@@ -32,8 +32,10 @@ class FileLayout(Protocol):
         """(offset, bytes) of what comes when all payload is written, given the CRC-32 of each tensor."""
 
 
-# Format → the layout of a file that holds tensors (name, element type, shape) under a root name.
-FORMATS: dict[str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str], FileLayout]] = {
+# Format → the layout of a file that holds tensors (name, element type, shape) under a root name, and what else.
+FORMATS: dict[
+    str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str, Mapping[str, Any] | None], FileLayout]
+] = {
     "safetensors": safetensors_file,
     "torch": torch_file,
     "dcp": dcp_file,

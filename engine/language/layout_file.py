@@ -47,9 +47,7 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
         place=place("name"),
         config_file=data["config"]["file"],
         config_format=data["config"]["format"],
-        configs=tuple(
-            ConfigFile(one["file"], one["format"], one.get("key"), tuple(one.get("beside") or ())) for one in configs
-        ),
+        configs=tuple(map(_config_file, configs)),
         config_of_target=data["config"].get("of") == "target",
         training_file=training.get("file"),
         training_format=training.get("format"),
@@ -89,6 +87,10 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
     return layout
 
 
+def _config_file(body: dict[str, Any]) -> ConfigFile:
+    return ConfigFile(body["file"], body["format"], body.get("key"), body.get("as"), tuple(body.get("beside") or ()))
+
+
 def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
     for i, beside in enumerate(body.get("beside") or []):
         check_file_name(beside["file"], document.value_place("modes", name, "beside", i, "file"))
@@ -107,7 +109,8 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
 
 def _beside(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> Beside:
     check_file_name(body["file"], document.place(*path))
-    return Beside(body["file"], read_tree(document, (*path, "content"), body.get("content", {})))
+    content = read_tree(document, (*path, "content"), body.get("content", {}))
+    return Beside(body["file"], content, body.get("format", "pickled_mapping"))
 
 
 def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> FilePattern:

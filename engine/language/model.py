@@ -45,6 +45,7 @@ class Rule:
     transform: tuple[str, str] | None = None  # (operation, axis)
     keep_dtype: bool = False
     drop: MappingABC[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
+    zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
     tied_to: str | None = None
 
 
@@ -169,6 +170,7 @@ class Beside:
 
     file: str
     content: Any
+    format: str = "pickled_mapping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,7 @@ class ConfigFile:
     file: str
     format: str
     key: str | None = None
+    kind: str | None = None  # `namespace`: an argparse.Namespace, when it is written
     beside: tuple[str, ...] = ()  # keys that stand beside the last of `key`, and are read with it
 
 

@@ -54,6 +54,7 @@ def read_rule(document: Document, name: str, body: dict[str, Any], variants: Map
         transform=transform,
         keep_dtype=body.get("keep") == "dtype",
         drop=dict(body.get("drop") or {}),
+        zeros=_texts(body.get("zeros", [])),
         tied_to=body.get("tied_to"),
     )
 

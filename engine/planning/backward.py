@@ -21,11 +21,12 @@ from engine.planning.variants import Decision, choice_of
 
 @dataclass(frozen=True, slots=True)
 class WholeCheckpoint:
-    """A Hugging Face checkpoint before planning: headers and config.json."""
+    """A Hugging Face checkpoint before planning: headers and config.json, and weight files that are no part of it."""
 
     folder: str
     files: tuple[FileHeader, ...]
     config: Mapping[str, Any]
+    unknown: tuple[str, ...] = ()
 
     def tensors(self) -> dict[str, tuple[int, TensorHeader]]:
         return {h.name: (i, h) for i, file in enumerate(self.files) for h in file.tensors}

@@ -86,11 +86,15 @@ def shares(count: int, ranks: int, extra: str) -> list[int]:
     return [few + (r < more if extra == "first" else r >= ranks - more) for r in range(ranks)]
 
 
-def mode_of(layout: Layout, name: str | None) -> Mode:
-    """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads."""
+def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = None) -> Mode:
+    """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads.
+
+    Without a name the first that has ranks of every dimension that is asked for.
+    """
     writable = [mode for mode in layout.modes if mode.only_read is None]
     if name is None and writable:
-        return writable[0]
+        asked = {dim for dim, count in (sizes or {}).items() if count > 1}
+        return next((mode for mode in writable if asked <= set(written_dims(mode.files[0]))), writable[0])
     known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
     for mode in layout.modes:
         if name == mode.name or name in mode.aliases:

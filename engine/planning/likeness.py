@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.checkpoint.ranks import stage_dims
 from engine.errors import EngineError
-from engine.language.model import Layout
+from engine.language.model import Layout, Mode
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import Pattern
 from engine.planning.attempts import Checkpoint
@@ -54,16 +54,22 @@ def like_of(understood: Understood, checkpoint: Checkpoint, layout: Layout) -> L
     )
 
 
+def grid_of(layout: Layout, request: Request, like: Like) -> tuple[Mode, dict[str, int]]:
+    """The mode that is written and its ranks: what is asked for, else as in `like`, else one rank."""
+    asked = dict(request.sizes or {})
+    mode = mode_of(layout, request.mode if request.mode is not None else like.mode, asked)
+    known = {d: n for d, n in like.sizes.items() if d not in asked} if mode.name == like.mode else {}
+    staged = stage_dims(layout)  # stages are what modes share
+    shared = {d: n for d, n in like.sizes.items() if d in staged and d not in asked}
+    return mode, ranks_of(layout, mode, {**shared, **known, **asked})
+
+
 def destination_of(
     mapping: MappingFile, layout: Layout, request: Request, like: Like, settings: Mapping[str, Any], layers: int
 ) -> Destination:
     """Where the rank files go: what is asked for, else as in `like`, else one rank."""
-    mode = mode_of(layout, request.mode if request.mode is not None else like.mode)
-    asked = dict(request.sizes or {})
-    known = {d: n for d, n in like.sizes.items() if d not in asked} if mode.name == like.mode else {}
-    staged = stage_dims(layout)  # stages are what modes share
-    shared = {d: n for d, n in like.sizes.items() if d in staged and d not in asked}
-    sizes = ranks_of(layout, mode, {**shared, **known, **asked})
+    mode, sizes = grid_of(layout, request, like)
+    staged = stage_dims(layout)
     chunks = request.chunks
     if chunks is None:
         ranks = {d: sizes.get(d, 1) for d in staged}

@@ -19,7 +19,7 @@ from engine.planning.completeness import check_repeated, check_slices, used_inst
 from engine.planning.config_keys import as_declared, read_config, source_side, training_side, with_given
 from engine.planning.copies import Copy
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
-from engine.planning.model import Output, OutputFile, Plan, Replicas, Tied
+from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Tied
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
@@ -74,6 +74,7 @@ def understand(
         **read.config,
         "options": options,
         "given": dict(checkpoint.target_config),
+        "mode": checkpoint.grid.mode.name,
         "training": read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config,
         "present": present_in({one.name for one in stored}),
     }
@@ -173,6 +174,7 @@ def make_plan(
         max_shard_size,
         shards,
         noted=understood.noted,
+        slices=slices_of(source),
         departures=departures,
     )
 
@@ -190,6 +192,22 @@ def replicas_of(side: Side) -> tuple[Replicas, ...]:
         for numbers in side.numbers(group)
         if len(numbers) > 1
     )
+
+
+def slices_of(side: Side) -> tuple[Slices, ...]:
+    """Sets of slices that different ranks hold of one tensor.
+
+    What is a tensor of its own on the other side, as each expert of a stack is, may equal its neighbours.
+    """
+    result: list[Slices] = []
+    for group in side.groups:
+        own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
+        found: dict[tuple[object, ...], list[int]] = {}
+        for numbers, (ranks, stored) in zip(side.numbers(group), group.shards.items(), strict=True):
+            where = tuple(rank for rank, (_, axis) in zip(ranks, group.cut.dims, strict=False) if axis in own)
+            found.setdefault((stored[0].header.shape, where), []).append(numbers[0])
+        result += [Slices(tuple(alike), group.name) for alike in found.values() if len(alike) > 1]
+    return tuple(result)
 
 
 def _tied(listed: Sequence[tuple[Output, list[Copy], str]], outputs: Sequence[Output]) -> tuple[Tied, ...]:
@@ -260,6 +278,12 @@ def overruled(attempt: Attempt) -> tuple[str, ...]:
     )
 
 
+def left_alone(unknown: Sequence[str]) -> tuple[str, ...]:
+    """What is told of files that are no part of a checkpoint."""
+    told = ", ".join(map(printable, unknown))
+    return (f"not part of the checkpoint, left alone: {told}",) if unknown else ()
+
+
 def _notices(checkpoint: Checkpoint, mapping: MappingFile) -> tuple[str, ...]:
     notices: list[str] = []
     kind = checkpoint.training.get("model_type")
@@ -270,8 +294,7 @@ def _notices(checkpoint: Checkpoint, mapping: MappingFile) -> tuple[str, ...]:
         )
     tokenizer = (mapping.tokenizer or {}).get("file")
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
-    if unknown:
-        notices.append("not part of the checkpoint, left alone: " + ", ".join(map(printable, unknown)))
+    notices += left_alone(unknown)
     left = sorted({name for file in checkpoint.files for name in file.left})
     if left:
         more = f" and {len(left) - 4} more" if len(left) > 4 else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, counts_of
@@ -11,9 +11,9 @@ from engine.errors import EngineError
 from engine.formats.dcp_files import Saved
 from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
-from engine.formats.pickling import WRITABLE
+from engine.formats.pickling import WRITABLE, namespace
 from engine.language.expressions import render_tree
-from engine.language.model import Layout
+from engine.language.model import ConfigFile, Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import Pattern, pattern
 from engine.planning.classes import CopyTable
@@ -103,19 +103,44 @@ def directory_of(destination: Destination, written: RankOutputs) -> dict[str, tu
     return {DIRECTORY: ("dcp", saved)}
 
 
+def with_configuration(
+    destination: Destination, shards: Sequence[OutputFile], config: Mapping[str, Any]
+) -> tuple[OutputFile, ...]:
+    """The weight files with the configuration in each, where that is its place."""
+    place = _inside(destination)
+    return tuple(shards) if place is None else tuple(replace(one, around=_held(place, config)) for one in shards)
+
+
+def _inside(destination: Destination) -> ConfigFile | None:
+    """The place of the configuration that is in the mode's weight files."""
+    first = pattern(destination.mode.files[0].name)
+    return next((place for place in destination.layout.configs if first.match(place.file) is not None), None)
+
+
+def _held(place: ConfigFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it stands in its file: under its key, what stands beside it apart."""
+    values = {key: value for key, value in config.items() if key not in place.beside}
+    made: Any = namespace(values) if place.kind == "namespace" else values
+    if place.key is None:
+        return dict(values)
+    return {place.key: made, **{key: config[key] for key in place.beside if key in config}}
+
+
 def small_files(
     destination: Destination, files: Sequence[RankFile], config: Mapping[str, Any]
 ) -> dict[str, tuple[str, Any]]:
     """Name → (format, content) of the configurations and of what lies beside each rank file."""
     layout = destination.layout
-    found: dict[str, tuple[str, Any]] = {layout.config_file: (layout.config_format, dict(config))}
+    found: dict[str, tuple[str, Any]] = {}
+    if _inside(destination) is None:
+        found[layout.config_file] = (layout.config_format, _held(layout.configs[0], config))
     if layout.training_file is not None and layout.training_write:
         found[layout.training_file] = ("python_source", training_text(destination))
     for beside in destination.mode.beside:
         for file in files:
             if file.pattern.name == destination.mode.files[0].name:
                 name = pattern(beside.file).format(file.ranks)
-                found[name] = ("pickled_mapping", render_tree(beside.content, destination.counts()))
+                found[name] = (beside.format, render_tree(beside.content, destination.counts()))
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.checkpoint.ranks import RankFile, RankGrid
+from engine.checkpoint.ranks import RankFile, RankGrid, counts_of
 from engine.errors import EngineError, Place
 from engine.language.expressions import render_tree
 from engine.language.model import Layout
@@ -26,12 +26,28 @@ from engine.planning.backward import (
 from engine.planning.config_keys import as_declared, check_returns, declared, read_config, shown, target_side
 from engine.planning.destination import Destination, Request
 from engine.planning.groups import Group
-from engine.planning.likeness import Like, destination_of, like_of, spellings_of
+from engine.planning.likeness import Like, destination_of, grid_of, like_of, spellings_of
 from engine.planning.matching import is_active
 from engine.planning.model import Plan, Replicas
 from engine.planning.pieces import match_pieces
-from engine.planning.planner import data_only, main_dtype, overruled, present_in, replicas_of, understand
-from engine.planning.rank_outputs import RankOutputs, directory_of, rank_outputs, small_files, training_text
+from engine.planning.planner import (
+    data_only,
+    left_alone,
+    main_dtype,
+    overruled,
+    present_in,
+    replicas_of,
+    slices_of,
+    understand,
+)
+from engine.planning.rank_outputs import (
+    RankOutputs,
+    directory_of,
+    rank_outputs,
+    small_files,
+    training_text,
+    with_configuration,
+)
 from engine.planning.release import check_release, not_the_release
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import Fact, Sizes, size_error, solve, unknown_error
@@ -39,6 +55,7 @@ from engine.planning.stages import Stages
 from engine.planning.stored import Instance, instances
 from engine.planning.variants import check_settings, decide, options_of
 from engine.planning.whole import whole_instances
+from engine.planning.zeros import ZEROS, zero_groups
 
 
 def make_reverse_plan(
@@ -86,10 +103,12 @@ def make_reverse_plan(
     rules = instances(mapping)
     tensors = checkpoint.tensors()
     back = names_back(list(tensors), rules)
-    seen = {**checkpoint.config, "options": options, "present": present_in(back)}
+    mode, ranks = grid_of(layout, request, shared)
+    cut = {**counts_of(layout, ranks), "mode": mode.name, "chunks": request.chunks or shared.chunks}
+    seen = {**checkpoint.config, **cut, "options": options, "present": present_in(back)}
     first = {**training(seen), "options": options, "present": seen["present"]}
     decisions = decide_back(
-        mapping.variants, mine, shared.choices, {**first, "training": {}, "given": checkpoint.config}
+        mapping.variants, mine, shared.choices, {**first, **cut, "training": {}, "given": checkpoint.config}
     )
     choices = {n: d.choice for n, d in decisions.items()}
     active = [one for one in rules if is_active(one, choices)]
@@ -100,7 +119,7 @@ def make_reverse_plan(
     whole = whole_instances(pieces)
     found = groups_back(checkpoint, pieces, whole, None)
     scope = {**training({**seen, **choices}), "options": options, **choices}
-    scope |= {"training": {}, "present": seen["present"], "given": checkpoint.config}
+    scope |= {**cut, "training": {}, "present": seen["present"], "given": checkpoint.config}
     files = [RankFile(f.name, layout.modes[0].files[0], {}) for f in checkpoint.files]
     state, unread = _solve(mapping, found, scope, files, pieces.dropped)
     sizes = state.values()
@@ -108,25 +127,30 @@ def make_reverse_plan(
         for axis in (*instance.axis_names(), *instance.axes.names()):
             if axis not in sizes:
                 raise unread.get(axis) or unknown_error(axis, instance.rule.place)
-    source = Side(tuple(groups_back(checkpoint, pieces, whole, sizes)), whole_keys(whole), sizes)
+    held = groups_back(checkpoint, pieces, whole, sizes)
+    types = {one.instance.key: next(iter(one.shards.values()))[0].header.dtype for one in held}
+    zeros, padding = zero_groups(used, sizes, len(checkpoint.files), types)
+    source = Side((*held, *zeros), {**whole_keys(whole), **padding}, sizes)
+    files_read = (*checkpoint.files, *((ZEROS,) if zeros else ()))
     destination = destination_of(mapping, layout, request, shared, settings, sizes.get("layer", 0))
     keys = training_keys(used, pieces)
     written = rank_outputs(
-        destination, used, keys, spellings_of(used, shared), source, [f.name for f in checkpoint.files], dtype
+        destination, used, keys, spellings_of(used, shared), source, [f.name for f in files_read], dtype
     )
     names = {**seen, **choices, **sizes, **destination.names}
+    names["options"] = {**destination.names["options"], **options}
     names["dtype"] = f"torch.{main_dtype(written.outputs)}"
     if own is not None:
         config = dict(own)
-        _check_again(mapping, read.config, options, choices, sizes, written, destination)
+        _check_again(mapping, read.config, options, choices, sizes, written, destination, read.config)
     else:
         config = as_declared(render_tree(mapping.training_config, names), declared(mapping, layout, "source"))
-        forth = _check_again(mapping, config, options, choices, sizes, written, destination)
+        forth = _check_again(mapping, config, options, choices, sizes, written, destination, read.config)
         check_returns(read, forth, mapping)
     plan = _plan(
-        mapping, layout, checkpoint.folder, checkpoint.files, source, written, destination, config, decisions=decisions,
-        options=options, names=names, ignored=ignored, notices=(), dtype=dtype, grid=written.grid,
-        stages=destination.stages,
+        mapping, layout, checkpoint.folder, files_read, source, written, destination, config, decisions=decisions,
+        options=options, names=names, ignored=ignored, notices=left_alone(checkpoint.unknown), dtype=dtype,
+        grid=written.grid, stages=destination.stages,
     )  # fmt: skip
     return replace(plan, replicas=(*plan.replicas, *_ties(used, source, checkpoint)))
 
@@ -208,6 +232,7 @@ def _plan(
         outputs=written.outputs,
         copies=written.copies,
         replicas=replicas_of(source),
+        slices=slices_of(source),
         tied=(),
         decisions=decisions,
         sizes=source.sizes,
@@ -218,7 +243,7 @@ def _plan(
         notices=(*notices, *not_the_release(mapping, departures)),
         dtype=dtype,
         max_shard_size=0,
-        shards=written.shards,
+        shards=with_configuration(destination, written.shards, config),
         written=written.grid,
         beside=small_files(destination, written.grid.files, config) | directory_of(destination, written),
         departures=departures,
@@ -237,9 +262,10 @@ def _check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
     """E215 for the first rule that changes or drops values, unless `--lossy` names it."""
     for instance in used:
         rule = instance.rule
-        if (rule.transform is None and not rule.drop) or rule.name in lossy:
+        dropped = {axis: why for axis, why in rule.drop.items() if axis not in rule.zeros}
+        if (rule.transform is None and not dropped) or rule.name in lossy:
             continue
-        lost = f"drop {', '.join(rule.drop)}: {'; '.join(rule.drop.values())}"
+        lost = f"drop {', '.join(dropped)}: {'; '.join(dropped.values())}"
         if rule.transform is not None:
             lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]].lost}"
         raise EngineError(
@@ -286,7 +312,7 @@ def _solve(
         facts.setdefault(axis, Fact(axis, count, f"{{{axis}}} in tensor names"))
     for _, piece in dropped:
         for axis in piece:
-            if any(axis in rule.drop for rule in mapping.rules):
+            if any(axis in rule.drop and axis not in rule.zeros for rule in mapping.rules):
                 facts.setdefault(axis, Fact(axis, 0, "dropped, and not restored"))
     state = solve(list(found), facts, files)
     if state.contradictions:
@@ -302,6 +328,7 @@ def _check_again(
     sizes: Mapping[str, int],
     written: RankOutputs,
     destination: Destination,
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """E216 unless the written configuration and names, read forwards, give the same choices and sizes.
 
@@ -312,7 +339,8 @@ def _check_again(
     for output in written.outputs:
         prefix = next(p for p in prefixes if output.name.startswith(p))
         names.add(output.name[len(prefix) :])
-    scope = {**config, "options": options, "training": {}, "given": config, "present": present_in(names)}
+    scope = {**config, "options": options, "training": {}, "present": present_in(names)}
+    scope |= {"given": given, "mode": destination.mode.name}
     for name, decision in decide(mapping.variants, {}, scope).items():
         if decision.choice != choices[name]:
             variant = mapping.variants[name]

@@ -127,7 +127,7 @@ def in_order(plan: Plan, file: OutputFile) -> list[int]:
 def layout_of(plan: Plan, file: OutputFile) -> FileLayout:
     """Where everything of a weight file goes."""
     tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
-    return FORMATS[file.format](tensors, PurePosixPath(file.name).stem)
+    return FORMATS[file.format](tensors, PurePosixPath(file.name).stem, file.around)
 
 
 def _units(plan: Plan) -> list[Unit]:

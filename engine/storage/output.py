@@ -139,7 +139,8 @@ class OutputFolder:
                 raise write_error(self.final, failed) from failed
 
     def _move(self) -> None:
-        sync_folder(self.partial)
+        for folder in (*(path for path in self.partial.iterdir() if path.is_dir()), self.partial):
+            sync_folder(folder)
         self._check_free()  # what somebody put there meanwhile is kept, and so is the new output beside it
         if os.path.lexists(self.final):
             old = self.partial if _exchange(self.partial, self.final) else self._swap()
