@@ -6,8 +6,7 @@ from pathlib import Path
 
 import engine
 from engine import api
-from tests.storage.conftest import Bucket
-from tests.storage.test_object_stores import MAPPING, STEP, files, pending, refused
+from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
 from tests.support.object_server import Asked
 
 
