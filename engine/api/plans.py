@@ -11,6 +11,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.planning.request import RankOptions, Request, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
+from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
 from engine.storage.replacing import check_file_free, given_path
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
 
 
+@displayed
 def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
 
@@ -57,6 +59,7 @@ def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack
     )
 
 
+@displayed
 def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
     """Compile what `reverse` would do. Arguments as for `reverse`."""
     from engine.planning.destination import Request as Grid
@@ -82,6 +85,7 @@ def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpa
     )
 
 
+@displayed
 def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[RankOptions]) -> Plan:
     """Compile what `reshard` would do. Arguments as for `reshard`."""
     from engine.planning.destination import Request as Grid

@@ -11,6 +11,7 @@ from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
+from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
     from engine.comparing.comparison import Comparison
@@ -61,6 +62,7 @@ def explain(
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
+@displayed
 def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: bool = False) -> Inspection:
     """What a folder is: a training checkpoint, a Hugging Face checkpoint, or a folder of steps.
 
@@ -100,6 +102,7 @@ def mappings() -> list[MappingFile]:
     return load_all()[0]
 
 
+@displayed
 def compare(
     out: str | Path,
     ref: str | Path,
@@ -245,6 +248,7 @@ def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
     ]
 
 
+@displayed
 def verify(
     out: str | Path,
     progress: Callable[[Progress], None] | None = None,

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
@@ -63,6 +64,9 @@ class Size(click.ParamType[int]):
 
 class Dtype(click.ParamType[str]):
     name = "|".join(DTYPES)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in DTYPES if name.startswith(incomplete)]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
