@@ -66,7 +66,7 @@ class Commands(click.Group):
         formatter.write(f"\n{EXAMPLES}\n")
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        kwargs["standalone_mode"] = False
+        kwargs |= {"standalone_mode": False, "prog_name": "engine"}
         try:
             code = super().main(*args, **kwargs)
         except click.Abort as interruption:

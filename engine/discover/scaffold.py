@@ -27,6 +27,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
+from engine.language.search import spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
@@ -129,7 +130,9 @@ def _release(request: Request) -> Attempted | None:
     others = [r for r, m, _, _ in fitting[1:] if not (kind in mapping.model_types and kind not in m.model_types)]
     if others:
         verb = "fits" if len(others) == 1 else "fit"
-        body += comment(f"decide: the family. {list_of(others)} {verb} as well; `engine show` tells the difference.")
+        told_by = f"engine diff {spelled(reference)} {spelled(others[0])}"
+        names = list_of([spelled(one) for one in others])
+        body += comment(f"decide: the family. {names} {verb} as well; `{told_by}` tells the difference.")
     body += block("extends", reference)
     body += model_types(mapping, kind)
     for note in silent(mapping, request.checkpoint.config):
