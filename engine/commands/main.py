@@ -27,11 +27,11 @@ from engine.errors import CODES
 # A command is listed under the first heading, in this order, with the first sentence of its help.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Convert": (convert.run, convert.plan, convert.reverse, convert.reshard, convert.clean),
+    "Convert on many machines": (parts.part, parts.commit),
     "Inspect": (look.inspect, look.mappings, look.explain, look.view, look.verify, look.compare),
     "Write and review mappings": (
         review.new, review.lint, review.prove, review.diff, review.show, review.format_,
     ),
-    "Convert on many machines": (parts.part, parts.commit),
     "Use without converting": (serve.serve, serve.mount),
     "This program": (look.env, look.completion),
 }  # fmt: skip
