@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings lock
+.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings targets lock
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ wheel: setup
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 	@ls dist/*.whl
 
+# Takes anew what transformers' classes know, which `engine lint` asks.
+targets: setup
+	$(BIN)/python -m engine.proving.targets
+
 # Writes anew what bundled mappings mean, into meanings/ beside them; review the diff.
 meanings: setup
 	$(BIN)/python -m engine prove --all --write-meaning
@@ -78,7 +82,7 @@ clients: setup
 
 # Keeps the versions the lock has, unless pyproject.toml asks for others.
 lock: setup
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev pyproject.toml \
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --group dev --extra model pyproject.toml \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  --no-emit-package torch --output-file requirements-dev.lock
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --group bench \

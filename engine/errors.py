@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 CODES: dict[str, str] = {
@@ -78,6 +80,14 @@ LINTS: dict[str, str] = {
     "L007": "an axis appears only once in the file and has no size in `dims`",
     "L008": "a rule or choice can never be reached",
     "L009": "a configuration key is read and not declared",
+    "L010": "a key is written that nothing known reads",
+    "L011": "a model, a model type or an activation does not exist, or two contradict each other",
+    "L012": "an expression asks for a tensor that no rule has",
+    "L013": "a variant or option is compared with something that is none of its choices",
+    "L014": "a value is written that `keys` does not allow",
+    "L015": "a special token is another one than its name or number says",
+    "L016": "an option's default or choice does not fit its type or range",
+    "L017": "two spellings of one key are written differently",
 }
 
 
@@ -153,6 +163,23 @@ class Place:
         return {name: printable(p) if isinstance(p, str) else p for name, p in parts.items() if p is not None}
 
 
+def in_words(
+    code: str, message: str, place: Place | None, got: str | None, expected: str | None, fix: str | None
+) -> str:
+    """A problem as it is printed: what, where, what was found and should have been, what to do."""
+    lines = [f"{code} {printable(message)}"]
+    if place is not None:
+        lines.append(f"  {printable(str(place))}")
+    for label, text in (("got", got), ("expected", expected)):
+        if text is not None:
+            first, *rest = _lines(text).split("\n")
+            lines.append(f"    {label:<9} {first}")
+            lines.extend(f"    {'':<9} {line}" for line in rest)
+    if fix is not None:
+        lines.append(f"  {_lines(fix)}")
+    return "\n".join(lines)
+
+
 class EngineError(Exception):
     """Something a user must know, ready to print.
 
@@ -186,17 +213,7 @@ class EngineError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        lines = [f"{self.code} {printable(self.message)}"]
-        if self.place is not None:
-            lines.append(f"  {printable(str(self.place))}")
-        for label, text in (("got", self.got), ("expected", self.expected)):
-            if text is not None:
-                first, *rest = _lines(text).split("\n")
-                lines.append(f"    {label:<9} {first}")
-                lines.extend(f"    {'':<9} {line}" for line in rest)
-        if self.fix is not None:
-            lines.append(f"  {_lines(self.fix)}")
-        return "\n".join(lines)
+        return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
     def as_dict(self) -> dict[str, object]:
         """The same as data, for `--json`."""
@@ -210,9 +227,50 @@ class EngineError(Exception):
         }
 
 
-class EngineErrors(Exception):
-    """Several independent errors found in one go, in order of place."""
+class EngineErrors(EngineError):
+    """Several independent errors found in one go, in order of place; who asks for one is told the first."""
 
-    def __init__(self, errors: list[EngineError]) -> None:
-        super().__init__("\n\n".join(str(error) for error in errors))
-        self.errors = errors
+    def __init__(self, errors: Sequence[EngineError]) -> None:
+        first = errors[0]
+        super().__init__(
+            first.code, first.message, place=first.place, got=first.got, expected=first.expected, fix=first.fix
+        )
+        self.errors = list(errors)
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(error) for error in self.errors)
+
+
+class Errors:
+    """Gathers independent errors, so that all of a file are told at once.
+
+    >>> errors = Errors()
+    >>> with errors.caught():
+    ...     raise EngineError("E102", "a")
+    >>> with errors.caught():
+    ...     raise EngineError("E102", "b")
+    >>> len(errors.found)
+    2
+    """
+
+    def __init__(self) -> None:
+        self.found: list[EngineError] = []
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """What is raised inside is kept, and what follows goes on."""
+        try:
+            yield
+        except EngineErrors as several:
+            self.found += several.errors
+        except EngineError as error:
+            self.found.append(error)
+
+    def check(self) -> None:
+        """Raise what was kept: one error as itself, several as `EngineErrors`."""
+        once = {(error.code, str(error.place), error.message): error for error in self.found}
+        listed = sorted(once.values(), key=lambda e: (e.place.line or 0, e.place.column or 0) if e.place else (0, 0))
+        if len(listed) == 1:
+            raise listed[0]
+        if listed:
+            raise EngineErrors(listed)

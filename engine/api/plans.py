@@ -11,7 +11,8 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.planning.request import AnyOptions, RankOptions, Request, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
-from engine.storage.places import found_at
+from engine.show.notebook import displayed
+from engine.storage.places import Source, found_at
 from engine.storage.regular import open_regular
 from engine.storage.replacing import check_file_free, given_path, write_file
 
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
 
 
-def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Unpack[WholeOptions]) -> Plan:
+@displayed
+def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
+
+    >>> plan("internlm2-7b", "ckpt/1000", dtype="bf16")  # doctest: +SKIP
+    <Plan of internlm2-7b 1.0.0: 'ckpt/1000' (tp 8) to 291 tensors, 15,475,417,088 bytes in 8 files>
 
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
-        src: the training checkpoint's folder.
+        src: the training checkpoint's folder, or a store, as `engine.virtual` makes one.
         settings: variants and options, as `--set` gives them.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         max_shard_size: bytes of tensors per output file.
@@ -40,12 +45,14 @@ def plan(mapping: str | Path | MappingFile, src: str | Path = ".", **options: Un
     return planned(request_of(mapping, src, options, "run"))
 
 
-def plan_reverse(mapping: str | Path | MappingFile, src: str | Path, **options: Unpack[ReverseOptions]) -> Plan:
+@displayed
+def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
     """Compile what `reverse` would do. Arguments as for `reverse`."""
     return planned(request_of(mapping, src, options, "reverse"))
 
 
-def plan_reshard(mapping: str | Path | MappingFile, src: str | Path, **options: Unpack[RankOptions]) -> Plan:
+@displayed
+def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[RankOptions]) -> Plan:
     """Compile what `reshard` would do. Arguments as for `reshard`."""
     return planned(request_of(mapping, src, options, "reshard"))
 
@@ -64,21 +71,26 @@ def _read(asked: Request, layout: Layout) -> Checkpoint:
 
 def _compiled(asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
     from engine.planning.planner import make_plan
-    from engine.proving.meta_model import fitted
+    from engine.proving.meta_model import fitted, written_as_model
 
     like = None if asked.like is None else read_checkpoint(asked.like, layout, asked.config)
     if asked.reads == "training":
-        loaded, checkpoint = fitted(loaded, layout, checkpoint)
+        loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
+    else:
+        if like is not None:
+            loaded, layout, like = fitted(loaded, layout, like)
+        loaded = written_as_model(loaded, checkpoint.config)
     return make_plan(loaded, layout, checkpoint, asked, like=like)
 
 
-def read_whole(src: str | Path) -> Checkpoint:
+def read_whole(src: Source) -> Checkpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
-    from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+    from engine.checkpoint.hf_folder import other_weights, read_hf_config, read_hf_folder
     from engine.planning.attempts import whole_checkpoint
 
     folder = found_at(src, "the checkpoint")
-    checkpoint = whole_checkpoint(str(src), read_hf_folder(folder), read_hf_config(folder))
+    files = read_hf_folder(folder)
+    checkpoint = whole_checkpoint(str(src), files, read_hf_config(folder), other_weights(folder, files))
     if not checkpoint.config:
         raise EngineError(
             "E304",
@@ -91,8 +103,8 @@ def read_whole(src: str | Path) -> Checkpoint:
 
 
 def _rules(asked: Request) -> tuple[MappingFile, Layout]:
-    loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(str(asked.mapping))
-    return loaded, load_layout(loaded.layout)
+    loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(asked.mapping)
+    return loaded, load_layout(loaded.layout, loaded.layout_place)
 
 
 def save_plan(

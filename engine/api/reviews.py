@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
+from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
     from engine.comparing.comparison import Comparison
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
     from engine.planning.model import Plan
-    from engine.proving.lint import Finding
+    from engine.proving.finding import Finding
     from engine.proving.proof import Proof
     from engine.run.meter import Progress
+
+T = TypeVar("T")
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def explain(
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
+@displayed
 def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: bool = False) -> Inspection:
     """What a folder is: a training checkpoint, a Hugging Face checkpoint, or a folder of steps.
 
@@ -98,6 +102,7 @@ def mappings() -> list[MappingFile]:
     return load_all()[0]
 
 
+@displayed
 def compare(
     out: str | Path,
     ref: str | Path,
@@ -108,6 +113,10 @@ def compare(
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
     """Compare everything that makes two models, and say what the differences are and what they do.
+
+    >>> done = compare("hf", "reference")  # doctest: +SKIP
+    >>> done.same(), done.diagnoses  # doctest: +SKIP
+    (False, ('k_proj and q_proj … equal the reference after interleaving rotary pairs: …',))
 
     Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
     folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
@@ -120,17 +129,19 @@ def compare(
         progress: called with bytes of `out` compared and in all, a few times a second.
 
     Raises:
-        EngineError: E2xx and E3xx when either cannot be read.
+        EngineError: E2xx and E3xx when either cannot be read, E402 when replicas of a training checkpoint differ.
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.comparison import compare_sides
     from engine.comparing.sides import read_side
     from engine.run.meter import Meter
+    from engine.run.replicas import compare_replicas
     from engine.storage.places import found_at
 
     def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
         def made() -> tuple[Plan, Mapping[str, bytes]]:
             compiled = plan(mapping or "", where, settings=settings, dtype=dtype)
+            compare_replicas(compiled, lambda _: None)
             return compiled, make_assets(compiled, None).whole()
 
         return None if mapping is None else made
@@ -150,12 +161,20 @@ def format_mapping(text: str) -> str:
     return reformat(text)
 
 
-def clean(out: str | Path) -> list[Path]:
-    """Remove what interrupted runs left beside an output; returns what was removed."""
-    from engine.storage.output import clean as remove
-    from engine.storage.replacing import given_path
+def clean(out: str | Path) -> list[Path | str]:
+    """Remove what interrupted runs left beside an output; returns what was removed.
 
-    return remove(given_path(out, "the output"))
+    In an object store that is uploads that are pending below the output's prefix: files that are not visible yet.
+    """
+    from engine.storage.objects import ObjectStore
+    from engine.storage.output import clean as remove
+    from engine.storage.pending import end_uploads
+    from engine.storage.places import on_this_machine, store_at
+
+    store = store_at(out, "the output")
+    if isinstance(store, ObjectStore):
+        return [*end_uploads(store)]
+    return [*remove(on_this_machine(store, "the output"))]
 
 
 def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
@@ -166,8 +185,12 @@ def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, li
     """
     from engine.api.runs import default_out
     from engine.storage.output import leftovers
+    from engine.storage.places import is_url
 
-    final = default_out(src or ".") if out is None else Path(out)
+    final = default_out(src or ".") if out is None else out
+    if is_url(final):
+        return str(final), []
+    final = Path(final)
     found = [path for path in leftovers(final.absolute()) if path.is_dir()]
     sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
     return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
@@ -207,19 +230,25 @@ def explain_code(code: str) -> str:
     return page(code)
 
 
+def _listed(names: T | Sequence[T]) -> list[T]:
+    """Several names, or one by itself."""
+    return list(names) if isinstance(names, list | tuple | set | frozenset) else [cast(T, names)]
+
+
 def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths stand for; of a folder, every YAML file below it, layouts too.
+    """The files that paths stand for; of a folder, every mapping and layout below it.
 
     Raises:
         EngineError: E002 for a folder without any, or a path where nothing is.
     """
-    from engine.language.search import find_file, yaml_files
+    from engine.language.search import find_file, rule_files
 
     return [
-        file for path in paths for file in (yaml_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
+        file for path in paths for file in (rule_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
     ]
 
 
+@displayed
 def verify(
     out: str | Path,
     progress: Callable[[Progress], None] | None = None,
@@ -235,9 +264,13 @@ def verify(
 ) -> Verified:
     """Verify an output: against its own manifest, and in whatever other way is asked for.
 
+    >>> verify("hf", src="ckpt/1000", mapping="internlm2-7b").problems  # doctest: +SKIP
+    ()
+
     Args:
         src: the training checkpoint it was made from.
-        mapping: plan again with this mapping, and compare every tensor with what `src` gives.
+        mapping: plan again with this mapping, and compare every tensor, the configuration, generation settings,
+            tokenizer and chat template with what `src` gives.
         config: as for `convert`.
         settings: variants and options, as `--set` gives them.
         dtype: as for `convert`; default: what the manifest says, else `auto`.
@@ -250,24 +283,26 @@ def verify(
         EngineError: E304 or E301 when there is no manifest and nothing else to compare with, E0xx
             for arguments that do not go together, E2xx and E3xx when either side cannot be read.
     """
+    from engine.assets.bundle import make_assets
     from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
     from engine.storage.places import store_at
 
     check_asked(src is not None, mapping is not None, logits, sample is not None)
     written = store_at(out, "the output")
-    compiled = None
+    compiled, small = None, {}
     if src is not None and mapping is not None:
         compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
+        small = make_assets(compiled, None).whole()
     source = Path(src) if src is not None and logits else None
-    return verify_output(written, Asked(compiled, sample, load, source, settings or {}), progress)
+    return verify_output(written, Asked(compiled, small, sample, load, source, settings or {}), progress)
 
 
-def lint(paths: Sequence[str | Path] = ()) -> list[Finding]:
+def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
     """Findings of mapping files, or of those below folders; without paths, of every bundled one."""
-    from engine.language.search import is_layout, list_names
+    from engine.language.search import kind_of, list_names
     from engine.proving.lint import lint_file
 
-    names = [str(p) for p in mapping_files(paths) if not is_layout(p)] if paths else list_names()
+    names = [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) == "mapping"] if paths else list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 
@@ -307,6 +342,11 @@ def new_mapping(
 ) -> Scaffold:
     """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
 
+    >>> print(new_mapping("ckpt/1000", name="mine-7b").text)  # doctest: +SKIP
+    mapping: 1
+    name: mine-7b
+    …
+
     Args:
         name: the mapping's; default: that of the file or of the folder.
         like: the family to extend, by name or path; default: the nearest bundled one.
@@ -322,7 +362,7 @@ def new_mapping(
 
 
 def prove(
-    names: Sequence[str | Path | MappingFile] = (),
+    names: str | Path | MappingFile | Sequence[str | Path | MappingFile] = (),
     *,
     mutants: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -342,7 +382,7 @@ def prove(
     from engine.proving.prove import prove as prove_each
 
     bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
-    return prove_each(list(names) or bundled, mutants=mutants, progress=progress)
+    return prove_each(_listed(names) or bundled, mutants=mutants, progress=progress)
 
 
 def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:

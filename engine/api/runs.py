@@ -20,7 +20,8 @@ from engine.run.running import (
     WholeRunOptions,
     running_of,
 )
-from engine.storage.replacing import given_path
+from engine.show.notebook import displayed
+from engine.storage.places import Source, is_url
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +31,17 @@ if TYPE_CHECKING:
 __all__ = ["convert", "iter_tensors", "reshard", "reverse", "run_plan"]
 
 
+@displayed
 def convert(
     mapping: str | Path | MappingFile,
-    src: str | Path = ".",
+    src: Source = ".",
     out: str | Path | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Report:
     """Convert a training checkpoint to a Hugging Face checkpoint.
+
+    >>> convert("internlm2-7b", "ckpt/1000", "hf", max_shard_size="5GB", progress=print)  # doctest: +SKIP
+    Report(out=PosixPath('hf'), tensors=291, …)
 
     The output is complete at `out` (default: `<src>-hf`) when this returns, or not there at all.
 
@@ -58,13 +63,17 @@ def convert(
     """
     started = time.monotonic()
     how = running_of(options, ConvertOptions)
-    return _write(plan(mapping, src, **keywords(options, WholeOptions)), Path(src), out, how, started)
+    return _write(plan(mapping, src, **keywords(options, WholeOptions)), str(src), out, how, started)
 
 
+@displayed
 def reverse(
-    mapping: str | Path | MappingFile, src: str | Path, out: str | Path, **options: Unpack[ReverseRunOptions]
+    mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReverseRunOptions]
 ) -> Report:
     """Write a Hugging Face checkpoint as training rank files.
+
+    >>> reverse("internlm2-7b", "hf", "ranks", tp=4, pp=2)  # doctest: +SKIP
+    Report(out=PosixPath('ranks'), tensors=908, …)
 
     Args:
         ranks: ranks per dimension, such as `{"tp": 8}`; `tp`, `pp` and `wp` may be given by themselves.
@@ -81,35 +90,43 @@ def reverse(
     """
     started = time.monotonic()
     how = running_of(options, ReverseRunOptions)
-    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), Path(src), out, how, started)
+    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), str(src), out, how, started)
 
 
+@displayed
 def reshard(
-    mapping: str | Path | MappingFile, src: str | Path, out: str | Path, **options: Unpack[ReshardRunOptions]
+    mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReshardRunOptions]
 ) -> Report:
     """Write a training checkpoint for other ranks, from shards to shards.
 
+    >>> reshard("internlm2-7b", "ckpt/1000", "tp4", tp=4)  # doctest: +SKIP
+    Report(out=PosixPath('tp4'), tensors=908, …)
+
     Ranks, chunks and mode that are not given are as in `like`, else as in `src`. Arguments as for `reverse`.
+
+    Raises:
+        EngineError: as for `reverse`.
     """
     started = time.monotonic()
     how = running_of(options, ReshardRunOptions)
-    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), Path(src), out, how, started)
+    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), str(src), out, how, started)
 
 
+@displayed
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
     """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
     started = time.monotonic()
     how = running_of(options, WholeRunOptions)
     compiled = load_plan(path)
-    return _write(compiled, Path(compiled.folder), out, how, started)
+    return _write(compiled, compiled.folder, out, how, started)
 
 
-def _write(compiled: Plan, source: Path, out: str | Path | None, how: Running, started: float) -> Report:
+def _write(compiled: Plan, source: str, out: str | Path | None, how: Running, started: float) -> Report:
     """Run a plan, with the small files that belong to what it writes."""
     if out is None and compiled.written is None:
         out = default_out(source)
     small = partial(small_files, compiled, how.tokenizer, how.code)
-    return execute(compiled, source, given_path(out or "", "the output"), small, how, started)
+    return execute(compiled, source, out or "", small, how, started)
 
 
 def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:
@@ -123,8 +140,10 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
     return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
 
 
-def default_out(src: str | Path) -> Path:
+def default_out(src: str | Path) -> Path | str:
     """Where `convert` writes when it is not told."""
+    if is_url(src):
+        return str(src).rstrip("/") + "-hf"
     real = Path(src).resolve()
     return real.with_name(real.name + "-hf")
 

@@ -24,6 +24,7 @@ from engine.language.expressions import render_tree
 from engine.planning.model import Plan
 from engine.planning.release import family_of
 from engine.run.execute import Small
+from engine.storage.places import local_copy
 
 
 def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) -> Small:
@@ -129,8 +130,8 @@ def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | No
         return given
     if spec is None:
         return None
-    beside = Path(plan.folder) / str(spec.get("file", "tokenizer.model"))
-    return beside if os.path.isfile(beside) else None
+    beside = local_copy(plan.files[0].file.beside(str(spec.get("file", "tokenizer.model"))))
+    return beside if beside is not None and os.path.isfile(beside) else None
 
 
 def as_json(data: Mapping[str, Any]) -> bytes:

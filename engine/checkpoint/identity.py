@@ -158,10 +158,14 @@ def _blocks(claim: Claim, tensor: TensorHeader, size: int) -> Iterator[bytes]:
         return
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
     end = tensor.offset + (last + 1) * ITEM_SIZES[tensor.dtype]
-    with claim.header.file.open() as file:
-        file.seek(tensor.offset)
+    file = claim.header.file.store.ranges(claim.header.file.name, None)
+    try:
         for at in range(tensor.offset, end, size):
-            yield file.read(min(size, end - at))
+            block = bytearray(min(size, end - at))
+            file.read_into(at, (memoryview(block),))
+            yield bytes(block)
+    finally:
+        file.close()
 
 
 def _refused(message: str, claim: Claim, got: str, expected: str, fix: str) -> EngineError:

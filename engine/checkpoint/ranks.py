@@ -90,9 +90,14 @@ def folders_in(layout: Layout) -> list[str]:
     return [name.split("/")[0] for name in files if "/" in name]
 
 
+def written_dims(file: FilePattern) -> tuple[str, ...]:
+    """The rank dimensions of a file that is written."""
+    return tuple(file.mesh) if file.boxes else rank_dims(file)
+
+
 def layout_dims(layout: Layout) -> tuple[str, ...]:
     """Every rank dimension that files of some mode have."""
-    return tuple(dict.fromkeys(dim for mode in layout.modes for dim in rank_dims(mode.files[0])))
+    return tuple(dict.fromkeys(dim for mode in layout.modes for dim in written_dims(mode.files[0])))
 
 
 def stage_dims(layout: Layout) -> tuple[str, ...]:

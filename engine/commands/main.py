@@ -21,6 +21,7 @@ import click
 from engine import __version__
 from engine.commands import convert, look, review, serve
 from engine.commands.say import say
+from engine.commands.stores import add_store_options
 from engine.errors import CODES
 
 # A command is listed under the first heading, in this order, with the first sentence of its help.
@@ -89,6 +90,7 @@ def cli() -> None:
 
 for _commands in SECTIONS.values():
     for _command in _commands:
+        add_store_options(_command)
         cli.add_command(_command)
 
 

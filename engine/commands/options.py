@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
@@ -22,6 +23,7 @@ from engine.run.running import Running
 
 P = ParamSpec("P")
 
+_OPTIONAL = ("torch", "transformers")  # of the extra `model`
 _LONGEST_VALUE = 1000  # characters
 _LARGEST = 1e30
 _RANKS = click.IntRange(1, 1 << 20)
@@ -62,6 +64,9 @@ class Size(click.ParamType[int]):
 
 class Dtype(click.ParamType[str]):
     name = "|".join(DTYPES)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in DTYPES if name.startswith(incomplete)]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
@@ -116,8 +121,16 @@ def check_text(ctx: click.Context) -> None:
                 raise click.BadParameter("it is empty" if not text else "it holds a NUL", ctx, param)
 
 
-def _of_a_file(error: OSError) -> EngineError:
-    """What the system says of a path that was given, like a name that is too long; raises anything else again."""
+def _in_words(error: OSError | ModuleNotFoundError) -> EngineError:
+    """A library that is not installed, or what the system says of a path that was given; raises anything else again."""
+    if isinstance(error, ModuleNotFoundError):
+        if error.name not in _OPTIONAL:
+            raise error
+        return EngineError(
+            "E001",
+            f"this needs {error.name}, which is not installed",
+            fix="Install it with: pip install 'internlm-engine[model]'.",
+        )
     if error.filename is None:
         raise error
     place = Place(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename))
@@ -146,8 +159,8 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
         try:
             with waiting:
                 command(as_json, *args, **kwargs)
-        except (EngineError, EngineErrors, OSError) as raised:
-            error = _of_a_file(raised) if isinstance(raised, OSError) else raised
+        except (EngineError, OSError, ModuleNotFoundError) as raised:
+            error = raised if isinstance(raised, EngineError) else _in_words(raised)
             from engine.show import render
 
             errors = error.errors if isinstance(error, EngineErrors) else [error]

@@ -110,7 +110,9 @@ def _token(file: str | None) -> str | None:
 def mount(
     as_json: bool, /, at: str, mapping: str, src: str, tokenizer: str | None, code: str | None, **options: Any
 ) -> None:
-    """Mount the folder that `run` would write, read only, at DIR; weight files are computed as they are read.
+    """Mount the folder that `run` would write, read only.
+
+    At DIR, or beside the checkpoint; weight files are computed as they are read.
 
     \b
     engine mount -m internlm2-7b -s ckpt/20000 model &

@@ -108,15 +108,21 @@ def _layers(names: Sequence[str]) -> str:
     return f" in layers {{{fold(list(layers))}}}" if len(layers) > 1 else f" in layer {layers.pop()}"
 
 
+_WHOLE = ("rotary pairs in every head",)  # said by the sentence itself
+
+
 def _rotary(verdicts: Sequence[Verdict]) -> Iterator[str]:
     for rotary, said in (
         ("pairs", "after de-interleaving rotary pairs: `rotary` should be `pairs`"),
         ("halves", "after interleaving rotary pairs: `rotary` should be `halves`"),
         ("other", "with the rows of each rotary pair exchanged: `rotary` should be the other choice"),
     ):
-        names = [v.name for v in verdicts if v.kind == "permuted" and v.rotary == rotary]
-        if names:
-            yield f"{_leaves(names)}{_layers(names)} equal the reference {said}"
+        notes: dict[str, list[str]] = {}
+        for verdict in verdicts:
+            if verdict.kind == "permuted" and verdict.rotary == rotary:
+                notes.setdefault("" if verdict.note in _WHOLE else f" ({verdict.note})", []).append(verdict.name)
+        for note, names in notes.items():
+            yield f"{_leaves(names)}{_layers(names)} equal the reference {said}{note}"
 
 
 def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -150,8 +156,9 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
     for group_names in single.values():
         first = swapped[group_names[0]]
         what = "is a copy of" if first.kind == "copied" else "equals"
+        more = first.note.partition(" of the reference, ")[2]
         yield f"{_leaves(group_names)}{_layers(group_names)} {what} {_leaf(first.other or '')} of the reference" + (
-            f"{_layers([v.other or '' for v in map(swapped.__getitem__, group_names)])}"
+            f"{_layers([swapped[name].other or '' for name in group_names])}{f', {more}' if more else ''}"
         )
 
 

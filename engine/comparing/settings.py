@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.comparing.effects import Difference, Grade, differing, effect_of
-from engine.comparing.meaning import default_generation, full_config, full_generation, plain_config
 from engine.comparing.texts import compare_templates, compare_tokenizers
 from engine.errors import EngineError, Place
+from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
 from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, Place
-from engine.formats.headers import FileHeader, TensorHeader
-from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import read_safetensors
-from engine.run.digests import ALGORITHM, content_id, digest_of
+from engine.checkpoint.hf_folder import read_hf_folder
+from engine.comparing.written import check_written, extra_files, nothing_read
+from engine.errors import EngineError
 from engine.run.manifest import NAME, read_manifest
 from engine.storage.places import on_this_machine
-from engine.storage.sources import SourceFiles
-from engine.storage.store import File, Store
+from engine.storage.store import Store
 
 if TYPE_CHECKING:
     from engine.comparing.source import AgainstSource
@@ -25,14 +21,14 @@ if TYPE_CHECKING:
     from engine.planning.model import Plan
     from engine.run.meter import Progress
 
-_BLOCK = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Verified:
     """What was checked of an output, and everything that is wrong with it.
 
     Attributes:
+        read: tensors whose contents were compared with digests.
+        unchecked: what was not checked, and why.
         manifest: whether there was a manifest to compare with; if not, nothing was compared with it.
         source, model, logits: what else was asked for.
     """
@@ -42,6 +38,8 @@ class Verified:
     nbytes: int
     content_id: str
     problems: tuple[str, ...]
+    read: int = 0
+    unchecked: tuple[str, ...] = ()
     manifest: bool = True
     source: AgainstSource | None = None
     model: Loaded | None = None
@@ -54,52 +52,16 @@ class Verified:
             "files": self.files,
             "bytes": self.nbytes,
             "content_id": self.content_id,
+            "contents": self.read,
             "problems": list(self.problems),
+            "unchecked": list(self.unchecked),
             **({} if self.manifest else {"manifest": False}),
             **{name: one.as_dict() for name, one in more.items() if one is not None},
         }
 
-
-def verify(folder: Store, advance: Callable[[int], None] = lambda _: None) -> Verified:
-    """Read every byte of an output and compare it with the manifest.
-
-    Raises:
-        EngineError: E304 or E301 when there is no manifest to verify with.
-    """
-    data = read_manifest(folder)
-    tensors: Mapping[str, Any] = data["tensors"]
-    problems: list[str] = []
-    for name, wanted in data["files"].items():
-        problems += _check_small(folder, str(name), str(wanted))
-    headers: dict[str, FileHeader] = {}
-    for file in dict.fromkeys(str(entry.get("file")) for entry in tensors.values()):
-        try:
-            headers[file] = _read(folder, file)
-        except EngineError as error:
-            problems.append(f"{file}: {error.message}")
-    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
-    nbytes = 0
-    for file, header in headers.items():
-        with SourceFiles((header,)) as sources:
-            here = {str(k)[len(file) + 1 :] if str(k).startswith(f"{file}:") else str(k): (k, v)
-                    for k, v in tensors.items() if v.get("file") == file}  # fmt: skip
-            for one in header.tensors:
-                key, entry = here.pop(one.name, (None, None))
-                if key is None or entry is None:
-                    problems.append(f"{file}:{one.name} is not in the manifest")
-                    continue
-                digest = digest_of(_blocks(sources, one, advance)) if "digest" in entry else ""
-                nbytes += one.nbytes
-                found[key] = (one.dtype, one.shape, digest)
-                if [one.dtype, list(one.shape)] != [entry.get("dtype"), entry.get("shape")]:
-                    problems.append(f"{file}:{one.name} is {one.dtype} {list(one.shape)}, not what was written")
-                elif digest != entry.get("digest", ""):
-                    problems.append(f"{file}:{one.name} has other bytes than were written")
-            problems += [f"{file}:{name} is missing" for name in here]
-    total = content_id(found) if data.get("digest") == ALGORITHM else ""
-    if total != data.get("content_id", "") and not problems:
-        problems.append("the content id is not that of the tensors")
-    return Verified(len(found), len(data["files"]) + len(headers), nbytes, total, tuple(problems))
+    def and_also(self, *problems: str, unchecked: Sequence[str] = (), **more: Any) -> Verified:
+        """With more problems, and what was asked for besides."""
+        return replace(self, problems=(*self.problems, *problems), unchecked=(*self.unchecked, *unchecked), **more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +70,14 @@ class Asked:
 
     Attributes:
         plan: compare with what this plan makes of its source, in the blocks of `sample` (all if None).
+        small: the files beside the weights that are made of the source, by name.
         load: load the model with transformers and run it.
         source: compare the model's forward pass with training's own, run from this checkpoint.
         settings: variants as `--set` gives them; the forward pass of training knows some of them.
     """
 
     plan: Plan | None = None
+    small: Mapping[str, bytes] = field(default_factory=dict)
     sample: str | None = None
     load: bool = False
     source: Path | None = None
@@ -123,7 +87,8 @@ class Asked:
 def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], None] | None = None) -> Verified:
     """Verify an output against its manifest, and in every other way that is asked for.
 
-    Without a manifest the other ways still serve, whatever program wrote the output.
+    Without a manifest the other ways still serve, whatever program wrote the output. Where no tensor's content was
+    checked in any way, that is a problem.
 
     Raises:
         EngineError: E304 or E301 when there is no manifest and nothing else is asked for, E2xx and
@@ -140,24 +105,63 @@ def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], No
     named = {str(entry.get("file")) for entry in (known or {"tensors": {}})["tensors"].values()}
     total = sum(state.size for state in folder.states([name for name in named if folder.has(name)]).values())
     meter = Meter(total + (source_bytes(asked.plan, sample) if asked.plan is not None else 0), progress, "verifying")
-    found = verify(folder, meter.advance) if known is not None else Verified(0, 0, 0, "", (), manifest=False)
+    found = _of_manifest(folder, known, asked, meter.advance)
     if asked.plan is not None:
         meter.begin("comparing with the source")
         source = verify_source(asked.plan, folder, sample, meter.advance)
-        found = replace(found, source=source, problems=(*found.problems, *source.problems))
+        problems, unchecked = _settings(folder, asked.plan, asked.small)
+        found = found.and_also(*source.problems, *problems, unchecked=unchecked, source=source)
     meter.finish()  # files are counted whole, their headers are not read again
     if asked.load:
         from engine.oracle.load_model import load_model
 
         Meter(1, progress, "loading and running the model", "models").begin("loading and running the model")
         model = load_model(on_this_machine(folder, "--load"))
-        found = replace(found, model=model, problems=(*found.problems, *model.problems))
+        found = found.and_also(*model.problems, model=model)
     if asked.source is not None:
         from engine.oracle.logits import compare_logits
 
         logits = compare_logits(on_this_machine(folder, "--logits"), asked.source, asked.settings, progress)
-        found = replace(found, logits=logits, problems=(*found.problems, *logits.problems))
-    return found
+        found = found.and_also(*logits.problems, logits=logits)
+    nothing = nothing_read([found.read > 0, found.source is not None, found.logits is not None, asked.load])
+    return found if nothing is None or found.problems else found.and_also(nothing)
+
+
+def _of_manifest(
+    folder: Store, known: Mapping[str, Any] | None, asked: Asked, advance: Callable[[int], None]
+) -> Verified:
+    if known is not None:
+        told = check_written(folder, known, advance)
+        return Verified(
+            told.tensors, told.files, told.nbytes, told.content_id, told.problems, told.read, told.unchecked
+        )
+    unchecked = [f"{NAME}: there is none, so files were not compared with what was written"]
+    strangers: list[str] = []
+    if asked.plan is not None:
+        files = [file.name for file in read_hf_folder(folder)]
+        strangers, beside = extra_files(folder, {*files, *asked.small})
+        unchecked += beside
+    return Verified(0, 0, 0, "", tuple(strangers), unchecked=tuple(unchecked), manifest=False)
+
+
+def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
+    """What of the configuration, tokenizer and the like is not what the mapping gives; and what it does not give."""
+    from engine.comparing.settings import TOKENIZER, compare_settings, small_files
+
+    here, unchecked = small_files(folder), []
+    if not wanted.keys() & set(TOKENIZER):
+        here = {name: data for name, data in here.items() if name not in TOKENIZER}
+        unchecked.append("the tokenizer: there is none beside the training checkpoint")
+    remote = plan.mapping.remote_code is not None
+    if remote:
+        unchecked.append("code and `auto_map`: the mapping does not hold the official files")
+    found = [
+        one
+        for one in compare_settings(here, wanted)
+        if not (remote and (one.part == "code" or one.what.startswith("auto_map")))
+    ]
+    told = [f"{one.part}: {one.what} is {one.out}, the mapping gives {one.ref}: {one.effect}" for one in found]
+    return told, unchecked
 
 
 def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:
@@ -191,33 +195,3 @@ def written_dtype(folder: Store) -> str:
     """The `--dtype` an output was made with, by its manifest, so that it need not be given again."""
     dtype = read_manifest(folder).get("dtype") if folder.has(NAME) else None
     return dtype if isinstance(dtype, str) else "auto"
-
-
-def _check_small(folder: Store, name: str, wanted: str) -> list[str]:
-    if "/" in name or name in ("", ".", ".."):
-        return [f"{name!r} is not the name of a file of the output"]
-    try:
-        with folder.open(name) as file:
-            total = hashlib.sha256()
-            while block := file.read(_BLOCK):
-                total.update(block)
-    except EngineError as error:
-        return [f"{name}: {error.message}"]
-    return [] if total.hexdigest() == wanted else [f"{name} was changed"]
-
-
-def _read(folder: Store, name: str) -> FileHeader:
-    if "/" in name or name in ("", ".", ".."):
-        raise EngineError("E301", "not the name of a file of the output", place=Place(name))
-    file = File(folder, name)
-    return read_safetensors(file) if name.endswith(".safetensors") else read_rank_file(file)
-
-
-def _blocks(sources: SourceFiles, one: TensorHeader, advance: Callable[[int], None]) -> Any:
-    """The bytes of a contiguous tensor."""
-    buffer = memoryview(bytearray(min(_BLOCK, max(one.nbytes, 1))))
-    for start in range(0, one.nbytes, _BLOCK):
-        block = buffer[: min(_BLOCK, one.nbytes - start)]
-        sources.read_into(0, one.offset + start, (block,))
-        advance(len(block))
-        yield block

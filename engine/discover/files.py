@@ -27,7 +27,7 @@ def new_mapping(
     file = None if out is None else given_path(out, "the mapping")
     if file is not None:
         check_file_free(file, overwrite, is_draft)
-    called = _name(name, file, Path(src))
+    called = _name(name, file, Path(str(src)))
     families = _families(like, file)
     only = families[0][1].layout if like is not None else None
     layout, checkpoint = read_any(src, read, [] if only is None else [only])

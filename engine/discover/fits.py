@@ -77,7 +77,7 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
 
 def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan | EngineError:
     try:
-        mapping, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
+        mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
         return make_plan(mapping, layout, checkpoint)
     except EngineError as error:
         return error

@@ -167,6 +167,8 @@ def read_order(order: np.ndarray, units: Units) -> Reading:
     moved = np.flatnonzero((local != np.arange(period)).any(axis=1))
     patterns = np.unique(local[moved], axis=0)
     span = period * size
+    if len(moved) < len(local) and span not in (units.head, *units.sizes.values()):
+        return Reading(_words(blocks, size, units))  # that the rest stays is no period
     where = "in every" if len(moved) == len(local) else "in some"
     noun = units.block_noun(span) if span != units.head else "head"
     which = f"{where} {noun}" if where == "in every" or len(moved) > _MOST_NAMED else f"in {noun} {_list(moved)}"

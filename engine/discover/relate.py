@@ -24,6 +24,8 @@ from engine.move.views import View
 _MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
 _FEWEST_UNITS = 4  # different units that an order must put in place
 _SHORTEST = 4  # elements of a run
+_TELLING = 64  # elements that a relation of values to another tensor must hold for
+_TRIED = 32  # tensors, the likeliest first, whose values are tried
 _CLOSE = 0.1  # of its size
 _MOST_RUNS = 4  # stretches that are named one by one
 
@@ -46,12 +48,17 @@ class Relation:
 
 
 class Search:
-    """The tensors of two checkpoints, and what is known of them so far."""
+    """The tensors of two checkpoints, and what is known of them so far.
+
+    Attributes:
+        changes: how tensors differ from the reference's of the same name, where that was looked at.
+    """
 
     def __init__(
         self, tensors: Tensors, out: Mapping[str, View], ref: Mapping[str, View], geometry: Geometry | None
     ) -> None:
         self.geometry = geometry
+        self.changes: dict[str, Changes | None] = {}
         self._tensors = tensors
         self._out, self._ref = out, ref
         self._prints: dict[tuple[View, str], Prints] = {}
@@ -78,7 +85,7 @@ class Search:
         arranged = self._arranged(name, one, own, kind)
         if arranged is not None or out.shape != ref.shape or one.shape != own.shape:
             return arranged
-        changes = changes_of(self._tensors, one, own)
+        changes = self.changes[name] = changes_of(self._tensors, one, own)
         region = None if changes is None else region_of(changes, out.shape)
         if changes is not None and region is not None and "scattered" not in region.words:
             return self._local(name, one, own, changes, region, kind)
@@ -102,21 +109,28 @@ class Search:
             for left, right in region.cols:
                 here, there = (view.part(0, low, high).part(1, left, right) for view in (one, own))
                 found = relate_values(self._tensors, here, there, self._sizes()) if here.elements > 1 else None
-                told.add(found.words if found is not None else self._from(name, one, kind, (low, high), region))
+                told.add(
+                    found.words if found is not None else self._from(name, one, kind, ((low, high), (left, right)))
+                )
         words = told.pop() if len(told) == 1 else ""
         return Relation("changed", f"{region.words}: {words}" if words else region.words)
 
-    def _from(self, name: str, one: View, kind: str, span: tuple[int, int], region: Region) -> str:
-        """Where changed rows come from, if they come whole from elsewhere."""
-        if one.shape[1] < _SHORTEST or region.cols != ((0, one.shape[1]),):
-            return ""
-        rows = self._take(one, kind).rows[span[0] : span[1]]
-        for other in [name, *self._others(name, ())]:
-            view = as_matrix(self._ref[other])
-            if view is not None and view.dtype == one.dtype and view.shape[1] == one.shape[1]:
-                order = _lookup(rows, self._take(view, kind).rows)
-                if (order >= 0).all():
-                    return f"holds {_spans(order, 'row')} of {'the reference' if other == name else other}"
+    def _from(self, name: str, one: View, kind: str, spans: Sequence[tuple[int, int]]) -> str:
+        """Where changed rows or columns come from, if they come whole from elsewhere."""
+        for axis, noun in enumerate(("row", "column")):
+            across = one.shape[1 - axis]
+            if across < _SHORTEST or spans[1 - axis] != (0, across):
+                continue
+            ours = self._take(one, kind)
+            low, high = spans[axis]
+            part = (ours.cols if axis else ours.rows)[low:high]
+            for other in [name, *self._others(name, ())]:
+                view = as_matrix(self._ref[other])
+                if view is not None and view.dtype == one.dtype and view.shape[1 - axis] == across:
+                    theirs = self._take(view, kind)
+                    order = _lookup(part, theirs.cols if axis else theirs.rows, low if other == name else None)
+                    if (order >= 0).all():
+                        return f"holds {_spans(order, noun)} of {'the reference' if other == name else other}"
         return ""
 
     def _others(self, name: str, first: Sequence[str]) -> list[str]:
@@ -138,6 +152,8 @@ class Search:
         ours, theirs = self._take(one, kind), self._take(two, kind)
         if ours.plain or ours.bag != theirs.bag:
             return None
+        if one.shape != two.shape and self._tensors.match(_flat(one), _flat(two)):
+            return Relation("recut", f"the same elements in a row, as {' × '.join(map(str, self._out[name].shape))}")
         if one.shape == two.shape:
             for axis, (here, there) in enumerate(((ours.rows, theirs.rows), (ours.cols, theirs.cols))):
                 order = find_order(here, there) if _telling(here) else None
@@ -171,8 +187,6 @@ class Search:
             runs = [take_runs(self._tensors, view, kind, length) for view in (one, two)]
             order = find_order(*runs) if _telling(runs[0]) else None
             if order is None:
-                if np.array_equal(runs[0], runs[1]):
-                    return Relation("recut", f"the same elements in a row, as {' × '.join(map(str, one.shape))}")
                 continue
             loops = read_loops((order[:, None] * length + np.arange(length)).reshape(-1))
             if loops is None:
@@ -216,11 +230,42 @@ class Search:
                 found = self._gathered(name, one, own, axis, sources)
                 if found is not None:
                     return found
+        turned = self._turned(name, one, own, others)
+        if turned is not None:
+            return turned
         if own is None or own.shape != one.shape or not common_types(one.dtype, own.dtype):
             return None
         apart = closeness(self._tensors, one, own)
         close = apart is not None and apart < _CLOSE
         return Relation("different", f"close: off by {apart:.2%} of its size") if close else None
+
+    def _turned(self, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
+        """Another order, or another tensor, and other values too; tried on a few tiles first."""
+
+        def values(two: View) -> str | None:
+            if not common_types(one.dtype, two.dtype):
+                return None
+            here = one.split(0, *two.shape[:-1]) if len(two.shape) > 2 else one
+            found = relate_values(self._tensors, here, two, self._sizes())
+            return None if found is None or found.kind in ("zeroed", "constant", "clipped") else found.words
+
+        if own is not None and own.shape == one.shape[::-1] and 1 not in one.shape:
+            words = values(own.swap(0, 1))
+            if words is not None:
+                return Relation("transposed", f"rows are columns, {words}")
+        head = None if self.geometry is None else self.geometry.head_dim
+        if own is not None and own.shape == one.shape and head and head % 2 == 0 and one.shape[0] % head == 0:
+            for rotary, halves in (("pairs", (2, head // 2)), ("halves", (head // 2, 2))):
+                words = values(own.split(0, one.shape[0] // head, *halves).swap(1, 2))
+                if words is not None:
+                    return Relation("permuted", f"rotary pairs in every head, {words}", rotary=rotary)
+        for other in others[:_TRIED]:
+            view = as_matrix(self._ref[other])
+            if view is not None and view.shape == one.shape and one.elements >= _TELLING:
+                words = values(view)
+                if words is not None:
+                    return Relation("other", words, other=other)
+        return None
 
     def _gathered(self, name: str, one: View, own: View | None, axis: int, sources: Sequence[str]) -> Relation | None:
         """Rows (axis 0) or columns that lie elsewhere, from as many tensors as it takes."""
@@ -333,13 +378,19 @@ def _telling(prints: Prints64) -> bool:
     return len(prints) >= 2 and len(np.unique(prints)) >= min(_FEWEST_UNITS, len(prints))
 
 
-def _lookup(here: Prints64, there: Prints64) -> np.ndarray:
-    """Where each unit lies on the other side; its own place if it is there, -1 where it is nowhere."""
+def _lookup(here: Prints64, there: Prints64, first: int | None = 0) -> np.ndarray:
+    """Where each unit lies on the other side, -1 where it is nowhere.
+
+    Args:
+        first: a unit's own place is the first unit's plus its number, and is taken if the unit is there too.
+    """
     by_content = np.argsort(there, kind="stable")
     at = np.searchsorted(there[by_content], here)
     places = by_content[np.minimum(at, len(there) - 1)]
     found = np.where(there[places] == here, places, -1)
-    own = np.arange(len(here))
+    if first is None:
+        return found
+    own = np.arange(first, first + len(here))
     same = (own < len(there)) & (there[np.minimum(own, len(there) - 1)] == here)
     result: np.ndarray = np.where(same, own, found)
     return result
@@ -369,6 +420,13 @@ def _placed(order: np.ndarray, noun: str, *, every: bool = False) -> str:
 
 def _range(low: int, high: int) -> str:
     return str(low) if high - low == 1 else f"{low}…{high - 1}"
+
+
+def _flat(view: View) -> View:
+    """A matrix's elements one after the other, where they are stored so; else as they are."""
+    dense = view.strides == (view.shape[1], 1) or 1 in view.shape
+    step = view.strides[0] if view.shape[1] == 1 else 1
+    return replace(view, shape=(view.elements, 1), strides=(step, 1)) if dense else view
 
 
 def as_matrix(view: View) -> View | None:

@@ -18,11 +18,12 @@ from engine.move.tensors import Tensors, values_of
 from engine.move.values import float_type
 from engine.move.views import Box, View, tiles
 
-Kind = Literal["zeroed", "constant", "negated", "scaled", "shifted", "rounded"]
+Kind = Literal["zeroed", "constant", "negated", "scaled", "shifted", "rounded", "clipped"]
 
 _TILE = 1 << 14  # elements at a time
 _TRIED = 16  # tiles that are looked at before all are
 _BITS = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52, "F8_E4M3": 3, "F8_E5M2": 2}  # of precision
+_FEW = 3  # factors that are named one by one
 _FEWEST = 4  # elements that one factor must explain
 _NAMES = {7: "BF16", 10: "F16", 3: "F8_E4M3", 2: "F8_E5M2"}
 
@@ -72,6 +73,8 @@ def _relations(
     if (x == first).all() or np.isnan(x).all():
         yield _constant(first, y), lambda x, _: bool((x == first).all() or (first != first and np.isnan(x).all()))
     finite = np.isfinite(x) & np.isfinite(y)
+    if finite.any():
+        yield from _functions(float(x[finite].min()), float(x[finite].max()))
     if out.dtype in FLOATS and ref.dtype in FLOATS:
         yield from _rounded(x[finite], y[finite], out.dtype, ref.dtype)
     x, y = x[finite], y[finite]
@@ -80,6 +83,13 @@ def _relations(
     for factor, summand, words, kind in _lines(x, y, precision, sizes):
         yield Values(kind, words), _line(factor, summand, precision)
     yield from _by_rows(some, precision)
+
+
+def _functions(low: float, high: float) -> Iterator[tuple[Values, Fits]]:
+    """Values that are cut off, or lost their sign."""
+    bounds = f"to {low:g} … {high:g}"
+    yield Values("clipped", "without signs: absolute values"), lambda x, y: bool(np.array_equal(x, np.abs(y)))
+    yield Values("clipped", f"cut off {bounds}"), lambda x, y: bool(np.array_equal(x, np.clip(y, low, high)))
 
 
 def _constant(value: float, y: np.ndarray) -> Values:
@@ -121,7 +131,8 @@ def _lines(
     large = np.abs(y) >= np.median(np.abs(y))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = float(np.median(x[large] / y[large]))
-    summand = float(np.median(x - y))
+    small = np.abs(x) <= np.quantile(np.abs(x), 0.1)  # where rounding is finest
+    summand = float(np.mean((x - y)[small]))
     spread = np.abs(x - np.median(x)) > _slack(x, precision)
     telling = spread.mean() > 0.25  # else any line through the middle fits
     if ratio == 0 or not np.isfinite(ratio):
@@ -238,7 +249,11 @@ def _by_rows(some: list[Pair], precision: float) -> Iterator[tuple[Values, Fits]
         factors = np.concatenate([_factors(x, y, axis).reshape(-1) for x, y in some])
         lengths = np.concatenate([np.sqrt((x * x).sum(axis=axis)) for x, _ in some])
         unit = axis == 1 and bool((np.abs(lengths - 1) < 8 * precision).all())
-        told = ", to length 1" if unit else f", {factors.min():.4g} to {factors.max():.4g}"
+        each = np.unique(np.round(factors / precision) * precision)
+        few = ": " + " and ".join(f"{value:.4g}" for value in each)
+        told = (
+            ", to length 1" if unit else few if len(each) <= _FEW else f", {factors.min():.4g} to {factors.max():.4g}"
+        )
         yield Values("scaled", f"scaled: each {noun} by a factor of its own{told}"), fits
 
 

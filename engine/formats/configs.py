@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.formats.dcp_files import encode_directory
 from engine.formats.pickling import with_dtypes
 from engine.formats.python_source import MAX_SOURCE, literals
 from engine.formats.rank_files import read_torch_file
@@ -121,6 +122,8 @@ def plain(value: Any, name: str) -> Any:
 
 def encode_config(name: str, format: str, content: Any) -> bytes:
     """A configuration's file in one of the layout's formats, as its framework would read it."""
+    if format == "dcp":
+        return encode_directory(content)
     stem = Path(name).stem
     if format == "json":
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

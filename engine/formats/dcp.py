@@ -47,7 +47,8 @@ def read_dcp(
             to run code, E303 of a form that is not read, E305 unreadable.
     """
     directory = read_dcp_directory(folder)
-    missing = [name for name in directory.files() if name not in names]
+    there = set(names)
+    missing = [name for name in directory.files() if name not in there]
     if missing:
         raise EngineError(
             "E201",

@@ -18,6 +18,7 @@ from engine.formats.unpickle import damaged, error_of, load_pickle
 from engine.storage.store import File, Store
 
 DIRECTORY = ".metadata"
+_SHORTEST = 8  # bytes that a box takes in the pickle
 _MOST_BYTES = 1 << 30  # of a pickle that is read whole; ten thousand ranks' save is a tenth of it
 
 
@@ -76,7 +77,7 @@ def read_dcp_directory(folder: Store) -> Directory:
         raise damaged(DIRECTORY, f"more than {_MOST_BYTES} bytes")
     value = load_pickle(data, DIRECTORY)
     try:
-        return _directory(value, hashlib.sha256(data).hexdigest())
+        return _directory(value, hashlib.sha256(data).hexdigest(), len(data) // _SHORTEST)
     except Refused as refused:
         raise error_of(refused, DIRECTORY) from None
 
@@ -93,7 +94,7 @@ def unfinished(folder: Store) -> EngineError:
     )
 
 
-def _directory(value: Any, identity: str) -> Directory:
+def _directory(value: Any, identity: str, most: int) -> Directory:
     told = attributes(value, "Metadata")
     tensors, stored = told.get("state_dict_metadata"), told.get("storage_data")
     if type(tensors) is not dict or type(stored) is not dict:
@@ -114,6 +115,9 @@ def _directory(value: Any, identity: str) -> Directory:
         dtype, whole, chunks = _dtype(about.get("properties")), ints(about.get("size")), about.get("chunks")
         if type(chunks) is not list:
             raise Refused("E301", f"`{name}` has no list of its boxes")
+        most -= len(chunks)
+        if most < 0:
+            raise Refused("E301", "the same boxes listed more often than so short a file can")
         for chunk in chunks:
             box = attributes(chunk, "ChunkStorageMetadata")
             starts, shape = ints(box.get("offsets")), ints(box.get("sizes"))

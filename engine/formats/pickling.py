@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Global:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     function: Global
     arguments: tuple[Any, ...]
 
@@ -43,6 +43,26 @@ class _Ordered:
     items: tuple[tuple[str, Any], ...]
 
 
+@dataclass(frozen=True)
+class Made:
+    """An object of a class, made without arguments, and its state as `__setstate__` or `__dict__` takes it."""
+
+    kind: Global
+    state: Any
+
+
+def namespace(values: Mapping[str, Any]) -> Made:
+    """An `argparse.Namespace` of plain values."""
+    return Made(Global("argparse", "Namespace"), with_dtypes(dict(values)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A dict by its items, whose keys may be stand-ins."""
+
+    items: tuple[tuple[Any, Any], ...]
+
+
 _Base: Any = pickle._Pickler
 
 
@@ -55,12 +75,20 @@ class _Pickler(_Base):  # type: ignore[misc]
         if isinstance(obj, Global) and known is None:
             self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
             self.memoize(obj)
-        elif isinstance(obj, _Call):
+        elif isinstance(obj, Call):
             self.save(obj.function)
             self.save(obj.arguments)
             self.write(pickle.REDUCE)
+        elif isinstance(obj, Made):
+            self.save(obj.kind)
+            self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+            self.save(obj.state)
+            self.write(pickle.BUILD)
+        elif isinstance(obj, Pairs):
+            self.write(pickle.EMPTY_DICT)
+            self._batch_setitems(iter(obj.items))
         elif isinstance(obj, _Ordered):
-            self.save(_Call(_ORDERED, ()))
+            self.save(Call(_ORDERED, ()))
             self._batch_setitems(iter(obj.items))
         else:
             super().save(obj, save_persistent_id)
@@ -78,21 +106,33 @@ def dumps(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]], around: Mapping[str, Any] | None = None) -> bytes:
     """The pickle of a state dict whose tensors are contiguous, each in a storage of its own.
 
     Args:
         tensors: name, element type (one of `WRITABLE`) and shape; storage keys are `0`, `1`, ...
+        around: what else the file holds, by key; then names begin with the key that their state dict has there.
     """
-    items: list[tuple[str, Any]] = []
-    for index, (name, dtype, shape) in enumerate(tensors):
-        strides, count = [1] * len(shape), 1
-        for i in range(len(shape) - 1, -1, -1):
-            strides[i] = count
-            count *= shape[i]
-        storage = _Storage(("storage", _CLASSES[dtype], str(index), "cpu", count))
-        items.append((name, _Call(_REBUILD, (storage, 0, shape, tuple(strides), False, _Call(_ORDERED, ())))))
-    return dumps(_Ordered(tuple(items)))
+    if around is not None:
+        below: dict[str, list[tuple[str, Any]]] = {}
+        for index, (name, dtype, shape) in enumerate(tensors):
+            key, _, inside = name.partition(".")
+            below.setdefault(key, []).append((inside, tensor(dtype, shape, index)))
+        states = {key: _Ordered(tuple(items)) for key, items in below.items()}
+        return dumps(Pairs(tuple({**around, **states}.items())))
+    return dumps(
+        _Ordered(tuple((name, tensor(dtype, shape, index)) for index, (name, dtype, shape) in enumerate(tensors)))
+    )
+
+
+def tensor(dtype: str, shape: tuple[int, ...], index: int = 0) -> Call:
+    """A contiguous tensor that is all of a storage, whose key is its number."""
+    strides, count = [1] * len(shape), 1
+    for i in range(len(shape) - 1, -1, -1):
+        strides[i] = count
+        count *= shape[i]
+    storage = _Storage(("storage", _CLASSES[dtype], str(index), "cpu", count))
+    return Call(_REBUILD, (storage, 0, shape, tuple(strides), False, Call(_ORDERED, ())))
 
 
 def with_dtypes(value: Any) -> Any:

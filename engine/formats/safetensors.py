@@ -58,11 +58,20 @@ class SafetensorsFile:
     def start(self) -> list[tuple[int, bytes]]:
         return [(0, self.header)]
 
+    def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
+        return []
+
     def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
         return []
 
+    @property
+    def size(self) -> int:
+        return self.end
 
-def safetensors_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> SafetensorsFile:
+
+def safetensors_file(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str, around: object = None
+) -> SafetensorsFile:
     """Lay out a file as transformers expects it: metadata `{"format": "pt"}`."""
     header, offsets = encode_header(tensors, {"format": "pt"})
     sizes = [math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in tensors]

@@ -231,7 +231,8 @@ def scalar(value: Any) -> Any:
 RECORD = Function(_record)
 
 # What frameworks keep beside the weights: settings, random states, paths. Nothing of it is looked at.
-_OPAQUE_PACKAGES = ("megatron.", "pathlib", "torch.distributed.checkpoint.planner")
+_OPAQUE_PACKAGES = ("megatron.", "torch.distributed.checkpoint.planner")
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # of `pathlib`, and of what it is made of
 # What tells where a part of a tensor belongs: `dtensor` and `dcp_metadata` read the attributes of such objects.
 _PLAIN_PACKAGES = (
     "torch.distributed.checkpoint.", "torch.distributed.tensor", "torch.distributed._tensor",
@@ -269,7 +270,7 @@ def known_global(module: str, name: str) -> Any:
         return known
     if name == "Config":
         return RECORD
-    if module.startswith(_OPAQUE_PACKAGES):
+    if module.startswith(_OPAQUE_PACKAGES) or (module.startswith("pathlib") and name in _PATHS):
         return opaque(name)
     if module.startswith(_PLAIN_PACKAGES):
         return PlainClass(name, takes=True)

@@ -1,14 +1,14 @@
 """Torch's zip format, written as a stream: every offset is known before the first payload byte.
 
 Members are stored uncompressed, each payload at a multiple of 64 bytes, as torch writes them. The
-CRC-32 of the payloads goes into the headers when everything else has been written.
+CRC-32 of a payload goes into a record right behind it, and into the directory at the end.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,10 @@ _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
+_RECORD = struct.Struct("<4s3I")
+_RECORD64 = struct.Struct("<4sI2Q")
 _UTF8 = 0x800
+_BEHIND = 0x8  # a record behind the payload has the checksum
 _DATE = 0x21  # 1980-01-01, so that equal content gives equal bytes
 
 
@@ -35,6 +38,17 @@ class Member:
     payload: int
     size: int
     data: bytes | None
+
+    @property
+    def record(self) -> int:
+        """Bytes of the record behind the payload."""
+        if self.data is not None:
+            return 0
+        return (_RECORD64 if self.size >= _LIMIT else _RECORD).size
+
+    @property
+    def end(self) -> int:
+        return self.payload + self.size + self.record
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +68,49 @@ class TorchFile:
     def end(self) -> int:
         return self.directory
 
+    @property
+    def size(self) -> int:
+        ((at, data),) = self.finish([0] * len(self.offsets))
+        return at + len(data)
+
     def start(self) -> list[tuple[int, bytes]]:
-        """What is written before the payload: nothing, since headers hold its checksums."""
-        return []
+        """(offset, bytes) of every header, and of members that are not tensors."""
+        return [(member.header, _local(member) + (member.data or b"")) for member in self.members]
+
+    def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of the record behind a tensor's payload, given its CRC-32."""
+        member = self.tensors[tensor]
+        kind = _RECORD if member.record == _RECORD.size else _RECORD64
+        return [(member.payload + member.size, kind.pack(b"PK\x07\x08", checksum, member.size, member.size))]
 
     def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of all that is not payload, given the CRC-32 of each tensor."""
+        """(offset, bytes) of the directory, given the CRC-32 of each tensor."""
         left = iter(checksums)
-        written: list[tuple[int, bytes]] = []
-        central: list[bytes] = []
-        for member in self.members:
-            crc = next(left) if member.data is None else zlib.crc32(member.data)
-            written.append((member.header, _local(member, crc) + (member.data or b"")))
-            central.append(_central(member, crc))
+        central = [_central(m, next(left) if m.data is None else zlib.crc32(m.data)) for m in self.members]
         directory = b"".join(central)
-        return [*written, (self.directory, directory + _end(len(central), len(directory), self.directory))]
+        return [(self.directory, directory + _end(len(central), len(directory), self.directory))]
+
+    @property
+    def tensors(self) -> list[Member]:
+        return [member for member in self.members if member.data is None]
 
 
-def torch_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> TorchFile:
+def torch_file(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str, around: Mapping[str, Any] | None = None
+) -> TorchFile:
     """Lay out a rank file that holds a state dict.
 
     Args:
         tensors: name, element type and shape of each, in order.
         root: the folder inside the zip; torch takes the file's name without suffix.
+        around: what else the file holds, by key; then names begin with the key that their state dict has there.
     """
-    listed: list[tuple[str, bytes | int]] = [("data.pkl", state_dict(tensors)), ("byteorder", b"little")]
+    return laid_out(state_dict(tensors, around), tensors, root)
+
+
+def laid_out(pickled: bytes, tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> TorchFile:
+    """Lay out a file of a pickle and the storages that it names by their numbers, one for each tensor."""
+    listed: list[tuple[str, bytes | int]] = [("data.pkl", pickled), ("byteorder", b"little")]
     for index, (_, dtype, shape) in enumerate(tensors):
         count = 1
         for size in shape:
@@ -90,7 +122,7 @@ def torch_file(tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -
     for name, content in listed:
         member = _member(f"{root}/{name}".encode(), end, content)
         members.append(member)
-        end = member.payload + member.size
+        end = member.end
     offsets = tuple(m.payload for m in members if m.data is None)
     return TorchFile(tuple(members), offsets, end)
 
@@ -101,7 +133,7 @@ def encode_torch(value: Any, root: str) -> bytes:
     order = _member(f"{root}/byteorder".encode(), pickled.payload + pickled.size, b"little")
     version = _member(f"{root}/version".encode(), order.payload + order.size, b"3\n")
     file = TorchFile((pickled, order, version), (), version.payload + version.size)
-    return b"".join(data for _, data in file.finish(()))
+    return b"".join(data for _, data in (*file.start(), *file.finish(())))
 
 
 def _member(name: bytes, at: int, content: bytes | int) -> Member:
@@ -115,12 +147,14 @@ def _sizes64(size: int) -> bytes:
     return struct.pack("<2H2Q", 1, 16, size, size) if size >= _LIMIT else b""
 
 
-def _local(member: Member, crc: int) -> bytes:
+def _local(member: Member) -> bytes:
+    crc = 0 if member.data is None else zlib.crc32(member.data)
     large = _sizes64(member.size)
     padding = member.payload - member.header - _LOCAL.size - len(member.name) - len(large) - 4
     extra = large + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    size = min(member.size, _LIMIT)
-    fields = (b"PK\x03\x04", 45 if large else 20, _UTF8, 0, 0, _DATE, crc, size, size, len(member.name), len(extra))
+    size = 0 if member.record and not large else min(member.size, _LIMIT)
+    flags = _UTF8 | (_BEHIND if member.record else 0)
+    fields = (b"PK\x03\x04", 45 if large else 20, flags, 0, 0, _DATE, crc, size, size, len(member.name), len(extra))
     return _LOCAL.pack(*fields) + member.name + extra
 
 
@@ -132,7 +166,8 @@ def _central(member: Member, crc: int) -> bytes:
         large += struct.pack("<Q", member.header)
     extra = struct.pack("<2H", 1, len(large)) + large if large else b""
     size, version = min(member.size, _LIMIT), 45 if large else 20
-    fields = (b"PK\x01\x02", version, version, _UTF8, 0, 0, _DATE, crc, size, size, len(member.name), len(extra))
+    flags = _UTF8 | (_BEHIND if member.record else 0)
+    fields = (b"PK\x01\x02", version, version, flags, 0, 0, _DATE, crc, size, size, len(member.name), len(extra))
     return _CENTRAL.pack(*fields, 0, 0, 0, 0, min(member.header, _LIMIT)) + member.name + extra
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
+from engine.formats.dcp_files import dcp_file
 from engine.formats.safetensors import safetensors_file
 from engine.formats.torch_files import torch_file
 
@@ -18,14 +19,25 @@ class FileLayout(Protocol):
     @property
     def end(self) -> int: ...
 
-    def start(self) -> list[tuple[int, bytes]]: ...
+    @property
+    def size(self) -> int: ...  # of the whole file
 
-    def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]: ...
+    def start(self) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of what is known before any payload."""
+
+    def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of what follows a tensor's payload, given its CRC-32."""
+
+    def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of what comes when all payload is written, given the CRC-32 of each tensor."""
 
 
-# Format → the layout of a file that holds tensors (name, element type, shape) under a root name.
-FORMATS: dict[str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str], FileLayout]] = {
+# Format → the layout of a file that holds tensors (name, element type, shape) under a root name, and what else.
+FORMATS: dict[
+    str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str, Mapping[str, Any] | None], FileLayout]
+] = {
     "safetensors": safetensors_file,
     "torch": torch_file,
+    "dcp": dcp_file,
 }
-CHECKED = frozenset(("torch",))  # formats whose headers hold a CRC-32 of every payload
+CHECKED = frozenset(("torch", "dcp"))  # formats whose headers hold a CRC-32 of every payload

@@ -5,12 +5,15 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from itertools import pairwise
 
 from engine.errors import EngineError, Place
 from engine.storage.store import OpenFile
 
 _LOCAL = struct.Struct("<4s5H3I2H")
+_ALIGNMENT = 64  # of payloads, as torch writes them
+_NEAR = 256  # bytes behind the fixed part of a local header, in which the rest of most ends
 _MOST_DIRECTORY = 64 << 20  # bytes of a directory that an identity is taken over
 _SMALL = 64 << 20  # bytes of a member that is checked against its CRC-32; torch may leave that out, as zero
 
@@ -38,6 +41,8 @@ def read_directory(file: OpenFile, name: str, size: int) -> tuple[dict[str, tupl
         start = archive.start_dir
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error, RuntimeError) as error:
         raise damaged(f"{size} bytes; {error}") from None
+    headers = sorted({info.header_offset for info in infos})
+    ends = dict(zip(headers, [*headers[1:], start], strict=False))  # of members, by where they begin
     members: dict[str, tuple[int, int]] = {}
     spans: list[tuple[int, int, str]] = []
     for info in infos:
@@ -49,21 +54,15 @@ def read_directory(file: OpenFile, name: str, size: int) -> tuple[dict[str, tupl
             raise damaged(f"member {info.filename} occurs twice")
         if not 0 <= info.header_offset <= size - _LOCAL.size:
             raise damaged(f"member {info.filename} lies outside the file")
-        file.seek(info.header_offset)
-        local = _LOCAL.unpack(file.read(_LOCAL.size))
-        if local[0] != b"PK\x03\x04":
-            raise damaged(f"member {info.filename} has no local header")
-        if local[3] != zipfile.ZIP_STORED or not _names_alike(file.read(local[9]), info):
-            raise damaged(f"member {info.filename} differs between its local header and the directory")
-        if not _records_fill(file.read(local[10]), local[10]):
-            raise damaged(f"member {info.filename} has a local header of unclear length")
-        at = info.header_offset + _LOCAL.size + local[9] + local[10]
+        at = _payload(file, info, ends[info.header_offset], damaged)
         if at + info.file_size > min(size, start):
             raise damaged(f"member {info.filename} ends at {at + info.file_size}, the file's directory is at {start}")
-        if info.flag_bits & 0x8:  # torch writes a record behind each payload: it proves where that ends
-            file.seek(at + info.file_size)
+        end = at + info.file_size
+        # torch writes a record behind each payload: it proves where that ends
+        if info.flag_bits & 0x8 and file.at_hand(end, end + 4):
+            file.seek(end)
             if file.read(4) != b"PK\x07\x08":
-                raise damaged(f"member {info.filename} has no record at its end, {at + info.file_size}")
+                raise damaged(f"member {info.filename} has no record at its end, {end}")
         members[info.filename] = (at, info.file_size)
         spans.append((info.header_offset, at + info.file_size, info.filename))
     spans.sort()
@@ -81,6 +80,31 @@ def read_directory(file: OpenFile, name: str, size: int) -> tuple[dict[str, tupl
     file.seek(start)
     summed = size - start <= _MOST_DIRECTORY and all(info.CRC for info in infos if info.file_size)
     return members, file.read(min(size - start, _MOST_DIRECTORY)), summed
+
+
+def _payload(file: OpenFile, info: zipfile.ZipInfo, end: int, damaged: Callable[[str], EngineError]) -> int:
+    """Where a member's payload begins: as its local header says, or where that is not at hand, as torch lays it out.
+
+    torch pads the local header such that the payload lies at a multiple of 64 bytes, and begins the next member
+    right behind the payload and its record, which has 16 or 24 bytes. Both must give the same place.
+    """
+    fixed = info.header_offset + _LOCAL.size
+    if not file.at_hand(info.header_offset, min(fixed + _NEAR, end)):
+        least = fixed + len(info.orig_filename.encode())
+        for record in (16, 24) if info.flag_bits & 0x8 else (0,):
+            at = end - record - info.file_size
+            if at % _ALIGNMENT == 0 and least <= at < least + 2 * _ALIGNMENT:
+                return at
+    file.seek(info.header_offset)
+    local = _LOCAL.unpack(file.read(_LOCAL.size))
+    if local[0] != b"PK\x03\x04":
+        raise damaged(f"member {info.filename} has no local header")
+    if local[3] != zipfile.ZIP_STORED or not _names_alike(file.read(local[9]), info):
+        raise damaged(f"member {info.filename} differs between its local header and the directory")
+    if not _records_fill(file.read(local[10]), local[10]):
+        raise damaged(f"member {info.filename} has a local header of unclear length")
+    begin: int = fixed + local[9] + local[10]
+    return begin
 
 
 def _names_alike(raw: bytes, info: zipfile.ZipInfo) -> bool:

@@ -77,9 +77,30 @@ def read_expression(text: str) -> Compiled | Refused:
     except Refused as refused:
         return refused
     except TemplateSyntaxError as error:
-        return Refused(f"an expression cannot be read: {error.message}")
+        return Refused(
+            f"an expression cannot be read: {_in_words(text, error.message or '')}",
+            "An expression is Jinja: names, numbers, 'texts', and, or, not, and filters like | default(0).",
+        )
     except (RecursionError, ValueError):  # a number of thousands of digits is a ValueError
         return Refused("an expression is nested too deeply or holds a number that is too long")
+
+
+def _in_words(text: str, told: str) -> str:
+    """What is wrong with text that is no expression; Jinja speaks of templates and tokens.
+
+    >>> _in_words("epsilon | default(1e-5", "unexpected end of template, expected ','.")
+    'a `(` is not closed'
+    """
+    for opening, closing in ("()", "[]", "{}"):
+        if text.count(opening) != text.count(closing):
+            extra = text.count(closing) > text.count(opening)
+            return f"a `{closing}` is too many" if extra else f"a `{opening}` is not closed"
+    for quote in "'\"":
+        if text.count(quote) % 2:
+            return f"a quote {quote} is not closed"
+    if "end of template" in told or "end of print statement" in told:
+        return "it ends where something should follow"
+    return told.removesuffix(".")
 
 
 def _check(text: str) -> Compiled:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Errors, Place
 from engine.language.documents import Document
 from engine.language.expressions import compile_expression
 from engine.language.model import Expression, Layout, Mapping
@@ -40,41 +40,37 @@ def expressions_of(tree: Any) -> Iterator[Expression]:
             yield from expressions_of(child)
 
 
-def check_mapping(mapping: Mapping, document: Document) -> None:
-    """Options, dropped and expected axes, and tied targets of a mapping exist."""
+def check_mapping(mapping: Mapping, document: Document, *, whole: bool = True) -> None:
+    """Options, dropped and expected axes, and tied targets of a mapping exist; all that do not are told.
+
+    Args:
+        whole: whether every rule could be read; else what only some of them declare is not asked for.
+    """
+    errors = Errors()
     choices = [dict(v.choices) for v in mapping.variants.values()]
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     said = [dict(mapping.dims), choices, mapping.config, mapping.training_config, remote, mapping.transformers]
     for expression in expressions_of(said):
-        _check_options(expression, mapping.options)
+        with errors.caught():
+            _check_options(expression, mapping.options)
     targets = [target.name for rule in mapping.rules for target in rule.targets]
     axes = dict.fromkeys(mapping.dims)
     for rule in mapping.rules:
-        axes.update(dict.fromkeys(rule.axes.names()))
-        axes.update(dict.fromkeys(pattern(rule.sources[0]).placeholders))
+        own = rule.axes.names()
+        axes.update(dict.fromkeys((*own, *pattern(rule.sources[0]).placeholders)))
         for axis in rule.drop:
-            if axis not in rule.axes.names():
-                at = document.place("rules", rule.name, "drop", axis)
-                raise undeclared(
-                    f"rule `{rule.name}` drops `{axis}`, which is not among its axes",
-                    axis,
-                    rule.axes.names(),
-                    at,
-                )
-        if rule.tied_to is not None and rule.tied_to not in targets:
-            at = document.place("rules", rule.name, "tied_to")
-            raise undeclared(
-                f"rule `{rule.name}` is tied to `{rule.tied_to}`, which no rule writes",
-                rule.tied_to,
-                targets,
-                at,
-            )
-    for axis in mapping.even:
+            if axis not in own:
+                told = f"rule `{rule.name}` drops `{axis}`, which is not among its axes"
+                errors.found.append(undeclared(told, axis, own, document.place("rules", rule.name, "drop", axis)))
+        if whole and rule.tied_to is not None and rule.tied_to not in targets:
+            told = f"rule `{rule.name}` is tied to `{rule.tied_to}`, which no rule writes"
+            errors.found.append(undeclared(told, rule.tied_to, targets, document.place("rules", rule.name, "tied_to")))
+    named = [("even", axis, document.place("even")) for axis in mapping.even]
+    named += [("expect", axis, document.place("expect", axis)) for axis in mapping.expect]
+    for part, axis, at in named if whole else ():
         if axis not in axes:
-            raise undeclared(f"`even` names `{axis}`, which is no axis", axis, axes, document.place("even"))
-    for axis in mapping.expect:
-        if axis not in axes:
-            raise undeclared(f"`expect` names `{axis}`, which is no axis", axis, axes, document.place("expect", axis))
+            errors.found.append(undeclared(f"`{part}` names `{axis}`, which is no axis", axis, axes, at))
+    errors.check()
 
 
 def check_layout(layout: Layout, document: Document) -> None:
@@ -95,13 +91,13 @@ def check_layout(layout: Layout, document: Document) -> None:
                     expected="`cuts` over ranks, or `boxes: recorded`",
                     fix="With `boxes: recorded` nothing follows from ranks: each tensor records which box it is.",
                 )
-            if file.boxes and mode.only_read is None:
+            if file.boxes and not file.mesh and mode.only_read is None:
                 raise EngineError(
                     "E102",
                     f"mode `{mode.name}` cannot be written, as its tensors record boxes",
                     place=file.place,
-                    expected="`only_read`, with the reason",
-                    fix="Say `only_read: its tensors record which boxes they are`.",
+                    expected="`mesh`, or `only_read` with the reason",
+                    fix="Say `mesh: {dp: rows}`, or `only_read: its tensors record which boxes they are`.",
                 )
             known = pattern(file.name).placeholders
             every.update(dict.fromkeys(known))

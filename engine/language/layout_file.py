@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.errors import EngineError, Place
 from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
 from engine.language.keys import apart, read_keys
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, ConfigFile, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import check_file_name, pattern
+from engine.language.rules import STORED
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
 
-def load_layout(name: str) -> Layout:
-    """Load a layout by name from the `layouts` folders, or by path; E002, E1xx."""
-    path = find_file(name, "layout")
+def load_layout(name: str, named_at: Place | None = None) -> Layout:
+    """Load a layout by name from the `layouts` folders, or by path; E002, E1xx.
+
+    Args:
+        named_at: where a mapping names it.
+    """
+    try:
+        path = find_file(name, "layout")
+    except EngineError as error:
+        error.place = error.place or named_at
+        raise
     document = load_yaml(path, shown(path))
     check_schema(document, "layout")
     document = apart(document)
@@ -37,9 +47,7 @@ def load_layout(name: str) -> Layout:
         place=place("name"),
         config_file=data["config"]["file"],
         config_format=data["config"]["format"],
-        configs=tuple(
-            ConfigFile(one["file"], one["format"], one.get("key"), tuple(one.get("beside") or ())) for one in configs
-        ),
+        configs=tuple(map(_config_file, configs)),
         config_of_target=data["config"].get("of") == "target",
         training_file=training.get("file"),
         training_format=training.get("format"),
@@ -79,6 +87,10 @@ def load_layout(name: str) -> Layout:
     return layout
 
 
+def _config_file(body: dict[str, Any]) -> ConfigFile:
+    return ConfigFile(body["file"], body["format"], body.get("key"), body.get("as"), tuple(body.get("beside") or ()))
+
+
 def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
     for i, beside in enumerate(body.get("beside") or []):
         check_file_name(beside["file"], document.value_place("modes", name, "beside", i, "file"))
@@ -97,7 +109,8 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
 
 def _beside(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> Beside:
     check_file_name(body["file"], document.place(*path))
-    return Beside(body["file"], read_tree(document, (*path, "content"), body.get("content", {})))
+    content = read_tree(document, (*path, "content"), body.get("content", {}))
+    return Beside(body["file"], content, body.get("format", "pickled_mapping"))
 
 
 def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any]) -> FilePattern:
@@ -117,4 +130,5 @@ def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any])
         None if number is None else expression(document, (*path, "number"), number),
         document.place(*path),
         body.get("boxes") == "recorded",
+        {dim: STORED.index(cut) for dim, cut in (body.get("mesh") or {}).items()},
     )

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import yaml
 
 from engine.errors import EngineError, Place
+from engine.language.yaml_words import in_rule, unreadable
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
@@ -155,16 +156,7 @@ def _parse(text: str, name: str) -> Node:
     try:
         return _Walk(text.removeprefix("\ufeff"), name).document()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context or "not YAML"
-        raise EngineError(
-            "E101",
-            f"the YAML cannot be read: {problem}",
-            place=Place(name) if mark is None else Place(name, mark.line + 1, mark.column + 1),
-            got=None if mark is None else _line(text, mark.line),
-            fix="Check brackets, quotes and indentation around this place; "
-            "text with `: `, ` #` or a leading `{`, `[`, `*`, `&` needs quotes.",
-        ) from None
+        raise unreadable(error, text.removeprefix("\ufeff"), name) from None
     except yaml.YAMLError as error:
         position = getattr(error, "position", None)
         place = Place(name)
@@ -264,9 +256,9 @@ class _Walk:
             if str(key) in seen:
                 raise EngineError(
                     "E101",
-                    f"key `{key}` occurs twice",
+                    f"key `{key}` occurs twice" + in_rule(self.text.split("\n"), (key_node.place.line or 1) - 1),
                     place=key_node.place,
-                    got=f"`{key}` also at {seen[str(key)]}",
+                    got=f"`{key}` in line {key_node.place.line} and in line {seen[str(key)].line}",
                     expected="each key once",
                     fix="Remove or rename one of them.",
                 )

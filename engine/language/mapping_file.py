@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
-from engine.language.documents import Document
+from engine.language.documents import At, Document
 from engine.language.expressions import check_expression
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import load_resolved
@@ -29,22 +30,58 @@ def load_mapping(name: str | Path) -> Mapping:
     Raises:
         EngineError: E002, E1xx with file, line and column.
     """
-    path = find_file(str(name))
-    document, files = load_resolved(path)
+    if not isinstance(name, str | Path):
+        raise EngineError(
+            "E001",
+            "this is no mapping",
+            got=f"{name!r:.80}, of type {type(name).__name__}",
+            expected="a name, a path, or a loaded mapping",
+            fix="Give the name of a bundled mapping, like internlm2-7b, or the path of a file.",
+        )
+    document, files = load_resolved(find_file(str(name)))
     check_schema(document, "mapping")
     return build_mapping(document, files)
 
 
 def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
+    """A mapping of checked data; what is wrong with it is told all at once.
+
+    Raises:
+        EngineError: E1xx; `EngineErrors` where there are several.
+    """
     data, place = document.data, document.place
-    variants = {
-        name: read_variant(document, name, body, ("variants", name))
-        for name, body in (data.get("variants") or {}).items()
-    }
-    rules = tuple(read_rule(document, name, body, variants) for name, body in (data.get("rules") or {}).items())
+    errors = Errors()
+    variants: dict[str, Variant] = {}
+    for name, body in (data.get("variants") or {}).items():
+        # What rules say of its choices can be checked all the same.
+        variants[name] = Variant(name, "", dict.fromkeys(map(str, body["choices"])), "shapes", None, place(name))
+        with errors.caught():
+            variants[name] = read_variant(document, name, body, ("variants", name))
+
+    def table(part: str, read: Callable[..., Any], *more: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, body in (data.get(part) or {}).items():
+            with errors.caught():
+                found[name] = read(document, name, body, *more)
+        return found
+
+    def exclusions(part: str) -> tuple[Exclusion, ...]:
+        found: list[Exclusion] = []
+        for index, entry in enumerate(data.get(part) or []):
+            with errors.caught():
+                found.append(_exclusion(document, part, index, entry))
+        return tuple(found)
+
+    def read(path: tuple[str, ...], value: Any) -> Any:
+        result: Any = {}
+        with errors.caught():
+            result = read_tree(document, path, value)
+        return result
+
     source, target = data["source"], data["target"]
     if "file" in (data.get("tokenizer") or {}):
-        check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
+        with errors.caught():
+            check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
     mapping = Mapping(
         name=data["name"],
         version=str(data["version"]),
@@ -54,18 +91,15 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         model_types=tuple(source.get("model_types", ())),
         model_type=target["model_type"],
         architecture=target["architecture"],
-        options={
-            name: read_option(document, name, body, ("options", name))
-            for name, body in (data.get("options") or {}).items()
-        },
+        options=table("options", lambda d, name, body: read_option(d, name, body, ("options", name))),
         variants=variants,
-        dims={name: expression(document, ("dims", name), text) for name, text in (data.get("dims") or {}).items()},
+        dims=table("dims", lambda d, name, text: expression(d, ("dims", name), text)),
         even=tuple(data.get("even") or ()),
-        rules=rules,
-        ignore=tuple(_exclusion(document, "ignore", i, e) for i, e in enumerate(data.get("ignore") or [])),
-        refuse=tuple(_exclusion(document, "refuse", i, e) for i, e in enumerate(data.get("refuse") or [])),
-        config=read_tree(document, ("config",), data.get("config") or {}),
-        training_config=read_tree(document, ("training_config",), data.get("training_config") or {}),
+        rules=tuple(table("rules", read_rule, variants).values()),
+        ignore=exclusions("ignore"),
+        refuse=exclusions("refuse"),
+        config=read(("config",), data.get("config") or {}),
+        training_config=read(("training_config",), data.get("training_config") or {}),
         tokenizer=data.get("tokenizer"),
         generation=data.get("generation"),
         chat_template=data.get("chat_template"),
@@ -73,14 +107,24 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         files=files,
         digest=digest_of(data),
         resolved=data,
+        layout_place=document.value_place("source", "layout"),
         keys=read_keys(document),
         expect_place=place("expect"),
+        places={(part, *path): at.key for (part, *path), at in _placed(document)},
         as_model=data.get("names") == "model",
         remote_code=_remote_code(document, target.get("remote_code")),
-        transformers=read_tree(document, ("target", "transformers"), target.get("transformers")),
+        transformers=read(("target", "transformers"), target.get("transformers")),
     )
-    check_mapping(mapping, document)
+    with errors.caught():
+        check_mapping(mapping, document, whole=not errors.found)
+    errors.check()
     return mapping
+
+
+def _placed(document: Document) -> list[tuple[tuple[str, ...], At]]:
+    """Where parts of a mapping and their keys stand; rules know their own places."""
+    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 3)
+    return [(path, at) for path, at in listed if path[0] not in ("rules", "keys")]
 
 
 def find_mapping(name: str | Path) -> Path:
@@ -161,10 +205,15 @@ def read_option(document: Document, name: str, body: dict[str, Any], path: tuple
 
 
 def read_tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: read_tree(document, (*path, key), item) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(read_tree(document, (*path, i), item) for i, item in enumerate(value))
+    """A tree of literals with its expressions read; every expression that cannot be is told."""
+    if isinstance(value, dict | list):
+        errors = Errors()
+        items: dict[Any, Any] = {}
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            with errors.caught():
+                items[key] = read_tree(document, (*path, key), item)
+        errors.check()
+        return items if isinstance(value, dict) else tuple(items.values())
     if isinstance(value, str) and ("{{" in value or "}}" in value):
         found = _BRACES.match(value.strip())
         if found is None or "{{" in found[1]:

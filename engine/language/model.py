@@ -45,6 +45,7 @@ class Rule:
     transform: tuple[str, str] | None = None  # (operation, axis)
     keep_dtype: bool = False
     drop: MappingABC[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
+    zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
     tied_to: str | None = None
 
 
@@ -121,9 +122,11 @@ class Mapping:
     files: tuple[str, ...]
     digest: str  # sha256 over the resolved data, canonical JSON
     resolved: MappingABC[str, Any]
+    layout_place: Place | None = None  # where the file names its layout
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
+    places: MappingABC[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
     remote_code: RemoteCode | None = None
     transformers: Any = None
 
@@ -149,6 +152,7 @@ class FilePattern:
     Attributes:
         cuts: stage class → rank dimension → `split`, `rows`, `recorded`, `runtime` or an axis.
         boxes: each tensor records which box it is of a larger one; ranks, if names have any, say nothing.
+        mesh: of such files, when they are written: rank dimension → the storage dimension that it cuts.
     """
 
     name: str
@@ -157,6 +161,7 @@ class FilePattern:
     number: Expression | None
     place: Place
     boxes: bool = False
+    mesh: MappingABC[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,7 @@ class Beside:
 
     file: str
     content: Any
+    format: str = "pickled_mapping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +204,7 @@ class ConfigFile:
     file: str
     format: str
     key: str | None = None
+    kind: str | None = None  # `namespace`: an argparse.Namespace, when it is written
     beside: tuple[str, ...] = ()  # keys that stand beside the last of `key`, and are read with it
 
 

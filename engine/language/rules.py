@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Errors
 from engine.language.axes import Axes, parse_axes
 from engine.language.declared import undeclared
 from engine.language.documents import Document, KeyPath
@@ -18,11 +18,49 @@ STORED = ("rows", "columns")  # storage dimensions that `split` may name in an a
 def read_rule(document: Document, name: str, body: dict[str, Any], variants: Mapping[str, Variant]) -> Rule:
     """The rule at `rules` → `name`; E103, E104 and E108 for what it says wrongly."""
     base: KeyPath = ("rules", name)
-    axes = parse_axes(body["axes"], document.value_place(*base, "axes"))
+    errors = Errors()
+    axes = Axes(())
+    patterns: list[Pattern] = []
+    targets: tuple[Target, ...] = ()
+    split = _texts(body.get("split", []))
+    stage = body.get("stage")
     sources = _texts(body["source"])
-    patterns = _sources(document, base, sources)
-    targets = _targets(document, base, body, axes)
-    for target in targets:
+    when: dict[str, tuple[str, ...]] = {}
+    transform: tuple[str, str] | None = None
+    with errors.caught():
+        axes = parse_axes(body["axes"], document.value_place(*base, "axes"))
+        _check_split(document, base, name, split, axes)
+    with errors.caught():
+        patterns = _sources(document, base, sources)
+        _check_stage(document, base, name, (*patterns[0].placeholders, *axes.names()), stage)
+    with errors.caught():
+        targets = _targets(document, base, body, axes)
+        transform = _transform(document, base, body.get("transform"), targets)
+    with errors.caught():
+        when = _when(document, base, body.get("when") or {}, variants)
+    with errors.caught():
+        _check_param(name, sources, patterns, targets)
+    errors.check()
+    return Rule(
+        name=name,
+        sources=sources,
+        axes=axes,
+        targets=targets,
+        place=document.place(*base),
+        split=split,
+        stage=stage,
+        when=when,
+        optional=body.get("optional", False),
+        transform=transform,
+        keep_dtype=body.get("keep") == "dtype",
+        drop=dict(body.get("drop") or {}),
+        zeros=_texts(body.get("zeros", [])),
+        tied_to=body.get("tied_to"),
+    )
+
+
+def _check_param(name: str, sources: Sequence[str], patterns: Sequence[Pattern], targets: Sequence[Target]) -> None:
+    for target in targets if patterns else ():
         if pattern(target.name, target.place).has_param != patterns[0].has_param:
             raise EngineError(
                 "E104",
@@ -32,39 +70,28 @@ def read_rule(document: Document, name: str, body: dict[str, Any], variants: Map
                 expected="{param} on both sides, or on neither",
                 fix="Write weight or bias out, or use {param} in every name of the rule.",
             )
-    split = _texts(body.get("split", []))
+
+
+def _check_split(document: Document, base: KeyPath, name: str, split: Sequence[str], axes: Axes) -> None:
     for axis in split:
         if axis not in (*axes.names(), *STORED):
             at = document.value_place(*base, "split")
             raise undeclared(f"rule `{name}` is split on `{axis}`, which is not among its axes", axis, axes.names(), at)
-    stage = body.get("stage")
-    if ("layer" in (*patterns[0].placeholders, *axes.names())) == (stage is not None):
+
+
+def _check_stage(document: Document, base: KeyPath, name: str, axes: Sequence[str], stage: Any) -> None:
+    if ("layer" in axes) == (stage is not None):
         layered = stage is not None
         raise EngineError(
             "E102",
             f"rule `{name}` {'must not' if layered else 'must'} say its `stage`",
             place=document.place(*base, "stage") if layered else document.place(*base),
-            got=sources[0],
+            got=", ".join(axes),
             expected="layers, by name or as an axis, or `stage`, not both"
             if layered
             else "stage: first, or stage: last",
             fix="`stage` says on which pipeline stage a tensor lives that is of no layer.",
         )
-    return Rule(
-        name=name,
-        sources=sources,
-        axes=axes,
-        targets=targets,
-        place=document.place(*base),
-        split=split,
-        stage=stage,
-        when=_when(document, base, body.get("when") or {}, variants),
-        optional=body.get("optional", False),
-        transform=_transform(document, base, body.get("transform"), targets),
-        keep_dtype=body.get("keep") == "dtype",
-        drop=dict(body.get("drop") or {}),
-        tied_to=body.get("tied_to"),
-    )
 
 
 def _texts(value: Any) -> tuple[str, ...]:

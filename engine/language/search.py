@@ -39,17 +39,29 @@ def find_file(name: str, kind: str = "mapping") -> Path:
                 return candidate
     if kind == "mapping" and (os.sep in name or name.endswith((".yaml", ".yml"))) and not _bundled_form(name):
         raise _no_file(given)
-    known = list(map(spelled, list_names())) if kind == "mapping" else layout_names()
-    same, others = near_names(name, known)
-    listed = "`engine mappings` lists them all" if kind == "mapping" else f"There are {', '.join(known)}"
+    if kind != "mapping":
+        raise _no_layout(name)
+    same, others = near_names(name, list(map(spelled, list_names())))
     raise EngineError(
         "E002",
-        f"there is no {kind} `{name}`",
+        f"there is no mapping `{name}`",
         expected=", ".join(same) or None,
         fix=f"Did you mean `{same[0]}`?"
         if same
         else (f"Names that are near are of other models: {', '.join(others)}. " if others else "")
-        + f"{listed}; a file is given by its path.",
+        + "`engine mappings` lists them all; a file is given by its path.",
+    )
+
+
+def _no_layout(name: str) -> EngineError:
+    known = layout_names()
+    near = get_close_matches(name, known, 1)
+    return EngineError(
+        "E002",
+        f"there is no layout `{name}`",
+        got=name,
+        expected=f"one of {', '.join(known)}",
+        fix=f"Did you mean `{near[0]}`?" if near else "Correct `layout` in `source` of the mapping.",
     )
 
 
@@ -121,21 +133,23 @@ def list_names() -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def yaml_files(folder: Path) -> list[Path]:
-    """Every YAML file below a folder, hidden ones aside; E002 when there is none."""
+def rule_files(folder: Path) -> list[Path]:
+    """Every mapping and layout below a folder, hidden ones aside; E002 when there is none."""
     found = sorted(p for p in folder.rglob("*.y*ml") if not any(x.startswith(".") for x in p.relative_to(folder).parts))
+    found = [path for path in found if kind_of(path) != "meaning"]
     if not found:
-        raise EngineError("E002", f"there are no YAML files below `{folder}`", fix="Give a folder with mappings.")
+        raise EngineError("E002", f"there are no mappings below `{folder}`", fix="Give a folder with YAML files.")
     return found
 
 
-def is_layout(path: Path) -> bool:
-    """Whether a file is a layout, by its first keys, however broken it is else."""
+def kind_of(path: Path) -> str:
+    """What a YAML file is, by its first key of these: `mapping`, `layout` or `meaning`; a broken one is a mapping."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            return re.search(r"^layout:\s*[0-9]", file.read(1 << 16), re.MULTILINE) is not None
+            found = re.search(r"^(mapping|layout|meaning):", file.read(1 << 16), re.MULTILINE)
     except OSError:
-        return False
+        return "mapping"
+    return found[1] if found is not None else "mapping"
 
 
 def shown(path: Path) -> str:

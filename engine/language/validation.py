@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Errors, Place
 from engine.language.documents import Document
 from engine.language.search import bundled
 
@@ -52,7 +52,7 @@ def violations(data: Any, kind: str) -> list[Any]:
 
 
 def check_schema(document: Document, kind: str) -> None:
-    """Raise the most telling violation as E102; an unknown major version is refused plainly.
+    """Raise every violation as E102; an unknown major version is refused plainly.
 
     A mapping that `extends` another need not repeat what its parent says; the merged data,
     which has no `extends`, must say everything.
@@ -71,22 +71,31 @@ def check_schema(document: Document, kind: str) -> None:
     if kind == "mapping" and isinstance(data.get("rules"), dict):  # merged: name → rule
         names = list(data["rules"])
         data = {**data, "rules": list(data["rules"].values())}
-    errors = violations(data, kind)
-    if not errors:
-        return
-    from jsonschema.exceptions import best_match
+    found = Errors()
+    missing: list[tuple[str, EngineError]] = []
+    near: set[str] = set()
+    for error in violations(data, kind):
+        path: list[str | int] = list(error.absolute_path)
+        if names is not None and path[:1] == ["rules"] and len(path) > 1:
+            path[1] = names[int(path[1])]
+        for told in _explain(error, document, kind, path):
+            if error.validator == "required":
+                missing.append((_missing(error), told))
+            else:
+                found.found.append(told)
+                near.add(str(told.fix))
+    # A misspelt key is also a missing key: the former tells more.
+    found.found += [told for key, told in missing if not any(f"`{key}`" in fix for fix in near)]
+    found.check()
 
-    # a misspelt key is also a missing key: the former tells more
-    unknown = [e for e in errors if e.validator == "additionalProperties"]
-    error: Any = unknown[0] if unknown else best_match(errors)
-    path: list[str | int] = list(error.absolute_path)
-    if names is not None and path[:1] == ["rules"] and len(path) > 1:
-        path[1] = names[int(path[1])]
-    raise _explain(error, document, kind, path)
+
+def _missing(error: Any) -> str:
+    return str(next(k for k in error.validator_value if k not in error.instance))
 
 
-def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -> EngineError:
-    where = f"`{'.'.join(map(str, path))}`" if path else "the file"
+def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -> list[EngineError]:
+    """A violation in words; several keys that do not exist are several errors."""
+    where = _where(document, path)
     described = error.schema.get("description") if isinstance(error.schema, dict) else None
     got: str = _short(error.instance)
     expected: str | None = None
@@ -94,20 +103,24 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
     place: Place = document.place(*path)
     if error.validator == "additionalProperties":
         known = list(error.schema.get("properties", {}))
-        extra = next(k for k in error.instance if k not in known)
-        near = get_close_matches(str(extra), known, 1)
-        message, got, expected = f"there is no key `{extra}` in {where}", str(extra), ", ".join(known)
-        fix = f"Did you mean `{near[0]}`?" if near else "Remove it, or correct its name."
-        place = document.place(*path, extra)
+        return [_extra(key, known, where, document.place(*path, key)) for key in error.instance if key not in known]
     elif error.validator == "required":
-        missing = next(k for k in error.validator_value if k not in error.instance)
+        missing = _missing(error)
         message, expected = f"the key `{missing}` is missing in {where}", f"{missing}: …"
         got = ", ".join(map(str, error.instance)) or "nothing"
         fix = _description(_schema(kind), path, missing)
+        if kind == "mapping" and len(path) == 2 and path[0] == "rules" and isinstance(path[1], str):
+            others = [name for name in document.data["rules"] if name != path[1]]
+            near = get_close_matches(path[1], others, 3, 0.5)
+            message = f"rule `{path[1]}` is of this file alone, and has no `{missing}`"
+            expected = f"`{missing}`, or the name of a rule that is inherited"
+            expected += f": {', '.join(near)}" if near else ""
+            fix = f"Did you mean rule `{near[0]}`?" if near else fix
     elif error.validator == "type":
         types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-        expected = " or ".join(_TYPES[t] for t in types)
-        message = f"{where} is not {expected}"
+        named = [_TYPES[t] for t in types if t != "integer" or "number" not in types]
+        expected = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} or {named[-1]}"
+        message = f"{where} is {_kind(error.instance)}, not {expected}"
         if "string" in types and isinstance(error.instance, int | float) and not isinstance(error.instance, bool):
             fix = "Put it in quotes."
     elif error.validator == "enum":
@@ -121,7 +134,40 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         got, fix = ", ".join(k for k in keys if k in error.instance), "Keep one of them."
     else:
         message = f"{where} does not fit: {error.message[:160]}"
-    return EngineError("E102", message, place=place, got=got, expected=expected, fix=fix)
+    return [EngineError("E102", message, place=place, got=got, expected=expected, fix=fix)]
+
+
+def _extra(key: Any, known: list[str], where: str, place: Place) -> EngineError:
+    near = get_close_matches(str(key), known, 1)
+    return EngineError(
+        "E102",
+        f"there is no key `{key}` in {where}",
+        place=place,
+        got=str(key),
+        expected="one of " + ", ".join(known),
+        fix=f"Did you mean `{near[0]}`?" if near else "Remove it, or correct its name.",
+    )
+
+
+def _where(document: Document, path: list[str | int]) -> str:
+    """A place in a file by its keys; a rule goes by its name."""
+    if not path:
+        return "the file"
+    if path[0] == "rules" and len(path) > 1:
+        rules = document.data.get("rules")
+        key: Any = path[1]
+        rule = rules[key] if isinstance(rules, list | dict) else None
+        source = rule.get("name") or rule.get("source") if isinstance(rule, dict) else None
+        name = source[0] if isinstance(source, list) and source else source
+        told = f"rule `{name if isinstance(name, str) else path[1]}`"
+        return told if len(path) == 2 else f"`{'.'.join(map(str, path[2:]))}` of {told}"
+    return f"`{'.'.join(map(str, path))}`"
+
+
+def _kind(value: Any) -> str:
+    kinds = ((bool, "true or false"), (int, "a whole number"), (float, "a number"), (str, "a text"), (list, "a list"),
+             (dict, "keys and values"))  # fmt: skip
+    return next((word for kind, word in kinds if isinstance(value, kind)), "nothing")
 
 
 def _description(schema: Any, path: list[str | int], key: str) -> str | None:

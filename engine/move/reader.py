@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 
 from engine.formats.headers import ITEM_SIZES
 from engine.move.blocks import Block, block_of, output_blocks
 from engine.move.gather import Gatherer
 from engine.move.values import Converter, check_transform
+from engine.move.windows import needed, windows
+from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
 from engine.storage.sources import SourceFiles
 
@@ -16,21 +20,44 @@ class Reader:
     """The bytes of a plan's outputs. Belongs to one thread, as the files it reads do."""
 
     def __init__(self, plan: Plan, files: SourceFiles) -> None:
-        self._plan = plan
+        self._plan, self._files = plan, files
         self._gatherer, self._converter = Gatherer(files, plan.sources), Converter()
+        self._known: OrderedDict[int, tuple[Sequence[Copy], list[Block], list[int]]] = OrderedDict()
 
     def convert(self, output: Output, block: Block) -> memoryview:
         """The bytes of one block as they are written, valid until the next call."""
         return self._converter.convert(output, self._gatherer.gather(block, output.read_dtype))
 
+    def stream(self, wanted: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, memoryview]]:
+        """The bytes of outputs one after the other, each from a byte offset on; read ahead where reading has latency.
+
+        Args:
+            wanted: outputs, and the byte offset that each is read from.
+
+        Yields:
+            The output, a byte offset in it, and bytes that are valid until the next. Nothing of an output that is
+            empty.
+        """
+        if not self._files.block:
+            for index, start in wanted:
+                output = self._plan.outputs[index]
+                item = ITEM_SIZES[output.dtype]
+                for block in output_blocks(output, self._plan.copies(index)):
+                    if block.high * item > start:
+                        skip = max(start - block.low * item, 0)
+                        yield index, block.low * item + skip, self.convert(output, block)[skip:]
+            return
+        found = windows(self._plan, wanted, self._files.block)
+        for window in self._files.ahead((window, window.ranges) for window in found):
+            for index, start, block in window.blocks:
+                output = self._plan.outputs[index]
+                at = block.low * ITEM_SIZES[output.dtype]
+                skip = max(start - at, 0)
+                yield index, at + skip, self.convert(output, block)[skip:]
+
     def blocks(self, index: int, start: int = 0) -> Iterator[tuple[int, memoryview]]:
         """All bytes of an output from `start` on: (byte offset, bytes valid until the next), in order."""
-        output = self._plan.outputs[index]
-        item = ITEM_SIZES[output.dtype]
-        for block in output_blocks(output, self._plan.copies(index)):
-            if block.high * item > start:
-                skip = max(start - block.low * item, 0)
-                yield block.low * item + skip, self.convert(output, block)[skip:]
+        return ((at, data) for _, at, data in self.stream([(index, start)]))
 
     def read_into(self, index: int, start: int, target: memoryview) -> None:
         """Fill a buffer with the bytes of an output at a byte offset, wherever elements begin or end.
@@ -48,14 +75,38 @@ class Reader:
         item = ITEM_SIZES[output.dtype]
         row = output.shape[-1] if output.transform is not None else 1  # a transform needs whole rows
         low, high = start // (item * row) * row, -(-stop // (item * row)) * row
-        copies = self._plan.copies(index)
-        step = max(_STEP // row, 1) * row
-        for first in range(low, high, step):
-            block = block_of(copies, first, min(first + step, high))
+        blocks: Iterable[Block] = self._covering(index, low, high)
+        if self._files.block:
+            blocks = list(blocks)
+            (blocks,) = self._files.ahead([(blocks, needed(self._plan, index, blocks))])
+        for block in blocks:
             at = block.low * item
             data = self.convert(output, block)[max(start - at, 0) : stop - at]
             to = max(at - start, 0)
             target[to : to + len(data)] = data
 
+    def _covering(self, index: int, low: int, high: int) -> Iterator[Block]:
+        """Blocks that hold elements low..high: those of the whole output, whose programs repeat, or part of one."""
+        copies, blocks, ends = self._blocks_of(index)
+        at = bisect_right(ends, low)
+        while low < high:
+            whole = blocks[at]
+            end = min(high, whole.high)
+            least = (end - low) * _WORTH < whole.high - whole.low
+            yield block_of(copies, low, end) if least else whole
+            low, at = end, at + 1
 
-_STEP = 1 << 18  # elements at a time
+    def _blocks_of(self, index: int) -> tuple[Sequence[Copy], list[Block], list[int]]:
+        """The copies of an output, its blocks, and where each ends; of the last few outputs they are kept."""
+        found = self._known.get(index)
+        if found is None:
+            copies = self._plan.copies(index)
+            blocks = list(output_blocks(self._plan.outputs[index], copies))
+            found = self._known[index] = copies, blocks, [block.high for block in blocks]
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return found
+
+
+_WORTH = 4  # a block is computed whole for a share of it from a quarter on
+_KEPT = 8  # outputs whose blocks are kept

@@ -43,6 +43,9 @@ class Forward(Protocol):
     @property
     def dtypes(self) -> frozenset[str]: ...
 
+    @property
+    def numbers(self) -> Mapping[str, Any]: ...  # what config.json must say, by its keys, dotted where they are nested
+
     def __enter__(self) -> Forward: ...
 
     def __exit__(
@@ -51,6 +54,10 @@ class Forward(Protocol):
 
     def vocab(self) -> int:
         """Rows of the embedding."""
+        ...
+
+    def embedding(self, low: int, high: int) -> torch.Tensor:
+        """Rows low..high of the embedding [rows, hidden]."""
         ...
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, Place
-from engine.oracle.internevo_shards import Shards, Spot, positive, setting
+from engine.oracle.internevo_shards import Shards, Spot, Stored, positive, setting
 
 if TYPE_CHECKING:
     import torch
@@ -80,15 +80,31 @@ class Forward:
     def _in_pairs(self, told: str | None) -> bool:
         """Whether rotary pairs are neighbours: `qk_interleaved`, or before it the opposite of `adapt_hf`.
 
-        Absent both, v1 and InternLM2 have halves; so has InternLM3, which came later, but not Llama.
+        Absent both, v1 and InternLM2 have halves; so has InternLM3, which came later, but not Llama. Training hands
+        each key on as it is, so null is false, and not the default.
         """
         if self._v1 or "qk_interleaved" in self.config:
             return bool(self.config.get("qk_interleaved"))
+        if "adapt_hf" in self.config:
+            return not self.config["adapt_hf"]
         later = str(self._shards.training.get("model_type", "")).upper().startswith("INTERNLM3")
         fused = bool(self._spots) and self._shards.has(self._spots[0], "attention.wqkv.weight") is not None
-        if told is not None and self.config.get("adapt_hf") is None:
-            return told == "pairs"
-        return not setting(self.config, "adapt_hf", fused or later)
+        return told == "pairs" if told is not None else not (fused or later)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What config.json must say of the model for it to compute what training does."""
+        return {
+            "rms_norm_eps": self.eps,
+            "rope_parameters.rope_theta": self._base,
+            "hidden_size": self.hidden,
+            "num_attention_heads": self._heads,
+            "num_key_value_heads": self._groups,
+            "head_dim": self.head_dim,
+            "num_hidden_layers": self.layers,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+        }
 
     def _check(self) -> None:
         """E303 for what this forward pass does not know."""
@@ -122,14 +138,28 @@ class Forward:
     def vocab(self) -> int:
         """Rows of the embedding, over all ranks."""
         parts, by_vocab = self._embedding()
-        rows = [header.shape[0] for _, header in parts]
+        rows = [part.shape[0] for part in parts]
         return sum(rows) if by_vocab else rows[0]
 
-    def _embedding(self) -> tuple[list[tuple[int, Any]], bool]:
+    def _embedding(self) -> tuple[list[Stored], bool]:
         """Its parts, and whether they are parts of the vocabulary: the key tells, not the configuration."""
         stem = "embedding" if self._v1 else "tok_embeddings"
         spot, key = self._shards.edge(f"{stem}.weight", f"{stem}.word_embeddings.weight")
         return self._shards.edges(spot, key), "word_embeddings" in key
+
+    def embedding(self, low: int, high: int) -> torch.Tensor:
+        """Rows low..high of the embedding, put together from all ranks."""
+        import torch
+
+        parts, by_vocab = self._embedding()
+        if not by_vocab:
+            return torch.cat([self._shards.rows(part, low, high) for part in parts], dim=1)
+        found, first = [], 0
+        for part in parts:
+            count = part.shape[0]
+            found.append(self._shards.rows(part, min(max(low - first, 0), count), min(max(high - first, 0), count)))
+            first += count
+        return torch.cat(found)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The first hidden state: each id's row, from the rank that has it or put together from all ranks."""
@@ -143,7 +173,7 @@ class Forward:
                 continue
             low = 0
             for part in parts:
-                count = part[1].shape[0]
+                count = part.shape[0]
                 if low <= one < low + count:
                     rows[one] = self._shards.rows(part, one - low, one - low + 1)[0]
                 low += count
@@ -175,7 +205,7 @@ class Forward:
         parts = self._shards.edges(*self._shards.edge("head.weight" if self._v1 else "output.weight"))
         found = []
         for part in parts[:1] if self.reward else parts:
-            for low in range(0, part[1].shape[0], _ROWS):
+            for low in range(0, part.shape[0], _ROWS):
                 rows = self._shards.rows(part, low, low + _ROWS)
                 found.append(linear(y, normalize(rows, dim=1) if self.normalised else rows))
         return y, torch.cat(found, dim=-1)

@@ -23,7 +23,7 @@ from engine.storage.local import LocalStore
 if TYPE_CHECKING:
     import torch
 
-_FILE = re.compile(r"model(?:_tp(?P<tp>\d+))?(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)\.pt")
+_FILE = re.compile(r"model(?:_tp(?P<tp>\d+))?(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)(?:_dp(?P<dp>\d+))?\.pt")
 _KEY = re.compile(r"(?:(?P<chunk>\d+)\.)?(?:model\.)?(?:(?P<block>blocks|layers)\.(?P<layer>\d+)\.)?(?P<rest>.+)")
 
 
@@ -36,12 +36,32 @@ class Spot:
     layer: int = -1
 
 
+Piece = tuple[int, TensorHeader]  # the number of a file, and a tensor in it
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a rank: whole in one file, or under FSDP in pieces of rows, in order."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.pieces[0][1].whole
+
+    @property
+    def lows(self) -> list[int]:
+        """The first row of each piece."""
+        return [0 if header.part is None else header.part.starts[0] for _, header in self.pieces]
+
+
 @dataclass(frozen=True, slots=True)
 class _File:
-    number: int
+    """What one rank holds, in one file or in those of its data-parallel ranks."""
+
     tp: int | None
     wp: int | None
-    tensors: Mapping[tuple[int, int, str], TensorHeader]  # (chunk, layer, rest of the key)
+    tensors: Mapping[tuple[int, int, str], Stored]  # (chunk, layer, rest of the key)
 
 
 class Shards:
@@ -75,15 +95,19 @@ class Shards:
         self._stages: dict[int, list[_File]] = {}
         self.block = "blocks"
         self.dtypes = frozenset(tensor.dtype for header in headers for tensor in header.tensors)
+        ranks: dict[tuple[int, int | None, int | None], dict[tuple[int, int, str], list[Piece]]] = {}
         for number, ((_, found), header) in enumerate(zip(ranked, headers, strict=True)):
-            keys: dict[tuple[int, int, str], TensorHeader] = {}
+            tp, wp = (None if found[word] is None else int(found[word]) for word in ("tp", "wp"))
+            keys = ranks.setdefault((int(found["pp"]), tp, wp), {})
             for tensor in header.tensors:
                 key = _KEY.fullmatch(tensor.name)
                 if key is not None:
                     self.block = key["block"] or self.block
-                    keys[int(key["chunk"] or 0), int(key["layer"] or -1), key["rest"]] = tensor
-            tp, wp = (None if found[word] is None else int(found[word]) for word in ("tp", "wp"))
-            self._stages.setdefault(int(found["pp"]), []).append(_File(number, tp, wp, keys))
+                    place = int(key["chunk"] or 0), int(key["layer"] or -1), key["rest"]
+                    keys.setdefault(place, []).append((number, tensor))
+        for (pp, tp, wp), keys in ranks.items():
+            whole = {key: _joined(pieces, key[2]) for key, pieces in keys.items()}
+            self._stages.setdefault(pp, []).append(_File(tp, wp, whole))
         _check_complete(self._stages, [name for name, _ in ranked], folder)
         self.by_rows = ranked[0][1]["wp"] is not None  # isp: linears are cut on storage rows over wp
         self.spots = self._order()
@@ -147,21 +171,27 @@ class Shards:
         rows = [part for part in found if part is not None]
         return [torch.cat(rows) if rows else None]
 
-    def edges(self, spot: Spot, key: str) -> list[tuple[int, TensorHeader]]:
+    def edges(self, spot: Spot, key: str) -> list[Stored]:
         """The parts of the embedding or the head, cut over tp where there is tp, else over wp."""
         files = self._stages[spot.pp]
         files = _one_each(files, "wp" if files[0].tp is None else "tp")
-        return [(f.number, self._header(f, spot, key)) for f in files]
+        return [self._stored(f, spot, key) for f in files]
 
-    def rows(self, part: tuple[int, TensorHeader], low: int, high: int) -> torch.Tensor:
-        return self._tensors.read(*part, low, high)
+    def rows(self, part: Stored, low: int, high: int) -> torch.Tensor:
+        """Rows low..high of a part, as far as it has them."""
+        import torch
+
+        found = [self._tensors.read(number, header, max(low - first, 0), max(high - first, 0))
+                 for (number, header), first in zip(part.pieces, part.lows, strict=True)]  # fmt: skip
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def _read(self, file: _File, spot: Spot, key: str) -> torch.Tensor:
-        return self._tensors.read(file.number, self._header(file, spot, key))
+        stored = self._stored(file, spot, key)
+        return self.rows(stored, 0, stored.shape[0])
 
-    def _header(self, file: _File, spot: Spot, key: str) -> TensorHeader:
-        header = file.tensors.get((spot.chunk, spot.layer, key))
-        if header is None:
+    def _stored(self, file: _File, spot: Spot, key: str) -> Stored:
+        stored = file.tensors.get((spot.chunk, spot.layer, key))
+        if stored is None:
             layer = f" of layer {spot.layer}" if spot.layer >= 0 else ""
             raise EngineError(
                 "E207",
@@ -169,7 +199,32 @@ class Shards:
                 got=f"pipeline rank {spot.pp}, tp {file.tp}, wp {file.wp}",
                 fix="Training's own forward pass needs it; is the file of this run?",
             )
-        return header
+        return stored
+
+
+def _joined(pieces: Sequence[Piece], key: str) -> Stored:
+    """A rank's tensor from what its data-parallel ranks hold: replicas, or rows without gap; E207."""
+    if any(header.part is None for _, header in pieces):
+        return Stored((pieces[0],))
+    at: dict[int, Piece] = {}
+    for piece in pieces:
+        part = piece[1].part
+        if part is not None and piece[1].shape[0]:
+            at.setdefault(part.starts[0], piece)
+    row = 0
+    for low in sorted(at):
+        if low == row:
+            row += at[low][1].shape[0]
+    whole = pieces[0][1].whole
+    if row != whole[0]:
+        raise EngineError(
+            "E207",
+            f"rows of `{key}` are in no file",
+            got=f"{row} rows",
+            expected=f"{whole[0]}",
+            fix="Copy the files of all data-parallel ranks.",
+        )
+    return Stored(tuple(at[low] for low in sorted(at)) or (pieces[0],))
 
 
 def _one_each(files: Sequence[_File], word: str) -> list[_File]:
@@ -189,17 +244,17 @@ def _claim(found: re.Match[str], header: FileHeader) -> Claim:
 
 
 def _check_dense(names: Sequence[str], folder: Path) -> None:
-    for start, what in (("model_moe_", "a mixture of experts"), ("model_tp0_pp0_dp", "FSDP shards")):
-        hit = next((name for name in names if name.startswith(start)), None)
-        if hit is not None:
-            raise EngineError(
-                "E303",
-                f"training's own forward pass is not known for {what}",
-                place=Place(str(folder)),
-                got=hit,
-                expected="a dense model",
-                fix="Leave --logits out; --src and --mapping compare every tensor all the same.",
-            )
+    hit = next((name for name in names if name.startswith("model_moe_")), None)
+    if hit is not None:
+        raise EngineError(
+            "E303",
+            "training's own forward pass is not known for a mixture of experts",
+            place=Place(str(folder)),
+            got=hit,
+            expected="a dense model",
+            fix="transformers has no model of it built in either, so there is nothing to run beside it. Leave --logits "
+            "out; --src and --mapping compare every tensor all the same.",
+        )
 
 
 def _check_complete(stages: Mapping[int, Sequence[_File]], names: Sequence[str], folder: Path) -> None:

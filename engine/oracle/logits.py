@@ -7,8 +7,8 @@ for itself alone and one wrong layer does not make all later ones look wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError
 from engine.oracle.frameworks import Forward, forward_of
 from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
+from engine.oracle.meaning import plain_config
 from engine.oracle.streamed_model import StreamedModel
 from engine.oracle.wrong_layers import STEPS, Wrong, explain, told_once
 from engine.run.meter import Listener, Meter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Both sides compute in float32 and differ by the order of sums only. A sum of thousands of products
 # is off by tens of units in the last place, and layers add up; a wrong tensor is off by the whole.
 _EXACT = 4096 * 2.0**-23
+_EMBEDDED = 4096  # rows of the embedding that are looked at together
 _ROUNDED = 16  # units in the last place of the type that weights were rounded to
 _PRECISION = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
 
@@ -95,10 +97,45 @@ def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], prog
                 return _failed(*(streamed.problems or ("the model is not built as Llama is",)))
             if len(parts[1]) != training.layers:
                 return _failed(f"the model has {len(parts[1])} layers, the source {training.layers}")
+            numbers = _numbers(training.numbers, streamed.model.config.to_dict())
             try:
-                return _compare(training, streamed, parts, progress)
+                found = _compare(training, streamed, parts, progress)
             except (RuntimeError, ValueError, IndexError) as error:
-                return _failed(f"the model does not run: {one_line(error)}")
+                return _failed(*numbers, f"the model does not run: {one_line(error)}")
+            rows = () if any(one.place == "embedding" for one in found.wrong) else _rows(training, streamed, parts[0])
+            return replace(found, problems=(*found.problems, *rows, *numbers))
+
+
+def _numbers(training: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What the configuration says otherwise than training, also where it is too little to show in a few tokens.
+
+    >>> _numbers({"rms_norm_eps": 1e-5, "hidden_act": "silu"}, {"rms_norm_eps": 1e-6, "hidden_act": "swish"})
+    ['config.json: rms_norm_eps is 1e-06, training has 1e-05']
+    """
+    alike = {"swish": "silu"}
+    told, wanted = plain_config(config), plain_config(training)
+    return [
+        f"config.json: {key} is {told[key]}, training has {value}"
+        for key, value in wanted.items()
+        if key in told and alike.get(str(told[key]), told[key]) != value
+    ]
+
+
+def _rows(training: Forward, streamed: StreamedModel, embedding: Any) -> Iterator[str]:
+    """Rows of the embedding that are not training's, those of tokens that were not run too."""
+    tolerance = _tolerance(streamed.dtypes, training.dtypes)
+    wrong: list[int] = []
+    count = min(training.vocab(), embedding.num_embeddings)
+    for low in range(0, count, _EMBEDDED):
+        high = min(low + _EMBEDDED, count)
+        got, wanted = streamed.rows(embedding, low, high), training.embedding(low, high)
+        if got is None or got.shape != wanted.shape:
+            return
+        off = (got - wanted).abs() > tolerance * (wanted.abs() + wanted.pow(2).mean().sqrt())
+        wrong += [low + int(row) for row in (off | got.isnan()).any(dim=1).nonzero()[:, 0]]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        yield f"embedding: row {wrong[0]}{more} of {count} differs from training's"
 
 
 def _failed(*problems: str) -> Logits:

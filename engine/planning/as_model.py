@@ -15,10 +15,9 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
-from engine.language.model import Expression, Layout, Rule, Target
+from engine.language.model import Expression, Layout, Prefix, Rule, Target
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import Checkpoint
-from engine.planning.stored import without_prefix
 
 Shape = tuple[int, ...]
 
@@ -48,8 +47,8 @@ class _Family:
 
 def fit_to_model(
     mapping: MappingFile, layout: Layout, wanted: Wanted, checkpoint: Checkpoint
-) -> tuple[MappingFile, Checkpoint]:
-    """The mapping with its rules, and the checkpoint without what is not of the model.
+) -> tuple[MappingFile, Layout, Checkpoint]:
+    """The mapping with its rules, the layout with its prefix, and the checkpoint without what is not of the model.
 
     What is of the model has the prefix under which all of the class's tensors are, and then begins as one of these.
     Some trainers have their prefix in the place of the class's own, `model.`: XTuner's head is `model.lm_head.weight`.
@@ -59,13 +58,10 @@ def fit_to_model(
     """
     prefix, own = _prefix(wanted, {tensor.name for file in checkpoint.files for tensor in file.tensors})
 
-    def stored(name: str) -> str:
-        return prefix + name.removeprefix(own)
-
-    begins = tuple({prefix + _first(name.removeprefix(own)) for name in wanted.shapes})
+    begins = tuple({prefix + _first(name.removeprefix(own)) for name in (*wanted.shapes, *wanted.tied)})
     files = tuple(file.only(lambda name: name.startswith(begins)) for file in checkpoint.files)
-    fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: without_prefix(stored(name), layout)[0])
-    return fitted, replace(checkpoint, files=files)
+    fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: name.removeprefix(own))
+    return fitted, replace(layout, prefixes=(Prefix(prefix, None),)), replace(checkpoint, files=files)
 
 
 def rules_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -38,9 +38,11 @@ class Checkpoint:
     end: End = "training"
 
 
-def whole_checkpoint(folder: str, files: tuple[FileHeader, ...], config: Mapping[str, Any]) -> Checkpoint:
-    """A Hugging Face checkpoint before planning."""
-    grid = whole_grid([file.name for file in files])
+def whole_checkpoint(
+    folder: str, files: tuple[FileHeader, ...], config: Mapping[str, Any], unknown: tuple[str, ...] = ()
+) -> Checkpoint:
+    """A Hugging Face checkpoint before planning; `unknown` are weight files that are no part of it."""
+    grid = replace(whole_grid([file.name for file in files]), unknown=unknown)
     return Checkpoint(folder, grid, files, config, {}, "the training configuration", config, "whole")
 
 
@@ -160,7 +162,8 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     facts, unread = claims(question.mapping, scope, checkpoint.config_name)
     counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
     known = facts.get("layer")
-    for axis in (axis for i in active for axis in i.rule.drop if checkpoint.end == "whole"):
+    dropped = (axis for i in active for axis in i.rule.drop if axis not in i.rule.zeros)
+    for axis in dropped if checkpoint.end == "whole" else ():
         facts.setdefault(axis, Fact(axis, 0, "dropped, and not restored"))
     if stages.layers:
         facts.setdefault("layer", Fact("layer", stages.layers, counted))

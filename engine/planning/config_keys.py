@@ -16,6 +16,7 @@ from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 
 _FINITE = Limits()
+_OTHERS = ("options", "training", "given", "mode")  # names that stand for something else than a key
 _LONG = 256  # bits of a number that is not shown digit by digit
 
 
@@ -45,7 +46,7 @@ class Read:
 def source_side(mapping: MappingFile, layout: Layout) -> Side:
     """The training configuration, as dims, variants and config.json read it."""
     variants = [dict(v.choices) for v in mapping.variants.values()]
-    own = {*mapping.dims, *mapping.variants, "options", "training", "given"}  # names that stand for something else
+    own = {*mapping.dims, *mapping.variants, *_OTHERS}
     read = {path for path in _paths([dict(mapping.dims), variants, mapping.config]) if path.split(".")[0] not in own}
     return Side(declared(mapping, layout, "source"), frozenset(read), layout.config_file)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from engine.checkpoint.ranks import counts_of, expected_files, rank_dims, stage_dims
+from engine.checkpoint.ranks import counts_of, expected_files, points, stage_dims, written_dims
 from engine.errors import EngineError
 from engine.language.axes import extent
 from engine.language.expressions import evaluate
@@ -53,7 +53,13 @@ class Destination:
         return {k: v for k, v in self.counts().items() if k not in ("options", "training", "model_type")}
 
     def ranks(self, file: FilePattern) -> list[dict[str, int]]:
-        return list(expected_files(file, self.sizes, self.counts()))
+        """Coordinates of every file, with the values of all its placeholders."""
+        if not file.boxes:
+            return list(expected_files(file, self.sizes, self.counts()))
+        dims = written_dims(file)
+        plain = dict.fromkeys(pattern(file.name).placeholders, 0)
+        every = points([self.sizes[dim] for dim in dims])
+        return [{**plain, "rank": rank, **dict(zip(dims, at, strict=True))} for rank, at in enumerate(every)]
 
 
 def shares(count: int, ranks: int, extra: str) -> list[int]:
@@ -66,11 +72,15 @@ def shares(count: int, ranks: int, extra: str) -> list[int]:
     return [few + (r < more if extra == "first" else r >= ranks - more) for r in range(ranks)]
 
 
-def mode_of(layout: Layout, name: str | None) -> Mode:
-    """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads."""
+def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = None) -> Mode:
+    """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads.
+
+    Without a name the first that has ranks of every dimension that is asked for.
+    """
     writable = [mode for mode in layout.modes if mode.only_read is None]
     if name is None and writable:
-        return writable[0]
+        asked = {dim for dim, count in (sizes or {}).items() if count > 1}
+        return next((mode for mode in writable if asked <= set(written_dims(mode.files[0]))), writable[0])
     known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
     for mode in layout.modes:
         if name == mode.name or name in mode.aliases:
@@ -94,7 +104,7 @@ def mode_of(layout: Layout, name: str | None) -> Mode:
 
 def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, int]:
     """Ranks for every dimension of a mode's files; E001 for a dimension it does not have."""
-    dims = rank_dims(mode.files[0])
+    dims = written_dims(mode.files[0])
     for dim, count in sizes.items():
         if count < 1:
             raise EngineError("E001", f"there must be at least one {dim} rank", got=str(count), expected="1 or more")

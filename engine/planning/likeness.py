@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from engine.checkpoint.ranks import stage_dims
+from engine.checkpoint.ranks import counts_of, stage_dims
 from engine.errors import EngineError
-from engine.language.model import Layout
+from engine.language.model import Layout, Mode
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import Pattern
 from engine.planning.destination import Destination, cut_layers, destination_names, mode_of, ranks_of
@@ -61,13 +61,25 @@ def laid_out_as(other: Like, own: Like) -> Like:
     return replace(other, choices=own.choices or other.choices, spelt=own.spelt or other.spelt, training=training)
 
 
-def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: Like, layers: int) -> Destination:
-    """Where the rank files go: what is asked for, else as in `like`, else one rank."""
-    mode = mode_of(layout, asked.mode if asked.mode is not None else like.mode)
+def grid_of(layout: Layout, asked: Request, like: Like) -> tuple[Mode, dict[str, int]]:
+    """The mode that is written and its ranks: what is asked for, else as in `like`, else one rank."""
+    mode = mode_of(layout, asked.mode if asked.mode is not None else like.mode, asked.ranks)
     known = {d: n for d, n in like.sizes.items() if d not in asked.ranks} if mode.name == like.mode else {}
     staged = stage_dims(layout)  # stages are what modes share
     shared = {d: n for d, n in like.sizes.items() if d in staged and d not in asked.ranks}
-    sizes = ranks_of(layout, mode, {**shared, **known, **asked.ranks})
+    return mode, ranks_of(layout, mode, {**shared, **known, **asked.ranks})
+
+
+def cut_of_model(layout: Layout, asked: Request, like: Like) -> dict[str, Any]:
+    """What is known of how a model will be cut before its layers are counted, as expressions see it."""
+    mode, ranks = grid_of(layout, asked, like)
+    return {**counts_of(layout, ranks), "mode": mode.name, "chunks": asked.chunks or like.chunks}
+
+
+def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: Like, layers: int) -> Destination:
+    """Where the rank files go: what is asked for, else as in `like`, else one rank."""
+    mode, sizes = grid_of(layout, asked, like)
+    staged = stage_dims(layout)
     chunks = asked.chunks
     if chunks is None:
         ranks = {d: sizes.get(d, 1) for d in staged}

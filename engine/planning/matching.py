@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, layout_dims
@@ -120,8 +121,18 @@ def check_names(
             place=place,
             got=shape,
             expected="one rule, or an `ignore` entry that says why it is not needed",
-            fix="`engine inspect` tells which bundled mappings fit this checkpoint.",
+            fix=f"Write a rule for it in the mapping{_like(one.name, matches)}; or take another mapping: "
+            "`engine inspect` tells which fit this checkpoint.",
         )
+
+
+def _like(name: str, matches: Matches) -> str:
+    """The rule that reads the nearest name, as words to append."""
+    near = get_close_matches(name, [known for known, found in matches.candidates.items() if found], 1)
+    if not near:
+        return ""
+    rule = matches.candidates[near[0]][0][0].rule
+    return f", like rule `{rule.name}` ({rule.place}), which reads `{near[0]}`"
 
 
 def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> None:

@@ -65,6 +65,14 @@ class Replicas:
 
 
 @dataclass(frozen=True, slots=True)
+class Slices:
+    """Stored slices of one tensor, of one shape: no two can be equal, constants aside, unless one is a copy."""
+
+    sources: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tied:
     """A tensor that is left out because the config ties it to another; a run compares the two."""
 
@@ -75,11 +83,15 @@ class Tied:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A weight file that is written: its name, its format (`safetensors` or `torch`) and its outputs."""
+    """A weight file that is written: its name, its format (`safetensors`, `torch` or `dcp`) and its outputs.
+
+    `around` is what else it holds, by key.
+    """
 
     name: str
     format: str
     outputs: tuple[int, ...]  # indices into `Plan.outputs`
+    around: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +103,7 @@ class Departure:
     expected: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """Everything a run needs, and nothing it must decide.
 
@@ -124,8 +136,17 @@ class Plan:
     written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
     noted: Mapping[str, Any] = field(default_factory=dict)  # keys of the source's configuration that nothing reads
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
+    slices: tuple[Slices, ...] = ()
     departures: tuple[Departure, ...] = ()  # in what the model is not the release of the mapping
 
     @property
     def nbytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
+
+    def __repr__(self) -> str:
+        """One line: what of which checkpoint comes to what. Its fields are the whole plan."""
+        ranks = " × ".join(f"{name} {size}" for name, size in self.grid.sizes.items())
+        return (
+            f"<Plan of {self.mapping.name} {self.mapping.version}: {self.folder!r} ({ranks or 'one rank'}) to "
+            f"{len(self.outputs):,} tensors, {self.nbytes:,} bytes in {len(self.shards):,} files>"
+        )

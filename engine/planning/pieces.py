@@ -78,7 +78,7 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
                 continue
             if len(keys) != 1:
                 told = "no target" if not keys else f"{len(keys)} targets"
-                raise _piece_error(instance, f"source piece {_braces(piece)} occurs in {told}")
+                raise _piece_error(instance, f"source piece {_braces(piece)} occurs in {told}", piece)
             if keys[0] in owners:
                 other = owners[keys[0]].rule.name
                 raise _piece_error(instance, f"target piece {_braces(piece)} is also written by rule `{other}`")
@@ -93,15 +93,32 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
     return Pieces(targets, owners, dropped, by_source)
 
 
-def _piece_error(instance: Instance, message: str) -> EngineError:
+def _piece_error(instance: Instance, message: str, piece: frozenset[str] = frozenset()) -> EngineError:
     return EngineError(
         "E107",
         f"rule `{instance.rule.name}`: {message}",
         place=instance.rule.place,
         got=f"source `{instance.axes}`\n" + "\n".join(f"{n.text} `{a}`" for n, a in instance.targets),
         expected="every source piece in exactly one target, every target piece in exactly one source",
-        fix="Pieces are matched by their set of axes, placeholders included: check the axis names on both sides.",
+        fix=_other_axes(instance, piece)
+        or "Pieces are matched by their set of axes, placeholders included: check the axis names on both sides.",
     )
+
+
+def _other_axes(instance: Instance, piece: frozenset[str]) -> str | None:
+    """The target that a source piece was nearly matched with, and the axes in which they differ."""
+    near: list[tuple[int, str, frozenset[str]]] = []
+    for name, axes in instance.targets:
+        for other in axes.pieces():
+            found = frozenset(other) | frozenset(name.placeholders)
+            near.append((len(found ^ piece), name.text, found))
+    if not piece or not near:
+        return None
+    count, text, found = min(near)
+    if count > 2 or not found - piece or not piece - found:
+        return None
+    target, source = ", ".join(sorted(found - piece)), ", ".join(sorted(piece - found))
+    return f"`{text}` has the axis `{target}` where the source has `{source}`: write the same name on both sides."
 
 
 def _braces(piece: frozenset[str]) -> str:

@@ -12,7 +12,7 @@ from engine.errors import EngineError, printable
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import Checkpoint
-from engine.planning.likeness import Like, laid_out_as, like_of
+from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of
 from engine.planning.model import Plan
 from engine.planning.rank_outputs import rank_outputs
 from engine.planning.release import check_release, not_the_release
@@ -20,6 +20,7 @@ from engine.planning.request import Request
 from engine.planning.source import Source, read_source
 from engine.planning.variants import Decision, check_settings
 from engine.planning.whole_outputs import whole_outputs
+from engine.planning.zeros import padded
 
 __all__ = ["Checkpoint", "make_plan"]
 
@@ -47,7 +48,7 @@ def make_plan(
     mine = _settings(mapping, layout, asked)
     crosses = checkpoint.end != asked.writes
     lossy = asked.lossy if crosses and asked.writes == "training" else None
-    if lossy is not None and not mapping.training_config:
+    if lossy is not None and not mapping.training_config and not layout.config_of_target:
         raise EngineError(
             "E215",
             f"mapping `{mapping.name}` says nothing of the training configuration",
@@ -56,7 +57,10 @@ def make_plan(
             fix="Write the keys of the training configuration as expressions over config.json.",
         )
     other = Like() if like is None else like_of(read_source(mapping, layout, like, mine))
-    source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy)
+    cut = cut_of_model(layout, asked, other) if asked.writes == "training" else None
+    source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy, cut=cut)
+    if lossy is not None:
+        source = padded(source)
     if asked.writes == "whole":
         written = whole_outputs(source, asked)
     else:
@@ -69,11 +73,12 @@ def make_plan(
         folder=checkpoint.folder,
         grid=written.grid if checkpoint.end == "whole" and written.grid is not None else checkpoint.grid,
         stages=written.stages if checkpoint.end == "whole" and written.stages is not None else source.stages,
-        files=checkpoint.files,
+        files=source.checkpoint.files,
         sources=source.side.stored,
         outputs=written.outputs,
         copies=written.copies,
         replicas=source.replicas(),
+        slices=source.slices(),
         tied=written.tied,
         decisions=source.decisions,
         sizes=source.side.sizes,

@@ -7,7 +7,7 @@ from itertools import product
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError
-from engine.formats.headers import TensorHeader
+from engine.formats.headers import Part, TensorHeader
 from engine.language.axes import extent
 from engine.language.model import FilePattern
 from engine.language.names import Pattern, pattern
@@ -59,6 +59,7 @@ class RankGroups:
     def _add(self, position: int, instance: Instance, file: FilePattern) -> None:
         layout = self._destination.layout
         cut = cut_of(instance, file, layout)
+        boxes = _Boxes(instance, file, self._destination, self._sizes) if file.boxes else None
         names = instance.axis_names()
         spelling = self._spellings.get(instance.key, instance.sources[0])
         shape = self._shapes(instance, cut)
@@ -74,8 +75,16 @@ class RankGroups:
                 if cut.lone and any(ranks.get(d, r) != r for d, r in layout.lone_rank.items()):
                     continue
                 at = tuple(ranks[dim] for dim in cut.rank_dims())
-                local_shape = shape(at)
-                header = TensorHeader(key, "", local_shape, contiguous(local_shape), 0)
+                part = None
+                if boxes is not None:
+                    found = boxes(ranks)
+                    if found is None:
+                        continue
+                    part, local_shape = found
+                    at = part.starts
+                else:
+                    local_shape = shape(at)
+                header = TensorHeader(key, "", local_shape, contiguous(local_shape), 0, part)
                 number = self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)
                 placed = {**ranks, **fixed, "number": number}
                 one = Stored(self._number(file, placed), header, key, chunk)
@@ -139,6 +148,29 @@ class RankGroups:
                 seen[number] = name, layer
                 result[file.name, layer] = number
         return result
+
+
+class _Boxes:
+    """The box of a tensor that each rank of a mesh stores: replicas once, by the first rank that holds one."""
+
+    def __init__(
+        self, instance: Instance, file: FilePattern, destination: Destination, sizes: Mapping[str, int]
+    ) -> None:
+        self._whole = tuple(extent(dim, sizes) for dim in instance.axes.dims)
+        self._mesh, self._counts = file.mesh, destination.sizes
+
+    def __call__(self, ranks: Mapping[str, int]) -> tuple[Part, tuple[int, ...]] | None:
+        """Where the box lies and its shape, by torch's rule of chunks; None for a rank that stores nothing."""
+        starts, shape = [0] * len(self._whole), list(self._whole)
+        for dim, at in self._mesh.items():
+            if at >= len(shape):
+                if ranks[dim]:
+                    return None
+                continue
+            step = -(-self._whole[at] // self._counts[dim])
+            low, high = min(ranks[dim] * step, self._whole[at]), min((ranks[dim] + 1) * step, self._whole[at])
+            starts[at], shape[at] = low, high - low
+        return None if 0 in shape else (Part(tuple(starts), self._whole), tuple(shape))
 
 
 class _Shapes:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
 from engine.errors import EngineError
-from engine.formats.pickling import WRITABLE
+from engine.formats.dcp_files import Saved
+from engine.formats.dcp_metadata import DIRECTORY
+from engine.formats.headers import Part
+from engine.formats.pickling import WRITABLE, namespace
 from engine.language.expressions import render_tree
+from engine.language.model import ConfigFile
 from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.config_keys import check_returns, declared
 from engine.planning.destination import Destination
 from engine.planning.groups import Group
 from engine.planning.likeness import Like, destination_of, spellings_of
-from engine.planning.model import OutputFile
+from engine.planning.model import Output, OutputFile
 from engine.planning.rank_groups import RankGroups
 from engine.planning.request import Request
 from engine.planning.sides import training_keys
@@ -56,20 +61,25 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
             )
         members[one.file].append(index)
     files = tuple(
-        OutputFile(file.name, "torch", tuple(held)) for file, held in zip(invented.files, members, strict=True)
+        OutputFile(file.name, destination.mode.format, tuple(held))
+        for file, held in zip(invented.files, members, strict=True)
     )
     names = {**source.names, **destination.names, "dtype": f"torch.{main_dtype(outputs)}"}
+    names["options"] = {**destination.names["options"], **source.options}
     keys = declared(mapping, layout, "source")
     config = configuration(source, "training", mapping.training_config, names, keys, destination.grid_names())
+    if layout.config_of_target:  # what is written is what was read
+        config = dict(source.checkpoint.config)
+    parts = [one.header.part for one, _, _ in listed]
     written = Written(
         tuple(outputs),
         copies,
-        files,
+        with_configuration(destination, files, config),
         config,
         names,
         grid=RankGrid(destination.mode, destination.sizes, tuple(invented.files), staged=destination.stages.dims),
         stages=destination.stages,
-        beside=small_files(destination, invented.files, config),
+        beside=small_files(destination, invented.files, config) | directory_of(destination, files, outputs, parts),
     )
     if source.checkpoint.end != "training":
         _check_again(source, written, destination)
@@ -81,19 +91,59 @@ def _wanted(one: Stored, group: Group, position: int) -> Wanted:
     return Wanted(group, position, one.name, one.header.shape, rule.name, rule, group.instance.sources[0].text)
 
 
+def directory_of(
+    destination: Destination, files: Sequence[OutputFile], outputs: Sequence[Output], parts: Sequence[Part | None]
+) -> dict[str, tuple[str, Any]]:
+    """The file that says where the boxes lie, where the mode's format has one: name → (format, content)."""
+    if destination.mode.format != "dcp":
+        return {}
+    saved = [
+        Saved(file.name, one.name, one.dtype, one.shape, part)
+        for file in files
+        for i in file.outputs
+        if (one := outputs[i]) and (part := parts[i]) is not None
+    ]
+    return {DIRECTORY: ("dcp", saved)}
+
+
+def with_configuration(
+    destination: Destination, shards: Sequence[OutputFile], config: Mapping[str, Any]
+) -> tuple[OutputFile, ...]:
+    """The weight files with the configuration in each, where that is its place."""
+    place = _inside(destination)
+    return tuple(shards) if place is None else tuple(replace(one, around=_held(place, config)) for one in shards)
+
+
+def _inside(destination: Destination) -> ConfigFile | None:
+    """The place of the configuration that is in the mode's weight files."""
+    first = pattern(destination.mode.files[0].name)
+    return next((place for place in destination.layout.configs if first.match(place.file) is not None), None)
+
+
+def _held(place: ConfigFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it stands in its file: under its key, what stands beside it apart."""
+    values = {key: value for key, value in config.items() if key not in place.beside}
+    made: Any = namespace(values) if place.kind == "namespace" else values
+    if place.key is None:
+        return dict(values)
+    return {place.key: made, **{key: config[key] for key in place.beside if key in config}}
+
+
 def small_files(
     destination: Destination, files: Sequence[RankFile], config: Mapping[str, Any]
 ) -> dict[str, tuple[str, Any]]:
     """Name → (format, content) of the configurations and of what lies beside each rank file."""
     layout = destination.layout
-    found: dict[str, tuple[str, Any]] = {layout.config_file: (layout.config_format, dict(config))}
+    found: dict[str, tuple[str, Any]] = {}
+    if _inside(destination) is None:
+        found[layout.config_file] = (layout.config_format, _held(layout.configs[0], config))
     if layout.training_file is not None and layout.training_write:
         found[layout.training_file] = ("python_source", training_text(destination))
     for beside in destination.mode.beside:
         for file in files:
             if file.pattern.name == destination.mode.files[0].name:
                 name = pattern(beside.file).format(file.ranks)
-                found[name] = ("pickled_mapping", render_tree(beside.content, destination.counts()))
+                found[name] = (beside.format, render_tree(beside.content, destination.counts()))
     return found
 
 
@@ -110,7 +160,8 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         EngineError: E216 unless its configuration and names give the same choices and sizes, E209 when a key of
             the source's configuration does not come back.
     """
-    mapping, config, sizes = source.mapping, written.config, source.side.sizes
+    mapping, sizes = source.mapping, source.side.sizes
+    config = source.read.config if source.layout.config_of_target else written.config
     choices = {name: decision.choice for name, decision in source.decisions.items()}
     prefixes = sorted({destination.prefix(chunk) for chunk in range(destination.stages.chunks)}, key=len, reverse=True)
     names: set[str] = set()
@@ -118,6 +169,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         prefix = next(p for p in prefixes if output.name.startswith(p))
         names.add(output.name[len(prefix) :])
     scope = {**config, "options": source.options, "training": {}, "present": present_in(names)}
+    scope |= {"given": source.read.config, "mode": destination.mode.name}
     for name, decision in decide(mapping.variants, {}, scope).items():
         if decision.choice != choices[name]:
             variant = mapping.variants[name]
@@ -140,5 +192,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
                 expected=f"{sizes[axis]}, as in the tensors",
                 fix="Let `training_config` write values from which `dims` compute the sizes again.",
             )
+    if source.layout.config_of_target:
+        return
     names_then = {**scope, **choices, **sizes, "training": training_text(destination)}
     check_returns(source.read, render_known(mapping.config, names_then), mapping)

@@ -7,14 +7,16 @@ the request. A new option is a field of `Request` and the same line in the keywo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from engine.errors import EngineError
 from engine.planning import DEFAULT_SHARD_SIZE
+from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
@@ -110,7 +112,7 @@ class Request:
             metavar="FILE|NAME",
         )
     )
-    src: str | Path = field(
+    src: Source = field(
         default=".", metadata=option("The checkpoint folder.", flags="--src -s", metavar="DIR", shown="current folder")
     )
     config: str | Path | None = field(
@@ -167,13 +169,13 @@ class PlanOptions(TypedDict, total=False):
 
     settings: Mapping[str, Any] | None
     config: str | Path | None
-    dtype: str
+    dtype: object  # a name, or a torch dtype
 
 
 class WholeOptions(PlanOptions, total=False):
     """Keywords of what plans a Hugging Face checkpoint."""
 
-    max_shard_size: int
+    max_shard_size: int | str
     strict: bool
 
 
@@ -198,7 +200,7 @@ class ReverseOptions(RankOptions, total=False):
 class AnyOptions(ReverseOptions, total=False):
     """Keywords of whatever plans something."""
 
-    max_shard_size: int
+    max_shard_size: int | str
     strict: bool
 
 
@@ -223,7 +225,7 @@ JOBS = {
 }
 
 
-def request_of(mapping: str | Path | MappingFile, src: str | Path, options: Mapping[str, Any], job: str) -> Request:
+def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[str, Any], job: str) -> Request:
     """The request that keywords make.
 
     Args:
@@ -271,14 +273,59 @@ def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
     return dict(ranks or {})
 
 
+def _check_types(options: Mapping[str, Any], takes: type) -> None:
+    """E001 for a value of another type than a keyword takes; what has a parser of its own is left to that."""
+    hints = get_type_hints(takes)
+    for name, value in options.items():
+        if value is not None and name not in _PARSED and not _fits(value, hints[name]):
+            wanted = _WANTED.get(name) or _in_words(hints[name])
+            raise EngineError(
+                "E001",
+                f"`{name}` cannot be used as given",
+                got=f"{value!r:.80}, of type {type(value).__name__}",
+                expected=wanted,
+                fix=f"Give `{name}` as {wanted}.",
+            )
+
+
+_PARSED = ("dtype", "max_shard_size", "max_memory", "workers")
+_WANTED = {
+    "settings": "a dict, like {'rotary': 'halves'}",
+    "ranks": "a dict, like {'tp': 8}, or text like tp=8,pp=2",
+    "lossy": "a list of rule names",
+}
+
+
+def _in_words(hint: Any) -> str:
+    """
+    >>> _in_words(int | None), _in_words(str | Path)
+    ('a number', 'text or a path')
+    """
+    words = {int: "a number", bool: "True or False", str: "text", Path: "a path"}
+    kinds = [one for one in get_args(hint) or (hint,) if one is not NoneType]
+    return " or ".join(words.get(get_origin(one) or one, "a function" if callable(one) else str(one)) for one in kinds)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if kind is Any or (kind is Callable and callable(value)):
+        return True
+    return isinstance(value, kind) and not (isinstance(value, bool) and kind is int) and not (
+        isinstance(value, str) and kind is Sequence
+    )  # fmt: skip
+
+
 def own(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """Those of some keywords that are fields of a dataclass."""
     return {one.name: options[one.name] for one in fields(kind) if one.name in options}
 
 
 def check_keywords(options: Mapping[str, Any], takes: type) -> None:
-    """TypeError for a keyword that is none of those a function takes."""
+    """TypeError for a keyword that is none of those a function takes, E001 for a value of another type."""
     for name in options:
         if name not in takes.__annotations__:
             near = get_close_matches(name, takes.__annotations__, 1)
             raise TypeError(f"there is no option `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+    _check_types(options, takes)

@@ -24,7 +24,7 @@ from engine.planning.matching import (
     is_active,
     stages_of,
 )
-from engine.planning.model import Replicas
+from engine.planning.model import Replicas, Slices
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.sides import Side, training_keys, whole_keys
 from engine.planning.sizes import check_known, size_error
@@ -88,6 +88,21 @@ class Source:
         ]
         return tuple(found)
 
+    def slices(self) -> tuple[Slices, ...]:
+        """Sets of slices that different ranks hold of one tensor.
+
+        What is a tensor of its own on the other side, as each expert of a stack is, may equal its neighbours.
+        """
+        result: list[Slices] = []
+        for group in self.side.groups:
+            own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
+            found: dict[tuple[object, ...], list[int]] = {}
+            for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):
+                where = tuple(rank for rank, (_, axis) in zip(ranks, group.cut.dims, strict=False) if axis in own)
+                found.setdefault((stored[0].header.shape, where), []).append(numbers[0])
+            result += [Slices(tuple(alike), group.name) for alike in found.values() if len(alike) > 1]
+        return tuple(result)
+
 
 def read_source(
     mapping: MappingFile,
@@ -98,6 +113,7 @@ def read_source(
     like: Mapping[str, str] | None = None,
     expressed: bool = False,
     lossy: Sequence[str] | None = None,
+    cut: Mapping[str, Any] | None = None,
 ) -> Source:
     """Match, decide and solve a checkpoint; E2xx for the first thing that does not fit.
 
@@ -105,6 +121,7 @@ def read_source(
         like: choices of another checkpoint, for what this one does not show.
         expressed: whether it is to be written as something else, so that its configuration must be expressible.
         lossy: rules that may be written though they do not invert; None where no rule has to.
+        cut: how rank files are to be cut, as far as expressions of the training configuration see it.
     """
     options, rules, end = options_of(mapping, settings), instances(mapping), checkpoint.end
     held, files = at_end(rules, end), checkpoint.grid.files
@@ -113,7 +130,7 @@ def read_source(
     matches = find_candidates([*(one.name for one in stored), *tied], held, mapping, end)
     check_refused(stored, matches, files, end)
     _check_kind(stored, matches, mapping, checkpoint)
-    facts = _seen_in(mapping, layout, checkpoint, options, rules, stored, settings, like, expressed=expressed)
+    facts = _seen_in(mapping, layout, checkpoint, options, rules, stored, settings, like, cut or {}, expressed)
     layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, facts.names).items()}
     stages = stages_of(stored, matches, checkpoint.grid, layout, {**facts.names, **layout_choices})
     decided = {n: d.choice for n, d in facts.decisions.items()}
@@ -179,7 +196,7 @@ def _seen_in(
     stored: Sequence[Stored],
     settings: Mapping[str, Any],
     like: Mapping[str, str] | None,
-    *,
+    cut: Mapping[str, Any],
     expressed: bool,
 ) -> _Facts:
     """Read the configuration; where it is the target's, the training configuration is what the mapping makes of it."""
@@ -188,16 +205,18 @@ def _seen_in(
         read = read_config(checkpoint.config, source_side(mapping, layout), expressed=expressed)
         training = read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
-        seen = {**read.config, "options": options, **given}
+        seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
         return _Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
     read = read_config(checkpoint.config, target_side(mapping))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
-    seen = {**read.config, "options": options, "present": given["present"]}
-    first = {**render_known(mapping.training_config, seen), "options": options, **given}
+    seen = {**read.config, **cut, "options": options, "present": given["present"]}
+    same = layout.config_of_target  # then what is written is what was read
+    first = {**(read.config if same else render_known(mapping.training_config, seen)), "options": options}
+    first |= {**cut, **given}
     decisions = decide(mapping.variants, settings, first, like=like or {})
     choices = {n: d.choice for n, d in decisions.items()}
-    made = render_known(mapping.training_config, {**seen, **choices})
-    return _Facts(read, seen, {**made, "options": options, **given}, decisions)
+    made = read.config if same else render_known(mapping.training_config, {**seen, **choices})
+    return _Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
 
 
 def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]:
@@ -294,9 +313,10 @@ def check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
     """E215 for the first rule that changes or drops values, unless `--lossy` names it."""
     for instance in used:
         rule = instance.rule
-        if (rule.transform is None and not rule.drop) or rule.name in lossy:
+        dropped = {axis: why for axis, why in rule.drop.items() if axis not in rule.zeros}
+        if (rule.transform is None and not dropped) or rule.name in lossy:
             continue
-        lost = f"drop {', '.join(rule.drop)}: {'; '.join(rule.drop.values())}"
+        lost = f"drop {', '.join(dropped)}: {'; '.join(dropped.values())}"
         if rule.transform is not None:
             lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]].lost}"
         raise EngineError(

@@ -1,6 +1,6 @@
 """The meaning that is committed beside a mapping, and how what it means now differs from it, in words.
 
-`families/internlm2.yaml` has `families/meanings/internlm2.yaml`. A mapping that differs little from the one it
+`families/internlm2.yaml` has `families/meanings/internlm2.txt`. A mapping that differs little from the one it
 extends commits only the differences.
 """
 
@@ -34,7 +34,7 @@ _HEAD = """\
 
 def path_of(file: Path) -> Path:
     """Where the meaning of a mapping file is committed."""
-    return file.parent / FOLDER / f"{file.stem}.yaml"
+    return file.parent / FOLDER / f"{file.stem}.txt"
 
 
 def write_meaning(name: str | Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.language.model import Mapping as MappingFile
@@ -52,7 +52,8 @@ class MappingDiff:
 
     `old` or `new` is None where there is none.
 
-    `same_in` names other mappings that change in just this way, as releases do with their family.
+    `same_in` names other mappings that change in just this way, as releases do with their family. `parent` is what
+    a new mapping extends and is compared with.
     """
 
     name: str
@@ -62,6 +63,7 @@ class MappingDiff:
     tensors: tuple[TensorChange, ...]
     values: tuple[ValueChange, ...] = ()
     same_in: tuple[str, ...] = ()
+    parent: str | None = None
 
     @property
     def equal(self) -> bool:
@@ -72,6 +74,7 @@ class MappingDiff:
             "name": self.name,
             "old": self.old,
             "new": self.new,
+            "parent": self.parent,
             "equal": self.equal,
             "changes": [one.as_dict() for one in self.changes],
             "tensors": [one.as_dict() for one in self.tensors],
@@ -80,8 +83,17 @@ class MappingDiff:
         }
 
 
-def diff_mappings(name: str, old: MappingFile | None, new: MappingFile | None) -> MappingDiff:
-    """Compare two resolved mappings; None stands for one that does not exist."""
+def diff_mappings(
+    name: str, old: MappingFile | None, new: MappingFile | None, parent: MappingFile | None = None
+) -> MappingDiff:
+    """Compare two resolved mappings; None stands for one that does not exist.
+
+    Args:
+        parent: what a new mapping extends: it is compared with that.
+    """
+    if old is None and parent is not None:
+        found = diff_mappings(name, parent, new)
+        return replace(found, old=None, parent=f"{parent.name} {parent.version}")
     changes: list[Change] = []
     for section in SECTIONS:
         before = {} if old is None else dict(_entries(old.resolved, section))
@@ -103,12 +115,10 @@ def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
     found: dict[tuple[object, ...], list[MappingDiff]] = {}
     for one in diffs:
         if not one.equal:
-            key = (one.old is None, one.new is None, one.changes, one.tensors, one.values)
+            key = (one.old is None, one.new is None, one.parent, one.changes, one.tensors, one.values)
             found.setdefault(key, []).append(one)
     return [
-        MappingDiff(
-            first.name, first.old, first.new, first.changes, first.tensors, first.values, tuple(o.name for o in rest)
-        )
+        replace(first, same_in=tuple(one.name for one in rest))
         for first, *rest in found.values()
     ]  # fmt: skip
 

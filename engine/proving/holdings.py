@@ -19,6 +19,7 @@ from engine.language.expressions import evaluate
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import Pattern
+from engine.language.rules import STORED
 from engine.planning.copies import Copy, swap
 from engine.planning.matching import is_active
 from engine.planning.model import Plan
@@ -90,7 +91,9 @@ def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int])
     """What a rule says of a target, and the order of elements on one rank."""
     rule = one.rule
     told: dict[str, Any] = {"axes": f"{one.axes} → {axes}" if one.axes != axes else str(axes)}
-    told["split"] = " ".join(axis for axis in rule.split if axis in (*one.axes.names(), *one.axis_names())) or "no"
+    told["split"] = (
+        " ".join(axis for axis in rule.split if axis in (*one.axes.names(), *one.axis_names(), *STORED)) or "no"
+    )
     if rule.stage is not None:
         told["stage"] = rule.stage
     try:

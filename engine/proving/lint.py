@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
-from typing import Any
 
-from engine.errors import EngineError, EngineErrors, Place
-from engine.language.expressions import names_in
+from engine.errors import EngineError, EngineErrors
+from engine.language.expressions import compile_expression, names_in
+from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Expression, Mapping, Rule
+from engine.language.model import Layout, Mapping, Rule
 from engine.language.names import PARAMS, pattern
+from engine.proving.finding import Finding, finding_of
+from engine.proving.undeclared import undeclared
+from engine.proving.values import check_values, every_expression
 
 _MAX_COMBINATIONS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing found: an error makes `engine lint` fail, a warning does not."""
-
-    code: str
-    severity: str  # error | warning
-    place: Place | None
-    message: str
-    fix: str | None
-    got: str | None = None
-    expected: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "place": None if self.place is None else self.place.as_dict(),
-            "message": self.message,
-            "got": self.got,
-            "expected": self.expected,
-            "fix": self.fix,
-        }
 
 
 def lint_file(name: str) -> list[Finding]:
@@ -46,9 +24,9 @@ def lint_file(name: str) -> list[Finding]:
     try:
         mapping = load_mapping(name)
     except EngineErrors as errors:
-        return [_from_error(error) for error in errors.errors]
+        return [finding_of(error) for error in errors.errors]
     except EngineError as error:
-        return [_from_error(error)]
+        return [finding_of(error)]
     return lint(mapping)
 
 
@@ -61,13 +39,15 @@ def lint(mapping: Mapping) -> list[Finding]:
         *_unused(mapping),
         *_shadowed(mapping),
     ]
-    found += [*_lonely_axes(mapping), *_unreachable(mapping), *_undeclared(mapping)]
+    found += [*_lonely_axes(mapping), *_unreachable(mapping)]
+    try:
+        layout = load_layout(mapping.layout, mapping.layout_place)
+    except EngineError as error:
+        found.append(finding_of(error))
+    else:
+        found += [*_undeclared(mapping, layout), *check_values(mapping, layout)]
     unique = {(f.code, str(f.place), f.message): f for f in found}
     return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
-
-
-def _from_error(error: EngineError) -> Finding:
-    return Finding(error.code, "error", error.place, error.message, error.fix, error.got, error.expected)
 
 
 def _choices(mapping: Mapping) -> Iterator[dict[str, str]]:
@@ -121,7 +101,7 @@ def _unmatched(mapping: Mapping) -> Iterator[Finding]:
         try:
             match_pieces([instance for instance in every if _active(instance.rule, choices)])
         except EngineError as error:
-            yield Finding("L005", "error", error.place, error.message, error.fix)
+            yield Finding("L005", "error", error.place, error.message, error.fix, error.got, error.expected)
 
 
 def _expanded(rule: Rule) -> set[str]:
@@ -132,28 +112,43 @@ def _expanded(rule: Rule) -> set[str]:
 
 
 def _gaps(mapping: Mapping) -> Iterator[Finding]:
-    """L002: a source whose rules cover some choices, where neither it nor its targets are covered by the others."""
+    """L002: where one variant changes its choice, a tensor that is no longer read and one that is no longer written.
+
+    Of twins, as for two generations of names, one is missing then: alone, a tensor that is not read may be absent
+    under that choice, and one that is not written may have another in its place.
+    """
+    used = {name: variant for name, variant in mapping.variants.items() if any(name in r.when for r in mapping.rules)}
+    held: dict[tuple[str, ...], list[Rule]] = {}
     for choices in _choices(mapping):
-        active = [rule for rule in mapping.rules if _active(rule, choices)]
-        read = {name for rule in active for name in rule.sources}
-        written = {target.name for rule in active for target in rule.targets}
-        for rule in mapping.rules:
-            if not rule.when or _active(rule, choices) or set(rule.sources) & read:
-                continue
-            if not {target.name for target in rule.targets} & written:
-                yield Finding(
-                    "L002",
-                    "error",
-                    rule.place,
-                    f"`{rule.sources[0]}` is read by no rule under {_told(choices, [rule])}",
-                    "Add a rule for that choice, or widen this rule's `when`.",
-                )
+        held[tuple(choices.values())] = [rule for rule in mapping.rules if _active(rule, choices)]
+    for key, active in held.items():
+        choices = dict(zip(used, key, strict=True))
+        read, written = _ends(active)
+        for position, (name, variant) in enumerate(used.items()):
+            for other in variant.choices:
+                rules = held.get((*key[:position], other, *key[position + 1 :]), [])
+                lost = [set(there) - set(here) for there, here in zip(_ends(rules), (read, written), strict=True)]
+                for rule in rules if all(lost) else ():
+                    if lost[0] & set(rule.sources):
+                        yield Finding(
+                            "L002",
+                            "error",
+                            rule.place,
+                            f"`{rule.sources[0]}` is read by no rule under {name}: {choices[name]}, and nothing writes "
+                            f"`{min(lost[1])}` then",
+                            "Add a rule for that choice, or widen this rule's `when`.",
+                        )
+
+
+def _ends(rules: Sequence[Rule]) -> tuple[set[str], set[str]]:
+    """What rules read, and what they write."""
+    return {name for rule in rules for name in rule.sources}, {t.name for rule in rules for t in rule.targets}
 
 
 def _unused(mapping: Mapping) -> Iterator[Finding]:
     """L003."""
     read: set[str] = set()
-    for expression in _expressions(mapping):
+    for expression in every_expression(mapping):
         read |= names_in(expression)
     axes = {name for rule in mapping.rules for name in rule.axes.names()}
     axes |= {name for rule in mapping.rules for target in rule.targets for name in target.axes.names()}
@@ -167,25 +162,10 @@ def _unused(mapping: Mapping) -> Iterator[Finding]:
     for variant in mapping.variants.values():
         if variant.name not in used and variant.name not in read:
             yield Finding("L003", "warning", variant.place, f"variant `{variant.name}` is never used", "Remove it.")
-    text = repr(mapping.config) + repr(mapping.generation) + repr(mapping.training_config)
+    paths = {path for expression in every_expression(mapping) for path in compile_expression(expression).paths}
     for option in mapping.options.values():
-        if f"options.{option.name}" not in text:
+        if not any(path == f"options.{option.name}" or path.startswith(f"options.{option.name}.") for path in paths):
             yield Finding("L003", "warning", option.place, f"option `{option.name}` is never used", "Remove it.")
-
-
-def _expressions(mapping: Mapping) -> Iterator[Expression]:
-    yield from mapping.dims.values()
-    for variant in mapping.variants.values():
-        yield from (e for e in variant.choices.values() if e is not None)
-    stack: list[Any] = [mapping.config, mapping.training_config]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, Expression):
-            yield item
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple):
-            stack.extend(item)
 
 
 def _shadowed(mapping: Mapping) -> Iterator[Finding]:
@@ -244,18 +224,11 @@ def _unreachable(mapping: Mapping) -> Iterator[Finding]:
                     yield Finding("L008", "error", rule.place, message, "Put `otherwise` last in the variant.")
 
 
-def _undeclared(mapping: Mapping) -> Iterator[Finding]:
+def _undeclared(mapping: Mapping, layout: Layout) -> Iterator[Finding]:
     """L009: what nothing says of a key, nothing checks: a text or a negative number would be taken for a size."""
-    from engine.language.layout_file import load_layout
-    from engine.proving.undeclared import undeclared
-
-    try:
-        layout = load_layout(mapping.layout)
-    except EngineError as error:
-        yield _from_error(error)
-        return
+    own = [*mapping.dims, *mapping.variants, *(f"options.{name}" for name in mapping.options)]
     for expression, side, path, known in undeclared(mapping, layout):
-        near = get_close_matches(path, list(known), 1)
+        near = get_close_matches(path, [*known, *own], 1)
         yield Finding(
             "L009",
             "error",

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
+from engine.language.documents import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
 
@@ -21,6 +22,9 @@ def diff(
     old: str | Path, new: str | Path | None = None, paths: Sequence[str | Path] = (), *, revisions: bool = False
 ) -> list[MappingDiff]:
     """What changes between mappings: in their rules, and in where every tensor goes.
+
+    >>> [one.name for one in diff("main", revisions=True)]  # doctest: +SKIP
+    ['mappings/families/internlm2.yaml']
 
     Args:
         old: a mapping (with `new` another), or a git revision.
@@ -43,8 +47,11 @@ def diff(
     files = [_path_of(path) for path in paths]
     before = Revision(str(old), files[0].parent if files else Path.cwd())
     after = None if new is None else Revision(str(new), before.top)
-    found = [diff_mappings(str(name), before.load(name), _load(after, before.top, name))
-             for name in _names(before, after, files)]  # fmt: skip
+    found: list[MappingDiff] = []
+    for name in _names(before, after, files):
+        was, now = before.load(name), _load(after, before.top, name)
+        parent = _parent(after, before.top, name) if was is None and now is not None else None
+        found.append(diff_mappings(str(name), was, now, parent))
     return gather(found)
 
 
@@ -91,6 +98,17 @@ def _load(revision: Revision | None, top: Path, name: PurePosixPath) -> Mapping 
     if revision is not None:
         return revision.load(name)
     return load_mapping(top / name) if os.path.isfile(top / name) else None
+
+
+def _parent(revision: Revision | None, top: Path, name: PurePosixPath) -> Mapping | None:
+    """What a new mapping extends."""
+    if revision is not None:
+        return revision.parent_of(name)
+    parent = load_yaml(top / name, str(name)).data.get("extends")
+    if not isinstance(parent, str):
+        return None
+    beside = (top / name).parent / parent
+    return load_mapping(beside if beside.is_file() else parent)
 
 
 def is_mapping(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import EngineError
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.planning.as_model import Wanted, fit_to_model
+from engine.planning.as_model import Wanted, fit_to_model, rules_of
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
@@ -67,13 +67,20 @@ def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
     return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
 
 
-def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Checkpoint]:
+def written_as_model(mapping: MappingFile, config: Mapping[str, Any]) -> MappingFile:
+    """A mapping with its rules for tensors to be written, also where these come from the model class."""
+    if not mapping.as_model or mapping.rules:
+        return mapping
+    return rules_of(mapping, wanted_by_class(config), config)
+
+
+def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Layout, Checkpoint]:
     """A mapping with its rules, also where these come from the model class of the checkpoint's configuration.
 
-    The checkpoint is then left with what is of the model.
+    The checkpoint is then left with what is of the model, and the layout with the prefix of its names.
     """
     if not mapping.as_model:
-        return mapping, checkpoint
+        return mapping, layout, checkpoint
     return fit_to_model(mapping, layout, wanted_by_class(checkpoint.target_config), checkpoint)
 
 

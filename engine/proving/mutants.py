@@ -461,7 +461,7 @@ def _caught(
         first = error.errors[0] if isinstance(error, EngineErrors) else error
         return LOADING, f"{first.code} {first.message}"
     for finding in lint(mutant):
-        if (finding.code, finding.message) not in before:
+        if finding.severity == "error" and (finding.code, finding.message) not in before:
             return LINT, f"{finding.code} {finding.message}"
     # Parts of the meaning one after another: most mutants show in one that is quickly known.
     for name, part in parts_of_meaning(mutant):

@@ -21,7 +21,8 @@ from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.proving.committed import check_meaning
 from engine.proving.counterexamples import counter_examples
-from engine.proving.lint import Finding, lint
+from engine.proving.finding import Finding
+from engine.proving.lint import lint
 from engine.proving.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
 from engine.proving.meta_model import misfits, wanted
 from engine.proving.mutants import try_mutants
@@ -70,7 +71,7 @@ def prove(
 
 
 def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[list[Check], list[Mutant]]:
-    layout = load_layout(mapping.layout)
+    layout = load_layout(mapping.layout, mapping.layout_place)
     combinations = combinations_of(mapping)
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
     checks.append(check_meaning(mapping))

@@ -101,6 +101,12 @@ class Revision:
             return
         self._put(root, target, found[0], found[1], left - 1)
 
+    def parent_of(self, path: PurePosixPath) -> Mapping | None:
+        """What a mapping extends, in that revision; None when it extends nothing that is there."""
+        parent = load_text(self.read(path) or "{}", f"{self.name}:{path}").data.get("extends")
+        found = self._parent(path, parent) if isinstance(parent, str) else None
+        return None if found is None else self.load(found[0])
+
     def _parent(self, path: PurePosixPath, parent: str) -> tuple[PurePosixPath, str] | None:
         """As when reading files: beside the child, else by name among the mappings."""
         names = [path.parent / parent]
@@ -115,8 +121,8 @@ class Revision:
 
 
 def is_mapping_path(path: str) -> bool:
-    """Whether a path below `mappings/` is a mapping's, and no layout's or committed meaning's."""
-    return path.endswith(".yaml") and not path.startswith("mappings/layouts/") and "/meanings/" not in path
+    """Whether a path below `mappings/` is a mapping's, and no layout's."""
+    return path.endswith(".yaml") and not path.startswith("mappings/layouts/")
 
 
 def _normal(path: Path | PurePosixPath) -> str:

@@ -19,9 +19,11 @@ def undeclared(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expressio
     axes |= {name for rule in mapping.rules for target in rule.targets for name in target.axes.names()}
     axes |= {name for rule in mapping.rules for s in rule.sources for name in pattern(s).placeholders}
     dims = {d for mode in layout.modes for file in mode.files for d in pattern(file.name).placeholders}
-    own = {*axes, *mapping.dims, *mapping.variants, "options", "training", "given"}
+    own = {*axes, *mapping.dims, *mapping.variants, "options", "training", "given", "mode"}
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants, *(f"{dim}s" for dim in dims)}
-    forth = [dict(mapping.dims), [dict(v.choices) for v in mapping.variants.values()], mapping.config]
+    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
+    variants = [dict(v.choices) for v in mapping.variants.values()]
+    forth = [dict(mapping.dims), variants, mapping.config, dict(remote), mapping.transformers]
     for side, tree, known in (("source", forth, own), ("target", mapping.training_config, own | grid)):
         keys = declared(mapping, layout, side) if side == "source" else mapping.keys.get("target", {})
         for expression in expressions_of(tree):

@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError
 from engine.language.model import Layout
 from engine.run.running import Running
+from engine.storage.places import Source, on_this_machine
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
     from engine.planning.planner import Checkpoint
     from engine.run.meter import Progress
+    from engine.storage.output import OutputFolder
+    from engine.storage.store import Store
+    from engine.storage.uploads import Uploads
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a conversion did."""
 
-    out: Path
+    out: Path | str
     tensors: int
     bytes: int
     seconds: float
@@ -49,7 +53,7 @@ class Report:
 
 
 def read_checkpoint(
-    src: Path | str, layout: Layout, config: Path | str | None = None, *, needed: bool = True
+    src: Source, layout: Layout, config: Path | str | None = None, *, needed: bool = True
 ) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
@@ -110,7 +114,7 @@ class Small:
 
 
 def execute(
-    compiled: Plan, source: Path, out: Path, make_small: Callable[[], Small], how: Running, started: float
+    compiled: Plan, source: str, out: Path | str, make_small: Callable[[], Small], how: Running, started: float
 ) -> Report:
     """Run a plan: weight files, small files and the manifest, complete at `out` or not there.
 
@@ -122,17 +126,8 @@ def execute(
     """
     from engine.run.manifest import NAME, encode_manifest, foreign, manifest
     from engine.run.runner import check_runnable, write_weights
-    from engine.storage.local import LocalStore
-    from engine.storage.output import OutputFolder
-    from engine.storage.replacing import given_path
 
-    output = OutputFolder(
-        given_path(out, "the output"),
-        source,
-        overwrite=how.overwrite,
-        resume=how.resume,
-        foreign=foreign,
-    )
+    output = output_at(compiled, source, out, how, foreign)
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
@@ -152,8 +147,7 @@ def execute(
         if how.progress is not None:
             how.progress(state)
 
-    with output as folder:
-        store = LocalStore(folder)
+    with output as store:
         if how.check_source:
             notices += check_source(compiled, how.progress)
         done = write_weights(
@@ -182,6 +176,25 @@ def execute(
         content_id=data.get("content_id"),
         notices=tuple(notices),
     )
+
+
+def output_at(
+    compiled: Plan, source: str, out: Path | str, how: Running, foreign: Callable[[Store], str | None]
+) -> OutputFolder | Uploads:
+    """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing."""
+    from engine.run.journal import identity_of
+    from engine.run.manifest import NAME
+    from engine.storage.objects import ObjectStore
+    from engine.storage.output import OutputFolder
+    from engine.storage.places import store_at
+    from engine.storage.uploads import Uploads
+
+    store = store_at(out, "the output")
+    if isinstance(store, ObjectStore):
+        work = identity_of(compiled)
+        return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=how.resume, foreign=foreign)
+    path, origin = on_this_machine(store, "the output"), Path(source)
+    return OutputFolder(path, origin, overwrite=how.overwrite, resume=how.resume, foreign=foreign)
 
 
 def check_names(compiled: Plan, small: Iterable[str]) -> None:

@@ -85,6 +85,12 @@ def work_of(plan: Plan) -> dict[str, Any]:
     }
 
 
+def identity_of(plan: Plan) -> str:
+    """A digest of everything that the bytes of a run depend on; source files without checksums count by their state."""
+    states = [(f.name, dict(f.state.told())) for f in plan.files if not f.summed and f.state is not None]
+    return hashlib.sha256(json.dumps([work_of(plan), states], sort_keys=True, default=str).encode()).hexdigest()
+
+
 def states_of(plan: Plan) -> dict[str, list[int]]:
     """The state of every source file when it was indexed."""
     return {file.name: list(file.state.told().values()) for file in plan.files if file.state is not None}

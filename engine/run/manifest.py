@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from engine import __version__
@@ -21,7 +20,6 @@ from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done
 from engine.storage.json_text import parse_json
-from engine.storage.local import LocalStore
 from engine.storage.store import Store
 
 NAME = "conversion.json"
@@ -120,17 +118,24 @@ def _unreadable(place: str, why: str) -> EngineError:
     )
 
 
-def foreign(folder: Path) -> str | None:
+def foreign(store: Store) -> str | None:
     """What of a folder is not the engine's output, in words; None for its output or an empty folder."""
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        if not entries:
+        names = store.names()
+        if not names:
             return None
-        data = read_manifest(LocalStore(folder))
+        data = read_manifest(store)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         return error.strerror or "a folder that cannot be read"
     except EngineError as error:
         return f"a folder without a manifest of the engine: {error.message}"
     mine = {NAME, INDEX, *data["files"], *(entry["file"] for entry in data["tensors"].values())}
-    others = [one.name for one in entries if one.name not in mine or not one.is_file(follow_symlinks=False)]
+    others = [name for name in names if name not in mine or not _is_plain(store, name)]
     return f"files that the engine did not write: {', '.join(others[:4])}" if others else None
+
+
+def _is_plain(store: Store, name: str) -> bool:
+    """Whether it is a file itself, and no link to one."""
+    return store.folder is None or stat.S_ISREG((store.folder / name).lstat().st_mode)

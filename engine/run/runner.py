@@ -67,11 +67,13 @@ def write_weights(
     left = read_journal(folder, plan) if resume and folder is not None else Interrupted()
     if resume and folder is not None:
         sweep(folder, {JOURNAL, *(file.name for file in plan.shards)})
-    jobs = schedule(plan)
+    jobs = schedule(plan, positioned=store.positioned)
     known, unsure = split(plan, left, jobs)
     meter = Meter(plan.nbytes + replica_bytes(plan) + sum(plan.outputs[o].nbytes for o in unsure), listener)
     writer = Writer(plan, store, meter, digests=digests, alone=count <= len(jobs))
     writer.take_over(known)
+    if resume and not store.positioned:
+        writer.take_whole()
     again = sorted(unsure & writer.done.keys())
     meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
     journal = None
@@ -87,7 +89,8 @@ def write_weights(
                 meter.begin("comparing replicas")
             _run(pool, meter, [partial(comparing, part) for part in parts if part])
             meter.begin("writing")
-            _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
+            if store.positioned:
+                _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
             if digests and folder is not None:
                 journal = writer.journal = Journal(folder, plan, writer.done)
             writing = [partial(writer.work, Shares(jobs))] * count

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from engine.planning.request import RankOptions, ReverseOptions, WholeOptions, check_keywords, option, own
+from engine.errors import EngineError
+from engine.planning.request import RankOptions, ReverseOptions, WholeOptions, check_keywords, option, own, parse_size
 from engine.run.meter import Progress
 
 
@@ -19,7 +20,7 @@ class Running:
         overwrite: replace the output once the new one is complete.
         resume: go on with what an interrupted run of the same conversion left.
         workers: threads that write; None: as many as cores and output files allow.
-        max_memory: bytes resident at most, kept by fewer workers, or refused.
+        max_memory: bytes resident at most, or text like `2GB`, kept by fewer workers, or refused.
         digests: record a digest of every tensor in `conversion.json`; resuming needs them.
         check_source: read the source once before, and compare it with the checksums it holds.
         tokenizer: a SentencePiece model for a Hugging Face checkpoint; None: the one beside the source, if any.
@@ -51,6 +52,12 @@ class Running:
     )
     progress: Callable[[Progress], None] | None = None
 
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "max_memory", None if self.max_memory is None else parse_size(self.max_memory))
+        except ValueError as error:
+            raise EngineError("E001", "`max_memory` cannot be used as given", fix=f"{error}.") from None
+
 
 class RunOptions(TypedDict, total=False):
     """Keywords of whatever writes a checkpoint."""
@@ -58,7 +65,7 @@ class RunOptions(TypedDict, total=False):
     overwrite: bool
     resume: bool
     workers: int | None
-    max_memory: int | None
+    max_memory: int | str | None
     digests: bool
     check_source: bool
     progress: Callable[[Progress], None] | None

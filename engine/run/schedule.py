@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from engine.formats.headers import ITEM_SIZES
+from engine.formats.written import FORMATS, FileLayout
 from engine.move.runs import READ_THROUGH, runs
 from engine.planning.copies import Copy, swap
-from engine.planning.model import Plan
+from engine.planning.model import OutputFile, Plan
 from engine.planning.whole import contiguous
 
 _RUN_COST = 8 * 1024  # bytes that could have been moved in the time a run takes to start
+_BLOCKS_TOGETHER = 8  # times the bytes read ahead: outputs that one worker gathers without a pause
 _CLEARLY = 0.8  # scatter only where it costs less than this part of gathering
 
 
@@ -63,12 +66,19 @@ class _Sets:
                 first = min(root, first)
 
 
-def schedule(plan: Plan) -> list[Job]:
+def schedule(plan: Plan, *, positioned: bool = True) -> list[Job]:
     """The jobs of a plan, largest first. Every output is in exactly one.
 
     Files that are scattered into together are one job.
+
+    Args:
+        positioned: whether writes go anywhere in a file; if not, each file is one unit.
     """
-    units = _units(plan)
+    block = max((file.file.store.block for file in plan.files), default=0)
+    if block or not positioned:  # what is read far away is fetched in the order of the output
+        units = _together(plan, block * _BLOCKS_TOGETHER if positioned else None)
+    else:
+        units = _units(plan)
     file_of = {output: i for i, file in enumerate(plan.shards) for output in file.outputs}
     files = _Sets(len(plan.shards))
     for unit in units:
@@ -88,6 +98,36 @@ def schedule(plan: Plan) -> list[Job]:
         for root, held in filled.items()
     ]
     return sorted(jobs, key=lambda job: -job.nbytes)
+
+
+def _together(plan: Plan, nbytes: int | None) -> list[Unit]:
+    """Outputs of each file that are gathered one after the other, up to so many bytes of them."""
+    units: list[Unit] = []
+    for file in plan.shards:
+        held: list[int] = []
+        total = 0
+        for output in in_order(plan, file):
+            size = plan.outputs[output].nbytes
+            if held and nbytes is not None and total + size > nbytes:
+                units.append(Unit(tuple(held)))
+                held, total = [], 0
+            held.append(output)
+            total += size
+        if held:
+            units.append(Unit(tuple(held)))
+    return units
+
+
+def in_order(plan: Plan, file: OutputFile) -> list[int]:
+    """The outputs of a file in the order in which their bytes lie there."""
+    offsets = layout_of(plan, file).offsets
+    return [output for _, output in sorted(zip(offsets, file.outputs, strict=True))]
+
+
+def layout_of(plan: Plan, file: OutputFile) -> FileLayout:
+    """Where everything of a weight file goes."""
+    tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
+    return FORMATS[file.format](tensors, PurePosixPath(file.name).stem, file.around)
 
 
 def _units(plan: Plan) -> list[Unit]:

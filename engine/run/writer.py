@@ -6,32 +6,24 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import PurePosixPath
 
 from engine.formats.headers import ITEM_SIZES
-from engine.formats.written import CHECKED, FORMATS, FileLayout
+from engine.formats.written import CHECKED, FileLayout
 from engine.move.blocks import block_bytes, blocks, largest_block
 from engine.move.gather import Scatterer
 from engine.move.reader import Reader
 from engine.move.runs import straight
-from engine.planning.model import OutputFile, Plan
+from engine.planning.model import Plan
 from engine.run.digests import Total
 from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
-from engine.run.schedule import Unit, copies_from
+from engine.run.schedule import Unit, copies_from, layout_of
 from engine.run.sharing import Shares
-from engine.storage.output import write_error
 from engine.storage.sources import SourceFiles
-from engine.storage.store import Sinks, Store
+from engine.storage.store import Sinks, Store, write_error
 
 MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
 _DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
-
-
-def layout_of(plan: Plan, file: OutputFile) -> FileLayout:
-    """Where everything of a file goes."""
-    tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
-    return FORMATS[file.format](tensors, PurePosixPath(file.name).stem)
 
 
 class Writer:
@@ -43,10 +35,12 @@ class Writer:
         self._store, self._names = store, [file.name for file in plan.shards]
         self._layouts: list[FileLayout] = []
         self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
+        self._numbers: dict[int, int] = {}  # output → the how manieth of its file
         for index, file in enumerate(plan.shards):
             layout = layout_of(plan, file)
             self._layouts.append(layout)
             self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
+            self._numbers.update((output, number) for number, output in enumerate(file.outputs))
         checked = {o for file in plan.shards if file.format in CHECKED for o in file.outputs}
         # Each is changed by the one worker that writes the output.
         self._checked, self._digests = checked, digests
@@ -54,6 +48,7 @@ class Writer:
         # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
         self._direct = alone and not digests
         self.done: dict[int, Done] = {}
+        self._whole: set[int] = set()  # files that need not be written
         self.journal: Journal | None = None
 
     def _total(self, output: int) -> Total:
@@ -83,12 +78,34 @@ class Writer:
                 if not kept or end == nbytes:
                     del self._totals[output]
 
+    def take_whole(self) -> None:
+        """Keep the files that an interrupted run left whole; read them for their digests."""
+        with self._store.sinks(self._names) as sinks:
+            for index, file in enumerate(self._plan.shards):
+                if not sinks.whole(index, self._layouts[index].size):
+                    continue
+                self._whole.add(index)
+                for output in file.outputs:
+                    total = self._total(output)
+                    for block in sinks.read(index, self._places[output][1], self._plan.outputs[output].nbytes):
+                        total.add(total.end, block)
+                    self.done[output] = Done(total.digest(tuple), total.checksum())
+                    del self._totals[output]
+
     def start(self, index: int) -> None:
-        """Create a file of its full size, with what comes before its payload."""
+        """Create a file, with what is known before its payload, and behind outputs that are done."""
+        layout = self._layouts[index]
         with self._store.sinks(self._names) as sinks, self._errors(index):
-            sinks.create(index, self._layouts[index].end)
-            for offset, data in self._layouts[index].start():
+            sinks.create(index, layout.size)
+            for offset, data in layout.start():
                 sinks.write(index, offset, (data,))
+            for output in self.done.keys() & set(self._plan.shards[index].outputs):
+                self._write_behind(output, sinks)
+
+    def _write_behind(self, output: int, sinks: Sinks) -> None:
+        file, _ = self._places[output]
+        for offset, data in self._layouts[file].after(self._numbers[output], self.done[output].checksum):
+            sinks.write(file, offset, (data,))
 
     def work(self, shares: Shares) -> None:
         """Write units until none is left. Each output is written by one worker."""
@@ -109,17 +126,18 @@ class Writer:
             job = None
             while (taken := shares.take(job)) is not None:
                 job, unit = taken
+                left = [output for output in unit.outputs if output not in self.done]
+                self._meter.keep(sum(plan.outputs[i].nbytes for i in unit.outputs if i in self.done))
                 with self._errors(self._places[unit.outputs[0]][0]):
-                    if all(output in self.done for output in unit.outputs):
-                        self._meter.keep(sum(plan.outputs[output].nbytes for output in unit.outputs))
-                    else:
-                        if unit.sources:
-                            self._scatter(unit, scatterer)
-                        elif not self._copied(unit.outputs[0], files, sinks):
-                            self._gather(unit.outputs[0], reader, write)
-                        if self._meter.stopped.is_set():
-                            return
-                        self._record(unit, sinks)
+                    if not self._store.positioned and left:
+                        self.start(self._places[left[0]][0])
+                    if unit.sources and left:
+                        self._scatter(unit, scatterer)
+                        self._record(unit.outputs, sinks)
+                    elif left and not self._copied(left, files, sinks):
+                        self._gather(left, reader, write, sinks)
+                    if self._meter.stopped.is_set():
+                        return
                 if shares.finish(job):
                     for file in shares.files(job):
                         self._finish(file, sinks)
@@ -127,6 +145,8 @@ class Writer:
     def _finish(self, index: int, sinks: Sinks) -> None:
         """Write what is only known when the payload is complete; the file is on its way to stable storage then."""
         outputs = self._plan.shards[index].outputs
+        if index in self._whole:
+            return
         with self._errors(index):
             for offset, data in self._layouts[index].finish([self.done[output].checksum for output in outputs]):
                 sinks.write(index, offset, (data,))
@@ -137,16 +157,20 @@ class Writer:
         with self._store.sinks(self._names) as sinks, self._errors(index):
             sinks.sync(index)
 
-    def _record(self, unit: Unit, sinks: Sinks) -> None:
-        """Digests of a finished unit, into the journal too."""
+    def _record(self, outputs: Sequence[int], sinks: Sinks) -> None:
+        """Digests of outputs that are finished, into the journal too; nothing when the run was stopped."""
+        if self._meter.stopped.is_set():
+            return
         finished: dict[int, Done] = {}
-        for output in unit.outputs:
+        for output in outputs:
             (file, at), nbytes = self._places[output], self._plan.outputs[output].nbytes
             total = self._total(output)
             again = partial(sinks.read, file, at, nbytes)
             finished[output] = Done(total.digest(again), total.checksum())
             del self._totals[output]
         self.done.update(finished)
+        for output in finished:
+            self._write_behind(output, sinks)
         if self.journal is not None:
             self.journal.add(finished)
 
@@ -157,8 +181,11 @@ class Writer:
         except OSError as error:
             raise write_error(self._store.place(self._names[index]), error) from error
 
-    def _copied(self, index: int, files: SourceFiles, sinks: Sinks) -> bool:
+    def _copied(self, outputs: Sequence[int], files: SourceFiles, sinks: Sinks) -> bool:
         """Have the system move an output that is whole runs of its sources, unseen; False where it cannot."""
+        index, *more = outputs
+        if more:
+            return False
         output = self._plan.outputs[index]
         if not self._direct or index in self._checked or not output.unchanged:
             return False
@@ -181,24 +208,39 @@ class Writer:
                     return False
                 begin, to, left, moved = begin + count, to + count, left - count, moved + count
                 self._meter.advance(count)
+        self._record(outputs, sinks)
         return True
 
     def _gather(
         self,
-        index: int,
+        outputs: Sequence[int],
         reader: Reader,
         write: Callable[[int, int, Sequence[memoryview]], None],
+        sinks: Sinks,
     ) -> None:
-        total = self._total(index)
-        begun = marked = total.end  # what an interrupted run wrote of it
-        self._meter.keep(begun)
-        for at, data in reader.blocks(index, begun):
+        """Write outputs one after the other, each from where an interrupted run left it."""
+        begun = {output: self._total(output).end for output in outputs}
+        self._meter.keep(sum(begun.values()))
+        waiting = iter(outputs)  # outputs that are not finished
+        marked = dict(begun)
+
+        def finish(end: int | None) -> None:
+            """Record outputs up to one, or all."""
+            for output in waiting:
+                self._record((output,), sinks)
+                if output == end:
+                    return
+
+        for output, at, data in reader.stream(begun.items()):
             if self._meter.stopped.is_set():
                 return
-            write(index, at, (data,))
-            if self.journal is not None and total.end - marked >= MARK_BYTES:
-                marked = total.end
-                self.journal.mark(index, *(total.mark() or ("", 0)))
+            write(output, at, (data,))
+            if at + len(data) == self._plan.outputs[output].nbytes:
+                finish(output)
+            elif self.journal is not None and (total := self._total(output)).end - marked[output] >= MARK_BYTES:
+                marked[output] = total.end
+                self.journal.mark(output, *(total.mark() or ("", 0)))
+        finish(None)
 
     def _scatter(self, unit: Unit, scatterer: Scatterer) -> None:
         for source, copies in copies_from(self._plan, unit).items():

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from engine.serve.virtual import VirtualFile
+from engine.serve.files import VirtualFile
 
 WINDOW = 4 << 20  # bytes
 _NEAR = 1 << 20  # reads of one that goes in order come from several threads, a little out of it

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 from engine.errors import EngineError, Place
+from engine.formats.headers import FileHeader
 from engine.move.reader import Reader
 from engine.planning.model import Plan, Tied
 from engine.run.digests import Total
@@ -18,7 +19,7 @@ from engine.run.replicas import Check, checks, compare_replicas
 from engine.serve.once import Once
 from engine.storage.sources import SourceFiles, check_unchanged
 
-PART_BYTES = 4 << 20  # of one output that one thread reads at a time
+PART_BYTES = 16 << 20  # of one output that one thread reads at a time
 _MOST_THREADS = 8
 
 
@@ -42,7 +43,7 @@ class Readers:
         self._closing = weakref.finalize(self, _close, self._opened)
         self._users, self._open = 0, True
         self._changed = threading.Condition()
-        self._compared = Once(self._compare)
+        self._compared, self._ready = Once(self._compare), Once(self._prepare)
         self.done = Once(self._done)  # output → digest and checksum; all of it is read for them
         self._checks: dict[int, list[int]] = {}  # source → checks that it takes part in
         self._ties: dict[int, list[int]] = {}  # output → checks that compare another tensor with it
@@ -62,15 +63,20 @@ class Readers:
             ValueError: for bytes beyond the output's.
         """
         with self._using():
-            sources = {copy.source for copy in self.plan.copies(output)}
-            for check in sorted({*self._ties.get(output, ()), *(c for s in sources for c in self._checks.get(s, ()))}):
-                self._compared(check)
+            files = self._ready(output)
             cuts = range(0, len(target), PART_BYTES)
             parts = [self._threads.submit(self._fill, output, start + at, target[at : at + PART_BYTES]) for at in cuts]
             wait(parts)
             for part in parts:
                 part.result()
-            check_unchanged([self.plan.files[file] for file in sorted({self.plan.sources[s].file for s in sources})])
+            check_unchanged(files)
+
+    def _prepare(self, output: int) -> list[FileHeader]:
+        """Compare the replicas of a tensor; the files that it is read from."""
+        sources = {copy.source for copy in self.plan.copies(output)}
+        for check in sorted({*self._ties.get(output, ()), *(c for s in sources for c in self._checks.get(s, ()))}):
+            self._compared(check)
+        return [self.plan.files[file] for file in sorted({self.plan.sources[s].file for s in sources})]
 
     def compare_all(self) -> None:
         """Compare all replicas that have not been yet; E402 when some differ."""
@@ -118,7 +124,7 @@ class Readers:
 
     def _done(self, output: int) -> Done:
         total, nbytes = Total(digest=True, checksum=True), self.plan.outputs[output].nbytes
-        buffer = memoryview(bytearray(min(nbytes, 2 * PART_BYTES)))
+        buffer = memoryview(bytearray(min(nbytes, PART_BYTES)))
         for at in range(0, nbytes, max(len(buffer), 1)):
             data = buffer[: nbytes - at]
             self.read_into(output, at, data)

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from engine.errors import CODES, EngineError, EngineErrors, Place
 from engine.serve.hub import Hub, Request, Response, refusal
 
-_PIECE = 1 << 20  # bytes of a file that are read at a time
+_PIECE = 2 << 20  # bytes of a file that are read at a time
 _THREADS = 16
 _CONNECTIONS = 256
 _HEADERS = 32 << 10  # bytes of a request
@@ -108,7 +108,7 @@ class App:
             seconds = time.monotonic() - started
             self._log(Line(str(client), request.method, request.path, status, sent, seconds, problem))
 
-    def _answer(self, request: Request, refused: Response | None) -> tuple[Response, bytes, str | None]:
+    def _answer(self, request: Request, refused: Response | None) -> tuple[Response, bytes | bytearray, str | None]:
         """The response with the first piece of its body; what a source is refused for comes before any of it."""
         try:
             response, problem = refused or self._hub.answer(request), None
@@ -140,14 +140,14 @@ def _too_long(scope: Mapping[str, Any]) -> Response | None:
     return None
 
 
-def _piece(response: Response, at: int) -> bytes:
+def _piece(response: Response, at: int) -> bytes | bytearray:
     """Bytes of a body from `at` on."""
     stop = min(at + _PIECE, response.length)
     if isinstance(response.body, bytes):
         return response.body[at:stop]
     buffer = bytearray(stop - at)
     response.body.read_into(response.start + at, memoryview(buffer))
-    return bytes(buffer)
+    return buffer
 
 
 async def _disconnected(receive: Receive) -> None:

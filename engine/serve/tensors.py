@@ -166,7 +166,7 @@ class Slice:
         if rows.step == 1 and all(one == slice(None) for one in rest):
             found = self._rows(rows.start, max(rows.start, rows.stop))
         else:
-            per = max(1, 4 * PART_BYTES // max(1, prod(shape[1:]) * ITEM_SIZES[self._output.dtype] * rows.step))
+            per = max(1, PART_BYTES // max(1, prod(shape[1:]) * ITEM_SIZES[self._output.dtype] * rows.step))
             some = [rows[at : at + per] for at in range(0, max(len(rows), 1), per)]
             read = (self._rows(one.start, max(one.start, one.stop - one.step + 1))[:: rows.step] for one in some)
             found = torch.cat([block[(slice(None), *rest)] for block in read])

@@ -11,10 +11,8 @@ import json
 import re
 import secrets
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 from engine.formats.safetensors import INDEX, index_json
@@ -22,67 +20,12 @@ from engine.move.values import check_transform
 from engine.planning.model import OutputFile, Plan
 from engine.run.digests import content_id
 from engine.run.execute import Small, check_names
-from engine.run.journal import Done, work_of
+from engine.run.journal import Done, identity_of
 from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
-from engine.run.writer import layout_of
+from engine.run.schedule import layout_of
+from engine.serve.files import Stretch, VirtualFile
 from engine.serve.readers import Readers, reading_threads
-
-Fill = Callable[[int, memoryview], None]  # takes a byte offset in the stretch and a buffer to fill
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Bytes `start` to `end` of a file, and what fills a buffer with some of them."""
-
-    start: int
-    end: int
-    fill: Fill
-
-
-@dataclass(frozen=True, slots=True)
-class VirtualFile:
-    """One file that a run would write.
-
-    Attributes:
-        size: in bytes.
-        etag: hexadecimal digits that change when the bytes may have: a SHA-256 of small files' bytes, else 40 digits.
-        stretches: in order, without overlaps; what lies between them is zeros.
-    """
-
-    name: str
-    size: int
-    etag: str
-    stretches: tuple[Stretch, ...]
-
-    def read_into(self, start: int, target: memoryview) -> None:
-        """Fill a buffer with the file's bytes from byte `start` on.
-
-        Raises:
-            EngineError: E402 when replicas differ, E405 when a source changed, E3xx when one cannot be read.
-            ValueError: for bytes beyond the file's.
-        """
-        stop = start + len(target)
-        if not 0 <= start <= stop <= self.size:
-            raise ValueError(f"bytes {start} to {stop} of the {self.size} of {self.name}")
-        at = start
-        index = bisect_right(self.stretches, start, key=lambda one: one.end)
-        while at < stop:
-            one = self.stretches[index] if index < len(self.stretches) else None
-            end = stop if one is None else min(stop, one.end)
-            if one is None or at < one.start:
-                end = stop if one is None else min(stop, one.start)
-                target[at - start : end - start] = bytes(end - at)
-            else:
-                one.fill(at - one.start, target[at - start : end - start])
-                index += 1
-            at = end
-
-    def read(self, start: int = 0, size: int | None = None) -> bytes:
-        """Some bytes of the file; fewer at its end."""
-        start = min(start, self.size)
-        buffer = bytearray(self.size - start if size is None else max(min(size, self.size - start), 0))
-        self.read_into(start, memoryview(buffer))
-        return bytes(buffer)
+from engine.serve.store import VirtualStore
 
 
 class VirtualFolder(Mapping[str, VirtualFile]):
@@ -93,6 +36,7 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         readers: the bytes of its outputs.
         notices: what a run would tell beside.
         commit: 40 hexadecimal digits that change when any byte may have.
+        store: the same files as the source of another plan: `plan_reverse(mapping, folder.store, tp=4)`.
     """
 
     def __init__(self, plan: Plan, make_small: Callable[[], Small], threads: ThreadPoolExecutor | None = None) -> None:
@@ -120,6 +64,7 @@ class VirtualFolder(Mapping[str, VirtualFile]):
             made.append(_fixed(INDEX, index_json(names, plan.nbytes)))
         made.append(_manifest(self.readers, files, identity))
         self._files = {one.name: one for one in sorted(made, key=lambda one: one.name)}
+        self.store = VirtualStore(self._files, f"virtual:{plan.folder}")
         self.commit = _short(*((one.name, one.size, one.etag) for one in made))[:40]
 
     def __getitem__(self, name: str) -> VirtualFile:
@@ -142,12 +87,6 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         self.readers.close()
         if self._threads is not None:
             self._threads.shutdown()
-
-
-def identity_of(plan: Plan) -> str:
-    """A digest of everything that the bytes of a run depend on; source files without checksums count by their state."""
-    states = [(f.name, f.state.told()) for f in plan.files if not f.summed and f.state is not None]
-    return _short(work_of(plan), states)
 
 
 def _short(*values: object) -> str:
@@ -188,12 +127,17 @@ def _weights(readers: Readers, file: OutputFile, identity: str) -> VirtualFile:
     def finished(index: int) -> bytes:
         return layout.finish([readers.done(i).checksum for i in file.outputs])[index][1]
 
+    def behind(number: int, index: int) -> bytes:
+        return layout.after(number, readers.done(file.outputs[number]).checksum)[index][1]
+
     # Where these bytes lie does not depend on the checksums in them.
+    for number in range(len(file.outputs)):
+        for index, (start, data) in enumerate(layout.after(number, 0)):
+            stretches.append(_computed(start, len(data), partial(behind, number, index)))
     for index, (start, data) in enumerate(layout.finish([0] * len(file.outputs))):
         stretches.append(_computed(start, len(data), partial(finished, index)))
     stretches.sort(key=lambda one: one.start)
-    size = max(layout.end, max((one.end for one in stretches), default=0))
-    return VirtualFile(file.name, size, _short(identity, file.name)[:40], tuple(stretches))
+    return VirtualFile(file.name, layout.size, _short(identity, file.name)[:40], tuple(stretches))
 
 
 _DIGEST, _CONTENT = 32, 64  # hexadecimal digits of a tensor's digest and of the content id

@@ -177,13 +177,17 @@ def _rule(name: str, rule: dict[str, Any]) -> dict[str, Any]:
 def verified(found: Verified) -> str:
     """What `engine verify` found."""
     told = f"{found.tensors} tensors and {found.files} files, {amount(found.nbytes)}"
-    lines = [f"{told}: as they were written", f"  content {found.content_id or 'without digests'}"]
+    whole = found.read == found.tensors
+    lines = [f"{told}: {'' if whole else 'names, types and shapes '}as they were written"]
+    lines += [f"  content {found.content_id}"] if found.content_id else []
     if not found.manifest:
         lines = ["no manifest to compare with"]
-    more = [one.summary() for one in (found.source, found.model, found.logits) if one is not None]
+    lines += [one.summary() for one in (found.source, found.model, found.logits) if one is not None]
+    notes = [f"{click.style('not checked', fg='yellow')} {one}" for one in found.unchecked]
     if found.problems:
-        return "\n".join([*found.problems[:50], *more, f"{count(len(found.problems), 'problem')} in {told}"])
-    return "\n".join([*lines, *more])
+        more = lines[2:] if found.manifest and found.content_id else lines[1:]
+        return "\n".join([*found.problems[:50], *more, *notes, f"{count(len(found.problems), 'problem')} in {told}"])
+    return "\n".join([*lines, *notes])
 
 
 def kept(out: str, partial: Sequence[tuple[str, int]]) -> str:

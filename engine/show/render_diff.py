@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import click
+
 from engine.proving.changes import KINDS, TensorChange, ValueChange
 from engine.proving.diff import SECTIONS, Change, MappingDiff
 from engine.show.text import as_json, shown
@@ -50,26 +52,27 @@ def text(one: MappingDiff) -> str:
     lines = [_title(one)]
     if one.same_in:
         lines.append(f"the same in {', '.join(one.same_in)}")
+    if one.tensors or one.values:
+        lines += ["", click.style("WHAT IS WRITTEN CHANGES", fg="red", bold=True)]
+    else:
+        lines += ["", click.style("what is written stays the same", fg="green")]
+    for tensor in one.tensors:
+        lines.append(f"  {KINDS[tensor.kind]}: {tensor.target}{_when(tensor)}")
+        lines += _sides(tensor.old, tensor.new)
+    for value in one.values:
+        lines.append(f"  {value.file} {value.name}{_given(value)}")
+        lines += _sides(value.old, value.new)
     for section, changes in _sections(one):
-        lines += ["", SECTIONS[section]]
+        lines += ["", f"in the file: {SECTIONS[section]}"]
         for change in changes:
             lines.append(f"  {_MARKS[change.kind]} {change.name}")
-            lines += [f"      - {change.old}"] if change.old is not None else []
-            lines += [f"      + {change.new}"] if change.new is not None else []
-    if one.tensors:
-        lines += ["", "what it comes to"]
-        for tensor in one.tensors:
-            lines.append(f"  {KINDS[tensor.kind]}: {tensor.target}{_when(tensor)}")
-            lines += [f"      - {tensor.old}"] if tensor.old is not None else []
-            lines += [f"      + {tensor.new}"] if tensor.new is not None else []
-    elif one.changes:
-        lines += ["", "every tensor goes where it went"]
-    if one.values:
-        lines += ["", "what is written differently"]
-        for value in one.values:
-            lines.append(f"  {value.file} {value.name}{_given(value)}")
-            lines += [f"      - {value.old}", f"      + {value.new}"]
+            lines += _sides(change.old, change.new)
     return "\n".join(lines)
+
+
+def _sides(old: str | None, new: str | None) -> list[str]:
+    lines = [] if old is None else [click.style(f"      - {old}", fg="red")]
+    return lines + ([] if new is None else [click.style(f"      + {new}", fg="green")])
 
 
 def markdown(one: MappingDiff, level: int = 3) -> str:
@@ -77,6 +80,8 @@ def markdown(one: MappingDiff, level: int = 3) -> str:
     lines = [f"{'#' * level} {_title(one)}", ""]
     if one.same_in:
         lines += [f"The same in {', '.join(map(_code, one.same_in))}.", ""]
+    if one.tensors or one.values:
+        lines += ["**What is written changes.**", ""]
     if one.tensors:
         lines += ["| tensor | | before | after | when |", "|---|---|---|---|---|"]
         for tensor in one.tensors:
@@ -126,7 +131,7 @@ def github(diffs: Sequence[MappingDiff]) -> str:
 
 def _title(one: MappingDiff) -> str:
     if one.old is None:
-        return f"{one.name}: new, {one.new}"
+        return f"{one.name}: new, {one.new}" + (f", compared with its parent {one.parent}" if one.parent else "")
     if one.new is None:
         return f"{one.name}: removed, was {one.old}"
     return f"{one.name}: {one.old}" + ("" if one.old == one.new else f" → {one.new}")

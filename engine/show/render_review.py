@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.discover.text import shown as one_line
-from engine.show.text import count, note, shows
+from engine.show.text import count, note
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
-    from engine.proving.lint import Finding
+    from engine.proving.finding import Finding
 
 _KINDS = {
     "release": "a release of {parent}, which fits",
@@ -28,18 +28,13 @@ def findings_data(found: Sequence[Finding]) -> dict[str, Any]:
     return {"findings": [finding.as_dict() for finding in found]}
 
 
-@shows
 def findings(found: Sequence[Finding]) -> str:
     """Lint findings one under another, in the shape of errors, and how many."""
     lines: list[str] = []
     for finding in found:
         colour = "red" if finding.severity == "error" else "yellow"
-        lines.append(f"{click.style(finding.code, fg=colour, bold=True)} {finding.message}")
-        lines += [f"  {finding.place}"] if finding.place is not None else []
-        for label, text in (("got", finding.got), ("expected", finding.expected)):
-            lines += [f"    {label:<9} {text}"] if text else []
-        lines += [f"  {finding.fix}"] if finding.fix else []
-        lines.append("")
+        first, *rest = finding.in_words().split("\n")
+        lines += [click.style(finding.code, fg=colour, bold=True) + first.removeprefix(finding.code), *rest, ""]
     errors = sum(f.severity == "error" for f in found)
     if not found:
         lines.append(click.style("no findings", fg="green"))

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.storage.buffers import after
-from engine.storage.output import write_error
+from engine.storage.coalesce import Range
 from engine.storage.regular import FileState, check_regular, open_regular
 from engine.storage.sinks import SinkFiles
-from engine.storage.store import File, OpenFile, Ranges, State, check_state, ends_early, unreadable
+from engine.storage.store import (
+    Fetched,
+    File,
+    OpenFile,
+    Ranges,
+    State,
+    check_state,
+    ends_early,
+    unreadable,
+    write_error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +30,7 @@ class LocalStore:
 
     path: Path
     positioned = True
+    block = 0
 
     @property
     def folder(self) -> Path:
@@ -94,6 +105,12 @@ class LocalRanges:
                 got += more
         except OSError as error:
             raise unreadable(str(self._path), error.strerror or str(error)) from error
+
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
+        return ()
+
+    def hold(self, fetched: Fetched) -> None:
+        pass
 
     def close(self) -> None:
         os.close(self.descriptor)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
+from engine.storage.coalesce import Range
+from engine.storage.store import Fetched, OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class MemoryStore:
     files: dict[str, bytearray] = field(default_factory=dict, compare=False, repr=False)
     folder: Path | None = None
     positioned: bool = True
+    block: int = 0
 
     def place(self, name: str = "") -> str:
         return f"{self.name}:{name}"
@@ -88,6 +90,12 @@ class _Ranges:
             part[:] = self._data[offset : offset + len(part)]
             offset += len(part)
 
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
+        return ()
+
+    def hold(self, fetched: Fetched) -> None:
+        pass
+
     def close(self) -> None:
         self._data.release()
 
@@ -118,6 +126,9 @@ class _Sinks:
         if offset + nbytes > len(data):
             raise OSError("the file is shorter than what was written")
         yield memoryview(bytes(data[offset : offset + nbytes]))
+
+    def whole(self, file: int, size: int) -> bool:
+        return False
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
         return 0

@@ -14,8 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from engine.errors import KEPT, EngineError, Place
+from engine.storage.local import LocalStore
 from engine.storage.locks import OutputLock
 from engine.storage.replacing import exists
+from engine.storage.store import Store, write_error
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
 _AT_CWD = -100
@@ -37,7 +39,7 @@ class OutputFolder:
         *,
         overwrite: bool,
         resume: bool = False,
-        foreign: Callable[[Path], str | None] = lambda _: "what the engine cannot tell",
+        foreign: Callable[[Store], str | None] = lambda _: "what the engine cannot tell",
     ) -> None:
         """
         Args:
@@ -61,7 +63,7 @@ class OutputFolder:
             raise exists(
                 self._out, "Choose another --out, or give --overwrite to replace it once the new one is complete."
             )
-        found = self._foreign(self.final) if _is_folder(self.final) else "no folder"
+        found = self._foreign(LocalStore(self.final)) if _is_folder(self.final) else "no folder"
         if found is not None:
             raise exists(
                 self._out,
@@ -69,7 +71,7 @@ class OutputFolder:
                 found,
             )
 
-    def __enter__(self) -> Path:
+    def __enter__(self) -> Store:
         try:
             self._held.callback(_remove_empty, [p for p in self.final.parents if not os.path.lexists(p)])
             self.final.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ class OutputFolder:
         except OSError as error:
             self._held.close()
             raise write_error(self.partial, error) from error
-        return self.partial
+        return LocalStore(self.partial)
 
     def _check_room(self) -> None:
         free = shutil.disk_usage(self.final.parent).free
@@ -120,7 +122,8 @@ class OutputFolder:
                 raise write_error(self.final, failed) from failed
 
     def _move(self) -> None:
-        sync_folder(self.partial)
+        for folder in (*(path for path in self.partial.iterdir() if path.is_dir()), self.partial):
+            sync_folder(folder)
         self._check_free()  # what somebody put there meanwhile is kept, and so is the new output beside it
         if os.path.lexists(self.final):
             old = self.partial if _exchange(self.partial, self.final) else self._swap()
@@ -240,14 +243,3 @@ def _check_apart(out: Path, source: Path) -> None:
             expected="two folders apart",
             fix="Choose an --out beside the checkpoint, not in it.",
         )
-
-
-def write_error(path: Path | str, error: OSError) -> EngineError:
-    return EngineError(
-        "E403",
-        "writing failed",
-        place=Place(str(path)),
-        got=error.strerror or str(error),
-        fix="Check free space and permissions at the output, then run again with --resume; "
-        "what was there before is untouched.",
-    )

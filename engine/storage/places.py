@@ -1,27 +1,95 @@
-"""Where a user says that files lie, as a store."""
+"""Where a user says that files lie, as a store: a path, or a URL."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from engine.errors import EngineError, Place
 from engine.storage.local import LocalStore
+from engine.storage.objects import SCHEMES, WINDOW, ObjectStore
 from engine.storage.replacing import given_path
 from engine.storage.store import File, Store
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
+_MOST_COPIED = 256 << 20  # bytes
+_options: dict[str, str] = {}
+_window = WINDOW
 
-def store_at(place: str | Path, what: str) -> Store:
-    """The store at a path as a user gave it; E001 for one that names nothing.
+
+def is_url(place: str | Path) -> bool:
+    return _URL.match(str(place)) is not None
+
+
+@contextmanager
+def store_options(options: Mapping[str, str] | None = None, window: int | None = None) -> Iterator[None]:
+    """Options of every store that is opened meanwhile.
+
+    Args:
+        options: as obstore names them, such as `region` and `endpoint`.
+        window: bytes that are read ahead at once; 16 MiB until it is given.
+    """
+    global _options, _window
+    before = _options, _window
+    _options, _window = dict(before[0] if options is None else options), window or before[1]
+    try:
+        yield
+    finally:
+        _options, _window = before
+
+
+Source = str | Path | Store  # where a checkpoint lies: a path or URL as a user gave it, or a store that a program has
+
+
+def store_at(place: Source, what: str) -> Store:
+    """The store at a path or URL as a user gave it; E001 for one that names nothing.
 
     Args:
         what: what lies there, in words.
     """
-    return LocalStore(given_path(place, what))
+    if not isinstance(place, str | Path):
+        return _given_store(place, what)
+    found = _URL.match(str(place))
+    if found is None:
+        return LocalStore(given_path(place, what))
+    if found[1] not in SCHEMES:
+        raise EngineError(
+            "E001",
+            f"there are no stores of kind `{found[1]}`",
+            place=Place(str(place)),
+            expected=", ".join(f"{name}://" for name in SCHEMES),
+            fix="Give a path, or a URL of one of these.",
+        )
+    return ObjectStore(str(place).rstrip("/"), tuple(sorted(_options.items())), _window)
 
 
-def found_at(place: str | Path, what: str) -> Store | File:
-    """A store, or the one file that a path names; E001 as for `store_at`."""
+def _given_store(place: Store, what: str) -> Store:
+    """E001 for what is no store: a program gave it."""
+    if hasattr(place, "names"):
+        return place
+    raise EngineError(
+        "E001",
+        f"{what} is neither a path nor a URL",
+        got=f"{place!r:.80}, of type {type(place).__name__}",
+        expected="a path or a URL",
+        fix="Give the path as text or as a pathlib.Path.",
+    )
+
+
+def found_at(place: Source, what: str) -> Store | File:
+    """A store, or the one file that a path or URL names; E001 as for `store_at`."""
+    if not isinstance(place, str | Path):
+        return _given_store(place, what)
+    if is_url(place):
+        above, _, name = str(place).rstrip("/").rpartition("/")
+        return File(store_at(above, what), name) if name.endswith(_FILES) else store_at(place, what)
     path = given_path(place, what)
     if os.path.isdir(path) or not os.path.lexists(path):
         return LocalStore(path)
@@ -44,3 +112,29 @@ def on_this_machine(store: Store, option: str) -> Path:
             fix="Copy the checkpoint to a folder first.",
         )
     return store.folder
+
+
+def local_copy(file: File) -> Path | None:
+    """A small file of a store as a file of this machine, copied there until the program ends; None when there is none.
+
+    For programs that take a path only.
+    """
+    if file.store.folder is not None:
+        return file.store.folder / file.name
+    if not file.exists:
+        return None
+    path = Path(_copies().name) / hashlib.sha256(file.place.encode()).hexdigest()[:16] / file.name
+    path.parent.mkdir(exist_ok=True)
+    with file.open() as opened:
+        if opened.state.size > _MOST_COPIED:
+            raise EngineError(
+                "E305", "a file is too large to be copied", place=Place(file.place), got=f"{opened.state.size} bytes",
+                expected=f"at most {_MOST_COPIED}", fix="Is it the right file?",
+            )  # fmt: skip
+        path.write_bytes(opened.read())
+    return path
+
+
+@cache
+def _copies() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="engine-")

@@ -19,16 +19,28 @@ def given_path(path: str | Path, what: str) -> Path:
 
     An empty one would stand for the current folder, as when a shell variable is not set.
     """
-    if path == "":
+    if not issubclass(type(path), str | os.PathLike):
+        got = f"{str(path)[:80]}, of type {type(path).__name__}"
+    elif path == "":
         got = "nothing"
     elif "\0" in str(path):
         got = "a NUL in it"
+    elif not _encodes(str(path)):
+        got = "half characters in it, which no file system takes"
     else:
         return Path(path)
     raise EngineError("E001", f"{what} has no path", got=got, fix="Write it out; the current folder is `./`.")
 
 
-def exists(path: Path, fix: str, got: str | None = None) -> EngineError:
+def _encodes(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def exists(path: Path | str, fix: str, got: str | None = None) -> EngineError:
     return EngineError("E401", "the output exists already", place=Place(str(path)), got=got, fix=fix)
 
 

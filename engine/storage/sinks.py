@@ -75,6 +75,9 @@ class SinkFiles:
         Only on a block device: in memory taking room takes as long as filling it, and where a file
         system cannot do it (network file systems mostly) the C library writes to every block instead.
         """
+        folder = self._paths[file].parent
+        if not folder.is_dir():  # one inside the output: nothing else makes the output itself
+            folder.mkdir(exist_ok=True)
         descriptor = self._descriptor(file)
         if os.major(os.fstat(descriptor).st_dev):  # 0 where no device lies under the file system
             try:
@@ -104,6 +107,9 @@ class SinkFiles:
             yield buffer[:count]
             offset += count
             nbytes -= count
+
+    def whole(self, file: int, size: int) -> bool:
+        return False
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
         """Have the system move bytes from another open file, on some file systems by sharing them.

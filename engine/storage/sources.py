@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
-from engine.storage.store import File, Ranges, State, check_state
+from engine.storage.coalesce import Range, join
+from engine.storage.store import Fetched, File, Ranges, State, check_state
 
+T = TypeVar("T")
+
+AHEAD = 2  # items whose bytes are on their way while one is worked on
 _OPEN_FILES = 128  # far below the usual limit of 1024 descriptors, whatever the number of ranks
 
 
@@ -27,6 +31,8 @@ class SourceFiles:
     def __init__(self, files: Sequence[IndexedFile]) -> None:
         self._files = files
         self._open: OrderedDict[int, Ranges] = OrderedDict()
+        self._block = max((header.file.store.block for header in files), default=0)
+        self._holding: set[int] = set()
 
     def __enter__(self) -> SourceFiles:
         return self
@@ -42,7 +48,7 @@ class SourceFiles:
         if found is not None:
             self._open.move_to_end(file)
             return found
-        if len(self._open) >= _OPEN_FILES:
+        if len(self._open) >= _OPEN_FILES and not self._block:  # objects are not open, and hold what was fetched
             self._open.popitem(last=False)[1].close()
         header = self._files[file]
         found = self._open[file] = header.file.store.ranges(header.file.name, header.state)
@@ -51,6 +57,34 @@ class SourceFiles:
     def descriptor(self, file: int) -> int | None:
         """The descriptor of an open file of this machine; errors as of `opened`."""
         return self.opened(file).descriptor
+
+    @property
+    def block(self) -> int:
+        """Bytes that are worth reading ahead at once; 0 where reading costs no request."""
+        return self._block
+
+    def ahead(self, items: Iterable[tuple[T, Mapping[int, Sequence[Range]]]]) -> Iterator[T]:
+        """Items one after the other, the bytes that each needs at hand, while those of the next are on their way.
+
+        Args:
+            items: what is to be done, and for each file the byte ranges that it reads.
+        """
+        coming: deque[tuple[T, Mapping[int, Fetched]]] = deque()
+        for item, ranges in items:
+            wanted = ranges if self._block else {}
+            coming.append((item, {file: self.opened(file).fetch(join(r)) for file, r in wanted.items()}))
+            if len(coming) > AHEAD:
+                yield self._hold(*coming.popleft())
+        while coming:
+            yield self._hold(*coming.popleft())
+
+    def _hold(self, item: T, fetched: Mapping[int, Fetched]) -> T:
+        for file in self._holding - fetched.keys():
+            self.opened(file).hold(())
+        for file, one in fetched.items():
+            self.opened(file).hold(one)
+        self._holding = set(fetched)
+        return item
 
     def read_into(self, file: int, offset: int, parts: Sequence[memoryview]) -> None:
         """Fill buffers one after the other with the bytes at `offset`; E301 when the file ends before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BufferedReader, RawIOBase
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import EngineError, Place
+from engine.storage.coalesce import Range
+
+Fetched = Sequence[tuple[int, Future[memoryview]]]  # begin of a range, and its bytes once they are there
 
 
 class State(Protocol):
@@ -51,6 +55,12 @@ class Ranges(Protocol):
     def read_into(self, offset: int, parts: Sequence[memoryview]) -> None:
         """Fill buffers one after the other; E301 when the file ends before, E305 when it cannot be read."""
 
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
+        """Begin to fetch bytes that will be read soon; what `hold` takes. Nothing where reading costs no request."""
+
+    def hold(self, fetched: Fetched) -> None:
+        """Have these bytes at hand, and none that were held before; waits for them."""
+
     def close(self) -> None: ...
 
 
@@ -65,6 +75,9 @@ class Sinks(AbstractContextManager["Sinks"], Protocol):
 
     def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
         """What was written, in blocks that are valid until the next one; OSError when it is not all there."""
+
+    def whole(self, file: int, size: int) -> bool:
+        """Whether an interrupted run of the same work left a file of so many bytes whole, where files are not parts."""
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
         """Have the system move bytes from an open descriptor; how many it moved, 0 where it cannot."""
@@ -84,6 +97,9 @@ class Store(Protocol):
 
     @property
     def positioned(self) -> bool: ...  # writes go anywhere in a file, or else in order only
+
+    @property
+    def block(self) -> int: ...  # bytes that are worth reading ahead at once; 0 where reading costs no request
 
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
@@ -165,4 +181,15 @@ def unreadable(place: str, why: str) -> EngineError:
         place=Place(place),
         got=why,
         fix="Check the file and its permissions, then run again.",
+    )
+
+
+def write_error(path: Path | str, error: OSError) -> EngineError:
+    return EngineError(
+        "E403",
+        "writing failed",
+        place=Place(str(path)),
+        got=error.strerror or str(error),
+        fix="Check free space and permissions at the output, then run again with --resume; "
+        "what was there before is untouched.",
     )

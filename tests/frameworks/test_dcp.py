@@ -171,6 +171,42 @@ def test_a_directory_that_does_not_fit_its_files_is_refused(
     assert refused("fsdp4-bf16-threads2", folder, tmp_path).code == code
 
 
+def _laughs() -> bytes:
+    """A short pickle that lists the same boxes of a hundred thousand tensors, a hundred thousand each."""
+    value = metadata(DCP / "odd4" / "step-10")
+    one = value.state_dict_metadata["five_rows_shard0"]
+    one.chunks = [one.chunks[-1]] * 100_000
+    value.state_dict_metadata = {f"t{i}": one for i in range(100_000)}
+    return pickle.dumps(value)
+
+
+class _Runs:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("it ran",))
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (lambda: b"", "E301"), (lambda: b"\x80\x04.", "E301"), (lambda: pickle.dumps({}), "E301"),
+        (lambda: pickle.dumps(_Runs()), "E302"), (lambda: b"(" * 100_000 + b".", "E301"), (_laughs, "E301"),
+        (lambda: b"ctorch.distributed.checkpoint.metadata\nMetadata\n)\x81}Vstorage_data\nIos\nsb.", "E301"),
+    ],
+    ids=["empty", "nothing", "a dict", "code", "brackets", "laughs", "no attributes"],
+)  # fmt: skip
+def test_a_hostile_directory_is_refused_soon_and_runs_nothing(
+    data: Callable[[], bytes],
+    code: str,
+    copy: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copy("fsdp4-bf16-threads2")
+    (folder / ".metadata").write_bytes(data())
+    assert refused("fsdp4-bf16-threads2", folder, tmp_path).code == code
+    assert "it ran" not in capsys.readouterr().out
+
+
 def test_a_file_of_another_rank_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("fsdp4-bf16-threads2")
     (folder / "__3_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes())

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from engine.errors import CODES, EngineError, Place
 from engine.formats.checksums import check_files
+from engine.formats.dcp import read_dcp
 from engine.formats.python_source import literals
+from engine.formats.sharded_safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.axes import parse_axes
 from engine.language.expressions import evaluate, render_tree
@@ -31,6 +33,7 @@ from engine.language.model import Expression
 from engine.language.names import pattern
 from engine.language.sandbox import FILTERS, TESTS
 from engine.storage.local import local_file
+from engine.storage.memory import MemoryStore
 from tests.support.readers import (
     read_hf_folder,
     read_json,
@@ -156,7 +159,9 @@ GLOBALS = (
     b"torch._utils\n_rebuild_tensor_v2\n", b"torch._utils\n_rebuild_tensor_v3\n", b"torch._utils\n_rebuild_parameter\n",
     b"torch._tensor\n_rebuild_from_type_v2\n", b"torch\nFloatStorage\n", b"torch.storage\nUntypedStorage\n",
     b"torch\nbfloat16\n", b"torch\nSize\n", b"torch\nTensor\n", b"collections\nOrderedDict\n", b"builtins\nset\n",
-    b"x\nConfig\n", b"os\nsystem\n",
+    b"x\nConfig\n", b"os\nsystem\n", b"argparse\nNamespace\n", b"megatron.core\nX\n", b"_codecs\nencode\n",
+    b"torch.distributed.tensor\nDTensor\n", b"torch.distributed.checkpoint.metadata\nMetadata\n",
+    b"torch._utils\n_rebuild_wrapper_subclass\n",
 )  # fmt: skip
 CONSTANTS = [getattr(pickle, name) for name in dir(pickle) if name.isupper()]
 OPCODES = [value[0] for value in CONSTANTS if isinstance(value, bytes) and len(value) == 1]
@@ -228,6 +233,45 @@ def test_random_json_is_read_or_refused(value: Any, damaged: bytes) -> None:
     for data in (json.dumps(value).encode(), json.dumps({"weight_map": value}).encode(), damaged):
         read(data, read_json, suffix=".json")
         read(data, read_hf_folder, suffix=".safetensors.index.json")
+
+
+# Torch's distributed checkpoints.
+
+STEP = ROOT / "tests" / "fixtures" / "dcp" / "odd4" / "step-10"
+FILES = {path.name: path.read_bytes() for path in sorted(STEP.iterdir())}
+SHARDS = {path.name: path.read_bytes() for path in sorted((STEP.parents[1] / "fsdp4-f32-hf" / "step-10").iterdir())[:2]}
+
+
+@fuzzed
+@given(mutated([FILES[".metadata"]]))
+def test_a_nearly_right_directory_is_read_or_refused(data: bytes) -> None:
+    store = MemoryStore("m", {name: bytearray(one) for name, one in (FILES | {".metadata": data}).items()})
+    with refusal():
+        for file in read_dcp(store, [name for name in FILES if name != ".metadata"]):
+            assert all(0 <= t.offset <= file.size and t.offset + t.nbytes <= file.size for t in file.tensors)
+
+
+@fuzzed
+@given(st.sampled_from([name for name in FILES if name != ".metadata"]), st.data())
+def test_a_nearly_right_file_of_entries_is_read_or_refused(name: str, data: st.DataObject) -> None:
+    changed = data.draw(mutated([FILES[name]]))
+    store = MemoryStore("m", {other: bytearray(one) for other, one in (FILES | {name: changed}).items()})
+    with refusal():
+        for file in read_dcp(store, [other for other in FILES if other != ".metadata"]):
+            assert all(t.offset + t.nbytes <= file.size for t in file.tensors)
+
+
+@fuzzed
+@given(mutated(list(SHARDS.values())))
+def test_a_nearly_right_file_of_boxes_is_read_or_refused(data: bytes) -> None:
+    first, second = SHARDS
+    store = MemoryStore("m", {first: bytearray(data), second: bytearray(SHARDS[second])})
+    with refusal():
+        for file in read_sharded_safetensors(store, [first, second]):
+            for tensor in file.tensors:
+                assert tensor.part is not None
+                box = zip(tensor.part.starts, tensor.shape, tensor.part.whole, strict=True)
+                assert all(low + size <= whole for low, size, whole in box)
 
 
 # The language.

@@ -56,7 +56,7 @@ def test_every_key_and_value_knows_its_place() -> None:
 
 def test_a_duplicate_key_is_refused_and_both_places_are_named() -> None:
     error = refused("a: 1\nb: 2\na: 3\n")
-    assert str(error.place) == "x.yaml:3:1" and "x.yaml:1:1" in str(error)
+    assert str(error.place) == "x.yaml:3:1" and "in line 1" in str(error)
 
 
 def test_keys_that_differ_only_in_type_are_duplicates() -> None:

@@ -214,7 +214,7 @@ def test_remove_takes_rules_variants_dims_and_options(folder: Folder) -> None:
         ("remove: [embed.wieght]\n", "E106", "Did you mean `embed.weight`"),
         ("remove: [head]\n", "E106", "more than one"),
         ("remove: [rotary]\n", "E108", "no variant `rotary`"),
-        ("rules: [{name: new, target: a}]\n", "E102", "`source` is missing"),
+        ("rules: [{name: new, target: a}]\n", "E102", "has no `source`"),
         ("rules: [{target: a}]\n", "E102", "neither"),
         ("ruls: []\n", "E102", "Did you mean `rules`"),
         ("expect: {hiden: 3}\n", "E108", "Did you mean `hidden`"),

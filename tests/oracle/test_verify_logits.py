@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.formats.configs import read_pickled_mapping
 from engine.oracle.internevo import Forward
+from engine.oracle.load_model import fixed_tokens
+from engine.storage.local import local_file
 from tests.support.families import InternLM3, Llama, save_family
+from tests.support.fsdp import save_fsdp
 from tests.support.shards import Model, save
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "internevo"
@@ -198,6 +202,62 @@ def test_a_wrong_configuration_is_told_from_wrong_tensors(values: dict[str, Any]
     found = logits_of(out)
     assert all(why in one["why"] for one in found["wrong"] if one["place"] != "head")
     assert found["problems"][0].startswith("layer 0: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10001.0}, "rope_theta": 10001.0},
+         "rope_parameters.rope_theta is 10001, training has 10000"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06, training has 1e-05"),
+        ({"rms_norm_eps": 1.0000001e-5}, "rms_norm_eps is 1.0000001e-05, training has 1e-05"),
+    ],
+)  # fmt: skip
+def test_a_number_that_shows_in_no_logits_is_compared_itself(values: dict[str, Any], told: str, out: Path) -> None:
+    configure(out, **values)
+    found = logits_of(out)
+    assert found["problems"] == [f"config.json: {told}"]
+
+
+def test_rows_of_the_embedding_that_no_token_reads_are_compared_too(out: Path) -> None:
+    read = set(fixed_tokens(256).flatten().tolist())
+    row = next(i for i in range(256) if i not in read)
+    change(out, lambda state: state["model.embed_tokens.weight"][row].zero_())
+    assert logits_of(out)["problems"] == [f"embedding: row {row} of 256 differs from training's"]
+
+
+@pytest.mark.parametrize("null", [True, False])
+def test_null_is_false_for_adapt_hf_as_training_has_it(null: bool, made: Path, tmp_path: Path) -> None:
+    """Training hands `adapt_hf` on as it is, so that null does not become the default."""
+    shutil.copytree(FOLDER / V2, tmp_path / "step")
+    config = read_pickled_mapping(local_file(tmp_path / "step" / "model_config.pt"))
+    config = {key: value for key, value in config.items() if key not in ("qk_interleaved", "adapt_hf", "dtype")}
+    torch.save({**config, **({"adapt_hf": None} if null else {})}, tmp_path / "step" / "model_config.pt")
+    with Forward(tmp_path / "step", {}) as training:
+        assert training._pairs is null
+
+
+@pytest.mark.parametrize(("dp", "tp", "zero"), [(3, 1, None), (4, 2, 2)])
+def test_fsdp_shards_are_run_too(dp: int, tp: int, zero: int | None, tmp_path: Path) -> None:
+    model = Model("v2", groups=2, bias=False, layers=2)
+    save_fsdp(model, tmp_path / "step", dp=dp, tp=tp, zero=zero)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
+    found = engine.api.verify(tmp_path / "hf", src=tmp_path / "step", logits=True)
+    assert found.problems == ()
+    change(tmp_path / "hf", lambda state: state["model.layers.1.mlp.up_proj.weight"].mul_(1.1))
+    (tmp_path / "hf" / "conversion.json").unlink()
+    (wrong,) = logits_of(tmp_path / "hf", tmp_path / "step")["wrong"]
+    assert wrong["why"] == "up_proj is wrong"
+
+
+def test_a_data_parallel_rank_that_is_missing_is_told(tmp_path: Path) -> None:
+    model = Model("v2", groups=2, bias=False, layers=1)
+    save_fsdp(model, tmp_path / "step", dp=3)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
+    (tmp_path / "step" / "model_tp0_pp0_dp1.pt").unlink()
+    with pytest.raises(EngineError) as caught:
+        engine.api.verify(tmp_path / "hf", src=tmp_path / "step", logits=True)
+    assert caught.value.code == "E207"
 
 
 def test_layers_in_another_order_are_found(out: Path) -> None:

@@ -279,8 +279,8 @@ def test_a_meaning_is_written_beside_a_mapping_and_then_holds(tmp_path: Path) ->
     path.write_text((ROOT / META).read_text())
     done = invoke(str(path), "--write-facts")  # as it was once called
     assert done.exit_code == 0 and "proved meaning" in done.output
-    written = (tmp_path / "meanings" / "mine.yaml").read_text("utf-8")
-    assert written == (ROOT / "mappings" / "families" / "meanings" / "meta-llama.yaml").read_text("utf-8")
+    written = (tmp_path / "meanings" / "mine.txt").read_text("utf-8")
+    assert written == (ROOT / "mappings" / "families" / "meanings" / "meta-llama.txt").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["families/meta-llama.yaml", "families/moe-stacked.yaml", "llama2-7b.yaml"])
@@ -290,7 +290,7 @@ def test_what_a_bundled_mapping_means_is_committed_to_the_letter(name: str) -> N
 
 
 def test_every_committed_meaning_is_of_a_mapping() -> None:
-    found = {path for path in (ROOT / "mappings").rglob("meanings/*.yaml")}
+    found = {path for path in (ROOT / "mappings").rglob("meanings/*.txt")}
     assert found == {path_of(ROOT / "mappings" / name) for name in list_names()}
 
 

@@ -132,7 +132,7 @@ def test_a_source_that_vanishes_after_it_was_listed_is_refused(
     from engine.checkpoint import folder
 
     listed = folder.list_folder
-    monkeypatch.setattr(folder, "list_folder", lambda path: (listed(path), (source / name).unlink())[0])
+    monkeypatch.setattr(folder, "list_folder", lambda *where: (listed(*where), (source / name).unlink())[0])
     fails(source, out, "E305", "E304")
 
 

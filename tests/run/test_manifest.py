@@ -108,11 +108,17 @@ def test_whatever_changed_in_an_output_is_found(damage: str, source: Path, tmp_p
     assert json.loads(result.output)["problems"]
 
 
-def test_without_digests_there_is_no_content_id_but_names_are_still_checked(source: Path, tmp_path: Path) -> None:
+def test_without_digests_there_is_no_content_id_and_verify_says_what_it_did_not_check(
+    source: Path, tmp_path: Path
+) -> None:
     report = engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS, digests=False)
     assert report.content_id is None
     assert "content_id" not in read(tmp_path / "hf")
-    assert not engine.api.verify(tmp_path / "hf").problems
+    (problem,) = engine.api.verify(tmp_path / "hf").problems
+    assert problem.startswith("no tensor's content was checked")
+    found = engine.api.verify(tmp_path / "hf", src=source, mapping=MODEL.mapping, settings=LETTERS)
+    assert not found.problems
+    assert found.unchecked[0].startswith("contents of the tensors: the manifest has no digests")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"manifest": 1}', '{"manifest": 2, "tensors": {}, "files": {}}'])

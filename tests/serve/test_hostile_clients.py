@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from engine.serve.files import Stretch, VirtualFile
 from engine.serve.hub import Hub, Served
 from engine.serve.server import Line, Patience, Server
-from engine.serve.virtual import Stretch, VirtualFile
 from tests.support.serving import Running, drained
 
 SIZE = 1 << 30
@@ -168,7 +168,7 @@ def test_clients_that_take_nothing_hold_no_thread_and_are_closed() -> None:
         while time.monotonic() < deadline and len([one for one in running.lines if one.problem]) < 40:
             time.sleep(0.1)
         assert [one.problem for one in running.lines if one.problem] == ["the client takes nothing"] * 40
-        assert made.read < 40 * (16 << 20)
+        assert made.read < 40 * (20 << 20)
         for one in sleeping[:3]:
             one.settimeout(10)
             assert len(drained(one)) < SIZE

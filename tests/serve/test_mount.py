@@ -23,7 +23,7 @@ from engine import api
 from engine.errors import EngineError
 from engine.serve import mount
 from engine.serve.ahead import WINDOW, Ahead
-from engine.serve.virtual import Stretch, VirtualFile
+from engine.serve.files import Stretch, VirtualFile
 from tests.support.serving import MAPPING, SPLIT, STEP
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,131 @@
+"""What is wrong with text that is no YAML, in words for whoever wrote it: the parser's own are about parsing."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from engine.errors import EngineError, Place
+
+_KEY = re.compile(r"(\s*(?:- +)?\{?\s*)([\w.\"'*-]+)\s*:(?:\s+(.*))?")
+_RULE = re.compile(r"\s*- +(?:\{\s*)?(?:name|source): *[\"']?([^\"',}\s#]+)")
+_OPENS = "{[*&!%@`|>"  # a text that begins with one of these is read as something else
+_LONGEST = 200  # characters of a line
+
+
+def unreadable(error: yaml.MarkedYAMLError, text: str, name: str) -> EngineError:
+    """E101 for what the parser could not read, at the line that is to be mended."""
+    lines = text.split("\n")
+    mark = error.problem_mark or error.context_mark
+    if mark is None:
+        return EngineError("E101", f"the YAML cannot be read: {error.problem or 'not YAML'}", place=Place(name))
+    row, column = min(mark.line, len(lines) - 1), mark.column
+    words, expected, fix = "", None, ""
+    for line in dict.fromkeys([row, *([] if error.context_mark is None else [error.context_mark.line])]):
+        found = _of_line(lines, min(line, len(lines) - 1))
+        if found is not None:
+            (words, expected, fix), row, column = found, line, len(lines[line]) - len(lines[line].lstrip())
+            break
+    else:
+        before = _before(lines, row)
+        if "could not find expected ':'" in str(error.problem) and error.context_mark is not None:
+            row, column = error.context_mark.line, error.context_mark.column
+            words, expected, fix = "a line has no `:` between key and value", "key: value", "Write the `:` and a space."
+        elif before is not None and _is_indented_otherwise(lines, row, before):
+            depth, wanted = _depth(lines[row]), _depth(lines[before])
+            words = f"the line is indented by {depth} spaces, the key above it by {wanted}"
+            expected = f"{wanted} spaces"
+            fix = "Keys that belong together begin in the same column."
+        else:
+            words = f"the YAML cannot be read here: {error.problem or error.context}"
+            fix = (
+                "Check brackets and quotes in this line and the one above; a text with `: ` or ` #` in it needs quotes."
+            )
+    return EngineError(
+        "E101",
+        words + in_rule(lines, row),
+        place=Place(name, row + 1, column + 1),
+        got=_shown(lines[row]),
+        expected=expected,
+        fix=fix,
+    )
+
+
+def _of_line(lines: list[str], row: int) -> tuple[str, str | None, str] | None:
+    """What is wrong with a line that shows in the line itself: message, what was expected, what to do."""
+    line = lines[row]
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        before = _before(lines, row)
+        depth = 0 if before is None else _depth(lines[before])
+        return (
+            "the line is indented with a tab",
+            "spaces",
+            f"Write {depth} spaces in its place, as the line above has." if depth else "Write spaces in its place.",
+        )
+    found = _KEY.fullmatch(line)
+    value = (found[3] or "").strip() if found is not None else ""
+    if value[:1] and value[0] in _OPENS and not _is_flow(value):
+        quoted = value.split(" #")[0].strip().replace("\\", "\\\\").replace('"', '\\"')
+        return (
+            f"the text begins with `{value[0]}`, which means something else in YAML",
+            f'{found[2] if found else ""}: "{quoted}"',
+            "Put the text in quotes.",
+        )
+    for quote in "\"'":
+        if value.startswith(quote) and value.count(quote) % 2:
+            return f"a quote `{quote}` is not closed", None, f"Close it with {quote} at the end of the text."
+    return None
+
+
+def _is_flow(value: str) -> bool:
+    """Whether a value in brackets ends with its bracket, or goes on in the next line."""
+    if value[0] in "|>":
+        return len(value) <= 2
+    if value[0] not in "{[":
+        return False
+    try:
+        list(yaml.parse(value))
+    except yaml.YAMLError:
+        return value.count("{") != value.count("}") or value.count("[") != value.count("]")
+    return True
+
+
+def _is_indented_otherwise(lines: list[str], row: int, before: int) -> bool:
+    """Whether a key begins in a column where none of those above does, though none of them holds it."""
+    if not _KEY.fullmatch(lines[row]):
+        return False
+    depth = _depth(lines[row])
+    found = _KEY.fullmatch(lines[before])
+    opens = found is not None and not (found[3] or "").split("#")[0].strip()
+    return depth != _depth(lines[before]) and not (opens and depth > _depth(lines[before]))
+
+
+def _depth(line: str) -> int:
+    """The column of a line's key; in a list it begins after the dash."""
+    found = _KEY.match(line)
+    return len(found[1]) if found is not None else len(line) - len(line.lstrip())
+
+
+def _before(lines: list[str], row: int) -> int | None:
+    """The line above that says something."""
+    return next((i for i in range(row - 1, -1, -1) if lines[i].strip() and not lines[i].lstrip().startswith("#")), None)
+
+
+def in_rule(lines: list[str], row: int) -> str:
+    """The rule that a line stands in, as words to append; nothing elsewhere.
+
+    >>> in_rule(["rules:", "  - name: qkv", "    split: heads"], 2)
+    ', in rule `qkv`'
+    """
+    for i in range(row, -1, -1):
+        found = _RULE.match(lines[i])
+        if found is not None:
+            return f", in rule `{found[1]}`"
+        if i < row and re.match(r"\w", lines[i]):
+            break  # a key of the file itself
+    return ""
+
+
+def _shown(line: str) -> str | None:
+    return line.strip().replace("\t", " ")[:_LONGEST] or None

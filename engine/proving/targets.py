@@ -1,0 +1,138 @@
+"""What the target's own classes know: keys of configurations, names of models, activations.
+
+Taken from transformers by `make targets` into `schemas/targets.json`, so that mappings are checked where it is
+not installed, and without its imports. A model type that is not there is looked up in transformers, if there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+from engine.language.search import bundled, list_names
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What transformers knows of a model type.
+
+    Attributes:
+        keys: of its configuration.
+        classes: its models.
+    """
+
+    keys: frozenset[str]
+    classes: frozenset[str]
+
+
+@lru_cache(maxsize=1)
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((bundled("schemas") / "targets.json").read_text("utf-8"))
+    return data
+
+
+def version() -> str:
+    """The transformers that it was taken from."""
+    return str(_data()["transformers"])
+
+
+def model_types() -> frozenset[str]:
+    """Every model type that transformers has."""
+    return frozenset(_data()["model types"])
+
+
+def generation_keys() -> frozenset[str]:
+    return frozenset(_data()["generation"])
+
+
+def activations() -> frozenset[str]:
+    """What `hidden_act` may be."""
+    return frozenset(_data()["activations"])
+
+
+def common_keys() -> frozenset[str]:
+    """Keys of every configuration, those that transformers 4 read among them."""
+    return frozenset((*_data()["common"], "rope_theta", "rope_scaling", "torch_dtype"))
+
+
+def every_key() -> frozenset[str]:
+    """Keys that some configuration has: classes read more than they declare."""
+    data = _data()
+    return frozenset(key for found in data["configurations"].values() for key in found["keys"])
+
+
+def heads() -> tuple[str, ...]:
+    """What names of model classes end with: `ForCausalLM`."""
+    return tuple(_data()["heads"])
+
+
+def known_of(model_type: str) -> Known | None:
+    """What is known of a model type; None when transformers has none, or is needed to tell and not installed."""
+    found = _data()["configurations"].get(model_type)
+    if found is None and model_type in model_types() and find_spec("transformers") is not None:
+        found = _of(model_type)
+    return None if found is None else Known(frozenset(found["keys"]), frozenset(found["classes"]))
+
+
+def taken() -> dict[str, Any]:
+    """The same from the transformers that is installed, for the model types that bundled mappings target."""
+    import transformers
+    from transformers.activations import ACT2CLS
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    from engine.language.mapping_file import load_mapping
+
+    wanted = sorted({load_mapping(name).model_type for name in list_names()} & set(CONFIG_MAPPING_NAMES))
+    names = {name for listed in _auto().values() for named in listed.values() for name in _texts(named)}
+    ends = {found[0] for name in names if (found := re.search(r"For[A-Z]\w*$", name)) is not None}
+    return {
+        "transformers": transformers.__version__,
+        "activations": sorted(ACT2CLS),
+        "generation": sorted(transformers.GenerationConfig().to_dict()),
+        "common": sorted(_keys(transformers.PretrainedConfig)),
+        "heads": sorted(ends),
+        "model types": sorted(CONFIG_MAPPING_NAMES),
+        "configurations": {name: _of(name) for name in wanted},
+    }
+
+
+def _of(model_type: str) -> dict[str, list[str]]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    classes = {name for listed in _auto().values() for name in _texts(listed.get(model_type))}
+    return {"keys": sorted(_keys(CONFIG_MAPPING[model_type])), "classes": sorted(classes)}
+
+
+def _auto() -> dict[str, dict[str, Any]]:
+    """transformers' tables of model classes by model type."""
+    from transformers.models.auto import modeling_auto
+
+    return {name: dict(getattr(modeling_auto, name)) for name in dir(modeling_auto) if name.endswith("MAPPING_NAMES")}
+
+
+def _keys(kind: Any) -> set[str]:
+    """What a configuration class reads: its fields, their other names, and properties that can be set."""
+    made = kind()
+    found = {*made.to_dict(), *getattr(kind, "attribute_map", {})}
+    for one in kind.__mro__:
+        found |= {name for name in vars(one).get("__annotations__", {}) if not name.startswith("_")}
+        found |= {name for name, value in vars(one).items() if isinstance(value, property) and value.fset}
+    return {name for name in found if not name.startswith("_")}
+
+
+def _texts(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else [one for one in value if one]
+
+
+def write_targets() -> None:
+    """Take it anew."""
+    text = json.dumps(taken(), indent=1, ensure_ascii=False) + "\n"
+    (bundled("schemas") / "targets.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_targets()

@@ -1,0 +1,286 @@
+"""An output in an object store: uploaded in parts, and nothing of it visible before all of it is there.
+
+Each file is an upload of its own that is completed at the end: weights first, then small files in the order they
+were put, and last the one that marks a whole output, which is only put where none is. What fails or is interrupted
+ends its uploads. After SIGKILL they stay pending, unseen, until `engine clean` or the bucket's own rule ends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.storage.objects import ObjectStore, library, refused
+from engine.storage.replacing import exists
+from engine.storage.store import OpenFile, Ranges, State, Store
+
+PART = 8 << 20  # bytes of a part of an upload, about
+_LEAST_PART = 5 << 20  # what S3 takes
+_MOST_PARTS = 9_000
+_AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
+_MARK = "engine-work"  # the attribute that says what an object was made from
+_BLOCK = 4 << 20
+
+
+def part_size(size: int) -> int:
+    """Bytes of each part, such that next to nothing of a file is left over for the last one.
+
+    What is left over stays in memory until the upload is completed.
+
+    >>> part_size(20_000_003), part_size(1000), part_size(200 << 30) > 8 << 20
+    (10000001, 1000, True)
+    """
+    return max(size // max(min(size // PART, _MOST_PARTS), 1), 1)
+
+
+class Uploads:
+    """A context that yields a store to write to, and makes what was written visible on success."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        source: str,
+        *,
+        mark: str,
+        work: str,
+        overwrite: bool,
+        resume: bool = False,
+        foreign: Callable[[Store], str | None] = lambda _: "what the engine cannot tell",
+    ) -> None:
+        """
+        Args:
+            mark: the file that is written last and marks a whole output.
+            work: a digest of all that the bytes of the output depend on.
+            foreign: what a store holds that the engine did not write, in words; None when nothing.
+        """
+        self.need = 0  # bytes that will be written; a store says nothing of its room
+        self._store, self._name, self._overwrite, self._resume = store, mark, overwrite, resume
+        self._work, self._foreign = work, foreign
+        self._upload: Upload | None = None
+        if not store.listable:
+            raise EngineError(
+                "E001", "this store can only be read", place=Place(store.place()), expected="s3://, gs:// or az://",
+                fix="Give --out a bucket or a folder.",
+            )  # fmt: skip
+        ours, theirs = f"{store.place()}/", f"{source.rstrip('/')}/"
+        if ours.startswith(theirs) or theirs.startswith(ours):
+            raise EngineError(
+                "E404",
+                "source and output overlap",
+                place=Place(store.place()),
+                got=f"output inside or around {source}",
+                expected="two prefixes apart",
+                fix="Choose an --out beside the checkpoint, not in it.",
+            )
+        self._before = self._check_free()
+
+    def _check_free(self) -> set[str]:
+        """The objects that are there and may be replaced; E401 for any other."""
+        try:
+            there = set(self._store.names())
+        except FileNotFoundError:
+            return set()
+        place = self._store.place()
+        if self._overwrite:
+            found = self._foreign(self._store) if self._name in there or not self._resume else None
+            if found is not None:
+                raise exists(place, "Choose another --out: only an output of the engine is replaced.", found)
+        elif self._name in there or not self._resume:
+            raise exists(place, "Choose another --out, or give --overwrite to replace an output of the engine.")
+        return there
+
+    def __enter__(self) -> Upload:
+        self._upload = Upload(self._store, self._work, self._before if self._resume else set())
+        return self._upload
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        assert self._upload is not None
+        try:
+            if kind is None:
+                self._commit(self._upload)
+        finally:
+            self._upload.abort()
+
+    def _commit(self, upload: Upload) -> None:
+        now = self._check_free()
+        if self._name in now - self._before:  # somebody's, who came meanwhile
+            raise exists(self._store.place(), "Choose another --out.", "an output that came while this one was written")
+        for name in (self._name, "config.json"):  # what makes a checkpoint of the old files
+            if name in now:
+                self._store.delete(name)
+        upload.complete(last=self._name)
+        for name in sorted(now - set(upload.names())):
+            if not self._resume or self._overwrite:
+                self._store.delete(name)
+
+
+class Upload:
+    """Files of an output that are on their way to an object store. Shared by the workers."""
+
+    folder: Path | None = None
+    positioned = False
+    block = 0
+
+    def __init__(self, store: ObjectStore, work: str, there: set[str]) -> None:
+        """
+        Args:
+            work: what is kept with each object, to tell by it what it was made from.
+            there: objects that an interrupted run may have left whole.
+        """
+        self._store, self._work, self._there = store, work, there
+        self._writers: dict[str, InOrder] = {}
+        self._small: dict[str, bytes] = {}
+        self._whole: set[str] = set()
+
+    def place(self, name: str = "") -> str:
+        return self._store.place(name)
+
+    def names(self, inside: str = "") -> list[str]:
+        return sorted({*self._writers, *self._small, *self._whole})
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def open(self, name: str) -> OpenFile:
+        return self._store.open(name)
+
+    def ranges(self, name: str, state: Any) -> Ranges:
+        return self._store.ranges(name, state)
+
+    def states(self, names: Sequence[str]) -> Mapping[str, Any]:
+        return self._store.states(names)
+
+    def put(self, name: str, data: bytes) -> None:
+        self._small[name] = data
+
+    def sinks(self, names: Sequence[str]) -> UploadSinks:
+        return UploadSinks(self, names)
+
+    def begin(self, name: str, size: int) -> None:
+        self._writers[name] = InOrder(self._store, name, size, self._work)
+
+    def writer(self, name: str) -> InOrder:
+        return self._writers[name]
+
+    def whole(self, name: str, size: int) -> State | None:
+        """The state of an object that an interrupted run of the same work left whole; None when there is none."""
+        if name not in self._there:
+            return None
+        state = self._store.states([name])[name]
+        if state.size != size or self._store.attribute(name, _MARK) != self._work:
+            return None
+        self._whole.add(name)
+        return state
+
+    def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Some bytes of an object that is whole already."""
+        state = self._store.states([name])[name]
+        for at in range(offset, offset + nbytes, _BLOCK):
+            yield self._store.get(name, at, min(at + _BLOCK, offset + nbytes), state)
+
+    def complete(self, last: str) -> None:
+        """Make all files visible, the one named `last` after all others and only if it is not there."""
+        for writer in self._writers.values():
+            writer.close()
+        for name in sorted(self._small, key=lambda name: name == last):
+            self._store.write(name, self._small[name], new=name == last)
+
+    def abort(self) -> None:
+        """End uploads that were not completed."""
+        for writer in self._writers.values():
+            writer.abort()
+
+
+class UploadSinks:
+    """The files of an upload, by number."""
+
+    def __init__(self, upload: Upload, names: Sequence[str]) -> None:
+        self._upload, self._names = upload, names
+
+    def __enter__(self) -> UploadSinks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def create(self, file: int, size: int) -> None:
+        self._upload.begin(self._names[file], size)
+
+    def whole(self, file: int, size: int) -> bool:
+        return self._upload.whole(self._names[file], size) is not None
+
+    def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+        self._upload.writer(self._names[file]).write(offset, parts)
+
+    def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+        return self._upload.read(self._names[file], offset, nbytes)
+
+    def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
+        return 0
+
+    def complete(self, file: int) -> None:
+        self._upload.writer(self._names[file]).flush()
+
+    def sync(self, file: int) -> None:
+        pass
+
+
+class InOrder:
+    """One object that is uploaded from begin to end. Bytes that come early are kept until it is their turn."""
+
+    def __init__(self, store: ObjectStore, name: str, size: int, work: str) -> None:
+        self._place, self._size, self._end = store.place(name), size, 0
+        self._early: dict[int, bytes] = {}
+        self._closed = False
+        self._writer = library().open_writer(
+            store.client, name, buffer_size=part_size(size), max_concurrency=_AT_ONCE,
+            attributes={_MARK: work},
+        )  # fmt: skip
+
+    def write(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+        if offset != self._end:
+            self._early[offset] = b"".join(parts)
+            return
+        for part in parts:
+            self._append(part)
+        while (early := self._early.pop(self._end, None)) is not None:
+            self._append(early)
+
+    def _append(self, data: bytes | memoryview) -> None:
+        if len(data):
+            own = bytes(data)  # which the writer keeps, and the caller's buffer is used again
+            self._said(lambda: self._writer.write(own))
+            self._end += len(data)
+
+    def flush(self) -> None:
+        """Wait until all parts are uploaded; the file is whole then, and not visible."""
+        self.check_whole()
+        self._said(lambda: self._writer.write(b""))
+
+    def check_whole(self) -> None:
+        if self._end != self._size or self._early:
+            raise OSError(f"{self._end} of {self._size} bytes were written in order")
+
+    def close(self) -> None:
+        self.check_whole()
+        self._said(self._writer.close)
+        self._closed = True
+
+    def _said(self, ask: Callable[[], object]) -> None:
+        """E403 for what the store says to a request to write."""
+        try:
+            ask()
+        except Exception as error:  # obstore's own kinds, and OSError
+            raise refused(self._place, str(error), writing=True) from error
+
+    def abort(self) -> None:
+        """End the upload, so that nothing of it stays."""
+        if not self._closed:
+            self._closed = True
+            stop = InterruptedError("the upload is ended")
+            try:
+                self._writer.__exit__(InterruptedError, stop, None)
+            except Exception:  # what cannot be ended now, `engine clean` ends
+                return

@@ -1,0 +1,194 @@
+"""`engine verify OUT`: what it did not check it says, and what does not belong in the folder is a problem."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import engine
+from engine.commands.main import cli
+from tests.support.shards import Model, save
+
+MODEL = Model("v2", layers=2, groups=2, bias=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    save(MODEL, folder / "step", tp=2)
+    engine.convert(MODEL.mapping, folder / "step", folder / "hf")
+    engine.convert(MODEL.mapping, folder / "step", folder / "sharded", max_shard_size=2000)
+    return folder
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "hf", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def verify(out: Path, *more: str) -> Result:
+    return CliRunner().invoke(cli, ["verify", str(out), *more])
+
+
+def edit(out: Path, change: Callable[[dict[str, Any]], Any], name: str = "conversion.json") -> None:
+    data = json.loads((out / name).read_text())
+    change(data)
+    (out / name).write_text(json.dumps(data))
+
+
+def strip(data: dict[str, Any]) -> None:
+    for entry in data["tensors"].values():
+        entry.pop("digest", None)
+
+
+def emptied(data: dict[str, Any]) -> None:
+    data.update(tensors={}, files={})
+
+
+def whole_strip(data: dict[str, Any]) -> None:
+    strip(data)
+    data.pop("digest")
+    data.pop("content_id")
+
+
+def one_digest(data: dict[str, Any]) -> None:
+    next(iter(data["tensors"].values())).pop("digest")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (strip, "the manifest was changed"),
+        (whole_strip, "no tensor's content was checked"),
+        (emptied, "config.json was not written by the engine"),
+        (one_digest, "the manifest was changed"),
+        (lambda data: data.pop("content_id"), "the manifest was changed"),
+        (lambda data: data.update(content_id="0" * 64), "the manifest was changed"),
+        (lambda data: data["files"].pop("config.json"), "config.json was not written by the engine"),
+        (lambda data: data["tensors"].pop("model.norm.weight"), "model.norm.weight is not in the manifest"),
+    ],
+)
+def test_a_manifest_that_says_less_is_no_proof(change: Callable[[dict[str, Any]], Any], words: str, out: Path) -> None:
+    edit(out, change)
+    result = verify(out)
+    assert result.exit_code == 1
+    assert words in result.output
+    assert "as they were written" not in result.output
+
+
+def test_without_any_manifest_nothing_is_checked(out: Path) -> None:
+    (out / "conversion.json").unlink()
+    result = verify(out)
+    assert result.exit_code == 1 and result.output.startswith("E304")
+
+
+def test_without_a_manifest_the_source_still_tells_and_what_was_not_checked_is_said(made: Path, out: Path) -> None:
+    (out / "conversion.json").unlink()
+    source = ["--src", str(made / "step"), "--mapping", MODEL.mapping]
+    result = verify(out, *source)
+    assert result.exit_code == 0, result.output
+    assert "not checked conversion.json: there is none" in result.output
+    (out / "adapter_model.safetensors").write_bytes(b"")
+    assert verify(out, *source).exit_code == 1
+
+
+PLANTED = (
+    "model-00009-of-00009.safetensors", "pytorch_model.bin", "consolidated.00.pth", "model.gguf", "flax_model.msgpack",
+    "tf_model.h5", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "modeling_llama.py",
+    "configuration.pyc", "extra.so", "training_args.pkl", "model.joblib", "pytorch_model.bin.index.json",
+    "model.safetensors.index.json", "other.safetensors.index.json", "tokenizer.json", "added_tokens.json",
+    "chat_template.json", "preprocessor_config.json", "model_tp0_pp0.pt", "setup.sh", "weights.onnx", "x.distcp",
+    "PYTORCH_MODEL.BIN", "quantize_config.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_file_is_told_and_fails(name: str, out: Path) -> None:
+    (out / name).write_bytes(b"{}")
+    result = verify(out)
+    assert result.exit_code == 1
+    assert name in result.output
+
+
+def test_a_planted_folder_of_templates_fails(out: Path) -> None:
+    (out / "additional_chat_templates").mkdir()
+    assert verify(out).exit_code == 1
+
+
+def test_files_that_no_program_reads_are_said_to_be_beside(out: Path) -> None:
+    for name in ("LICENSE", ".gitattributes", "figure.png"):
+        (out / name).write_bytes(b"")
+    result = verify(out)
+    assert result.exit_code == 0
+    assert "not checked LICENSE, figure.png: not the engine's" in result.output
+
+
+@pytest.mark.parametrize("change", ["missing", "changed", "more", "not json"])
+def test_an_index_that_says_otherwise_is_told(change: str, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "sharded", tmp_path / "sharded")
+    index = tmp_path / "sharded" / "model.safetensors.index.json"
+    assert verify(tmp_path / "sharded").exit_code == 0
+    data = json.loads(index.read_text())
+    if change == "missing":
+        index.unlink()
+    elif change == "not json":
+        index.write_bytes(b"{")
+    else:
+        files = sorted(set(data["weight_map"].values()))
+        name = "model.norm.weight" if change == "changed" else "more"
+        data["weight_map"][name] = next(file for file in files if file != data["weight_map"].get(name))
+        index.write_text(json.dumps(data))
+    result = verify(tmp_path / "sharded")
+    assert result.exit_code == 1
+    assert "model.safetensors.index.json" in result.output
+
+
+def test_rank_files_that_were_written_verify_too_and_a_stranger_is_told(made: Path, tmp_path: Path) -> None:
+    engine.reverse(MODEL.mapping, made / "hf", tmp_path / "back", tp=2)
+    assert verify(tmp_path / "back").exit_code == 0
+    shutil.copy(tmp_path / "back" / "model_tp1_pp0.pt", tmp_path / "back" / "model_tp2_pp0.pt")
+    assert "model_tp2_pp0.pt" in verify(tmp_path / "back").output
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "theta": {"rope_theta": 10001.0, "rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}},
+    "epsilon": {"rms_norm_eps": 1e-6},
+    "activation": {"hidden_act": "gelu"},
+    "eos": {"eos_token_id": 5},
+    "tie": {"tie_word_embeddings": True},
+    "heads": {"num_key_value_heads": 4},
+    "architecture": {"architectures": ["MistralForCausalLM"]},
+    "length": {"max_position_embeddings": 1},
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_configuration_that_the_mapping_does_not_give_is_told(case: str, made: Path, out: Path) -> None:
+    edit(out, lambda config: config.update(CONFIGS[case]), "config.json")
+    (out / "conversion.json").unlink()
+    source = ["--src", str(made / "step"), "--mapping", MODEL.mapping]
+    result = verify(out, *source)
+    assert result.exit_code == 1
+    assert any(line.startswith("config: ") and "the mapping gives" in line for line in result.output.splitlines())
+
+
+@pytest.mark.parametrize("change", ["generation", "lost generation", "a template"])
+def test_generation_settings_and_templates_that_the_mapping_does_not_give_are_told(
+    change: str, made: Path, out: Path
+) -> None:
+    if change == "generation":
+        edit(out, lambda data: data.update(eos_token_id=7), "generation_config.json")
+    elif change == "lost generation":
+        edit(out, lambda config: config.update(eos_token_id=9), "config.json")
+        (out / "generation_config.json").unlink()
+    else:
+        (out / "chat_template.jinja").write_text("{{ messages }}")
+    (out / "conversion.json").unlink()
+    assert verify(out, "--src", str(made / "step"), "--mapping", MODEL.mapping).exit_code == 1

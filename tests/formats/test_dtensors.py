@@ -1,0 +1,125 @@
+"""DTensors that torch pickled are the boxes they were, for meshes of one and two dimensions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.errors import EngineError
+from engine.formats.dtensor import Distributed, read_distributed
+from engine.formats.headers import Part
+from engine.formats.rank_files import read_rank_file
+from engine.formats.standins import Instance, PlainClass, Refused, Storage, Tensor
+from engine.storage.local import local_file
+
+_SAVE = """
+import sys, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.distributed.tensor.placement_types import _StridedShard
+out, kind = sys.argv[1], sys.argv[2]
+whole = torch.arange(35.0).view(7, 5)
+for rank in range(4):
+    dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    if kind == "hsdp":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ddp", "fsdp"))
+        placements, chunks = [Replicate(), Shard(0)], whole.chunk(2)
+        local = chunks[rank % 2]
+    elif kind == "strided":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+        placements = [_StridedShard(0, split_factor=2), Shard(0)]
+        local = whole.chunk(2)[rank % 2].chunk(2)[rank // 2]
+    else:
+        mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))
+        placements, chunks = [Shard(0)], whole.chunk(4)
+        local = chunks[rank] if rank < len(chunks) else whole[:0]
+    sizes = {"shape": whole.size(), "stride": whole.stride()}
+    one = DTensor.from_local(local.clone(), mesh, placements, run_check=False, **sizes)
+    torch.save({"w": one}, f"{out}/rank_{rank}.pt")
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "hsdp", "strided"])
+def test_what_torch_pickles_is_read_as_the_box_that_it_is(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "save.py").write_text(_SAVE)
+    subprocess.run([sys.executable, str(tmp_path / "save.py"), str(tmp_path), kind], check=True, capture_output=True)
+    whole, made = torch.arange(35.0).view(7, 5), torch.full((7, 5), -1.0)
+    for rank in range(4):
+        path = tmp_path / f"rank_{rank}.pt"
+        (header,) = read_rank_file(local_file(path)).tensors
+        assert header.part is not None and header.part.whole == (7, 5)
+        (row, column), (rows, columns) = header.part.starts, header.shape
+        raw = path.read_bytes()[header.offset : header.offset + header.nbytes]
+        held = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(rows, columns) if raw else torch.empty(0, 5)
+        made[row : row + rows, column : column + columns] = held
+    assert torch.equal(made, whole)
+
+
+def plain(kind: str, **state: Any) -> Instance:
+    return Instance(PlainClass(kind), (), state)
+
+
+def distributed(mesh: Instance, placements: tuple[Any, ...], shape: tuple[int, ...], whole: tuple[int, ...]) -> Any:
+    meta = Instance(PlainClass("TensorMeta", True), (whole, (1,) * len(whole), None))
+    tensor = Tensor(Storage("0", "F32", 999), 0, shape, (1,) * len(shape), None)
+    spec = plain("DTensorSpec", mesh=mesh, placements=placements, tensor_meta=meta)
+    return Distributed("F32", whole, (None, {"_local_tensor": tensor, "_spec": spec}))
+
+
+SHARD = plain("Shard", dim=0)
+RANKS = Tensor(Storage("1", "I32", 4), 0, (2, 2), (2, 1), None)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        plain("DeviceMesh", device_type="cuda", mesh=RANKS, mesh_dim_names=("ddp", "fsdp"), _coordinate_on_dim=[1, 0]),
+        plain("DeviceMesh", _layout=plain("_MeshLayout", shape=(2, 2), stride=(2, 1)), _coordinate_on_dim=(1, 0)),
+        plain(
+            "DeviceMesh",
+            _layout=plain("_MeshLayout", axes=(plain("_FlatLayout", shape=(2,)), plain("_FlatLayout", shape=(2,)))),
+            _coordinate_on_dim=(1, 0),
+        ),
+    ],
+    ids=["tensor of ranks, 2.3", "layout", "layout of axes, 2.13"],
+)
+def test_every_way_a_mesh_was_pickled_is_read(mesh: Instance) -> None:
+    one = distributed(mesh, (plain("Replicate"), SHARD), (4, 3), (7, 3))
+    assert read_distributed(one)[1] == Part((0, 0), (7, 3))
+
+
+@pytest.mark.parametrize(
+    ("placements", "place", "shape", "code"),
+    [
+        ((plain("Partial", reduce_op="sum"), SHARD), (0, 0), (4, 3), "E303"),
+        ((plain("Replicate"), plain("Shard", dim=2)), (0, 0), (4, 3), "E303"),
+        ((plain("_StridedShard", dim=0, split_factor=3), SHARD), (0, 0), (2, 3), "E303"),
+        ((plain("Replicate"), SHARD), (0, 2), (4, 3), "E301"),
+        ((plain("Replicate"), SHARD), None, (4, 3), "E301"),
+        ((plain("Replicate"), SHARD), (0, 1), (4, 3), "E301"),
+        ((SHARD,), (0, 0), (4, 3), "E301"),
+        ("placements", (0, 0), (4, 3), "E301"),
+    ],
+)
+def test_a_box_that_cannot_be_is_refused(placements: Any, place: Any, shape: tuple[int, ...], code: str) -> None:
+    mesh = plain("DeviceMesh", mesh=RANKS, _coordinate_on_dim=place)
+    with pytest.raises(Refused) as caught:
+        read_distributed(distributed(mesh, placements, shape, (7, 3)))
+    assert caught.value.code == code
+
+
+def test_a_pickle_that_only_looks_like_a_dtensor_is_refused(tmp_path: Path) -> None:
+    class Fake:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (print, ("torch.distributed.tensor",))
+
+    torch.save({"w": Fake()}, tmp_path / "x.pt")
+    with pytest.raises(EngineError) as caught:
+        read_rank_file(local_file(tmp_path / "x.pt"))
+    assert caught.value.code == "E302"

@@ -1,0 +1,187 @@
+"""Names and orders of trainers that save DCP, on models made of random numbers and saved by torch itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import engine
+from engine.errors import EngineError
+from tests.support.frameworks import weights
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 40,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 64,
+    "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0,
+}  # fmt: skip
+SCALED = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+MOE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+    "moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 40, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 64, "attention_bias": False,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+
+def model(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    known = AutoConfig.for_model(**config)
+    return {k: torch.randn_like(v) for k, v in AutoModelForCausalLM.from_config(known).state_dict().items()}
+
+
+def save(state: dict[str, Any], folder: Path, config: dict[str, Any], **how: Any) -> Path:
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, **how), no_dist=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def turned(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rotary halves as Meta's pairs: what torchtitan trains."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def titan(state: dict[str, torch.Tensor], *, old: bool) -> dict[str, torch.Tensor]:
+    inside = "attention" if old else "attention.qkv_linear"
+    made = {
+        "tok_embeddings.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"],
+        "output.weight" if old else "lm_head.weight": state["lm_head.weight"],
+    }  # fmt: skip
+    for layer in range(2):
+        hf, own = f"model.layers.{layer}", f"layers.{layer}"
+        made |= {
+            f"{own}.{inside}.wq.weight": turned(state[f"{hf}.self_attn.q_proj.weight"], 4),
+            f"{own}.{inside}.wk.weight": turned(state[f"{hf}.self_attn.k_proj.weight"], 2),
+            f"{own}.{inside}.wv.weight": state[f"{hf}.self_attn.v_proj.weight"],
+            f"{own}.attention.wo.weight": state[f"{hf}.self_attn.o_proj.weight"],
+            f"{own}.feed_forward.w1.weight": state[f"{hf}.mlp.gate_proj.weight"],
+            f"{own}.feed_forward.w2.weight": state[f"{hf}.mlp.down_proj.weight"],
+            f"{own}.feed_forward.w3.weight": state[f"{hf}.mlp.up_proj.weight"],
+            f"{own}.attention_norm.weight": state[f"{hf}.input_layernorm.weight"],
+            f"{own}.ffn_norm.weight": state[f"{hf}.post_attention_layernorm.weight"],
+        }
+    return made
+
+
+def equal(out: Path, truth: dict[str, torch.Tensor]) -> bool:
+    made = weights(out)
+    return set(made) == set(truth) and all(torch.equal(made[name], one) for name, one in truth.items())
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["torchtitan 0.2", "torchtitan 0.3"])
+def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Path) -> None:
+    state = model(LLAMA)
+    saved = {**titan(state, old=old), "optimizer.state.norm.weight.exp_avg": torch.ones(16), "train_state": {"step": 3}}
+    folder = save(saved, tmp_path / "step-3", LLAMA | ({"rope_scaling": SCALED} if old else {}))
+    engine.convert("torchtitan-llama", folder, tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
+def test_torchtitan_02_without_its_scaled_angles_is_refused(tmp_path: Path) -> None:
+    folder = save(titan(model(LLAMA), old=True), tmp_path / "step-3", LLAMA)
+    with pytest.raises(EngineError, match="rotary") as caught:
+        engine.convert("torchtitan-llama", folder, tmp_path / "out")
+    assert caught.value.code == "E202"
+    report = engine.convert("torchtitan-llama", folder, tmp_path / "out", settings={"rotary": "as_configured"})
+    assert report.tensors == 21
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "app.model.", "module.", "_orig_mod.", "any.thing."])
+def test_the_prefix_of_names_is_found(prefix: str, tmp_path: Path) -> None:
+    state = model(LLAMA)
+    extra = {"optim.state.lm_head.weight.exp_avg": torch.ones(40, 16), "step": torch.tensor(3)}
+    folder = save({**{prefix + name: one for name, one in state.items()}, **extra}, tmp_path / "step", LLAMA)
+    engine.convert("transformers", folder, tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
+def test_xtuners_prefix_stands_in_the_place_of_the_models_own(tmp_path: Path) -> None:
+    state = model(LLAMA)
+    folder = save({"model": {n.removeprefix("model."): one for n, one in state.items()}}, tmp_path / "weights", LLAMA)
+    engine.convert("transformers", folder, tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
+def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path) -> None:
+    state = model(LLAMA)
+    few = {name: one for name, one in state.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    with pytest.raises(EngineError, match="up_proj") as caught:
+        engine.convert("transformers", save(few, tmp_path / "few", LLAMA), tmp_path / "out")
+    assert caught.value.code == "E207"
+    many = {**state, "model.layers.1.self_attn.q_norm.weight": torch.ones(4)}
+    with pytest.raises(EngineError, match="q_norm") as caught:
+        engine.convert("transformers", save(many, tmp_path / "many", LLAMA), tmp_path / "out")
+    assert caught.value.code == "E205"
+
+
+def test_a_tied_head_that_differs_is_refused_and_an_equal_one_left_out(tmp_path: Path) -> None:
+    config = LLAMA | {"tie_word_embeddings": True}
+    state = model(LLAMA)
+    with pytest.raises(EngineError) as caught:
+        engine.convert("transformers", save(state, tmp_path / "one", config), tmp_path / "out")
+    assert caught.value.code == "E402"
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    engine.convert("transformers", save(state, tmp_path / "two", config), tmp_path / "out")
+    del state["lm_head.weight"]
+    assert equal(tmp_path / "out", state)
+
+
+def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
+    state = model(MOE)
+    saved, truth = {}, {}
+    for name, one in state.items():
+        own = name.removeprefix("model.")
+        if name.endswith("experts.gate_up_proj"):
+            saved[own.replace("mlp.experts.gate_up_proj", "experts.fused_w1w3.weight")] = one.reshape(-1, 16)
+            for e, expert in enumerate(one):
+                base = name.replace("gate_up_proj", f"{e}")
+                truth[f"{base}.gate_proj.weight"], truth[f"{base}.up_proj.weight"] = expert.chunk(2)
+        elif name.endswith("experts.down_proj"):
+            saved[own.replace("mlp.experts.down_proj", "experts.fused_w2.weight")] = one.reshape(-1, 12)
+            truth |= {name.replace("down_proj", f"{e}.down_proj.weight"): expert for e, expert in enumerate(one)}
+        else:
+            saved[own.replace("mlp.gate", "gate")] = truth[name] = one
+    folder = save({"model": saved}, tmp_path / "weights", MOE)
+    engine.convert("xtuner-moe", folder, tmp_path / "out")
+    assert equal(tmp_path / "out", truth)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], one) for name, one in state.items())
+
+
+def test_a_payload_of_safetensors_is_read_by_its_own_header(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    state = model(LLAMA)
+    folder = save(state, tmp_path / "step", LLAMA, serialization_format=SerializationFormat.SAFETENSORS)
+    engine.convert("transformers", folder, tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
+def test_one_file_for_every_entry_is_read(tmp_path: Path) -> None:
+    state = model(LLAMA)
+    folder = save(state, tmp_path / "step", LLAMA, single_file_per_rank=False)
+    assert len(list(folder.glob("*.distcp"))) > 20
+    engine.convert("transformers", folder, tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
+def test_deepspeeds_partitions_are_told_with_its_own_program(tmp_path: Path) -> None:
+    folder = tmp_path / "global_step10"
+    folder.mkdir()
+    (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    (folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(EngineError, match=r"zero_to_fp32\.py"):
+        engine.inspect(folder)

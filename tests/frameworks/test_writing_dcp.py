@@ -1,0 +1,118 @@
+"""DCP checkpoints that the engine writes are those that torch reads, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import engine
+from engine.errors import EngineError
+from tests.support.frameworks import FIXTURES, source_of, weights
+
+DCP = FIXTURES / "dcp"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "hf"
+    fixture = DCP / "fsdp4-f32-hf"
+    engine.convert("transformers", source_of(fixture), out, config=fixture / "hf_config.json")
+    return out
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder as torch loads it."""
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    state = {
+        name: torch.zeros(one.size, dtype=one.properties.dtype)
+        for name, one in metadata.state_dict_metadata.items()
+        if hasattr(one, "size")
+    }
+    dcp.load(state, checkpoint_id=str(folder))
+    return state
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("ranks", "under"), [("dp=8", ""), ("dp=3,tp=2", "model"), ("dp=1", "app.model")])
+def test_torch_loads_what_is_written_and_it_converts_back_to_the_same_bytes(
+    ranks: str, under: str, whole: Path, tmp_path: Path
+) -> None:
+    engine.reverse("transformers", whole, tmp_path / "dcp", ranks=ranks, settings={"under": under})
+    prefix = f"{under}." if under else ""
+    truth = weights(whole)
+    state = loaded(tmp_path / "dcp")
+    assert {prefix + name for name in truth} == set(state)
+    assert all(torch.equal(state[prefix + name], one) for name, one in truth.items())
+    engine.convert("transformers", tmp_path / "dcp", tmp_path / "again")
+    again = tmp_path / "again" / "model.safetensors"
+    assert again.read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_boxes_are_cut_as_torch_cuts_them(whole: Path, tmp_path: Path) -> None:
+    fixture = DCP / "fsdp2tp2-f32-model"
+    engine.convert("transformers", source_of(fixture), tmp_path / "hf", config=fixture / "hf_config.json")
+    engine.reverse("transformers", tmp_path / "hf", tmp_path / "dcp", ranks="dp=3")
+    embedding = next(
+        one
+        for name, one in dcp.FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata.items()
+        if name.endswith("embed_tokens.weight")
+    )
+    wanted = [len(part) for part in torch.empty(embedding.size).chunk(3)]
+    assert [chunk.sizes[0] for chunk in embedding.chunks] == wanted
+
+
+def test_names_are_those_of_another_checkpoint(whole: Path, tmp_path: Path) -> None:
+    like = DCP / "fsdp4-bf16-threads2"
+    engine.reverse(
+        "transformers", whole, tmp_path / "dcp", ranks="dp=2", like=source_of(like), config=like / "hf_config.json"
+    )
+    names = dcp.FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata
+    assert all(name.startswith(("model.model.", "model.lm_head.")) for name in names)
+
+
+def test_another_number_of_ranks_is_written_without_a_detour(whole: Path, tmp_path: Path) -> None:
+    engine.reverse("transformers", whole, tmp_path / "one", ranks="dp=4")
+    engine.reshard("transformers", tmp_path / "one", tmp_path / "other", ranks="dp=7")
+    engine.reverse("transformers", whole, tmp_path / "direct", ranks="dp=7")
+    for path in (tmp_path / "direct").glob("__*.distcp"):
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+
+
+def test_ranks_that_the_mesh_does_not_have_are_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.reverse("transformers", whole, tmp_path / "dcp", ranks="pp=2")
+    assert caught.value.code == "E001"
+    assert not (tmp_path / "dcp").exists()
+
+
+_LOADER = """
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+truth = load_file(sys.argv[2])
+state = {n: distribute_tensor(torch.zeros_like(t), mesh, [Shard(0)]) for n, t in truth.items()}
+dcp.load(state, checkpoint_id=sys.argv[1])
+assert all(torch.equal(state[n].full_tensor(), t) for n, t in truth.items())
+dist.destroy_process_group()
+"""
+
+
+def test_processes_load_it_on_another_number_of_ranks(whole: Path, tmp_path: Path) -> None:
+    engine.reverse("transformers", whole, tmp_path / "dcp", ranks="dp=4")
+    (tmp_path / "load.py").write_text(_LOADER)
+    words = [sys.executable, str(tmp_path / "load.py"), str(tmp_path / "dcp"), str(whole / "model.safetensors")]
+    port = str(20000 + os.getpid() % 20000)
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(words, env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE) for rank in range(3)]
+    for one in running:
+        _, told = one.communicate(timeout=240)
+        assert one.returncode == 0, told.decode()[-2000:]

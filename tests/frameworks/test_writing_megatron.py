@@ -1,0 +1,114 @@
+"""Megatron checkpoints that the engine writes hold what the genuine ones hold, tensor by tensor and bit by bit."""
+
+from __future__ import annotations
+
+import pickle
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine.errors import EngineError
+from tests.support.frameworks import FIXTURES, source_of
+from tests.support.frameworks import weights as engine_weights
+
+MEGATRON = FIXTURES / "megatron"
+PADDED = ("word_embeddings.weight", "output_layer.weight")
+ARGS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention",
+    "kv_channels", "rotary_base", "rotary_percent", "rotary_interleaved", "position_embedding_type", "normalization",
+    "swiglu", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights",
+    "padded_vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "num_experts",
+)  # fmt: skip
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A rank file, with classes of Megatron as nothing."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            return (lambda *_: None) if module.startswith("megatron") else super().find_class(module, name)
+
+    module = types.SimpleNamespace(__name__="stubs", Unpickler=Unpickler, load=pickle.load)
+    loaded: dict[str, Any] = torch.load(path, weights_only=False, pickle_module=module)
+    return loaded
+
+
+def whole(name: str, family: str, out: Path) -> Path:
+    fixture = MEGATRON / name
+    engine.convert(family, source_of(fixture), out, config=fixture / "hf_config.json")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "asked"),
+    [
+        ("torch-tp2pp2-vpp2", "megatron-llama", {"ranks": "tp=2,pp=2", "chunks": 2}),
+        ("torch-ep2-moe", "megatron-mixtral", {"ranks": "ep=2"}),
+        ("leg_t4_g2", "megatron-llama", {"ranks": "tp=4", "settings": {"vocab_multiple": 8}}),
+        ("torch-tp1pp1-tied", "megatron-llama", {}),
+        ("leg_p2_uneven", "megatron-llama", {"like": True}),
+    ],
+)
+def test_legacy_files_hold_what_megatron_saved(name: str, family: str, asked: dict[str, Any], tmp_path: Path) -> None:
+    source = source_of(MEGATRON / name)
+    if asked.pop("like", False):
+        asked |= {"like": source, "config": MEGATRON / name / "hf_config.json", "settings": {"vocab_multiple": 8}}
+    engine.reverse(family, whole(name, family, tmp_path / "hf"), tmp_path / "back", **asked)
+    files = sorted(path.relative_to(source) for path in source.glob("mp_rank_*/model_optim_rng.pt"))
+    assert files == sorted(path.relative_to(tmp_path / "back") for path in (tmp_path / "back").glob("mp_rank_*/*"))
+    vocab = next(
+        len(one) for key, one in engine_weights(tmp_path / "hf").items() if key.endswith("embed_tokens.weight")
+    )
+    for file in files:
+        genuine, made = load(source / file), load(tmp_path / "back" / file)
+        states = [key for key in genuine if key.startswith("model")]
+        assert states and states == [key for key in made if key.startswith("model")]
+        assert made["checkpoint_version"] == genuine["checkpoint_version"]
+        for key in states:
+            tensors = {n: one for n, one in genuine[key].items() if one is not None}
+            assert set(tensors) == set(made[key])
+            for tensor, one in tensors.items():
+                if not tensor.endswith(PADDED):
+                    assert torch.equal(one, made[key][tensor]), tensor
+                    continue
+                tp = made["args"].tensor_model_parallel_size
+                rank = int(str(file).split("_")[2].split("/")[0])
+                held = max(0, min(len(one), vocab - rank * len(one))) if tp > 1 else vocab
+                assert one.shape == made[key][tensor].shape and torch.equal(one[:held], made[key][tensor][:held])
+                assert not made[key][tensor][held:].any()
+        told = {k: v for k in ARGS if (v := getattr(genuine["args"], k, None)) is not None}
+        if "num_experts" in told:  # then the width of dense layers is that of none
+            del told["ffn_hidden_size"]
+        assert told.items() <= {k: v for k, v in vars(made["args"]).items() if v is not None}.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("dist-tp2pp1-bf16-qkvbias", "megatron-qwen2"),
+        ("dist-ep2-moe", "megatron-mixtral"),
+        ("td19_t2", "megatron-llama"),
+    ],
+)
+@pytest.mark.parametrize("asked", [{"ranks": "tp=2"}, {"mode": "torch_dist", "ranks": "dp=2"}, {"ranks": "tp=1,pp=2"}])
+def test_what_is_written_in_any_form_converts_back_to_the_same_bytes(
+    name: str, family: str, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    first = whole(name, family, tmp_path / "hf")
+    engine.reverse(family, first, tmp_path / "back", **asked)
+    vocab = engine_weights(first)["model.embed_tokens.weight"].shape[0]
+    engine.convert(family, tmp_path / "back", tmp_path / "again", settings={"vocab_size": vocab})
+    assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_ranks_that_megatron_cannot_have_are_refused(tmp_path: Path) -> None:
+    first = whole("leg_t4_g2", "megatron-llama", tmp_path / "hf")
+    with pytest.raises(EngineError) as caught:
+        engine.reverse("megatron-llama", first, tmp_path / "back", ranks="tp=5")
+    assert caught.value.code == "E214"
+    assert not (tmp_path / "back").exists()

