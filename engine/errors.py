@@ -62,6 +62,7 @@ CODES: dict[str, str] = {
     "E406": "a value does not fit the type it is written in",
     "E407": "an interrupted run cannot be resumed",
     "E408": "another run is writing the output",
+    "E409": "parts of an output are missing or do not belong together",
     # assets
     "E501": "the tokenizer cannot be converted",
     "E502": "a configuration cannot be written",
@@ -93,7 +94,7 @@ LINTS: dict[str, str] = {
 
 # What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
 RESUMABLE = ("E305", "E403", "E405")
-KEPT = (*RESUMABLE, "E407")  # what else leaves the work of an interrupted run as it is
+KEPT = (*RESUMABLE, "E407", "E409")  # what else leaves the work of an interrupted run as it is
 
 _LONGEST = 2000  # characters of one part of a message
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from engine import __version__
-from engine.commands import convert, look, review, serve
+from engine.commands import convert, look, parts, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
 from engine.errors import CODES
@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Write and review mappings": (
         review.new, review.lint, review.prove, review.diff, review.show, review.format_,
     ),
+    "Convert on many machines": (parts.part, parts.commit),
     "Use without converting": (serve.serve, serve.mount),
     "This program": (look.env, look.completion),
 }  # fmt: skip

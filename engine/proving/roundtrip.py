@@ -108,17 +108,19 @@ def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
     replicas = {source for one in plan.replicas for source in one.sources[1:]}
     held = [stored_numbers(plan, i).ravel() for i in range(len(plan.sources)) if i not in replicas]
     numbers = np.concatenate(held) if held else np.empty(0)
-    found, counts = np.unique(numbers, return_counts=True)
+    whole = (numbers >= 0) & (numbers < trip.world.elements)
+    counts = np.bincount(numbers[whole].astype(np.int64), minlength=trip.world.elements)
     arrays = trip.world.arrays()
-    wanted: dict[float, int] = {}
+    wanted = np.ones(trip.world.elements, np.int64)
     for name in trip.world.tied.values():
-        wanted.update(dict.fromkeys(arrays[name].ravel().tolist(), 2))
-    for number in np.setdiff1d(np.arange(trip.world.elements), found)[:1]:
-        yield Failure(f"{element_of(arrays, number)} is in no rank file", where=trip.where)
-    for number, count in zip(found.tolist(), counts.tolist(), strict=True):
-        if count != wanted.get(number, 1):
-            yield Failure(f"{element_of(arrays, number)} is in the rank files {count} times", where=trip.where)
-            return
+        wanted[arrays[name].ravel().astype(np.int64)] = 2
+    for number in np.flatnonzero(counts == 0)[:1]:
+        yield Failure(f"{element_of(arrays, float(number))} is in no rank file", where=trip.where)
+    for number in np.flatnonzero((counts != wanted) & (counts > 0))[:1]:
+        told = f"{element_of(arrays, float(number))} is in the rank files {counts[number]} times"
+        yield Failure(told, where=trip.where)
+    for number in numbers[~whole][:1]:
+        yield Failure(f"{element_of(arrays, float(number))} is in the rank files", where=trip.where)
 
 
 def _choices(trip: Trip, plan: Plan) -> Iterator[Failure]:
