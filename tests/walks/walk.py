@@ -86,7 +86,7 @@ def walked(name: str) -> str:
         WALKS[name](folder)
         for line in commands(name):
             screen = run_in_terminal(shlex.split(line), folder, columns=80)
-            text = screen.text.replace(str(folder), "/home/you")
+            text = screen.text.replace(str(folder), "FOLDER")
             for pattern, same in _VARYING:
                 text = pattern.sub(same, text)
             code = f"[exit code {screen.code}]\n" if screen.code else ""
