@@ -77,8 +77,9 @@ def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | No
     if geometry is None or of_heads is False:
         return Units(noun, {}, heads=of_heads)
     sizes = {"head": geometry.head_dim}
-    if size == geometry.rows[0] and geometry.groups < geometry.heads:
-        sizes["key/value group"] = geometry.rows[0] // geometry.groups
+    queries, _, fused = geometry.rows
+    if size in (queries, fused) and geometry.groups < geometry.heads and geometry.heads % geometry.groups == 0:
+        sizes["key/value group"] = size // geometry.groups
     if size not in geometry.rows:
         return Units(noun, {}, heads=of_heads)
     return Units(noun, sizes if named else {}, geometry.head_dim, of_heads)

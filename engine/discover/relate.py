@@ -64,6 +64,9 @@ class Search:
         return self._whole(name, one, others) or self._parts(name, one, own, others)
 
     def _own(self, name: str, one: View, own: View, out: View, ref: View, kind: str) -> Relation | None:
+        turned = ref.swap(-2, -1) if len(ref.shape) > 2 else ref
+        if turned is not ref and turned.shape == out.shape and self._tensors.match(out, turned):
+            return Relation("transposed", "rows are columns in each of its matrices")
         arranged = self._arranged(name, one, own, kind)
         if arranged is not None or out.shape != ref.shape or one.shape != own.shape:
             return arranged
