@@ -99,7 +99,7 @@ for _axes in (
     add(f"axes {_axes[:40]!r}", "mapping", change("mapping.yaml", ("axes: ffn | hidden", f"axes: {_quoted}")),
         "E101 E102 E103 E107 E108 E203 E204 E205 E207 E209 E208 E106")  # fmt: skip
 
-# Names that leave the folder, or that cannot be matched in bounded time. A file of a subfolder is one of the checkpoint.
+# Names that leave the folder, or that cannot be matched in bounded time. A file of a subfolder is part of it.
 for _bad in (
     "../out/{x}.pt",
     "/evil/ran",
