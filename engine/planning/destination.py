@@ -75,12 +75,14 @@ def shares(count: int, ranks: int, extra: str) -> list[int]:
 def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = None) -> Mode:
     """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads.
 
-    Without a name the first that has ranks of every dimension that is asked for.
+    Without a name it is the first, or where ranks are asked for that it lacks, the first of those that only the
+    numbers of ranks tell apart (`when`) that has them. Modes that cut otherwise are asked for by name.
     """
     writable = [mode for mode in layout.modes if mode.only_read is None]
     if name is None and writable:
         asked = {dim for dim, count in (sizes or {}).items() if count > 1}
-        return next((mode for mode in writable if asked <= set(written_dims(mode.files[0]))), writable[0])
+        alike = [mode for mode in writable if mode is writable[0] or mode.when is not None]
+        return next((mode for mode in alike if asked <= set(written_dims(mode.files[0]))), writable[0])
     known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
     for mode in layout.modes:
         if name == mode.name or name in mode.aliases:
