@@ -41,7 +41,7 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     mine = which if isinstance(which, Part) else part_of(which)
     compiled = load_plan(path)
     output = output_at(compiled, compiled.folder, default_out(compiled.folder) if out is None else out, how, parts=True)
-    check_runnable(compiled, how.workers, how.max_memory, 0)
+    check_runnable(compiled, how.workers, how.max_memory, 0, output.buffer)
     store = output.join()
     if is_done(compiled, store, mine):
         return 0

@@ -140,7 +140,7 @@ def execute(
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
-    check_runnable(compiled, how.workers, how.max_memory, small.memory)
+    check_runnable(compiled, how.workers, how.max_memory, small.memory, output.buffer)
     check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]
     files = dict(small.files)

@@ -25,11 +25,13 @@ from engine.storage.sources import check_unchanged
 from engine.storage.store import Store
 
 
-def check_runnable(plan: Plan, workers: int | None, max_memory: int | None, beside_memory: int) -> None:
+def check_runnable(
+    plan: Plan, workers: int | None, max_memory: int | None, beside_memory: int, buffer: int = 0
+) -> None:
     """E209 or E001 for what `write_weights` could not do, told before there is a folder to write to."""
     for output in plan.outputs:
         check_transform(output)
-    workers_of(plan, workers, max_memory, beside_memory)
+    workers_of(plan, workers, max_memory, beside_memory, buffer)
 
 
 def write_weights(
@@ -65,7 +67,7 @@ def write_weights(
         EngineError: E402 when replicas differ, E405 when a source changed meanwhile, E407 when there is another
             run to resume, or its sources changed.
     """
-    count = workers_of(plan, workers, max_memory, beside_memory)
+    count = workers_of(plan, workers, max_memory, beside_memory, store.buffer)
     folder = store.folder  # where a journal can lie
     left = read_journal(folder, plan) if resume and folder is not None else Interrupted()
     if resume and folder is not None:

@@ -32,6 +32,7 @@ class LocalStore:
     path: Path
     positioned = True
     block = 0
+    buffer = 0
 
     @property
     def folder(self) -> Path:

@@ -56,6 +56,7 @@ class OutputFolder:
         self.partial = self.final.with_name(f".{self.final.name}.partial-{name}")
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes that will be written: entering refuses with E403 when there is no room for them
+        self.buffer = 0  # bytes that writing one file keeps in memory
         self._held = ExitStack()
         _check_apart(self.final, source)
         self._check_free()

@@ -17,7 +17,7 @@ from engine.storage.replacing import exists
 from engine.storage.store import OpenFile, Ranges, State, Store
 
 PART = 8 << 20  # bytes of a part of an upload, about
-_LEAST_PART = 5 << 20  # what S3 takes
+BUFFER = 3 * PART  # bytes of a file in memory: a part on its way, one that is filled, and what the library copies
 _MOST_PARTS = 9_000
 _AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
 _MARK = "engine-work"  # the attribute that says what an object was made from
@@ -56,6 +56,7 @@ class Uploads:
             foreign: what a store holds that the engine did not write, in words; None when nothing.
         """
         self.need = 0  # bytes that will be written; a store says nothing of its room
+        self.buffer = BUFFER
         self._store, self._name, self._overwrite, self._resume = store, mark, overwrite, resume
         self._work, self._foreign = work, foreign
         self._upload: Upload | None = None
@@ -133,6 +134,7 @@ class Upload:
     folder: Path | None = None
     positioned = False
     block = 0
+    buffer = BUFFER
 
     def __init__(self, store: ObjectStore, work: str, there: set[str]) -> None:
         """

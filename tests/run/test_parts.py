@@ -61,6 +61,20 @@ def test_any_number_of_parts_gives_the_bytes_of_one_run(
     assert not api.verify(tmp_path / "out").problems
 
 
+@pytest.mark.parametrize(("job", "options"), [("reverse", {"tp": 4}), ("reshard", {"tp": 1, "pp": 4})])
+def test_rank_files_are_written_in_parts_too(job: str, options: dict[str, Any], tmp_path: Path) -> None:
+    source = STEP
+    if job == "reverse":
+        source = tmp_path / "hf"
+        engine.convert(MAPPING, STEP, source)
+    getattr(engine, job)(MAPPING, source, tmp_path / "once", **options)
+    api.save_plan(tmp_path / "plan.json", MAPPING, source, job=job, **options)
+    for number in (2, 3, 1):
+        api.part(tmp_path / "plan.json", f"{number}/3", tmp_path / "out")
+    api.commit(tmp_path / "plan.json", tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
 def test_a_part_is_done_once_and_a_commit_names_what_is_missing(
     plan: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

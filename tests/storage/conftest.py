@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,13 @@ def refused(code: str, call: Callable[[], object]) -> EngineError:
 def pending(bucket: Bucket) -> list[str]:
     """Uploads that were begun and not ended; ends them."""
     return [str(one) for one in api.clean(bucket.url)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow ones run with ALL_STORES=1, as `make soak` sets it."""
+    for item in items if os.environ.get("ALL_STORES") != "1" else ():
+        if "tests/storage/" in item.nodeid and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="ALL_STORES=1 runs it"))
 
 
 @pytest.fixture(scope="session")
