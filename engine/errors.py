@@ -242,6 +242,9 @@ class EngineErrors(EngineError):
         return "\n\n".join(str(error) for error in self.errors)
 
 
+_MOST_ERRORS = 20  # of one file that are told; a file may have a million
+
+
 class Errors:
     """Gathers independent errors, so that all of a file are told at once.
 
@@ -274,4 +277,4 @@ class Errors:
         if len(listed) == 1:
             raise listed[0]
         if listed:
-            raise EngineErrors(listed)
+            raise EngineErrors(listed[:_MOST_ERRORS])

@@ -27,11 +27,11 @@ from engine.errors import CODES
 # A command is listed under the first heading, in this order, with the first sentence of its help.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Convert": (convert.run, convert.plan, convert.reverse, convert.reshard, convert.clean),
+    "Convert on many machines": (parts.part, parts.commit),
     "Inspect": (look.inspect, look.mappings, look.explain, look.view, look.verify, look.compare),
     "Write and review mappings": (
         review.new, review.lint, review.prove, review.diff, review.show, review.format_,
     ),
-    "Convert on many machines": (parts.part, parts.commit),
     "Use without converting": (serve.serve, serve.mount),
     "This program": (look.env, look.completion),
 }  # fmt: skip
@@ -67,7 +67,7 @@ class Commands(click.Group):
         formatter.write(f"\n{EXAMPLES}\n")
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        kwargs["standalone_mode"] = False
+        kwargs |= {"standalone_mode": False, "prog_name": "engine"}
         try:
             code = super().main(*args, **kwargs)
         except click.Abort as interruption:

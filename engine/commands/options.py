@@ -206,15 +206,17 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         how["required"] = True
     elif other is None and one.default is not MISSING and one.default not in (None, False, True, ()):
         how["default"] = declared["shown"] if declared["kind"] == "size" else one.default
-        how["show_default"] = True if declared["kind"] == "size" else declared["shown"] or True
+        told = "" if declared["kind"] == "size" else declared["shown"]
+        how["show_default"] = not told
+        how["help"] += f"  [default: {told}]" if told else ""
     kinds: dict[str, dict[str, Any]] = {
         "text": {},
         "flag": {"is_flag": True},
         "no-flag": {"is_flag": True, "flag_value": False, "default": True},
         "count": {"type": _RANKS, "metavar": "N"},
         "size": {"type": Size()},
-        "workers": {"type": Workers(), "default": "auto", "show_default": True},
-        "dtype": {"type": Dtype()},
+        "workers": {"type": Workers(), "metavar": "auto|N", "default": "auto", "show_default": True},
+        "dtype": {"type": Dtype(), "metavar": "TYPE"},
         "setting": {"type": Setting(), "multiple": True, "callback": settings_of},
         "texts": {"multiple": True},
     }

@@ -107,7 +107,7 @@ class Request:
 
     mapping: str | Path | MappingFile = field(
         metadata=option(
-            "A mapping file, or the name of a bundled one, like internlm2-7b.yaml.",
+            "A mapping file, or the name of a bundled one, like internlm2-7b.",
             flags="--mapping -m",
             metavar="FILE|NAME",
         )
@@ -127,7 +127,10 @@ class Request:
             "Set a variant or an option of the mapping or its layout; may be repeated.", "setting", flags="--set"
         ),
     )
-    dtype: str = field(default="auto", metadata=option("Element type to write; auto keeps each tensor's own.", "dtype"))
+    dtype: str = field(
+        default="auto",
+        metadata=option("Element type to write, like bf16 or float32; auto: each tensor's own.", "dtype"),
+    )
     max_shard_size: int = field(
         default=DEFAULT_SHARD_SIZE,
         metadata=option("Most bytes of tensors in one output file, like 2GB or 5GiB.", "size", shown="2GB"),
