@@ -74,7 +74,6 @@ def understand(
         **read.config,
         "options": options,
         "given": dict(checkpoint.target_config),
-        "mode": checkpoint.grid.mode.name,
         "training": read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config,
         "present": present_in({one.name for one in stored}),
     }

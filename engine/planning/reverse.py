@@ -9,7 +9,7 @@ from typing import Any
 from engine.checkpoint.ranks import RankFile, RankGrid, counts_of
 from engine.errors import EngineError, Place
 from engine.language.expressions import render_tree
-from engine.language.model import Layout
+from engine.language.model import Layout, Mode
 from engine.language.model import Mapping as MappingFile
 from engine.language.transforms import TRANSFORMS
 from engine.planning.attempts import Checkpoint, claims
@@ -91,10 +91,11 @@ def make_reverse_plan(
         return dict(read.config) if own is not None else render_known(mapping.training_config, names)
 
     shared = like_of(understand(mapping, layout, like, mine), like, layout) if like is not None else Like()
+    mode, ranks = grid_of(layout, request, shared)
+    mine |= chosen_by(mode, mapping, mine)
     rules = instances(mapping)
     tensors = checkpoint.tensors()
     back = names_back(list(tensors), rules)
-    mode, ranks = grid_of(layout, request, shared)
     cut = {**counts_of(layout, ranks), "mode": mode.name, "chunks": request.chunks or shared.chunks}
     seen = {**checkpoint.config, **cut, "options": options, "present": present_in(back)}
     first = {**training(seen), "options": options, "present": seen["present"]}
@@ -144,6 +145,22 @@ def make_reverse_plan(
         stages=destination.stages,
     )  # fmt: skip
     return replace(plan, replicas=(*plan.replicas, *_ties(used, source, checkpoint)))
+
+
+def chosen_by(mode: Mode, mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices of a mapping's variants that a mode alone has; E214 where a setting says another."""
+    found = {name: choice for name, choice in mode.choices.items() if name in mapping.variants}
+    for name, choice in found.items():
+        if settings.get(name, choice) != choice:
+            raise EngineError(
+                "E214",
+                f"mode `{mode.name}` is not written with {name}={settings[name]}",
+                place=mapping.variants[name].place,
+                got=f"--set {name}={settings[name]}",
+                expected=f"{name}={choice}",
+                fix="Leave the setting out, or choose another --mode.",
+            )
+    return found
 
 
 def make_reshard_plan(
@@ -330,7 +347,7 @@ def _check_again(
         prefix = next(p for p in prefixes if output.name.startswith(p))
         names.add(output.name[len(prefix) :])
     scope = {**config, "options": options, "training": {}, "present": present_in(names)}
-    scope |= {"given": given, "mode": destination.mode.name}
+    scope["given"] = given
     for name, decision in decide(mapping.variants, {}, scope).items():
         if decision.choice != choices[name]:
             variant = mapping.variants[name]

@@ -7,13 +7,14 @@ read back and compared. The numbers say where each element came from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
 from engine.formats.configs import encode_config
+from engine.language.expressions import names_in
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import Checkpoint
@@ -68,7 +69,10 @@ def write_ranks(
     write_weights(plan, LocalStore(folder), workers=1)
     for name, (kind, content) in plan.beside.items():
         (folder / name).write_bytes(encode_config(name, kind, content))
-    return Trip(world, case, read_checkpoint(folder, layout))
+    checkpoint = read_checkpoint(folder, layout)
+    if any("given" in names_in(dim) for dim in mapping.dims.values()):
+        checkpoint = replace(checkpoint, target_config=world.config)
+    return Trip(world, case, checkpoint)
 
 
 def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
@@ -113,12 +117,15 @@ def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
     found, counts = np.unique(numbers, return_counts=True)
     arrays = trip.world.arrays()
     wanted: dict[float, int] = {}
-    for name in trip.world.tied.values():
-        wanted.update(dict.fromkeys(arrays[name].ravel().tolist(), 2))
+    for name, to in trip.world.tied.items():
+        spec = next(one for one in trip.world.pieces.targets.values() if one.name.match(name) is not None)
+        if not spec.instances[0].rule.optional:  # else the rank files need not hold it twice
+            wanted.update(dict.fromkeys(arrays[to].ravel().tolist(), 2))
     for number in np.setdiff1d(np.arange(trip.world.elements), found)[:1]:
         yield Failure(f"{element_of(arrays, number)} is in no rank file", where=trip.where)
+    padded = any(group.instance.rule.zeros for group, _ in plan.copies.outputs)
     for number, count in zip(found.tolist(), counts.tolist(), strict=True):
-        if count != wanted.get(number, 1):
+        if count != wanted.get(number, 1) and (number or not padded):  # padding is zeros
             yield Failure(f"{element_of(arrays, number)} is in the rank files {count} times", where=trip.where)
             return
 
