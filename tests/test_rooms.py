@@ -73,3 +73,16 @@ def test_the_architecture_page_lists_the_rooms_in_order() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = re.findall(r"^([a-z]+) {2,}\S", page.split("## Rooms")[1].split("```")[1], re.M)
     assert tuple(listed) == ROOMS
+
+
+def test_no_test_module_imports_another() -> None:
+    """What tests share lies in tests/support, and fixtures in a conftest."""
+    found = []
+    for path in sorted((ROOT / "tests").glob("**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [
+                (str(path.relative_to(ROOT)), name) for name in names if name.rpartition(".")[2].startswith("test_")
+            ]
+    assert found == []

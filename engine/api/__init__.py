@@ -27,7 +27,6 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
 from engine.run.execute import Report, read_checkpoint
-from engine.show.notebook import shows_itself
 
 __all__ = [
     "Model",
@@ -69,22 +68,3 @@ __all__ = [
     "virtual",
     "write_meanings",
 ]
-
-
-def _notebooks() -> None:
-    """Plans and reports show themselves in notebooks."""
-    from engine.comparing.comparison import Comparison
-    from engine.comparing.verify import Verified
-    from engine.discover.inspect import Inspection
-    from engine.planning.model import Plan
-
-    shows_itself(Plan, repr, describe_plan)
-    shows_itself(Inspection, lambda found: f"{found.folder}: {found.kind}", lambda found: found.as_dict())
-    shows_itself(Report, lambda done: f"written to {done.out}", lambda done: done.as_dict())
-    shows_itself(Comparison, lambda done: f"{done.out} against {done.ref}", lambda done: done.as_dict())
-    shows_itself(
-        Verified, lambda found: "verified" if not found.problems else "problems", lambda found: found.as_dict()
-    )
-
-
-_notebooks()

@@ -11,6 +11,7 @@ from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
 from engine.run.execute import read_checkpoint
+from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
     from engine.comparing.comparison import Comparison
@@ -61,6 +62,7 @@ def explain(
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
+@displayed
 def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: bool = False) -> Inspection:
     """What a folder is: a training checkpoint, a Hugging Face checkpoint, or a folder of steps.
 
@@ -100,6 +102,7 @@ def mappings() -> list[MappingFile]:
     return load_all()[0]
 
 
+@displayed
 def compare(
     out: str | Path,
     ref: str | Path,
@@ -126,17 +129,19 @@ def compare(
         progress: called with bytes of `out` compared and in all, a few times a second.
 
     Raises:
-        EngineError: E2xx and E3xx when either cannot be read.
+        EngineError: E2xx and E3xx when either cannot be read, E402 when replicas of a training checkpoint differ.
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.comparison import compare_sides
     from engine.comparing.sides import read_side
     from engine.run.meter import Meter
+    from engine.run.replicas import compare_replicas
     from engine.storage.places import found_at
 
     def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
         def made() -> tuple[Plan, Mapping[str, bytes]]:
             compiled = plan(mapping or "", where, settings=settings, dtype=dtype)
+            compare_replicas(compiled, lambda _: None)
             return compiled, make_assets(compiled, None).whole()
 
         return None if mapping is None else made
@@ -243,6 +248,7 @@ def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
     ]
 
 
+@displayed
 def verify(
     out: str | Path,
     progress: Callable[[Progress], None] | None = None,

@@ -20,6 +20,7 @@ from engine.run.running import (
     WholeRunOptions,
     running_of,
 )
+from engine.show.notebook import displayed
 from engine.storage.places import Source, is_url
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "iter_tensors", "reshard", "reverse", "run_plan"]
 
 
+@displayed
 def convert(
     mapping: str | Path | MappingFile,
     src: Source = ".",
@@ -64,6 +66,7 @@ def convert(
     return _write(plan(mapping, src, **keywords(options, WholeOptions)), str(src), out, how, started)
 
 
+@displayed
 def reverse(
     mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReverseRunOptions]
 ) -> Report:
@@ -90,6 +93,7 @@ def reverse(
     return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), str(src), out, how, started)
 
 
+@displayed
 def reshard(
     mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReshardRunOptions]
 ) -> Report:
@@ -108,6 +112,7 @@ def reshard(
     return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), str(src), out, how, started)
 
 
+@displayed
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
     """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
     started = time.monotonic()

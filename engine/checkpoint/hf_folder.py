@@ -25,6 +25,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MAX_INDEX = 64 << 20  # bytes: some 500,000 tensors
 _READERS = 4  # threads: indexing waits on storage, not on the processor
 _TORCH = (".bin", ".pt", ".pth")
+_ADAPTER = "adapter_config.json"  # where transformers sees that file, it adds the adapter to the weights
 
 
 def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
@@ -44,6 +45,8 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
     """
     if isinstance(where, File):
         return _read_shards(where) if where.name.endswith(".index.json") else (_read_weights(where),)
+    if File(where, _ADAPTER).exists:
+        raise _adapter(where)
     for name in WEIGHTS:
         single, index = File(where, name), File(where, f"{name}.index.json")
         if single.exists and index.exists:
@@ -55,6 +58,14 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
         if index.exists:
             return _read_shards(index)
     raise _no_weights(where)
+
+
+def other_weights(where: Store | File, files: tuple[FileHeader, ...]) -> tuple[str, ...]:
+    """Weight files of a folder that are not among those that were read; some programs read all that lie there."""
+    if isinstance(where, File):
+        return ()
+    read = {file.name for file in files}
+    return tuple(name for name in where.names() if name.endswith((".safetensors", *_TORCH)) and name not in read)
 
 
 def read_hf_config(where: Store | File) -> dict[str, Any]:
@@ -180,6 +191,17 @@ def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: 
             expected="every tensor of the files in the index",
             fix="The index and the files are of two different saves; copy the folder again.",
         )
+
+
+def _adapter(folder: Store) -> EngineError:
+    return EngineError(
+        "E304",
+        "the folder has an adapter beside or instead of its weights",
+        place=Place(folder.place(_ADAPTER)),
+        got=_ADAPTER,
+        expected="weights that are the whole model",
+        fix="Merge the adapter into the weights first, as peft's `merge_and_unload` does; or move its files away.",
+    )
 
 
 def _two_sets(folder: Store, name: str) -> EngineError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, fields
 from functools import wraps
@@ -13,11 +13,12 @@ from typing import Any, Concatenate, ParamSpec
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
 from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
-from engine.planning.request import DTYPES, RANK_OPTIONS, Request, dtype_name, parse_size
+from engine.planning.request import DTYPES, JOBS, RANK_OPTIONS, Request, dtype_name, parse_size
 from engine.run.running import Running
 
 P = ParamSpec("P")
@@ -63,6 +64,9 @@ class Size(click.ParamType[int]):
 
 class Dtype(click.ParamType[str]):
     name = "|".join(DTYPES)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in DTYPES if name.startswith(incomplete)]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
@@ -249,11 +253,27 @@ SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already sa
 _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source")
 
 
+def rank_flags(command: Command) -> Command:
+    """Numbers of ranks of the dimensions that have options of their own."""
+    for name, told in reversed(RANK_OPTIONS.items()):
+        command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
+    return command
+
+
+def of_job(ctx: click.Context, job: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a job has; a usage error for one that was given and that it has not."""
+    takes = JOBS[job].takes.__annotations__
+    for param in ctx.command.params:
+        given = ctx.get_parameter_source(str(param.name)) is not ParameterSource.DEFAULT
+        if param.name in options and param.name not in takes and given:
+            raise click.UsageError(f"{param.opts[0]} is no option of {job}", ctx)
+    return {name: value for name, value in options.items() if name in takes}
+
+
 def rank_options(command: Command) -> Command:
     """How `reverse` and `reshard` cut the model."""
     command = asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype")(command)
-    for name, told in reversed(RANK_OPTIONS.items()):
-        command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
+    command = rank_flags(command)
     command = click.option(
         "--out", "-o", required=True, metavar="DIR", shell_complete=folders, help="The folder to write."
     )(command)

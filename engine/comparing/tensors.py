@@ -107,13 +107,15 @@ class _Comparer:
         search = Search(self.tensors, self.out, self.ref, geometry_of(self.configs))
         relations = {name: search.relate(name, first) for name in left}
         for name, relation in relations.items():
-            self._told(name, relation, relations)
+            self._told(name, relation, relations, search)
         for name, relation in relations.items():
             other = None if relation is None or relation.kind != "other" else relation.other
             if other is not None and name not in self.ref and other not in self.found:
                 self._verdict(other, "missing", other=name, note=f"equals {name} of the output")
 
-    def _told(self, name: str, relation: Relation | None, all_of: Mapping[str, Relation | None]) -> None:
+    def _told(
+        self, name: str, relation: Relation | None, all_of: Mapping[str, Relation | None], search: Search
+    ) -> None:
         one, two = self.out[name], self.ref.get(name)
         if relation is not None and relation.kind == "other" and relation.other is not None:
             back = all_of.get(relation.other)
@@ -132,14 +134,15 @@ class _Comparer:
         words = "" if relation is None else relation.words
         self._verdict(name, kind, note=words, rotary=None if relation is None else relation.rotary)
         if kind in _MEASURED:
-            self._measure(name, one, two)
+            self._measure(name, one, two, search)
 
-    def _measure(self, name: str, one: View, two: View) -> None:
+    def _measure(self, name: str, one: View, two: View, search: Search) -> None:
         """How many elements differ, how far, and the first."""
         import numpy as np
 
-        here, there = as_matrix(one), as_matrix(two)
-        told = None if here is None or there is None else changes_of(self.tensors, here, there)
+        here, there, told = as_matrix(one), as_matrix(two), search.changes.get(name)
+        if told is None and here is not None and there is not None:
+            told = changes_of(self.tensors, here, there)
         found = self.found[name]
         if told is None:
             self.found[name] = replace(found, note=found.note or "types that cannot be compared")

@@ -78,7 +78,7 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
 def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan | EngineError:
     try:
         mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
-        return make_plan(mapping, layout, checkpoint, settings={})
+        return make_plan(mapping, layout, checkpoint)
     except EngineError as error:
         return error
 

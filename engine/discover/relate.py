@@ -25,6 +25,7 @@ _MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too ma
 _FEWEST_UNITS = 4  # different units that an order must put in place
 _SHORTEST = 4  # elements of a run
 _TELLING = 64  # elements that a relation of values to another tensor must hold for
+_TRIED = 32  # tensors, the likeliest first, whose values are tried
 _CLOSE = 0.1  # of its size
 _MOST_RUNS = 4  # stretches that are named one by one
 
@@ -47,12 +48,17 @@ class Relation:
 
 
 class Search:
-    """The tensors of two checkpoints, and what is known of them so far."""
+    """The tensors of two checkpoints, and what is known of them so far.
+
+    Attributes:
+        changes: how tensors differ from the reference's of the same name, where that was looked at.
+    """
 
     def __init__(
         self, tensors: Tensors, out: Mapping[str, View], ref: Mapping[str, View], geometry: Geometry | None
     ) -> None:
         self.geometry = geometry
+        self.changes: dict[str, Changes | None] = {}
         self._tensors = tensors
         self._out, self._ref = out, ref
         self._prints: dict[tuple[View, str], Prints] = {}
@@ -79,7 +85,7 @@ class Search:
         arranged = self._arranged(name, one, own, kind)
         if arranged is not None or out.shape != ref.shape or one.shape != own.shape:
             return arranged
-        changes = changes_of(self._tensors, one, own)
+        changes = self.changes[name] = changes_of(self._tensors, one, own)
         region = None if changes is None else region_of(changes, out.shape)
         if changes is not None and region is not None and "scattered" not in region.words:
             return self._local(name, one, own, changes, region, kind)
@@ -253,7 +259,7 @@ class Search:
                 words = values(own.split(0, one.shape[0] // head, *halves).swap(1, 2))
                 if words is not None:
                     return Relation("permuted", f"rotary pairs in every head, {words}", rotary=rotary)
-        for other in others:
+        for other in others[:_TRIED]:
             view = as_matrix(self._ref[other])
             if view is not None and view.shape == one.shape and one.elements >= _TELLING:
                 words = values(view)

@@ -30,6 +30,7 @@ from engine.language.names import pattern
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
+from engine.planning.request import Request as Asked
 from engine.planning.stored import strip
 from engine.proving.lint import lint_file
 
@@ -204,7 +205,7 @@ def _ordered(request: Request) -> list[tuple[str, MappingFile]]:
 def _plan(request: Request, mapping: MappingFile) -> tuple[Plan | None, EngineError | None]:
     """A plan for the family; where shapes leave a variant open, one of the plans and the question."""
     try:
-        return make_plan(mapping, request.layout, request.checkpoint, settings={}), None
+        return make_plan(mapping, request.layout, request.checkpoint), None
     except EngineError as error:
         if error.code != "E202":
             return None, None
@@ -213,7 +214,7 @@ def _plan(request: Request, mapping: MappingFile) -> tuple[Plan | None, EngineEr
     for choices in list(product(*(v.choices for v in free)))[:16]:
         settings = {v.name: choice for v, choice in zip(free, choices, strict=True)}
         try:
-            return make_plan(mapping, request.layout, request.checkpoint, settings=settings), question
+            return make_plan(mapping, request.layout, request.checkpoint, Asked(mapping, settings=settings)), question
         except EngineError:
             continue
     return None, None
@@ -257,7 +258,7 @@ def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Pla
             listed = "\n".join(f"{f.code} {f.message}" for f in findings)
             raise EngineError("E901", "the drafted mapping does not lint clean", got=listed, fix="Please report it.")
         try:
-            return None, make_plan(load_mapping(path), request.layout, request.checkpoint, settings={})
+            return None, make_plan(load_mapping(path), request.layout, request.checkpoint)
         except EngineErrors as errors:
             return {"code": errors.errors[0].code, "message": errors.errors[0].message}, None
         except EngineError as error:

@@ -56,6 +56,10 @@ class Forward(Protocol):
         """Rows of the embedding."""
         ...
 
+    def embedding(self, low: int, high: int) -> torch.Tensor:
+        """Rows low..high of the embedding [rows, hidden]."""
+        ...
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Tokens [sequence] → hidden states [sequence, hidden]."""
         ...

@@ -147,6 +147,20 @@ class Forward:
         spot, key = self._shards.edge(f"{stem}.weight", f"{stem}.word_embeddings.weight")
         return self._shards.edges(spot, key), "word_embeddings" in key
 
+    def embedding(self, low: int, high: int) -> torch.Tensor:
+        """Rows low..high of the embedding, put together from all ranks."""
+        import torch
+
+        parts, by_vocab = self._embedding()
+        if not by_vocab:
+            return torch.cat([self._shards.rows(part, low, high) for part in parts], dim=1)
+        found, first = [], 0
+        for part in parts:
+            count = part.shape[0]
+            found.append(self._shards.rows(part, min(max(low - first, 0), count), min(max(high - first, 0), count)))
+            first += count
+        return torch.cat(found)
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The first hidden state: each id's row, from the rank that has it or put together from all ranks."""
         import torch

@@ -7,7 +7,7 @@ for itself alone and one wrong layer does not make all later ones look wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Both sides compute in float32 and differ by the order of sums only. A sum of thousands of products
 # is off by tens of units in the last place, and layers add up; a wrong tensor is off by the whole.
 _EXACT = 4096 * 2.0**-23
+_EMBEDDED = 4096  # rows of the embedding that are looked at together
 _ROUNDED = 16  # units in the last place of the type that weights were rounded to
 _PRECISION = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
 
@@ -101,7 +102,8 @@ def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], prog
                 found = _compare(training, streamed, parts, progress)
             except (RuntimeError, ValueError, IndexError) as error:
                 return _failed(*numbers, f"the model does not run: {one_line(error)}")
-            return replace(found, problems=(*found.problems, *numbers))
+            rows = () if any(one.place == "embedding" for one in found.wrong) else _rows(training, streamed, parts[0])
+            return replace(found, problems=(*found.problems, *rows, *numbers))
 
 
 def _numbers(training: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -117,6 +119,23 @@ def _numbers(training: Mapping[str, Any], config: Mapping[str, Any]) -> list[str
         for key, value in wanted.items()
         if key in told and alike.get(str(told[key]), told[key]) != value
     ]
+
+
+def _rows(training: Forward, streamed: StreamedModel, embedding: Any) -> Iterator[str]:
+    """Rows of the embedding that are not training's, those of tokens that were not run too."""
+    tolerance = _tolerance(streamed.dtypes, training.dtypes)
+    wrong: list[int] = []
+    count = min(training.vocab(), embedding.num_embeddings)
+    for low in range(0, count, _EMBEDDED):
+        high = min(low + _EMBEDDED, count)
+        got, wanted = streamed.rows(embedding, low, high), training.embedding(low, high)
+        if got is None or got.shape != wanted.shape:
+            return
+        off = (got - wanted).abs() > tolerance * (wanted.abs() + wanted.pow(2).mean().sqrt())
+        wrong += [low + int(row) for row in (off | got.isnan()).any(dim=1).nonzero()[:, 0]]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        yield f"embedding: row {wrong[0]}{more} of {count} differs from training's"
 
 
 def _failed(*problems: str) -> Logits:

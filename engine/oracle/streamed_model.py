@@ -85,6 +85,12 @@ class StreamedModel:
         module.register_forward_pre_hook(load)
         module.register_forward_hook(drop)
 
+    def rows(self, module: Any, low: int, high: int) -> Any:
+        """Rows low..high of a module's weight; None for a module that has none."""
+        name = next((path for path, one in self.model.named_modules() if one is module), None)
+        found = self._found.get(f"{name}.weight")
+        return None if found is None else self._tensors.read(*found, low, high)
+
     def parts(self) -> Sequence[Any] | None:
         """Embedding, layers, last norm and head, if it is built as Llama is; else None."""
         base = self.model.base_model

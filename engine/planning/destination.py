@@ -12,6 +12,7 @@ from engine.errors import EngineError
 from engine.language.axes import extent
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
+from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.language.rules import STORED
 from engine.planning.groups import cut_of
@@ -20,21 +21,6 @@ from engine.planning.stages import Stages, in_order, laid_out
 from engine.planning.stored import Instance
 
 _MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a user asks for; what is None or absent is taken from a checkpoint or left at 1.
-
-    Attributes:
-        mode: a mode of the layout, or an alias.
-        sizes: ranks per dimension (`tp`, `pp`, `wp`).
-        chunks: model chunks per pipeline rank.
-    """
-
-    mode: str | None = None
-    sizes: Mapping[str, int] | None = None
-    chunks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +150,7 @@ def cut_layers(
             f"at most {layers // chunks}",
             "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if chunks > 1 else "."),
         )
-    order = in_order(layout, sizes, chunks, names)
+    order = in_order(layout, sizes, dims, chunks, names)
     if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
         return like
     share = shares(layers // chunks, ranks, layout.layers.uneven)
@@ -183,6 +169,29 @@ def asked(ranks: Mapping[str, int]) -> str:
 def flag(dim: str) -> str:
     """What stands before a number of ranks on the command line."""
     return f"--{dim} " if dim in RANK_OPTIONS else f"--ranks {dim}="
+
+
+def destination_names(
+    layout: Layout,
+    mapping: MappingFile,
+    mode: str,
+    sizes: Mapping[str, int],
+    chunks: int,
+    layers: int,
+    training: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What layout expressions and `training_config` see of a destination.
+
+    Every rank dimension that any mode of the layout has is there, as 1 where this mode lacks it.
+    """
+    names: dict[str, Any] = dict(counts_of(layout, sizes))
+    kind = training.get("model_type")
+    if kind is None and mapping.model_types:
+        kind = mapping.model_types[0]  # as of historical names, the first is the one written
+    if kind is not None:
+        names["model_type"] = kind
+    return {**names, "mode": mode, "chunks": chunks, "layers": layers, "options": options, "training": training}
 
 
 def check_cuts(

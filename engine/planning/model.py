@@ -13,7 +13,7 @@ from engine.language.model import Mapping as MappingFile
 from engine.planning.classes import CopyTable
 from engine.planning.copies import Copy
 from engine.planning.stages import Stages
-from engine.planning.stored import SourceTensor
+from engine.planning.stored import End, SourceTensor
 from engine.planning.variants import Decision
 
 
@@ -62,6 +62,14 @@ class Replicas:
     sources: tuple[int, ...]
     name: str
     rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """Stored slices of one tensor, of one shape: no two can be equal, constants aside, unless one is a copy."""
+
+    sources: tuple[int, ...]
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +132,11 @@ class Plan:
     dtype: str
     max_shard_size: int
     shards: tuple[OutputFile, ...]
+    reads: End = "training"
     written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
     noted: Mapping[str, Any] = field(default_factory=dict)  # keys of the source's configuration that nothing reads
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
+    slices: tuple[Slices, ...] = ()
     departures: tuple[Departure, ...] = ()  # in what the model is not the release of the mapping
 
     @property

@@ -20,6 +20,7 @@ from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
+    from engine.planning.stored import End
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.
@@ -88,6 +89,7 @@ class Request:
     Attributes:
         mapping: a path, the name of a bundled mapping, or a loaded one.
         src: the folder of the checkpoint that is read.
+        reads, writes: the ends of the mapping: `training` for rank files, `whole` for a Hugging Face checkpoint.
         config: a file with the target's configuration, for what the checkpoint does not say.
         settings: variants and options of the mapping or its layout, as `--set` gives them.
         dtype: one of `DTYPES`, a short form like `bf16`, or a torch dtype; `auto` keeps each tensor's own type.
@@ -131,6 +133,8 @@ class Request:
         metadata=option("Most bytes of tensors in one output file, like 2GB or 5GiB.", "size", shown="2GB"),
     )
     strict: bool = field(default=False, metadata=option("Refuse sizes other than those the release has.", "flag"))
+    reads: End = "training"
+    writes: End = "whole"
     ranks: Mapping[str, int] = field(
         default_factory=dict,
         metadata=option("Ranks to write, of any dimension that the layout has.", metavar="DIM=N,…"),
@@ -193,25 +197,52 @@ class ReverseOptions(RankOptions, total=False):
     lossy: Sequence[str]
 
 
+class AnyOptions(ReverseOptions, total=False):
+    """Keywords of whatever plans something."""
+
+    max_shard_size: int | str
+    strict: bool
+
+
 def keywords(options: Mapping[str, Any], takes: type) -> Any:
     """Those of some keywords that a function takes."""
     return {name: value for name, value in options.items() if name in takes.__annotations__}
 
 
-def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[str, Any], takes: type) -> Request:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A pair of ends, and the keywords that plan it."""
+
+    reads: End
+    writes: End
+    takes: type
+
+
+JOBS = {
+    "run": Job("training", "whole", WholeOptions),
+    "reverse": Job("whole", "training", ReverseOptions),
+    "reshard": Job("training", "training", RankOptions),
+}
+
+
+def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[str, Any], job: str) -> Request:
     """The request that keywords make.
 
     Args:
-        takes: the keywords there are.
+        job: which of `JOBS`.
 
     Raises:
-        TypeError: for a keyword that is none of them, as Python does.
+        TypeError: for a keyword that is none of the job's, as Python does.
+        EngineError: E001 for a job that there is not, and as `Request`.
     """
-    check_keywords(options, takes)
+    if job not in JOBS:
+        raise EngineError("E001", f"there is no job `{job}`", expected=", ".join(JOBS))
+    does = JOBS[job]
+    check_keywords(options, does.takes)
     ranks = ranks_given(options.get("ranks"))
     ranks |= {name: options[name] for name in RANK_OPTIONS if options.get(name) is not None}
     given = {name: value for name, value in own(options, Request).items() if value is not None}
-    return Request(mapping, src, **{**given, "ranks": ranks})
+    return Request(mapping, src, **{**given, "ranks": ranks, "reads": does.reads, "writes": does.writes})
 
 
 def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:

@@ -13,6 +13,7 @@ from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place
 from engine.language.axes import Axis, Node, Product, leaves
 from engine.planning.groups import Group
+from engine.planning.stored import Instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +306,14 @@ def size_error(found: Contradiction) -> EngineError:
         fix=f"{found.rule}. Either the mapping is not the one for this checkpoint, or {found.file} is from "
         "another run (compare its date and training step with the others), or rank files are missing at the end.",
     )
+
+
+def check_known(used: Sequence[Instance], sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> None:
+    """E204, or why it could not be computed, for the first axis of some tensors whose size is not known."""
+    for one in used:
+        for axis in (*one.axis_names(), *one.axes.names()):
+            if axis not in sizes:
+                raise unread.get(axis) or unknown_error(axis, one.rule.place)
 
 
 def unknown_error(axis: str, place: Place | None) -> EngineError:

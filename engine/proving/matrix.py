@@ -16,7 +16,7 @@ from engine.checkpoint.ranks import rank_dims, stage_dims
 from engine.language.expressions import names_in
 from engine.language.model import Layout, Mode
 from engine.language.model import Mapping as MappingFile
-from engine.planning.destination import Request
+from engine.planning.request import Request
 
 _MAX_COMBINATIONS = 512
 _SAMPLE = 60  # candidates looked at for each row
@@ -40,8 +40,22 @@ class Case:
     chunks: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)  # variants and options of the layout
 
-    def request(self) -> Request:
-        return Request(self.mode, self.sizes, self.chunks)
+    def request(self, mapping: MappingFile, choices: Mapping[str, str], lossy: Sequence[str] = ()) -> Request:
+        """What writes a mapping's model so.
+
+        Args:
+            choices: of the mapping's variants.
+        """
+        return Request(
+            mapping,
+            settings={**choices, **self.settings},
+            reads="whole",
+            writes="training",
+            mode=self.mode,
+            ranks=self.sizes,
+            chunks=self.chunks,
+            lossy=lossy,
+        )
 
 
 def cases(layout: Layout) -> list[Case]:

@@ -18,7 +18,7 @@ from engine.language.model import Expression, Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import claims
 from engine.planning.config_keys import as_declared, declared, leaves, read_config, source_side, target_side
-from engine.planning.planner import present_in
+from engine.planning.source import present_in, render_known
 from engine.planning.variants import decide, options_of
 from engine.proving.probes import Given, Outcome, constants, divisors_of, name_of, others, scenarios, table, unusual
 from engine.proving.tiny import World, Worlds, of_files, training_names
@@ -103,7 +103,6 @@ class _Forth:
 
     def base(self) -> dict[str, Any]:
         """Every key that is read, with a value that tells it from the others; options likewise."""
-        from engine.planning.backward import render_known
 
         names = {**self.world.config, **self.world.choices, **self.world.sizes, **_GRID, "options": {}}
         written = dict(leaves(render_known(self.mapping.training_config, names)))

@@ -1,4 +1,4 @@
-"""Replicas: tensors that every rank holds must be the same on every rank, bit for bit."""
+"""Replicas, tensors that every rank holds, must be the same on every rank, bit for bit; slices of one must not."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from engine.move.blocks import BLOCK_BYTES, block_of, blocks
 from engine.move.gather import Gatherer
 from engine.move.values import elements, float_type
 from engine.planning.copies import Copy
-from engine.planning.model import Plan, Replicas, Tied
+from engine.planning.model import Plan, Replicas, Slices, Tied
 from engine.storage.sources import SourceFiles
 
-Check = Replicas | Tied
+Check = Replicas | Tied | Slices
+_SAMPLE = 4096  # bytes of a slice, in which slices of a trained tensor already differ
+_FEW = 32  # elements that may be equal by chance
 
 
 def checks(plan: Plan) -> tuple[Check, ...]:
-    """What must be equal before anything is written."""
-    return (*plan.replicas, *plan.tied)
+    """What must be equal, or must not, before anything is written."""
+    return (*plan.replicas, *plan.tied, *plan.slices)
 
 
 def compare_replicas(
@@ -36,13 +38,15 @@ def compare_replicas(
         stopped: asked at every block; True ends the comparing early, with no result.
 
     Raises:
-        EngineError: E402 naming the ranks that differ and the largest deviation.
+        EngineError: E402 naming the ranks that differ and the largest deviation, E306 for slices that are equal.
     """
     with SourceFiles(plan.files) as files:
         first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
         for check in checks(plan) if some is None else some:
             if isinstance(check, Tied):
                 _compare_tied(plan, check, first, other, stopped)
+            elif isinstance(check, Slices):
+                _compare_slices(plan, check, first, other, stopped)
             else:
                 _compare(plan, check, first, other, advance, stopped)
 
@@ -68,6 +72,39 @@ def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer, stop
             expected="the same bytes, since only one of the two is written",
             fix="Let `tie_word_embeddings` be false, so that both are written.",
         )
+
+
+def _compare_slices(plan: Plan, slices: Slices, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
+    """E306 for two slices that are equal to the last bit, constants and the smallest aside."""
+    header = plan.sources[slices.sources[0]].header
+    size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
+    seen: dict[bytes, int] = {}
+    for source in slices.sources if size >= _FEW else ():
+        if stopped():
+            return
+        if plan.sources[source].header.dtype != header.dtype:
+            continue
+        copy = _whole(plan, source)
+        sample = bytes(other.gather(block_of([copy], 0, min(size, _SAMPLE // item)), header.dtype))
+        one = seen.setdefault(sample, source)
+        if one == source or sample == sample[:item] * (len(sample) // item):
+            continue
+        limit = BLOCK_BYTES // item
+        pairs = zip(*(blocks([_whole(plan, s)], size, limit) for s in (one, source)), strict=True)
+        if all(_same(first.gather(x, header.dtype), other.gather(y, header.dtype)) for x, y in pairs):
+            raise _alike(plan, slices, one, source)
+
+
+def _alike(plan: Plan, slices: Slices, one: int, source: int) -> EngineError:
+    file, other = (plan.files[plan.sources[s].file].name for s in (one, source))
+    return EngineError(
+        "E306",
+        f"`{other}` and `{file}` hold the same slice of `{slices.name}`",
+        place=Place(other, tensor=plan.sources[source].header.name),
+        got=f"slices of {' × '.join(map(str, plan.sources[source].header.shape))} that are equal to the last bit",
+        expected="another slice on each rank: this tensor is cut",
+        fix="The tensor, or its file, was copied from the other rank: copy the file again from the training run.",
+    )
 
 
 def replica_bytes(plan: Plan) -> int:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from html import escape
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from engine.show.text import amount, shown
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LONGEST = 200  # characters of a `repr` that is a title
 _MOST_ROWS = 200  # of one table; the terminal and `as_dict` have all
 
 
@@ -57,10 +62,22 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, heading: boo
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def shows_itself(kind: type, title: Callable[[Any], str], facts: Callable[[Any], Mapping[str, Any]]) -> None:
-    """Have notebooks show things of a kind as HTML."""
+def displayed(function: Callable[P, T]) -> Callable[P, T]:
+    """Have notebooks show what a function returns as HTML; its type is told so when the first one is returned."""
 
-    def _repr_html_(self: Any) -> str:
-        return as_html(title(self), facts(self))
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        found = function(*args, **kwargs)
+        if not hasattr(type(found), "_repr_html_"):
+            setattr(type(found), "_repr_html_", _repr_html_)  # noqa: B010  (what notebooks look for)
+        return found
 
-    setattr(kind, "_repr_html_", _repr_html_)  # noqa: B010  (what notebooks look for)
+    return call
+
+
+def _repr_html_(self: Any) -> str:
+    from engine.explaining.describe import describe_plan
+
+    facts = self.as_dict() if hasattr(self, "as_dict") else describe_plan(self)
+    told = repr(self)
+    return as_html(told if len(told) < _LONGEST else type(self).__name__, facts)

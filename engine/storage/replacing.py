@@ -25,9 +25,19 @@ def given_path(path: str | Path, what: str) -> Path:
         got = "nothing"
     elif "\0" in str(path):
         got = "a NUL in it"
+    elif not _encodes(str(path)):
+        got = "half characters in it, which no file system takes"
     else:
         return Path(path)
     raise EngineError("E001", f"{what} has no path", got=got, fix="Write it out; the current folder is `./`.")
+
+
+def _encodes(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def exists(path: Path | str, fix: str, got: str | None = None) -> EngineError:

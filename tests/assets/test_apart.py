@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,9 +17,11 @@ from engine.assets import apart
 from engine.assets.tokenizer import convert_tokenizer
 from engine.errors import EngineError
 from engine.run.memory import predicted_memory
-from tests.assets.test_tokenizer import SPEC, model_file  # noqa: F401
-from tests.move.test_sharing import LETTERS, MODEL
-from tests.support.shards import save
+from tests.support.chats import SPEC
+from tests.support.shards import Model, save
+
+MODEL = Model("v2", layers=3, hidden=64, heads=4, groups=2, ffn=96, vocab=512, bias=False)
+LETTERS = {"mlp_letters": MODEL.letters}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def convert(file: Path, spec: dict[str, Any] = SPEC) -> dict[str, bytes]:
     return apart.convert_apart(file, spec, threading.Event())
 
 
-def test_another_process_gives_the_same_files(model_file: Path) -> None:  # noqa: F811
+def test_another_process_gives_the_same_files(model_file: Path) -> None:
     with mock.patch.object(apart, "convert_tokenizer", side_effect=AssertionError("not in this process")):
         files = convert(model_file)
     assert files == convert_tokenizer(model_file, SPEC)
@@ -51,21 +52,21 @@ def test_an_error_of_the_other_process_is_told_as_if_it_were_ours(tmp_path: Path
 @pytest.mark.parametrize("program", ["", "no-such-program", "false", "true"])
 def test_without_another_process_it_is_converted_here(
     program: str,
-    model_file: Path,  # noqa: F811
+    model_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "executable", program)
     assert convert(model_file) == convert_tokenizer(model_file, SPEC)
 
 
-def test_a_run_that_stops_does_not_wait_for_it(model_file: Path) -> None:  # noqa: F811
+def test_a_run_that_stops_does_not_wait_for_it(model_file: Path) -> None:
     stopped = threading.Event()
     stopped.set()
     assert apart.convert_apart(model_file, SPEC, stopped) == {}
 
 
 def test_modules_are_not_taken_from_the_current_folder(
-    model_file: Path,  # noqa: F811
+    model_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -76,7 +77,7 @@ def test_modules_are_not_taken_from_the_current_folder(
     assert not (tmp_path / "planted").exists()
 
 
-def test_the_memory_it_takes_is_told_and_counts_in_what_is_allowed(model_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_memory_it_takes_is_told_and_counts_in_what_is_allowed(model_file: Path, tmp_path: Path) -> None:
     code = """
 import re, sys
 sys.stdout = open("/dev/null", "w")
@@ -87,7 +88,7 @@ print(re.search("VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1], fil
     asked = json.dumps({"file": str(model_file), "spec": SPEC})
     done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, check=True)
     assert int(done.stderr) * 1024 <= apart.predicted_memory(model_file)
-    model = replace(MODEL, vocab=512)
+    model = MODEL
     save(model, tmp_path / "step", tp=1)
     plan = engine.plan(model.mapping, tmp_path / "step", settings=LETTERS)
     allowed = predicted_memory(plan, 1) + apart.predicted_memory(model_file) - 1

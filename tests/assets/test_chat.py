@@ -7,49 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 
 from engine.assets.chat import chat_template
 from engine.assets.generation import generation_config
 from engine.assets.model_card import model_card
-from engine.assets.tokenizer import convert_tokenizer
 from engine.errors import EngineError
-from tests.support.sentencepiece_models import train
-
-SPEC = {"bos": "<s>", "eos": "</s>", "pad": "</s>"}
-TURNS = [
-    {"role": "system", "content": "the cat"},
-    {"role": "user", "content": " 你好  x\n"},
-    {"role": "assistant", "content": "banana"},
-    {"role": "user", "content": "on a mat"},
-]
-NAMES = ["<|im_start|>", "<|im_end|>", "<|plugin|>", "<|interpreter|>"]
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chat") / "tokenizer.model"
-    path.write_bytes(train(user_defined_symbols=["[U0]", "[U1]", "[U2]", "[U3]", "<eoh>", "<eoa>"]))
-    return path
-
-
-def load(folder: Path, model_file: Path, template: str) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    rename = {theirs.piece_to_id(f"[U{i}]"): name for i, name in enumerate(NAMES)}
-    for name, data in convert_tokenizer(model_file, {**SPEC, "rename": rename}).items():
-        (folder / name).write_bytes(data)
-    (folder / "chat_template.jinja").write_text(chat_template(template))
-    return AutoTokenizer.from_pretrained(folder), theirs
+from tests.support.chats import TURNS, load
 
 
 def ids(tokenizer: Any, turns: list[dict[str, str]], prompt: bool = True) -> list[int]:
     return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
 
 
-def test_internlm2_chat_gives_special_ids_around_sentencepiece_ids(tmp_path: Path, model_file: Path) -> None:
-    tokenizer, theirs = load(tmp_path, model_file, "internlm2-chat")
+def test_internlm2_chat_gives_special_ids_around_sentencepiece_ids(tmp_path: Path, chat_model: Path) -> None:
+    tokenizer, theirs = load(tmp_path, chat_model, "internlm2-chat")
     start, end = theirs.piece_to_id("[U0]"), theirs.piece_to_id("[U1]")
     expected = [1]
     for turn in TURNS:
@@ -59,21 +30,21 @@ def test_internlm2_chat_gives_special_ids_around_sentencepiece_ids(tmp_path: Pat
     assert ids(tokenizer, TURNS) == [*expected, start, *theirs.encode("assistant\n")]
 
 
-def test_internlm2_chat_names_tools_by_their_tokens(tmp_path: Path, model_file: Path) -> None:
-    tokenizer, _ = load(tmp_path, model_file, "internlm2-chat")
+def test_internlm2_chat_names_tools_by_their_tokens(tmp_path: Path, chat_model: Path) -> None:
+    tokenizer, _ = load(tmp_path, chat_model, "internlm2-chat")
     turns = [{"role": "environment", "name": "plugin", "content": "1"}, {"role": "user", "name": "ann", "content": "2"}]
     text = tokenizer.decode(ids(tokenizer, turns, prompt=False))
     assert text == ("<s><|im_start|>environment name=<|plugin|>\n1<|im_end|>\n<|im_start|>user name=ann\n2<|im_end|>\n")
 
 
-def test_internlm_chat_gives_sentencepiece_ids_of_upstreams_prompt(tmp_path: Path, model_file: Path) -> None:
-    tokenizer, theirs = load(tmp_path, model_file, "internlm-chat")
+def test_internlm_chat_gives_sentencepiece_ids_of_upstreams_prompt(tmp_path: Path, chat_model: Path) -> None:
+    tokenizer, theirs = load(tmp_path, chat_model, "internlm-chat")
     prompt = "<|System|>:the cat\n<|User|>: 你好  x\n\n<|Bot|>:banana<eoa>\n<|User|>:on a mat\n<|Bot|>:"
     assert ids(tokenizer, TURNS) == [1, *theirs.encode(prompt)]
 
 
-def test_the_first_internlm_chat_begins_every_round_with_bos(tmp_path: Path, model_file: Path) -> None:
-    tokenizer, theirs = load(tmp_path, model_file, "internlm-chat-eoh")
+def test_the_first_internlm_chat_begins_every_round_with_bos(tmp_path: Path, chat_model: Path) -> None:
+    tokenizer, theirs = load(tmp_path, chat_model, "internlm-chat-eoh")
     rounds = ["<|User|>: 你好  x\n<eoh>\n<|Bot|>:banana<eoa>\n", "<|User|>:on a mat<eoh>\n<|Bot|>:"]
     assert ids(tokenizer, TURNS[1:]) == [1, *theirs.encode(rounds[0]), 1, *theirs.encode(rounds[1])]
 

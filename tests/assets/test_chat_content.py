@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import engine
 from engine.assets.chat import chat_template, unmarked
-from tests.assets.test_chat import TURNS, load, model_file
-from tests.move.test_sharing import LETTERS, MODEL
-from tests.support.shards import save
+from tests.support.chats import TURNS, load
+from tests.support.shards import Model, save
 
-__all__ = ["model_file"]
+MODEL = Model("v2", layers=3, hidden=64, heads=4, groups=2, ffn=96, vocab=512, bias=False)
+LETTERS = {"mlp_letters": MODEL.letters}
 TEMPLATES = {path.stem: path for path in (Path(__file__).parents[2] / "mappings/chat_templates").glob("*.jinja")}
 
 
@@ -43,8 +42,8 @@ def plainly(text: str, turns: list[dict[str, Any]], **how: bool) -> str:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_parts_of_text_are_the_text(name: str, tmp_path: Path, model_file: Path) -> None:
-    tokenizer, _ = load(tmp_path, model_file, name)
+def test_parts_of_text_are_the_text(name: str, tmp_path: Path, chat_model: Path) -> None:
+    tokenizer, _ = load(tmp_path, chat_model, name)
     turns = turns_of(name)
     written = [
         tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in (turns, parts(turns))
@@ -56,9 +55,9 @@ def test_parts_of_text_are_the_text(name: str, tmp_path: Path, model_file: Path)
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("trimming", [False, True])
 def test_without_marks_it_renders_the_same_in_plain_jinja(
-    name: str, trimming: bool, tmp_path: Path, model_file: Path
+    name: str, trimming: bool, tmp_path: Path, chat_model: Path
 ) -> None:
-    tokenizer, _ = load(tmp_path, model_file, name)
+    tokenizer, _ = load(tmp_path, chat_model, name)
     turns = turns_of(name)
     theirs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     text = unmarked(chat_template(name))
@@ -70,9 +69,9 @@ def test_without_marks_it_renders_the_same_in_plain_jinja(
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("listed", [False, True])
 def test_the_mask_is_what_the_assistant_says_and_its_end_of_turn(
-    name: str, listed: bool, tmp_path: Path, model_file: Path
+    name: str, listed: bool, tmp_path: Path, chat_model: Path
 ) -> None:
-    tokenizer, _ = load(tmp_path, model_file, name)
+    tokenizer, _ = load(tmp_path, chat_model, name)
     turns = [*turns_of(name), {"role": "assistant", "content": "the mat"}]
     given = parts(turns) if listed else turns
     made = tokenizer.apply_chat_template(given, return_dict=True, return_assistant_tokens_mask=True)
@@ -87,9 +86,9 @@ def test_the_mask_is_what_the_assistant_says_and_its_end_of_turn(
     [None, {"type": "text", "text": "x"}, [{"type": "image"}], [{"type": "text", "text": "a"}, {"type": "x"}]],
 )
 def test_content_that_is_no_text_is_refused_and_not_left_out(
-    name: str, content: Any, tmp_path: Path, model_file: Path
+    name: str, content: Any, tmp_path: Path, chat_model: Path
 ) -> None:
-    tokenizer, _ = load(tmp_path, model_file, name)
+    tokenizer, _ = load(tmp_path, chat_model, name)
     for turn in ({"role": "user", "content": content}, {"role": "assistant", "content": content}, {"role": "user"}):
         with pytest.raises(TemplateError):
             tokenizer.apply_chat_template([turn], tokenize=False)
@@ -102,7 +101,7 @@ def test_marks_stand_as_programs_that_cut_them_out_look_for_them(name: str) -> N
     assert text.count("{% generation %}") == text.count("{% endgeneration %}") == 1
 
 
-def test_programs_that_look_in_the_tokenizers_settings_find_it_without_marks(tmp_path: Path, model_file: Path) -> None:
+def test_programs_that_look_in_the_tokenizers_settings_find_it_without_marks(tmp_path: Path, chat_model: Path) -> None:
     """transformers before chat_template.jinja, and llama.cpp's converter, read `tokenizer_config.json`."""
     from transformers import AutoTokenizer
 
@@ -110,8 +109,8 @@ def test_programs_that_look_in_the_tokenizers_settings_find_it_without_marks(tmp
         "mapping: 1\nname: chat\nversion: 1.0.0\ndescription: A chat\n"
         "extends: families/internlm2.yaml\nchat_template: internlm2-chat\n"
     )
-    save(replace(MODEL, vocab=512), tmp_path / "step", tp=2)
-    engine.convert(tmp_path / "chat.yaml", tmp_path / "step", tmp_path / "hf", tokenizer=model_file, settings=LETTERS)
+    save(MODEL, tmp_path / "step", tp=2)
+    engine.convert(tmp_path / "chat.yaml", tmp_path / "step", tmp_path / "hf", tokenizer=chat_model, settings=LETTERS)
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     marked = (tmp_path / "hf" / "chat_template.jinja").read_text()
     assert settings["chat_template"] == unmarked(marked) != marked

@@ -15,7 +15,7 @@ from engine.assets.remote_code import read_code, remote_facts
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
-from tests.planning.test_reverse import FIXTURES
+from tests.support.genuine import FIXTURES
 
 MAPPING = "families/internlm2-official.yaml"
 SOURCE = FIXTURES / "v2_tp2_pp2"

@@ -19,16 +19,8 @@ from engine.assets.merges import ranked_merges
 from engine.assets.tokenizer import convert_tokenizer
 from engine.assets.tokenizer_read import understand_tokenizer
 from engine.errors import EngineError
+from tests.support.chats import SPEC
 from tests.support.sentencepiece_models import RESERVED, WORDS, train
-
-SPEC = {"bos": "<s>", "eos": "</s>", "pad": "</s>"}
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(train())
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -131,3 +131,35 @@ def ranks_that_hold_nothing_but_zeros(folder: Path) -> None:
     """Constants are the same on every rank, as biases are when training starts."""
     for name in ALL:
         edit(folder / name, lambda state: [tensor.zero_() for tensor in state.values()])
+
+
+def copied_with(change: Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], object]) -> Make:
+    """One rank's file made of another's: `change` is given the tensors of the rank itself and those of the other."""
+
+    def make(folder: Path) -> None:
+        other = torch.load(folder / FIRST, weights_only=True)
+        edit(folder / RANK, lambda own: change(own, other))
+
+    return make
+
+
+def _but_one_element(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, tensor in own.items():
+        tensor.copy_(other[name])
+    cut = next(tensor for tensor in own.values() if tensor.dim() == 2)
+    cut.view(-1)[0] += 1
+
+
+def _one_tensor(part: str) -> Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], object]:
+    def change(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in own if part in name and own[name].dim() == 2)
+        own[name].copy_(other[name])
+
+    return change
+
+
+COPIED = {"all of it but one element": _but_one_element}
+COPIED |= {f"its {part}": _one_tensor(part) for part in ("w1", "w2", "qkv", "embedding")}
+for _how, (_wrap, *_) in MADE.items():
+    for _what, _change in COPIED.items():
+        add(f"a rank with {_what} of another{_how}", "training", _wrap(copied_with(_change)), "E306", "same slice")

@@ -209,7 +209,20 @@ for _key, _value, _codes in (
     ("vocab_size", 31, "E203"),
     ("architectures", "x" * 100_000, "E218"),
     ("architectures", [None], "E209"),
-    ("auto_map", {"AutoModel": "evil.Model"}, None),
+    ("auto_map", {"AutoModel": "evil.Model"}, "E209"),
 ):
     _shown = repr(_value) if not isinstance(_value, int) or abs(_value) < 1 << 64 else "long"
     add(f"a config.json with {_key} {_shown[:20]!r}", "hf", config(**{_key: _value}), _codes)
+
+
+@attack("hf", "E304", "adapter")
+def an_adapter_beside_the_weights(folder: Path) -> None:
+    """transformers adds it to the weights, and other programs may not."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+
+
+@attack("hf", "E304", "adapter")
+def an_adapter_without_a_model(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')

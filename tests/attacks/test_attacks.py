@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import resource
 import shutil
-import stat
 import time
 import zlib
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from tests.attacks import Attack, canary, corpus
-from tests.run.test_resume import Disk, contents
+from tests.support.disk import Disk, contents, tree
 from tests.support.shards import Model, save
 
 V1 = Model()
@@ -41,21 +39,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mapping" / "mapping.yaml").write_text(text, encoding="utf-8")
     shutil.copy(ROOT / "mappings" / "layouts" / "internevo.yaml", folder / "mapping" / "layout.yaml")
     return folder
-
-
-def tree(folder: Path) -> dict[bytes, object]:
-    """Every path below a folder, with what lies there."""
-    found: dict[bytes, object] = {}
-    for here, folders, files in os.walk(os.fsencode(folder)):
-        for name in folders + files:
-            path = os.path.join(here, name)
-            kind = os.lstat(path)
-            if stat.S_ISREG(kind.st_mode):
-                with open(path, "rb") as file:
-                    found[path] = hashlib.sha256(file.read()).digest()
-            else:
-                found[path] = os.readlink(path) if stat.S_ISLNK(kind.st_mode) else kind.st_mode
-    return found
 
 
 def run(attack: Attack, folder: Path, out: Path, source: Path) -> None:

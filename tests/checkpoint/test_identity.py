@@ -16,12 +16,12 @@ from engine import api
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.storage.sinks import SinkFiles
-from engine.storage.sources import SourceFiles
-from tests.run.test_resume import LETTERS, Disk, contents, partials
+from tests.support.disk import Disk, contents, partials
 from tests.support.readers import read_rank_file, read_safetensors
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=4, groups=2, bias=False)
+LETTERS = {"mlp_letters": MODEL.letters}
 OTHER = Model("v2", layers=4, groups=2, bias=False, seed=1)
 KINDS = ("zip", "zip without checksums", "legacy", "safetensors")
 WEAK = KINDS[1:]
@@ -232,17 +232,18 @@ def test_a_source_that_changes_while_it_is_read_is_refused_at_the_end(
 ) -> None:
     source, out = write(tmp_path / "step", kind), tmp_path / "out"
     cut = [tensor for tensor in header_of(weights(source)).tensors if "norm" not in tensor.name]
-    data, left = changed(weights(source), cut), [30]
-    read = SourceFiles.read_into
+    data, left = changed(weights(source), cut), [25]
+    write_one = SinkFiles.write
 
-    def reading(self: SourceFiles, *what: Any) -> None:
-        read(self, *what)
-        left[0] -= 1
+    def writing(self: SinkFiles, file: int, offset: int, what: Any) -> None:
+        write_one(self, file, offset, what)
+        left[0] -= any(isinstance(part, memoryview) for part in what)
         if left[0] == 0:
+            left[0] = -1
             PUT[put](weights(source), data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SourceFiles, "read_into", reading)
+        patch.setattr(SinkFiles, "write", writing)
         error = refused(source, out, "E405")
     assert weights(source).name in str(error)
     refused(source, out, "E407", resume=True)

@@ -1,7 +1,7 @@
 """`make clients`: programs of others on what the engine writes, each in an environment of its own.
 
     python -m tests.clients            all of them; writes docs/clients.md
-    python -m tests.clients peft       those whose name has the word; writes nothing
+    python -m tests.clients peft       those whose name has the word; writes their rows anew
 
 TOKENIZERS names a folder with the releases' own tokenizer_internlm.model and tokenizer_internlm2.model, and
 OFFICIAL_CODE one with the official configuration_internlm2.py and modeling_internlm2.py; what needs them is left out
@@ -39,8 +39,7 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
   before 4.41 it drops biases of the MLP with a warning. The card of each folder names the versions it holds for.
 - mergekit 0.1.5 drops the biases of attention, which InternLM (the first) has and InternLM2 has not: its own list
   of a Llama's tensors lacks them. Merge InternLM models by another program.
-- vLLM and LMDeploy need an accelerator's libraries; they are not run here. Their configuration readers took Llama
-  folders of the engine (`rope_theta`, `rope_scaling`, stop ids of `generation_config.json`).
+- vLLM and LMDeploy need an accelerator's libraries and are not run here.
 """
 
 
@@ -57,7 +56,7 @@ def main() -> None:
     chosen = [one for one in clients(code is not None) if not words or any(word in one.name for word in words)]
     if not any(one.name == "transformers" for one in chosen):
         folders = [folder for folder in folders if not folder.unproved]
-    rows, failed = [], []
+    rows, failed = _rows(), []
     for client in chosen:
         start = time.monotonic()
         try:
@@ -66,14 +65,28 @@ def main() -> None:
             failed.append(client)
             print(f"{client.name} {client.version}: WRONG: {error}", flush=True)
             continue
-        rows += [f"| {client.name} | {client.version} | {what} | {figure} |" for what, figure in found]
+        rows[client.name, client.version] = [
+            f"| {client.name} | {client.version} | {what} | {figure} |" for what, figure in found
+        ]
         print(f"{client.name} {client.version}: {time.monotonic() - start:.0f} s", flush=True)
         for what, figure in found:
             print(f"  {what}: {figure}", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(chosen)} clients got something wrong")
-    if not words:
-        PAGE.write_text(ABOUT + "\n".join(rows) + "\n" + LIMITS)
+    # official classes and tokenizers are not there for everyone: what was run with them stays
+    kept = [row for one in clients(official=True) for row in rows.get((one.name, one.version), [])]
+    PAGE.write_text(ABOUT + "\n".join(kept) + "\n" + LIMITS)
+
+
+def _rows() -> dict[tuple[str, str], list[str]]:
+    """The rows of the page as it is, by client and version."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for line in PAGE.read_text().splitlines() if PAGE.is_file() else []:
+        if line.startswith("| ") and line.count(" | ") == 3:
+            name, version = line[2:].split(" | ")[:2]
+            rows.setdefault((name, version), []).append(line)
+    rows.pop(("client", "version"), None)
+    return rows
 
 
 def _folder(variable: str) -> Path | None:

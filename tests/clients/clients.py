@@ -69,7 +69,7 @@ def _sound(results: Results) -> None:
 
 def _ids(folders: Sequence[Folder], results: Results, stops: object) -> list[tuple[str, str]]:
     """Tokenizers: ids of SentencePiece's for every text, the prompt's ids, and that each end of the answer ends it."""
-    rows, given = [], texts()
+    found, given = [], texts()
     for folder in folders:
         told = results[folder.name]
         if folder.ends and "stops" in told:
@@ -80,10 +80,9 @@ def _ids(folders: Sequence[Folder], results: Results, stops: object) -> list[tup
             assert not wrong, (folder.name, len(wrong), wrong[:3])
             assert told["chat"] == list(folder.chat), (folder.name, told["chat"], folder.chat)
             assert not told.get("plain"), (folder.name, told["plain"])
-            rows.append(
-                (f"tokenizer of `{folder.name}`", f"ids of {len(given)} texts and of a chat as SentencePiece's")
-            )
-    return rows
+            found.append(f"`{folder.name}`")
+    told = f"ids of {len(given)} texts and of a chat, which stops: {', '.join(found)}"
+    return [(told, "as SentencePiece's")] if found else []
 
 
 def judge_transformers(version: str) -> Judge:
@@ -110,10 +109,7 @@ def judge_transformers(version: str) -> Judge:
 def judge_llama_cpp(folders: Sequence[Folder], results: Results) -> list[tuple[str, str]]:
     _sound(results)
     count = sum("difference" in told for told in results.values())
-    # probabilities, not logits, are what its server tells, and its sums are of another order
-    rows = [
-        (f"{count} folders: logarithms of probabilities against the trainer's", _worst(results, "difference", 1e-3))
-    ]
+    rows = [(f"{count} folders: logarithms of probabilities against the trainer's", _worst(results, "difference"))]
     return rows + _ids(folders, results, ["eos", 1, ""])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 import engine
 from engine import api
@@ -22,14 +22,11 @@ from engine.commands.options import parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
 from engine.run.meter import Progress
 from engine.show import render
+from tests.support.invoking import invoke
 from tests.support.shards import Model, save
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "internevo" / "v1_tp2_pp2"
 MAPPING = "families/internlm.yaml"
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

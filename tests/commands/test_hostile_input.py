@@ -380,3 +380,13 @@ def test_a_number_that_would_become_infinite_is_refused_and_no_warning_shown(
             else:
                 engine.convert(V2.mapping, tmp_path / "step", tmp_path / "out", **how, overwrite=True)
                 assert not api.verify(tmp_path / "out", src=tmp_path / "step", mapping=V2.mapping, **how).problems
+
+
+@pytest.mark.parametrize("path", ["\ud800", "a\x00b", ""])
+def test_a_path_that_no_file_system_takes_is_refused_from_python_too(path: str, tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
+    for src, out in ((source, path), (path, tmp_path / "hf")):
+        with pytest.raises(engine.EngineError) as caught:
+            engine.convert("families/internlm2.yaml", src, out)
+        assert caught.value.code == "E001"
+        str(caught.value).encode()

@@ -28,8 +28,7 @@ from engine.move.blocks import Block, block_bytes, blocks, largest_block
 from engine.move.moves import Moves
 from engine.planning.copies import Copy
 from engine.run.schedule import schedule
-from tests.planning.test_any_layout import cases
-from tests.planning.test_reverse import layouts_of, rank_files, request, same_files, writable_cases
+from tests.support.cases import cases, layouts_of, rank_files, request, same_files, writable_cases
 from tests.support.shards import Model, State, same, save
 
 LETTERS = {"mlp_letters": "w2_is_down"}

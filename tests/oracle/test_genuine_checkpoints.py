@@ -9,6 +9,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
+from tests.support.genuine import AMBIGUOUS, logits, settings_of
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "internevo"
 FAMILIES = {"v1": "internlm", "v2": "internlm2", "llama": "llama"}
@@ -22,33 +23,10 @@ ONE_MODEL = [
     "v1_isp_tp1_wp2",
     "old_v1_tp2_pp2",
 ]
-AMBIGUOUS = ["v1_tp4_pp1", "v2_tp4_pp1_nohf"]
 
 
 def mapping_of(name: str) -> str:
     return next(f"families/{family}.yaml" for key, family in FAMILIES.items() if key in name)
-
-
-def settings_of(name: str) -> dict[str, str]:
-    return {"mlp_letters": "w2_is_down"} if name in AMBIGUOUS else {}
-
-
-def logits(out: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Load with stock transformers, without remote code; no key may be missing or left over."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    reward = "LlamaForSequenceClassification" in AutoConfig.from_pretrained(out).architectures
-    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    model, report = kind.from_pretrained(out, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert not report["mismatched_keys"]
-    with torch.no_grad():
-        if reward:
-            result: torch.Tensor = model.score(model.model(ids).last_hidden_state)
-        else:
-            result = model(ids).logits
-    return result
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,6 +17,7 @@ from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.formats.configs import read_pickled_mapping
 from engine.oracle.internevo import Forward
+from engine.oracle.load_model import fixed_tokens
 from engine.storage.local import local_file
 from tests.support.families import InternLM3, Llama, save_family
 from tests.support.fsdp import save_fsdp
@@ -216,6 +217,13 @@ def test_a_number_that_shows_in_no_logits_is_compared_itself(values: dict[str, A
     configure(out, **values)
     found = logits_of(out)
     assert found["problems"] == [f"config.json: {told}"]
+
+
+def test_rows_of_the_embedding_that_no_token_reads_are_compared_too(out: Path) -> None:
+    read = set(fixed_tokens(256).flatten().tolist())
+    row = next(i for i in range(256) if i not in read)
+    change(out, lambda state: state["model.embed_tokens.weight"][row].zero_())
+    assert logits_of(out)["problems"] == [f"embedding: row {row} of 256 differs from training's"]
 
 
 @pytest.mark.parametrize("null", [True, False])

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from tests.planning.test_any_layout import cases
 from tests.support import shards
+from tests.support.cases import cases
 from tests.support.reference import forward, whole_training
 from tests.support.shards import Model, State, same, save
 
@@ -116,7 +116,7 @@ def test_the_reference_forward_gives_internevos_own_logits() -> None:
     ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
 )
 def test_a_converted_model_computes_what_its_training_tensors_compute(changes: dict[str, Any], tmp_path: Path) -> None:
-    from tests.oracle.test_genuine_checkpoints import logits
+    from tests.support.genuine import logits
 
     # Small weights, as training has: random ones of size 1 saturate the softmax and hide mistakes.
     model = replace(Model(layers=2, hidden=32, heads=4, dtype=torch.float32), **changes)

@@ -54,6 +54,7 @@ ELSEWHERE: list[tuple[dict[str, Any], str, str]] = [
     ({"architectures": ["LlamaModel"]}, "E209", "LlamaModel"),
     ({"architectures": "LlamaForCausalLM"}, "E218", "LlamaForCausalLM"),
     # another function
+    ({"auto_map": {"AutoModelForCausalLM": "modeling_llama_yarn.LlamaForCausalLM"}}, "E209", "auto_map"),
     ({"hidden_act": "gelu"}, "E209", "hidden_act"),
     ({"hidden_act": "relu2"}, "E209", "hidden_act"),
     ({"hidden_act": True}, "E218", "hidden_act"),
@@ -155,7 +156,7 @@ HARMLESS: list[dict[str, Any]] = [
     {"head_dim": None, "rope_scaling": None, "sliding_window": None, "never_heard_of": None},
     {"tie_word_embeddings": 0, "attention_bias": False, "mlp_bias": 0},
     {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "use_sliding_window": False},
-    {"torch_dtype": "float32", "transformers_version": "4.57.6", "_name_or_path": "x", "auto_map": {"AutoConfig": "x"}},
+    {"torch_dtype": "float32", "transformers_version": "4.57.6", "_name_or_path": "x"},
     {"bos_token_id": 5, "eos_token_id": [2, 92542], "pad_token_id": None, "max_position_embeddings": 4096},
     {"rope_parameters": {"rope_theta": 10000.0}},
     {"rope_parameters": None, "rope_theta": 10000},
@@ -475,3 +476,11 @@ def test_what_transformers_saves_of_the_same_model_is_understood_key_by_key(
     assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config.to_dict()))
     assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours
+
+
+def test_weight_files_that_are_no_part_of_the_model_are_told(whole: Path, tmp_path: Path) -> None:
+    """vLLM reads every file of weights in a folder, transformers those of the model alone."""
+    folder = changed(whole, tmp_path / "hf", {})
+    shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
+    plan = api.plan_reverse(FAMILY, folder)
+    assert plan.notices == ("not part of the checkpoint, left alone: model-2.safetensors",)

@@ -207,7 +207,7 @@ def test_boxes_of_any_sizes_in_any_files_are_put_together(rules: Any, data: st.D
             for _ in range(data.draw(st.sampled_from([1, 1, 2]))):  # replicas
                 file = data.draw(st.integers(0, len(files.tensors) - 1))
                 files.put(file, name, whole, box, columns=data.draw(st.booleans()))
-    plan = make_plan(mapping, layout, files.checkpoint(layout), settings={})
+    plan = make_plan(mapping, layout, files.checkpoint(layout))
     got, wanted = files.run(plan), truth(tensors)
     assert sorted(got) == sorted(wanted)
     for name, array in wanted.items():
@@ -230,7 +230,7 @@ def one_file_each(tensors: Mapping[str, np.ndarray]) -> Files:
 
 def refusal(files: Files, rules: Any) -> EngineError:
     with pytest.raises(EngineError) as caught:
-        make_plan(rules[0], rules[1], files.checkpoint(rules[1]), settings={})
+        make_plan(rules[0], rules[1], files.checkpoint(rules[1]))
     return caught.value
 
 
@@ -284,13 +284,13 @@ def test_a_grid_of_many_boxes_is_looked_at_quickly(rules: Any) -> None:
     for name, whole in tensors.items():
         for number, at in enumerate(np.ndindex(*whole.shape)):
             files.put(number % 4, name, whole, tuple((i, i + 1) for i in at))
-    plan = make_plan(rules[0], rules[1], files.checkpoint(rules[1]), settings={})
+    plan = make_plan(rules[0], rules[1], files.checkpoint(rules[1]))
     got = files.run(plan)
     assert all(np.array_equal(got[name], array) for name, array in truth(tensors).items())
 
 
 def test_where_a_box_lies_is_told_with_its_axes(rules: Any) -> None:
-    plan = make_plan(rules[0], rules[1], one_file_each(wholes()).checkpoint(rules[1]), settings={})
+    plan = make_plan(rules[0], rules[1], one_file_each(wholes()).checkpoint(rules[1]))
     source = plan.copies.source
     group = next(g for g in source.groups if g.name == "layers.experts.weight")
     second = source.shards(group)[1]

@@ -10,85 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import engine
 from engine.errors import EngineError
-from tests.planning.test_any_layout import cases
+from tests.support.cases import layouts_of, rank_files, request, same_files, writable_cases
+from tests.support.genuine import FIXTURES, GENUINE, family_of
 from tests.support.shards import Model, State, same, save
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
-FAMILIES = {
-    "v1": "families/internlm.yaml",
-    "old": "families/internlm.yaml",
-    "llama": "families/llama.yaml",
-    "moe": "families/internlm-moe.yaml",
-}
-GENUINE = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "model_config.pt").exists())
 common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
-
-
-def family_of(fixture: str) -> str:
-    return FAMILIES.get(fixture.split("_")[0], "families/internlm2.yaml")
-
-
-def rank_files(folder: Path) -> dict[str, State]:
-    """Every weight file of a folder, as torch reads it without running code."""
-    found = {}
-    for path in sorted(folder.glob("model_*.pt")):
-        if path.name != "model_config.pt":
-            found[path.name] = dict(torch.load(path, weights_only=True))
-    return found
-
-
-def same_files(got: dict[str, State], wanted: dict[str, State]) -> None:
-    assert sorted(got) == sorted(wanted)
-    for name, state in wanted.items():
-        same(got[name], state)
-
-
-def request(layout: dict[str, Any]) -> dict[str, Any]:
-    """What a layout of the sharder is on the command line."""
-    asked = {key: layout[key] for key in ("mode", "tp", "pp", "wp", "chunks") if key in layout}
-    return asked | {"settings": {"schedule": "zbv" if layout.get("zbv") else "interleaved"}}
-
-
-def writable(model: Model, layout: dict[str, Any]) -> bool:
-    """Whether training could have written it: embeddings and heads are cut evenly, and no rank is empty."""
-    first = layout.get("wp", 1) if layout["mode"] == "isp_wp" else layout.get("tp", 1)
-    cut = model.vocab if model.embedding == "by_vocab" else model.hidden
-    empty = layout["pp"] == 1 and layout["chunks"] > 1
-    heads = model.heads if model.family == "v1" else model.groups
-    if heads % layout.get("tp", 1):
-        return False
-    return cut % first == 0 and not empty and max(layout.get("wp", 1), first) <= min(model.ffn, model.hidden)
-
-
-@st.composite
-def writable_cases(draw: st.DrawFn) -> tuple[Model, dict[str, Any]]:
-    model, layout = draw(cases())
-    assume(writable(model, layout))
-    return model, layout
-
-
-@st.composite
-def layouts_of(draw: st.DrawFn, model: Model) -> dict[str, Any]:
-    """Another layout that the same model can have."""
-    mode = draw(st.sampled_from(["tensor", "isp", "isp_wp"]))
-    layout: dict[str, Any] = {"mode": mode, "pp": draw(st.integers(1, 3))}
-    layout["chunks"] = draw(st.integers(1, 2)) if layout["pp"] > 1 else 1
-    assume(model.layers % layout["chunks"] == 0 and model.layers // layout["chunks"] >= layout["pp"])
-    if mode == "tensor":
-        layout["tp"] = draw(st.integers(1, model.groups))
-    elif mode == "isp":
-        layout["tp"], layout["wp"] = draw(st.sampled_from([(1, 1), (1, 3), (2, 4), (4, 2), (2, 2), (1, 5)]))
-    else:
-        layout["wp"] = draw(st.integers(1, 5))
-    layout["zbv"] = layout["chunks"] == 2 and draw(st.booleans())
-    assume(writable(model, layout))
-    return layout
 
 
 @pytest.fixture

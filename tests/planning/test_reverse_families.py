@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from tests.planning.test_more_families import llamas, metas, mixtures, told
-from tests.planning.test_reverse import FIXTURES
 from tests.support.families import Experts, model_of, save_family
+from tests.support.family_cases import llamas, metas, mixtures, told
+from tests.support.genuine import FIXTURES
 from tests.support.reference_families import forward_experts
 from tests.support.shards import Model, State, same
 

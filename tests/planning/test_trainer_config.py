@@ -15,8 +15,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning.config_keys import declared
 from engine.planning.variants import options_of
-from tests.oracle.test_genuine_checkpoints import settings_of
-from tests.planning.test_reverse import FIXTURES, GENUINE, family_of
+from tests.support.genuine import FIXTURES, GENUINE, family_of, settings_of
 from tests.support.readers import read_config
 
 MAPPINGS = Path(__file__).parents[2] / "mappings"

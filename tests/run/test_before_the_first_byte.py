@@ -18,8 +18,7 @@ from engine.errors import EngineError
 from engine.language.model import Mapping
 from engine.run import execute
 from engine.storage.sinks import SinkFiles
-from tests.attacks.test_attacks import tree
-from tests.run.test_resume import Disk
+from tests.support.disk import Disk, tree
 from tests.support.sentencepiece_models import train
 from tests.support.shards import Model, save
 

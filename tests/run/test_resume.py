@@ -22,19 +22,12 @@ from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.storage.locks import OutputLock
 from engine.storage.sinks import SinkFiles
+from tests.support.disk import Disk, contents, partials
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=4, groups=2, bias=False)
 LETTERS = {"mlp_letters": "w2_is_down"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def partials(out: Path) -> list[Path]:
-    return sorted(out.parent.glob(f".{out.name}.*"))
 
 
 @pytest.fixture
@@ -45,22 +38,6 @@ def source(tmp_path: Path) -> Path:
 
 def convert(source: Path, out: Path, **how: Any) -> Any:
     return engine.convert(MODEL.mapping, source, out, settings=LETTERS, max_shard_size=2000, **how)
-
-
-class Disk:
-    """A disk that fails after so many writes of payload."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, good: int) -> None:
-        write = SinkFiles.write
-        self.left = good
-
-        def limited(sinks: SinkFiles, file: int, offset: int, data: bytes | memoryview) -> None:
-            self.left -= any(isinstance(part, memoryview) for part in data)
-            if self.left < 0:
-                raise OSError(28, "No space left on device")
-            write(sinks, file, offset, data)
-
-        monkeypatch.setattr(SinkFiles, "write", limited)
 
 
 @pytest.mark.parametrize("good", [0, 1, 7, 20, 30])

@@ -13,7 +13,7 @@ import pytest
 
 from engine import api
 from engine.show.screenshot import browser
-from tests.commands.test_cli import invoke
+from tests.support.invoking import invoke
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium is installed")

@@ -20,6 +20,7 @@ class Served:
         params.n_ctx, params.n_gpu_layers, params.warmup, params.n_parallel = 256, 0, False, 1
         params.hostnames, params.port, params.verbosity = ["127.0.0.1"], 0, 0
         params.cache_prompt = False
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self.server = xllamacpp.Server(params)
 

@@ -1,0 +1,3 @@
+"""The programs run in environments of their own and import what is there alone."""
+
+collect_ignore = ["programs"]

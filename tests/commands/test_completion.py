@@ -1,0 +1,82 @@
+"""Completion in real shells: commands, options, names of mappings, files, settings and codes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from engine.commands.main import cli
+from tests.support.terminal import ROOT
+
+# What the shell is asked to complete, and what must be offered.
+ASKED = [
+    ("engine resh", "reshard"),
+    ("engine run -m internlm2_5-7b-chat-1m-o", "internlm2_5-7b-chat-1m-official"),
+    ("engine run -m mi", "mine.yaml"),
+    ("engine run -s st", "step"),
+    ("engine run -m internlm2 --set rotary=h", "halves"),
+    ("engine explain E20", "E203"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a file and a folder in it, and `engine` on its own path."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "engine"
+    command.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                       "from engine.commands.main import main\nmain()\n")  # fmt: skip
+    command.chmod(0o755)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.yaml").touch()
+    (tmp_path / "here" / "step").mkdir()
+    return tmp_path
+
+
+def offered(shell: list[str], script: str, folder: Path) -> str:
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HOME": str(folder), "TERM": "dumb"}
+    done = subprocess.run([*shell, script], capture_output=True, text=True, cwd=folder / "here", env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+BASH = r"""
+eval "$(engine completion bash)"
+compopt() { :; }
+COMP_WORDBREAKS=$' \t\n"\'><=;|&(:'
+COMP_WORDS=(@@); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+_engine_completion
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(("line", "wanted"), ASKED, ids=[line for line, _ in ASKED])
+def test_bash_completes(line: str, wanted: str, folder: Path) -> None:
+    words = " ".join(part for word in line.split() for part in word.replace("=", " = ").split())  # as readline splits
+    found = offered(["bash", "-c"], BASH.replace("@@", words), folder)
+    assert wanted in found.split("\n")
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+@pytest.mark.parametrize(("line", "wanted"), ASKED, ids=[line for line, _ in ASKED])
+def test_fish_completes(line: str, wanted: str, folder: Path) -> None:
+    found = offered(["fish", "--no-config", "-c"], f"engine completion fish | source; complete -C '{line}'", folder)
+    assert any(wanted in offer.split("\t")[0] for offer in found.split("\n"))
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_takes_the_script(folder: Path) -> None:
+    script = 'autoload -U compinit; compinit -u -D; eval "$(engine completion zsh)"; print $_comps[engine]'
+    assert offered(["zsh", "-f", "-c"], script, folder) == "_engine_completion\n"
+
+
+def test_the_shell_is_that_of_the_environment_when_none_is_named() -> None:
+    assert "complete -o nosort" in CliRunner(env={"SHELL": "/usr/bin/bash"}).invoke(cli, ["completion"]).stdout
+    assert CliRunner(env={"SHELL": "/bin/sh"}).invoke(cli, ["completion"]).exit_code == 2
