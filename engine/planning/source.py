@@ -242,14 +242,21 @@ def _tied_names(rules: Sequence[Instance]) -> dict[str, str]:
 def _with_tied(
     stored: Sequence[Stored], tied: Mapping[str, str], matches: Matches, choices: Mapping[str, str]
 ) -> tuple[Stored, ...]:
-    """The tensors, and for each that is left out, as tied, the one that stands for it under its name."""
+    """The tensors, and for each that is left out, as tied, the one that stands for it under its name.
+
+    Where a rule may be absent, nothing need stand for its tensor.
+    """
+
+    def needed(one: Instance) -> bool:
+        return is_active(one, choices) and not one.rule.optional
+
     held = {one.name: one for one in stored}
     return (
         *stored,
         *(
             replace(held[to], name=name)
             for name, to in tied.items()
-            if name not in held and to in held and any(is_active(i, choices) for i, _ in matches.candidates[name])
+            if name not in held and to in held and any(needed(i) for i, _ in matches.candidates[name])
         ),
     )
 
