@@ -1,12 +1,13 @@
 """The engine beside `cp -r` of the same bytes and beside its peers: time, memory, and whether targets are met.
 
-    python -m benchmarks.bench [--scenes small,large,disk,fixed,footprint] [--gb 3] [--rounds 5] [--json FILE]
+    python -m benchmarks.bench [--scenes small,large,disk,fixed,footprint,virtual] [--gb 3] [--rounds 5] [--json FILE]
 
 Scenes:
     small       every case and every peer, in memory-backed storage, --gb in size
     large       the tp merge, in memory-backed storage, --large-gb in size
     disk        the tp merge on a disk, from a cold cache to stable storage, --disk-gb in size
     fixed       `engine plan` of many files, `engine lint` of all mappings
+    virtual     reading without converting: open, serve and mount beside real files, --gb in size
     footprint   peak memory for 3, 8 and 200 GB of sparse files
 
 Only ratios within one run mean anything. Progress goes to stderr, the tables to stdout as Markdown.
@@ -24,16 +25,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import footprint
+from benchmarks import footprint, virtual
 from benchmarks.fixed import planning
 from benchmarks.measure import file_system, machine
 from benchmarks.rounds import Result, run_group, run_scene
 from benchmarks.shapes import slice_of
 from benchmarks.table import table
-from benchmarks.targets import DISK, FIXED, FOOTPRINT, LARGE, SMALL, judged, verdicts
+from benchmarks.targets import DISK, FIXED, FOOTPRINT, LARGE, SMALL, VIRTUAL, judged, verdicts
 from benchmarks.ways import Bench
 
-SCENES = (SMALL, LARGE, DISK, FIXED, FOOTPRINT)
+SCENES = (SMALL, LARGE, DISK, FIXED, FOOTPRINT, VIRTUAL)
 SIZES = (3, 8, 8)  # GB of the scenes that convert, as the targets mean them
 _MEMORY = Path("/dev") / "shm"
 
@@ -105,8 +106,14 @@ def measured(given: argparse.Namespace) -> Iterator[Result]:
         with folder_in(given.dir) as work:
             yield footprint.result(work, [float(gb) for gb in given.footprint_gb.split(",")])
 
+    def unconverted() -> Iterator[Result]:
+        with folder_in(given.dir) as work:
+            for group in virtual.groups(work, slice_of(given.gb * 1e9)):
+                yield run_group(VIRTUAL, group, given.rounds, disk=False)
+
     scenes: dict[str, Callable[[], Iterator[Result]]] = {
         SMALL: small, LARGE: large, DISK: disk, FIXED: fixed, FOOTPRINT: sparse,
+        VIRTUAL: unconverted,
     }  # fmt: skip
     for scene in given.scenes:
         yield from scenes[scene]()

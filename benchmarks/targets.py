@@ -12,6 +12,7 @@ from benchmarks.rounds import Result
 from benchmarks.ways import CP
 
 SMALL, LARGE, DISK, FIXED, FOOTPRINT = "small", "large", "disk", "fixed", "footprint"
+VIRTUAL = "virtual"
 
 Runs = dict[tuple[str, str, str], list[Measured]]  # (scene, group, way) → its runs
 MERGE, STOPWATCH = "engine run, default files", "engine run, stopwatch"
@@ -73,6 +74,10 @@ def _cp(scene: str, group: str = "merge") -> Figure:
     return Figure(scene, group, CP)
 
 
+def _read(way: str) -> Figure:
+    return Figure(VIRTUAL, "read", f"read, {way}", "copying")
+
+
 _WHOLE = Figure(SMALL, "merge", MERGE)
 _PEAK = Figure(FOOTPRINT, "run", "3 GB", "peak")
 
@@ -94,6 +99,9 @@ TARGETS: tuple[Target | Linear, ...] = (
     Target("start to first byte written", Figure(SMALL, "merge", STOPWATCH, "first"), 0.5, "s"),
     Target("plan, 1,024 rank files", Figure(FIXED, "plan", PLANS[1024]), 3, "s"),
     Linear("plan, time per file of 1,024", 1.25, "× of 256"),
+    Target("open, all tensors", _read("open"), 1.25, "× safe_open", _read("safe_open of the real file")),
+    Target("mount, all bytes", _read("mount"), 1.25, "× the real file", _read("real file")),
+    Target("serve, all bytes", _read("serve"), 1.0, "× the real file, served", _read("served real file")),
     Target("lint of all mappings", Figure(FIXED, "plan", "engine lint"), 1, "s"),
 )  # fmt: skip
 

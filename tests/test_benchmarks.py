@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import engine
-from benchmarks import footprint, peers
+from benchmarks import footprint, peers, virtual
 from benchmarks.bench import arguments
 from benchmarks.fixed import planning
 from benchmarks.generate import write_random, write_sparse
@@ -208,11 +208,12 @@ def test_every_target_is_of_a_way_that_is_measured(tmp_path: Path, monkeypatch: 
         (FIXED, "plan", way.name) for way in planning(tmp_path, replace(TINY, layers=16, groups=64, heads=64)).ways
     }
     sparse = {("footprint", "run", f"{gb:g} GB") for gb in map(float, arguments([]).footprint_gb.split(","))}
+    known = small | merge | fixed | sparse | {("virtual", "read", name) for name in virtual.READING}
     for target in TARGETS:
         if isinstance(target, Target):
             for figure in (target.figure, target.against):
                 if figure is not None:
-                    assert (figure.scene, figure.group, figure.way) in small | merge | fixed | sparse, target.text
+                    assert (figure.scene, figure.group, figure.way) in known, target.text
 
 
 def test_the_footprint_reads_everything_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,11 @@ def command_lines() -> list[str]:
     found = []
     for page in PAGES:
         for block in re.findall(r"^```console\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
-            found += [line[2:].split("  #")[0].strip() for line in block.splitlines() if line.startswith("$ engine ")]
+            found += [
+                line[2:].split("  #")[0].removesuffix(" &").strip()
+                for line in block.splitlines()
+                if line.startswith("$ engine ")
+            ]
     return sorted(set(found))
 
 

@@ -39,7 +39,7 @@ def commands() -> list[tuple[str, str]]:
         for line in lines:
             line = re.sub(r"\s+#.*", "", line)
             if line.startswith("engine "):
-                found.append((page.relative_to(ROOT).as_posix(), line.split(" > ")[0]))
+                found.append((page.relative_to(ROOT).as_posix(), line.split(" > ")[0].removesuffix(" &")))
     return found
 
 

@@ -1,5 +1,6 @@
 """The public Python functions. Each is what one command of the command line does."""
 
+from engine.api.parts import commit, part
 from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_plan
 from engine.api.reviews import (
     clean,
@@ -32,6 +33,7 @@ __all__ = [
     "Model",
     "Report",
     "clean",
+    "commit",
     "compare",
     "convert",
     "describe_plan",
@@ -53,6 +55,7 @@ __all__ = [
     "load_plan",
     "mount",
     "open",
+    "part",
     "plan",
     "plan_reshard",
     "plan_reverse",

@@ -130,7 +130,9 @@ def plan(
     why: bool,
     **options: Any,
 ) -> None:
-    """Show what `run`, `reverse` or `reshard` would do; reads no tensor data.
+    """Show what `run`, `reverse` or `reshard` would do.
+
+    Headers and configurations are read, and no tensor data.
 
     \b
     Examples:

@@ -177,7 +177,7 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
                 f"{counted} ({per})",
                 f"{known.value} from {known.why}",
                 known.place,
-                "layer",
+                "Layers are counted in names",
                 "a stage",
             ),
         )

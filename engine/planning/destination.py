@@ -75,12 +75,14 @@ def shares(count: int, ranks: int, extra: str) -> list[int]:
 def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = None) -> Mode:
     """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads.
 
-    Without a name the first that has ranks of every dimension that is asked for.
+    Without a name it is the first; or, of those that `when` tells apart when they are read, the first that has
+    ranks of every dimension that is asked for.
     """
     writable = [mode for mode in layout.modes if mode.only_read is None]
     if name is None and writable:
         asked = {dim for dim, count in (sizes or {}).items() if count > 1}
-        return next((mode for mode in writable if asked <= set(written_dims(mode.files[0]))), writable[0])
+        unnamed = [writable[0], *(mode for mode in writable[1:] if mode.when is not None)]
+        return next((mode for mode in unnamed if asked <= set(written_dims(mode.files[0]))), writable[0])
     known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
     for mode in layout.modes:
         if name == mode.name or name in mode.aliases:
@@ -114,7 +116,9 @@ def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, 
                 f"mode `{mode.name}` of layout `{layout.name}` has no {dim} ranks",
                 got=f"{dim} {count}",
                 expected=", ".join(dims),
-                fix=f"Leave {dim} out, or choose another --mode: {', '.join(m.name for m in layout.modes)}.",
+                fix=f"Leave {dim} out, or choose another --mode: "
+                + ", ".join(m.name for m in layout.modes if m.only_read is None)
+                + ".",
             )
     return {dim: sizes.get(dim, 1) for dim in dims}
 

@@ -126,7 +126,7 @@ def read_source(
     options, rules, end = options_of(mapping, settings), instances(mapping), checkpoint.end
     held, files = at_end(rules, end), checkpoint.grid.files
     stored = strip(checkpoint.files, layout if end == "training" else None)
-    tied = _tied_names(rules) if end == "whole" else {}
+    tied = _tied_names([one for one in rules if not one.rule.optional]) if end == "whole" else {}
     matches = find_candidates([*(one.name for one in stored), *tied], held, mapping, end)
     check_refused(stored, matches, files, end)
     _check_kind(stored, matches, mapping, checkpoint)
@@ -135,7 +135,7 @@ def read_source(
     stages = stages_of(stored, matches, checkpoint.grid, layout, {**facts.names, **layout_choices})
     decided = {n: d.choice for n, d in facts.decisions.items()}
     if facts.read.config.get("tie_word_embeddings"):
-        stored = _with_tied(stored, {name: to for name, to in tied.items()}, matches, decided)
+        stored = _with_tied(stored, tied, matches, decided)
     question = Question(mapping, layout, checkpoint, stored, matches, held, stages, facts.names)
     attempt = decide_by_shapes(question, facts.decisions)
     choices = {n: d.choice for n, d in attempt.decisions.items()}
@@ -242,21 +242,14 @@ def _tied_names(rules: Sequence[Instance]) -> dict[str, str]:
 def _with_tied(
     stored: Sequence[Stored], tied: Mapping[str, str], matches: Matches, choices: Mapping[str, str]
 ) -> tuple[Stored, ...]:
-    """The tensors, and for each that is left out, as tied, the one that stands for it under its name.
-
-    Where a rule may be absent, nothing need stand for its tensor.
-    """
-
-    def needed(one: Instance) -> bool:
-        return is_active(one, choices) and not one.rule.optional
-
+    """The tensors, and for each that a rule needs and that is left out, as tied, the one that stands for it."""
     held = {one.name: one for one in stored}
     return (
         *stored,
         *(
             replace(held[to], name=name)
             for name, to in tied.items()
-            if name not in held and to in held and any(needed(i) for i, _ in matches.candidates[name])
+            if name not in held and to in held and any(is_active(i, choices) for i, _ in matches.candidates[name])
         ),
     )
 

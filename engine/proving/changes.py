@@ -33,9 +33,13 @@ _ASPECTS = {
     "treated": ("own dtype", "optional", "tied to"),
 }
 _MAX_COMBINATIONS = 4096
+_MANY = 4  # of longer lists only what came and went is told
 _PARAMS = (".weight", ".bias")
-# Parts of a meaning whose values are what a model computes or says; others are names and bounds.
-_VALUED = ("reading", "writing", "tokenizer", "generation_config.json", "chat")
+# Parts of a meaning whose values say what is written, and what is taken and refused.
+_VALUED = (
+    "reading", "writing", "tokenizer", "generation_config.json", "chat", "options", "variants", "divided evenly",
+    "ignored", "refused", "keys", "about",
+)  # fmt: skip
 _Key = tuple[str, ...]  # kind, target, sources before and after
 
 
@@ -113,9 +117,13 @@ def _value_changes(before: Meaning, after: Meaning) -> Iterator[ValueChange]:
 def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
     """Key, what is given, and its value on either side. Sizes and what is given are not written anywhere."""
     if part not in ("reading", "writing"):
-        flats = [{".".join(path): value for path, value in flat(one)} for one in (before, after)]
+        both = [one if isinstance(one, Mapping) else {"": one} for one in (before, after)]
+        flats = [{".".join(path): value for path, value in flat(one)} for one in both]
         for name in dict.fromkeys([*flats[0], *flats[1]]):
-            yield name, "", flats[0].get(name), flats[1].get(name)
+            old, new = flats[0].get(name), flats[1].get(name)
+            if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _MANY:
+                old, new = [one for one in old if one not in new], [one for one in new if one not in old]
+            yield name, "", old, new
         return
     sides = [one if isinstance(one, Mapping) else {} for one in (before, after)]
     usual = [side.get("gives", {}) for side in sides]

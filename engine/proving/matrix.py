@@ -1,7 +1,7 @@
 """The matrix that a mapping is proved over: layouts, choices, and which combinations of them to run.
 
-Every pair of facts (a choice of one variant with a choice of another, or with a layout) occurs in
-some row; all combinations would be thousands.
+Every pair of facts (a choice of one variant with a choice of another, or with a parallel mode) occurs in
+some row, and every layout; all combinations would be thousands.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Row:
 def rows(
     mapping: MappingFile, layouts: Sequence[Case], possible: Sequence[Combination], refused: Collection[str]
 ) -> Iterator[Row]:
-    """Rows in which every pair of facts occurs that occurs at all.
+    """Rows in which every pair of facts and every layout occurs that occurs at all.
 
     Args:
         refused: labels of layouts that turned out not to fit; rows of theirs count for nothing.
@@ -150,11 +150,13 @@ def combinations_of(mapping: MappingFile) -> list[Combination]:
 
 
 def _facts(row: Row) -> list[Fact]:
-    return [*row.choices.items(), ("", str(row.most)), ("layout", row.case.label)]
+    return [*row.choices.items(), ("", str(row.most)), ("mode", row.case.mode), ("layout", row.case.label)]
 
 
 def _pairs(row: Row) -> list[tuple[Fact, Fact]]:
-    return list(combinations(_facts(row), 2))
+    """What a row shows: every two of its facts; of a layout that it occurs at all, as its mode stands for it."""
+    *facts, layout = _facts(row)
+    return [*combinations(facts, 2), (layout, layout)]
 
 
 def real_cases(layout: Layout) -> list[list[Case]]:

@@ -7,10 +7,13 @@ box arithmetic, and against the names and shapes that transformers has.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +39,73 @@ RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "mod
 _MOST_FAILURES = 5  # counter-examples told of one check
 
 
+_FEW = 4  # mappings that one process proves as quickly as several
+
+
 @dataclass(slots=True)
 class _Proven:
-    """What one mapping's proof leaves for the next, and for mutants."""
+    """What one mapping's proof leaves for the next."""
 
     names: dict[str, str]  # what a round trip depends on → the mapping it was proved for
 
-    def key(self, mapping: MappingFile) -> str:
-        parts = ("rules", "dims", "variants", "ignore", "refuse", "config", "training_config", "source")
-        return json.dumps([mapping.resolved.get(part) for part in parts], default=str, sort_keys=True)
+
+def _shared(mapping: MappingFile) -> str:
+    """What a round trip depends on: mappings that say the same of it are proved together."""
+    parts = ("rules", "dims", "variants", "ignore", "refuse", "config", "training_config", "source")
+    return json.dumps([mapping.resolved.get(part) for part in parts], default=str, sort_keys=True)
 
 
 def prove(
     names: Sequence[str | Path | MappingFile], *, mutants: bool = False, progress: Listener | None = None
 ) -> list[Proof]:
-    """Prove mappings one after another; rules that several share are run once."""
-    proven = _Proven({})
-    found: list[Proof] = []
-    meter = Meter(len(names), progress, "proving", "mappings")
-    for done, name in enumerate(names):
-        meter.advance(min(done, 1))
-        meter.begin(f"proving {name.name if isinstance(name, MappingFile) else name}")
-        started = time.monotonic()
+    """Prove mappings, many of them in several processes; rules that several share are run once."""
+    loaded: list[MappingFile | Proof] = []
+    groups: dict[str, list[int]] = {}
+    for name in names:
         try:
             mapping = name if isinstance(name, MappingFile) else load_mapping(str(name))
-            checks, tried = _prove(mapping, proven, mutants=mutants)
-        except (EngineError, EngineErrors) as error:
+        except EngineError as error:
             errors = error.errors if isinstance(error, EngineErrors) else [error]
             failures = [Failure.of(one) for one in errors]
-            found.append(Proof(str(name), (check_of("loads", "the file is a mapping", failures),)))
+            loaded.append(Proof(str(name), (check_of("loads", "the file is a mapping", failures),)))
             continue
+        groups.setdefault(_shared(mapping), []).append(len(loaded))
+        loaded.append(mapping)
+    meter = Meter(len(names), progress, "proving", "mappings")
+    listed = sorted(groups.values(), key=len, reverse=True)
+    members = [[one for i in group if isinstance(one := loaded[i], MappingFile)] for group in listed]
+    alone = len(names) <= _FEW or len(listed) < 2 or (os.cpu_count() or 1) < 2
+    found: dict[int, Proof] = {i: one for i, one in enumerate(loaded) if isinstance(one, Proof)}
+    for number, proofs in _alone(members, mutants, meter) if alone else _together(members, mutants):
+        found.update(zip(listed[number], proofs, strict=True))
+        meter.advance(len(proofs))
+    return [found[i] for i in range(len(names))]
+
+
+def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter) -> Iterator[tuple[int, list[Proof]]]:
+    for number, group in enumerate(groups):
+        meter.begin(f"proving {group[0].name}")
+        yield number, prove_group(group, mutants)
+
+
+def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterator[tuple[int, list[Proof]]]:
+    """Groups in processes of their own, each as soon as it is proved."""
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(groups)), mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(prove_group, group, mutants): number for number, group in enumerate(groups)}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[Proof]:
+    """Prove mappings one after another."""
+    proven = _Proven({})
+    found: list[Proof] = []
+    for mapping in mappings:
+        started = time.monotonic()
+        try:
+            checks, tried = _prove(mapping, proven, mutants=mutants)
+        except EngineError as error:
+            checks, tried = [check_of("proof", "everything could be tried", [Failure.of(error)])], []
         found.append(Proof(mapping.name, tuple(checks), tuple(tried), time.monotonic() - started))
     return found
 
@@ -80,7 +120,7 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
     worlds = Worlds(mapping)
     possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
     tried: list[Mutant] = []
-    key = proven.key(mapping)
+    key = _shared(mapping)
     if key in proven.names:
         checks.append(Check(ROUND_TRIP, True, f"the rules of {proven.names[key]}, proved there"))
     else:
@@ -194,6 +234,14 @@ def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
     return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
 
 
+def _in_words(elements: int) -> str:
+    """
+    >>> _in_words(7_737_708_544), _in_words(48_000)
+    ('7.7 billion', '48,000')
+    """
+    return f"{elements / 1e9:.1f} billion" if elements >= 1e9 else f"{elements:,}"
+
+
 def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Check:
     """The sizes a release names follow from its configuration, and both directions are exact at them."""
     failures = [
@@ -215,7 +263,7 @@ def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Chec
                 failures.append(Failure.of(error, f"{case.label}; {world.label}"))
             ran.append(case.label)
             break
-    told = f"{world.elements / 1e9:.1f} billion elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
+    told = f"{_in_words(world.elements)} elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
     return check_of(REAL_SIZES, told, failures)
 
 

@@ -112,20 +112,23 @@ def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
     replicas = {source for one in plan.replicas for source in one.sources[1:]}
     held = [stored_numbers(plan, i).ravel() for i in range(len(plan.sources)) if i not in replicas]
     numbers = np.concatenate(held) if held else np.empty(0)
-    found, counts = np.unique(numbers, return_counts=True)
+    whole = (numbers >= 0) & (numbers < trip.world.elements)
+    counts = np.bincount(numbers[whole].astype(np.int64), minlength=trip.world.elements)
     arrays = trip.world.arrays()
-    wanted: dict[float, int] = {}
+    wanted = np.ones(trip.world.elements, np.int64)
     for name, to in trip.world.tied.items():
         spec = next(one for one in trip.world.pieces.targets.values() if one.name.match(name) is not None)
         if not spec.instances[0].rule.optional:  # else the rank files need not hold it twice
-            wanted.update(dict.fromkeys(arrays[to].ravel().tolist(), 2))
-    for number in np.setdiff1d(np.arange(trip.world.elements), found)[:1]:
-        yield Failure(f"{element_of(arrays, number)} is in no rank file", where=trip.where)
-    padded = any(group.instance.rule.zeros for group, _ in plan.copies.outputs)
-    for number, count in zip(found.tolist(), counts.tolist(), strict=True):
-        if count != wanted.get(number, 1) and (number or not padded):  # padding is zeros
-            yield Failure(f"{element_of(arrays, number)} is in the rank files {count} times", where=trip.where)
-            return
+            wanted[arrays[to].ravel().astype(np.int64)] = 2
+    if any(rule.zeros for rule in plan.mapping.rules):
+        counts[0] = min(counts[0], wanted[0])  # padding is zeros
+    for number in np.flatnonzero(counts == 0)[:1]:
+        yield Failure(f"{element_of(arrays, float(number))} is in no rank file", where=trip.where)
+    for number in np.flatnonzero((counts != wanted) & (counts > 0))[:1]:
+        told = f"{element_of(arrays, float(number))} is in the rank files {counts[number]} times"
+        yield Failure(told, where=trip.where)
+    for number in numbers[~whole][:1]:
+        yield Failure(f"{element_of(arrays, float(number))} is in the rank files", where=trip.where)
 
 
 def _choices(trip: Trip, plan: Plan) -> Iterator[Failure]:

@@ -141,7 +141,11 @@ def _divisions(expression: Expression) -> list[tuple[str, str]]:
 
 
 def _is_division(expression: Expression) -> bool:
-    return isinstance(compile_expression(expression).tree, nodes.FloorDiv)
+    """Whether a size is a quotient, or one where a configuration does not say it."""
+    tree: nodes.Node = compile_expression(expression).tree
+    if isinstance(tree, nodes.Filter) and tree.name == "default" and tree.args:
+        tree = tree.args[0]
+    return isinstance(tree, nodes.FloorDiv)
 
 
 def _axes_of(mapping: MappingFile) -> dict[str, None]:

@@ -158,7 +158,11 @@ def _told(one: Served, name: str, files: bool) -> dict[str, Any]:
         revision, folder = one.revisions.find(name)
     except NoRevision as error:
         return {**told, "why": visible(str(error))}
-    told |= {"step": revision.name, "commit": revision.commit, "facts": card_facts(folder.plan, list(folder.notices))}
+    told |= {
+        "step": revision.name,
+        "commit": revision.commit,
+        "facts": {**card_facts(folder.plan, []), "notices": folder.notices},
+    }
     return {**told, "files": list(folder.values()) if files else []}
 
 

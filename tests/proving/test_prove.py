@@ -173,15 +173,16 @@ def test_tiny_sizes_divide_as_the_mapping_divides_them() -> None:
     assert len(set(sizes.values())) == len(sizes)
 
 
-def test_every_pair_of_choices_and_layouts_occurs_in_some_row() -> None:
+def test_every_pair_of_choices_and_modes_and_every_layout_occurs_in_some_row() -> None:
     mapping = load_mapping("families/internlm2.yaml")
     worlds = Worlds(mapping)
     possible = [(c, most) for c, most in combinations_of(mapping) if worlds.shows(c, most=most)]
     layouts = cases(engine.api.load_layout(mapping.layout))
     chosen = list(rows(mapping, layouts, possible, ()))
-    seen = {(row.case.label, name, choice) for row in chosen for name, choice in row.choices.items()}
-    assert seen == {(c.label, v.name, x) for c in layouts for v in mapping.variants.values() for x in v.choices}
-    assert len(chosen) < 40
+    seen = {(row.case.mode, name, choice) for row in chosen for name, choice in row.choices.items()}
+    assert seen == {(c.mode, v.name, x) for c in layouts for v in mapping.variants.values() for x in v.choices}
+    assert {row.case.label for row in chosen} == {case.label for case in layouts}
+    assert len(chosen) < 25
 
 
 def test_mutants_reorder_sums_and_products_one_step_at_a_time() -> None:

@@ -1,0 +1,252 @@
+"""Careless edits of every family, as people make them, and what the pull request's workflow does about each.
+
+The edits were written down before it was looked at which are caught. Each is applied to the family written out whole.
+It is caught when the workflow turns red, and it is told when, with its meaning committed as well, the comment on the
+pull request shows a tensor or a value that differs, or lint an error. `make soak` asks for both.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Mapping
+from engine.proving.changes import compare_meanings
+from engine.proving.committed import committed, differences, read_meaning
+from engine.proving.lint import lint
+from engine.proving.meaning import flat, meaning_of
+from engine.proving.mutants import rebuilt
+
+ROOT = Path(__file__).resolve().parent.parent
+Data = dict[str, Any]
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "wqkv", "wo", "w1", "w2", "w3")
+NORMS = ("input_layernorm", "post_attention_layernorm", "attention_norm", "ffn_norm", "model.norm")
+PAIRS = (
+    ("q_proj", "k_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj"), ("up_proj", "down_proj"), ("w1", "w3"),
+    ("w1", "w2"), ("input_layernorm", "post_attention_layernorm"), ("attention_norm", "ffn_norm"),
+)  # fmt: skip
+CONSTANTS = {  # key → values that a hasty hand writes
+    "rms_norm_eps": [1e-6, 1e-5, "{{ layer_norm_epsilon | default(1e-6) }}"],
+    "tie_word_embeddings": [True],
+    "hidden_act": ["gelu", "silu_and_mul"],
+    "num_key_value_heads": ["{{ heads }}", 8],
+    "num_attention_heads": ["{{ groups }}", "{{ heads + 1 }}"],
+    "head_dim": [128, "{{ hidden // groups }}"],
+    "intermediate_size": ["{{ 4 * hidden }}", "{{ hidden }}"],
+    "vocab_size": ["{{ vocab + 1 }}", "{{ hidden }}"],
+    "hidden_size": ["{{ ffn }}"],
+    "num_hidden_layers": ["{{ layer - 1 }}", "{{ heads }}"],
+    "attention_bias": [True, False],
+    "mlp_bias": [True],
+    "bos_token_id": [2, 0],
+    "eos_token_id": [1, 0],
+    "rope_theta": [10000, 1000000, "{{ rope_base | default(1000000) }}"],
+    "max_position_embeddings": [2048, "{{ options.max_position_embeddings * 2 }}"],
+    "architectures": [["LlamaForCausalLn"], ["LlamaModel"]],
+    "num_experts": [8],
+    "num_experts_per_tok": [1],
+    "num_local_experts": ["{{ expert - 1 }}"],
+}
+TRAINING = {
+    "layer_norm_epsilon": [1e-5, None], "norm_eps": [1e-5, None], "rope_base": [10000, None],
+    "rope_theta": [500000, None], "num_kv_attention_heads": ["{{ num_attention_heads }}", None],
+    "n_kv_heads": ["{{ num_attention_heads }}", None], "num_attention_heads": ["{{ num_key_value_heads }}"],
+    "num_layers": ["{{ num_hidden_layers - 1 }}"], "hidden_size": ["{{ intermediate_size }}"],
+    "qk_interleaved": [False, None, "{{ rotary == 'halves' }}"], "adapt_hf": ["{{ rotary == 'pairs' }}", None],
+    "no_bias": [True], "norm_head": [None], "is_reward": [None], "mlp_ratio": [4, 2.6667], "multiple_of": [256],
+    "ffn_dim_multiplier": [1.3, None], "embed_split_hidden": [True, None],
+}  # fmt: skip
+WORDS = (  # what is written for what in expressions
+    ("default(1e-5)", "default(1e-6)"), ("default(10000)", "default(1000000)"), ("default(256)", "default(128)"),
+    ("default(heads)", "default(1)"), ("hidden // heads", "hidden // groups"), ("heads // groups", "groups"),
+    ("head_dim // 2", "head_dim // 4"), ("+ multiple - 1", ""), ("mlp_ratio", "4"), ("8 * hidden // 3", "4 * hidden"),
+    ("is_reward | default(false)", "is_reward | default(true)"), ("default(true)", "default(false)"),
+    ("qk_interleaved | default(false)", "qk_interleaved | default(true)"),
+    ("norm_head | default(false) and", "norm_head and"),
+    ("rope_base | default(10000)", "10000"), ("rope_theta | default(10000)", "10000"), ("num_layers", "num_layers - 1"),
+    ("not (", "("), (" and ", " or "), ("== 'all'", "!= 'all'"), ("== 'reward'", "== 'lm'"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Edit:
+    what: str
+    data: Data
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether the workflow is red, and why; what its comment would say if the meaning were committed too."""
+
+    edit: str
+    red: str | None
+    comment: str | None
+
+
+def edits_of(mapping: Mapping) -> Iterator[Edit]:
+    """Every edit that applies to a family, each once."""
+    seen: list[Data] = [_plain(mapping.resolved)]
+    for what, change in _changes(seen[0]):
+        data = copy.deepcopy(seen[0])
+        try:
+            change(data)
+        except (KeyError, IndexError, TypeError):
+            continue
+        if data not in seen:
+            seen.append(data)
+            yield Edit(what, data)
+
+
+def _changes(data: Data) -> Iterator[tuple[str, Callable[[Data], None]]]:
+    for name, rule in (data.get("rules") or {}).items():
+        yield from _of_rule(name, rule, data)
+    for one, two in PAIRS:
+        yield f"targets {one} and {two} exchanged", lambda d, a=one, b=two: _swap(d, a, b, "target")
+        yield f"sources {one} and {two} exchanged", lambda d, a=one, b=two: _swap(d, a, b, "source")
+    for part, listed in (("config", CONSTANTS), ("training_config", TRAINING)):
+        for key, values in listed.items():
+            for value in values:
+                if key in (data.get(part) or {}) and value is not None:
+                    yield f"{part}: {key}: {value}", lambda d, p=part, k=key, v=value: d[p].__setitem__(k, v)
+                elif key in (data.get(part) or {}):
+                    yield f"{part}: {key} left out", lambda d, p=part, k=key: d[p].pop(k)
+    for part in ("dims", "variants", "config", "training_config"):
+        for old, new in WORDS:
+            yield f"{part}: `{new}` for `{old}`", lambda d, p=part, a=old, b=new: _replace(d, p, a, b)
+    for name, variant in (data.get("variants") or {}).items():
+        for choice in variant["choices"]:
+            if choice != variant.get("default"):
+                told = f"variant {name}: default {choice}"
+                yield told, lambda d, n=name, c=choice: d["variants"][n].__setitem__("default", c)
+    for name, option in (data.get("options") or {}).items():
+        if isinstance(option.get("default"), int | float):
+            told = f"option {name}: default doubled"
+            yield told, lambda d, n=name, v=option["default"]: d["options"][n].__setitem__("default", v * 2)
+            yield f"option {name}: default as text", lambda d, n=name: _texted(d["options"][n])
+    for number, entry in enumerate(data.get("refuse") or ()):
+        yield f"refuses {entry.get('source')} no more", lambda d, n=number: d["refuse"].pop(n)
+    for key, value in (("bos", "</s>"), ("eos", "<s>"), ("pad", "<unk>"), ("file", "tokeniser.model")):
+        yield f"tokenizer: {key}: {value}", lambda d, k=key, v=value: d["tokenizer"].__setitem__(k, v)
+    for value in (1, [2, 3]):
+        yield f"generation: eos_token_id: {value}", lambda d, v=value: d["generation"].__setitem__("eos_token_id", v)
+    yield "generation: eos_token", lambda d: d["generation"].__setitem__("eos_token", "</s>")
+    yield "the layout misspelt", lambda d: d["source"].__setitem__("layout", d["source"]["layout"] + "x")
+    yield "another even axis", lambda d: d.__setitem__("even", ["hidden"])
+    yield "no even axis", lambda d: d.pop("even")
+
+
+def _of_rule(name: str, rule: Data, data: Data) -> Iterator[tuple[str, Callable[[Data], None]]]:
+    axes = re.findall(r"\w+", rule["axes"])
+    yield f"{name}: removed", lambda d: d["rules"].pop(name)
+    if "split" in rule:
+        yield f"{name}: not split", lambda d: d["rules"][name].pop("split")
+        other = next((a for a in ("hidden", "ffn", "vocab") if a in axes and a != rule["split"]), None)
+        if other is not None:
+            yield f"{name}: split on {other}", lambda d: d["rules"][name].__setitem__("split", other)
+    elif "hidden" in axes:
+        yield f"{name}: split on hidden", lambda d: d["rules"][name].__setitem__("split", "hidden")
+    if "stage" in rule:
+        turned = "first" if rule["stage"] == "last" else "last"
+        yield f"{name}: stage {turned}", lambda d: d["rules"][name].__setitem__("stage", turned)
+    for old, new in (
+        ("groups queries", "queries groups"), ("queries + k + v", "k + queries + v"), ("q + k + v", "q + v + k"),
+        ("(q + k + v) heads", "heads (q + k + v)"), ("half pair", "pair half"), ("pair half", "half pair"),
+        ("heads head_dim", "head_dim heads"), ("ffn hidden", "hidden ffn"), ("hidden ffn", "ffn hidden"),
+        ("gate + up", "up + gate"), ("groups head_dim", "head_dim groups"), ("vocab hidden", "hidden vocab"),
+    ):  # fmt: skip
+        for where in ("axes", "targets"):
+            told = f"{name}: `{new}` for `{old}` in its {where}"
+            yield told, lambda d, w=where, a=old, b=new: _reorder(d["rules"][name], w, a, b)
+    for variant, chosen in (rule.get("when") or {}).items():
+        others = [c for c in data["variants"][variant]["choices"] if c != chosen]
+        for other in others[:1]:
+            told = f"{name}: when {variant}: {other}"
+            yield told, lambda d, v=variant, o=other: d["rules"][name]["when"].__setitem__(v, o)
+        yield f"{name}: whatever {variant}", lambda d, v=variant: d["rules"][name]["when"].pop(v)
+    for key in ("transform", "keep", "optional", "tied_to", "drop"):
+        if key in rule:
+            yield f"{name}: without {key}", lambda d, k=key: d["rules"][name].pop(k)
+    if isinstance(rule["source"], list):
+        yield f"{name}: an old name forgotten", lambda d: d["rules"][name]["source"].pop()
+
+
+def _reorder(rule: Data, where: str, old: str, new: str) -> None:
+    """Other axes of the source alone, or of the targets alone."""
+    if old not in (rule["axes"] if where == "axes" else str(rule["targets"])):
+        raise KeyError(old)
+    if where == "axes":
+        if rule.get("target") is not None:
+            rule["targets"] = [{"name": rule.pop("target"), "axes": rule["axes"]}]
+        rule["axes"] = rule["axes"].replace(old, new)
+    else:
+        for target in rule["targets"]:
+            target["axes"] = target["axes"].replace(old, new)
+
+
+def _swap(data: Data, one: str, two: str, side: str) -> None:
+    """Two words exchanged in every name of a side."""
+    pattern = re.compile(rf"(?<=\.)({one}|{two})(?=[._]|$)")
+
+    def swapped(name: str) -> str:
+        return pattern.sub(lambda found: two if found[1] == one else one, name)
+
+    for rule in data["rules"].values():
+        if side == "source":
+            source = rule["source"]
+            rule["source"] = [swapped(s) for s in source] if isinstance(source, list) else swapped(source)
+        elif rule.get("target") is not None:
+            rule["target"] = swapped(rule["target"])
+        else:
+            for target in rule["targets"]:
+                target["name"] = swapped(target["name"])
+
+
+def _replace(data: Data, part: str, old: str, new: str) -> None:
+    def walk(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {k: v if k in ("help", "default", "decide") else walk(v) for k, v in tree.items()}
+        if isinstance(tree, list):
+            return [walk(item) for item in tree]
+        return tree.replace(old, new) if isinstance(tree, str) else tree
+
+    data[part] = walk(data[part])
+
+
+def _texted(option: Data) -> None:
+    option["default"] = str(option["default"])
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return [_plain(item) for item in tree] if isinstance(tree, list | tuple) else tree
+
+
+def outcome(mapping: Mapping, edit: Edit) -> Outcome:
+    """What the workflow says of an edit."""
+    try:
+        edited = rebuilt(mapping, edit.data)
+    except EngineError as error:
+        told = f"{error.code} {error.message}"
+        return Outcome(edit.what, told, told)
+    errors = [f"{one.code} {one.message}" for one in lint(edited) if one.severity == "error"]
+    if errors:
+        return Outcome(edit.what, errors[0], errors[0])
+    now = dict(flat(meaning_of(edited)))
+    known = committed(mapping)
+    then = read_meaning(known[1]) if known is not None else {}
+    differ = [] if then == now else differences(edited, then, now)
+    tensors, values = compare_meanings(mapping, edited)
+    told = [f"{one.kind} {one.target}" for one in tensors] + [f"{one.file} {one.name}" for one in values]
+    return Outcome(edit.what, differ[0].message if differ else None, told[0] if told else None)
+
+
+def outcomes(family: str) -> list[Outcome]:
+    mapping = load_mapping(ROOT / "mappings" / "families" / f"{family}.yaml")
+    return [outcome(mapping, edit) for edit in edits_of(mapping)]
