@@ -85,7 +85,7 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     \b
     Examples:
       engine run --src ckpt/20000
-      engine run -m internlm2-chat-7b -s ckpt/20000 -o hf --dtype bf16 --max-shard-size 5GB
+      engine run -m internlm2-chat-7b -s ckpt/20000 -o hf --dtype bf16
     """
     only_plan(ctx, saved)
     if saved is not None:

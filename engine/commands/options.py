@@ -18,7 +18,8 @@ from click.shell_completion import CompletionItem
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
 from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
-from engine.planning.request import DTYPES, JOBS, RANK_OPTIONS, Request, dtype_name, parse_size
+from engine.planning.given import DTYPES, dtype_name, parse_size
+from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
 
 P = ParamSpec("P")
@@ -206,15 +207,17 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         how["required"] = True
     elif other is None and one.default is not MISSING and one.default not in (None, False, True, ()):
         how["default"] = declared["shown"] if declared["kind"] == "size" else one.default
-        how["show_default"] = True if declared["kind"] == "size" else declared["shown"] or True
+        told = "" if declared["kind"] == "size" else declared["shown"]
+        how["show_default"] = not told
+        how["help"] += f"  [default: {told}]" if told else ""
     kinds: dict[str, dict[str, Any]] = {
         "text": {},
         "flag": {"is_flag": True},
         "no-flag": {"is_flag": True, "flag_value": False, "default": True},
         "count": {"type": _RANKS, "metavar": "N"},
         "size": {"type": Size()},
-        "workers": {"type": Workers(), "default": "auto", "show_default": True},
-        "dtype": {"type": Dtype()},
+        "workers": {"type": Workers(), "metavar": "auto|N", "default": "auto", "show_default": True},
+        "dtype": {"type": Dtype(), "metavar": "TYPE"},
         "setting": {"type": Setting(), "multiple": True, "callback": settings_of},
         "texts": {"multiple": True},
     }

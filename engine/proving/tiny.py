@@ -19,9 +19,9 @@ from engine.language.expressions import OMIT, compile_expression, evaluate, name
 from engine.language.model import Expression
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import claims
+from engine.planning.facts import present_in, render_known
 from engine.planning.matching import is_active
 from engine.planning.pieces import Pieces, match_pieces
-from engine.planning.source import present_in, render_known
 from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
 from engine.planning.whole import whole_groups, whole_instances

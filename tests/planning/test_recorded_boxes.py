@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -297,3 +298,25 @@ def test_where_a_box_lies_is_told_with_its_axes(rules: Any) -> None:
     (gate, up) = spots(source, group, second)
     assert gate.box == {"layer": (0, 3), "expert": (0, 2), "gate": (0, 1), "ffn": (0, 3), "hidden": (2, 5)}
     assert up.bases[3] == -2
+
+
+@pytest.mark.parametrize(("held", "code"), [(3, "E203"), (1, "E207")])
+def test_names_that_count_more_or_fewer_than_the_configuration_says_are_refused(
+    held: int, code: str, tmp_path: Path
+) -> None:
+    (tmp_path / "layouts").mkdir()
+    (tmp_path / "layouts" / "boxes.yaml").write_text(LAYOUT, encoding="utf-8")
+    text = MAPPING[: MAPPING.index("rules:")] + (
+        "rules:\n"
+        '  - {source: "expert.{expert}.weight", target: "out.{expert}.weight", axes: ffn hidden, stage: first}\n'
+        "config: {architectures: [LlamaForCausalLM], model_type: llama}\n"
+    )
+    (tmp_path / "named.yaml").write_text(text, encoding="utf-8")
+    layout = load_layout(str(tmp_path / "layouts" / "boxes.yaml"))
+    files = Files(1)
+    for expert in range(held):
+        files.put(0, f"expert.{expert}.weight", np.zeros((FFN, HIDDEN), np.float32), ((0, FFN), (0, HIDDEN)))
+    with pytest.raises(EngineError) as caught:
+        make_plan(load_mapping(str(tmp_path / "named.yaml")), layout, files.checkpoint(layout))
+    assert caught.value.code == code
+    assert "expert" in str(caught.value)
