@@ -73,6 +73,7 @@ fuzz: setup
 SOAK_KILLS ?= 200
 soak: setup
 	ALL_STORES=1 $(BIN)/python -m pytest -q tests/storage
+	$(BIN)/python -m tests.slurm
 	ALL_ATTACKS=1 ALL_PEERS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/test_benchmarks.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 

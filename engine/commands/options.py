@@ -18,7 +18,8 @@ from click.shell_completion import CompletionItem
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
 from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
-from engine.planning.request import DTYPES, JOBS, RANK_OPTIONS, Request, dtype_name, parse_size
+from engine.planning.given import DTYPES, dtype_name, parse_size
+from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
 
 P = ParamSpec("P")

@@ -16,13 +16,13 @@ _QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but err
 
 
 @click.command()
-@click.argument("which", metavar="[K/N]", default="")
+@click.argument("which", metavar="[K/N]", required=False)
 @_PLAN
 @_OUT
 @asks("workers", "max_memory")
 @_QUIET
 @reports_errors
-def part(as_json: bool, /, which: str, path: str, out: str | None, quiet: bool, **options: Any) -> None:
+def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet: bool, **options: Any) -> None:
     """Write one of N parts of a saved plan.
 
     Parts run at any time, on any machines that see the plan, the checkpoint and the output; nothing is
@@ -38,7 +38,7 @@ def part(as_json: bool, /, which: str, path: str, out: str | None, quiet: bool, 
     from engine.commands import progress
 
     with progress.progress(show=not (quiet or as_json), also=None) as listener:
-        nbytes = api.part(path, which, out, progress=listener, **options)
+        nbytes = api.part(path, which or "", out, progress=listener, **options)
     told = f"wrote {nbytes:,} bytes" if nbytes else "this part was done already"
     if as_json or not quiet:
         answer(as_json, {"bytes": nbytes}, lambda: f"{told}\nnext: engine commit, when all parts are done")

@@ -18,6 +18,7 @@ from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.config_keys import check_returns, declared
 from engine.planning.destination import Destination
+from engine.planning.facts import present_in, render_known
 from engine.planning.groups import Group
 from engine.planning.likeness import Like, destination_of, spellings_of
 from engine.planning.model import Output, OutputFile
@@ -25,7 +26,7 @@ from engine.planning.rank_groups import RankGroups
 from engine.planning.request import Request
 from engine.planning.sides import training_keys
 from engine.planning.sizes import check_known
-from engine.planning.source import Source, present_in, render_known
+from engine.planning.source import Source
 from engine.planning.stored import Stored
 from engine.planning.variants import decide
 from engine.planning.written import Wanted, Written, configuration, fill, main_dtype

@@ -18,7 +18,7 @@ from engine.language.model import Expression, Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import claims
 from engine.planning.config_keys import as_declared, declared, leaves, read_config, source_side, target_side
-from engine.planning.source import present_in, render_known
+from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
 from engine.proving.probes import Given, Outcome, constants, divisors_of, name_of, others, scenarios, table, unusual
 from engine.proving.tiny import World, Worlds, of_files, training_names

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 import engine
 from engine import api
+from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.run.parts import Part, share
 from engine.run.schedule import Job, Unit
@@ -120,6 +122,16 @@ def test_a_part_that_is_killed_is_run_again(plan: Path, whole: dict[str, bytes],
     api.part(plan, "1/2", out)
     api.commit(plan, out)
     assert files(out) == whole
+
+
+def test_the_commands_take_the_part_from_an_array(plan: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    for number in "12":
+        array = {"SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+        done = CliRunner().invoke(cli, ["part", "--plan", str(plan), "-o", out, "--json"], env=array)
+        assert done.exit_code == 0 and '"bytes"' in done.output, done.output
+    assert CliRunner().invoke(cli, ["commit", "--plan", str(plan), "-o", out, "-q"]).exit_code == 0
+    assert files(tmp_path / "out") == whole
 
 
 def test_the_part_comes_from_slurm_or_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
