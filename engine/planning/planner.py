@@ -58,9 +58,13 @@ def make_plan(
         )
     other = Like() if like is None else like_of(read_source(mapping, layout, like, mine))
     cut = cut_of_model(layout, asked, other) if asked.writes == "training" else None
+    if crosses and cut is not None:
+        mine |= only_written(layout, cut["mode"], mapping, mine)
     source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy, cut=cut)
     if lossy is not None:
         source = padded(source)
+    if cut is not None:
+        only_written(layout, cut["mode"], mapping, {name: d.choice for name, d in source.decisions.items()})
     if asked.writes == "whole":
         written = whole_outputs(source, asked)
     else:
@@ -104,6 +108,23 @@ def _settings(mapping: MappingFile, layout: Layout, asked: Request) -> dict[str,
     mine = {name: value for name, value in asked.settings.items() if name not in theirs}
     check_settings(mapping, mine)
     return mine
+
+
+def only_written(layout: Layout, mode: str, mapping: MappingFile, choices: Mapping[str, Any]) -> dict[str, str]:
+    """The choices of a mapping's variants that alone are written in a mode; E214 where another is to be."""
+    held = next(one.choices for one in layout.modes if one.name == mode)
+    found = {name: choice for name, choice in held.items() if name in mapping.variants}
+    for name, choice in found.items():
+        if choices.get(name, choice) != choice:
+            raise EngineError(
+                "E214",
+                f"mode `{mode}` is not written with {name}={choices[name]}",
+                place=mapping.variants[name].place,
+                got=f"{name}={choices[name]}",
+                expected=f"{name}={choice}",
+                fix="Choose another --mode, or write from a Hugging Face checkpoint without that setting.",
+            )
+    return found
 
 
 def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:

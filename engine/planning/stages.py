@@ -212,16 +212,15 @@ def shared_out(axis: str, total: int, layout: Layout, sizes: Mapping[str, int]) 
     """How many of an axis of `indices` each rank is to hold; E214 when they do not divide."""
     dims = index_dims(layout, axis)
     ranks = prod(sizes.get(dim, 1) for dim in dims)
-    if total % ranks:
+    if total % ranks or (ranks > 1 and not total):
         raise EngineError(
             "E214",
-            f"axis `{axis}` of {total} does not divide by {ranks} ranks",
+            f"axis `{axis}` of {total} does not divide by {ranks} ranks" if total else f"the model has no `{axis}`",
             place=layout.indices[axis].place,
             got=" ".join(f"{dim} {sizes.get(dim, 1)}" for dim in dims),
-            expected="ranks that divide "
-            + str(total)
-            + ": "
-            + ", ".join(str(n) for n in range(1, total + 1) if total % n == 0),
+            expected="1"
+            if not total
+            else f"ranks that divide {total}: " + ", ".join(str(n) for n in range(1, total + 1) if total % n == 0),
             fix="Every rank holds as many.",
         )
     return total // ranks

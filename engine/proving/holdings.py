@@ -53,6 +53,8 @@ def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, 
     for world in _covering(mapping, worlds, free):
         known = _zeroth(mapping, world)
         for case in small_cases(layout):
+            if not case.takes(world.choices):
+                continue
             try:
                 plan = reverse_of(mapping, layout, world, case)
             except EngineError as error:

@@ -39,6 +39,11 @@ class Case:
     sizes: Mapping[str, int]
     chunks: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)  # variants and options of the layout
+    holds: Mapping[str, str] = field(default_factory=dict)  # choices of mappings' variants that alone are written so
+
+    def takes(self, choices: Mapping[str, str]) -> bool:
+        """Whether a model of these choices can be written so."""
+        return all(choices.get(name, choice) == choice for name, choice in self.holds.items())
 
     def request(self, mapping: MappingFile, choices: Mapping[str, str], lossy: Sequence[str] = ()) -> Request:
         """What writes a mapping's model so.
@@ -94,7 +99,7 @@ def _case(mode: Mode, sizes: Mapping[str, int], *, chunks: int = 1, **settings: 
     words = [mode.name, *(f"{dim}{count}" for dim, count in sizes.items())]
     words += [f"chunks{chunks}"] if chunks > 1 else []
     words += [name if value is True else str(value) for name, value in settings.items()]
-    return Case(" ".join(words), mode.name, sizes, chunks, settings)
+    return Case(" ".join(words), mode.name, sizes, chunks, settings, mode.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ def rows(
     Args:
         refused: labels of layouts that turned out not to fit; rows of theirs count for nothing.
     """
-    every = [Row(choices, most, case) for choices, most in possible for case in layouts]
+    every = [Row(choices, most, case) for choices, most in possible for case in layouts if case.takes(choices)]
     random = Random(mapping.name)
     seen: set[tuple[Fact, Fact]] = set()
     known = -1

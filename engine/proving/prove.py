@@ -283,7 +283,7 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
         if isinstance(model, str):
             return Check(MODEL, None, model)
         counted[key] = len(model)
-        told = misfits(world.shapes, model, world.pieces)
+        told = misfits(world.shapes, model, world.pieces, mapping.model_type)
         failures += [replace(failure, where=world.label) for failure in told]
         if told:
             break

@@ -7,13 +7,14 @@ read back and compared. The numbers say where each element came from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
 from engine.formats.configs import encode_config
+from engine.language.expressions import names_in
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
@@ -66,7 +67,10 @@ def write_ranks(
     write_weights(plan, LocalStore(folder), workers=1)
     for name, (kind, content) in plan.beside.items():
         (folder / name).write_bytes(encode_config(name, kind, content))
-    return Trip(world, case, read_checkpoint(folder, layout))
+    checkpoint = read_checkpoint(folder, layout)
+    if any("given" in names_in(dim) for dim in mapping.dims.values()):
+        checkpoint = replace(checkpoint, target_config=world.config)
+    return Trip(world, case, checkpoint)
 
 
 def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
@@ -112,8 +116,12 @@ def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
     counts = np.bincount(numbers[whole].astype(np.int64), minlength=trip.world.elements)
     arrays = trip.world.arrays()
     wanted = np.ones(trip.world.elements, np.int64)
-    for name in trip.world.tied.values():
-        wanted[arrays[name].ravel().astype(np.int64)] = 2
+    for name, to in trip.world.tied.items():
+        spec = next(one for one in trip.world.pieces.targets.values() if one.name.match(name) is not None)
+        if not spec.instances[0].rule.optional:  # else the rank files need not hold it twice
+            wanted[arrays[to].ravel().astype(np.int64)] = 2
+    if any(rule.zeros for rule in plan.mapping.rules):
+        counts[0] = min(counts[0], wanted[0])  # padding is zeros
     for number in np.flatnonzero(counts == 0)[:1]:
         yield Failure(f"{element_of(arrays, float(number))} is in no rank file", where=trip.where)
     for number in np.flatnonzero((counts != wanted) & (counts > 0))[:1]:
