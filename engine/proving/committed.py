@@ -153,7 +153,8 @@ def check_meaning(mapping: MappingFile) -> Check:
 def _is_model(path: KeyPath) -> bool:
     """Whether a fact says what the model is, whatever its release, options and neighbours."""
     row = path[2] if len(path) > 2 else ""
-    return path[0] in _MODEL and row != LEAST
+    of_options = row == LEAST or row.startswith("options.") or path[1:] == ("no difference",)
+    return path[0] in _MODEL and not of_options
 
 
 def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> list[Failure]:
