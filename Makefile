@@ -76,6 +76,8 @@ fuzz: setup
 # Every attack in every carrier; then kills runs at so many random moments, and sees that nothing is lost.
 SOAK_KILLS ?= 200
 soak: setup
+	ALL_STORES=1 $(BIN)/python -m pytest -q tests/storage
+	$(BIN)/python -m tests.slurm
 	ALL_ATTACKS=1 ALL_PEERS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/test_benchmarks.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 	$(BIN)/python -m tests.score

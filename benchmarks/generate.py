@@ -68,7 +68,8 @@ def write_sparse(folder: Path, spec: Spec) -> int:
         tensors = [(tensor, "BF16", shape) for tensor, shape, _ in rank_tensors(spec, p)]
         layout = torch_file(tensors, Path(name).stem)
         with (folder / name).open("wb") as file:
-            for offset, data in layout.finish([0] * len(tensors)):
+            records = [one for number in range(len(tensors)) for one in layout.after(number, 0)]
+            for offset, data in (*layout.start(), *records, *layout.finish([0] * len(tensors))):
                 file.seek(offset)
                 file.write(data)
             nbytes += file.seek(0, os.SEEK_END)

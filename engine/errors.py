@@ -62,6 +62,7 @@ CODES: dict[str, str] = {
     "E406": "a value does not fit the type it is written in",
     "E407": "an interrupted run cannot be resumed",
     "E408": "another run is writing the output",
+    "E409": "parts of an output are missing or do not belong together",
     # assets
     "E501": "the tokenizer cannot be converted",
     "E502": "a configuration cannot be written",
@@ -93,7 +94,7 @@ LINTS: dict[str, str] = {
 
 # What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
 RESUMABLE = ("E305", "E403", "E405")
-KEPT = (*RESUMABLE, "E407")  # what else leaves the work of an interrupted run as it is
+KEPT = (*RESUMABLE, "E407", "E409")  # what else leaves the work of an interrupted run as it is
 
 _LONGEST = 2000  # characters of one part of a message
 
@@ -241,6 +242,9 @@ class EngineErrors(EngineError):
         return "\n\n".join(str(error) for error in self.errors)
 
 
+_MOST_ERRORS = 20  # of one file that are told; a file may have a million
+
+
 class Errors:
     """Gathers independent errors, so that all of a file are told at once.
 
@@ -273,4 +277,4 @@ class Errors:
         if len(listed) == 1:
             raise listed[0]
         if listed:
-            raise EngineErrors(listed)
+            raise EngineErrors(listed[:_MOST_ERRORS])

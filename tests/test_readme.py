@@ -15,6 +15,7 @@ HEADINGS = {
     "Install": "安装",
     "A rule": "一条规则",
     "Commands": "命令",
+    "Without converting, and beyond one machine": "不转换，以及不止一台机器",
     "Limits": "限制",
     "Documentation": "文档",
 }

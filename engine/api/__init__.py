@@ -1,5 +1,6 @@
 """The public Python functions. Each is what one command of the command line does."""
 
+from engine.api.parts import commit, part
 from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_plan
 from engine.api.reviews import (
     clean,
@@ -23,6 +24,7 @@ from engine.api.reviews import (
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
 from engine.api.serving import Model, mount, open, serve, virtual
+from engine.api.spread import run_parts, run_plan_on
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
@@ -32,6 +34,7 @@ __all__ = [
     "Model",
     "Report",
     "clean",
+    "commit",
     "compare",
     "convert",
     "describe_plan",
@@ -53,6 +56,7 @@ __all__ = [
     "load_plan",
     "mount",
     "open",
+    "part",
     "plan",
     "plan_reshard",
     "plan_reverse",
@@ -61,7 +65,9 @@ __all__ = [
     "reshard",
     "reverse",
     "serve",
+    "run_parts",
     "run_plan",
+    "run_plan_on",
     "save_plan",
     "verify",
     "view",

@@ -9,15 +9,16 @@ from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
-from engine.planning.request import RankOptions, Request, ReverseOptions, WholeOptions, request_of
+from engine.planning.request import AnyOptions, RankOptions, Request, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
 from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
-from engine.storage.replacing import check_file_free, given_path
+from engine.storage.regular import open_regular
+from engine.storage.replacing import check_file_free, given_path, write_file
 
 if TYPE_CHECKING:
     from engine.language.model import Layout
-    from engine.planning.backward import WholeCheckpoint
+    from engine.planning.attempts import Checkpoint
     from engine.planning.model import Plan
 
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
@@ -41,79 +42,55 @@ def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
     """
-    from engine.planning.planner import make_plan
-    from engine.proving.meta_model import fitted
-
-    asked = request_of(mapping, src, options, WholeOptions)
-    loaded, layout = _rules(asked)
-    checkpoint = read_checkpoint(src, layout, asked.config)
-    loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
-    return make_plan(
-        loaded,
-        layout,
-        checkpoint,
-        settings=asked.settings,
-        dtype=asked.dtype,
-        max_shard_size=asked.max_shard_size,
-        strict=asked.strict,
-    )
+    return planned(request_of(mapping, src, options, "run"))
 
 
 @displayed
 def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
     """Compile what `reverse` would do. Arguments as for `reverse`."""
-    from engine.planning.destination import Request as Grid
-    from engine.planning.reverse import make_reverse_plan
-    from engine.proving.meta_model import fitted, written_as_model
-
-    asked = request_of(mapping, src, options, ReverseOptions)
-    loaded, layout = _rules(asked)
-    whole = read_whole(src)
-    like = None if asked.like is None else read_checkpoint(asked.like, layout, asked.config)
-    if like is not None:
-        loaded, layout, like = fitted(loaded, layout, like)
-    loaded = written_as_model(loaded, whole.config)
-    return make_reverse_plan(
-        loaded,
-        layout,
-        whole,
-        Grid(asked.mode, asked.ranks, asked.chunks),
-        settings=asked.settings,
-        like=like,
-        dtype=asked.dtype,
-        lossy=asked.lossy,
-    )
+    return planned(request_of(mapping, src, options, "reverse"))
 
 
 @displayed
 def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[RankOptions]) -> Plan:
     """Compile what `reshard` would do. Arguments as for `reshard`."""
-    from engine.planning.destination import Request as Grid
-    from engine.planning.reverse import make_reshard_plan
-    from engine.proving.meta_model import fitted
+    return planned(request_of(mapping, src, options, "reshard"))
 
-    asked = request_of(mapping, src, options, RankOptions)
+
+def planned(asked: Request) -> Plan:
+    """The plan of a request, whatever it reads and writes."""
     loaded, layout = _rules(asked)
-    loaded, layout, checkpoint = fitted(loaded, layout, read_checkpoint(src, layout, asked.config))
-    return make_reshard_plan(
-        loaded,
-        layout,
-        checkpoint,
-        Grid(asked.mode, asked.ranks, asked.chunks),
-        settings=asked.settings,
-        like=None if asked.like is None else read_checkpoint(asked.like, layout, asked.config),
-        dtype=asked.dtype,
-    )
+    return _compiled(asked, loaded, layout, _read(asked, layout))
 
 
-def read_whole(src: Source) -> WholeCheckpoint:
+def _read(asked: Request, layout: Layout) -> Checkpoint:
+    if asked.reads == "whole":
+        return read_whole(asked.src)
+    return read_checkpoint(asked.src, layout, asked.config)
+
+
+def _compiled(asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
+    from engine.planning.planner import make_plan
+    from engine.proving.meta_model import fitted, written_as_model
+
+    like = None if asked.like is None else read_checkpoint(asked.like, layout, asked.config)
+    if asked.reads == "training":
+        loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
+    else:
+        if like is not None:
+            loaded, layout, like = fitted(loaded, layout, like)
+        loaded = written_as_model(loaded, checkpoint.config)
+    return make_plan(loaded, layout, checkpoint, asked, like=like)
+
+
+def read_whole(src: Source) -> Checkpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
     from engine.checkpoint.hf_folder import other_weights, read_hf_config, read_hf_folder
-    from engine.planning.backward import WholeCheckpoint
+    from engine.planning.attempts import whole_checkpoint
 
     folder = found_at(src, "the checkpoint")
     files = read_hf_folder(folder)
-    checkpoint = WholeCheckpoint(str(src), files, read_hf_config(folder), other_weights(folder, files))
+    checkpoint = whole_checkpoint(str(src), files, read_hf_config(folder), other_weights(folder, files))
     if not checkpoint.config:
         raise EngineError(
             "E304",
@@ -135,31 +112,29 @@ def save_plan(
     mapping: str | Path,
     src: str | Path = ".",
     *,
+    job: str = "run",
     overwrite: bool = False,
-    **options: Unpack[WholeOptions],
+    **options: Unpack[AnyOptions],
 ) -> Plan:
-    """Plan as `plan` does and save it, to be reviewed and run with `run_plan`.
+    """Plan and save the plan, to be reviewed and run with `run_plan`.
 
     The file (`schemas/saved-plan.schema.json`) is small for any model. Paths in it are as given here.
     With `overwrite`, a plan that was saved there before is replaced; no other file is.
+
+    Args:
+        job: `run`, `reverse` or `reshard`; the other options are those of that function.
     """
-    from engine.proving.saved_plan import Request as Saved
-    from engine.proving.saved_plan import is_saved_plan, saved_plan, write_saved_plan
+    from engine.explaining.normal import normal_form
+    from engine.planning.saved_plan import encode, is_saved_plan, request_data, saved_plan
 
     file = given_path(path, "the plan")
     check_file_free(file, overwrite, is_saved_plan)
-    compiled = plan(mapping, src, **options)
-    asked = request_of(mapping, src, options, WholeOptions)
-    request = Saved(
-        str(mapping),
-        str(src),
-        dict(asked.settings),
-        asked.dtype,
-        asked.max_shard_size,
-        asked.strict,
-        None if asked.config is None else str(asked.config),
+    asked = request_of(mapping, src, options, job)
+    request_data(asked)
+    compiled = planned(asked)
+    write_file(
+        file, encode(saved_plan(compiled, asked, normal_form(compiled))), overwrite=overwrite, ours=is_saved_plan
     )
-    write_saved_plan(file, saved_plan(compiled, request), overwrite=overwrite)
     return compiled
 
 
@@ -170,26 +145,17 @@ def load_plan(path: str | Path) -> Plan:
         EngineError: E217 when mapping, layout or what they come to changed since, E405 when the
             checkpoint's files did.
     """
-    from engine.planning.planner import make_plan
-    from engine.proving.meta_model import fitted
-    from engine.proving.saved_plan import check_files, check_plan, check_rules, read_saved_plan
+    from engine.checkpoint.changed import check_files
+    from engine.explaining.normal import normal_form
+    from engine.planning.saved_plan import AGAIN, MAX_BYTES, check_plan, check_rules, parse_saved_plan
 
-    saved = read_saved_plan(given_path(path, "the plan"))
-    request = saved.request
-    loaded = load_mapping(request.mapping)
-    layout = load_layout(loaded.layout, loaded.layout_place)
+    file = given_path(path, "the plan")
+    with open_regular(file) as opened:
+        saved = parse_saved_plan(file, opened.read(MAX_BYTES + 1))
+    loaded, layout = _rules(saved.request)
     check_rules(saved, loaded, layout)
-    checkpoint = read_checkpoint(request.src, layout, request.config)
-    check_files(saved, checkpoint.files, request.src)
-    loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
-    compiled = make_plan(
-        loaded,
-        layout,
-        checkpoint,
-        settings=request.settings,
-        dtype=request.dtype,
-        max_shard_size=request.max_shard_size,
-        strict=request.strict,
-    )
-    check_plan(saved, compiled)
+    checkpoint = _read(saved.request, layout)
+    check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
+    compiled = _compiled(saved.request, loaded, layout, checkpoint)
+    check_plan(saved, compiled, normal_form(compiled))
     return compiled

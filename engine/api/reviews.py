@@ -132,8 +132,7 @@ def compare(
         EngineError: E2xx and E3xx when either cannot be read, E402 when replicas of a training checkpoint differ.
     """
     from engine.assets.bundle import make_assets
-    from engine.comparing.comparison import compare_sides
-    from engine.comparing.sides import read_side
+    from engine.comparing.sides import compare_sides, read_side
     from engine.run.meter import Meter
     from engine.run.replicas import compare_replicas
     from engine.storage.places import found_at

@@ -63,6 +63,15 @@ class RankGrid:
         }
 
 
+_WHOLE = FilePattern("*", {}, None, None, Place("a Hugging Face checkpoint"), boxes=True)
+WHOLE = Mode("whole", "", (_WHOLE,), only_read="it is no mode of training")
+
+
+def whole_grid(names: Sequence[str]) -> RankGrid:
+    """Files of a checkpoint without ranks: whichever holds a tensor holds all of it, or records what it holds."""
+    return RankGrid(WHOLE, {}, tuple(RankFile(name, _WHOLE, {}) for name in names))
+
+
 def rank_dims(file: FilePattern) -> tuple[str, ...]:
     """The placeholders of a file pattern that are rank dimensions: not `{number}`, not an expert.
 

@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.commands.completion import folders
-from engine.commands.options import SAVED, asks, chosen, only_plan, rank_options, reports_errors, writing_options
+from engine.commands.options import (
+    SAVED,
+    asks,
+    chosen,
+    of_job,
+    only_plan,
+    rank_flags,
+    rank_options,
+    reports_errors,
+    writing_options,
+)
 from engine.commands.say import answer, say
+from engine.planning.request import JOBS
 
 if TYPE_CHECKING:
+    from engine.planning.model import Plan
     from engine.run.execute import Report
 
 
@@ -37,6 +49,7 @@ def write(
     functions: dict[str, Callable[..., Report]] = {
         "run": api.convert,
         "run --plan": api.run_plan,
+        "run --executor": api.run_plan_on,
         "reverse": api.reverse,
         "reshard": api.reshard,
     }
@@ -60,11 +73,17 @@ def write(
 @asks(*SAVED)
 @click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
+@click.option("--executor", metavar="dask[://HOST:PORT]", help="With --plan: have Dask's workers do it in parts.")
+@click.option(
+    "--parts", type=click.IntRange(1, 1 << 20), default=8, show_default=True, help="How many, with --executor."
+)
 @asks("tokenizer", "code")
 @writing_options
 @reports_errors
 @click.pass_context
-def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
+def run(
+    ctx: click.Context, as_json: bool, /, saved: str | None, executor: str | None, parts: int, **options: Any
+) -> None:
     """Convert a training checkpoint to Hugging Face.
 
     The output is complete when the command ends, or not there at all. Without --mapping, the only
@@ -73,9 +92,15 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     \b
     Examples:
       engine run --src ckpt/20000
-      engine run -m internlm2-chat-7b -s ckpt/20000 -o hf --dtype bf16 --max-shard-size 5GB
+      engine run -m internlm2-chat-7b -s ckpt/20000 -o hf --dtype bf16
     """
     only_plan(ctx, saved)
+    if executor is not None and saved is None:
+        raise click.UsageError("--executor needs a saved plan: give --plan", ctx)
+    if executor is not None:
+        asked = {name: value for name, value in options.items() if name not in SAVED}
+        write(as_json, "run --executor", path=saved, place=executor, parts=parts, **asked)
+        return
     if saved is not None:
         write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
         return
@@ -96,28 +121,54 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
 
 @click.command()
 @asks(*SAVED)
+@click.option(
+    "--for", "job", type=click.Choice(list(JOBS)), default="run", show_default=True, help="The command to plan."
+)
+@rank_flags
+@asks("ranks", "chunks", "mode", "like", "lossy")
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
 @click.option("--why", is_flag=True, help="Show the mapping's expressions that decided, too.")
 @reports_errors
+@click.pass_context
 def plan(
-    as_json: bool, /, mapping: str | None, src: str, out: str | None, overwrite: bool, why: bool, **options: Any
+    ctx: click.Context,
+    as_json: bool,
+    /,
+    mapping: str | None,
+    src: str,
+    job: str,
+    out: str | None,
+    overwrite: bool,
+    why: bool,
+    **options: Any,
 ) -> None:
-    """Show what `run` would do; reads no tensor data.
+    """Show what `run`, `reverse` or `reshard` would do.
+
+    Headers and configurations are read, and no tensor data.
 
     \b
     Examples:
       engine plan -m internlm2-7b -s ckpt/20000
       engine plan -m internlm2-7b -s ckpt/20000 -o plan.json && engine run --plan plan.json
+      engine plan --for reverse -m internlm2-7b -s hf --tp 4 -o plan.json
     """
     from engine import api
     from engine.show import render
 
+    options = of_job(ctx, job, options)
+    if mapping is None and JOBS[job].reads != "training":
+        raise click.UsageError("Missing option '--mapping': only a training checkpoint tells which fits", ctx)
     mapping = chosen(mapping, src, options["config"], quiet=as_json)
-    if out is None:
-        made = api.plan(mapping, src, **options)
+    if out is not None:
+        made = api.save_plan(out, mapping, src, job=job, overwrite=overwrite, **options)
     else:
-        made = api.save_plan(out, mapping, src, overwrite=overwrite, **options)
+        plans: dict[str, Callable[..., Plan]] = {
+            "run": api.plan,
+            "reverse": api.plan_reverse,
+            "reshard": api.plan_reshard,
+        }
+        made = plans[job](mapping, src, **options)
     facts = api.describe_plan(made)
     answer(as_json, facts, lambda: render.plan(facts, why=why))
 

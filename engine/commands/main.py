@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from engine import __version__
-from engine.commands import convert, look, review, serve
+from engine.commands import convert, look, parts, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
 from engine.errors import CODES
@@ -27,6 +27,7 @@ from engine.errors import CODES
 # A command is listed under the first heading, in this order, with the first sentence of its help.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Convert": (convert.run, convert.plan, convert.reverse, convert.reshard, convert.clean),
+    "Convert on many machines": (parts.part, parts.commit),
     "Inspect": (look.inspect, look.mappings, look.explain, look.view, look.verify, look.compare),
     "Write and review mappings": (
         review.new, review.lint, review.prove, review.diff, review.show, review.format_,
@@ -66,7 +67,7 @@ class Commands(click.Group):
         formatter.write(f"\n{EXAMPLES}\n")
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        kwargs["standalone_mode"] = False
+        kwargs |= {"standalone_mode": False, "prog_name": "engine"}
         try:
             code = super().main(*args, **kwargs)
         except click.Abort as interruption:

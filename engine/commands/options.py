@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, fields
 from functools import wraps
@@ -18,7 +18,8 @@ from click.shell_completion import CompletionItem
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
 from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
-from engine.planning.request import DTYPES, RANK_OPTIONS, Request, dtype_name, parse_size
+from engine.planning.given import DTYPES, dtype_name, parse_size
+from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
 
 P = ParamSpec("P")
@@ -206,15 +207,17 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         how["required"] = True
     elif other is None and one.default is not MISSING and one.default not in (None, False, True, ()):
         how["default"] = declared["shown"] if declared["kind"] == "size" else one.default
-        how["show_default"] = True if declared["kind"] == "size" else declared["shown"] or True
+        told = "" if declared["kind"] == "size" else declared["shown"]
+        how["show_default"] = not told
+        how["help"] += f"  [default: {told}]" if told else ""
     kinds: dict[str, dict[str, Any]] = {
         "text": {},
         "flag": {"is_flag": True},
         "no-flag": {"is_flag": True, "flag_value": False, "default": True},
         "count": {"type": _RANKS, "metavar": "N"},
         "size": {"type": Size()},
-        "workers": {"type": Workers(), "default": "auto", "show_default": True},
-        "dtype": {"type": Dtype()},
+        "workers": {"type": Workers(), "metavar": "auto|N", "default": "auto", "show_default": True},
+        "dtype": {"type": Dtype(), "metavar": "TYPE"},
         "setting": {"type": Setting(), "multiple": True, "callback": settings_of},
         "texts": {"multiple": True},
     }
@@ -253,11 +256,27 @@ SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already sa
 _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source")
 
 
+def rank_flags(command: Command) -> Command:
+    """Numbers of ranks of the dimensions that have options of their own."""
+    for name, told in reversed(RANK_OPTIONS.items()):
+        command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
+    return command
+
+
+def of_job(ctx: click.Context, job: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a job has; a usage error for one that was given and that it has not."""
+    takes = JOBS[job].takes.__annotations__
+    for param in ctx.command.params:
+        given = ctx.get_parameter_source(str(param.name)) is not ParameterSource.DEFAULT
+        if param.name in options and param.name not in takes and given:
+            raise click.UsageError(f"{param.opts[0]} is no option of {job}", ctx)
+    return {name: value for name, value in options.items() if name in takes}
+
+
 def rank_options(command: Command) -> Command:
     """How `reverse` and `reshard` cut the model."""
     command = asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype")(command)
-    for name, told in reversed(RANK_OPTIONS.items()):
-        command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
+    command = rank_flags(command)
     command = click.option(
         "--out", "-o", required=True, metavar="DIR", shell_complete=folders, help="The folder to write."
     )(command)

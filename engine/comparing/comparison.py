@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from engine.comparing.diagnoses import diagnose, fold_verdicts
+from engine.comparing.diagnoses import fold_verdicts
 from engine.comparing.effects import Difference
-from engine.comparing.settings import CONFIG, TOKENIZER, compare_settings
-from engine.comparing.sides import Side
-from engine.comparing.tensors import compare_tensors
 from engine.comparing.verdict import Verdict
 
 
@@ -54,33 +50,3 @@ class Comparison:
             "rows": fold_verdicts(self.verdicts),
             "tensors": [verdict.as_dict() for verdict in self.verdicts],
         }
-
-
-def compare_sides(
-    out: Side, ref: Side, names: tuple[str, str], advance: Callable[[int], None] = lambda _: None
-) -> Comparison:
-    """Compare everything that makes two models."""
-    differences: tuple[Difference, ...] = ()
-    unchecked: list[str] = []
-    if out.small is None or ref.small is None:
-        unchecked.append("only tensors were compared: a weight file was given, and not its folder")
-    else:
-        small = [dict(out.small), dict(ref.small)]
-        for one, other, training in ((0, 1, out.training), (1, 0, ref.training)):
-            if training and not small[one].keys() & set(TOKENIZER):  # training keeps none; another's is no mistake
-                small[other] = {name: data for name, data in small[other].items() if name not in TOKENIZER}
-        differences = compare_settings(small[0], small[1], dtypes=(out.dtype, ref.dtype))
-        for what, files in (("configuration", (CONFIG,)), ("tokenizer", TOKENIZER)):
-            if not any(side.keys() & set(files) for side in small):
-                unchecked.append(f"the {what} was not compared: there is none on either side")
-    verdicts = compare_tensors(out.tensors, ref.tensors, [out.config, ref.config], advance)
-    if any(verdict.kind == "equal" and verdict.other is not None for verdict in verdicts):
-        differences = tuple(map(_without_effect, differences))
-    return Comparison(*names, verdicts, diagnose(verdicts), differences, tuple(unchecked))
-
-
-def _without_effect(one: Difference) -> Difference:
-    """A head that is tied on one side and stored, equal to the embedding, on the other is the same function."""
-    if one.what != "tie_word_embeddings":
-        return one
-    return replace(one, grade="told", effect="the head that is stored equals the embedding, so nothing changes")

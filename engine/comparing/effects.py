@@ -28,7 +28,7 @@ class Difference:
     grade: Grade = "function"
 
     def __str__(self) -> str:
-        return f"{self.part}: {self.what} is {self.out}, the reference has {self.ref}: {self.effect}"
+        return f"{self.part}: {self.what} is {self.out}, the reference's is {self.ref}: {self.effect}"
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
-from engine.comparing.settings import small_files
+from engine.comparing.comparison import Comparison
+from engine.comparing.diagnoses import diagnose
+from engine.comparing.effects import Difference
+from engine.comparing.settings import CONFIG, TOKENIZER, compare_settings, small_files
+from engine.comparing.tensors import compare_tensors
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader
 from engine.planning.model import Plan
@@ -76,3 +80,33 @@ def read_side(where: Store | File, planned: Callable[[], tuple[Plan, Mapping[str
         plan, small = planned()
         return Side(plan, plan.config, small)
     return Side(files, read_hf_config(where), None if isinstance(where, File) else small_files(where))
+
+
+def compare_sides(
+    out: Side, ref: Side, names: tuple[str, str], advance: Callable[[int], None] = lambda _: None
+) -> Comparison:
+    """Compare everything that makes two models."""
+    differences: tuple[Difference, ...] = ()
+    unchecked: list[str] = []
+    if out.small is None or ref.small is None:
+        unchecked.append("only tensors were compared: a weight file was given, and not its folder")
+    else:
+        small = [dict(out.small), dict(ref.small)]
+        for one, other, training in ((0, 1, out.training), (1, 0, ref.training)):
+            if training and not small[one].keys() & set(TOKENIZER):  # training keeps none; another's is no mistake
+                small[other] = {name: data for name, data in small[other].items() if name not in TOKENIZER}
+        differences = compare_settings(small[0], small[1], dtypes=(out.dtype, ref.dtype))
+        for what, files in (("configuration", (CONFIG,)), ("tokenizer", TOKENIZER)):
+            if not any(side.keys() & set(files) for side in small):
+                unchecked.append(f"the {what} was not compared: there is none on either side")
+    verdicts = compare_tensors(out.tensors, ref.tensors, [out.config, ref.config], advance)
+    if any(verdict.kind == "equal" and verdict.other is not None for verdict in verdicts):
+        differences = tuple(map(_without_effect, differences))
+    return Comparison(*names, verdicts, diagnose(verdicts), differences, tuple(unchecked))
+
+
+def _without_effect(one: Difference) -> Difference:
+    """A head that is tied on one side and stored, equal to the embedding, on the other is the same function."""
+    if one.what != "tie_word_embeddings":
+        return one
+    return replace(one, grade="told", effect="the head that is stored equals the embedding, so nothing changes")

@@ -9,7 +9,8 @@ from typing import Any
 from engine.comparing.verdict import Kind, Verdict
 from engine.discover.changes import changes_of
 from engine.discover.geometry import geometry_of, is_number
-from engine.discover.relate import Relation, Search, as_matrix
+from engine.discover.relate import Search, as_matrix
+from engine.discover.rows import Relation
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.move.tensors import Tensors
 from engine.move.views import View

@@ -12,7 +12,9 @@ from engine.errors import EngineError, Place, printable
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import INDEX, read_safetensors
+from engine.language.layout_file import load_layout
 from engine.run.digests import ALGORITHM, content_id, digest_of
+from engine.run.execute import read_checkpoint
 from engine.run.manifest import NAME
 from engine.storage.json_text import parse_json
 from engine.storage.sources import SourceFiles
@@ -57,12 +59,8 @@ def check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[int
     problems: list[str] = []
     for name, wanted in data["files"].items():
         problems += _check_small(folder, str(name), str(wanted))
-    headers: dict[str, FileHeader] = {}
-    for file in dict.fromkeys(str(entry.get("file")) for entry in tensors.values()):
-        try:
-            headers[file] = _read(folder, file)
-        except EngineError as error:
-            problems.append(f"{file}: {error.message}")
+    headers, unreadable = _headers(folder, data)
+    problems += unreadable
     found: dict[str, tuple[str, tuple[int, ...], str]] = {}
     nbytes = read = 0
     for file, header in headers.items():
@@ -94,6 +92,31 @@ def check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[int
     unchecked = [*_without_digests(len(found), read), *beside]
     files = len(data["files"]) + len(headers)
     return Written(len(found), files, nbytes, total, read, tuple(problems), tuple(unchecked))
+
+
+def _headers(folder: Store, data: Mapping[str, Any]) -> tuple[dict[str, FileHeader], list[str]]:
+    """The weight files that the manifest names, read by their ending or as their layout has them."""
+    headers: dict[str, FileHeader] = {}
+    problems: dict[str, str] = {}
+    for file in dict.fromkeys(str(entry.get("file")) for entry in data["tensors"].values()):
+        try:
+            headers[file] = _read(folder, file)
+        except EngineError as error:
+            problems[file] = f"{file}: {error.message}"
+    if (
+        problems
+        and all(_inside(file) for file in problems)
+        and str(next(iter(data["tensors"]))).split(":")[0] in problems
+    ):
+        try:
+            layout = load_layout(str(data["layout"]["name"]))
+            written = {header.name: header for header in read_checkpoint(folder, layout, needed=False).files}
+        except EngineError as error:
+            return headers, [*problems.values(), f"as files of layout {data['layout']['name']}: {error.message}"]
+        for file in [file for file in problems if file in written]:
+            headers[file] = written[file]
+            del problems[file]
+    return headers, list(problems.values())
 
 
 def _without_digests(tensors: int, read: int) -> Iterator[str]:

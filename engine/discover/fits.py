@@ -37,6 +37,7 @@ class Fit:
     why: str = ""
     differing: Mapping[str, tuple[int | None, int]] | None = None
     traits: Mapping[str, str] | None = None
+    family: bool = False  # of any size
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -78,7 +79,7 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
 def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan | EngineError:
     try:
         mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
-        return make_plan(mapping, layout, checkpoint, settings={})
+        return make_plan(mapping, layout, checkpoint)
     except EngineError as error:
         return error
 
@@ -87,7 +88,9 @@ def _fit(mapping: MappingFile, plan: Plan | EngineError) -> Fit:
     if isinstance(plan, EngineError):
         asks = plan.code == "E202"  # the mapping is the right one, once a person has decided
         why = f"{plan.message}; {plan.fix}" if asks else plan.message
-        return Fit(mapping.name, mapping.description, asks, plan.code, why, traits=traits(mapping))
+        return Fit(
+            mapping.name, mapping.description, asks, plan.code, why, traits=traits(mapping), family=not mapping.expect
+        )
     differing = {axis: (plan.sizes.get(axis), n) for axis, n in mapping.expect.items() if plan.sizes.get(axis) != n}
     why = ", ".join(f"{axis} {got}, not {wanted}" for axis, (got, wanted) in differing.items())
     return Fit(mapping.name, mapping.description, not differing, None, why, differing, traits(mapping))

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine.discover.orders import Units
+if TYPE_CHECKING:
+    from engine.discover.orders import Units
 
 _ATTENTION = re.compile(r"attn|attention|mixer|qkv|(^|[._])w?[qkvo](_proj)?[._]")
 _OUT = re.compile(r"(^|\.)(o_proj|wo|out_proj|dense|c_proj|proj)(\.|$)")
@@ -65,6 +66,8 @@ def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | No
     >>> units_of("h.0.attn.q_proj.weight", 0, (32, 32), Geometry(4, 2, 8)).sizes
     {'head': 8, 'key/value group': 16}
     """
+    from engine.discover.orders import Units  # numpy, which reading names does not need
+
     noun = "column" if axis else "row" if len(shape) > 1 else "element"
     size = shape[-1] if axis else prod(shape[:-1]) if len(shape) > 1 else prod(shape)
     if len(shape) > 2 and axis == 0:
@@ -74,8 +77,9 @@ def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | No
     if geometry is None or of_heads is False:
         return Units(noun, {}, heads=of_heads)
     sizes = {"head": geometry.head_dim}
-    if size == geometry.rows[0] and geometry.groups < geometry.heads:
-        sizes["key/value group"] = geometry.rows[0] // geometry.groups
+    queries, _, fused = geometry.rows
+    if size in (queries, fused) and geometry.groups < geometry.heads and geometry.heads % geometry.groups == 0:
+        sizes["key/value group"] = size // geometry.groups
     if size not in geometry.rows:
         return Units(noun, {}, heads=of_heads)
     return Units(noun, sizes if named else {}, geometry.head_dim, of_heads)

@@ -28,6 +28,9 @@ from engine.run.manifest import read_manifest
 from engine.storage.places import store_at
 from engine.storage.store import Store
 
+# What is wrong with the checkpoint and not with the choice of the mapping.
+_OF_THE_CHECKPOINT = ("E201", "E203", "E207", "E208", "E209", "E210", "E211", "E218", "E219")
+
 Reader = Callable[[str | Path, Layout], Checkpoint]
 _AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # the order sizes are told in
 _MOST_STEPS = 20  # steps whose files are read, the newest first; older ones are only named
@@ -52,6 +55,13 @@ class Inspection:
     def fitting(self) -> tuple[Fit, ...]:
         """The mappings that fit, the most specific first."""
         return tuple(fit for fit in self.fits if fit.fits)
+
+    @property
+    def blocked(self) -> tuple[Fit, ...]:
+        """Families for models of this kind that the checkpoint itself keeps from fitting: it is damaged, or more
+        than they can express. Another mapping would not help."""
+        of_kind = [fit for fit in reversed(self.fits) if fit.family and fit.code in _OF_THE_CHECKPOINT]
+        return () if self.fitting else tuple({fit.code: fit for fit in of_kind}.values())
 
     @property
     def differences(self) -> tuple[str, ...]:
@@ -259,7 +269,7 @@ def _step(folder: str, read: Reader) -> dict[str, Any] | None:
                 return {"complete": False, "why": damaged.message, "bytes": None, "layout": "Hugging Face"}
             size = sum(file.size for file in files)
             return {"complete": True, "why": "", "bytes": size, "layout": "Hugging Face"}
-        return {"complete": False, "why": error.message, "bytes": None, "layout": "?"}
+        return {"complete": False, "why": error.message, "bytes": None, "layout": ""}
     size = sum(file.size for file in checkpoint.files)
     return {"complete": True, "why": "", "bytes": size, "layout": layout.name}
 
@@ -317,6 +327,9 @@ def choose(found: Inspection) -> Fit:
         "E003",
         "no bundled mapping fits",
         place=Place(found.folder),
+        got="\n".join(f"{fit.name} would, but {fit.why} ({fit.code})" for fit in found.blocked) or None,
         expected="a mapping, by --mapping FILE",
-        fix="`engine inspect` says why each does not fit; `engine new` drafts one.",
+        fix="`engine explain CODE` says what to do about that."
+        if found.blocked
+        else "`engine inspect --all` says why each does not fit; `engine new` drafts one.",
     )

@@ -15,8 +15,8 @@ from engine.language.model import Layout, Rule
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.planning.attempts import Checkpoint, claims
+from engine.planning.facts import present_in
 from engine.planning.groups import group_shards
-from engine.planning.planner import present_in
 from engine.planning.sizes import Fact, solve
 from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of

@@ -160,7 +160,7 @@ def read_order(order: np.ndarray, units: Units) -> Reading:
     """An order that is not the identity, in words."""
     size = block_size(order)
     blocks = order[::size] // size
-    period = _period(blocks, None if units.head is None else units.head // size)
+    period = _period(blocks, size, units)
     if period is None:
         return Reading(_words(blocks, size, units))
     local = blocks.reshape(-1, period) - np.arange(0, len(blocks), period)[:, None]
@@ -169,9 +169,10 @@ def read_order(order: np.ndarray, units: Units) -> Reading:
     span = period * size
     if len(moved) < len(local) and span not in (units.head, *units.sizes.values()):
         return Reading(_words(blocks, size, units))  # that the rest stays is no period
-    where = "in every" if len(moved) == len(local) else "in some"
     noun = units.block_noun(span) if span != units.head else "head"
-    which = f"{where} {noun}" if where == "in every" or len(moved) > _MOST_NAMED else f"in {noun} {_list(moved)}"
+    which = f"in every {noun}" if len(moved) == len(local) else f"in {noun} {_list(moved)}"
+    if _MOST_NAMED < len(moved) < len(local):
+        which = f"in {len(moved)} of {len(local)} {noun}s"
     if len(local) == 1:
         which = f"within the {noun}"
     if len(patterns) == 1:
@@ -182,13 +183,14 @@ def read_order(order: np.ndarray, units: Units) -> Reading:
     return Reading(f"{units.noun}s in another order {which}, not the same in each")
 
 
-def _period(blocks: np.ndarray, head: int | None) -> int | None:
-    """The smallest number of blocks within whose multiples everything stays."""
+def _period(blocks: np.ndarray, size: int, units: Units) -> int | None:
+    """The smallest number of blocks within whose multiples everything stays: of those with a name, else of any."""
     places = np.arange(len(blocks))
-    for size in divisors(len(blocks)):
-        whole = size == len(blocks)
-        if size > 1 and (not whole or size == head) and np.array_equal(blocks // size, places // size):
-            return size
+    sizes = divisors(len(blocks))
+    named = [one // size for one in sorted({*units.sizes.values(), units.head or 0}) if one and one % size == 0]
+    for count in [*(one for one in named if one in sizes), *(one for one in sizes if one < len(blocks))]:
+        if count > 1 and np.array_equal(blocks // count, places // count):
+            return count
     return None
 
 

@@ -8,43 +8,25 @@ its own, and orders are read back in words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import gcd, prod
 
 import numpy as np
 
 from engine.discover.changes import Changes, Region, changes_of, region_of
 from engine.discover.geometry import Geometry, neighbours, units_of
-from engine.discover.orders import divisors, find_order, read_loops, read_order, runs_of
+from engine.discover.orders import divisors, find_order, read_loops, read_order
 from engine.discover.prints import Prints, Prints64, take_prints, take_runs
+from engine.discover.rows import MOST_NAMED, Relation, lookup, own_rows, placed, spans, telling
 from engine.discover.values import closeness, relate_values
 from engine.move.tensors import Tensors, common_types
 from engine.move.views import View
 
 _MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
-_FEWEST_UNITS = 4  # different units that an order must put in place
 _SHORTEST = 4  # elements of a run
 _TELLING = 64  # elements that a relation of values to another tensor must hold for
 _TRIED = 32  # tensors, the likeliest first, whose values are tried
 _CLOSE = 0.1  # of its size
-_MOST_RUNS = 4  # stretches that are named one by one
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """What a tensor holds.
-
-    Attributes:
-        kind: in one word, as `permuted`; `other` where it is another tensor's content, whole.
-        words: in what way; empty where the kind says it all.
-        other: the reference's tensor whose content it is, where that is not its own.
-        rotary: the choice of `rotary` that would have been right.
-    """
-
-    kind: str
-    words: str = ""
-    other: str | None = None
-    rotary: str | None = None
 
 
 class Search:
@@ -82,6 +64,9 @@ class Search:
         return self._whole(name, one, others) or self._parts(name, one, own, others)
 
     def _own(self, name: str, one: View, own: View, out: View, ref: View, kind: str) -> Relation | None:
+        turned = ref.swap(-2, -1) if len(ref.shape) > 2 else ref
+        if turned is not ref and turned.shape == out.shape and self._tensors.match(out, turned):
+            return Relation("transposed", "rows are columns in each of its matrices")
         arranged = self._arranged(name, one, own, kind)
         if arranged is not None or out.shape != ref.shape or one.shape != own.shape:
             return arranged
@@ -115,22 +100,22 @@ class Search:
         words = told.pop() if len(told) == 1 else ""
         return Relation("changed", f"{region.words}: {words}" if words else region.words)
 
-    def _from(self, name: str, one: View, kind: str, spans: Sequence[tuple[int, int]]) -> str:
+    def _from(self, name: str, one: View, kind: str, box: Sequence[tuple[int, int]]) -> str:
         """Where changed rows or columns come from, if they come whole from elsewhere."""
         for axis, noun in enumerate(("row", "column")):
             across = one.shape[1 - axis]
-            if across < _SHORTEST or spans[1 - axis] != (0, across):
+            if across < _SHORTEST or box[1 - axis] != (0, across):
                 continue
             ours = self._take(one, kind)
-            low, high = spans[axis]
+            low, high = box[axis]
             part = (ours.cols if axis else ours.rows)[low:high]
             for other in [name, *self._others(name, ())]:
                 view = as_matrix(self._ref[other])
                 if view is not None and view.dtype == one.dtype and view.shape[1 - axis] == across:
                     theirs = self._take(view, kind)
-                    order = _lookup(part, theirs.cols if axis else theirs.rows, low if other == name else None)
+                    order = lookup(part, theirs.cols if axis else theirs.rows, low if other == name else None)
                     if (order >= 0).all():
-                        return f"holds {_spans(order, noun)} of {'the reference' if other == name else other}"
+                        return f"holds {spans(order, noun)} of {'the reference' if other == name else other}"
         return ""
 
     def _others(self, name: str, first: Sequence[str]) -> list[str]:
@@ -156,7 +141,7 @@ class Search:
             return Relation("recut", f"the same elements in a row, as {' × '.join(map(str, self._out[name].shape))}")
         if one.shape == two.shape:
             for axis, (here, there) in enumerate(((ours.rows, theirs.rows), (ours.cols, theirs.cols))):
-                order = find_order(here, there) if _telling(here) else None
+                order = find_order(here, there) if telling(here) else None
                 if order is not None:
                     return self._read(name, axis, order)
         if one.shape == two.shape[::-1] and 1 not in one.shape:
@@ -166,7 +151,7 @@ class Search:
             order = find_order(ours.rows, theirs.cols)
             if order is not None:
                 return Relation("transposed", f"rows are columns, and {self._read(name, 0, order).words}")
-        if one.shape == two.shape and _telling(ours.row_bags) and _telling(ours.col_bags):
+        if one.shape == two.shape and telling(ours.row_bags) and telling(ours.col_bags):
             rows, cols = find_order(ours.row_bags, theirs.row_bags), find_order(ours.col_bags, theirs.col_bags)
             if rows is not None and cols is not None:
                 again = take_prints(self._tensors, one, kind, cols)
@@ -185,7 +170,7 @@ class Search:
             if length < _SHORTEST or one.elements // length > _MOST_UNITS:
                 break
             runs = [take_runs(self._tensors, view, kind, length) for view in (one, two)]
-            order = find_order(*runs) if _telling(runs[0]) else None
+            order = find_order(*runs) if telling(runs[0]) else None
             if order is None:
                 continue
             loops = read_loops((order[:, None] * length + np.arange(length)).reshape(-1))
@@ -199,7 +184,7 @@ class Search:
                 f"interleaved: ({held}) lies as ({sizes}), as slices of {parts[0]} tensor ranks joined along the "
                 "wrong axis",
             )
-        known = _telling(self._take(one, kind).rows)
+        known = telling(self._take(one, kind).rows)
         return Relation("permuted", "the same elements in another order") if known else None
 
     def _whole(self, name: str, one: View, others: Sequence[str]) -> Relation | None:
@@ -286,13 +271,13 @@ class Search:
                 continue
             plain = ours.plain_rows if axis == 0 else ours.plain_cols
             left = ~plain if left is None else left
-            order = np.where(left, _lookup(here, there), -1)
+            order = np.where(left, lookup(here, there), -1)
             count = int((order >= 0).sum())
             if across < _SHORTEST or count < 2:
                 continue
             if other == name and count >= max(2, int(left.sum()) / 2):
                 plain = theirs.plain_rows if axis == 0 else theirs.plain_cols
-                return _own_rows(order, here, there, noun, plain, int(left.sum()))
+                return own_rows(order, here, there, noun, plain, int(left.sum()))
             told.append((other, order))
             left = left & (order < 0)
             if not left.any():
@@ -301,14 +286,14 @@ class Search:
             return None
         rest = f"; {int(left.sum()):,} {noun}s are from elsewhere" if left.any() else ""
         if len(told) == 1:
-            return Relation("part", f"{_spans(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0])
-        words = ", ".join(f"{_placed(order, noun, every=True)} of {other}" for other, order in told[:_MOST_RUNS])
-        return Relation("part", words + (", …" if len(told) > _MOST_RUNS else "") + rest)
+            return Relation("part", f"{spans(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0])
+        words = ", ".join(f"{placed(order, noun, every=True)} of {other}" for other, order in told[:MOST_NAMED])
+        return Relation("part", words + (", …" if len(told) > MOST_NAMED else "") + rest)
 
     @staticmethod
     def _stretch(other: str, here: Prints64, there: Prints64) -> Relation | None:
         """Elements that lie in a row in another vector."""
-        if not _telling(here):
+        if not telling(here):
             return None
         if len(here) > len(there):
             if np.array_equal(here[: len(there)], there):
@@ -318,108 +303,6 @@ class Search:
             if np.array_equal(there[start : start + len(here)], here):
                 return Relation("part", f"elements {start}…{start + len(here) - 1} of {other}", other=other)
         return None
-
-
-def _own_rows(
-    order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray, telling: int
-) -> Relation:
-    """Rows of the same tensor in other places."""
-    if len(here) != len(there):
-        return _resized(order, here, there, noun, plain)
-    known = order >= 0
-    found = int(known.sum())
-    steps = np.unique((np.arange(len(order)) - order)[known])
-    if len(steps) == 1:
-        by, left = int(steps[0]), len(order) - found
-        also = f"; {left:,} {noun}{'' if left == 1 else 's'} from elsewhere" if left else ""
-        first = f"{noun} {max(by, 0)} holds {noun} {max(-by, 0)}"
-        return Relation("permuted", f"{noun}s shifted by {abs(by)}: {first}{also}")
-    repeated = len(np.unique(order[known])) < found
-    what = f"{noun}s repeated" if repeated else f"{noun}s in other places"
-    rest = f"; {len(order) - found:,} are from elsewhere" if found < telling else ""
-    return Relation("permuted", f"{what}: {_placed(order, noun)}{rest}")
-
-
-def _repeats(order: np.ndarray, count: int) -> str | None:
-    """Each of `count` rows several times: block by block, or all of them again and again."""
-    if len(order) % count or (order < 0).any() or (np.bincount(order, minlength=count) != len(order) // count).any():
-        return None
-    times = len(order) // count
-    for size in sorted(divisors(count), reverse=True):
-        blocks = np.arange(count).reshape(-1, 1, size)
-        if np.array_equal(order, np.repeat(blocks, times, axis=1).reshape(-1)):
-            return f"each block of {size} is there {times} times" if size < count else f"all are there {times} times"
-    return None
-
-
-def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray) -> Relation:
-    """More or fewer rows than the reference, the others in order."""
-    by = len(here) - len(there)
-    told = f"{abs(by):,} {noun}{'' if abs(by) == 1 else 's'} {'more' if by > 0 else 'fewer'} than the reference"
-    common = min(len(here), len(there))
-    known = order >= 0
-    if by < 0 and np.array_equal(here, there[:common]):
-        left = there[common:]
-        padding = bool(plain[common:].all()) or len(np.unique(left)) == 1
-        return Relation("padded" if padding else "truncated", told + ("" if padding else f", {noun}s with content"))
-    if by > 0 and np.array_equal(here[:common], there):
-        padding = len(np.unique(here[common:])) == 1
-        return Relation("padded" if padding else "extended", told + ("" if padding else f", {noun}s with content"))
-    repeats = _repeats(order, len(there)) if by > 0 else None
-    if repeats is not None:
-        return Relation("extended", f"{told}: {noun}s repeated, {repeats}")
-    rising = bool((np.diff(order[known]) > 0).all())
-    what = "in order" if rising else "in another order"
-    kind = "padded" if by > 0 and rising else "truncated" if by < 0 and rising else "shape"
-    return Relation(kind, f"{told}, the others {what}: {_placed(order, noun)}")
-
-
-def _telling(prints: Prints64) -> bool:
-    return len(prints) >= 2 and len(np.unique(prints)) >= min(_FEWEST_UNITS, len(prints))
-
-
-def _lookup(here: Prints64, there: Prints64, first: int | None = 0) -> np.ndarray:
-    """Where each unit lies on the other side, -1 where it is nowhere.
-
-    Args:
-        first: a unit's own place is the first unit's plus its number, and is taken if the unit is there too.
-    """
-    by_content = np.argsort(there, kind="stable")
-    at = np.searchsorted(there[by_content], here)
-    places = by_content[np.minimum(at, len(there) - 1)]
-    found = np.where(there[places] == here, places, -1)
-    if first is None:
-        return found
-    own = np.arange(first, first + len(here))
-    same = (own < len(there)) & (there[np.minimum(own, len(there) - 1)] == here)
-    result: np.ndarray = np.where(same, own, found)
-    return result
-
-
-def _spans(order: np.ndarray, noun: str) -> str:
-    """
-    >>> _spans(np.array([4, 5, 6, -1, 0]), "row")
-    'rows 4…6, 0'
-    """
-    runs = [(start, start + high - low - 1) for low, high, start in runs_of(order) if start >= 0]
-    told = ", ".join(str(low) if low == high else f"{low}…{high}" for low, high in runs[:_MOST_RUNS])
-    return f"{noun}{'' if runs and len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {told}" + (
-        ", …" if len(runs) > _MOST_RUNS else ""
-    )
-
-
-def _placed(order: np.ndarray, noun: str, *, every: bool = False) -> str:
-    """
-    >>> _placed(np.array([0, 1, 0, 1]), "row")
-    'rows 2…3 hold 0…1'
-    """
-    moved = [(low, high, start) for low, high, start in runs_of(order) if start >= 0 and (every or start != low)]
-    told = ", ".join(f"{_range(low, high)} hold {_range(start, start + high - low)}" for low, high, start in moved[:4])
-    return f"{noun}s {told}" + (", …" if len(moved) > _MOST_RUNS else "")
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if high - low == 1 else f"{low}…{high - 1}"
 
 
 def _flat(view: View) -> View:

@@ -27,12 +27,16 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
+from engine.language.search import spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
+from engine.planning.request import Request as Asked
 from engine.planning.stored import strip
 from engine.proving.lint import lint_file
 
+# What a person still has to decide: the model class, and names that inherited conditions ask for.
+DECIDED_LATER = ("L011", "L012")
 _ENOUGH = 0.5  # of all patterns, for a family to be the nearest
 
 
@@ -129,7 +133,9 @@ def _release(request: Request) -> Attempted | None:
     others = [r for r, m, _, _ in fitting[1:] if not (kind in mapping.model_types and kind not in m.model_types)]
     if others:
         verb = "fits" if len(others) == 1 else "fit"
-        body += comment(f"decide: the family. {list_of(others)} {verb} as well; `engine show` tells the difference.")
+        told_by = f"engine diff {spelled(reference)} {spelled(others[0])}"
+        names = list_of([spelled(one) for one in others])
+        body += comment(f"decide: the family. {names} {verb} as well; `{told_by}` tells the difference.")
     body += block("extends", reference)
     body += model_types(mapping, kind)
     for note in silent(mapping, request.checkpoint.config):
@@ -204,7 +210,7 @@ def _ordered(request: Request) -> list[tuple[str, MappingFile]]:
 def _plan(request: Request, mapping: MappingFile) -> tuple[Plan | None, EngineError | None]:
     """A plan for the family; where shapes leave a variant open, one of the plans and the question."""
     try:
-        return make_plan(mapping, request.layout, request.checkpoint, settings={}), None
+        return make_plan(mapping, request.layout, request.checkpoint), None
     except EngineError as error:
         if error.code != "E202":
             return None, None
@@ -213,7 +219,7 @@ def _plan(request: Request, mapping: MappingFile) -> tuple[Plan | None, EngineEr
     for choices in list(product(*(v.choices for v in free)))[:16]:
         settings = {v.name: choice for v, choice in zip(free, choices, strict=True)}
         try:
-            return make_plan(mapping, request.layout, request.checkpoint, settings=settings), question
+            return make_plan(mapping, request.layout, request.checkpoint, Asked(mapping, settings=settings)), question
         except EngineError:
             continue
     return None, None
@@ -252,13 +258,12 @@ def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Pla
             line = f"extends: {scalar(reference)}\n"
             text = text.replace(line, f"extends: {scalar(str(parent.resolve()))}\n", 1)
         path.write_text(text, encoding="utf-8")
-        # L011: the model class that a person still has to name
-        findings = [one for one in lint_file(str(path)) if one.code != "L011"]
+        findings = [one for one in lint_file(str(path)) if one.code not in DECIDED_LATER]
         if findings:
             listed = "\n".join(f"{f.code} {f.message}" for f in findings)
             raise EngineError("E901", "the drafted mapping does not lint clean", got=listed, fix="Please report it.")
         try:
-            return None, make_plan(load_mapping(path), request.layout, request.checkpoint, settings={})
+            return None, make_plan(load_mapping(path), request.layout, request.checkpoint)
         except EngineErrors as errors:
             return {"code": errors.errors[0].code, "message": errors.errors[0].message}, None
         except EngineError as error:

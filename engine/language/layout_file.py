@@ -104,6 +104,7 @@ def _mode(document: Document, name: str, body: dict[str, Any]) -> Mode:
         body.get("format", "torch"),
         tuple(body.get("state") or ()),
         expression(document, ("modes", name, "when"), body["when"]) if "when" in body else None,
+        dict(body.get("choices") or {}),
     )
 
 

@@ -181,6 +181,7 @@ class Mode:
         format: what its files are: `torch`, `dcp` or `safetensors`.
         state: which keys of a file hold the tensors, as name patterns; none: the file itself does.
         when: told by the configuration, of modes whose files have the same names.
+        choices: of variants that a mapping may have, what alone is written in this mode.
     """
 
     name: str
@@ -192,6 +193,7 @@ class Mode:
     format: str = "torch"
     state: tuple[str, ...] = ()
     when: Expression | None = None
+    choices: MappingABC[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

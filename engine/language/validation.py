@@ -130,6 +130,10 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         fix = f"Did you mean `{near[0]}`?" if near else described
     elif error.validator == "oneOf":
         keys = [k for branch in error.validator_value for k in branch.get("required", [])]
+        if not any(key in error.instance for key in keys):
+            keys_missing = f"the key {' or '.join(f'`{key}`' for key in keys)} is missing in {where}"
+            return [EngineError("E102", keys_missing, place=place, got=", ".join(map(str, error.instance)) or "nothing",
+                                expected=f"one of {', '.join(keys)}", fix="Say what it writes.")]  # fmt: skip
         message, expected = f"{where} says more than one of {', '.join(keys)}", f"one of {', '.join(keys)}"
         got, fix = ", ".join(k for k in keys if k in error.instance), "Keep one of them."
     else:

@@ -39,18 +39,6 @@ def common_types(one: str, two: str) -> tuple[str, ...]:
     return (min(one, two, key=_FLOATS.index),)
 
 
-def narrowest(types: Sequence[str]) -> str | None:
-    """The type in which all of these can be digested alike, if there is one.
-
-    >>> narrowest(["F32", "BF16", "F32"]), narrowest(["I64", "I64"]), narrowest(["I64", "F32"])
-    ('BF16', 'I64', None)
-    """
-    kinds = set(types)
-    if len(kinds) == 1:
-        return types[0]
-    return min(kinds, key=_FLOATS.index) if kinds <= set(_FLOATS) else None
-
-
 class Tensors:
     """The tensors of some checkpoints, each its files or what a plan makes of others, read in tiles.
 

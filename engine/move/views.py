@@ -72,19 +72,6 @@ class View:
             start=self.start + low * self.strides[axis],
         )
 
-    def pick(self, axis: int, index: int) -> View:
-        """One index of an axis, which is dropped.
-
-        >>> View(0, "F32", (6, 4), (4, 1)).pick(0, 2)
-        View(source=0, dtype='F32', shape=(4,), strides=(1,), start=8)
-        """
-        return replace(
-            self,
-            shape=(*self.shape[:axis], *self.shape[axis + 1 :]),
-            strides=(*self.strides[:axis], *self.strides[axis + 1 :]),
-            start=self.start + index * self.strides[axis],
-        )
-
 
 def tiles(shape: Sequence[int], strides: Sequence[Sequence[int]], limit: int) -> Iterator[Box]:
     """Cut an array into boxes of at most `limit` elements, in row-major order of boxes.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from engine.checkpoint.ranks import RankGrid
+from engine.checkpoint.ranks import RankGrid, whole_grid
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader
 from engine.language.expressions import OMIT, evaluate
@@ -17,7 +17,7 @@ from engine.planning.groups import Group, GroupKey, group_shards
 from engine.planning.matching import Matches, assign, is_active
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve
 from engine.planning.stages import Stages
-from engine.planning.stored import Instance, Stored
+from engine.planning.stored import End, Instance, Stored
 from engine.planning.variants import Decision
 
 _MAX_COMBINATIONS = 16
@@ -35,6 +35,15 @@ class Checkpoint:
     training: Mapping[str, Any]
     config_name: str
     target_config: Mapping[str, Any] = field(default_factory=dict)  # of the target, where it is given
+    end: End = "training"
+
+
+def whole_checkpoint(
+    folder: str, files: tuple[FileHeader, ...], config: Mapping[str, Any], unknown: tuple[str, ...] = ()
+) -> Checkpoint:
+    """A Hugging Face checkpoint before planning; `unknown` are weight files that are no part of it."""
+    grid = replace(whole_grid([file.name for file in files]), unknown=unknown)
+    return Checkpoint(folder, grid, files, config, {}, "the training configuration", config, "whole")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class Question:
     checkpoint: Checkpoint
     stored: tuple[Stored, ...]
     matches: Matches
-    instances: tuple[Instance, ...]
+    instances: tuple[Instance, ...]  # the rules' tensors at the end that is read
     stages: Stages
     names: Mapping[str, Any]
 
@@ -153,6 +162,9 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     facts, unread = claims(question.mapping, scope, checkpoint.config_name)
     counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
     known = facts.get("layer")
+    dropped = (axis for i in active for axis in i.rule.drop if axis not in i.rule.zeros)
+    for axis in dropped if checkpoint.end == "whole" else ():
+        facts.setdefault(axis, Fact(axis, 0, "dropped, and not restored"))
     if stages.layers:
         facts.setdefault("layer", Fact("layer", stages.layers, counted))
     sizes = solve(list(groups.values()), facts, checkpoint.grid.files)
@@ -165,14 +177,17 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
                 f"{counted} ({per})",
                 f"{known.value} from {known.why}",
                 known.place,
-                "layer",
+                "Layers are counted in names",
                 "a stage",
             ),
         )
     for axis in {p for i in active for p in i.axis_names()} - {"layer"}:
         seen = [fixed for g in groups.values() if (fixed := g.fixed.get(axis)) is not None]
-        if seen and axis not in sizes.facts:
-            sizes.facts[axis] = Fact(axis, max(seen) + 1, f"{{{axis}}} in tensor names")
+        count, why = max(seen, default=-1) + 1, f"{{{axis}}} in tensor names"
+        fact = sizes.facts.setdefault(axis, Fact(axis, count, why)) if seen else None
+        if fact is not None and fact.value < count:
+            got, expected = f"{count} from {why}", f"{fact.value} from {fact.why}"
+            sizes.contradictions.append(Contradiction(axis, got, expected, fact.place, axis, "a file"))
     return Attempt(decisions, active, groups, sizes, scope, unread)
 
 

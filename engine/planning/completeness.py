@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 from engine.checkpoint.ranks import points
@@ -10,46 +10,62 @@ from engine.errors import EngineError
 from engine.language.names import pattern
 from engine.planning.attempts import Attempt, Checkpoint
 from engine.planning.groups import Group
-from engine.planning.stored import Instance
+from engine.planning.stored import Instance, at_end
 
 
-def used_instances(attempt: Attempt) -> list[Instance]:
-    """Active rules that matched; the first tensor that a rule or a rank lacks is named."""
+def used_rules(
+    attempt: Attempt, rules: Sequence[Instance], checkpoint: Checkpoint, *, each: bool = True
+) -> tuple[Instance, ...]:
+    """Rules all of whose tensors at the end that is read are there; the first tensor that one lacks is named.
+
+    Args:
+        rules: those that are active.
+        each: whether to look at every layer and expert, for which all sizes must be known.
+
+    Raises:
+        EngineError: E207 for a rule that is not optional and has none, or has only some.
+    """
     found: dict[str, list[Group]] = {}
-    for one in attempt.groups.values():
-        found.setdefault(one.instance.key, []).append(one)
+    for group in attempt.groups.values():
+        found.setdefault(group.instance.key, []).append(group)
     used: list[Instance] = []
     sizes = attempt.sizes.values()
-    for instance in attempt.active:
-        groups = found.get(instance.key)
-        if groups is None:
-            if instance.param != "bias" and not instance.rule.optional:
-                raise EngineError(
-                    "E207",
-                    f"rule `{instance.rule.name}` matches no tensor",
-                    place=instance.rule.place,
-                    got=f"no tensor named {' or '.join(s.text for s in instance.sources)}",
-                    expected="one for every layer",
-                    fix="Is it the mapping for this checkpoint? "
-                    "`engine inspect` tells which fit. A rule that may be absent is `optional: true`.",
-                )
-            continue
-        used.append(instance)
-        for values in points([sizes[axis] for axis in instance.axis_names()]):
-            fixed = dict(zip(instance.axis_names(), values, strict=True))
-            if (instance.key, *(fixed[axis] for axis in groups[0].fixed)) not in attempt.groups:
-                where = ", ".join(f"{a} {v}" for a, v in fixed.items())
-                there = groups[0].fixed
-                raise EngineError(
-                    "E207",
-                    f"a tensor that a rule needs is missing: {instance.sources[0].format(fixed)}",
-                    place=instance.rule.place,
-                    got=f"nothing for {where}",
-                    expected="one for each, as for " + ", ".join(f"{a} {v}" for a, v in there.items()),
-                    fix="A rule's tensors must be there for all layers and experts. If two stages of an expert "
-                    "checkpoint wrote the same file number, that layer was lost at saving.",
-                )
-    return used
+    for rule in rules:
+        held = at_end([rule], checkpoint.end)
+        lacking = next((one for one in held if one.key not in found), None)
+        if lacking is None:
+            used.append(rule)
+            for one in held if each else ():
+                _check_each(one, found[one.key], attempt, sizes)
+        elif any(one.key in found for one in held) or not (rule.param == "bias" or rule.rule.optional):
+            raise EngineError(
+                "E207",
+                f"rule `{rule.rule.name}` matches no tensor",
+                place=rule.rule.place,
+                got=f"no tensor named {' or '.join(s.text for s in lacking.sources)} in {checkpoint.folder}",
+                expected="one for every layer",
+                fix="Is it the mapping for this checkpoint, and are the variants right? "
+                "`engine inspect` tells which fit. A rule that may be absent is `optional: true`.",
+            )
+    return tuple(used)
+
+
+def _check_each(one: Instance, groups: Sequence[Group], attempt: Attempt, sizes: Mapping[str, int]) -> None:
+    """E207 for the first layer or expert without a tensor that others have."""
+    there = groups[0].fixed
+    for values in points([sizes[axis] for axis in one.axis_names()]):
+        fixed = dict(zip(one.axis_names(), values, strict=True))
+        if (one.key, *(fixed[axis] for axis in there)) not in attempt.groups:
+            where = ", ".join(f"{a} {v}" for a, v in fixed.items())
+            raise EngineError(
+                "E207",
+                f"a tensor that a rule needs is missing: {one.sources[0].format(fixed)}",
+                place=one.rule.place,
+                got=f"nothing for {where}" if where else "no such tensor",
+                expected="one for each, as for " + ", ".join(f"{a} {v}" for a, v in there.items()),
+                fix="A rule's tensors must be there for all layers and experts. If two stages of an expert "
+                "checkpoint wrote the same file number, that layer was lost at saving.",
+            )
 
 
 def check_slices(attempt: Attempt, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 
 _FINITE = Limits()
-_OTHERS = ("options", "training", "given", "mode")  # names that stand for something else than a key
+_OTHERS = ("options", "training", "given")  # names that stand for something else than a key
 _LONG = 256  # bits of a number that is not shown digit by digit
 
 

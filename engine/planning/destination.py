@@ -12,6 +12,7 @@ from engine.errors import EngineError
 from engine.language.axes import extent
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
+from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.language.rules import STORED
 from engine.planning.groups import cut_of
@@ -20,21 +21,6 @@ from engine.planning.stages import Stages, in_order, laid_out
 from engine.planning.stored import Instance
 
 _MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a user asks for; what is None or absent is taken from a checkpoint or left at 1.
-
-    Attributes:
-        mode: a mode of the layout, or an alias.
-        sizes: ranks per dimension (`tp`, `pp`, `wp`).
-        chunks: model chunks per pipeline rank.
-    """
-
-    mode: str | None = None
-    sizes: Mapping[str, int] | None = None
-    chunks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +75,14 @@ def shares(count: int, ranks: int, extra: str) -> list[int]:
 def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = None) -> Mode:
     """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads.
 
-    Without a name the first that has ranks of every dimension that is asked for.
+    Without a name it is the first; or, of those that `when` tells apart when they are read, the first that has
+    ranks of every dimension that is asked for.
     """
     writable = [mode for mode in layout.modes if mode.only_read is None]
     if name is None and writable:
         asked = {dim for dim, count in (sizes or {}).items() if count > 1}
-        return next((mode for mode in writable if asked <= set(written_dims(mode.files[0]))), writable[0])
+        unnamed = [writable[0], *(mode for mode in writable[1:] if mode.when is not None)]
+        return next((mode for mode in unnamed if asked <= set(written_dims(mode.files[0]))), writable[0])
     known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
     for mode in layout.modes:
         if name == mode.name or name in mode.aliases:
@@ -128,7 +116,9 @@ def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, 
                 f"mode `{mode.name}` of layout `{layout.name}` has no {dim} ranks",
                 got=f"{dim} {count}",
                 expected=", ".join(dims),
-                fix=f"Leave {dim} out, or choose another --mode: {', '.join(m.name for m in layout.modes)}.",
+                fix=f"Leave {dim} out, or choose another --mode: "
+                + ", ".join(m.name for m in layout.modes if m.only_read is None)
+                + ".",
             )
     return {dim: sizes.get(dim, 1) for dim in dims}
 
@@ -164,7 +154,7 @@ def cut_layers(
             f"at most {layers // chunks}",
             "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if chunks > 1 else "."),
         )
-    order = in_order(layout, sizes, chunks, names)
+    order = in_order(layout, sizes, dims, chunks, names)
     if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
         return like
     share = shares(layers // chunks, ranks, layout.layers.uneven)
@@ -183,6 +173,29 @@ def asked(ranks: Mapping[str, int]) -> str:
 def flag(dim: str) -> str:
     """What stands before a number of ranks on the command line."""
     return f"--{dim} " if dim in RANK_OPTIONS else f"--ranks {dim}="
+
+
+def destination_names(
+    layout: Layout,
+    mapping: MappingFile,
+    mode: str,
+    sizes: Mapping[str, int],
+    chunks: int,
+    layers: int,
+    training: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What layout expressions and `training_config` see of a destination.
+
+    Every rank dimension that any mode of the layout has is there, as 1 where this mode lacks it.
+    """
+    names: dict[str, Any] = dict(counts_of(layout, sizes))
+    kind = training.get("model_type")
+    if kind is None and mapping.model_types:
+        kind = mapping.model_types[0]  # as of historical names, the first is the one written
+    if kind is not None:
+        names["model_type"] = kind
+    return {**names, "mode": mode, "chunks": chunks, "layers": layers, "options": options, "training": training}
 
 
 def check_cuts(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from engine.checkpoint.ranks import stage_dims
+from engine.checkpoint.ranks import counts_of, stage_dims
 from engine.errors import EngineError
 from engine.language.model import Layout, Mode
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import Pattern
-from engine.planning.attempts import Checkpoint
-from engine.planning.destination import Destination, Request, cut_layers, mode_of, ranks_of
-from engine.planning.planner import Understood
-from engine.planning.rank_outputs import destination_names
+from engine.planning.destination import Destination, cut_layers, destination_names, mode_of, ranks_of
+from engine.planning.request import Request
+from engine.planning.source import Source
 from engine.planning.stages import Stages
 from engine.planning.stored import Instance, prefix_of
 from engine.planning.variants import decide, option_value
@@ -38,57 +37,64 @@ class Like:
         return self.stages.chunks if self.stages is not None else 1
 
 
-def like_of(understood: Understood, checkpoint: Checkpoint, layout: Layout) -> Like:
-    """The facts of a training checkpoint that a new one can share."""
-    groups = understood.attempt.groups.values()
-    spelt = {s.text for g in groups for s in g.instance.sources if s.match(g.name) is not None}
+def like_of(source: Source) -> Like:
+    """The facts of a checkpoint that a new one can share; none of one without ranks."""
+    checkpoint, layout = source.checkpoint, source.layout
+    if checkpoint.end != "training":
+        return Like()
+    spelt = {s.text for g in source.side.groups for s in g.instance.sources if s.match(g.name) is not None}
     names = [header.name for file in checkpoint.files for header in file.tensors]
     return Like(
         checkpoint.grid.mode.name,
         checkpoint.grid.sizes,
-        understood.stages,
-        {n: d.choice for n, d in understood.attempt.decisions.items()},
+        source.stages,
+        {n: d.choice for n, d in source.decisions.items()},
         frozenset(spelt),
         prefix_of(names, layout),
         checkpoint.training,
     )
 
 
-def grid_of(layout: Layout, request: Request, like: Like) -> tuple[Mode, dict[str, int]]:
+def laid_out_as(other: Like, own: Like) -> Like:
+    """How another checkpoint is laid out, with what the source's own tensors are, where they tell."""
+    training = {**own.training, **other.training}
+    return replace(other, choices=own.choices or other.choices, spelt=own.spelt or other.spelt, training=training)
+
+
+def grid_of(layout: Layout, asked: Request, like: Like) -> tuple[Mode, dict[str, int]]:
     """The mode that is written and its ranks: what is asked for, else as in `like`, else one rank."""
-    asked = dict(request.sizes or {})
-    mode = mode_of(layout, request.mode if request.mode is not None else like.mode, asked)
-    known = {d: n for d, n in like.sizes.items() if d not in asked} if mode.name == like.mode else {}
+    mode = mode_of(layout, asked.mode if asked.mode is not None else like.mode, asked.ranks)
+    known = {d: n for d, n in like.sizes.items() if d not in asked.ranks} if mode.name == like.mode else {}
     staged = stage_dims(layout)  # stages are what modes share
-    shared = {d: n for d, n in like.sizes.items() if d in staged and d not in asked}
-    return mode, ranks_of(layout, mode, {**shared, **known, **asked})
+    shared = {d: n for d, n in like.sizes.items() if d in staged and d not in asked.ranks}
+    return mode, ranks_of(layout, mode, {**shared, **known, **asked.ranks})
 
 
-def destination_of(
-    mapping: MappingFile, layout: Layout, request: Request, like: Like, settings: Mapping[str, Any], layers: int
-) -> Destination:
+def cut_of_model(layout: Layout, asked: Request, like: Like) -> dict[str, Any]:
+    """What is known of how a model will be cut before its layers are counted, as expressions see it."""
+    mode, ranks = grid_of(layout, asked, like)
+    return {**counts_of(layout, ranks), "mode": mode.name, "chunks": asked.chunks or like.chunks}
+
+
+def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: Like, layers: int) -> Destination:
     """Where the rank files go: what is asked for, else as in `like`, else one rank."""
-    mode, sizes = grid_of(layout, request, like)
+    mode, sizes = grid_of(layout, asked, like)
     staged = stage_dims(layout)
-    chunks = request.chunks
+    chunks = asked.chunks
     if chunks is None:
         ranks = {d: sizes.get(d, 1) for d in staged}
         same = ranks == {d: like.sizes.get(d) for d in staged}
         chunks = like.chunks if same or prod(ranks.values()) > 1 else 1
     if chunks < 1:
         raise EngineError("E001", "there must be at least one chunk", got=str(chunks), expected="1 or more")
-    options = _layout_options(layout, settings)
+    options = {name: option_value(o, asked.settings.get(name, o.default)) for name, o in layout.options.items()}
     names = destination_names(layout, mapping, mode.name, sizes, chunks, layers, like.training, options)
-    given = {name: value for name, value in settings.items() if name in layout.layers.variants}
+    given = {name: value for name, value in asked.settings.items() if name in layout.layers.variants}
     names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
     stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)
-    told = any(name in settings for name in layout.options)  # then the layout's `when` picks the prefix
+    told = any(name in asked.settings for name in layout.options)  # then the layout's `when` picks the prefix
     prefix = like.prefix if (stages.chunks > 1) == (like.chunks > 1) and not told else None
     return Destination(layout, mode, sizes, stages, names, mapping.even, prefix)
-
-
-def _layout_options(layout: Layout, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: option_value(o, settings.get(name, o.default)) for name, o in layout.options.items()}
 
 
 def spellings_of(used: Sequence[Instance], like: Like) -> dict[str, Pattern]:

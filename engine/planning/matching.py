@@ -13,7 +13,7 @@ from engine.language.model import Exclusion, Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.planning.stages import Indices, Stages, file_numbers, local_indices, number_layers
-from engine.planning.stored import Instance, Stored
+from engine.planning.stored import End, Instance, Stored
 
 Match = tuple[Stored, Instance, Mapping[str, int]]
 
@@ -27,13 +27,17 @@ class Matches:
     refused: Mapping[str, Exclusion]
 
 
-def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], mapping: MappingFile) -> Matches:
-    """Match each distinct name once against every rule, whatever the variants."""
+_SIDES = {"training": "source", "whole": "target"}  # as `ignore` and `refuse` name the ends
+_CANNOT = {"training": "the target cannot express this model", "whole": "training files cannot express this model"}
+
+
+def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], mapping: MappingFile, end: End) -> Matches:
+    """Match each distinct name once against every rule's tensors at an end, whatever the variants."""
     candidates: dict[str, tuple[tuple[Instance, Mapping[str, int]], ...]] = {}
     ignored: dict[str, str] = {}
     refused: dict[str, Exclusion] = {}
-    skip = [(pattern(e.pattern), e.why) for e in mapping.ignore if e.side == "source"]
-    refuse = [(pattern(e.pattern), e) for e in mapping.refuse if e.side == "source"]
+    skip = [(pattern(e.pattern), e.why) for e in mapping.ignore if e.side == _SIDES[end]]
+    refuse = [(pattern(e.pattern), e) for e in mapping.refuse if e.side == _SIDES[end]]
     compiled = [(instance, source) for instance in all_instances for source in instance.sources]
     for name in dict.fromkeys(names):
         found: list[tuple[Instance, Mapping[str, int]]] = []
@@ -57,18 +61,18 @@ def is_active(instance: Instance, choices: Mapping[str, str]) -> bool:
     return all(choices.get(name, allowed[0]) in allowed for name, allowed in instance.rule.when.items())
 
 
-def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[RankFile]) -> None:
-    """E209 for the first tensor that means the target cannot express the model."""
+def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[RankFile], end: End) -> None:
+    """E209 for the first tensor that means the other end cannot express the model."""
     for one in stored:
         entry = matches.refused.get(one.name)
         if entry is not None:
             raise EngineError(
                 "E209",
-                f"the target cannot express this model: {entry.why}",
+                f"{_CANNOT[end]}: {entry.why}",
                 place=Place(files[one.file].name, tensor=one.header.name),
                 got=f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}",
                 expected=f"no such tensor ({entry.place})",
-                fix="Use a mapping whose target has it.",
+                fix="Use a mapping that has it at both ends.",
             )
 
 
@@ -86,7 +90,7 @@ def check_names(
         if one.name in matches.ignored:
             continue
         found = matches.candidates.get(one.name, ())
-        active = [i for i, _ in found if is_active(i, choices)]
+        active = {i: None for i, _ in found if is_active(i, choices)}  # rules may share a target
         if len(active) == 1:
             continue
         if len(active) > 1:

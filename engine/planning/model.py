@@ -13,7 +13,7 @@ from engine.language.model import Mapping as MappingFile
 from engine.planning.classes import CopyTable
 from engine.planning.copies import Copy
 from engine.planning.stages import Stages
-from engine.planning.stored import SourceTensor
+from engine.planning.stored import End, SourceTensor
 from engine.planning.variants import Decision
 
 
@@ -132,6 +132,7 @@ class Plan:
     dtype: str
     max_shard_size: int
     shards: tuple[OutputFile, ...]
+    reads: End = "training"
     written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
     noted: Mapping[str, Any] = field(default_factory=dict)  # keys of the source's configuration that nothing reads
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)

@@ -3,102 +3,106 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from engine.checkpoint.ranks import RankFile, RankGrid, counts_of
+from engine.checkpoint.ranks import RankFile, RankGrid
 from engine.errors import EngineError
 from engine.formats.dcp_files import Saved
 from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
 from engine.formats.pickling import WRITABLE, namespace
 from engine.language.expressions import render_tree
-from engine.language.model import ConfigFile, Layout
-from engine.language.model import Mapping as MappingFile
-from engine.language.names import Pattern, pattern
-from engine.planning.classes import CopyTable
+from engine.language.model import ConfigFile
+from engine.language.names import pattern
+from engine.planning.attempts import claims
+from engine.planning.config_keys import check_returns, declared
 from engine.planning.destination import Destination
+from engine.planning.facts import present_in, render_known
+from engine.planning.groups import Group
+from engine.planning.likeness import Like, destination_of, spellings_of
 from engine.planning.model import Output, OutputFile
 from engine.planning.rank_groups import RankGroups
-from engine.planning.sides import Keys, Side
-from engine.planning.stored import Instance
-from engine.planning.whole import written_dtype
+from engine.planning.request import Request
+from engine.planning.sides import training_keys
+from engine.planning.sizes import check_known
+from engine.planning.source import Source
+from engine.planning.stored import Stored
+from engine.planning.variants import decide
+from engine.planning.written import Wanted, Written, configuration, fill, main_dtype
 
 
-@dataclass(frozen=True, slots=True)
-class RankOutputs:
-    """Everything a plan says about the rank files it writes."""
-
-    outputs: tuple[Output, ...]
-    copies: CopyTable
-    shards: tuple[OutputFile, ...]
-    grid: RankGrid
-    parts: tuple[Part | None, ...] = ()  # of each output, where it records its place
-
-
-def rank_outputs(
-    destination: Destination,
-    used: Sequence[Instance],
-    keys: Keys,
-    spellings: Mapping[str, Pattern],
-    source: Side,
-    source_files: Sequence[str],
-    dtype: str,
-) -> RankOutputs:
-    """Lay out the rank files of a destination and say what fills them.
+def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
+    """Lay out the rank files of a training checkpoint, and say what fills them.
 
     Args:
-        used: the rules that have tensors; `keys` are the training side's.
-        spellings: for a rule with historical names, the one to write.
-        source: the side everything is copied from; `source_files` name its files in errors.
-        dtype: `auto` or the type every float tensor is written in, unless its rule keeps it.
+        like: what is taken over from another checkpoint, or from the source itself.
 
     Raises:
-        EngineError: E214 when the model cannot be cut so, E208 or E210 when the source does not fill it.
+        EngineError: E214 when the model cannot be cut so, E216 when reading it back would not give the same model,
+            and as `fill`.
     """
-    invented = RankGroups(destination, used, source.sizes, spellings)
-    target = Side(tuple(invented.groups), keys, source.sizes)
+    mapping, layout, sizes = source.mapping, source.layout, source.side.sizes
+    check_known(source.used, sizes, source.unread)
+    destination = destination_of(mapping, layout, asked, like, sizes.get("layer", 0))
+    invented = RankGroups(destination, source.used, sizes, spellings_of(source.used, like))
     listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
-    copies = CopyTable(tuple((group, position) for _, group, position in listed), target, source)
-    outputs: list[Output] = []
+    wanted = [_wanted(one, group, position) for one, group, position in listed]
+    outputs, copies = fill(wanted, invented.groups, training_keys(source.used, source.pieces), source, asked.dtype)
     members: list[list[int]] = [[] for _ in invented.files]
-    for index, (one, group, _) in enumerate(listed):
-        rule = group.instance.rule
-        read = copies.dtype(index, one.name, source_files, rule.place)
-        wanted = written_dtype(read, dtype, keep=rule.keep_dtype)
-        if wanted not in WRITABLE:
+    for index, ((one, _, _), output) in enumerate(zip(listed, outputs, strict=True)):
+        if output.dtype not in WRITABLE:
             raise EngineError(
                 "E209",
-                f"rank files cannot hold `{one.name}`",
-                place=rule.place,
-                got=wanted,
+                f"rank files cannot hold `{output.name}`",
+                place=wanted[index].rule.place,
+                got=output.dtype,
                 expected=", ".join(sorted(WRITABLE)),
                 fix="Give --dtype bfloat16.",
             )
-        text = group.instance.sources[0].text
-        outputs.append(Output(one.name, wanted, read, one.header.shape, rule.name, str(rule.place), text))
         members[one.file].append(index)
-    shards = tuple(
+    files = tuple(
         OutputFile(file.name, destination.mode.format, tuple(held))
         for file, held in zip(invented.files, members, strict=True)
     )
-    parts = tuple(one.header.part for one, _, _ in listed)
-    return RankOutputs(tuple(outputs), copies, shards, _grid(destination, invented.files), parts)
+    names = {**source.names, **destination.names, "dtype": f"torch.{main_dtype(outputs)}"}
+    names["options"] = {**destination.names["options"], **source.options}
+    keys = declared(mapping, layout, "source")
+    config = configuration(source, "training", mapping.training_config, names, keys, destination.grid_names())
+    if layout.config_of_target:  # what is written is what was read
+        config = dict(source.checkpoint.config)
+    parts = [one.header.part for one, _, _ in listed]
+    written = Written(
+        tuple(outputs),
+        copies,
+        with_configuration(destination, files, config),
+        config,
+        names,
+        grid=RankGrid(destination.mode, destination.sizes, tuple(invented.files), staged=destination.stages.dims),
+        stages=destination.stages,
+        beside=small_files(destination, invented.files, config) | directory_of(destination, files, outputs, parts),
+    )
+    if source.checkpoint.end != "training":
+        _check_again(source, written, destination)
+    return written
 
 
-def _grid(destination: Destination, files: Sequence[RankFile]) -> RankGrid:
-    return RankGrid(destination.mode, destination.sizes, tuple(files), staged=destination.stages.dims)
+def _wanted(one: Stored, group: Group, position: int) -> Wanted:
+    rule = group.instance.rule
+    return Wanted(group, position, one.name, one.header.shape, rule.name, rule, group.instance.sources[0].text)
 
 
-def directory_of(destination: Destination, written: RankOutputs) -> dict[str, tuple[str, Any]]:
+def directory_of(
+    destination: Destination, files: Sequence[OutputFile], outputs: Sequence[Output], parts: Sequence[Part | None]
+) -> dict[str, tuple[str, Any]]:
     """The file that says where the boxes lie, where the mode's format has one: name → (format, content)."""
     if destination.mode.format != "dcp":
         return {}
     saved = [
         Saved(file.name, one.name, one.dtype, one.shape, part)
-        for file in written.shards
+        for file in files
         for i in file.outputs
-        if (one := written.outputs[i]) and (part := written.parts[i]) is not None
+        if (one := outputs[i]) and (part := parts[i]) is not None
     ]
     return {DIRECTORY: ("dcp", saved)}
 
@@ -150,24 +154,46 @@ def training_text(destination: Destination) -> dict[str, Any]:
     return rendered
 
 
-def destination_names(
-    layout: Layout,
-    mapping: MappingFile,
-    mode: str,
-    sizes: Mapping[str, int],
-    chunks: int,
-    layers: int,
-    training: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What layout expressions and `training_config` see of a destination.
+def _check_again(source: Source, written: Written, destination: Destination) -> None:
+    """What is written, read again, must give the same model.
 
-    Every rank dimension that any mode of the layout has is there, as 1 where this mode lacks it.
+    Raises:
+        EngineError: E216 unless its configuration and names give the same choices and sizes, E209 when a key of
+            the source's configuration does not come back.
     """
-    names: dict[str, Any] = dict(counts_of(layout, sizes))
-    kind = training.get("model_type")
-    if kind is None and mapping.model_types:
-        kind = mapping.model_types[0]  # as of historical names, the first is the one written
-    if kind is not None:
-        names["model_type"] = kind
-    return {**names, "mode": mode, "chunks": chunks, "layers": layers, "options": options, "training": training}
+    mapping, sizes = source.mapping, source.side.sizes
+    config = source.read.config if source.layout.config_of_target else written.config
+    choices = {name: decision.choice for name, decision in source.decisions.items()}
+    prefixes = sorted({destination.prefix(chunk) for chunk in range(destination.stages.chunks)}, key=len, reverse=True)
+    names: set[str] = set()
+    for output in written.outputs:
+        prefix = next(p for p in prefixes if output.name.startswith(p))
+        names.add(output.name[len(prefix) :])
+    scope = {**config, "options": source.options, "training": {}, "present": present_in(names)}
+    scope |= {"given": source.read.config, "mode": destination.mode.name}
+    for name, decision in decide(mapping.variants, {}, scope).items():
+        if decision.choice != choices[name]:
+            variant = mapping.variants[name]
+            raise EngineError(
+                "E216",
+                f"variant `{name}` would be read as {decision.choice}",
+                place=variant.place,
+                got=f"{decision.choice}: {decision.evidence}",
+                expected=choices[name],
+                fix="Let `training_config` write what the variant's expressions read.",
+            )
+    facts, _ = claims(mapping, {**scope, **choices}, "the written configuration")
+    for axis, fact in facts.items():
+        if sizes.get(axis, fact.value) != fact.value:
+            raise EngineError(
+                "E216",
+                f"axis `{axis}` would be read as {fact.value}",
+                place=fact.place,
+                got=f"{fact.value} from {fact.why}",
+                expected=f"{sizes[axis]}, as in the tensors",
+                fix="Let `training_config` write values from which `dims` compute the sizes again.",
+            )
+    if source.layout.config_of_target:
+        return
+    names_then = {**scope, **choices, **sizes, "training": training_text(destination)}
+    check_returns(source.read, render_known(mapping.config, names_then), mapping)

@@ -6,67 +6,23 @@ the request. A new option is a field of `Request` and the same line in the keywo
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, TypedDict, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from engine.errors import EngineError
 from engine.planning import DEFAULT_SHARD_SIZE
+from engine.planning.given import check_types, dtype_name, parse_size, ranks_given
 from engine.storage.places import Source
 
 if TYPE_CHECKING:
     from engine.language.model import Mapping as MappingFile
+    from engine.planning.stored import End
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.
 RANK_OPTIONS = {"tp": "Tensor-parallel ranks.", "pp": "Pipeline ranks.", "wp": "Weight-parallel ranks, in mode isp."}
-_ALSO = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32",
-         "f32": "float32", "float": "float32"}  # fmt: skip
-_MOST_BYTES = 1 << 62
-
-
-def dtype_name(value: object) -> str:
-    """One of `DTYPES`, of a name as people and programs write it, or of a torch dtype.
-
-    >>> dtype_name("bf16"), dtype_name("torch.float16"), dtype_name("FP32")
-    ('bfloat16', 'float16', 'float32')
-
-    Raises:
-        ValueError: for any other.
-    """
-    name = str(value).removeprefix("torch.").lower()
-    name = _ALSO.get(name, name)
-    if name not in DTYPES:
-        near = get_close_matches(name, [*DTYPES, *_ALSO], 1)
-        raise ValueError(f"there is no dtype `{value}`; there are {', '.join(DTYPES)}"
-                         + (f"; did you mean `{near[0]}`?" if near else ""))  # fmt: skip
-    return name
-
-
-def parse_size(value: str | int) -> int:
-    """Bytes from `5GB` (powers of 1000), `2GiB` (powers of 1024) or a plain number.
-
-    >>> parse_size("5GB"), parse_size("1.5 GiB"), parse_size("500"), parse_size(500)
-    (5000000000, 1610612736, 500, 500)
-
-    Raises:
-        ValueError: for what is no size.
-    """
-    text = str(value).strip()
-    match = None if isinstance(value, bool) else re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text, re.I)
-    if match is None:
-        raise ValueError(f"`{value}` is not a size; write it like 5GB, 2GiB, 500MB or plain bytes")
-    number, letter, binary = match.groups()
-    exact = float(number) * (1024 if binary else 1000) ** (" kmgt".index(letter.lower()) if letter else 0)
-    if exact > _MOST_BYTES:
-        raise ValueError(f"`{text[:40]}` is larger than any file can be")
-    if exact < 1 or exact != int(exact):
-        raise ValueError(f"`{text}` is no size to fill a file with; it must be a positive number of bytes")
-    return int(exact)
 
 
 def option(help: str, kind: str = "text", *, flags: str = "", metavar: str = "", shown: str = "") -> dict[str, str]:
@@ -88,6 +44,7 @@ class Request:
     Attributes:
         mapping: a path, the name of a bundled mapping, or a loaded one.
         src: the folder of the checkpoint that is read.
+        reads, writes: the ends of the mapping: `training` for rank files, `whole` for a Hugging Face checkpoint.
         config: a file with the target's configuration, for what the checkpoint does not say.
         settings: variants and options of the mapping or its layout, as `--set` gives them.
         dtype: one of `DTYPES`, a short form like `bf16`, or a torch dtype; `auto` keeps each tensor's own type.
@@ -105,7 +62,7 @@ class Request:
 
     mapping: str | Path | MappingFile = field(
         metadata=option(
-            "A mapping file, or the name of a bundled one, like internlm2-7b.yaml.",
+            "A mapping file, or the name of a bundled one, like internlm2-7b.",
             flags="--mapping -m",
             metavar="FILE|NAME",
         )
@@ -125,12 +82,17 @@ class Request:
             "Set a variant or an option of the mapping or its layout; may be repeated.", "setting", flags="--set"
         ),
     )
-    dtype: str = field(default="auto", metadata=option("Element type to write; auto keeps each tensor's own.", "dtype"))
+    dtype: str = field(
+        default="auto",
+        metadata=option("Element type to write, like bf16 or float32; auto: each tensor's own.", "dtype"),
+    )
     max_shard_size: int = field(
         default=DEFAULT_SHARD_SIZE,
         metadata=option("Most bytes of tensors in one output file, like 2GB or 5GiB.", "size", shown="2GB"),
     )
     strict: bool = field(default=False, metadata=option("Refuse sizes other than those the release has.", "flag"))
+    reads: End = "training"
+    writes: End = "whole"
     ranks: Mapping[str, int] = field(
         default_factory=dict,
         metadata=option("Ranks to write, of any dimension that the layout has.", metavar="DIM=N,…"),
@@ -193,97 +155,52 @@ class ReverseOptions(RankOptions, total=False):
     lossy: Sequence[str]
 
 
+class AnyOptions(ReverseOptions, total=False):
+    """Keywords of whatever plans something."""
+
+    max_shard_size: int | str
+    strict: bool
+
+
 def keywords(options: Mapping[str, Any], takes: type) -> Any:
     """Those of some keywords that a function takes."""
     return {name: value for name, value in options.items() if name in takes.__annotations__}
 
 
-def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[str, Any], takes: type) -> Request:
-    """The request that keywords make.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A pair of ends, and the keywords that plan it."""
 
-    Args:
-        takes: the keywords there are.
-
-    Raises:
-        TypeError: for a keyword that is none of them, as Python does.
-    """
-    check_keywords(options, takes)
-    ranks = ranks_given(options.get("ranks"))
-    ranks |= {name: options[name] for name in RANK_OPTIONS if options.get(name) is not None}
-    given = {name: value for name, value in own(options, Request).items() if value is not None}
-    return Request(mapping, src, **{**given, "ranks": ranks})
+    reads: End
+    writes: End
+    takes: type
 
 
-def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
-    """Ranks per dimension, as a mapping or as text; E001 for what is neither.
-
-    >>> ranks_given("tp=2,pp=4")
-    {'tp': 2, 'pp': 4}
-    """
-    if isinstance(ranks, str):
-        found: dict[str, int] = {}
-        for one in ranks.split(","):
-            dim, _, text = (part.strip() for part in one.partition("="))
-            if not dim.isidentifier() or not text.isascii() or not text.isdecimal() or len(text) > 9 or dim in found:
-                raise EngineError(
-                    "E001",
-                    "ranks are given as a dimension and a number, each dimension once",
-                    got=ranks[:100],
-                    expected="tp=2,pp=4",
-                    fix="The dimensions are those of the layout: `engine inspect` shows a checkpoint's.",
-                )
-            found[dim] = int(text)
-        return found
-    for dim, count in (ranks or {}).items():
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise EngineError(
-                "E001", f"ranks of `{dim}` must be a whole number", got=repr(count)[:100], expected="1 or more"
-            )
-    return dict(ranks or {})
-
-
-def _check_types(options: Mapping[str, Any], takes: type) -> None:
-    """E001 for a value of another type than a keyword takes; what has a parser of its own is left to that."""
-    hints = get_type_hints(takes)
-    for name, value in options.items():
-        if value is not None and name not in _PARSED and not _fits(value, hints[name]):
-            wanted = _WANTED.get(name) or _in_words(hints[name])
-            raise EngineError(
-                "E001",
-                f"`{name}` cannot be used as given",
-                got=f"{value!r:.80}, of type {type(value).__name__}",
-                expected=wanted,
-                fix=f"Give `{name}` as {wanted}.",
-            )
-
-
-_PARSED = ("dtype", "max_shard_size", "max_memory", "workers")
-_WANTED = {
-    "settings": "a dict, like {'rotary': 'halves'}",
-    "ranks": "a dict, like {'tp': 8}, or text like tp=8,pp=2",
-    "lossy": "a list of rule names",
+JOBS = {
+    "run": Job("training", "whole", WholeOptions),
+    "reverse": Job("whole", "training", ReverseOptions),
+    "reshard": Job("training", "training", RankOptions),
 }
 
 
-def _in_words(hint: Any) -> str:
-    """
-    >>> _in_words(int | None), _in_words(str | Path)
-    ('a number', 'text or a path')
-    """
-    words = {int: "a number", bool: "True or False", str: "text", Path: "a path"}
-    kinds = [one for one in get_args(hint) or (hint,) if one is not NoneType]
-    return " or ".join(words.get(get_origin(one) or one, "a function" if callable(one) else str(one)) for one in kinds)
+def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[str, Any], job: str) -> Request:
+    """The request that keywords make.
 
+    Args:
+        job: which of `JOBS`.
 
-def _fits(value: Any, hint: Any) -> bool:
-    kind = get_origin(hint) or hint
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if kind is Any or (kind is Callable and callable(value)):
-        return True
-    return isinstance(value, kind) and not (isinstance(value, bool) and kind is int) and not (
-        isinstance(value, str) and kind is Sequence
-    )  # fmt: skip
+    Raises:
+        TypeError: for a keyword that is none of the job's, as Python does.
+        EngineError: E001 for a job that there is not, and as `Request`.
+    """
+    if job not in JOBS:
+        raise EngineError("E001", f"there is no job `{job}`", expected=", ".join(JOBS))
+    does = JOBS[job]
+    check_keywords(options, does.takes)
+    ranks = ranks_given(options.get("ranks"))
+    ranks |= {name: options[name] for name in RANK_OPTIONS if options.get(name) is not None}
+    given = {name: value for name, value in own(options, Request).items() if value is not None}
+    return Request(mapping, src, **{**given, "ranks": ranks, "reads": does.reads, "writes": does.writes})
 
 
 def own(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
@@ -297,4 +214,4 @@ def check_keywords(options: Mapping[str, Any], takes: type) -> None:
         if name not in takes.__annotations__:
             near = get_close_matches(name, takes.__annotations__, 1)
             raise TypeError(f"there is no option `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
-    _check_types(options, takes)
+    check_types(options, takes)

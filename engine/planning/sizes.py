@@ -6,6 +6,7 @@ are read off the shards; their sum is the axis. An axis has one size in the whol
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place
 from engine.language.axes import Axis, Node, Product, leaves
 from engine.planning.groups import Group
+from engine.planning.stored import Instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Contradiction:
     expected: str
     place: Place | None
     rule: str
-    file: str
+    file: str  # what stands out: a rank's file, a stage; empty where all ranks agree
 
 
 @dataclass(slots=True)
@@ -121,7 +123,7 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
                 _contradict(
                     state,
                     group,
-                    ranks,
+                    [ranks],
                     "shape",
                     f"{_shape(one.header.whole)} in {files[one.file].name}",
                     wanted,
@@ -147,7 +149,7 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
                     _contradict(
                         state,
                         group,
-                        ranks,
+                        [ranks],
                         str(node),
                         f"{size} from {_where(group, ranks, files)}",
                         f"{constant}{_because(node, state)}",
@@ -160,7 +162,7 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
                 _contradict(
                     state,
                     group,
-                    ranks,
+                    [ranks],
                     unknown,
                     f"{size} rows from {_where(group, ranks, files)}",
                     f"a multiple of {factor}: `{node}` with {_because(node, state).strip(' ()')}",
@@ -174,7 +176,7 @@ def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
                     _contradict(
                         state,
                         group,
-                        ranks,
+                        [ranks],
                         unknown,
                         f"{value} from {_where(group, ranks, files)}",
                         f"{before} as in its other ranks",
@@ -220,7 +222,7 @@ def _look_rows(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
             _contradict(
                 state,
                 group,
-                ranks,
+                [ranks],
                 str(node),
                 f"{size} from {where}",
                 f"{constant}{_because(node, state)}",
@@ -242,7 +244,7 @@ def _learn(state: Sizes, group: Group, axis: str, value: int, files: Sequence[Ra
         _contradict(
             state,
             group,
-            next(iter(group.shards)),
+            _odd(group),
             axis,
             f"{value} from {why}",
             f"{known.value} from {known.why}",
@@ -255,19 +257,28 @@ def _learn(state: Sizes, group: Group, axis: str, value: int, files: Sequence[Ra
 def _contradict(
     state: Sizes,
     group: Group,
-    ranks: tuple[int, ...],
+    odd: Sequence[tuple[int, ...]],
     axis: str,
     got: str,
     expected: str,
     files: Sequence[RankFile],
 ) -> None:
-    stored = group.shards[ranks][0]
+    stored = next(iter(group.shards.values()))[0]
     place = group.instance.rule.place
     cut = ", ".join(f"cut on {a} over {d}" for d, a in group.cut.dims) or (
         f"rows cut over {group.cut.rows}" if group.cut.rows else "not cut"
     )
     rule = f"{stored.name} is `{group.instance.axes}`, {cut}"
-    state.contradictions.append(Contradiction(axis, got, expected, place, rule, files[stored.file].name))
+    told = " or ".join(files[group.shards[ranks][0].file].name for ranks in odd[:2])
+    state.contradictions.append(Contradiction(axis, got, expected, place, rule, told))
+
+
+def _odd(group: Group) -> list[tuple[int, ...]]:
+    """The ranks whose shapes are rarest; none where all have the same."""
+    shapes = {ranks: stored[0].header.whole for ranks, stored in group.shards.items()}
+    counts = Counter(shapes.values())
+    fewest = min(counts.values())
+    return [ranks for ranks, shape in shapes.items() if counts[shape] == fewest] if len(counts) > 1 else []
 
 
 def _because(node: Node, state: Sizes) -> str:
@@ -303,8 +314,19 @@ def size_error(found: Contradiction) -> EngineError:
         got=found.got,
         expected=found.expected,
         fix=f"{found.rule}. Either the mapping is not the one for this checkpoint, or {found.file} is from "
-        "another run (compare its date and training step with the others), or rank files are missing at the end.",
+        "another run (compare its date and training step with the others), or rank files are missing at the end."
+        if found.file
+        else f"{found.rule}. All its ranks agree: either the mapping is not the one for this checkpoint, or the "
+        "configuration is of another model, or the last rank files are missing.",
     )
+
+
+def check_known(used: Sequence[Instance], sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> None:
+    """E204, or why it could not be computed, for the first axis of some tensors whose size is not known."""
+    for one in used:
+        for axis in (*one.axis_names(), *one.axes.names()):
+            if axis not in sizes:
+                raise unread.get(axis) or unknown_error(axis, one.rule.place)
 
 
 def unknown_error(axis: str, place: Place | None) -> EngineError:

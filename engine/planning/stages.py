@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, index_dims, stage_dims
+from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, index_dims
 from engine.errors import EngineError, Place
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout
@@ -57,16 +57,17 @@ class Stages:
         raise ValueError(f"layer {layer} of {self.layers} is in no stage")
 
 
-def in_order(layout: Layout, sizes: Mapping[str, int], chunks: int, names: Mapping[str, Any]) -> list[Stage]:
+def in_order(
+    layout: Layout, sizes: Mapping[str, int], dims: Sequence[str], chunks: int, names: Mapping[str, Any]
+) -> list[Stage]:
     """Every stage, in the order of the model."""
-    dims = stage_dims(layout)
     facts = {**names, **counts_of(layout, sizes), "chunks": chunks}
-    every = product(range(chunks), *(range(sizes.get(dim, 1)) for dim in dims))
+    every = list(product(range(chunks), *(range(sizes.get(dim, 1)) for dim in dims)))
 
     def place(stage: Stage) -> Any:
         return evaluate(layout.layers.stage, {**facts, "chunk": stage[0], **dict(zip(dims, stage[1:], strict=True))})
 
-    return sorted(every, key=place)
+    return sorted(every, key=place) if len(every) > 1 else every
 
 
 def laid_out(counts: Iterable[tuple[Stage, int]], chunks: int, dims: tuple[str, ...]) -> Stages:
@@ -96,7 +97,7 @@ def number_layers(
     """
     chunks = 1 + max((stage[0] for stage in local), default=0)
     counts: list[tuple[Stage, int]] = []
-    for stage in in_order(layout, grid.sizes, chunks, names):
+    for stage in in_order(layout, grid.sizes, grid.staged, chunks, names):
         seen = local.get(stage, {})
         if len(set(seen.values())) > 1:
             few = min(seen, key=lambda f: (seen[f], f))
@@ -110,7 +111,7 @@ def number_layers(
                 fix="One of the files is from another run or damaged; compare dates and sizes.",
             )
         counts.append((stage, next(iter(seen.values()), 0)))
-    return laid_out(counts, chunks, stage_dims(layout))
+    return laid_out(counts, chunks, grid.staged)
 
 
 def file_numbers(file: FilePattern, stages: Stages, counts: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int]]:
@@ -211,16 +212,15 @@ def shared_out(axis: str, total: int, layout: Layout, sizes: Mapping[str, int]) 
     """How many of an axis of `indices` each rank is to hold; E214 when they do not divide."""
     dims = index_dims(layout, axis)
     ranks = prod(sizes.get(dim, 1) for dim in dims)
-    if total % ranks:
+    if total % ranks or (ranks > 1 and not total):
         raise EngineError(
             "E214",
-            f"axis `{axis}` of {total} does not divide by {ranks} ranks",
+            f"axis `{axis}` of {total} does not divide by {ranks} ranks" if total else f"the model has no `{axis}`",
             place=layout.indices[axis].place,
             got=" ".join(f"{dim} {sizes.get(dim, 1)}" for dim in dims),
-            expected="ranks that divide "
-            + str(total)
-            + ": "
-            + ", ".join(str(n) for n in range(1, total + 1) if total % n == 0),
+            expected="1"
+            if not total
+            else f"ranks that divide {total}: " + ", ".join(str(n) for n in range(1, total + 1) if total % n == 0),
             fix="Every rank holds as many.",
         )
     return total // ranks

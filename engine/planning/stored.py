@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.axes import Axes
 from engine.language.model import Layout, Rule
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import PARAMS, Pattern, pattern
+
+End = Literal["training", "whole"]  # of a mapping: rank files, or a Hugging Face checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +79,21 @@ def instances(mapping: MappingFile) -> tuple[Instance, ...]:
     return tuple(result)
 
 
-def strip(files: Sequence[FileHeader], layout: Layout) -> tuple[Stored, ...]:
-    """Take the layout's prefixes off every name; the first that matches counts."""
+def at_end(rules: Sequence[Instance], end: End) -> tuple[Instance, ...]:
+    """The tensors that rules have at an end: what they read in training files, or each target as one of its own."""
+    if end == "training":
+        return tuple(rules)
+    return tuple(Instance(name.text, one.rule, None, axes, (name,), ()) for one in rules for name, axes in one.targets)
+
+
+def strip(files: Sequence[FileHeader], layout: Layout | None) -> tuple[Stored, ...]:
+    """Take the layout's prefixes off every name; the first that matches counts. None: there are no prefixes."""
     known: dict[str, tuple[str, int]] = {}
     result: list[Stored] = []
     for index, file in enumerate(files):
         for header in file.tensors:
             if header.name not in known:
-                known[header.name] = without_prefix(header.name, layout)
+                known[header.name] = (header.name, 0) if layout is None else without_prefix(header.name, layout)
             name, chunk = known[header.name]
             result.append(Stored(index, header, name, chunk))
     return tuple(result)

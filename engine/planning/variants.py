@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -96,49 +96,107 @@ def decide(
     settings: Mapping[str, Any],
     names: Mapping[str, Any],
     called: str = "the configuration",
+    like: Mapping[str, str] | None = None,
 ) -> dict[str, Decision]:
     """Decide every variant that `--set` or an expression decides; those by shapes stay open.
 
     Args:
         called: the file of the configuration, for what is told.
+        like: for a variant that is to be chosen, not found out: what another checkpoint has. Then the order is
+            `--set`, what the checkpoint shows, `like`, the default, and none stays open.
     """
     decided: dict[str, Decision] = {}
     for variant in variants.values():
         if variant.name in settings:
             choice = choice_of(variant, settings[variant.name])
-            decided[variant.name] = _by_setting(variant, choice, names, called)
+            decided[variant.name] = _by_setting(variant, choice, names, called, known=like is None)
+        elif like is not None:
+            decided[variant.name] = _chosen(variant, names, like)
         elif variant.decide == "expression":
             decided[variant.name] = _by_expression(variant, names, called)
     return decided
 
 
-def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called: str) -> Decision:
+def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called: str, *, known: bool) -> Decision:
     """A setting may overrule a configuration, which can be wrong, but not the files.
 
     Where expressions read nothing but `present(...)`, the choice is what the files hold.
+
+    Args:
+        known: whether every name that expressions read is known.
     """
-    said = f"--set {variant.name}={choice}"
+    said = Decision(variant.name, choice, "set", f"--set {variant.name}={choice}")
     if variant.decide != "expression":
-        return Decision(variant.name, choice, "set", said)
+        return said
     of_files = not any(names_in(e) for e in variant.choices.values() if e is not None)
     try:
-        found = _by_expression(variant, names, called)
+        found = _by_expression(variant, names, called) if known else _shown(variant, names)
     except EngineError:
         if of_files:
             raise
-        return Decision(variant.name, choice, "set", said)  # the configuration does not say: the setting does
-    if found.choice == choice:
-        return Decision(variant.name, choice, "set", said)
+        return said  # the configuration does not say: the setting does
+    if found is None or found.choice == choice:
+        return said
     if of_files:
         raise EngineError(
             "E202",
-            f"`{said}` contradicts the files",
+            f"`{said.evidence}` contradicts the files",
             place=variant.place,
             got=choice,
             expected=f"{found.choice}: {found.evidence}",
             fix="Leave it out: this is read off the tensors' names.",
         )
-    return Decision(variant.name, choice, "set", said, f"{found.choice}: {found.evidence}")
+    return replace(said, instead_of=f"{found.choice}: {found.evidence}") if known else said
+
+
+def _chosen(variant: Variant, names: Mapping[str, Any], like: Mapping[str, str]) -> Decision:
+    """What the checkpoint shows, else as in another, else the default, else the first that holds."""
+    shown = _shown(variant, names)
+    if shown is not None:
+        return shown
+    if variant.name in like:
+        return Decision(variant.name, like[variant.name], "like", "as in the checkpoint of --like")
+    if variant.default is not None:
+        return Decision(variant.name, variant.default, "default", "what is written by default")
+    return _first_holding(variant, names)
+
+
+def _shown(variant: Variant, names: Mapping[str, Any]) -> Decision | None:
+    """The one choice whose expression holds on names that are known; values filled in show nothing."""
+    holding: list[Decision] = []
+    for choice, expression in variant.choices.items():
+        if expression is None:
+            continue
+        read = names_in(expression)
+        if read and not any(name in names for name in read):
+            continue
+        try:
+            if evaluate(expression, names):
+                holding.append(Decision(variant.name, choice, "expression", expression.text))
+        except EngineError:
+            continue
+    return holding[0] if len(holding) == 1 else None
+
+
+def _first_holding(variant: Variant, names: Mapping[str, Any]) -> Decision:
+    """As when reading: the first choice that holds, values filled in by `default(...)` and all."""
+    for choice, expression in variant.choices.items() if variant.decide == "expression" else ():
+        if expression is None:
+            return Decision(variant.name, choice, "expression", "otherwise")
+        try:
+            if evaluate(expression, names):
+                return Decision(variant.name, choice, "expression", expression.text)
+        except EngineError:
+            continue
+    raise EngineError(
+        "E202",
+        f"variant `{variant.name}` cannot be decided: nothing says which to write",
+        place=variant.place,
+        expected="one of " + ", ".join(variant.choices),
+        fix=f"{variant.help[:1].upper()}{variant.help[1:]}. Say which: "
+        + " or ".join(f"--set {variant.name}={choice}" for choice in variant.choices)
+        + ".",
+    )
 
 
 def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> Decision:

@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from itertools import product
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import FLOATS, TensorHeader
+from engine.formats.headers import TensorHeader
 from engine.language.axes import extent
 from engine.planning.groups import Cut, Group
-from engine.planning.model import Output
 from engine.planning.pieces import Pieces, TargetSpec
-from engine.planning.sizes import unknown_error
+from engine.planning.sizes import check_known
 from engine.planning.stored import Instance, Stored
-
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -46,9 +43,7 @@ def whole_groups(
     """
     listed: list[tuple[tuple[object, ...], TargetSpec, Group]] = []
     for order, spec in enumerate(pieces.targets.values()):
-        for axis in (*spec.name.placeholders, *spec.axes.names()):
-            if axis not in sizes:
-                raise unread.get(axis) or unknown_error(axis, spec.instances[0].rule.place)
+        check_known([instances[spec.name.text]], sizes, unread)
         stage = {"first": 0, "layers": 1, "last": 2}[spec.instances[0].stage_class]
         shape = tuple(extent(dim, sizes) for dim in spec.axes.dims)
         for values in product(*(range(sizes[p]) for p in spec.name.placeholders)):
@@ -61,24 +56,6 @@ def whole_groups(
     result = [(spec, group) for _, spec, group in listed]
     _unique(result)
     return result
-
-
-def whole_output(spec: TargetSpec, group: Group, read: str, dtype: str) -> Output:
-    """A target tensor as it is written, given the type it is read in."""
-    rule = spec.instances[0].rule
-    dim = None
-    if rule.transform is not None:
-        axis = rule.transform[1]
-        dim = next(i for i, node in enumerate(spec.axes.dims) if str(node) == axis)
-    header = next(iter(group.shards.values()))[0].header
-    names = " + ".join(i.rule.name for i in spec.instances)
-    wanted = written_dtype(read, dtype, keep=rule.keep_dtype)
-    return Output(header.name, wanted, read, header.shape, names, str(rule.place), spec.name.text, rule.transform, dim)
-
-
-def written_dtype(read: str, dtype: str, *, keep: bool) -> str:
-    """The element type to write: `--dtype` casts floating-point tensors that are not exempt."""
-    return DTYPES[dtype] if dtype != "auto" and not keep and read in FLOATS else read
 
 
 def _unique(listed: list[tuple[TargetSpec, Group]]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from engine.checkpoint.ranks import whole_grid
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.axes import Axes, Axis
 from engine.language.names import pattern
 from engine.planning.groups import Cut, Group
 from engine.planning.pieces import Key, source_pieces
+from engine.planning.sides import Side
+from engine.planning.source import Source
 from engine.planning.stored import Instance, Stored
 from engine.planning.whole import contiguous
 from engine.storage.store import File
@@ -41,3 +45,15 @@ def zero_groups(
             groups.append(Group(held, {}, Cut(), {(): (Stored(file, header, "zeros", 0),)}))
             keys[held.key, piece] = (f"{one.rule.name}.{one.param}", piece)
     return groups, keys
+
+
+def padded(source: Source) -> Source:
+    """A source with the padding that rules write as zeros, in a file of its own."""
+    checkpoint, side = source.checkpoint, source.side
+    types = {one.instance.key: next(iter(one.shards.values()))[0].header.dtype for one in side.groups}
+    groups, keys = zero_groups(source.used, side.sizes, len(checkpoint.files), types)
+    if not groups:
+        return source
+    grid = replace(checkpoint.grid, files=(*checkpoint.grid.files, *whole_grid([ZEROS.name]).files))
+    with_zeros = replace(checkpoint, files=(*checkpoint.files, ZEROS), grid=grid)
+    return replace(source, checkpoint=with_zeros, side=Side((*side.groups, *groups), {**side.keys, **keys}, side.sizes))

@@ -57,7 +57,8 @@ def committed_text(mapping: MappingFile) -> str:
         return whole
     before, after = dict(flat(meaning_of(load_mapping(_file(mapping.files[-2]))))), dict(flat(now))
     changed = {p: v for p, v in after.items() if p not in before or before[p] != v}
-    changed |= {p: GONE for p in before if p not in after}
+    inside = {p[:end] for p in after for end in range(1, len(p))}  # what holds more now than one value
+    changed |= {p: GONE for p in before if p not in after and p not in inside}
     beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree(changed)})
     return min(whole, beside, key=len)
 

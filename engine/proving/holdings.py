@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+from engine.explaining.copy_text import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.expressions import evaluate
 from engine.language.model import Layout
@@ -23,7 +24,6 @@ from engine.planning.copies import Copy, swap
 from engine.planning.matching import is_active
 from engine.planning.model import Plan
 from engine.planning.stored import Instance, instances
-from engine.proving.copy_text import copy_texts
 from engine.proving.counterexamples import moves_of
 from engine.proving.matrix import Case, cases, combinations_of
 from engine.proving.proof import Failure
@@ -53,6 +53,8 @@ def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, 
     for world in _covering(mapping, worlds, free):
         known = _zeroth(mapping, world)
         for case in small_cases(layout):
+            if not case.takes(world.choices):
+                continue
             try:
                 plan = reverse_of(mapping, layout, world, case)
             except EngineError as error:

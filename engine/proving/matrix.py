@@ -16,7 +16,7 @@ from engine.checkpoint.ranks import rank_dims, stage_dims
 from engine.language.expressions import names_in
 from engine.language.model import Layout, Mode
 from engine.language.model import Mapping as MappingFile
-from engine.planning.destination import Request
+from engine.planning.request import Request
 
 _MAX_COMBINATIONS = 512
 _SAMPLE = 60  # candidates looked at for each row
@@ -39,9 +39,28 @@ class Case:
     sizes: Mapping[str, int]
     chunks: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)  # variants and options of the layout
+    holds: Mapping[str, str] = field(default_factory=dict)  # choices of mappings' variants that alone are written so
 
-    def request(self) -> Request:
-        return Request(self.mode, self.sizes, self.chunks)
+    def takes(self, choices: Mapping[str, str]) -> bool:
+        """Whether a model of these choices can be written so."""
+        return all(choices.get(name, choice) == choice for name, choice in self.holds.items())
+
+    def request(self, mapping: MappingFile, choices: Mapping[str, str], lossy: Sequence[str] = ()) -> Request:
+        """What writes a mapping's model so.
+
+        Args:
+            choices: of the mapping's variants.
+        """
+        return Request(
+            mapping,
+            settings={**choices, **self.settings},
+            reads="whole",
+            writes="training",
+            mode=self.mode,
+            ranks=self.sizes,
+            chunks=self.chunks,
+            lossy=lossy,
+        )
 
 
 def cases(layout: Layout) -> list[Case]:
@@ -80,7 +99,7 @@ def _case(mode: Mode, sizes: Mapping[str, int], *, chunks: int = 1, **settings: 
     words = [mode.name, *(f"{dim}{count}" for dim, count in sizes.items())]
     words += [f"chunks{chunks}"] if chunks > 1 else []
     words += [name if value is True else str(value) for name, value in settings.items()]
-    return Case(" ".join(words), mode.name, sizes, chunks, settings)
+    return Case(" ".join(words), mode.name, sizes, chunks, settings, mode.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +119,7 @@ def rows(
     Args:
         refused: labels of layouts that turned out not to fit; rows of theirs count for nothing.
     """
-    every = [Row(choices, most, case) for choices, most in possible for case in layouts]
+    every = [Row(choices, most, case) for choices, most in possible for case in layouts if case.takes(choices)]
     random = Random(mapping.name)
     seen: set[tuple[Fact, Fact]] = set()
     known = -1

@@ -234,6 +234,14 @@ def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
     return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
 
 
+def _in_words(elements: int) -> str:
+    """
+    >>> _in_words(7_737_708_544), _in_words(48_000)
+    ('7.7 billion', '48,000')
+    """
+    return f"{elements / 1e9:.1f} billion" if elements >= 1e9 else f"{elements:,}"
+
+
 def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Check:
     """The sizes a release names follow from its configuration, and both directions are exact at them."""
     failures = [
@@ -255,7 +263,7 @@ def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Chec
                 failures.append(Failure.of(error, f"{case.label}; {world.label}"))
             ran.append(case.label)
             break
-    told = f"{world.elements / 1e9:.1f} billion elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
+    told = f"{_in_words(world.elements)} elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
     return check_of(REAL_SIZES, told, failures)
 
 
@@ -275,7 +283,7 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
         if isinstance(model, str):
             return Check(MODEL, None, model)
         counted[key] = len(model)
-        told = misfits(world.shapes, model, world.pieces)
+        told = misfits(world.shapes, model, world.pieces, mapping.model_type)
         failures += [replace(failure, where=world.label) for failure in told]
         if told:
             break

@@ -19,7 +19,7 @@ from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.config_keys import as_declared, declared, leaves, read_config, source_side, target_side
-from engine.planning.planner import present_in
+from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
 from engine.proving.probes import (
     Given,
@@ -138,7 +138,6 @@ class _Forth:
 
     def base(self) -> dict[str, Any]:
         """Every key that is read, with a value that tells it from the others; options likewise."""
-        from engine.planning.backward import render_known
 
         grid = {name: values[0] for name, values in grid_of(self.layout).items()}
         names = {**self.world.config, **self.world.choices, **self.world.sizes, **grid, "options": {}}

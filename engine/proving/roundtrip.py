@@ -7,20 +7,20 @@ read back and compared. The numbers say where each element came from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
 from engine.formats.configs import encode_config
+from engine.language.expressions import names_in
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.planning.attempts import Checkpoint
-from engine.planning.backward import WholeCheckpoint
+from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
-from engine.planning.reverse import make_reverse_plan
+from engine.planning.request import Request
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World, of_files
@@ -45,36 +45,38 @@ class Trip:
         return f"{self.case.label}; {self.world.label}"
 
 
-def write_world(world: World, folder: Path) -> WholeCheckpoint:
+def write_world(world: World, folder: Path) -> Checkpoint:
     """The world as a Hugging Face checkpoint on disk."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
     save_file(world.arrays(), str(folder / "model.safetensors"))
-    return WholeCheckpoint("the tiny checkpoint", read_hf_folder(LocalStore(folder)), world.config)
+    return whole_checkpoint("the tiny checkpoint", read_hf_folder(LocalStore(folder)), world.config)
 
 
 def write_ranks(
-    mapping: MappingFile, layout: Layout, world: World, whole: WholeCheckpoint, case: Case, folder: Path
+    mapping: MappingFile, layout: Layout, world: World, whole: Checkpoint, case: Case, folder: Path
 ) -> Trip:
     """Write rank files with the real planner and runner, and read the folder again.
 
     Raises:
         EngineError: E214 where the layout does not fit the sizes, else what is wrong with the mapping.
     """
-    settings = {**world.choices, **case.settings}
-    plan = make_reverse_plan(mapping, layout, whole, case.request(), settings=settings, lossy=world.lossy)
+    plan = make_plan(mapping, layout, whole, case.request(mapping, world.choices, world.lossy))
     folder.mkdir(parents=True)
     write_weights(plan, LocalStore(folder), workers=1)
     for name, (kind, content) in plan.beside.items():
         (folder / name).write_bytes(encode_config(name, kind, content))
-    return Trip(world, case, read_checkpoint(folder, layout))
+    checkpoint = read_checkpoint(folder, layout)
+    if any("given" in names_in(dim) for dim in mapping.dims.values()):
+        checkpoint = replace(checkpoint, target_config=world.config)
+    return Trip(world, case, checkpoint)
 
 
 def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
     """The plan back; choices that more than one plan would fit are set."""
     try:
-        return make_plan(mapping, layout, trip.checkpoint, settings={})
+        return make_plan(mapping, layout, trip.checkpoint)
     except EngineError as error:
         if error.code != "E202":
             raise
@@ -83,7 +85,7 @@ def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
         for n, c in trip.world.choices.items()
         if n not in of_files(mapping) and mapping.variants[n].decide == "shapes"
     }
-    return make_plan(mapping, layout, trip.checkpoint, settings=given)
+    return make_plan(mapping, layout, trip.checkpoint, Request(mapping, settings=given))
 
 
 def compare_trip(trip: Trip, plan: Plan, out: Path) -> list[Failure]:
@@ -114,8 +116,12 @@ def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
     counts = np.bincount(numbers[whole].astype(np.int64), minlength=trip.world.elements)
     arrays = trip.world.arrays()
     wanted = np.ones(trip.world.elements, np.int64)
-    for name in trip.world.tied.values():
-        wanted[arrays[name].ravel().astype(np.int64)] = 2
+    for name, to in trip.world.tied.items():
+        spec = next(one for one in trip.world.pieces.targets.values() if one.name.match(name) is not None)
+        if not spec.instances[0].rule.optional:  # else the rank files need not hold it twice
+            wanted[arrays[to].ravel().astype(np.int64)] = 2
+    if any(rule.zeros for rule in plan.mapping.rules):
+        counts[0] = min(counts[0], wanted[0])  # padding is zeros
     for number in np.flatnonzero(counts == 0)[:1]:
         yield Failure(f"{element_of(arrays, float(number))} is in no rank file", where=trip.where)
     for number in np.flatnonzero((counts != wanted) & (counts > 0))[:1]:

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.planning.attempts import Checkpoint
-from engine.planning.backward import WholeCheckpoint
+from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.boxes import Region
 from engine.planning.copies import Copy, swap
 from engine.planning.groups import Group
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
-from engine.planning.reverse import make_reverse_plan
+from engine.planning.request import Request
 from engine.planning.sides import Side
 from engine.planning.whole import contiguous
 from engine.proving.matrix import Case
@@ -33,11 +32,11 @@ from engine.storage.store import File
 Interval = tuple[int, int]
 
 
-def invented(world: World, dtype: str = "BF16") -> WholeCheckpoint:
+def invented(world: World, dtype: str = "BF16") -> Checkpoint:
     """The headers of a Hugging Face checkpoint that does not exist."""
     tensors = [(name, shape) for name, shape in world.shapes.items() if name not in world.tied]
     file = _file("model.safetensors", [(name, dtype, shape) for name, shape in tensors])
-    return WholeCheckpoint("a checkpoint of these sizes", (file,), world.config)
+    return whole_checkpoint("a checkpoint of these sizes", (file,), world.config)
 
 
 def _file(name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> FileHeader:
@@ -62,8 +61,7 @@ def written(plan: Plan, layout: Layout) -> Checkpoint:
 
 def reverse_of(mapping: MappingFile, layout: Layout, world: World, case: Case) -> Plan:
     """The plan that writes a world's ranks; E214 where it cannot be cut so."""
-    settings = {**world.choices, **case.settings}
-    return make_reverse_plan(mapping, layout, invented(world), case.request(), settings=settings, lossy=world.lossy)
+    return make_plan(mapping, layout, invented(world), case.request(mapping, world.choices, world.lossy))
 
 
 def prove_boxes(mapping: MappingFile, layout: Layout, world: World, case: Case) -> list[Failure]:
@@ -75,7 +73,7 @@ def prove_boxes(mapping: MappingFile, layout: Layout, world: World, case: Case) 
     back = reverse_of(mapping, layout, world, case)
     shapes = [v.name for v in mapping.variants.values() if v.decide == "shapes"]
     settings = {name: world.choices[name] for name in shapes}
-    forth = make_plan(mapping, layout, written(back, layout), settings=settings)
+    forth = make_plan(mapping, layout, written(back, layout), Request(mapping, settings=settings))
     where = f"{case.label}; {world.label}"
     told = [*inverse(forth, back), *(problem for plan in (forth, back) for problem in one_to_one(plan))]
     return [Failure(message, where=where) for message in dict.fromkeys(told)]

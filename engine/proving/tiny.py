@@ -19,10 +19,9 @@ from engine.language.expressions import OMIT, compile_expression, evaluate, name
 from engine.language.model import Expression
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import claims
-from engine.planning.backward import render_known
+from engine.planning.facts import present_in, render_known
 from engine.planning.matching import is_active
 from engine.planning.pieces import Pieces, match_pieces
-from engine.planning.planner import present_in
 from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
 from engine.planning.whole import whole_groups, whole_instances
@@ -192,7 +191,9 @@ class Worlds:
             to = spec.instances[0].rule.tied_to
             if to in shapes and config.get("tie_word_embeddings"):
                 tied[group.name] = str(to)
-        lossy = dict.fromkeys(i.rule.name for i in used if i.rule.transform is not None or i.rule.drop)
+        lossy = dict.fromkeys(
+            one.rule.name for one in used if one.rule.transform is not None or {*one.rule.drop} - {*one.rule.zeros}
+        )
         return World(dict(choices), solved, config, pieces, shapes, tied, tuple(lossy))
 
     def used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
@@ -221,6 +222,7 @@ def settle(
     current = dict(sizes)
     config: dict[str, Any] = {}
     for _ in range(6):
+        fixed["given"] = config
         scope: dict[str, Any] = {**fixed, **current}
         for axis, expression in mapping.dims.items():
             if axis not in current:

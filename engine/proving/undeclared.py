@@ -19,7 +19,7 @@ def undeclared(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expressio
     axes |= {name for rule in mapping.rules for target in rule.targets for name in target.axes.names()}
     axes |= {name for rule in mapping.rules for s in rule.sources for name in pattern(s).placeholders}
     dims = {d for mode in layout.modes for file in mode.files for d in pattern(file.name).placeholders}
-    own = {*axes, *mapping.dims, *mapping.variants, "options", "training", "given", "mode"}
+    own = {*axes, *mapping.dims, *mapping.variants, "options", "training", "given"}
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants, *(f"{dim}s" for dim in dims)}
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     variants = [dict(v.choices) for v in mapping.variants.values()]

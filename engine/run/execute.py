@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from engine.planning.planner import Checkpoint
     from engine.run.meter import Progress
     from engine.storage.output import OutputFolder
-    from engine.storage.store import Store
     from engine.storage.uploads import Uploads
 
 
@@ -114,7 +113,14 @@ class Small:
 
 
 def execute(
-    compiled: Plan, source: str, out: Path | str, make_small: Callable[[], Small], how: Running, started: float
+    compiled: Plan,
+    source: str,
+    out: Path | str,
+    make_small: Callable[[], Small],
+    how: Running,
+    started: float,
+    *,
+    parts: bool = False,
 ) -> Report:
     """Run a plan: weight files, small files and the manifest, complete at `out` or not there.
 
@@ -123,15 +129,18 @@ def execute(
     Args:
         make_small: makes the other files of the output, or refuses.
         started: when the command started, for the report.
+        parts: take the weights that parts wrote.
     """
-    from engine.run.manifest import NAME, encode_manifest, foreign, manifest
-    from engine.run.runner import check_runnable, write_weights
+    from engine.run.manifest import NAME, encode_manifest, manifest
+    from engine.run.parts import read_markers
+    from engine.run.runner import check_runnable, take_parts, write_weights
 
-    output = output_at(compiled, source, out, how, foreign)
+    output = output_at(compiled, source, out, how, parts=parts)
+    written = read_markers(compiled, output.written) if parts else None
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
-    check_runnable(compiled, how.workers, how.max_memory, small.memory)
+    check_runnable(compiled, how.workers, how.max_memory, small.memory, output.buffer)
     check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]
     files = dict(small.files)
@@ -150,17 +159,21 @@ def execute(
     with output as store:
         if how.check_source:
             notices += check_source(compiled, how.progress)
-        done = write_weights(
-            compiled,
-            store,
-            workers=how.workers,
-            max_memory=how.max_memory,
-            listener=listen,
-            digests=how.digests,
-            resume=how.resume,
-            beside=[] if later is None else [make_later],
-            beside_memory=small.memory,
-        )
+        if written is not None:
+            done = take_parts(compiled, store, written)
+            make_later(threading.Event())
+        else:
+            done = write_weights(
+                compiled,
+                store,
+                workers=how.workers,
+                max_memory=how.max_memory,
+                listener=listen,
+                digests=how.digests,
+                resume=how.resume,
+                beside=[] if later is None else [make_later],
+                beside_memory=small.memory,
+            )
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)
@@ -179,22 +192,23 @@ def execute(
 
 
 def output_at(
-    compiled: Plan, source: str, out: Path | str, how: Running, foreign: Callable[[Store], str | None]
+    compiled: Plan, source: str, out: Path | str, how: Running, *, parts: bool = False
 ) -> OutputFolder | Uploads:
     """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing."""
     from engine.run.journal import identity_of
-    from engine.run.manifest import NAME
+    from engine.run.manifest import NAME, foreign
     from engine.storage.objects import ObjectStore
     from engine.storage.output import OutputFolder
     from engine.storage.places import store_at
     from engine.storage.uploads import Uploads
 
     store = store_at(out, "the output")
+    work = identity_of(compiled)
     if isinstance(store, ObjectStore):
-        work = identity_of(compiled)
-        return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=how.resume, foreign=foreign)
-    path, origin = on_this_machine(store, "the output"), Path(source)
-    return OutputFolder(path, origin, overwrite=how.overwrite, resume=how.resume, foreign=foreign)
+        kept = how.resume or parts
+        return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=kept, foreign=foreign)
+    path, shared = on_this_machine(store, "the output"), work if parts else None
+    return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=foreign, shared=shared)
 
 
 def check_names(compiled: Plan, small: Iterable[str]) -> None:

@@ -52,7 +52,8 @@ def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -
             "resolved": plain(plan.mapping.resolved),
         },
         "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
-        "sources": {file.name: {"bytes": file.size, "identity": file.identity} for file in plan.files},
+        # the zeros that padding is made of are no file
+        "sources": {file.name: {"bytes": file.size, "identity": file.identity} for file in plan.files if file.size},
         "variants": {
             name: {"choice": d.choice, "how": d.how, "evidence": d.evidence} for name, d in plan.decisions.items()
         },

@@ -8,29 +8,39 @@ from engine.errors import EngineError
 from engine.move.blocks import LARGE_BLOCK_BYTES
 from engine.move.runs import MOST_SPAN
 from engine.planning.model import Plan
+from engine.storage.sources import AHEAD
 
 MOST_WORKERS = 256  # threads: disks have no use for more, and each has buffers of its own
 _BASE = 48 << 20  # the interpreter with the libraries that a run needs
 _PER_TENSOR = 1500  # bytes of headers, outputs and digests per tensor
+_CLIENT = 32 << 20  # obstore, with its connections
 _MAPPED = 8 << 20  # what the allocator keeps beyond what is asked for
 
 
-def predicted_memory(plan: Plan, workers: int) -> int:
-    """Bytes resident at the peak of a run with so many workers; the model's size does not count."""
+def predicted_memory(plan: Plan, workers: int, buffer: int = 0) -> int:
+    """Bytes resident at the peak of a run with so many workers; the model's size does not count.
+
+    Args:
+        buffer: what writing one file keeps in memory, as the store says.
+    """
     widest = max((2 * 4 * o.shape[-1] for o in plan.outputs if o.transform is not None and o.shape), default=0)
     casts = not all(output.unchanged for output in plan.outputs)
     # A block, its scratch, the converted block; a transform holds its rows in float32 three times.
     worker = LARGE_BLOCK_BYTES + MOST_SPAN + (4 * LARGE_BLOCK_BYTES if casts else 0) + widest
     compared = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN) if plan.replicas or plan.tied else 0
     tables = _PER_TENSOR * (len(plan.sources) + len(plan.outputs))
-    return _BASE + _MAPPED + tables + workers * max(worker, compared)
+    block = max((file.file.store.block for file in plan.files), default=0)
+    fetched = (AHEAD + 2) * block  # windows on their way, one that is moved, and one more that is freed late
+    library = _CLIENT if block or buffer else 0
+    return _BASE + _MAPPED + library + tables + workers * (max(worker, compared) + fetched + buffer)
 
 
-def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0) -> int:
+def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0, buffer: int = 0) -> int:
     """How many workers a run has: as asked, else as many as cores, and no more than fit the memory.
 
     Args:
         beside: bytes that other work takes meanwhile, within the same limit.
+        buffer: as for `predicted_memory`.
 
     Raises:
         EngineError: E001 for a number of threads that no run should have, and when not even one fits `limit` bytes.
@@ -43,7 +53,7 @@ def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0
     wanted = asked or min(os.cpu_count() or 1, MOST_WORKERS)
     if limit is None:
         return wanted
-    least = predicted_memory(plan, 1) + beside
+    least = predicted_memory(plan, 1, buffer) + beside
     if least > limit:
         raise EngineError(
             "E001",
@@ -52,6 +62,6 @@ def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0
             expected=f"at least {least} bytes, for one worker" + (" and the tokenizer" if beside else ""),
             fix=f"Give --max-memory {-(-least // (1 << 20))}MiB or more.",
         )
-    while wanted > 1 and predicted_memory(plan, wanted) + beside > limit:
+    while wanted > 1 and predicted_memory(plan, wanted, buffer) + beside > limit:
         wanted -= 1
     return wanted

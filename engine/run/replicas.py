@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES
@@ -12,10 +12,13 @@ from engine.move.gather import Gatherer
 from engine.move.values import elements, float_type
 from engine.planning.copies import Copy
 from engine.planning.model import Plan, Replicas, Slices, Tied
+from engine.storage.coalesce import Range
 from engine.storage.sources import SourceFiles
 
 Check = Replicas | Tied | Slices
 _SAMPLE = 4096  # bytes of a slice, in which slices of a trained tensor already differ
+_TOGETHER = 32  # checks whose first bytes are fetched together, where reading has latency
+_FETCHED = 256 << 10  # bytes of each replica among them
 _FEW = 32  # elements that may be equal by chance
 
 
@@ -42,13 +45,27 @@ def compare_replicas(
     """
     with SourceFiles(plan.files) as files:
         first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
-        for check in checks(plan) if some is None else some:
-            if isinstance(check, Tied):
-                _compare_tied(plan, check, first, other, stopped)
-            elif isinstance(check, Slices):
-                _compare_slices(plan, check, first, other, stopped)
-            else:
-                _compare(plan, check, first, other, advance, stopped)
+        for batch in files.ahead(_batches(plan, checks(plan) if some is None else some)):
+            for check in batch:
+                if isinstance(check, Tied):
+                    _compare_tied(plan, check, first, other, stopped)
+                elif isinstance(check, Slices):
+                    _compare_slices(plan, check, first, other, stopped)
+                else:
+                    _compare(plan, check, first, other, advance, stopped)
+
+
+def _batches(plan: Plan, some: Sequence[Check]) -> Iterator[tuple[Sequence[Check], Mapping[int, list[Range]]]]:
+    """Checks that are made one after the other, with the bytes that all of them begin with in each file."""
+    for at in range(0, len(some), _TOGETHER):
+        ranges: dict[int, list[Range]] = {}
+        for check in some[at : at + _TOGETHER]:
+            for source in () if isinstance(check, Tied) else check.sources:
+                tensor = plan.sources[source]
+                begin = tensor.header.offset
+                most = _SAMPLE if isinstance(check, Slices) else _FETCHED
+                ranges.setdefault(tensor.file, []).append((begin, begin + min(_nbytes(plan, source), most)))
+        yield some[at : at + _TOGETHER], ranges
 
 
 def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
@@ -107,8 +124,10 @@ def _alike(plan: Plan, slices: Slices, one: int, source: int) -> EngineError:
     )
 
 
-def replica_bytes(plan: Plan) -> int:
-    return sum(_nbytes(plan, source) for replicas in plan.replicas for source in replicas.sources[1:])
+def replica_bytes(plan: Plan, some: Sequence[Check] | None = None) -> int:
+    """Bytes that comparing replicas reads besides the first of each set; of some of the `checks`, or all."""
+    sets = [check for check in (checks(plan) if some is None else some) if isinstance(check, Replicas)]
+    return sum(_nbytes(plan, source) for replicas in sets for source in replicas.sources[1:])
 
 
 def _nbytes(plan: Plan, source: int) -> int:

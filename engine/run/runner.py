@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 
@@ -14,6 +14,7 @@ from engine.run.journal import NAME as JOURNAL
 from engine.run.journal import Done, Interrupted, Journal, read_journal
 from engine.run.memory import workers_of
 from engine.run.meter import Meter, Progress
+from engine.run.parts import MARKER, Part, share
 from engine.run.replicas import checks, compare_replicas, replica_bytes
 from engine.run.resume import compare_copied, split
 from engine.run.schedule import schedule
@@ -24,11 +25,13 @@ from engine.storage.sources import check_unchanged
 from engine.storage.store import Store
 
 
-def check_runnable(plan: Plan, workers: int | None, max_memory: int | None, beside_memory: int) -> None:
+def check_runnable(
+    plan: Plan, workers: int | None, max_memory: int | None, beside_memory: int, buffer: int = 0
+) -> None:
     """E209 or E001 for what `write_weights` could not do, told before there is a folder to write to."""
     for output in plan.outputs:
         check_transform(output)
-    workers_of(plan, workers, max_memory, beside_memory)
+    workers_of(plan, workers, max_memory, beside_memory, buffer)
 
 
 def write_weights(
@@ -40,6 +43,7 @@ def write_weights(
     listener: Callable[[Progress], None] | None = None,
     digests: bool = True,
     resume: bool = False,
+    part: Part | None = None,
     beside: Sequence[Callable[[threading.Event], None]] = (),
     beside_memory: int = 0,
 ) -> dict[int, Done]:
@@ -51,6 +55,7 @@ def write_weights(
         max_memory: bytes resident at most; fewer workers keep to it, and E001 refuses less than one needs.
         digests: compute a digest of every tensor, which also lets the run be resumed.
         resume: go on with what an interrupted run of the same plan left there.
+        part: write this share of the plan only; files that others write to as well are not completed.
         beside: called in threads of their own while tensors are written, with an event that is set when they
             should stop; an error of theirs ends the run.
         beside_memory: bytes that they take, which count in `max_memory`.
@@ -62,18 +67,23 @@ def write_weights(
         EngineError: E402 when replicas differ, E405 when a source changed meanwhile, E407 when there is another
             run to resume, or its sources changed.
     """
-    count = workers_of(plan, workers, max_memory, beside_memory)
+    count = workers_of(plan, workers, max_memory, beside_memory, store.buffer)
     folder = store.folder  # where a journal can lie
     left = read_journal(folder, plan) if resume and folder is not None else Interrupted()
     if resume and folder is not None:
         sweep(folder, {JOURNAL, *(file.name for file in plan.shards)})
     jobs = schedule(plan, positioned=store.positioned)
+    compared = checks(plan)
+    if part is not None:
+        jobs, compared = share(jobs, part), compared[part.number - 1 :: part.count]
+    files = sorted({file for job in jobs for file in job.files})
     known, unsure = split(plan, left, jobs)
-    meter = Meter(plan.nbytes + replica_bytes(plan) + sum(plan.outputs[o].nbytes for o in unsure), listener)
+    writing = sum(job.nbytes for job in jobs) + sum(plan.outputs[o].nbytes for o in unsure)
+    meter = Meter(writing + replica_bytes(plan, compared), listener)
     writer = Writer(plan, store, meter, digests=digests, alone=count <= len(jobs))
     writer.take_over(known)
     if resume and not store.positioned:
-        writer.take_whole()
+        writer.take_whole(files)
     again = sorted(unsure & writer.done.keys())
     meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
     journal = None
@@ -83,31 +93,51 @@ def write_weights(
             if again:
                 meter.begin("checking what is kept")
             _run(pool, meter, [partial(copied, again[first::count]) for first in range(min(count, len(again)))])
-            parts = [checks(plan)[first::count] for first in range(count)]
+            dealt = [compared[first::count] for first in range(count)]
             comparing = partial(compare_replicas, plan, meter.advance, stopped=meter.stopped.is_set)
-            if any(parts):
+            if any(dealt):
                 meter.begin("comparing replicas")
-            _run(pool, meter, [partial(comparing, part) for part in parts if part])
+            _run(pool, meter, [partial(comparing, some) for some in dealt if some])
             meter.begin("writing")
             if store.positioned:
-                _run(pool, meter, [partial(writer.start, index) for index in range(len(plan.shards))])
-            if digests and folder is not None:
+                _run(pool, meter, [partial(writer.start, index) for index in files])
+            if digests and folder is not None and part is None:
                 journal = writer.journal = Journal(folder, plan, writer.done)
-            writing = [partial(writer.work, Shares(jobs))] * count
-            _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *writing])
-            _run(pool, meter, [partial(writer.sync, index) for index in range(len(plan.shards))])
+            works = [partial(writer.work, Shares(jobs))] * count
+            _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *works])
+            _run(pool, meter, [partial(writer.sync, index) for index in files])
             check_unchanged(plan.files)
         finally:
             meter.stopped.set()
             pool.shutdown()
             if journal is not None:
                 journal.close()
+    if part is None:
+        _write_index(plan, store)
+        if folder is not None:
+            (folder / JOURNAL).unlink(missing_ok=True)
+    return writer.done
+
+
+def take_parts(plan: Plan, store: Store, done: Mapping[int, Done]) -> dict[int, Done]:
+    """Complete the files that parts wrote to, given the digest and checksum of every output."""
+    if store.positioned:
+        writer = Writer(plan, store, Meter(0, None), digests=True, alone=True)
+        writer.done.update(done)
+        for index in range(len(plan.shards)):
+            writer.complete(index)
+            writer.sync(index)
+        for name in store.names():
+            if name.startswith(MARKER) and store.folder is not None:
+                (store.folder / name).unlink()
+    _write_index(plan, store)
+    return dict(done)
+
+
+def _write_index(plan: Plan, store: Store) -> None:
     if len(plan.shards) > 1 and plan.written is None:
         names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
         store.put(INDEX, index_json(names, plan.nbytes))
-    if folder is not None:
-        (folder / JOURNAL).unlink(missing_ok=True)
-    return writer.done
 
 
 def _run(pool: ThreadPoolExecutor, meter: Meter, tasks: Iterable[Callable[[], object]]) -> None:

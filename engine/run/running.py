@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from engine.errors import EngineError
-from engine.planning.request import RankOptions, ReverseOptions, WholeOptions, check_keywords, option, own, parse_size
+from engine.planning.given import parse_size
+from engine.planning.request import RankOptions, ReverseOptions, WholeOptions, check_keywords, option, own
 from engine.run.meter import Progress
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -78,10 +78,11 @@ class Writer:
                 if not kept or end == nbytes:
                     del self._totals[output]
 
-    def take_whole(self) -> None:
-        """Keep the files that an interrupted run left whole; read them for their digests."""
+    def take_whole(self, files: Iterable[int]) -> None:
+        """Keep those of some files that an interrupted run left whole; read them for their digests."""
         with self._store.sinks(self._names) as sinks:
-            for index, file in enumerate(self._plan.shards):
+            for index in files:
+                file = self._plan.shards[index]
                 if not sinks.whole(index, self._layouts[index].size):
                     continue
                 self._whole.add(index)
@@ -145,12 +146,17 @@ class Writer:
     def _finish(self, index: int, sinks: Sinks) -> None:
         """Write what is only known when the payload is complete; the file is on its way to stable storage then."""
         outputs = self._plan.shards[index].outputs
-        if index in self._whole:
+        if index in self._whole or not all(output in self.done for output in outputs):  # others write the rest
             return
         with self._errors(index):
             for offset, data in self._layouts[index].finish([self.done[output].checksum for output in outputs]):
                 sinks.write(index, offset, (data,))
             sinks.complete(index)
+
+    def complete(self, index: int) -> None:
+        """Complete a file whose outputs are all done."""
+        with self._store.sinks(self._names) as sinks:
+            self._finish(index, sinks)
 
     def sync(self, index: int) -> None:
         """Bring a file to stable storage."""

@@ -34,6 +34,7 @@ class VirtualStore:
     folder: Path | None = None
     positioned = False
     block = 0
+    buffer = 0
 
     def __init__(self, files: Mapping[str, VirtualFile], place: str) -> None:
         """Args: place: what is read, for people."""

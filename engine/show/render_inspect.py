@@ -66,6 +66,10 @@ def _training(found: Inspection, every: bool) -> list[str]:
     elif found.fitting:
         lines += [f"  choose by {name}: {_CHOICE[name]}" for name in found.differences]
         lines += ["", f"next: engine run --mapping NAME --src {source}"]
+    elif found.blocked:
+        near = found.blocked[0]
+        lines += [f"  {fit.name} would fit, but {fit.why} ({fit.code})" for fit in found.blocked]
+        lines += ["", f"next: engine plan --mapping {near.name} --src {source}   (says where)"]
     else:
         lines += ["", f"next: engine new --src {source}   (drafts a mapping)"]
     return lines

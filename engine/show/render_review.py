@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.discover.text import shown as one_line
+from engine.language.search import spelled
 from engine.show.text import count, note
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def unified(file: str, before: str, after: str) -> str:
 def draft(found: Scaffold, out: str | None, src: str) -> str:
     """What a draft is, what must be decided in it, and what comes next."""
     lines = []
+    parent = spelled(found.parent or "")
     if out is not None:
-        lines.append(f"wrote {out}: {_KINDS[found.kind].format(parent=found.parent)}")
+        lines.append(f"wrote {out}: {_KINDS[found.kind].format(parent=parent)}")
         lines += [f"  {out}:{line}  decide: {text}" for line, text in found.decisions]
     lines += [note(notice) for notice in found.notices]
     if found.state is not None:

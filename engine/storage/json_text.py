@@ -64,3 +64,31 @@ def _check_text(value: Any) -> None:
             stack += one
         elif isinstance(one, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in one):
             raise ValueError("a text holds NUL or half a character")
+
+
+def compact_json(data: Any, width: int = 120) -> str:
+    """JSON with a line for each value, except lists and objects that fit on one; ends with a newline.
+
+    >>> print(compact_json({"a": [1, 2], "b": {}}, 8), end="")
+    {
+     "a": [
+      1,
+      2
+     ],
+     "b": {}
+    }
+    """
+
+    def put(value: Any, indent: int, room: int) -> str:
+        flat = json.dumps(value, ensure_ascii=False)
+        if not isinstance(value, (dict, list)) or not value or (len(flat) <= room and indent > 0):
+            return flat
+        pad, end = "\n" + " " * (indent + 1), "\n" + " " * indent
+        if isinstance(value, list):
+            return "[" + ",".join(pad + put(item, indent + 1, width - indent - 2) for item in value) + end + "]"
+        keys = [json.dumps(str(key), ensure_ascii=False) + ": " for key in value]
+        items = zip(keys, value.values(), strict=True)
+        body = ",".join(pad + key + put(item, indent + 1, width - indent - 2 - len(key)) for key, item in items)
+        return "{" + body + end + "}"
+
+    return put(data, 0, width) + "\n"

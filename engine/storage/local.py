@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class LocalStore:
     path: Path
     positioned = True
     block = 0
+    buffer = 0
 
     @property
     def folder(self) -> Path:
@@ -77,11 +79,13 @@ class LocalStore:
 
     def put(self, name: str, data: bytes) -> None:
         path = self.path / name
+        coming = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            with path.open("wb") as file:
+            with coming.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            os.replace(coming, path)
         except OSError as error:
             raise write_error(path, error) from error
 

@@ -41,6 +41,7 @@ class MemoryStore:
     folder: Path | None = None
     positioned: bool = True
     block: int = 0
+    buffer: int = 0
 
     def place(self, name: str = "") -> str:
         return f"{self.name}:{name}"

@@ -86,6 +86,10 @@ class ObjectStore:
         return False
 
     @property
+    def buffer(self) -> int:
+        return 0
+
+    @property
     def client(self) -> Any:
         return client_of(self.url, self.options)
 

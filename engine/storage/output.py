@@ -40,18 +40,23 @@ class OutputFolder:
         overwrite: bool,
         resume: bool = False,
         foreign: Callable[[Store], str | None] = lambda _: "what the engine cannot tell",
+        shared: str | None = None,
     ) -> None:
         """
         Args:
+            shared: for an output that several processes write parts of: a digest that they all know it by.
             foreign: what a folder holds that the engine did not write, in words; None when nothing.
         """
         self.final = Path(os.path.abspath(out))
         if not self.final.name:
             raise EngineError("E001", "this cannot be an output", got=str(out), fix="Name a folder to write.")
         self._foreign = foreign
-        self.partial = self.final.with_name(f".{self.final.name}.partial-{secrets.token_hex(4)}")
+        self._shared = shared is not None
+        name = secrets.token_hex(4) if shared is None else shared[:8]
+        self.partial = self.final.with_name(f".{self.final.name}.partial-{name}")
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes that will be written: entering refuses with E403 when there is no room for them
+        self.buffer = 0  # bytes that writing one file keeps in memory
         self._held = ExitStack()
         _check_apart(self.final, source)
         self._check_free()
@@ -71,6 +76,19 @@ class OutputFolder:
                 found,
             )
 
+    @property
+    def written(self) -> Store:
+        """What was written so far."""
+        return LocalStore(self.partial)
+
+    def join(self) -> Store:
+        """The partial folder, to write a part to; whoever enters the context puts it in place."""
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.partial, error) from error
+        return LocalStore(self.partial)
+
     def __enter__(self) -> Store:
         try:
             self._held.callback(_remove_empty, [p for p in self.final.parents if not os.path.lexists(p)])
@@ -79,14 +97,14 @@ class OutputFolder:
             try:
                 self._check_free()  # a run that held the lock may just have finished
                 found = leftovers(self.final)
-                if self._resume:
+                if self._resume and not self._shared:
                     resumable = [path for path in found if ".partial-" in path.name and _is_folder(path)]
                     self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
                 for path in found:
                     if path != self.partial:
                         _remove(path)
                 self._check_room()
-                self.partial.mkdir(exist_ok=self._resume)
+                self.partial.mkdir(exist_ok=self._resume or self._shared)
             except BaseException:
                 self._held.close()
                 raise
@@ -111,7 +129,7 @@ class OutputFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         with self._held:
             if kind is not None:
-                if isinstance(error, EngineError) and error.code not in KEPT:
+                if isinstance(error, EngineError) and error.code not in KEPT and not self._shared:
                     shutil.rmtree(self.partial, ignore_errors=True)
                 if isinstance(error, OSError):
                     raise write_error(self.partial, error) from error

@@ -101,6 +101,9 @@ class Store(Protocol):
     @property
     def block(self) -> int: ...  # bytes that are worth reading ahead at once; 0 where reading costs no request
 
+    @property
+    def buffer(self) -> int: ...  # bytes that writing one file keeps in memory
+
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
 

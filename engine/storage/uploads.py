@@ -17,7 +17,7 @@ from engine.storage.replacing import exists
 from engine.storage.store import OpenFile, Ranges, State, Store
 
 PART = 8 << 20  # bytes of a part of an upload, about
-_LEAST_PART = 5 << 20  # what S3 takes
+BUFFER = 3 * PART  # bytes of a file in memory: a part on its way, one that is filled, and what the library copies
 _MOST_PARTS = 9_000
 _AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
 _MARK = "engine-work"  # the attribute that says what an object was made from
@@ -56,6 +56,7 @@ class Uploads:
             foreign: what a store holds that the engine did not write, in words; None when nothing.
         """
         self.need = 0  # bytes that will be written; a store says nothing of its room
+        self.buffer = BUFFER
         self._store, self._name, self._overwrite, self._resume = store, mark, overwrite, resume
         self._work, self._foreign = work, foreign
         self._upload: Upload | None = None
@@ -91,6 +92,17 @@ class Uploads:
             raise exists(place, "Choose another --out, or give --overwrite to replace an output of the engine.")
         return there
 
+    @property
+    def written(self) -> Store:
+        """What was written so far."""
+        return self._store
+
+    def join(self) -> Upload:
+        """Where a part is uploaded to; its files become visible by `complete`, before the whole is marked."""
+        if self._overwrite and self._before:
+            raise exists(self._store.place(), "Choose an --out where nothing is: parts cannot replace an output.")
+        return Upload(self._store, self._work, self._before)
+
     def __enter__(self) -> Upload:
         self._upload = Upload(self._store, self._work, self._before if self._resume else set())
         return self._upload
@@ -112,7 +124,7 @@ class Uploads:
                 self._store.delete(name)
         upload.complete(last=self._name)
         for name in sorted(now - set(upload.names())):
-            if not self._resume or self._overwrite:
+            if not self._resume or self._overwrite or name.startswith("."):  # as those of parts do
                 self._store.delete(name)
 
 
@@ -122,6 +134,7 @@ class Upload:
     folder: Path | None = None
     positioned = False
     block = 0
+    buffer = BUFFER
 
     def __init__(self, store: ObjectStore, work: str, there: set[str]) -> None:
         """
@@ -141,7 +154,7 @@ class Upload:
         return sorted({*self._writers, *self._small, *self._whole})
 
     def has(self, name: str) -> bool:
-        return name in self.names()
+        return name in self._there or name in self.names()
 
     def open(self, name: str) -> OpenFile:
         return self._store.open(name)
@@ -180,12 +193,15 @@ class Upload:
         for at in range(offset, offset + nbytes, _BLOCK):
             yield self._store.get(name, at, min(at + _BLOCK, offset + nbytes), state)
 
-    def complete(self, last: str) -> None:
+    def complete(self, last: str = "") -> None:
         """Make all files visible, the one named `last` after all others and only if it is not there."""
         for writer in self._writers.values():
             writer.close()
         for name in sorted(self._small, key=lambda name: name == last):
             self._store.write(name, self._small[name], new=name == last)
+        self._whole.update(self._writers, self._small)
+        self._writers.clear()
+        self._small.clear()
 
     def abort(self) -> None:
         """End uploads that were not completed."""

@@ -31,7 +31,8 @@ class ZeroStore:
 
     folder: Path | None = None
     positioned: bool = True
-    block: int = 1
+    block: int = 0
+    buffer: int = 0
 
     def place(self, name: str = "") -> str:
         return name or "zeros"

@@ -99,8 +99,22 @@ for _axes in (
     add(f"axes {_axes[:40]!r}", "mapping", change("mapping.yaml", ("axes: ffn | hidden", f"axes: {_quoted}")),
         "E101 E102 E103 E107 E108 E203 E204 E205 E207 E209 E208 E106")  # fmt: skip
 
-# Names that leave the folder, or that cannot be matched in bounded time.
-for _bad in ("../out/{x}.pt", "/evil/ran", "a/b.pt", "..", ".", "a\\\\b", ".journal", "x\\0y", "x\\ny", ""):
+# Names that leave the folder, or that cannot be matched in bounded time. A file of a subfolder is part of it.
+for _bad in (
+    "../out/{x}.pt",
+    "/evil/ran",
+    "a/../../b.pt",
+    "a//b.pt",
+    "./b.pt",
+    "a/",
+    "..",
+    ".",
+    "a\\\\b",
+    ".journal",
+    "x\\0y",
+    "x\\ny",
+    "",
+):
     for _where, _old in (
         ("a rank file's name", "name: model_tp{tp}_pp{pp}.pt"),
         ("a neighbour's name", 'file: "topo_tp{tp}_pp{pp}.json"'),

@@ -156,14 +156,17 @@ FRAMEWORKS = (
     "keras.models.load_model", "tensorflow.io.write_file", "pandas.read_pickle", "sklearn.externals.joblib.load",
 )  # fmt: skip
 
+# What frameworks keep beside their weights: read as something that is never looked at, and never called.
+OPAQUE = ("pathlib.PosixPath", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar")
+
 for _full in (*SHELL, *PYTHON, *FRAMEWORKS):
     _named = g(*_full.rpartition(".")[::2])
     add(
         f"{_full} called",
         "training",
         lambda folder, named=_named: with_pickle(folder / RANK, item(call(named, touch(folder)))),
-        "E302",
-        _full,
+        "ok" if _full in OPAQUE else "E302",
+        "" if _full in OPAQUE else _full,
     )
 
 value("os.system", lambda f: call(g("os", "system"), touch(f)), "E302", "os.system")

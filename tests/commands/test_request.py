@@ -17,7 +17,7 @@ from engine.run import running
 from engine.run.running import Running
 
 FIELDS = {one.name: one for kind in (Request, Running) for one in fields(kind)}
-GIVEN = ("mapping", "src")  # arguments, not keywords
+GIVEN = ("mapping", "src", "reads", "writes")  # arguments, or what the function itself says
 KEYWORDS = {
     "convert": running.ConvertOptions,
     "reverse": running.ReverseRunOptions,
@@ -33,7 +33,7 @@ def test_every_field_is_a_keyword_of_some_function_and_every_keyword_a_field() -
 @pytest.mark.parametrize("kind", KEYWORDS.values(), ids=KEYWORDS)
 def test_keywords_take_the_types_of_the_fields(kind: type) -> None:
     """And maybe more: what is parsed may be given as text."""
-    names = {**vars(request), **vars(running), "MappingFile": Any}
+    names = {**vars(request), **vars(running), "MappingFile": Any, "End": str}
     declared = {**get_type_hints(Request, names), **get_type_hints(Running, names)}
     for name, wanted in get_type_hints(kind, names).items():
         if name not in ("tp", "pp", "wp"):

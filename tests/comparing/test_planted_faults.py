@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine import api
-from tests.support.planted import FAULTS, SOURCES, Fault, convert, table, told_of
+from tests.support.planted import FAULTS, SOURCES, Fault, convert, settings_table, table, told_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "compare-faults.md"
 
@@ -35,7 +35,9 @@ def test_a_planted_fault_is_named(fault: Fault, references: dict[str, Path], tmp
 
 def test_the_page_has_what_compare_says_of_every_planted_fault(tmp_path: Path) -> None:
     """`python -m tests.support.planted docs/compare-faults.md` writes the table anew."""
-    assert table(tmp_path) in PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    assert table(tmp_path) in page and "| no |" not in page
+    assert settings_table(tmp_path) in page
 
 
 SHAPES = st.one_of(

@@ -17,6 +17,7 @@ from engine.assets.tokenizer import convert_tokenizer
 from engine.commands.main import cli
 from engine.comparing.effects import Difference
 from engine.comparing.settings import compare_settings
+from tests.support.planted import SETTINGS
 from tests.support.sentencepiece_models import train
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
@@ -67,40 +68,9 @@ def test_a_folder_equals_itself(made: Path) -> None:
     assert done.same() and not done.differences and not done.unchecked
 
 
-FUNCTION: dict[str, tuple[dict[str, Any], str, str]] = {
-    "theta": ({"rope_theta": 5000.0, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
-              "rope_parameters.rope_theta", "other speeds"),
-    "theta a little": ({"rope_theta": 10001.0, "rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}},
-                       "rope_parameters.rope_theta", "other speeds"),
-    "scaling": ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}},
-                "rope_parameters.rope_type", "scaled otherwise"),
-    "epsilon": ({"rms_norm_eps": 1e-6}, "rms_norm_eps", "every norm"),
-    "epsilon that is absent": ({"rms_norm_eps": None}, "rms_norm_eps", "every norm"),
-    "tie": ({"tie_word_embeddings": True}, "tie_word_embeddings", "the head is the embedding"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act", "activation"),
-    "heads": ({"num_attention_heads": 16, "head_dim": 4}, "num_attention_heads", "other heads"),
-    "key/value heads": ({"num_key_value_heads": 8}, "num_key_value_heads", "share"),
-    "head_dim": ({"head_dim": 16}, "head_dim", "width"),
-    "eos": ({"eos_token_id": 5}, "eos_token_id", "stops"),
-    "eos list": ({"eos_token_id": [2, 5]}, "eos_token_id", "stops"),
-    "bos": ({"bos_token_id": 3}, "bos_token_id", "begins"),
-    "pad": ({"pad_token_id": 0}, "pad_token_id", "padded"),
-    "architecture": ({"architectures": ["MistralForCausalLM"]}, "architectures", "another class"),
-    "model type": ({"model_type": "mistral"}, "model_type", "other code"),
-    "vocabulary": ({"vocab_size": 300}, "vocab_size", "rows"),
-    "layers": ({"num_hidden_layers": 3}, "num_hidden_layers", "left out"),
-    "hidden": ({"hidden_size": 128}, "hidden_size", "do not fit"),
-    "ffn": ({"intermediate_size": 512}, "intermediate_size", "do not fit"),
-    "attention bias": ({"attention_bias": True}, "attention_bias", "biases"),
-    "mlp bias": ({"mlp_bias": True}, "mlp_bias", "biases"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}},
-                  "quantization_config.bits", "as quantised"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FUNCTION)
+@pytest.mark.parametrize("case", SETTINGS)
 def test_a_setting_that_changes_the_function_is_told_with_what_it_does(case: str, out: Path, made: Path) -> None:
-    values, key, effect = FUNCTION[case]
+    values, key, effect = SETTINGS[case]
     edit(out, "config.json", lambda config: config.update(values))
     found = differences(out, made)
     assert found["config", key].grade == "function"

@@ -157,6 +157,20 @@ def test_rank_files_that_were_written_verify_too_and_a_stranger_is_told(made: Pa
     assert "model_tp2_pp0.pt" in verify(tmp_path / "back").output
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("mapping", "ranks"), [("transformers", "dp=3"), ("megatron-llama", "tp=2")])
+def test_files_of_other_frameworks_that_were_written_verify_too(
+    mapping: str, ranks: str, made: Path, tmp_path: Path
+) -> None:
+    engine.reverse(mapping, made / "hf", tmp_path / "back", ranks=ranks)
+    assert verify(tmp_path / "back").exit_code == 0
+    path = next(path for path in sorted((tmp_path / "back").rglob("*")) if path.suffix in (".distcp", ".pt"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "has other bytes than were written" in verify(tmp_path / "back").output
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "theta": {"rope_theta": 10001.0, "rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}},
     "epsilon": {"rms_norm_eps": 1e-6},

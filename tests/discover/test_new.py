@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import engine
 from engine import api
 from engine.commands.main import cli
-from engine.discover.scaffold import Scaffold
+from engine.discover.scaffold import DECIDED_LATER, Scaffold
 from engine.discover.text import block, comment, scalar, shown
 from engine.errors import EngineError
 from tests.support.families import model_of, save_family
@@ -84,10 +84,15 @@ def renamed(folder: Path, names: Mapping[str, str]) -> Path:
     return rewritten(folder, change)
 
 
+def undecided(file: Path) -> list[str]:
+    """Findings of a draft, apart from what a person has to decide."""
+    return [one.code for one in api.lint([file]) if one.code not in DECIDED_LATER]
+
+
 def drafted(folder: Path, file: Path, **asked: Any) -> Scaffold:
     """A draft, written, which must lint clean and be in its usual form."""
     made = api.new_mapping(folder, out=file, **asked)
-    assert api.lint([file]) == []
+    assert undecided(file) == []
     assert api.format_mapping(made.text) == made.text == file.read_text()
     lines = made.text.split("\n")
     assert made.decisions
@@ -105,7 +110,7 @@ def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(na
     file = tmp_path / "release.yaml"
     made = api.new_mapping(FOLDER / name, out=file)
     assert (made.kind, made.parent) == ("release", f"families/{family}.yaml")
-    assert api.lint([file]) == []
+    assert undecided(file) == []
     loaded = engine.load_mapping(file)
     assert loaded.expect["hidden"] == 64
     chosen = ASKS if made.state is not None and made.state["code"] == "E202" else {}
@@ -176,7 +181,7 @@ def test_what_is_proposed_in_a_comment_can_be_taken_by_deleting_the_hash(tmp_pat
     taken = made.text.replace("\n#  - ", "\n  - ").replace("\n#rules:", "\nrules:")
     assert taken != made.text
     (tmp_path / "y.yaml").write_text(taken)
-    assert api.lint([tmp_path / "y.yaml"]) == []
+    assert undecided(tmp_path / "y.yaml") == []
     same(tensors(tmp_path / "y.yaml", tmp_path / "src"), expected)
     assert engine.plan(tmp_path / "y.yaml", tmp_path / "src").config["attention_bias"] is True
 
@@ -368,7 +373,7 @@ def test_the_command_prints_writes_and_gives_data(source: Path, tmp_path: Path) 
     assert yaml.safe_load(printed.stdout)["extends"] == "families/internlm.yaml"
     file = tmp_path / "deep" / "x.yaml"
     written = runner.invoke(cli, ["new", "--src", str(source), "-o", str(file)])
-    assert f"wrote {file}: a release of families/internlm.yaml, which fits" in written.stdout
+    assert f"wrote {file}: a release of internlm, which fits" in written.stdout
     assert f"next: engine plan --mapping {file} --src {source}" in written.stdout
     again = runner.invoke(cli, ["new", "--src", str(source), "-o", str(file)])
     assert again.exit_code == 1 and "E401" in again.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -10,9 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from jsonschema import Draft7Validator
+from safetensors.torch import load_file
 
 import engine
+from engine import api
+from engine.api.plans import read_whole
+from engine.errors import EngineError
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
 from engine.planning.model import Plan
+from engine.planning.planner import make_plan
+from engine.planning.request import Request
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
@@ -67,3 +78,77 @@ def test_a_plan_made_here_writes_the_same_bytes_in_another_process(kind: str, tm
         engine.reshard(MAPPING, FIXTURES / "v1_isp_tp1_wp2", tmp_path / "here", tp=4, mode="mtp")
     for file in plan.shards:
         assert (tmp_path / "there" / file.name).read_bytes() == (tmp_path / "here" / file.name).read_bytes()
+
+
+_SAVED = """
+import sys
+from engine import api
+api.run_plan(sys.argv[1], sys.argv[2])
+"""
+
+
+def request(kind: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A source and options for each kind of plan."""
+    source = FIXTURES / "v1_tp2_pp2_chunks2"
+    if kind == "reverse":
+        engine.convert(MAPPING, source, folder / "hf")
+        return folder / "hf", {"ranks": "tp=2,pp=2", "chunks": 2, "settings": {"mlp_letters": "w2_is_down"}}
+    if kind == "reshard":
+        return FIXTURES / "v1_isp_tp1_wp2", {"tp": 4, "like": source}
+    return source, {"dtype": "float32", "max_shard_size": "100kB", "settings": {"max_position_embeddings": 64}}
+
+
+WRITERS: dict[str, Any] = {"run": engine.convert, "reverse": engine.reverse, "reshard": engine.reshard}
+
+
+@pytest.mark.parametrize("kind", ["run", "reverse", "reshard"])
+def test_a_plan_that_was_saved_is_the_same_when_loaded_and_runs_in_another_process(kind: str, tmp_path: Path) -> None:
+    source, options = request(kind, tmp_path)
+    file = tmp_path / "plan.json"
+    saved = api.save_plan(file, MAPPING, source, job=kind, **options)
+    loaded = api.load_plan(file)
+    assert copies(loaded) == copies(saved)
+    assert loaded == saved
+    command = [sys.executable, "-c", _SAVED, str(file), str(tmp_path / "there")]
+    subprocess.run(command, check=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    WRITERS[kind](MAPPING, source, tmp_path / "here", **options)
+    names = sorted(p.name for p in (tmp_path / "here").iterdir() if p.name != "conversion.json")
+    assert sorted(p.name for p in (tmp_path / "there").iterdir() if p.name != "conversion.json") == names
+    for file in saved.shards:
+        assert (tmp_path / "there" / file.name).read_bytes() == (tmp_path / "here" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["run", "reverse", "reshard"])
+def test_a_saved_plan_fits_its_schema_and_says_where_every_tensor_goes(kind: str, tmp_path: Path) -> None:
+    source, options = request(kind, tmp_path)
+    api.save_plan(tmp_path / "plan.json", MAPPING, source, job=kind, **options)
+    text = (tmp_path / "plan.json").read_text("utf-8")
+    data = json.loads(text)
+    Draft7Validator(json.loads((ROOT / "schemas" / "saved-plan.schema.json").read_text("utf-8"))).validate(data)
+    assert len(text) < 40_000
+    rows = [(row["target"], row.get("shard")) for row in data["normal"]["tensors"]]
+    shards = {"run": [None], "reverse": ["tp0", "tp1"], "reshard": [f"tp{rank}" for rank in range(4)]}[kind]
+    name = "model.layers.{0…5}.self_attn.q_proj.weight" if kind == "run" else "mixer.Wqkv.weight"
+    assert [shard for target, shard in rows if name in target] == shards
+
+
+def test_a_whole_checkpoint_is_written_anew_as_a_whole_one(tmp_path: Path) -> None:
+    """The pair that no command asks for: a Hugging Face checkpoint in files of other sizes and another type."""
+    mapping, layout = load_mapping(MAPPING), load_layout("internevo")
+    source, _ = request("reverse", tmp_path)
+    asked = Request(MAPPING, source, reads="whole", writes="whole", dtype="float32", max_shard_size=100_000)
+    plan = make_plan(mapping, layout, read_whole(source), asked)
+    assert len(plan.shards) > 1
+    before = load_file(source / "model.safetensors")
+    for name, tensor in engine.iter_tensors(plan):
+        assert torch.equal(tensor, before.pop(name).float())
+    assert not before
+    old = json.loads((source / "config.json").read_text("utf-8"))
+    assert plan.config == {**old, "dtype": "float32", "torch_dtype": "float32"}
+
+
+def test_a_plan_of_a_loaded_mapping_is_not_saved_as_no_other_process_could_load_it(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        api.save_plan(tmp_path / "p.json", load_mapping(MAPPING), FIXTURES / "v1_tp1_pp1")
+    assert caught.value.code == "E001"
+    assert not (tmp_path / "p.json").exists()

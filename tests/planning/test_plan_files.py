@@ -180,7 +180,16 @@ def test_a_saved_plan_excludes_what_it_already_says(saved: Path, more: tuple[str
     assert "--plan" in done.output
 
 
-def test_a_run_needs_a_mapping_or_a_plan() -> None:
-    done = invoke("run")
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("--tp", "2"), "--tp is no option of run"),
+        (("--for", "reverse", "--strict"), "--strict is no option of reverse"),
+        (("--for", "reverse"), "--mapping"),
+    ],
+)
+def test_a_plan_takes_the_options_of_the_command_that_it_is_for(asked: tuple[str, ...], told: str) -> None:
+    mapping = () if told == "--mapping" else ("-m", MAPPING)
+    done = invoke("plan", *mapping, *asked)
     assert done.exit_code == 2
-    assert "--mapping" in done.output and "--plan" in done.output
+    assert told in done.output

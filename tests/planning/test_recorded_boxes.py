@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ def test_boxes_of_any_sizes_in_any_files_are_put_together(rules: Any, data: st.D
             for _ in range(data.draw(st.sampled_from([1, 1, 2]))):  # replicas
                 file = data.draw(st.integers(0, len(files.tensors) - 1))
                 files.put(file, name, whole, box, columns=data.draw(st.booleans()))
-    plan = make_plan(mapping, layout, files.checkpoint(layout), settings={})
+    plan = make_plan(mapping, layout, files.checkpoint(layout))
     got, wanted = files.run(plan), truth(tensors)
     assert sorted(got) == sorted(wanted)
     for name, array in wanted.items():
@@ -230,7 +231,7 @@ def one_file_each(tensors: Mapping[str, np.ndarray]) -> Files:
 
 def refusal(files: Files, rules: Any) -> EngineError:
     with pytest.raises(EngineError) as caught:
-        make_plan(rules[0], rules[1], files.checkpoint(rules[1]), settings={})
+        make_plan(rules[0], rules[1], files.checkpoint(rules[1]))
     return caught.value
 
 
@@ -284,16 +285,38 @@ def test_a_grid_of_many_boxes_is_looked_at_quickly(rules: Any) -> None:
     for name, whole in tensors.items():
         for number, at in enumerate(np.ndindex(*whole.shape)):
             files.put(number % 4, name, whole, tuple((i, i + 1) for i in at))
-    plan = make_plan(rules[0], rules[1], files.checkpoint(rules[1]), settings={})
+    plan = make_plan(rules[0], rules[1], files.checkpoint(rules[1]))
     got = files.run(plan)
     assert all(np.array_equal(got[name], array) for name, array in truth(tensors).items())
 
 
 def test_where_a_box_lies_is_told_with_its_axes(rules: Any) -> None:
-    plan = make_plan(rules[0], rules[1], one_file_each(wholes()).checkpoint(rules[1]), settings={})
+    plan = make_plan(rules[0], rules[1], one_file_each(wholes()).checkpoint(rules[1]))
     source = plan.copies.source
     group = next(g for g in source.groups if g.name == "layers.experts.weight")
     second = source.shards(group)[1]
     (gate, up) = spots(source, group, second)
     assert gate.box == {"layer": (0, 3), "expert": (0, 2), "gate": (0, 1), "ffn": (0, 3), "hidden": (2, 5)}
     assert up.bases[3] == -2
+
+
+@pytest.mark.parametrize(("held", "code"), [(3, "E203"), (1, "E207")])
+def test_names_that_count_more_or_fewer_than_the_configuration_says_are_refused(
+    held: int, code: str, tmp_path: Path
+) -> None:
+    (tmp_path / "layouts").mkdir()
+    (tmp_path / "layouts" / "boxes.yaml").write_text(LAYOUT, encoding="utf-8")
+    text = MAPPING[: MAPPING.index("rules:")] + (
+        "rules:\n"
+        '  - {source: "expert.{expert}.weight", target: "out.{expert}.weight", axes: ffn hidden, stage: first}\n'
+        "config: {architectures: [LlamaForCausalLM], model_type: llama}\n"
+    )
+    (tmp_path / "named.yaml").write_text(text, encoding="utf-8")
+    layout = load_layout(str(tmp_path / "layouts" / "boxes.yaml"))
+    files = Files(1)
+    for expert in range(held):
+        files.put(0, f"expert.{expert}.weight", np.zeros((FFN, HIDDEN), np.float32), ((0, FFN), (0, HIDDEN)))
+    with pytest.raises(EngineError) as caught:
+        make_plan(load_mapping(str(tmp_path / "named.yaml")), layout, files.checkpoint(layout))
+    assert caught.value.code == code
+    assert "expert" in str(caught.value)

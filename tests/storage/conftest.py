@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine import api
+from engine.errors import EngineError
 from engine.storage.places import store_options
 from tests.support.object_server import BUCKET, Proxy, options, proxy, server
 
@@ -37,6 +40,33 @@ class Bucket:
     def contents(self, name: str) -> dict[str, bytes]:
         client = self.client(name)
         return {one["path"]: client.get(one["path"]).bytes().to_bytes() for one in client.list().collect()}
+
+
+MAPPING = "families/internlm2.yaml"
+STEP = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refused(code: str, call: Callable[[], object]) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        call()
+    assert caught.value.code == code, str(caught.value)
+    return caught.value
+
+
+def pending(bucket: Bucket) -> list[str]:
+    """Uploads that were begun and not ended; ends them."""
+    return [str(one) for one in api.clean(bucket.url)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow ones run with ALL_STORES=1, as `make soak` sets it."""
+    for item in items if os.environ.get("ALL_STORES") != "1" else ():
+        if "tests/storage/" in item.nodeid and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="ALL_STORES=1 runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,12 @@ from safetensors.torch import save_file
 
 import engine
 from engine.checkpoint.folder import read_headers
-from engine.errors import EngineError
 from engine.storage.places import store_at, store_options
-from tests.storage.conftest import Bucket
+from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
 from tests.support.object_server import Asked, options
 from tests.support.readers import read_hf_folder, read_rank_file
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
-MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
 SMALL = {"max_shard_size": 100_000}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def refused(code: str, call: Callable[[], object]) -> EngineError:
-    with pytest.raises(EngineError) as caught:
-        call()
-    assert caught.value.code == code, str(caught.value)
-    return caught.value
-
-
-def pending(bucket: Bucket) -> list[str]:
-    """Uploads that were begun and not ended."""
-    return [str(one) for one in engine.api.clean(bucket.url)]
 
 
 def test_run_reverse_and_reshard_between_stores_give_the_bytes_of_folders(bucket: Bucket, tmp_path: Path) -> None:
@@ -102,7 +82,7 @@ def large(folder: Path) -> dict[str, torch.Tensor]:
     """A Hugging Face checkpoint of some 20 MB."""
     import json
 
-    made = engine.convert(MAPPING, FIXTURES / "v2_tp2_pp2", folder)
+    made = engine.convert(MAPPING, STEP, folder)
     assert made.tensors
     config = json.loads((folder / "config.json").read_text())
     rows = 100_000
@@ -129,7 +109,7 @@ def test_every_byte_is_read_once_in_large_requests(bucket: Bucket, tmp_path: Pat
         report = engine.convert(MAPPING, step, f"{bucket.url}/hf")
     data = [one for one in bucket.proxy.gets("model_tp") if one.range]
     read = sum(one.sent for one in data)
-    assert read <= 1.02 * report.bytes + (512 << 10)  # and the headers
+    assert read <= 1.02 * report.bytes + (2 << 20)  # and the headers, and samples of what ranks hold
     assert len(data) <= 60, [one.range for one in data]
     assert bucket.contents("hf") == files(tmp_path / "hf")
 

@@ -7,11 +7,13 @@ Every fault is plain torch indexing on the tensors of a genuine fixture, and sha
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -336,6 +338,38 @@ FAULTS: tuple[Fault, ...] = (
 )  # fmt: skip
 
 
+# Another value in config.json: what it is, the values, the key that must be told, and a word of what it does.
+SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "theta": ({"rope_theta": 5000.0, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+              "rope_parameters.rope_theta", "other speeds"),
+    "theta a little": ({"rope_theta": 10001.0, "rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}},
+                       "rope_parameters.rope_theta", "other speeds"),
+    "scaling": ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}},
+                "rope_parameters.rope_type", "scaled otherwise"),
+    "epsilon": ({"rms_norm_eps": 1e-6}, "rms_norm_eps", "every norm"),
+    "epsilon that is absent": ({"rms_norm_eps": None}, "rms_norm_eps", "every norm"),
+    "tie": ({"tie_word_embeddings": True}, "tie_word_embeddings", "the head is the embedding"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act", "activation"),
+    "heads": ({"num_attention_heads": 16, "head_dim": 4}, "num_attention_heads", "other heads"),
+    "key/value heads": ({"num_key_value_heads": 8}, "num_key_value_heads", "share"),
+    "head_dim": ({"head_dim": 16}, "head_dim", "width"),
+    "eos": ({"eos_token_id": 5}, "eos_token_id", "stops"),
+    "eos list": ({"eos_token_id": [2, 5]}, "eos_token_id", "stops"),
+    "bos": ({"bos_token_id": 3}, "bos_token_id", "begins"),
+    "pad": ({"pad_token_id": 0}, "pad_token_id", "padded"),
+    "architecture": ({"architectures": ["MistralForCausalLM"]}, "architectures", "another class"),
+    "model type": ({"model_type": "mistral"}, "model_type", "other code"),
+    "vocabulary": ({"vocab_size": 300}, "vocab_size", "rows"),
+    "layers": ({"num_hidden_layers": 3}, "num_hidden_layers", "left out"),
+    "hidden": ({"hidden_size": 128}, "hidden_size", "do not fit"),
+    "ffn": ({"intermediate_size": 512}, "intermediate_size", "do not fit"),
+    "attention bias": ({"attention_bias": True}, "attention_bias", "biases"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias", "biases"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}},
+                  "quantization_config.bits", "as quantised"),
+}  # fmt: skip
+
+
 def convert(source: str, folder: Path) -> Path:
     """The reference made of a fixture."""
     mapping, settings = SOURCES[source]
@@ -371,10 +405,25 @@ def table(folder: Path) -> str:
     return "\n".join(["| fault | verdict | what is said | named |", "|---|---|---|---|", *rows]) + "\n"
 
 
+def settings_table(folder: Path) -> str:
+    """Every setting, and what is said of another value, as Markdown."""
+    reference = convert(V2, folder / "reference")
+    rows = []
+    for number, (what, (values, key, effect)) in enumerate(SETTINGS.items()):
+        out = folder / f"setting{number}"
+        shutil.copytree(reference, out)
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        (out / "config.json").write_text(json.dumps(config | values), encoding="utf-8")
+        done = engine.api.compare(out, reference)
+        told = [str(one) for one in done.differences if one.what == key and effect in one.effect]
+        rows.append(f"| {what} | {told[0] if told else '-'} | {'no' if done.same() or not told else 'yes'} |")
+    return "\n".join(["| setting | what is said | named, exit code 1 |", "|---|---|---|", *rows]) + "\n"
+
+
 if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as made:
-        text = table(Path(made))
+        text = f"{table(Path(made))}\n## Settings\n\n{settings_table(Path(made))}"
     page = Path(sys.argv[1])
     page.write_text(page.read_text(encoding="utf-8").partition("| fault |")[0] + text, encoding="utf-8")

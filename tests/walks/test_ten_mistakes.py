@@ -16,7 +16,7 @@ from engine.commands.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "ten-mistakes.md"
-FAMILY = (ROOT / "mappings" / "families" / "internlm2.yaml").read_text()
+FAMILY = (Path(__file__).parent / "my-model.yaml").read_text()  # a copy, so that edits there move no line here
 STEP = ROOT / "tests" / "fixtures" / "internevo" / "v2_tp2_pp2"
 FILE = "my-model.yaml"
 

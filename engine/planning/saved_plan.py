@@ -8,51 +8,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from engine import __version__
+from engine.checkpoint.changed import told
 from engine.errors import EngineError, Place
-from engine.explaining.describe import fold
-from engine.formats.headers import FileHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.validation import violations
 from engine.planning.digest import digest_of_plan
 from engine.planning.model import Plan
-from engine.proving.normal import normal_form
-from engine.storage.json_text import parse_json
-from engine.storage.regular import open_regular
-from engine.storage.replacing import write_file
+from engine.planning.request import Request
+from engine.storage.json_text import compact_json, parse_json
 
 VERSION = 1
 MAX_BYTES = 64 << 20
-_AGAIN = "Plan again with `engine plan -o`, and look at what differs before running it."
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked for: the arguments of `engine.plan`."""
-
-    mapping: str
-    src: str
-    settings: Mapping[str, Any]
-    dtype: str
-    max_shard_size: int
-    strict: bool
-    config: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            **({} if self.config is None else {"config": self.config}),
-            "mapping": self.mapping,
-            "src": self.src,
-            "settings": dict(sorted(self.settings.items())),
-            "dtype": self.dtype,
-            "max_shard_size": self.max_shard_size,
-            "strict": self.strict,
-        }
+AGAIN = "Plan again with `engine plan -o`, and look at what differs before running it."
+_ALWAYS = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +38,53 @@ class SavedPlan:
     data: Mapping[str, Any]
 
 
-def saved_plan(plan: Plan, request: Request) -> dict[str, Any]:
-    """The content of a saved plan; the shape is `schemas/saved-plan.schema.json`."""
+def request_data(asked: Request) -> dict[str, Any]:
+    """A request as JSON holds it: what is not as by default, and a few things always.
+
+    Raises:
+        EngineError: E001 for a mapping that is no file, which another process could not load.
+    """
+    if isinstance(asked.mapping, MappingFile):
+        raise EngineError(
+            "E001",
+            "a plan is saved with the name of its mapping",
+            got=f"the loaded mapping `{asked.mapping.name}`",
+            expected="a path, or the name of a bundled mapping",
+        )
+    data: dict[str, Any] = {}
+    plain = Request("")
+    for one in fields(Request):
+        value = getattr(asked, one.name)
+        if one.name in _ALWAYS or value != getattr(plain, one.name):
+            data[one.name] = _plain(value)
+    return data
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(value[name]) for name in sorted(value)}
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a saved plan; the shape is `schemas/saved-plan.schema.json`.
+
+    Args:
+        normal: what goes where, to be reviewed.
+    """
     return {
         "plan": VERSION,
         "engine": __version__,
-        "request": request.as_dict(),
+        "request": request_data(asked),
         "mapping": {"name": plan.mapping.name, "version": plan.mapping.version, "digest": plan.mapping.digest},
         "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
-        "files": [_file(file) for file in plan.files],
+        "files": [told(file) for file in plan.files],
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},
-        "normal": normal_form(plan),
+        "normal": dict(normal),
         "outputs": [
             {
                 "file": one.name,
@@ -90,17 +98,9 @@ def saved_plan(plan: Plan, request: Request) -> dict[str, Any]:
     }
 
 
-def _file(header: FileHeader) -> dict[str, Any]:
-    """What tells a file from others. Where no checksums tell its content, only the file itself will do, untouched."""
-    told: dict[str, Any] = {"name": header.name, "size": header.size, "identity": header.identity}
-    if not header.summed and header.state is not None:
-        told["state"] = dict(header.state.told())
-    return told
-
-
-def write_saved_plan(path: Path, data: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Write the file; E401 when something is there, with `overwrite` unless it is a saved plan."""
-    write_file(path, compact_json(data).encode(), overwrite=overwrite, ours=is_saved_plan)
+def encode(data: Mapping[str, Any]) -> bytes:
+    """The file of a saved plan."""
+    return compact_json(data).encode()
 
 
 def is_saved_plan(start: bytes) -> bool:
@@ -108,10 +108,8 @@ def is_saved_plan(start: bytes) -> bool:
     return re.match(rb'\{\s*"plan": \d+,\s*"engine": "', start) is not None
 
 
-def read_saved_plan(path: Path) -> SavedPlan:
-    """Read and check a saved plan; E305 or E102 when it is none."""
-    with open_regular(path) as file:
-        raw = file.read(MAX_BYTES + 1)
+def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
+    """A saved plan of a file's content, of which one byte more than `MAX_BYTES` is enough; E102 when it is none."""
     if len(raw) > MAX_BYTES:
         raise _unreadable(path, f"more than {MAX_BYTES} bytes")
     try:
@@ -130,7 +128,14 @@ def read_saved_plan(path: Path) -> SavedPlan:
     problem = next(iter(violations(data, "saved-plan")), None)
     if problem is not None:
         raise _unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
-    return SavedPlan(str(path), Request(**data["request"]), data)
+    return SavedPlan(str(path), _request(path, data["request"]), data)
+
+
+def _request(path: Path, data: Mapping[str, Any]) -> Request:
+    try:
+        return Request(**data)
+    except EngineError as error:
+        raise _unreadable(path, error.message) from None
 
 
 def _unreadable(path: Path, why: str) -> EngineError:
@@ -155,44 +160,13 @@ def check_rules(saved: SavedPlan, mapping: MappingFile, layout: Layout) -> None:
                 place=now.place,
                 got=f"{now.name} {now.version}, digest {now.digest[:12]}",
                 expected=f"{then['name']} {then['version']}, digest {then['digest'][:12]}, as in {saved.path}",
-                fix=_AGAIN,
+                fix=AGAIN,
             )
 
 
-def check_files(saved: SavedPlan, files: Sequence[FileHeader], folder: str) -> None:
-    """E405 for the first checkpoint file that is not the one the plan was made from."""
-    then = {one["name"]: one for one in saved.data["files"]}
-    now = {header.name: _file(header) for header in files}
-    for name in sorted({*then, *now}):
-        if then.get(name) == now.get(name):
-            continue
-        fix = _AGAIN
-        if name not in now or name not in then:
-            got, expected = ("gone", "present") if name not in now else ("new", "no such file")
-        elif now[name]["identity"] != then[name]["identity"]:
-            got, expected = (f"{one['size']} bytes, headers {one['identity'][:12]}" for one in (now[name], then[name]))
-        else:
-            got, expected = (_told_state(one.get("state", {})) for one in (now[name], then[name]))
-            fix = (
-                "The headers are the same, but the file holds no checksums that tell whether its tensors are. " + _AGAIN
-            )
-        raise EngineError(
-            "E405",
-            f"`{name}` changed since the plan was saved",
-            place=Place(folder),
-            got=got,
-            expected=f"{expected}, as in {saved.path}",
-            fix=fix,
-        )
-
-
-def _told_state(state: Mapping[str, int]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in state.items()) or "nothing told of the file itself"
-
-
-def check_plan(saved: SavedPlan, plan: Plan) -> None:
+def check_plan(saved: SavedPlan, plan: Plan, normal: Mapping[str, Any]) -> None:
     """E217 unless planning again came out as the saved plan says."""
-    now = json.loads(json.dumps(saved_plan(plan, saved.request)))
+    now = json.loads(json.dumps(saved_plan(plan, saved.request, normal)))
     for key in ("variants", "sizes", "options", "config"):
         for name in sorted({*now[key], *saved.data[key]}):
             if now[key].get(name) != saved.data[key].get(name):
@@ -200,22 +174,25 @@ def check_plan(saved: SavedPlan, plan: Plan) -> None:
     for key in ("mode", "ranks", "stages", "ignored"):
         if now["normal"][key] != saved.data["normal"].get(key):
             raise _differs(saved, f"`{key}`", now["normal"][key], saved.data["normal"].get(key))
-    then = {_told(row): row for row in saved.data["normal"]["tensors"]}
-    for told in (rows := {_told(row): row for row in now["normal"]["tensors"]}).keys() | then.keys():
-        if rows.get(told) != then.get(told):
-            raise _differs(saved, f"`{told}`", *_first_difference(rows.get(told), then.get(told)))
+    then = {_row(row): row for row in saved.data["normal"]["tensors"]}
+    rows = {_row(row): row for row in now["normal"]["tensors"]}
+    for name in rows.keys() | then.keys():
+        if rows.get(name) != then.get(name):
+            raise _differs(saved, f"`{name}`", *_first_difference(rows.get(name), then.get(name)))
     if now["outputs"] != saved.data["outputs"]:
         raise _differs(saved, "what goes into which file", _counts(now["outputs"]), _counts(saved.data["outputs"]))
     if now["digest"] != saved.data["digest"]:
         raise _differs(saved, "what is copied", f"digest {now['digest'][:12]}", f"digest {saved.data['digest'][:12]}")
 
 
-def _told(row: Mapping[str, Any]) -> str:
-    return f"{row['target']} ({row['rule']})"
+def _row(row: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (row["target"], row.get("shard"), f"({row['rule']})")))
 
 
 def _counts(outputs: Sequence[Mapping[str, Any]]) -> str:
-    return f"{len(outputs)} files of {fold([one['tensors'] for one in outputs])} tensors"
+    return (
+        f"{len(outputs)} files of {', '.join(str(n) for n in dict.fromkeys(one['tensors'] for one in outputs))} tensors"
+    )
 
 
 def _first_difference(now: Mapping[str, Any] | None, then: Mapping[str, Any] | None) -> tuple[Any, Any]:
@@ -233,33 +210,5 @@ def _differs(saved: SavedPlan, what: str, now: Any, then: Any) -> EngineError:
         place=Place(saved.path),
         got=str(now),
         expected=f"{then}, as saved{by}",
-        fix="The training configuration, the mapping or the engine changed. " + _AGAIN,
+        fix="The training configuration, the mapping or the engine changed. " + AGAIN,
     )
-
-
-def compact_json(data: Any, width: int = 120) -> str:
-    """JSON with a line for each value, except lists and objects that fit on one; ends with a newline.
-
-    >>> print(compact_json({"a": [1, 2], "b": {}}, 8), end="")
-    {
-     "a": [
-      1,
-      2
-     ],
-     "b": {}
-    }
-    """
-
-    def put(value: Any, indent: int, room: int) -> str:
-        flat = json.dumps(value, ensure_ascii=False)
-        if not isinstance(value, (dict, list)) or not value or (len(flat) <= room and indent > 0):
-            return flat
-        pad, end = "\n" + " " * (indent + 1), "\n" + " " * indent
-        if isinstance(value, list):
-            return "[" + ",".join(pad + put(item, indent + 1, width - indent - 2) for item in value) + end + "]"
-        keys = [json.dumps(str(key), ensure_ascii=False) + ": " for key in value]
-        items = zip(keys, value.values(), strict=True)
-        body = ",".join(pad + key + put(item, indent + 1, width - indent - 2 - len(key)) for key, item in items)
-        return "{" + body + end + "}"
-
-    return put(data, 0, width) + "\n"

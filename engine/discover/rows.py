@@ -1,0 +1,132 @@
+"""Rows or columns of a tensor that lie in other places: found by their prints, and said in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.discover.orders import divisors, runs_of
+from engine.discover.prints import Prints64
+
+MOST_NAMED = 4  # stretches that are named one by one
+_FEWEST_UNITS = 4  # different units that an order must put in place
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """What a tensor holds.
+
+    Attributes:
+        kind: in one word, as `permuted`; `other` where it is another tensor's content, whole.
+        words: in what way; empty where the kind says it all.
+        other: the reference's tensor whose content it is, where that is not its own.
+        rotary: the choice of `rotary` that would have been right.
+    """
+
+    kind: str
+    words: str = ""
+    other: str | None = None
+    rotary: str | None = None
+
+
+def own_rows(
+    order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray, telling: int
+) -> Relation:
+    """Rows of the same tensor in other places."""
+    if len(here) != len(there):
+        return _resized(order, here, there, noun, plain)
+    known = order >= 0
+    found = int(known.sum())
+    steps = np.unique((np.arange(len(order)) - order)[known])
+    if len(steps) == 1:
+        by, left = int(steps[0]), len(order) - found
+        also = f"; {left:,} {noun}{'' if left == 1 else 's'} from elsewhere" if left else ""
+        first = f"{noun} {max(by, 0)} holds {noun} {max(-by, 0)}"
+        return Relation("permuted", f"{noun}s shifted by {abs(by)}: {first}{also}")
+    repeated = len(np.unique(order[known])) < found
+    what = f"{noun}s repeated" if repeated else f"{noun}s in other places"
+    rest = f"; {len(order) - found:,} are from elsewhere" if found < telling else ""
+    return Relation("permuted", f"{what}: {placed(order, noun)}{rest}")
+
+
+def _repeats(order: np.ndarray, count: int) -> str | None:
+    """Each of `count` rows several times: block by block, or all of them again and again."""
+    if len(order) % count or (order < 0).any() or (np.bincount(order, minlength=count) != len(order) // count).any():
+        return None
+    times = len(order) // count
+    for size in sorted(divisors(count), reverse=True):
+        blocks = np.arange(count).reshape(-1, 1, size)
+        if np.array_equal(order, np.repeat(blocks, times, axis=1).reshape(-1)):
+            return f"each block of {size} is there {times} times" if size < count else f"all are there {times} times"
+    return None
+
+
+def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray) -> Relation:
+    """More or fewer rows than the reference, the others in order."""
+    by = len(here) - len(there)
+    told = f"{abs(by):,} {noun}{'' if abs(by) == 1 else 's'} {'more' if by > 0 else 'fewer'} than the reference"
+    common = min(len(here), len(there))
+    known = order >= 0
+    if by < 0 and np.array_equal(here, there[:common]):
+        left = there[common:]
+        padding = bool(plain[common:].all()) or len(np.unique(left)) == 1
+        return Relation("padded" if padding else "truncated", told + ("" if padding else f", {noun}s with content"))
+    if by > 0 and np.array_equal(here[:common], there):
+        padding = len(np.unique(here[common:])) == 1
+        return Relation("padded" if padding else "extended", told + ("" if padding else f", {noun}s with content"))
+    repeats = _repeats(order, len(there)) if by > 0 else None
+    if repeats is not None:
+        return Relation("extended", f"{told}: {noun}s repeated, {repeats}")
+    rising = bool((np.diff(order[known]) > 0).all())
+    what = "in order" if rising else "in another order"
+    kind = "padded" if by > 0 and rising else "truncated" if by < 0 and rising else "shape"
+    return Relation(kind, f"{told}, the others {what}: {placed(order, noun)}")
+
+
+def telling(prints: Prints64) -> bool:
+    return len(prints) >= 2 and len(np.unique(prints)) >= min(_FEWEST_UNITS, len(prints))
+
+
+def lookup(here: Prints64, there: Prints64, first: int | None = 0) -> np.ndarray:
+    """Where each unit lies on the other side, -1 where it is nowhere.
+
+    Args:
+        first: a unit's own place is the first unit's plus its number, and is taken if the unit is there too.
+    """
+    by_content = np.argsort(there, kind="stable")
+    at = np.searchsorted(there[by_content], here)
+    places = by_content[np.minimum(at, len(there) - 1)]
+    found = np.where(there[places] == here, places, -1)
+    if first is None:
+        return found
+    own = np.arange(first, first + len(here))
+    same = (own < len(there)) & (there[np.minimum(own, len(there) - 1)] == here)
+    result: np.ndarray = np.where(same, own, found)
+    return result
+
+
+def spans(order: np.ndarray, noun: str) -> str:
+    """
+    >>> spans(np.array([4, 5, 6, -1, 0]), "row")
+    'rows 4…6, 0'
+    """
+    runs = [(start, start + high - low - 1) for low, high, start in runs_of(order) if start >= 0]
+    told = ", ".join(str(low) if low == high else f"{low}…{high}" for low, high in runs[:MOST_NAMED])
+    return f"{noun}{'' if runs and len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {told}" + (
+        ", …" if len(runs) > MOST_NAMED else ""
+    )
+
+
+def placed(order: np.ndarray, noun: str, *, every: bool = False) -> str:
+    """
+    >>> placed(np.array([0, 1, 0, 1]), "row")
+    'rows 2…3 hold 0…1'
+    """
+    moved = [(low, high, start) for low, high, start in runs_of(order) if start >= 0 and (every or start != low)]
+    told = ", ".join(f"{_range(low, high)} hold {_range(start, start + high - low)}" for low, high, start in moved[:4])
+    return f"{noun}s {told}" + (", …" if len(moved) > MOST_NAMED else "")
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if high - low == 1 else f"{low}…{high - 1}"

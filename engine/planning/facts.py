@@ -1,0 +1,104 @@
+"""What the configuration of a checkpoint and the names of its tensors say to a mapping's expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import EngineError
+from engine.language.expressions import OMIT, evaluate
+from engine.language.model import Expression, Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import pattern
+from engine.planning.attempts import Checkpoint
+from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side
+from engine.planning.stored import Instance, Stored
+from engine.planning.variants import Decision, decide
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a configuration and the names of tensors say.
+
+    Attributes:
+        seen: what expressions of the other end's configuration see.
+        names: what sizes and variants see, which are expressions over the training configuration.
+    """
+
+    read: Read
+    seen: Mapping[str, Any]
+    names: Mapping[str, Any]
+    decisions: Mapping[str, Decision]
+
+
+def facts_of(
+    mapping: MappingFile,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any],
+    rules: Sequence[Instance],
+    stored: Sequence[Stored],
+    settings: Mapping[str, Any],
+    like: Mapping[str, str] | None,
+    cut: Mapping[str, Any],
+    expressed: bool,
+) -> Facts:
+    """Read the configuration; where it is the target's, the training configuration is what the mapping makes of it."""
+    names = list(dict.fromkeys(one.name for one in stored))
+    if checkpoint.end == "training":
+        read = read_config(checkpoint.config, source_side(mapping, layout), expressed=expressed)
+        training = read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config
+        given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
+        seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
+        return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
+    read = read_config(checkpoint.config, target_side(mapping))
+    given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
+    seen = {**read.config, **cut, "options": options, "present": given["present"]}
+    same = layout.config_of_target  # then what is written is what was read
+    first = {**(read.config if same else render_known(mapping.training_config, seen)), "options": options}
+    first |= {**cut, **given}
+    decisions = decide(mapping.variants, settings, first, like=like or {})
+    choices = {n: d.choice for n, d in decisions.items()}
+    made = read.config if same else render_known(mapping.training_config, {**seen, **choices})
+    return Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
+
+
+def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]:
+    """Training names that some rule, active or not, would write from target tensors.
+
+    A placeholder that the target stacks stands as 0.
+    """
+    found: set[str] = set()
+    targets = [(one, name) for one in rules for name, _ in one.targets]
+    for name in names:
+        for one, target in targets:
+            values = target.match(name)
+            if values is not None:
+                blank = dict.fromkeys(one.axis_names(), 0)
+                found.update(source.format({**blank, **values}) for source in one.sources)
+    return found
+
+
+def present_in(names: Collection[str]) -> Callable[[str], bool]:
+    """`present(pattern)`: whether some training tensor has a name of that pattern."""
+
+    def present(text: str) -> bool:
+        compiled = pattern(text)
+        return any(compiled.match(name) is not None for name in names)
+
+    return present
+
+
+def render_known(tree: Any, names: Mapping[str, Any]) -> Any:
+    """A tree of expressions as far as `names` allow; what they do not is left out."""
+    if isinstance(tree, Expression):
+        try:
+            return evaluate(tree, names)
+        except EngineError:
+            return OMIT
+    if isinstance(tree, Mapping):
+        return {key: v for key, child in tree.items() if (v := render_known(child, names)) is not OMIT}
+    if isinstance(tree, list | tuple):
+        return [v for child in tree if (v := render_known(child, names)) is not OMIT]
+    return tree

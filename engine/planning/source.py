@@ -1,0 +1,249 @@
+"""Sources: a checkpoint of either end as a mapping reads it, with every decision taken and every size known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.errors import EngineError, Place, printable
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import pattern
+from engine.language.transforms import TRANSFORMS
+from engine.planning.attempts import Checkpoint, Question, decide_by_shapes
+from engine.planning.completeness import check_repeated, check_slices, used_rules
+from engine.planning.config_keys import Read, shown
+from engine.planning.facts import facts_of
+from engine.planning.matching import (
+    Matches,
+    check_names,
+    check_refused,
+    check_spellings,
+    find_candidates,
+    is_active,
+    stages_of,
+)
+from engine.planning.model import Replicas, Slices
+from engine.planning.pieces import Pieces, match_pieces
+from engine.planning.sides import Side, training_keys, whole_keys
+from engine.planning.sizes import check_known, size_error
+from engine.planning.stages import Stages, laid_out
+from engine.planning.stored import Instance, Stored, at_end, instances, strip
+from engine.planning.variants import Decision, decide, options_of
+from engine.planning.whole import whole_instances
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that is understood.
+
+    Attributes:
+        used: the rules that have tensors.
+        side: its tensors, with the sizes of all axes.
+        unread: why the size of an axis could not be computed, where it is not known.
+        read: its configuration.
+        names: all that expressions see, functions aside.
+        ignored: tensors that the mapping leaves out, and why.
+    """
+
+    mapping: MappingFile
+    layout: Layout
+    checkpoint: Checkpoint
+    used: tuple[Instance, ...]
+    pieces: Pieces
+    side: Side
+    unread: Mapping[str, EngineError]
+    stages: Stages
+    decisions: Mapping[str, Decision]
+    options: Mapping[str, Any]
+    read: Read
+    names: Mapping[str, Any]
+    ignored: Mapping[str, str]
+
+    @property
+    def files(self) -> list[str]:
+        return [file.name for file in self.checkpoint.grid.files]
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Targets that the configuration of a checkpoint without ranks ties: name → the one that each equals."""
+        ties = self.checkpoint.end == "whole" and self.read.config.get("tie_word_embeddings")
+        return _tied_names(self.used) if ties else {}
+
+    def replicas(self) -> tuple[Replicas, ...]:
+        """Sets of stored tensors that must be equal: those of several ranks, and those that are tied."""
+        found = [
+            Replicas(tuple(numbers), group.name, group.instance.rule.name)
+            for group in self.side.groups
+            for numbers in self.side.numbers(group)
+            if len(numbers) > 1
+        ]
+        stored = {one.header.name: number for number, one in enumerate(self.side.stored)}
+        rules = {name.text: one.rule.name for one in self.used for name, _ in one.targets}
+        found += [
+            Replicas((stored[to], stored[name]), name, rules[name])
+            for name, to in self.tied.items()
+            if name in stored and to in stored
+        ]
+        return tuple(found)
+
+    def slices(self) -> tuple[Slices, ...]:
+        """Sets of slices that different ranks hold of one tensor.
+
+        What is a tensor of its own on the other side, as each expert of a stack is, may equal its neighbours.
+        """
+        result: list[Slices] = []
+        for group in self.side.groups:
+            own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
+            found: dict[tuple[object, ...], list[int]] = {}
+            for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):
+                where = tuple(rank for rank, (_, axis) in zip(ranks, group.cut.dims, strict=False) if axis in own)
+                found.setdefault((stored[0].header.shape, where), []).append(numbers[0])
+            result += [Slices(tuple(alike), group.name) for alike in found.values() if len(alike) > 1]
+        return tuple(result)
+
+
+def read_source(
+    mapping: MappingFile,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    settings: Mapping[str, Any],
+    *,
+    like: Mapping[str, str] | None = None,
+    expressed: bool = False,
+    lossy: Sequence[str] | None = None,
+    cut: Mapping[str, Any] | None = None,
+) -> Source:
+    """Match, decide and solve a checkpoint; E2xx for the first thing that does not fit.
+
+    Args:
+        like: choices of another checkpoint, for what this one does not show.
+        expressed: whether it is to be written as something else, so that its configuration must be expressible.
+        lossy: rules that may be written though they do not invert; None where no rule has to.
+        cut: how rank files are to be cut, as far as expressions of the training configuration see it.
+    """
+    options, rules, end = options_of(mapping, settings), instances(mapping), checkpoint.end
+    held, files = at_end(rules, end), checkpoint.grid.files
+    stored = strip(checkpoint.files, layout if end == "training" else None)
+    tied = _tied_names([one for one in rules if not one.rule.optional]) if end == "whole" else {}
+    matches = find_candidates([*(one.name for one in stored), *tied], held, mapping, end)
+    check_refused(stored, matches, files, end)
+    _check_kind(stored, matches, mapping, checkpoint)
+    facts = facts_of(mapping, layout, checkpoint, options, rules, stored, settings, like, cut or {}, expressed)
+    layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, facts.names).items()}
+    stages = stages_of(stored, matches, checkpoint.grid, layout, {**facts.names, **layout_choices})
+    decided = {n: d.choice for n, d in facts.decisions.items()}
+    if facts.read.config.get("tie_word_embeddings"):
+        stored = _with_tied(stored, tied, matches, decided)
+    question = Question(mapping, layout, checkpoint, stored, matches, held, stages, facts.names)
+    attempt = decide_by_shapes(question, facts.decisions)
+    choices = {n: d.choice for n, d in attempt.decisions.items()}
+    check_names(stored, matches, choices, files)
+    check_spellings(stored, attempt.active)
+    check_slices(attempt, checkpoint, layout.lone_rank)
+    active = [one for one in rules if is_active(one, choices)]
+    if lossy is not None:
+        used = used_rules(attempt, active, checkpoint, each=False)
+        check_invertible(used, lossy)
+    if attempt.sizes.contradictions:
+        check_repeated(attempt, checkpoint)
+        raise size_error(attempt.sizes.contradictions[0])
+    used = used_rules(attempt, active, checkpoint)
+    pieces, sizes = match_pieces(used), attempt.sizes.values()
+    check_known(at_end(used, end), sizes, attempt.unread)
+    if not stages.layers and len(stages.counts) == 1:  # no name has a layer's number: tensors stack them
+        stages = laid_out([(stage, sizes.get("layer", 0)) for stage in stages.counts], stages.chunks, stages.dims)
+    keys = training_keys(used, pieces) if end == "training" else whole_keys(whole_instances(pieces))
+    return Source(
+        mapping=mapping,
+        layout=layout,
+        checkpoint=checkpoint,
+        used=used,
+        pieces=pieces,
+        side=Side(tuple(attempt.groups.values()), keys, sizes),
+        unread=attempt.unread,
+        stages=stages,
+        decisions=attempt.decisions,
+        options=options,
+        read=facts.read,
+        names={**facts.seen, **choices, **sizes},
+        ignored=matches.ignored,
+    )
+
+
+def _tied_names(rules: Sequence[Instance]) -> dict[str, str]:
+    return {name.text: one.rule.tied_to for one in rules if one.rule.tied_to is not None for name, _ in one.targets}
+
+
+def _with_tied(
+    stored: Sequence[Stored], tied: Mapping[str, str], matches: Matches, choices: Mapping[str, str]
+) -> tuple[Stored, ...]:
+    """The tensors, and for each that a rule needs and that is left out, as tied, the one that stands for it."""
+    held = {one.name: one for one in stored}
+    return (
+        *stored,
+        *(
+            replace(held[to], name=name)
+            for name, to in tied.items()
+            if name not in held and to in held and any(is_active(i, choices) for i, _ in matches.candidates[name])
+        ),
+    )
+
+
+def _check_kind(stored: Sequence[Stored], matches: Matches, mapping: MappingFile, checkpoint: Checkpoint) -> None:
+    """E212 when the mapping is for another architecture, or hardly anything matches, instead of naming one tensor."""
+    kind = checkpoint.config.get("model_type") if checkpoint.end == "whole" else mapping.model_type
+    if kind != mapping.model_type:
+        raise EngineError(
+            "E212",
+            f"mapping `{mapping.name}` is not the one for this checkpoint",
+            place=Place("config.json"),
+            got=f"model_type: {shown(kind)}",
+            expected=f"model_type: {shown(mapping.model_type)}",
+            fix="Tensors of the same names and shapes are not the same model. Use a mapping for its architecture.",
+        )
+    names = {one.name for one in stored}
+    if names and sum(name in matches.candidates for name in names) * 4 < len(names):
+        kind = checkpoint.training.get("model_type")
+        said = f"; its training config says model_type {printable(kind)}" if kind else ""
+        ends = [
+            rule.sources[:1] if checkpoint.end == "training" else [t.name for t in rule.targets]
+            for rule in mapping.rules
+        ]
+        wanted = [name for names_of in ends for name in names_of][:3]
+        raise EngineError(
+            "E212",
+            f"mapping `{mapping.name}` is not the one for this checkpoint",
+            place=Place(checkpoint.folder),
+            got=", ".join(sorted(names)[:3]) + f", …{said}",
+            expected=", ".join(wanted) + ", …",
+            fix="`engine inspect` tells which bundled mappings fit.",
+        )
+
+
+def check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
+    """E215 for the first rule that changes or drops values, unless `--lossy` names it."""
+    for instance in used:
+        rule = instance.rule
+        dropped = {axis: why for axis, why in rule.drop.items() if axis not in rule.zeros}
+        if (rule.transform is None and not dropped) or rule.name in lossy:
+            continue
+        lost = f"drop {', '.join(dropped)}: {'; '.join(dropped.values())}"
+        if rule.transform is not None:
+            lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]].lost}"
+        raise EngineError(
+            "E215",
+            f"rule `{rule.name}` does not invert",
+            place=rule.place,
+            got=lost,
+            expected="rules that only move elements",
+            fix=f"What it changed or dropped cannot be restored. To write the tensor as it is, give --lossy {rule.name}"
+            " or choose another variant with --set.",
+        )
+    known = {instance.rule.name for instance in used}
+    for name in lossy:
+        if name not in known:
+            raise EngineError(
+                "E001", f"--lossy names `{name}`, which is no active rule", expected=", ".join(sorted(known))
+            )

@@ -1,0 +1,119 @@
+"""What a plan writes, of either end: outputs, the copies that fill them, files, and the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.checkpoint.ranks import RankGrid
+from engine.formats.headers import FLOATS
+from engine.language.expressions import compile_expression, evaluate, render_tree
+from engine.language.keys import Key
+from engine.language.model import Expression, Rule
+from engine.planning.classes import CopyTable
+from engine.planning.config_keys import as_declared
+from engine.planning.groups import Group
+from engine.planning.model import Output, OutputFile, Tied
+from engine.planning.sides import Keys, Side
+from engine.planning.source import Source
+from engine.planning.stages import Stages
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tensor to write, before its element type is known: a shard of a group on the side that is written."""
+
+    group: Group
+    position: int
+    name: str
+    shape: tuple[int, ...]
+    rules: str
+    rule: Rule
+    pattern: str
+    transform: tuple[str, str] | None = None
+    transform_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One end of a plan, to be written.
+
+    Attributes:
+        config: the configuration beside the weights, with the names that its expressions saw.
+        beside: small files: name → (format, content).
+        grid, stages: of rank files.
+    """
+
+    outputs: tuple[Output, ...]
+    copies: CopyTable
+    files: tuple[OutputFile, ...]
+    config: Mapping[str, Any]
+    names: Mapping[str, Any]
+    tied: tuple[Tied, ...] = ()
+    max_shard_size: int = 0
+    grid: RankGrid | None = None
+    stages: Stages | None = None
+    beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+
+
+def fill(
+    wanted: Sequence[Wanted], groups: Sequence[Group], keys: Keys, source: Source, dtype: str
+) -> tuple[list[Output], CopyTable]:
+    """Outputs, and the copies that fill them.
+
+    Args:
+        dtype: `auto` keeps each tensor's own type; else the type of every float tensor whose rule does not keep it.
+
+    Raises:
+        EngineError: E208 or E210 when the source does not fill one, E209 when it holds no weights.
+    """
+    side = Side(tuple(groups), keys, source.side.sizes)
+    copies = CopyTable(tuple((one.group, one.position) for one in wanted), side, source.side)
+    outputs: list[Output] = []
+    for index, one in enumerate(wanted):
+        read = copies.dtype(index, one.name, source.files, one.rule.place)
+        cast = dtype != "auto" and not one.rule.keep_dtype and read in FLOATS
+        place = str(one.rule.place)
+        outputs.append(
+            Output(
+                one.name, DTYPES[dtype] if cast else read, read, one.shape, one.rules, place, one.pattern,
+                one.transform, one.transform_dim,
+            )
+        )  # fmt: skip
+    return outputs, copies
+
+
+def configuration(
+    source: Source, end: str, tree: Mapping[str, Any], names: Mapping[str, Any], keys: Mapping[str, Key],
+    grid: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The configuration to write: what the mapping makes of the source's, or the source's own where it is of this end.
+
+    Args:
+        tree, keys: of the end that is written.
+        grid: the names that say how the model is cut, on which some keys of a configuration that is kept depend.
+    """
+    if source.checkpoint.end == end:
+        return {**source.checkpoint.config, **grid_only(tree, grid)}
+    return as_declared(render_tree(tree, names), keys)
+
+
+def main_dtype(outputs: Sequence[Output]) -> str:
+    """The type of most written elements, as config.json spells it."""
+    count: dict[str, int] = {}
+    for output in outputs:
+        count[output.dtype] = count.get(output.dtype, 0) + output.elements
+    best = max(count, key=lambda d: (count[d], d))
+    return {v: k for k, v in DTYPES.items()}.get(best, best.lower())
+
+
+def grid_only(tree: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that depend on how the model is cut, and on nothing else."""
+    return {
+        key: evaluate(child, grid)
+        for key, child in tree.items()
+        if isinstance(child, Expression) and (read := compile_expression(child).names) and read <= set(grid)
+    }

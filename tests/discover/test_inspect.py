@@ -1,0 +1,118 @@
+"""`engine inspect` says what a folder is, what fits and how to choose, and what is wrong with what nearly fits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import engine
+from engine.commands.main import cli
+from tests.support.terminal import ROOT
+
+FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
+
+
+def inspected(*words: object) -> str:
+    done = CliRunner().invoke(cli, ["inspect", *map(str, words)])
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+def test_mappings_that_fit_are_told_apart_by_what_no_file_says() -> None:
+    told = inspected(FIXTURES / "v2_tp2_pp2")
+    assert "2 mappings fit" in told and "internlm2, remote code" in told and "choose by target" in told
+    assert "next: engine run --mapping NAME" in told
+
+
+def test_all_says_of_each_other_mapping_why_it_does_not_fit() -> None:
+    told = inspected("--all", FIXTURES / "v1_tp2_pp2")
+    assert "(this checkpoint)" in told and "internlm-7b, internlm-chat-7b" in told
+    assert "it is for model_type INTERNLM3 or INTERNLM3_M8, this is INTERNLM" in told
+    assert "INTERNLM3" not in inspected(FIXTURES / "v1_tp2_pp2")
+
+
+def test_a_hugging_face_folder_is_told_what_can_be_done_with_it(tmp_path: Path) -> None:
+    engine.convert("internlm", FIXTURES / "v1_tp2_pp2", tmp_path / "hf")
+    told = inspected(tmp_path / "hf")
+    assert "Hugging Face checkpoint, LlamaForCausalLM, written by the engine with internlm" in told
+    assert all(f"engine {command}" in told for command in ("verify", "compare", "reverse -m internlm"))
+
+
+def test_a_folder_of_steps_says_which_are_complete(tmp_path: Path) -> None:
+    for step in ("100", "90", "iter_7"):
+        shutil.copytree(FIXTURES / "v1_tp2_pp2", tmp_path / step)
+    (tmp_path / "100" / "model_tp0_pp1.pt").unlink()
+    (tmp_path / "logs").mkdir()
+    found = engine.inspect(tmp_path)
+    assert found.kind == "steps" and found.facts["newest"] == "90"
+    assert [(s["name"], s["complete"]) for s in found.facts["steps"]] == [
+        ("iter_7", True),
+        ("90", True),
+        ("100", False),
+    ]
+    assert "rank file `model_tp0_pp1.pt` is missing" in inspected(tmp_path)
+
+
+def test_a_folder_that_is_none_of_these_names_what_there_could_be(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    done = CliRunner().invoke(cli, ["inspect", str(tmp_path)])
+    assert done.exit_code == 1 and done.stderr.startswith("E304 this folder is no checkpoint")
+    assert (
+        "notes.txt" in done.stderr
+        and "model_tp{tp}_pp{pp}.pt (internevo)" in done.stderr
+        and "--src" not in done.stderr
+    )
+
+
+def test_a_checkpoint_that_its_own_family_refuses_is_not_sent_to_write_a_mapping(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "v2_tp2_pp2", tmp_path / "step")
+    for path in (tmp_path / "step").glob("model_tp*.pt"):
+        state = {name: tensor.clone() for name, tensor in torch.load(path, weights_only=True).items()}
+        state |= {n.replace(".weight", ".bias"): t.clone() for n, t in state.items() if n.endswith("norm.weight")}
+        torch.save(state, path)
+    told = inspected(tmp_path / "step")
+    assert "it has layer norms" in told and "(E209)" in told and "engine new" not in told
+
+
+def test_experts_that_were_lost_are_named(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "step")
+    sorted((tmp_path / "step").glob("model_moe*"))[-1].unlink()
+    told = inspected(tmp_path / "step")
+    assert "wrapped_experts.3" in told and "(E207)" in told and "engine new" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "meant", "not_meant"),
+    [
+        ("internlm2-7b-chat", "Did you mean `internlm2-chat-7b`?", None),
+        ("internlm2.5-7b", "Did you mean `internlm2_5-7b`?", None),
+        ("internlm2-70b", "of other models: internlm2-7b", "Did you mean"),
+        ("families/internlm9.yaml", "of other models", "Did you mean"),
+    ],
+)
+def test_a_suggestion_never_crosses_to_another_model_silently(name: str, meant: str, not_meant: str | None) -> None:
+    with pytest.raises(engine.EngineError) as caught:
+        engine.load_mapping(name)
+    assert meant in str(caught.value) and (not_meant is None or not_meant not in str(caught.value))
+
+
+def test_a_path_where_nothing_is_lists_no_bundled_mappings(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(engine.EngineError) as caught:
+        engine.load_mapping(tmp_path / "mien.yaml")
+    told = str(caught.value)
+    assert f"Did you mean `{tmp_path / 'mine.yaml'}`?" in told and "internlm" not in told
+
+
+def test_an_empty_folder_is_an_output(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    done = CliRunner().invoke(
+        cli, ["convert", "-s", str(FIXTURES / "v1_tp2_pp2"), "-o", str(tmp_path / "hf"), "--dtype", "bf16"]
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "using mapping internlm, the only one that fits" in done.stderr
+    assert (tmp_path / "hf" / "config.json").is_file() and "hf upload" in done.stdout

@@ -1,0 +1,159 @@
+"""A saved plan's work in parts: any number of them, in any order, gives the bytes of one run."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import engine
+from engine import api
+from engine.commands.main import cli
+from engine.errors import EngineError
+from engine.run.parts import Part, share
+from engine.run.schedule import Job, Unit
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    api.save_plan(tmp_path / "plan.json", MAPPING, STEP, max_shard_size=200_000)
+    return tmp_path / "plan.json"
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> dict[str, bytes]:
+    engine.convert(MAPPING, STEP, tmp_path / "whole", max_shard_size=200_000)
+    return files(tmp_path / "whole")
+
+
+def refused(code: str, *arguments: Any) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        api.commit(*arguments)
+    assert caught.value.code == code, str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 100])
+def test_any_number_of_parts_gives_the_bytes_of_one_run(
+    count: int, plan: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    order = list(range(1, count + 1))
+    random.Random(count).shuffle(order)
+    for number in order:
+        api.part(plan, f"{number}/{count}", tmp_path / "out", workers=1)
+        assert not (tmp_path / "out").exists()
+    report = api.commit(plan, tmp_path / "out")
+    assert files(tmp_path / "out") == whole and report.content_id
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    assert not api.verify(tmp_path / "out").problems
+
+
+@pytest.mark.parametrize(("job", "options"), [("reverse", {"tp": 4}), ("reshard", {"tp": 1, "pp": 4})])
+def test_rank_files_are_written_in_parts_too(job: str, options: dict[str, Any], tmp_path: Path) -> None:
+    source = STEP
+    if job == "reverse":
+        source = tmp_path / "hf"
+        engine.convert(MAPPING, STEP, source)
+    getattr(engine, job)(MAPPING, source, tmp_path / "once", **options)
+    api.save_plan(tmp_path / "plan.json", MAPPING, source, job=job, **options)
+    for number in (2, 3, 1):
+        api.part(tmp_path / "plan.json", f"{number}/3", tmp_path / "out")
+    api.commit(tmp_path / "plan.json", tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def test_a_part_is_done_once_and_a_commit_names_what_is_missing(
+    plan: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    refused("E409", plan, out)
+    assert api.part(plan, "1/3", out) > 0 and api.part(plan, "1/3", out) == 0
+    assert api.part(plan, "3/3", out) > 0
+    assert "missing: 2" in str(refused("E409", plan, out).got)
+    assert api.part(plan, "2/3", out) > 0
+    api.commit(plan, out)
+    assert files(out) == whole
+
+
+def test_parts_of_different_numbers_or_plans_are_not_put_together(plan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    api.part(plan, "1/2", out)
+    api.part(plan, "2/3", out)
+    refused("E409", plan, out)
+    assert not out.exists()
+    api.save_plan(tmp_path / "other.json", MAPPING, STEP, dtype="float32")
+    refused("E409", tmp_path / "other.json", out)
+    assert len(api.clean(out)) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"work": 1}', b"\xff", b'{"work":"","part":[1],"outputs":{}}'])
+def test_a_damaged_marker_is_refused(damage: bytes, plan: Path, tmp_path: Path) -> None:
+    api.part(plan, "1/1", tmp_path / "out")
+    (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
+    marker.write_bytes(damage)
+    refused("E409", plan, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_part_that_is_killed_is_run_again(plan: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = "import os, sys, signal\nfrom engine.storage.sinks import SinkFiles\nwrite, left = SinkFiles.write, [12]\n"
+    script += "def writing(*a):\n    left[0] -= 1\n    left[0] or os.kill(os.getpid(), signal.SIGKILL)\n    write(*a)\n"
+    script += "SinkFiles.write = writing\nfrom engine import api\napi.part(sys.argv[1], '1/2', sys.argv[2])"
+    done = subprocess.run([sys.executable, "-c", script, str(plan), str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert "1" in str(refused("E409", plan, out))
+    api.part(plan, "2/2", out)
+    api.part(plan, "1/2", out)
+    api.commit(plan, out)
+    assert files(out) == whole
+
+
+def test_the_commands_take_the_part_from_an_array(plan: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    for number in "12":
+        array = {"SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+        done = CliRunner().invoke(cli, ["part", "--plan", str(plan), "-o", out, "--json"], env=array)
+        assert done.exit_code == 0 and '"bytes"' in done.output, done.output
+    assert CliRunner().invoke(cli, ["commit", "--plan", str(plan), "-o", out, "-q"]).exit_code == 0
+    assert files(tmp_path / "out") == whole
+
+
+def test_the_part_comes_from_slurm_or_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.api.parts import part_of
+
+    array = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "4"}
+    assert part_of("", array) == Part(1, 4)
+    assert part_of("4", {"JOB_COMPLETION_INDEX": "3"}) == Part(4, 4)
+    for text in ("", "x", "0/4", "5/4", "4"):
+        with pytest.raises(EngineError, match="E001"):
+            part_of(text, {})
+
+
+@given(st.lists(st.lists(st.integers(0, 100), max_size=6), min_size=1, max_size=5), st.integers(1, 9))
+def test_every_unit_is_in_one_part_and_parts_differ_by_a_unit_at_most(sizes: list[list[int]], count: int) -> None:
+    jobs, number = [], 0
+    for file, held in enumerate(sizes):
+        units = tuple(Unit((number + i,)) for i in range(len(held)))
+        number += len(held)
+        jobs.append(Job((file,), units, tuple(held)))
+    shares = [share(jobs, Part(k, count)) for k in range(1, count + 1)]
+    dealt = [unit for one in shares for job in one for unit in job.units]
+    assert sorted(unit.outputs for unit in dealt) == [(i,) for i in range(number)]
+    largest, total = max((size for held in sizes for size in held), default=0), sum(map(sum, sizes))
+    assert all(sum(job.nbytes for job in one) <= total / count + largest + 1 for one in shares)

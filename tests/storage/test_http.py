@@ -1,0 +1,77 @@
+"""Checkpoints behind a web server: read by ranges, listed by the page that links to them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine
+from engine.errors import EngineError
+from tests.storage.conftest import MAPPING, STEP, files
+
+pytest.importorskip("obstore", reason="the extra `store` is not installed")
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Files by ranges, and pages of folders."""
+
+    etags = True
+    listed = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return super().do_GET() if self.listed else self.send_error(403)
+        data = path.read_bytes()
+        start, end = 0, len(data)
+        if found := self.headers.get("Range", "").removeprefix("bytes="):
+            low, _, high = found.partition("-")
+            start, end = int(low), min(int(high) + 1, len(data))
+        self.send_response(206 if found else 200)
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
+        if self.etags:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
+        if found:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[start:end])
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(STEP.parent))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("etags", [True, False])
+def test_a_checkpoint_behind_a_web_server_converts(
+    etags: bool, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranges, "etags", etags)
+    engine.convert(MAPPING, STEP, tmp_path / "hf")
+    engine.convert(MAPPING, f"{web}/{STEP.name}", tmp_path / "web")
+    assert files(tmp_path / "web") == files(tmp_path / "hf")
+
+
+def test_a_web_server_is_not_written_to_and_must_list_folders(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="can only be read"):
+        engine.convert(MAPPING, STEP, f"{web}/out")
+    monkeypatch.setattr(Ranges, "listed", False)
+    with pytest.raises(EngineError) as caught:
+        engine.plan(MAPPING, f"{web}/{STEP.name}")
+    assert caught.value.code in ("E304", "E305")

@@ -1,0 +1,32 @@
+"""Parts that write to an object store: whole files each, seen as an output only when they are committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import engine
+from engine import api
+from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
+from tests.support.object_server import Asked
+
+
+def test_parts_in_a_store_give_the_bytes_of_one_run(bucket: Bucket, tmp_path: Path) -> None:
+    engine.convert(MAPPING, STEP, tmp_path / "hf", max_shard_size=100_000)
+    step, out, plan = bucket.upload(STEP, "step"), f"{bucket.url}/hf", tmp_path / "plan.json"
+    api.save_plan(plan, MAPPING, step, max_shard_size=100_000)
+    for which in ("3/3", "1/3"):
+        assert api.part(plan, which, out) > 0
+    begun: list[str] = []
+
+    def begins(one: Asked) -> None:
+        if one.method == "POST" and "uploads" in one.path:
+            begun.append(one.path)
+
+    bucket.proxy.spoil = begins
+    assert api.part(plan, "3/3", out) == 0 and not begun
+    assert "missing: 2" in str(refused("E409", lambda: api.commit(plan, out)).got)
+    assert not {"conversion.json", "config.json"} & bucket.contents("hf").keys()
+    assert api.part(plan, "2/3", out) > 0
+    api.commit(plan, out)
+    assert bucket.contents("hf") == files(tmp_path / "hf") and not pending(bucket)
+    refused("E401", lambda: api.part(plan, "1/3", out))
