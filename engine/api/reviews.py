@@ -301,7 +301,11 @@ def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
     from engine.language.search import kind_of, list_names
     from engine.proving.lint import lint_file
 
-    names = [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) == "mapping"] if paths else list_names()
+    names = (
+        [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) not in ("layout", "meaning")]
+        if paths
+        else list_names()
+    )
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from engine.errors import EngineError
 
+_MOST_ENTRIES = 20_000  # files and folders that are looked at for mappings
+
 
 def bundled(folder: str) -> Path:
     """A data folder of the package; in a checkout it lies beside `engine/`."""
@@ -134,22 +136,37 @@ def list_names() -> list[str]:
 
 
 def rule_files(folder: Path) -> list[Path]:
-    """Every mapping and layout below a folder, hidden ones aside; E002 when there is none."""
-    found = sorted(p for p in folder.rglob("*.y*ml") if not any(x.startswith(".") for x in p.relative_to(folder).parts))
-    found = [path for path in found if kind_of(path) != "meaning"]
+    """Every mapping and layout below a folder, hidden ones aside.
+
+    Raises:
+        EngineError: E002 where there is none, E001 for a folder with far more in it than mappings.
+    """
+    found: list[Path] = []
+    seen = 0
+    for above, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        seen += len(folders) + len(names)
+        if seen > _MOST_ENTRIES:
+            raise EngineError("E001", f"`{folder}` holds more than {_MOST_ENTRIES:,} files and folders",
+                              expected="a folder of mappings", fix="Give the folder that holds them.")  # fmt: skip
+        paths = [Path(above, name) for name in sorted(names) if name.endswith((".yaml", ".yml")) and name[0] != "."]
+        found += [path for path in paths if kind_of(path) in ("mapping", "layout")]
     if not found:
         raise EngineError("E002", f"there are no mappings below `{folder}`", fix="Give a folder with YAML files.")
     return found
 
 
 def kind_of(path: Path) -> str:
-    """What a YAML file is, by its first key of these: `mapping`, `layout` or `meaning`; a broken one is a mapping."""
+    """What a YAML file is, by its keys: `mapping` (however broken), `layout`, `meaning`, or nothing of these."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            found = re.search(r"^(mapping|layout|meaning):", file.read(1 << 16), re.MULTILINE)
+            text = file.read(1 << 16)
     except OSError:
-        return "mapping"
-    return found[1] if found is not None else "mapping"
+        return ""
+    found = re.search(r"^(mapping|layout|meaning):", text, re.MULTILINE)
+    if found is None:
+        return "mapping" if re.search(r"^(rules|extends):", text, re.MULTILINE) else ""
+    return found[1]
 
 
 def shown(path: Path) -> str:
