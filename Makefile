@@ -5,7 +5,7 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
-.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings targets lock
+.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings targets score lock
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ wheel: setup
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 	@ls dist/*.whl
 
+# Tries every mutant and careless edit of every family, and writes docs/mutation-score.md; it takes an hour.
+score: setup
+	$(BIN)/python -m tests.score --write
+
 # Takes anew what transformers' classes know, which `engine lint` asks.
 targets: setup
 	$(BIN)/python -m engine.proving.targets
@@ -58,6 +62,7 @@ meanings: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.stores
 
 # Measures how time grows, and draws it to benchmarks/*.svg; the one target that needs matplotlib.
 plots: setup
@@ -76,6 +81,7 @@ soak: setup
 	$(BIN)/python -m tests.slurm
 	ALL_ATTACKS=1 ALL_PEERS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/test_benchmarks.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
+	$(BIN)/python -m tests.score
 
 # Programs of others on converted folders, each in an environment of its own; writes docs/clients.md. TOKENIZERS=DIR adds
 # the releases' own tokenizers, OFFICIAL_CODE=DIR InternLM2's official classes.

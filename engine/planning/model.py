@@ -146,7 +146,8 @@ class Plan:
     def __repr__(self) -> str:
         """One line: what of which checkpoint comes to what. Its fields are the whole plan."""
         ranks = " × ".join(f"{name} {size}" for name, size in self.grid.sizes.items())
+        files = f"{len(self.shards):,} file{'' if len(self.shards) == 1 else 's'}"
         return (
             f"<Plan of {self.mapping.name} {self.mapping.version}: {self.folder!r} ({ranks or 'one rank'}) to "
-            f"{len(self.outputs):,} tensors, {self.nbytes:,} bytes in {len(self.shards):,} files>"
+            f"{len(self.outputs):,} tensors, {self.nbytes:,} bytes in {files}>"
         )

@@ -128,8 +128,8 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
     sides = [one if isinstance(one, Mapping) else {} for one in (before, after)]
     usual = [side.get("gives", {}) for side in sides]
     rows = [side.get("otherwise", {}) for side in sides]
-    alike = [{*side.get("otherwise", {}), *side.get("no difference", ())} for side in sides]
-    for given in ["", *(name for name in dict.fromkeys([*rows[0], *rows[1]]) if all(name in one for one in alike))]:
+    # What only one of them reads changes nothing in the other.
+    for given in ["", *dict.fromkeys([*rows[0], *rows[1]])]:
         both = [{**usual[i], **(rows[i].get(given, {}) if given else {})} for i in (0, 1)]
         for name in dict.fromkeys([*both[0], *both[1]]):
             if not name.startswith("size "):
@@ -172,10 +172,12 @@ def _tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingF
 
 
 def _entries(meaning: Meaning) -> Iterator[dict[str, Any]]:
+    ranks = meaning.get("ranks")
+    ranks = ranks if isinstance(ranks, Mapping) else {}
     for key, entry in meaning.get("tensors", {}).items():
         target, source, when = parts_of(key)
         allowed = dict(one.split("=") for one in when.split(", ")) if when else {}
-        held = meaning.get("ranks", {}).get(key)
+        held = ranks.get(key)
         yield {
             **entry,
             "ranks": held,

@@ -19,12 +19,14 @@ from engine.proving.holdings import parts_of
 from engine.proving.meaning import VERSION, flat, meaning_of, text_of, tree
 from engine.proving.meaning import Path as KeyPath
 from engine.proving.proof import Check, Failure, check_of
+from engine.proving.readings import LEAST
 from engine.storage.replacing import write_file
 
 MEANING = "meaning"
 FOLDER = "meanings"
 GONE = "(not there)"
 RANKS = "ranks of "
+_MODEL = ("tensors", "ranks", "layers", "reading", "writing", "variants", "divided evenly", "refused")
 _START = b"# What this mapping means"
 _HEAD = """\
 # What this mapping means, written by `engine prove --write-meaning`. Read its diff: it is what an edit comes to.
@@ -140,8 +142,20 @@ def check_meaning(mapping: MappingFile) -> Check:
         failures.insert(0, Failure("no meaning of its own is committed; --write-meaning writes it", str(mapping.place)))
     elif inherits and failures:
         told = f"none is committed of its own, and what it means is not what {file} means"
+        other = [{path: value for path, value in one.items() if _is_model(path)} for one in (then, now)]
+        # Another default, tokenizer or size is what a release is for; another place of a tensor is not.
+        if wrong := differences(mapping, other[0], other[1]):
+            wrong.append(Failure("if that is right, commit its own with --write-meaning", str(mapping.place)))
+            return check_of(MEANING, told, wrong)
         return Check(MEANING, None, told, tuple(failures))
     return check_of(MEANING, f"{len(now)} facts are as {file} had them when it was checked", failures)
+
+
+def _is_model(path: KeyPath) -> bool:
+    """Whether a fact says what the model is, whatever its release, options and neighbours."""
+    row = path[2] if len(path) > 2 else ""
+    of_options = row == LEAST or row.startswith("options.") or path[1:] == ("no difference",)
+    return path[0] in _MODEL and not of_options
 
 
 def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> list[Failure]:

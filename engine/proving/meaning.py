@@ -36,7 +36,7 @@ _SAID = frozenset((
 ))  # fmt: skip
 _ORDER = (
     "about", "release", "options", "variants", "divided evenly", "sizes", "tensors", "layers", "ranks", "ignored",
-    "refused", "reading", "writing", "keys", "tokenizer", "generation_config.json", "chat",
+    "refused", "tensors there", "reading", "writing", "keys", "tokenizer", "generation_config.json", "chat",
 )  # fmt: skip
 # What where tensors lie and what is read depend on; options only matter to the latter.
 _SHARED = ("rules", "dims", "even", "variants", "config", "training_config", "keys", "source", "target")

@@ -43,6 +43,21 @@ def divisors_of(expression: Expression) -> frozenset[str]:
     return frozenset(path for one in every for path in _paths(one.right))
 
 
+def quotients_of(expression: Expression) -> list[tuple[str, str]]:
+    """Which names are divided by which, exactly."""
+    tree = compile_expression(expression).tree
+    every = [*tree.find_all(nodes.Div), *([tree] if isinstance(tree, nodes.Div) else [])]
+    return [(a, b) for one in every for a in _paths(one.left) for b in _paths(one.right)]
+
+
+def plain_name(expression: Expression) -> str | None:
+    """The one name that an expression is, or is where it is there."""
+    tree: nodes.Node = compile_expression(expression).tree
+    if isinstance(tree, nodes.Filter) and tree.name == "default" and tree.node is not None:
+        tree = tree.node
+    return tree.name if isinstance(tree, nodes.Name) else None
+
+
 def _compares(tree: nodes.Compare) -> Iterator[nodes.Compare]:
     yield tree
     yield from tree.find_all(nodes.Compare)

@@ -16,21 +16,37 @@ from engine.language.expressions import OMIT, compile_expression, evaluate
 from engine.language.keys import Key, find_key
 from engine.language.model import Expression, Layout
 from engine.language.model import Mapping as MappingFile
+from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.config_keys import as_declared, declared, leaves, read_config, source_side, target_side
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
-from engine.proving.probes import Given, Outcome, constants, divisors_of, name_of, others, scenarios, table, unusual
+from engine.proving.probes import (
+    Given,
+    Outcome,
+    constants,
+    divisors_of,
+    name_of,
+    others,
+    plain_name,
+    quotients_of,
+    scenarios,
+    table,
+    unusual,
+)
 from engine.proving.tiny import World, Worlds, of_files, training_names
 
+LEAST = "nothing but what is needed, and no option set"
 _WORSE = ("refused", "no value", "read off")
-_GRID = {"dtype": "torch.bfloat16", "chunks": 1}
+_GIVEN = 40  # a size that a user's config.json gives
 
 
 def readings(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> dict[str, Any]:
     """Both tables of a mapping; `world` gives sizes that agree."""
     forth = _Forth(mapping, layout, worlds, world)
     found = {"reading": _table(forth)}
+    if asked := sorted({p for one in _forth_expressions(mapping) for p in compile_expression(one).patterns}):
+        found["tensors there"] = _presence(mapping, asked)
     if mapping.training_config:
         found["writing"] = _table(_Back(mapping, layout, world, forth))
     return found
@@ -42,6 +58,7 @@ def _table(side: _Forth | _Back) -> dict[str, Any]:
     compared = constants(every, side.closure)
     options = side.mapping.options
     tried: dict[str, Sequence[Any]] = {}
+    grid = grid_of(side.layout)
     for path, usual in base.items():
         kind, _, name = path.partition(".")
         if kind == "options" and not name.startswith("."):
@@ -49,8 +66,10 @@ def _table(side: _Forth | _Back) -> dict[str, Any]:
             tried[path] = [c for c in option.choices or () if c != usual] if option.choices else [option.default]
         elif kind in ("tensors", "choice"):
             tried[path] = [choice for choice in side.mapping.variants[name].choices if choice != usual]
-        elif path in _GRID:
-            tried[path] = ["torch.float32"] if path == "dtype" else [2]
+        elif path in grid:
+            tried[path] = grid[path][1:]
+        elif kind == "given":
+            tried[path] = [_GIVEN]
         else:
             tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path)])
     few = {
@@ -62,6 +81,22 @@ def _table(side: _Forth | _Back) -> dict[str, Any]:
     together = [side.closure_of(expression) & base.keys() for expression in every]
     listed = [(name_of(one), one) for one in scenarios(base, tried, together, few)]
     return table(base, side.run, [*side.whole(), *listed])
+
+
+def _presence(mapping: MappingFile, asked: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Which choices the tensors show that expressions ask for: with all of them, all but one, and one alone."""
+    found: dict[str, dict[str, str]] = {}
+    sets = [("all", set(asked)), *((f"without {p}", set(asked) - {p}) for p in asked)]
+    for name, there in [*sets, *((f"only {p}", {p}) for p in asked)]:
+        shown: dict[str, str] = {}
+        for variant in of_files(mapping):
+            try:
+                names = {"present": there.__contains__}
+                shown[variant] = decide({variant: mapping.variants[variant]}, {}, names)[variant].choice
+            except EngineError as error:
+                shown[variant] = f"refused: {error.code}"
+        found[name] = shown
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +139,12 @@ class _Forth:
     def base(self) -> dict[str, Any]:
         """Every key that is read, with a value that tells it from the others; options likewise."""
 
-        names = {**self.world.config, **self.world.choices, **self.world.sizes, **_GRID, "options": {}}
+        grid = {name: values[0] for name, values in grid_of(self.layout).items()}
+        names = {**self.world.config, **self.world.choices, **self.world.sizes, **grid, "options": {}}
         written = dict(leaves(render_known(self.mapping.training_config, names)))
         sized = {p for e in self.mapping.dims.values() for p in compile_expression(e).paths}
+        direct = {path: self.world.sizes[d] for d, e in self.mapping.dims.items()
+                  if d in self.world.sizes and (path := plain_name(e)) is not None}  # fmt: skip
         base: dict[str, Any] = {}
         paths = sorted({path for one in self.expressions() for path in compile_expression(one).paths})
         number = 0
@@ -114,15 +152,24 @@ class _Forth:
             root = path.split(".")[0]
             if root in self.own() or root == "options":
                 continue
+            if root == "given":
+                base[path] = OMIT
+                continue
+            if path in grid:
+                base[path] = grid[path]
+                continue
             key = find_key(self.keys, path)
             types = () if key is None else key.limits.types
-            if path in sized and path in written:
+            fits = path in written and (key is None or key.limits.fits(written[path]))
+            if path in direct:
+                base[path] = direct[path]
+            elif path in sized and fits:
                 base[path] = written[path]
-            elif "integer" in types and path not in written:
-                base[path] = 3 + number
+            elif "integer" in types and not fits:
+                base[path] = 8192 + number
             elif "number" in types and path not in sized:
                 base[path] = unusual(number, key)
-            elif path in written:
+            elif fits:
                 base[path] = written[path]
             else:
                 base[path] = OMIT
@@ -150,7 +197,7 @@ class _Forth:
         needed = _needed(self, base)
         free = {path: OMIT for path in base if path not in needed and "." not in path}
         free |= {f"options.{name}": option.default for name, option in self.mapping.options.items()}
-        return [("nothing but what is needed, and no option set", free)]
+        return [(LEAST, free)]
 
     def run(self, given: Given) -> dict[str, Any]:
         try:
@@ -161,7 +208,9 @@ class _Forth:
     def _run(self, given: Given) -> dict[str, Any]:
         mapping = self.mapping
         options = {p.partition(".")[2]: v for p, v in given.items() if p.startswith("options.") and v is not OMIT}
-        plain = {p: v for p, v in given.items() if not p.startswith(("options.", "tensors.", "training."))}
+        grid = grid_of(self.layout)
+        apart = ("options.", "tensors.", "training.", "given.")
+        plain = {p: v for p, v in given.items() if not p.startswith(apart) and p not in grid}
         training = {p.partition(".")[2]: v for p, v in given.items() if p.startswith("training.")}
         config = read_config(nested(plain), source_side(mapping, self.layout)).config
         shown = {p.partition(".")[2]: v for p, v in given.items() if p.startswith("tensors.")}
@@ -169,6 +218,8 @@ class _Forth:
         if used is None:
             return {"refused": "no set of tensors shows it"}
         names: dict[str, Any] = {**config, "options": options_of(mapping, options), "training": nested(training)}
+        names["given"] = nested({p.partition(".")[2]: v for p, v in given.items() if p.startswith("given.")})
+        names |= {p: v for p, v in given.items() if p in grid}
         names["present"] = present_in(training_names(used))
         choices = {name: decision.choice for name, decision in decide(mapping.variants, {}, names).items()}
         open_ = {name: self.world.choices[name] for name in mapping.variants if name not in choices}
@@ -213,6 +264,7 @@ class _Back:
         made = self.forth.run(self.forth.base())
         config = {p.removeprefix("config.json "): v for p, v in made.items() if p.startswith("config.json ")}
         read = {path for one in self.expressions() for path in compile_expression(one).paths}
+        grid = grid_of(self.layout)
         base: dict[str, Any] = {}
         for path in sorted(read):
             root = path.split(".")[0]
@@ -220,8 +272,10 @@ class _Back:
                 base[f"choice.{root}"] = self.world.choices[root]
             elif root == "options":
                 base[path] = self.mapping.options[path.partition(".")[2]].default
-            elif path in _GRID:
-                base[path] = _GRID[path]
+            elif path in grid:
+                base[path] = grid[path][0]
+            elif root == "given":
+                base[path] = OMIT
             elif root not in self.world.sizes:
                 base[path] = config.get(path, OMIT)
         return base
@@ -230,7 +284,15 @@ class _Back:
         return []
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
-        return []
+        """Sizes whose quotient loses its last unit when it is multiplied again."""
+        base = self.base()
+        found: dict[str, dict[str, Any]] = {}
+        for one in self.expressions():
+            for above, below in quotients_of(one):
+                if isinstance(base.get(above), int) and isinstance(base.get(below), int):
+                    given = dict(zip((above, below), _inexact(base[below]), strict=True))
+                    found[name_of(given)] = given
+        return list(found.items())
 
     def run(self, given: Given) -> Outcome:
         try:
@@ -239,12 +301,15 @@ class _Back:
             return {"refused": f"{error.code} {error.message}"}
 
     def _run(self, given: Given) -> dict[str, Any]:
-        plain = {p: v for p, v in given.items() if not p.startswith(("choice.", "options.")) and p not in _GRID}
+        grid = grid_of(self.layout)
+        apart = ("choice.", "options.", "given.")
+        plain = {p: v for p, v in given.items() if not p.startswith(apart) and p not in grid}
         config = read_config(nested(plain), target_side(self.mapping)).config
         options = {p.partition(".")[2]: v for p, v in given.items() if p.startswith("options.")}
         names: dict[str, Any] = {**config, "options": options_of(self.mapping, options), **self.world.sizes}
         names |= {p.partition(".")[2]: v for p, v in given.items() if p.startswith("choice.")}
-        names |= {p: v for p, v in given.items() if p in _GRID}
+        names |= {p: v for p, v in given.items() if p in grid}
+        names["given"] = nested({p.partition(".")[2]: v for p, v in given.items() if p.startswith("given.")})
         made = {key: _value(tree, names) for key, tree in self.mapping.training_config.items()}
         kept = {key: value for key, value in made.items() if value is not OMIT}
         kept = as_declared(kept, declared(self.mapping, self.layout, "source"))
@@ -255,6 +320,22 @@ def _forth_expressions(mapping: MappingFile) -> list[Expression]:
     variants = [dict(v.choices) for v in mapping.variants.values()]
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     return list(expressions_of([dict(mapping.dims), variants, mapping.config, dict(remote)]))
+
+
+def _inexact(least: int) -> tuple[int, int]:
+    """Two whole numbers whose quotient, times the second, is rounded down to less than the first."""
+    pairs = ((a, b) for b in range(least, least + 200) for a in range(b + 1, 3 * b) if int(b * (a / b)) != a)
+    return next(pairs, (least, least))
+
+
+def grid_of(layout: Layout) -> dict[str, list[Any]]:
+    """What expressions see of the grid of ranks → its usual value, and others."""
+    dims = {dim for mode in layout.modes for file in mode.files for dim in pattern(file.name).placeholders}
+    found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 2], "layers": [4, 6]}
+    found["mode"] = [mode.name for mode in layout.modes]
+    found["model_type"] = ["ONE", "OTHER"]
+    found |= {name: list(variant.choices) for name, variant in layout.layers.variants.items()}
+    return found | {f"{dim}s": [2 + number, 8 + number] for number, dim in enumerate(sorted(dims))}
 
 
 def _needed(side: _Forth, base: Given) -> set[str]:

@@ -217,7 +217,7 @@ def settle(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Sizes and config.json that agree: what `dims` make of the configuration they give."""
     present = present_in(training_names(used))
-    options = options_of(mapping, {})
+    options = {name: value for name, value in options_of(mapping, {}).items() if value is not None}
     fixed = {"options": options, "present": present, "training": {}, "given": {}, **choices}
     current = dict(sizes)
     config: dict[str, Any] = {}

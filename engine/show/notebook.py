@@ -43,7 +43,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _told(key: str, value: Any) -> str:
-    if key == "bytes" and isinstance(value, int):
+    if key in ("bytes", "predicted_memory") and isinstance(value, int):
         return amount(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_told('', item)}" for name, item in value.items())
@@ -80,4 +80,4 @@ def _repr_html_(self: Any) -> str:
 
     facts = self.as_dict() if hasattr(self, "as_dict") else describe_plan(self)
     told = repr(self)
-    return as_html(told if len(told) < _LONGEST else type(self).__name__, facts)
+    return as_html(told.strip("<>") if len(told) < _LONGEST else type(self).__name__, facts)

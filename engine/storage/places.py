@@ -48,6 +48,11 @@ def store_options(options: Mapping[str, str] | None = None, window: int | None =
 Source = str | Path | Store  # where a checkpoint lies: a path or URL as a user gave it, or a store that a program has
 
 
+def options_now() -> tuple[dict[str, str], int]:
+    """What `store_options` was given, to be given again in another process."""
+    return dict(_options), _window
+
+
 def store_at(place: Source, what: str) -> Store:
     """The store at a path or URL as a user gave it; E001 for one that names nothing.
 

@@ -15,7 +15,7 @@ from engine.commands.main import cli
 from engine.language.axes import parse_axes
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
-from engine.proving.committed import check_meaning, committed_text, path_of
+from engine.proving.committed import check_meaning, committed_text, path_of, write_meaning
 from engine.proving.matrix import cases, combinations_of, rows
 from engine.proving.mutants import mutants_of, reordered, try_mutants
 from engine.proving.proof import Proof
@@ -266,13 +266,24 @@ def test_beside_committed_meanings_a_mapping_without_one_fails(tmp_path: Path) -
     assert not check.holds and "no meaning of its own is committed" in check.failures[0].message
 
 
-def test_a_child_that_means_something_else_is_open_and_says_in_what(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(
-        "mapping: 1\nname: mine\nversion: 1.0.0\nextends: families/meta-llama.yaml\nconfig: {rms_norm_eps: 1.0e-3}\n"
-    )
-    check = check_meaning(load_mapping(tmp_path / "mine.yaml"))
+def child(folder: Path, more: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(f"mapping: 1\nname: mine\nversion: 1.0.0\nextends: families/meta-llama.yaml\n{more}\n")
+    return path
+
+
+def test_a_child_of_other_defaults_is_open_and_says_in_what(tmp_path: Path) -> None:
+    check = check_meaning(load_mapping(child(tmp_path, "options: {max_position_embeddings: {default: 8192}}")))
     assert check.holds is None
-    assert any("config.json rms_norm_eps: 0.001" in failure.message for failure in check.failures)
+    assert any("max_position_embeddings: 8192" in failure.message for failure in check.failures)
+
+
+def test_a_child_that_is_another_model_fails_until_its_own_meaning_is_committed(tmp_path: Path) -> None:
+    path = child(tmp_path, "config: {rms_norm_eps: 1.0e-3}")
+    check = check_meaning(load_mapping(path))
+    assert not check.holds and any("config.json rms_norm_eps: 0.001" in f.message for f in check.failures)
+    write_meaning(path)
+    assert check_meaning(load_mapping(path)).holds
 
 
 def test_a_meaning_is_written_beside_a_mapping_and_then_holds(tmp_path: Path) -> None:

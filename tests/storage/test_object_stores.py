@@ -109,7 +109,7 @@ def test_every_byte_is_read_once_in_large_requests(bucket: Bucket, tmp_path: Pat
         report = engine.convert(MAPPING, step, f"{bucket.url}/hf")
     data = [one for one in bucket.proxy.gets("model_tp") if one.range]
     read = sum(one.sent for one in data)
-    assert read <= 1.02 * report.bytes + (512 << 10)  # and the headers
+    assert read <= 1.02 * report.bytes + (2 << 20)  # and the headers, and samples of what ranks hold
     assert len(data) <= 60, [one.range for one in data]
     assert bucket.contents("hf") == files(tmp_path / "hf")
 

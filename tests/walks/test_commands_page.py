@@ -23,7 +23,7 @@ def examples() -> list[tuple[str, list[str]]]:
     found = []
     for block in re.findall(r"^```console\n\$ (engine .*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
         command, *lines = block.rstrip().split("\n")
-        if command.split()[1] in RUN:
+        if command.split()[1] in RUN and not any(line.startswith("$ ") for line in lines):
             found.append((command, [line for line in lines if line not in ("", "…")]))
     order = [command for command, _ in found if not command.startswith("engine inspect hf")]
     return sorted(found, key=lambda one: order.index(one[0]) if one[0] in order else len(order))
