@@ -62,6 +62,7 @@ meanings: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.stores
 
 # Measures how time grows, and draws it to benchmarks/*.svg; the one target that needs matplotlib.
 plots: setup
