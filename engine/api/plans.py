@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -9,7 +10,7 @@ from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
-from engine.planning.request import AnyOptions, RankOptions, Request, ReverseOptions, WholeOptions, request_of
+from engine.planning.request import AnyOptions, Request, ReshardOptions, ReverseOptions, WholeOptions, request_of
 from engine.run.execute import read_checkpoint
 from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
@@ -52,15 +53,40 @@ def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpa
 
 
 @displayed
-def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[RankOptions]) -> Plan:
+def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReshardOptions]) -> Plan:
     """Compile what `reshard` would do. Arguments as for `reshard`."""
     return planned(request_of(mapping, src, options, "reshard"))
 
 
 def planned(asked: Request) -> Plan:
     """The plan of a request, whatever it reads and writes."""
+    if asked.to is not None:
+        return planned(_between(asked, asked.to))
     loaded, layout = _rules(asked)
     return _compiled(asked, loaded, layout, _read(asked, layout))
+
+
+def _between(asked: Request, to: str | Path) -> Request:
+    """The request that writes by one mapping what another reads: its source is the files that a run would write.
+
+    Settings go to the mapping that has them, and to both where both do.
+    """
+    from engine.assets.bundle import as_json
+    from engine.run.execute import Small
+    from engine.serve.virtual import VirtualFolder
+
+    known = [
+        {*mapping.options, *mapping.variants, *layout.options, *layout.layers.variants}
+        for mapping, layout in (_rules(asked), _rules(replace(asked, mapping=to)))
+    ]
+    first, second = (
+        {name: value for name, value in asked.settings.items() if name in mine or name not in other}
+        for mine, other in (known, known[::-1])
+    )
+    whole = planned(Request(asked.mapping, asked.src, config=asked.config, settings=first))
+    folder = VirtualFolder(whole, lambda: Small({"config.json": as_json(whole.config)}))
+    second = {name: value for name, value in second.items() if name in known[1]}
+    return replace(asked, mapping=to, src=folder.store, reads="whole", config=None, settings=second, to=None)
 
 
 def _read(asked: Request, layout: Layout) -> Checkpoint:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse
 from engine.language.model import Mapping as MappingFile
-from engine.planning.request import RankOptions, ReverseOptions, WholeOptions, keywords
+from engine.planning.request import ReshardOptions, ReverseOptions, WholeOptions, keywords
 from engine.run.execute import Report, Small, execute
 from engine.run.running import (
     ConvertOptions,
@@ -102,14 +102,20 @@ def reshard(
     >>> reshard("internlm2-7b", "ckpt/1000", "tp4", tp=4)  # doctest: +SKIP
     Report(out=PosixPath('tp4'), tensors=908, …)
 
-    Ranks, chunks and mode that are not given are as in `like`, else as in `src`. Arguments as for `reverse`.
+    Ranks, chunks and mode that are not given are as in `like`, else as in `src`. Other arguments as for `reverse`.
+
+    Args:
+        to: the mapping that writes, for rank files of another framework; `mapping` reads. Both have the same Hugging
+            Face checkpoint in between, which is read from the source and never written.
+
+    >>> reshard("internlm2-7b", "ckpt/1000", "dcp", to="transformers", ranks={"dp": 8})  # doctest: +SKIP
 
     Raises:
         EngineError: as for `reverse`.
     """
     started = time.monotonic()
     how = running_of(options, ReshardRunOptions)
-    return _write(plan_reshard(mapping, src, **keywords(options, RankOptions)), str(src), out, how, started)
+    return _write(plan_reshard(mapping, src, **keywords(options, ReshardOptions)), str(src), out, how, started)
 
 
 @displayed

@@ -194,16 +194,18 @@ def reverse(as_json: bool, /, **options: Any) -> None:
 @click.command()
 @rank_options
 @writing_options
-@asks("src")
+@asks("src", "to")
 @reports_errors
 def reshard(as_json: bool, /, **options: Any) -> None:
     """Write a training checkpoint for other ranks.
 
-    What is not given stays as it is, or is as in --like.
+    What is not given stays as it is, or is as in --like. With --to, another
+    mapping writes: rank files of another framework.
 
     \b
-    Example:
+    Examples:
       engine reshard -m internlm2-7b -s ckpt/20000 -o tp6 --tp 6
+      engine reshard -m internlm2-7b -s ckpt/20000 --to transformers -o dcp --ranks dp=8
     """
     write(as_json, "reshard", **options)
 

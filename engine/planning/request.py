@@ -55,6 +55,7 @@ class Request:
         mode: a mode of the layout to write, or an alias.
         like: a training checkpoint whose mode, ranks, names and variants to copy.
         lossy: rules that do not invert and are written all the same.
+        to: the mapping that writes, where it is not the one that reads: rank files of another framework.
 
     Raises:
         EngineError: E001 for a value that cannot be asked for.
@@ -112,6 +113,11 @@ class Request:
         metadata=option("Write a rule that does not invert all the same; may be repeated.", "texts", metavar="RULE"),
     )
 
+    to: str | Path | None = field(
+        default=None,
+        metadata=option("The mapping that writes, for the rank files of another framework.", metavar="FILE|NAME"),
+    )
+
     def __post_init__(self) -> None:
         for name, read in (("dtype", dtype_name), ("max_shard_size", parse_size)):
             try:
@@ -155,6 +161,12 @@ class ReverseOptions(RankOptions, total=False):
     lossy: Sequence[str]
 
 
+class ReshardOptions(RankOptions, total=False):
+    """Keywords of what plans rank files from rank files."""
+
+    to: str | Path | None
+
+
 class AnyOptions(ReverseOptions, total=False):
     """Keywords of whatever plans something."""
 
@@ -179,7 +191,7 @@ class Job:
 JOBS = {
     "run": Job("training", "whole", WholeOptions),
     "reverse": Job("whole", "training", ReverseOptions),
-    "reshard": Job("training", "training", RankOptions),
+    "reshard": Job("training", "training", ReshardOptions),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from engine.errors import EngineError
 from engine.planning.given import parse_size
-from engine.planning.request import RankOptions, ReverseOptions, WholeOptions, check_keywords, option, own
+from engine.planning.request import ReshardOptions, ReverseOptions, WholeOptions, check_keywords, option, own
 from engine.run.meter import Progress
 
 
@@ -87,7 +87,7 @@ class ReverseRunOptions(ReverseOptions, RunOptions, total=False):
     """Keywords of `reverse`."""
 
 
-class ReshardRunOptions(RankOptions, RunOptions, total=False):
+class ReshardRunOptions(ReshardOptions, RunOptions, total=False):
     """Keywords of `reshard`."""
 
 

@@ -1,0 +1,41 @@
+"""Rank files of one framework become those of another: the Hugging Face checkpoint in between is never written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engine
+from tests.support.shards import same
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+
+
+@pytest.mark.parametrize("fixture", ["v2_tp2_pp2", "e052_v2_tp2_pp1_mult64"])
+def test_rank_files_of_internevo_become_a_distributed_checkpoint_and_come_back_bit_for_bit(
+    fixture: str, tmp_path: Path
+) -> None:
+    source = FIXTURES / fixture
+    engine.reshard("families/internlm2.yaml", source, tmp_path / "dcp", to="transformers", ranks={"dp": 3})
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 3
+    engine.convert("families/internlm2.yaml", source, tmp_path / "direct")
+    engine.convert("transformers", tmp_path / "dcp", tmp_path / "hf")
+    same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "direct" / "model.safetensors"))
+    engine.reshard("transformers", tmp_path / "dcp", tmp_path / "back", to="families/internlm2.yaml", like=source)
+    for path in source.glob("model_tp*.pt"):
+        same(torch.load(tmp_path / "back" / path.name, weights_only=True), torch.load(path, weights_only=True))
+
+
+def test_settings_go_to_the_mapping_that_has_them(tmp_path: Path) -> None:
+    source = FIXTURES / "v2_tp4_pp1_nohf"
+    letters = {"mlp_letters": "w2_is_down", "under": "model"}
+    engine.reshard("families/internlm2.yaml", source, tmp_path / "dcp", to="transformers", settings=letters)
+    engine.convert("transformers", tmp_path / "dcp", tmp_path / "hf")
+    engine.convert("families/internlm2.yaml", source, tmp_path / "direct", settings={"mlp_letters": "w2_is_down"})
+    same(load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "direct" / "model.safetensors"))
+    with pytest.raises(engine.EngineError, match="nowhere"):
+        engine.reshard("families/internlm2.yaml", source, tmp_path / "x", to="transformers", settings={"nowhere": 1})
+    assert not (tmp_path / "x").exists()
