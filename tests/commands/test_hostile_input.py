@@ -18,6 +18,7 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.storage.local import LocalStore
 from tests.attacks.values import ARGUMENTS, mutated
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
@@ -73,7 +74,7 @@ def test_no_manifest_breaks_verify_or_overwriting(made: Path, tmp_path: Path) ->
 
     for _, raw in mutated({"manifest": 1, "files": {"a": "0"}, "tensors": {"t": {"file": "b"}}}):
         (out / "conversion.json").write_bytes(raw)
-        assert foreign(out) is not None
+        assert foreign(LocalStore(out)) is not None
 
 
 def test_no_saved_plan_breaks_run(made: Path, tmp_path: Path) -> None:
