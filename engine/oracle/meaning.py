@@ -16,8 +16,8 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration flattened, with null as good as absent and the spellings of transformers 4 as those of 5.
 
     >>> plain_config({"rope_theta": 5000, "rope_scaling": {"type": "linear", "factor": 2}, "torch_dtype": "float16"})
-    {'rope_parameters.rope_type': 'linear', 'rope_parameters.factor': 2, 'rope_parameters.rope_theta': 5000, \
-'dtype': 'float16'}
+    {'dtype': 'float16', 'rope_parameters.rope_type': 'linear', 'rope_parameters.factor': 2, \
+'rope_parameters.rope_theta': 5000}
     """
     values = {key: value for key, value in config.items() if key not in _BESIDE and value is not None}
     rope: dict[str, Any] = {}

@@ -178,7 +178,7 @@ def _misspelt(name: str) -> str:
     """A name with its longest word spelt wrongly.
 
     >>> _misspelt("layers.{layer}.attention.wo.{param}")
-    'layers.{layer}.attentoin.wo.{param}'
+    'layers.{layer}.attetnion.wo.{param}'
     """
     word = max(re.findall(r"(?<![{\w])[A-Za-z_0-9]+(?![}\w])", name), key=len)
     middle = len(word) // 2 + 1

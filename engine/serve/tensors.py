@@ -192,6 +192,8 @@ def _expanded(index: Any, dims: int) -> list[int | slice]:
     given = list(index) if isinstance(index, tuple) else [index]
     if not all(one is ... or type(one) is int or isinstance(one, slice) for one in given):
         raise TypeError(f"only integers, slices and ... can be indices, not {index!r}"[:200])
+    if given.count(...) > 1:
+        raise IndexError("an index can have one ...")
     at = given.index(...) if ... in given else len(given)
     before, after = given[:at], [one for one in given[at:] if one is not ...]
     if len(before) + len(after) > dims:

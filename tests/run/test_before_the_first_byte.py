@@ -162,6 +162,7 @@ def test_an_output_that_is_in_the_way_is_told_before_the_tokenizer_is_read(
     source: Path, tmp_path: Path, tokenizers: Path, nothing_written: None
 ) -> None:
     (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "thesis.txt").write_text("mine")
     refused("E401", source, tmp_path / "hf", mapping(), tokenizer=tokenizers / "larger.model")
     refused("E404", source, source / "hf", mapping(), tokenizer=tokenizers / "larger.model")
 
