@@ -47,5 +47,11 @@ def unlink_files(app: Sphinx, page: str, text: list[str]) -> None:
     text[0] = LINK.sub(unlinked, text[0])
 
 
+def unlink_included(app: Sphinx, path: Path, page: str, text: list[str]) -> None:
+    """The same for a file of the repository that a page includes: its links are from where it lies."""
+    text[0] = LINK.sub(lambda link: link[1] if not link[2].startswith("docs/") else link[0], text[0])
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", unlink_files)
+    app.connect("include-read", unlink_included)
