@@ -27,6 +27,11 @@ EQUAL = (
     (r"generation\.\w+_token_id", r"left out", "the file takes the same number from config.json"),
     (r"dims\.\w+", r"default\(\+1\)", "of an absent size both are above 0, and what is absent is read off the tensors"),
     (r"dims\.\w+", r"default\([\w.]+, false\)", "a null counts as absent before an expression sees it"),
+    (
+        r"training_config\.(no_bias|untie_embeddings_and_output_weights)",
+        r"not \((attention_bias|tie_word_embeddings)\) ",
+        "`keys` gives the same default to config.json before an expression sees it",
+    ),
     (r"dims\.ffn", r"8 \* dim ", "`hidden` is `dim`"),
     (r"dims\.\w+", r"^`(?:hidden|heads|layer|vocab) ", "the axis is the key it stands for"),
 )
@@ -74,35 +79,45 @@ def problems(scores: Sequence[Score]) -> list[str]:
     return found
 
 
-def page(scores: Sequence[Score], every: int) -> str:
-    share = "every one" if every == 1 else f"one of {every}"
+def tried(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
+    """Which share of what a command tried of which families, and which it left out: a score is of no more than that."""
+    left = [name for name in known if name not in {one.family for one in scores}]
+    share = "every mutant and edit" if every == 1 else f"one of {every} mutants and edits"
+    told = f"Tried: {share} of {', '.join(one.family for one in scores)}."
+    return told + (f" Not tried: {', '.join(left)}." if left else "")
+
+
+def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
     lines = [
         "# What a wrong mapping shows by",
         "",
-        "`make score` writes this page, `make soak` checks it with every mutant and edit.",
+        "`make score` writes this page anew, with every mutant and edit of every family; `make soak` fails on one that",
+        "nothing shows.",
+        "",
+        f"**{tried(scores, every, known)}**",
         "",
         "## Mutants",
         "",
         "Everything that a family's file says, changed in one place: each rule, split, stage and order of axes, each",
-        "expression, option, key, token. A mutant is caught by the first that shows it. This table is of "
-        + share
-        + ".",
+        "expression, option, key, token. A mutant is caught by the first that shows it.",
         "",
     ]
     kinds = sorted({m.kind for one in scores for m in one.mutants})
     lines += [
-        "| kind | mutants | loading | lint | the committed meaning | the same mapping |",
-        "|---|---|---|---|---|---|",
+        "| kind | mutants | loading | lint | the committed meaning | the same mapping | nothing shows it |",
+        "|---|---|---|---|---|---|---|",
     ]
     every_mutant = [m for one in scores for m in one.mutants]
     for kind in [*kinds, "all"]:
         listed = [m for m in every_mutant if kind in ("all", m.kind)]
         by = Counter(m.caught_by for m in listed)
         rest = len(listed) - by["loading"] - by["lint"] - by[None]
-        lines.append(f"| {kind} | {len(listed)} | {by['loading']} | {by['lint']} | {rest} | {by[None]} |")
+        same = sum(m.caught_by is None and reason(m) is not None for m in listed)
+        shown = f"{by['loading']} | {by['lint']} | {rest} | {same} | {by[None] - same}"
+        lines.append(f"| {kind} | {len(listed)} | {shown} |")
     lines += [
         "",
-        "Those that nothing shows are the same mapping:",
+        "Those that nothing shows, and why they are the same mapping:",
         "",
         "| family | where | what | why |",
         "|---|---|---|---|",
@@ -143,7 +158,8 @@ def main() -> int:
             print(f"{scores[-1].family}: {len(scores[-1].mutants)} mutants, {len(scores[-1].edits)} edits", flush=True)
             print("\n".join(problems(scores[-1:])), flush=True)
     if options.write:
-        PAGE.write_text(page(scores, options.every), encoding="utf-8")
+        PAGE.write_text(page(scores, options.every, families()), encoding="utf-8")
+    print(tried(scores, options.every, families()))
     return 1 if problems(scores) else 0
 
 

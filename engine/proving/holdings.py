@@ -47,6 +47,7 @@ def origins(mapping: MappingFile) -> dict[str, Any]:
 
 def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, Any]:
     """How each small grid cuts layers, and what of each target its ranks hold; grids that hold alike are told once."""
+    mapping = replace(mapping, expect={})  # tiny sizes are no release's
     free = guess_sizes(mapping, DIVISIBLE, EVEN)
     grids: dict[str, str] = {}
     ranks: dict[str, dict[str, str]] = {key: {} for key, *_ in _targets(mapping)}

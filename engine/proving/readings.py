@@ -6,8 +6,10 @@ unusual, or when two switches are set together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import gt, lt
 from typing import Any
 
 from engine.errors import EngineError
@@ -284,14 +286,15 @@ class _Back:
         return []
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
-        """Sizes whose quotient loses its last unit when it is multiplied again."""
+        """Sizes whose quotient, multiplied again, comes to a little less and to a little more."""
         base = self.base()
         found: dict[str, dict[str, Any]] = {}
         for one in self.expressions():
             for above, below in quotients_of(one):
                 if isinstance(base.get(above), int) and isinstance(base.get(below), int):
-                    given = dict(zip((above, below), _inexact(base[below]), strict=True))
-                    found[name_of(given)] = given
+                    for pair in _inexact(base[below]):
+                        given = dict(zip((above, below), pair, strict=True))
+                        found[name_of(given)] = given
         return list(found.items())
 
     def run(self, given: Given) -> Outcome:
@@ -322,10 +325,15 @@ def _forth_expressions(mapping: MappingFile) -> list[Expression]:
     return list(expressions_of([dict(mapping.dims), variants, mapping.config, dict(remote)]))
 
 
-def _inexact(least: int) -> tuple[int, int]:
-    """Two whole numbers whose quotient, times the second, is rounded down to less than the first."""
-    pairs = ((a, b) for b in range(least, least + 200) for a in range(b + 1, 3 * b) if int(b * (a / b)) != a)
-    return next(pairs, (least, least))
+def _inexact(least: int) -> Iterator[tuple[int, int]]:
+    """Two whole numbers whose quotient, times the second, is less than the first; and two where it is more.
+
+    >>> [(a, b, b * (a / b)) for a, b in _inexact(11)]
+    [(15, 11, 14.999999999999998), (25, 11, 25.000000000000004)]
+    """
+    for inexact in (lt, gt):
+        pairs = ((a, b) for b in range(least, least + 200) for a in range(b + 1, 3 * b))
+        yield from islice(((a, b) for a, b in pairs if inexact(b * (a / b), a)), 1)
 
 
 def grid_of(layout: Layout) -> dict[str, list[Any]]:
