@@ -196,13 +196,14 @@ def output_at(
 ) -> OutputFolder | Uploads:
     """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing."""
     from engine.run.journal import identity_of
-    from engine.run.manifest import NAME, foreign
+    from engine.run.manifest import NAME
+    from engine.run.written import Ours
     from engine.storage.objects import ObjectStore
     from engine.storage.output import OutputFolder
     from engine.storage.places import store_at
     from engine.storage.uploads import Uploads
 
-    store = store_at(out, "the output")
+    store, foreign = store_at(out, "the output"), Ours()
     work = identity_of(compiled)
     if isinstance(store, ObjectStore):
         kept = how.resume or parts

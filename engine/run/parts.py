@@ -104,7 +104,7 @@ def read_markers(plan: Plan, store: Store) -> dict[int, Done]:
     if missing or not found:
         told = f"{len(there)} of {count} parts; missing: {', '.join(map(str, missing[:8]))}" if found else "no part"
         raise _not_together(store, "parts are missing", told, "Run the missing parts, then commit again.")
-    done = {int(output): Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
+    done = {output: Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
     if done.keys() != set(range(len(plan.outputs))):
         raise _not_together(
             store, "parts do not cover the plan", f"{len(done)} of {len(plan.outputs)} tensors", "Run the parts again."
@@ -117,9 +117,11 @@ def _read(store: Store, name: str) -> dict[str, Any]:
         raw = file.read(_MOST)
     try:
         told = parse_json(raw, own=True)
-        if isinstance(told["work"], str) and len(told["part"]) == 2 and isinstance(told["outputs"], dict):
-            return dict(told)
-    except (ValueError, KeyError, TypeError):
+        Part(*told["part"])
+        outputs = {int(output): tuple(entry) for output, entry in told["outputs"].items()}
+        if isinstance(told["work"], str) and all(tuple(map(type, one)) == (str, int) for one in outputs.values()):
+            return {**told, "outputs": outputs}
+    except (ValueError, LookupError, TypeError, AttributeError, EngineError):
         pass
     raise _not_together(store, "a marker of a part cannot be read", name, "Remove it, and run that part again.")
 
