@@ -49,6 +49,15 @@ def test_a_module_imports_only_its_own_room_and_rooms_below(module: str) -> None
     assert not up, f"{module} is in {room(module)}, which is below {sorted(up)}"
 
 
+def test_only_the_command_line_imports_the_package_itself() -> None:
+    """`engine/__init__.py` offers the API, so an import of it from a room below runs up."""
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "engine" and room(module) != "commands":
+                names = {alias.name for alias in node.names} - set(ROOMS)
+                assert not names, f"{module} imports {sorted(names)} from the package"
+
+
 def test_every_module_has_a_room() -> None:
     assert {room(module) for module in modules()} == set(ROOMS)
 
