@@ -95,3 +95,10 @@ def test_no_test_module_imports_another() -> None:
                 (str(path.relative_to(ROOT)), name) for name in names if name.rpartition(".")[2].startswith("test_")
             ]
     assert found == []
+
+
+def test_no_test_patches_a_name_by_the_path_of_its_module() -> None:
+    """A patch goes to an imported module or class, so moving one breaks the import, not a test's meaning."""
+    by_path = re.compile(r"""\b(?:setattr|patch|multiple|dict)\(\s*f?["'](?:engine|benchmarks)\.""")
+    found = [str(path) for path in sorted((ROOT / "tests").glob("**/*.py")) if by_path.search(path.read_text("utf-8"))]
+    assert not found
