@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
     import platform
     from importlib.metadata import PackageNotFoundError, requires, version
 
-    from engine import __version__
+    from engine.language.version import __version__
 
     facts = {
         "engine": __version__,

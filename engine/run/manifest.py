@@ -11,11 +11,11 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
-from engine import __version__
 from engine.errors import EngineError, Place
 from engine.formats.safetensors import INDEX
 from engine.language.documents import plain
 from engine.language.validation import violations
+from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done
