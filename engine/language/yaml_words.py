@@ -38,7 +38,7 @@ def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
         if "could not find expected ':'" in str(error.problem) and error.context_mark is not None:
             row, column = error.context_mark.line, error.context_mark.column
             words, expected, fix = "a line has no `:` between key and value", "key: value", "Write the `:` and a space."
-        elif (bracket := _bracket(error, lines)) in _CLOSES:
+        elif (bracket := _bracket(lines, error.context_mark)) in _CLOSES and error.context_mark is not None:
             row, column = error.context_mark.line, error.context_mark.column
             words = f"the YAML cannot be read: a bracket `{bracket}` is not closed, or a comma is missing behind it"
             fix = f"Close it with {_CLOSES[bracket]}; put a text with brackets in quotes."
@@ -62,9 +62,8 @@ def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
     )
 
 
-def _bracket(error: yaml.MarkedYAMLError, lines: list[str]) -> str:
+def _bracket(lines: list[str], mark: yaml.Mark | None) -> str:
     """The bracket inside which an error is, as far as the parser says."""
-    mark = error.context_mark
     return lines[mark.line][mark.column : mark.column + 1] if mark is not None and mark.line < len(lines) else ""
 
 
