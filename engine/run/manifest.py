@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine import __version__
 from engine.errors import EngineError, Place
 from engine.language.documents import plain
 from engine.language.validation import violations
+from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done

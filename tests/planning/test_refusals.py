@@ -15,6 +15,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
+from engine.storage import output
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
@@ -295,7 +296,7 @@ def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch:
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", failing)
-    monkeypatch.setattr("engine.storage.output._exchange", lambda *_: False)  # a file system that cannot
+    monkeypatch.setattr(output, "_exchange", lambda *_: False)  # a file system that cannot
     refuse(source, "E403", overwrite=True)
     assert (out / "mine.txt").read_text() == "keep"
 
