@@ -129,26 +129,6 @@ def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) ->
     return result
 
 
-def check_repeated(config: Mapping[str, Any], again: Any, side: Side, layout: Layout) -> None:
-    """E218 for a key that decides something, where the training file that repeats the configuration disagrees."""
-    for path, value in leaves(again if isinstance(again, Mapping) else {}):
-        key, here = find_key(side.keys, path), _below(config, path)
-        decides = side.reads(path) or (key is not None and key.only is not None)
-        if not decides or _plain(here) == _plain(value):
-            continue
-        if here is None and key is not None and key.only is not None and key.allows(value):
-            continue  # as good as absent
-        raise EngineError(
-            "E218",
-            f"`{path}` is not the same in {side.file} and {layout.training_file}",
-            place=Place(side.file),
-            got="no such key" if here is None else f"{path}: {shown(here)}",
-            expected=f"{path}: {shown(value)}, as {layout.training_file} says",
-            fix="One of the two files is of another run: copy both again from the training run. If you know which is "
-            "right, correct the other, or move it away.",
-        )
-
-
 def _below_or_itself(value: Any) -> list[tuple[str, Any]]:
     return [(f".{path}", item) for path, item in leaves(value)] if isinstance(value, Mapping) else [("", value)]
 

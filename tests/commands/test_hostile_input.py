@@ -222,13 +222,15 @@ def test_a_file_that_somebody_put_under_a_name_of_ours_is_not_replaced(made: Pat
         assert files(out) == files(made / "hf")
 
 
-def test_rank_files_in_folders_are_replaced_too(made: Path, tmp_path: Path) -> None:
+def test_rank_files_in_folders_are_replaced_too(tmp_path: Path) -> None:
+    save(Model("v2", layers=2, groups=2, bias=False), tmp_path / "step", tp=2)
+    engine.convert(V2.mapping, tmp_path / "step", tmp_path / "hf", settings=SETTINGS)
     out = tmp_path / "back"
     for _ in range(2):
-        engine.reverse("megatron-llama", made / "hf", out, ranks="tp=1,pp=2", overwrite=True)
+        engine.reverse("megatron-llama", tmp_path / "hf", out, ranks="tp=1,pp=2", overwrite=True)
     (out / "mp_rank_00_001" / "notes.txt").write_text("mine")
     with pytest.raises(EngineError, match=r"mp_rank_00_001/notes\.txt"):
-        engine.reverse("megatron-llama", made / "hf", out, ranks="tp=1,pp=2", overwrite=True)
+        engine.reverse("megatron-llama", tmp_path / "hf", out, ranks="tp=1,pp=2", overwrite=True)
 
 
 def test_only_an_output_of_the_engine_or_an_empty_folder_is_replaced(made: Path, tmp_path: Path) -> None:
