@@ -14,8 +14,8 @@ from engine.formats.headers import FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import INDEX, read_safetensors
 from engine.language.layout_file import load_layout
+from engine.planning.reading import read_checkpoint
 from engine.run.digests import ALGORITHM, content_id, digest_of
-from engine.run.execute import read_checkpoint
 from engine.run.manifest import NAME, read_manifest
 from engine.storage.json_text import parse_json
 from engine.storage.sources import SourceFiles
