@@ -7,7 +7,7 @@ the digest and checksum of every output, and completes the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,6 +110,19 @@ def read_markers(plan: Plan, store: Store) -> dict[int, Done]:
             store, "parts do not cover the plan", f"{len(done)} of {len(plan.outputs)} tensors", "Run the parts again."
         )
     return done
+
+
+def check_parts(plan: Plan, store: Store, told: Mapping[int, Done], found: Mapping[int, Done]) -> None:
+    """E409 for the first file that no longer holds what a part wrote to it."""
+    for file in plan.shards:
+        lost = [plan.outputs[output].name for output in file.outputs if found.get(output) != told[output]]
+        if lost:
+            raise _not_together(
+                store,
+                f"`{file.name}` is not what the parts wrote",
+                f"other bytes, or none, of {len(lost)} tensors: {', '.join(lost[:3])}",
+                "Something else changed it. Remove what is there with `engine clean`, and run the parts again.",
+            )
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,39 @@ def test_a_damaged_marker_is_refused(plan: Path, tmp_path: Path) -> None:
             read_markers(compiled, LocalStore(marker.parent))
         assert caught.value.code == "E409", name
     refused("E409", plan, tmp_path / "out")
+
+
+def _edited(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+
+
+def _moved(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "change", [_edited, _moved, lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.unlink()]
+)
+def test_what_a_part_wrote_and_something_changed_is_not_committed(
+    change: Callable[[Path], object], plan: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2):
+        api.part(plan, f"{number}/2", out)
+    partial = next(tmp_path.glob(".out.partial-*"))
+    file = max(partial.glob("*.safetensors"))
+    (partial / "modeling_evil.py").write_text("import os")
+    with file.open("r+b") as header:  # what can be written anew is
+        header.write(bytes(8))
+    shutil.copytree(partial, tmp_path / "kept")
+    change(file)
+    assert file.name in str(refused("E409", plan, out)) and not out.exists()
+    shutil.rmtree(partial)
+    (tmp_path / "kept").rename(partial)
+    api.commit(plan, out)
+    assert files(out) == whole
 
 
 @pytest.mark.slow
