@@ -24,7 +24,6 @@ from engine.api.reviews import (
 )
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
 from engine.api.serving import Model, mount, open, serve, virtual
-from engine.api.spread import run_parts, run_plan_on
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.proving.mapping_diff import diff
@@ -65,9 +64,7 @@ __all__ = [
     "reshard",
     "reverse",
     "serve",
-    "run_parts",
     "run_plan",
-    "run_plan_on",
     "save_plan",
     "verify",
     "view",
