@@ -61,7 +61,7 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
         if isinstance(store, Upload):
             store.abort()
     whole = sum(compiled.outputs[output].nbytes for output in written.done)
-    return whole + sum(high - low for _, low, high in written.spans)
+    return whole + sum(high - low for _, low, high, _ in written.spans)
 
 
 def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[CommitOptions]) -> Report:

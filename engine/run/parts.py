@@ -21,7 +21,7 @@ from engine.storage.store import Store
 MARKER = ".part-"
 _MOST = 1 << 28  # bytes of a marker
 _SLACK = 0.02  # of a part, by which its ends may move so that no tensor is cut
-Span = tuple[int, int, int]  # an output, and the bytes of it from one to another
+Span = tuple[int, int, int, str]  # an output, the bytes of it from one to another, and their digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +136,10 @@ def read_markers(plan: Plan, work: str, store: Store) -> Written:
     if missing or not found:
         told = f"{len(there)} of {count} parts; missing: {', '.join(map(str, missing[:8]))}" if found else "no part"
         raise _not_together(store, "parts are missing", told, "Run the missing parts, then commit again.")
-    done = {int(output): Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
-    spans = sorted((o, low, high) for marker in found.values() for o, low, high in marker["spans"])
+    done = {output: Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
+    spans = sorted(span for marker in found.values() for span in marker["spans"])
     ends: dict[int, int] = {}
-    for output, low, high in spans:
+    for output, low, high, _ in spans:
         if low == ends.get(output, 0):
             ends[output] = high
     there = done.keys() | {output for output, end in ends.items() if end == plan.outputs[output].nbytes}
@@ -150,15 +150,35 @@ def read_markers(plan: Plan, work: str, store: Store) -> Written:
     return Written(done, spans)
 
 
+def check_parts(plan: Plan, store: Store, told: Mapping[int, Done], found: Mapping[int, Done]) -> None:
+    """E409 for the first file that no longer holds what a part wrote to it."""
+    for file in plan.shards:
+        lost = [
+            plan.outputs[output].name
+            for output in file.outputs
+            if output not in found or found[output] != told.get(output, found[output])
+        ]
+        if lost:
+            raise _not_together(
+                store,
+                f"`{file.name}` is not what the parts wrote",
+                f"other bytes, or none, of {len(lost)} tensors: {', '.join(lost[:3])}",
+                "Something else changed it. Remove what is there with `engine clean`, and run the parts again.",
+            )
+
+
 def _read(store: Store, name: str) -> dict[str, Any]:
     with store.open(name) as file:
         raw = file.read(_MOST)
     try:
         told = parse_json(raw, own=True)
-        spans = isinstance(told["spans"], list) and all([*map(type, one)] == [int] * 3 for one in told["spans"])
-        if isinstance(told["work"], str) and len(told["part"]) == 2 and isinstance(told["outputs"], dict) and spans:
-            return dict(told)
-    except (ValueError, KeyError, TypeError):
+        Part(*told["part"])
+        outputs = {int(output): tuple(entry) for output, entry in told["outputs"].items()}
+        spans = [tuple(one) for one in told["spans"]]
+        sound = all(tuple(map(type, one)) == (str, int) for one in outputs.values())
+        if isinstance(told["work"], str) and sound and all([*map(type, one)] == [int, int, int, str] for one in spans):
+            return {**told, "outputs": outputs, "spans": spans}
+    except (ValueError, LookupError, TypeError, AttributeError, EngineError):
         pass
     raise _not_together(store, "a marker of a part cannot be read", name, "Remove it, and run that part again.")
 

@@ -11,10 +11,10 @@ from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
 from engine.planning.model import Plan
 from engine.run.journal import NAME as JOURNAL
-from engine.run.journal import Interrupted, Journal, read_journal
+from engine.run.journal import Begun, Interrupted, Journal, read_journal
 from engine.run.memory import workers_of
 from engine.run.meter import Meter, Progress
-from engine.run.parts import MARKER, Part, Written, share
+from engine.run.parts import MARKER, Part, Span, Written, check_parts, share
 from engine.run.replicas import checks, compare_replicas, replica_bytes
 from engine.run.resume import compare_copied, split
 from engine.run.schedule import schedule
@@ -117,23 +117,35 @@ def write_weights(
     return Written(writer.done, sorted(writer.spans))
 
 
-def take_parts(plan: Plan, store: Store, written: Written, workers: int | None) -> Written:
-    """Complete the files that parts wrote to; what several parts wrote of a tensor is read for its digest."""
-    done = dict(written.done)
+def take_parts(plan: Plan, store: Store, written: Written) -> Written:
+    """Complete the files that parts wrote to.
+
+    Raises:
+        EngineError: E409 when what is there now is not what they wrote.
+    """
     if store.positioned:
         writer = Writer(plan, store, Meter(0, None), digests=True, alone=True)
-        writer.done.update(done)
-        shared = {output for output, *_ in written.spans}
-        with ThreadPoolExecutor(workers_of(plan, workers, None), thread_name_prefix="digest") as pool:
-            done |= dict(pool.map(writer.digest, shared))
+        if store.folder is not None:
+            sweep(store.folder, {*(name for name in store.names() if name.startswith(MARKER)),
+                                 *(file.name for file in plan.shards)})  # fmt: skip
+        told = [{o: Begun(written.done[o].digest, None) for o in f.outputs if o in written.done} for f in plan.shards]
+        shared: dict[int, list[Span]] = {}
+        for span in written.spans:
+            shared.setdefault(span[0], []).append(span)
+        with ThreadPoolExecutor(workers_of(plan, None, None, 0, store.buffer)) as pool:
+            list(pool.map(writer.take_over, told))
+            list(pool.map(writer.take_spans, shared.values()))
+        check_parts(plan, store, written.done, writer.done)
+        written = Written(writer.done)
         for index in range(len(plan.shards)):
+            writer.start(index)
             writer.complete(index)
             writer.sync(index)
         for name in store.names():
             if name.startswith(MARKER) and store.folder is not None:
                 (store.folder / name).unlink()
     _write_index(plan, store)
-    return Written(done)
+    return written
 
 
 def _write_index(plan: Plan, store: Store) -> None:

@@ -48,7 +48,7 @@ class Writer:
         # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
         self._direct = alone and not digests
         self.done: dict[int, Done] = {}
-        self.spans: list[tuple[int, int, int]] = []  # of outputs that others write as well: bytes from one to another
+        self.spans: list[tuple[int, int, int, str]] = []  # of outputs that others write as well, with digests
         self._whole: set[int] = set()  # files that need not be written
         self.journal: Journal | None = None
 
@@ -149,25 +149,34 @@ class Writer:
     def _gather_span(self, output: int, span: tuple[int, int], reader: Reader, sinks: Sinks) -> None:
         """Write some bytes of an output; whoever has all of them reads them for the digest."""
         (file, place), (low, high) = self._places[output], span
+        total = Total(digest=True, checksum=False)
         for _, at, data in reader.stream([(output, low)]):
             if self._meter.stopped.is_set():
                 return
             some = data[: max(high - at, 0)]
+            total.add(at - low, some)
             sinks.write(file, place + at, (some,))
             self._meter.advance(len(some))
             if at + len(data) >= high:
                 break
-        self.spans.append((output, low, high))
+        self.spans.append((output, low, high, total.digest(tuple)))
 
-    def digest(self, output: int) -> tuple[int, Done]:
-        """The digest of an output that was written by others."""
-        (file, at), total = self._places[output], self._total(output)
-        with self._store.sinks(self._names) as sinks, self._errors(file):
-            for block in sinks.read(file, at, self._plan.outputs[output].nbytes):
-                total.add(total.end, block)
-            self.done[output] = Done(total.digest(tuple), total.checksum())
-            self._write_behind(output, sinks)
-        return output, self.done[output]
+    def take_spans(self, spans: Sequence[tuple[int, int, int, str]]) -> None:
+        """Keep an output that several wrote, in order, if each of them wrote what is there; read it for its digest."""
+        output, total = spans[0][0], self._total(spans[0][0])
+        file, place = self._places[output]
+        with self._store.sinks(self._names) as sinks:
+            for _, low, high, digest in spans:
+                own = Total(digest=True, checksum=False)
+                try:
+                    for block in sinks.read(file, place + low, high - low):
+                        own.add(own.end, block)
+                        total.add(total.end, block)
+                except OSError:
+                    return
+                if own.digest(tuple) != digest:
+                    return
+        self.done[output] = Done(total.digest(tuple), total.checksum())
 
     def _finish(self, index: int, sinks: Sinks) -> None:
         """Write what is only known when the payload is complete; the file is on its way to stable storage then."""
