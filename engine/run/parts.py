@@ -142,8 +142,9 @@ def read_markers(plan: Plan, work: str, store: Store) -> Written:
     for output, low, high, _ in spans:
         if low == ends.get(output, 0):
             ends[output] = high
-    there = done.keys() | {output for output, end in ends.items() if end == plan.outputs[output].nbytes}
-    if there != set(range(len(plan.outputs))):
+    sizes = {number: output.nbytes for number, output in enumerate(plan.outputs)}
+    there = done.keys() | {output for output, end in ends.items() if end == sizes.get(output)}
+    if there != sizes.keys() or not ends.keys() <= there:
         raise _not_together(
             store, "parts do not cover the plan", f"{len(there)} of {len(plan.outputs)} tensors", "Run the parts again."
         )

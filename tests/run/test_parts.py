@@ -111,10 +111,11 @@ def test_a_damaged_marker_is_refused(plan: Path, tmp_path: Path) -> None:
     api.part(plan, "1/1", tmp_path / "out")
     (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
     told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
+    told["spans"] = [[0, 0, 8, "0" * 32]]
     for name, damage in mutated({**told, "outputs": dict(list(told["outputs"].items())[:2])}):
         marker.write_bytes(damage)
         with pytest.raises(EngineError) as caught:
-            read_markers(compiled, LocalStore(marker.parent))
+            read_markers(compiled, told["work"], LocalStore(marker.parent))
         assert caught.value.code == "E409", name
     refused("E409", plan, tmp_path / "out")
 
