@@ -165,16 +165,17 @@ def name_of(given: Mapping[str, Any]) -> str:
     return ", ".join(f"{path}: {_shown(value)}" for path, value in given.items())
 
 
-def table(base: Given, run: Callable[[Given], Outcome], tried: Iterable[tuple[str, Given]]) -> dict[str, Any]:
-    """What comes of the usual values, and for everything tried what comes out otherwise."""
+def rows(base: Given, run: Callable[[Given], Outcome], tried: Iterable[tuple[str, Given]]) -> Iterator[dict[str, Any]]:
+    """A table bit by bit: what comes of the usual values, and for everything tried what comes out otherwise."""
     usual = run(base)
-    rows = {name: changes(usual, run({**base, **one})) for name, one in tried}
-    return {
-        "given": told({p: v for p, v in base.items() if v is not OMIT}),
-        "gives": dict(usual),
-        "otherwise": {name: row for name, row in rows.items() if row},
-        "no difference": [name for name, row in rows.items() if not row],
-    }
+    yield {"given": told({p: v for p, v in base.items() if v is not OMIT}), "gives": dict(usual)}
+    without: list[str] = []
+    with_: list[str] = []
+    for name, one in tried:
+        if row := changes(usual, run({**base, **one})):
+            yield {"otherwise": {name: row}}
+        (with_ if row else without).append(name)
+    yield {**({} if with_ else {"otherwise": {}}), "no difference": without}
 
 
 def _shown(value: Any) -> str:
