@@ -132,9 +132,12 @@ def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] |
         sizes: those of a release, which are no tiny ones.
     """
     default = {v.name: v.default or list(v.choices)[-1] for v in mapping.variants.values()}
-    near = sorted(
-        combinations_of(mapping), key=lambda one: 2 * sum(one[0][n] != c for n, c in default.items()) + one[1]
-    )
+
+    def unusual(combination: Combination) -> int:
+        choices, most = combination
+        return 2 * sum(choices[name] != choice for name, choice in default.items()) + most
+
+    near = sorted(combinations_of(mapping), key=unusual)
     found = next((one for one in near if worlds.shows(one[0], most=one[1])), None)
     return None if found is None else worlds.make(found[0], guess_sizes(mapping) | dict(sizes or {}), most=found[1])
 
