@@ -206,12 +206,16 @@ def _of_rule(name: str, rule: Data, data: Data) -> Iterator[tuple[str, Callable[
         for other in others[:1]:
             told = f"{name}: when {variant}: {other}"
             yield told, lambda d, v=variant, o=other: d["rules"][name]["when"].__setitem__(v, o)
-        yield f"{name}: whatever {variant}", lambda d, v=variant: d["rules"][name]["when"].pop(v)
+        if others:
+            yield f"{name}: whatever {variant}", lambda d, v=variant: d["rules"][name]["when"].pop(v)
     for key in ("transform", "keep", "optional", "tied_to", "drop", "zeros", "stage"):
         if key in rule:
             yield f"{name}: without {key}", lambda d, k=key: d["rules"][name].pop(k)
     yield f"{name}: without biases", lambda d: _replace(d["rules"], name, ".{param}", ".weight")
-    yield f"{name}: a bias", lambda d: _replace(d["rules"], name, ".weight", ".{param}")
+    yield (
+        f"{name}: a bias",
+        lambda d: _replace(d["rules"], name, ".weight", ".{param}") or d["rules"][name].__setitem__("name", name),
+    )
     yield f"{name}: optional", lambda d: d["rules"][name].__setitem__("optional", True)
     yield f"{name}: its own dtype", lambda d: d["rules"][name].__setitem__("keep", "dtype")
     if isinstance(rule["source"], list):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from jinja2 import nodes
@@ -41,6 +41,26 @@ def divisors_of(expression: Expression) -> frozenset[str]:
     tree = compile_expression(expression).tree
     every = [*tree.find_all(nodes.FloorDiv), *([tree] if isinstance(tree, nodes.FloorDiv) else [])]
     return frozenset(path for one in every for path in _paths(one.right))
+
+
+def multiples_of(expression: Expression, values: Mapping[str, Any]) -> dict[str, int]:
+    """Names of which an expression takes whole multiples of a number: name → the number."""
+    tree = compile_expression(expression).tree
+    found: dict[str, int] = {}
+    for one in [*tree.find_all(nodes.FloorDiv), *([tree] if isinstance(tree, nodes.FloorDiv) else [])]:
+        number = _number(one.right, values)
+        if number is not None and number > 1:
+            found |= dict.fromkeys(_paths(one.left), number)
+    return found
+
+
+def _number(node: nodes.Node, values: Mapping[str, Any]) -> int | None:
+    """The value of a product of names and numbers."""
+    if isinstance(node, nodes.Mul):
+        one, two = _number(node.left, values), _number(node.right, values)
+        return None if one is None or two is None else one * two
+    value = node.value if isinstance(node, nodes.Const) else values.get(next(reversed([*_paths(node)]), ""))
+    return value if isinstance(value, int) else None
 
 
 def quotients_of(expression: Expression) -> list[tuple[str, str]]:
@@ -122,7 +142,8 @@ def _same(one: Any, other: Any) -> bool:
 def scenarios(
     base: Given, tried: Mapping[str, Sequence[Any]], together: Sequence[frozenset[str]], few: Mapping[str, bool]
 ) -> Iterator[dict[str, Any]]:
-    """What differs from `base`: one thing at a time, then pairs of switches that one expression reads.
+    """What differs from `base`: one thing at a time, then switches that one expression reads in pairs, or one of them
+    with another thing absent.
 
     Args:
         tried: what is read → the values to try.
@@ -135,16 +156,16 @@ def scenarios(
     seen: set[tuple[str, str]] = set()
     for read in together:
         switches = sorted(path for path in read if few.get(path))
+        rest = sorted(path for path in read if not few.get(path) and OMIT in tried[path])
         count = 0
-        for one, two in combinations(switches, 2):
+        for one, two in [*combinations(switches, 2), *product(switches, rest)]:
             if (one, two) in seen:
                 continue
             seen.add((one, two))
-            for a in tried[one]:
-                for b in tried[two]:
-                    count += 1
-                    if count <= _MOST_PAIRS:
-                        yield {one: a, two: b}
+            for a, b in product(tried[one], [OMIT] if two in rest else tried[two]):
+                count += 1
+                if count <= _MOST_PAIRS:
+                    yield {one: a, two: b}
 
 
 def told(given: Mapping[str, Any]) -> dict[str, Any]:

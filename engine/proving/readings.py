@@ -44,6 +44,8 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
         if kind == "options" and not name.startswith("."):
             option = options[name]
             tried[path] = [c for c in option.choices or () if c != usual] if option.choices else [option.default]
+        elif kind == "there":
+            tried[path] = [not usual]
         elif kind in ("tensors", "choice"):
             tried[path] = [choice for choice in side.mapping.variants[name].choices if choice != usual]
         elif path in grid:
