@@ -10,8 +10,9 @@ from engine.api.spread import run_parts, run_plan_on
 from engine.api.upkeep import clean, environment, explain_code, kept
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
+from engine.planning.reading import read_checkpoint
 from engine.proving.mapping_diff import diff
-from engine.run.execute import Report, read_checkpoint
+from engine.run.execute import Report
 
 __all__ = [
     "Model",

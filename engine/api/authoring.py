@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from engine.language.model import Mapping as MappingFile
-from engine.run.execute import read_checkpoint
+from engine.planning.reading import read_checkpoint
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold

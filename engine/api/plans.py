@@ -10,8 +10,8 @@ from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
+from engine.planning.reading import read_checkpoint
 from engine.planning.request import AnyOptions, Request, ReshardOptions, ReverseOptions, WholeOptions, request_of
-from engine.run.execute import read_checkpoint
 from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
 from engine.storage.regular import open_regular

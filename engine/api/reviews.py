@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
-from engine.run.execute import read_checkpoint
+from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed
 
 if TYPE_CHECKING:

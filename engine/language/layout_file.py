@@ -65,6 +65,7 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
         config_of_target=data["config"].get("of") == "target",
         training_file=training.get("file"),
         training_format=training.get("format"),
+        training_repeats=training.get("repeats"),
         training_write=read_tree(document, ("training", "write"), training.get("write") or {}),
         prefixes=tuple(
             Prefix(p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None)

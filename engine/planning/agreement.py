@@ -1,4 +1,4 @@
-"""Two configurations that must agree: what is written with what was read, and with what was given."""
+"""Two configurations that must agree: what is written with what was read, and with what was given or repeats it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Mapping as MappingFile
-from engine.planning.config_keys import Read, copied, leaves, prefixes, shown, value_at
+from engine.planning.config_keys import Read, Side, copied, leaves, prefixes, shown, value_at
 
 
 def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
@@ -45,6 +45,26 @@ def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) ->
                  "The configuration contradicts itself or the weights, or training files cannot express it: it is "
                  "another model's, or the mapping is not the one for it."),
         )  # fmt: skip
+
+
+def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str | None) -> None:
+    """E218 for the first key that decides something and is another in `file`, which repeats the configuration."""
+    for path, value in leaves(again if isinstance(again, Mapping) else {}):
+        key, here = find_key(side.keys, path), value_at(config, path)
+        limited = key is not None and key.only is not None
+        if not (side.reads(path) or limited) or _plain(here) == _plain(value):
+            continue
+        if here is None and limited and key is not None and key.allows(value):
+            continue  # absent is as good
+        raise EngineError(
+            "E218",
+            f"`{path}` is not the same in {side.file} and {file}",
+            place=Place(side.file),
+            got="no such key" if here is None else f"{path}: {shown(here)}",
+            expected=f"{path}: {shown(value)}, as {file} says",
+            fix="One of the two files is of another run: copy both again from the training run. If you know which is "
+            "right, correct the other, or move it away.",
+        )
 
 
 def with_given(config: Mapping[str, Any], given: Mapping[str, Any], mapping: MappingFile) -> dict[str, Any]:

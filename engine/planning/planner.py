@@ -131,12 +131,6 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     """What a user should know of the source, but for its sizes."""
     checkpoint, mapping = source.checkpoint, source.mapping
     notices = overruled(source.decisions)
-    kind = checkpoint.training.get("model_type")
-    if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
-        wanted = " or ".join(mapping.model_types)
-        notices.append(
-            f"the training config says model_type {printable(kind)}; mapping `{mapping.name}` is for {wanted}"
-        )
     tokenizer = (mapping.tokenizer or {}).get("file")
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
     if unknown:
