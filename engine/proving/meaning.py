@@ -90,7 +90,7 @@ def facts_of(mapping: MappingFile, worlds: Worlds | None = None) -> Iterator[Fac
     parts = [*(data.get(part) for part in _SHARED), layout.digest]
     gives: dict[str, Any] = {}
     for path, value in _once("reading", [*parts, data.get("options")], lambda: _readings(mapping, layout, worlds)):
-        if path[:2] == ("reading", "gives"):
+        if path[:2] == ("reading", "gives") and len(path) == 3:
             gives[path[2]] = value
         yield path, value
     yield from flat(_plain({"generation_config.json": _generation(mapping, gives)}))
