@@ -60,24 +60,26 @@ def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpa
 
 def planned(asked: Request) -> Plan:
     """The plan of a request, whatever it reads and writes."""
-    if asked.to is not None:
-        return planned(_between(asked, asked.to))
-    loaded, layout = _rules(asked)
-    return _compiled(asked, loaded, layout, _read(asked, layout))
+    made = _direct(asked)
+    loaded, layout = _rules(made)
+    return _compiled(asked, made, loaded, layout, _read(made, layout))
 
 
-def _between(asked: Request, to: str | Path) -> Request:
-    """The request that writes by one mapping what another reads: its source is the files that a run would write.
+def _direct(asked: Request) -> Request:
+    """The request as one mapping can do it.
 
+    What is read by one mapping and written by another has the files as source that a run of the first would write.
     Settings go to the mapping that has them, and to both where both do.
     """
+    if asked.to is None:
+        return asked
     from engine.assets.bundle import as_json
     from engine.run.execute import Small
     from engine.serve.virtual import VirtualFolder
 
     known = [
         {*mapping.options, *mapping.variants, *layout.options, *layout.layers.variants}
-        for mapping, layout in (_rules(asked), _rules(replace(asked, mapping=to)))
+        for mapping, layout in (_rules(asked), _rules(replace(asked, mapping=asked.to)))
     ]
     first, second = (
         {name: value for name, value in asked.settings.items() if name in mine or name not in other}
@@ -86,7 +88,7 @@ def _between(asked: Request, to: str | Path) -> Request:
     whole = planned(Request(asked.mapping, asked.src, config=asked.config, settings=first))
     folder = VirtualFolder(whole, lambda: Small({"config.json": as_json(whole.config)}))
     second = {name: value for name, value in second.items() if name in known[1]}
-    return replace(asked, mapping=to, src=folder.store, reads="whole", config=None, settings=second, to=None)
+    return replace(asked, mapping=asked.to, src=folder.store, reads="whole", config=None, settings=second, to=None)
 
 
 def _read(asked: Request, layout: Layout) -> Checkpoint:
@@ -95,7 +97,8 @@ def _read(asked: Request, layout: Layout) -> Checkpoint:
     return read_checkpoint(asked.src, layout, asked.config)
 
 
-def _compiled(asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
+def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
+    """The plan of a request as it was given, and as one mapping can do it."""
     from engine.planning.planner import make_plan
     from engine.proving.meta_model import fitted, written_as_model
 
@@ -106,7 +109,8 @@ def _compiled(asked: Request, loaded: MappingFile, layout: Layout, checkpoint: C
         if like is not None:
             loaded, layout, like = fitted(loaded, layout, like)
         loaded = written_as_model(loaded, checkpoint.config)
-    return make_plan(loaded, layout, checkpoint, asked, like=like)
+    made = make_plan(loaded, layout, checkpoint, asked, like=like)
+    return made if given is asked else replace(made, folder=str(given.src))
 
 
 def read_whole(src: Source) -> Checkpoint:
@@ -150,18 +154,27 @@ def save_plan(
     Args:
         job: `run`, `reverse` or `reshard`; the other options are those of that function.
     """
-    from engine.explaining.normal import normal_form
-    from engine.planning.saved_plan import encode, is_saved_plan, request_data, saved_plan
+    from engine.planning.saved_plan import is_saved_plan, request_data
 
     file = given_path(path, "the plan")
     check_file_free(file, overwrite, is_saved_plan)
     asked = request_of(mapping, src, options, job)
     request_data(asked)
     compiled = planned(asked)
-    write_file(
-        file, encode(saved_plan(compiled, asked, normal_form(compiled))), overwrite=overwrite, ours=is_saved_plan
-    )
+    write_file(file, saved_as(compiled, asked), overwrite=overwrite, ours=is_saved_plan)
     return compiled
+
+
+def saved_as(compiled: Plan, asked: Request) -> bytes:
+    """The file of a saved plan.
+
+    Raises:
+        EngineError: E001 for what another process could not plan again: a loaded mapping, a store, two mappings.
+    """
+    from engine.explaining.normal import normal_form
+    from engine.planning.saved_plan import encode, saved_plan
+
+    return encode(saved_plan(compiled, asked, normal_form(compiled)))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -178,10 +191,11 @@ def load_plan(path: str | Path) -> Plan:
     file = given_path(path, "the plan")
     with open_regular(file) as opened:
         saved = parse_saved_plan(file, opened.read(MAX_BYTES + 1))
-    loaded, layout = _rules(saved.request)
+    asked = _direct(saved.request)
+    loaded, layout = _rules(asked)
     check_rules(saved, loaded, layout)
-    checkpoint = _read(saved.request, layout)
+    checkpoint = _read(asked, layout)
     check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
-    compiled = _compiled(saved.request, loaded, layout, checkpoint)
+    compiled = _compiled(saved.request, asked, loaded, layout, checkpoint)
     check_plan(saved, compiled, normal_form(compiled))
     return compiled

@@ -53,11 +53,12 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
         elif kind == "given":
             tried[path] = [_GIVEN]
         else:
-            tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path)])
+            holds: list[Any] = [{}] if any(other.startswith(f"{path}.") for other in base) else []
+            tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path), *holds])
     few = {
         path: path.startswith(("tensors.", "choice."))
         or isinstance(base[path], bool | str)
-        or any(isinstance(value, bool | str) for value in values)
+        or any(isinstance(value, bool | str | dict) for value in values)
         for path, values in tried.items()
     }
     together = [side.closure_of(expression) & base.keys() for expression in every]
