@@ -107,7 +107,7 @@ class Direction:
 def grid_of(layout: Layout) -> dict[str, list[Any]]:
     """What expressions see of the grid of ranks → its usual value, and others."""
     dims = {dim for mode in layout.modes for file in mode.files for dim in pattern(file.name).placeholders}
-    found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 5], "layers": [4, 6]}
+    found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 2, 5], "layers": [4, 6]}
     found["mode"] = [mode.name for mode in layout.modes]
     found["model_type"] = ["ONE", "OTHER"]
     found |= {name: list(variant.choices) for name, variant in layout.layers.variants.items()}

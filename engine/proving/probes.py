@@ -59,7 +59,7 @@ def _number(node: nodes.Node, values: Mapping[str, Any]) -> int | None:
     if isinstance(node, nodes.Mul):
         one, two = _number(node.left, values), _number(node.right, values)
         return None if one is None or two is None else one * two
-    value = node.value if isinstance(node, nodes.Const) else values.get(next(reversed([*_paths(node)]), ""))
+    value = node.value if isinstance(node, nodes.Const) else values.get(dotted(node))
     return value if isinstance(value, int) else None
 
 
@@ -84,17 +84,18 @@ def _compares(tree: nodes.Compare) -> Iterator[nodes.Compare]:
 
 
 def _paths(tree: nodes.Node) -> Iterator[str]:
-    if isinstance(tree, nodes.Name):
-        yield tree.name
-    for name in tree.find_all(nodes.Name):
-        yield name.name
-    for attribute in tree.find_all(nodes.Getattr):
-        parts, inner = [attribute.attr], attribute.node
-        while isinstance(inner, nodes.Getattr):
-            parts.append(inner.attr)
-            inner = inner.node
-        if isinstance(inner, nodes.Name):
-            yield ".".join([inner.name, *reversed(parts)])
+    """Every name below, and with what is asked of it: `options` and `options.size`."""
+    for node in [tree, *tree.find_all((nodes.Name, nodes.Getattr))]:
+        if path := dotted(node):
+            yield path
+
+
+def dotted(node: nodes.Node) -> str:
+    """A name and what is asked of it, `options.size`; empty for anything else."""
+    if isinstance(node, nodes.Getattr):
+        above = dotted(node.node)
+        return f"{above}.{node.attr}" if above else ""
+    return node.name if isinstance(node, nodes.Name) else ""
 
 
 def unusual(number: int, key: Key | None) -> float:
