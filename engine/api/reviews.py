@@ -47,6 +47,9 @@ def explain(
 ) -> Explanation:
     """Where the elements of a tensor come from, or with `backward` where they go; reads headers only.
 
+    >>> print(engine.explain("model.norm.weight[0:4]", "internlm", "ckpt/1000").as_dict()["rule"])
+    norm.weight
+
     Args:
         what: an output and slices of it, `model.norm.weight[0:4]`; with `backward` a stored tensor,
             `FILE:NAME[slices]`, or without the file the tensor of every file that has it.
@@ -68,8 +71,8 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
 
     Reads headers only. Of a training checkpoint it tells layout, ranks and sizes, and which mappings fit.
 
-    >>> inspect("ckpt/1000").fitting[0].name  # doctest: +SKIP
-    'internlm-7b'
+    >>> [fit.name for fit in engine.inspect("ckpt/1000").fitting]
+    ['internlm']
 
     Args:
         config: as for `convert`.
@@ -86,6 +89,9 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
 def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:
     """The only bundled mapping that fits a training checkpoint.
 
+    >>> engine.find_mapping("ckpt/1000").name
+    'internlm'
+
     Raises:
         EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
     """
@@ -96,7 +102,11 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
 
 
 def mappings() -> list[MappingFile]:
-    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families."""
+    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families.
+
+    >>> "internlm2-7b" in [mapping.name for mapping in engine.mappings()]
+    True
+    """
     from engine.discover.inspect import load_all
 
     return load_all()[0]
@@ -112,11 +122,13 @@ def compare(
     dtype: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
-    """Compare everything that makes two models, and say what the differences are and what they do.
+    """Compare everything that makes two models, and say what differs and what that changes.
 
-    >>> done = compare("hf", "reference")  # doctest: +SKIP
-    >>> done.same(), done.diagnoses  # doctest: +SKIP
-    (False, ('k_proj and q_proj … equal the reference after interleaving rotary pairs: …',))
+    >>> one = engine.convert("internlm", "ckpt/1000", "one")
+    >>> other = engine.convert("internlm", "ckpt/1000", "other", settings={"rotary": "pairs"})
+    >>> done = engine.compare("other", "one")
+    >>> done.same(), done.diagnoses
+    (False, ('k_proj and q_proj in layers {0…3} equal the reference after …',))
 
     Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
     folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
@@ -147,7 +159,7 @@ def compare(
 
     sides = [read_side(found_at(one, "the checkpoint"), planned(one)) for one in (out, ref)]
     if mapping is not None and not any(side.training for side in sides):
-        raise EngineError("E001", "neither side is a training checkpoint, which a mapping is for",
+        raise EngineError("E001", "neither side is a training checkpoint, so a mapping has no use",
                           fix="Leave --mapping out.")  # fmt: skip
     meter = Meter(sides[0].nbytes, progress, "comparing")
     return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
@@ -263,7 +275,8 @@ def verify(
 ) -> Verified:
     """Verify an output: against its own manifest, and in whatever other way is asked for.
 
-    >>> verify("hf", src="ckpt/1000", mapping="internlm2-7b").problems  # doctest: +SKIP
+    >>> report = engine.convert("internlm", "ckpt/1000", "hf")
+    >>> engine.verify("hf", src="ckpt/1000", mapping="internlm").problems
     ()
 
     Args:
@@ -297,12 +310,16 @@ def verify(
 
 
 def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
-    """Findings of mapping files, or of those below folders; without paths, of every bundled one."""
+    """Findings of mapping and layout files, or of those below folders; without paths, of every bundled mapping.
+
+    >>> engine.lint("internlm2-7b")
+    []
+    """
     from engine.language.search import kind_of, list_names
     from engine.proving.lint import lint_file
 
     names = (
-        [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) not in ("layout", "meaning")]
+        [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) != "meaning"]
         if paths
         else list_names()
     )
@@ -345,7 +362,8 @@ def new_mapping(
 ) -> Scaffold:
     """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
 
-    >>> print(new_mapping("ckpt/1000", name="mine-7b").text)  # doctest: +SKIP
+    >>> print(engine.new_mapping("ckpt/1000", name="mine-7b").text)
+    # yaml-language-server: …
     mapping: 1
     name: mine-7b
     …
@@ -370,15 +388,18 @@ def prove(
     mutants: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Proof]:
-    """Prove mappings: total, injective, exactly invertible, alike in every layout; without names, all bundled ones.
+    """Prove mappings: complete, one-to-one, invertible, and equal in every layout; without names, all bundled ones.
 
-    Runs the real planner and runner on tiny index tensors in a temporary folder, checks a release's
-    own sizes by box arithmetic, and compares names and shapes with transformers' model. Rules that
+    Runs the real planner and runner on tiny tensors of numbered elements in a temporary folder, checks a
+    release's own sizes by arithmetic, and compares names and shapes with transformers' model. Rules that
     several mappings share are run once.
+
+    >>> [proof.holds for proof in engine.prove("internlm")]
+    [True]
 
     Args:
         names: paths, names of bundled mappings, or loaded ones.
-        mutants: perturb each rule too, and say what would have caught it.
+        mutants: also change the mapping in one place at a time, and say which check notices.
         progress: called before each mapping.
     """
     from engine.language.search import list_names

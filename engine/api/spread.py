@@ -63,8 +63,8 @@ def run_plan_on(
     how = running_of(options, WholeRunOptions)
     if not how.digests or how.check_source or how.resume:
         raise EngineError(
-            "E001", "parts always record digests, go on by themselves, and do not check the source first",
-            fix="Leave --no-digests, --check-source and --resume out, or run without --executor.",
+            "E001", "--no-digests, --check-source and --resume have no use with an executor",
+            fix="Leave them out, or run without --executor. Parts always record digests, and resume by themselves.",
         )  # fmt: skip
     with executor_at(place) as executor:
         return run_parts(path, executor, parts, out, **options)

@@ -79,7 +79,7 @@ def read_rank_file(where: File, load: LoadPickle = load_pickle, nested: Sequence
                 place=Place(where.name, tensor=tensor.name),
                 got=f"{tensor.nbytes} bytes in a file of {size}",
                 expected="each element stored once",
-                fix="Save it again after `contiguous()`.",
+                fix="Save it again after calling `contiguous()`.",
             )
     return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root)
 

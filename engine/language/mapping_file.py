@@ -27,13 +27,16 @@ _BRACES = re.compile(r"\{\{(.*)\}\}\Z", re.DOTALL)
 def load_mapping(name: str | Path) -> Mapping:
     """Load a mapping by path or bundled name, resolved over its parents and checked.
 
+    >>> load_mapping("internlm2-7b").expect["hidden"]
+    4096
+
     Raises:
         EngineError: E002, E1xx with file, line and column.
     """
     if not isinstance(name, str | Path):
         raise EngineError(
             "E001",
-            "this is no mapping",
+            "this is not a mapping",
             got=f"{name!r:.80}, of type {type(name).__name__}",
             expected="a name, a path, or a loaded mapping",
             fix="Give the name of a bundled mapping, like internlm2-7b, or the path of a file.",

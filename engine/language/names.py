@@ -78,7 +78,7 @@ def check_file_name(text: str, place: Place, *, folders: bool = False) -> None:
     if not text or text.startswith(".") or not text.isprintable() or any(c in "/\\" for c in text) or len(text) > 200:
         raise EngineError(
             "E104",
-            "a file name would leave its folder, or cannot be one",
+            "a file name leaves its folder, or is not valid",
             place=place,
             got=text,
             expected="a plain name, like model_config.pt",

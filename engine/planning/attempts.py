@@ -91,7 +91,7 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
     for combination in combinations:
         chosen = dict(decisions)
         for variant, choice in zip(open_variants, combination, strict=True):
-            told = "the only choice under which all sizes agree over all shards"
+            told = "the only choice for which all sizes agree across all shards"
             chosen[variant.name] = Decision(variant.name, choice, "shapes", told)
         attempts.append(_attempt(question, chosen))
     fitting = [a for a in attempts if not a.sizes.contradictions]
@@ -218,7 +218,7 @@ def claims(
         if not (0 if dropped else 1) <= value < _LARGEST:
             raise EngineError(
                 "E218",
-                f"dim `{axis}` is no size",
+                f"dim `{axis}` is not a size",
                 place=expression.place,
                 got=str(value)[:40],
                 expected="1 or more",

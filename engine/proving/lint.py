@@ -12,6 +12,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, Mapping, Rule
 from engine.language.names import PARAMS, pattern
+from engine.language.search import find_file, kind_of
 from engine.proving.finding import Finding, finding_of
 from engine.proving.undeclared import undeclared
 from engine.proving.values import check_values, every_expression
@@ -20,14 +21,19 @@ _MAX_COMBINATIONS = 4096
 
 
 def lint_file(name: str) -> list[Finding]:
-    """Load and lint one mapping; what keeps it from loading is a finding too."""
+    """Load and lint one mapping or layout; what keeps it from loading is a finding too."""
     try:
+        if kind_of(find_file(name)) == "layout":
+            load_layout(name)
+            return []
         mapping = load_mapping(name)
-    except EngineErrors as errors:
-        return [finding_of(error) for error in errors.errors]
     except EngineError as error:
-        return [finding_of(error)]
+        return _findings(error)
     return lint(mapping)
+
+
+def _findings(error: EngineError) -> list[Finding]:
+    return [finding_of(one) for one in (error.errors if isinstance(error, EngineErrors) else [error])]
 
 
 def lint(mapping: Mapping) -> list[Finding]:
@@ -43,7 +49,7 @@ def lint(mapping: Mapping) -> list[Finding]:
     try:
         layout = load_layout(mapping.layout, mapping.layout_place)
     except EngineError as error:
-        found.append(finding_of(error))
+        found += _findings(error)
     else:
         found += [*_undeclared(mapping, layout), *check_values(mapping, layout)]
     unique = {(f.code, str(f.place), f.message): f for f in found}

@@ -52,7 +52,7 @@ def check_values(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
 def _unknown(name: str, where: str, known: Iterable[str], place: Place, why: str) -> Finding:
     """L010: an error where the name is almost a known one, else a warning."""
     near = get_close_matches(name, sorted(known), 1, _NEAR)
-    told = f"`{name}` of `{where}` is read by nothing that is known"
+    told = f"`{name}` of `{where}` is not read by any known program"
     return Finding("L010", "error" if near else "warning", place, told, f"Did you mean `{near[0]}`?" if near else why)
 
 

@@ -172,7 +172,7 @@ class ObjectStore:
         try:
             obstore.put(self.client, name, data, mode="create" if new else "overwrite")
         except (AlreadyExistsError, FileExistsError) as error:
-            raise exists(self.place(name), "Choose another --out.", "another run's, which came meanwhile") from error
+            raise exists(self.place(name), "Choose another --out.", "another run's, written in the meantime") from error
         except Exception as error:  # obstore's own kinds, and OSError
             raise refused(self.place(name), str(error), writing=True) from error
 
@@ -321,7 +321,7 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     except (BaseError, ValueError, TypeError) as error:
         raise EngineError(
             "E001",
-            "this is no store",
+            "this URL is not a store",
             place=Place(url.partition("?")[0]),
             got=_short(str(error)),
             fix="Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1.",
