@@ -2,7 +2,7 @@
 
 >>> import engine
 >>> engine.convert("internlm2-7b", "ckpt/20000", "internlm2-7b-hf")  # doctest: +SKIP
-Report(out=PosixPath('internlm2-7b-hf'), tensors=227, …)
+Report(out='internlm2-7b-hf', tensors=227, ...)
 
 Importing this is instant: what a name needs is imported when the name is first used.
 """

@@ -52,7 +52,7 @@ def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpa
 
     >>> report = engine.convert("internlm", "ckpt/1000", "hf")
     >>> engine.plan_reverse("internlm", "hf", tp=4)
-    <Plan of internlm 1.0.0: 'hf' (one rank) to …>
+    <Plan of internlm 1.0.0: 'hf' (tp 4 × pp 1) to 144 tensors, ...>
     """
     return planned(request_of(mapping, src, options, "reverse"))
 
@@ -62,7 +62,7 @@ def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpa
     """Compile what `reshard` would do. Arguments as for `reshard`.
 
     >>> engine.plan_reshard("internlm", "ckpt/1000", tp=4, pp=1)
-    <Plan of internlm 1.0.0: 'ckpt/1000' (tp 2 × pp 2) to …>
+    <Plan of internlm 1.0.0: 'ckpt/1000' (tp 2 × pp 2) to ...>
     """
     return planned(request_of(mapping, src, options, "reshard"))
 

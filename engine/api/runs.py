@@ -41,7 +41,7 @@ def convert(
     """Convert a training checkpoint to a Hugging Face checkpoint.
 
     >>> engine.convert("internlm", "ckpt/1000", "hf", dtype="float32", max_shard_size="5GB")
-    Report(out=PosixPath('hf'), tensors=55, …)
+    Report(out='hf', tensors=55, ...)
 
     When this returns, the output is complete at `out` (default: `<src>-hf`). When it raises, there is no output.
 
@@ -74,7 +74,7 @@ def reverse(
 
     >>> report = engine.convert("internlm", "ckpt/1000", "hf")
     >>> engine.reverse("internlm", "hf", "ranks", tp=4, pp=2)
-    Report(out=PosixPath('ranks'), tensors=…)
+    Report(out='ranks', tensors=...)
 
     Args:
         ranks: ranks per dimension, such as `{"tp": 8}`; `tp`, `pp` and `wp` may be given by themselves.
@@ -101,7 +101,7 @@ def reshard(
     """Write a training checkpoint for other ranks, from shards to shards.
 
     >>> engine.reshard("internlm", "ckpt/1000", "tp4", tp=4)
-    Report(out=PosixPath('tp4'), tensors=…)
+    Report(out='tp4', tensors=...)
 
     Ranks, chunks and mode that are not given are as in `like`, else as in `src`. Other arguments as for `reverse`.
 
@@ -110,7 +110,7 @@ def reshard(
             Hugging Face checkpoint, which is never written.
 
     >>> engine.reshard("internlm", "ckpt/1000", "dcp", to="transformers", ranks={"dp": 8})
-    Report(out=PosixPath('dcp'), tensors=…)
+    Report(out='dcp', tensors=...)
 
     Raises:
         EngineError: as for `reverse`.
@@ -126,7 +126,7 @@ def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[
 
     >>> saved = engine.save_plan("plan.json", "internlm", "ckpt/1000")
     >>> engine.run_plan("plan.json", "hf")
-    Report(out=PosixPath('hf'), tensors=55, …)
+    Report(out='hf', tensors=55, ...)
     """
     started = time.monotonic()
     how = running_of(options, WholeRunOptions)

@@ -56,7 +56,7 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
 
     >>> with engine.virtual(engine.plan("internlm", "ckpt/1000")) as folder:
     ...     sorted(folder), folder["config.json"].read(0, 2)
-    (['README.md', 'config.json', …], b'{\\n')
+    (['README.md', 'config.json', ...], b'{\\n')
 
     Raises:
         EngineError: as for `convert`, of what can be told without reading tensors.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
 from engine.language.documents import At, Document
-from engine.language.expressions import check_expression
+from engine.language.expressions import check_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import load_resolved
 from engine.language.model import Exclusion, Expression, Mapping, Option, RemoteCode, Variant
@@ -42,7 +42,7 @@ def load_mapping(name: str | Path) -> Mapping:
             fix="Give the name of a bundled mapping, like internlm2-7b, or the path of a file.",
         )
     document, files = load_resolved(find_file(str(name)))
-    check_schema(document, "mapping")
+    check_schema(document, "mapping", merged=True)
     return build_mapping(document, files)
 
 
@@ -96,7 +96,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         architecture=target["architecture"],
         options=table("options", lambda d, name, body: read_option(d, name, body, ("options", name))),
         variants=variants,
-        dims=table("dims", lambda d, name, text: expression(d, ("dims", name), text)),
+        dims=table("dims", _dim),
         even=tuple(data.get("even") or ()),
         rules=tuple(table("rules", read_rule, variants).values()),
         ignore=exclusions("ignore"),
@@ -126,7 +126,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
 
 def _placed(document: Document) -> list[tuple[tuple[str, ...], At]]:
     """Where parts of a mapping and their keys stand; rules know their own places."""
-    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 3)
+    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 4)
     return [(path, at) for path, at in listed if path[0] not in ("rules", "keys")]
 
 
@@ -158,6 +158,21 @@ def expression(document: Document, path: tuple[str | int, ...], text: Any) -> Ex
     result = Expression(str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path))
     check_expression(result)
     return result
+
+
+def _dim(document: Document, name: str, text: Any) -> Expression:
+    """The expression of a size; E105 for a quotient, which is no whole number even where it divides."""
+    found = expression(document, ("dims", name), text)
+    if is_quotient(found):
+        raise EngineError(
+            "E105",
+            f"dim `{name}` is a quotient, which is not a whole number even where it divides",
+            place=found.place,
+            got=found.text,
+            expected="a whole number",
+            fix="Divide by `//`, or put `| int` behind it.",
+        )
+    return found
 
 
 def read_variant(document: Document, name: str, body: dict[str, Any], path: tuple[str | int, ...]) -> Variant:

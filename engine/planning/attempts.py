@@ -218,7 +218,7 @@ def claims(
         if not (0 if dropped else 1) <= value < _LARGEST:
             raise EngineError(
                 "E218",
-                f"dim `{axis}` is not a size",
+                f"dim `{axis}` is no size",
                 place=expression.place,
                 got=str(value)[:40],
                 expected="1 or more",

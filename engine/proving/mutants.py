@@ -479,5 +479,5 @@ def rebuilt(mapping: MappingFile, data: Data) -> MappingFile:
         EngineError: what loading it would raise.
     """
     document = Document(mapping.files[-1], data, {})
-    check_schema(document, "mapping")
+    check_schema(document, "mapping", merged=True)
     return build_mapping(document, mapping.files)

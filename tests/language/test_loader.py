@@ -77,7 +77,7 @@ def test_keys_that_differ_only_in_type_are_duplicates() -> None:
         ("a: 1\n---\nb: 1", "document"),
         ("", "empty"),
         ("- 1", "keys and values"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is not closed"),
         ("a: \x00", "character"),
         ("a: \ud800", "UTF-8"),
     ],

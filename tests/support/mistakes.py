@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import unified_diff
 from pathlib import Path
 
 from tests.support.invoking import invoke
@@ -36,11 +37,9 @@ class Mistake:
     def edit(self) -> str:
         """The lines that differ, as a diff shows them, in a block of Markdown."""
         if not self.old:
-            return f"```yaml\n{self.new}```"
-        removed, added = ([f"{sign}{line}" for line in text.split("\n") if line] for sign, text in
-                          (("-", self.old), ("+", self.new)))  # fmt: skip
-        same = [line[1:] for line in removed if f"+{line[1:]}" in added]
-        lines = [line for line in (*removed, *added) if line[1:] not in same]
+            return "```diff\n" + "".join(f"+{line}\n" for line in self.new.splitlines()) + "```"
+        every = unified_diff(self.old.split("\n"), self.new.split("\n"), n=0, lineterm="")
+        lines = [line for line in every if not line.startswith(("---", "+++", "@@")) and len(line) > 1]
         return "```diff\n" + "\n".join(lines).replace("\t", "<tab>") + "\n```"
 
 
