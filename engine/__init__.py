@@ -9,6 +9,8 @@ Importing this is instant: what a name needs is imported when the name is first 
 
 from typing import TYPE_CHECKING, Any
 
+from engine.language.version import __version__
+
 if TYPE_CHECKING:
     from engine.api import (
         Report,
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
         virtual,
     )
     from engine.errors import EngineError, EngineErrors
-
-__version__ = "0.1.0"
 
 __all__ = [
     "EngineError",

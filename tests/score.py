@@ -7,21 +7,28 @@ careless edit must turn the pull request's workflow red, and be told in its comm
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 from engine.language.mapping_file import load_mapping
-from engine.proving.mutants import mutants_of, try_mutants
+from engine.proving.mutants import mutants_of
 from engine.proving.proof import Mutant
-from tests.careless import ROOT, Outcome, edits_of, outcome
+from engine.proving.trying import try_mutants
+from tests.careless import ROOT, Known, Outcome, edits_of, known_of, outcome
 
 PAGE = ROOT / "docs" / "mutation-score.md"
+KEPT = ROOT / "build" / "score.jsonl"  # what was found, as it is found
+SHARE = 60  # mutants or edits that a process tries at a time
+WORKERS = int(os.environ.get("WORKERS") or os.cpu_count() or 1)
 # Where, what is written instead, and why nothing can show it: the mapping is the same.
 EQUAL = (
     (r"generation\.\w+_token_id", r"left out", "the file takes the same number from config.json"),
@@ -37,11 +44,23 @@ EQUAL = (
 )
 
 
+Found = Mutant | Outcome
+
+
 @dataclass(frozen=True)
 class Score:
     family: str
     mutants: list[Mutant]
     edits: list[Outcome]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some mutants or edits of a family, by their numbers."""
+
+    family: str
+    of: str  # mutants | edits
+    numbers: tuple[int, ...]
 
 
 def families() -> list[str]:
@@ -54,11 +73,58 @@ def _file(family: str) -> Path:
     return ROOT / "mappings" / "families" / f"{family}.yaml"
 
 
-def score(family: str, every: int) -> Score:
-    """One family; of its mutants and edits every so many."""
-    mapping = load_mapping(_file(family))
-    mutants = try_mutants(mapping, list(mutants_of(mapping))[::every])
-    return Score(family, mutants, [outcome(mapping, edit) for edit in list(edits_of(mapping))[::every]])
+@lru_cache(maxsize=1)
+def _known(family: str) -> Known:
+    return known_of(load_mapping(_file(family)))
+
+
+def try_share(share: Share) -> list[Found]:
+    """What shows each mutant or edit of a share."""
+    known = _known(share.family)
+    if share.of == "edits":
+        edits = list(edits_of(known.mapping))
+        return [outcome(known, edits[number]) for number in share.numbers]
+    mutants = list(mutants_of(known.mapping))
+    return [*try_mutants(known.mapping, [mutants[number] for number in share.numbers])]
+
+
+def score(names: Sequence[str], every: int, *, go_on: bool) -> list[Score]:
+    """Families; of their mutants and edits every so many. What is found is kept at once.
+
+    Args:
+        go_on: take what was kept of the same mapping and was shown, and try the rest.
+    """
+    digests = {name: load_mapping(_file(name)).digest for name in names}
+    found: dict[tuple[str, str], dict[int, Found]] = {}
+    KEPT.parent.mkdir(exist_ok=True)
+    if go_on and KEPT.is_file():
+        for digest, family, of, number, data in map(json.loads, KEPT.read_text("utf-8").splitlines()):
+            one = Mutant(**data) if of == "mutants" else Outcome(**data)
+            if digests.get(family) == digest and not problem(one):
+                found.setdefault((family, of), {})[number] = one
+    running: dict[Future[list[Found]], Share] = {}
+    with (
+        ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool,
+        KEPT.open("a" if go_on else "w") as kept,
+    ):
+        for family in names:
+            mapping = load_mapping(_file(family))
+            for of, listed in (("mutants", mutants_of(mapping)), ("edits", edits_of(mapping))):
+                known = found.setdefault((family, of), {})
+                left = [i for i, _ in enumerate(listed) if i % every == 0 and i not in known]
+                for at in range(0, len(left), SHARE):
+                    share = Share(family, of, tuple(left[at : at + SHARE]))
+                    running[pool.submit(try_share, share)] = share
+        for done in as_completed(running):
+            share = running[done]
+            for number, one in zip(share.numbers, done.result(), strict=True):
+                found[share.family, share.of][number] = one
+                line = [digests[share.family], share.family, share.of, number, asdict(one)]
+                print(json.dumps(line), file=kept, flush=True)
+                if told := problem(one):
+                    print(f"{share.family}: {told}", flush=True)
+    ordered = {key: [by[number] for number in sorted(by)] for key, by in found.items()}
+    return [Score(name, ordered[name, "mutants"], ordered[name, "edits"]) for name in names]
 
 
 def reason(mutant: Mutant) -> str | None:
@@ -68,15 +134,13 @@ def reason(mutant: Mutant) -> str | None:
     )
 
 
-def problems(scores: Sequence[Score]) -> list[str]:
-    """Mutants that survive without a reason, and edits that stay green or are told by nothing."""
-    found: list[str] = []
-    for one in scores:
-        survivors = [m for m in one.mutants if m.caught_by is None and reason(m) is None]
-        found += [f"{one.family}: {m.kind}: {m.where}: {m.what} survives" for m in survivors]
-        found += [f"{one.family}: {e.edit}: the workflow is green" for e in one.edits if e.red is None]
-        found += [f"{one.family}: {e.edit}: the comment says nothing" for e in one.edits if e.comment is None]
-    return found
+def problem(one: Found) -> str | None:
+    """What is wrong: a mutant that survives without a reason, an edit that stays green or that no comment tells."""
+    if isinstance(one, Mutant):
+        survives = one.caught_by is None and reason(one) is None
+        return f"{one.kind}: {one.where}: {one.what} survives" if survives else None
+    green = "the workflow is green" if one.red is None else "the comment says nothing" if one.comment is None else ""
+    return f"{one.edit}: {green}" if green else None
 
 
 def tried(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
@@ -148,19 +212,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", default=families())
     parser.add_argument("--every", type=int, default=1, help="try one of so many")
+    parser.add_argument("--go-on", action="store_true", help="keep what an earlier run showed, and try the rest")
     parser.add_argument("--write", action="store_true", help="write the page")
     options = parser.parse_args()
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(score, name, options.every) for name in options.families]
-        scores: list[Score] = []
-        for one in running:
-            scores.append(one.result())
-            print(f"{scores[-1].family}: {len(scores[-1].mutants)} mutants, {len(scores[-1].edits)} edits", flush=True)
-            print("\n".join(problems(scores[-1:])), flush=True)
+    scores = score(options.families, options.every, go_on=options.go_on)
     if options.write:
         PAGE.write_text(page(scores, options.every, families()), encoding="utf-8")
     print(tried(scores, options.every, families()))
-    return 1 if problems(scores) else 0
+    return 1 if any(problem(one) for by in scores for one in (*by.mutants, *by.edits)) else 0
 
 
 if __name__ == "__main__":

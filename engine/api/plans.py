@@ -10,8 +10,8 @@ from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
+from engine.planning.reading import read_checkpoint
 from engine.planning.request import AnyOptions, Request, ReshardOptions, ReverseOptions, WholeOptions, request_of
-from engine.run.execute import read_checkpoint
 from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
 from engine.storage.regular import open_regular
@@ -69,24 +69,26 @@ def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpa
 
 def planned(asked: Request) -> Plan:
     """The plan of a request, whatever it reads and writes."""
-    if asked.to is not None:
-        return planned(_between(asked, asked.to))
-    loaded, layout = _rules(asked)
-    return _compiled(asked, loaded, layout, _read(asked, layout))
+    made = _direct(asked)
+    loaded, layout = _rules(made)
+    return _compiled(asked, made, loaded, layout, _read(made, layout))
 
 
-def _between(asked: Request, to: str | Path) -> Request:
-    """The request that writes by one mapping what another reads: its source is the files that a run would write.
+def _direct(asked: Request) -> Request:
+    """The request as one mapping can do it.
 
+    What is read by one mapping and written by another has the files as source that a run of the first would write.
     Settings go to the mapping that has them, and to both where both do.
     """
+    if asked.to is None:
+        return asked
     from engine.assets.bundle import as_json
     from engine.run.execute import Small
     from engine.serve.virtual import VirtualFolder
 
     known = [
         {*mapping.options, *mapping.variants, *layout.options, *layout.layers.variants}
-        for mapping, layout in (_rules(asked), _rules(replace(asked, mapping=to)))
+        for mapping, layout in (_rules(asked), _rules(replace(asked, mapping=asked.to)))
     ]
     first, second = (
         {name: value for name, value in asked.settings.items() if name in mine or name not in other}
@@ -95,7 +97,7 @@ def _between(asked: Request, to: str | Path) -> Request:
     whole = planned(Request(asked.mapping, asked.src, config=asked.config, settings=first))
     folder = VirtualFolder(whole, lambda: Small({"config.json": as_json(whole.config)}))
     second = {name: value for name, value in second.items() if name in known[1]}
-    return replace(asked, mapping=to, src=folder.store, reads="whole", config=None, settings=second, to=None)
+    return replace(asked, mapping=asked.to, src=folder.store, reads="whole", config=None, settings=second, to=None)
 
 
 def _read(asked: Request, layout: Layout) -> Checkpoint:
@@ -104,7 +106,8 @@ def _read(asked: Request, layout: Layout) -> Checkpoint:
     return read_checkpoint(asked.src, layout, asked.config)
 
 
-def _compiled(asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
+def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
+    """The plan of a request as it was given, and as one mapping can do it."""
     from engine.planning.planner import make_plan
     from engine.proving.meta_model import fitted, written_as_model
 
@@ -115,7 +118,8 @@ def _compiled(asked: Request, loaded: MappingFile, layout: Layout, checkpoint: C
         if like is not None:
             loaded, layout, like = fitted(loaded, layout, like)
         loaded = written_as_model(loaded, checkpoint.config)
-    return make_plan(loaded, layout, checkpoint, asked, like=like)
+    made = make_plan(loaded, layout, checkpoint, asked, like=like)
+    return made if given is asked else replace(made, folder=str(given.src))
 
 
 def read_whole(src: Source) -> Checkpoint:
@@ -191,10 +195,11 @@ def load_plan(path: str | Path) -> Plan:
     file = given_path(path, "the plan")
     with open_regular(file) as opened:
         saved = parse_saved_plan(file, opened.read(MAX_BYTES + 1))
-    loaded, layout = _rules(saved.request)
+    asked = _direct(saved.request)
+    loaded, layout = _rules(asked)
     check_rules(saved, loaded, layout)
-    checkpoint = _read(saved.request, layout)
+    checkpoint = _read(asked, layout)
     check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
-    compiled = _compiled(saved.request, loaded, layout, checkpoint)
+    compiled = _compiled(saved.request, asked, loaded, layout, checkpoint)
     check_plan(saved, compiled, normal_form(compiled))
     return compiled

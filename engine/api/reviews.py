@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
-from engine.run.execute import read_checkpoint
+from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
@@ -18,14 +18,9 @@ if TYPE_CHECKING:
     from engine.comparing.verify import Verified
     from engine.discover.fits import Fit
     from engine.discover.inspect import Inspection
-    from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
     from engine.planning.model import Plan
-    from engine.proving.finding import Finding
-    from engine.proving.proof import Proof
     from engine.run.meter import Progress
-
-T = TypeVar("T")
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -166,100 +161,6 @@ def compare(
     return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
 
 
-def format_mapping(text: str) -> str:
-    """A mapping file in its usual form: keys in order, long rules in block form, comments kept."""
-    from engine.language.format import format_mapping as reformat
-
-    return reformat(text)
-
-
-def clean(out: str | Path) -> list[Path | str]:
-    """Remove what interrupted runs left beside an output; returns what was removed.
-
-    In an object store that is uploads that are pending below the output's prefix: files that are not visible yet.
-    """
-    from engine.storage.objects import ObjectStore
-    from engine.storage.output import clean as remove
-    from engine.storage.pending import end_uploads
-    from engine.storage.places import on_this_machine, store_at
-
-    store = store_at(out, "the output")
-    if isinstance(store, ObjectStore):
-        return [*end_uploads(store)]
-    return [*remove(on_this_machine(store, "the output"))]
-
-
-def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
-    """An output's path, and what interrupted runs left beside it: each folder with the bytes it takes.
-
-    Args:
-        out: as it was given to the run; without it, the default of `src`.
-    """
-    from engine.api.runs import default_out
-    from engine.storage.output import leftovers
-    from engine.storage.places import is_url
-
-    final = default_out(src or ".") if out is None else out
-    if is_url(final):
-        return str(final), []
-    final = Path(final)
-    found = [path for path in leftovers(final.absolute()) if path.is_dir()]
-    sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
-    return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
-
-
-def environment() -> dict[str, str]:
-    """What a bug report needs: versions of the engine and of what it uses, Python and the system."""
-    import os
-    import platform
-    from importlib.metadata import PackageNotFoundError, requires, version
-
-    from engine import __version__
-
-    facts = {
-        "engine": __version__,
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "system": platform.platform(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    try:
-        wanted = [text.split(";")[0] for text in requires("internlm-engine") or ()]
-    except PackageNotFoundError:
-        wanted = []
-    for name in sorted("".join(c if c.isalnum() or c in "-_" else " " for c in text).split()[0] for text in wanted):
-        try:
-            facts[name] = version(name)
-        except PackageNotFoundError:
-            facts[name] = "not installed"
-    named = ("ENGINE_MAPPINGS", "ENGINE_DEBUG", "TMPDIR")
-    return facts | {name: os.environ[name] for name in named if name in os.environ}
-
-
-def explain_code(code: str) -> str:
-    """What an error or lint code means and what to do, as Markdown; E001 for a code that is none."""
-    from engine.explaining.codes import explain_code as page
-
-    return page(code)
-
-
-def _listed(names: T | Sequence[T]) -> list[T]:
-    """Several names, or one by itself."""
-    return list(names) if isinstance(names, list | tuple | set | frozenset) else [cast(T, names)]
-
-
-def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths stand for; of a folder, every mapping and layout below it.
-
-    Raises:
-        EngineError: E002 for a folder without any, or a path where nothing is.
-    """
-    from engine.language.search import find_file, rule_files
-
-    return [
-        file for path in paths for file in (rule_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
-    ]
-
-
 @displayed
 def verify(
     out: str | Path,
@@ -310,19 +211,6 @@ def verify(
     return verify_output(written, Asked(compiled, small, sample, load, source, settings or {}), progress)
 
 
-def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
-    """Findings of mapping and layout files, or of those below folders; without paths, of every bundled mapping.
-
-    >>> engine.lint("internlm2-7b")
-    []
-    """
-    from engine.language.search import kind_of, list_names
-    from engine.proving.lint import lint_file
-
-    names = [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) != "meaning"] if paths else list_names()
-    return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
-
-
 def view(
     mapping: str | Path | MappingFile,
     src: str | Path,
@@ -347,74 +235,3 @@ def view(
     check_file_free(file, overwrite, is_page)
     compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
     return write_page(view_page(compiled), file, overwrite=overwrite)
-
-
-def new_mapping(
-    src: str | Path = ".",
-    *,
-    name: str | None = None,
-    like: str | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-) -> Scaffold:
-    """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
-
-    >>> print(engine.new_mapping("ckpt/1000", name="mine-7b").text)
-    # yaml-language-server: ...
-    mapping: 1
-    name: mine-7b
-    ...
-
-    Args:
-        name: the mapping's; default: that of the file or of the folder.
-        like: the family to extend, by name or path; default: the nearest bundled one.
-        out: the file to write; without it the text is only returned.
-        overwrite: replace a file that exists.
-
-    Raises:
-        EngineError: E401 when the file exists; E2xx and E3xx for what cannot be read.
-    """
-    from engine.discover.files import new_mapping as make
-
-    return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
-
-
-def prove(
-    names: str | Path | MappingFile | Sequence[str | Path | MappingFile] = (),
-    *,
-    mutants: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-) -> list[Proof]:
-    """Prove mappings: complete, one-to-one, invertible, and equal in every layout; without names, all bundled ones.
-
-    Runs the real planner and runner on tiny tensors of numbered elements in a temporary folder, checks a
-    release's own sizes by arithmetic, and compares names and shapes with transformers' model. Rules that
-    several mappings share are run once.
-
-    >>> [proof.holds for proof in engine.prove("internlm")]  # doctest: +SKIP
-    [True]
-
-    Args:
-        names: paths, names of bundled mappings, or loaded ones.
-        mutants: also change the mapping in one place at a time, and say which check notices.
-        progress: called before each mapping.
-    """
-    from engine.language.search import list_names
-    from engine.proving.prove import prove as prove_each
-
-    bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
-    return prove_each(_listed(names) or bundled, mutants=mutants, progress=progress)
-
-
-def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
-    """Write what mapping files mean into `meanings/` beside them, for `prove` to compare with later.
-
-    Args:
-        names: paths or names of bundled mappings; default: all bundled ones.
-    """
-    from engine.language.mapping_file import load_mapping
-    from engine.language.search import list_names
-    from engine.proving.committed import write_meaning as write
-
-    every = [*names] or sorted(list_names(), key=lambda name: len(load_mapping(name).files))  # parents first
-    return [write(name) for name in every]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from engine import __version__
 from engine.api.plans import plan
 from engine.api.runs import small_files
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
+from engine.language.version import __version__
 from engine.planning.request import WholeOptions
 from engine.storage.replacing import given_path
 

@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 
 import click
 
-from engine import __version__
 from engine.commands import convert, look, parts, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
 from engine.errors import CODES
 from engine.explaining.codes import page
+from engine.language.version import __version__
 
 # A command is listed under the first heading, in this order, with the first sentence of its help.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {

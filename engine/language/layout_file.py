@@ -51,6 +51,7 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
         config_of_target=data["config"].get("of") == "target",
         training_file=training.get("file"),
         training_format=training.get("format"),
+        training_repeats=training.get("repeats"),
         training_write=read_tree(document, ("training", "write"), training.get("write") or {}),
         prefixes=tuple(
             Prefix(p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None)

@@ -240,6 +240,7 @@ class Layout:
     config_of_target: bool  # it is the target's own config.json, which may also be given
     training_file: str | None
     training_format: str | None  # python_source
+    training_repeats: str | None  # its key under which it has the configuration again
     training_write: MappingABC[str, Any]  # what is written of it: literals with `Expression` leaves
     prefixes: tuple[Prefix, ...]
     options: MappingABC[str, Option]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import yaml
 
@@ -11,11 +13,15 @@ from engine.errors import EngineError, Place
 _KEY = re.compile(r"(\s*(?:- +)?\{?\s*)([\w.\"'*-]+)\s*:(?:\s+(.*))?")
 _RULE = re.compile(r"\s*- +(?:\{\s*)?(?:name|source): *[\"']?([^\"',}\s#]+)")
 _OPENS = "{[*&!%@`|>"  # a text that begins with one of these is read as something else
+_CLOSES = {"[": "]", "{": "}"}
+_MOST_READ, _LONGEST_TEXT = 400, 100_000  # entries that are read one by one, and characters of their file
 _LONGEST = 200  # characters of a line
 
 
-def unreadable(error: yaml.MarkedYAMLError, text: str, name: str) -> EngineError:
+def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
     """E101 for what the parser could not read, at the line that is to be mended."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return _not_allowed(error, text, name)
     lines = text.split("\n")
     mark = error.problem_mark or error.context_mark
     if mark is None:
@@ -33,6 +39,10 @@ def unreadable(error: yaml.MarkedYAMLError, text: str, name: str) -> EngineError
         if "could not find expected ':'" in str(error.problem) and error.context_mark is not None:
             row, column = error.context_mark.line, error.context_mark.column
             words, expected, fix = "a line has no `:` between key and value", "key: value", "Write the `:` and a space."
+        elif (bracket := _bracket(lines, error.context_mark)) in _CLOSES and error.context_mark is not None:
+            row, column = error.context_mark.line, error.context_mark.column
+            words = f"the YAML cannot be read: a bracket `{bracket}` is not closed, or a comma is missing behind it"
+            fix = f"Close it with {_CLOSES[bracket]}; put a text with brackets in quotes."
         elif before is not None and _is_indented_otherwise(lines, row, before):
             depth, wanted = _depth(lines[row]), _depth(lines[before])
             words = f"the line is indented by {depth} spaces, the key above it by {wanted}"
@@ -50,6 +60,26 @@ def unreadable(error: yaml.MarkedYAMLError, text: str, name: str) -> EngineError
         got=_shown(lines[row]),
         expected=expected,
         fix=fix,
+    )
+
+
+def _bracket(lines: list[str], mark: yaml.Mark | None) -> str:
+    """The bracket inside which an error is, as far as the parser says."""
+    return lines[mark.line][mark.column : mark.column + 1] if mark is not None and mark.line < len(lines) else ""
+
+
+def _not_allowed(error: yaml.YAMLError, text: str, name: str) -> EngineError:
+    position = getattr(error, "position", None)
+    place = Place(name)
+    if isinstance(position, int):
+        before = text[:position]
+        place = Place(name, before.count("\n") + 1, len(before) - before.rfind("\n"))
+    return EngineError(
+        "E101",
+        "the YAML cannot be read: a character that YAML does not allow",
+        place=place,
+        got=str(error).split("\n")[0],
+        fix="Remove control characters; write them as escapes inside double quotes.",
     )
 
 
@@ -135,6 +165,47 @@ def _depth(line: str) -> int:
 def _before(lines: list[str], row: int) -> int | None:
     """The line above that says something."""
     return next((i for i in range(row - 1, -1, -1) if lines[i].strip() and not lines[i].lstrip().startswith("#")), None)
+
+
+def wrong_entries(text: str, wrong: Callable[[str], EngineError | None]) -> list[EngineError]:
+    """What is wrong in each entry of a file when it is read by itself, and in each entry of those below it.
+
+    Args:
+        wrong: says what is wrong with some lines of it; the lines above are given as empty ones.
+    """
+    lines = text.split("\n") if len(text) <= _LONGEST_TEXT else []
+    left = iter(range(_MOST_READ))
+
+    def wrong_in(start: int, stop: int) -> EngineError | None:
+        return None if next(left, None) is None else wrong("\n" * start + "\n".join(lines[start:stop]))
+
+    def of(start: int, stop: int, *, below: bool) -> Iterator[EngineError]:
+        listed = [*_entries(lines, start, stop), stop]
+        read = start
+        for number, (first, end) in enumerate(pairwise(listed)):
+            error = wrong_in(first, end) if first >= read else None
+            if error is None:
+                continue
+            longer = listed[min(number + 2, len(listed) - 1)]
+            if wrong_in(first, longer) is None:
+                read = longer  # brackets or a text that go on in the next line
+            else:
+                yield from ([*of(first + 1, end, below=False)] if below else []) or [error]
+
+    return list(of(0, len(lines), below=True))
+
+
+def _entries(lines: list[str], start: int, stop: int) -> list[int]:
+    """The lines where entries begin, by the column of the first.
+
+    >>> _entries(["dims:", "  a: 1", "", "  b: [1,", "    2]", "rules: []"], 0, 6)
+    [0, 5]
+    >>> _entries(["dims:", "  a: 1", "", "  b: [1,", "    2]", "rules: []"], 1, 5)
+    [1, 3]
+    """
+    said = [i for i in range(start, stop) if lines[i].strip() and not lines[i].lstrip().startswith("#")]
+    columns = [len(lines[i]) - len(lines[i].lstrip(" ")) for i in said]
+    return [i for i, column in zip(said, columns, strict=True) if column == columns[0]]
 
 
 def in_rule(lines: list[str], row: int) -> str:

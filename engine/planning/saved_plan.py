@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
 from engine.checkpoint.changed import told
 from engine.errors import EngineError, Place
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.validation import violations
+from engine.language.version import __version__
 from engine.planning.digest import digest_of_plan
 from engine.planning.model import Plan
 from engine.planning.request import Request

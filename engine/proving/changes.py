@@ -94,14 +94,14 @@ def compare_meanings(
 ) -> tuple[tuple[TensorChange, ...], tuple[ValueChange, ...]]:
     """Tensors and values that come out differently; None stands for a mapping that does not exist."""
     before, after = ({} if one is None else meaning_of(one) for one in (old, new))
-    tensors = tuple(_tensor_changes(before, after, [one for one in (old, new) if one is not None]))
-    return tensors, () if old is None or new is None else tuple(_value_changes(before, after))
+    tensors = tensor_changes(before, after, [one for one in (old, new) if one is not None])
+    return tensors, () if old is None or new is None else value_changes(before, after)
 
 
 # -- values
 
 
-def _value_changes(before: Meaning, after: Meaning) -> Iterator[ValueChange]:
+def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
     """What is written differently, each key once with the first given configuration that shows it."""
     found: dict[tuple[str, str], list[tuple[str, Any, Any]]] = {}
     for part in _VALUED:
@@ -109,9 +109,10 @@ def _value_changes(before: Meaning, after: Meaning) -> Iterator[ValueChange]:
             if old != new:
                 file, _, key = name.partition(" ") if part in ("reading", "writing") else (part, "", name)
                 found.setdefault((file, key), []).append((given, old, new))
-    for (file, key), held in found.items():
-        given, old, new = held[0]
-        yield ValueChange(file, key, given, _text(old), _text(new), len(held) - 1)
+    return tuple(
+        ValueChange(file, key, given, _text(old), _text(new), len(held))
+        for (file, key), [(given, old, new), *held] in found.items()
+    )
 
 
 def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
@@ -148,7 +149,8 @@ def _text(value: Any) -> str | None:
 Route = tuple[dict[str, Any], ...]  # the entries that fill one target
 
 
-def _tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingFile]) -> list[TensorChange]:
+def tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingFile]) -> tuple[TensorChange, ...]:
+    """Tensors that come out differently, under the choices of any of the mappings."""
     combinations = list(_combinations(mappings))
     found: dict[_Key, dict[str, list[Mapping[str, str]]]] = {}
     texts: dict[tuple[_Key, str], tuple[str | None, str | None]] = {}
@@ -168,7 +170,7 @@ def _tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingF
             old, new = (None if t is None else t.replace("*", param) for t in texts[key, param])
             for when in _conditions(under, combinations):
                 changes.append(TensorChange(key[0], key[1].replace("*", param), old, new, when))
-    return sorted(changes, key=lambda c: (order.index(c.kind), c.target, c.when))
+    return tuple(sorted(changes, key=lambda c: (order.index(c.kind), c.target, c.when)))
 
 
 def _entries(meaning: Meaning) -> Iterator[dict[str, Any]]:

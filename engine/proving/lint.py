@@ -14,8 +14,9 @@ from engine.language.model import Layout, Mapping, Rule
 from engine.language.names import PARAMS, pattern
 from engine.language.search import find_file, kind_of
 from engine.proving.finding import Finding, finding_of
+from engine.proving.known_names import check_names, every_expression
 from engine.proving.undeclared import undeclared
-from engine.proving.values import check_values, every_expression
+from engine.proving.values import check_values
 
 _MAX_COMBINATIONS = 4096
 
@@ -51,7 +52,7 @@ def lint(mapping: Mapping) -> list[Finding]:
     except EngineError as error:
         found += _findings(error)
     else:
-        found += [*_undeclared(mapping, layout), *check_values(mapping, layout)]
+        found += [*_undeclared(mapping, layout), *check_names(mapping, layout), *check_values(mapping, layout)]
     unique = {(f.code, str(f.place), f.message): f for f in found}
     return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
 

@@ -28,11 +28,11 @@ from engine.proving.finding import Finding
 from engine.proving.lint import lint
 from engine.proving.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
 from engine.proving.meta_model import misfits, wanted
-from engine.proving.mutants import try_mutants
 from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
 from engine.proving.tiny import DIVISIBLE, World, Worlds, guess_sizes
+from engine.proving.trying import try_mutants
 from engine.run.meter import Listener, Meter
 
 RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"

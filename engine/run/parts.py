@@ -7,7 +7,7 @@ the digest and checksum of every output, and completes the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,7 +104,7 @@ def read_markers(plan: Plan, store: Store) -> dict[int, Done]:
     if missing or not found:
         told = f"{len(there)} of {count} parts; missing: {', '.join(map(str, missing[:8]))}" if found else "no part"
         raise _not_together(store, "parts are missing", told, "Run the missing parts, then commit again.")
-    done = {int(output): Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
+    done = {output: Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
     if done.keys() != set(range(len(plan.outputs))):
         raise _not_together(
             store, "parts do not cover the plan", f"{len(done)} of {len(plan.outputs)} tensors", "Run the parts again."
@@ -112,14 +112,29 @@ def read_markers(plan: Plan, store: Store) -> dict[int, Done]:
     return done
 
 
+def check_parts(plan: Plan, store: Store, told: Mapping[int, Done], found: Mapping[int, Done]) -> None:
+    """E409 for the first file that no longer holds what a part wrote to it."""
+    for file in plan.shards:
+        lost = [plan.outputs[output].name for output in file.outputs if found.get(output) != told[output]]
+        if lost:
+            raise _not_together(
+                store,
+                f"`{file.name}` is not what the parts wrote",
+                f"other bytes, or none, of {len(lost)} tensors: {', '.join(lost[:3])}",
+                "Something else changed it. Remove what is there with `engine clean`, and run the parts again.",
+            )
+
+
 def _read(store: Store, name: str) -> dict[str, Any]:
     with store.open(name) as file:
         raw = file.read(_MOST)
     try:
         told = parse_json(raw, own=True)
-        if isinstance(told["work"], str) and len(told["part"]) == 2 and isinstance(told["outputs"], dict):
-            return dict(told)
-    except (ValueError, KeyError, TypeError):
+        Part(*told["part"])
+        outputs = {int(output): tuple(entry) for output, entry in told["outputs"].items()}
+        if isinstance(told["work"], str) and all(tuple(map(type, one)) == (str, int) for one in outputs.values()):
+            return {**told, "outputs": outputs}
+    except (ValueError, LookupError, TypeError, AttributeError, EngineError):
         pass
     raise _not_together(store, "a marker of a part cannot be read", name, "Remove it, and run that part again.")
 

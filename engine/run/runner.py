@@ -11,10 +11,10 @@ from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
 from engine.planning.model import Plan
 from engine.run.journal import NAME as JOURNAL
-from engine.run.journal import Done, Interrupted, Journal, read_journal
+from engine.run.journal import Begun, Done, Interrupted, Journal, read_journal
 from engine.run.memory import workers_of
 from engine.run.meter import Meter, Progress
-from engine.run.parts import MARKER, Part, share
+from engine.run.parts import MARKER, Part, check_parts, share
 from engine.run.replicas import checks, compare_replicas, replica_bytes
 from engine.run.resume import compare_copied, split
 from engine.run.schedule import schedule
@@ -120,11 +120,22 @@ def write_weights(
 
 
 def take_parts(plan: Plan, store: Store, done: Mapping[int, Done]) -> dict[int, Done]:
-    """Complete the files that parts wrote to, given the digest and checksum of every output."""
+    """Complete the files that parts wrote to, given the digest and checksum of every output.
+
+    Raises:
+        EngineError: E409 when what is there now is not what they wrote.
+    """
     if store.positioned:
         writer = Writer(plan, store, Meter(0, None), digests=True, alone=True)
-        writer.done.update(done)
+        if store.folder is not None:
+            sweep(store.folder, {*(name for name in store.names() if name.startswith(MARKER)),
+                                 *(file.name for file in plan.shards)})  # fmt: skip
+        told = [{output: Begun(done[output].digest, None) for output in file.outputs} for file in plan.shards]
+        with ThreadPoolExecutor(workers_of(plan, None, None, 0, store.buffer)) as pool:
+            list(pool.map(writer.take_over, told))
+        check_parts(plan, store, done, writer.done)
         for index in range(len(plan.shards)):
+            writer.start(index)
             writer.complete(index)
             writer.sync(index)
         for name in store.names():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,10 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.run.parts import Part, share
+from engine.run.parts import Part, read_markers, share
 from engine.run.schedule import Job, Unit
+from engine.storage.local import LocalStore
+from tests.attacks.values import mutated
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
@@ -101,12 +107,49 @@ def test_parts_of_different_numbers_or_plans_are_not_put_together(plan: Path, tm
     assert len(api.clean(out)) == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b'{"work": 1}', b"\xff", b'{"work":"","part":[1],"outputs":{}}'])
-def test_a_damaged_marker_is_refused(damage: bytes, plan: Path, tmp_path: Path) -> None:
+def test_a_damaged_marker_is_refused(plan: Path, tmp_path: Path) -> None:
     api.part(plan, "1/1", tmp_path / "out")
     (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
-    marker.write_bytes(damage)
+    told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
+    for name, damage in mutated({**told, "outputs": dict(list(told["outputs"].items())[:2])}):
+        marker.write_bytes(damage)
+        with pytest.raises(EngineError) as caught:
+            read_markers(compiled, LocalStore(marker.parent))
+        assert caught.value.code == "E409", name
     refused("E409", plan, tmp_path / "out")
+
+
+def _edited(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+
+
+def _moved(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "change", [_edited, _moved, lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.unlink()]
+)
+def test_what_a_part_wrote_and_something_changed_is_not_committed(
+    change: Callable[[Path], object], plan: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2):
+        api.part(plan, f"{number}/2", out)
+    partial = next(tmp_path.glob(".out.partial-*"))
+    file = max(partial.glob("*.safetensors"))
+    (partial / "modeling_evil.py").write_text("import os")
+    with file.open("r+b") as header:  # what can be written anew is
+        header.write(bytes(8))
+    shutil.copytree(partial, tmp_path / "kept")
+    change(file)
+    assert file.name in str(refused("E409", plan, out)) and not out.exists()
+    shutil.rmtree(partial)
+    (tmp_path / "kept").rename(partial)
+    api.commit(plan, out)
+    assert files(out) == whole
 
 
 @pytest.mark.slow
