@@ -18,7 +18,7 @@ from engine.formats.dtensor import Distributed, read_distributed
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
-from engine.formats.standins import Refused, Storage, Tensor
+from engine.formats.standins import Instance, Refused, Storage, Tensor
 from engine.formats.unpickle import MAX_PICKLE, damaged, error_of, load_pickle
 from engine.formats.zipdir import read_directory
 from engine.storage.store import File, OpenFile
@@ -44,13 +44,16 @@ class Saved:
     root: str | None = None
 
 
-def read_rank_file(where: File, load: LoadPickle = load_pickle, nested: Sequence[Pattern[str]] = ()) -> FileHeader:
+def read_rank_file(
+    where: File, load: LoadPickle = load_pickle, nested: Sequence[Pattern[str]] = (), says: Sequence[str] = ()
+) -> FileHeader:
     """Index one rank file.
 
     Args:
         load: reads a pickle, given its bytes and the file's name.
         nested: which of the file's keys hold the mappings of tensors, whose names begin with that key and a dot;
             nothing beside them is looked at. Without any, the file itself is the mapping.
+        says: dotted keys of numbers and texts that are kept, where they are there.
 
     Raises:
         EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
@@ -81,7 +84,16 @@ def read_rank_file(where: File, load: LoadPickle = load_pickle, nested: Sequence
                 expected="each element stored once",
                 fix="Save it again after calling `contiguous()`.",
             )
-    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root)
+    said = {path: one for path in says if isinstance(one := _value_at(saved.value, path), int | float | str)}
+    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, says=said)
+
+
+def _value_at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        if isinstance(value, Instance) and value.kind.name == "Namespace":
+            value = value.state
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _flat(value: Mapping[Any, Any], nested: Sequence[Pattern[str]], file: str) -> Iterator[tuple[str, Any]]:

@@ -71,6 +71,11 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
         even=tuple(data.get("even") or ()),
         lone_rank=data.get("lone_rank") or {},
         zip_root=data.get("zip_root"),
+        says_ranks={
+            n: expression(document, ("says", "ranks", n), text)
+            for n, text in ((data.get("says") or {}).get("ranks") or {}).items()
+        },
+        says_alike=tuple((data.get("says") or {}).get("alike") or ()),
         sizes={n: expression(document, ("sizes", n), text) for n, text in (data.get("sizes") or {}).items()},
         modes=tuple(_mode(document, n, m) for n, m in data["modes"].items()),
         skip=tuple(data.get("skip") or ()),

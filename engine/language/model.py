@@ -249,6 +249,8 @@ class Layout:
     even: tuple[str, ...]  # stage classes whose tensors the framework only cuts evenly
     lone_rank: MappingABC[str, int]
     zip_root: str | None  # what the folder inside a rank file's zip is: `file_name`; None: it tells nothing
+    says_ranks: MappingABC[str, Expression]  # a file's own rank per dimension, by what is saved in it
+    says_alike: tuple[str, ...]  # what all files must say alike
     sizes: MappingABC[str, Expression]  # ranks per dimension, as the training configuration claims
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]

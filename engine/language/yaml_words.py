@@ -30,7 +30,9 @@ def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
     words, expected, fix = "", None, ""
     context = [] if error.context_mark is None else [error.context_mark.line]
     before = _before(lines, row)
-    for line in dict.fromkeys([row, *context, *([] if before is None else [before])]):
+    if before is not None and lines[before].lstrip().startswith("//"):
+        context.append(before)
+    for line in dict.fromkeys([row, *context]):
         found = _of_line(lines, min(line, len(lines) - 1))
         if found is not None:
             (words, expected, fix), row, column = found, line, len(lines[line]) - len(lines[line].lstrip())

@@ -25,7 +25,7 @@ def read_checkpoint(
         needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
     """
     from engine.checkpoint.folder import list_folder, read_configuration, read_folder_config, read_headers
-    from engine.checkpoint.identity import Claim, check_identities, place_of, saved_as
+    from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
     from engine.checkpoint.ranks import check_claims, folders_in, read_grid
     from engine.formats.configs import read_json
     from engine.planning.attempts import Checkpoint
@@ -39,13 +39,16 @@ def read_checkpoint(
     if layout.training_file is not None and layout.training_format is not None:
         training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
         check_claims(grid, layout, training, folder.place())
-    headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors)
-    check_identities(
-        [
-            Claim(h, saved_as(h.root, layout), place_of(f.pattern, f.ranks))
-            for f, h in zip(grid.files, headers, strict=True)
-        ]
-    )
+    headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors, told_by(layout))
+    check_alike(headers, layout)
+    files = list(zip(grid.files, headers, strict=True))
+    said = [said_rank(h, f.pattern, layout) for f, h in files]
+    said = said if len(set(said)) > 1 else [None] * len(files)
+    claims = [
+        Claim(h, saved_as(h.root, layout) or own, place_of(f.pattern, f.ranks))
+        for (f, h), own in zip(files, said, strict=True)
+    ]
+    check_identities(claims)
     if layout.config_of_target:
         target = read()
     name = layout.config_file if file is None or not layout.config_of_target else file.name

@@ -148,8 +148,9 @@ def _gaps(mapping: Mapping) -> Iterator[Finding]:
 
 
 def _ends(rules: Sequence[Rule]) -> tuple[set[str], set[str]]:
-    """What rules read, and what they write."""
-    return {name for rule in rules for name in rule.sources}, {t.name for rule in rules for t in rule.targets}
+    """What rules read, and what they write; what is tied to another may be absent."""
+    written = {t.name for rule in rules if rule.tied_to is None for t in rule.targets}
+    return {name for rule in rules for name in rule.sources}, written
 
 
 def _unused(mapping: Mapping) -> Iterator[Finding]:
