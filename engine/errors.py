@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 CODES: dict[str, str] = {
     # usage
@@ -216,6 +217,10 @@ class EngineError(Exception):
     def __str__(self) -> str:
         return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it comes whole from another process."""
+        return _again, (type(self), self.__dict__)
+
     def as_dict(self) -> dict[str, object]:
         """The same as data, for `--json`."""
         return {
@@ -226,6 +231,12 @@ class EngineError(Exception):
             "expected": None if self.expected is None else _lines(self.expected),
             "fix": None if self.fix is None else _lines(self.fix),
         }
+
+
+def _again(kind: type[EngineError], state: dict[str, Any]) -> EngineError:
+    made = kind.__new__(kind, state["message"])
+    made.__dict__.update(state)
+    return made
 
 
 class EngineErrors(EngineError):

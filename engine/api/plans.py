@@ -167,18 +167,27 @@ def save_plan(
     Args:
         job: `run`, `reverse` or `reshard`; the other options are those of that function.
     """
-    from engine.explaining.normal import normal_form
-    from engine.planning.saved_plan import encode, is_saved_plan, request_data, saved_plan
+    from engine.planning.saved_plan import is_saved_plan, request_data
 
     file = given_path(path, "the plan")
     check_file_free(file, overwrite, is_saved_plan)
     asked = request_of(mapping, src, options, job)
     request_data(asked)
     compiled = planned(asked)
-    write_file(
-        file, encode(saved_plan(compiled, asked, normal_form(compiled))), overwrite=overwrite, ours=is_saved_plan
-    )
+    write_file(file, saved_as(compiled, asked), overwrite=overwrite, ours=is_saved_plan)
     return compiled
+
+
+def saved_as(compiled: Plan, asked: Request) -> bytes:
+    """The file of a saved plan.
+
+    Raises:
+        EngineError: E001 for what another process could not plan again: a loaded mapping, a store, two mappings.
+    """
+    from engine.explaining.normal import normal_form
+    from engine.planning.saved_plan import encode, saved_plan
+
+    return encode(saved_plan(compiled, asked, normal_form(compiled)))
 
 
 def load_plan(path: str | Path) -> Plan:

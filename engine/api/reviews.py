@@ -199,7 +199,7 @@ def verify(
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
-    from engine.storage.places import store_at
+    from engine.storage.places import on_this_machine, store_at
 
     check_asked(src is not None, mapping is not None, logits, sample is not None)
     written = store_at(out, "the output")
@@ -207,7 +207,7 @@ def verify(
     if src is not None and mapping is not None:
         compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
         small = make_assets(compiled, None).whole()
-    source = Path(src) if src is not None and logits else None
+    source = on_this_machine(store_at(src, "the checkpoint"), "--logits") if src is not None and logits else None
     return verify_output(written, Asked(compiled, small, sample, load, source, settings or {}), progress)
 
 

@@ -11,7 +11,6 @@ import click
 from engine.commands.completion import folders
 from engine.commands.options import (
     SAVED,
-    Count,
     asks,
     chosen,
     of_job,
@@ -50,7 +49,6 @@ def write(
     functions: dict[str, Callable[..., Report]] = {
         "run": api.convert,
         "run --plan": api.run_plan,
-        "run --executor": api.run_plan_on,
         "reverse": api.reverse,
         "reshard": api.reshard,
     }
@@ -74,15 +72,11 @@ def write(
 @asks(*SAVED)
 @click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
-@click.option("--executor", metavar="dask[://HOST:PORT]", help="With --plan: let Dask workers do it in parts.")
-@click.option("--parts", type=Count(), metavar="N", default=8, show_default=True, help="How many, with --executor.")
 @asks("tokenizer", "code")
 @writing_options
 @reports_errors
 @click.pass_context
-def run(
-    ctx: click.Context, as_json: bool, /, saved: str | None, executor: str | None, parts: int, **options: Any
-) -> None:
+def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
     """Convert a training checkpoint to Hugging Face.
 
     The output is complete when the command ends, or not there at all. Without --mapping, the only
@@ -94,12 +88,6 @@ def run(
       engine run -m internlm2-chat-7b -s ckpt/20000 -o hf --dtype bf16
     """
     only_plan(ctx, saved)
-    if executor is not None and saved is None:
-        raise click.UsageError("--executor needs a saved plan: give --plan", ctx)
-    if executor is not None:
-        asked = {name: value for name, value in options.items() if name not in SAVED}
-        write(as_json, "run --executor", path=saved, place=executor, parts=parts, **asked)
-        return
     if saved is not None:
         write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
         return

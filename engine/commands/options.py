@@ -262,7 +262,7 @@ def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: b
 
 EXPLAINED = ("mapping", "src", "config", "settings", "dtype")
 SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already says
-_WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source")
+_WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source", "executor", "parts")
 
 
 def rank_flags(command: Command) -> Command:

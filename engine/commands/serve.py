@@ -88,11 +88,12 @@ def serve(
 
 def _models(mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...]) -> list[Any]:
     from engine.api import Model
+    from engine.storage.places import last_name
 
     if len(mappings) not in (1, len(sources)) or (names and len(names) != len(sources)):
         raise click.UsageError("Give --mapping once or once for each --src, and --as once for each --src.")
     mappings = mappings * len(sources) if len(mappings) == 1 else mappings
-    names = names or tuple(f"local/{Path(one).resolve().name}" for one in sources)
+    names = names or tuple(f"local/{last_name(one)}" for one in sources)
     return [Model(*one) for one in zip(names, mappings, sources, strict=True)]
 
 

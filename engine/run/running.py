@@ -26,6 +26,8 @@ class Running:
         check_source: read the source once before, and compare it with the checksums it holds.
         tokenizer: a SentencePiece model for a Hugging Face checkpoint; None: the one beside the source, if any.
         code: a folder with the official Python files of a Hugging Face model that is remote code.
+        executor: anything with the `submit` of `concurrent.futures`, or the name of one, which does it in parts.
+        parts: how many.
         progress: called with bytes done and in all, a few times a second.
     """
 
@@ -49,6 +51,11 @@ class Running:
             "For a target that is remote code: its official configuration_*.py and modeling_*.py.", metavar="DIR"
         ),
     )
+    executor: Any = field(
+        default=None,
+        metadata=option("Have Dask's workers do it in parts.", metavar="dask[://HOST:PORT]"),
+    )
+    parts: int = field(default=8, metadata=option("How many parts, with --executor.", "count"))
     progress: Callable[[Progress], None] | None = None
 
     def __post_init__(self) -> None:
@@ -70,22 +77,33 @@ class RunOptions(TypedDict, total=False):
     progress: Callable[[Progress], None] | None
 
 
-class WholeRunOptions(RunOptions, total=False):
-    """Keywords of what writes a Hugging Face checkpoint."""
+class SpreadOptions(RunOptions, total=False):
+    """Keywords of whatever writes a checkpoint whole, here or by an executor."""
+
+    executor: Any
+    parts: int
+
+
+class CommitOptions(RunOptions, total=False):
+    """Keywords of what completes a checkpoint."""
 
     tokenizer: str | Path | None
     code: str | Path | None
+
+
+class WholeRunOptions(CommitOptions, SpreadOptions, total=False):
+    """Keywords of what writes a Hugging Face checkpoint."""
 
 
 class ConvertOptions(WholeOptions, WholeRunOptions, total=False):
     """Keywords of `convert`."""
 
 
-class ReverseRunOptions(ReverseOptions, RunOptions, total=False):
+class ReverseRunOptions(ReverseOptions, SpreadOptions, total=False):
     """Keywords of `reverse`."""
 
 
-class ReshardRunOptions(ReshardOptions, RunOptions, total=False):
+class ReshardRunOptions(ReshardOptions, SpreadOptions, total=False):
     """Keywords of `reshard`."""
 
 

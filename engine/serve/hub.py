@@ -19,11 +19,11 @@ from urllib.parse import quote
 
 from engine.assets.bundle import card_facts
 from engine.errors import visible
-from engine.serve.files import VirtualFile
 from engine.serve.page import page
 from engine.serve.ranges import part_of
 from engine.serve.revisions import MAIN, NoRevision, Revision, Revisions
 from engine.serve.virtual import VirtualFolder
+from engine.storage.virtual import VirtualFile
 
 _TYPES = {".json": "application/json", ".md": "text/plain; charset=utf-8", ".jinja": "text/plain; charset=utf-8"}
 _LONGEST = 400  # characters of a reason

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from engine.serve.files import Stretch, VirtualFile
 from engine.serve.hub import Hub, Served
 from engine.serve.server import Line, Patience, Server
+from engine.storage.virtual import Stretch, VirtualFile
 from tests.support.serving import Running, drained
 
 SIZE = 1 << 30
