@@ -6,7 +6,6 @@ from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_p
 from engine.api.reviews import compare, describe_plan, explain, find_mapping, inspect, mappings, verify, view
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
 from engine.api.serving import Model, mount, open, serve, virtual
-from engine.api.spread import run_parts, run_plan_on
 from engine.api.upkeep import clean, environment, explain_code, kept
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
@@ -49,9 +48,7 @@ __all__ = [
     "reshard",
     "reverse",
     "serve",
-    "run_parts",
     "run_plan",
-    "run_plan_on",
     "save_plan",
     "verify",
     "view",

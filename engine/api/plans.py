@@ -29,8 +29,8 @@ __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "s
 def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
 
-    >>> plan("internlm2-7b", "ckpt/1000", dtype="bf16")  # doctest: +SKIP
-    <Plan of internlm2-7b 1.0.0: 'ckpt/1000' (tp 8) to 291 tensors, 15,475,417,088 bytes in 8 files>
+    >>> engine.plan("internlm", "ckpt/1000", dtype="bf16")
+    <Plan of internlm 1.0.0: 'ckpt/1000' (tp 2 × pp 2) to 55 tensors, 593,024 bytes in 1 file>
 
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
@@ -48,13 +48,22 @@ def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack
 
 @displayed
 def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
-    """Compile what `reverse` would do. Arguments as for `reverse`."""
+    """Compile what `reverse` would do. Arguments as for `reverse`.
+
+    >>> report = engine.convert("internlm", "ckpt/1000", "hf")
+    >>> engine.plan_reverse("internlm", "hf", tp=4)
+    <Plan of internlm 1.0.0: 'hf' (tp 4 × pp 1) to 144 tensors, ...>
+    """
     return planned(request_of(mapping, src, options, "reverse"))
 
 
 @displayed
 def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReshardOptions]) -> Plan:
-    """Compile what `reshard` would do. Arguments as for `reshard`."""
+    """Compile what `reshard` would do. Arguments as for `reshard`.
+
+    >>> engine.plan_reshard("internlm", "ckpt/1000", tp=4, pp=1)
+    <Plan of internlm 1.0.0: 'ckpt/1000' (tp 2 × pp 2) to ...>
+    """
     return planned(request_of(mapping, src, options, "reshard"))
 
 
@@ -148,24 +157,37 @@ def save_plan(
 ) -> Plan:
     """Plan and save the plan, to be reviewed and run with `run_plan`.
 
+    >>> saved = engine.save_plan("plan.json", "internlm", "ckpt/1000")
+    >>> engine.run_plan("plan.json", "hf").tensors
+    55
+
     The file (`schemas/saved-plan.schema.json`) is small for any model. Paths in it are as given here.
     With `overwrite`, a plan that was saved there before is replaced; no other file is.
 
     Args:
         job: `run`, `reverse` or `reshard`; the other options are those of that function.
     """
-    from engine.explaining.normal import normal_form
-    from engine.planning.saved_plan import encode, is_saved_plan, request_data, saved_plan
+    from engine.planning.saved_plan import is_saved_plan, request_data
 
     file = given_path(path, "the plan")
     check_file_free(file, overwrite, is_saved_plan)
     asked = request_of(mapping, src, options, job)
     request_data(asked)
     compiled = planned(asked)
-    write_file(
-        file, encode(saved_plan(compiled, asked, normal_form(compiled))), overwrite=overwrite, ours=is_saved_plan
-    )
+    write_file(file, saved_as(compiled, asked), overwrite=overwrite, ours=is_saved_plan)
     return compiled
+
+
+def saved_as(compiled: Plan, asked: Request) -> bytes:
+    """The file of a saved plan.
+
+    Raises:
+        EngineError: E001 for what another process could not plan again: a loaded mapping, a store, two mappings.
+    """
+    from engine.explaining.normal import normal_form
+    from engine.planning.saved_plan import encode, saved_plan
+
+    return encode(saved_plan(compiled, asked, normal_form(compiled)))
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -27,7 +27,7 @@ def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, li
     Args:
         out: as it was given to the run; without it, the default of `src`.
     """
-    from engine.api.runs import default_out
+    from engine.api.outputs import default_out
     from engine.storage.output import leftovers
     from engine.storage.places import is_url
 

@@ -82,7 +82,7 @@ def read_rank_file(
                 place=Place(where.name, tensor=tensor.name),
                 got=f"{tensor.nbytes} bytes in a file of {size}",
                 expected="each element stored once",
-                fix="Save it again after `contiguous()`.",
+                fix="Save it again after calling `contiguous()`.",
             )
     said = {path: one for path in says if isinstance(one := _value_at(saved.value, path), int | float | str)}
     return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, says=said)

@@ -81,7 +81,13 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
         skip=tuple(data.get("skip") or ()),
         skip_tensors=tuple(data.get("skip_tensors") or ()),
         refuse=tuple(
-            RefusedFile(r["file"], r["why"], r["fix"], place("refuse", i))
+            RefusedFile(
+                r["file"],
+                r["why"],
+                r["fix"],
+                place("refuse", i),
+                expression(document, ("refuse", i, "when"), r["when"]) if "when" in r else None,
+            )
             for i, r in enumerate(data.get("refuse") or [])
         ),
         files=(document.file,),

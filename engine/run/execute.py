@@ -88,12 +88,14 @@ def execute(
         started: when the command started, for the report.
         parts: take the weights that parts wrote.
     """
+    from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, manifest
     from engine.run.parts import read_markers
     from engine.run.runner import check_runnable, take_parts, write_weights
 
-    output = output_at(compiled, source, out, how, parts=parts)
-    written = read_markers(compiled, output.written) if parts else None
+    work = identity_of(compiled)
+    output = output_at(work, source, out, how, parts=parts)
+    written = read_markers(compiled, work, output.written) if parts else None
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
@@ -117,7 +119,7 @@ def execute(
         if how.check_source:
             notices += check_source(compiled, how.progress)
         if written is not None:
-            done = take_parts(compiled, store, written)
+            done = take_parts(compiled, store, written).done
             make_later(threading.Event())
         else:
             done = write_weights(
@@ -130,7 +132,7 @@ def execute(
                 resume=how.resume,
                 beside=[] if later is None else [make_later],
                 beside_memory=small.memory,
-            )
+            ).done
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)
@@ -148,11 +150,12 @@ def execute(
     )
 
 
-def output_at(
-    compiled: Plan, source: str, out: Path | str, how: Running, *, parts: bool = False
-) -> OutputFolder | Uploads:
-    """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing."""
-    from engine.run.journal import identity_of
+def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: bool = False) -> OutputFolder | Uploads:
+    """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing.
+
+    Args:
+        work: the plan's `identity_of`.
+    """
     from engine.run.manifest import NAME
     from engine.run.written import Ours
     from engine.storage.objects import ObjectStore
@@ -161,7 +164,6 @@ def output_at(
     from engine.storage.uploads import Uploads
 
     store, foreign = store_at(out, "the output"), Ours()
-    work = identity_of(compiled)
     if isinstance(store, ObjectStore):
         kept = how.resume or parts
         return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=kept, foreign=foreign)
