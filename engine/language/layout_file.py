@@ -95,7 +95,13 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
         skip=tuple(data.get("skip") or ()),
         skip_tensors=tuple(data.get("skip_tensors") or ()),
         refuse=tuple(
-            RefusedFile(r["file"], r["why"], r["fix"], place("refuse", i))
+            RefusedFile(
+                r["file"],
+                r["why"],
+                r["fix"],
+                place("refuse", i),
+                expression(document, ("refuse", i, "when"), r["when"]) if "when" in r else None,
+            )
             for i, r in enumerate(data.get("refuse") or [])
         ),
         files=(document.file,),

@@ -114,8 +114,10 @@ class RankGroups:
         """The chunk of a tensor, the ranks that it is bound to, and the numbers in its name there."""
         stages = self._destination.stages
         kind = instance.stage_class
-        layer = fixed.get("layer", 0) if kind == "layers" else 0 if kind == "first" else stages.layers - 1
-        stage, at = stages.find(layer)
+        if kind == "layers":
+            stage, at = stages.find(fixed.get("layer", 0))
+        else:  # the last stage may have no layer
+            stage, at = list(stages.starts)[0 if kind == "first" else -1], 0
         home, local = stages.ranks(stage), dict(fixed)
         if "layer" in fixed:
             local["layer"] = at

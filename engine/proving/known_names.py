@@ -38,7 +38,7 @@ def check_names(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
 def _unknown(name: str, where: str, known: Iterable[str], place: Place, why: str) -> Finding:
     """L010: an error where the name is almost a known one, else a warning."""
     near = get_close_matches(name, sorted(known), 1, _NEAR)
-    told = f"`{name}` of `{where}` is read by nothing that is known"
+    told = f"`{name}` of `{where}` is not read by any known program"
     return Finding("L010", "error" if near else "warning", place, told, f"Did you mean `{near[0]}`?" if near else why)
 
 
@@ -98,13 +98,15 @@ def _names(mapping: MappingFile) -> Iterator[Finding]:
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     listed = list(_texts(mapping.config.get("architectures")))
     at = place_of(mapping, "config", "architectures")
+    missing: set[str] = set()
     for name in dict.fromkeys([mapping.architecture, *listed]):
         if name not in {*classes, *_texts(remote)} and not _is_class(name, mapping.architecture, classes):
             close = get_close_matches(name, sorted({*classes, mapping.architecture} - {name}), 1, _NEAR)
             fix = f"Did you mean `{close[0]}`?" if close else "Name a class that computes the target."
             place = place_of(mapping, "target", "architecture") if name == mapping.architecture else at
             yield _wrong(place, f"there is no model `{name}`", fix)
-    if listed and mapping.architecture not in listed:
+            missing.add(name)
+    if listed and mapping.architecture not in {*listed, *missing}:
         told = f"`config` writes the architectures {', '.join(listed)}, `target` says `{mapping.architecture}`"
         yield _wrong(at, told, "Write the same in both.")
     for name in ("hidden_act", "hidden_activation"):
