@@ -47,7 +47,7 @@ def request_data(asked: Request) -> dict[str, Any]:
     if isinstance(asked.mapping, MappingFile):
         raise EngineError(
             "E001",
-            "a plan is saved with the name of its mapping",
+            "a plan can be saved only for a mapping given by name or path",
             got=f"the loaded mapping `{asked.mapping.name}`",
             expected="a path, or the name of a bundled mapping",
         )
