@@ -63,6 +63,7 @@ meanings: setup
 bench: setup
 	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python -m benchmarks.stores
+	$(BIN)/python -m benchmarks.dcp
 
 # Measures how time grows, and draws it to benchmarks/*.svg; the one target that needs matplotlib.
 plots: setup

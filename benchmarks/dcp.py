@@ -2,8 +2,10 @@
 
     python -m benchmarks.dcp [MB] [FOLDER]
 
-Each runs as a process of its own: `cp -r`, the engine, torch's `dcp_to_torch_save`, and the loop that people write
-(load everything, then `save_file`). Then the checkpoint loses a file, and a box of a tensor.
+The checkpoint is there twice, as `.distcp` files and as torch's Hugging Face writer saves it, both of eight ranks.
+Each program is a process of its own: `cp -r`, the engine, torch's `dcp_to_torch_save`, the loop that people write (load
+everything, then `save_file`), and torch's consolidation of Hugging Face shards. Then the checkpoint loses a file, or a
+box of a tensor, or one of its boxes says that its rows lie twice as far apart.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 CONFIG = {
@@ -23,6 +27,7 @@ CONFIG = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
 }  # fmt: skip
 LAYER_MB = 24  # of one layer in bfloat16
+RANKS = 8
 TORCH = """
 import sys
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -36,10 +41,15 @@ state = {n: torch.empty(one.size, dtype=one.properties.dtype) for n, one in foun
 dcp.load(state, checkpoint_id=sys.argv[1])
 save_file(state, sys.argv[2] + "/model.safetensors")
 """
+CONSOLIDATE = """
+import sys
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+consolidate_safetensors_files(sys.argv[1], sys.argv[2])
+"""
 
 
 def make(folder: Path, megabytes: int) -> None:
-    """A checkpoint of eight ranks, written by the engine and read by torch."""
+    """A checkpoint of eight ranks in both forms: `dcp`, and `shards` as torch's Hugging Face writer saves them."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,13 +59,21 @@ def make(folder: Path, megabytes: int) -> None:
     config = {**CONFIG, "num_hidden_layers": max(1, (megabytes - 131) // LAYER_MB)}
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).state_dict()
-    (folder / "hf").mkdir(parents=True)
-    save_file(
-        {n: torch.randn(one.shape, dtype=torch.bfloat16) for n, one in shapes.items()}, folder / "hf/model.safetensors"
-    )
-    (folder / "hf" / "config.json").write_text(json.dumps(config))
-    engine.reverse("transformers", folder / "hf", folder / "dcp", ranks="dp=8")
+    for name in ("hf", "shards"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+    whole = {n: torch.randn(one.shape, dtype=torch.bfloat16) for n, one in shapes.items()}
+    save_file(whole, folder / "hf/model.safetensors")
+    engine.reverse("transformers", folder / "hf", folder / "dcp", ranks=f"dp={RANKS}")
     shutil.rmtree(folder / "hf")
+    for rank in range(RANKS):
+        boxes, starts = {}, {}
+        for name, one in whole.items():
+            step = -(-len(one) // RANKS)
+            boxes[name] = one[rank * step : (rank + 1) * step].contiguous()
+            starts[name] = {"saved_offsets": [rank * step, *[0] * (one.dim() - 1)]}
+        told = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(starts), "format": "pt"}
+        save_file(boxes, folder / "shards" / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors", told)
 
 
 def measured(words: list[str], out: Path) -> tuple[float, int, int]:
@@ -68,27 +86,75 @@ def measured(words: list[str], out: Path) -> tuple[float, int, int]:
 
 
 def ways(source: Path, out: Path) -> dict[str, list[str]]:
-    """The programs, as words of a command line."""
+    """The programs for a form of the checkpoint, as words of a command line."""
     run = [sys.executable, "-m", "engine", "run", "-m", "transformers", "-s", str(source), "-o", str(out), "-q"]
-    python = [sys.executable, "-c"]
     made = f"import os, sys; os.makedirs({str(out)!r})\n"
+
+    def python(text: str) -> list[str]:
+        return [sys.executable, "-c", made + text, str(source), str(out)]
+
+    if source.name == "shards":
+        return {"engine run, of shards": run, "torch: consolidate_safetensors_files": python(CONSOLIDATE)}
     return {
         "cp -r": ["cp", "-r", str(source), str(out)],
         "engine run": run,
         "engine run, no digests": [*run, "--no-digests"],
-        "torch: dcp_to_torch_save": [*python, made + TORCH, str(source), str(out)],
-        "dcp.load, save_file": [*python, made + SCRIPT, str(source), str(out)],
+        "torch: dcp_to_torch_save": python(TORCH),
+        "dcp.load, save_file": python(SCRIPT),
     }
 
 
+def without_a_file(folder: Path) -> None:
+    """Take away what the fourth rank saved."""
+    next(path for name in ("__3_0.distcp", "shard-00004-*") for path in folder.glob(name)).unlink()
+
+
 def without_a_box(folder: Path) -> None:
-    """Take the second box of the first tensor out of the directory."""
+    """Take the second box of the first tensor away: out of the directory, or out of its file."""
     path = folder / ".metadata"
+    if not path.exists():
+        return _without_a_box_of_shards(next(folder.glob("shard-00002-*")))
     value = pickle.loads(path.read_bytes())
     name, one = next((n, t) for n, t in value.state_dict_metadata.items() if len(t.chunks) > 1)
     gone = one.chunks.pop(1)
     value.storage_data = {k: v for k, v in value.storage_data.items() if (k.fqn, k.offset) != (name, gone.offsets)}
     path.write_bytes(pickle.dumps(value))
+
+
+def _without_a_box_of_shards(path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as opened:
+        told = dict(opened.metadata())
+    tensors, info = load_file(path), json.loads(told["DCP_SHARDING_INFO"])
+    gone = next(iter(tensors))
+    del tensors[gone], info[gone]
+    save_file(tensors, path, {**told, "DCP_SHARDING_INFO": json.dumps(info)})
+
+
+def wrong_stride(folder: Path) -> None:
+    """Let the first box of 1024 columns say that its rows lie 2048 elements apart, with the checksum that fits."""
+    path = folder / "__0_0.distcp"
+    data = path.read_bytes()
+    begin = data.index(b"\x80\x02", data.index(b"M\x00\x04K\x01\x86") - 400)  # of the pickle that says so
+    end = data.index(b".", data.index(b"M\x00\x04K\x01\x86")) + 1
+    pickled = data[begin:end]
+    wrong = pickled.replace(b"M\x00\x04K\x01\x86", b"M\x00\x08K\x01\x86", 1)
+    crcs = [zlib.crc32(one).to_bytes(4, "little") for one in (pickled, wrong)]
+    path.write_bytes(data[:begin] + wrong + data[end:].replace(*crcs, 2))
+
+
+FAULTS: dict[str, Callable[[Path], None]] = {
+    "a file less": without_a_file, "a hole": without_a_box, "a wrong stride": wrong_stride,
+}  # fmt: skip
+
+
+def outcome(words: list[str], out: Path) -> str:
+    """What a program made of a checkpoint with a fault."""
+    code = measured(words, out)[2]
+    left = out.is_dir() and any(out.iterdir())
+    return "written" if not code else "an error, output begun" if left else "refused"
 
 
 def made_apart(folder: Path, megabytes: int) -> None:
@@ -102,30 +168,29 @@ def main() -> int:
         return 0
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as name:
-        folder = Path(name)
+        folder, out = Path(name), Path(name) / "out"
         made_apart(folder, megabytes)
-        source, out = folder / "dcp", folder / "out"
+        sources = [folder / "dcp", folder / "shards"]
         best: dict[str, tuple[float, int, int]] = {}
         for _ in range(int(os.environ.get("ROUNDS", "3"))):
-            for way, words in ways(source, out).items():
-                best[way] = min(best.get(way, (1e9, 0, 0)), measured(words, out))
-        copied = best["cp -r"][0]
-        faults = {}
-        for fault, harm in (("a file less", lambda: (source / "__3_0.distcp").unlink()), ("a hole", None)):
-            if harm is None:
-                shutil.rmtree(source)
-                made_apart(folder, megabytes)
-                without_a_box(source)
-            else:
-                harm()
-            for way, words in ways(source, out).items():
-                code = measured(words, out)[2]
-                left = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-                faults[way, fault] = "refused" if code and not left else "an error, output begun" if code else "written"
-        print("| program | time, × `cp` | peak memory | a file less | a hole |\n|---|---|---|---|---|")
+            for source in sources:
+                for way, words in ways(source, out).items():
+                    best[way] = min(best.get(way, (1e9, 0, 0)), measured(words, out))
+        faults: dict[tuple[str, str], str] = {}
+        for fault, harm in FAULTS.items():
+            for source in sources:
+                if (source.name, fault) == ("shards", "a wrong stride"):
+                    continue  # safetensors has none
+                broken = folder / "broken" / source.name
+                shutil.copytree(source, broken)
+                harm(broken)
+                faults |= {(way, fault): outcome(words, out) for way, words in ways(broken, out).items()}
+                shutil.rmtree(broken)
+        print(f"| program | time, × `cp` | peak memory | {' | '.join(FAULTS)} |")
+        print("|---|---|---|" + "---|" * len(FAULTS))
         for way, (seconds, peak, _) in best.items():
-            told = [faults[way, fault] for fault in ("a file less", "a hole")]
-            print(f"| {way} | {seconds / copied:.2f} | {peak} MiB | {' | '.join(told)} |")
+            told = [faults.get((way, fault), "") for fault in FAULTS]
+            print(f"| {way} | {seconds / best['cp -r'][0]:.2f} | {peak} MiB | {' | '.join(told)} |")
     return 0
 
 

@@ -55,9 +55,9 @@ def convert(port: int, window: int, shard: str) -> int:
 
     read, get = [0], ObjectStore.get
 
-    def counting(store: ObjectStore, name: str, start: int, end: int, state: Any) -> memoryview:
+    def counting(store: ObjectStore, name: str, state: Any, start: int, end: int) -> memoryview:
         read[0] += end - start
-        return get(store, name, start, end, state)
+        return get(store, name, state, start, end)
 
     ObjectStore.get = counting  # type: ignore[method-assign]
     with store_options(options(port), window=window):

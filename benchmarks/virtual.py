@@ -76,9 +76,9 @@ def _curl(url: str) -> Callable[[], None]:
 def _served(step: Path | None, model: Path) -> Iterator[str]:
     """A server of a checkpoint; without one, the same server of the real file."""
     from engine import api
-    from engine.serve.files import Stretch, VirtualFile
     from engine.serve.hub import Hub, Served
     from engine.serve.server import Server
+    from engine.storage.virtual import Stretch, VirtualFile
 
     if step is not None:
         server = api.serve([api.Model(NAME, MAPPING, step)], port=0, max_shard_size=ONE_FILE)

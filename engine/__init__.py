@@ -1,13 +1,15 @@
 """A declarative engine that converts training checkpoints, from rules in YAML.
 
 >>> import engine
->>> engine.convert("internlm-7b.yaml", "ckpt/1000", "internlm-7b-hf")  # doctest: +SKIP
-Report(out=PosixPath('internlm-7b-hf'), tensors=451, …)
+>>> engine.convert("internlm2-7b", "ckpt/20000", "internlm2-7b-hf")  # doctest: +SKIP
+Report(out='internlm2-7b-hf', tensors=227, ...)
 
 Importing this is instant: what a name needs is imported when the name is first used.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from engine.language.version import __version__
 
 if TYPE_CHECKING:
     from engine.api import (
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
         virtual,
     )
     from engine.errors import EngineError, EngineErrors
-
-__version__ = "0.1.0"
 
 __all__ = [
     "EngineError",

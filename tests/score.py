@@ -7,34 +7,82 @@ careless edit must turn the pull request's workflow red, and be told in its comm
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 from engine.language.mapping_file import load_mapping
-from engine.proving.mutants import mutants_of, try_mutants
+from engine.proving.mutants import mutants_of
 from engine.proving.proof import Mutant
-from tests.careless import ROOT, Outcome, edits_of, outcome
+from engine.proving.trying import try_mutants
+from tests.careless import ROOT, Known, Outcome, edits_of, known_of, outcome
 
 PAGE = ROOT / "docs" / "mutation-score.md"
-# Where, what is written instead, and why nothing can show it: the mapping is the same.
+KEPT = ROOT / "build" / "score.jsonl"  # what was found, as it is found
+SHARE = 60  # mutants or edits that a process tries at a time
+WORKERS = int(os.environ.get("WORKERS") or os.cpu_count() or 1)
+_UNSCALED = r"megatron-(mixtral|qwen2|qwen3)"
+_DEFAULTED = r"not \((attention_bias|tie_word_embeddings)( \| default\(true\))?\) "
+# Of which families, where, what is written instead, and why nothing can show it: the mapping is the same.
 EQUAL = (
-    (r"generation\.\w+_token_id", r"left out", "the file takes the same number from config.json"),
-    (r"dims\.\w+", r"default\(\+1\)", "of an absent size both are above 0, and what is absent is read off the tensors"),
-    (r"dims\.\w+", r"default\([\w.]+, false\)", "a null counts as absent before an expression sees it"),
+    (r".*", r"generation\.\w+_token_id", r"left out", "the file takes the same number from config.json"),
+    (r".*", r"dims\.\w+", r"default\([\w.]+, false\)", "a null counts as absent before an expression sees it"),
     (
+        r".*",
         r"training_config\.(no_bias|untie_embeddings_and_output_weights)",
-        r"not \((attention_bias|tie_word_embeddings)\) ",
-        "`keys` gives the same default to config.json before an expression sees it",
+        _DEFAULTED,
+        "`keys` gives the default false to config.json before an expression sees it",
     ),
-    (r"dims\.ffn", r"8 \* dim ", "`hidden` is `dim`"),
-    (r"dims\.\w+", r"^`(?:hidden|heads|layer|vocab) ", "the axis is the key it stands for"),
+    (
+        _UNSCALED,
+        r"config\.rope_(scaling|parameters\.(rope_type|factor|\w+_freq_factor|original_max_position_embeddings))",
+        r"",
+        "`keys` refuses `use_rope_scaling`, which alone leads there",
+    ),
+    (
+        r"megatron-.*",
+        r"training_config\.num_query_groups",
+        r"^`\{\{ num_key_value_heads( \| default\(\w+\))? if num_key_value_heads \| default\(num_attention_heads\) != ",
+        "where the number is absent, the other branch is taken",
+    ),
+    (
+        r"megatron-.*",
+        r"training_config\.kv_channels",
+        r"^`\{\{ head_dim \| default\(",
+        "`head_dim` is an axis, whose size is known when the configuration is written",
+    ),
+    (
+        r"llama",
+        r"rotary",
+        r"^halves: not \(qk_interleaved \| default\(not \(adapt_hf \| default\(true\)\)\)\)",
+        "where both are absent, `pairs` holds and comes first",
+    ),
+    (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
 )
+# Of which families, which edits, and why they change nothing.
+NO_CHANGE = (
+    (
+        r".*",
+        r"training_config: `default\(true\)` for `default\(false\)`",
+        "`keys` gives the default false to config.json before an expression sees it",
+    ),
+    (
+        _UNSCALED,
+        r"config: (rope_(scaling|parameters).*|`default\(4\.0\)` .*|`'linear'` .*|`2\.0 if` .*|`4096` for `8192`)",
+        "`keys` refuses `use_rope_scaling`, which alone leads there",
+    ),
+)
+
+
+Found = Mutant | Outcome
 
 
 @dataclass(frozen=True)
@@ -42,6 +90,15 @@ class Score:
     family: str
     mutants: list[Mutant]
     edits: list[Outcome]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some mutants or edits of a family, by their numbers."""
+
+    family: str
+    of: str  # mutants | edits
+    numbers: tuple[int, ...]
 
 
 def families() -> list[str]:
@@ -54,29 +111,79 @@ def _file(family: str) -> Path:
     return ROOT / "mappings" / "families" / f"{family}.yaml"
 
 
-def score(family: str, every: int) -> Score:
-    """One family; of its mutants and edits every so many."""
-    mapping = load_mapping(_file(family))
-    mutants = try_mutants(mapping, list(mutants_of(mapping))[::every])
-    return Score(family, mutants, [outcome(mapping, edit) for edit in list(edits_of(mapping))[::every]])
+@lru_cache(maxsize=1)
+def _known(family: str) -> Known:
+    return known_of(load_mapping(_file(family)))
 
 
-def reason(mutant: Mutant) -> str | None:
-    """Why a mutant is no other mapping; None where it is one that nothing shows."""
-    return next(
-        (why for where, what, why in EQUAL if re.fullmatch(where, mutant.where) and re.search(what, mutant.what)), None
-    )
+def try_share(share: Share) -> list[Found]:
+    """What shows each mutant or edit of a share."""
+    known = _known(share.family)
+    if share.of == "edits":
+        edits = list(edits_of(known.mapping))
+        return [outcome(known, edits[number]) for number in share.numbers]
+    mutants = list(mutants_of(known.mapping))
+    return [*try_mutants(known.mapping, [mutants[number] for number in share.numbers])]
 
 
-def problems(scores: Sequence[Score]) -> list[str]:
-    """Mutants that survive without a reason, and edits that stay green or are told by nothing."""
-    found: list[str] = []
-    for one in scores:
-        survivors = [m for m in one.mutants if m.caught_by is None and reason(m) is None]
-        found += [f"{one.family}: {m.kind}: {m.where}: {m.what} survives" for m in survivors]
-        found += [f"{one.family}: {e.edit}: the workflow is green" for e in one.edits if e.red is None]
-        found += [f"{one.family}: {e.edit}: the comment says nothing" for e in one.edits if e.comment is None]
-    return found
+def score(names: Sequence[str], every: int, *, go_on: bool) -> list[Score]:
+    """Families; of their mutants and edits every so many. What is found is kept at once.
+
+    Args:
+        go_on: take what was kept of the same mapping and was shown, and try the rest.
+    """
+    digests = {name: load_mapping(_file(name)).digest for name in names}
+    found: dict[tuple[str, str], dict[int, Found]] = {}
+    KEPT.parent.mkdir(exist_ok=True)
+    if go_on and KEPT.is_file():
+        for digest, family, of, number, data in map(json.loads, KEPT.read_text("utf-8").splitlines()):
+            one = Mutant(**data) if of == "mutants" else Outcome(**data)
+            if digests.get(family) == digest and not problem(family, one):
+                found.setdefault((family, of), {})[number] = one
+    running: dict[Future[list[Found]], Share] = {}
+    with (
+        ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool,
+        KEPT.open("a" if go_on else "w") as kept,
+    ):
+        for family in names:
+            mapping = load_mapping(_file(family))
+            for of, listed in (("mutants", mutants_of(mapping)), ("edits", edits_of(mapping))):
+                known = found.setdefault((family, of), {})
+                left = [i for i, _ in enumerate(listed) if i % every == 0 and i not in known]
+                for at in range(0, len(left), SHARE):
+                    share = Share(family, of, tuple(left[at : at + SHARE]))
+                    running[pool.submit(try_share, share)] = share
+        for done in as_completed(running):
+            share = running[done]
+            for number, one in zip(share.numbers, done.result(), strict=True):
+                found[share.family, share.of][number] = one
+                line = [digests[share.family], share.family, share.of, number, asdict(one)]
+                print(json.dumps(line), file=kept, flush=True)
+                if told := problem(share.family, one):
+                    print(told, flush=True)
+    ordered = {key: [by[number] for number in sorted(by)] for key, by in found.items()}
+    return [Score(name, ordered[name, "mutants"], ordered[name, "edits"]) for name in names]
+
+
+def reason(family: str, one: Found) -> str | None:
+    """Why a mutant is no other mapping, or an edit none; None where nothing says so."""
+    if isinstance(one, Mutant):
+        listed = (e for e in EQUAL if re.fullmatch(e[1], one.where) and re.search(e[2], one.what))
+    else:
+        listed = (e for e in NO_CHANGE if re.fullmatch(e[1], one.edit))
+    return next((entry[-1] for entry in listed if re.fullmatch(entry[0], family)), None)
+
+
+def problem(family: str, one: Found) -> str | None:
+    """What is wrong: a mutant that survives without a reason, an edit that stays green or that no comment tells."""
+    if isinstance(one, Mutant):
+        told = f"{one.kind}: {one.where}: {one.what} survives" if one.caught_by is None else None
+    else:
+        green = (
+            "the workflow is green" if one.red is None else "the comment says nothing" if one.comment is None else ""
+        )
+        told = f"{one.edit}: {green}" if green else None
+    return None if told is None or reason(family, one) is not None else f"{family}: {told}"
 
 
 def tried(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
@@ -107,26 +214,20 @@ def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
         "| kind | mutants | loading | lint | the committed meaning | the same mapping | nothing shows it |",
         "|---|---|---|---|---|---|---|",
     ]
-    every_mutant = [m for one in scores for m in one.mutants]
+    every_mutant = [(one.family, m) for one in scores for m in one.mutants]
     for kind in [*kinds, "all"]:
-        listed = [m for m in every_mutant if kind in ("all", m.kind)]
-        by = Counter(m.caught_by for m in listed)
+        listed = [(family, m) for family, m in every_mutant if kind in ("all", m.kind)]
+        by = Counter(m.caught_by for _, m in listed)
         rest = len(listed) - by["loading"] - by["lint"] - by[None]
-        same = sum(m.caught_by is None and reason(m) is not None for m in listed)
+        same = sum(m.caught_by is None and reason(family, m) is not None for family, m in listed)
         shown = f"{by['loading']} | {by['lint']} | {rest} | {same} | {by[None] - same}"
         lines.append(f"| {kind} | {len(listed)} | {shown} |")
     lines += [
         "",
         "Those that nothing shows, and why they are the same mapping:",
         "",
-        "| family | where | what | why |",
-        "|---|---|---|---|",
+        *_why([(f, m, f"`{m.where}`: {m.what}") for f, m in every_mutant if m.caught_by is None]),
     ]
-    for one in scores:
-        for m in one.mutants:
-            if m.caught_by is None:
-                cells = (one.family, m.where, m.what, reason(m) or "**not known**")
-                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",
         "## Careless edits",
@@ -141,26 +242,33 @@ def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
     for one in scores:
         red, told = (sum(getattr(e, name) is not None for e in one.edits) for name in ("red", "comment"))
         lines.append(f"| {one.family} | {len(one.edits)} | {red} | {told} |")
+    quiet = [(one.family, e, e.edit) for one in scores for e in one.edits if e.red is None or e.comment is None]
+    lines += ["", "Those that are not both, and why they change nothing:", "", *_why(quiet)]
     return "\n".join(lines) + "\n"
+
+
+def _why(listed: Sequence[tuple[str, Found, str]]) -> list[str]:
+    """A table of what the same reason is given for."""
+    by: dict[str, dict[str, list[str]]] = {}
+    for family, one, what in listed:
+        by.setdefault(reason(family, one) or "**not known**", {}).setdefault(what, []).append(family)
+    rows = [(", ".join(names), what, why) for why, held in by.items() for what, names in held.items()]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return ["| families | what | why |", "|---|---|---|", *lines]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", default=families())
     parser.add_argument("--every", type=int, default=1, help="try one of so many")
+    parser.add_argument("--go-on", action="store_true", help="keep what an earlier run showed, and try the rest")
     parser.add_argument("--write", action="store_true", help="write the page")
     options = parser.parse_args()
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(score, name, options.every) for name in options.families]
-        scores: list[Score] = []
-        for one in running:
-            scores.append(one.result())
-            print(f"{scores[-1].family}: {len(scores[-1].mutants)} mutants, {len(scores[-1].edits)} edits", flush=True)
-            print("\n".join(problems(scores[-1:])), flush=True)
+    scores = score(options.families, options.every, go_on=options.go_on)
     if options.write:
         PAGE.write_text(page(scores, options.every, families()), encoding="utf-8")
     print(tried(scores, options.every, families()))
-    return 1 if problems(scores) else 0
+    return 1 if any(problem(by.family, one) for by in scores for one in (*by.mutants, *by.edits)) else 0
 
 
 if __name__ == "__main__":

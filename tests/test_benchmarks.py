@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import engine
-from benchmarks import footprint, peers, virtual
+from benchmarks import footprint, peers, rounds, virtual, ways
 from benchmarks.bench import arguments
 from benchmarks.fixed import planning
 from benchmarks.generate import write_random, write_sparse
@@ -88,7 +88,7 @@ def test_so_does_torchs_consolidation(tmp_path: Path) -> None:
 def test_ways_name_sources_that_are_there_and_outputs_of_one_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.ways.generate", write_random)
+    monkeypatch.setattr(ways, "generate", write_random)
     monkeypatch.setattr(Bench, "peers", lambda self, source: [])
     group = Bench(tmp_path, TINY, disk=True).all_of_tp()
     assert group.ways[0].name == CP and "sync" in " ".join(group.ways[0].command)
@@ -120,7 +120,7 @@ def test_every_round_runs_every_way_and_cleans_up(tmp_path: Path, monkeypatch: p
         (tmp_path / "out").mkdir()
         return ONE
 
-    monkeypatch.setattr("benchmarks.rounds.measure", measured)
+    monkeypatch.setattr(rounds, "measure", measured)
     ways = tuple(Way(name, (name,), tmp_path / "in", 7, tmp_path / "out") for name in (CP, "a", "b"))
     result = run_group("small", Group("merge", "", ways), 3, disk=True, say=lambda text: None)
     assert sorted(ran) == sorted([CP, "a", "b"] * 4)
@@ -195,7 +195,7 @@ def test_linear_means_that_files_cost_no_more_when_there_are_many() -> None:
 
 
 def test_every_target_is_of_a_way_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.ways.generate", write_random)
+    monkeypatch.setattr(ways, "generate", write_random)
     monkeypatch.setattr(Bench, "peers", lambda self, source: [])
     monkeypatch.setattr(Bench, "made", lambda self, way: tmp_path / "step")
     bench = Bench(tmp_path, TINY, disk=False)

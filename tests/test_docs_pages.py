@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from engine import api
 from engine.commands.main import cli
+from engine.discover import files
 from engine.errors import CODES
 from engine.language.search import list_names
 from tests.support.families import model_of, save_family
@@ -105,7 +106,7 @@ def test_the_framework_page_shows_what_a_draft_without_a_family_has(
     told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "llama-ckpt")]).stdout.split("\n")[1:3]
     assert "\n".join(told) in page.read_text()
     others = [name for name in list_names() if "meta" not in name]
-    monkeypatch.setattr("engine.discover.files.list_names", lambda: others)
+    monkeypatch.setattr(files, "list_names", lambda: others)
     text = api.new_mapping(tmp_path / "llama-ckpt").text
     (rules,) = (block for block in fenced(page, "yaml") if block.startswith("rules:"))
     assert all(line in text.split("\n") for line in rules.split("\n"))

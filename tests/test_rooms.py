@@ -49,6 +49,15 @@ def test_a_module_imports_only_its_own_room_and_rooms_below(module: str) -> None
     assert not up, f"{module} is in {room(module)}, which is below {sorted(up)}"
 
 
+def test_only_the_command_line_imports_the_package_itself() -> None:
+    """`engine/__init__.py` offers the API, so an import of it from a room below runs up."""
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "engine" and room(module) != "commands":
+                names = {alias.name for alias in node.names} - set(ROOMS)
+                assert not names, f"{module} imports {sorted(names)} from the package"
+
+
 def test_every_module_has_a_room() -> None:
     assert {room(module) for module in modules()} == set(ROOMS)
 
@@ -86,3 +95,10 @@ def test_no_test_module_imports_another() -> None:
                 (str(path.relative_to(ROOT)), name) for name in names if name.rpartition(".")[2].startswith("test_")
             ]
     assert found == []
+
+
+def test_no_test_patches_a_name_by_the_path_of_its_module() -> None:
+    """A patch goes to an imported module or class, so moving one breaks the import, not a test's meaning."""
+    by_path = re.compile(r"""\b(?:setattr|patch|multiple|dict)\(\s*f?["'](?:engine|benchmarks)\.""")
+    found = [str(path) for path in sorted((ROOT / "tests").glob("**/*.py")) if by_path.search(path.read_text("utf-8"))]
+    assert not found

@@ -1,34 +1,17 @@
 """The public Python functions. Each is what one command of the command line does."""
 
+from engine.api.authoring import format_mapping, lint, mapping_files, new_mapping, prove, write_meanings
 from engine.api.parts import commit, part
 from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_plan
-from engine.api.reviews import (
-    clean,
-    compare,
-    describe_plan,
-    environment,
-    explain,
-    explain_code,
-    find_mapping,
-    format_mapping,
-    inspect,
-    kept,
-    lint,
-    mapping_files,
-    mappings,
-    new_mapping,
-    prove,
-    verify,
-    view,
-    write_meanings,
-)
+from engine.api.reviews import compare, describe_plan, explain, find_mapping, inspect, mappings, verify, view
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
 from engine.api.serving import Model, mount, open, serve, virtual
-from engine.api.spread import run_parts, run_plan_on
+from engine.api.upkeep import clean, environment, explain_code, kept
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
+from engine.planning.reading import read_checkpoint
 from engine.proving.mapping_diff import diff
-from engine.run.execute import Report, read_checkpoint
+from engine.run.execute import Report
 
 __all__ = [
     "Model",
@@ -65,9 +48,7 @@ __all__ = [
     "reshard",
     "reverse",
     "serve",
-    "run_parts",
     "run_plan",
-    "run_plan_on",
     "save_plan",
     "verify",
     "view",

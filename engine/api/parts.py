@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from engine.api.outputs import default_out, small_files
 from engine.api.plans import load_plan
-from engine.api.runs import default_out, small_files
 from engine.errors import EngineError
 from engine.run.execute import Report, execute, output_at
+from engine.run.journal import identity_of
 from engine.run.parts import Part, is_done, write_marker
-from engine.run.running import RunOptions, WholeRunOptions, running_of
+from engine.run.running import CommitOptions, RunOptions, running_of
 
 __all__ = ["commit", "part", "part_of"]
 
@@ -40,35 +41,37 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     how = running_of(options, RunOptions)
     mine = which if isinstance(which, Part) else part_of(which)
     compiled = load_plan(path)
-    output = output_at(compiled, compiled.folder, default_out(compiled.folder) if out is None else out, how, parts=True)
+    work, final = identity_of(compiled), default_out(compiled.folder) if out is None else out
+    output = output_at(work, compiled.folder, final, how, parts=True)
     check_runnable(compiled, how.workers, how.max_memory, 0, output.buffer)
     store = output.join()
-    if is_done(compiled, store, mine):
+    if is_done(work, store, mine):
         return 0
     try:
-        done = write_weights(
+        written = write_weights(
             compiled, store, workers=how.workers, max_memory=how.max_memory, listener=how.progress, part=mine,
             resume=isinstance(store, Upload),
         )  # fmt: skip
         if isinstance(store, Upload):
             store.complete()
-        write_marker(compiled, store, mine, done)
+        write_marker(work, store, mine, written)
         if isinstance(store, Upload):
             store.complete()
     finally:
         if isinstance(store, Upload):
             store.abort()
-    return sum(compiled.outputs[output].nbytes for output in done)
+    whole = sum(compiled.outputs[output].nbytes for output in written.done)
+    return whole + sum(high - low for _, low, high, _ in written.spans)
 
 
-def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
+def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[CommitOptions]) -> Report:
     """Make an output of what all parts of a saved plan wrote, as `convert` would have.
 
     Raises:
         EngineError: E409 when a part is missing or belongs to another plan.
     """
     started = time.monotonic()
-    how = running_of(options, WholeRunOptions)
+    how = running_of(options, CommitOptions)
     compiled = load_plan(path)
     final = default_out(compiled.folder) if out is None else out
     small = partial(small_files, compiled, how.tokenizer, how.code)
@@ -97,7 +100,7 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     if found is None or number is None or count is None:
         raise EngineError(
             "E001",
-            "it is not said which part this is",
+            "the number of the part is not given",
             got=text or "nothing, and neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX",
             expected="K/N, or N in an array of Slurm or an Indexed Job of Kubernetes",
             fix="The first of eight parts is 1/8.",

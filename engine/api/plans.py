@@ -10,8 +10,8 @@ from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
+from engine.planning.reading import read_checkpoint
 from engine.planning.request import AnyOptions, Request, ReshardOptions, ReverseOptions, WholeOptions, request_of
-from engine.run.execute import read_checkpoint
 from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
 from engine.storage.regular import open_regular
@@ -29,8 +29,8 @@ __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "s
 def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
 
-    >>> plan("internlm2-7b", "ckpt/1000", dtype="bf16")  # doctest: +SKIP
-    <Plan of internlm2-7b 1.0.0: 'ckpt/1000' (tp 8) to 291 tensors, 15,475,417,088 bytes in 8 files>
+    >>> engine.plan("internlm", "ckpt/1000", dtype="bf16")
+    <Plan of internlm 1.0.0: 'ckpt/1000' (tp 2 × pp 2) to 55 tensors, 593,024 bytes in 1 file>
 
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
@@ -48,36 +48,47 @@ def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack
 
 @displayed
 def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
-    """Compile what `reverse` would do. Arguments as for `reverse`."""
+    """Compile what `reverse` would do. Arguments as for `reverse`.
+
+    >>> report = engine.convert("internlm", "ckpt/1000", "hf")
+    >>> engine.plan_reverse("internlm", "hf", tp=4)
+    <Plan of internlm 1.0.0: 'hf' (tp 4 × pp 1) to 144 tensors, ...>
+    """
     return planned(request_of(mapping, src, options, "reverse"))
 
 
 @displayed
 def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReshardOptions]) -> Plan:
-    """Compile what `reshard` would do. Arguments as for `reshard`."""
+    """Compile what `reshard` would do. Arguments as for `reshard`.
+
+    >>> engine.plan_reshard("internlm", "ckpt/1000", tp=4, pp=1)
+    <Plan of internlm 1.0.0: 'ckpt/1000' (tp 2 × pp 2) to ...>
+    """
     return planned(request_of(mapping, src, options, "reshard"))
 
 
 def planned(asked: Request) -> Plan:
     """The plan of a request, whatever it reads and writes."""
-    if asked.to is not None:
-        return planned(_between(asked, asked.to))
-    loaded, layout = _rules(asked)
-    return _compiled(asked, loaded, layout, _read(asked, layout))
+    made = _direct(asked)
+    loaded, layout = _rules(made)
+    return _compiled(asked, made, loaded, layout, _read(made, layout))
 
 
-def _between(asked: Request, to: str | Path) -> Request:
-    """The request that writes by one mapping what another reads: its source is the files that a run would write.
+def _direct(asked: Request) -> Request:
+    """The request as one mapping can do it.
 
+    What is read by one mapping and written by another has the files as source that a run of the first would write.
     Settings go to the mapping that has them, and to both where both do.
     """
+    if asked.to is None:
+        return asked
     from engine.assets.bundle import as_json
     from engine.run.execute import Small
     from engine.serve.virtual import VirtualFolder
 
     known = [
         {*mapping.options, *mapping.variants, *layout.options, *layout.layers.variants}
-        for mapping, layout in (_rules(asked), _rules(replace(asked, mapping=to)))
+        for mapping, layout in (_rules(asked), _rules(replace(asked, mapping=asked.to)))
     ]
     first, second = (
         {name: value for name, value in asked.settings.items() if name in mine or name not in other}
@@ -86,7 +97,7 @@ def _between(asked: Request, to: str | Path) -> Request:
     whole = planned(Request(asked.mapping, asked.src, config=asked.config, settings=first))
     folder = VirtualFolder(whole, lambda: Small({"config.json": as_json(whole.config)}))
     second = {name: value for name, value in second.items() if name in known[1]}
-    return replace(asked, mapping=to, src=folder.store, reads="whole", config=None, settings=second, to=None)
+    return replace(asked, mapping=asked.to, src=folder.store, reads="whole", config=None, settings=second, to=None)
 
 
 def _read(asked: Request, layout: Layout) -> Checkpoint:
@@ -95,7 +106,8 @@ def _read(asked: Request, layout: Layout) -> Checkpoint:
     return read_checkpoint(asked.src, layout, asked.config)
 
 
-def _compiled(asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
+def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
+    """The plan of a request as it was given, and as one mapping can do it."""
     from engine.planning.planner import make_plan
     from engine.proving.meta_model import fitted, written_as_model
 
@@ -106,7 +118,8 @@ def _compiled(asked: Request, loaded: MappingFile, layout: Layout, checkpoint: C
         if like is not None:
             loaded, layout, like = fitted(loaded, layout, like)
         loaded = written_as_model(loaded, checkpoint.config)
-    return make_plan(loaded, layout, checkpoint, asked, like=like)
+    made = make_plan(loaded, layout, checkpoint, asked, like=like)
+    return made if given is asked else replace(made, folder=str(given.src))
 
 
 def read_whole(src: Source) -> Checkpoint:
@@ -144,24 +157,37 @@ def save_plan(
 ) -> Plan:
     """Plan and save the plan, to be reviewed and run with `run_plan`.
 
+    >>> saved = engine.save_plan("plan.json", "internlm", "ckpt/1000")
+    >>> engine.run_plan("plan.json", "hf").tensors
+    55
+
     The file (`schemas/saved-plan.schema.json`) is small for any model. Paths in it are as given here.
     With `overwrite`, a plan that was saved there before is replaced; no other file is.
 
     Args:
         job: `run`, `reverse` or `reshard`; the other options are those of that function.
     """
-    from engine.explaining.normal import normal_form
-    from engine.planning.saved_plan import encode, is_saved_plan, request_data, saved_plan
+    from engine.planning.saved_plan import is_saved_plan, request_data
 
     file = given_path(path, "the plan")
     check_file_free(file, overwrite, is_saved_plan)
     asked = request_of(mapping, src, options, job)
     request_data(asked)
     compiled = planned(asked)
-    write_file(
-        file, encode(saved_plan(compiled, asked, normal_form(compiled))), overwrite=overwrite, ours=is_saved_plan
-    )
+    write_file(file, saved_as(compiled, asked), overwrite=overwrite, ours=is_saved_plan)
     return compiled
+
+
+def saved_as(compiled: Plan, asked: Request) -> bytes:
+    """The file of a saved plan.
+
+    Raises:
+        EngineError: E001 for what another process could not plan again: a loaded mapping, a store, two mappings.
+    """
+    from engine.explaining.normal import normal_form
+    from engine.planning.saved_plan import encode, saved_plan
+
+    return encode(saved_plan(compiled, asked, normal_form(compiled)))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -178,10 +204,11 @@ def load_plan(path: str | Path) -> Plan:
     file = given_path(path, "the plan")
     with open_regular(file) as opened:
         saved = parse_saved_plan(file, opened.read(MAX_BYTES + 1))
-    loaded, layout = _rules(saved.request)
+    asked = _direct(saved.request)
+    loaded, layout = _rules(asked)
     check_rules(saved, loaded, layout)
-    checkpoint = _read(saved.request, layout)
+    checkpoint = _read(asked, layout)
     check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
-    compiled = _compiled(saved.request, loaded, layout, checkpoint)
+    compiled = _compiled(saved.request, asked, loaded, layout, checkpoint)
     check_plan(saved, compiled, normal_form(compiled))
     return compiled

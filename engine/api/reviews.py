@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
-from engine.run.execute import read_checkpoint
+from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
@@ -18,14 +18,9 @@ if TYPE_CHECKING:
     from engine.comparing.verify import Verified
     from engine.discover.fits import Fit
     from engine.discover.inspect import Inspection
-    from engine.discover.scaffold import Scaffold
     from engine.explaining.explanation import Explanation
     from engine.planning.model import Plan
-    from engine.proving.finding import Finding
-    from engine.proving.proof import Proof
     from engine.run.meter import Progress
-
-T = TypeVar("T")
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -46,6 +41,10 @@ def explain(
     dtype: str = "auto",
 ) -> Explanation:
     """Where the elements of a tensor come from, or with `backward` where they go; reads headers only.
+
+    >>> told = engine.explain("model.norm.weight[0:4]", "internlm", "ckpt/1000").as_dict()
+    >>> told["tensors"][0]["rule"]
+    'norm.weight'
 
     Args:
         what: an output and slices of it, `model.norm.weight[0:4]`; with `backward` a stored tensor,
@@ -68,8 +67,8 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
 
     Reads headers only. Of a training checkpoint it tells layout, ranks and sizes, and which mappings fit.
 
-    >>> inspect("ckpt/1000").fitting[0].name  # doctest: +SKIP
-    'internlm-7b'
+    >>> [fit.name for fit in engine.inspect("ckpt/1000").fitting]
+    ['internlm']
 
     Args:
         config: as for `convert`.
@@ -86,6 +85,9 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
 def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:
     """The only bundled mapping that fits a training checkpoint.
 
+    >>> engine.find_mapping("ckpt/1000").name
+    'internlm'
+
     Raises:
         EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
     """
@@ -96,7 +98,11 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
 
 
 def mappings() -> list[MappingFile]:
-    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families."""
+    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families.
+
+    >>> "internlm2-7b" in [mapping.name for mapping in engine.mappings()]
+    True
+    """
     from engine.discover.inspect import load_all
 
     return load_all()[0]
@@ -112,11 +118,13 @@ def compare(
     dtype: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
-    """Compare everything that makes two models, and say what the differences are and what they do.
+    """Compare everything that makes two models, and say what differs and what that changes.
 
-    >>> done = compare("hf", "reference")  # doctest: +SKIP
-    >>> done.same(), done.diagnoses  # doctest: +SKIP
-    (False, ('k_proj and q_proj … equal the reference after interleaving rotary pairs: …',))
+    >>> one = engine.convert("internlm", "ckpt/1000", "one")
+    >>> other = engine.convert("internlm", "ckpt/1000", "other", settings={"rotary": "pairs"})
+    >>> done = engine.compare("other", "one")
+    >>> done.same(), done.diagnoses
+    (False, ('k_proj and q_proj in layers {0…3} equal the reference after ...',))
 
     Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
     folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
@@ -147,104 +155,10 @@ def compare(
 
     sides = [read_side(found_at(one, "the checkpoint"), planned(one)) for one in (out, ref)]
     if mapping is not None and not any(side.training for side in sides):
-        raise EngineError("E001", "neither side is a training checkpoint, which a mapping is for",
+        raise EngineError("E001", "neither side is a training checkpoint, so a mapping has no use",
                           fix="Leave --mapping out.")  # fmt: skip
     meter = Meter(sides[0].nbytes, progress, "comparing")
     return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
-
-
-def format_mapping(text: str) -> str:
-    """A mapping file in its usual form: keys in order, long rules in block form, comments kept."""
-    from engine.language.format import format_mapping as reformat
-
-    return reformat(text)
-
-
-def clean(out: str | Path) -> list[Path | str]:
-    """Remove what interrupted runs left beside an output; returns what was removed.
-
-    In an object store that is uploads that are pending below the output's prefix: files that are not visible yet.
-    """
-    from engine.storage.objects import ObjectStore
-    from engine.storage.output import clean as remove
-    from engine.storage.pending import end_uploads
-    from engine.storage.places import on_this_machine, store_at
-
-    store = store_at(out, "the output")
-    if isinstance(store, ObjectStore):
-        return [*end_uploads(store)]
-    return [*remove(on_this_machine(store, "the output"))]
-
-
-def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
-    """An output's path, and what interrupted runs left beside it: each folder with the bytes it takes.
-
-    Args:
-        out: as it was given to the run; without it, the default of `src`.
-    """
-    from engine.api.runs import default_out
-    from engine.storage.output import leftovers
-    from engine.storage.places import is_url
-
-    final = default_out(src or ".") if out is None else out
-    if is_url(final):
-        return str(final), []
-    final = Path(final)
-    found = [path for path in leftovers(final.absolute()) if path.is_dir()]
-    sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
-    return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
-
-
-def environment() -> dict[str, str]:
-    """What a bug report needs: versions of the engine and of what it uses, Python and the system."""
-    import os
-    import platform
-    from importlib.metadata import PackageNotFoundError, requires, version
-
-    from engine import __version__
-
-    facts = {
-        "engine": __version__,
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "system": platform.platform(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    try:
-        wanted = [text.split(";")[0] for text in requires("internlm-engine") or ()]
-    except PackageNotFoundError:
-        wanted = []
-    for name in sorted("".join(c if c.isalnum() or c in "-_" else " " for c in text).split()[0] for text in wanted):
-        try:
-            facts[name] = version(name)
-        except PackageNotFoundError:
-            facts[name] = "not installed"
-    named = ("ENGINE_MAPPINGS", "ENGINE_DEBUG", "TMPDIR")
-    return facts | {name: os.environ[name] for name in named if name in os.environ}
-
-
-def explain_code(code: str) -> str:
-    """What an error or lint code means and what to do, as Markdown; E001 for a code that is none."""
-    from engine.explaining.codes import explain_code as page
-
-    return page(code)
-
-
-def _listed(names: T | Sequence[T]) -> list[T]:
-    """Several names, or one by itself."""
-    return list(names) if isinstance(names, list | tuple | set | frozenset) else [cast(T, names)]
-
-
-def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths stand for; of a folder, every mapping and layout below it.
-
-    Raises:
-        EngineError: E002 for a folder without any, or a path where nothing is.
-    """
-    from engine.language.search import find_file, rule_files
-
-    return [
-        file for path in paths for file in (rule_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
-    ]
 
 
 @displayed
@@ -263,7 +177,8 @@ def verify(
 ) -> Verified:
     """Verify an output: against its own manifest, and in whatever other way is asked for.
 
-    >>> verify("hf", src="ckpt/1000", mapping="internlm2-7b").problems  # doctest: +SKIP
+    >>> report = engine.convert("internlm", "ckpt/1000", "hf")
+    >>> engine.verify("hf", src="ckpt/1000", mapping="internlm").problems
     ()
 
     Args:
@@ -284,7 +199,7 @@ def verify(
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
-    from engine.storage.places import store_at
+    from engine.storage.places import on_this_machine, store_at
 
     check_asked(src is not None, mapping is not None, logits, sample is not None)
     written = store_at(out, "the output")
@@ -292,21 +207,8 @@ def verify(
     if src is not None and mapping is not None:
         compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
         small = make_assets(compiled, None).whole()
-    source = Path(src) if src is not None and logits else None
+    source = on_this_machine(store_at(src, "the checkpoint"), "--logits") if src is not None and logits else None
     return verify_output(written, Asked(compiled, small, sample, load, source, settings or {}), progress)
-
-
-def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
-    """Findings of mapping files, or of those below folders; without paths, of every bundled one."""
-    from engine.language.search import kind_of, list_names
-    from engine.proving.lint import lint_file
-
-    names = (
-        [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) not in ("layout", "meaning")]
-        if paths
-        else list_names()
-    )
-    return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 
 def view(
@@ -333,70 +235,3 @@ def view(
     check_file_free(file, overwrite, is_page)
     compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
     return write_page(view_page(compiled), file, overwrite=overwrite)
-
-
-def new_mapping(
-    src: str | Path = ".",
-    *,
-    name: str | None = None,
-    like: str | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-) -> Scaffold:
-    """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
-
-    >>> print(new_mapping("ckpt/1000", name="mine-7b").text)  # doctest: +SKIP
-    mapping: 1
-    name: mine-7b
-    …
-
-    Args:
-        name: the mapping's; default: that of the file or of the folder.
-        like: the family to extend, by name or path; default: the nearest bundled one.
-        out: the file to write; without it the text is only returned.
-        overwrite: replace a file that exists.
-
-    Raises:
-        EngineError: E401 when the file exists; E2xx and E3xx for what cannot be read.
-    """
-    from engine.discover.files import new_mapping as make
-
-    return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
-
-
-def prove(
-    names: str | Path | MappingFile | Sequence[str | Path | MappingFile] = (),
-    *,
-    mutants: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-) -> list[Proof]:
-    """Prove mappings: total, injective, exactly invertible, alike in every layout; without names, all bundled ones.
-
-    Runs the real planner and runner on tiny index tensors in a temporary folder, checks a release's
-    own sizes by box arithmetic, and compares names and shapes with transformers' model. Rules that
-    several mappings share are run once.
-
-    Args:
-        names: paths, names of bundled mappings, or loaded ones.
-        mutants: perturb each rule too, and say what would have caught it.
-        progress: called before each mapping.
-    """
-    from engine.language.search import list_names
-    from engine.proving.prove import prove as prove_each
-
-    bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
-    return prove_each(_listed(names) or bundled, mutants=mutants, progress=progress)
-
-
-def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
-    """Write what mapping files mean into `meanings/` beside them, for `prove` to compare with later.
-
-    Args:
-        names: paths or names of bundled mappings; default: all bundled ones.
-    """
-    from engine.language.mapping_file import load_mapping
-    from engine.language.search import list_names
-    from engine.proving.committed import write_meaning as write
-
-    every = [*names] or sorted(list_names(), key=lambda name: len(load_mapping(name).files))  # parents first
-    return [write(name) for name in every]

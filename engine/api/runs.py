@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse
+from engine.api.outputs import default_out, small_files
+from engine.api.plans import load_plan, planned, saved_as
 from engine.language.model import Mapping as MappingFile
-from engine.planning.request import ReshardOptions, ReverseOptions, WholeOptions, keywords
-from engine.run.execute import Report, Small, execute
+from engine.planning.request import Request, ReshardOptions, ReverseOptions, WholeOptions, keywords, request_of
+from engine.run.execute import Report, execute
 from engine.run.running import (
     ConvertOptions,
     ReshardRunOptions,
@@ -21,7 +22,7 @@ from engine.run.running import (
     running_of,
 )
 from engine.show.notebook import displayed
-from engine.storage.places import Source, is_url
+from engine.storage.places import Source
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +41,10 @@ def convert(
 ) -> Report:
     """Convert a training checkpoint to a Hugging Face checkpoint.
 
-    >>> convert("internlm2-7b", "ckpt/1000", "hf", max_shard_size="5GB", progress=print)  # doctest: +SKIP
-    Report(out=PosixPath('hf'), tensors=291, …)
+    >>> engine.convert("internlm", "ckpt/1000", "hf", dtype="float32", max_shard_size="5GB")
+    Report(out='hf', tensors=55, ...)
 
-    The output is complete at `out` (default: `<src>-hf`) when this returns, or not there at all.
+    When this returns, the output is complete at `out` (default: `<src>-hf`). When it raises, there is no output.
 
     Args:
         tokenizer: a SentencePiece model; default: the one beside the checkpoint, if any.
@@ -51,11 +52,15 @@ def convert(
             remote code: they are copied and named in `auto_map`, and never run.
         overwrite: replace the output once the new one is complete.
         workers: threads that write; default: as many as cores and output files allow.
-        resume: go on with what an interrupted run of the same conversion left.
+        resume: continue what an interrupted run of the same conversion left.
         digests: record a digest of every tensor in `conversion.json`; resuming needs them.
-        check_source: read the checkpoint once before, and compare it with the checksums it holds.
-        max_memory: bytes resident at most, kept by fewer workers, or refused.
-        progress: called with bytes done and in all, a few times a second.
+        check_source: first read the checkpoint and compare it with the checksums it holds.
+        max_memory: limit of resident bytes; fewer workers keep it, or the run is refused.
+        progress: called with bytes done and in all, a few times a second; with an executor, with parts.
+        executor: runs it in parts, anywhere: an executor of `concurrent.futures`, anything else with its `submit`, or
+            `dask` or `dask://host:port`. Paths must mean the same to every worker. If it is lost, finished parts
+            stay, and the same call continues with the others.
+        parts: how many parts, with an executor.
         Others as for `plan`.
 
     Raises:
@@ -63,7 +68,7 @@ def convert(
     """
     started = time.monotonic()
     how = running_of(options, ConvertOptions)
-    return _write(plan(mapping, src, **keywords(options, WholeOptions)), str(src), out, how, started)
+    return _write(request_of(mapping, src, keywords(options, WholeOptions), "run"), out, how, started)
 
 
 @displayed
@@ -72,8 +77,9 @@ def reverse(
 ) -> Report:
     """Write a Hugging Face checkpoint as training rank files.
 
-    >>> reverse("internlm2-7b", "hf", "ranks", tp=4, pp=2)  # doctest: +SKIP
-    Report(out=PosixPath('ranks'), tensors=908, …)
+    >>> report = engine.convert("internlm", "ckpt/1000", "hf")
+    >>> engine.reverse("internlm", "hf", "ranks", tp=4, pp=2)
+    Report(out='ranks', tensors=...)
 
     Args:
         ranks: ranks per dimension, such as `{"tp": 8}`; `tp`, `pp` and `wp` may be given by themselves.
@@ -90,7 +96,7 @@ def reverse(
     """
     started = time.monotonic()
     how = running_of(options, ReverseRunOptions)
-    return _write(plan_reverse(mapping, src, **keywords(options, ReverseOptions)), str(src), out, how, started)
+    return _write(request_of(mapping, src, keywords(options, ReverseOptions), "reverse"), out, how, started)
 
 
 @displayed
@@ -99,59 +105,59 @@ def reshard(
 ) -> Report:
     """Write a training checkpoint for other ranks, from shards to shards.
 
-    >>> reshard("internlm2-7b", "ckpt/1000", "tp4", tp=4)  # doctest: +SKIP
-    Report(out=PosixPath('tp4'), tensors=908, …)
+    >>> engine.reshard("internlm", "ckpt/1000", "tp4", tp=4)
+    Report(out='tp4', tensors=...)
 
     Ranks, chunks and mode that are not given are as in `like`, else as in `src`. Other arguments as for `reverse`.
 
     Args:
-        to: the mapping that writes, for rank files of another framework; `mapping` reads. Both have the same Hugging
-            Face checkpoint in between, which is read from the source and never written.
+        to: the mapping that writes, for rank files of another framework; `mapping` reads. Both describe the same
+            Hugging Face checkpoint, which is never written.
 
-    >>> reshard("internlm2-7b", "ckpt/1000", "dcp", to="transformers", ranks={"dp": 8})  # doctest: +SKIP
+    >>> engine.reshard("internlm", "ckpt/1000", "dcp", to="transformers", ranks={"dp": 8})
+    Report(out='dcp', tensors=...)
 
     Raises:
         EngineError: as for `reverse`.
     """
     started = time.monotonic()
     how = running_of(options, ReshardRunOptions)
-    return _write(plan_reshard(mapping, src, **keywords(options, ReshardOptions)), str(src), out, how, started)
+    return _write(request_of(mapping, src, keywords(options, ReshardOptions), "reshard"), out, how, started)
 
 
 @displayed
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
-    """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
+    """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`.
+
+    >>> saved = engine.save_plan("plan.json", "internlm", "ckpt/1000")
+    >>> engine.run_plan("plan.json", "hf")
+    Report(out='hf', tensors=55, ...)
+    """
     started = time.monotonic()
     how = running_of(options, WholeRunOptions)
     compiled = load_plan(path)
-    return _write(compiled, compiled.folder, out, how, started)
+    return _run(compiled, lambda: Path(path).read_bytes(), compiled.folder, out, how, started)
 
 
-def _write(compiled: Plan, source: str, out: str | Path | None, how: Running, started: float) -> Report:
-    """Run a plan, with the small files that belong to what it writes."""
+def _write(asked: Request, out: str | Path | None, how: Running, started: float) -> Report:
+    """Plan and run what is asked for."""
+    compiled = planned(asked)
+    return _run(compiled, lambda: saved_as(compiled, asked), str(asked.src), out, how, started)
+
+
+def _run(
+    compiled: Plan, saved: Callable[[], bytes], source: str, out: str | Path | None, how: Running, started: float
+) -> Report:
+    """Run a plan, with the small files that belong to what it writes, here or by an executor."""
     if out is None and compiled.written is None:
         out = default_out(source)
     small = partial(small_files, compiled, how.tokenizer, how.code)
-    return execute(compiled, source, out or "", small, how, started)
+    if how.executor is not None:
+        from engine.api.spread import check_spread, do_parts
 
-
-def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:
-    """The files that belong beside the weights that a plan writes."""
-    if compiled.written is not None:
-        from engine.formats.configs import encode_config
-
-        return Small({name: encode_config(name, kind, content) for name, (kind, content) in compiled.beside.items()})
-    from engine.assets.bundle import make_assets
-
-    return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
-
-
-def default_out(src: str | Path) -> Path | str:
-    """Where `convert` writes when it is not told."""
-    if is_url(src):
-        return str(src).rstrip("/") + "-hf"
-    real = Path(src).resolve()
-    return real.with_name(real.name + "-hf")
+        check_spread(how)
+        do_parts(saved(), str(out or ""), how)
+    return execute(compiled, source, out or "", small, how, started, parts=how.executor is not None)
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
@@ -159,8 +165,9 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
 
     Each tensor owns its memory; replicas are compared before the first one is yielded.
 
-    >>> for name, tensor in iter_tensors(plan("internlm-7b.yaml", "ckpt/1000")):  # doctest: +SKIP
-    ...     model.get_parameter(name).data.copy_(tensor)
+    >>> tensors = dict(engine.iter_tensors(engine.plan("internlm", "ckpt/1000")))
+    >>> tensors["model.norm.weight"].shape
+    torch.Size([64])
     """
     from engine.serve.tensors import Tensors
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from engine import __version__
+from engine.api.outputs import small_files
 from engine.api.plans import plan
-from engine.api.runs import small_files
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
+from engine.language.version import __version__
 from engine.planning.request import WholeOptions
+from engine.storage.places import Source, store_at
 from engine.storage.replacing import given_path
+from engine.storage.store import Store
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
@@ -26,17 +28,16 @@ if TYPE_CHECKING:
 __all__ = ["Model", "mount", "open", "serve", "virtual"]
 
 
-def open(
-    src: str | Path | Plan = ".", mapping: str | Path | MappingFile = "", **options: Unpack[WholeOptions]
-) -> Tensors:
+def open(src: Source | Plan = ".", mapping: str | Path | MappingFile = "", **options: Unpack[WholeOptions]) -> Tensors:
     """A training checkpoint as a lazy state dict of the Hugging Face model.
 
     Args:
-        src: the training checkpoint's folder, or a plan, which says all the rest.
+        src: the training checkpoint: a folder, a URL, or a plan, which says all the rest.
         mapping: as for `plan`; so are the others.
 
-    >>> with engine.open("ckpt/1000", mapping="internlm2-7b.yaml") as tensors:  # doctest: +SKIP
-    ...     model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+    >>> with engine.open("ckpt/1000", mapping="internlm") as tensors:
+    ...     tensors["model.norm.weight"].shape
+    torch.Size([64])
 
     Raises:
         EngineError: as for `plan`. A tensor that is read: E402 when its replicas differ, E405 when a source changed.
@@ -53,8 +54,9 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     Args:
         tokenizer, code: as for `convert`.
 
-    >>> with engine.virtual(engine.plan("internlm2-7b.yaml", "ckpt/1000")) as folder:  # doctest: +SKIP
-    ...     folder["model-00001-of-00008.safetensors"].read(0, 100)
+    >>> with engine.virtual(engine.plan("internlm", "ckpt/1000")) as folder:
+    ...     sorted(folder), folder["config.json"].read(0, 2)
+    (['README.md', 'config.json', ...], b'{\\n')
 
     Raises:
         EngineError: as for `convert`, of what can be told without reading tensors.
@@ -95,7 +97,7 @@ class Model:
 
     name: str
     mapping: str | Path | MappingFile
-    src: str | Path
+    src: Source
 
 
 def serve(
@@ -139,7 +141,7 @@ def serve(
             )  # fmt: skip
     if token is None and not is_loopback(host):
         raise EngineError(
-            "E001", "anybody who reaches this address could read the model", got=f"--host {host} without a token",
+            "E001", "anyone who can reach this address could read the model", got=f"--host {host} without a token",
             fix="Give --token-file FILE with a secret in it, or listen on 127.0.0.1.",
         )  # fmt: skip
     threads = reading_threads()
@@ -147,11 +149,11 @@ def serve(
     def served(one: Model) -> Served:
         mapping = one.mapping if isinstance(one.mapping, MappingFile) else load_mapping(str(one.mapping))
 
-        def make(path: Path) -> VirtualFolder:
-            compiled = plan(mapping, path, **options)
+        def make(store: Store) -> VirtualFolder:
+            compiled = plan(mapping, store, **options)
             return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code), threads)
 
         salt = repr((__version__, mapping.digest, sorted(options.items()), str(tokenizer), str(code)))
-        return Served(one.name, Revisions(given_path(one.src, "the checkpoint"), make, salt, told))
+        return Served(one.name, Revisions(store_at(one.src, "the checkpoint"), make, salt, told))
 
     return Server(Hub([served(one) for one in models], token), host, port, log, patience)

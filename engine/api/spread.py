@@ -1,102 +1,97 @@
-"""A conversion whose parts an executor runs: threads, processes, Dask, whatever has `submit`."""
+"""A conversion whose parts an executor does: threads, processes, Dask, whatever has `submit`."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Executor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
-from engine.api.parts import commit, part
+from engine.api.parts import part
 from engine.errors import EngineError
-from engine.run.execute import Report
 from engine.run.meter import Progress
-from engine.run.running import WholeRunOptions, running_of
+from engine.run.parts import Part
+from engine.run.running import Running
 from engine.storage.places import options_now, store_options
 
-__all__ = ["run_parts", "run_plan_on"]
 
-
-def run_parts(
-    path: str | Path,
-    executor: Executor,
-    parts: int,
-    out: str | Path | None = None,
-    **options: Unpack[WholeRunOptions],
-) -> Report:
-    """Do a saved plan in parts by an executor, and commit them.
-
-    The checkpoint and the output must be where every worker sees them; the plan itself is sent along. What the
-    executor loses leaves the parts that are done: the same call goes on with those that are not.
-
-    Args:
-        executor: an executor of `concurrent.futures`, or anything else with its `submit`.
-        parts: how many.
-        Others as for `convert`; `progress` is told after each part.
-    """
-    how = running_of(options, WholeRunOptions)
-    text = Path(path).read_text(encoding="utf-8")
-    final, reached = None if out is None else str(out), options_now()
-    waiting = [
-        executor.submit(_part, text, f"{number}/{parts}", final, how.workers, how.max_memory, reached)
-        for number in range(1, parts + 1)
-    ]
-    done = 0
-    try:
-        for one in as_completed(waiting):
-            one.result()
-            done += 1
-            if how.progress is not None:
-                how.progress(Progress(done, parts, "writing parts", "parts"))
-    finally:
-        for one in waiting:
-            one.cancel()
-    return commit(path, out, **options)
-
-
-def run_plan_on(
-    path: str | Path, place: str, parts: int, out: str | Path | None = None, **options: Unpack[WholeRunOptions]
-) -> Report:
-    """Do a saved plan in parts by a named executor, such as `dask://host:port`. Arguments as for `run_parts`."""
-    how = running_of(options, WholeRunOptions)
-    if not how.digests or how.check_source or how.resume:
+def check_spread(how: Running) -> None:
+    """E001 for what parts cannot do, or do anyway."""
+    if not how.digests or how.check_source:
         raise EngineError(
-            "E001", "parts always record digests, go on by themselves, and do not check the source first",
-            fix="Leave --no-digests, --check-source and --resume out, or run without --executor.",
+            "E001", "--no-digests and --check-source have no use with an executor",
+            fix="Leave them out, or run without an executor. Parts always record digests.",
         )  # fmt: skip
-    with executor_at(place) as executor:
-        return run_parts(path, executor, parts, out, **options)
+    Part(1, how.parts)
+
+
+def do_parts(saved: bytes, out: str, how: Running) -> None:
+    """Have an executor do all parts of a saved plan.
+
+    The checkpoint and the output must be where every worker sees them; the plan itself is sent along.
+
+    Raises:
+        EngineError: what a part is refused for; E409 when the executor is lost. Parts that are done stay.
+    """
+    reached, told = options_now(), (how.overwrite, how.workers, how.max_memory)
+    with executor_at(how.executor) as executor:
+        waiting: list[Any] = []
+        try:
+            for number in range(1, how.parts + 1):
+                waiting.append(executor.submit(_part, saved, f"{number}/{how.parts}", out, told, reached))
+            for done, one in enumerate(_finished(waiting), 1):
+                one.result()
+                if how.progress is not None:
+                    how.progress(Progress(done, how.parts, "writing parts", "parts"))
+        except EngineError:
+            raise
+        except Exception as error:  # whatever an executor ends with
+            raise EngineError(
+                "E409", "the executor did not do all parts", got=f"{type(error).__name__}: {error}"[:300],
+                fix="Run the same again: parts that are done stay, and it goes on with the others.",
+            ) from error  # fmt: skip
+        finally:
+            for one in waiting:
+                one.cancel()
+
+
+def _finished(waiting: list[Any]) -> Iterable[Any]:
+    """As they end; in their order where an executor has futures of its own kind."""
+    return as_completed(waiting) if all(isinstance(one, Future) for one in waiting) else waiting
 
 
 def _part(
-    text: str,
+    saved: bytes,
     which: str,
-    out: str | None,
-    workers: int | None,
-    max_memory: int | None,
+    out: str,
+    told: tuple[bool, int | None, int | None],
     reached: tuple[dict[str, str], int],
 ) -> int:
-    """One part, of a plan that is given as text, with the options that stores are reached by."""
+    """One part, of a plan that is given as data, with the options that stores are reached by."""
+    overwrite, workers, max_memory = told
     with tempfile.TemporaryDirectory(prefix="engine-") as folder, store_options(*reached):
         plan = Path(folder) / "plan.json"
-        plan.write_text(text, encoding="utf-8")
-        return part(plan, which, out, workers=workers, max_memory=max_memory)
+        plan.write_bytes(saved)
+        return part(plan, which, out, overwrite=overwrite, workers=workers, max_memory=max_memory)
 
 
 @contextmanager
-def executor_at(place: str) -> Iterator[Any]:
-    """The executor that a user names: `dask`, a cluster of this machine, or `dask://host:port`.
+def executor_at(place: Any) -> Iterator[Any]:
+    """The executor that a user gives or names: `dask`, a cluster of this machine, or `dask://host:port`.
 
     Raises:
         EngineError: E001 for any other name, without the extra, and when no scheduler answers.
     """
+    if not isinstance(place, str):
+        yield place
+        return
     kind, _, address = place.partition("://")
     if kind != "dask":
         raise EngineError(
             "E001", "there is no such executor", got=place, expected="dask, or dask://host:port",
-            fix="In Python `run_parts` takes any executor.",
+            fix="In Python any executor can be given.",
         )  # fmt: skip
     try:
         from distributed import Client

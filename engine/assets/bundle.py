@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
 from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template, unmarked
 from engine.assets.generation import generation_config
@@ -21,6 +20,7 @@ from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
 from engine.errors import EngineError, Place
 from engine.language.expressions import render_tree
+from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.planning.release import family_of
 from engine.run.execute import Small

@@ -66,16 +66,17 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
 
 
 def read_headers(
-    folder: Store, names: Sequence[str], mode: Mode | None = None, skip: Sequence[str] = ()
+    folder: Store, names: Sequence[str], mode: Mode | None = None, skip: Sequence[str] = (), says: Sequence[str] = ()
 ) -> tuple[FileHeader, ...]:
     """Index rank files without reading their payload.
 
     Args:
         mode: says of what format they are; default: files that torch saved.
         skip: names of tensors that are left out, as globs.
+        says: what is kept of what files that torch saved hold beside tensors, by dotted keys.
     """
     state = [pattern(text).regex for text in mode.state] if mode else []
-    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip))
+    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip), says)
 
 
 class _Skip:
@@ -88,12 +89,14 @@ class _Skip:
         return self._regex is None or self._regex.match(name) is None
 
 
-def _torch(folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip) -> tuple[FileHeader, ...]:
+def _torch(
+    folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip, says: Sequence[str]
+) -> tuple[FileHeader, ...]:
     """Files that torch saved, a few at a time."""
     load = _Pickles()
 
     def read(name: str) -> FileHeader:
-        return read_rank_file(File(folder, name), load, state).only(wanted)
+        return read_rank_file(File(folder, name), load, state, says).only(wanted)
 
     if len(names) == 1:
         return (read(names[0]),)
@@ -101,11 +104,13 @@ def _torch(folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wa
         return tuple(pool.map(read, names))
 
 
-def _dcp(folder: Store, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
+def _dcp(folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object) -> tuple[FileHeader, ...]:
     return read_dcp(folder, names, wanted)
 
 
-def _safetensors(folder: Store, names: Sequence[str], state: object, wanted: _Skip) -> tuple[FileHeader, ...]:
+def _safetensors(
+    folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object
+) -> tuple[FileHeader, ...]:
     return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
 
 
@@ -190,7 +195,7 @@ def _below(value: Any, keys: Sequence[str], file: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         raise EngineError(
             "E303",
-            "the configuration is not a mapping",
+            "the configuration is not a dict of settings",
             place=Place(file),
             got=f"{type(value).__name__} under {'.'.join(keys)}" if keys else type(value).__name__,
             expected="the model's settings by name",

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.language.expressions import compile_expression, evaluate
 from engine.language.model import FilePattern, Layout
 from engine.language.names import pattern
 
@@ -26,7 +28,7 @@ class Claim:
     """What a rank file's name claims.
 
     Attributes:
-        saved_as: the rank file that the zip's root names; None when it names none.
+        saved_as: the rank file that it says it is, by the zip's root or by what is saved in it; None when it says none.
         place: what sets the file apart from others with the same tensors. Files of equal places may be replicas.
     """
 
@@ -51,6 +53,44 @@ def saved_as(root: str | None, layout: Layout) -> str | None:
     return None
 
 
+def told_by(layout: Layout) -> tuple[str, ...]:
+    """What of each rank file's content says which one it is, as dotted keys."""
+    paths = [path for one in layout.says_ranks.values() for path in sorted(compile_expression(one).paths)]
+    return tuple(dict.fromkeys([*layout.says_alike, *paths]))
+
+
+def said_rank(header: FileHeader, file: FilePattern, layout: Layout) -> str | None:
+    """The rank file of a pattern that a file says it is; None when it does not say."""
+    names: dict[str, Any] = {}
+    for path, value in header.says.items():
+        *above, last = path.split(".")
+        below = names
+        for name in above:
+            below = below.setdefault(name, {})
+        below[last] = value
+    wanted = pattern(file.name)
+    try:
+        return wanted.format({dim: evaluate(layout.says_ranks[dim], names) for dim in wanted.placeholders})
+    except (EngineError, KeyError, ValueError):
+        return None
+
+
+def check_alike(headers: Sequence[FileHeader], layout: Layout) -> None:
+    """E306 for a file that says another step, or the like, than the first."""
+    for path in layout.says_alike:
+        told = [(header, header.says[path]) for header in headers if path in header.says]
+        for header, value in told[1:]:
+            if value != told[0][1]:
+                raise EngineError(
+                    "E306",
+                    f"`{header.name}` is not of the same save as `{told[0][0].name}`",
+                    place=Place(header.name),
+                    got=f"{path} {value}"[:200],
+                    expected=f"{path} {told[0][1]}"[:200],
+                    fix="Copy all rank files of one step from the training run.",
+                )
+
+
 def place_of(file: FilePattern, ranks: Mapping[str, int]) -> tuple[object, ...]:
     """A file's pattern with its ranks, but for those over which the layers are not cut."""
     if file.boxes:
@@ -70,7 +110,7 @@ def check_identities(claims: Sequence[Claim]) -> None:
             raise _refused(
                 f"`{claim.name}` was saved as `{claim.saved_as}`",
                 claim,
-                f"{claim.saved_as}, by the name that torch wrote into the file",
+                f"{claim.saved_as}, as the file itself says",
                 claim.name,
                 "Files were exchanged, renamed or copied over each other. Copy the folder again from the training "
                 "run, or give each file the name it was saved under.",

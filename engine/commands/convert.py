@@ -49,7 +49,6 @@ def write(
     functions: dict[str, Callable[..., Report]] = {
         "run": api.convert,
         "run --plan": api.run_plan,
-        "run --executor": api.run_plan_on,
         "reverse": api.reverse,
         "reshard": api.reshard,
     }
@@ -73,17 +72,11 @@ def write(
 @asks(*SAVED)
 @click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
-@click.option("--executor", metavar="dask[://HOST:PORT]", help="With --plan: have Dask's workers do it in parts.")
-@click.option(
-    "--parts", type=click.IntRange(1, 1 << 20), default=8, show_default=True, help="How many, with --executor."
-)
 @asks("tokenizer", "code")
 @writing_options
 @reports_errors
 @click.pass_context
-def run(
-    ctx: click.Context, as_json: bool, /, saved: str | None, executor: str | None, parts: int, **options: Any
-) -> None:
+def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
     """Convert a training checkpoint to Hugging Face.
 
     The output is complete when the command ends, or not there at all. Without --mapping, the only
@@ -95,12 +88,6 @@ def run(
       engine run -m internlm2-chat-7b -s ckpt/20000 -o hf --dtype bf16
     """
     only_plan(ctx, saved)
-    if executor is not None and saved is None:
-        raise click.UsageError("--executor needs a saved plan: give --plan", ctx)
-    if executor is not None:
-        asked = {name: value for name, value in options.items() if name not in SAVED}
-        write(as_json, "run --executor", path=saved, place=executor, parts=parts, **asked)
-        return
     if saved is not None:
         write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
         return
@@ -128,7 +115,7 @@ def run(
 @asks("ranks", "chunks", "mode", "like", "lossy")
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
-@click.option("--why", is_flag=True, help="Show the mapping's expressions that decided, too.")
+@click.option("--why", is_flag=True, help="Also show the mapping's expressions that decided.")
 @reports_errors
 @click.pass_context
 def plan(
@@ -174,14 +161,15 @@ def plan(
 
 
 @click.command()
+@asks("mapping", "src", required=["mapping", "src"], src="The Hugging Face checkpoint.")
 @rank_options
+@asks("lossy")
 @writing_options
-@asks("src", "lossy", required=["src"], src="The Hugging Face checkpoint.")
 @reports_errors
 def reverse(as_json: bool, /, **options: Any) -> None:
     """Write a Hugging Face checkpoint as training rank files.
 
-    What is not given is as in --like, or 1.
+    Numbers of ranks that are not given are those of --like, else 1.
 
     \b
     Examples:
@@ -192,15 +180,16 @@ def reverse(as_json: bool, /, **options: Any) -> None:
 
 
 @click.command()
+@asks("mapping", "src", required=["mapping"])
 @rank_options
+@asks("to")
 @writing_options
-@asks("src", "to")
 @reports_errors
 def reshard(as_json: bool, /, **options: Any) -> None:
     """Write a training checkpoint for other ranks.
 
-    What is not given stays as it is, or is as in --like. With --to, another
-    mapping writes: rank files of another framework.
+    What is not given stays as in the source, or is as in --like. With --to, a second mapping writes
+    the rank files of another framework.
 
     \b
     Examples:
@@ -214,7 +203,12 @@ def reshard(as_json: bool, /, **options: Any) -> None:
 @click.argument("out", metavar="OUT", shell_complete=folders)
 @reports_errors
 def clean(as_json: bool, /, out: str) -> None:
-    """Remove what interrupted runs left beside an output."""
+    """Remove what interrupted runs left beside an output.
+
+    \b
+    Example:
+      engine clean hf
+    """
     from engine import api
 
     removed = [str(path) for path in api.clean(out)]

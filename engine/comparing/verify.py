@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
-from engine.comparing.written import check_written, extra_files, nothing_read
 from engine.errors import EngineError
 from engine.run.manifest import NAME, read_manifest
+from engine.run.written import check_written, extra_files, nothing_read
 from engine.storage.places import on_this_machine
 from engine.storage.store import Store
 

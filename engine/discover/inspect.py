@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +24,13 @@ from engine.language.search import layout_names, list_names, spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.stored import strip
 from engine.run.manifest import read_manifest
-from engine.storage.places import store_at
+from engine.storage.places import Source, store_at
 from engine.storage.store import Store
 
 # What is wrong with the checkpoint and not with the choice of the mapping.
 _OF_THE_CHECKPOINT = ("E201", "E203", "E207", "E208", "E209", "E210", "E211", "E218", "E219")
 
-Reader = Callable[[str | Path, Layout], Checkpoint]
+Reader = Callable[[Source, Layout], Checkpoint]
 _AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # the order sizes are told in
 _MOST_STEPS = 20  # steps whose files are read, the newest first; older ones are only named
 
@@ -79,7 +78,7 @@ class Inspection:
         }
 
 
-def read_any(src: str | Path, read: Reader, layouts: Sequence[str] = ()) -> tuple[Layout, Checkpoint]:
+def read_any(src: Source, read: Reader, layouts: Sequence[str] = ()) -> tuple[Layout, Checkpoint]:
     """A training checkpoint by the first layout whose files are there.
 
     Args:
@@ -118,7 +117,7 @@ def inspect(src: str | Path, read: Reader, *, every: bool = False) -> Inspection
         names = list_folder(folder)
         if is_whole(names):
             return describe_whole(folder, names)
-        steps = find_steps(str(src), read, every=every) if os.path.isdir(src) else None
+        steps = find_steps(folder, read, every=every)
         if steps is None:
             raise error if _has_weights(error) else _nothing(folder, names) from None
         return Inspection(str(src), "steps", steps)
@@ -146,7 +145,7 @@ def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
     kinds = "\n".join(f"{load_layout(name).modes[0].files[0].name} ({name})" for name in layout_names())
     return EngineError(
         "E304",
-        "this folder is no checkpoint",
+        "this folder is not a checkpoint",
         place=Place(folder.place()),
         got=", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "") or "an empty folder",
         expected=f"{kinds}\nconfig.json with {WEIGHTS[0]} (Hugging Face)\nor a folder of such folders",
@@ -229,13 +228,13 @@ def _made_by(folder: Store) -> str | None:
     return str(made.get("name")) if isinstance(made, dict) else None
 
 
-def find_steps(folder: str, read: Reader, *, every: bool = False) -> dict[str, Any] | None:
+def find_steps(folder: Store, read: Reader, *, every: bool = False) -> dict[str, Any] | None:
     """The checkpoints below a folder, oldest first, and which of them are complete; None when there are none."""
-    names = sorted((e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")), key=_number)
+    names = sorted((n for n, state in folder.entries().items() if state is None and not n.startswith(".")), key=_number)
     steps: dict[str, dict[str, Any] | None] = {}
     for name in reversed(names):
         look = every or len(steps) < _MOST_STEPS
-        steps[name] = _step(f"{folder.rstrip('/')}/{name}", read) if look else _NOT_LOOKED_AT
+        steps[name] = _step(folder.inside(name), read) if look else _NOT_LOOKED_AT
     shapes = {_shape(name) for name, step in steps.items() if step is not None and step["complete"] is not None}
     found = [{"name": n, **step} for n in names if (step := steps[n]) is not None and _shape(n) in shapes]
     if not found:
@@ -254,17 +253,16 @@ def _shape(name: str) -> str:
     return re.sub("[0-9]+", "0", name)
 
 
-def _step(folder: str, read: Reader) -> dict[str, Any] | None:
+def _step(folder: Store, read: Reader) -> dict[str, Any] | None:
     """Whether one folder is a complete checkpoint; None when it is none at all."""
     try:
         layout, checkpoint = read_any(folder, read)
     except EngineError as error:
         if error.code == "E304" and not _has_weights(error):
-            store = store_at(folder, "the checkpoint")
-            if not is_whole(list_folder(store)):
+            if not is_whole(list_folder(folder)):
                 return None
             try:
-                files = read_hf_folder(store)
+                files = read_hf_folder(folder)
             except EngineError as damaged:
                 return {"complete": False, "why": damaged.message, "bytes": None, "layout": "Hugging Face"}
             size = sum(file.size for file in files)
@@ -317,11 +315,11 @@ def choose(found: Inspection) -> Fit:
     if fitting:
         raise EngineError(
             "E003",
-            f"{len(fitting)} mappings fit, and no file tells which is meant",
+            f"{len(fitting)} mappings fit, and the files do not tell which one to use",
             place=Place(found.folder),
             got="\n".join(told),
             expected="one of them by --mapping",
-            fix="Choose by what sets them apart; `engine inspect` says what each of these means.",
+            fix="Choose by what they differ in; `engine inspect` explains each of these.",
         )
     raise EngineError(
         "E003",

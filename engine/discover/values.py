@@ -228,7 +228,7 @@ def _lines(
     if ratio == 0 or not np.isfinite(ratio):
         return
     if abs(ratio + 1) < precision:
-        yield -1.0, 0.0, "negated: every sign turned", "negated", 0.0
+        yield -1.0, 0.0, "negated: every sign flipped", "negated", 0.0
     ways: list[tuple[bool, float, float, str, Kind]] = []  # first those whose numbers mean something
     known = precision / min(len(x), 1 / precision) ** 0.5  # rounding depends on few different digits
     exact, named = _named(ratio, known, sizes)

@@ -8,6 +8,7 @@ torch, and Megatron adds some: those that are not needed here are not looked at.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from engine.formats.unpickle import damaged, error_of, load_pickle
 from engine.storage.store import File, Store
 
 DIRECTORY = ".metadata"
+_OF_RANK = re.compile(r"__[0-9]{1,7}\.metadata")
 _SHORTEST = 8  # bytes that a box takes in the pickle
 _MOST_BYTES = 1 << 30  # of a pickle that is read whole; ten thousand ranks' save is a tenth of it
 
@@ -62,24 +64,34 @@ class Directory:
 
 
 def read_dcp_directory(folder: Store) -> Directory:
-    """Read `.metadata` without its payload, and without torch.
+    """Read `.metadata`, without torch; or the directories that ranks wrote, each for itself, without collectives.
 
     Raises:
         EngineError: E201 when there is none, E301 damaged or not of torch's form, E302 when it asks to run code,
             E303 for entries that are transformed, E305 unreadable.
     """
-    where = File(folder, DIRECTORY)
-    if not where.exists:
+    if folder.has(DIRECTORY):
+        return _read(File(folder, DIRECTORY))
+    every = [_read(File(folder, name)) for name in folder.names() if _OF_RANK.fullmatch(name)]
+    if not every:
         raise unfinished(folder)
+    entries = sorted((entry for one in every for entry in one.entries), key=lambda e: (e.file, e.offset))
+    values = {name: place for one in every for name, place in one.values.items()}
+    return Directory(
+        tuple(entries), values, hashlib.sha256("".join(one.identity for one in every).encode()).hexdigest()
+    )
+
+
+def _read(where: File) -> Directory:
     with where.open() as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
-        raise damaged(DIRECTORY, f"more than {_MOST_BYTES} bytes")
-    value = load_pickle(data, DIRECTORY)
+        raise damaged(where.name, f"more than {_MOST_BYTES} bytes")
+    value = load_pickle(data, where.name)
     try:
         return _directory(value, hashlib.sha256(data).hexdigest(), len(data) // _SHORTEST)
     except Refused as refused:
-        raise error_of(refused, DIRECTORY) from None
+        raise error_of(refused, where.name) from None
 
 
 def unfinished(folder: Store) -> EngineError:

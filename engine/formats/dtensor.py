@@ -78,20 +78,22 @@ def _mesh(mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _axes(layout: Any) -> tuple[int, ...]:
-    """Sizes of the axes of a `_MeshLayout`: each an object with a shape, or all of them in one shape."""
+    """Sizes of the axes of a `_MeshLayout`: each an object with a shape, or all of them in one shape.
+
+    An axis of one rank has an empty shape.
+    """
     told = attributes(layout, "_MeshLayout", "_FlatLayout", "Layout")
     axes = told.get("axes")
     if type(axes) is tuple and len(axes) <= 64:
-        return tuple(
-            prod(_shape(attributes(axis, "_FlatLayout", "_MeshLayout", "Layout").get("shape"))) for axis in axes
-        )
+        kinds = ("_FlatLayout", "_MeshLayout", "Layout")
+        return tuple(prod(_shape(attributes(axis, *kinds).get("shape"))) for axis in axes)
     return _shape(told.get("shape"))
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
     if type(shape) is int:
         shape = (shape,)
-    if type(shape) is not tuple or not shape or len(shape) > 64:
+    if type(shape) is not tuple or len(shape) > 64:
         raise Refused("E301", f"a mesh of shape {reprlib.repr(shape)}")
     return tuple(prod(ints(size)) if type(size) is tuple else ints((size,))[0] for size in shape)
 

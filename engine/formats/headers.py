@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from engine.storage.store import File, State
 
@@ -89,6 +90,7 @@ class FileHeader:
     state: State | None = None
     root: str | None = None  # the folder inside a torch zip: the name it was saved under
     left: tuple[str, ...] = ()
+    says: Mapping[str, Any] = field(default_factory=dict)  # what was asked for of what is saved beside the tensors
 
     def only(self, wanted: Callable[[str], bool]) -> FileHeader:
         """The header without tensors that are not wanted, by name; these are `left`."""

@@ -18,7 +18,7 @@ from engine.formats.dtensor import Distributed, read_distributed
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
-from engine.formats.standins import Refused, Storage, Tensor
+from engine.formats.standins import Instance, Refused, Storage, Tensor
 from engine.formats.unpickle import MAX_PICKLE, damaged, error_of, load_pickle
 from engine.formats.zipdir import read_directory
 from engine.storage.store import File, OpenFile
@@ -44,13 +44,16 @@ class Saved:
     root: str | None = None
 
 
-def read_rank_file(where: File, load: LoadPickle = load_pickle, nested: Sequence[Pattern[str]] = ()) -> FileHeader:
+def read_rank_file(
+    where: File, load: LoadPickle = load_pickle, nested: Sequence[Pattern[str]] = (), says: Sequence[str] = ()
+) -> FileHeader:
     """Index one rank file.
 
     Args:
         load: reads a pickle, given its bytes and the file's name.
         nested: which of the file's keys hold the mappings of tensors, whose names begin with that key and a dot;
             nothing beside them is looked at. Without any, the file itself is the mapping.
+        says: dotted keys of numbers and texts that are kept, where they are there.
 
     Raises:
         EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
@@ -79,9 +82,18 @@ def read_rank_file(where: File, load: LoadPickle = load_pickle, nested: Sequence
                 place=Place(where.name, tensor=tensor.name),
                 got=f"{tensor.nbytes} bytes in a file of {size}",
                 expected="each element stored once",
-                fix="Save it again after `contiguous()`.",
+                fix="Save it again after calling `contiguous()`.",
             )
-    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root)
+    said = {path: one for path in says if isinstance(one := _value_at(saved.value, path), int | float | str)}
+    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, says=said)
+
+
+def _value_at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        if isinstance(value, Instance) and value.kind.name == "Namespace":
+            value = value.state
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _flat(value: Mapping[Any, Any], nested: Sequence[Pattern[str]], file: str) -> Iterator[tuple[str, Any]]:
@@ -131,31 +143,22 @@ def _is_text(name: str) -> bool:
 def read_torch_file(file: OpenFile, name: str, load: LoadPickle = load_pickle) -> Saved:
     """What a file that torch saved holds, without its payload."""
     size = file.state.size
-    try:
-        start = file.read(4)
-        if start == b"PK\x03\x04":
-            members, directory, summed = read_directory(file, name, size)
-            root = _root(members, name)
-            _check_order(file, members, root, name)
-            at, length = members[f"{root}/data.pkl"]
-            if length > MAX_PICKLE:
-                raise damaged(name, f"data.pkl of {length} bytes")
-            pickle = _read(file, at, length, name)
-            value = load(pickle, name)
-            prefix = f"{root}/data/"
-            payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
-            described = struct.pack("<Q", size) + directory + (b"" if summed else pickle)
-            return Saved(value, payload, hashlib.sha256(described).hexdigest(), summed, root)
-        file.seek(0)
-        return Saved(*load_legacy(file, name, size))
-    except OSError as error:
-        raise EngineError(
-            "E305",
-            "a file cannot be read",
-            place=Place(name),
-            got=error.strerror,
-            fix="Check the file and its storage.",
-        ) from error
+    start = file.read(4)
+    if start == b"PK\x03\x04":
+        members, directory, summed = read_directory(file, name, size)
+        root = _root(members, name)
+        _check_order(file, members, root, name)
+        at, length = members[f"{root}/data.pkl"]
+        if length > MAX_PICKLE:
+            raise damaged(name, f"data.pkl of {length} bytes")
+        pickle = _read(file, at, length, name)
+        value = load(pickle, name)
+        prefix = f"{root}/data/"
+        payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
+        described = struct.pack("<Q", size) + directory + (b"" if summed else pickle)
+        return Saved(value, payload, hashlib.sha256(described).hexdigest(), summed, root)
+    file.seek(0)
+    return Saved(*load_legacy(file, name, size))
 
 
 def _root(members: Mapping[str, tuple[int, int]], name: str) -> str:

@@ -21,7 +21,7 @@ _MAPPING_ORDER = (
 )  # fmt: skip
 _LAYOUT_ORDER = (
     "layout", "name", "version", "description", "config", "training", "keys", "prefixes", "options", "layers", "sizes",
-    "uneven", "even", "lone_rank", "zip_root", "modes", "skip", "refuse",
+    "uneven", "even", "lone_rank", "zip_root", "says", "modes", "skip", "refuse",
 )  # fmt: skip
 _RULE_ORDER = (
     "name", "source", "target", "axes", "split", "stage", "when", "optional", "transform", "keep", "drop",

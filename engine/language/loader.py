@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from engine.errors import EngineError, Place
-from engine.language.yaml_words import in_rule, unreadable
+from engine.errors import EngineError, Errors, Place
+from engine.language.yaml_words import in_rule, unreadable, wrong_entries
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
@@ -153,23 +153,30 @@ def _too_large(name: str) -> EngineError:
 
 
 def _parse(text: str, name: str) -> Node:
+    """The root of a file; all that is wrong in its entries is told at once, where they can be told apart."""
+    text = text.removeprefix("\ufeff")
+    errors = Errors()
     try:
-        return _Walk(text.removeprefix("\ufeff"), name).document()
-    except yaml.MarkedYAMLError as error:
-        raise unreadable(error, text.removeprefix("\ufeff"), name) from None
+        return _Walk(text, text, name).document()
     except yaml.YAMLError as error:
-        position = getattr(error, "position", None)
-        place = Place(name)
-        if isinstance(position, int):
-            before = text[:position]
-            place = Place(name, before.count("\n") + 1, len(before) - before.rfind("\n"))
-        raise EngineError(
-            "E101",
-            "the YAML cannot be read: a character that YAML does not allow",
-            place=place,
-            got=str(error).split("\n")[0],
-            fix="Remove control characters; write them as escapes inside double quotes.",
-        ) from None
+        errors.found = wrong_entries(text, lambda part: _wrong(part, text, name))
+        if len(errors.found) < 2:
+            errors.found = [unreadable(error, text, name)]
+    except EngineError as error:
+        errors.found = [error, *wrong_entries(text, lambda part: _wrong(part, text, name))]
+    errors.check()
+    raise AssertionError("something is wrong with it")
+
+
+def _wrong(part: str, text: str, name: str) -> EngineError | None:
+    """What is wrong with some lines of a text."""
+    try:
+        _Walk(part, text, name).entry()
+    except yaml.YAMLError as error:
+        return unreadable(error, text, name)
+    except EngineError as error:
+        return error
+    return None
 
 
 def _line(text: str, line: int) -> str | None:
@@ -180,14 +187,23 @@ def _line(text: str, line: int) -> str | None:
 class _Walk:
     """One pass over the parser's events."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, whole: str, name: str) -> None:
+        """Of a text, which may be some lines of a whole file, others left empty."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise EngineError("E101", "the text is not UTF-8", place=Place(name), got="a lone surrogate") from None
         self.loader = yaml.CSafeLoader(text)
         self.name = name
-        self.text = text
+        self.text = whole
+
+    def entry(self) -> None:
+        """Read what may be an entry of a file."""
+        self._next(yaml.StreamStartEvent)
+        if not isinstance(self._peek(), yaml.StreamEndEvent):
+            self._next(yaml.DocumentStartEvent)
+            self._node(0, None)
+            self._next(yaml.DocumentEndEvent)
 
     def document(self) -> Node:
         self._next(yaml.StreamStartEvent)

@@ -216,6 +216,7 @@ class RefusedFile:
     why: str
     fix: str
     place: Place
+    when: Expression | None = None  # over the configuration; None: always
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +241,7 @@ class Layout:
     config_of_target: bool  # it is the target's own config.json, which may also be given
     training_file: str | None
     training_format: str | None  # python_source
+    training_repeats: str | None  # its key under which it has the configuration again
     training_write: MappingABC[str, Any]  # what is written of it: literals with `Expression` leaves
     prefixes: tuple[Prefix, ...]
     options: MappingABC[str, Option]
@@ -248,6 +250,8 @@ class Layout:
     even: tuple[str, ...]  # stage classes whose tensors the framework only cuts evenly
     lone_rank: MappingABC[str, int]
     zip_root: str | None  # what the folder inside a rank file's zip is: `file_name`; None: it tells nothing
+    says_ranks: MappingABC[str, Expression]  # a file's own rank per dimension, by what is saved in it
+    says_alike: tuple[str, ...]  # what all files must say alike
     sizes: MappingABC[str, Expression]  # ranks per dimension, as the training configuration claims
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]

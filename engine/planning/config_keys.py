@@ -1,4 +1,7 @@
-"""Configurations as a mapping reads them: every key is read, declared, told or refused; none vanishes."""
+"""Configurations as a mapping reads them: every key is read, declared, told or refused; none vanishes.
+
+Whether what is written says the same again is in `agreement.py`.
+"""
 
 from __future__ import annotations
 
@@ -109,10 +112,10 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
 
 def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) -> dict[str, Any]:
     """The configuration with every other spelling of a key moved to it; E218 where the two disagree."""
-    result = _copied(config)
+    result = copied(config)
     for path, key in side.keys.items():
         *above, name = path.split(".")
-        holder = _below(result, ".".join(above)) if above else result
+        holder = value_at(result, ".".join(above)) if above else result
         if key.same_as is None or not isinstance(holder, dict) or name not in holder:
             continue
         value = holder.pop(name)
@@ -145,8 +148,9 @@ def _put(tree: dict[str, Any], to: str, value: Any, path: str, key: Key, side: S
         raise _misfit(path, value, f"{shown(tree[last])}, as `{to}` says", side, key)
 
 
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
+def copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of its own with the same values."""
+    return {name: copied(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
 
 
 def _read(values: Mapping[str, Any], side: Side, prefix: str, noted: dict[str, Any], expressed: bool) -> dict[str, Any]:
@@ -262,69 +266,6 @@ def _unknown(path: str, value: Any, side: Side) -> EngineError:
     )
 
 
-def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
-    """E209 for the first key of a configuration that the other side does not give back.
-
-    Args:
-        read: the configuration as read.
-        forth: what is made, by the same mapping and options, of what is to be written.
-    """
-    side, written = read.side, dict(leaves(mapping.config))
-    back = dict(leaves(forth))
-    for path, value in leaves(read.config):
-        tree = next((written[p] for p in prefixes(path) if p in written), None)
-        key = find_key(side.keys, path)
-        if tree is None or (key is not None and key.ignored is not None):
-            continue
-        found = back.get(path, _below(forth, path))
-        if found is None and key is not None:
-            found = key.default
-        if _plain(found) == _plain(value):
-            continue
-        told = sorted({p.split(".")[1] for one in expressions_of(tree) for p in compile_expression(one).paths
-                       if p.startswith("options.")})  # fmt: skip
-        raise EngineError(
-            "E209",
-            f"`{side.spelt.get(path, path)}` of {side.file} would be lost",
-            place=Place(side.file),
-            got=f"{side.spelt.get(path, path)}: {shown(value)}",
-            expected="no such key" if found is None else f"{shown(found)}, as what is written would be read",
-            fix=(f"Training files do not hold it. If it is only how the model is served, say so with --set: "
-                 f"{', '.join(told)}." if told else
-                 "The configuration contradicts itself or the weights, or training files cannot express it: it is "
-                 "another model's, or the mapping is not the one for it."),
-        )  # fmt: skip
-
-
-def with_given(config: Mapping[str, Any], given: Mapping[str, Any], mapping: MappingFile) -> dict[str, Any]:
-    """A configuration to be written, completed by what was given of it; what both say must agree.
-
-    Raises:
-        EngineError: E218 for the first key that the checkpoint and the given configuration say differently.
-    """
-    for path, value in leaves(config):
-        other = _below(given, path)
-        if other is not None and value is not None and _plain(other) != _plain(value):
-            raise EngineError(
-                "E218",
-                f"the given configuration is not of this checkpoint: `{path}` is {shown(other)}",
-                place=Place("config.json"),
-                got=f"{path}: {shown(other)}",
-                expected=f"{shown(value)}, as mapping `{mapping.name}` reads the checkpoint",
-                fix="Give the configuration of this model, or correct that key in it.",
-            )
-    return _over(given, config)
-
-
-def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees in one; what the second says counts."""
-    result = _copied(under)
-    for name, value in over.items():
-        below = result.get(name)
-        result[name] = _over(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-    return result
-
-
 def prefixes(path: str) -> Iterator[str]:
     """The path and those it lies below, longest first."""
     parts = path.split(".")
@@ -332,13 +273,10 @@ def prefixes(path: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def _below(tree: Any, path: str) -> Any:
+def value_at(tree: Any, path: str) -> Any:
+    """What a tree has at a dotted path; None where it has nothing."""
     for part in path.split("."):
         if not isinstance(tree, Mapping) or part not in tree:
             return None
         tree = tree[part]
     return tree
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -11,6 +11,7 @@ from engine.language.expressions import OMIT, evaluate
 from engine.language.model import Expression, Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
+from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
 from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side
 from engine.planning.stored import Instance, Stored
@@ -49,6 +50,9 @@ def facts_of(
     if checkpoint.end == "training":
         read = read_config(checkpoint.config, source_side(mapping, layout), expressed=expressed)
         training = read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config
+        check_repeated(
+            checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file
+        )
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
         return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import EngineError, printable
+from engine.language.expressions import names_in
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import Checkpoint
@@ -18,7 +19,7 @@ from engine.planning.rank_outputs import rank_outputs
 from engine.planning.release import check_release, not_the_release
 from engine.planning.request import Request
 from engine.planning.source import Source, read_source
-from engine.planning.variants import Decision, check_settings
+from engine.planning.variants import Decision, check_settings, decide
 from engine.planning.whole_outputs import whole_outputs
 from engine.planning.zeros import padded
 
@@ -51,7 +52,7 @@ def make_plan(
     if lossy is not None and not mapping.training_config and not layout.config_of_target:
         raise EngineError(
             "E215",
-            f"mapping `{mapping.name}` says nothing of the training configuration",
+            f"mapping `{mapping.name}` does not say how to write the training configuration",
             place=mapping.place,
             expected="a `training_config` block",
             fix="Write the keys of the training configuration as expressions over config.json.",
@@ -65,6 +66,8 @@ def make_plan(
         source = padded(source)
     if cut is not None:
         only_written(layout, cut["mode"], mapping, {name: d.choice for name, d in source.decisions.items()})
+        if not crosses:
+            _check_stays(source, cut)
     if asked.writes == "whole":
         written = whole_outputs(source, asked)
     else:
@@ -127,16 +130,27 @@ def only_written(layout: Layout, mode: str, mapping: MappingFile, choices: Mappi
     return found
 
 
+def _check_stays(source: Source, cut: Mapping[str, Any]) -> None:
+    """E214 where what tensors there are depends on how the model is cut, and would be another afterwards."""
+    variants = source.mapping.variants.items()
+    held = {name: one for name, one in variants if any(set(cut) & names_in(e) for e in one.choices.values() if e)}
+    for name, then in decide(held, {}, {**source.names, **cut}).items():
+        now = source.decisions[name]
+        if now.choice != then.choice:
+            raise EngineError(
+                "E214",
+                f"files that are cut so hold other tensors: {name}={then.choice}",
+                place=source.mapping.variants[name].place,
+                got=f"{name}={now.choice}, as {source.checkpoint.folder} is cut",
+                expected=f"{name}={then.choice}: {then.evidence}",
+                fix=f"Give --to {source.mapping.name}: then what is there is decided anew.",
+            )
+
+
 def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     """What a user should know of the source, but for its sizes."""
     checkpoint, mapping = source.checkpoint, source.mapping
     notices = overruled(source.decisions)
-    kind = checkpoint.training.get("model_type")
-    if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
-        wanted = " or ".join(mapping.model_types)
-        notices.append(
-            f"the training config says model_type {printable(kind)}; mapping `{mapping.name}` is for {wanted}"
-        )
     tokenizer = (mapping.tokenizer or {}).get("file")
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
     if unknown:
@@ -144,7 +158,7 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     left = sorted({name for file in checkpoint.files for name in file.left})
     if left:
         more = f" and {len(left) - 4} more" if len(left) > 4 else ""
-        notices.append("not of the model, left behind: " + ", ".join(map(printable, left[:4])) + more)
+        notices.append("not part of the model, not converted: " + ", ".join(map(printable, left[:4])) + more)
     if source.read.noted and crosses:
         told = ", ".join(f"{name} = {value}" for name, value in source.read.noted.items())
         notices.append(f"nothing reads these keys of {source.read.side.file}: {told}")
@@ -156,7 +170,7 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
 def overruled(decisions: Mapping[str, Decision]) -> list[str]:
     """Settings that say something else than the configuration."""
     return [
-        f"`{d.evidence}` overrules the checkpoint's configuration, which says {d.instead_of}"
+        f"`{d.evidence}` overrides the configuration, by which it is {d.instead_of}"
         for d in decisions.values()
         if d.instead_of is not None
     ]

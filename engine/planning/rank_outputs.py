@@ -15,8 +15,9 @@ from engine.formats.pickling import WRITABLE, namespace
 from engine.language.expressions import render_tree
 from engine.language.model import ConfigFile
 from engine.language.names import pattern
+from engine.planning.agreement import check_returns
 from engine.planning.attempts import claims
-from engine.planning.config_keys import check_returns, declared
+from engine.planning.config_keys import declared
 from engine.planning.destination import Destination
 from engine.planning.facts import present_in, render_known
 from engine.planning.groups import Group

@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
 from engine.checkpoint.changed import told
 from engine.errors import EngineError, Place
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.validation import violations
+from engine.language.version import __version__
 from engine.planning.digest import digest_of_plan
 from engine.planning.model import Plan
 from engine.planning.request import Request
@@ -42,14 +42,22 @@ def request_data(asked: Request) -> dict[str, Any]:
     """A request as JSON holds it: what is not as by default, and a few things always.
 
     Raises:
-        EngineError: E001 for a mapping that is no file, which another process could not load.
+        EngineError: E001 for what another process could not load: a mapping or a source that is no file, two mappings.
     """
     if isinstance(asked.mapping, MappingFile):
         raise EngineError(
             "E001",
-            "a plan is saved with the name of its mapping",
+            "a plan can be saved only for a mapping given by name or path",
             got=f"the loaded mapping `{asked.mapping.name}`",
             expected="a path, or the name of a bundled mapping",
+        )
+    if asked.to is not None or not isinstance(asked.src, str | Path):
+        raise EngineError(
+            "E001",
+            "a plan is saved of a checkpoint that is there",
+            got=f"{asked.src!s:.80}" + ("" if asked.to is None else f", written by {asked.to}"),
+            expected="a path or a URL, and one mapping",
+            fix="Write the checkpoint in between first.",
         )
     data: dict[str, Any] = {}
     plain = Request("")

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place
 from engine.language.axes import Axis, Node, Product, leaves
 from engine.planning.groups import Group
-from engine.planning.stored import Instance
+from engine.planning.stored import Instance, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,19 @@ def solve(groups: Sequence[Group], known: Mapping[str, Fact], files: Sequence[Ra
     state = Sizes(dict(known))
     pending = list(distinct.values())
     while pending:
-        left = [g for g in pending if not _look(g, state, files)]
+        left = [group for group in pending if not _settled(_Look(group, state, files))]
         if len(left) == len(pending):
             break
         pending = left
     return state
+
+
+def _settled(look: _Look) -> bool:
+    try:
+        return look.learn()
+    except _Contradicts as contradicts:
+        look.state.contradictions.append(contradicts.found)
+        return True
 
 
 def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]] | None:
@@ -108,177 +117,156 @@ def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]
     return result
 
 
-def _look(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
-    """Draw what can be drawn from one group; True when nothing more can be learnt from it."""
-    axes = group.instance.axes
-    shards = list(group.shards.items())
-    if group.cut.boxes:
-        shards = shards[:1]  # all record the same whole
-    for ranks, stored in shards:
-        for one in stored:
-            if len(one.header.whole) != len(axes.dims) or one.header.whole != stored[0].header.whole:
-                wanted = f"{len(axes.dims)} dimensions, `{axes}`"
-                if len(one.header.whole) == len(axes.dims):
-                    wanted = f"{_shape(stored[0].header.whole)}, as in {files[stored[0].file].name}"
-                _contradict(
-                    state,
-                    group,
-                    [ranks],
-                    "shape",
-                    f"{_shape(one.header.whole)} in {files[one.file].name}",
-                    wanted,
-                    files,
-                )
-                return True
-    if group.cut.rows is not None and not group.cut.recorded:
-        return _look_rows(group, state, files)
-    cut_axes = {axis for _, axis in group.cut.dims}
-    sizes = state.values()
-    others = {name: size for name, size in sizes.items() if name not in cut_axes}
-    done = True
-    local: dict[str, dict[int, int]] = {axis: {} for axis in cut_axes}
-    for ranks, stored in shards:
-        for node, size in zip(axes.dims, stored[0].header.whole, strict=True):
-            form = linear(node, others)
+class _Contradicts(Exception):
+    """What the shards of a group say against each other, or against what is known."""
+
+    def __init__(self, found: Contradiction) -> None:
+        self.found = found
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One look at a group: what its shards add to what is known of sizes."""
+
+    group: Group
+    state: Sizes
+    files: Sequence[RankFile]
+
+    def learn(self) -> bool:
+        """Draw what can be drawn; True when nothing more can be learnt from the group.
+
+        Raises:
+            _Contradicts: shapes that do not fit the rule's axes, or sizes that disagree.
+        """
+        cut = self.group.cut
+        self._check_shapes()
+        if cut.rows is not None and not cut.recorded:
+            return self._rows()
+        sizes = self.state.values()
+        others = {name: size for name, size in sizes.items() if name not in {axis for _, axis in cut.dims}}
+        position = {axis: at for at, (_, axis) in reversed(list(enumerate(cut.dims)))}
+        local: dict[str, dict[int, int]] = {axis: {} for axis in position}
+        done = True
+        for ranks, stored in self._shards():
+            for node, size in zip(self.group.instance.axes.dims, stored[0].header.whole, strict=True):
+                form = linear(node, others)
+                if form is None:
+                    done = False
+                    continue
+                constant, factor, unknown = form
+                if unknown is None:
+                    if constant != size:
+                        self._differs(ranks, node, size, constant)
+                    continue
+                value, rest = divmod(size - constant, factor) if factor else (0, 1)
+                if rest or value < (0 if unknown in local else 1):  # a rank may hold nothing of a small axis
+                    known = _because(node, self.state).strip(" ()")
+                    got = f"{size} rows from {self._where(ranks)}"
+                    raise self._contradicts([ranks], unknown, got, f"a multiple of {factor}: `{node}` with {known}")
+                if unknown in local:
+                    before = local[unknown].setdefault(ranks[position[unknown]], value)
+                    if before != value:
+                        got = f"{value} from {self._where(ranks)}"
+                        raise self._contradicts([ranks], unknown, got, f"{before} as in its other ranks")
+                else:
+                    self._know(unknown, value, self._where(ranks))
+                    others[unknown] = value
+        for axis, parts in local.items():
+            if set(parts) == {ranks[position[axis]] for ranks in self.group.shards}:
+                self._sum(axis, sum(parts.values()))
+            else:
+                done = False
+        return done
+
+    def _shards(self) -> Sequence[tuple[tuple[int, ...], Sequence[Stored]]]:
+        shards = list(self.group.shards.items())
+        return shards[:1] if self.group.cut.boxes else shards  # with boxes all record the same whole
+
+    def _check_shapes(self) -> None:
+        axes = self.group.instance.axes
+        for ranks, stored in self._shards():
+            first = stored[0].header.whole
+            for one in stored:
+                whole, name = one.header.whole, self.files[one.file].name
+                if len(whole) != len(axes.dims):
+                    expected = f"{len(axes.dims)} dimensions, `{axes}`"
+                elif whole != first:
+                    expected = f"{_shape(first)}, as in {self.files[stored[0].file].name}"
+                else:
+                    continue
+                raise self._contradicts([ranks], "shape", f"{_shape(whole)} in {name}", expected)
+
+    def _rows(self) -> bool:
+        """Where storage rows are cut, wherever that falls: the shards' rows add up to the whole dimension."""
+        group, axes, at = self.group, self.group.instance.axes, self.group.cut.at
+        rows = sum(stored[0].header.shape[at] for stored in group.shards.values())
+        checks: list[tuple[Node, int, tuple[int, ...] | None]] = [(axes.dims[at], rows, None)]
+        checks += [
+            (node, size, ranks)
+            for ranks, stored in group.shards.items()
+            for other, (node, size) in enumerate(zip(axes.dims, stored[0].header.shape, strict=True))
+            if other != at
+        ]
+        done = True
+        for node, size, ranks in checks:
+            form = linear(node, self.state.values())
             if form is None:
                 done = False
                 continue
             constant, factor, unknown = form
-            if unknown is None:
-                if constant != size:
-                    _contradict(
-                        state,
-                        group,
-                        [ranks],
-                        str(node),
-                        f"{size} from {_where(group, ranks, files)}",
-                        f"{constant}{_because(node, state)}",
-                        files,
-                    )
-                    return True
-                continue
-            value, rest = divmod(size - constant, factor) if factor else (0, 1)
-            if rest or value < (0 if unknown in cut_axes else 1):  # a rank may hold nothing of a small axis
-                _contradict(
-                    state,
-                    group,
-                    [ranks],
-                    unknown,
-                    f"{size} rows from {_where(group, ranks, files)}",
-                    f"a multiple of {factor}: `{node}` with {_because(node, state).strip(' ()')}",
-                    files,
-                )
-                return True
-            if unknown in cut_axes:
-                position = [a for _, a in group.cut.dims].index(unknown)
-                before = local[unknown].setdefault(ranks[position], value)
-                if before != value:
-                    _contradict(
-                        state,
-                        group,
-                        [ranks],
-                        unknown,
-                        f"{value} from {_where(group, ranks, files)}",
-                        f"{before} as in its other ranks",
-                        files,
-                    )
-                    return True
-            else:
-                state.facts[unknown] = Fact(unknown, value, _where(group, ranks, files), group.instance.rule.place)
-                others[unknown] = value
-    for axis, parts in local.items():
-        position = [a for _, a in group.cut.dims].index(axis)
-        held = {ranks[position] for ranks in group.shards}
-        if set(parts) != held:
-            done = False
-            continue
-        if not _learn(state, group, axis, sum(parts.values()), files):
-            return True
-    return done
+            value, rest = divmod(size - constant, factor) if factor else (size, size - constant)
+            if rest or value < 0 or (unknown is None and constant != size):
+                self._differs(ranks, node, size, constant)
+            if unknown is not None:
+                self._know(unknown, value, self._all())
+        return done
 
+    def _sum(self, axis: str, value: int) -> None:
+        known = self.state.facts.get(axis)
+        if known is None:
+            self._know(axis, value, self._all())
+        elif known.value != value:
+            got = f"{value} from {self._all()}"
+            raise self._contradicts(self._odd(), axis, got, f"{known.value} from {known.why}")
 
-def _look_rows(group: Group, state: Sizes, files: Sequence[RankFile]) -> bool:
-    """Where storage rows are cut, wherever that falls: the shards' rows add up to the whole dimension."""
-    axes, at = group.instance.axes, group.cut.at
-    rows = sum(stored[0].header.shape[at] for stored in group.shards.values())
-    done = True
-    first = next(iter(group.shards))
-    checks: list[tuple[Node, int, tuple[int, ...]]] = [(axes.dims[at], rows, first)]
-    checks += [
-        (node, size, ranks)
-        for ranks, stored in group.shards.items()
-        for other, (node, size) in enumerate(zip(axes.dims, stored[0].header.shape, strict=True))
-        if other != at
-    ]
-    for node, size, ranks in checks:
-        form = linear(node, state.values())
-        if form is None:
-            done = False
-            continue
-        constant, factor, unknown = form
-        value, rest = divmod(size - constant, factor) if factor else (size, size - constant)
-        if rest or value < 0 or (unknown is None and constant != size):
-            where = _where(group, ranks, files) if node is not axes.dims[at] else _all(group, files)
-            _contradict(
-                state,
-                group,
-                [ranks],
-                str(node),
-                f"{size} from {where}",
-                f"{constant}{_because(node, state)}",
-                files,
-            )
-            return True
-        if unknown is not None:
-            state.facts[unknown] = Fact(unknown, value, _all(group, files), group.instance.rule.place)
-    return done
+    def _know(self, axis: str, value: int, why: str) -> None:
+        self.state.facts[axis] = Fact(axis, value, why, self.group.instance.rule.place)
 
+    def _differs(self, ranks: tuple[int, ...] | None, node: Node, size: int, constant: int) -> NoReturn:
+        where = self._all() if ranks is None else self._where(ranks)
+        odd = [next(iter(self.group.shards)) if ranks is None else ranks]
+        expected = f"{constant}{_because(node, self.state)}"
+        raise self._contradicts(odd, str(node), f"{size} from {where}", expected)
 
-def _learn(state: Sizes, group: Group, axis: str, value: int, files: Sequence[RankFile]) -> bool:
-    known = state.facts.get(axis)
-    why = _all(group, files)
-    if known is None:
-        state.facts[axis] = Fact(axis, value, why, group.instance.rule.place)
-        return True
-    if known.value != value:
-        _contradict(
-            state,
-            group,
-            _odd(group),
-            axis,
-            f"{value} from {why}",
-            f"{known.value} from {known.why}",
-            files,
+    def _contradicts(self, odd: Sequence[tuple[int, ...]], axis: str, got: str, expected: str) -> _Contradicts:
+        group = self.group
+        stored = next(iter(group.shards.values()))[0]
+        cut = ", ".join(f"cut on {a} over {d}" for d, a in group.cut.dims) or (
+            f"rows cut over {group.cut.rows}" if group.cut.rows else "not cut"
         )
-        return False
-    return True
+        rule = f"{stored.name} is `{group.instance.axes}`, {cut}"
+        told = " or ".join(self.files[group.shards[ranks][0].file].name for ranks in odd[:2])
+        return _Contradicts(Contradiction(axis, got, expected, group.instance.rule.place, rule, told))
 
+    def _odd(self) -> list[tuple[int, ...]]:
+        """The ranks whose shapes are rarest; none where all have the same."""
+        shapes = {ranks: stored[0].header.whole for ranks, stored in self.group.shards.items()}
+        counts = Counter(shapes.values())
+        fewest = min(counts.values())
+        return [ranks for ranks, shape in shapes.items() if counts[shape] == fewest] if len(counts) > 1 else []
 
-def _contradict(
-    state: Sizes,
-    group: Group,
-    odd: Sequence[tuple[int, ...]],
-    axis: str,
-    got: str,
-    expected: str,
-    files: Sequence[RankFile],
-) -> None:
-    stored = next(iter(group.shards.values()))[0]
-    place = group.instance.rule.place
-    cut = ", ".join(f"cut on {a} over {d}" for d, a in group.cut.dims) or (
-        f"rows cut over {group.cut.rows}" if group.cut.rows else "not cut"
-    )
-    rule = f"{stored.name} is `{group.instance.axes}`, {cut}"
-    told = " or ".join(files[group.shards[ranks][0].file].name for ranks in odd[:2])
-    state.contradictions.append(Contradiction(axis, got, expected, place, rule, told))
+    def _where(self, ranks: tuple[int, ...]) -> str:
+        stored = self.group.shards[ranks][0]
+        return f"{stored.header.name} in {self.files[stored.file].name} ({_shape(stored.header.whole)})"
 
-
-def _odd(group: Group) -> list[tuple[int, ...]]:
-    """The ranks whose shapes are rarest; none where all have the same."""
-    shapes = {ranks: stored[0].header.whole for ranks, stored in group.shards.items()}
-    counts = Counter(shapes.values())
-    fewest = min(counts.values())
-    return [ranks for ranks, shape in shapes.items() if counts[shape] == fewest] if len(counts) > 1 else []
+    def _all(self) -> str:
+        shards = self.group.shards
+        first = next(iter(shards.values()))[0]
+        if len(shards) == 1:
+            return self._where(next(iter(shards)))
+        shapes = [stored[0].header.whole for stored in shards.values()]
+        told = _shape(shapes[0]) + " each" if len(set(shapes)) == 1 else ", ".join(_shape(s) for s in shapes)
+        return f"{first.name} in all {len(shards)} ranks ({told})"
 
 
 def _because(node: Node, state: Sizes) -> str:
@@ -288,20 +276,6 @@ def _because(node: Node, state: Sizes) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return " × ".join(str(n) for n in shape) or "a scalar"
-
-
-def _where(group: Group, ranks: tuple[int, ...], files: Sequence[RankFile]) -> str:
-    stored = group.shards[ranks][0]
-    return f"{stored.header.name} in {files[stored.file].name} ({_shape(stored.header.whole)})"
-
-
-def _all(group: Group, files: Sequence[RankFile]) -> str:
-    first = next(iter(group.shards.values()))[0]
-    if len(group.shards) == 1:
-        return _where(group, next(iter(group.shards)), files)
-    shapes = [stored[0].header.whole for stored in group.shards.values()]
-    told = _shape(shapes[0]) + " each" if len(set(shapes)) == 1 else ", ".join(_shape(s) for s in shapes)
-    return f"{first.name} in all {len(group.shards)} ranks ({told})"
 
 
 def size_error(found: Contradiction) -> EngineError:

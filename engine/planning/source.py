@@ -129,7 +129,7 @@ def read_source(
     tied = _tied_names([one for one in rules if not one.rule.optional]) if end == "whole" else {}
     matches = find_candidates([*(one.name for one in stored), *tied], held, mapping, end)
     check_refused(stored, matches, files, end)
-    _check_kind(stored, matches, mapping, checkpoint)
+    _check_kind(stored, matches, mapping, checkpoint, layout)
     facts = facts_of(mapping, layout, checkpoint, options, rules, stored, settings, like, cut or {}, expressed)
     layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, facts.names).items()}
     stages = stages_of(stored, matches, checkpoint.grid, layout, {**facts.names, **layout_choices})
@@ -191,7 +191,9 @@ def _with_tied(
     )
 
 
-def _check_kind(stored: Sequence[Stored], matches: Matches, mapping: MappingFile, checkpoint: Checkpoint) -> None:
+def _check_kind(
+    stored: Sequence[Stored], matches: Matches, mapping: MappingFile, checkpoint: Checkpoint, layout: Layout
+) -> None:
     """E212 when the mapping is for another architecture, or hardly anything matches, instead of naming one tensor."""
     kind = checkpoint.config.get("model_type") if checkpoint.end == "whole" else mapping.model_type
     if kind != mapping.model_type:
@@ -203,9 +205,9 @@ def _check_kind(stored: Sequence[Stored], matches: Matches, mapping: MappingFile
             expected=f"model_type: {shown(mapping.model_type)}",
             fix="Tensors of the same names and shapes are not the same model. Use a mapping for its architecture.",
         )
+    kind = checkpoint.training.get("model_type")
     names = {one.name for one in stored}
     if names and sum(name in matches.candidates for name in names) * 4 < len(names):
-        kind = checkpoint.training.get("model_type")
         said = f"; its training config says model_type {printable(kind)}" if kind else ""
         ends = [
             rule.sources[:1] if checkpoint.end == "training" else [t.name for t in rule.targets]
@@ -219,6 +221,16 @@ def _check_kind(stored: Sequence[Stored], matches: Matches, mapping: MappingFile
             got=", ".join(sorted(names)[:3]) + f", …{said}",
             expected=", ".join(wanted) + ", …",
             fix="`engine inspect` tells which bundled mappings fit.",
+        )
+    if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
+        raise EngineError(
+            "E212",
+            f"mapping `{mapping.name}` is not the one for this checkpoint",
+            place=Place(layout.training_file or ""),
+            got=f"model_type: {shown(kind)}",
+            expected=f"model_type: {' or '.join(map(shown, mapping.model_types))}",
+            fix="Tensors of the same names and shapes are not the same model. Use the mapping for it. If it is that "
+            f"under another name, a mapping says so: `extends: {mapping.name}`, `source: {{model_types: [its name]}}`.",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from engine.errors import EngineError, Place
 from engine.formats.safetensors import shard_names, split_shards
-from engine.planning.config_keys import with_given
+from engine.planning.agreement import with_given
 from engine.planning.copies import Copy
 from engine.planning.groups import Group
 from engine.planning.model import Output, OutputFile, Tied

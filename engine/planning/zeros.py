@@ -16,9 +16,10 @@ from engine.planning.source import Source
 from engine.planning.stored import Instance, Stored
 from engine.planning.whole import contiguous
 from engine.storage.store import File
-from engine.storage.zeros import Nothing, ZeroStore
+from engine.storage.virtual import VirtualFile, VirtualState, VirtualStore
 
-ZEROS = FileHeader(File(ZeroStore(), "zeros"), 0, (), "zeros", True, Nothing())
+_FILE = VirtualFile("zeros", 1 << 62, "zeros")  # as long as is asked, and nothing in it
+ZEROS = FileHeader(File(VirtualStore("zeros", {"zeros": _FILE}), "zeros"), 0, (), "zeros", True, VirtualState.of(_FILE))
 
 
 def zero_groups(

@@ -30,15 +30,15 @@ _ASPECTS = {
     "laid out": ("shape", "order"),
     "valued": ("changed", "dropped"),
     "cut": ("split", "stage", "ranks"),
-    "treated": ("own dtype", "optional", "tied to"),
+    "treated": ("own dtype", "optional", "tied to", "written as zeros"),
 }
 _MAX_COMBINATIONS = 4096
 _MANY = 4  # of longer lists only what came and went is told
 _PARAMS = (".weight", ".bias")
 # Parts of a meaning whose values say what is written, and what is taken and refused.
 _VALUED = (
-    "reading", "writing", "tokenizer", "generation_config.json", "chat", "options", "variants", "divided evenly",
-    "ignored", "refused", "keys", "about",
+    "reading", "writing", "tensors there", "tokenizer", "generation_config.json", "chat", "options", "variants",
+    "divided evenly", "ignored", "refused", "keys", "about",
 )  # fmt: skip
 _Key = tuple[str, ...]  # kind, target, sources before and after
 
@@ -94,14 +94,14 @@ def compare_meanings(
 ) -> tuple[tuple[TensorChange, ...], tuple[ValueChange, ...]]:
     """Tensors and values that come out differently; None stands for a mapping that does not exist."""
     before, after = ({} if one is None else meaning_of(one) for one in (old, new))
-    tensors = tuple(_tensor_changes(before, after, [one for one in (old, new) if one is not None]))
-    return tensors, () if old is None or new is None else tuple(_value_changes(before, after))
+    tensors = tensor_changes(before, after, [one for one in (old, new) if one is not None])
+    return tensors, () if old is None or new is None else value_changes(before, after)
 
 
 # -- values
 
 
-def _value_changes(before: Meaning, after: Meaning) -> Iterator[ValueChange]:
+def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
     """What is written differently, each key once with the first given configuration that shows it."""
     found: dict[tuple[str, str], list[tuple[str, Any, Any]]] = {}
     for part in _VALUED:
@@ -109,13 +109,14 @@ def _value_changes(before: Meaning, after: Meaning) -> Iterator[ValueChange]:
             if old != new:
                 file, _, key = name.partition(" ") if part in ("reading", "writing") else (part, "", name)
                 found.setdefault((file, key), []).append((given, old, new))
-    for (file, key), held in found.items():
-        given, old, new = held[0]
-        yield ValueChange(file, key, given, _text(old), _text(new), len(held) - 1)
+    return tuple(
+        ValueChange(file, key, given, _text(old), _text(new), len(held))
+        for (file, key), [(given, old, new), *held] in found.items()
+    )
 
 
 def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
-    """Key, what is given, and its value on either side. Sizes and what is given are not written anywhere."""
+    """Key, what is given, and its value on either side, at least where they differ."""
     if part not in ("reading", "writing"):
         both = [one if isinstance(one, Mapping) else {"": one} for one in (before, after)]
         flats = [{".".join(path): value for path, value in flat(one)} for one in both]
@@ -131,9 +132,10 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
     # What only one of them reads changes nothing in the other.
     for given in ["", *dict.fromkeys([*rows[0], *rows[1]])]:
         both = [{**usual[i], **(rows[i].get(given, {}) if given else {})} for i in (0, 1)]
-        for name in dict.fromkeys([*both[0], *both[1]]):
-            if not name.startswith("size "):
-                yield name, given, both[0].get(name), both[1].get(name)
+        differ = [name for name in dict.fromkeys([*both[0], *both[1]]) if both[0].get(name) != both[1].get(name)]
+        # A size that nothing is written of says how tensors are read.
+        for name in [one for one in differ if not one.startswith("size ")] or differ:
+            yield name, given, both[0].get(name), both[1].get(name)
 
 
 def _text(value: Any) -> str | None:
@@ -148,7 +150,8 @@ def _text(value: Any) -> str | None:
 Route = tuple[dict[str, Any], ...]  # the entries that fill one target
 
 
-def _tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingFile]) -> list[TensorChange]:
+def tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingFile]) -> tuple[TensorChange, ...]:
+    """Tensors that come out differently, under the choices of any of the mappings."""
     combinations = list(_combinations(mappings))
     found: dict[_Key, dict[str, list[Mapping[str, str]]]] = {}
     texts: dict[tuple[_Key, str], tuple[str | None, str | None]] = {}
@@ -168,7 +171,7 @@ def _tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingF
             old, new = (None if t is None else t.replace("*", param) for t in texts[key, param])
             for when in _conditions(under, combinations):
                 changes.append(TensorChange(key[0], key[1].replace("*", param), old, new, when))
-    return sorted(changes, key=lambda c: (order.index(c.kind), c.target, c.when))
+    return tuple(sorted(changes, key=lambda c: (order.index(c.kind), c.target, c.when)))
 
 
 def _entries(meaning: Meaning) -> Iterator[dict[str, Any]]:
@@ -267,6 +270,7 @@ def _told(route: Route, param: str, other: Route = ()) -> str:
         if "changed" in one:
             told.append(str(one["changed"]))
         told += [f"drop {axis}" for axis in one.get("dropped", ())]
+        told += [f"{axis} written as zeros" for axis in one.get("written as zeros", ())]
         told += [word for word in ("own dtype", "optional") if one.get(word)]
         told += [f"tied to {one['tied to']}"] if one.get("tied to") else []
         if unlike and one["axes"] == unlike["axes"] and _unlike(unlike, one, ("order",)):

@@ -15,11 +15,11 @@ from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.language.search import find_file, search_folders
+from engine.proving.forth import LEAST
 from engine.proving.holdings import parts_of
 from engine.proving.meaning import VERSION, flat, meaning_of, text_of, tree
 from engine.proving.meaning import Path as KeyPath
 from engine.proving.proof import Check, Failure, check_of
-from engine.proving.readings import LEAST
 from engine.storage.replacing import write_file
 
 MEANING = "meaning"
@@ -212,7 +212,7 @@ def _tensors(then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Iterato
             elif name.startswith(RANKS):
                 yield (
                     (
-                        f"{source}{under} is cut otherwise than the committed meaning says: of {target} "
+                        f"{source}{under} is cut differently than the committed meaning says: of {target} "
                         f"{name.removeprefix(RANKS) or 'the ranks'} hold {_short(new)} instead of {_short(old)}"
                     ),
                     key,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,15 +43,44 @@ def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
     if not config:
         raise EngineError(
             "E202",
-            "what the model needs is told by its configuration, which is not there",
+            "the model's configuration is missing, so its tensors are not known",
             expected="config.json beside the weights, or --config",
             fix="Give the config.json of the model with --config FILE.",
         )
+    if "transformers" in sys.modules:
+        return _wanted_here(config)
+    # Torch and transformers take ten times the memory of a conversion: a process that ends gives it back.
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", "from engine.proving.meta_model import tell; tell()"],
+        input=pickle.dumps(dict(config)), stdout=subprocess.PIPE, env=paths, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        return _wanted_here(config)  # which tells why
+    told = pickle.loads(done.stdout)  # of this engine's own
+    if isinstance(told, EngineError):
+        raise told
+    wanted: Wanted = told
+    return wanted
+
+
+def tell() -> None:
+    """Say what the model class of a configuration wants, from process to process."""
+    answer, sys.stdout = sys.stdout.buffer, sys.stderr  # libraries that print shall not be in the answer
+    config = pickle.load(sys.stdin.buffer)
+    try:
+        told: Wanted | EngineError = _wanted_here(config)
+    except EngineError as error:
+        told = error
+    answer.write(pickle.dumps(told))
+
+
+def _wanted_here(config: Mapping[str, Any]) -> Wanted:
     found = built(config, "")
     if isinstance(found, str):
         raise EngineError(
             "E209",
-            "what the model needs cannot be told without its class",
+            "the model's tensors are not known without its class",
             got=found.removeprefix("not checked: "),
             expected="a config.json of a model that transformers has",
             fix="Use a mapping of the model's family: its rules say what the model needs.",

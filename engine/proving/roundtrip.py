@@ -20,11 +20,11 @@ from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
+from engine.planning.reading import read_checkpoint
 from engine.planning.request import Request
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World, of_files
-from engine.run.execute import read_checkpoint
 from engine.run.runner import write_weights
 from engine.storage.local import LocalStore
 
@@ -162,7 +162,7 @@ def element_of(arrays: Mapping[str, Any], number: float) -> str:
         first = float(array.flat[0]) if array.size else -1
         if array.size and first <= number < first + array.size:
             return f"{name}{index(np.unravel_index(int(number - first), array.shape))}"
-    return f"an element that nobody wrote ({number:g})"
+    return f"an element that was not written ({number:g})"
 
 
 def index(values: Any) -> str:

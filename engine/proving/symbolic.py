@@ -26,8 +26,8 @@ from engine.planning.whole import contiguous
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World
-from engine.storage.memory import MemoryStore
 from engine.storage.store import File
+from engine.storage.virtual import VirtualStore
 
 Interval = tuple[int, int]
 
@@ -45,7 +45,7 @@ def _file(name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Fil
     for tensor, dtype, shape in tensors:
         headers.append(TensorHeader(tensor, dtype, shape, contiguous(shape), offset))
         offset += math.prod(shape) * ITEM_SIZES[dtype]
-    return FileHeader(File(MemoryStore(), name), offset, tuple(headers), name)
+    return FileHeader(File(VirtualStore("memory"), name), offset, tuple(headers), name)
 
 
 def written(plan: Plan, layout: Layout) -> Checkpoint:

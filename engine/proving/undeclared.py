@@ -23,8 +23,9 @@ def undeclared(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expressio
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants, *(f"{dim}s" for dim in dims)}
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     variants = [dict(v.choices) for v in mapping.variants.values()]
-    forth = [dict(mapping.dims), variants, mapping.config, dict(remote), mapping.transformers]
-    for side, tree, known in (("source", forth, own), ("target", mapping.training_config, own | grid)):
+    forth = [dict(mapping.dims), mapping.config, dict(remote), mapping.transformers]
+    trees = (("source", forth, own), ("source", variants, own | grid), ("target", mapping.training_config, own | grid))
+    for side, tree, known in trees:
         keys = declared(mapping, layout, side) if side == "source" else mapping.keys.get("target", {})
         for expression in expressions_of(tree):
             for path in sorted(compile_expression(expression).paths):

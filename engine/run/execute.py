@@ -1,4 +1,4 @@
-"""What the functions of the API share: reading a checkpoint before planning, and reporting."""
+"""What the functions of the API share: an output made of a plan, and reporting."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from engine.language.model import Layout
 from engine.run.running import Running
-from engine.storage.places import Source, on_this_machine
+from engine.storage.places import on_this_machine
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
-    from engine.planning.planner import Checkpoint
     from engine.run.meter import Progress
     from engine.storage.output import OutputFolder
     from engine.storage.uploads import Uploads
@@ -49,46 +46,6 @@ class Report:
             "kept": self.kept,
             "notices": list(self.notices),
         }
-
-
-def read_checkpoint(
-    src: Source, layout: Layout, config: Path | str | None = None, *, needed: bool = True
-) -> Checkpoint:
-    """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
-
-    Of the payload only a few KiB are read, to see that no file is there twice. Raises EngineError E2xx and E3xx.
-
-    Args:
-        config: a file of the target's configuration, for what the checkpoint does not say.
-        needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
-    """
-    from engine.checkpoint.folder import list_folder, read_configuration, read_folder_config, read_headers
-    from engine.checkpoint.identity import Claim, check_identities, place_of, saved_as
-    from engine.checkpoint.ranks import check_claims, folders_in, read_grid
-    from engine.formats.configs import read_json
-    from engine.planning.planner import Checkpoint
-    from engine.storage.places import file_at, store_at
-
-    folder = store_at(src, "the checkpoint")
-    file = None if config is None else file_at(config, "the configuration")
-    target = {} if file is None else read_json(file)
-    read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
-    grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), read)
-    training: dict[str, Any] = {}
-    if layout.training_file is not None and layout.training_format is not None:
-        training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
-        check_claims(grid, layout, training, folder.place())
-    headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors)
-    check_identities(
-        [
-            Claim(h, saved_as(h.root, layout), place_of(f.pattern, f.ranks))
-            for f, h in zip(grid.files, headers, strict=True)
-        ]
-    )
-    if layout.config_of_target:
-        target = read()
-    name = layout.config_file if file is None or not layout.config_of_target else file.name
-    return Checkpoint(folder.place(), grid, headers, read(), training, name, target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +88,14 @@ def execute(
         started: when the command started, for the report.
         parts: take the weights that parts wrote.
     """
+    from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, manifest
     from engine.run.parts import read_markers
     from engine.run.runner import check_runnable, take_parts, write_weights
 
-    output = output_at(compiled, source, out, how, parts=parts)
-    written = read_markers(compiled, output.written) if parts else None
+    work = identity_of(compiled)
+    output = output_at(work, source, out, how, parts=parts)
+    written = read_markers(compiled, work, output.written) if parts else None
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
@@ -160,7 +119,7 @@ def execute(
         if how.check_source:
             notices += check_source(compiled, how.progress)
         if written is not None:
-            done = take_parts(compiled, store, written)
+            done = take_parts(compiled, store, written).done
             make_later(threading.Event())
         else:
             done = write_weights(
@@ -173,7 +132,7 @@ def execute(
                 resume=how.resume,
                 beside=[] if later is None else [make_later],
                 beside_memory=small.memory,
-            )
+            ).done
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)
@@ -191,19 +150,20 @@ def execute(
     )
 
 
-def output_at(
-    compiled: Plan, source: str, out: Path | str, how: Running, *, parts: bool = False
-) -> OutputFolder | Uploads:
-    """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing."""
-    from engine.run.journal import identity_of
-    from engine.run.manifest import NAME, foreign
+def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: bool = False) -> OutputFolder | Uploads:
+    """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing.
+
+    Args:
+        work: the plan's `identity_of`.
+    """
+    from engine.run.manifest import NAME
+    from engine.run.written import Ours
     from engine.storage.objects import ObjectStore
     from engine.storage.output import OutputFolder
     from engine.storage.places import store_at
     from engine.storage.uploads import Uploads
 
-    store = store_at(out, "the output")
-    work = identity_of(compiled)
+    store, foreign = store_at(out, "the output"), Ours()
     if isinstance(store, ObjectStore):
         kept = how.resume or parts
         return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=kept, foreign=foreign)

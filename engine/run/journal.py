@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
 from engine.errors import EngineError, Place
+from engine.language.version import __version__
 from engine.planning.digest import digest_of_plan
 from engine.planning.model import Plan
 from engine.storage.json_text import parse_json

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import stat
 from collections.abc import Mapping
 from typing import Any
 
-from engine import __version__
 from engine.errors import EngineError, Place
-from engine.formats.safetensors import INDEX
 from engine.language.documents import plain
 from engine.language.validation import violations
+from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done
@@ -117,26 +115,3 @@ def _unreadable(place: str, why: str) -> EngineError:
         expected=f"a manifest of version {VERSION}",
         fix="Convert again.",
     )
-
-
-def foreign(store: Store) -> str | None:
-    """What of a folder is not the engine's output, in words; None for its output or an empty folder."""
-    try:
-        names = store.names()
-        if not names:
-            return None
-        data = read_manifest(store)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return error.strerror or "a folder that cannot be read"
-    except EngineError as error:
-        return f"a folder without a manifest of the engine: {error.message}"
-    mine = {NAME, INDEX, *data["files"], *(entry["file"] for entry in data["tensors"].values())}
-    others = [name for name in names if name not in mine or not _is_plain(store, name)]
-    return f"files that the engine did not write: {', '.join(others[:4])}" if others else None
-
-
-def _is_plain(store: Store, name: str) -> bool:
-    """Whether it is a file itself, and no link to one."""
-    return store.folder is None or stat.S_ISREG((store.folder / name).lstat().st_mode)

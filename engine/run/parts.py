@@ -7,19 +7,21 @@ the digest and checksum of every output, and completes the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.planning.model import Plan
-from engine.run.journal import Done, identity_of
-from engine.run.schedule import Job
+from engine.run.journal import Done
+from engine.run.schedule import Job, Unit
 from engine.storage.json_text import parse_json
 from engine.storage.store import Store
 
 MARKER = ".part-"
 _MOST = 1 << 28  # bytes of a marker
+_SLACK = 0.02  # of a part, by which its ends may move so that no tensor is cut
+Span = tuple[int, int, int, str]  # an output, the bytes of it from one to another, and their digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,43 +43,74 @@ class Part:
         return f"{MARKER}{self.number:05d}-of-{self.count:05d}"
 
 
-def share(jobs: Sequence[Job], part: Part) -> list[Job]:
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: outputs that are whole, and spans of those that several parts share."""
+
+    done: Mapping[int, Done]
+    spans: Sequence[Span] = field(default=())
+
+
+def share(jobs: Sequence[Job], part: Part, *, cut: bool = False) -> list[Job]:
     """The units of a part: a run of all units in the order of the files, which has its share of the bytes.
 
-    Every unit is in exactly one part, whatever their number.
+    Every byte is in exactly one part, whatever their number.
+
+    Args:
+        cut: let an output be shared by parts, where whole ones would make them too unlike.
     """
     ordered = sorted(jobs, key=lambda job: job.files)
-    total = sum(job.nbytes for job in ordered) or 1
+    mean = sum(job.nbytes for job in ordered) / part.count
+    first, last = (_edge(ordered, mean * n, mean, cut) for n in (part.number - 1, part.number))
     found: list[Job] = []
     before = 0
     for job in ordered:
-        mine: list[int] = []
-        for number, size in enumerate(job.sizes):
-            if (2 * before + size) * part.count // (2 * total + 1) == part.number - 1:
-                mine.append(number)
+        mine: list[tuple[Unit, int]] = []
+        for unit, size in zip(job.units, job.sizes, strict=True):
+            low, high = max(first, before), min(last, before + size)
+            if low < high:
+                span = None if high - low == size else (low - before, high - before)
+                mine.append((replace(unit, span=span), high - low))
+            elif not size and first <= before and (before < last or part.number == part.count):
+                mine.append((unit, 0))
             before += size
         if mine:
-            units, sizes = tuple(job.units[i] for i in mine), tuple(job.sizes[i] for i in mine)
+            units, sizes = zip(*mine, strict=True)
             found.append(replace(job, units=units, sizes=sizes))
     return sorted(found, key=lambda job: -job.nbytes)
 
 
-def write_marker(plan: Plan, store: Store, part: Part, done: dict[int, Done]) -> None:
-    """Say that a part is done: what it wrote, and for which plan."""
+def _edge(jobs: Sequence[Job], wanted: float, mean: float, cut: bool) -> int:
+    """Where a part ends, in bytes of all units: between two units, or in one that is cut."""
+    before = 0
+    for job in jobs:
+        for unit, size in zip(job.units, job.sizes, strict=True):
+            if before + size < wanted:
+                before += size
+                continue
+            near = before if wanted - before <= before + size - wanted else before + size
+            cuts = cut and len(unit.outputs) == 1 and not unit.sources
+            return round(wanted) if cuts and abs(near - wanted) > _SLACK * mean else near
+    return before
+
+
+def write_marker(work: str, store: Store, part: Part, written: Written) -> None:
+    """Say that a part is done: what it wrote, and for which plan, by its `identity_of`."""
     told = {
-        "work": identity_of(plan),
+        "work": work,
         "part": [part.number, part.count],
-        "outputs": {str(output): [one.digest, one.checksum] for output, one in done.items()},
+        "outputs": {str(output): [one.digest, one.checksum] for output, one in written.done.items()},
+        "spans": written.spans,
     }
     store.put(part.marker, json.dumps(told, separators=(",", ":")).encode())
 
 
-def is_done(plan: Plan, store: Store, part: Part) -> bool:
+def is_done(work: str, store: Store, part: Part) -> bool:
     """Whether a part has been done already, of the same plan."""
-    return store.has(part.marker) and _read(store, part.marker)["work"] == identity_of(plan)
+    return store.has(part.marker) and _read(store, part.marker)["work"] == work
 
 
-def read_markers(plan: Plan, store: Store) -> dict[int, Done]:
+def read_markers(plan: Plan, work: str, store: Store) -> Written:
     """What all parts wrote.
 
     Raises:
@@ -88,7 +121,6 @@ def read_markers(plan: Plan, store: Store) -> dict[int, Done]:
     except FileNotFoundError:
         names = []
     found = {name: _read(store, name) for name in names}
-    work = identity_of(plan)
     foreign = [name for name, one in found.items() if one["work"] != work]
     counts = {one["part"][1] for one in found.values()}
     if foreign or len(counts) > 1:
@@ -104,12 +136,36 @@ def read_markers(plan: Plan, store: Store) -> dict[int, Done]:
     if missing or not found:
         told = f"{len(there)} of {count} parts; missing: {', '.join(map(str, missing[:8]))}" if found else "no part"
         raise _not_together(store, "parts are missing", told, "Run the missing parts, then commit again.")
-    done = {int(output): Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
-    if done.keys() != set(range(len(plan.outputs))):
+    done = {output: Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
+    spans = sorted(span for marker in found.values() for span in marker["spans"])
+    ends: dict[int, int] = {}
+    for output, low, high, _ in spans:
+        if low == ends.get(output, 0):
+            ends[output] = high
+    sizes = {number: output.nbytes for number, output in enumerate(plan.outputs)}
+    there = done.keys() | {output for output, end in ends.items() if end == sizes.get(output)}
+    if there != sizes.keys() or not ends.keys() <= there:
         raise _not_together(
-            store, "parts do not cover the plan", f"{len(done)} of {len(plan.outputs)} tensors", "Run the parts again."
+            store, "parts do not cover the plan", f"{len(there)} of {len(plan.outputs)} tensors", "Run the parts again."
         )
-    return done
+    return Written(done, spans)
+
+
+def check_parts(plan: Plan, store: Store, told: Mapping[int, Done], found: Mapping[int, Done]) -> None:
+    """E409 for the first file that no longer holds what a part wrote to it."""
+    for file in plan.shards:
+        lost = [
+            plan.outputs[output].name
+            for output in file.outputs
+            if output not in found or found[output] != told.get(output, found[output])
+        ]
+        if lost:
+            raise _not_together(
+                store,
+                f"`{file.name}` is not what the parts wrote",
+                f"other bytes, or none, of {len(lost)} tensors: {', '.join(lost[:3])}",
+                "Something else changed it. Remove what is there with `engine clean`, and run the parts again.",
+            )
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:
@@ -117,9 +173,13 @@ def _read(store: Store, name: str) -> dict[str, Any]:
         raw = file.read(_MOST)
     try:
         told = parse_json(raw, own=True)
-        if isinstance(told["work"], str) and len(told["part"]) == 2 and isinstance(told["outputs"], dict):
-            return dict(told)
-    except (ValueError, KeyError, TypeError):
+        Part(*told["part"])
+        outputs = {int(output): tuple(entry) for output, entry in told["outputs"].items()}
+        spans = [tuple(one) for one in told["spans"]]
+        sound = all(tuple(map(type, one)) == (str, int) for one in outputs.values())
+        if isinstance(told["work"], str) and sound and all([*map(type, one)] == [int, int, int, str] for one in spans):
+            return {**told, "outputs": outputs, "spans": spans}
+    except (ValueError, LookupError, TypeError, AttributeError, EngineError):
         pass
     raise _not_together(store, "a marker of a part cannot be read", name, "Remove it, and run that part again.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 
@@ -11,10 +11,10 @@ from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
 from engine.planning.model import Plan
 from engine.run.journal import NAME as JOURNAL
-from engine.run.journal import Done, Interrupted, Journal, read_journal
+from engine.run.journal import Begun, Interrupted, Journal, read_journal
 from engine.run.memory import workers_of
 from engine.run.meter import Meter, Progress
-from engine.run.parts import MARKER, Part, share
+from engine.run.parts import MARKER, Part, Span, Written, check_parts, share
 from engine.run.replicas import checks, compare_replicas, replica_bytes
 from engine.run.resume import compare_copied, split
 from engine.run.schedule import schedule
@@ -46,7 +46,7 @@ def write_weights(
     part: Part | None = None,
     beside: Sequence[Callable[[threading.Event], None]] = (),
     beside_memory: int = 0,
-) -> dict[int, Done]:
+) -> Written:
     """Compare replicas, then write every weight file of a plan into `store`, to stable storage.
 
     Args:
@@ -60,9 +60,6 @@ def write_weights(
             should stop; an error of theirs ends the run.
         beside_memory: bytes that they take, which count in `max_memory`.
 
-    Returns:
-        The digest and checksum of every output.
-
     Raises:
         EngineError: E402 when replicas differ, E405 when a source changed meanwhile, E407 when there is another
             run to resume, or its sources changed.
@@ -75,7 +72,8 @@ def write_weights(
     jobs = schedule(plan, positioned=store.positioned)
     compared = checks(plan)
     if part is not None:
-        jobs, compared = share(jobs, part), compared[part.number - 1 :: part.count]
+        jobs = share(jobs, part, cut=store.positioned)
+        compared = compared[part.number - 1 :: part.count]
     files = sorted({file for job in jobs for file in job.files})
     known, unsure = split(plan, left, jobs)
     writing = sum(job.nbytes for job in jobs) + sum(plan.outputs[o].nbytes for o in unsure)
@@ -116,22 +114,38 @@ def write_weights(
         _write_index(plan, store)
         if folder is not None:
             (folder / JOURNAL).unlink(missing_ok=True)
-    return writer.done
+    return Written(writer.done, sorted(writer.spans))
 
 
-def take_parts(plan: Plan, store: Store, done: Mapping[int, Done]) -> dict[int, Done]:
-    """Complete the files that parts wrote to, given the digest and checksum of every output."""
+def take_parts(plan: Plan, store: Store, written: Written) -> Written:
+    """Complete the files that parts wrote to.
+
+    Raises:
+        EngineError: E409 when what is there now is not what they wrote.
+    """
     if store.positioned:
         writer = Writer(plan, store, Meter(0, None), digests=True, alone=True)
-        writer.done.update(done)
+        if store.folder is not None:
+            sweep(store.folder, {*(name for name in store.names() if name.startswith(MARKER)),
+                                 *(file.name for file in plan.shards)})  # fmt: skip
+        told = [{o: Begun(written.done[o].digest, None) for o in f.outputs if o in written.done} for f in plan.shards]
+        shared: dict[int, list[Span]] = {}
+        for span in written.spans:
+            shared.setdefault(span[0], []).append(span)
+        with ThreadPoolExecutor(workers_of(plan, None, None, 0, store.buffer)) as pool:
+            list(pool.map(writer.take_over, told))
+            list(pool.map(writer.take_spans, shared.values()))
+        check_parts(plan, store, written.done, writer.done)
+        written = Written(writer.done)
         for index in range(len(plan.shards)):
+            writer.start(index)
             writer.complete(index)
             writer.sync(index)
         for name in store.names():
             if name.startswith(MARKER) and store.folder is not None:
                 (store.folder / name).unlink()
     _write_index(plan, store)
-    return dict(done)
+    return written
 
 
 def _write_index(plan: Plan, store: Store) -> None:

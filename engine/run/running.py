@@ -26,21 +26,21 @@ class Running:
         check_source: read the source once before, and compare it with the checksums it holds.
         tokenizer: a SentencePiece model for a Hugging Face checkpoint; None: the one beside the source, if any.
         code: a folder with the official Python files of a Hugging Face model that is remote code.
+        executor: anything with the `submit` of `concurrent.futures`, or the name of one, which does it in parts.
+        parts: how many.
         progress: called with bytes done and in all, a few times a second.
     """
 
     overwrite: bool = field(default=False, metadata=option("Replace the output once the new one is complete.", "flag"))
-    resume: bool = field(default=False, metadata=option("Go on with what an interrupted run left.", "flag"))
+    resume: bool = field(default=False, metadata=option("Continue what an interrupted run left.", "flag"))
     workers: int | None = field(default=None, metadata=option("Threads that write.", "workers", shown="auto"))
-    max_memory: int | None = field(
-        default=None, metadata=option("Most memory to take; fewer threads keep to it.", "size")
-    )
+    max_memory: int | None = field(default=None, metadata=option("Limit memory, by using fewer threads.", "size"))
     digests: bool = field(
         default=True, metadata=option("Record no digests of tensors; such a run cannot be resumed.", "no-flag")
     )
     check_source: bool = field(
         default=False,
-        metadata=option("Read the source once before, and compare it with the checksums it holds.", "flag"),
+        metadata=option("Read the source first, and compare it with the checksums it holds.", "flag"),
     )
     tokenizer: str | Path | None = field(
         default=None, metadata=option("The SentencePiece model, if not beside the checkpoint.", metavar="FILE")
@@ -51,6 +51,11 @@ class Running:
             "For a target that is remote code: its official configuration_*.py and modeling_*.py.", metavar="DIR"
         ),
     )
+    executor: Any = field(
+        default=None,
+        metadata=option("Have Dask's workers do it in parts.", metavar="dask[://HOST:PORT]"),
+    )
+    parts: int = field(default=8, metadata=option("How many parts, with --executor.", "count"))
     progress: Callable[[Progress], None] | None = None
 
     def __post_init__(self) -> None:
@@ -72,22 +77,33 @@ class RunOptions(TypedDict, total=False):
     progress: Callable[[Progress], None] | None
 
 
-class WholeRunOptions(RunOptions, total=False):
-    """Keywords of what writes a Hugging Face checkpoint."""
+class SpreadOptions(RunOptions, total=False):
+    """Keywords of whatever writes a checkpoint whole, here or by an executor."""
+
+    executor: Any
+    parts: int
+
+
+class CommitOptions(RunOptions, total=False):
+    """Keywords of what completes a checkpoint."""
 
     tokenizer: str | Path | None
     code: str | Path | None
+
+
+class WholeRunOptions(CommitOptions, SpreadOptions, total=False):
+    """Keywords of what writes a Hugging Face checkpoint."""
 
 
 class ConvertOptions(WholeOptions, WholeRunOptions, total=False):
     """Keywords of `convert`."""
 
 
-class ReverseRunOptions(ReverseOptions, RunOptions, total=False):
+class ReverseRunOptions(ReverseOptions, SpreadOptions, total=False):
     """Keywords of `reverse`."""
 
 
-class ReshardRunOptions(ReshardOptions, RunOptions, total=False):
+class ReshardRunOptions(ReshardOptions, SpreadOptions, total=False):
     """Keywords of `reshard`."""
 
 

@@ -28,6 +28,7 @@ class Unit:
 
     outputs: tuple[int, ...]
     sources: tuple[int, ...] = ()  # empty: gather
+    span: tuple[int, int] | None = None  # bytes of the only output, where others move the rest
 
 
 @dataclass(frozen=True, slots=True)

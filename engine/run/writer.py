@@ -48,6 +48,7 @@ class Writer:
         # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
         self._direct = alone and not digests
         self.done: dict[int, Done] = {}
+        self.spans: list[tuple[int, int, int, str]] = []  # of outputs that others write as well, with digests
         self._whole: set[int] = set()  # files that need not be written
         self.journal: Journal | None = None
 
@@ -132,7 +133,9 @@ class Writer:
                 with self._errors(self._places[unit.outputs[0]][0]):
                     if not self._store.positioned and left:
                         self.start(self._places[left[0]][0])
-                    if unit.sources and left:
+                    if unit.span is not None:
+                        self._gather_span(unit.outputs[0], unit.span, reader, sinks)
+                    elif unit.sources and left:
                         self._scatter(unit, scatterer)
                         self._record(unit.outputs, sinks)
                     elif left and not self._copied(left, files, sinks):
@@ -142,6 +145,38 @@ class Writer:
                 if shares.finish(job):
                     for file in shares.files(job):
                         self._finish(file, sinks)
+
+    def _gather_span(self, output: int, span: tuple[int, int], reader: Reader, sinks: Sinks) -> None:
+        """Write some bytes of an output; whoever has all of them reads them for the digest."""
+        (file, place), (low, high) = self._places[output], span
+        total = Total(digest=True, checksum=False)
+        for _, at, data in reader.stream([(output, low)]):
+            if self._meter.stopped.is_set():
+                return
+            some = data[: max(high - at, 0)]
+            total.add(at - low, some)
+            sinks.write(file, place + at, (some,))
+            self._meter.advance(len(some))
+            if at + len(data) >= high:
+                break
+        self.spans.append((output, low, high, total.digest(tuple)))
+
+    def take_spans(self, spans: Sequence[tuple[int, int, int, str]]) -> None:
+        """Keep an output that several wrote, in order, if each of them wrote what is there; read it for its digest."""
+        output, total = spans[0][0], self._total(spans[0][0])
+        file, place = self._places[output]
+        with self._store.sinks(self._names) as sinks:
+            for _, low, high, digest in spans:
+                own = Total(digest=True, checksum=False)
+                try:
+                    for block in sinks.read(file, place + low, high - low):
+                        own.add(own.end, block)
+                        total.add(total.end, block)
+                except OSError:
+                    return
+                if own.digest(tuple) != digest:
+                    return
+        self.done[output] = Done(total.digest(tuple), total.checksum())
 
     def _finish(self, index: int, sinks: Sinks) -> None:
         """Write what is only known when the payload is complete; the file is on its way to stable storage then."""

@@ -76,7 +76,8 @@ class Readers:
         sources = {copy.source for copy in self.plan.copies(output)}
         for check in sorted({*self._ties.get(output, ()), *(c for s in sources for c in self._checks.get(s, ()))}):
             self._compared(check)
-        return [self.plan.files[file] for file in sorted({self.plan.sources[s].file for s in sources})]
+        files = [self.plan.files[file] for file in sorted({self.plan.sources[s].file for s in sources})]
+        return [one for one in files if not one.file.store.block]  # objects are asked for by their state
 
     def compare_all(self) -> None:
         """Compare all replicas that have not been yet; E402 when some differ."""

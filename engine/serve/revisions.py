@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 from engine.errors import EngineError, EngineErrors, Place
 from engine.serve.once import Once
 from engine.serve.virtual import VirtualFolder
+from engine.storage.store import Store, walk
 
 MAIN = "main"
 _STEP = re.compile(r"(?:.*[^0-9])?0*([0-9]{1,12})")  # a folder whose name ends with the number of a step
@@ -33,7 +33,7 @@ class Revision:
     """
 
     name: str
-    path: Path
+    store: Store
     commit: str
 
 
@@ -45,7 +45,11 @@ class Revisions:
     """The steps of a run, found again whenever they are asked for. For any number of threads."""
 
     def __init__(
-        self, src: Path, make: Callable[[Path], VirtualFolder], salt: str, told: Callable[[str], None] = lambda _: None
+        self,
+        src: Store,
+        make: Callable[[Store], VirtualFolder],
+        salt: str,
+        told: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Look whether `src` is a checkpoint or a folder of them.
 
@@ -66,22 +70,23 @@ class Revisions:
         self._last: dict[str, str] = {}  # what was told of each step
         self._steps = False
         try:
-            self._open(self._revision(src))
-        except (EngineError, EngineErrors):
-            self._steps = any(_steps(src))
-            if not self._steps:
+            self._open(self._revision(*self._all()[0]))
+        except (EngineError, EngineErrors, OSError):
+            self._steps = True
+            if not self._all():
+                make(src)  # which says what is wrong
                 raise
         self._told = told
 
     def names(self) -> list[str]:
         """The steps, the newest first; whether they are complete is not asked."""
-        return [self._name(path) for path in self._paths()]
+        return [name for name, _ in self._all()]
 
     def all(self) -> Iterator[Revision]:
         """Every step as it is now, the newest first; whether they are complete is not asked."""
-        for path in self._paths():
+        for name, store in self._all():
             with suppress(OSError):  # it is being removed
-                yield self._revision(path)
+                yield self._revision(name, store)
 
     def find(self, name: str) -> tuple[Revision, VirtualFolder]:
         """A revision by the name of its step, its number, its commit, or `main`, the newest complete one.
@@ -93,26 +98,32 @@ class Revisions:
             if name in self._folders:
                 return self._folders[name]
         reasons: list[str] = []
-        named = [path for path in self._paths() if name in (self._name(path), _number(self._name(path)))]
-        for path in named or self._paths():
+        steps = self._all()
+        named = [step for step in steps if name in (step[0], _number(step[0]))]
+        for step in named or steps:
             try:
-                one = self._revision(path)
+                one = self._revision(*step)
                 if named or name in (MAIN, one.commit):
                     return self._open(one)
             except (EngineError, EngineErrors, OSError) as error:
-                reasons.append(f"{self._name(path)}: {_first_line(error)}")
+                reasons.append(f"{step[0]}: {_first_line(error)}")
                 if name != MAIN:
                     break
         if name == MAIN and not reasons:
             raise NoRevision("there is no step yet")
         raise NoRevision("; ".join(reasons[:4]) if reasons else f"there is no revision {name}")
 
-    def _paths(self) -> list[Path]:
-        return [path for _, path in sorted(_steps(self._src), reverse=True)] if self._steps else [self._src]
+    def _all(self) -> list[tuple[str, Store]]:
+        """The steps and where they lie, the newest first; or the one checkpoint."""
+        if self._steps:
+            return [(name, self._src.inside(name)) for _, name in sorted(_steps(self._src), reverse=True)]
+        folder = self._src.folder
+        return [(self._src.place().rpartition("/")[2] if folder is None else folder.resolve().name, self._src)]
 
-    def _revision(self, path: Path) -> Revision:
-        found = hashlib.sha256(json.dumps([self._salt, list(_states(path))]).encode()).hexdigest()[:40]
-        return Revision(self._name(path), path, found)
+    def _revision(self, name: str, store: Store) -> Revision:
+        states = [(path, state.size, dict(state.told())) for path, state in islice(walk(store), _MOST_FILES)]
+        found = hashlib.sha256(json.dumps([self._salt, states]).encode()).hexdigest()[:40]
+        return Revision(name, store, found)
 
     def _open(self, one: Revision) -> tuple[Revision, VirtualFolder]:
         with self._lock:
@@ -132,10 +143,10 @@ class Revisions:
 
     def _plan(self, one: Revision) -> VirtualFolder:
         try:
-            folder = self._make(one.path)
-            if self._revision(one.path) != one:
+            folder = self._make(one.store)
+            if self._revision(one.name, one.store) != one:
                 raise EngineError(
-                    "E405", "the step changed while it was planned", place=Place(str(one.path)),
+                    "E405", "the step changed while it was planned", place=Place(one.store.place()),
                     fix="Ask again when training has finished writing it.",
                 )  # fmt: skip
         except (EngineError, EngineErrors) as error:
@@ -155,24 +166,21 @@ class Revisions:
         if last != what:
             self._told(f"{name} {what}")
 
-    def _name(self, path: Path) -> str:
-        return path.name if self._steps else path.resolve().name
-
 
 def _first_line(error: EngineError | EngineErrors | OSError) -> str:
     one = error.errors[0] if isinstance(error, EngineErrors) else error
     return f"{one.code} {one.message}" if isinstance(one, EngineError) else str(one.strerror)
 
 
-def _steps(src: Path) -> Iterator[tuple[int, Path]]:
+def _steps(src: Store) -> Iterator[tuple[int, str]]:
     try:
-        entries = list(os.scandir(src))
+        entries = src.entries()
     except OSError:
         return
-    for entry in entries:
-        match = _STEP.fullmatch(entry.name)
-        if match is not None and not entry.name.startswith(".") and entry.is_dir():
-            yield int(match[1]), Path(entry.path)
+    for name, state in entries.items():
+        match = _STEP.fullmatch(name)
+        if match is not None and not name.startswith(".") and state is None:
+            yield int(match[1]), name
 
 
 def _number(name: str) -> str | None:
@@ -183,17 +191,3 @@ def _number(name: str) -> str | None:
     """
     match = _STEP.fullmatch(name)
     return None if match is None else match[1]
-
-
-def _states(path: Path) -> Iterator[tuple[str, int, int, int, int]]:
-    """Name, size, times and inode of every file of a step."""
-    count = 0
-    for folder, folders, names in os.walk(path):
-        folders.sort()
-        for name in sorted(names):
-            found = os.stat(os.path.join(folder, name))
-            told = os.path.relpath(os.path.join(folder, name), path)
-            yield told, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-            count += 1
-            if count > _MOST_FILES:
-                return

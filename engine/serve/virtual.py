@@ -23,9 +23,8 @@ from engine.run.execute import Small, check_names
 from engine.run.journal import Done, identity_of
 from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
 from engine.run.schedule import layout_of
-from engine.serve.files import Stretch, VirtualFile
 from engine.serve.readers import Readers, reading_threads
-from engine.serve.store import VirtualStore
+from engine.storage.virtual import Stretch, VirtualFile, VirtualStore, copied
 
 
 class VirtualFolder(Mapping[str, VirtualFile]):
@@ -58,13 +57,13 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         self.notices = (*plan.notices, *small.notices)
         identity = identity_of(plan)
         made = [_weights(self.readers, file, identity) for file in plan.shards]
-        made += [_fixed(name, data) for name, data in files.items()]
+        made += [VirtualFile.of(name, data) for name, data in files.items()]
         if len(plan.shards) > 1 and plan.written is None:
             names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
-            made.append(_fixed(INDEX, index_json(names, plan.nbytes)))
+            made.append(VirtualFile.of(INDEX, index_json(names, plan.nbytes)))
         made.append(_manifest(self.readers, files, identity))
         self._files = {one.name: one for one in sorted(made, key=lambda one: one.name)}
-        self.store = VirtualStore(self._files, f"virtual:{plan.folder}")
+        self.store = VirtualStore(f"virtual:{plan.folder}", self._files)
         self.commit = _short(*((one.name, one.size, one.etag) for one in made))[:40]
 
     def __getitem__(self, name: str) -> VirtualFile:
@@ -93,15 +92,8 @@ def _short(*values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _fixed(name: str, data: bytes) -> VirtualFile:
-    return VirtualFile(name, len(data), hashlib.sha256(data).hexdigest(), tuple(_bytes(0, data)))
-
-
 def _bytes(start: int, data: bytes) -> list[Stretch]:
-    def fill(at: int, target: memoryview) -> None:
-        target[:] = memoryview(data)[at : at + len(target)]
-
-    return [Stretch(start, start + len(data), fill)] if data else []
+    return [Stretch(start, start + len(data), partial(copied, data))] if data else []
 
 
 def _computed(start: int, size: int, make: Callable[[], bytes]) -> Stretch:

@@ -21,18 +21,19 @@ class _Links(HTMLParser):
 
 
 def linked_names(page: bytes, place: str) -> list[str]:
-    """File names that lie directly in the folder, sorted; E304 when the page links to none.
+    """Names of what lies directly in the folder, sorted, folders with a slash; E304 when the page links to none.
 
     >>> linked_names(b'<a href="../">up</a> <a href="model_tp0_pp0.pt">x</a> <a href="a/">a</a>', "")
-    ['a', 'model_tp0_pp0.pt']
+    ['a/', 'model_tp0_pp0.pt']
     """
     links = _Links()
     links.feed(page[:_MOST].decode("utf-8", "replace"))
     names: set[str] = set()
     for link in links.found:
         parts = urlsplit(link)
-        name = unquote(parts.path).removeprefix("./").rstrip("/")
-        if not parts.scheme and not parts.netloc and name and "/" not in name and name != ".." and not parts.query:
+        name = unquote(parts.path).removeprefix("./")
+        plain = name.removesuffix("/")
+        if not parts.scheme and not parts.netloc and plain and "/" not in plain and plain != ".." and not parts.query:
             names.add(name)
     if not names:
         raise EngineError(

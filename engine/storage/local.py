@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,22 @@ class LocalStore:
     def place(self, name: str = "") -> str:
         return str(self.path / name)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def entries(self, inside: str = "") -> Mapping[str, State | None]:
+        found: dict[str, State | None] = {}
+        with os.scandir(self.path / inside) as listed:
+            for entry in listed:
+                with suppress(FileNotFoundError):  # it was just removed, or is a link to nothing
+                    found[entry.name] = None if entry.is_dir() else FileState.of(entry.stat())
+        return found
+
     def names(self, inside: str = "") -> list[str]:
         return sorted(os.listdir(self.path / inside))
+
+    def inside(self, name: str) -> LocalStore:
+        return LocalStore(self.path / name)
 
     def has(self, name: str) -> bool:
         return os.path.lexists(self.path / name)

@@ -39,7 +39,7 @@ class OutputFolder:
         *,
         overwrite: bool,
         resume: bool = False,
-        foreign: Callable[[Store], str | None] = lambda _: "what the engine cannot tell",
+        foreign: Callable[[Store], str | None] = lambda _: "a folder that the engine cannot read",
         shared: str | None = None,
     ) -> None:
         """
@@ -194,8 +194,11 @@ def sweep(folder: Path, keep: Collection[str]) -> None:
     """
     try:
         for path in sorted(folder.iterdir()):
-            found = path.lstat()
-            if path.name not in keep or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            found, inside = path.lstat(), f"{path.name}/"
+            below = [name.removeprefix(inside) for name in keep if name.startswith(inside)]
+            if below and stat.S_ISDIR(found.st_mode):
+                sweep(path, below)
+            elif path.name not in keep or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
                 _remove(path)
     except OSError as error:
         raise write_error(folder, error) from error

@@ -7,7 +7,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from engine.errors import EngineError, Place
-from engine.storage.objects import ObjectStore, refused
+from engine.storage.client import refused
+from engine.storage.objects import ObjectStore
 
 _KEYS = {
     "endpoint_url": ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url"),

@@ -28,6 +28,15 @@ def is_url(place: str | Path) -> bool:
     return _URL.match(str(place)) is not None
 
 
+def last_name(place: str | Path) -> str:
+    """The name of the folder that a user gave.
+
+    >>> last_name("s3://bucket/ckpt/20000/"), last_name("ckpt/20000")
+    ('20000', '20000')
+    """
+    return str(place).rstrip("/").rpartition("/")[2] if is_url(place) else Path(place).resolve().name
+
+
 @contextmanager
 def store_options(options: Mapping[str, str] | None = None, window: int | None = None) -> Iterator[None]:
     """Options of every store that is opened meanwhile.
@@ -112,7 +121,7 @@ def on_this_machine(store: Store, option: str) -> Path:
     if store.folder is None:
         raise EngineError(
             "E001",
-            f"{option} needs files of this machine",
+            f"{option} needs local files",
             place=Place(store.place()),
             fix="Copy the checkpoint to a folder first.",
         )

@@ -107,8 +107,14 @@ class Store(Protocol):
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
 
+    def entries(self, inside: str = "") -> Mapping[str, State | None]:
+        """What lies directly in it, or in a folder inside: the states of files, None for folders; as it is now."""
+
     def names(self, inside: str = "") -> list[str]:
         """What lies directly in it, or in a folder inside, sorted; OSError when it cannot be listed."""
+
+    def inside(self, name: str) -> Store:
+        """A folder in it, as a store."""
 
     def has(self, name: str) -> bool:
         """Whether there is such a file, whatever it is."""
@@ -150,6 +156,19 @@ class File:
     def beside(self, name: str) -> File:
         """Another file of the same store."""
         return File(self.store, name)
+
+
+_DEEPEST = 8  # folders in each other, some of which may be links upwards
+
+
+def walk(store: Store, inside: str = "") -> Iterator[tuple[str, State]]:
+    """Every file of a store, in folders inside too, by name."""
+    for name, state in sorted(store.entries(inside).items(), key=lambda item: item[0]):
+        path = f"{inside}/{name}" if inside else name
+        if state is not None:
+            yield path, state
+        elif path.count("/") < _DEEPEST:
+            yield from walk(store, path)
 
 
 def check_state(name: str, now: State, then: State | None) -> None:

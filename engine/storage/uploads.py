@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.storage.objects import ObjectStore, library, refused
+from engine.storage.client import library, refused
+from engine.storage.objects import ObjectStore
 from engine.storage.replacing import exists
 from engine.storage.store import OpenFile, Ranges, State, Store
 
@@ -20,7 +21,7 @@ PART = 8 << 20  # bytes of a part of an upload, about
 BUFFER = 3 * PART  # bytes of a file in memory: a part on its way, one that is filled, and what the library copies
 _MOST_PARTS = 9_000
 _AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
-_MARK = "engine-work"  # the attribute that says what an object was made from
+_MARK = "enginework"  # the attribute that says what an object was made from
 _BLOCK = 4 << 20
 
 
@@ -47,7 +48,7 @@ class Uploads:
         work: str,
         overwrite: bool,
         resume: bool = False,
-        foreign: Callable[[Store], str | None] = lambda _: "what the engine cannot tell",
+        foreign: Callable[[Store], str | None] = lambda _: "a folder that the engine cannot read",
     ) -> None:
         """
         Args:
@@ -118,7 +119,9 @@ class Uploads:
     def _commit(self, upload: Upload) -> None:
         now = self._check_free()
         if self._name in now - self._before:  # somebody's, who came meanwhile
-            raise exists(self._store.place(), "Choose another --out.", "an output that came while this one was written")
+            raise exists(
+                self._store.place(), "Choose another --out.", "an output that appeared while this one was written"
+            )
         for name in (self._name, "config.json"):  # what makes a checkpoint of the old files
             if name in now:
                 self._store.delete(name)
@@ -149,6 +152,12 @@ class Upload:
 
     def place(self, name: str = "") -> str:
         return self._store.place(name)
+
+    def entries(self, inside: str = "") -> Mapping[str, State | None]:
+        return self._store.entries(inside)
+
+    def inside(self, name: str) -> Store:
+        return self._store.inside(name)
 
     def names(self, inside: str = "") -> list[str]:
         return sorted({*self._writers, *self._small, *self._whole})
@@ -191,7 +200,7 @@ class Upload:
         """Some bytes of an object that is whole already."""
         state = self._store.states([name])[name]
         for at in range(offset, offset + nbytes, _BLOCK):
-            yield self._store.get(name, at, min(at + _BLOCK, offset + nbytes), state)
+            yield self._store.get(name, state, at, min(at + _BLOCK, offset + nbytes))
 
     def complete(self, last: str = "") -> None:
         """Make all files visible, the one named `last` after all others and only if it is not there."""

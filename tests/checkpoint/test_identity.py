@@ -15,6 +15,7 @@ import engine
 from engine import api
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
+from engine.run import resume, runner
 from engine.storage.sinks import SinkFiles
 from tests.support.disk import Disk, contents, partials
 from tests.support.readers import read_rank_file, read_safetensors
@@ -193,7 +194,7 @@ def test_a_resumed_run_that_is_killed_while_it_compares_does_not_vouch_for_what_
         def killed(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("engine.run.runner.compare_copied", killed)
+        patch.setattr(runner, "compare_copied", killed)
         with pytest.raises(KeyboardInterrupt):
             go(source, out, resume=True)
     refused(source, out, "E407", resume=True)
@@ -204,7 +205,7 @@ def test_sources_with_checksums_that_nothing_touched_are_not_read_again(
 ) -> None:
     source, out = write(tmp_path / "step", "zip"), tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    monkeypatch.setattr("engine.run.resume.Reader", None)
+    monkeypatch.setattr(resume, "Reader", None)
     go(source, out, resume=True)
     assert not api.verify(out).problems
 

@@ -70,11 +70,11 @@ def test_no_manifest_breaks_verify_or_overwriting(made: Path, tmp_path: Path) ->
     for name, raw in mutated(small(data)):
         (out / "conversion.json").write_bytes(raw)
         assert invoke("verify", out, "-q").exit_code == 1, name
-    from engine.run.manifest import foreign
+    from engine.run.written import Ours
 
     for _, raw in mutated({"manifest": 1, "files": {"a": "0"}, "tensors": {"t": {"file": "b"}}}):
         (out / "conversion.json").write_bytes(raw)
-        assert foreign(LocalStore(out)) is not None
+        assert Ours()(LocalStore(out)) is not None
 
 
 def test_no_saved_plan_breaks_run(made: Path, tmp_path: Path) -> None:
@@ -200,6 +200,37 @@ def test_a_number_of_workers_is_bounded(workers: Any, made: Path, tmp_path: Path
 
 
 # -- what is replaced
+
+
+def test_a_file_that_somebody_put_under_a_name_of_ours_is_not_replaced(made: Path, tmp_path: Path) -> None:
+    def convert(out: Path) -> None:
+        engine.convert(V2.mapping, made / "step", out, settings=SETTINGS, overwrite=True, max_shard_size=3000)
+
+    for name in ("model-00001-of-00004.safetensors", "config.json", "README.md", "model.safetensors.index.json"):
+        out = tmp_path / name
+        shutil.copytree(made / "hf", out)
+        raw = (out / name).read_bytes()
+        for others in (raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:], raw[: len(raw) // 2]):
+            (out / name).write_bytes(others)
+            before = files(out)
+            with pytest.raises(EngineError) as caught:
+                convert(out)
+            assert caught.value.code == "E401" and "wrote" in str(caught.value.got), name
+            assert files(out) == before
+        (out / name).unlink()  # what is missing is nobody's
+        convert(out)
+        assert files(out) == files(made / "hf")
+
+
+def test_rank_files_in_folders_are_replaced_too(tmp_path: Path) -> None:
+    save(Model("v2", layers=2, groups=2, bias=False), tmp_path / "step", tp=2)
+    engine.convert(V2.mapping, tmp_path / "step", tmp_path / "hf", settings=SETTINGS)
+    out = tmp_path / "back"
+    for _ in range(2):
+        engine.reverse("megatron-llama", tmp_path / "hf", out, ranks="tp=1,pp=2", overwrite=True)
+    (out / "mp_rank_00_001" / "notes.txt").write_text("mine")
+    with pytest.raises(EngineError, match=r"mp_rank_00_001/notes\.txt"):
+        engine.reverse("megatron-llama", tmp_path / "hf", out, ranks="tp=1,pp=2", overwrite=True)
 
 
 def test_only_an_output_of_the_engine_or_an_empty_folder_is_replaced(made: Path, tmp_path: Path) -> None:
@@ -381,6 +412,18 @@ def test_a_number_that_would_become_infinite_is_refused_and_no_warning_shown(
             else:
                 engine.convert(V2.mapping, tmp_path / "step", tmp_path / "out", **how, overwrite=True)
                 assert not api.verify(tmp_path / "out", src=tmp_path / "step", mapping=V2.mapping, **how).problems
+
+
+def test_a_disk_that_fails_to_read_is_told_whatever_is_read_from_it(made: Path, tmp_path: Path) -> None:
+    failing = "/proc/self/mem"  # a regular file that gives EIO
+    for command in (
+        ("reverse", "-m", V2.mapping, "-s", failing, "-o", tmp_path / "out"), ("compare", failing, made / "hf"),
+        ("run", "--plan", failing, "-o", tmp_path / "out"),
+        ("run", "-m", V2.mapping, "-s", made / "step", "-o", tmp_path / "out", "--config", failing),
+    ):  # fmt: skip
+        done = invoke(*command)
+        assert done.exit_code == 1 and "E305" in done.output and "Input/output" in done.output, command
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", ["\ud800", "a\x00b", ""])

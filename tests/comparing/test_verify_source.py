@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import engine
 from engine.commands.main import cli
+from engine.comparing import source
 from engine.comparing.source import parse_sample
 from engine.errors import EngineError
+from engine.move import blocks
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=3, groups=2, bias=False)
@@ -129,7 +131,7 @@ def test_tensors_that_are_missing_left_over_or_of_another_kind_are_told(damage: 
 
 
 def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.comparing.source.LISTED", 3)
+    monkeypatch.setattr(source, "LISTED", 3)
     change(both, lambda state: [tensor.add_(1) for tensor in state.values()])
     found = source_of(both)
     assert len(found["differing"]) == 3
@@ -141,8 +143,8 @@ def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: 
 def test_a_sample_reads_some_blocks_of_each_tensor_the_same_each_time(
     sample: str, read: int, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.move.blocks.BLOCK_BYTES", 32)  # one row
-    monkeypatch.setattr("engine.move.blocks.LARGE_BLOCK_BYTES", 32)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 32)  # one row
+    monkeypatch.setattr(blocks, "LARGE_BLOCK_BYTES", 32)
     asked: list[list[int]] = []
     from engine.comparing import source as verify_source
 

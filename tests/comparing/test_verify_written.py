@@ -83,6 +83,14 @@ def test_a_manifest_that_says_less_is_no_proof(change: Callable[[dict[str, Any]]
     assert "as they were written" not in result.output
 
 
+def test_a_manifest_that_names_no_configuration_is_no_proof_though_none_is_there(out: Path) -> None:
+    for name in json.loads((out / "conversion.json").read_text())["files"]:
+        (out / name).unlink()
+    edit(out, lambda data: data.update(files={}))
+    result = verify(out)
+    assert result.exit_code == 1 and "names no file beside the weights" in result.output
+
+
 def test_without_any_manifest_nothing_is_checked(out: Path) -> None:
     (out / "conversion.json").unlink()
     result = verify(out)

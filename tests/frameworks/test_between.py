@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,3 +43,22 @@ def test_settings_go_to_the_mapping_that_has_them(tmp_path: Path) -> None:
     with pytest.raises(engine.EngineError, match="nowhere"):
         engine.reshard("families/internlm2.yaml", source, tmp_path / "x", to="transformers", settings={"nowhere": 1})
     assert not (tmp_path / "x").exists()
+
+
+def test_a_plan_of_two_mappings_is_saved_and_gives_the_same_bytes_or_nothing(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(FIXTURES / "v2_tp2_pp2", tmp_path / "source"))
+    asked: dict[str, Any] = {"to": "transformers", "ranks": {"dp": 3}}
+    engine.save_plan(tmp_path / "plan.json", "families/internlm2.yaml", source, job="reshard", **asked)
+    engine.run_plan(tmp_path / "plan.json", tmp_path / "planned")
+    gc.collect()
+    opened = len(os.listdir("/proc/self/fd"))
+    engine.reshard("families/internlm2.yaml", source, tmp_path / "direct", **asked)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == opened  # what lies between the two is closed
+    for path in (tmp_path / "direct").glob("__*.distcp"):
+        assert path.read_bytes() == (tmp_path / "planned" / path.name).read_bytes()
+    path = next(source.glob("model_tp1*.pt"))
+    torch.save({name: one + 1 for name, one in torch.load(path, weights_only=True).items()}, path)
+    with pytest.raises(engine.EngineError) as caught:
+        engine.run_plan(tmp_path / "plan.json", tmp_path / "again")
+    assert caught.value.code == "E405" and not (tmp_path / "again").exists()

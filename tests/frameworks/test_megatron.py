@@ -16,6 +16,7 @@ from tests.support.frameworks import FIXTURES, logits_off, source_of
 
 MEGATRON = FIXTURES / "megatron"
 FAMILIES = {
+    "dcp-tp1": "megatron-llama",
     "dist-ep2-moe": "megatron-mixtral",
     "dist-tp2pp1-bf16-qkvbias": "megatron-qwen2",
     "dist-tp2pp2": "megatron-llama",
@@ -24,6 +25,7 @@ FAMILIES = {
     "leg_t4_g2": "megatron-llama",
     "td19_t2": "megatron-llama",
     "torch-ep2-moe": "megatron-mixtral",
+    "torch-p2-layout": "megatron-llama",
     "torch-tp1pp1-tied": "megatron-llama",
     "torch-tp2pp2-vpp2": "megatron-llama",
 }
@@ -136,14 +138,42 @@ def test_a_missing_rank_is_refused_by_its_name(copy: Callable[[str], Path], tmp_
     assert caught.value.code == "E201"
 
 
-def test_exchanged_stages_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = copy("leg_p2_uneven")
-    (folder / "mp_rank_00_000").rename(folder / "x")
-    (folder / "mp_rank_00_001").rename(folder / "mp_rank_00_000")
-    (folder / "x").rename(folder / "mp_rank_00_001")
-    with pytest.raises(EngineError) as caught:
-        convert("leg_p2_uneven", tmp_path / "out", folder)
-    assert caught.value.code == "E211"
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("leg_p2_uneven", "mp_rank_00_000", "mp_rank_00_001"), ("leg_t4_g2", "mp_rank_01", "mp_rank_02"),
+        ("torch-ep2-moe", "mp_rank_00_000", "mp_rank_00_001"),
+        ("torch-tp2pp2-vpp2", "mp_rank_00_001", "mp_rank_01_001"),
+    ],
+)  # fmt: skip
+def test_exchanged_ranks_are_refused_by_what_they_say_of_themselves(
+    name: str, one: str, other: str, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy(name)
+    (folder / one).rename(folder / "x")
+    (folder / other).rename(folder / one)
+    (folder / "x").rename(folder / other)
+    with pytest.raises(EngineError, match=f"was saved as `{other}/") as caught:
+        convert(name, tmp_path / "out", folder)
+    assert caught.value.code == "E306"
+
+
+def test_ranks_that_all_say_the_same_say_nothing(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """Megatron's converter writes all rank files in one process."""
+    folder = copy("leg_t4_g2")
+    rewritten(folder, lambda args: args.update(rank=0, world_size=1))
+    convert("leg_t4_g2", tmp_path / "out", folder)
+    assert logits_off(tmp_path / "out", MEGATRON / "leg_t4_g2" / "oracle.pt") < 1e-4
+
+
+def test_a_rank_of_another_step_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("leg_t4_g2")
+    kept = (folder / "mp_rank_02" / "model_optim_rng.pt").read_bytes()
+    rewritten(folder, lambda args: None, iteration=20)
+    (folder / "mp_rank_02" / "model_optim_rng.pt").write_bytes(kept)
+    with pytest.raises(EngineError, match="not of the same save") as caught:
+        convert("leg_t4_g2", tmp_path / "out", folder)
+    assert caught.value.code == "E306" and "iteration 10" in str(caught.value)
 
 
 def test_dense_copies_that_differ_between_expert_ranks_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -158,3 +188,10 @@ def test_dense_copies_that_differ_between_expert_ranks_are_refused(copy: Callabl
     with pytest.raises(EngineError) as caught:
         convert("torch-ep2-moe", tmp_path / "out", folder)
     assert caught.value.code == "E402"
+
+
+def test_experts_that_are_cut_over_other_ranks_than_the_rest_are_refused_by_that_name(tmp_path: Path) -> None:
+    fixture = MEGATRON / "torch-ep2-etp1"
+    with pytest.raises(EngineError, match="other ranks than the rest") as caught:
+        engine.convert("megatron-mixtral", source_of(fixture), tmp_path / "out", config=fixture / "hf_config.json")
+    assert caught.value.code == "E303" and "torch_dist" in str(caught.value.fix)

@@ -52,6 +52,7 @@ def whole(name: str, family: str, out: Path) -> Path:
         ("leg_t4_g2", "megatron-llama", {"ranks": "tp=4", "settings": {"vocab_multiple": 8}}),
         ("torch-tp1pp1-tied", "megatron-llama", {}),
         ("leg_p2_uneven", "megatron-llama", {"like": True}),
+        ("torch-p2-layout", "megatron-llama", {"like": True}),  # its last stage has no layer
     ],
 )
 def test_legacy_files_hold_what_megatron_saved(name: str, family: str, asked: dict[str, Any], tmp_path: Path) -> None:
@@ -112,3 +113,25 @@ def test_ranks_that_megatron_cannot_have_are_refused(tmp_path: Path) -> None:
         engine.reverse("megatron-llama", first, tmp_path / "back", ranks="tp=5")
     assert caught.value.code == "E214"
     assert not (tmp_path / "back").exists()
+
+
+def test_a_tied_model_has_its_embedding_again_on_the_last_of_several_stages(tmp_path: Path) -> None:
+    first = whole("torch-tp1pp1-tied", "megatron-llama", tmp_path / "hf")
+    engine.reverse("megatron-llama", first, tmp_path / "back", tp=2, pp=2)
+    for tp in range(2):
+        embedding = load(tmp_path / "back" / f"mp_rank_0{tp}_000" / "model_optim_rng.pt")["model"]
+        last = load(tmp_path / "back" / f"mp_rank_0{tp}_001" / "model_optim_rng.pt")["model"]
+        assert torch.equal(last["output_layer.weight"], embedding["embedding.word_embeddings.weight"])
+    vocab = engine_weights(first)["model.embed_tokens.weight"].shape[0]
+    engine.convert("megatron-llama", tmp_path / "back", tmp_path / "again", settings={"vocab_size": vocab})
+    assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+    with pytest.raises(EngineError) as caught:  # one stage holds another set of tensors
+        engine.reshard(
+            "megatron-llama", tmp_path / "back", tmp_path / "one", tp=1, pp=1, settings={"vocab_size": vocab}
+        )
+    assert caught.value.code == "E214" and "--to megatron-llama" in str(caught.value.fix)
+    engine.reshard(
+        "megatron-llama", tmp_path / "back", tmp_path / "one", tp=1, pp=1, to="megatron-llama",
+        settings={"vocab_size": vocab},
+    )  # fmt: skip
+    assert "output_layer.weight" not in load(tmp_path / "one" / "mp_rank_00" / "model_optim_rng.pt")["model"]

@@ -33,7 +33,7 @@ from engine.language.model import Expression
 from engine.language.names import pattern
 from engine.language.sandbox import FILTERS, TESTS
 from engine.storage.local import local_file
-from engine.storage.memory import MemoryStore
+from engine.storage.virtual import memory_store
 from tests.support.readers import (
     read_hf_folder,
     read_json,
@@ -245,7 +245,7 @@ SHARDS = {path.name: path.read_bytes() for path in sorted((STEP.parents[1] / "fs
 @fuzzed
 @given(mutated([FILES[".metadata"]]))
 def test_a_nearly_right_directory_is_read_or_refused(data: bytes) -> None:
-    store = MemoryStore("m", {name: bytearray(one) for name, one in (FILES | {".metadata": data}).items()})
+    store = memory_store("m", {name: one for name, one in (FILES | {".metadata": data}).items()})
     with refusal():
         for file in read_dcp(store, [name for name in FILES if name != ".metadata"]):
             assert all(0 <= t.offset <= file.size and t.offset + t.nbytes <= file.size for t in file.tensors)
@@ -255,7 +255,7 @@ def test_a_nearly_right_directory_is_read_or_refused(data: bytes) -> None:
 @given(st.sampled_from([name for name in FILES if name != ".metadata"]), st.data())
 def test_a_nearly_right_file_of_entries_is_read_or_refused(name: str, data: st.DataObject) -> None:
     changed = data.draw(mutated([FILES[name]]))
-    store = MemoryStore("m", {other: bytearray(one) for other, one in (FILES | {name: changed}).items()})
+    store = memory_store("m", {other: one for other, one in (FILES | {name: changed}).items()})
     with refusal():
         for file in read_dcp(store, [other for other in FILES if other != ".metadata"]):
             assert all(t.offset + t.nbytes <= file.size for t in file.tensors)
@@ -265,7 +265,7 @@ def test_a_nearly_right_file_of_entries_is_read_or_refused(name: str, data: st.D
 @given(mutated(list(SHARDS.values())))
 def test_a_nearly_right_file_of_boxes_is_read_or_refused(data: bytes) -> None:
     first, second = SHARDS
-    store = MemoryStore("m", {first: bytearray(data), second: bytearray(SHARDS[second])})
+    store = memory_store("m", {first: bytearray(data), second: bytearray(SHARDS[second])})
     with refusal():
         for file in read_sharded_safetensors(store, [first, second]):
             for tensor in file.tensors:

@@ -1,6 +1,8 @@
+import time
+
 import pytest
 
-from engine.errors import EngineError
+from engine.errors import EngineError, EngineErrors
 from engine.language.loader import MAX_BYTES, load_text, load_yaml
 
 
@@ -77,7 +79,7 @@ def test_keys_that_differ_only_in_type_are_duplicates() -> None:
         ("a: 1\n---\nb: 1", "document"),
         ("", "empty"),
         ("- 1", "keys and values"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is not closed"),
         ("a: \x00", "character"),
         ("a: \ud800", "UTF-8"),
     ],
@@ -121,3 +123,48 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path) -> None:
     path = tmp_path / "windows.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: [x]\r\n")
     assert load_yaml(path).data == {"a": 1, "b": ["x"]}
+
+
+def test_what_is_wrong_in_several_entries_is_told_at_once() -> None:
+    text = """mapping: 1
+dims:
+  layer: num_layers
+  hidden: `bad
+  pair: [1,
+  2]
+  vocab: [1, 2
+rules:
+  - name: one
+    source: "unclosed
+  - name: two
+   source: x
+config:
+  a: *alias
+  b: 012
+config: {}
+"""
+    with pytest.raises(EngineErrors) as raised:
+        load_text(text)
+    told = [(one.place.line if one.place else None, one.message) for one in raised.value.errors]
+    assert told == [
+        (4, "the text begins with ```, which means something else in YAML"),
+        (7, "a `[` is not closed"),
+        (10, 'a quote `"` is not closed, in rule `one`'),
+        (12, "the line is indented by 3 spaces, the key above it by 4, in rule `two`"),
+        (14, "aliases (`*alias`) are not part of the language"),
+        (15, "`012` has a leading zero: octal, decimal or text?"),
+    ]
+
+
+def test_one_mistake_is_told_once_whatever_it_does_to_the_lines_below() -> None:
+    text = "dims: {a: 1,\n  b: 2\nrules:\n  - {name: x,\n    axes: y}\nconfig: {c: d,\ne: f}\n"
+    with pytest.raises(EngineError) as raised:
+        load_text(text)
+    assert not isinstance(raised.value, EngineErrors)
+
+
+def test_a_long_file_that_is_no_yaml_is_refused_quickly() -> None:
+    started = time.monotonic()
+    with pytest.raises(EngineError):
+        load_text("".join(f"k{i}:\n" + "  a: [\n" * 50 for i in range(200)))
+    assert time.monotonic() - started < 2

@@ -24,9 +24,13 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
+from engine.move import blocks as cutting
+from engine.move import gather, runs
 from engine.move.blocks import Block, block_bytes, blocks, largest_block
 from engine.move.moves import Moves
 from engine.planning.copies import Copy
+from engine.run import replicas as comparing
+from engine.run import schedule as scheduling
 from engine.run.schedule import schedule
 from tests.support.cases import cases, layouts_of, rank_files, request, same_files, writable_cases
 from tests.support.shards import Model, State, same, save
@@ -45,13 +49,13 @@ def written(model: Model, source: Path, out: Path, **options: Any) -> State:
 
 def blocks_of(nbytes: int, row: int = 2048) -> Any:
     """Blocks of at most `nbytes`, for writing and for comparing replicas; rows of so many bytes move by themselves."""
-    runner = mock.patch.multiple("engine.move.blocks", BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
-    replicas = mock.patch("engine.run.replicas.BLOCK_BYTES", nbytes)
+    runner = mock.patch.multiple(cutting, BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
+    replicas = mock.patch.object(comparing, "BLOCK_BYTES", nbytes)
     through = (
-        mock.patch.multiple("engine.move.gather", READ_THROUGH=8),
-        mock.patch("engine.run.schedule.READ_THROUGH", 8),
+        mock.patch.multiple(gather, READ_THROUGH=8),
+        mock.patch.object(scheduling, "READ_THROUGH", 8),
     )
-    return runner, replicas, *through, mock.patch.multiple("engine.move.runs", LEAST_ROW=row, FEW_ROWS=0)
+    return runner, replicas, *through, mock.patch.multiple(runs, LEAST_ROW=row, FEW_ROWS=0)
 
 
 def little_at_a_time(nbytes: int) -> Any:

@@ -282,6 +282,13 @@ HOMEGROWN: list[tuple[dict[str, Any], str, str]] = [
     ({"partial_rotary_factor": 0.5}, "E209", "partial_rotary_factor"),
     ({"tie_word_embeddings": True}, "E209", "tie_word_embeddings"),
     ({"activation_type": "gelu"}, "E209", "activation_type"),
+    ({"rope_type": "dynamic"}, "E209", "rope_type"),
+    ({"rope_theta": 1e6}, "E209", "rope_theta"),
+    ({"causal": False}, "E209", "causal"),
+    ({"embed_scale": 8.0}, "E209", "embed_scale"),
+    ({"moe_kwargs": {"top_k": 2}}, "E209", "moe_kwargs"),
+    ({"norm_topk_prob": True}, "E209", "norm_topk_prob"),
+    ({"routed_scaling_factor": 2.5}, "E209", "routed_scaling_factor"),
     *[({"rope_base": v}, "E218", "rope_base") for v in (-1, 0, 1, "10000", None, True, NAN, INF, 1e300, [1e4])],
     *[({"layer_norm_epsilon": v}, "E218", "layer_norm_epsilon") for v in (-1e-5, 0, "x", None, True, NAN, INF, 5)],
     *[({"num_layers": v}, "E218", "num_layers") for v in (0, -4, "4", 4.0, True, None, INF)],
@@ -312,6 +319,7 @@ def test_what_model_config_says_and_the_target_cannot_have_is_refused(
         {"use_dynamic_ntk_rope": False, "norm_head": 0, "is_reward": False, "adapt_hf": 1},
         {"init_type": "normal", "attn_wqkv_init_std": 0.1, "use_flash_attn": True, "mlp_layer_fusion": True},
         {"rope_scaling_factor": 1.0, "sliding_window": None, "num_shared_experts": 0, "activation_type": "swiglu"},
+        {"rope_type": "normal", "head_dim": None, "max_window_layers": 28, "causal": True, "moe_drop_tokens": True},
     ],
     ids=told,
 )
@@ -319,6 +327,75 @@ def test_how_it_was_trained_does_not_matter(tmp_path: Path, change: dict[str, An
     plan = api.plan(FAMILY, training(tmp_path / "ckpt", change))
     assert plan.config == api.plan(FAMILY, FIXTURES / "v2_tp2_pp2").config
     assert not plan.noted
+
+
+def with_source(folder: Path, old: str, new: str, fixture: str = "v2_tp2_pp2") -> Path:
+    """A genuine checkpoint whose `config_file.pt` has another text."""
+    shutil.copytree(FIXTURES / fixture, folder)
+    text = torch.load(folder / "config_file.pt", weights_only=False)
+    assert old in text
+    torch.save(text.replace(old, new), folder / "config_file.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"rope_base": 500000}, "rope_base"),
+        ({"adapt_hf": False}, "adapt_hf"),
+        ({"num_attention_heads": 4, "num_kv_attention_heads": 2}, "num_attention_heads"),
+    ],
+)
+def test_a_configuration_of_another_run_beside_the_training_file_is_refused(
+    tmp_path: Path, change: dict[str, Any], word: str
+) -> None:
+    source = with_source(tmp_path / "ckpt", "adapt_hf=True", "adapt_hf=True, rope_base=10000")
+    config = dict(api.read_checkpoint(source, api.load_layout("internevo")).config)
+    torch.save(config | {"rope_base": 10000} | change, source / "model_config.pt")
+    for call in (engine.convert, engine.reshard):
+        error = refused(call, FAMILY, source, tmp_path / "out")
+        assert error.code == "E218" and word in error.message and "config_file.pt" in error.message
+    torch.save(config, source / "model_config.pt")  # without `rope_base`, which then has another default
+    assert "rope_base" in refused(engine.convert, FAMILY, source, tmp_path / "out").message
+    torch.save(config | {"rope_base": 1e4, "checkpoint": True}, source / "model_config.pt")
+    api.plan(FAMILY, source)
+
+
+def test_a_model_type_of_another_model_is_refused_though_all_tensors_fit(tmp_path: Path) -> None:
+    source = with_source(tmp_path / "ckpt", "INTERNLM2_PUBLIC", "BAICHUAN2")
+    for call in (engine.convert, engine.reshard):
+        error = refused(call, FAMILY, source, tmp_path / "out")
+        assert error.code == "E212" and "BAICHUAN2" in str(error) and "model_types" in str(error.fix)
+    (tmp_path / "mine.yaml").write_text(MINE + "source: {model_types: [BAICHUAN2]}\n")
+    api.plan(tmp_path / "mine.yaml", source)
+
+
+def test_a_pipeline_that_is_only_a_number_is_understood(tmp_path: Path) -> None:
+    source = training(tmp_path / "ckpt", {})
+    torch.save("parallel = dict(tensor=2, pipeline=2, weight=1)", source / "config_file.pt")
+    api.plan(FAMILY, source)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_two_keys_that_contradict_each_other_on_rotary_pairs_decide_nothing(tmp_path: Path, said: bool) -> None:
+    for fixture, family in (("v2_tp2_pp2", FAMILY), ("llama_tp2_pp1_default", "families/llama.yaml")):
+        source = training(tmp_path / fixture, {"adapt_hf": said, "qk_interleaved": said}, fixture)
+        (source / "config_file.pt").unlink()
+        error = refused(api.plan, family, source)
+        assert error.code == "E202" and "rotary" in error.message
+        api.plan(family, source, settings={"rotary": "halves"})
+
+
+@pytest.mark.parametrize(
+    ("key", "moe", "experts"), [("moe_gate_k", "dict()", 2), ("top_k", "dict(top_k=1)", 3), (None, "dict()", 1)]
+)
+def test_how_many_experts_a_token_goes_to_is_read_in_every_place(
+    tmp_path: Path, key: str | None, moe: str, experts: int
+) -> None:
+    source = training(tmp_path / "ckpt", {key: experts} if key else {}, "moe_tp2_pp2_dp1")
+    torch.save(f"moe = {moe}", source / "config_file.pt")
+    assert api.plan("families/internlm-moe.yaml", source).config["num_experts_per_tok"] == experts
 
 
 def test_keys_that_nothing_reads_are_listed_in_plan_and_manifest(tmp_path: Path) -> None:
@@ -460,12 +537,14 @@ def test_what_transformers_saves_of_the_same_model_is_understood_key_by_key(
     from transformers import AutoConfig
 
     name, letters = f"families/{family}.yaml", {}
+    source = training(tmp_path / "ckpt", {}, fixture)
+    (source / "config_file.pt").unlink()  # which says the model type
     try:
-        engine.convert(name, FIXTURES / fixture, tmp_path / "hf")
+        engine.convert(name, source, tmp_path / "hf")
     except EngineError as error:
         assert error.code == "E202"
         letters = {"mlp_letters": "w2_is_down"}
-        engine.convert(name, FIXTURES / fixture, tmp_path / "hf", settings=letters)
+        engine.convert(name, source, tmp_path / "hf", settings=letters)
     ours = api.plan_reverse(name, tmp_path / "hf", settings=letters).config
     held = json.loads((tmp_path / "hf" / "config.json").read_text())
     for key, declared in api.load_mapping(name).keys["target"].items():  # what is absent means what it means there

@@ -24,8 +24,8 @@ from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.parts import first_fault
 from engine.planning.planner import make_plan
-from engine.storage.memory import MemoryStore
 from engine.storage.store import File
+from engine.storage.virtual import VirtualStore
 
 modest = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 Box = tuple[tuple[int, int], ...]
@@ -170,7 +170,7 @@ class Files:
         names = [f"shard_{i}.bin" for i in range(len(self.tensors))]
         grid = read_grid(names, layout, "step")
         headers = {
-            f"shard_{i}.bin": FileHeader(File(MemoryStore(), f"shard_{i}.bin"), 0, tuple(held), str(i))
+            f"shard_{i}.bin": FileHeader(File(VirtualStore("memory"), f"shard_{i}.bin"), 0, tuple(held), str(i))
             for i, held in enumerate(self.tensors)
         }
         config = {"layers": LAYERS, "experts": EXPERTS}

@@ -15,6 +15,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
+from engine.storage import output
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
@@ -254,13 +255,6 @@ def test_a_setting_against_the_config_is_obeyed_and_told(source: Path) -> None:
     assert not any("rotary" in n for n in agreeing.notices)
 
 
-def test_another_model_type_than_the_mapping_is_for_is_told(source: Path) -> None:
-    text = 'model_type = "SOMETHING_ELSE"\n'
-    torch.save(text, source / "config_file.pt")
-    plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
-    assert any("SOMETHING_ELSE" in n and "INTERNLM" in n for n in plan.notices)
-
-
 def test_a_configuration_without_items_is_refused(source: Path) -> None:
     """A Config class that keeps its content in attributes reads as empty; defaults must not stand in for it."""
     torch.save({}, source / "model_config.pt")
@@ -302,7 +296,7 @@ def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch:
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", failing)
-    monkeypatch.setattr("engine.storage.output._exchange", lambda *_: False)  # a file system that cannot
+    monkeypatch.setattr(output, "_exchange", lambda *_: False)  # a file system that cannot
     refuse(source, "E403", overwrite=True)
     assert (out / "mine.txt").read_text() == "keep"
 

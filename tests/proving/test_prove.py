@@ -17,10 +17,11 @@ from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
 from engine.proving.committed import check_meaning, committed_text, path_of, write_meaning
 from engine.proving.matrix import cases, combinations_of, rows
-from engine.proving.mutants import mutants_of, reordered, try_mutants
+from engine.proving.mutants import mutants_of, reordered
 from engine.proving.proof import Proof
 from engine.proving.symbolic import _overlaps
 from engine.proving.tiny import Worlds, guess_sizes
+from engine.proving.trying import try_mutants
 
 # `make test` runs `engine prove --all`; here is one of each kind.
 FAMILIES = [f"families/{name}.yaml" for name in ("internlm2", "internlm3", "moe-stacked", "meta-llama")]

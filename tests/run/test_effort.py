@@ -16,7 +16,9 @@ from unittest import mock
 import pytest
 
 import engine
+from engine.checkpoint import folder as indexing
 from engine.formats.unpickle import load_pickle
+from engine.move import blocks as cutting
 from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
 from engine.storage.sinks import SinkFiles
@@ -89,7 +91,7 @@ def test_permuting_rotary_pairs_reads_every_byte_once_too(sources: dict[int, Pat
     """Half a head fills a block here, and its rows lie between those of the other half."""
     plan = engine.plan(model_of(8).mapping, sources[8], settings=LETTERS | {"rotary": "pairs"})
     half = 32 * 512 * 2
-    with counted() as effort, mock.patch.multiple("engine.move.blocks", BLOCK_BYTES=half, LARGE_BLOCK_BYTES=4 * half):
+    with counted() as effort, mock.patch.multiple(cutting, BLOCK_BYTES=half, LARGE_BLOCK_BYTES=4 * half):
         engine.convert(model_of(8).mapping, sources[8], tmp_path / "hf", settings=LETTERS | {"rotary": "pairs"})
     assert effort.read <= payload(plan) + 6 * (2 * 8 + 1) * 512 * 2 + beginnings(plan)
 
@@ -186,8 +188,8 @@ def test_the_same_pickle_is_read_once() -> None:
 
     names = [f"model_tp{rank}_pp0.pt" for rank in range(4)]
     with (
-        mock.patch("engine.checkpoint.folder.load_pickle", reading),
-        mock.patch("engine.checkpoint.folder._READERS", 1),
+        mock.patch.object(indexing, "load_pickle", reading),
+        mock.patch.object(indexing, "_READERS", 1),
     ):
         together = read_headers(folder, names)
     assert read == names[:1]

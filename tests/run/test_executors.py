@@ -6,8 +6,11 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -33,13 +36,56 @@ def plan(tmp_path: Path) -> Path:
 def test_any_executor_of_the_standard_library_serves(plan: Path, tmp_path: Path) -> None:
     told: list[int] = []
     with ThreadPoolExecutor(2) as pool:
-        api.run_parts(plan, pool, 3, tmp_path / "out", progress=lambda state: told.append(state.done))
-    assert files(tmp_path / "out") == files(tmp_path / "once") and told == [1, 2, 3]
+        how = {"executor": pool, "parts": 3, "progress": lambda state: told.append(state.done)}
+        engine.convert(MAPPING, STEP, tmp_path / "out", max_shard_size=200_000, **how)
+        engine.reverse(MAPPING, tmp_path / "out", tmp_path / "ranks", tp=2, **how)
+    assert files(tmp_path / "out") == files(tmp_path / "once") and told == [1, 2, 3] * 2
+    engine.reverse(MAPPING, tmp_path / "once", tmp_path / "ranks once", tp=2)
+    assert files(tmp_path / "ranks") == files(tmp_path / "ranks once")
 
 
-def test_an_executor_that_is_not_known_is_refused(plan: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="no such executor"):
-        api.run_plan_on(plan, "ray", 2, tmp_path / "out")
+class Later:
+    """An executor with futures of its own, which do the work when they are asked, and are lost after some."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def submit(self, does: Callable[..., Any], *given: Any) -> SimpleNamespace:
+        def result() -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise ConnectionError("the scheduler is gone")
+            return does(*given)
+
+        return SimpleNamespace(result=result, cancel=lambda: None)
+
+
+def test_an_executor_that_is_lost_leaves_its_parts_to_the_next(plan: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"E409.*\n.*the scheduler is gone"):
+        engine.run_plan(plan, tmp_path / "out", executor=Later(2), parts=4)
+    (left,) = tmp_path.glob(".out.partial-*")
+    assert len(list(left.glob(".part-*"))) == 2 and not (tmp_path / "out").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in left.glob(".part-*")}
+    engine.run_plan(plan, tmp_path / "other", executor=Later(4), parts=4)
+    engine.run_plan(plan, tmp_path / "out", executor=Later(4), parts=4, resume=True)
+    assert len(before) == 2 and files(tmp_path / "out") == files(tmp_path / "other") == files(tmp_path / "once")
+
+
+def test_what_an_executor_cannot_do_is_refused_as_itself(plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with ProcessPoolExecutor(1) as pool:
+        for how, code in (
+            ({"executor": "ray"}, "no such executor"),
+            ({"executor": pool, "digests": False}, "parts always record digests"),
+            ({"executor": pool, "parts": 0}, "no such part"),
+        ):
+            with pytest.raises(EngineError, match=code):
+                engine.run_plan(plan, tmp_path / "out", **how)
+        with pytest.raises(EngineError, match="E401"):  # which comes from another process
+            engine.run_plan(plan, tmp_path / "full", executor=pool, parts=1)
+        with engine.virtual(engine.plan(MAPPING, STEP)) as whole, pytest.raises(EngineError, match="E001"):
+            engine.reverse(MAPPING, whole.store, tmp_path / "out", executor=pool)
 
 
 @pytest.mark.slow
@@ -56,5 +102,6 @@ def test_dask_does_the_parts_of_killed_workers_again(plan: Path, tmp_path: Path)
             os.kill(pids[0], signal.SIGKILL)
 
         threading.Thread(target=kill).start()
-        api.run_parts(plan, client.get_executor(pure=False, retries=3), 12, tmp_path / "out", workers=1)
+        executor = client.get_executor(pure=False, retries=3)
+        engine.run_plan(plan, tmp_path / "out", executor=executor, parts=12, workers=1)
     assert files(tmp_path / "out") == files(tmp_path / "once")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,10 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.run.parts import Part, share
+from engine.run.parts import Part, read_markers, share
 from engine.run.schedule import Job, Unit
+from engine.storage.local import LocalStore
+from tests.attacks.values import mutated
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
@@ -101,12 +107,50 @@ def test_parts_of_different_numbers_or_plans_are_not_put_together(plan: Path, tm
     assert len(api.clean(out)) == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b'{"work": 1}', b"\xff", b'{"work":"","part":[1],"outputs":{}}'])
-def test_a_damaged_marker_is_refused(damage: bytes, plan: Path, tmp_path: Path) -> None:
+def test_a_damaged_marker_is_refused(plan: Path, tmp_path: Path) -> None:
     api.part(plan, "1/1", tmp_path / "out")
     (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
-    marker.write_bytes(damage)
+    told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
+    told["spans"] = [[0, 0, 8, "0" * 32]]
+    for name, damage in mutated({**told, "outputs": dict(list(told["outputs"].items())[:2])}):
+        marker.write_bytes(damage)
+        with pytest.raises(EngineError) as caught:
+            read_markers(compiled, told["work"], LocalStore(marker.parent))
+        assert caught.value.code == "E409", name
     refused("E409", plan, tmp_path / "out")
+
+
+def _edited(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+
+
+def _moved(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "change", [_edited, _moved, lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.unlink()]
+)
+def test_what_a_part_wrote_and_something_changed_is_not_committed(
+    change: Callable[[Path], object], plan: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2):
+        api.part(plan, f"{number}/2", out)
+    partial = next(tmp_path.glob(".out.partial-*"))
+    file = max(partial.glob("*.safetensors"))
+    (partial / "modeling_evil.py").write_text("import os")
+    with file.open("r+b") as header:  # what can be written anew is
+        header.write(bytes(8))
+    shutil.copytree(partial, tmp_path / "kept")
+    change(file)
+    assert file.name in str(refused("E409", plan, out)) and not out.exists()
+    shutil.rmtree(partial)
+    (tmp_path / "kept").rename(partial)
+    api.commit(plan, out)
+    assert files(out) == whole
 
 
 @pytest.mark.slow
@@ -145,15 +189,24 @@ def test_the_part_comes_from_slurm_or_kubernetes(monkeypatch: pytest.MonkeyPatch
             part_of(text, {})
 
 
-@given(st.lists(st.lists(st.integers(0, 100), max_size=6), min_size=1, max_size=5), st.integers(1, 9))
-def test_every_unit_is_in_one_part_and_parts_differ_by_a_unit_at_most(sizes: list[list[int]], count: int) -> None:
+@given(st.lists(st.lists(st.integers(0, 100), max_size=6), min_size=1, max_size=5), st.integers(1, 9), st.booleans())
+def test_every_byte_is_in_one_part_and_parts_differ_by_a_unit_or_by_little(
+    sizes: list[list[int]], count: int, cut: bool
+) -> None:
     jobs, number = [], 0
     for file, held in enumerate(sizes):
         units = tuple(Unit((number + i,)) for i in range(len(held)))
         number += len(held)
         jobs.append(Job((file,), units, tuple(held)))
-    shares = [share(jobs, Part(k, count)) for k in range(1, count + 1)]
-    dealt = [unit for one in shares for job in one for unit in job.units]
-    assert sorted(unit.outputs for unit in dealt) == [(i,) for i in range(number)]
-    largest, total = max((size for held in sizes for size in held), default=0), sum(map(sum, sizes))
-    assert all(sum(job.nbytes for job in one) <= total / count + largest + 1 for one in shares)
+    flat = [size for held in sizes for size in held]
+    shares = [share(jobs, Part(k, count), cut=cut) for k in range(1, count + 1)]
+    dealt = sorted(
+        (*u.outputs, *(u.span or (0, flat[u.outputs[0]]))) for one in shares for job in one for u in job.units
+    )
+    ends = [0] * number
+    for output, low, high in dealt:
+        assert low == ends[output] and (low < high or not flat[output])
+        ends[output] = high
+    assert ends == flat and {output for output, *_ in dealt} == set(range(number))
+    most = max(sum(job.nbytes for job in one) for one in shares)
+    assert most <= sum(flat) / count * (1.04 if cut else 1) + (1 if cut else max(flat, default=0) + 1)

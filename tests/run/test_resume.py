@@ -20,6 +20,8 @@ from click.testing import CliRunner
 import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.move import blocks
+from engine.run import writer
 from engine.storage.locks import OutputLock
 from engine.storage.sinks import SinkFiles
 from tests.support.disk import Disk, contents, partials
@@ -264,9 +266,9 @@ def test_a_tensor_in_progress_goes_on_where_it_was_marked(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Entries of the journal come every so many bytes of a tensor, not only at its end."""
-    monkeypatch.setattr("engine.run.writer.MARK_BYTES", 3000)
-    for module in ("BLOCK_BYTES", "LARGE_BLOCK_BYTES"):
-        monkeypatch.setattr(f"engine.move.blocks.{module}", 1000)
+    monkeypatch.setattr(writer, "MARK_BYTES", 3000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(blocks, "LARGE_BLOCK_BYTES", 1000)
     model = Model("v2", layers=2, hidden=64, heads=4, groups=2, ffn=256, vocab=512, bias=False)
     save(model, tmp_path / "step", tp=2)
     engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=LETTERS)

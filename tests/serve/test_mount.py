@@ -21,20 +21,12 @@ import torch
 import engine
 from engine import api
 from engine.errors import EngineError
-from engine.serve import mount
 from engine.serve.ahead import WINDOW, Ahead
-from engine.serve.files import Stretch, VirtualFile
+from engine.storage.virtual import Stretch, VirtualFile
+from tests.support.fuse import missing
 from tests.support.serving import MAPPING, SPLIT, STEP
 
 ROOT = Path(__file__).parents[2]
-
-
-def missing() -> str | None:
-    try:
-        mount._fuse()
-    except EngineError as error:
-        return error.got
-    return None
 
 
 needs_fuse = pytest.mark.skipif(missing() is not None, reason=f"no FUSE: {missing()}")
@@ -159,6 +151,11 @@ def test_it_is_not_mounted_over_what_is_there(what: str, tmp_path: Path) -> None
     assert what != "full" or (at / "mine").read_text() == "mine"
 
 
+def read(ahead: Ahead, file: VirtualFile, start: int, size: int) -> bytes:
+    buffer = bytearray(size)
+    return bytes(buffer[: ahead.read_into(file, start, memoryview(buffer))])
+
+
 def test_reading_ahead_gives_the_bytes_of_the_file_in_any_order() -> None:
     data = random.Random(1).randbytes(3 * WINDOW + 12345)
     asked: list[tuple[int, int]] = []
@@ -173,13 +170,13 @@ def test_reading_ahead_gives_the_bytes_of_the_file_in_any_order() -> None:
     step = 128 << 10
     with Ahead() as ahead, ThreadPoolExecutor(4) as users:
         for start_, size in spans:
-            assert ahead.read(file, start_, size) == data[start_ : start_ + size]
+            assert read(ahead, file, start_, size) == data[start_ : start_ + size]
         assert max(size for _, size in asked) <= 200_000  # no window for one that jumps
         asked.clear()
-        pieces = users.map(lambda at: ahead.read(file, at, step), range(0, len(data), step))
+        pieces = users.map(lambda at: read(ahead, file, at, step), range(0, len(data), step))
         assert b"".join(pieces) == data
         assert len(asked) < 12  # by windows
-        assert ahead.read(file, len(data) - 5, 100) == data[-5:] and ahead.read(file, len(data), 5) == b""
+        assert read(ahead, file, len(data) - 5, 100) == data[-5:] and read(ahead, file, len(data), 5) == b""
 
 
 def test_a_window_that_failed_is_read_again() -> None:
@@ -193,6 +190,6 @@ def test_a_window_that_failed_is_read_again() -> None:
     with Ahead() as ahead:
         for at in range(0, 5 << 17, 1 << 17):
             with pytest.raises(EngineError):
-                ahead.read(file, at, 1 << 17)
+                read(ahead, file, at, 1 << 17)
         broken = False
-        assert ahead.read(file, 5 << 17, 1 << 17) == bytes(1 << 17)
+        assert read(ahead, file, 5 << 17, 1 << 17) == bytes(1 << 17)

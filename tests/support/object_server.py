@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 BUCKET = "ckp"
 KEY, SECRET = "test", "testsecret"
@@ -103,9 +104,28 @@ class Proxy:
         return [one for one in self.asked if one.method == "GET" and name in one.path and "list-type" not in one.path]
 
 
+def _of_google(method: str, url: str, headers: Mapping[str, str], body: bytes) -> dict[str, str]:
+    """The headers of a request to Google's XML interface as those of S3, signed."""
+    from botocore.auth import S3SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    given = {name.lower().replace("x-goog-meta-", "x-amz-meta-"): value for name, value in headers.items()}
+    if given.pop("x-goog-if-generation-match", None) == "0":
+        given["if-none-match"] = "*"
+    kept = {name: value for name, value in given.items() if name not in ("host", "authorization", "content-length")}
+    request = AWSRequest(method, url, kept, body)
+    S3SigV4Auth(Credentials(KEY, SECRET), "s3", "us-east-1").add_auth(request)
+    return {**dict(request.headers.items()), "Host": url.split("/")[2], "Content-Length": str(len(body))}
+
+
 @contextlib.contextmanager
-def proxy(port: int) -> Iterator[Proxy]:
-    """A proxy before a server on a port."""
+def proxy(port: int, *, google: bool = False) -> Iterator[Proxy]:
+    """A proxy before a server on a port.
+
+    Args:
+        google: it speaks as Google's XML interface does, of which S3's is a dialect, and asks for no signature.
+    """
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -141,8 +161,15 @@ def proxy(port: int) -> Iterator[Proxy]:
             if harm == "wait":
                 time.sleep(30)
             ask = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            ask.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
+            name, mark, query = self.path.partition("?")
+            path = quote(unquote(name), safe="/-_.~") + mark + query if google else self.path
+            ask.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
+            headers = (
+                _of_google(self.command, f"http://127.0.0.1:{port}{path}", self.headers, body)
+                if google
+                else self.headers
+            )
+            for name, value in headers.items():
                 ask.putheader(name, value)
             ask.endheaders(body)
             got = ask.getresponse()
@@ -150,7 +177,7 @@ def proxy(port: int) -> Iterator[Proxy]:
             self.send_response_only(got.status)
             for name, value in got.getheaders():
                 if name.lower() not in ("transfer-encoding", "content-length", "connection"):
-                    self.send_header(name, value)
+                    self.send_header(name.lower().replace("x-amz-meta-", "x-goog-meta-") if google else name, value)
             length = got.getheader("Content-Length") if self.command == "HEAD" else None
             self.send_header("Content-Length", length or str(len(data)))
             self.end_headers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ from engine.formats.headers import FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import INDEX, read_safetensors
 from engine.language.layout_file import load_layout
+from engine.planning.reading import read_checkpoint
 from engine.run.digests import ALGORITHM, content_id, digest_of
-from engine.run.execute import read_checkpoint
-from engine.run.manifest import NAME
+from engine.run.manifest import NAME, read_manifest
 from engine.storage.json_text import parse_json
 from engine.storage.sources import SourceFiles
 from engine.storage.store import File, Store
@@ -56,12 +57,94 @@ class Written:
 def check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[int], None] = lambda _: None) -> Written:
     """Read every byte of an output and compare it with the manifest."""
     tensors: Mapping[str, Any] = data["tensors"]
+    found, nbytes, read, problems = _contents(folder, data, advance)
+    problems += _index(folder, tensors)
+    if not data["files"] and not any(str(entry.get("file")) + ":" in name for name, entry in tensors.items()):
+        problems.append(
+            "the manifest names no file beside the weights, such as the configuration: nothing checked them"
+        )
+    files = {*data["files"], *(str(entry.get("file")) for entry in tensors.values())}
+    strangers, beside = extra_files(folder, files)
+    total = content_id(found) if found and read == len(found) else ""
+    complete = data.get("digest") == ALGORITHM or "content_id" in data
+    if (total != data.get("content_id", "") or complete != bool(total)) and not problems:
+        problems.append("the content id is not that of the tensors: the manifest was changed")
+    problems += strangers
+    unchecked = [*_without_digests(len(found), read), *beside]
+    return Written(len(found), len(files), nbytes, total, read, tuple(problems), tuple(unchecked))
+
+
+class Ours:
+    """What of a folder is not the engine's output as written. Contents are read again only where they may differ."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+
+    def __call__(self, store: Store) -> str | None:
+        """In words; None for its output or an empty folder. What is missing is nobody's."""
+        try:
+            names = store.names()
+            return self._foreign(store, names, read_manifest(store)) if names else None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return error.strerror or "a folder that cannot be read"
+        except EngineError as error:
+            return f"a folder without a manifest of the engine: {error.message}"
+
+    def _foreign(self, store: Store, names: Sequence[str], data: Mapping[str, Any]) -> str | None:
+        mine = {NAME, INDEX, *data["files"], *(entry["file"] for entry in data["tensors"].values())}
+        names = list(_below(store, names, {above for name in mine for above in _folders(name)}))
+        others = [name for name in names if name not in mine or not _is_plain(store, name)]
+        if others:
+            return f"files that the engine did not write: {', '.join(others[:4])}"
+        seen = [(name, state.told()) for name, state in store.states(names).items()]
+        if seen == self._seen:
+            return None
+        here = {name: wanted for name, wanted in data["files"].items() if name in names}
+        # reading the weights of a bucket takes as long as converting them
+        tensors = data["tensors"] if store.folder is not None else {}
+        tensors = {name: entry for name, entry in tensors.items() if entry["file"] in names}
+        *_, changed = _contents(store, {**data, "files": here, "tensors": tensors})
+        changed += _index(store, data["tensors"]) if INDEX in names else []
+        self._seen = None if changed else seen
+        return f"not what the engine wrote there: {changed[0]}" if changed else None
+
+
+def _below(store: Store, names: Sequence[str], folders: Collection[str]) -> Iterator[str]:
+    """The names, and those in `folders` in place of them."""
+    for name in names:
+        if name in folders and (store.folder is None or not (store.folder / name).is_symlink()):
+            yield from _below(store, [f"{name}/{one}" for one in store.names(name)], folders)
+        else:
+            yield name
+
+
+def _folders(name: str) -> Iterator[str]:
+    """The folders above a file, as far as they have a name of their own."""
+    *above, _ = name.split("/")
+    return ("/".join(above[:n]) for n in range(1, len(above) + 1)) if _inside(name) else iter(())
+
+
+def _is_plain(store: Store, name: str) -> bool:
+    """Whether it is a file itself, and no link to one."""
+    return store.folder is None or stat.S_ISREG((store.folder / name).lstat().st_mode)
+
+
+Found = dict[str, tuple[str, tuple[int, ...], str]]  # type, shape and digest of tensors
+
+
+def _contents(
+    folder: Store, data: Mapping[str, Any], advance: Callable[[int], None] = lambda _: None
+) -> tuple[Found, int, int, list[str]]:
+    """Every file that the manifest names, read: tensors, their bytes, how many have digests, and what is wrong."""
+    tensors: Mapping[str, Any] = data["tensors"]
     problems: list[str] = []
     for name, wanted in data["files"].items():
         problems += _check_small(folder, str(name), str(wanted))
     headers, unreadable = _headers(folder, data)
     problems += unreadable
-    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    found: Found = {}
     nbytes = read = 0
     for file, header in headers.items():
         with SourceFiles((header,)) as sources:
@@ -81,17 +164,7 @@ def check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[int
                 elif digest != entry.get("digest", ""):
                     problems.append(f"{file}:{one.name} has other bytes than were written")
             problems += [f"{file}:{name} is missing" for name in here]
-    problems += _index(folder, tensors)
-    known = {*data["files"], *(str(entry.get("file")) for entry in tensors.values())}
-    strangers, beside = extra_files(folder, known)
-    total = content_id(found) if found and read == len(found) else ""
-    complete = data.get("digest") == ALGORITHM or "content_id" in data
-    if (total != data.get("content_id", "") or complete != bool(total)) and not problems:
-        problems.append("the content id is not that of the tensors: the manifest was changed")
-    problems += strangers
-    unchecked = [*_without_digests(len(found), read), *beside]
-    files = len(data["files"]) + len(headers)
-    return Written(len(found), files, nbytes, total, read, tuple(problems), tuple(unchecked))
+    return found, nbytes, read, problems
 
 
 def _headers(folder: Store, data: Mapping[str, Any]) -> tuple[dict[str, FileHeader], list[str]]:
@@ -168,7 +241,7 @@ def _inside(name: str) -> bool:
 
 def _check_small(folder: Store, name: str, wanted: str) -> list[str]:
     if not _inside(name):
-        return [f"{name!r} is not the name of a file of the output"]
+        return [f"{name!r} is not the name of an output file"]
     try:
         with folder.open(name) as file:
             total = hashlib.sha256()
@@ -181,7 +254,7 @@ def _check_small(folder: Store, name: str, wanted: str) -> list[str]:
 
 def _read(folder: Store, name: str) -> FileHeader:
     if not _inside(name):
-        raise EngineError("E301", "not the name of a file of the output", place=Place(name))
+        raise EngineError("E301", "this is not the name of an output file", place=Place(name))
     file = File(folder, name)
     return read_safetensors(file) if name.endswith(".safetensors") else read_rank_file(file)
 

@@ -1,0 +1,74 @@
+"""The public functions that explain codes and the system, and that tidy up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def clean(out: str | Path) -> list[Path | str]:
+    """Remove what interrupted runs left beside an output; returns what was removed.
+
+    In an object store that is uploads that are pending below the output's prefix: files that are not visible yet.
+    """
+    from engine.storage.objects import ObjectStore
+    from engine.storage.output import clean as remove
+    from engine.storage.pending import end_uploads
+    from engine.storage.places import on_this_machine, store_at
+
+    store = store_at(out, "the output")
+    if isinstance(store, ObjectStore):
+        return [*end_uploads(store)]
+    return [*remove(on_this_machine(store, "the output"))]
+
+
+def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
+    """An output's path, and what interrupted runs left beside it: each folder with the bytes it takes.
+
+    Args:
+        out: as it was given to the run; without it, the default of `src`.
+    """
+    from engine.api.outputs import default_out
+    from engine.storage.output import leftovers
+    from engine.storage.places import is_url
+
+    final = default_out(src or ".") if out is None else out
+    if is_url(final):
+        return str(final), []
+    final = Path(final)
+    found = [path for path in leftovers(final.absolute()) if path.is_dir()]
+    sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
+    return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
+
+
+def environment() -> dict[str, str]:
+    """What a bug report needs: versions of the engine and of what it uses, Python and the system."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from engine.language.version import __version__
+
+    facts = {
+        "engine": __version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    try:
+        wanted = [text.split(";")[0] for text in requires("internlm-engine") or ()]
+    except PackageNotFoundError:
+        wanted = []
+    for name in sorted("".join(c if c.isalnum() or c in "-_" else " " for c in text).split()[0] for text in wanted):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    named = ("ENGINE_MAPPINGS", "ENGINE_DEBUG", "TMPDIR")
+    return facts | {name: os.environ[name] for name in named if name in os.environ}
+
+
+def explain_code(code: str) -> str:
+    """What an error or lint code means and what to do, as Markdown; E001 for a code that is none."""
+    from engine.explaining.codes import explain_code as page
+
+    return page(code)

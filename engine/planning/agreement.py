@@ -1,0 +1,100 @@
+"""Two configurations that must agree: what is written with what was read, and with what was given or repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import EngineError, Place
+from engine.language.declared import expressions_of
+from engine.language.expressions import compile_expression
+from engine.language.keys import find_key
+from engine.language.model import Mapping as MappingFile
+from engine.planning.config_keys import Read, Side, copied, leaves, prefixes, shown, value_at
+
+
+def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
+    """E209 for the first key of a configuration that the other side does not give back.
+
+    Args:
+        read: the configuration as read.
+        forth: what is made, by the same mapping and options, of what is to be written.
+    """
+    side, written = read.side, dict(leaves(mapping.config))
+    back = dict(leaves(forth))
+    for path, value in leaves(read.config):
+        tree = next((written[p] for p in prefixes(path) if p in written), None)
+        key = find_key(side.keys, path)
+        if tree is None or (key is not None and key.ignored is not None):
+            continue
+        found = back.get(path, value_at(forth, path))
+        if found is None and key is not None:
+            found = key.default
+        if _plain(found) == _plain(value):
+            continue
+        told = sorted({p.split(".")[1] for one in expressions_of(tree) for p in compile_expression(one).paths
+                       if p.startswith("options.")})  # fmt: skip
+        raise EngineError(
+            "E209",
+            f"`{side.spelt.get(path, path)}` of {side.file} would be lost",
+            place=Place(side.file),
+            got=f"{side.spelt.get(path, path)}: {shown(value)}",
+            expected="no such key" if found is None else f"{shown(found)}, as what is written would be read",
+            fix=(f"Training files do not hold it. If it is only how the model is served, say so with --set: "
+                 f"{', '.join(told)}." if told else
+                 "The configuration contradicts itself or the weights, or training files cannot express it: it is "
+                 "another model's, or the mapping is not the one for it."),
+        )  # fmt: skip
+
+
+def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str | None) -> None:
+    """E218 for the first key that decides something and is another in `file`, which repeats the configuration."""
+    for path, value in leaves(again if isinstance(again, Mapping) else {}):
+        key, here = find_key(side.keys, path), value_at(config, path)
+        limited = key is not None and key.only is not None
+        if not (side.reads(path) or limited) or _plain(here) == _plain(value):
+            continue
+        if here is None and limited and key is not None and key.allows(value):
+            continue  # absent is as good
+        raise EngineError(
+            "E218",
+            f"`{path}` is not the same in {side.file} and {file}",
+            place=Place(side.file),
+            got="no such key" if here is None else f"{path}: {shown(here)}",
+            expected=f"{path}: {shown(value)}, as {file} says",
+            fix="One of the two files is of another run: copy both again from the training run. If you know which is "
+            "right, correct the other, or move it away.",
+        )
+
+
+def with_given(config: Mapping[str, Any], given: Mapping[str, Any], mapping: MappingFile) -> dict[str, Any]:
+    """A configuration to be written, completed by what was given of it; what both say must agree.
+
+    Raises:
+        EngineError: E218 for the first key that the checkpoint and the given configuration say differently.
+    """
+    for path, value in leaves(config):
+        other = value_at(given, path)
+        if other is not None and value is not None and _plain(other) != _plain(value):
+            raise EngineError(
+                "E218",
+                f"the given configuration does not belong to this checkpoint: `{path}` is {shown(other)}",
+                place=Place("config.json"),
+                got=f"{path}: {shown(other)}",
+                expected=f"{shown(value)}, as mapping `{mapping.name}` reads the checkpoint",
+                fix="Give the configuration of this model, or correct that key in it.",
+            )
+    return _over(given, config)
+
+
+def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees in one; what the second says counts."""
+    result = copied(under)
+    for name, value in over.items():
+        below = result.get(name)
+        result[name] = _over(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return result
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

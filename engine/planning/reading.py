@@ -1,0 +1,55 @@
+"""A training checkpoint as planning takes it: its ranks, headers and configurations."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.language.model import Layout
+from engine.storage.places import Source, file_at, store_at
+
+if TYPE_CHECKING:
+    from engine.planning.attempts import Checkpoint
+
+
+def read_checkpoint(
+    src: Source, layout: Layout, config: Path | str | None = None, *, needed: bool = True
+) -> Checkpoint:
+    """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
+
+    Of the payload only a few KiB are read, to see that no file is there twice. Raises EngineError E2xx and E3xx.
+
+    Args:
+        config: a file of the target's configuration, for what the checkpoint does not say.
+        needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
+    """
+    from engine.checkpoint.folder import list_folder, read_configuration, read_folder_config, read_headers
+    from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
+    from engine.checkpoint.ranks import check_claims, folders_in, read_grid
+    from engine.formats.configs import read_json
+    from engine.planning.attempts import Checkpoint
+
+    folder = store_at(src, "the checkpoint")
+    file = None if config is None else file_at(config, "the configuration")
+    target = {} if file is None else read_json(file)
+    read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
+    grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), read)
+    training: dict[str, Any] = {}
+    if layout.training_file is not None and layout.training_format is not None:
+        training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
+        check_claims(grid, layout, training, folder.place())
+    headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors, told_by(layout))
+    check_alike(headers, layout)
+    files = list(zip(grid.files, headers, strict=True))
+    said = [said_rank(h, f.pattern, layout) for f, h in files]
+    said = said if len(set(said)) > 1 else [None] * len(files)
+    claims = [
+        Claim(h, saved_as(h.root, layout) or own, place_of(f.pattern, f.ranks))
+        for (f, h), own in zip(files, said, strict=True)
+    ]
+    check_identities(claims)
+    if layout.config_of_target:
+        target = read()
+    name = layout.config_file if file is None or not layout.config_of_target else file.name
+    return Checkpoint(folder.place(), grid, headers, read(), training, name, target)

@@ -1,0 +1,169 @@
+"""A training configuration, options and tensors → sizes, choices and config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from engine.language.declared import expressions_of
+from engine.language.expressions import OMIT, compile_expression, names_in
+from engine.language.keys import find_key
+from engine.language.model import Expression, Layout
+from engine.language.model import Mapping as MappingFile
+from engine.planning.attempts import claims
+from engine.planning.config_keys import Side, as_declared, leaves, source_side
+from engine.planning.facts import present_in, render_known
+from engine.planning.variants import decide
+from engine.proving.directions import Direction, nested, value_of
+from engine.proving.probes import Outcome, divisors_of, plain_name, unusual
+from engine.proving.tiny import World, Worlds, of_files, training_names
+
+LEAST = "nothing but what is needed, and no option set"
+_WORSE = ("refused", "no value", "read off")
+
+
+class Forth(Direction):
+    """The direction of `run`."""
+
+    def __init__(self, mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> None:
+        super().__init__(mapping, layout, world)
+        self.worlds = worlds
+
+    @cached_property
+    def side(self) -> Side:
+        return source_side(self.mapping, self.layout)
+
+    @cached_property
+    def expressions(self) -> list[Expression]:
+        variants = [dict(v.choices) for v in self.mapping.variants.values()]
+        remote = self.mapping.remote_code.auto_map if self.mapping.remote_code is not None else {}
+        return list(expressions_of([dict(self.mapping.dims), variants, self.mapping.config, dict(remote)]))
+
+    def closure(self, name: str) -> frozenset[str]:
+        mapping = self.mapping
+        itself: frozenset[str] = frozenset()
+        if name in mapping.dims:
+            read = compile_expression(mapping.dims[name]).paths
+            itself = frozenset([name]) & read  # a key of the same name
+        elif name in mapping.variants:
+            variant = mapping.variants[name]
+            if name in of_files(mapping):
+                return frozenset([f"tensors.{name}"])
+            asked = [compile_expression(one) for one in expressions_of(dict(variant.choices))]
+            read = frozenset(path for one in asked for path in one.paths)
+            itself = frozenset(f"there.{name}" for one in asked for name in one.patterns)
+        else:
+            return frozenset([name])
+        return frozenset(p for one in read if one != name for p in self.closure(one)) | itself
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """Every key that is read, with a value that tells it from the others; options likewise."""
+        grid = {name: values[0] for name, values in self.grid.items()}
+        names = {**self.world.config, **self.world.choices, **self.world.sizes, **grid, "options": {}}
+        written = dict(leaves(render_known(self.mapping.training_config, names)))
+        sized = {p for e in self.mapping.dims.values() for p in compile_expression(e).paths}
+        direct = {path: self.world.sizes[d] for d, e in self.mapping.dims.items()
+                  if d in self.world.sizes and (path := plain_name(e)) is not None}  # fmt: skip
+        base: dict[str, Any] = {}
+        axes = {axis for rule in self.mapping.rules for axis in rule.axes.names()}
+        own = {*self.mapping.dims, *self.mapping.variants, *self.world.sizes, *axes}
+        own -= {axis for axis, one in self.mapping.dims.items() if axis in names_in(one)}  # a key of the same name
+        number = 0
+        for path in self.paths:
+            root = path.split(".")[0]
+            if root in own or root == "options":
+                continue
+            if root == "given":
+                base[path] = OMIT
+                continue
+            if path in grid:
+                base[path] = grid[path]
+                continue
+            key = find_key(self.keys, path)
+            types = () if key is None else key.limits.types
+            fits = path in written and (key is None or key.limits.fits(written[path]))
+            if path in direct:
+                base[path] = direct[path]
+            elif path in sized and fits:
+                base[path] = written[path]
+            elif "integer" in types and not fits:
+                base[path] = 8192 + number
+            elif "number" in types and path not in sized:
+                base[path] = unusual(number, key)
+            elif fits:
+                base[path] = written[path]
+            else:
+                base[path] = OMIT
+            number += 1
+        for number, option in enumerate(self.mapping.options.values()):
+            value = option.default
+            if option.type == "integer":
+                value = 4099 + number
+            elif option.type == "number":
+                value = unusual(number + 3, None) if option.limits.fits(unusual(number + 3, None)) else 6.5
+            base[f"options.{option.name}"] = value
+        base |= {f"tensors.{name}": self.world.choices[name] for name in of_files(self.mapping)}
+        there = present_in(training_names(self.worlds.used(self.world.choices, most=True) or ()))
+        return base | {f"there.{name}": there(name) for name in self._asked()}
+
+    def _asked(self) -> list[str]:
+        """Tensors that variants ask for which are decided by keys as well."""
+        both = [v for name, v in self.mapping.variants.items() if name not in of_files(self.mapping)]
+        return sorted(
+            {n for v in both for e in expressions_of(dict(v.choices)) for n in compile_expression(e).patterns}
+        )
+
+    def edges(self, path: str) -> list[Any]:
+        """Sizes less one, where sizes are rounded up to multiples of what is read."""
+        divisors = {name for one in self.mapping.dims.values() for name in divisors_of(one)}
+        rounded = any(path in self.closure(name) for name in divisors)
+        below = [one for name, one in self.mapping.dims.items() if name in divisors]
+        direct = any(path in compile_expression(one).paths for one in below)
+        return [max(self.world.sizes.values())] if rounded and (direct or path in divisors) else []
+
+    def whole(self) -> list[tuple[str, dict[str, Any]]]:
+        """Everything that may be absent absent at once, with the options' own defaults."""
+        needed = self._needed()
+        free = {path: OMIT for path in self.base if path not in needed and "." not in path}
+        free |= {f"options.{name}": option.default for name, option in self.mapping.options.items()}
+        return [(LEAST, free)]
+
+    def _needed(self) -> set[str]:
+        """Keys without which something has no value, or is read off the tensors."""
+        usual = self.run(self.base)
+        found: set[str] = set()
+        for path in self.base:
+            after = self.run({**self.base, path: OMIT}) if "." not in path else usual
+            worse = (p for p, v in after.items() if str(v).startswith(_WORSE) and usual.get(p) != v)
+            if any(p not in after for p in usual) or any(worse):
+                found.add(path)
+        return found
+
+    def outcome(self, names: Mapping[str, Any], apart: Mapping[str, Mapping[str, Any]]) -> Outcome:
+        mapping = self.mapping
+        used = self.worlds.used({**self.world.choices, **apart["tensors"]}, most=True)
+        if used is None:
+            return {"refused": "no set of tensors shows it"}
+        there, single = present_in(training_names(used)), apart["there"]
+        names = {
+            **names,
+            "training": nested(apart["training"]),
+            "present": lambda name: single[name] if name in single else there(name),
+        }
+        choices = {name: decision.choice for name, decision in decide(mapping.variants, {}, names).items()}
+        open_ = {name: self.world.choices[name] for name in mapping.variants if name not in choices}
+        facts, _ = claims(mapping, {**names, **choices, **open_}, "the training configuration")
+        sizes = {axis: fact.value for axis, fact in facts.items()}
+        found: dict[str, Any] = {f"size {axis}": size for axis, size in sizes.items()}
+        found |= {f"size {axis}": "read off the tensors" for axis in mapping.dims if axis not in sizes}
+        found |= {f"choice {name}": choice for name, choice in choices.items()}
+        names |= {**self.world.sizes, **sizes, **choices, **open_}
+        made = {key: value_of(tree, names) for key, tree in mapping.config.items()}
+        made = as_declared({k: v for k, v in made.items() if v is not OMIT}, mapping.keys.get("target", {}))
+        found |= {f"config.json {path}": value for path, value in leaves(made)}
+        if mapping.remote_code is not None:
+            auto = {key: value_of(tree, names) for key, tree in mapping.remote_code.auto_map.items()}
+            found |= {f"auto_map {key}": value for key, value in auto.items() if value is not OMIT}
+        return found

@@ -1,0 +1,232 @@
+"""Lint of names: keys, models, tensors and choices that a mapping writes or asks for, and that nothing knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from jinja2 import nodes
+
+from engine.errors import Place
+from engine.language.declared import expressions_of
+from engine.language.expressions import compile_expression
+from engine.language.keys import find_key
+from engine.language.model import Expression, Layout
+from engine.language.model import Mapping as MappingFile
+from engine.language.names import PARAMS, pattern
+from engine.planning.config_keys import declared, leaves
+from engine.proving import targets
+from engine.proving.finding import Finding
+from engine.proving.probes import dotted
+
+_NEAR = 0.8
+_TOKENIZER = frozenset(("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "add_bos_token"))
+
+
+def check_names(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
+    """Everything of this module, L010 to L013."""
+    yield from _config_keys(mapping)
+    yield from _training_keys(mapping, layout)
+    yield from _generation_keys(mapping)
+    yield from _names(mapping)
+    yield from _patterns(mapping)
+    yield from _comparisons(mapping)
+
+
+def _unknown(name: str, where: str, known: Iterable[str], place: Place, why: str) -> Finding:
+    """L010: an error where the name is almost a known one, else a warning."""
+    near = get_close_matches(name, sorted(known), 1, _NEAR)
+    told = f"`{name}` of `{where}` is not read by any known program"
+    return Finding("L010", "error" if near else "warning", place, told, f"Did you mean `{near[0]}`?" if near else why)
+
+
+def _config_keys(mapping: MappingFile) -> Iterator[Finding]:
+    """L010 of `config`: keys that neither the target's class nor the mapping itself knows, nor any other class."""
+    known = targets.known_of(mapping.model_type)
+    own = mapping.keys.get("target", {})
+    every = {*targets.common_keys(), *own, *(known.keys if known is not None else ())}
+    for name in mapping.config:
+        below = any(path.startswith(f"{name}.") for path in own)
+        if name not in every and name not in targets.every_key() and not below and find_key(own, name) is None:
+            why = f"Neither transformers' configuration of {mapping.model_type} nor `keys.target` has it."
+            yield _unknown(name, "config", every, place_of(mapping, "config", name), why)
+
+
+def _training_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
+    """L010 of `training_config`: keys that nothing declares, a pattern for anything aside."""
+    keys = {name: key for name, key in declared(mapping, layout, "source").items() if name != "*"}
+    for path, _ in leaves(mapping.training_config) if keys else ():
+        if find_key(keys, path) is None and not any(name.startswith(f"{path}.") for name in keys):
+            place = place_of(mapping, "training_config", path.split(".")[0])
+            yield _unknown(path, "training_config", keys, place, "Correct it, or declare it under `keys.source`.")
+
+
+def _generation_keys(mapping: MappingFile) -> Iterator[Finding]:
+    """L010 of `generation`; what is the tokenizer's is said to be."""
+    known = targets.generation_keys()
+    for name in mapping.generation or ():
+        if name in known:
+            continue
+        place = place_of(mapping, "generation", name)
+        found = _unknown(name, "generation", known, place, "transformers' GenerationConfig does not have it.")
+        if name in _TOKENIZER:
+            told = f"It is the tokenizer's; a token is named by its number here, as in `{name}_id`."
+            found = replace(found, severity="error", fix=told)
+        yield found
+
+
+def _names(mapping: MappingFile) -> Iterator[Finding]:
+    """L011: models and types that do not exist or contradict each other, and activations."""
+    if mapping.as_model:
+        return
+    types, kind = targets.model_types(), mapping.model_type
+    near = get_close_matches(kind, sorted(types), 1, _NEAR)
+    if kind not in types and near and mapping.remote_code is None and not _same_word(kind, near[0]):
+        yield _wrong(
+            place_of(mapping, "target", "model_type"),
+            f"there is no model type `{kind}` in transformers",
+            f"Did you mean `{near[0]}`?",
+        )
+    written = mapping.config.get("model_type")
+    if isinstance(written, str) and written != kind:
+        told = f"`config` writes the model type `{written}`, `target` says `{kind}`"
+        yield _wrong(place_of(mapping, "config", "model_type"), told, "Write the same in both.")
+    known = targets.known_of(kind)
+    classes = known.classes if known is not None else frozenset()
+    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
+    listed = list(_texts(mapping.config.get("architectures")))
+    at = place_of(mapping, "config", "architectures")
+    missing: set[str] = set()
+    for name in dict.fromkeys([mapping.architecture, *listed]):
+        if name not in {*classes, *_texts(remote)} and not _is_class(name, mapping.architecture, classes):
+            close = get_close_matches(name, sorted({*classes, mapping.architecture} - {name}), 1, _NEAR)
+            fix = f"Did you mean `{close[0]}`?" if close else "Name a class that computes the target."
+            place = place_of(mapping, "target", "architecture") if name == mapping.architecture else at
+            yield _wrong(place, f"there is no model `{name}`", fix)
+            missing.add(name)
+    if listed and mapping.architecture not in {*listed, *missing}:
+        told = f"`config` writes the architectures {', '.join(listed)}, `target` says `{mapping.architecture}`"
+        yield _wrong(at, told, "Write the same in both.")
+    for name in ("hidden_act", "hidden_activation"):
+        value = mapping.config.get(name)
+        if isinstance(value, str) and value not in targets.activations():
+            close = get_close_matches(value, sorted(targets.activations()), 1, 0.6)
+            fix = f"Did you mean `{close[0]}`?" if close else "Name one that transformers has."
+            yield _wrong(place_of(mapping, "config", name), f"there is no activation `{value}` in transformers", fix)
+
+
+def _is_class(name: str, target: str, classes: frozenset[str]) -> bool:
+    """Whether a class that transformers does not list can be one: of the target's make, with a head that others have.
+
+    >>> _is_class("LlamaForCausalLn", "LlamaForCausalLM", frozenset(["LlamaForCausalLM"]))
+    False
+    >>> _is_class("InternLM3ForCausalLM", "InternLM3ForCausalLM", frozenset(["LlamaForCausalLM"]))
+    True
+    """
+    head = next((one for one in targets.heads() if name.endswith(one)), None)
+    if head is None or get_close_matches(name, sorted(classes), 1, 0.9):
+        return False
+    return name == target or any(target == name.removesuffix(head) + other for other in targets.heads())
+
+
+def _same_word(one: str, other: str) -> bool:
+    """Whether two types differ in a number or an added part only, as families do.
+
+    >>> _same_word("internlm_moe", "internlm3"), _same_word("lama", "llama")
+    (True, False)
+    """
+    return one.rstrip("0123456789").split("_")[0] == other.rstrip("0123456789").split("_")[0] and one != other
+
+
+def _wrong(place: Place | None, message: str, fix: str) -> Finding:
+    return Finding("L011", "error", place, message, fix)
+
+
+def _patterns(mapping: MappingFile) -> Iterator[Finding]:
+    """L012: `present('…')` of a name that no rule and no entry has."""
+    names = {source for rule in mapping.rules for source in rule.sources}
+    names |= {e.pattern for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"}
+    written = {n.replace("{param}", param) for n in names for param in PARAMS}
+    for expression in _own(mapping):
+        for asked in compile_expression(expression).patterns:
+            sample = pattern(asked).format(dict.fromkeys(pattern(asked).placeholders, 0))
+            if asked not in written and not any(pattern(name).match(sample) is not None for name in written):
+                near = get_close_matches(asked, sorted(written), 1, 0.6)
+                fix = f"Did you mean `{near[0]}`?" if near else "Ask for a tensor that some rule reads."
+                yield Finding("L012", "error", expression.place, f"no rule has a tensor `{asked}`", fix)
+
+
+def _comparisons(mapping: MappingFile) -> Iterator[Finding]:
+    """L013: a variant or option compared with a text that is none of its choices."""
+    choices: dict[str, Sequence[Any]] = {name: list(v.choices) for name, v in mapping.variants.items()}
+    choices |= {f"options.{name}": o.choices for name, o in mapping.options.items() if o.choices is not None}
+    for expression in _own(mapping):
+        tree = compile_expression(expression).tree
+        for compare in [*tree.find_all(nodes.Compare), *([tree] if isinstance(tree, nodes.Compare) else [])]:
+            sides = [compare.expr, *(operand.expr for operand in compare.ops)]
+            for name in (path for side in sides if (path := dotted(side)) in choices):
+                for value in [c.value for side in sides for c in _constants(side) if isinstance(c.value, str)]:
+                    if value not in choices[name]:
+                        known = list(map(str, choices[name]))
+                        near = get_close_matches(value, known, 1)
+                        yield Finding(
+                            "L013",
+                            "error",
+                            expression.place,
+                            f"`{name}` is compared with `{value}`, which is none of its choices",
+                            f"Did you mean `{near[0]}`?" if near else f"It is one of {', '.join(known)}.",
+                        )
+
+
+def _own(mapping: MappingFile) -> list[Expression]:
+    """Expressions of the file itself: of its parents' it may have removed what they ask for."""
+    return [one for one in every_expression(mapping) if one.place.file == mapping.files[-1]]
+
+
+def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
+    if isinstance(node, nodes.Const):
+        yield node
+    elif isinstance(node, nodes.List | nodes.Tuple):
+        for item in node.items:
+            yield from _constants(item)
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Texts that a value may come to: literals, and the results of an expression's branches."""
+    if isinstance(tree, Expression):
+        yield from _results(compile_expression(tree).tree)
+    elif isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for child in tree.values():
+            yield from _texts(child)
+    elif isinstance(tree, list | tuple):
+        for child in tree:
+            yield from _texts(child)
+
+
+def _results(node: nodes.Node) -> Iterator[str]:
+    if isinstance(node, nodes.CondExpr):
+        yield from _results(node.expr1)
+        if node.expr2 is not None:
+            yield from _results(node.expr2)
+    elif isinstance(node, nodes.List | nodes.Tuple):
+        for item in node.items:
+            yield from _results(item)
+    elif isinstance(node, nodes.Const) and isinstance(node.value, str):
+        yield node.value
+
+
+def every_expression(mapping: MappingFile) -> list[Expression]:
+    """All expressions of a mapping."""
+    variants = [dict(v.choices) for v in mapping.variants.values()]
+    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
+    every = [dict(mapping.dims), variants, mapping.config, mapping.training_config, dict(remote), mapping.transformers]
+    return list(expressions_of(every))
+
+
+def place_of(mapping: MappingFile, *path: str) -> Place:
+    """Where a part or a key of it stands."""
+    return mapping.places.get(path) or mapping.places.get(path[:1]) or mapping.place

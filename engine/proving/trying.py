@@ -1,0 +1,100 @@
+"""What shows a mutant.
+
+A mapping alone cannot tell gate from up: exchanged, the rules are as total, as invertible and of the same shapes as
+before. Only the meaning that is committed beside it can, or, where there is none, what it meant before. A mutant
+that nothing shows is reported so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from engine.errors import EngineError, EngineErrors
+from engine.language.documents import Document
+from engine.language.mapping_file import build_mapping
+from engine.language.model import Mapping as MappingFile
+from engine.language.validation import check_schema
+from engine.proving.committed import GONE, committed, differences, read_meaning
+from engine.proving.edits import Change, Data
+from engine.proving.lint import lint
+from engine.proving.meaning import Path, facts_of, flat, meaning_of
+from engine.proving.mutants import mutants_of
+from engine.proving.proof import Failure, Mutant
+
+LOADING, LINT = "loading", "lint"
+_ROWS = ("reading", "writing")  # whose facts stand each for itself
+COMMITTED, BEFORE = "the committed meaning", "its meaning before"
+
+Facts = dict[str, dict[Path, Any]]  # part → its facts
+
+
+def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -> list[Mutant]:
+    """Every mutant, and the first thing that shows it.
+
+    Args:
+        changes: those to try; default: all.
+    """
+    then: Facts = {}
+    for path, value in facts_of(mapping):
+        then.setdefault(path[0], {})[path] = value
+    known = committed(mapping)
+    try:
+        is_of = known is not None and read_meaning(known[1]) == dict(flat(meaning_of(mapping)))
+    except EngineError:
+        is_of = False
+    before = {(f.code, f.message) for f in lint(mapping)}
+    found: list[Mutant] = []
+    for change in changes if changes is not None else mutants_of(mapping):
+        caught, told = _caught(mapping, change, then, before)
+        if caught == BEFORE and is_of:
+            caught = COMMITTED
+        found.append(Mutant(change.where, change.what, caught, told, change.kind))
+    return found
+
+
+def _caught(mapping: MappingFile, change: Change, then: Facts, before: set[tuple[str, str]]) -> tuple[str | None, str]:
+    """The first thing that shows a mutant, weakest evidence first, and its words."""
+    try:
+        mutant = rebuilt(mapping, change.data)
+    except (EngineError, EngineErrors) as error:
+        first = error.errors[0] if isinstance(error, EngineErrors) else error
+        return LOADING, f"{first.code} {first.message}"
+    for finding in lint(mutant):
+        if finding.severity == "error" and (finding.code, finding.message) not in before:
+            return LINT, f"{finding.code} {finding.message}"
+    found = first_difference(mutant, then)
+    return (None, "") if found is None else (BEFORE, found.message)
+
+
+def first_difference(mapping: MappingFile, then: Facts) -> Failure | None:
+    """How a mapping's meaning differs, by its parts; the parts and rows that are quickly known come first."""
+    left = dict(then)
+    for part, facts in groupby(facts_of(mapping), key=lambda fact: fact[0][0]):
+        was = left.pop(part, {})
+        now: dict[Path, Any] = {}
+        for path, value in facts:
+            now[path] = value
+            if part in _ROWS and was.get(path, GONE) != value:
+                return _told(mapping, {path: was[path]} if path in was else {}, {path: value})
+        if now != was:
+            return _told(mapping, was, now)
+    lost = {path: value for part in left.values() for path, value in part.items()}
+    return _told(mapping, lost, {}) if lost else None
+
+
+def _told(mapping: MappingFile, was: Mapping[Path, Any], now: Mapping[Path, Any]) -> Failure:
+    found = differences(mapping, was, now)
+    return found[0] if found else Failure(f"its {next(iter({**now, **was}))[0]} are others", str(mapping.place))
+
+
+def rebuilt(mapping: MappingFile, data: Data) -> MappingFile:
+    """A mapping of changed data, checked as its file would be.
+
+    Raises:
+        EngineError: what loading it would raise.
+    """
+    document = Document(mapping.files[-1], data, {})
+    check_schema(document, "mapping")
+    return build_mapping(document, mapping.files)

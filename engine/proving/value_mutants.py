@@ -1,0 +1,187 @@
+"""Mutants of values: constants, names and operators of expressions, keys and what is declared of them, options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from engine.proving.edits import Change, Data, Key, get, misspelt, put, shown, texts, without
+
+
+def of_values(data: Data) -> Iterator[Change]:
+    """Every edit of what is written, read, declared and decided, rules aside."""
+    for kind, part in (
+        ("dim", "dims"),
+        ("config expression", "config"),
+        ("training-config expression", "training_config"),
+    ):
+        yield from _tree(data, kind, (part,))
+    for name, variant in (data.get("variants") or {}).items():
+        yield from _variant(data, name, variant)
+    for name, option in (data.get("options") or {}).items():
+        yield from _option(data, name, option)
+    yield from _tree(data, "tokenizer", ("tokenizer",))
+    yield from _tree(data, "generation", ("generation",))
+    for part in ("even", "ignore", "refuse"):
+        for number, entry in enumerate(data.get(part) or ()):
+            yield Change(part, part, f"without {shown(entry)}", without(data, (part, number)))
+    for side, keys in (data.get("keys") or {}).items():
+        yield from _keys(data, side, keys)
+    yield from _about(data)
+
+
+def _tree(data: Data, kind: str, at: Key) -> Iterator[Change]:
+    """Every value of a tree changed, and every key left out that is not left out already."""
+    value = get(data, at)
+    where = ".".join(map(str, at))
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if below != "{{ omit }}":
+                yield Change(kind, f"{where}.{key}", "left out", without(data, (*at, key)))
+            yield from _tree(data, kind, (*at, key))
+        return
+    if isinstance(value, list):
+        for number, _ in enumerate(value):
+            if len(value) > 1:
+                yield Change(kind, where, f"without {shown(value[number])}", without(data, (*at, number)))
+            yield from _tree(data, kind, (*at, number))
+        return
+    expression = isinstance(value, str) and ("{{" in value or at[0] in ("dims", "variants"))
+    for other in _expressions(value, _siblings(data, at)) if expression else _others(value):
+        yield Change(kind, where, f"{shown(other)} instead of {shown(value)}", put(data, at, other))
+
+
+def _others(value: Any) -> Iterator[Any]:
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield value + 1
+    elif isinstance(value, float):
+        yield value * 2
+    elif isinstance(value, str) and value:
+        yield misspelt(value) if re.search(r"[A-Za-z_0-9]", value) else value + "x"
+
+
+_TOKEN = re.compile(r"""'[^']*'|"[^"]*"|\d+\.?\d*(?:e[-+]?\d+)?|[A-Za-z_][\w.]*|==|!=|<=|>=|//|[-+*/<>|]""")
+_OPERATORS = {
+    "+": "-", "-": "+", "*": "+", "/": "*", "//": "*", "==": "!=", "!=": "==", "<": ">=", ">": "<=", "<=": ">",
+    ">=": "<", "and": "or", "or": "and", "true": "false", "false": "true", "not": "", "max": "min", "min": "max",
+}  # fmt: skip
+_WORDS = frozenset(
+    ("if", "else", "is", "in", "defined", "none", "omit", "default", "int", "float", "string", "abs", "length", "round",
+     "gcd", "present", "mapping", "sequence", "number", "integer", "boolean", "otherwise")
+)  # fmt: skip
+
+
+def _expressions(text: Any, names: Sequence[str]) -> Iterator[str]:
+    """An expression with one token changed: another constant, operator or name, a default lost."""
+    text = str(text)
+    found = list(_TOKEN.finditer(text))
+    for number, token in enumerate(found):
+        word = token[0]
+        for other in _tokens(word, found[number + 1][0] if number + 1 < len(found) else "", names):
+            yield text[: token.start()] + other + text[token.end() :]
+    for default in re.finditer(r"\s*\|\s*(default\((?:[^()]|\([^()]*\))*\)|int\b)", text):
+        yield text[: default.start()] + text[default.end() :]
+
+
+def _tokens(word: str, after: str, names: Sequence[str]) -> Iterator[str]:
+    if word[0] in "'\"":
+        yield f"{word[0]}{misspelt(word[1:-1]) if word[1:-1] else 'x'}{word[0]}"
+    elif word[0].isdigit():
+        yield str(int(word) + 1) if word.isdigit() else repr(float(word) * 2)
+    elif word in _OPERATORS:
+        yield _OPERATORS[word]
+    elif word[0].isalpha() and word not in _WORDS:
+        yield misspelt(word)
+        others = [name for name in names if name != word]
+        if others:
+            yield others[sum(map(ord, word)) % len(others)]
+
+
+def _siblings(data: Data, at: Key) -> list[str]:
+    """Names that the expressions of the same part read."""
+    found: dict[str, None] = {}
+    for text in _strings(get(data, at[:1])):
+        if "{{" in text or at[0] in ("dims", "variants"):
+            words = (token[0] for token in _TOKEN.finditer(text))
+            found.update(dict.fromkeys(w for w in words if w[0].isalpha() and w not in _WORDS and w not in _OPERATORS))
+    return sorted(found)
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for child in tree.values() if isinstance(tree, dict) else tree:
+            yield from _strings(child)
+
+
+def _variant(data: Data, name: str, variant: Data) -> Iterator[Change]:
+    at: Key = ("variants", name)
+    choices = variant["choices"]
+    if "default" in variant:
+        for choice in choices:
+            if choice != variant["default"]:
+                yield Change("variant", name, f"default {choice}", put(data, (*at, "default"), choice))
+        yield Change("variant", name, "without a default", without(data, (*at, "default")))
+    if isinstance(choices, dict):
+        for choice, text in choices.items():
+            if text == "otherwise":
+                continue
+            for other in _expressions(text, _siblings(data, at)):
+                yield Change("variant", name, f"{choice}: {other}", put(data, (*at, "choices", choice), other))
+        if len(choices) > 1:
+            turned_ = dict(reversed(list(choices.items())))
+            yield Change("variant", name, "its choices in another order", put(data, (*at, "choices"), turned_))
+
+
+def _option(data: Data, name: str, option: Data) -> Iterator[Change]:
+    at: Key = ("options", name)
+    yield Change("option", name, "removed", without(data, at))
+    for key, value in option.items():
+        if key == "help":
+            continue
+        if key == "type":
+            others: list[Any] = [one for one in ("integer", "number", "string", "boolean") if one != value]
+        elif key == "choices":
+            others = [[one for one in value if one != left] for left in value]
+        elif key == "default" and option.get("choices"):
+            others = [one for one in option["choices"] if one != value]
+        else:
+            others = [*_others(value), *([str(value)] if not isinstance(value, str) else [])]
+        for other in others:
+            yield Change("option", name, f"{key} {shown(other)}", put(data, (*at, key), other))
+
+
+def _keys(data: Data, side: str, keys: Mapping[str, Data]) -> Iterator[Change]:
+    for name, body in keys.items():
+        at: Key = ("keys", side, name)
+        yield Change("configuration key", f"keys.{side}.{name}", "removed", without(data, at))
+        for key, value in body.items():
+            if key in ("why", "noted") or (key == "ignored" and len(body) == 1):
+                continue
+            changed = [None] if key == "ignored" else _limits(key, value)
+            for other in changed:
+                new = without(data, (*at, key)) if other is None else put(data, (*at, key), other)
+                yield Change("configuration key", f"keys.{side}.{name}", f"{key} {shown(other)}", new)
+
+
+def _limits(key: str, value: Any) -> list[Any]:
+    if key == "type":
+        listed = texts(value)
+        return [[one for one in listed if one != left] for left in listed] if len(listed) > 1 else ["list", "null"]
+    if key == "only":
+        return [[*value, "another"]]
+    return list(_others(value))
+
+
+def _about(data: Data) -> Iterator[Change]:
+    yield from _tree(data, "about", ("target", "model_type"))
+    yield from _tree(data, "about", ("target", "architecture"))
+    yield from _tree(data, "about", ("source", "layout"))
+    yield from _tree(data, "about", ("source", "model_types"))
+    yield from _tree(data, "about", ("target", "remote_code"))
+    yield from _tree(data, "chat template", ("chat_template",))
+    yield from _tree(data, "expected size", ("expect",))

@@ -1,0 +1,123 @@
+"""The client of object stores, obstore, which the extra `store` installs; what is asked again, what refusals say."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+from engine.errors import EngineError, Place
+
+T = TypeVar("T")
+
+_REQUESTS = 16  # at the same time
+_TRIES = 4  # of a request whose answer was cut off; obstore itself tries again what failed before
+_CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
+
+
+def asked(place: str, ask: Callable[[], T]) -> T:
+    """What a request gives; FileNotFoundError and PermissionError (a state that is gone) are the caller's.
+
+    A request whose answer is cut off is made again, a few times.
+    """
+    from obstore import exceptions as known
+
+    for left in reversed(range(_TRIES)):
+        try:
+            return ask()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except known.PreconditionError as error:
+            raise PermissionError from error
+        except known.NotFoundError as error:
+            raise FileNotFoundError(str(error)) from error
+        except known.BaseError as error:
+            told = str(error)
+            if left and _cut_off(told):
+                time.sleep(0.2 * 2 ** (_TRIES - left))
+                continue
+            raise refused(place, told) from error
+    raise AssertionError("unreachable")
+
+
+def _cut_off(told: str) -> bool:
+    return any(word in told for word in ("kind: Body", "kind: Decode", "IncompleteMessage", "UnexpectedEof"))
+
+
+def refused(place: str, told: str, *, writing: bool = False) -> EngineError:
+    """What a server, or the way to it, says, as an error: E304 for no such bucket, else E305, or E403 when writing."""
+    code, message, fix = (
+        "E305",
+        "a store cannot be read or written",
+        "Check the address and the network.",
+    )
+    if "NoSuchBucket" in told or "ContainerNotFound" in told:
+        code, message, fix = "E304", "there is no such bucket", "Check its name, and the endpoint."
+    elif any(word in told for word in ("403 Forbidden", "401 Unauthorized", "PermissionDenied", "Unauthenticated")):
+        message = "a store refuses access"
+        fix = "Check the credentials: those of the environment, or --store-option NAME=VALUE."
+    elif "credential" in told.lower() or "169.254." in told or "metadata.google" in told:
+        message = "there are no credentials for a store"
+        fix = "Set them as its provider says, like AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in --store-option."
+    code = "E403" if writing else code
+    return EngineError(code, message, place=Place(place), got=_short(told), fix=fix)
+
+
+def _short(told: str) -> str:
+    """What a server says, in a line: its code and message if it gives them."""
+    found = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", told, re.DOTALL)
+    return f"{found[1]}: {found[2]}"[:300] if found else " ".join(told.split("Debug source")[0].split())[:300]
+
+
+def library() -> Any:
+    """The module obstore; E001 without the extra that brings it."""
+    try:
+        import obstore
+    except ImportError:
+        raise EngineError(
+            "E001",
+            "URLs need the extra `store`",
+            got="no module obstore",
+            fix="Install it: pip install 'internlm-engine[store]'.",
+        ) from None
+    return obstore
+
+
+@cache
+def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
+    """The client of a store; E001 without the extra, and for an address or option that it does not know."""
+    from datetime import timedelta
+
+    library()
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
+    given: dict[str, Any] = {name: value for name, value in options if name not in _CLIENT}
+    client: dict[str, Any] = {"timeout": "60s", "connect_timeout": "10s"}
+    client |= {name: value for name, value in options if name in _CLIENT}
+    known = [value for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]
+    if any(one.startswith("http://") for one in (url, *dict(options).values(), *known)):  # which only the user can say
+        client.setdefault("allow_http", "true")
+    client = {name: value == "true" if name.startswith("allow") else value for name, value in client.items()}
+    backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=8), "base": 2}
+    retry = {"max_retries": 6, "backoff": backoff, "retry_timeout": timedelta(seconds=120)}
+    try:
+        return from_url(url, client_options=client, retry_config=retry, **given)
+    except (BaseError, ValueError, TypeError) as error:
+        raise EngineError(
+            "E001",
+            "this URL is not a store",
+            place=Place(url.partition("?")[0]),
+            got=_short(str(error)),
+            fix="Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1.",
+        ) from None
+
+
+@cache
+def requests() -> ThreadPoolExecutor:
+    """The threads that wait for answers."""
+    return ThreadPoolExecutor(_REQUESTS, thread_name_prefix="request")

@@ -1,0 +1,95 @@
+"""Whatever takes a checkpoint takes the URL of one: every command, and what reads without converting."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import engine
+from engine import api
+from engine.commands.main import cli
+from tests.storage.conftest import MAPPING, STEP, Bucket, files, refused
+from tests.support.object_server import options
+from tests.support.serving import serving
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("written") / "hf"
+    engine.convert(MAPPING, STEP, out)
+    return out
+
+
+def test_every_command_takes_urls(bucket: Bucket, written: Path, tmp_path: Path) -> None:
+    step, hf = bucket.upload(STEP, "run/100"), bucket.upload(written, "hf")
+    chosen, plan = ("-m", MAPPING, "-s", step), str(tmp_path / "plan.json")
+    tensor = "model.norm.weight"
+    for given in (
+        ("inspect", step), ("inspect", hf), ("inspect", f"{bucket.url}/run"),
+        ("plan", *chosen), ("plan", *chosen, "-o", plan), ("plan", "--for", "reverse", "-m", MAPPING, "-s", hf),
+        ("explain", tensor, *chosen), ("explain", "--from", "model_tp0_pp0.pt:norm.weight", *chosen),
+        ("view", *chosen, "-o", str(tmp_path / "view.html")), ("new", "-s", step),
+        ("run", *chosen, "-o", f"{bucket.url}/out"), ("run", "--plan", plan, "-o", f"{bucket.url}/planned"),
+        ("reverse", "-m", MAPPING, "-s", hf, "-o", f"{bucket.url}/ranks", "--like", step),
+        ("reshard", *chosen, "-o", f"{bucket.url}/tp1", "--tp", "1"),
+        ("part", "1/1", "--plan", plan, "-o", f"{bucket.url}/parts"),
+        ("commit", "--plan", plan, "-o", f"{bucket.url}/parts"),
+        ("verify", hf), ("verify", f"{bucket.url}/out", "-m", MAPPING, "-s", step),
+        ("compare", hf, f"{bucket.url}/out"), ("compare", f"{bucket.url}/parts", step, "-m", MAPPING),
+        ("clean", f"{bucket.url}/out"),
+    ):  # fmt: skip
+        reached = [f"--store-option={name}={value}" for name, value in options(bucket.proxy.port).items()]
+        takes = any("s3://" in one for one in given)
+        done = CliRunner().invoke(cli, [*given, *(reached if takes else ())])
+        if given[0] == "explain" and "--from" in given and done.exit_code:
+            continue
+        assert done.exit_code == 0, (given, done.output)
+    for name in ("out", "planned", "parts"):
+        assert bucket.contents(name) == files(written), name
+    assert "complete" in CliRunner().invoke(cli, ["inspect", f"{bucket.url}/run", "--json"]).output
+
+
+def test_a_step_in_a_store_is_opened_and_mounted(bucket: Bucket, written: Path, tmp_path: Path) -> None:
+    step = bucket.upload(STEP, "step")
+    with engine.open(step, MAPPING) as tensors, engine.open(STEP, MAPPING) as local:
+        assert all((tensors[name] == local[name]).all() for name in local)
+    with engine.virtual(engine.plan(MAPPING, step)) as folder:
+        assert {name: file.read() for name, file in folder.items()} == files(written)
+        asked = len(bucket.proxy.asked)
+        folder["model.safetensors"].read(100_000, 10_000)
+        assert len(bucket.proxy.asked) <= asked + 4  # and no listing for every read
+    from tests.support.fuse import missing
+
+    if missing() is not None:
+        return
+    reached = [f"--store-option={name}={value}" for name, value in options(bucket.proxy.port).items()]
+    command = [sys.executable, "-m", "engine", "mount", str(tmp_path / "at"), "-m", MAPPING, "-s", step, *reached]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as mounted:
+        try:
+            assert mounted.stderr is not None and mounted.stderr.readline().startswith("mounted")
+            assert files(tmp_path / "at") == files(written)
+        finally:
+            mounted.send_signal(signal.SIGINT)
+
+
+def test_the_steps_of_a_run_in_a_store_are_served(bucket: Bucket, written: Path) -> None:
+    bucket.upload(STEP, "run/100")
+    with serving([api.Model("org/name", MAPPING, f"{bucket.url}/run")]) as hub:
+        assert json.loads(hub.ask("/api/models/org/name")[2])["sha"]
+        for name, data in files(written).items():
+            with urllib.request.urlopen(f"{hub.url}/org/name/resolve/100/{name}") as got:
+                assert got.read() == data, name
+        bucket.upload(STEP, "run/200")
+        refs = json.loads(hub.ask("/api/models/org/name/refs")[2])
+        assert [one["name"] for one in refs["branches"]] == ["main", "200", "100"]
+        bucket.client("run/200").delete("model_tp0_pp0.pt")
+        assert hub.ask("/org/name/resolve/200/config.json")[0] == 404
+        assert hub.ask("/org/name/resolve/main/config.json")[0] == 200  # of 100, which is complete
+    refused("E304", lambda: api.serve([api.Model("org/name", MAPPING, f"{bucket.url}/nothing")], port=0))
