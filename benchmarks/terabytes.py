@@ -93,7 +93,10 @@ def make(work: Path, given: argparse.Namespace) -> None:
         layout = layout_of(plan, file)
         count = len(file.outputs)
         behind = [piece for number in range(count) for piece in layout.after(number, number + 1)]
-        holes(work / "step" / file.name, layout.size, [*layout.start(), *behind, *layout.finish(range(1, count + 1))])
+        largest = max(range(count), key=lambda number: plan.outputs[file.outputs[number]].nbytes)
+        unlike = [(layout.offsets[largest], file.name.encode())]  # or files of zeros would be held against each other
+        pieces = [*layout.start(), *behind, *unlike, *layout.finish(range(1, count + 1))]
+        holes(work / "step" / file.name, layout.size, pieces)
     for name, data in small_files(plan, None, None).files.items():
         (work / "step" / name).parent.mkdir(parents=True, exist_ok=True)
         (work / "step" / name).write_bytes(data)
