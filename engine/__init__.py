@@ -1,8 +1,8 @@
 """A declarative engine that converts training checkpoints, from rules in YAML.
 
 >>> import engine
->>> engine.convert("internlm-7b.yaml", "ckpt/1000", "internlm-7b-hf")  # doctest: +SKIP
-Report(out=PosixPath('internlm-7b-hf'), tensors=451, …)
+>>> engine.convert("internlm2-7b", "ckpt/20000", "internlm2-7b-hf")  # doctest: +SKIP
+Report(out='internlm2-7b-hf', tensors=227, ...)
 
 Importing this is instant: what a name needs is imported when the name is first used.
 """

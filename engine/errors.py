@@ -17,7 +17,7 @@ CODES: dict[str, str] = {
     # usage
     "E001": "an argument or option cannot be used as given",
     "E002": "a mapping or layout of that name cannot be found",
-    "E003": "which mapping is meant is not told",
+    "E003": "no mapping was given, and the files do not decide which one to use",
     # mapping and layout files
     "E101": "the YAML cannot be read",
     "E102": "the file does not fit its schema",
@@ -25,7 +25,7 @@ CODES: dict[str, str] = {
     "E104": "a name pattern cannot be read",
     "E105": "an expression cannot be read or evaluated",
     "E106": "inheritance cannot be resolved",
-    "E107": "a rule contradicts itself: its source and target pieces do not match",
+    "E107": "the source and target pieces of a rule do not match",
     "E108": "a name used in a mapping is not declared",
     # planning
     "E201": "a rank file is missing",
@@ -39,21 +39,21 @@ CODES: dict[str, str] = {
     "E209": "the target cannot express this model",
     "E210": "element types differ inside one tensor",
     "E211": "layers cannot be numbered",
-    "E212": "the checkpoint is of another layout or mapping",
-    "E213": "a size the release expects differs",
+    "E212": "the mapping does not fit the checkpoint",
+    "E213": "the sizes are not those of the release",
     "E214": "the model cannot be cut over these ranks",
     "E215": "a rule does not invert",
-    "E216": "what would be written would be read differently",
+    "E216": "the written configuration would be read differently",
     "E217": "a saved plan no longer holds",
-    "E218": "a value of a configuration cannot be",
-    "E219": "a key of a configuration is not understood",
+    "E218": "a configuration value is not valid",
+    "E219": "a configuration key is not known",
     # checkpoint files
     "E301": "a checkpoint file is damaged or truncated",
     "E302": "a checkpoint file asks to run code",
     "E303": "a checkpoint file is of an unsupported kind",
     "E304": "the folder is not a checkpoint of this layout",
     "E305": "a file cannot be read",
-    "E306": "a rank file is not the one that its name says",
+    "E306": "a rank file is not the one its name says",
     # running
     "E401": "the output exists already",
     "E402": "replicas differ between ranks",
@@ -67,7 +67,7 @@ CODES: dict[str, str] = {
     # assets
     "E501": "the tokenizer cannot be converted",
     "E502": "a configuration cannot be written",
-    "E503": "the code of --code is not the model's",
+    "E503": "the files of --code do not belong to the model",
     # the engine itself
     "E901": "internal error",
 }
@@ -82,12 +82,12 @@ LINTS: dict[str, str] = {
     "L007": "an axis appears only once in the file and has no size in `dims`",
     "L008": "a rule or choice can never be reached",
     "L009": "a configuration key is read and not declared",
-    "L010": "a key is written that nothing known reads",
+    "L010": "a key is written that no known program reads",
     "L011": "a model, a model type or an activation does not exist, or two contradict each other",
-    "L012": "an expression asks for a tensor that no rule has",
+    "L012": "an expression asks for a tensor that no rule reads",
     "L013": "a variant or option is compared with something that is none of its choices",
     "L014": "a value is written that `keys` does not allow",
-    "L015": "a special token is another one than its name or number says",
+    "L015": "a special token does not match its name or id",
     "L016": "an option's default or choice does not fit its type or range",
     "L017": "two spellings of one key are written differently",
 }

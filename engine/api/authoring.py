@@ -19,15 +19,15 @@ T = TypeVar("T")
 
 
 def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
-    """Findings of mapping files, or of those below folders; without paths, of every bundled one."""
+    """Findings of mapping and layout files, or of those below folders; without paths, of every bundled mapping.
+
+    >>> engine.lint("internlm2-7b")
+    []
+    """
     from engine.language.search import kind_of, list_names
     from engine.proving.lint import lint_file
 
-    names = (
-        [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) not in ("layout", "meaning")]
-        if paths
-        else list_names()
-    )
+    names = [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) != "meaning"] if paths else list_names()
     return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
 
 
@@ -37,15 +37,18 @@ def prove(
     mutants: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Proof]:
-    """Prove mappings: total, injective, exactly invertible, alike in every layout; without names, all bundled ones.
+    """Prove mappings: complete, one-to-one, invertible, and equal in every layout; without names, all bundled ones.
 
-    Runs the real planner and runner on tiny index tensors in a temporary folder, checks a release's
-    own sizes by box arithmetic, and compares names and shapes with transformers' model. Rules that
+    Runs the real planner and runner on tiny tensors of numbered elements in a temporary folder, checks a
+    release's own sizes by arithmetic, and compares names and shapes with transformers' model. Rules that
     several mappings share are run once.
+
+    >>> [proof.holds for proof in engine.prove("internlm")]  # doctest: +SKIP
+    [True]
 
     Args:
         names: paths, names of bundled mappings, or loaded ones.
-        mutants: perturb each rule too, and say what would have caught it.
+        mutants: also change the mapping in one place at a time, and say which check notices.
         progress: called before each mapping.
     """
     from engine.language.search import list_names
@@ -79,10 +82,11 @@ def new_mapping(
 ) -> Scaffold:
     """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
 
-    >>> print(new_mapping("ckpt/1000", name="mine-7b").text)  # doctest: +SKIP
+    >>> print(engine.new_mapping("ckpt/1000", name="mine-7b").text)
+    # yaml-language-server: ...
     mapping: 1
     name: mine-7b
-    …
+    ...
 
     Args:
         name: the mapping's; default: that of the file or of the folder.

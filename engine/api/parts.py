@@ -100,7 +100,7 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     if found is None or number is None or count is None:
         raise EngineError(
             "E001",
-            "it is not said which part this is",
+            "the number of the part is not given",
             got=text or "nothing, and neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX",
             expected="K/N, or N in an array of Slurm or an Indexed Job of Kubernetes",
             fix="The first of eight parts is 1/8.",

@@ -29,8 +29,8 @@ __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "s
 def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
     """Compile what `convert` would do.
 
-    >>> plan("internlm2-7b", "ckpt/1000", dtype="bf16")  # doctest: +SKIP
-    <Plan of internlm2-7b 1.0.0: 'ckpt/1000' (tp 8) to 291 tensors, 15,475,417,088 bytes in 8 files>
+    >>> engine.plan("internlm", "ckpt/1000", dtype="bf16")
+    <Plan of internlm 1.0.0: 'ckpt/1000' (tp 2 × pp 2) to 55 tensors, 593,024 bytes in 1 file>
 
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
@@ -48,13 +48,22 @@ def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack
 
 @displayed
 def plan_reverse(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReverseOptions]) -> Plan:
-    """Compile what `reverse` would do. Arguments as for `reverse`."""
+    """Compile what `reverse` would do. Arguments as for `reverse`.
+
+    >>> report = engine.convert("internlm", "ckpt/1000", "hf")
+    >>> engine.plan_reverse("internlm", "hf", tp=4)
+    <Plan of internlm 1.0.0: 'hf' (tp 4 × pp 1) to 144 tensors, ...>
+    """
     return planned(request_of(mapping, src, options, "reverse"))
 
 
 @displayed
 def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpack[ReshardOptions]) -> Plan:
-    """Compile what `reshard` would do. Arguments as for `reshard`."""
+    """Compile what `reshard` would do. Arguments as for `reshard`.
+
+    >>> engine.plan_reshard("internlm", "ckpt/1000", tp=4, pp=1)
+    <Plan of internlm 1.0.0: 'ckpt/1000' (tp 2 × pp 2) to ...>
+    """
     return planned(request_of(mapping, src, options, "reshard"))
 
 
@@ -148,6 +157,10 @@ def save_plan(
 ) -> Plan:
     """Plan and save the plan, to be reviewed and run with `run_plan`.
 
+    >>> saved = engine.save_plan("plan.json", "internlm", "ckpt/1000")
+    >>> engine.run_plan("plan.json", "hf").tensors
+    55
+
     The file (`schemas/saved-plan.schema.json`) is small for any model. Paths in it are as given here.
     With `overwrite`, a plan that was saved there before is replaced; no other file is.
 
@@ -169,7 +182,7 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
     """The file of a saved plan.
 
     Raises:
-        EngineError: E001 for what another process could not plan again: a loaded mapping, a store, two mappings.
+        EngineError: E001 for what another process could not plan again: a loaded mapping, a store.
     """
     from engine.explaining.normal import normal_form
     from engine.planning.saved_plan import encode, saved_plan

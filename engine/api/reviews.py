@@ -42,6 +42,10 @@ def explain(
 ) -> Explanation:
     """Where the elements of a tensor come from, or with `backward` where they go; reads headers only.
 
+    >>> told = engine.explain("model.norm.weight[0:4]", "internlm", "ckpt/1000").as_dict()
+    >>> told["tensors"][0]["rule"]
+    'norm.weight'
+
     Args:
         what: an output and slices of it, `model.norm.weight[0:4]`; with `backward` a stored tensor,
             `FILE:NAME[slices]`, or without the file the tensor of every file that has it.
@@ -63,8 +67,8 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
 
     Reads headers only. Of a training checkpoint it tells layout, ranks and sizes, and which mappings fit.
 
-    >>> inspect("ckpt/1000").fitting[0].name  # doctest: +SKIP
-    'internlm-7b'
+    >>> [fit.name for fit in engine.inspect("ckpt/1000").fitting]
+    ['internlm']
 
     Args:
         config: as for `convert`.
@@ -81,6 +85,9 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
 def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:
     """The only bundled mapping that fits a training checkpoint.
 
+    >>> engine.find_mapping("ckpt/1000").name
+    'internlm'
+
     Raises:
         EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
     """
@@ -91,7 +98,11 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
 
 
 def mappings() -> list[MappingFile]:
-    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families."""
+    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families.
+
+    >>> "internlm2-7b" in [mapping.name for mapping in engine.mappings()]
+    True
+    """
     from engine.discover.inspect import load_all
 
     return load_all()[0]
@@ -107,11 +118,13 @@ def compare(
     dtype: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
-    """Compare everything that makes two models, and say what the differences are and what they do.
+    """Compare everything that makes two models, and say what differs and what that changes.
 
-    >>> done = compare("hf", "reference")  # doctest: +SKIP
-    >>> done.same(), done.diagnoses  # doctest: +SKIP
-    (False, ('k_proj and q_proj … equal the reference after interleaving rotary pairs: …',))
+    >>> one = engine.convert("internlm", "ckpt/1000", "one")
+    >>> other = engine.convert("internlm", "ckpt/1000", "other", settings={"rotary": "pairs"})
+    >>> done = engine.compare("other", "one")
+    >>> done.same(), done.diagnoses
+    (False, ('k_proj and q_proj in layers {0…3} equal the reference after ...',))
 
     Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
     folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
@@ -142,7 +155,7 @@ def compare(
 
     sides = [read_side(found_at(one, "the checkpoint"), planned(one)) for one in (out, ref)]
     if mapping is not None and not any(side.training for side in sides):
-        raise EngineError("E001", "neither side is a training checkpoint, which a mapping is for",
+        raise EngineError("E001", "neither side is a training checkpoint, so a mapping has no use",
                           fix="Leave --mapping out.")  # fmt: skip
     meter = Meter(sides[0].nbytes, progress, "comparing")
     return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
@@ -164,7 +177,8 @@ def verify(
 ) -> Verified:
     """Verify an output: against its own manifest, and in whatever other way is asked for.
 
-    >>> verify("hf", src="ckpt/1000", mapping="internlm2-7b").problems  # doctest: +SKIP
+    >>> report = engine.convert("internlm", "ckpt/1000", "hf")
+    >>> engine.verify("hf", src="ckpt/1000", mapping="internlm").problems
     ()
 
     Args:

@@ -41,10 +41,10 @@ def convert(
 ) -> Report:
     """Convert a training checkpoint to a Hugging Face checkpoint.
 
-    >>> convert("internlm2-7b", "ckpt/1000", "hf", max_shard_size="5GB", progress=print)  # doctest: +SKIP
-    Report(out=PosixPath('hf'), tensors=291, …)
+    >>> engine.convert("internlm", "ckpt/1000", "hf", dtype="float32", max_shard_size="5GB")
+    Report(out='hf', tensors=55, ...)
 
-    The output is complete at `out` (default: `<src>-hf`) when this returns, or not there at all.
+    When this returns, the output is complete at `out` (default: `<src>-hf`). When it raises, there is no output.
 
     Args:
         tokenizer: a SentencePiece model; default: the one beside the checkpoint, if any.
@@ -52,15 +52,15 @@ def convert(
             remote code: they are copied and named in `auto_map`, and never run.
         overwrite: replace the output once the new one is complete.
         workers: threads that write; default: as many as cores and output files allow.
-        resume: go on with what an interrupted run of the same conversion left.
+        resume: continue what an interrupted run of the same conversion left.
         digests: record a digest of every tensor in `conversion.json`; resuming needs them.
-        check_source: read the checkpoint once before, and compare it with the checksums it holds.
-        max_memory: bytes resident at most, kept by fewer workers, or refused.
-        progress: called with bytes done and in all, a few times a second; or with parts, of an executor.
-        executor: does it in parts, anywhere: an executor of `concurrent.futures`, anything else with its `submit`, or
-            `dask` or `dask://host:port`. Paths must mean the same to every worker. What it loses leaves the parts
-            that are done: the same call goes on with the others.
-        parts: how many, by an executor.
+        check_source: first read the checkpoint and compare it with the checksums it holds.
+        max_memory: limit of resident bytes; fewer workers keep it, or the run is refused.
+        progress: called with bytes done and in all, a few times a second; with an executor, with parts.
+        executor: runs it in parts, anywhere: an executor of `concurrent.futures`, anything else with its `submit`, or
+            `dask` or `dask://host:port`. Paths must mean the same to every worker. If it is lost, finished parts
+            stay, and the same call continues with the others.
+        parts: how many parts, with an executor.
         Others as for `plan`.
 
     Raises:
@@ -77,8 +77,9 @@ def reverse(
 ) -> Report:
     """Write a Hugging Face checkpoint as training rank files.
 
-    >>> reverse("internlm2-7b", "hf", "ranks", tp=4, pp=2)  # doctest: +SKIP
-    Report(out=PosixPath('ranks'), tensors=908, …)
+    >>> report = engine.convert("internlm", "ckpt/1000", "hf")
+    >>> engine.reverse("internlm", "hf", "ranks", tp=4, pp=2)
+    Report(out='ranks', tensors=...)
 
     Args:
         ranks: ranks per dimension, such as `{"tp": 8}`; `tp`, `pp` and `wp` may be given by themselves.
@@ -104,16 +105,17 @@ def reshard(
 ) -> Report:
     """Write a training checkpoint for other ranks, from shards to shards.
 
-    >>> reshard("internlm2-7b", "ckpt/1000", "tp4", tp=4)  # doctest: +SKIP
-    Report(out=PosixPath('tp4'), tensors=908, …)
+    >>> engine.reshard("internlm", "ckpt/1000", "tp4", tp=4)
+    Report(out='tp4', tensors=...)
 
     Ranks, chunks and mode that are not given are as in `like`, else as in `src`. Other arguments as for `reverse`.
 
     Args:
-        to: the mapping that writes, for rank files of another framework; `mapping` reads. Both have the same Hugging
-            Face checkpoint in between, which is read from the source and never written.
+        to: the mapping that writes, for rank files of another framework; `mapping` reads. Both describe the same
+            Hugging Face checkpoint, which is never written.
 
-    >>> reshard("internlm2-7b", "ckpt/1000", "dcp", to="transformers", ranks={"dp": 8})  # doctest: +SKIP
+    >>> engine.reshard("internlm", "ckpt/1000", "dcp", to="transformers", ranks={"dp": 8})
+    Report(out='dcp', tensors=...)
 
     Raises:
         EngineError: as for `reverse`.
@@ -125,7 +127,12 @@ def reshard(
 
 @displayed
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
-    """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`."""
+    """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`.
+
+    >>> saved = engine.save_plan("plan.json", "internlm", "ckpt/1000")
+    >>> engine.run_plan("plan.json", "hf")
+    Report(out='hf', tensors=55, ...)
+    """
     started = time.monotonic()
     how = running_of(options, WholeRunOptions)
     compiled = load_plan(path)
@@ -158,8 +165,9 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
 
     Each tensor owns its memory; replicas are compared before the first one is yielded.
 
-    >>> for name, tensor in iter_tensors(plan("internlm-7b.yaml", "ckpt/1000")):  # doctest: +SKIP
-    ...     model.get_parameter(name).data.copy_(tensor)
+    >>> tensors = dict(engine.iter_tensors(engine.plan("internlm", "ckpt/1000")))
+    >>> tensors["model.norm.weight"].shape
+    torch.Size([64])
     """
     from engine.serve.tensors import Tensors
 

@@ -35,8 +35,9 @@ def open(src: Source | Plan = ".", mapping: str | Path | MappingFile = "", **opt
         src: the training checkpoint: a folder, a URL, or a plan, which says all the rest.
         mapping: as for `plan`; so are the others.
 
-    >>> with engine.open("ckpt/1000", mapping="internlm2-7b.yaml") as tensors:  # doctest: +SKIP
-    ...     model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+    >>> with engine.open("ckpt/1000", mapping="internlm") as tensors:
+    ...     tensors["model.norm.weight"].shape
+    torch.Size([64])
 
     Raises:
         EngineError: as for `plan`. A tensor that is read: E402 when its replicas differ, E405 when a source changed.
@@ -53,8 +54,9 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     Args:
         tokenizer, code: as for `convert`.
 
-    >>> with engine.virtual(engine.plan("internlm2-7b.yaml", "ckpt/1000")) as folder:  # doctest: +SKIP
-    ...     folder["model-00001-of-00008.safetensors"].read(0, 100)
+    >>> with engine.virtual(engine.plan("internlm", "ckpt/1000")) as folder:
+    ...     sorted(folder), folder["config.json"].read(0, 2)
+    (['README.md', 'config.json', ...], b'{\\n')
 
     Raises:
         EngineError: as for `convert`, of what can be told without reading tensors.
@@ -139,7 +141,7 @@ def serve(
             )  # fmt: skip
     if token is None and not is_loopback(host):
         raise EngineError(
-            "E001", "anybody who reaches this address could read the model", got=f"--host {host} without a token",
+            "E001", "anyone who can reach this address could read the model", got=f"--host {host} without a token",
             fix="Give --token-file FILE with a secret in it, or listen on 127.0.0.1.",
         )  # fmt: skip
     threads = reading_threads()

@@ -21,8 +21,8 @@ def check_spread(how: Running) -> None:
     """E001 for what parts cannot do, or do anyway."""
     if not how.digests or how.check_source:
         raise EngineError(
-            "E001", "parts always record digests, and do not check the source first",
-            fix="Leave digests and the check of the source as they are, or run without an executor.",
+            "E001", "--no-digests and --check-source have no use with an executor",
+            fix="Leave them out, or run without an executor. Parts always record digests.",
         )  # fmt: skip
     Part(1, how.parts)
 

@@ -162,7 +162,7 @@ def refuse_kind(found: str | None, place: Place) -> None:
     if found is not None:
         raise EngineError(
             "E501",
-            "this kind of SentencePiece model cannot be expressed exactly",
+            "this kind of SentencePiece model cannot be converted exactly",
             place=place,
             got=found,
             expected="a BPE model as InternLM trains them",

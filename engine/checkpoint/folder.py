@@ -195,7 +195,7 @@ def _below(value: Any, keys: Sequence[str], file: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         raise EngineError(
             "E303",
-            "the configuration is not a mapping",
+            "the configuration is not a dict of settings",
             place=Place(file),
             got=f"{type(value).__name__} under {'.'.join(keys)}" if keys else type(value).__name__,
             expected="the model's settings by name",

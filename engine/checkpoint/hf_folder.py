@@ -119,17 +119,8 @@ def _read_index(file: File) -> dict[str, str]:
             fix="Copy the file again.",
         )
 
-    try:
-        with file.open() as opened:
-            raw = opened.read(_MAX_INDEX + 1)
-    except OSError as error:
-        raise EngineError(
-            "E305",
-            "a file cannot be read",
-            place=Place(file.place),
-            got=error.strerror,
-            fix="Check the file and its permissions.",
-        ) from error
+    with file.open() as opened:
+        raw = opened.read(_MAX_INDEX + 1)
     if len(raw) > _MAX_INDEX:
         raise damaged(f"it is larger than {_MAX_INDEX >> 20} MiB")
     try:

@@ -131,7 +131,7 @@ def read_grid(
     """
     for refused in layout.refuse:
         hit = next((n for n in sorted(names) if pattern(refused.pattern).match(n) is not None), None)
-        if hit is not None:
+        if hit is not None and (refused.when is None or evaluate(refused.when, config())):
             raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
     modes = [m for m in layout.modes if any(pattern(m.files[0].name).match(n) is not None for n in names)]
     if not modes:

@@ -115,7 +115,7 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
 @asks("ranks", "chunks", "mode", "like", "lossy")
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
-@click.option("--why", is_flag=True, help="Show the mapping's expressions that decided, too.")
+@click.option("--why", is_flag=True, help="Also show the mapping's expressions that decided.")
 @reports_errors
 @click.pass_context
 def plan(
@@ -161,14 +161,15 @@ def plan(
 
 
 @click.command()
+@asks("mapping", "src", required=["mapping", "src"], src="The Hugging Face checkpoint.")
 @rank_options
+@asks("lossy")
 @writing_options
-@asks("src", "lossy", required=["src"], src="The Hugging Face checkpoint.")
 @reports_errors
 def reverse(as_json: bool, /, **options: Any) -> None:
     """Write a Hugging Face checkpoint as training rank files.
 
-    What is not given is as in --like, or 1.
+    Numbers of ranks that are not given are those of --like, else 1.
 
     \b
     Examples:
@@ -179,15 +180,16 @@ def reverse(as_json: bool, /, **options: Any) -> None:
 
 
 @click.command()
+@asks("mapping", "src", required=["mapping"])
 @rank_options
+@asks("to")
 @writing_options
-@asks("src", "to")
 @reports_errors
 def reshard(as_json: bool, /, **options: Any) -> None:
     """Write a training checkpoint for other ranks.
 
-    What is not given stays as it is, or is as in --like. With --to, another
-    mapping writes: rank files of another framework.
+    What is not given stays as in the source, or is as in --like. With --to, a second mapping writes
+    the rank files of another framework.
 
     \b
     Examples:
@@ -201,7 +203,12 @@ def reshard(as_json: bool, /, **options: Any) -> None:
 @click.argument("out", metavar="OUT", shell_complete=folders)
 @reports_errors
 def clean(as_json: bool, /, out: str) -> None:
-    """Remove what interrupted runs left beside an output."""
+    """Remove what interrupted runs left beside an output.
+
+    \b
+    Example:
+      engine clean hf
+    """
     from engine import api
 
     removed = [str(path) for path in api.clean(out)]

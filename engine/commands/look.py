@@ -11,11 +11,12 @@ import click
 from engine.commands.completion import SHELLS, codes, folders, script
 from engine.commands.options import EXPLAINED, asks, chosen, reports_errors, verifying_options
 from engine.commands.say import answer, say
+from engine.explaining.codes import page
 
 
 @click.command()
 @click.argument("folder", metavar="DIR", default=".", shell_complete=folders)
-@click.option("--all", "every", is_flag=True, help="Say why each other mapping does not fit; look at every step.")
+@click.option("--all", "every", is_flag=True, help="Also say why each other mapping does not fit; check every step.")
 @asks("config")
 @reports_errors
 def inspect(as_json: bool, /, folder: str, every: bool, config: str | None) -> None:
@@ -50,7 +51,7 @@ def mappings(as_json: bool, /) -> None:
 
 @click.command()
 @click.argument("what", metavar="[TENSOR|CODE]", required=False, shell_complete=codes)
-@click.option("--from", "source", metavar="[FILE:]TENSOR", help="Explain where a stored source tensor goes.")
+@click.option("--from", "source", metavar="[FILE:]TENSOR", help="Explain where a training tensor goes.")
 @asks(*EXPLAINED)
 @reports_errors
 def explain(
@@ -70,8 +71,8 @@ def explain(
     if (what is None) == (source is None):
         raise click.UsageError("Give a tensor or a code to explain, or a source tensor with --from; one of them.")
     if what is not None and render_explain.is_code(what):
-        text = api.explain_code(what)
-        answer(as_json, {"code": what, "text": text}, lambda: text)
+        text, where = api.explain_code(what), page(f"codes/{what.strip().upper()}")
+        answer(as_json, {"code": what, "text": text, "page": where}, lambda: f"{text}\nDocumentation: {where}")
         return
     mapping = chosen(mapping, src, options["config"], quiet=as_json)
     told = api.explain(what or source or "", mapping, src, backward=source is not None, **options).as_dict()
@@ -81,11 +82,16 @@ def explain(
 @click.command()
 @click.option("--out", "-o", default="view.html", show_default=True, metavar="FILE", help="The page to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
-@click.option("--png", metavar="FILE", help="Draw it too, by an installed Chromium.")
+@click.option("--png", metavar="FILE", help="Also write it as a picture; needs Chromium.")
 @asks(*EXPLAINED)
 @reports_errors
 def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | None, **options: Any) -> None:
-    """Draw where each rank's tensors land, as one HTML page."""
+    """Draw where each rank's tensors land, as one HTML page.
+
+    \b
+    Example:
+      engine view -m internlm2-7b -s ckpt/20000 -o view.html
+    """
     from engine import api
     from engine.show import render
     from engine.show.screenshot import is_picture, screenshot
@@ -104,7 +110,7 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
 @click.command()
 @click.argument("out", metavar="OUT", shell_complete=folders)
 @verifying_options
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but problems.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only problems.")
 @reports_errors
 @click.pass_context
 def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **options: Any) -> None:
@@ -134,9 +140,9 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
 @click.command()
 @click.argument("out", metavar="OUT", shell_complete=folders)
 @click.argument("ref", metavar="REF", shell_complete=folders)
-@asks("mapping", "settings", "dtype", mapping="What a side that is a training checkpoint is compared by.")
-@click.option("--allow-cast", is_flag=True, help="Exit with 0 also where tensors are equal after casting.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@asks("mapping", "settings", "dtype", mapping="How to read a side that is a training checkpoint.")
+@click.option("--allow-cast", is_flag=True, help="Exit with 0 even if tensors are equal only after casting.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 @reports_errors
 @click.pass_context
 def compare(
@@ -145,8 +151,13 @@ def compare(
     """Compare two models whole, and say what differs.
 
     OUT and REF are Hugging Face folders or weight files, or with --mapping training checkpoints. Tensors,
-    configuration, generation settings, tokenizer, chat template and code are compared. Exits with 0 when both are
-    the same function, else with 1.
+    configuration, generation settings, tokenizer, chat template and code are compared. Exits with 0 if both
+    compute the same, else with 1.
+
+    \b
+    Examples:
+      engine compare hf reference
+      engine compare hf ckpt/20000 -m internlm2-7b
     """
     from engine import api
     from engine.commands import progress

@@ -22,6 +22,7 @@ from engine.commands import convert, look, parts, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
 from engine.errors import CODES
+from engine.explaining.codes import page
 from engine.language.version import __version__
 
 # A command is listed under the first heading, in this order, with the first sentence of its help.
@@ -36,7 +37,10 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "This program": (look.env, look.completion),
 }  # fmt: skip
 ALIASES = {"convert": "run"}
-EXAMPLES = """\
+# Where a command is documented, if not with the others.
+PAGES = {"serve": "serving", "mount": "serving", "part": "clusters", "commit": "clusters", "new": "adding-a-release",
+         "completion": "editor", "format": "editor"}  # fmt: skip
+EXAMPLES = f"""\
 Examples:
   engine inspect ckpt/20000              what is this, and which mapping fits?
   engine run --src ckpt/20000            convert, if only one mapping fits
@@ -44,8 +48,8 @@ Examples:
   engine verify hf -m internlm2-chat-7b -s ckpt/20000
   engine explain E203                    what an error means, and what to do
 
-Documentation: docs/commands.md shows each command with its output,
-docs/troubleshooting.md what to do when one refuses."""
+Documentation: {page("commands")} shows each command with its output,
+{page("troubleshooting")} says what to do when one refuses."""
 
 
 class Commands(click.Group):
@@ -85,13 +89,14 @@ class Commands(click.Group):
 def cli() -> None:
     """Convert training checkpoints of InternLM and others to Hugging Face checkpoints and back.
 
-    How tensors map is written in YAML, in mappings; `engine mappings` lists them.
+    A mapping is a YAML file that says which tensor becomes which; `engine mappings` lists them all.
     """
 
 
 for _commands in SECTIONS.values():
     for _command in _commands:
         add_store_options(_command)
+        _command.epilog = f"Documentation: {page(PAGES.get(str(_command.name), 'commands'))}"
         cli.add_command(_command)
 
 

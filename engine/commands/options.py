@@ -27,7 +27,16 @@ P = ParamSpec("P")
 _OPTIONAL = ("torch", "transformers")  # of the extra `model`
 _LONGEST_VALUE = 1000  # characters
 _LARGEST = 1e30
-_RANKS = click.IntRange(1, 1 << 20)
+
+
+class Count(click.IntRange):
+    """A number from one up to far more than anybody has; `--help` does not tell the limits."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1 << 20)
+
+    def _describe_range(self) -> str:
+        return ""
 
 
 def parse_value(text: str) -> int | float | bool | str:
@@ -173,7 +182,7 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
                     from engine import api
 
                     left = api.kept(kwargs.get("out"), kwargs.get("src"))  # type: ignore[arg-type]
-                    say(f"once that is mended: {render.kept(*left)}", err=True)
+                    say(f"once that is fixed: {render.kept(*left)}", err=True)
             ctx.exit(2 if all(one.code == "E001" for one in errors) else 1)
 
     return wrapped
@@ -214,7 +223,7 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         "text": {},
         "flag": {"is_flag": True},
         "no-flag": {"is_flag": True, "flag_value": False, "default": True},
-        "count": {"type": _RANKS, "metavar": "N"},
+        "count": {"type": Count(), "metavar": "N"},
         "size": {"type": Size()},
         "workers": {"type": Workers(), "metavar": "auto|N", "default": "auto", "show_default": True},
         "dtype": {"type": Dtype(), "metavar": "TYPE"},
@@ -259,7 +268,7 @@ _WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_so
 def rank_flags(command: Command) -> Command:
     """Numbers of ranks of the dimensions that have options of their own."""
     for name, told in reversed(RANK_OPTIONS.items()):
-        command = click.option(f"--{name}", type=_RANKS, metavar="N", help=told)(command)
+        command = click.option(f"--{name}", type=Count(), metavar="N", help=told)(command)
     return command
 
 
@@ -277,16 +286,15 @@ def rank_options(command: Command) -> Command:
     """How `reverse` and `reshard` cut the model."""
     command = asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype")(command)
     command = rank_flags(command)
-    command = click.option(
+    return click.option(
         "--out", "-o", required=True, metavar="DIR", shell_complete=folders, help="The folder to write."
     )(command)
-    return asks("mapping", required=["mapping"])(command)
 
 
 def writing_options(command: Command) -> Command:
     """What the commands share that write a checkpoint."""
-    command = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")(command)
-    command = click.option("--log-file", metavar="FILE", help="Append one JSON line per event there.")(command)
+    command = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")(command)
+    command = click.option("--log-file", metavar="FILE", help="Append one JSON line per event to this file.")(command)
     return asks(*_WRITTEN)(command)
 
 
@@ -296,7 +304,7 @@ def verifying_options(command: Command) -> Command:
         (
             asks("src", src="The training checkpoint it was made from."),
             asks("mapping", "config", "settings", mapping="Compare tensors with what this mapping makes of --src."),
-            asks("dtype", dtype="Element type that was asked for.  [default: as in the manifest]"),
+            asks("dtype", dtype="Element type it was written in.  [default: as in the manifest]"),
             click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
             click.option("--load", is_flag=True,
                          help="Load the model with transformers, without remote code, and run it once."),

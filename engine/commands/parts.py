@@ -10,9 +10,9 @@ import click
 from engine.commands.options import asks, reports_errors
 from engine.commands.say import answer, say
 
-_PLAN = click.option("--plan", "path", required=True, metavar="FILE", help="What `engine plan -o` saved.")
-_OUT = click.option("--out", "-o", metavar="DIR", help="Where the output will be.  [default: SRC-hf]")
-_QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+_PLAN = click.option("--plan", "path", required=True, metavar="FILE", help="A plan that `engine plan -o` saved.")
+_OUT = click.option("--out", "-o", metavar="DIR", help="The output folder.  [default: SRC-hf]")
+_QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 
 
 @click.command()
@@ -25,9 +25,9 @@ _QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but err
 def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet: bool, **options: Any) -> None:
     """Write one of N parts of a saved plan.
 
-    Parts run at any time, on any machines that see the plan, the checkpoint and the output; nothing is
-    visible before `engine commit`. Without K the number comes from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX.
-    A part that was interrupted is run again; one that is done ends at once.
+    Parts run at any time, on any machines that can reach the plan, the checkpoint and the output; nothing is
+    visible before `engine commit`. Without K, the number comes from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX.
+    An interrupted part can be run again; a finished one returns at once.
 
     \b
     Examples:
@@ -51,12 +51,12 @@ def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet:
 @_QUIET
 @reports_errors
 def commit(as_json: bool, /, path: str, out: str | None, quiet: bool, **options: Any) -> None:
-    """Make an output of what all parts wrote.
+    """Make the output from what all parts wrote.
 
-    Checks that every part is there and of the same plan, writes what remains, and puts the output in place.
+    Checks that every part is there and belongs to the same plan, writes what remains, and puts the output in place.
 
     \b
-    Examples:
+    Example:
       engine commit --plan plan.json -o hf
     """
     from engine import api

@@ -24,7 +24,11 @@ _PATHS = "engine.diff.paths"
 def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str | None, overwrite: bool) -> None:
     """Draft a mapping for a checkpoint, from its headers.
 
-    The draft lints clean. What a person must decide is marked `# decide:` in it.
+    The draft has no lint errors. What a person must decide is marked `# decide:` in it.
+
+    \b
+    Example:
+      engine new -s ckpt/20000 -o mappings/my-7b.yaml
     """
     from engine import api
     from engine.show.render_review import draft
@@ -41,13 +45,13 @@ def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str
 @click.command()
 @click.argument("files", nargs=-1, metavar="[FILES|FOLDERS|NAMES]...", shell_complete=mapping_names)
 @click.option("--format", "form", type=click.Choice(["text", "github", "json"]), default="text", show_default=True,
-              help="How to print it; github is annotations of a workflow's run.")  # fmt: skip
+              help="How to print it; github: annotations for a workflow run.")  # fmt: skip
 @reports_errors
 @click.pass_context
 def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -> None:
-    """Check mapping files: schema, overlaps, gaps, unused keys.
+    """Check mapping files: keys, types, overlaps, gaps, unused names.
 
-    Of a folder every mapping below it is checked; without FILES, all bundled ones are.
+    In a folder, every mapping below it is checked; without FILES, all bundled ones are.
 
     \b
     Examples:
@@ -71,9 +75,11 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
 @click.command()
 @click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...", shell_complete=mapping_names)
 @click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
-@click.option("--mutants", is_flag=True, help="Perturb each rule too, and say what would have caught it.")
+@click.option(
+    "--mutants", is_flag=True, help="Also change the mapping in one place at a time, and say which check notices."
+)
 @click.option("--write-meaning", "--write-facts", "write_meaning", is_flag=True,
-              help="First commit what each mapping means now as what it should mean.")  # fmt: skip
+              help="First write what each mapping means now, to be committed beside it.")  # fmt: skip
 @reports_errors
 @click.pass_context
 def prove(
@@ -82,6 +88,11 @@ def prove(
     """Prove mappings complete and invertible in every layout.
 
     No checkpoint is needed. Exits with 0 when everything holds, else with 1.
+
+    \b
+    Examples:
+      engine prove mappings/my-7b.yaml
+      engine prove --all
     """
     from engine import api
     from engine.show import render_prove
@@ -113,16 +124,21 @@ class DiffCommand(click.Command):
 @click.argument("new", metavar="[NEW|REVISION] [-- FILES...]", required=False,
                 shell_complete=mapping_names)  # fmt: skip
 @click.option("--format", "form", type=click.Choice(["text", "markdown", "json", "github"]), default="text",
-              show_default=True, help="How to print it; github is for a pull request's comment.")  # fmt: skip
+              show_default=True, help="How to print it; github: a comment for a pull request.")  # fmt: skip
 @click.option("--exit-code", is_flag=True, help="Exit with 1 when there are differences.")
 @reports_errors
 @click.pass_context
 def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: str, exit_code: bool) -> None:
     """Say what changes between mappings, or since a revision.
 
-    OLD and NEW are mapping files or names of bundled ones. `engine diff main -- mappings/x.yaml`
-    compares a git revision with the working tree, `engine diff v1 v2` two revisions; without FILES,
-    all mappings below mappings/.
+    OLD and NEW are mapping files, names of bundled ones, or git revisions. Without NEW, a revision is
+    compared with the working tree; without FILES, in all mappings below mappings/.
+
+    \b
+    Examples:
+      engine diff internlm2 mappings/my-family.yaml
+      engine diff main -- mappings/my-7b.yaml
+      engine diff v1 v2
     """
     from engine import api
     from engine.proving.mapping_diff import is_mapping
@@ -143,10 +159,15 @@ def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: 
 
 @click.command()
 @click.argument("mapping", metavar="FILE|NAME", shell_complete=mapping_names)
-@click.option("--resolved", is_flag=True, help="Merge in what it extends, as the engine reads it.")
+@click.option("--resolved", is_flag=True, help="Merge it with what it extends, as the engine reads it.")
 @reports_errors
 def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
-    """Print a mapping, as written or with what it extends."""
+    """Print a mapping, as written or with what it extends.
+
+    \b
+    Example:
+      engine show --resolved internlm2-chat-7b
+    """
     from engine import api
     from engine.language.documents import plain
     from engine.language.search import find_file
@@ -167,7 +188,12 @@ def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
 @reports_errors
 @click.pass_context
 def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bool, differences: bool) -> None:
-    """Put mapping files in their usual form."""
+    """Put mapping files in their usual form.
+
+    \b
+    Example:
+      engine format --diff mappings
+    """
     from engine import api
     from engine.show import render, render_review
 

@@ -27,14 +27,20 @@ _PLANNED = tuple(name for name in SAVED if name not in ("mapping", "src"))
 @click.option("--src", "-s", "sources", metavar="DIR", multiple=True, default=["."],
               help="A checkpoint, or a run's folder of steps; may be repeated.  [default: current folder]")  # fmt: skip
 @click.option("--as", "names", metavar="ORG/NAME", multiple=True,
-              help="What each --src is served as.  [default: local/ and its folder's name]")  # fmt: skip
+              help="The name to serve each --src under.  [default: local/ and its folder's name]")  # fmt: skip
 @asks(*_PLANNED, "tokenizer", "code")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="N",
+    default=8000,
+    help="The port; 0 takes a free one.  [default: 8000]",
+)
 @click.option("--token-file", metavar="FILE",
-              help=f"A secret that requests must carry, as HF_TOKEN does; or in {_TOKEN}.")  # fmt: skip
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-@click.option("--log-file", metavar="FILE", help="Append one JSON line per request there.")
+              help=f"A file with the secret that requests must carry as HF_TOKEN; or set {_TOKEN}.")  # fmt: skip
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@click.option("--log-file", metavar="FILE", help="Append one JSON line per request to this file.")
 @reports_errors
 def serve(
     as_json: bool, /, mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...], host: str,
@@ -42,14 +48,13 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve checkpoints as the Hugging Face Hub does.
 
-    Weight files are computed as they are read.
+    Weight files are computed as they are read. Steps of a run are revisions; main is the newest
+    complete one. The server is read only, and ends on Ctrl-C.
 
     \b
-    engine serve -m internlm2-7b -s ckpt --as internlm/mine
-    HF_ENDPOINT=http://127.0.0.1:8000 python -c \\
-      'from transformers import pipeline; print(pipeline(model="internlm/mine")("Hello"))'
-
-    Steps of a run are revisions; main is the newest complete one. Read only; ends on Ctrl-C.
+    Example:
+      engine serve -m internlm2-7b -s ckpt --as internlm/mine
+      HF_ENDPOINT=http://127.0.0.1:8000 hf download internlm/mine
     """
     from engine import api
 
@@ -113,13 +118,13 @@ def mount(
 ) -> None:
     """Mount the folder that `run` would write, read only.
 
-    At DIR, or beside the checkpoint; weight files are computed as they are read.
+    Its files appear at DIR; weight files are computed as they are read. It stays until Ctrl-C or
+    `fusermount -u DIR`. Needs FUSE and `pip install internlm-engine[mount]`.
 
     \b
-    engine mount -m internlm2-7b -s ckpt/20000 model &
-    vllm serve ./model
-
-    It stays until Ctrl-C or `fusermount -u DIR`. Needs FUSE and `pip install internlm-engine[mount]`.
+    Example:
+      engine mount -m internlm2-7b -s ckpt/20000 model &
+      vllm serve ./model
     """
     from engine import api
 

@@ -22,7 +22,7 @@ def add_store_options(command: click.Command) -> None:
         ),
         click.Option(
             ["--window"], type=Size(), callback=_read_ahead, expose_value=False,
-            help="For URLs: bytes that are read ahead at once.  [default: 16MiB]",
+            help="For URLs: how much to read ahead.  [default: 16MiB]",
         ),
     ]  # fmt: skip
 

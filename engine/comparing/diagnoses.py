@@ -147,7 +147,7 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
             cut = ", and cut along the wrong dimension" if "cut the other way" in group[0].note else ""
             hint = f"{cut}: `mlp_letters` should be the other choice"
         elif set(leaves) in _FIRST_LETTER:
-            hint = ": which of w1, w2 and w3 is which is read the wrong way; see `mlp_letters` and the mapping's rules"
+            hint = ": w1, w2 and w3 are assigned the wrong way; see `mlp_letters` and the mapping's rules"
         yield f"{_leaves(names)} are exchanged{_layers(names)}{hint}"
     for what, changed in moved.items():
         pairs = dict(sorted(changed))

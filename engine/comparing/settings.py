@@ -61,7 +61,7 @@ def compare_settings(
     found += compare_templates(ours, theirs)
     for name in sorted(name for name in ours.keys() | theirs.keys() if name.endswith(".py")):
         if ours.get(name) != theirs.get(name):
-            effect = "with trust_remote_code another program runs the weights"
+            effect = "with trust_remote_code, different code runs the weights"
             found.append(Difference("code", name, *_there(ours, theirs, name, "another content"), effect))
     return tuple(found)
 
@@ -120,5 +120,5 @@ def _generating(key: str) -> tuple[str, Grade]:
     if key.endswith("_token_id"):
         return effect_of(key)
     if key in ("use_cache", "cache_implementation", "return_dict_in_generate") or key.startswith("output_"):
-        return "speed, or what is returned besides", "told"
-    return "generate() gives other text", "function"
+        return "only speed, or what is returned besides, changes", "told"
+    return "generate() gives different text", "function"

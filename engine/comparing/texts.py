@@ -57,7 +57,7 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
         if not any(there):
             return []
         told = tuple("there" if one else "absent" for one in there)
-        return [Difference("tokenizer", "a tokenizer", told[0], told[1], "without it text becomes no ids")]
+        return [Difference("tokenizer", "a tokenizer", told[0], told[1], "without it, text cannot be turned into ids")]
     with tempfile.TemporaryDirectory(prefix="engine-") as made:
         one, two = (_load(files, Path(made) / str(side)) for side, files in enumerate((ours, theirs)))
         if isinstance(one, str) or isinstance(two, str):
@@ -66,7 +66,7 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
         found = list(_tokenizers(one, two))
     if not found:
         unlike = [name for name in names if ours.get(name) != theirs.get(name)]
-        effect = "ids, text and special tokens are equal all the same, over the texts tried"
+        effect = "ids, text and special tokens are still equal for all texts tried"
         found = [Difference("tokenizer", ", ".join(unlike), "other bytes", "its own", effect, "told")]
     return found
 
@@ -78,7 +78,7 @@ def _tokenizers(one: _Tokenizer, two: _Tokenizer) -> Iterator[Difference]:
     for name in sorted(one.named.keys() | two.named.keys()):
         if one.named.get(name) != two.named.get(name):
             shown = _both(_shown, one.named.get(name), two.named.get(name))
-            yield Difference("tokenizer", name, *shown, "text begins, ends, or is padded with another token")
+            yield Difference("tokenizer", name, *shown, "text begins, ends or is padded with a different token")
     special = [str(name) for side in (one, two) for value in side.named.values()
                for name in (value if isinstance(value, list) else [value]) if name]  # fmt: skip
     with_special = [True, False] if one.whole and two.whole else [False]
@@ -102,10 +102,10 @@ def _tokenizers(one: _Tokenizer, two: _Tokenizer) -> Iterator[Difference]:
             f"{kind} of {_shown(text[:30])}")  # fmt: skip
         if kind == "text from ids":
             shown = _shown(one.decode(here)[:40]), _shown(two.decode(there)[:40])
-            yield Difference("tokenizer", what, *shown, "generated text reads otherwise")
+            yield Difference("tokenizer", what, *shown, "generated text is decoded differently")
         else:
-            effect = "the model reads other tokens than it was trained on" if kind == "ids" else (
-                "special tokens are put round text otherwise")  # fmt: skip
+            effect = "the model sees different tokens than in training" if kind == "ids" else (
+                "special tokens are added to text differently")  # fmt: skip
             yield Difference("tokenizer", what, str(here[:8]), str(there[:8]), effect)
     for name in sorted(one.other.keys() | two.other.keys()):
         if one.other.get(name) != two.other.get(name):
@@ -113,7 +113,7 @@ def _tokenizers(one: _Tokenizer, two: _Tokenizer) -> Iterator[Difference]:
             if name == "model_max_length":
                 yield Difference("tokenizer", name, *shown, "only a warning for long text changes", "told")
             else:
-                yield Difference("tokenizer", name, *shown, "batches or text are made up otherwise")
+                yield Difference("tokenizer", name, *shown, "batches or texts are assembled differently")
 
 
 def _load(files: Files, folder: Path) -> _Tokenizer | str:
@@ -150,7 +150,7 @@ def _by_transformers(folder: Path) -> _Tokenizer:
     with _quiet():
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if len(loaded.get_vocab()) < _FEWEST:
-        raise ValueError("transformers makes an empty vocabulary of it")
+        raise ValueError("transformers loads it with an empty vocabulary")
     named = {name: getattr(loaded, name, None) for name in _TOKENS}
     more = sorted({str(token) for token in loaded.all_special_tokens} - {str(t) for t in named.values()})
     return _Tokenizer(
@@ -237,7 +237,7 @@ def _rendered(
     at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
     low = max(at - 10, 0)
     more = f" and {len(unlike) - 1} more conversations" if len(unlike) > 1 else ""
-    effect = "the model is asked in another form than it was trained on"
+    effect = "the model sees prompts in a different form than in training"
     shown = _both(lambda text: _shown(text[low : low + 50]), here, there)
     yield Difference("chat template", f"what it renders of {conversation}{more}", *shown, effect)
 

@@ -145,7 +145,7 @@ def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
     kinds = "\n".join(f"{load_layout(name).modes[0].files[0].name} ({name})" for name in layout_names())
     return EngineError(
         "E304",
-        "this folder is no checkpoint",
+        "this folder is not a checkpoint",
         place=Place(folder.place()),
         got=", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "") or "an empty folder",
         expected=f"{kinds}\nconfig.json with {WEIGHTS[0]} (Hugging Face)\nor a folder of such folders",
@@ -315,11 +315,11 @@ def choose(found: Inspection) -> Fit:
     if fitting:
         raise EngineError(
             "E003",
-            f"{len(fitting)} mappings fit, and no file tells which is meant",
+            f"{len(fitting)} mappings fit, and the files do not tell which one to use",
             place=Place(found.folder),
             got="\n".join(told),
             expected="one of them by --mapping",
-            fix="Choose by what sets them apart; `engine inspect` says what each of these means.",
+            fix="Choose by what they differ in; `engine inspect` explains each of these.",
         )
     raise EngineError(
         "E003",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from engine.checkpoint.ranks import RankGrid
 from engine.errors import EngineError
-from engine.language.names import PARAMS, pattern
+from engine.language.names import PARAMS, WILD, pattern
 from engine.planning.stored import Stored
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
@@ -65,8 +65,8 @@ def observe(stored: Sequence[Stored]) -> tuple[list[Observed], list[str]]:
 
 
 def expressible(name: str) -> bool:
-    """Whether a name can stand in a mapping: no braces, and text that UTF-8 can encode."""
-    if not name or "{" in name or "}" in name:
+    """Whether a name can stand in a mapping: no braces, no wildcards, and text that UTF-8 can encode."""
+    if not name or any(character in name for character in "{}" + WILD):
         return False
     try:
         name.encode()

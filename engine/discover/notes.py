@@ -26,7 +26,7 @@ def silent(mapping: MappingFile, config: Mapping[str, Any]) -> list[str]:
         if not variant.default or not read or any("present(" in e.text for e in expressions) or read & config.keys():
             continue
         keys = list_of(sorted(read))
-        notes.append(f"{name} is what the family takes by default, the config has none of {keys}: {variant.help}.")
+        notes.append(f"{name} is the family's default; the config has none of {keys}: {variant.help}.")
     return notes
 
 

@@ -234,7 +234,7 @@ def _words(blocks: np.ndarray, size: int, units: Units, *, joined: bool = True) 
         return f"{named}s in reverse order{extent}{ranks}"
     if np.array_equal(blocks, np.roll(places, -shift)):
         by = -shift if shift <= count // 2 else count - shift
-        return f"{named}s shifted by {abs(by)}, the last ones round to the other end{extent}{ranks}"
+        return f"{named}s shifted by {abs(by)}, the last ones wrapped around to the other end{extent}{ranks}"
     if axes is not None:
         a, b = axes
         told = f" × {size}" if size > 1 else ""

@@ -138,7 +138,7 @@ def _lines(
     if ratio == 0 or not np.isfinite(ratio):
         return
     if abs(ratio + 1) < precision:
-        yield -1.0, 0.0, "negated: every sign turned", "negated"
+        yield -1.0, 0.0, "negated: every sign flipped", "negated"
     ways: list[tuple[bool, float, float, str, Kind]] = []  # first those whose numbers mean something
     exact, named = _named(ratio, precision, sizes)
     if named or telling:

@@ -6,6 +6,17 @@ from difflib import get_close_matches
 
 from engine.errors import CODES, LINTS, EngineError
 
+DOCUMENTATION = ""  # where the site that `make docs` builds can be reached; empty: pages are files of the repository
+
+
+def page(name: str) -> str:
+    """Where a page of the documentation is.
+
+    >>> page("codes/E203")
+    'docs/codes/E203.md'
+    """
+    return f"{DOCUMENTATION.rstrip('/')}/{name}.html" if DOCUMENTATION else f"docs/{name}.md"
+
 
 def list_codes() -> dict[str, str]:
     """Every code with its title: errors first, then lint findings.

@@ -34,7 +34,7 @@ def read_pickled_mapping(file: File) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise EngineError(
             "E303",
-            "the configuration is not a mapping",
+            "the configuration is not a dict of settings",
             place=Place(file.name),
             got=type(value).__name__,
             fix="Is it the model_config.pt of the training run?",
@@ -44,7 +44,7 @@ def read_pickled_mapping(file: File) -> dict[str, Any]:
             "E303",
             "the configuration is empty",
             place=Place(file.name),
-            expected="the model's settings as items of a mapping",
+            expected="a dict of the model's settings",
             fix="A class that keeps them in attributes cannot be read without running it: save a plain dict of them "
             "in the training environment.",
         )

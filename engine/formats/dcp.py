@@ -118,7 +118,7 @@ def _tensor(small: _Small, entry: Entry, load: Load) -> TensorHeader:
     if value.shape != entry.shape or (value.dtype or value.storage.dtype) != entry.dtype:
         raise EngineError(
             "E301",
-            "a file is not the one of its directory",
+            "a file does not match its `.metadata`",
             place=Place(small.name, tensor=entry.name),
             got=f"{' × '.join(map(str, value.shape))} {value.dtype or value.storage.dtype} at byte {entry.offset}",
             expected=f"{' × '.join(map(str, entry.shape))} {entry.dtype}, from {DIRECTORY}",

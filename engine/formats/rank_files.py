@@ -82,7 +82,7 @@ def read_rank_file(
                 place=Place(where.name, tensor=tensor.name),
                 got=f"{tensor.nbytes} bytes in a file of {size}",
                 expected="each element stored once",
-                fix="Save it again after `contiguous()`.",
+                fix="Save it again after calling `contiguous()`.",
             )
     said = {path: one for path in says if isinstance(one := _value_at(saved.value, path), int | float | str)}
     return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, says=said)
@@ -143,31 +143,22 @@ def _is_text(name: str) -> bool:
 def read_torch_file(file: OpenFile, name: str, load: LoadPickle = load_pickle) -> Saved:
     """What a file that torch saved holds, without its payload."""
     size = file.state.size
-    try:
-        start = file.read(4)
-        if start == b"PK\x03\x04":
-            members, directory, summed = read_directory(file, name, size)
-            root = _root(members, name)
-            _check_order(file, members, root, name)
-            at, length = members[f"{root}/data.pkl"]
-            if length > MAX_PICKLE:
-                raise damaged(name, f"data.pkl of {length} bytes")
-            pickle = _read(file, at, length, name)
-            value = load(pickle, name)
-            prefix = f"{root}/data/"
-            payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
-            described = struct.pack("<Q", size) + directory + (b"" if summed else pickle)
-            return Saved(value, payload, hashlib.sha256(described).hexdigest(), summed, root)
-        file.seek(0)
-        return Saved(*load_legacy(file, name, size))
-    except OSError as error:
-        raise EngineError(
-            "E305",
-            "a file cannot be read",
-            place=Place(name),
-            got=error.strerror,
-            fix="Check the file and its storage.",
-        ) from error
+    start = file.read(4)
+    if start == b"PK\x03\x04":
+        members, directory, summed = read_directory(file, name, size)
+        root = _root(members, name)
+        _check_order(file, members, root, name)
+        at, length = members[f"{root}/data.pkl"]
+        if length > MAX_PICKLE:
+            raise damaged(name, f"data.pkl of {length} bytes")
+        pickle = _read(file, at, length, name)
+        value = load(pickle, name)
+        prefix = f"{root}/data/"
+        payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
+        described = struct.pack("<Q", size) + directory + (b"" if summed else pickle)
+        return Saved(value, payload, hashlib.sha256(described).hexdigest(), summed, root)
+    file.seek(0)
+    return Saved(*load_legacy(file, name, size))
 
 
 def _root(members: Mapping[str, tuple[int, int]], name: str) -> str:

@@ -145,25 +145,16 @@ def read_safetensors_metadata(where: File) -> tuple[FileHeader, Mapping[str, str
             fix="Copy the file again.",
         )
 
-    try:
-        with where.open() as file:
-            state = file.state
-            size = state.size
-            start = file.read(8)
-            if len(start) < 8:
-                raise damaged("shorter than 8 bytes")
-            (length,) = struct.unpack("<Q", start)
-            if length > _MAX_HEADER or 8 + length > size:
-                raise damaged(f"its header claims {length} bytes of {size}")
-            text = file.read(length)
-    except OSError as error:
-        raise EngineError(
-            "E305",
-            "a file cannot be read",
-            place=Place(where.place),
-            got=error.strerror,
-            fix="Check the file and its permissions.",
-        ) from error
+    with where.open() as file:
+        state = file.state
+        size = state.size
+        start = file.read(8)
+        if len(start) < 8:
+            raise damaged("shorter than 8 bytes")
+        (length,) = struct.unpack("<Q", start)
+        if length > _MAX_HEADER or 8 + length > size:
+            raise damaged(f"its header claims {length} bytes of {size}")
+        text = file.read(length)
     try:
         entries = parse_json(text)
     except ValueError as error:

@@ -6,6 +6,7 @@ of, how long, how deep, and with what numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -100,7 +101,8 @@ def _in_words(text: str, told: str) -> str:
             return f"a quote {quote} is not closed"
     if "end of template" in told or "end of print statement" in told:
         return "it ends where something should follow"
-    return told.removesuffix(".")
+    strange = re.match(r"unexpected char '(.)'", told)
+    return f"`{strange[1]}` is not part of the language" if strange else told.removesuffix(".")
 
 
 def _check(text: str) -> Compiled:
@@ -108,6 +110,8 @@ def _check(text: str) -> Compiled:
         raise Refused(f"an expression is longer than {MAX_LENGTH} characters", "Split it over several dims.")
     if max(text.count("("), text.count("["), text.count("{"), text.count("not"), text.count("-")) > 200:
         raise Refused("an expression is nested too deeply", "Split it over several dims.")
+    if text.startswith("{{"):
+        raise Refused("this expression is written without braces", f"Write {text.strip('{} ')}.")
     parser = Parser(ENVIRONMENT, text, state="variable")
     tree = parser.parse_expression()
     if not parser.stream.eos:
@@ -142,7 +146,9 @@ def _check(text: str) -> Compiled:
                 or not isinstance(node.args[0], nodes.Const)
                 or not isinstance(node.args[0].value, str)
             ):
-                raise Refused("`present` takes one quoted name pattern")
+                raise Refused(
+                    "`present` takes one quoted name pattern", "Write it like present('layers.{layer}.norm.weight')."
+                )
             patterns.append(node.args[0].value)
         callee = node.node if isinstance(node, nodes.Call) else None
         stack.extend((child, depth + 1, child is callee) for child in node.iter_child_nodes())

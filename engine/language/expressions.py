@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError, UndefinedError
 
 from engine.errors import EngineError
@@ -22,6 +23,7 @@ __all__ = [
     "check_expression",
     "compile_expression",
     "evaluate",
+    "is_quotient",
     "names_in",
     "render_tree",
 ]
@@ -46,6 +48,11 @@ def compile_expression(expression: Expression) -> Compiled:
 def check_expression(expression: Expression) -> None:
     """Read an expression without evaluating it; E105 when it is not part of the language."""
     compile_expression(expression)
+
+
+def is_quotient(expression: Expression) -> bool:
+    """Whether an expression divides by `/` last, which gives a number with a point."""
+    return isinstance(compile_expression(expression).tree, nodes.Div)
 
 
 def names_in(expression: Expression) -> frozenset[str]:

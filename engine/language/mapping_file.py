@@ -12,7 +12,7 @@ from typing import Any, Literal
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
 from engine.language.documents import At, Document
-from engine.language.expressions import check_expression
+from engine.language.expressions import check_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import load_resolved
 from engine.language.model import Exclusion, Expression, Mapping, Option, RemoteCode, Variant
@@ -27,19 +27,22 @@ _BRACES = re.compile(r"\{\{(.*)\}\}\Z", re.DOTALL)
 def load_mapping(name: str | Path) -> Mapping:
     """Load a mapping by path or bundled name, resolved over its parents and checked.
 
+    >>> load_mapping("internlm2-7b").expect["hidden"]
+    4096
+
     Raises:
         EngineError: E002, E1xx with file, line and column.
     """
     if not isinstance(name, str | Path):
         raise EngineError(
             "E001",
-            "this is no mapping",
+            "this is not a mapping",
             got=f"{name!r:.80}, of type {type(name).__name__}",
             expected="a name, a path, or a loaded mapping",
             fix="Give the name of a bundled mapping, like internlm2-7b, or the path of a file.",
         )
     document, files = load_resolved(find_file(str(name)))
-    check_schema(document, "mapping")
+    check_schema(document, "mapping", merged=True)
     return build_mapping(document, files)
 
 
@@ -93,7 +96,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         architecture=target["architecture"],
         options=table("options", lambda d, name, body: read_option(d, name, body, ("options", name))),
         variants=variants,
-        dims=table("dims", lambda d, name, text: expression(d, ("dims", name), text)),
+        dims=table("dims", _dim),
         even=tuple(data.get("even") or ()),
         rules=tuple(table("rules", read_rule, variants).values()),
         ignore=exclusions("ignore"),
@@ -123,7 +126,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
 
 def _placed(document: Document) -> list[tuple[tuple[str, ...], At]]:
     """Where parts of a mapping and their keys stand; rules know their own places."""
-    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 3)
+    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 4)
     return [(path, at) for path, at in listed if path[0] not in ("rules", "keys")]
 
 
@@ -155,6 +158,21 @@ def expression(document: Document, path: tuple[str | int, ...], text: Any) -> Ex
     result = Expression(str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path))
     check_expression(result)
     return result
+
+
+def _dim(document: Document, name: str, text: Any) -> Expression:
+    """The expression of a size; E105 for a quotient, which is no whole number even where it divides."""
+    found = expression(document, ("dims", name), text)
+    if is_quotient(found):
+        raise EngineError(
+            "E105",
+            f"dim `{name}` is a quotient, which is not a whole number even where it divides",
+            place=found.place,
+            got=found.text,
+            expected="a whole number",
+            fix="Divide by `//`, or put `| int` behind it.",
+        )
+    return found
 
 
 def read_variant(document: Document, name: str, body: dict[str, Any], path: tuple[str | int, ...]) -> Variant:

@@ -228,7 +228,7 @@ class _Merge:
                 f"`remove` names `{name}`, which the parent does not have",
                 place=place,
                 got=name,
-                expected=f"`{near[0]}`?" if near else "a rule, variant, dim or option of the parent",
+                expected="a rule, variant, dim or option of the parent",
                 fix=f"Did you mean `{near[0]}`?" if near else "Delete the entry.",
             )
         if len(found) > 1:

@@ -216,6 +216,7 @@ class RefusedFile:
     why: str
     fix: str
     place: Place
+    when: Expression | None = None  # over the configuration; None: always
 
 
 @dataclass(frozen=True, slots=True)

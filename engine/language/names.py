@@ -14,6 +14,7 @@ from functools import lru_cache
 from engine.errors import EngineError, Place
 
 PARAMS = ("weight", "bias")
+WILD = "*?|\\^$"  # what stands for other characters elsewhere
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _INSIDE = re.compile(r"([a-z_][a-z0-9_]*)(?::0([1-9]))?\Z")
 
@@ -78,7 +79,7 @@ def check_file_name(text: str, place: Place, *, folders: bool = False) -> None:
     if not text or text.startswith(".") or not text.isprintable() or any(c in "/\\" for c in text) or len(text) > 200:
         raise EngineError(
             "E104",
-            "a file name would leave its folder, or cannot be one",
+            "a file name leaves its folder, or is not valid",
             place=place,
             got=text,
             expected="a plain name, like model_config.pt",
@@ -99,6 +100,9 @@ def pattern(text: str, place: Place | None = None) -> Pattern:
             fix="Placeholders are {name} for an integer and {param} for weight or bias.",
         )
 
+    for character in WILD if place is not None else ():
+        if character in text:
+            raise fail(f"there are no wildcards, and `{character}` is part of no tensor's name")
     parts: list[str] = []
     placeholders: list[str] = []
     has_param = False

@@ -90,7 +90,7 @@ def _check_stage(document: Document, base: KeyPath, name: str, axes: Sequence[st
             expected="layers, by name or as an axis, or `stage`, not both"
             if layered
             else "stage: first, or stage: last",
-            fix="`stage` says on which pipeline stage a tensor lives that is of no layer.",
+            fix="`stage` is for a tensor outside the layers, and says which pipeline stage holds it.",
         )
 
 

@@ -18,6 +18,13 @@ _TYPES = {
 }  # fmt: skip
 
 
+# Parts of a mapping whose entries have names, and what one is called.
+_NAMED = {"rules": "rule", "options": "option", "variants": "variant"}
+# What people write for types of `keys`.
+_PYTHON = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "dict": "mapping", "array": "list",
+           "object": "mapping", "tuple": "list"}  # fmt: skip
+
+
 @lru_cache(maxsize=8)
 def _schema(kind: str) -> Any:
     return json.loads((bundled("schemas") / f"{kind}.schema.json").read_text("utf-8"))
@@ -51,11 +58,14 @@ def violations(data: Any, kind: str) -> list[Any]:
     return list(_validator(kind).iter_errors(data))
 
 
-def check_schema(document: Document, kind: str) -> None:
+def check_schema(document: Document, kind: str, *, merged: bool = False) -> None:
     """Raise every violation as E102; an unknown major version is refused plainly.
 
     A mapping that `extends` another need not repeat what its parent says; the merged data,
     which has no `extends`, must say everything.
+
+    Args:
+        merged: whether the rules have become a mapping of name → rule.
     """
     version = document.data.get(kind)
     if isinstance(version, int) and not isinstance(version, bool) and version != _VERSIONS[kind]:
@@ -68,13 +78,17 @@ def check_schema(document: Document, kind: str) -> None:
             fix="Use an engine that knows it, or write the file in version 1.",
         )
     data, names = document.data, None
-    if kind == "mapping" and isinstance(data.get("rules"), dict):  # merged: name → rule
+    if merged and "rules" in data:
         names = list(data["rules"])
         data = {**data, "rules": list(data["rules"].values())}
     found = Errors()
     missing: list[tuple[str, EngineError]] = []
     near: set[str] = set()
-    for error in violations(data, kind):
+    broken = violations(data, kind)
+    incomplete = [error.absolute_path for error in broken if error.validator == "required"]
+    for error in broken:
+        if error.validator == "oneOf" and error.absolute_path in incomplete:
+            continue  # what it lacks first is told
         path: list[str | int] = list(error.absolute_path)
         if names is not None and path[:1] == ["rules"] and len(path) > 1:
             path[1] = names[int(path[1])]
@@ -109,13 +123,14 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         message, expected = f"the key `{missing}` is missing in {where}", f"{missing}: …"
         got = ", ".join(map(str, error.instance)) or "nothing"
         fix = _description(_schema(kind), path, missing)
-        if kind == "mapping" and len(path) == 2 and path[0] == "rules" and isinstance(path[1], str):
-            others = [name for name in document.data["rules"] if name != path[1]]
+        if kind == "mapping" and len(path) == 2 and path[0] in _NAMED and isinstance(path[1], str):
+            one = _NAMED[path[0]]
+            others = [name for name in document.data[path[0]] if name != path[1]]
             near = get_close_matches(path[1], others, 3, 0.5)
-            message = f"rule `{path[1]}` is of this file alone, and has no `{missing}`"
-            expected = f"`{missing}`, or the name of a rule that is inherited"
+            message = f"{one} `{path[1]}` is new in this file, and has no `{missing}`"
+            expected = f"`{missing}`, or the name of an inherited {one}"
             expected += f": {', '.join(near)}" if near else ""
-            fix = f"Did you mean rule `{near[0]}`?" if near else fix
+            fix = f"Did you mean {one} `{near[0]}`?" if near else fix
     elif error.validator == "type":
         types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
         named = [_TYPES[t] for t in types if t != "integer" or "number" not in types]
@@ -123,6 +138,17 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         message = f"{where} is {_kind(error.instance)}, not {expected}"
         if "string" in types and isinstance(error.instance, int | float) and not isinstance(error.instance, bool):
             fix = "Put it in quotes."
+    elif error.validator == "anyOf":
+        allowed = [str(value) for b in error.validator_value for value in b.get("enum", ()) if value is not None]
+        named = [_TYPES[b["type"]] for b in error.validator_value if "enum" not in b and isinstance(b.get("type"), str)]
+        expected = ", ".join(allowed) + (" or " if allowed and named else "") + " or ".join(named)
+        message = f"{where} has an unknown value" if allowed else f"{where} is {_kind(error.instance)}, not {expected}"
+        near = [_PYTHON[got]] if got in _PYTHON else get_close_matches(got, allowed, 1)
+        fix = f"Did you mean `{near[0]}`?" if near else described
+    elif error.validator == "pattern" and "propertyNames" in error.absolute_schema_path:
+        message, expected, fix = f"`{got}` is not a key of {where}", described, "Correct the key."
+    elif error.validator == "pattern":
+        message = f"{where} cannot be `{got}`"
     elif error.validator == "enum":
         allowed = [str(v) for v in error.validator_value]
         near = get_close_matches(str(error.instance), allowed, 1)

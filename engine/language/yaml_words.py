@@ -28,13 +28,16 @@ def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
         return EngineError("E101", f"the YAML cannot be read: {error.problem or 'not YAML'}", place=Place(name))
     row, column = min(mark.line, len(lines) - 1), mark.column
     words, expected, fix = "", None, ""
-    for line in dict.fromkeys([row, *([] if error.context_mark is None else [error.context_mark.line])]):
+    context = [] if error.context_mark is None else [error.context_mark.line]
+    before = _before(lines, row)
+    if before is not None and lines[before].lstrip().startswith("//"):
+        context.append(before)
+    for line in dict.fromkeys([row, *context]):
         found = _of_line(lines, min(line, len(lines) - 1))
         if found is not None:
             (words, expected, fix), row, column = found, line, len(lines[line]) - len(lines[line].lstrip())
             break
     else:
-        before = _before(lines, row)
         if "could not find expected ':'" in str(error.problem) and error.context_mark is not None:
             row, column = error.context_mark.line, error.context_mark.column
             words, expected, fix = "a line has no `:` between key and value", "key: value", "Write the `:` and a space."
@@ -86,19 +89,27 @@ def _of_line(lines: list[str], row: int) -> tuple[str, str | None, str] | None:
     """What is wrong with a line that shows in the line itself: message, what was expected, what to do."""
     line = lines[row]
     if "\t" in line[: len(line) - len(line.lstrip())]:
-        before = _before(lines, row)
+        before = None if line.lstrip().startswith("- ") else _before(lines, row)
         depth = 0 if before is None else _depth(lines[before])
-        return (
-            "the line is indented with a tab",
-            "spaces",
-            f"Write {depth} spaces in its place, as the line above has." if depth else "Write spaces in its place.",
-        )
+        told = f"Write {depth} spaces in its place, as the line above has." if depth else "Write spaces in its place."
+        return "the line is indented with a tab", "spaces", told
+    if line.lstrip().startswith("//"):
+        return "a comment begins with `#`, not with `//`", None, "Write `#`."
     found = _KEY.fullmatch(line)
     value = (found[3] or "").strip() if found is not None else ""
+    if value[:1] in ("{", "[") and not value.startswith("{{"):
+        return _of_flow(value)
     if value[:1] and value[0] in _OPENS and not _is_flow(value):
         quoted = value.split(" #")[0].strip().replace("\\", "\\\\").replace('"', '\\"')
         return (
             f"the text begins with `{value[0]}`, which means something else in YAML",
+            f'{found[2] if found else ""}: "{quoted}"',
+            "Put the text in quotes.",
+        )
+    if ": " in value and value[0] not in "\"'#":
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        return (
+            "the text has a `:` in it, which ends a key in YAML",
             f'{found[2] if found else ""}: "{quoted}"',
             "Put the text in quotes.",
         )
@@ -108,17 +119,33 @@ def _of_line(lines: list[str], row: int) -> tuple[str, str | None, str] | None:
     return None
 
 
-def _is_flow(value: str) -> bool:
-    """Whether a value in brackets ends with its bracket, or goes on in the next line."""
-    if value[0] in "|>":
-        return len(value) <= 2
-    if value[0] not in "{[":
-        return False
+def _of_flow(value: str) -> tuple[str, str | None, str] | None:
+    """What is wrong with a value in brackets."""
     try:
         list(yaml.parse(value))
+        return None
     except yaml.YAMLError:
-        return value.count("{") != value.count("}") or value.count("[") != value.count("]")
-    return True
+        pass
+    if value.count('"') % 2:
+        return 'a quote `"` is not closed', None, 'Close it with " at the end of the text.'
+    for opening, closing in ("{}", "[]"):
+        if value.count(opening) > value.count(closing):
+            return f"a `{opening}` is not closed", None, f"Close it with `{closing}`."
+        if value.count(opening) < value.count(closing):
+            return f"a `{closing}` is too many", None, "Remove it, or put the text that it belongs to in quotes."
+    for key, text in re.findall(r"""([\w.-]+): +([^\s,"'{}\[\]][^,"'{}\[\]]*)""", value):
+        if ": " in text or " #" in text:
+            return (
+                f"the text of `{key}` has a `:` in it, which ends a key in YAML",
+                f'{key}: "{text}"',
+                "Put it in quotes.",
+            )
+    return None
+
+
+def _is_flow(value: str) -> bool:
+    """Whether a text goes on in the next lines."""
+    return value[0] in "|>" and len(value) <= 2
 
 
 def _is_indented_otherwise(lines: list[str], row: int, before: int) -> bool:

@@ -308,10 +308,10 @@ class Forward:
             if len(fits) != 1:
                 raise EngineError(
                     "E202",
-                    "the letters of the MLP cannot be told from shapes",
+                    "shapes do not tell which of w2 and w3 is which",
                     place=Place(str(self._folder), tensor=f"{name}.w2.weight"),
                     got=f"w1 {w1[:1]}, w2 {w2[:1]}, w3 {w3[:1]}",
-                    expected="w2 or w3, but not both, to be w1 turned",
+                    expected="exactly one of w2 and w3 to be w1 transposed",
                     fix="Say which one goes down: --set mlp_letters=w2_is_down (trained with code since 2024-03-15) "
                     "or --set mlp_letters=w2_is_up.",
                 )

@@ -76,7 +76,7 @@ def load_model(folder: Path) -> Loaded:
         problems = [
             f"{str(name)[:200]} {what}"
             for key, what in (
-                ("missing_keys", "is missing, and transformers would make it up"),
+                ("missing_keys", "is missing, and transformers would fill it with random weights"),
                 ("unexpected_keys", "is not part of the model"),
                 ("mismatched_keys", "has another shape than the model's"),
             )

@@ -29,10 +29,10 @@ STEPS: dict[str, tuple[str, bool]] = {
 }
 _ATTENTION, _MLP = ("attention_norm", "q", "k", "v", "mixed", "o"), ("mlp_norm", "gate", "up", "gated", "down")
 _NO_TENSOR = {
-    "mixed": "the heads mix otherwise, though q, k and v agree: see rope_theta, rope scaling and head counts "
+    "mixed": "the attention differs, though q, k and v agree: see rope_theta, rope scaling and head counts "
     "in config.json",
-    "gated": "the activation is another: see hidden_act in config.json",
-    "out": "the layer adds up its parts otherwise",
+    "gated": "the activation differs: see hidden_act in config.json",
+    "out": "the layer adds its parts differently",
 }
 _ALIKE = 0.05  # of the usual size: recognises a tensor through rounding, far from chance
 

@@ -78,7 +78,7 @@ def with_given(config: Mapping[str, Any], given: Mapping[str, Any], mapping: Map
         if other is not None and value is not None and _plain(other) != _plain(value):
             raise EngineError(
                 "E218",
-                f"the given configuration is not of this checkpoint: `{path}` is {shown(other)}",
+                f"the given configuration does not belong to this checkpoint: `{path}` is {shown(other)}",
                 place=Place("config.json"),
                 got=f"{path}: {shown(other)}",
                 expected=f"{shown(value)}, as mapping `{mapping.name}` reads the checkpoint",

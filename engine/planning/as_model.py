@@ -141,7 +141,7 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
     best = max(lacking, key=lambda p: list(wanted.shapes).index(lacking[p]), default="")
     raise EngineError(
         "E207",
-        f"the checkpoint has no `{lacking.get(best, first)}`, which the model class of its configuration wants",
+        f"the checkpoint has no `{lacking.get(best, first)}`, which the model class of its configuration needs",
         place=Place(lacking.get(best, first)),
         got=", ".join(sorted(held)[:3]) + f", … ({len(held)} tensors)",
         expected=f"all {len(wanted.shapes)} tensors of the class" + (f", behind `{best}`" if best else ""),

@@ -91,7 +91,7 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
     for combination in combinations:
         chosen = dict(decisions)
         for variant, choice in zip(open_variants, combination, strict=True):
-            told = "the only choice under which all sizes agree over all shards"
+            told = "the only choice for which all sizes agree across all shards"
             chosen[variant.name] = Decision(variant.name, choice, "shapes", told)
         attempts.append(_attempt(question, chosen))
     fitting = [a for a in attempts if not a.sizes.contradictions]

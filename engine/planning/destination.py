@@ -138,6 +138,9 @@ def cut_layers(
     ranks = prod(sizes.get(dim, 1) for dim in dims)
     given = asked({dim: sizes.get(dim, 1) for dim in dims})
     facts = {**names, **counts_of(layout, sizes), "chunks": chunks}
+    order = in_order(layout, sizes, dims, chunks, names)
+    if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
+        return like
     step = evaluate(layout.layers.divides, facts) if layout.layers.divides is not None else chunks
     if layers % step:
         fits = [str(n) for n in range(1, layers + 1) if layers % n == 0 and layers // n >= ranks]
@@ -154,9 +157,6 @@ def cut_layers(
             f"at most {layers // chunks}",
             "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if chunks > 1 else "."),
         )
-    order = in_order(layout, sizes, dims, chunks, names)
-    if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
-        return like
     share = shares(layers // chunks, ranks, layout.layers.uneven)
     return laid_out([(stage, share[index % ranks]) for index, stage in enumerate(order)], chunks, dims)
 

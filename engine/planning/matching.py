@@ -72,7 +72,7 @@ def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[Ra
                 place=Place(files[one.file].name, tensor=one.header.name),
                 got=f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}",
                 expected=f"no such tensor ({entry.place})",
-                fix="Use a mapping that has it at both ends.",
+                fix="Use a mapping that can express it on both sides.",
             )
 
 
@@ -264,7 +264,7 @@ def _expert_layer(
     every = sorted(layer for layers in positions.values() for layer in layers)
     raise EngineError(
         "E211",
-        "an expert file's layer cannot be told",
+        "the layer of an expert file cannot be determined",
         place=place,
         got=f"file number {file.ranks['number']} with local layer {local}",
         expected=f"a number that fits one layer; it fits {every or 'none'}",

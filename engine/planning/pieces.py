@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.errors import EngineError
 from engine.language.axes import Axes
-from engine.language.names import Pattern
+from engine.language.names import Pattern, pattern
 from engine.planning.stored import Instance
 
 # A piece of a rule: the target name pattern it is written to, and its set of axes.
@@ -81,7 +81,11 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
                 raise _piece_error(instance, f"source piece {_braces(piece)} occurs in {told}", piece)
             if keys[0] in owners:
                 other = owners[keys[0]].rule.name
-                raise _piece_error(instance, f"target piece {_braces(piece)} is also written by rule `{other}`")
+                raise _piece_error(
+                    instance,
+                    f"target piece {_braces(piece)} is also written by rule `{other}`",
+                    fix="Change the target's name in one of the two rules, or give them different `when`.",
+                )
             owners[keys[0]] = instance
             by_source[instance.key, piece] = keys[0]
     for spec in targets.values():
@@ -93,31 +97,43 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
     return Pieces(targets, owners, dropped, by_source)
 
 
-def _piece_error(instance: Instance, message: str, piece: frozenset[str] = frozenset()) -> EngineError:
+def _piece_error(
+    instance: Instance, message: str, piece: frozenset[str] = frozenset(), fix: str | None = None
+) -> EngineError:
     return EngineError(
         "E107",
         f"rule `{instance.rule.name}`: {message}",
         place=instance.rule.place,
         got=f"source `{instance.axes}`\n" + "\n".join(f"{n.text} `{a}`" for n, a in instance.targets),
         expected="every source piece in exactly one target, every target piece in exactly one source",
-        fix=_other_axes(instance, piece)
+        fix=fix
+        or _other_axes(instance, piece)
         or "Pieces are matched by their set of axes, placeholders included: check the axis names on both sides.",
     )
 
 
 def _other_axes(instance: Instance, piece: frozenset[str]) -> str | None:
     """The target that a source piece was nearly matched with, and the axes in which they differ."""
-    near: list[tuple[int, str, frozenset[str]]] = []
-    for name, axes in instance.targets:
-        for other in axes.pieces():
-            found = frozenset(other) | frozenset(name.placeholders)
-            near.append((len(found ^ piece), name.text, found))
-    if not piece or not near:
+    sources = source_pieces(instance)
+    held = [
+        (name, frozenset(p) | frozenset(name.placeholders)) for name, axes in instance.targets for p in axes.pieces()
+    ]
+    spare = [(name, p) for name, p in held if p not in sources or sum(p == other for _, other in held) > 1]
+    count = min((len(p ^ piece) for _, p in spare), default=0)
+    near = [(name.text, p) for name, p in spare if len(p ^ piece) == count]
+    if not piece or not near or count > 2 or len({p for _, p in near}) > 1:
         return None
-    count, text, found = min(near)
-    if count > 2 or not found - piece or not piece - found:
-        return None
+    text, found = near[0]
     target, source = ", ".join(sorted(found - piece)), ", ".join(sorted(piece - found))
+    if not source or not target:
+        lacks, has = ("the source", target) if target else (f"`{text}`", source)
+        braces = (
+            f"`{{{has}}}`" if has in {*instance.sources[0].placeholders, *pattern(text).placeholders} else f"`{has}`"
+        )
+        return f"{lacks} lacks {braces}, which the other side has: write it on both sides."
+    if len(near) > 1:
+        names = " and ".join(f"`{name}`" for name, _ in near)
+        return f"{names} have the same axes: write `{source}` instead of `{target}` in the one that takes this piece."
     return f"`{text}` has the axis `{target}` where the source has `{source}`: write the same name on both sides."
 
 

@@ -52,7 +52,7 @@ def make_plan(
     if lossy is not None and not mapping.training_config and not layout.config_of_target:
         raise EngineError(
             "E215",
-            f"mapping `{mapping.name}` says nothing of the training configuration",
+            f"mapping `{mapping.name}` does not say how to write the training configuration",
             place=mapping.place,
             expected="a `training_config` block",
             fix="Write the keys of the training configuration as expressions over config.json.",
@@ -158,7 +158,7 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     left = sorted({name for file in checkpoint.files for name in file.left})
     if left:
         more = f" and {len(left) - 4} more" if len(left) > 4 else ""
-        notices.append("not of the model, left behind: " + ", ".join(map(printable, left[:4])) + more)
+        notices.append("not part of the model, not converted: " + ", ".join(map(printable, left[:4])) + more)
     if source.read.noted and crosses:
         told = ", ".join(f"{name} = {value}" for name, value in source.read.noted.items())
         notices.append(f"nothing reads these keys of {source.read.side.file}: {told}")
@@ -170,7 +170,7 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
 def overruled(decisions: Mapping[str, Decision]) -> list[str]:
     """Settings that say something else than the configuration."""
     return [
-        f"`{d.evidence}` overrules the checkpoint's configuration, which says {d.instead_of}"
+        f"`{d.evidence}` overrides the configuration, by which it is {d.instead_of}"
         for d in decisions.values()
         if d.instead_of is not None
     ]

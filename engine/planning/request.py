@@ -74,13 +74,13 @@ class Request:
     config: str | Path | None = field(
         default=None,
         metadata=option(
-            "The target's config.json, for frameworks that save none, and what theirs leaves open.", metavar="FILE"
+            "The target's config.json, where the framework saves none or an incomplete one.", metavar="FILE"
         ),
     )
     settings: Mapping[str, Any] = field(
         default_factory=dict,
         metadata=option(
-            "Set a variant or an option of the mapping or its layout; may be repeated.", "setting", flags="--set"
+            "Set a variant or an option of the mapping or layout; may be repeated.", "setting", flags="--set"
         ),
     )
     dtype: str = field(
@@ -89,9 +89,9 @@ class Request:
     )
     max_shard_size: int = field(
         default=DEFAULT_SHARD_SIZE,
-        metadata=option("Most bytes of tensors in one output file, like 2GB or 5GiB.", "size", shown="2GB"),
+        metadata=option("Largest size of an output file, like 2GB or 5GiB.", "size", shown="2GB"),
     )
-    strict: bool = field(default=False, metadata=option("Refuse sizes other than those the release has.", "flag"))
+    strict: bool = field(default=False, metadata=option("Refuse sizes other than the release's.", "flag"))
     reads: End = "training"
     writes: End = "whole"
     ranks: Mapping[str, int] = field(
@@ -106,16 +106,16 @@ class Request:
     )
     like: str | Path | None = field(
         default=None,
-        metadata=option("A training checkpoint whose mode, ranks, names and variants to copy.", metavar="DIR"),
+        metadata=option("Copy mode, ranks, names and variants of this training checkpoint.", metavar="DIR"),
     )
     lossy: Sequence[str] = field(
         default=(),
-        metadata=option("Write a rule that does not invert all the same; may be repeated.", "texts", metavar="RULE"),
+        metadata=option("Write a rule although it does not invert; may be repeated.", "texts", metavar="RULE"),
     )
 
     to: str | Path | None = field(
         default=None,
-        metadata=option("The mapping that writes, for the rank files of another framework.", metavar="FILE|NAME"),
+        metadata=option("The mapping to write with, for rank files of another framework.", metavar="FILE|NAME"),
     )
 
     def __post_init__(self) -> None:

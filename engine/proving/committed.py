@@ -212,7 +212,7 @@ def _tensors(then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Iterato
             elif name.startswith(RANKS):
                 yield (
                     (
-                        f"{source}{under} is cut otherwise than the committed meaning says: of {target} "
+                        f"{source}{under} is cut differently than the committed meaning says: of {target} "
                         f"{name.removeprefix(RANKS) or 'the ranks'} hold {_short(new)} instead of {_short(old)}"
                     ),
                     key,

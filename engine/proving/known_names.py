@@ -19,6 +19,7 @@ from engine.language.names import PARAMS, pattern
 from engine.planning.config_keys import declared, leaves
 from engine.proving import targets
 from engine.proving.finding import Finding
+from engine.proving.probes import dotted
 
 _NEAR = 0.8
 _TOKENIZER = frozenset(("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "add_bos_token"))
@@ -37,7 +38,7 @@ def check_names(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
 def _unknown(name: str, where: str, known: Iterable[str], place: Place, why: str) -> Finding:
     """L010: an error where the name is almost a known one, else a warning."""
     near = get_close_matches(name, sorted(known), 1, _NEAR)
-    told = f"`{name}` of `{where}` is read by nothing that is known"
+    told = f"`{name}` of `{where}` is not read by any known program"
     return Finding("L010", "error" if near else "warning", place, told, f"Did you mean `{near[0]}`?" if near else why)
 
 
@@ -97,13 +98,15 @@ def _names(mapping: MappingFile) -> Iterator[Finding]:
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     listed = list(_texts(mapping.config.get("architectures")))
     at = place_of(mapping, "config", "architectures")
+    missing: set[str] = set()
     for name in dict.fromkeys([mapping.architecture, *listed]):
         if name not in {*classes, *_texts(remote)} and not _is_class(name, mapping.architecture, classes):
             close = get_close_matches(name, sorted({*classes, mapping.architecture} - {name}), 1, _NEAR)
             fix = f"Did you mean `{close[0]}`?" if close else "Name a class that computes the target."
             place = place_of(mapping, "target", "architecture") if name == mapping.architecture else at
             yield _wrong(place, f"there is no model `{name}`", fix)
-    if listed and mapping.architecture not in listed:
+            missing.add(name)
+    if listed and mapping.architecture not in {*listed, *missing}:
         told = f"`config` writes the architectures {', '.join(listed)}, `target` says `{mapping.architecture}`"
         yield _wrong(at, told, "Write the same in both.")
     for name in ("hidden_act", "hidden_activation"):
@@ -163,7 +166,7 @@ def _comparisons(mapping: MappingFile) -> Iterator[Finding]:
         tree = compile_expression(expression).tree
         for compare in [*tree.find_all(nodes.Compare), *([tree] if isinstance(tree, nodes.Compare) else [])]:
             sides = [compare.expr, *(operand.expr for operand in compare.ops)]
-            for name in (path for side in sides if (path := _path(side)) in choices):
+            for name in (path for side in sides if (path := dotted(side)) in choices):
                 for value in [c.value for side in sides for c in _constants(side) if isinstance(c.value, str)]:
                     if value not in choices[name]:
                         known = list(map(str, choices[name]))
@@ -188,12 +191,6 @@ def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
     elif isinstance(node, nodes.List | nodes.Tuple):
         for item in node.items:
             yield from _constants(item)
-
-
-def _path(node: nodes.Node) -> str:
-    if isinstance(node, nodes.Getattr):
-        return f"{_path(node.node)}.{node.attr}"
-    return node.name if isinstance(node, nodes.Name) else ""
 
 
 def _texts(tree: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, Mapping, Rule
 from engine.language.names import PARAMS, pattern
+from engine.language.search import find_file, kind_of
 from engine.proving.finding import Finding, finding_of
 from engine.proving.known_names import check_names, every_expression
 from engine.proving.undeclared import undeclared
@@ -21,14 +22,19 @@ _MAX_COMBINATIONS = 4096
 
 
 def lint_file(name: str) -> list[Finding]:
-    """Load and lint one mapping; what keeps it from loading is a finding too."""
+    """Load and lint one mapping or layout; what keeps it from loading is a finding too."""
     try:
+        if kind_of(find_file(name)) == "layout":
+            load_layout(name)
+            return []
         mapping = load_mapping(name)
-    except EngineErrors as errors:
-        return [finding_of(error) for error in errors.errors]
     except EngineError as error:
-        return [finding_of(error)]
+        return _findings(error)
     return lint(mapping)
+
+
+def _findings(error: EngineError) -> list[Finding]:
+    return [finding_of(one) for one in (error.errors if isinstance(error, EngineErrors) else [error])]
 
 
 def lint(mapping: Mapping) -> list[Finding]:
@@ -44,7 +50,7 @@ def lint(mapping: Mapping) -> list[Finding]:
     try:
         layout = load_layout(mapping.layout, mapping.layout_place)
     except EngineError as error:
-        found.append(finding_of(error))
+        found += _findings(error)
     else:
         found += [*_undeclared(mapping, layout), *check_names(mapping, layout), *check_values(mapping, layout)]
     unique = {(f.code, str(f.place), f.message): f for f in found}
@@ -173,19 +179,22 @@ def _unused(mapping: Mapping) -> Iterator[Finding]:
 def _shadowed(mapping: Mapping) -> Iterator[Finding]:
     """L004: sample names of every rule against the patterns of `ignore` and `refuse`."""
     entries = [e for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
-    for rule in mapping.rules:
-        for name in _expanded(rule):
-            sample = pattern(name)
-            sampled = sample.format(dict.fromkeys(sample.placeholders, 0))
-            for entry in entries:
-                if pattern(entry.pattern).match(sampled) is not None:
-                    yield Finding(
-                        "L004",
-                        "error",
-                        rule.place,
-                        f"rule `{rule.name}` never sees `{name}`: `{entry.pattern}` at {entry.place} takes it",
-                        "Narrow the entry, or remove the rule.",
-                    )
+    for rule, entry in product(mapping.rules, entries):
+        taken = [name for name in sorted(_expanded(rule)) if pattern(entry.pattern).match(_sample(name)) is not None]
+        if taken:
+            told = " and ".join(f"`{name}`" for name in taken)
+            yield Finding(
+                "L004",
+                "error",
+                rule.place,
+                f"rule `{rule.name}` never sees {told}: `{entry.pattern}` at {entry.place} takes it",
+                "Narrow the entry, or remove the rule.",
+            )
+
+
+def _sample(name: str) -> str:
+    """A name that a pattern matches."""
+    return pattern(name).format(dict.fromkeys(pattern(name).placeholders, 0))
 
 
 def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
@@ -213,17 +222,11 @@ def _unreachable(mapping: Mapping) -> Iterator[Finding]:
         names = list(variant.choices)
         last = next((i for i, name in enumerate(names) if variant.choices[name] is None), len(names))
         for choice in names[last + 1 :]:
-            yield Finding(
-                "L008",
-                "error",
-                variant.place,
-                f"choice `{choice}` of variant `{variant.name}` stands after `otherwise`, so only --set reaches it",
-                "Put `otherwise` last.",
-            )
-            for rule in mapping.rules:
-                if set(rule.when.get(variant.name, ())) == {choice}:
-                    message = f"rule `{rule.name}` is never active: it needs `{variant.name}: {choice}`"
-                    yield Finding("L008", "error", rule.place, message, "Put `otherwise` last in the variant.")
+            idle = [f"`{rule.name}`" for rule in mapping.rules if set(rule.when.get(variant.name, ())) == {choice}]
+            told = f"choice `{choice}` of variant `{variant.name}` comes after `otherwise`, so only --set reaches it"
+            told += f", and {', '.join(idle)} is never active" if len(idle) == 1 else ""
+            told += f", and rules {', '.join(idle)} are never active" if len(idle) > 1 else ""
+            yield Finding("L008", "error", variant.place, told, "Put `otherwise` last.")
 
 
 def _undeclared(mapping: Mapping, layout: Layout) -> Iterator[Finding]:

@@ -23,8 +23,8 @@ def diff(
 ) -> list[MappingDiff]:
     """What changes between mappings: in their rules, and in where every tensor goes.
 
-    >>> [one.name for one in diff("main", revisions=True)]  # doctest: +SKIP
-    ['mappings/families/internlm2.yaml']
+    >>> [one.name for one in engine.diff("internlm2-7b", "internlm2-20b")]
+    ['internlm2-20b']
 
     Args:
         old: a mapping (with `new` another), or a git revision.

@@ -43,7 +43,7 @@ def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
     if not config:
         raise EngineError(
             "E202",
-            "what the model needs is told by its configuration, which is not there",
+            "the model's configuration is missing, so its tensors are not known",
             expected="config.json beside the weights, or --config",
             fix="Give the config.json of the model with --config FILE.",
         )
@@ -80,7 +80,7 @@ def _wanted_here(config: Mapping[str, Any]) -> Wanted:
     if isinstance(found, str):
         raise EngineError(
             "E209",
-            "what the model needs cannot be told without its class",
+            "the model's tensors are not known without its class",
             got=found.removeprefix("not checked: "),
             expected="a config.json of a model that transformers has",
             fix="Use a mapping of the model's family: its rules say what the model needs.",

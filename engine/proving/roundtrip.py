@@ -162,7 +162,7 @@ def element_of(arrays: Mapping[str, Any], number: float) -> str:
         first = float(array.flat[0]) if array.size else -1
         if array.size and first <= number < first + array.size:
             return f"{name}{index(np.unravel_index(int(number - first), array.shape))}"
-    return f"an element that nobody wrote ({number:g})"
+    return f"an element that was not written ({number:g})"
 
 
 def index(values: Any) -> str:

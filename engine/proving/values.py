@@ -51,7 +51,9 @@ def _declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
                     "error",
                     place_of(mapping, part, path.split(".")[0]),
                     f"`{part}` writes `{path}: {_text(value)}`, and `keys` allows {_allowed(key)} ({key.place})",
-                    "Correct the value, or what `keys` says of it.",
+                    f'Write an expression in braces: "{{{{ {value} }}}}".'
+                    if value in mapping.dims or value in mapping.variants
+                    else "Correct the value, or what `keys` says of it.",
                 )
     for side in mapping.keys.values():
         for key in side.values():
@@ -71,15 +73,18 @@ def _text(value: Any) -> str:
 def _tokens(mapping: MappingFile) -> Iterator[Finding]:
     """L015: tokens that begin where others end, and numbers that are not those of the tokens."""
     spec = mapping.tokenizer or {}
-    for name, others, word in (("bos", _ENDS, "ends"), ("eos", _BEGINS, "begins")):
-        if spec.get(name) in others:
-            yield _token(
-                mapping, f"`{name}` of the tokenizer is `{spec[name]}`, which {word} a text", "tokenizer", name
-            )
+    wrong = [name for name, others in (("bos", _ENDS), ("eos", _BEGINS)) if spec.get(name) in others]
+    if len(wrong) == 2:
+        yield _token(
+            mapping, f"`bos` and `eos` of the tokenizer are exchanged: `{spec['bos']}` ends a text", "tokenizer", "bos"
+        )
+    for name in wrong if len(wrong) == 1 else ():
+        word = "ends" if name == "bos" else "begins"
+        yield _token(mapping, f"`{name}` of the tokenizer is `{spec[name]}`, which {word} a text", "tokenizer", name)
     ids = {name: mapping.config.get(f"{name}_token_id") for name in _TOKENS}
     for name, number in ids.items():
         known = _IDS.get(str(spec.get(name)))
-        if known is not None and isinstance(number, int) and number != known:
+        if known is not None and isinstance(number, int) and number != known and name not in wrong:
             yield _token(
                 mapping,
                 f"`{name}_token_id` of `config` is {number}; `{spec[name]}` is {known}",
@@ -95,11 +100,15 @@ def _tokens(mapping: MappingFile) -> Iterator[Finding]:
         listed = given if isinstance(given, list) else [given]
         number = ids[name]
         if given is not None and isinstance(number, int) and number not in listed:
-            yield _token(mapping, f"`{name}_token_id` of `generation` is {given}; `config` says {number}", "generation")
+            told = f"`{name}_token_id` of `generation` is {given}; `config` says {number}"
+            yield _token(mapping, told, "generation", f"{name}_token_id")
         for one in listed:
             if rows is not None and isinstance(one, int) and not 0 <= one < rows:
                 yield _token(
-                    mapping, f"`{name}_token_id` of `generation` is {one}; the vocabulary has {rows} rows", "generation"
+                    mapping,
+                    f"`{name}_token_id` of `generation` is {one}; the vocabulary has {rows} rows",
+                    "generation",
+                    f"{name}_token_id",
                 )
     for number, name in (spec.get("rename") or {}).items():
         if rows is not None and str(number).isdecimal() and int(number) >= rows:
@@ -107,13 +116,12 @@ def _tokens(mapping: MappingFile) -> Iterator[Finding]:
                 mapping,
                 f"`rename` of the tokenizer names {number} `{name}`; the vocabulary has {rows} rows",
                 "tokenizer",
+                "rename",
             )
 
 
 def _token(mapping: MappingFile, message: str, *path: str) -> Finding:
-    return Finding(
-        "L015", "error", place_of(mapping, *path), message, "Give each token its own number; see the tokenizer."
-    )
+    return Finding("L015", "error", place_of(mapping, *path), message, "Give each token its own id; see the tokenizer.")
 
 
 def _options(mapping: MappingFile) -> Iterator[Finding]:
@@ -127,8 +135,9 @@ def _options(mapping: MappingFile) -> Iterator[Finding]:
             if option.default is not None:
                 option_value(option, option.default)
         except EngineError as error:
-            told = f"the default of option `{option.name}` does not fit: {error.message}; got {error.got}"
-            yield Finding("L016", "error", option.place, told, "Correct the default, or the type, range or choices.")
+            told = f"the default of option `{option.name}` is `{option.default}`, and it takes {error.expected}"
+            at = place_of(mapping, "options", option.name, "default")
+            yield Finding("L016", "error", at, told, "Correct the default, or the type, range or choices.")
         limits = option.limits
         if limits.min is not None and limits.max is not None and limits.min > limits.max:
             told = f"option `{option.name}` can have no value: its `min` is above its `max`"

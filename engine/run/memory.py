@@ -47,7 +47,7 @@ def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0
     """
     if asked is not None and not (type(asked) is int and 1 <= asked <= MOST_WORKERS):
         raise EngineError(
-            "E001", "this is no number of workers", got=str(asked)[:40], expected=f"auto, or 1 to {MOST_WORKERS}",
+            "E001", "this is not a number of workers", got=str(asked)[:40], expected=f"auto, or 1 to {MOST_WORKERS}",
             fix="More threads than cores rarely help.",
         )  # fmt: skip
     wanted = asked or min(os.cpu_count() or 1, MOST_WORKERS)

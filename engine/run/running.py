@@ -32,17 +32,15 @@ class Running:
     """
 
     overwrite: bool = field(default=False, metadata=option("Replace the output once the new one is complete.", "flag"))
-    resume: bool = field(default=False, metadata=option("Go on with what an interrupted run left.", "flag"))
+    resume: bool = field(default=False, metadata=option("Continue what an interrupted run left.", "flag"))
     workers: int | None = field(default=None, metadata=option("Threads that write.", "workers", shown="auto"))
-    max_memory: int | None = field(
-        default=None, metadata=option("Most memory to take; fewer threads keep to it.", "size")
-    )
+    max_memory: int | None = field(default=None, metadata=option("Limit memory, by using fewer threads.", "size"))
     digests: bool = field(
         default=True, metadata=option("Record no digests of tensors; such a run cannot be resumed.", "no-flag")
     )
     check_source: bool = field(
         default=False,
-        metadata=option("Read the source once before, and compare it with the checksums it holds.", "flag"),
+        metadata=option("Read the source first, and compare it with the checksums it holds.", "flag"),
     )
     tokenizer: str | Path | None = field(
         default=None, metadata=option("The SentencePiece model, if not beside the checkpoint.", metavar="FILE")

@@ -241,7 +241,7 @@ def _inside(name: str) -> bool:
 
 def _check_small(folder: Store, name: str, wanted: str) -> list[str]:
     if not _inside(name):
-        return [f"{name!r} is not the name of a file of the output"]
+        return [f"{name!r} is not the name of an output file"]
     try:
         with folder.open(name) as file:
             total = hashlib.sha256()
@@ -254,7 +254,7 @@ def _check_small(folder: Store, name: str, wanted: str) -> list[str]:
 
 def _read(folder: Store, name: str) -> FileHeader:
     if not _inside(name):
-        raise EngineError("E301", "not the name of a file of the output", place=Place(name))
+        raise EngineError("E301", "this is not the name of an output file", place=Place(name))
     file = File(folder, name)
     return read_safetensors(file) if name.endswith(".safetensors") else read_rank_file(file)
 

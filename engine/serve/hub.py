@@ -90,7 +90,7 @@ class Hub:
                 except NoRevision as error:
                     return refusal(404, str(error), "RevisionNotFound")
         known = api or "/resolve/" in path
-        return refusal(404, "there is no such model here", "RepoNotFound") if known else refusal(404, "nothing here")
+        return refusal(404, "this server has no such model", "RepoNotFound") if known else refusal(404, "nothing here")
 
     def _stranger(self, request: Request) -> Response | None:
         """A refusal of a request without the token; without one, of a request to another name than this machine's.
@@ -106,7 +106,7 @@ class Hub:
         if kind.lower() in ("bearer", "basic") and hmac.compare_digest(given.strip().encode(), self._token.encode()):
             return None
         return refusal(
-            401, "a token is needed: set HF_TOKEN to the one that this server was given",
+            401, "a token is needed: set HF_TOKEN to this server's token",
             **{"WWW-Authenticate": 'Basic realm="engine", Bearer'},
         )  # fmt: skip
 
@@ -209,7 +209,7 @@ def _file(file: VirtualFile, request: Request, revision: Revision) -> Response:
         "Cache-Control": "no-cache",
     }
     if part.status == 412:
-        return refusal(412, "the file is another one than `If-Match` says", **headers)
+        return refusal(412, "the file is not the one that `If-Match` names", **headers)
     if part.status == 304:
         return Response(304, headers)
     if part.status == 416:

@@ -91,11 +91,11 @@ class App:
                     if coming is None:
                         return
                     piece = await coming
-                problem = "the client went away"
+                problem = "the client disconnected"
             finally:
                 gone.cancel()
         except TimeoutError:
-            problem = "the client takes nothing"
+            problem = "the client accepts no data"
             scope["state"]["abort"]()
         except (EngineError, EngineErrors) as error:
             problem = str(error)

@@ -40,7 +40,7 @@ def report(done: Report) -> str:
         f"  to {done.out}",
     ]
     if done.kept:
-        lines.append(f"  {amount(done.kept)} of it were kept from the interrupted run")
+        lines.append(f"  {amount(done.kept)} of it kept from the interrupted run")
     if done.variants:
         lines.append("  as " + ", ".join(f"{name}={choice}" for name, choice in done.variants.items()))
     lines += [note(notice) for notice in done.notices]
@@ -197,8 +197,8 @@ def kept(out: str, partial: Sequence[tuple[str, int]]) -> str:
     folders = ", ".join(f"{visible(path)} ({amount(nbytes)})" for path, nbytes in partial)
     return (
         f"what was written is kept in {folders}\n"
-        "  go on   the same command with --resume\n"
-        f"  remove  engine clean {shlex.quote(visible(out))}"
+        "  continue  the same command with --resume\n"
+        f"  remove    engine clean {shlex.quote(visible(out))}"
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _KINDS = {
     "release": "a release of {parent}, which fits",
     "renamed": "{parent} with other sources",
-    "own": "rules of its own, no family is near",
+    "own": "rules of its own, as no family is near",
 }
 
 
@@ -82,7 +82,7 @@ def draft(found: Scaffold, out: str | None, src: str) -> str:
         lines += [f"  {out}:{line}  decide: {text}" for line, text in found.decisions]
     lines += [note(notice) for notice in found.notices]
     if found.state is not None:
-        lines.append(f"now a run would say {found.state['code']} {one_line(found.state['message'])}")
+        lines.append(f"a run would now say {found.state['code']} {one_line(found.state['message'])}")
     elif out is not None:
         lines.append(f"next: engine plan --mapping {shlex.quote(out)} --src {shlex.quote(src)}")
     return "\n".join(lines)

@@ -121,7 +121,7 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     except (BaseError, ValueError, TypeError) as error:
         raise EngineError(
             "E001",
-            "this is no store",
+            "this URL is not a store",
             place=Place(url.partition("?")[0]),
             got=_short(str(error)),
             fix="Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1.",

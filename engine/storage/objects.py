@@ -185,7 +185,7 @@ class ObjectStore:
         try:
             obstore.put(self.client, name, data, mode="create" if new else "overwrite")
         except (AlreadyExistsError, FileExistsError) as error:
-            raise exists(self.place(name), "Choose another --out.", "another run's, which came meanwhile") from error
+            raise exists(self.place(name), "Choose another --out.", "another run's, written in the meantime") from error
         except Exception as error:  # obstore's own kinds, and OSError
             raise refused(self.place(name), str(error), writing=True) from error
 

@@ -39,7 +39,7 @@ class OutputFolder:
         *,
         overwrite: bool,
         resume: bool = False,
-        foreign: Callable[[Store], str | None] = lambda _: "what the engine cannot tell",
+        foreign: Callable[[Store], str | None] = lambda _: "a folder that the engine cannot read",
         shared: str | None = None,
     ) -> None:
         """

@@ -121,7 +121,7 @@ def on_this_machine(store: Store, option: str) -> Path:
     if store.folder is None:
         raise EngineError(
             "E001",
-            f"{option} needs files of this machine",
+            f"{option} needs local files",
             place=Place(store.place()),
             fix="Copy the checkpoint to a folder first.",
         )

@@ -67,20 +67,40 @@ def _shown(nanoseconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 
+class _Reading(FileIO):
+    """A file whose reading fails with E305, whoever reads it: a disk may fail at any byte."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor)
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise _failed(self._path, error.strerror) from error
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            raise _failed(self._path, error.strerror) from error
+
+
+def _failed(path: Path, why: str | None) -> EngineError:
+    return EngineError(
+        "E305", "a file cannot be read", place=Place(str(path)), got=why, fix="Check the file and its permissions."
+    )
+
+
 def open_regular(path: Path) -> OpenFile:
     """Open a regular file for reading; E305 for anything else, without blocking on a fifo."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # a name may hold NUL
-        raise EngineError(
-            "E305",
-            "a file cannot be read",
-            place=Place(str(path)),
-            got=error.strerror if isinstance(error, OSError) else str(error),
-            fix="Check the file and its permissions.",
-        ) from error
+        raise _failed(path, error.strerror if isinstance(error, OSError) else str(error)) from error
     check_regular(descriptor, path)
-    return OpenFile(FileIO(descriptor), FileState.of(os.fstat(descriptor)))
+    return OpenFile(_Reading(descriptor, path), FileState.of(os.fstat(descriptor)))
 
 
 def check_regular(descriptor: int, path: Path) -> None:

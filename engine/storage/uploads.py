@@ -53,7 +53,7 @@ class Uploads:
         work: str,
         overwrite: bool,
         resume: bool = False,
-        foreign: Callable[[Store], str | None] = lambda _: "what the engine cannot tell",
+        foreign: Callable[[Store], str | None] = lambda _: "a folder that the engine cannot read",
     ) -> None:
         """
         Args:
@@ -124,7 +124,9 @@ class Uploads:
     def _commit(self, upload: Upload) -> None:
         now = self._check_free()
         if self._name in now - self._before:  # somebody's, who came meanwhile
-            raise exists(self._store.place(), "Choose another --out.", "an output that came while this one was written")
+            raise exists(
+                self._store.place(), "Choose another --out.", "an output that appeared while this one was written"
+            )
         for name in (self._name, "config.json"):  # what makes a checkpoint of the old files
             if name in now:
                 self._store.delete(name)

@@ -354,7 +354,7 @@ def test_plan_folds_layers_and_shows_why_each_variant_was_chosen() -> None:
     done = invoke("plan", "--mapping", MAPPING, "--src", CHECKPOINT)
     assert done.exit_code == 0, done.stderr
     assert "model.layers.{0…3}.self_attn.q_proj.weight" in done.stdout
-    assert "the only choice under which all sizes agree" in done.stdout
+    assert "the only choice for which all sizes agree" in done.stdout
     assert "model.safetensors" in done.stdout
     assert "peak memory" in done.stdout
 
@@ -492,8 +492,8 @@ def test_a_run_that_failed_on_its_disk_says_what_to_do_next(tmp_path: Path, monk
     monkeypatch.setattr(os, "pwritev", full)
     done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "-q")
     assert done.exit_code == 1
-    assert "go on   the same command with --resume" in done.stderr
-    assert f"remove  engine clean {tmp_path / 'hf'}" in done.stderr
+    assert "continue  the same command with --resume" in done.stderr
+    assert f"remove    engine clean {tmp_path / 'hf'}" in done.stderr
 
 
 def test_the_command_line_and_the_api_write_files_of_the_same_size() -> None:

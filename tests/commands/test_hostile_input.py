@@ -414,6 +414,18 @@ def test_a_number_that_would_become_infinite_is_refused_and_no_warning_shown(
                 assert not api.verify(tmp_path / "out", src=tmp_path / "step", mapping=V2.mapping, **how).problems
 
 
+def test_a_disk_that_fails_to_read_is_told_whatever_is_read_from_it(made: Path, tmp_path: Path) -> None:
+    failing = "/proc/self/mem"  # a regular file that gives EIO
+    for command in (
+        ("reverse", "-m", V2.mapping, "-s", failing, "-o", tmp_path / "out"), ("compare", failing, made / "hf"),
+        ("run", "--plan", failing, "-o", tmp_path / "out"),
+        ("run", "-m", V2.mapping, "-s", made / "step", "-o", tmp_path / "out", "--config", failing),
+    ):  # fmt: skip
+        done = invoke(*command)
+        assert done.exit_code == 1 and "E305" in done.output and "Input/output" in done.output, command
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("path", ["\ud800", "a\x00b", ""])
 def test_a_path_that_no_file_system_takes_is_refused_from_python_too(path: str, tmp_path: Path) -> None:
     source = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"

@@ -31,8 +31,8 @@ def test_an_interrupted_run_names_what_is_kept_and_what_to_do(tmp_path: Path, mo
     done = CliRunner().invoke(cli, ["run", "-m", "internlm", "-s", str(STEP), "-o", str(out)])
     assert done.exit_code == 130
     assert f"interrupted: what was written is kept in {partial}" in done.stderr
-    assert "go on   the same command with --resume" in done.stderr
-    assert f"remove  engine clean '{out}'" in done.stderr
+    assert "continue  the same command with --resume" in done.stderr
+    assert f"remove    engine clean '{out}'" in done.stderr
 
 
 def test_an_interruption_of_a_command_that_writes_nothing_speaks_of_no_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_a_folder_of_steps_says_which_are_complete(tmp_path: Path) -> None:
 def test_a_folder_that_is_none_of_these_names_what_there_could_be(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     done = CliRunner().invoke(cli, ["inspect", str(tmp_path)])
-    assert done.exit_code == 1 and done.stderr.startswith("E304 this folder is no checkpoint")
+    assert done.exit_code == 1 and done.stderr.startswith("E304 this folder is not a checkpoint")
     assert (
         "notes.txt" in done.stderr
         and "model_tp{tp}_pp{pp}.pt (internevo)" in done.stderr

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
@@ -185,3 +187,43 @@ def test_deepspeeds_partitions_are_told_with_its_own_program(tmp_path: Path) -> 
     (folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(EngineError, match=r"zero_to_fp32\.py"):
         engine.inspect(folder)
+
+
+def test_directories_that_ranks_wrote_without_collectives_are_read(tmp_path: Path) -> None:
+    state = model(LLAMA)
+    dcp.save(state, checkpoint_id=tmp_path / "step-3", no_dist=True, use_collectives=False)
+    (tmp_path / "step-3" / "config.json").write_text(json.dumps(LLAMA))
+    assert not (tmp_path / "step-3" / ".metadata").exists()
+    engine.convert("transformers", tmp_path / "step-3", tmp_path / "hf")
+    assert equal(tmp_path / "hf", state)
+    (tmp_path / "step-3" / "__0.metadata").unlink()
+    with pytest.raises(EngineError) as caught:
+        engine.convert("transformers", tmp_path / "step-3", tmp_path / "x")
+    assert caught.value.code == "E201" and not (tmp_path / "x").exists()
+
+
+def test_dtensors_on_a_mesh_of_one_rank_are_read(tmp_path: Path) -> None:
+    state = model(LLAMA)
+    (tmp_path / "actor").mkdir()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+        saved = {name: distribute_tensor(one, mesh, [Shard(0)]) for name, one in state.items()}
+        torch.save(saved, tmp_path / "actor" / "model_world_size_1_rank_0.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+    (tmp_path / "actor" / "config.json").write_text(json.dumps(LLAMA))
+    engine.convert("transformers", tmp_path / "actor", tmp_path / "hf")
+    assert equal(tmp_path / "hf", state)
+
+
+def test_a_model_that_is_not_tied_and_has_no_output_layer_is_refused(tmp_path: Path) -> None:
+    saved = titan(model(LLAMA), old=False)
+    del saved["lm_head.weight"]
+    folder = save(saved, tmp_path / "step-3", LLAMA)
+    with pytest.raises(EngineError, match="head") as caught:
+        engine.convert("torchtitan-llama", folder, tmp_path / "hf")
+    assert caught.value.code == "E207" and not (tmp_path / "hf").exists()
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
+    engine.convert("torchtitan-llama", folder, tmp_path / "hf")
+    assert "lm_head.weight" not in weights(tmp_path / "hf")

@@ -16,6 +16,7 @@ from tests.support.frameworks import FIXTURES, logits_off, source_of
 
 MEGATRON = FIXTURES / "megatron"
 FAMILIES = {
+    "dcp-tp1": "megatron-llama",
     "dist-ep2-moe": "megatron-mixtral",
     "dist-tp2pp1-bf16-qkvbias": "megatron-qwen2",
     "dist-tp2pp2": "megatron-llama",
@@ -24,6 +25,7 @@ FAMILIES = {
     "leg_t4_g2": "megatron-llama",
     "td19_t2": "megatron-llama",
     "torch-ep2-moe": "megatron-mixtral",
+    "torch-p2-layout": "megatron-llama",
     "torch-tp1pp1-tied": "megatron-llama",
     "torch-tp2pp2-vpp2": "megatron-llama",
 }
@@ -186,3 +188,10 @@ def test_dense_copies_that_differ_between_expert_ranks_are_refused(copy: Callabl
     with pytest.raises(EngineError) as caught:
         convert("torch-ep2-moe", tmp_path / "out", folder)
     assert caught.value.code == "E402"
+
+
+def test_experts_that_are_cut_over_other_ranks_than_the_rest_are_refused_by_that_name(tmp_path: Path) -> None:
+    fixture = MEGATRON / "torch-ep2-etp1"
+    with pytest.raises(EngineError, match="other ranks than the rest") as caught:
+        engine.convert("megatron-mixtral", source_of(fixture), tmp_path / "out", config=fixture / "hf_config.json")
+    assert caught.value.code == "E303" and "torch_dist" in str(caught.value.fix)

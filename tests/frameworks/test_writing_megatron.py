@@ -52,6 +52,7 @@ def whole(name: str, family: str, out: Path) -> Path:
         ("leg_t4_g2", "megatron-llama", {"ranks": "tp=4", "settings": {"vocab_multiple": 8}}),
         ("torch-tp1pp1-tied", "megatron-llama", {}),
         ("leg_p2_uneven", "megatron-llama", {"like": True}),
+        ("torch-p2-layout", "megatron-llama", {"like": True}),  # its last stage has no layer
     ],
 )
 def test_legacy_files_hold_what_megatron_saved(name: str, family: str, asked: dict[str, Any], tmp_path: Path) -> None:

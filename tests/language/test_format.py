@@ -89,7 +89,7 @@ def test_windows_line_ends_and_a_byte_order_mark_go() -> None:
 
 
 def test_text_that_is_not_yaml_is_refused() -> None:
-    with pytest.raises(EngineError, match="cannot be read"):
+    with pytest.raises(EngineError, match="is not closed"):
         format_mapping("a: [")
 
 

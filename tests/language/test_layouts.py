@@ -105,4 +105,4 @@ def test_a_layout_cannot_name_a_file_outside_its_folder(where: str, tmp_path: Pa
     with pytest.raises(EngineError) as caught:
         load_layout(str(evil))
     assert caught.value.code == "E104"
-    assert "leave its folder" in str(caught.value)
+    assert "leaves its folder" in str(caught.value)

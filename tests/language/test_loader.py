@@ -79,7 +79,7 @@ def test_keys_that_differ_only_in_type_are_duplicates() -> None:
         ("a: 1\n---\nb: 1", "document"),
         ("", "empty"),
         ("- 1", "keys and values"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is not closed"),
         ("a: \x00", "character"),
         ("a: \ud800", "UTF-8"),
     ],
@@ -148,7 +148,7 @@ config: {}
     told = [(one.place.line if one.place else None, one.message) for one in raised.value.errors]
     assert told == [
         (4, "the text begins with ```, which means something else in YAML"),
-        (7, "the YAML cannot be read: a bracket `[` is not closed, or a comma is missing behind it"),
+        (7, "a `[` is not closed"),
         (10, 'a quote `"` is not closed, in rule `one`'),
         (12, "the line is indented by 3 spaces, the key above it by 4, in rule `two`"),
         (14, "aliases (`*alias`) are not part of the language"),

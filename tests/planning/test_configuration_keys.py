@@ -283,6 +283,7 @@ HOMEGROWN: list[tuple[dict[str, Any], str, str]] = [
     ({"tie_word_embeddings": True}, "E209", "tie_word_embeddings"),
     ({"activation_type": "gelu"}, "E209", "activation_type"),
     ({"rope_type": "dynamic"}, "E209", "rope_type"),
+    ({"rope_theta": 1e6}, "E209", "rope_theta"),
     ({"causal": False}, "E209", "causal"),
     ({"embed_scale": 8.0}, "E209", "embed_scale"),
     ({"moe_kwargs": {"top_k": 2}}, "E209", "moe_kwargs"),
@@ -368,6 +369,12 @@ def test_a_model_type_of_another_model_is_refused_though_all_tensors_fit(tmp_pat
         assert error.code == "E212" and "BAICHUAN2" in str(error) and "model_types" in str(error.fix)
     (tmp_path / "mine.yaml").write_text(MINE + "source: {model_types: [BAICHUAN2]}\n")
     api.plan(tmp_path / "mine.yaml", source)
+
+
+def test_a_pipeline_that_is_only_a_number_is_understood(tmp_path: Path) -> None:
+    source = training(tmp_path / "ckpt", {})
+    torch.save("parallel = dict(tensor=2, pipeline=2, weight=1)", source / "config_file.pt")
+    api.plan(FAMILY, source)
 
 
 @pytest.mark.parametrize("said", [True, False])

@@ -99,7 +99,7 @@ def unreachable(data: Data) -> None:
         ("L005", "layer, q}", pieces),
         ("E108", "hiden", expectation),
         ("L007", "fnf", misspelt_axis),
-        ("L008", "rotary: pairs", unreachable),
+        ("L008", "never active", unreachable),
     ],
 )
 def test_each_defect_is_found_and_told(code: str, told: str, change: Callable[[Data], None], tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_manifest_cannot_point_outside_its_folder(source: Path, tmp_path: Path
     data["tensors"]["x"] = {"dtype": "BF16", "shape": [1], "file": "../step/model_tp0_pp0.pt", "digest": "00"}
     (out / "conversion.json").write_text(json.dumps(data))
     problems = engine.api.verify(out).problems
-    assert sum("not the name of a file of the output" in problem for problem in problems) == 2
+    assert sum("not the name of an output file" in problem for problem in problems) == 2
 
 
 def flip(path: Path) -> None:

@@ -167,7 +167,7 @@ def test_clients_that_take_nothing_hold_no_thread_and_are_closed() -> None:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and len([one for one in running.lines if one.problem]) < 40:
             time.sleep(0.1)
-        assert [one.problem for one in running.lines if one.problem] == ["the client takes nothing"] * 40
+        assert [one.problem for one in running.lines if one.problem] == ["the client accepts no data"] * 40
         assert made.read < 40 * (20 << 20)
         for one in sleeping[:3]:
             one.settimeout(10)
@@ -180,7 +180,7 @@ def test_nothing_is_read_for_a_client_that_went_away() -> None:
         with stalled(running) as client:
             client.recv(1000)
         time.sleep(0.5)
-        assert running.logged(BIG.decode()).problem == "the client went away"
+        assert running.logged(BIG.decode()).problem == "the client disconnected"
         before = made.read
         time.sleep(0.3)
         assert made.read == before < SIZE // 4

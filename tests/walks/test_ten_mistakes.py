@@ -6,32 +6,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from engine.commands.main import cli
+from tests.support.mistakes import FILE, ROOT, Mistake, told
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "ten-mistakes.md"
-FAMILY = (Path(__file__).parent / "my-model.yaml").read_text()  # a copy, so that edits there move no line here
-STEP = ROOT / "tests" / "fixtures" / "internevo" / "v2_tp2_pp2"
-FILE = "my-model.yaml"
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """An edit of the family InternLM2 that is wrong; a message must hold what `says` lists."""
-
-    title: str
-    old: str
-    new: str
-    says: tuple[str, ...]
-    command: tuple[str, ...] = ("lint", FILE)
-
-
 WO = """  - name: wo
     source: "layers.{layer}.attention.wo.{param}"
     target: "model.layers.{layer}.self_attn.o_proj.{param}"
@@ -64,16 +45,6 @@ MISTAKES = (
 )  # fmt: skip
 
 
-def told(mistake: Mistake, folder: Path) -> tuple[int, str]:
-    """The exit code and what is printed for a mistake."""
-    assert FAMILY.count(mistake.old) >= 1, mistake.title
-    (folder / FILE).write_text(FAMILY.replace(mistake.old, mistake.new, 1))
-    if not (folder / "step").exists():
-        (folder / "step").symlink_to(STEP)
-    done = CliRunner().invoke(cli, mistake.command)
-    return done.exit_code, (done.stdout + done.stderr).replace("\n\n1 error, 0 warnings", "").strip()
-
-
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[one.title for one in MISTAKES])
 def test_a_mistake_gives_one_message_that_says_where_what_and_what_to_do(
     mistake: Mistake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +58,7 @@ def test_a_mistake_gives_one_message_that_says_where_what_and_what_to_do(
     if mistake.command[0] == "lint":
         at = re.search(rf"^  {FILE}:(\d+):", text, re.MULTILINE)
         assert at is not None, text
-        lines = FAMILY.replace(mistake.old, mistake.new, 1).split("\n")
+        lines = mistake.text.split("\n")
         near = "\n".join(lines[int(at[1]) - 2 : int(at[1]) + 12])
         assert any(line in near for line in mistake.new.split("\n") if line), text
     assert f"  {text.splitlines()[-1].strip()}" == text.splitlines()[-1]  # ends with what to do
@@ -102,14 +73,9 @@ def page(folder: Path) -> str:
         "`engine explain CODE` says more about each code.\n"
     ]
     for number, mistake in enumerate(MISTAKES, 1):
-        removed, added = ([f"{sign}{line}" for line in text.split("\n") if line] for sign, text in
-                          (("-", mistake.old), ("+", mistake.new)))  # fmt: skip
-        same = [line[1:] for line in removed if f"+{line[1:]}" in added]
-        edit = [line for line in removed if line[1:] not in same]
-        edit += [line for line in added if line[1:] not in same]
         _, text = told(mistake, folder)
         parts.append(
-            f"## {number}. {mistake.title}\n\n```diff\n" + "\n".join(edit).replace("\t", "<tab>") + "\n```\n\n"
+            f"## {number}. {mistake.title}\n\n{mistake.edit}\n\n"
             f"```text\n$ engine {' '.join(mistake.command)}\n{text}\n```\n"
         )
     return "\n".join(parts)
