@@ -137,8 +137,8 @@ def wrong_stride(folder: Path) -> None:
     """Let the first box of 1024 columns say that its rows lie 2048 elements apart, with the checksum that fits."""
     path = folder / "__0_0.distcp"
     data = path.read_bytes()
-    begin = data.index(b"\x80\x02", data.index(b"M\x00\x04K\x01\x86") - 400)  # of the pickle that says so
-    end = data.index(b".", data.index(b"M\x00\x04K\x01\x86")) + 1
+    stride = data.index(b"M\x00\x04K\x01\x86")  # (1024, 1), as a pickle has it
+    begin, end = data.rindex(b"\x80\x02ctorch", 0, stride), data.index(b".", stride) + 1
     pickled = data[begin:end]
     wrong = pickled.replace(b"M\x00\x04K\x01\x86", b"M\x00\x08K\x01\x86", 1)
     crcs = [zlib.crc32(one).to_bytes(4, "little") for one in (pickled, wrong)]

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from engine.language.model import Mapping
 from engine.proving.changes import tensor_changes, value_changes
 from engine.proving.committed import committed, differences, read_meaning
 from engine.proving.lint import lint
-from engine.proving.meaning import Meaning, flat, meaning_of, parts_of_meaning
+from engine.proving.meaning import Meaning, facts_of, flat, meaning_of, tree
 from engine.proving.meaning import Path as KeyPath
 from engine.proving.trying import rebuilt
 
@@ -205,12 +206,16 @@ def _of_rule(name: str, rule: Data, data: Data) -> Iterator[tuple[str, Callable[
         for other in others[:1]:
             told = f"{name}: when {variant}: {other}"
             yield told, lambda d, v=variant, o=other: d["rules"][name]["when"].__setitem__(v, o)
-        yield f"{name}: whatever {variant}", lambda d, v=variant: d["rules"][name]["when"].pop(v)
+        if others:
+            yield f"{name}: whatever {variant}", lambda d, v=variant: d["rules"][name]["when"].pop(v)
     for key in ("transform", "keep", "optional", "tied_to", "drop", "zeros", "stage"):
         if key in rule:
             yield f"{name}: without {key}", lambda d, k=key: d["rules"][name].pop(k)
     yield f"{name}: without biases", lambda d: _replace(d["rules"], name, ".{param}", ".weight")
-    yield f"{name}: a bias", lambda d: _replace(d["rules"], name, ".weight", ".{param}")
+    yield (
+        f"{name}: a bias",
+        lambda d: _replace(d["rules"], name, ".weight", ".{param}") or d["rules"][name].__setitem__("name", name),
+    )
     yield f"{name}: optional", lambda d: d["rules"][name].__setitem__("optional", True)
     yield f"{name}: its own dtype", lambda d: d["rules"][name].__setitem__("keep", "dtype")
     if isinstance(rule["source"], list):
@@ -332,7 +337,8 @@ def outcome(known: Known, edit: Edit) -> Outcome:
     red: str | None = None
     comment: str | None = None
     now: Meaning = {}
-    for name, part in parts_of_meaning(edited):  # most edits show in one that is quickly known
+    for name, facts in groupby(facts_of(edited), key=lambda fact: fact[0][0]):  # what is quickly known comes first
+        part = tree(dict(facts))[name]
         now |= {} if part in ({}, [], None) else {name: part}
         before = {key: known.meaning.get(key, {}) for key in (*now, name)}
         if red is None:

@@ -29,18 +29,56 @@ PAGE = ROOT / "docs" / "mutation-score.md"
 KEPT = ROOT / "build" / "score.jsonl"  # what was found, as it is found
 SHARE = 60  # mutants or edits that a process tries at a time
 WORKERS = int(os.environ.get("WORKERS") or os.cpu_count() or 1)
-# Where, what is written instead, and why nothing can show it: the mapping is the same.
+_UNSCALED = r"megatron-(mixtral|qwen2|qwen3)"
+_DEFAULTED = r"not \((attention_bias|tie_word_embeddings)( \| default\(true\))?\) "
+# Of which families, where, what is written instead, and why nothing can show it: the mapping is the same.
 EQUAL = (
-    (r"generation\.\w+_token_id", r"left out", "the file takes the same number from config.json"),
-    (r"dims\.\w+", r"default\(\+1\)", "of an absent size both are above 0, and what is absent is read off the tensors"),
-    (r"dims\.\w+", r"default\([\w.]+, false\)", "a null counts as absent before an expression sees it"),
+    (r".*", r"generation\.\w+_token_id", r"left out", "the file takes the same number from config.json"),
+    (r".*", r"dims\.\w+", r"default\([\w.]+, false\)", "a null counts as absent before an expression sees it"),
     (
+        r".*",
         r"training_config\.(no_bias|untie_embeddings_and_output_weights)",
-        r"not \((attention_bias|tie_word_embeddings)\) ",
-        "`keys` gives the same default to config.json before an expression sees it",
+        _DEFAULTED,
+        "`keys` gives the default false to config.json before an expression sees it",
     ),
-    (r"dims\.ffn", r"8 \* dim ", "`hidden` is `dim`"),
-    (r"dims\.\w+", r"^`(?:hidden|heads|layer|vocab) ", "the axis is the key it stands for"),
+    (
+        _UNSCALED,
+        r"config\.rope_(scaling|parameters\.(rope_type|factor|\w+_freq_factor|original_max_position_embeddings))",
+        r"",
+        "`keys` refuses `use_rope_scaling`, which alone leads there",
+    ),
+    (
+        r"megatron-.*",
+        r"training_config\.num_query_groups",
+        r"^`\{\{ num_key_value_heads( \| default\(\w+\))? if num_key_value_heads \| default\(num_attention_heads\) != ",
+        "where the number is absent, the other branch is taken",
+    ),
+    (
+        r"megatron-.*",
+        r"training_config\.kv_channels",
+        r"^`\{\{ head_dim \| default\(",
+        "`head_dim` is an axis, whose size is known when the configuration is written",
+    ),
+    (
+        r"llama",
+        r"rotary",
+        r"^halves: not \(qk_interleaved \| default\(not \(adapt_hf \| default\(true\)\)\)\)",
+        "where both are absent, `pairs` holds and comes first",
+    ),
+    (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
+)
+# Of which families, which edits, and why they change nothing.
+NO_CHANGE = (
+    (
+        r".*",
+        r"training_config: `default\(true\)` for `default\(false\)`",
+        "`keys` gives the default false to config.json before an expression sees it",
+    ),
+    (
+        _UNSCALED,
+        r"config: (rope_(scaling|parameters).*|`default\(4\.0\)` .*|`'linear'` .*|`2\.0 if` .*|`4096` for `8192`)",
+        "`keys` refuses `use_rope_scaling`, which alone leads there",
+    ),
 )
 
 
@@ -100,7 +138,7 @@ def score(names: Sequence[str], every: int, *, go_on: bool) -> list[Score]:
     if go_on and KEPT.is_file():
         for digest, family, of, number, data in map(json.loads, KEPT.read_text("utf-8").splitlines()):
             one = Mutant(**data) if of == "mutants" else Outcome(**data)
-            if digests.get(family) == digest and not problem(one):
+            if digests.get(family) == digest and not problem(family, one):
                 found.setdefault((family, of), {})[number] = one
     running: dict[Future[list[Found]], Share] = {}
     with (
@@ -121,26 +159,31 @@ def score(names: Sequence[str], every: int, *, go_on: bool) -> list[Score]:
                 found[share.family, share.of][number] = one
                 line = [digests[share.family], share.family, share.of, number, asdict(one)]
                 print(json.dumps(line), file=kept, flush=True)
-                if told := problem(one):
-                    print(f"{share.family}: {told}", flush=True)
+                if told := problem(share.family, one):
+                    print(told, flush=True)
     ordered = {key: [by[number] for number in sorted(by)] for key, by in found.items()}
     return [Score(name, ordered[name, "mutants"], ordered[name, "edits"]) for name in names]
 
 
-def reason(mutant: Mutant) -> str | None:
-    """Why a mutant is no other mapping; None where it is one that nothing shows."""
-    return next(
-        (why for where, what, why in EQUAL if re.fullmatch(where, mutant.where) and re.search(what, mutant.what)), None
-    )
+def reason(family: str, one: Found) -> str | None:
+    """Why a mutant is no other mapping, or an edit none; None where nothing says so."""
+    if isinstance(one, Mutant):
+        listed = (e for e in EQUAL if re.fullmatch(e[1], one.where) and re.search(e[2], one.what))
+    else:
+        listed = (e for e in NO_CHANGE if re.fullmatch(e[1], one.edit))
+    return next((entry[-1] for entry in listed if re.fullmatch(entry[0], family)), None)
 
 
-def problem(one: Found) -> str | None:
+def problem(family: str, one: Found) -> str | None:
     """What is wrong: a mutant that survives without a reason, an edit that stays green or that no comment tells."""
     if isinstance(one, Mutant):
-        survives = one.caught_by is None and reason(one) is None
-        return f"{one.kind}: {one.where}: {one.what} survives" if survives else None
-    green = "the workflow is green" if one.red is None else "the comment says nothing" if one.comment is None else ""
-    return f"{one.edit}: {green}" if green else None
+        told = f"{one.kind}: {one.where}: {one.what} survives" if one.caught_by is None else None
+    else:
+        green = (
+            "the workflow is green" if one.red is None else "the comment says nothing" if one.comment is None else ""
+        )
+        told = f"{one.edit}: {green}" if green else None
+    return None if told is None or reason(family, one) is not None else f"{family}: {told}"
 
 
 def tried(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
@@ -171,26 +214,20 @@ def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
         "| kind | mutants | loading | lint | the committed meaning | the same mapping | nothing shows it |",
         "|---|---|---|---|---|---|---|",
     ]
-    every_mutant = [m for one in scores for m in one.mutants]
+    every_mutant = [(one.family, m) for one in scores for m in one.mutants]
     for kind in [*kinds, "all"]:
-        listed = [m for m in every_mutant if kind in ("all", m.kind)]
-        by = Counter(m.caught_by for m in listed)
+        listed = [(family, m) for family, m in every_mutant if kind in ("all", m.kind)]
+        by = Counter(m.caught_by for _, m in listed)
         rest = len(listed) - by["loading"] - by["lint"] - by[None]
-        same = sum(m.caught_by is None and reason(m) is not None for m in listed)
+        same = sum(m.caught_by is None and reason(family, m) is not None for family, m in listed)
         shown = f"{by['loading']} | {by['lint']} | {rest} | {same} | {by[None] - same}"
         lines.append(f"| {kind} | {len(listed)} | {shown} |")
     lines += [
         "",
         "Those that nothing shows, and why they are the same mapping:",
         "",
-        "| family | where | what | why |",
-        "|---|---|---|---|",
+        *_why([(f, m, f"`{m.where}`: {m.what}") for f, m in every_mutant if m.caught_by is None]),
     ]
-    for one in scores:
-        for m in one.mutants:
-            if m.caught_by is None:
-                cells = (one.family, m.where, m.what, reason(m) or "**not known**")
-                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",
         "## Careless edits",
@@ -205,7 +242,19 @@ def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
     for one in scores:
         red, told = (sum(getattr(e, name) is not None for e in one.edits) for name in ("red", "comment"))
         lines.append(f"| {one.family} | {len(one.edits)} | {red} | {told} |")
+    quiet = [(one.family, e, e.edit) for one in scores for e in one.edits if e.red is None or e.comment is None]
+    lines += ["", "Those that are not both, and why they change nothing:", "", *_why(quiet)]
     return "\n".join(lines) + "\n"
+
+
+def _why(listed: Sequence[tuple[str, Found, str]]) -> list[str]:
+    """A table of what the same reason is given for."""
+    by: dict[str, dict[str, list[str]]] = {}
+    for family, one, what in listed:
+        by.setdefault(reason(family, one) or "**not known**", {}).setdefault(what, []).append(family)
+    rows = [(", ".join(names), what, why) for why, held in by.items() for what, names in held.items()]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return ["| families | what | why |", "|---|---|---|", *lines]
 
 
 def main() -> int:
@@ -219,7 +268,7 @@ def main() -> int:
     if options.write:
         PAGE.write_text(page(scores, options.every, families()), encoding="utf-8")
     print(tried(scores, options.every, families()))
-    return 1 if any(problem(one) for by in scores for one in (*by.mutants, *by.edits)) else 0
+    return 1 if any(problem(by.family, one) for by in scores for one in (*by.mutants, *by.edits)) else 0
 
 
 if __name__ == "__main__":

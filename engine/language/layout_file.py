@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.declared import check_layout
 from engine.language.documents import Document, load_yaml
 from engine.language.keys import apart, read_keys
+from engine.language.loader import MAX_BYTES
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, ConfigFile, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import check_file_name, pattern
@@ -27,7 +30,18 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
     except EngineError as error:
         error.place = error.place or named_at
         raise
-    document = load_yaml(path, shown(path))
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError:
+        content = b""  # reading it tells why
+    return _read(path, shown(path), content)
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, name: str, content: bytes) -> Layout:
+    """The layout of a file, read anew when it holds something else."""
+    document = load_yaml(path, name)
     check_schema(document, "layout")
     document = apart(document)
     data, place = document.data, document.place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 from engine.checkpoint.ranks import RankFile
@@ -18,6 +18,9 @@ from engine.planning.stored import Instance, Stored
 from engine.planning.whole import contiguous
 
 Order = tuple[int, ...]
+_Holder = tuple[
+    Mapping[str, int], tuple[int, ...], tuple[int, ...], tuple[int, ...], Part | None
+]  # ranks, cut, shape …
 Held = tuple[Order, Stored, Group, int]  # where it stands in its file, a tensor, its group and its shard's position
 
 
@@ -40,7 +43,7 @@ class RankGroups:
         self.files: list[RankFile] = []
         self.held: list[list[Held]] = []  # of each file
         self._destination, self._sizes, self._spellings = destination, sizes, spellings
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[tuple[str | int, ...], int] = {}
         patterns = [(instance, file_of(instance, destination.mode)) for instance in used]
         check_cuts(destination, patterns, sizes)
         self._ranks = {file.name: destination.ranks(file) for file in destination.mode.files}
@@ -63,32 +66,21 @@ class RankGroups:
         names = instance.axis_names()
         spelling = self._spellings.get(instance.key, instance.sources[0])
         shape = self._shapes(instance, cut)
+        stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
+        holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is bound to
         for values in product(*(range(self._sizes[a]) for a in names)):
             fixed = dict(zip(names, values, strict=True))
             chunk, home, local = self._home(instance, fixed)
             key = self._destination.prefix(chunk) + spelling.format(local)
+            bound = tuple(home.items())
+            if bound not in holding:
+                holding[bound] = [*self._holders(file, cut, home, boxes or shape)]
             shards: dict[tuple[int, ...], list[Stored]] = {}
             listed: list[tuple[Order, Stored, tuple[int, ...]]] = []
-            for ranks in self._ranks[file.name]:
-                if any(ranks.get(dim, rank) != rank for dim, rank in home.items()):
-                    continue
-                if cut.lone and any(ranks.get(d, r) != r for d, r in layout.lone_rank.items()):
-                    continue
-                at = tuple(ranks[dim] for dim in cut.rank_dims())
-                part = None
-                if boxes is not None:
-                    found = boxes(ranks)
-                    if found is None:
-                        continue
-                    part, local_shape = found
-                    at = part.starts
-                else:
-                    local_shape = shape(at)
-                header = TensorHeader(key, "", local_shape, contiguous(local_shape), 0, part)
-                number = self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)
-                placed = {**ranks, **fixed, "number": number}
-                one = Stored(self._number(file, placed), header, key, chunk)
-                stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
+            number = self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)
+            for ranks, at, local_shape, strides, part in holding[bound]:
+                header = TensorHeader(key, "", local_shape, strides, 0, part)
+                one = Stored(self._number(file, {**ranks, **fixed, "number": number}), header, key, chunk)
                 listed.append(((chunk, stage, local.get("layer", 0), position, *values), one, at))
                 shards.setdefault(at, []).append(one)
             ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
@@ -97,6 +89,26 @@ class RankGroups:
             place = {ranks: number for number, ranks in enumerate(ordered)}
             for order, one, at in listed:
                 self.held[one.file].append((order, one, group, place[at]))
+
+    def _holders(
+        self, file: FilePattern, cut: Cut, home: Mapping[str, int], shape: _Boxes | _Shapes
+    ) -> Iterator[_Holder]:
+        """The ranks that hold a tensor that is bound to some, and what each holds of it."""
+        lone = self._destination.layout.lone_rank if cut.lone else {}
+        dims = cut.rank_dims()
+        for ranks in self._ranks[file.name]:
+            if any(ranks.get(dim, rank) != rank for wanted in (home, lone) for dim, rank in wanted.items()):
+                continue
+            at, part = tuple(ranks[dim] for dim in dims), None
+            if isinstance(shape, _Boxes):
+                found = shape(ranks)
+                if found is None:
+                    continue
+                part, local = found
+                at = part.starts
+            else:
+                local = shape(at)
+            yield ranks, at, local, contiguous(local), part
 
     def _home(self, instance: Instance, fixed: Mapping[str, int]) -> tuple[int, dict[str, int], dict[str, int]]:
         """The chunk of a tensor, the ranks that it is bound to, and the numbers in its name there."""
@@ -121,12 +133,14 @@ class RankGroups:
     def _number(self, file: FilePattern, values: Mapping[str, int]) -> int:
         """The index of a file, added when it is new."""
         compiled = pattern(file.name)
-        name = compiled.format(values)
-        if name not in self._numbers:
-            self._numbers[name] = len(self.files)
-            self.held.append([])
-            self.files.append(RankFile(name, file, {p: values[p] for p in compiled.placeholders}))
-        return self._numbers[name]
+        key: tuple[str | int, ...] = (file.name, *(values[p] for p in compiled.placeholders))
+        if key not in self._numbers:
+            name = compiled.format(values)
+            self._numbers[key] = next((i for i, one in enumerate(self.files) if one.name == name), len(self.files))
+            if self._numbers[key] == len(self.files):
+                self.held.append([])
+                self.files.append(RankFile(name, file, {p: values[p] for p in compiled.placeholders}))
+        return self._numbers[key]
 
     def _file_numbers(self, patterns: Sequence[tuple[Instance, FilePattern]]) -> dict[tuple[str, int], int]:
         """(file pattern, layer) → its number; E214 when two layers would write the same file."""

@@ -14,7 +14,7 @@ from engine.language.model import Expression
 from engine.planning.config_keys import Side, as_declared, declared, leaves, target_side
 from engine.proving.directions import Direction, value_of
 from engine.proving.forth import Forth
-from engine.proving.probes import Outcome, name_of, quotients_of
+from engine.proving.probes import Outcome, multiples_of, name_of, quotients_of
 
 
 class Back(Direction):
@@ -53,6 +53,11 @@ class Back(Direction):
             elif root not in self.world.sizes:
                 base[path] = config.get(path, OMIT)
         return base
+
+    def edges(self, path: str) -> list[Any]:
+        """Sizes that are rounded up to multiples: a multiple, and with what is tried of every number its neighbours."""
+        usual = {one: value for one, value in self.base.items() if value is not OMIT}
+        return [n for one in self.expressions for name, n in multiples_of(one, usual).items() if name == path]
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
         """Sizes whose quotient, multiplied again, comes to a little less and to a little more."""

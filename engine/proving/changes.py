@@ -30,15 +30,15 @@ _ASPECTS = {
     "laid out": ("shape", "order"),
     "valued": ("changed", "dropped"),
     "cut": ("split", "stage", "ranks"),
-    "treated": ("own dtype", "optional", "tied to"),
+    "treated": ("own dtype", "optional", "tied to", "written as zeros"),
 }
 _MAX_COMBINATIONS = 4096
 _MANY = 4  # of longer lists only what came and went is told
 _PARAMS = (".weight", ".bias")
 # Parts of a meaning whose values say what is written, and what is taken and refused.
 _VALUED = (
-    "reading", "writing", "tokenizer", "generation_config.json", "chat", "options", "variants", "divided evenly",
-    "ignored", "refused", "keys", "about",
+    "reading", "writing", "tensors there", "tokenizer", "generation_config.json", "chat", "options", "variants",
+    "divided evenly", "ignored", "refused", "keys", "about",
 )  # fmt: skip
 _Key = tuple[str, ...]  # kind, target, sources before and after
 
@@ -116,7 +116,7 @@ def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
 
 
 def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
-    """Key, what is given, and its value on either side. Sizes and what is given are not written anywhere."""
+    """Key, what is given, and its value on either side, at least where they differ."""
     if part not in ("reading", "writing"):
         both = [one if isinstance(one, Mapping) else {"": one} for one in (before, after)]
         flats = [{".".join(path): value for path, value in flat(one)} for one in both]
@@ -132,9 +132,10 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
     # What only one of them reads changes nothing in the other.
     for given in ["", *dict.fromkeys([*rows[0], *rows[1]])]:
         both = [{**usual[i], **(rows[i].get(given, {}) if given else {})} for i in (0, 1)]
-        for name in dict.fromkeys([*both[0], *both[1]]):
-            if not name.startswith("size "):
-                yield name, given, both[0].get(name), both[1].get(name)
+        differ = [name for name in dict.fromkeys([*both[0], *both[1]]) if both[0].get(name) != both[1].get(name)]
+        # A size that nothing is written of says how tensors are read.
+        for name in [one for one in differ if not one.startswith("size ")] or differ:
+            yield name, given, both[0].get(name), both[1].get(name)
 
 
 def _text(value: Any) -> str | None:
@@ -269,6 +270,7 @@ def _told(route: Route, param: str, other: Route = ()) -> str:
         if "changed" in one:
             told.append(str(one["changed"]))
         told += [f"drop {axis}" for axis in one.get("dropped", ())]
+        told += [f"{axis} written as zeros" for axis in one.get("written as zeros", ())]
         told += [word for word in ("own dtype", "optional") if one.get(word)]
         told += [f"tied to {one['tied to']}"] if one.get("tied to") else []
         if unlike and one["axes"] == unlike["axes"] and _unlike(unlike, one, ("order",)):

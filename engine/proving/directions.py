@@ -18,7 +18,7 @@ from engine.planning.variants import options_of
 from engine.proving.probes import Given, Outcome
 from engine.proving.tiny import World
 
-_APART = ("options", "tensors", "choice", "training", "given")  # what is given besides the configuration
+_APART = ("options", "tensors", "there", "choice", "training", "given")  # what is given besides the configuration
 
 
 class Direction:
@@ -99,7 +99,7 @@ class Direction:
 
         Args:
             names: what expressions see of it, of options and the grid.
-            apart: choices that are set, those that tensors show, and the trainer's settings.
+            apart: choices that are set, those that tensors show, single tensors, and the trainer's settings.
         """
         raise NotImplementedError
 
@@ -107,11 +107,11 @@ class Direction:
 def grid_of(layout: Layout) -> dict[str, list[Any]]:
     """What expressions see of the grid of ranks → its usual value, and others."""
     dims = {dim for mode in layout.modes for file in mode.files for dim in pattern(file.name).placeholders}
-    found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 2], "layers": [4, 6]}
+    found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 2, 5], "layers": [4, 6]}
     found["mode"] = [mode.name for mode in layout.modes]
     found["model_type"] = ["ONE", "OTHER"]
     found |= {name: list(variant.choices) for name, variant in layout.layers.variants.items()}
-    return found | {f"{dim}s": [2 + number, 8 + number] for number, dim in enumerate(sorted(dims))}
+    return found | {f"{dim}s": [11 + number, 31 + number] for number, dim in enumerate(sorted(dims))}
 
 
 def value_of(tree: Any, names: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.language.declared import expressions_of
-from engine.language.expressions import OMIT, compile_expression
+from engine.language.expressions import OMIT, compile_expression, names_in
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout
 from engine.language.model import Mapping as MappingFile
@@ -42,16 +42,20 @@ class Forth(Direction):
 
     def closure(self, name: str) -> frozenset[str]:
         mapping = self.mapping
+        itself: frozenset[str] = frozenset()
         if name in mapping.dims:
             read = compile_expression(mapping.dims[name]).paths
+            itself = frozenset([name]) & read  # a key of the same name
         elif name in mapping.variants:
             variant = mapping.variants[name]
             if name in of_files(mapping):
                 return frozenset([f"tensors.{name}"])
-            read = frozenset(p for e in expressions_of(dict(variant.choices)) for p in compile_expression(e).paths)
+            asked = [compile_expression(one) for one in expressions_of(dict(variant.choices))]
+            read = frozenset(path for one in asked for path in one.paths)
+            itself = frozenset(f"there.{name}" for one in asked for name in one.patterns)
         else:
             return frozenset([name])
-        return frozenset(p for one in read if one != name for p in self.closure(one))
+        return frozenset(p for one in read if one != name for p in self.closure(one)) | itself
 
     @cached_property
     def base(self) -> dict[str, Any]:
@@ -65,6 +69,7 @@ class Forth(Direction):
         base: dict[str, Any] = {}
         axes = {axis for rule in self.mapping.rules for axis in rule.axes.names()}
         own = {*self.mapping.dims, *self.mapping.variants, *self.world.sizes, *axes}
+        own -= {axis for axis, one in self.mapping.dims.items() if axis in names_in(one)}  # a key of the same name
         number = 0
         for path in self.paths:
             root = path.split(".")[0]
@@ -99,7 +104,16 @@ class Forth(Direction):
             elif option.type == "number":
                 value = unusual(number + 3, None) if option.limits.fits(unusual(number + 3, None)) else 6.5
             base[f"options.{option.name}"] = value
-        return base | {f"tensors.{name}": self.world.choices[name] for name in of_files(self.mapping)}
+        base |= {f"tensors.{name}": self.world.choices[name] for name in of_files(self.mapping)}
+        there = present_in(training_names(self.worlds.used(self.world.choices, most=True) or ()))
+        return base | {f"there.{name}": there(name) for name in self._asked()}
+
+    def _asked(self) -> list[str]:
+        """Tensors that variants ask for which are decided by keys as well."""
+        both = [v for name, v in self.mapping.variants.items() if name not in of_files(self.mapping)]
+        return sorted(
+            {n for v in both for e in expressions_of(dict(v.choices)) for n in compile_expression(e).patterns}
+        )
 
     def edges(self, path: str) -> list[Any]:
         """Sizes less one, where sizes are rounded up to multiples of what is read."""
@@ -132,7 +146,12 @@ class Forth(Direction):
         used = self.worlds.used({**self.world.choices, **apart["tensors"]}, most=True)
         if used is None:
             return {"refused": "no set of tensors shows it"}
-        names = {**names, "training": nested(apart["training"]), "present": present_in(training_names(used))}
+        there, single = present_in(training_names(used)), apart["there"]
+        names = {
+            **names,
+            "training": nested(apart["training"]),
+            "present": lambda name: single[name] if name in single else there(name),
+        }
         choices = {name: decision.choice for name, decision in decide(mapping.variants, {}, names).items()}
         open_ = {name: self.world.choices[name] for name in mapping.variants if name not in choices}
         facts, _ = claims(mapping, {**names, **choices, **open_}, "the training configuration")

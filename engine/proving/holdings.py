@@ -110,6 +110,7 @@ def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int])
         told["changed"] = f"{rule.transform[0]} along {rule.transform[1]}"
     if rule.drop:
         told["dropped"] = sorted(rule.drop)
+    told |= {"written as zeros": sorted(rule.zeros)} if rule.zeros else {}
     told |= {"own dtype": True} if rule.keep_dtype else {}
     told |= {"optional": True} if rule.optional else {}
     told |= {"tied to": rule.tied_to} if rule.tied_to else {}

@@ -19,6 +19,7 @@ from engine.language.names import PARAMS, pattern
 from engine.planning.config_keys import declared, leaves
 from engine.proving import targets
 from engine.proving.finding import Finding
+from engine.proving.probes import dotted
 
 _NEAR = 0.8
 _TOKENIZER = frozenset(("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "add_bos_token"))
@@ -165,7 +166,7 @@ def _comparisons(mapping: MappingFile) -> Iterator[Finding]:
         tree = compile_expression(expression).tree
         for compare in [*tree.find_all(nodes.Compare), *([tree] if isinstance(tree, nodes.Compare) else [])]:
             sides = [compare.expr, *(operand.expr for operand in compare.ops)]
-            for name in (path for side in sides if (path := _path(side)) in choices):
+            for name in (path for side in sides if (path := dotted(side)) in choices):
                 for value in [c.value for side in sides for c in _constants(side) if isinstance(c.value, str)]:
                     if value not in choices[name]:
                         known = list(map(str, choices[name]))
@@ -190,12 +191,6 @@ def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
     elif isinstance(node, nodes.List | nodes.Tuple):
         for item in node.items:
             yield from _constants(item)
-
-
-def _path(node: nodes.Node) -> str:
-    if isinstance(node, nodes.Getattr):
-        return f"{_path(node.node)}.{node.attr}"
-    return node.name if isinstance(node, nodes.Name) else ""
 
 
 def _texts(tree: Any) -> Iterator[str]:

@@ -21,13 +21,14 @@ from engine.language.layout_file import load_layout
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.proving.holdings import holdings, origins
-from engine.proving.matrix import combinations_of
+from engine.proving.matrix import Combination, combinations_of
 from engine.proving.proof import Failure
 from engine.proving.readings import readings
 from engine.proving.tiny import World, Worlds, guess_sizes
 
 Meaning = dict[str, Any]
 Path = tuple[str, ...]
+Fact = tuple[Path, Any]
 
 VERSION = 1
 _SAID = frozenset((
@@ -47,24 +48,28 @@ _TALK = [
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "Bye"},
 ]
-_KNOWN: dict[str, Meaning] = {}  # what several mappings share, by what it depends on
+_KNOWN: dict[str, dict[Path, Any]] = {}  # what several mappings share, by what it depends on
 _MOST_KNOWN = 64
 
 
-def meaning_of(mapping: MappingFile) -> Meaning:
+def meaning_of(mapping: MappingFile, worlds: Worlds | None = None) -> Meaning:
     """The meaning of a mapping, plain data.
+
+    Args:
+        worlds: the mapping's, where it has them already.
 
     Raises:
         EngineError: for a layout that cannot be read. What the mapping itself cannot do is part of its meaning.
     """
-    found = dict(parts_of_meaning(mapping))
+    found = tree(dict(facts_of(mapping, worlds)))
     return {name: found[name] for name in _ORDER if found.get(name) not in ({}, [], None)}
 
 
-def parts_of_meaning(mapping: MappingFile) -> Iterator[tuple[str, Any]]:
-    """The parts by name, those that are quickly known first."""
+def facts_of(mapping: MappingFile, worlds: Worlds | None = None) -> Iterator[Fact]:
+    """Every value of the meaning with its path, part by part, those that are quickly known first."""
     layout = load_layout(mapping.layout)
     data = mapping.resolved
+    worlds = worlds or Worlds(mapping)
     quick: Meaning = {
         "about": _about(mapping),
         "options": {name: _option(one) for name, one in (data.get("options") or {}).items()},
@@ -80,47 +85,61 @@ def parts_of_meaning(mapping: MappingFile) -> Iterator[tuple[str, Any]]:
         "chat": _chat(mapping),
         "release": dict(mapping.expect),
     }
-    yield from _plain(quick).items()
-    yield from _plain(origins(mapping)).items()
-    parts = [data.get(part) for part in (*_SHARED, "options")]
-    read = _once("reading", [*parts, layout.digest], lambda: _readings(mapping, layout))
-    yield from _plain(read).items()
-    yield "generation_config.json", _generation(mapping, read)
-    parts = [data.get(part) for part in _SHARED]
-    yield from _plain(
-        _once("ranks", [*parts, layout.digest], lambda: holdings(mapping, layout, Worlds(mapping)))
-    ).items()
+    yield from flat(_plain(quick))
+    yield from flat(_plain(origins(mapping)))
+    parts = [*(data.get(part) for part in _SHARED), layout.digest]
+    gives: dict[str, Any] = {}
+    for path, value in _once("reading", [*parts, data.get("options")], lambda: _readings(mapping, layout, worlds)):
+        if path[:2] == ("reading", "gives") and len(path) == 3:
+            gives[path[2]] = value
+        yield path, value
+    yield from flat(_plain({"generation_config.json": _generation(mapping, gives)}))
+    yield from _once("ranks", parts, lambda: iter([holdings(mapping, layout, worlds)]))
 
 
-def _once(kind: str, parts: list[Any], make: Callable[[], Meaning]) -> Meaning:
+def _once(kind: str, parts: list[Any], make: Callable[[], Iterator[Meaning]]) -> Iterator[Fact]:
     """A part made once for all mappings that say the same of what it depends on; or why there is none."""
     key = json.dumps([kind, parts], default=str, sort_keys=False)
-    if key not in _KNOWN:
-        while len(_KNOWN) >= _MOST_KNOWN:
-            del _KNOWN[next(iter(_KNOWN))]
-        try:
-            _KNOWN[key] = make()
-        except EngineError as error:
-            _KNOWN[key] = {kind: f"refused: {Failure.of(error).message}"}
-    return _KNOWN[key]
+    if key in _KNOWN:
+        yield from _KNOWN[key].items()
+        return
+    found: dict[Path, Any] = {}
+    try:
+        for bit in make():
+            for path, value in flat(_plain(bit)):
+                found[path] = value
+                yield path, value
+    except EngineError as error:
+        told = f"refused: {Failure.of(error).message}"
+        found = {path: value for path, value in found.items() if path[0] != kind} | {(kind,): told}
+        yield (kind,), told
+    while len(_KNOWN) >= _MOST_KNOWN:
+        del _KNOWN[next(iter(_KNOWN))]
+    _KNOWN[key] = found
 
 
-def _readings(mapping: MappingFile, layout: Layout) -> Meaning:
-    worlds = Worlds(mapping)
+def _readings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> Iterator[Meaning]:
     world = usual_world(mapping, worlds)
     if world is None:
-        return {"reading": "no set of tensors shows any combination of choices"}
+        return iter([{"reading": "no set of tensors shows any combination of choices"}])
     return readings(mapping, layout, worlds, world)
 
 
-def usual_world(mapping: MappingFile, worlds: Worlds) -> World | None:
-    """The tiny world of the default choices, or of those nearest to them that some tensors show."""
+def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] | None = None) -> World | None:
+    """The world of the default choices, or of those nearest to them that some tensors show.
+
+    Args:
+        sizes: those of a release, which are no tiny ones.
+    """
     default = {v.name: v.default or list(v.choices)[-1] for v in mapping.variants.values()}
-    possible = [one for one in combinations_of(mapping) if worlds.shows(one[0], most=one[1])]
-    if not possible:
-        return None
-    choices, most = min(possible, key=lambda one: 2 * sum(one[0][n] != c for n, c in default.items()) + one[1])
-    return worlds.make(choices, guess_sizes(mapping), most=most)
+
+    def unusual(combination: Combination) -> int:
+        choices, most = combination
+        return 2 * sum(choices[name] != choice for name, choice in default.items()) + most
+
+    near = sorted(combinations_of(mapping), key=unusual)
+    found = next((one for one in near if worlds.shows(one[0], most=one[1])), None)
+    return None if found is None else worlds.make(found[0], guess_sizes(mapping) | dict(sizes or {}), most=found[1])
 
 
 def _about(mapping: MappingFile) -> Meaning:
@@ -148,11 +167,10 @@ def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
     return {told: sorted(names) for told, names in sorted(found.items())}
 
 
-def _generation(mapping: MappingFile, read: Meaning) -> Meaning:
+def _generation(mapping: MappingFile, gives: Mapping[str, Any]) -> Meaning:
     """generation_config.json, its token ids filled up from config.json."""
     if mapping.generation is None:
         return {}
-    gives = read.get("reading", {}).get("gives", {}) if isinstance(read.get("reading"), dict) else {}
     config = {p.removeprefix("config.json "): v for p, v in gives.items() if p.endswith("_token_id")}
     try:
         made: Meaning = json.loads(generation_config(mapping.generation, config))

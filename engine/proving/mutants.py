@@ -26,7 +26,7 @@ def _rules(data: Data, ones: frozenset[str]) -> Iterator[Change]:
     for name, rule in rules.items():
         at: Key = ("rules", name)
         yield Change("rule", name, "removed", without(data, at))
-        for key in ("optional", "keep", "transform", "drop", "tied_to", "when"):
+        for key in ("optional", "keep", "transform", "drop", "zeros", "tied_to", "when"):
             if key in rule:
                 yield Change("rule", name, f"without `{key}`", without(data, (*at, key)))
         for variant, chosen in (rule.get("when") or {}).items():

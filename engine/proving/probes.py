@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from jinja2 import nodes
@@ -43,6 +43,26 @@ def divisors_of(expression: Expression) -> frozenset[str]:
     return frozenset(path for one in every for path in _paths(one.right))
 
 
+def multiples_of(expression: Expression, values: Mapping[str, Any]) -> dict[str, int]:
+    """Names of which an expression takes whole multiples of a number: name → the number."""
+    tree = compile_expression(expression).tree
+    found: dict[str, int] = {}
+    for one in [*tree.find_all(nodes.FloorDiv), *([tree] if isinstance(tree, nodes.FloorDiv) else [])]:
+        number = _number(one.right, values)
+        if number is not None and number > 1:
+            found |= dict.fromkeys(_paths(one.left), number)
+    return found
+
+
+def _number(node: nodes.Node, values: Mapping[str, Any]) -> int | None:
+    """The value of a product of names and numbers."""
+    if isinstance(node, nodes.Mul):
+        one, two = _number(node.left, values), _number(node.right, values)
+        return None if one is None or two is None else one * two
+    value = node.value if isinstance(node, nodes.Const) else values.get(dotted(node))
+    return value if isinstance(value, int) else None
+
+
 def quotients_of(expression: Expression) -> list[tuple[str, str]]:
     """Which names are divided by which, exactly."""
     tree = compile_expression(expression).tree
@@ -64,17 +84,18 @@ def _compares(tree: nodes.Compare) -> Iterator[nodes.Compare]:
 
 
 def _paths(tree: nodes.Node) -> Iterator[str]:
-    if isinstance(tree, nodes.Name):
-        yield tree.name
-    for name in tree.find_all(nodes.Name):
-        yield name.name
-    for attribute in tree.find_all(nodes.Getattr):
-        parts, inner = [attribute.attr], attribute.node
-        while isinstance(inner, nodes.Getattr):
-            parts.append(inner.attr)
-            inner = inner.node
-        if isinstance(inner, nodes.Name):
-            yield ".".join([inner.name, *reversed(parts)])
+    """Every name below, and with what is asked of it: `options` and `options.size`."""
+    for node in [tree, *tree.find_all((nodes.Name, nodes.Getattr))]:
+        if path := dotted(node):
+            yield path
+
+
+def dotted(node: nodes.Node) -> str:
+    """A name and what is asked of it, `options.size`; empty for anything else."""
+    if isinstance(node, nodes.Getattr):
+        above = dotted(node.node)
+        return f"{above}.{node.attr}" if above else ""
+    return node.name if isinstance(node, nodes.Name) else ""
 
 
 def unusual(number: int, key: Key | None) -> float:
@@ -122,7 +143,8 @@ def _same(one: Any, other: Any) -> bool:
 def scenarios(
     base: Given, tried: Mapping[str, Sequence[Any]], together: Sequence[frozenset[str]], few: Mapping[str, bool]
 ) -> Iterator[dict[str, Any]]:
-    """What differs from `base`: one thing at a time, then pairs of switches that one expression reads.
+    """What differs from `base`: one thing at a time, then switches that one expression reads in pairs, or one of them
+    with another thing absent.
 
     Args:
         tried: what is read → the values to try.
@@ -135,16 +157,16 @@ def scenarios(
     seen: set[tuple[str, str]] = set()
     for read in together:
         switches = sorted(path for path in read if few.get(path))
+        rest = sorted(path for path in read if not few.get(path) and OMIT in tried[path])
         count = 0
-        for one, two in combinations(switches, 2):
+        for one, two in [*combinations(switches, 2), *product(switches, rest)]:
             if (one, two) in seen:
                 continue
             seen.add((one, two))
-            for a in tried[one]:
-                for b in tried[two]:
-                    count += 1
-                    if count <= _MOST_PAIRS:
-                        yield {one: a, two: b}
+            for a, b in product(tried[one], [OMIT] if two in rest else tried[two]):
+                count += 1
+                if count <= _MOST_PAIRS:
+                    yield {one: a, two: b}
 
 
 def told(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,16 +187,17 @@ def name_of(given: Mapping[str, Any]) -> str:
     return ", ".join(f"{path}: {_shown(value)}" for path, value in given.items())
 
 
-def table(base: Given, run: Callable[[Given], Outcome], tried: Iterable[tuple[str, Given]]) -> dict[str, Any]:
-    """What comes of the usual values, and for everything tried what comes out otherwise."""
+def rows(base: Given, run: Callable[[Given], Outcome], tried: Iterable[tuple[str, Given]]) -> Iterator[dict[str, Any]]:
+    """A table bit by bit: what comes of the usual values, and for everything tried what comes out otherwise."""
     usual = run(base)
-    rows = {name: changes(usual, run({**base, **one})) for name, one in tried}
-    return {
-        "given": told({p: v for p, v in base.items() if v is not OMIT}),
-        "gives": dict(usual),
-        "otherwise": {name: row for name, row in rows.items() if row},
-        "no difference": [name for name, row in rows.items() if not row],
-    }
+    yield {"given": told({p: v for p, v in base.items() if v is not OMIT}), "gives": dict(usual)}
+    without: list[str] = []
+    with_: list[str] = []
+    for name, one in tried:
+        if row := changes(usual, run({**base, **one})):
+            yield {"otherwise": {name: row}}
+        (with_ if row else without).append(name)
+    yield {**({} if with_ else {"otherwise": {}}), "no difference": without}
 
 
 def _shown(value: Any) -> str:

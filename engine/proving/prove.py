@@ -27,6 +27,7 @@ from engine.proving.counterexamples import counter_examples
 from engine.proving.finding import Finding
 from engine.proving.lint import lint
 from engine.proving.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
+from engine.proving.meaning import usual_world
 from engine.proving.meta_model import misfits, wanted
 from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
@@ -128,11 +129,12 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
         with tempfile.TemporaryDirectory(prefix="prove-") as folder:
             check = check_round_trip(mapping, layout, worlds, possible, Path(folder))
             checks.append(check)
-            if mutants and check.holds:
+            if mutants and check.holds is not False:
                 tried = try_mutants(mapping)
     if not checks[-1].holds:
         return checks, []
-    world = usual(mapping, worlds, possible)
+    world = usual_world(mapping, worlds, mapping.expect)
+    assert world is not None  # a round trip was made
     if mapping.expect:
         told = json.dumps([key, sorted(mapping.expect.items())])
         if told in proven.names:
@@ -143,21 +145,6 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
     every = [world] if mapping.expect else neighbours(mapping, worlds, possible, world)
     checks.append(check_model(mapping, every))
     return checks, tried
-
-
-def usual(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination]) -> World:
-    """The world of the default choices, at a release's own sizes where it names them."""
-    free = {**guess_sizes(mapping), **mapping.expect}
-
-    def unusual(combination: Combination) -> int:
-        choices, most = combination
-        default = {v.name: v.default or list(v.choices)[-1] for v in mapping.variants.values()}
-        return 2 * sum(choices[name] != choice for name, choice in default.items()) + most
-
-    choices, most = min(possible, key=unusual)
-    world = worlds.make(choices, free, most=most)
-    assert world is not None  # it is possible
-    return world
 
 
 def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> Check:
@@ -185,7 +172,7 @@ def check_round_trip(
     mapping: MappingFile, layout: Layout, worlds: Worlds, possible: Sequence[Combination], folder: Path
 ) -> Check:
     """Index tensors to rank files and back, over a matrix of layouts and choices."""
-    if not mapping.training_config:
+    if not mapping.training_config and not (layout.config_of_target and mapping.rules):
         told = "not checked: the mapping has no `training_config`, so nothing can be written"
         return Check(ROUND_TRIP, None, told)
     if not possible:

@@ -6,7 +6,8 @@ unusual, or when two switches are set together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from engine.errors import EngineError
@@ -17,24 +18,23 @@ from engine.planning.variants import decide
 from engine.proving.back import Back
 from engine.proving.directions import Direction
 from engine.proving.forth import Forth
-from engine.proving.probes import constants, name_of, others, scenarios, table
+from engine.proving.probes import constants, name_of, others, rows, scenarios
 from engine.proving.tiny import World, Worlds, of_files
 
 _GIVEN = 40  # a size that a user's config.json gives
 
 
-def readings(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> dict[str, Any]:
-    """Both tables of a mapping; `world` gives sizes that agree."""
+def readings(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> Iterator[dict[str, Any]]:
+    """Both tables of a mapping, bit by bit; `world` gives sizes that agree."""
     forth = Forth(mapping, layout, worlds, world)
-    found = {"reading": _table(forth)}
+    yield from ({"reading": row} for row in _rows(forth))
     if asked := sorted({p for one in forth.expressions for p in compile_expression(one).patterns}):
-        found["tensors there"] = _presence(mapping, asked)
+        yield {"tensors there": _presence(mapping, asked)}
     if mapping.training_config:
-        found["writing"] = _table(Back(forth))
-    return found
+        yield from ({"writing": row} for row in _rows(Back(forth)))
 
 
-def _table(side: Direction) -> dict[str, Any]:
+def _rows(side: Direction) -> Iterator[dict[str, Any]]:
     base, every, grid = side.base, side.expressions, side.grid
     compared = constants(every, side.closure)
     options = side.mapping.options
@@ -44,6 +44,8 @@ def _table(side: Direction) -> dict[str, Any]:
         if kind == "options" and not name.startswith("."):
             option = options[name]
             tried[path] = [c for c in option.choices or () if c != usual] if option.choices else [option.default]
+        elif kind == "there":
+            tried[path] = [not usual]
         elif kind in ("tensors", "choice"):
             tried[path] = [choice for choice in side.mapping.variants[name].choices if choice != usual]
         elif path in grid:
@@ -51,16 +53,17 @@ def _table(side: Direction) -> dict[str, Any]:
         elif kind == "given":
             tried[path] = [_GIVEN]
         else:
-            tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path)])
+            holds: list[Any] = [{}] if any(other.startswith(f"{path}.") for other in base) else []
+            tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path), *holds])
     few = {
         path: path.startswith(("tensors.", "choice."))
         or isinstance(base[path], bool | str)
-        or any(isinstance(value, bool | str) for value in values)
+        or any(isinstance(value, bool | str | dict) for value in values)
         for path, values in tried.items()
     }
     together = [side.closure_of(expression) & base.keys() for expression in every]
-    listed = [(name_of(one), one) for one in scenarios(base, tried, together, few)]
-    return table(base, side.run, [*side.whole(), *listed])
+    listed = ((name_of(one), one) for one in scenarios(base, tried, together, few))
+    return rows(base, side.run, chain(side.whole(), listed))
 
 
 def _presence(mapping: MappingFile, asked: Sequence[str]) -> dict[str, dict[str, str]]:

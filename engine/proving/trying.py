@@ -8,6 +8,7 @@ that nothing shows is reported so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from engine.errors import EngineError, EngineErrors
@@ -15,15 +16,18 @@ from engine.language.documents import Document
 from engine.language.mapping_file import build_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.language.validation import check_schema
-from engine.proving.committed import committed, differences, read_meaning
+from engine.proving.committed import GONE, committed, differences, read_meaning
 from engine.proving.edits import Change, Data
 from engine.proving.lint import lint
-from engine.proving.meaning import flat, meaning_of, parts_of_meaning
+from engine.proving.meaning import Path, facts_of, flat, meaning_of
 from engine.proving.mutants import mutants_of
-from engine.proving.proof import Mutant
+from engine.proving.proof import Failure, Mutant
 
 LOADING, LINT = "loading", "lint"
+_ROWS = ("reading", "writing")  # whose facts stand each for itself
 COMMITTED, BEFORE = "the committed meaning", "its meaning before"
+
+Facts = dict[str, dict[Path, Any]]  # part → its facts
 
 
 def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -> list[Mutant]:
@@ -32,7 +36,9 @@ def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -
     Args:
         changes: those to try; default: all.
     """
-    then = dict(flat({name: part for name, part in parts_of_meaning(mapping)}))
+    then: Facts = {}
+    for path, value in facts_of(mapping):
+        then.setdefault(path[0], {})[path] = value
     known = committed(mapping)
     try:
         is_of = known is not None and read_meaning(known[1]) == dict(flat(meaning_of(mapping)))
@@ -48,9 +54,7 @@ def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -
     return found
 
 
-def _caught(
-    mapping: MappingFile, change: Change, then: Mapping[tuple[str, ...], Any], before: set[tuple[str, str]]
-) -> tuple[str | None, str]:
+def _caught(mapping: MappingFile, change: Change, then: Facts, before: set[tuple[str, str]]) -> tuple[str | None, str]:
     """The first thing that shows a mutant, weakest evidence first, and its words."""
     try:
         mutant = rebuilt(mapping, change.data)
@@ -60,13 +64,29 @@ def _caught(
     for finding in lint(mutant):
         if finding.severity == "error" and (finding.code, finding.message) not in before:
             return LINT, f"{finding.code} {finding.message}"
-    # Parts of the meaning one after another: most mutants show in one that is quickly known.
-    for name, part in parts_of_meaning(mutant):
-        now = dict(flat({name: part}))
-        was = {path: value for path, value in then.items() if path[0] == name}
+    found = first_difference(mutant, then)
+    return (None, "") if found is None else (BEFORE, found.message)
+
+
+def first_difference(mapping: MappingFile, then: Facts) -> Failure | None:
+    """How a mapping's meaning differs, by its parts; the parts and rows that are quickly known come first."""
+    left = dict(then)
+    for part, facts in groupby(facts_of(mapping), key=lambda fact: fact[0][0]):
+        was = left.pop(part, {})
+        now: dict[Path, Any] = {}
+        for path, value in facts:
+            now[path] = value
+            if part in _ROWS and was.get(path, GONE) != value:
+                return _told(mapping, {path: was[path]} if path in was else {}, {path: value})
         if now != was:
-            return BEFORE, next(iter(differences(mutant, was, now))).message
-    return None, ""
+            return _told(mapping, was, now)
+    lost = {path: value for part in left.values() for path, value in part.items()}
+    return _told(mapping, lost, {}) if lost else None
+
+
+def _told(mapping: MappingFile, was: Mapping[Path, Any], now: Mapping[Path, Any]) -> Failure:
+    found = differences(mapping, was, now)
+    return found[0] if found else Failure(f"its {next(iter({**now, **was}))[0]} are others", str(mapping.place))
 
 
 def rebuilt(mapping: MappingFile, data: Data) -> MappingFile:

@@ -32,12 +32,13 @@ def of_values(data: Data) -> Iterator[Change]:
 
 
 def _tree(data: Data, kind: str, at: Key) -> Iterator[Change]:
-    """Every value of a tree changed, and every key left out."""
+    """Every value of a tree changed, and every key left out that is not left out already."""
     value = get(data, at)
     where = ".".join(map(str, at))
     if isinstance(value, dict):
-        for key in value:
-            yield Change(kind, f"{where}.{key}", "left out", without(data, (*at, key)))
+        for key, below in value.items():
+            if below != "{{ omit }}":
+                yield Change(kind, f"{where}.{key}", "left out", without(data, (*at, key)))
             yield from _tree(data, kind, (*at, key))
         return
     if isinstance(value, list):
