@@ -311,7 +311,7 @@ def _by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Values, Fit
                 slack = _slack(one, precision)
                 if not scaled:  # and how exactly the summand is known
                     size = np.sqrt(np.square(one).mean(axis=1, keepdims=True) / one.shape[1])
-                    slack = slack + _slack(two, precision) / 2 + 2 * precision * size
+                    slack = slack + _slack(two, precision) / 2 + 4 * precision * size
                 return bool((np.abs(one - wanted) <= 2 * slack).all())
 
             if not all(fits(x, y) for x, y in some):
