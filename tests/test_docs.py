@@ -113,7 +113,7 @@ def test_the_guide_has_every_word_of_the_schema() -> None:
         return {word for row in rows for word in re.findall(r"\w+", row)}
 
     assert words(head.split("## All words of a mapping")[1]) == properties(schema)
-    assert words(rule.split("## Expressions")[0]) == properties(schema["properties"]["rules"]["items"])
+    assert words(rule.split("## All words of a layout")[0]) == properties(schema["properties"]["rules"]["items"])
 
 
 def test_codes_named_in_the_documentation_exist() -> None:
