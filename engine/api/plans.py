@@ -182,7 +182,7 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
     """The file of a saved plan.
 
     Raises:
-        EngineError: E001 for what another process could not plan again: a loaded mapping, a store, two mappings.
+        EngineError: E001 for what another process could not plan again: a loaded mapping, a store.
     """
     from engine.explaining.normal import normal_form
     from engine.planning.saved_plan import encode, saved_plan

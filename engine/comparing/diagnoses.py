@@ -151,15 +151,29 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"{_leaves(names)} are exchanged{_layers(names)}{hint}"
     for what, changed in moved.items():
         pairs = dict(sorted(changed))
-        told = ", ".join(f"{here} holds {there}" for here, there in list(pairs.items())[:8])
-        yield f"{what} are in another order: {told}{', …' if len(pairs) > 8 else ''}"
+        held = ", ".join(f"{here} holds {there}" for here, there in list(pairs.items())[:8])
+        yield f"{what} are in another order: {held}{', …' if len(pairs) > 8 else ''}"
+    told = {name for names in single.values() for name in names}
+    also: dict[str, list[str]] = {}
+    for verdict in swapped.values():
+        if verdict.name not in told and _also(verdict) and "cut the other way" not in verdict.note:
+            also.setdefault(_also(verdict), []).append(verdict.name)
+    for more, names in also.items():
+        yield f"{_leaves(names)}{_layers(names)}: besides, {more}"
     for group_names in single.values():
         first = swapped[group_names[0]]
         what = "is a copy of" if first.kind == "copied" else "equals"
-        more = first.note.partition(" of the reference, ")[2]
+        more = _also(first)
         yield f"{_leaves(group_names)}{_layers(group_names)} {what} {_leaf(first.other or '')} of the reference" + (
             f"{_layers([swapped[name].other or '' for name in group_names])}{f', {more}' if more else ''}"
         )
+
+
+def _also(verdict: Verdict) -> str:
+    """What else became of a tensor that is another one's."""
+    more = verdict.note.partition(" of the reference, ")[2]
+    return more + (f": `rotary` should be {'the other choice' if verdict.rotary == 'other' else f'`{verdict.rotary}`'}"
+                   if verdict.rotary else "")  # fmt: skip
 
 
 def _renamed(verdicts: Sequence[Verdict]) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.comparing.effects import Difference, Grade, differing, effect_of
@@ -12,7 +13,7 @@ from engine.oracle.meaning import default_generation, full_config, full_generati
 from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, SETTINGS = "config.json", "generation_config.json", "tokenizer_config.json"
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt",
@@ -56,8 +57,12 @@ def compare_settings(
     one, two = (config or {} for config in configs)
     if None not in configs:
         found += _configs(one, two, dtypes)
+        found += _elsewhere("config", CONFIG, one, two, found)
     found += _generations(generations[0], generations[1], one, two)
     found += compare_tokenizers(ours, theirs, TOKENIZER)
+    if all(SETTINGS in files for files in (ours, theirs)):
+        here, there = (_read(files, SETTINGS) or {} for files in (ours, theirs))
+        found += _elsewhere("tokenizer", SETTINGS, here, there, found)
     found += compare_templates(ours, theirs)
     for name in sorted(name for name in ours.keys() | theirs.keys() if name.endswith(".py")):
         if ours.get(name) != theirs.get(name):
@@ -83,6 +88,37 @@ def _read(files: Files, name: str) -> dict[str, Any] | None:
         raise EngineError("E303", "the file is not an object", place=Place(name), got=type(data).__name__,
                           fix="Copy the file again.")  # fmt: skip
     return data
+
+
+# Keys that only label, and whose values say nothing of what is computed.
+_LABELS = ("id2label", "label2id", "transformers_version", "_name_or_path", "_commit_hash", "name_or_path")
+_OWN_WORDS = ("chat_template", "model_max_length", "tokenizer_class", "added_tokens_decoder", "tokenizer_file")
+
+
+def _elsewhere(
+    part: str, file: str, one: Mapping[str, Any], two: Mapping[str, Any], found: Sequence[Difference]
+) -> list[Difference]:
+    """Keys of a file that differ though what transformers makes of it does not: another place or program reads them.
+
+    Args:
+        found: what is told already.
+    """
+    told = {name for other in found if other.part == part for name in (*other.what.split("."), other.what)}
+    keys = (one.keys() & two.keys()) | ({"auto_map"} & (one.keys() | two.keys()))
+    more = []
+    for key in sorted(keys - told - {*_LABELS, *_OWN_WORDS}):
+        here, there = ({key: side.get(key)} for side in (one, two))
+        plain = plain_config(here), plain_config(there)
+        names = [*(plain[0] | plain[1])]  # as transformers 5 spells it
+        if plain[0] != plain[1] and not told.intersection(names):
+            effect = "other programs, or other versions of transformers, read it here"
+            grade: Grade = effect_of(names[-1])[1] if part == "config" else "function"
+            more.append(Difference(part, f"{key} of {file}", _brief(here[key]), _brief(there[key]), effect, grade))
+    return more
+
+
+def _brief(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value, ensure_ascii=False)[:80]
 
 
 def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str | None, str | None]) -> list[Difference]:

@@ -19,6 +19,7 @@ from engine.comparing.effects import Difference
 Files = Mapping[str, bytes]
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_MOST = 200  # merges that are tried
 _FEWEST = 2  # tokens of a vocabulary that was read
 _TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 
@@ -28,6 +29,9 @@ class _Tokenizer:
     """A tokenizer as functions.
 
     Attributes:
+        spoken: ids as text without special tokens.
+        pair: two texts as one sequence.
+        added: tokens that were added to the vocabulary.
         named: special tokens by what they are for.
         other: settings that change batches or text, by name.
         whole: whether special tokens are put round text as the model's users have it.
@@ -36,6 +40,9 @@ class _Tokenizer:
     encode: Callable[[str, bool], list[int]]
     decode: Callable[[list[int]], str]
     vocabulary: dict[str, int]
+    spoken: Callable[[list[int]], str] | None = None
+    pair: Callable[[str, str], list[int]] | None = None
+    added: tuple[str, ...] = ()
     named: dict[str, Any] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
@@ -63,7 +70,7 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
         if isinstance(one, str) or isinstance(two, str):
             shown = _both(lambda side: f"not loadable: {side}" if isinstance(side, str) else "loadable", one, two)
             return [Difference("tokenizer", "a tokenizer", *shown, "its ids could not be compared")]
-        found = list(_tokenizers(one, two))
+        found = list(_tokenizers(one, two, _unlike_merges(ours, theirs)))
     if not found:
         unlike = [name for name in names if ours.get(name) != theirs.get(name)]
         effect = "ids, text and special tokens are still equal for all texts tried"
@@ -71,21 +78,69 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
     return found
 
 
-def _tokenizers(one: _Tokenizer, two: _Tokenizer) -> Iterator[Difference]:
+def _unlike_merges(ours: Files, theirs: Files) -> list[str]:
+    """Texts of the merges that differ, or stand in another order."""
+    both = []
+    for files in (ours, theirs):
+        try:
+            merges = json.loads(files[_MODELS[0]])["model"]["merges"]
+            both.append(["".join(one if isinstance(one, list) else one.split(" ")) for one in merges])
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return []
+    unlike = [piece for pair in zip(*both, strict=False) if pair[0] != pair[1] for piece in pair]
+    unlike += [piece for side in both for piece in side[min(map(len, both)) :]]
+    words = [piece.replace("▁", " ").replace("Ġ", " ") for piece in dict.fromkeys(unlike[: 4 * _MOST])][:_MOST]
+    return [text for word in words for text in (word, f"a{word}", f"{word}{word}")] + ["".join(words)]
+
+
+def _vocabularies(one: _Tokenizer, two: _Tokenizer) -> Iterator[Difference]:
+    """Tokens whose ids differ, and ids whose tokens do."""
+    moved = [token for token, number in one.vocabulary.items() if two.vocabulary.get(token, number) != number]
+    if moved:
+        more = f" and {len(moved) - 1} more tokens" if len(moved) > 1 else ""
+        shown = _both(lambda side: str(side.vocabulary[moved[0]]), one, two)
+        effect = "the model reads other tokens than it was trained on"
+        yield Difference("tokenizer", f"the id of {_shown(moved[0])}{more}", *shown, effect)
+    names = [{number: token for token, number in side.vocabulary.items()} for side in (one, two)]
+    other = [
+        i for i, token in names[0].items() if token not in two.vocabulary and names[1].get(i) not in one.vocabulary
+    ]
+    other = [i for i in other if i in names[1]]
+    if other:
+        more = f" and {len(other) - 1} more ids" if len(other) > 1 else ""
+        shown = _both(lambda side: _shown(side[other[0]]), *names)
+        yield Difference("tokenizer", f"the token of id {other[0]}{more}", *shown, "text is written otherwise")
+    ids = [one.vocabulary[token] for token in one.added if token in one.vocabulary and token in two.vocabulary]
+    if one.spoken is not None and two.spoken is not None:
+        for number in ids:
+            here, there = one.spoken([number]), two.spoken([number])
+            if here != there:
+                effect = "it is left out of text on one side only, as a special token is"
+                yield Difference("tokenizer", f"the text of id {number}", _shown(here), _shown(there), effect)
+                break
+    if one.pair is not None and two.pair is not None and one.encode("a", True) == two.encode("a", True):
+        both = one.pair("one text", "and another"), two.pair("one text", "and another")
+        if both[0] != both[1]:
+            effect = "pairs of texts are joined otherwise"
+            yield Difference("tokenizer", "the ids of two texts together", str(both[0][:8]), str(both[1][:8]), effect)
+
+
+def _tokenizers(one: _Tokenizer, two: _Tokenizer, others: Sequence[str]) -> Iterator[Difference]:
     if len(one.vocabulary) != len(two.vocabulary):
         sizes = _both(lambda side: f"{len(side.vocabulary):,} tokens", one, two)
         yield Difference("tokenizer", "the vocabulary", *sizes, "some ids exist on one side only")
+    yield from _vocabularies(one, two)
     for name in sorted(one.named.keys() | two.named.keys()):
         if one.named.get(name) != two.named.get(name):
             shown = _both(_shown, one.named.get(name), two.named.get(name))
             yield Difference("tokenizer", name, *shown, "text begins, ends or is padded with a different token")
-    special = [str(name) for side in (one, two) for value in side.named.values()
+    special = [str(name) for side in (one, two) for value in (*side.named.values(), list(side.added))
                for name in (value if isinstance(value, list) else [value]) if name]  # fmt: skip
     with_special = [True, False] if one.whole and two.whole else [False]
     pieces = [*one.vocabulary, *two.vocabulary]
     unlike: dict[str, tuple[str, list[int], list[int]]] = {}
     counts: dict[str, int] = {}
-    for text in texts(list(dict.fromkeys(special)), pieces):
+    for text in (*texts(list(dict.fromkeys(special)), pieces), *others):
         for wrapped in with_special:
             ids = one.encode(text, wrapped), two.encode(text, wrapped)
             kind = "ids with special tokens" if wrapped else "ids"
@@ -153,15 +208,23 @@ def _by_transformers(folder: Path) -> _Tokenizer:
         raise ValueError("transformers loads it with an empty vocabulary")
     named = {name: getattr(loaded, name, None) for name in _TOKENS}
     more = sorted({str(token) for token in loaded.all_special_tokens} - {str(t) for t in named.values()})
+    whole = getattr(loaded, "backend_tokenizer", None)  # what programs do that use it without transformers
+    kept = {name: getattr(whole, name, None) for name in ("truncation", "padding")}
     return _Tokenizer(
         lambda text, special: list(loaded.encode(text, add_special_tokens=special)),
         lambda ids: str(loaded.decode(ids)),
         dict(loaded.get_vocab()),
+        lambda ids: str(loaded.decode(ids, skip_special_tokens=True)),
+        lambda one, two: list(loaded(one, two)["input_ids"]),
+        tuple(map(str, loaded.added_tokens_decoder.values())),
         {
             **{name: None if token is None else str(token) for name, token in named.items()},
             "other special tokens": more,
         },
-        {name: getattr(loaded, name, None) for name in ("padding_side", "truncation_side", "model_max_length")},
+        {
+            **kept,
+            **{name: getattr(loaded, name, None) for name in ("padding_side", "truncation_side", "model_max_length")},
+        },
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 Kind = Literal[
     "equal", "cast", "permuted", "transposed", "recut", "swapped", "copied", "part", "padded", "truncated", "extended",
-    "zeroed", "constant", "negated", "scaled", "shifted", "rounded", "clipped", "changed", "different", "shape",
-    "missing", "extra",
+    "zeroed", "constant", "negated", "scaled", "shifted", "rounded", "clipped", "mapped", "changed", "different",
+    "shape", "missing", "extra",
 ]  # fmt: skip
 
 

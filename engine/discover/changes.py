@@ -15,6 +15,7 @@ from engine.move.views import View, tiles
 _TILE = 1 << 16  # elements at a time
 _RUNS = 4  # stretches of rows that are named one by one
 _DENSE = 0.5  # of a block must differ, so that the block is what changed
+_NEARLY = 0.9  # of the rows or columns: all of them
 _FEW = 0.02  # of all elements may differ without a place in common
 
 
@@ -83,6 +84,10 @@ def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
         shape: as stored, for naming an element.
     """
     rows, cols = _stretches(changes.rows), _stretches(changes.cols)
+    diagonal = (changes.rows == 1).all() and (changes.cols == 1).all() and changes.first == (0, 0)
+    if diagonal and changes.count > 1:
+        told = f"{changes.count:,} scattered elements differ, one of each row and column: the diagonal"
+        return Region(rows, cols, told)
     height, width = (sum(high - low for low, high in part) for part in (rows, cols))
     total = prod(shape)
     if changes.count == 1:
@@ -109,5 +114,7 @@ def _told(noun: str, part: Sequence[tuple[int, int]]) -> str:
 
 
 def _stretches(counts: np.ndarray) -> tuple[tuple[int, int], ...]:
+    if (counts > 0).mean() > _NEARLY:  # some elements are equal by chance
+        return ((0, len(counts)),)
     places = np.where(counts > 0, np.arange(len(counts)), -1)
     return tuple((low, high) for low, high, start in runs_of(places) if start >= 0)

@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.discover.prints import Prints64, joined
 
+_OTHER = "in another order"
 _MOST_NAMED = 6  # blocks that are named one by one
 _RANKS = 64  # so many slices may be those of tensor ranks
 
@@ -162,7 +163,8 @@ def read_order(order: np.ndarray, units: Units) -> Reading:
     blocks = order[::size] // size
     period = _period(blocks, size, units)
     if period is None:
-        return Reading(_words(blocks, size, units))
+        plain = _words(blocks, size, units)
+        return (_twofold(blocks, size, units) if f"s {_OTHER}" in plain else None) or Reading(plain)
     local = blocks.reshape(-1, period) - np.arange(0, len(blocks), period)[:, None]
     moved = np.flatnonzero((local != np.arange(period)).any(axis=1))
     patterns = np.unique(local[moved], axis=0)
@@ -181,6 +183,22 @@ def read_order(order: np.ndarray, units: Units) -> Reading:
             return Reading(f"rotary pairs {which}", turned)
         return Reading(f"{_words(patterns[0], size, units, joined=False)}, {which}")
     return Reading(f"{units.noun}s in another order {which}, not the same in each")
+
+
+def _twofold(blocks: np.ndarray, size: int, units: Units) -> Reading | None:
+    """Heads or groups in another order, and within each of them another order, the same in all."""
+    for span in sorted({*units.sizes.values(), units.head or 0}):
+        count = span // size
+        if count < 2 or span % size or len(blocks) % count or len(blocks) == count:
+            continue
+        held = blocks.reshape(-1, count)
+        outer, inner = held // count, held % count
+        if (outer != outer[:, :1]).any() or (inner != inner[0]).any() or (inner[0] == np.arange(count)).all():
+            continue
+        within = read_order((inner + np.arange(len(held))[:, None] * count).repeat(size) * size
+                            + np.tile(np.arange(size), len(blocks)), units)  # fmt: skip
+        return Reading(f"{within.words}; {_words(outer[:, 0], span, units)}", within.rotary)
+    return None
 
 
 def _period(blocks: np.ndarray, size: int, units: Units) -> int | None:
@@ -244,7 +262,7 @@ def _words(blocks: np.ndarray, size: int, units: Units, *, joined: bool = True) 
         )
     shown = ", ".join(f"{at} holds {blocks[at]}" for at in moved[:_MOST_NAMED].tolist())
     more = ", …" if len(moved) > _MOST_NAMED else ""
-    return f"{named}s in another order{extent}: {shown}{more}{ranks if count <= 8 else ''}"
+    return f"{named}s {_OTHER}{extent}: {shown}{more}{ranks if count <= 8 else ''}"
 
 
 def _axes(blocks: np.ndarray) -> tuple[int, int] | None:

@@ -13,20 +13,26 @@ from math import gcd, prod
 
 import numpy as np
 
+from engine.discover.alike import NARROWEST, Placed, Sketch, find_alike, take_sketch
 from engine.discover.changes import Changes, Region, changes_of, region_of
-from engine.discover.geometry import Geometry, neighbours, units_of
+from engine.discover.geometry import Geometry, neighbours, numbers, units_of
+from engine.discover.mixes import mixed
 from engine.discover.orders import divisors, find_order, read_loops, read_order
 from engine.discover.prints import Prints, Prints64, take_prints, take_runs
 from engine.discover.rows import MOST_NAMED, Relation, lookup, own_rows, placed, spans, telling
+from engine.discover.stretches import find_stretches
 from engine.discover.values import closeness, relate_values
 from engine.move.tensors import Tensors, common_types
 from engine.move.views import View
 
 _MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
 _SHORTEST = 4  # elements of a run
-_TELLING = 64  # elements that a relation of values to another tensor must hold for
-_TRIED = 32  # tensors, the likeliest first, whose values are tried
+_SHUFFLED = "the same elements in another order"
+_BLOCKS = (2, 4, 8)  # parts of which each may have become something else
+_STRAY = 0.1  # of the rows may be from elsewhere where the others tell
 _CLOSE = 0.1  # of its size
+_NEAR = 0.35  # of its size: its own values in its own places, whatever else
+_ROOM = 256 << 20  # bytes of sketches that are kept
 
 
 class Search:
@@ -44,6 +50,8 @@ class Search:
         self._tensors = tensors
         self._out, self._ref = out, ref
         self._prints: dict[tuple[View, str], Prints] = {}
+        self._sketches: dict[View, Sketch] = {}
+        self._room = _ROOM
 
     def relate(self, name: str, first: Sequence[str]) -> Relation | None:
         """What an output's tensor holds, which is not what the reference's of this name does.
@@ -68,18 +76,40 @@ class Search:
         if turned is not ref and turned.shape == out.shape and self._tensors.match(out, turned):
             return Relation("transposed", "rows are columns in each of its matrices")
         arranged = self._arranged(name, one, own, kind)
-        if arranged is not None or out.shape != ref.shape or one.shape != own.shape:
+        shuffled = arranged is not None and arranged.words == _SHUFFLED
+        if (arranged is not None and not shuffled) or out.shape != ref.shape or one.shape != own.shape:
             return arranged
         changes = self.changes[name] = changes_of(self._tensors, one, own)
         region = None if changes is None else region_of(changes, out.shape)
         if changes is not None and region is not None and "scattered" not in region.words:
-            return self._local(name, one, own, changes, region, kind)
+            found = self._local(name, one, own, changes, region, kind)
+            return replace(found, words=f"{found.words}, the elements exchanged with each other") if shuffled else found
+        if shuffled:
+            return arranged
         values = relate_values(self._tensors, one, own, self._sizes())
         if values is not None:
             return Relation(values.kind, values.words)
         if changes is not None and region is not None:
-            nan = ", all of them NaN" if changes.nans == changes.count else ""
-            return Relation("changed", f"{region.words}{nan}")
+            return Relation("changed", region.words + _all_nan(changes))
+        return self._blocks(one, own)
+
+    def _blocks(self, one: View, own: View) -> Relation | None:
+        """Equal parts of the rows or columns, each of which became something."""
+        for axis, noun in ((0, "row"), (1, "column")):
+            for count in _BLOCKS:
+                size, rest = divmod(one.shape[axis], count)
+                if rest or size * one.shape[1 - axis] < _SHORTEST:
+                    continue
+                told: list[str] = []
+                for low in range(0, count * size, size):
+                    here, there = (view.part(axis, low, low + size) for view in (one, own))
+                    found = relate_values(self._tensors, here, there, self._sizes())
+                    if found is None and not self._tensors.match(here, there):
+                        break
+                    told.append("" if found is None else found.words)
+                if len(told) == count:
+                    words = [f"{noun}s {i * size}…{(i + 1) * size - 1}: {what}" for i, what in enumerate(told) if what]
+                    return Relation("changed", "; ".join(words))
         return None
 
     def _sizes(self) -> dict[str, int]:
@@ -127,6 +157,15 @@ class Search:
         if key not in self._prints:
             self._prints[key] = take_prints(self._tensors, view, kind)
         return self._prints[key]
+
+    def _sketch(self, view: View) -> Sketch | None:
+        """The sketches of an array, of as many arrays as memory is for."""
+        if view not in self._sketches and (max(view.shape) > _MOST_UNITS or self._room <= 0):
+            return None
+        if view not in self._sketches:
+            self._sketches[view] = take_sketch(self._tensors, view)
+            self._room -= self._sketches[view].nbytes
+        return self._sketches[view]
 
     # -- the same elements
 
@@ -184,8 +223,16 @@ class Search:
                 f"interleaved: ({held}) lies as ({sizes}), as slices of {parts[0]} tensor ranks joined along the "
                 "wrong axis",
             )
-        known = telling(self._take(one, kind).rows)
-        return Relation("permuted", "the same elements in another order") if known else None
+        if not telling(self._take(one, kind).rows):
+            return None
+        return Relation("permuted", self._stretches(one, two) or _SHUFFLED)
+
+    def _stretches(self, one: View, two: View) -> str | None:
+        """Elements in a row in other places, where both are stored so."""
+        here, there = _flat(one), _flat(two)
+        if one.dtype != two.dtype or 1 in one.shape or here.shape[1] > 1 or there.shape[1] > 1:
+            return None
+        return find_stretches(self._tensors, here, there)
 
     def _whole(self, name: str, one: View, others: Sequence[str]) -> Relation | None:
         """All of another tensor of the reference."""
@@ -210,53 +257,100 @@ class Search:
     def _parts(self, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
         """Rows or columns of the reference's own or other tensors, in other places; else how close it comes."""
         sources = ([name] if own is not None else []) + list(others)
-        if max(one.shape) <= _MOST_UNITS:
-            for axis in (0, 1):
-                found = self._gathered(name, one, own, axis, sources)
+        partly: Relation | None = None
+        for axis in (0, 1) if max(one.shape) <= _MOST_UNITS else ():
+            found, missing = self._gathered(name, one, own, axis, sources)
+            if found is not None and missing <= _STRAY * one.shape[axis]:
+                return found
+            partly = partly or found
+        level = own is not None and own.shape == one.shape and bool(common_types(one.dtype, own.dtype))
+        apart = closeness(self._tensors, one, own) if level and own is not None else None
+        if apart is None or apart >= _NEAR:
+            found = self._alike(name, one, own, others)
+            if found is not None or partly is not None:
+                return found or partly
+        flat = None if own is None or (apart is not None and apart < _NEAR) else self._stretches(one, own)
+        if flat is not None:
+            return Relation("permuted", flat)
+        if not level or own is None:
+            return None
+        alike = [(other, view) for other in others if (view := as_matrix(self._ref[other])) and view.shape == one.shape]
+        counts = () if self.geometry is None else (self.geometry.heads, self.geometry.groups)
+        words = mixed(self._tensors, one, own, alike, counts)
+        if apart is not None and apart < _CLOSE:
+            words = ", ".join([_close(apart), *([words] if words and "correlation" not in words else [])])
+        return None if words is None else Relation("different", words)
+
+    def _alike(self, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
+        """Rows or columns in another order, or of another tensor, that have other values too."""
+        for other in ([name] if own is not None else []) + list(others):
+            view = as_matrix(self._ref[other])
+            if view is None or not common_types(one.dtype, view.dtype):
+                continue
+            for axis, turned in ((0, False), (1, False), (0, True)):
+                across = one.shape[1 - axis]
+                if across < NARROWEST or across != view.shape[1 - axis if not turned else axis]:
+                    continue
+                mine, theirs = self._sketch(one), self._sketch(view)
+                if mine is None or theirs is None:
+                    continue
+                order = find_alike(mine.cols if axis else mine.rows, theirs.cols if axis != turned else theirs.rows)
+                found = None if order is None else self._placed(name, one, other, view, order, axis, turned=turned)
                 if found is not None:
                     return found
-        turned = self._turned(name, one, own, others)
-        if turned is not None:
-            return turned
-        if own is None or own.shape != one.shape or not common_types(one.dtype, own.dtype):
-            return None
-        apart = closeness(self._tensors, one, own)
-        close = apart is not None and apart < _CLOSE
-        return Relation("different", f"close: off by {apart:.2%} of its size") if close else None
-
-    def _turned(self, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
-        """Another order, or another tensor, and other values too; tried on a few tiles first."""
-
-        def values(two: View) -> str | None:
-            if not common_types(one.dtype, two.dtype):
-                return None
-            here = one.split(0, *two.shape[:-1]) if len(two.shape) > 2 else one
-            found = relate_values(self._tensors, here, two, self._sizes())
-            return None if found is None or found.kind in ("zeroed", "constant", "clipped") else found.words
-
-        if own is not None and own.shape == one.shape[::-1] and 1 not in one.shape:
-            words = values(own.swap(0, 1))
-            if words is not None:
-                return Relation("transposed", f"rows are columns, {words}")
-        head = None if self.geometry is None else self.geometry.head_dim
-        if own is not None and own.shape == one.shape and head and head % 2 == 0 and one.shape[0] % head == 0:
-            for rotary, halves in (("pairs", (2, head // 2)), ("halves", (head // 2, 2))):
-                words = values(own.split(0, one.shape[0] // head, *halves).swap(1, 2))
-                if words is not None:
-                    return Relation("permuted", f"rotary pairs in every head, {words}", rotary=rotary)
-        for other in others[:_TRIED]:
-            view = as_matrix(self._ref[other])
-            if view is not None and view.shape == one.shape and one.elements >= _TELLING:
-                words = values(view)
-                if words is not None:
-                    return Relation("other", words, other=other)
         return None
 
-    def _gathered(self, name: str, one: View, own: View | None, axis: int, sources: Sequence[str]) -> Relation | None:
-        """Rows (axis 0) or columns that lie elsewhere, from as many tensors as it takes."""
+    def _placed(
+        self, name: str, one: View, other: str, view: View, order: np.ndarray, axis: int, *, turned: bool
+    ) -> Relation | None:
+        """What is to be said of rows or columns whose places are known."""
+        here, there = one.swap(0, 1) if axis else one, view.swap(0, 1) if axis != turned else view
+        straight = len(order) == there.shape[0] and bool(((order < 0) | (order == np.arange(len(order)))).all())
+        if straight and other == name and not turned:
+            return None
+        placed = Placed(self._tensors, here, there, order)
+        values = self._apart(
+            placed, *placed.views, near=_CLOSE if other != name else _NEAR, whole=bool((order >= 0).all())
+        )
+        if values is None:
+            return None
+        words, kind, rotary = "", "permuted", None
+        noun = ("row", "column")[axis]
+        if not straight:
+            plain = np.zeros(there.shape[0], bool)
+            units = units_of(name, axis, self._out[name].shape, self.geometry)
+            found = own_rows(order, order, np.arange(there.shape[0]), noun, plain, len(order), units)
+            words, kind, rotary = found.words, found.kind, found.rotary
+        missing = int((order < 0).sum()) if straight else 0
+        words = words or (f"{missing:,} {noun}{'' if missing == 1 else 's'} from elsewhere" if missing else "")
+        told = [one for one in ("rows are columns" if turned else "", words, values) if one]
+        if other != name:
+            return Relation("other", ", ".join(told), other=other, rotary=rotary)
+        return Relation("transposed" if turned else kind, ", ".join(told), rotary=rotary)
+
+    def _apart(self, tensors: Placed, one: View, two: View, *, near: float, whole: bool) -> str | None:
+        """How two arrays differ whose rows are alike; None where they do in no way that is known."""
+        if tensors.match(one, two):
+            return ""
+        found = relate_values(tensors, one, two, self._sizes())
+        if found is not None:
+            return found.words
+        changes = changes_of(tensors, one, two)
+        region = None if changes is None else region_of(changes, one.shape)
+        if changes is not None and region is not None and whole:
+            return region.words + _all_nan(changes)
+        apart = closeness(tensors, one, two)
+        return None if apart is None or apart >= near else _close(apart)
+
+    def _gathered(
+        self, name: str, one: View, own: View | None, axis: int, sources: Sequence[str]
+    ) -> tuple[Relation | None, int]:
+        """Rows (axis 0) or columns that lie elsewhere, from as many tensors as it takes; and how many are not found."""
         noun, across = ("row", "column")[axis], one.shape[1 - axis]
         left: np.ndarray | None = None  # places that are not found yet
         told: list[tuple[str, np.ndarray]] = []
+        mine: Relation | None = None
+        unknown = 0
         for other in sources:
             view = as_matrix(self._ref[other])
             kind = None if view is None else next(iter(common_types(one.dtype, view.dtype)), None)
@@ -267,8 +361,10 @@ class Search:
             if across == 1:
                 found = self._stretch(other, here, there) if name != other or len(here) != len(there) else None
                 if found is not None:
-                    return found
+                    return found, 0
                 continue
+            if mine is not None and numbers(other) != numbers(name):
+                break
             plain = ours.plain_rows if axis == 0 else ours.plain_cols
             left = ~plain if left is None else left
             order = np.where(left, lookup(here, there), -1)
@@ -277,18 +373,23 @@ class Search:
                 continue
             if other == name and count >= max(2, int(left.sum()) / 2):
                 plain = theirs.plain_rows if axis == 0 else theirs.plain_cols
-                return own_rows(order, here, there, noun, plain, int(left.sum()))
+                units = units_of(name, axis, self._out[name].shape, self.geometry)
+                mine = own_rows(order, here, there, noun, plain, int(left.sum()), units)
+                unknown = int(left.sum()) - count
             told.append((other, order))
             left = left & (order < 0)
             if not left.any():
                 break
+        if mine is not None and (left is None or 2 * int(left.sum()) > unknown or unknown == 0):
+            return mine, unknown
         if left is None or not told or 2 * int(left.sum()) > len(left):
-            return None
-        rest = f"; {int(left.sum()):,} {noun}s are from elsewhere" if left.any() else ""
+            return None, 0
+        missing = int(left.sum())
+        rest = f"; {missing:,} {noun}s are from elsewhere" if missing else ""
         if len(told) == 1:
-            return Relation("part", f"{spans(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0])
+            return Relation("part", f"{spans(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0]), missing
         words = ", ".join(f"{placed(order, noun, every=True)} of {other}" for other, order in told[:MOST_NAMED])
-        return Relation("part", words + (", …" if len(told) > MOST_NAMED else "") + rest)
+        return Relation("part", words + (", …" if len(told) > MOST_NAMED else "") + rest), missing
 
     @staticmethod
     def _stretch(other: str, here: Prints64, there: Prints64) -> Relation | None:
@@ -303,6 +404,14 @@ class Search:
             if np.array_equal(there[start : start + len(here)], here):
                 return Relation("part", f"elements {start}…{start + len(here) - 1} of {other}", other=other)
         return None
+
+
+def _close(apart: float) -> str:
+    return f"close: off by {100 * apart:.2g}% of its size"
+
+
+def _all_nan(changes: Changes) -> str:
+    return ", all of them NaN" if changes.nans == changes.count else ""
 
 
 def _flat(view: View) -> View:

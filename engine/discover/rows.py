@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.discover.orders import divisors, runs_of
+from engine.discover.orders import Units, divisors, read_order, runs_of
 from engine.discover.prints import Prints64
 
 MOST_NAMED = 4  # stretches that are named one by one
@@ -31,7 +31,7 @@ class Relation:
 
 
 def own_rows(
-    order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray, telling: int
+    order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray, telling: int, units: Units
 ) -> Relation:
     """Rows of the same tensor in other places."""
     if len(here) != len(there):
@@ -44,10 +44,35 @@ def own_rows(
         also = f"; {left:,} {noun}{'' if left == 1 else 's'} from elsewhere" if left else ""
         first = f"{noun} {max(by, 0)} holds {noun} {max(-by, 0)}"
         return Relation("permuted", f"{noun}s shifted by {abs(by)}: {first}{also}")
+    filled = completed(order)
+    if filled is not None:
+        reading = read_order(filled, units)
+        missing = len(order) - found
+        also = f"; {missing:,} {noun}{'' if missing == 1 else 's'} from elsewhere" if found < telling else ""
+        return Relation("permuted", reading.words + also, rotary=reading.rotary)
     repeated = len(np.unique(order[known])) < found
     what = f"{noun}s repeated" if repeated else f"{noun}s in other places"
     rest = f"; {len(order) - found:,} are from elsewhere" if found < telling else ""
     return Relation("permuted", f"{what}: {placed(order, noun)}{rest}")
+
+
+def completed(order: np.ndarray) -> np.ndarray | None:
+    """An order whose few gaps are filled by what is left, next to its neighbours; None where places are taken twice.
+
+    >>> completed(np.array([2, -1, 0, 1])).tolist(), completed(np.array([1, 1, -1]))
+    ([2, 3, 0, 1], None)
+    """
+    gaps = np.flatnonzero(order < 0)
+    left = dict.fromkeys(np.setdiff1d(np.arange(len(order)), order).tolist())
+    if len(left) != len(gaps) or 4 * len(gaps) > len(order):
+        return None
+    filled = order.copy()
+    for gap in gaps.tolist():
+        near = [int(filled[gap - 1]) + 1] if gap else []
+        near += [int(filled[gap + 1]) - 1] if gap + 1 < len(order) else []
+        filled[gap] = next((place for place in near if place in left), next(iter(left)))
+        del left[int(filled[gap])]
+    return None if np.array_equal(filled, np.arange(len(order))) else filled
 
 
 def _repeats(order: np.ndarray, count: int) -> str | None:
@@ -72,12 +97,12 @@ def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plai
         left = there[common:]
         padding = bool(plain[common:].all()) or len(np.unique(left)) == 1
         return Relation("padded" if padding else "truncated", told + ("" if padding else f", {noun}s with content"))
-    if by > 0 and np.array_equal(here[:common], there):
-        padding = len(np.unique(here[common:])) == 1
-        return Relation("padded" if padding else "extended", told + ("" if padding else f", {noun}s with content"))
     repeats = _repeats(order, len(there)) if by > 0 else None
     if repeats is not None:
         return Relation("extended", f"{told}: {noun}s repeated, {repeats}")
+    if by > 0 and np.array_equal(here[:common], there):
+        padding = len(np.unique(here[common:])) == 1
+        return Relation("padded" if padding else "extended", told + ("" if padding else f", {noun}s with content"))
     rising = bool((np.diff(order[known]) > 0).all())
     what = "in order" if rising else "in another order"
     kind = "padded" if by > 0 and rising else "truncated" if by < 0 and rising else "shape"

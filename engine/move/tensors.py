@@ -199,4 +199,5 @@ def values_of(bits: np.ndarray, dtype: str) -> np.ndarray:
         kind = np.dtype(ml_dtypes.float8_e4m3fn if dtype == "F8_E4M3" else ml_dtypes.float8_e5m2)
     else:
         kind = np.dtype(bool if dtype == "BOOL" else dtype.replace("I", "int").replace("U", "uint"))
-    return bits.view(kind).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaNs of every kind
+        return bits.view(kind).astype(np.float64)

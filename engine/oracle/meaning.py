@@ -36,6 +36,8 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     values.pop("label2id", None)
     if isinstance(labels, Mapping):
         values["num_labels"] = len(labels)
+    for key in ("hidden_act", "hidden_activation"):
+        values |= {key: "silu"} if values.get(key) == "swish" else {}  # two names of one function
     if "dtype" in values:
         values["dtype"] = str(values["dtype"]).removeprefix("torch.")
     flat = {key: _plain(value) for key, value in leaves(values) if value is not None}
@@ -83,4 +85,6 @@ def default_generation() -> dict[str, Any]:
     """What transformers takes where a generation setting is absent."""
     from transformers.generation.configuration_utils import GenerationConfig
 
-    return plain_config(GenerationConfig().to_dict())
+    made = GenerationConfig()
+    later = getattr(made, "_get_default_generation_params", dict)  # transformers 5 fills them in when it generates
+    return plain_config(made.to_dict() | later())

@@ -42,7 +42,7 @@ def request_data(asked: Request) -> dict[str, Any]:
     """A request as JSON holds it: what is not as by default, and a few things always.
 
     Raises:
-        EngineError: E001 for what another process could not load: a mapping or a source that is no file, two mappings.
+        EngineError: E001 for what another process could not load: a mapping or a source that is no file.
     """
     if isinstance(asked.mapping, MappingFile):
         raise EngineError(
@@ -51,12 +51,12 @@ def request_data(asked: Request) -> dict[str, Any]:
             got=f"the loaded mapping `{asked.mapping.name}`",
             expected="a path, or the name of a bundled mapping",
         )
-    if asked.to is not None or not isinstance(asked.src, str | Path):
+    if not isinstance(asked.src, str | Path):
         raise EngineError(
             "E001",
             "a plan is saved of a checkpoint that is there",
-            got=f"{asked.src!s:.80}" + ("" if asked.to is None else f", written by {asked.to}"),
-            expected="a path or a URL, and one mapping",
+            got=f"{asked.src!s:.80}",
+            expected="a path or a URL",
             fix="Write the checkpoint in between first.",
         )
     data: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from itertools import combinations, product
 from random import Random
 from typing import Any
 
-from engine.checkpoint.ranks import rank_dims, stage_dims
+from engine.checkpoint.ranks import stage_dims, written_dims
 from engine.language.expressions import names_in
 from engine.language.model import Layout, Mode
 from engine.language.model import Mapping as MappingFile
@@ -67,7 +67,7 @@ def cases(layout: Layout) -> list[Case]:
     """Ranks one and many, even and uneven, in every mode; chunks, and what else the layout can do."""
     found: list[Case] = []
     for number, mode in enumerate(mode for mode in layout.modes if mode.only_read is None):
-        dims = rank_dims(mode.files[0])
+        dims = written_dims(mode.files[0])
         if number == 0:
             found.append(_case(mode, dict.fromkeys(dims, 1)))
         found += [_case(mode, _ranks(layout, mode, *counts)) for counts in _TINY]
@@ -84,7 +84,7 @@ def _ranks(layout: Layout, mode: Mode, few: int, wide: int, stages: int) -> dict
     staged = stage_dims(layout)
     file = mode.files[0]
     by_rows = {dim for cuts in file.cuts.values() for dim, role in cuts.items() if role == "rows"}
-    return {d: stages if d in staged else wide if d in by_rows else few for d in rank_dims(file)}
+    return {d: stages if d in staged else wide if d in by_rows else few for d in written_dims(file)}
 
 
 def _chunked(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> Iterator[Case]:

@@ -172,7 +172,7 @@ def check_round_trip(
     mapping: MappingFile, layout: Layout, worlds: Worlds, possible: Sequence[Combination], folder: Path
 ) -> Check:
     """Index tensors to rank files and back, over a matrix of layouts and choices."""
-    if not mapping.training_config:
+    if not mapping.training_config and not (layout.config_of_target and mapping.rules):
         told = "not checked: the mapping has no `training_config`, so nothing can be written"
         return Check(ROUND_TRIP, None, told)
     if not possible:

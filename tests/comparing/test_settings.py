@@ -220,6 +220,43 @@ def test_special_tokens_are_compared(key: str, value: str, out: Path, made: Path
     assert tokenizer_parts(out, made)[key].grade == "function"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("truncation", {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}, "truncation"),
+        ("added_tokens", lambda tokens: [*tokens[:-1], {**tokens[-1], "content": "<other>"}], "the "),
+        ("model", lambda model: {**model, "vocab": _exchanged(model["vocab"])}, "the id of"),
+    ],
+)
+def test_what_few_texts_show_of_a_tokenizer_is_told(key: str, value: Any, told: str, out: Path, made: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data[key] = value(data[key]) if callable(value) else value
+
+    edit(out, "tokenizer.json", change)
+    assert any(what.startswith(told) for what in tokenizer_parts(out, made))
+
+
+def _exchanged(vocabulary: dict[str, int]) -> dict[str, int]:
+    """The ids of the last two tokens exchanged."""
+    *_, one, two = sorted(vocabulary, key=lambda token: vocabulary[token])
+    return vocabulary | {one: vocabulary[two], two: vocabulary[one]}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "rope_theta", 77.5),
+        ("config.json", "auto_map", {"AutoModel": "x.X"}),
+        ("tokenizer_config.json", "clean_up_tokenization_spaces", True),
+    ],
+)
+def test_a_key_that_another_program_reads_is_told(name: str, key: str, value: Any, out: Path, made: Path) -> None:
+    """transformers 5 reads another place; others and its older versions read this one."""
+    edit(out, name, lambda data: data.update({key: value}))
+    told = [one for (_, what), one in differences(out, made).items() if what.startswith(key)]
+    assert [one.grade for one in told] == ["function"]
+
+
 def test_a_first_token_that_is_left_out_is_told(out: Path, made: Path) -> None:
     def change(data: dict[str, Any]) -> None:
         data["post_processor"] = None

@@ -167,6 +167,38 @@ GATE, UP, DOWN = (f"{MLP}{x}_proj.weight" for x in ("gate", "up", "down"))
 E = "model.layers.1.mlp.experts."
 
 
+def _misread_gates(state: State) -> None:
+    """[gate0, up0, gate1, up1] read as gate, up."""
+    halves = [state[name].chunk(2) for name in (GATE, UP)]
+    packed = torch.cat([part[rank] for rank in (0, 1) for part in halves])
+    state[GATE], state[UP] = (t.clone() for t in packed.chunk(2))
+
+
+def _drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(9))
+
+
+def _noisy(t: torch.Tensor) -> torch.Tensor:
+    return (t.float() + 0.01 * t.float().std() * _drawn(*t.shape)).to(t.dtype)
+
+
+def _quantised(t: torch.Tensor, levels: int, dim: int | None = None) -> torch.Tensor:
+    size = t.float().abs()
+    step = (size.max() if dim is None else size.amax(dim, keepdim=True)) / levels
+    return (t.float() / step).round() * step
+
+
+def _low(t: torch.Tensor, rank: int) -> torch.Tensor:
+    """A product of low rank, a fifth as large."""
+    product = _drawn(t.shape[0], rank) @ _drawn(t.shape[1], rank).t()
+    return product * (0.2 * t.float().std() / product.std())
+
+
+def _truncated(t: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(t.float(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
 def _perm(seed: int, count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -325,6 +357,75 @@ FAULTS: tuple[Fault, ...] = (
     Fault("half of the rows", V1, UP, _resize(UP, lambda t: t[:128]), "truncated", ("128 rows fewer",)),
     Fault("half of the columns", V1, DOWN, _resize(DOWN, lambda t: t[:, 128:]), "truncated", ("128 columns fewer", "hold 128…255")),
     Fault("an infinite element", V2, DOWN, _on(DOWN, _put(float("inf"), 3, 9)), "changed", ("one element differs",)),
+    # other values in another order
+    Fault("heads permuted and scaled", V2, Q, _on(Q, lambda t: _blocks(_perm(8, 8))(t).float() * 0.3), "permuted",
+          ("heads in another order", "scaled: 0.3 times")),
+    Fault("heads permuted, through float8", V2, Q, _on(Q, lambda t: _blocks(_perm(8, 8))(t).to(torch.float8_e4m3fn)), "permuted",
+          ("heads in another order", "F8_E4M3")),
+    Fault("heads permuted and disturbed", V2, Q, _on(Q, lambda t: _noisy(_blocks(_perm(8, 8))(t))), "permuted",
+          ("heads in another order", "close")),
+    Fault("heads permuted and one element changed", V2, Q, _on(Q, lambda t: _put(9.0, 3, 3)(_blocks(_perm(8, 8))(t))), "permuted",
+          ("heads in another order", "1 row from elsewhere")),
+    Fault("rotary pairs and heads permuted", V2, Q, _on(Q, lambda t: _blocks(_perm(8, 8))(_pairs(t))), "permuted",
+          ("rotary pairs in every head", "heads in another order", "`rotary` should be `pairs`")),
+    Fault("halves of every head exchanged, one negated", V2, Q,
+          _on(Q, lambda t: torch.cat([-t.view(8, 2, 4, 64)[:, 1:], t.view(8, 2, 4, 64)[:, :1]], 1).reshape(64, 64)), "permuted",
+          ("halves of the rows exchanged", "in every head", "-1 and 1")),
+    Fault("tensor ranks exchanged, quantised to 8 bits", V2, UP, _on(UP, lambda t: _quantised(_blocks([1, 0])(t), 127)), "permuted",
+          ("halves of the rows exchanged", "8 bits")),
+    Fault("transposed and disturbed", V1, O, _on(O, lambda t: _noisy(t.t())), "transposed", ("rows are columns", "close")),
+    Fault("transposed and one element changed", V1, O, _on(O, lambda t: _put(9.0, 3, 3)(t.t().clone())), "transposed",
+          ("rows are columns", "1 row from elsewhere")),
+    Fault("another layer's tensor, disturbed", V2, V, lambda s: s.__setitem__(V, _noisy(s[V.replace("1", "0")])), "copied",
+          ("is a copy of v_proj", "in layer 0", "close")),
+    Fault("another layer's heads in another order, scaled", V2, Q,
+          lambda s: s.__setitem__(Q, (_blocks(_perm(8, 8))(s[Q.replace("1", "0")]).float() * 3).bfloat16()), "copied",
+          ("in layer 0", "heads in another order", "3 times")),
+    Fault("gate and up exchanged and disturbed", V2, GATE,
+          _all(_exchange("gate_proj", "up_proj"), *(_on(x, lambda t: _noisy(t)) for x in (GATE, UP))), "swapped",
+          ("gate_proj and up_proj are exchanged", "close")),
+    Fault("gate and up of two ranks split as of one", V2, GATE, _misread_gates, "changed", (f"holds rows 0…127 of {UP}",)),
+    Fault("padded and scaled", V1, EMBED, _resize(EMBED, lambda t: torch.cat([t * 2, torch.zeros_like(t[:8])])), "padded",
+          ("8 rows more", "2 times")),
+    # quantised, pruned, mapped
+    Fault("quantised to 8 bits by its largest", V2, UP, _on(UP, lambda t: _quantised(t, 127)), "rounded", ("8 bits",)),
+    Fault("quantised to 4 bits in groups of 32", V2, UP,
+          _on(UP, lambda t: _quantised(t.reshape(-1, 32), 7, 1).view(t.shape)), "rounded", ("4 bits", "32 elements in a row")),
+    Fault("float8 with a scale", V2, UP,
+          _on(UP, lambda t: (t.float() * 77.7).to(torch.float8_e4m3fn).float() / 77.7), "rounded", ("F8_E4M3 with a scale",)),
+    Fault("half of the elements pruned", V2, UP, _on(UP, lambda t: t * (t.abs() > t.float().abs().median())), "changed", ("pruned: 50",)),
+    Fault("without negative values", V2, UP, _on(UP, lambda t: t.clamp(min=0)), "clipped", ("without negative values",)),
+    Fault("reciprocal of a norm", V2, NORM, _on(NORM, lambda t: 1 / t.float()), "mapped", ("the reciprocal",)),
+    Fault("squared", V2, UP, _on(UP, lambda t: t.float() ** 2), "mapped", ("squared",)),
+    Fault("bytes of every element exchanged", V2, UP,
+          _on(UP, lambda t: t.view(torch.uint8).view(-1, 2).flip(1).contiguous().view(torch.bfloat16).view(t.shape)), "mapped",
+          ("bytes of each element in reverse order",)),
+    Fault("float16 read as bfloat16", V2, UP, _on(UP, lambda t: t.half().view(torch.bfloat16)), "mapped", ("bits of F16 read as BF16",)),
+    Fault("each row less its mean", V2, UP, _on(UP, lambda t: t.float() - t.float().mean(1, True)), "shifted", ("each row by a summand",)),
+    Fault("one rank doubled, the other NaN", V2, UP, _on(UP, lambda t: torch.cat([t[:128] * 2, t[128:] * float("nan")])), "changed",
+          ("rows 0…127: scaled: 2 times", "rows 128…255: all NaN")),
+    Fault("doubled, but for one element", V2, UP, _on(UP, lambda t: _put(9.0, 3, 3)(t * 2)), "scaled", ("2 times", "but for 1 element")),
+    # sums
+    Fault("mean of two layers", V2, UP,
+          lambda s: s.__setitem__(UP, ((s[UP].float() + s[UP.replace("1", "0")].float()) / 2).bfloat16()), "different",
+          ("the mean of", UP.replace("1", "0"))),
+    Fault("sum of gate and up", V2, UP, lambda s: s.__setitem__(UP, (s[UP].float() + s[GATE].float()).bfloat16()), "different",
+          ("the sum of", GATE)),
+    Fault("ranks averaged in place of joined", V2, UP, _on(UP, lambda t: (t[:128].float() + t[128:].float()).repeat(2, 1) / 2),
+          "different", ("rows 0…127 are the mean of rows",)),
+    Fault("an adapter of rank 4 merged", V2, Q, _on(Q, lambda t: t.float() + _low(t, 4)), "different", ("a product of rank 4 was added",)),
+    Fault("cut off to rank 8", V2, UP, _on(UP, lambda t: _truncated(t, 8)), "different", ("of rank 8 only",)),
+    Fault("columns turned by a rotation", V2, UP,
+          _on(UP, lambda t: t.float() @ torch.linalg.qr(_drawn(64, 64))[0]), "different", ("mixed by a rotation",)),
+    Fault("half of it another model's", V2, UP, _on(UP, lambda t: (t.float() + t.float().std() * _drawn(*t.shape)) / 2), "different",
+          ("times the reference and something else",)),
+    # flat pieces
+    Fault("flat elements shifted by one", V2, UP, _on(UP, lambda t: t.flatten().roll(1).view(t.shape)), "permuted",
+          ("elements in a row shifted by 1",)),
+    Fault("flat pieces of three ranks in another order", V2, UP,
+          _on(UP, lambda t: torch.cat([t.flatten().chunk(3)[i] for i in (1, 0, 2)]).view(t.shape)), "permuted", ("pieces of elements in a row",)),
+    Fault("two elements exchanged", V2, DOWN, _on(DOWN, lambda t: _put(float(t[5, 9]), 1, 2)(_put(float(t[1, 2]), 5, 9)(t.clone()))),
+          "changed", ("exchanged with each other",)),
     Fault("elements shuffled", V2, DOWN,
           _on(DOWN, lambda t: t.flatten()[torch.randperm(t.numel(), generator=torch.Generator().manual_seed(1))].view(t.shape)),
           "permuted", ("the same elements in another order",)),
