@@ -65,7 +65,26 @@ EQUAL = (
         r"^halves: not \(qk_interleaved \| default\(not \(adapt_hf \| default\(true\)\)\)\)",
         "where both are absent, `pairs` holds and comes first",
     ),
+    (
+        r"internlm-moe|moe-.*",
+        r"rotary",
+        r"^halves: not \(qk_interleaved \| default\(not \(rotary \| default\(true\)\)\)\) and \(adapt_hf",
+        "where `qk_interleaved` is absent, `adapt_hf` alone decides, in the second half",
+    ),
+    (
+        r"xtuner-moe|torchtitan-llama",
+        r"output",
+        r"not \(tie_word_embeddings( \| default\(true\))?\)$",
+        "`keys` gives the default false before an expression sees it",
+    ),
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
+    (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
+    (
+        r"meta-llama",
+        r"dims\.vocab",
+        r"default\(\+1\) > 0",
+        "an absent size has no value, and is read off the tensors like one that is left out",
+    ),
 )
 # Of which families, which edits, and why they change nothing.
 NO_CHANGE = (
@@ -73,6 +92,11 @@ NO_CHANGE = (
         r".*",
         r"training_config: `default\(true\)` for `default\(false\)`",
         "`keys` gives the default false to config.json before an expression sees it",
+    ),
+    (
+        r"xtuner-moe|torchtitan-llama",
+        r"(variants|config): `default\(true\)` for `default\(false\)`",
+        "`keys` gives the default false before an expression sees it",
     ),
     (
         _UNSCALED,
