@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from engine.commands.main import cli
+
 DOCS = Path(__file__).parents[1] / "docs"
 TREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -29,3 +31,8 @@ def test_what_a_page_includes_is_there() -> None:
     ]
     assert len(included) >= 3
     assert all((page.parent / name).is_file() for page, name in included)
+
+
+def test_the_help_of_every_command_names_a_page_that_is_there() -> None:
+    for command in cli.commands.values():
+        assert (DOCS.parent / str(command.epilog).removeprefix("Documentation: ")).is_file(), command.name

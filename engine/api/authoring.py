@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from engine.language.model import Mapping as MappingFile
+from engine.planning.given import check_type
 from engine.planning.reading import read_checkpoint
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def prove(
     from engine.proving.prove import prove as prove_each
 
     bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
+    for name in _listed(names):
+        check_type("names", name, str | Path | MappingFile, "names, paths or loaded mappings")
     return prove_each(_listed(names) or bundled, mutants=mutants, progress=progress)
 
 
@@ -99,6 +102,8 @@ def new_mapping(
     """
     from engine.discover.files import new_mapping as make
 
+    check_type("name", name, str | None)
+    check_type("like", like, str | Path | None)
     return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
 
 
@@ -117,6 +122,8 @@ def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
     """
     from engine.language.search import find_file, rule_files
 
+    for path in paths:
+        check_type("paths", path, str | Path)
     return [
         file for path in paths for file in (rule_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
     ]

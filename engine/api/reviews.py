@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.model import Mapping as MappingFile
+from engine.planning.given import check_type
 from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed
 
@@ -57,6 +58,7 @@ def explain(
     from engine.explaining.sources import explain_source
     from engine.explaining.targets import explain as forward
 
+    check_type("what", what, str)
     compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
@@ -201,6 +203,7 @@ def verify(
     from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
     from engine.storage.places import on_this_machine, store_at
 
+    check_type("sample", sample, str | None)
     check_asked(src is not None, mapping is not None, logits, sample is not None)
     written = store_at(out, "the output")
     compiled, small = None, {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Unpack
 from engine.api.outputs import default_out, small_files
 from engine.api.plans import load_plan, planned, saved_as
 from engine.language.model import Mapping as MappingFile
+from engine.planning.given import check_type
 from engine.planning.request import Request, ReshardOptions, ReverseOptions, WholeOptions, keywords, request_of
 from engine.run.execute import Report, execute
 from engine.run.running import (
@@ -169,8 +170,10 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     >>> tensors["model.norm.weight"].shape
     torch.Size([64])
     """
+    from engine.planning.model import Plan
     from engine.serve.tensors import Tensors
 
+    check_type("compiled", compiled, Plan, "a plan, as `engine.plan` gives it")
     with Tensors(compiled) as tensors:
         tensors.compare_all()
         yield from tensors.items()

@@ -14,6 +14,7 @@ from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.language.version import __version__
+from engine.planning.given import check_type
 from engine.planning.request import WholeOptions
 from engine.storage.places import Source, store_at
 from engine.storage.replacing import given_path
@@ -61,8 +62,10 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     Raises:
         EngineError: as for `convert`, of what can be told without reading tensors.
     """
+    from engine.planning.model import Plan
     from engine.serve.virtual import VirtualFolder
 
+    check_type("compiled", compiled, Plan, "a plan, as `engine.plan` gives it")
     return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
 import zipfile
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable
 from isal import isal_zlib
 
 from engine.errors import EngineError, Place
-from engine.storage.store import File
+from engine.storage.store import File, OpenFile
 
 _BLOCK = 1 << 20
 _MD5 = re.compile(rb"\b[0-9a-f]{32}\b")
@@ -33,46 +34,74 @@ def check_files(files: Iterable[File], advance: Callable[[int], None]) -> list[s
             if sidecar.exists:
                 _check_md5(file, sidecar, advance)
                 checked = True
-        except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, RuntimeError) as error:
+        except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, RuntimeError, OSError) as error:
             raise _damaged(file, None, str(error)[:200], "a zip as torch.save writes it") from None
-        except OSError as error:
-            raise EngineError(
-                "E305",
-                "a file cannot be read",
-                place=Place(file.name),
-                got=str(error),
-                fix="Check the file and its storage.",
-            ) from error
         if not checked:
             unchecked.append(file.name)
     return unchecked
 
 
 def _check_members(file: File, advance: Callable[[int], None]) -> bool:
-    buffer = memoryview(bytearray(_BLOCK))
+    """Whether every zip of a file has checksums; torch's distributed checkpoints have one behind the other."""
+    checked = True
     with file.open() as opened:
         if opened.read(4) != b"PK\x03\x04":
             return False
-        archive = zipfile.ZipFile(opened)
-        infos = archive.infolist()
-        if not any(info.CRC for info in infos):
-            return False
-        for info in infos:
-            opened.seek(info.header_offset + 26)
-            lengths = opened.read(4)
-            skip = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            opened.seek(skip, 1)
-            left, found = info.file_size, 0
-            while left:
-                count = opened.readinto(buffer[: min(left, _BLOCK)])
-                if not count:
-                    break
-                found = isal_zlib.crc32(buffer[:count], found)
-                left -= count
-                advance(count)
-            if left or found != info.CRC:
-                raise _damaged(file, info.filename, f"CRC-32 {found:08x}", f"{info.CRC:08x}, as recorded at saving")
-    return True
+        end = opened.state.size
+        while end:
+            try:
+                infos = zipfile.ZipFile(_Front(opened, end)).infolist()
+            except zipfile.BadZipFile:
+                if end == opened.state.size:
+                    raise
+                return False  # something else lies before
+            some = any(info.CRC for info in infos)
+            for info in infos if some else ():
+                _check_member(file, opened, info, advance)
+            checked = checked and some
+            end = min((info.header_offset for info in infos), default=0)
+    return checked
+
+
+class _Front:
+    """The bytes of a file up to an end, as a file that `zipfile` reads."""
+
+    def __init__(self, file: OpenFile, end: int) -> None:
+        self._file, self._end, self._at = file, end, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = (0, self._at, self._end)[whence] + offset
+        if self._at < 0:
+            raise OSError("before the start")  # which zipfile takes for no zip
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._end - self._at, 0)
+        self._file.seek(self._at)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
+def _check_member(file: File, opened: OpenFile, info: zipfile.ZipInfo, advance: Callable[[int], None]) -> None:
+    buffer = memoryview(bytearray(_BLOCK))
+    opened.seek(info.header_offset + 26)
+    lengths = opened.read(4)
+    skip = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    opened.seek(skip, 1)
+    left, found = info.file_size, 0
+    while left:
+        count = opened.readinto(buffer[: min(left, _BLOCK)])
+        if not count:
+            break
+        found = isal_zlib.crc32(buffer[:count], found)
+        left -= count
+        advance(count)
+    if left or found != info.CRC:
+        raise _damaged(file, info.filename, f"CRC-32 {found:08x}", f"{info.CRC:08x}, as recorded at saving")
 
 
 def _check_md5(file: File, sidecar: File, advance: Callable[[int], None]) -> None:

@@ -162,7 +162,14 @@ def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None
             raise Refused("E301", f"`{name}` lies at byte {offset}, {length} long")
         if transforms := place.get("transform_descriptors"):
             told = ", ".join(map(str, transforms)) if type(transforms) is list else "?"
-            raise Refused("E303", f"entries transformed by {told[:100]}")
+            raise EngineError(
+                "E303",
+                "the checkpoint was saved through extensions that transform its bytes",
+                place=Place(file, tensor=name),
+                got=told[:100],
+                expected="bytes as torch saves them",
+                fix="Load it with torch and save it again without extensions.",
+            )
         where = (name, None if at is None else ints(at))
         if places.setdefault(where, (file, offset, length)) != (file, offset, length):
             raise Refused("E301", f"`{name}` at {at} is listed twice")

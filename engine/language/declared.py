@@ -12,6 +12,9 @@ from engine.language.expressions import compile_expression
 from engine.language.model import Expression, Layout, Mapping
 from engine.language.names import pattern
 
+# What expressions of a layout see beside ranks (`pp`), their numbers (`pps`) and the layout's own variants.
+_SEEN = ("chunk", "chunks", "layers", "nth", "rank", "mode", "options", "training")
+
 
 def undeclared(message: str, name: str, known: Iterable[str], place: Place) -> EngineError:
     """E108 with the names that exist, and the near one as the fix."""
@@ -114,6 +117,19 @@ def check_layout(layout: Layout, document: Document) -> None:
     for dim in layout.lone_rank:
         if dim not in every:
             raise undeclared(f"no file has a rank dimension `{dim}`", dim, every, document.place("lone_rank", dim))
+    seen = {*every, *(f"{dim}s" for dim in every), *layout.layers.variants, *_SEEN}
+    ranks = [file.ranks for mode in layout.modes for file in mode.files if file.ranks is not None]
+    cut = [[one.count, *one.dims.values()] for one in ranks]
+    layers = [layout.layers.stage, layout.layers.divides]
+    for expression in expressions_of([[p.when for p in layout.prefixes], layers, numbers, cut, layout.training_write]):
+        _check_names(expression, seen)
+
+
+def _check_names(expression: Expression, seen: Iterable[str]) -> None:
+    """E108 for a name that is nearly one of those that an expression of a layout sees; others may be the trainer's."""
+    for name in sorted(compile_expression(expression).names - set(seen)):
+        if get_close_matches(name, seen, 1, 0.75):
+            raise undeclared(f"there is no `{name}` to compute with", name, sorted(seen), expression.place)
 
 
 def _check_options(expression: Expression, options: Iterable[str]) -> None:

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from engine.formats.headers import ITEM_SIZES
 from engine.move.blocks import Block, block_of, output_blocks
 from engine.move.gather import Gatherer
+from engine.move.runs import straight
 from engine.move.values import Converter, check_transform
 from engine.move.windows import needed, windows
 from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
 from engine.storage.sources import SourceFiles
+
+_Run = tuple[int, int, int, int]  # bytes of an output from one to another, a file, and where they lie there
 
 
 class Reader:
@@ -22,6 +25,7 @@ class Reader:
     def __init__(self, plan: Plan, files: SourceFiles) -> None:
         self._plan, self._files = plan, files
         self._gatherer, self._converter = Gatherer(files, plan.sources), Converter()
+        self._runs: OrderedDict[int, list[_Run]] = OrderedDict()
         self._known: OrderedDict[int, tuple[Sequence[Copy], list[Block], list[int]]] = OrderedDict()
 
     def convert(self, output: Output, block: Block) -> memoryview:
@@ -72,6 +76,9 @@ class Reader:
         if not 0 <= start <= stop <= output.nbytes:
             raise ValueError(f"bytes {start} to {stop} of the {output.nbytes} of {output.name}")
         check_transform(output)
+        if self._files.block == 0 and (runs := self._runs_of(index)):
+            self._read_runs(runs, start, target)
+            return
         item = ITEM_SIZES[output.dtype]
         row = output.shape[-1] if output.transform is not None else 1  # a transform needs whole rows
         low, high = start // (item * row) * row, -(-stop // (item * row)) * row
@@ -84,6 +91,35 @@ class Reader:
             data = self.convert(output, block)[max(start - at, 0) : stop - at]
             to = max(at - start, 0)
             target[to : to + len(data)] = data
+
+    def _runs_of(self, index: int) -> list[_Run]:
+        """The runs that make an output whose bytes all lie so in its sources; empty for any other. Kept as blocks are.
+
+        These are read to where they are wanted, without a block between.
+        """
+        found = self._runs.get(index)
+        if found is None:
+            output, sources = self._plan.outputs[index], self._plan.sources
+            copies = self._plan.copies(index) if output.unchanged else []
+            item = ITEM_SIZES[output.dtype]
+            if not all(map(straight, copies)):
+                copies = []
+            found = self._runs[index] = [
+                (at := copy.target_offset * item, at + copy.volume() * item, sources[copy.source].file,
+                 sources[copy.source].header.offset + copy.source_offset * item)
+                for copy in copies
+            ]  # fmt: skip
+            while len(self._runs) > _KEPT:
+                self._runs.popitem(last=False)
+        return found
+
+    def _read_runs(self, runs: list[_Run], start: int, target: memoryview) -> None:
+        stop = start + len(target)
+        for low, high, file, offset in runs[bisect_right(runs, start, key=lambda run: run[1]) :]:
+            if low >= stop:
+                break
+            first, last = max(low, start), min(high, stop)
+            self._files.read_into(file, offset + first - low, (target[first - start : last - start],))
 
     def _covering(self, index: int, low: int, high: int) -> Iterator[Block]:
         """Blocks that hold elements low..high: those of the whole output, whose programs repeat, or part of one."""

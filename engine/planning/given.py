@@ -89,15 +89,21 @@ def check_types(options: Mapping[str, Any], takes: type) -> None:
     """E001 for a value of another type than a keyword takes; what has a parser of its own is left to that."""
     hints = get_type_hints(takes)
     for name, value in options.items():
-        if value is not None and name not in _PARSED and not _fits(value, hints[name]):
-            wanted = _WANTED.get(name) or _in_words(hints[name])
-            raise EngineError(
-                "E001",
-                f"`{name}` cannot be used as given",
-                got=f"{value!r:.80}, of type {type(value).__name__}",
-                expected=wanted,
-                fix=f"Give `{name}` as {wanted}.",
-            )
+        if value is not None and name not in _PARSED:
+            check_type(name, value, hints[name], _WANTED.get(name))
+
+
+def check_type(name: str, value: object, hint: Any, wanted: str | None = None) -> None:
+    """E001 for a value of another type; `wanted` says it in words."""
+    if not _fits(value, hint):
+        wanted = wanted or _in_words(hint)
+        raise EngineError(
+            "E001",
+            f"`{name}` cannot be used as given",
+            got=f"{value!r:.80}, of type {type(value).__name__}",
+            expected=wanted,
+            fix=f"Give `{name}` as {wanted}.",
+        )
 
 
 _PARSED = ("dtype", "max_shard_size", "max_memory", "workers")

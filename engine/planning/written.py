@@ -73,8 +73,9 @@ def fill(
     side = Side(tuple(groups), keys, source.side.sizes)
     copies = CopyTable(tuple((one.group, one.position) for one in wanted), side, source.side)
     outputs: list[Output] = []
+    files = source.files
     for index, one in enumerate(wanted):
-        read = copies.dtype(index, one.name, source.files, one.rule.place)
+        read = copies.dtype(index, one.name, files, one.rule.place)
         cast = dtype != "auto" and not one.rule.keep_dtype and read in FLOATS
         place = str(one.rule.place)
         outputs.append(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.documents import plain
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile
@@ -25,6 +26,8 @@ from engine.storage.replacing import write_file
 MEANING = "meaning"
 FOLDER = "meanings"
 GONE = "(not there)"
+_REASONS = ("help", "why", "fix", "ignored", "noted")
+_TITLE = ("layout", "name", "version", "description")
 RANKS = "ranks of "
 _MODEL = ("tensors", "ranks", "layers", "reading", "writing", "variants", "divided evenly", "refused")
 _START = b"# What this mapping means"
@@ -44,7 +47,13 @@ def write_meaning(name: str | Path) -> Path:
     file = find_file(str(name))
     path = path_of(file)
     path.parent.mkdir(exist_ok=True)
-    write_file(path, committed_text(load_mapping(file)).encode(), overwrite=True, ours=is_meaning)
+    mapping = load_mapping(file)
+    write_file(path, committed_text(mapping).encode(), overwrite=True, ours=is_meaning)
+    layout = find_file(mapping.layout, "layout")
+    if layout.parent.parent in file.parents:  # the mapping's neighbour, and nobody else's
+        path_of(layout).parent.mkdir(exist_ok=True)
+        text = _HEAD + text_of({"meaning": VERSION, "layout": mapping.layout, **tree(layout_facts(layout))})
+        write_file(path_of(layout), text.encode(), overwrite=True, ours=is_meaning)
     return path
 
 
@@ -61,6 +70,31 @@ def committed_text(mapping: MappingFile) -> str:
     changed |= {p: GONE for p in before if p not in after and p not in inside}
     beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree(changed)})
     return min(whole, beside, key=len)
+
+
+def layout_facts(file: Path) -> dict[KeyPath, Any]:
+    """What a layout file says, but for what only people read."""
+    data = plain(load_yaml(file).data)
+    found = {p: v for p, v in flat(data) if p[0] not in _TITLE and p[-1] not in _REASONS}
+    found |= {p: True for p, _ in flat(data) if p[-1] in ("ignored", "noted")}
+    return found | {("order of modes",): list(data["modes"])}
+
+
+def layout_failures(mapping: MappingFile) -> list[Failure]:
+    """How the mapping's layout differs from what is committed of it, as in names of files or in what is refused."""
+    file = find_file(mapping.layout, "layout")
+    if not path_of(file).parent.is_dir():
+        return []
+    if not path_of(file).is_file():
+        told = f"no meaning of the layout {mapping.layout} is committed; --write-meaning writes it"
+        return [Failure(told, str(file.name))]
+    then = {p: v for p, v in flat(load_yaml(path_of(file)).data) if p[0] not in ("meaning", "layout")}
+    now = layout_facts(file)
+    return [
+        Failure(f"layout {mapping.layout}: {_generic(p, then.get(p, GONE), now.get(p, GONE))}", file.name)
+        for p in dict.fromkeys([*then, *now])
+        if then.get(p, GONE) != now.get(p, GONE)
+    ]
 
 
 def is_meaning(start: bytes) -> bool:
@@ -121,7 +155,16 @@ def committed(mapping: MappingFile) -> tuple[str, Path] | None:
 
 
 def check_meaning(mapping: MappingFile) -> Check:
-    """Whether a mapping means what is committed of it."""
+    """Whether a mapping, and the layout it reads, mean what is committed of them."""
+    check = _check_mapping(mapping)
+    try:
+        failures = layout_failures(mapping)
+    except EngineError as error:
+        failures = [Failure.of(error)]
+    return check_of(MEANING, check.told, [*check.failures, *failures]) if failures else check
+
+
+def _check_mapping(mapping: MappingFile) -> Check:
     found = committed(mapping)
     own = _file(mapping.files[-1])
     if found is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from engine.errors import EngineError, Place
 
 T = TypeVar("T")
 
+_M_ARENA_MAX = -8  # of mallopt
 _REQUESTS = 16  # at the same time
 _TRIES = 4  # of a request whose answer was cut off; obstore itself tries again what failed before
 _CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
@@ -84,7 +87,15 @@ def library() -> Any:
             got="no module obstore",
             fix="Install it: pip install 'internlm-engine[store]'.",
         ) from None
+    _share_memory()
     return obstore
+
+
+@cache
+def _share_memory() -> None:
+    """Have threads share what they freed, of which each would keep some; where the C library is glibc."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 @cache

@@ -17,15 +17,20 @@ from engine.storage.objects import ObjectStore
 from engine.storage.replacing import exists
 from engine.storage.store import OpenFile, Ranges, State, Store
 
-PART = 8 << 20  # bytes of a part of an upload, about
-BUFFER = 3 * PART  # bytes of a file in memory: a part on its way, one that is filled, and what the library copies
+_LEAST, _MOST = 5 << 20, 8 << 20  # bytes of a part of an upload, about; S3 takes none smaller
+_COPIES = 3  # parts of a file in memory: one on its way, one that is filled, and what the library copies
 _MOST_PARTS = 9_000
 _AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
 _MARK = "enginework"  # the attribute that says what an object was made from
 _BLOCK = 4 << 20
 
 
-def part_size(size: int) -> int:
+def about(store: ObjectStore) -> int:
+    """Bytes of a part, about: half of what is read ahead at once, so that a small window takes little here too."""
+    return min(max(store.block // 2, _LEAST), _MOST)
+
+
+def part_size(size: int, least: int = _MOST) -> int:
     """Bytes of each part, such that next to nothing of a file is left over for the last one.
 
     What is left over stays in memory until the upload is completed.
@@ -33,7 +38,7 @@ def part_size(size: int) -> int:
     >>> part_size(20_000_003), part_size(1000), part_size(200 << 30) > 8 << 20
     (10000001, 1000, True)
     """
-    return max(size // max(min(size // PART, _MOST_PARTS), 1), 1)
+    return max(size // max(min(size // least, _MOST_PARTS), 1), 1)
 
 
 class Uploads:
@@ -57,7 +62,7 @@ class Uploads:
             foreign: what a store holds that the engine did not write, in words; None when nothing.
         """
         self.need = 0  # bytes that will be written; a store says nothing of its room
-        self.buffer = BUFFER
+        self.buffer = _COPIES * about(store)
         self._store, self._name, self._overwrite, self._resume = store, mark, overwrite, resume
         self._work, self._foreign = work, foreign
         self._upload: Upload | None = None
@@ -137,7 +142,6 @@ class Upload:
     folder: Path | None = None
     positioned = False
     block = 0
-    buffer = BUFFER
 
     def __init__(self, store: ObjectStore, work: str, there: set[str]) -> None:
         """
@@ -146,6 +150,7 @@ class Upload:
             there: objects that an interrupted run may have left whole.
         """
         self._store, self._work, self._there = store, work, there
+        self.buffer = _COPIES * about(store)
         self._writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
         self._whole: set[str] = set()
@@ -260,7 +265,7 @@ class InOrder:
         self._early: dict[int, bytes] = {}
         self._closed = False
         self._writer = library().open_writer(
-            store.client, name, buffer_size=part_size(size), max_concurrency=_AT_ONCE,
+            store.client, name, buffer_size=part_size(size, about(store)), max_concurrency=_AT_ONCE,
             attributes={_MARK: work},
         )  # fmt: skip
 

@@ -21,6 +21,22 @@ DCP = FIXTURES / "dcp"
 NAMED = ["fsdp2tp2-f32-model", "fsdp4-bf16-threads2", "fsdp4-f32-hf", "fsdp4-f32-optim", "hf_verl_fsdp4"]
 
 
+@pytest.mark.parametrize("name", ["fsdp2tp2-f32-model"])
+def test_a_flipped_bit_is_found_in_every_entry_of_a_file(name: str, tmp_path: Path) -> None:
+    """Each entry is a zip of its own, with checksums."""
+    folder = Path(shutil.copytree(DCP / name / "step-10", tmp_path / "copy"))
+    convert(name, tmp_path / "out", folder, check_source=True)
+    plan = engine.plan("transformers", folder, config=DCP / name / "hf_config.json")
+    file = next(one for one in plan.files if one.name == "__1_0.distcp")
+    raw = (folder / file.name).read_bytes()
+    for header in (file.tensors[0], file.tensors[len(file.tensors) // 2], file.tensors[-1]):
+        at = header.offset + 1
+        (folder / file.name).write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        with pytest.raises(EngineError, match="CRC-32") as caught:
+            convert(name, tmp_path / "again", folder, check_source=True)
+        assert caught.value.code == "E301" and not (tmp_path / "again").exists()
+
+
 def convert(name: str, out: Path, source: Path | None = None, **options: Any) -> engine.Report:
     folder = source or source_of(DCP / name)
     return engine.convert("transformers", folder, out, config=DCP / name / "hf_config.json", **options)

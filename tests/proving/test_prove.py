@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from engine.commands.main import cli
 from engine.language.axes import parse_axes
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
-from engine.proving.committed import check_meaning, committed_text, path_of, write_meaning
+from engine.proving.committed import check_meaning, committed_text, layout_failures, path_of, write_meaning
 from engine.proving.matrix import cases, combinations_of, rows
 from engine.proving.mutants import mutants_of, reordered
 from engine.proving.proof import Proof
@@ -333,9 +334,10 @@ def test_what_a_bundled_mapping_means_is_committed_to_the_letter(name: str) -> N
     assert path.read_text("utf-8") == committed_text(load_mapping(name)), "run `make meanings`, and read the diff"
 
 
-def test_every_committed_meaning_is_of_a_mapping() -> None:
+def test_every_committed_meaning_is_of_a_mapping_or_a_layout() -> None:
     found = {path for path in (ROOT / "mappings").rglob("meanings/*.txt")}
-    assert found == {path_of(ROOT / "mappings" / name) for name in list_names()}
+    layouts = {path_of(path) for path in (ROOT / "mappings" / "layouts").glob("*.yaml")}
+    assert found == {path_of(ROOT / "mappings" / name) for name in list_names()} | layouts
 
 
 def invoke(*arguments: str) -> Any:
@@ -364,3 +366,44 @@ def test_the_command_prints_json() -> None:
 def test_the_command_takes_mappings_or_all_and_not_both() -> None:
     assert invoke().exit_code == 2
     assert invoke("families/meta-llama.yaml", "--all").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("only: [rmsnorm]", "only: [rmsnorm, layernorm]", "keys, source, norm_type, only"),
+        ('{prefix: "model.", when: options.wrapped}', '{prefix: "model."}', "prefixes"),
+        ("type: boolean, default: false", "type: boolean, default: true", "options, wrapped, default"),
+        ("zip_root: file_name ", "", "zip_root"),
+        ("number: pp * (layers // pps) + nth ", "number: pp * layers + nth ", "modes, tensor, files"),
+        ("conversion.json, ", 'conversion.json, "model_tp1*", ', "skip"),
+        ("rope_base: {type: number", "rope_base: {type: integer", "rope_base, type"),
+        ("# the names that mappings see", "# a comment", ""),
+    ],
+)
+def test_an_edit_of_a_layout_is_told_beside_what_is_committed_of_it(
+    old: str, new: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "mappings", tmp_path / "mappings")
+    layout = tmp_path / "mappings" / "layouts" / "internevo.yaml"
+    text = layout.read_text(encoding="utf-8")
+    assert old in text
+    layout.write_text(text.replace(old, new, 1), encoding="utf-8")
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path / "mappings"))
+    found = layout_failures(load_mapping(tmp_path / "mappings" / "families" / "internlm2.yaml"))
+    assert [words in one.message for one in found] == ([True] if words else [])
+
+
+def test_what_is_committed_of_a_layout_is_written_with_its_mapping_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "mappings", tmp_path / "mappings")
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path / "mappings"))
+    committed = tmp_path / "mappings" / "layouts" / "meanings" / "meta-llama.txt"
+    before = committed.read_bytes()
+    committed.unlink()
+    mapping = load_mapping(tmp_path / "mappings" / "families" / "meta-llama.yaml")
+    assert "--write-meaning" in layout_failures(mapping)[0].message
+    write_meaning(tmp_path / "mappings" / "families" / "meta-llama.yaml")
+    assert committed.read_bytes() == before
+    assert layout_failures(mapping) == []

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +82,7 @@ def test_what_an_executor_cannot_do_is_refused_as_itself(plan: Path, tmp_path: P
     with ProcessPoolExecutor(1) as pool:
         for how, code in (
             ({"executor": "ray"}, "no such executor"),
-            ({"executor": pool, "digests": False}, "parts always record digests"),
+            ({"executor": pool, "digests": False}, "no use with an executor"),
             ({"executor": pool, "parts": 0}, "no such part"),
         ):
             with pytest.raises(EngineError, match=code):
@@ -104,4 +109,36 @@ def test_dask_does_the_parts_of_killed_workers_again(plan: Path, tmp_path: Path)
         threading.Thread(target=kill).start()
         executor = client.get_executor(pure=False, retries=3)
         engine.run_plan(plan, tmp_path / "out", executor=executor, parts=12, workers=1)
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+@pytest.mark.slow
+def test_a_dask_scheduler_that_is_lost_leaves_what_the_next_goes_on_with(plan: Path, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed", reason="the extra `dask` is not installed")
+    dask = pytest.importorskip("dask")
+    run = partial(engine.run_plan, plan, tmp_path / "out", parts=12, workers=1)
+
+    def started(*more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "dask", *more], stderr=subprocess.DEVNULL)
+
+    with ExitStack() as running, dask.config.set({"distributed.comm.timeouts.connect": "2s"}):
+        file = tmp_path / "scheduler.json"
+        here = ("--host", "127.0.0.1", "--scheduler-file", str(file))
+        lost = running.enter_context(started("scheduler", *here, "--port", "0", "--no-dashboard"))
+        running.callback(lost.kill)
+        worker = running.enter_context(started("worker", *here, "--nworkers", "1", "--nthreads", "1", "--no-nanny"))
+        running.callback(worker.kill)
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        address = json.loads(file.read_text())["address"].replace("tcp://", "dask://")
+        with pytest.raises(EngineError, match="E409"):
+            run(executor=address, progress=lambda state: lost.kill() if state.done == 2 else None)
+        worker.kill()
+        assert distributed
+    (left,) = tmp_path.glob(".out.partial-*")
+    done = {path.name: path.stat().st_mtime_ns for path in left.glob(".part-*")}
+    assert len(done) >= 2 and not (tmp_path / "out").exists()
+    with ThreadPoolExecutor(1) as pool:
+        run(executor=pool)
     assert files(tmp_path / "out") == files(tmp_path / "once")
