@@ -22,16 +22,17 @@ from engine.storage.sources import SourceFiles
 from engine.storage.store import File, Store
 
 _BLOCK = 1 << 20
+_DEEPEST = 4  # folders in folders that are looked into
 _LISTED = 20  # files that are told one by one
 
 # Files that transformers, trainers and other programs read or run, by what they are.
 _READ = {
-    "weights": r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx|distcp)|.*\.index\.json|\.metadata",
+    "weights": r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx|ot|distcp)|.*\.index\.json|\.metadata",
     "an adapter": r"adapter_.*",
     "a pickle": r".*\.(pkl|pickle|joblib|dill)",
     "code": r".*\.(py|pyc|so|sh)",
     "what makes a model": r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|additional_chat|config|"
-    r"generation_config|processor|preprocessor|quant).*",
+    r"generation_config|processor|preprocessor|quant|hf_quant|params\.json|tekken|openvino).*|.*\.(model|tiktoken)",
 }
 
 
@@ -204,12 +205,11 @@ def extra_files(folder: Store, known: Collection[str]) -> tuple[list[str], list[
     Returns:
         Problems, for files that programs read or run; and notes, for others.
     """
-    folders = {name.split("/")[0] for name in known if "/" in name}
-    others = [name for name in folder.names() if name not in {NAME, INDEX, *known, *folders} and name[:1] != "."]
-    others += [name for name in folder.names() if name == ".metadata" and name not in known]
+    others = [name for name in _files_of(folder) if name not in {NAME, INDEX, *known}]
     problems, beside = [], []
     for name in others:
-        what = next((what for what, names in _READ.items() if re.fullmatch(names, name.lower())), None)
+        parts = [part for part in name.lower().split("/") if part]
+        what = next((what for what, names in _READ.items() if any(re.fullmatch(names, part) for part in parts)), None)
         if what is None:
             beside.append(printable(name))
         else:
@@ -218,6 +218,24 @@ def extra_files(folder: Store, known: Collection[str]) -> tuple[list[str], list[
         problems = [*problems[:_LISTED], f"{len(problems) - _LISTED} more files were not written by the engine"]
     more = f" and {len(beside) - 4} more" if len(beside) > 4 else ""
     return problems, [f"{', '.join(beside[:4])}{more}: not the engine's"] if beside else []
+
+
+def _files_of(folder: Store, inside: str = "", depth: int = 0) -> Iterator[str]:
+    """Every file of a folder and of folders in it; of what is hidden only files that programs read."""
+    for name in folder.names(inside):
+        path = f"{inside}/{name}" if inside else name
+        if name.startswith("."):
+            if re.fullmatch(_READ["weights"], name.lower()):
+                yield path
+            continue
+        try:
+            held = depth < _DEEPEST and bool(folder.names(path))
+        except OSError:
+            held = False
+        if held:
+            yield from _files_of(folder, path, depth + 1)
+        else:
+            yield path
 
 
 def _index(folder: Store, tensors: Mapping[str, Any]) -> list[str]:

@@ -113,12 +113,14 @@ PLANTED = (
     "configuration.pyc", "extra.so", "training_args.pkl", "model.joblib", "pytorch_model.bin.index.json",
     "model.safetensors.index.json", "other.safetensors.index.json", "tokenizer.json", "added_tokens.json",
     "chat_template.json", "preprocessor_config.json", "model_tp0_pp0.pt", "setup.sh", "weights.onnx", "x.distcp",
-    "PYTORCH_MODEL.BIN", "quantize_config.json",
+    "PYTORCH_MODEL.BIN", "quantize_config.json", "original/consolidated.00.pth", "draft/model.safetensors",
+    "sub/deep/modeling.py", ".hidden.safetensors", "spiece.model", "model.tiktoken", "hf_quant_config.json",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_file_is_told_and_fails(name: str, out: Path) -> None:
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_bytes(b"{}")
     result = verify(out)
     assert result.exit_code == 1
