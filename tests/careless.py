@@ -320,6 +320,7 @@ class Known:
 
 
 def known_of(mapping: Mapping) -> Known:
+    rebuilt(mapping, _plain(mapping.resolved))  # else every edit would seem to be told by loading
     found = committed(mapping)
     return Known(mapping, meaning_of(mapping), {} if found is None else read_meaning(found[1]))
 

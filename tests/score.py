@@ -65,14 +65,43 @@ EQUAL = (
         r"^halves: not \(qk_interleaved \| default\(not \(adapt_hf \| default\(true\)\)\)\)",
         "where both are absent, `pairs` holds and comes first",
     ),
+    (
+        r"internlm-moe|moe-.*",
+        r"rotary",
+        r"^halves: not \(qk_interleaved \| default\(not \(rotary \| default\(true\)\)\)\) and \(adapt_hf",
+        "where `qk_interleaved` is absent, `adapt_hf` alone decides, in the second half",
+    ),
+    (
+        r"xtuner-moe|torchtitan-llama",
+        r"output",
+        r"not \(tie_word_embeddings( \| default\(true\))?\)$",
+        "`keys` gives the default false before an expression sees it",
+    ),
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
+    (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
+    (
+        r"meta-llama",
+        r"dims\.vocab",
+        r"default\(\+1\) > 0",
+        "an absent size has no value, and is read off the tensors like one that is left out",
+    ),
 )
-# Of which families, which edits, and why they change nothing.
-NO_CHANGE = (
+# Of which families, which edits, and why the workflow or its comment is silent.
+SILENT = (
+    (
+        r"torchtitan-llama",
+        r"variants: `'linear'` for `'llama3'`",
+        "red; the comment compares what is tried of both, and of either another constant is",
+    ),
     (
         r".*",
         r"training_config: `default\(true\)` for `default\(false\)`",
         "`keys` gives the default false to config.json before an expression sees it",
+    ),
+    (
+        r"xtuner-moe|torchtitan-llama",
+        r"(variants|config): `default\(true\)` for `default\(false\)`",
+        "`keys` gives the default false before an expression sees it",
     ),
     (
         _UNSCALED,
@@ -170,7 +199,7 @@ def reason(family: str, one: Found) -> str | None:
     if isinstance(one, Mutant):
         listed = (e for e in EQUAL if re.fullmatch(e[1], one.where) and re.search(e[2], one.what))
     else:
-        listed = (e for e in NO_CHANGE if re.fullmatch(e[1], one.edit))
+        listed = (e for e in SILENT if re.fullmatch(e[1], one.edit))
     return next((entry[-1] for entry in listed if re.fullmatch(entry[0], family)), None)
 
 
@@ -243,7 +272,7 @@ def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
         red, told = (sum(getattr(e, name) is not None for e in one.edits) for name in ("red", "comment"))
         lines.append(f"| {one.family} | {len(one.edits)} | {red} | {told} |")
     quiet = [(one.family, e, e.edit) for one in scores for e in one.edits if e.red is None or e.comment is None]
-    lines += ["", "Those that are not both, and why they change nothing:", "", *_why(quiet)]
+    lines += ["", "Those that are not both, and why; what `keys` has settled, they do not change:", "", *_why(quiet)]
     return "\n".join(lines) + "\n"
 
 

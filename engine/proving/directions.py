@@ -58,7 +58,9 @@ class Direction:
         raise NotImplementedError
 
     def closure_of(self, expression: Expression) -> frozenset[str]:
-        return frozenset(p for name in compile_expression(expression).paths for p in self.closure(name))
+        read = compile_expression(expression)
+        single = (f"there.{name}" for name in read.patterns)
+        return frozenset(p for name in read.paths for p in self.closure(name)).union(single)
 
     def edges(self, path: str) -> list[Any]:
         """More values to try of what is read."""

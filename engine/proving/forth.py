@@ -54,7 +54,7 @@ class Forth(Direction):
             read = frozenset(path for one in asked for path in one.paths)
             itself = frozenset(f"there.{name}" for one in asked for name in one.patterns)
         else:
-            return frozenset([name])
+            return frozenset([name, *_holders(name)])
         return frozenset(p for one in read if one != name for p in self.closure(one)) | itself
 
     @cached_property
@@ -104,6 +104,7 @@ class Forth(Direction):
             elif option.type == "number":
                 value = unusual(number + 3, None) if option.limits.fits(unusual(number + 3, None)) else 6.5
             base[f"options.{option.name}"] = value
+        base |= dict.fromkeys((holder for path in base for holder in _holders(path)), OMIT)
         base |= {f"tensors.{name}": self.world.choices[name] for name in of_files(self.mapping)}
         there = present_in(training_names(self.worlds.used(self.world.choices, most=True) or ()))
         return base | {f"there.{name}": there(name) for name in self._asked()}
@@ -167,3 +168,13 @@ class Forth(Direction):
             auto = {key: value_of(tree, names) for key, tree in mapping.remote_code.auto_map.items()}
             found |= {f"auto_map {key}": value for key, value in auto.items() if value is not OMIT}
         return found
+
+
+def _holders(path: str) -> list[str]:
+    """What may be there without a setting of the trainer's that is read in it.
+
+    >>> _holders("training.moe.top_k"), _holders("training.seed"), _holders("hidden_size")
+    (['training.moe'], [], [])
+    """
+    above = path.rpartition(".")[0]
+    return [above] if path.startswith("training.") and above != "training" else []

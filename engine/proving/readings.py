@@ -49,14 +49,17 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
         elif kind in ("tensors", "choice"):
             tried[path] = [choice for choice in side.mapping.variants[name].choices if choice != usual]
         elif path in grid:
-            tried[path] = grid[path][1:]
+            near = [n for one in compared.get(path, ()) if type(one) is int for n in (one, one + 1)]
+            tried[path] = [one for one in dict.fromkeys([*grid[path][1:], *near]) if one != usual]
         elif kind == "given":
             tried[path] = [_GIVEN]
         else:
-            holds: list[Any] = [{}] if any(other.startswith(f"{path}.") for other in base) else []
-            tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path), *holds])
+            held: list[Any] = [{}] if any(other.startswith(f"{path}.") for other in base) else []
+            held += [_GIVEN] if kind == "training" and not held else []
+            tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path), *held])
     few = {
-        path: path.startswith(("tensors.", "choice."))
+        path: path.startswith(("tensors.", "choice.", "training."))
+        or path in grid
         or isinstance(base[path], bool | str)
         or any(isinstance(value, bool | str | dict) for value in values)
         for path, values in tried.items()

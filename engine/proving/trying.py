@@ -17,7 +17,7 @@ from engine.language.mapping_file import build_mapping
 from engine.language.model import Mapping as MappingFile
 from engine.language.validation import check_schema
 from engine.proving.committed import GONE, committed, differences, read_meaning
-from engine.proving.edits import Change, Data
+from engine.proving.edits import Change, Data, plain
 from engine.proving.lint import lint
 from engine.proving.meaning import Path, facts_of, flat, meaning_of
 from engine.proving.mutants import mutants_of
@@ -35,7 +35,11 @@ def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -
 
     Args:
         changes: those to try; default: all.
+
+    Raises:
+        EngineError: when the mapping does not load as it is, so that loading would tell no mutant from it.
     """
+    rebuilt(mapping, plain(mapping.resolved))
     then: Facts = {}
     for path, value in facts_of(mapping):
         then.setdefault(path[0], {})[path] = value
@@ -96,5 +100,5 @@ def rebuilt(mapping: MappingFile, data: Data) -> MappingFile:
         EngineError: what loading it would raise.
     """
     document = Document(mapping.files[-1], data, {})
-    check_schema(document, "mapping")
+    check_schema(document, "mapping", merged=True)
     return build_mapping(document, mapping.files)

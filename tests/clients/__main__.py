@@ -23,7 +23,7 @@ from tests.clients.environments import CONVERTER, FOLDER, ROOT, converter, envir
 PAGE = ROOT / "docs" / "clients.md"
 ABOUT = """# Clients
 
-Programs of others that run on what `engine run` writes, each in an environment of its own, on folders converted
+Other programs that run what `engine run` writes, each in an environment of its own, on folders converted
 from genuine InternEvo checkpoints (`tests/fixtures/`) in float32. `make clients` runs them, fails when a figure is
 wrong, and writes this table. Figures are largest absolute differences.
 
@@ -35,11 +35,13 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
 
 ## What does not hold
 
-- transformers before 4.51 reads `rope_scaling: yarn` as another model without a word (before 4.43 it refuses), and
-  before 4.41 it drops biases of the MLP with a warning. The card of each folder names the versions it holds for.
-- mergekit 0.1.5 drops the biases of attention, which InternLM (the first) has and InternLM2 has not: its own list
-  of a Llama's tensors lacks them. Merge InternLM models by another program.
-- vLLM and LMDeploy need an accelerator's libraries and are not run here.
+- transformers before 4.51 silently reads `rope_scaling: yarn` as a different model (before 4.43 it refuses), and
+  before 4.41 it drops biases of the MLP with a warning. The card of each folder names the versions that work.
+- mergekit 0.1.5 drops the biases of attention, which InternLM (the first) has and InternLM2 does not: they are missing
+  in its own list of a Llama's tensors. Merge InternLM models with another program.
+- vLLM and LMDeploy need an accelerator to run a model, so `make clients` does not. Tried by hand on a CPU, with their
+  Python code alone: vLLM 0.33.0 and LMDeploy 0.18.0 read the configuration of folders of InternLM, InternLM2 and Llama,
+  and their registries have the model: `LlamaForCausalLM` in vLLM, in LMDeploy's TurboMind and in its PyTorch engine.
 """
 
 

@@ -217,6 +217,37 @@ def test_mutants_are_of_every_kind_and_those_of_rules_and_values_are_caught() ->
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "mutants"),
+    [
+        (
+            "megatron-llama",
+            [
+                (
+                    "config.rope_parameters.factor",
+                    "`{{ rope_scaling_factor if use_rope_scaling",
+                ),  # a switch, one absent
+                ("training_config.padded_vocab_size", "* tps + 1) //"),  # rounded up, from a multiple
+                ("training_config.padded_vocab_size", "* tps - 2) //"),  # and from one more
+                ("training_config.virtual_pipeline_model_parallel_size", "chunks > 2"),
+                ("output", "pps > 2"),
+                ("embed", "without `zeros`"),
+            ],
+        ),
+        ("torchtitan-llama", [("rotary", "!= 'llama3'")]),  # a tensor and a key together
+        ("internlm-moe", [("config.num_experts_per_tok", "2 if training.moe is mapping")]),
+    ],
+)
+def test_what_only_few_configurations_show_is_caught(family: str, mutants: list[tuple[str, str]]) -> None:
+    mapping = load_mapping(f"families/{family}.yaml")
+    every = list(mutants_of(mapping))
+    tried = [[one for one in every if one.where == where and what in one.what.split(" instead of ")[0]]
+             for where, what in mutants]  # fmt: skip
+    assert all(tried)
+    found = try_mutants(mapping, [one for listed in tried for one in listed])
+    assert [(m.where, m.what) for m in found if m.caught_by is None] == []
+
+
 def test_without_a_committed_meaning_mutants_are_told_from_what_the_mapping_meant_before(tmp_path: Path) -> None:
     path = tmp_path / "alone.yaml"
     path.write_text((ROOT / META).read_text().replace("name: meta-llama\n", "name: alone\n"))
