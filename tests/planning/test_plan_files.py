@@ -136,6 +136,7 @@ def test_a_training_configuration_that_changed_is_refused_by_what_it_changes(che
     path = checkpoint / "model_config.pt"
     config = dict(engine.api.read_checkpoint(checkpoint, api.load_layout("internevo")).config)
     torch.save(config | {"layer_norm_epsilon": 0.05}, path)
+    (checkpoint / "config_file.pt").unlink()  # which repeats it
     error = refused(saved)
     assert error.code == "E217" and "rms_norm_eps" in error.message
     assert error.got == "0.05"
