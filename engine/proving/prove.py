@@ -6,6 +6,7 @@ box arithmetic, and against the names and shapes that transformers has.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -91,7 +92,9 @@ def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter)
 
 def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterator[tuple[int, list[Proof]]]:
     """Groups in processes of their own, each as soon as it is proved."""
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(groups)), mp_context=get_context("spawn")) as pool:
+    workers = min(os.cpu_count() or 1, len(groups))
+    collecting = gc.get_threshold()  # a new process looks for cycles as seldom as this one does
+    with ProcessPoolExecutor(workers, get_context("spawn"), gc.set_threshold, collecting) as pool:
         running = {pool.submit(prove_group, group, mutants): number for number, group in enumerate(groups)}
         for done in as_completed(running):
             yield running[done], done.result()

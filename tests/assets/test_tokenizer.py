@@ -205,7 +205,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train(model_type="unigram"))
-    with pytest.raises(EngineError, match="expressed exactly") as caught:
+    with pytest.raises(EngineError, match="converted exactly") as caught:
         convert_tokenizer(path, SPEC)
     assert caught.value.got == "a unigram model"
 
@@ -214,7 +214,7 @@ def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
 def test_what_cannot_be_expressed_exactly_is_refused(tmp_path: Path, flag: str) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train(**{flag: True}))
-    with pytest.raises(EngineError, match="expressed exactly") as caught:
+    with pytest.raises(EngineError, match="converted exactly") as caught:
         convert_tokenizer(path, SPEC)
     assert "user-defined symbols" in str(caught.value.got)
 

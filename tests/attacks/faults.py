@@ -250,7 +250,7 @@ def an_epsilon_of_half_a_character(folder: Path) -> None:
     with_pickle(folder / "model_config.pt", item(u("\ud800"), u("layer_norm_epsilon")))
 
 
-@attack("training", "E303", "not a mapping")
+@attack("training", "E303", "not a dict")
 def a_configuration_that_is_a_list(folder: Path) -> None:
     torch.save([1, 2], folder / "model_config.pt")
 

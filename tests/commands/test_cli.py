@@ -226,6 +226,8 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "digests": False,
         "check_source": True,
         "max_memory": 1 << 28,
+        "executor": None,
+        "parts": 8,
         "progress": None,
     }
     assert json.loads(done.stdout)["tensors"] == 1

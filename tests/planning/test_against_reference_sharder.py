@@ -209,6 +209,8 @@ def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int) -> S
                 named = {f"blocks.{local}.{wrapped}.{e}.{w}.weight": v.clone() for w, v in cut.items()}
                 number = p * (model.layers // pp) + local
                 torch.save(named, folder / f"model_moe_layer{number}_expert{e}_tp{t}.pt")
+    said = torch.load(folder / "config_file.pt", weights_only=True)
+    torch.save(said.replace(model.model_type, "INTERNLM_MoE"), folder / "config_file.pt")
     return truth
 
 

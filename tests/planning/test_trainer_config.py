@@ -34,10 +34,15 @@ def test_the_training_config_names_the_model_as_the_trainer_registers_it(name: s
 
 def test_a_checkpoint_to_be_like_says_its_own_model_type(tmp_path: Path) -> None:
     source = FIXTURES / "v2_tp2_pp2"
-    engine.convert("families/internlm2.yaml", source, tmp_path / "hf")
-    engine.reverse("families/internlm2.yaml", tmp_path / "hf", tmp_path / "like")
+    mapping = tmp_path / "mine.yaml"
+    mapping.write_text(
+        "mapping: 1\nname: mine\nversion: 1.0.0\nextends: families/internlm2.yaml\n"
+        "source: {layout: internevo, model_types: [INTERNLM2_PUBLIC, INTERNLM2_FORKED]}\n"
+    )
+    engine.convert(mapping, source, tmp_path / "hf")
+    engine.reverse(mapping, tmp_path / "hf", tmp_path / "like")
     (tmp_path / "like" / "config_file.pt").write_bytes(renamed(tmp_path / "like" / "config_file.pt"))
-    engine.reverse("families/internlm2.yaml", tmp_path / "hf", tmp_path / "back", like=tmp_path / "like")
+    engine.reverse(mapping, tmp_path / "hf", tmp_path / "back", like=tmp_path / "like")
     assert read_config(tmp_path / "back" / "config_file.pt", "python_source")["model_type"] == "INTERNLM2_FORKED"
 
 
