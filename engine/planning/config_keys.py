@@ -103,7 +103,8 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     spelt: dict[str, str] = {}
     once = _spelt_once(config, side, spelt)
     side = replace(side, spelt=spelt)
-    read = _read(once, side, "", noted, expressed)
+    holding = frozenset(above for known in (*side.keys, *side.read) for above in prefixes(known) if above != known)
+    read = _read(once, side, "", noted, expressed, holding)
     for name, key in side.keys.items():
         if key.default is not None and name not in read and "." not in name:
             read[name] = key.default
@@ -153,12 +154,15 @@ def copied(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {name: copied(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
 
 
-def _read(values: Mapping[str, Any], side: Side, prefix: str, noted: dict[str, Any], expressed: bool) -> dict[str, Any]:
+def _read(
+    values: Mapping[str, Any], side: Side, prefix: str, noted: dict[str, Any], expressed: bool, holding: frozenset[str]
+) -> dict[str, Any]:
+    """What stands below a prefix; `holding` are the paths below which a key is known."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
         plain = "." not in name  # a name with a dot is not the path that it looks like
-        inner = plain and any(known.startswith(f"{path}.") for known in (*side.keys, *side.read))
+        inner = plain and path in holding
         reads = plain and side.reads(path)
         key = find_key(side.keys, path)
         if key is not None and not (plain and (key.decided or inner or reads)):
@@ -168,7 +172,7 @@ def _read(values: Mapping[str, Any], side: Side, prefix: str, noted: dict[str, A
         if inner and (key is None or "*" in key.name) and not isinstance(value, Mapping):
             raise _misfit(path, value, "keys and values", side, None)
         if inner and isinstance(value, Mapping):
-            result[name] = _read(value, side, f"{path}.", noted, expressed)
+            result[name] = _read(value, side, f"{path}.", noted, expressed, holding)
             continue
         if key is None and not reads:
             if not expressed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from engine.planning.boxes import Part
 
@@ -49,9 +50,14 @@ def intersect(source: Part, target: Part) -> Copy | None:
 
 
 def _normal(source: int, target: int, at: int, to: int, axes: list[tuple[int, int, int]]) -> Copy:
-    axes.sort(reverse=True)
+    return Copy(source, target, at, to, *_merged(tuple(axes)))
+
+
+@lru_cache(maxsize=4096)  # layers are alike
+def _merged(axes: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shape, source and target strides of axes (target stride, source stride, size), adjacent ones made one."""
     merged: list[list[int]] = []
-    for target_stride, source_stride, size in axes:
+    for target_stride, source_stride, size in sorted(axes, reverse=True):
         if merged:
             outer = merged[-1]
             if outer[0] == target_stride * size and outer[1] == source_stride * size:
@@ -59,15 +65,7 @@ def _normal(source: int, target: int, at: int, to: int, axes: list[tuple[int, in
                 outer[2] *= size
                 continue
         merged.append([target_stride, source_stride, size])
-    return Copy(
-        source,
-        target,
-        at,
-        to,
-        tuple(m[2] for m in merged),
-        tuple(m[1] for m in merged),
-        tuple(m[0] for m in merged),
-    )
+    return tuple(m[2] for m in merged), tuple(m[1] for m in merged), tuple(m[0] for m in merged)
 
 
 def swap(copy: Copy) -> Copy:

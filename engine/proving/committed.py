@@ -7,6 +7,7 @@ extends commits only the differences.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ def _file(shown: str) -> Path:
     return Path(shown)
 
 
+@lru_cache(maxsize=64)  # a family's is read for each of its releases
+def _values(path: Path, *_: int) -> dict[KeyPath, Any]:
+    return dict(flat(load_yaml(path).data))
+
+
 def read_meaning(path: Path) -> dict[KeyPath, Any]:
     """The values of a committed meaning, over those of what it extends.
 
@@ -117,16 +123,17 @@ def read_meaning(path: Path) -> dict[KeyPath, Any]:
         EngineError: E101 for a file that is none.
     """
     try:
-        data = load_yaml(path).data
-        if data["meaning"] != VERSION:
-            raise ValueError(f"version {data['meaning']} is not known")
-        found = {p: v for p, v in flat(data) if p[0] not in ("meaning", "mapping", "extends", "differs")}
-        if "differs" not in data:
+        state = path.stat()
+        data = _values(path, state.st_mtime_ns, state.st_size)
+        if data["meaning",] != VERSION:
+            raise ValueError(f"version {data['meaning',]} is not known")
+        found = {p: v for p, v in data.items() if p[0] not in ("meaning", "mapping", "extends", "differs")}
+        if ("extends",) not in data:
             return found
-        parent = _file(str(data["extends"]))
+        parent = _file(str(data["extends",]))
         over = path_of(parent)
         base = read_meaning(over) if over.is_file() else dict(flat(meaning_of(load_mapping(parent))))
-        differs = dict(flat(data["differs"]))
+        differs = {p[1:]: v for p, v in data.items() if p[0] == "differs" and p[1:]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(
             "E101",
