@@ -53,7 +53,8 @@ def write_meaning(name: str | Path) -> Path:
     layout = find_file(mapping.layout, "layout")
     if layout.parent.parent in file.parents:  # the mapping's neighbour, and nobody else's
         path_of(layout).parent.mkdir(exist_ok=True)
-        text = _HEAD + text_of({"meaning": VERSION, "layout": mapping.layout, **tree(layout_facts(layout))})
+        facts = tree(layout_facts(plain(load_yaml(layout).data)))
+        text = _HEAD + text_of({"meaning": VERSION, "layout": mapping.layout, **facts})
         write_file(path_of(layout), text.encode(), overwrite=True, ours=is_meaning)
     return path
 
@@ -73,9 +74,8 @@ def committed_text(mapping: MappingFile) -> str:
     return min(whole, beside, key=len)
 
 
-def layout_facts(file: Path) -> dict[KeyPath, Any]:
+def layout_facts(data: Mapping[str, Any]) -> dict[KeyPath, Any]:
     """What a layout file says, but for what only people read."""
-    data = plain(load_yaml(file).data)
     found = {p: v for p, v in flat(data) if p[0] not in _TITLE and p[-1] not in _REASONS}
     found |= {p: True for p, _ in flat(data) if p[-1] in ("ignored", "noted")}
     return found | {("order of modes",): list(data["modes"])}
@@ -90,7 +90,7 @@ def layout_failures(mapping: MappingFile) -> list[Failure]:
         told = f"no meaning of the layout {mapping.layout} is committed; --write-meaning writes it"
         return [Failure(told, str(file.name))]
     then = {p: v for p, v in flat(load_yaml(path_of(file)).data) if p[0] not in ("meaning", "layout")}
-    now = layout_facts(file)
+    now = layout_facts(plain(load_yaml(file).data))
     return [
         Failure(f"layout {mapping.layout}: {_generic(p, then.get(p, GONE), now.get(p, GONE))}", file.name)
         for p in dict.fromkeys([*then, *now])

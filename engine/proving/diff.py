@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine.language.documents import load_text, plain
 from engine.language.model import Mapping as MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
+from engine.proving.committed import layout_facts
 
 # Section → what readers call it. `rules` by rule and key, the others by dotted path.
 SECTIONS = {
@@ -105,6 +107,23 @@ def diff_mappings(
     alike = old is not None and new is not None and old.resolved == new.resolved
     tensors, values = ((), ()) if alike else compare_meanings(old, new)
     return MappingDiff(name, told[0], told[1], _whole_rules(changes), tensors, values)
+
+
+def diff_layouts(name: str, old: str | None, new: str | None) -> MappingDiff:
+    """Compare two texts of a layout file; None stands for one that does not exist.
+
+    Raises:
+        EngineError: E101 for a text that is no YAML.
+    """
+    said = [{} if text is None else plain(load_text(text, name).data) for text in (old, new)]
+    before, after = (layout_facts(one) if one else {} for one in said)
+    told = [f"{one.get('name')} {one.get('version')}" if one else None for one in said]
+    values: list[ValueChange] = []
+    for path in dict.fromkeys([*before, *after]):
+        sides = [text_of(one[path]) if path in one else None for one in (before, after)]
+        if sides[0] != sides[1]:
+            values.append(ValueChange("layout", ".".join(path), "", sides[0], sides[1]))
+    return MappingDiff(name, told[0], told[1], (), (), tuple(values))
 
 
 def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:

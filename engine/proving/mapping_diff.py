@@ -33,22 +33,25 @@ def diff(
         revisions: take `old` and `new` for revisions, also without paths.
 
     Returns:
-        The mappings that differ; those that change in the same way as one.
+        The mappings and layouts that differ; those that change in the same way as one.
 
     Raises:
         EngineError: E001 for what is neither mapping nor revision, E1xx for what cannot be read.
     """
-    from engine.proving.diff import diff_mappings, gather
+    from engine.proving.diff import diff_layouts, diff_mappings, gather
 
     if new is not None and not paths and not revisions:
         return gather([diff_mappings(str(new), load_mapping(old), load_mapping(new))])
-    from engine.proving.revisions import Revision
+    from engine.proving.revisions import Revision, is_layout_path
 
     files = [_path_of(path) for path in paths]
     before = Revision(str(old), files[0].parent if files else Path.cwd())
     after = None if new is None else Revision(str(new), before.top)
     found: list[MappingDiff] = []
     for name in _names(before, after, files):
+        if is_layout_path(str(name)):
+            found.append(diff_layouts(str(name), before.read(name), _read(after, before.top, name)))
+            continue
         was, now = before.load(name), _load(after, before.top, name)
         parent = _parent(after, before.top, name) if was is None and now is not None else None
         found.append(diff_mappings(str(name), was, now, parent))
@@ -67,9 +70,7 @@ def _path_of(path: str | Path) -> Path:
 
 
 def _names(before: Revision, after: Revision | None, files: Sequence[Path]) -> list[PurePosixPath]:
-    """Paths from the repository's top; families first, so that releases say they follow."""
-    from engine.proving.revisions import is_mapping_path
-
+    """Paths from the repository's top; layouts, then families, so that releases say they follow."""
     if files:
         names: list[PurePosixPath] = []
         for file in files:
@@ -90,8 +91,14 @@ def _names(before: Revision, after: Revision | None, files: Sequence[Path]) -> l
     else:
         now = (before.top / "mappings").rglob("*.yaml")
         listed |= {p.relative_to(before.top).as_posix() for p in now}
-    kept = [PurePosixPath(p) for p in listed if is_mapping_path(p)]
-    return sorted(kept, key=lambda p: (p.parent.name != "families", str(p)))
+    first = ("layouts", "families")
+    return sorted(map(PurePosixPath, listed), key=lambda p: (p.parent.name not in first, str(p)))
+
+
+def _read(revision: Revision | None, top: Path, name: PurePosixPath) -> str | None:
+    if revision is not None:
+        return revision.read(name)
+    return (top / name).read_text("utf-8") if os.path.isfile(top / name) else None
 
 
 def _load(revision: Revision | None, top: Path, name: PurePosixPath) -> Mapping | None:

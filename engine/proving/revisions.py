@@ -63,9 +63,9 @@ class Revision:
         return self._git("show", f"{self._commit}:{path}")
 
     def mappings(self) -> list[str]:
-        """Paths of the mapping files below the top's `mappings` folder, layouts aside."""
+        """Paths of the mapping and layout files below the top's `mappings` folder."""
         listed = (self._git("ls-tree", "-r", "--name-only", "-z", self._commit, "mappings/") or "").split("\0")
-        return [p for p in listed if is_mapping_path(p)]
+        return [p for p in listed if p.endswith(".yaml")]
 
     def load(self, path: PurePosixPath) -> Mapping | None:
         """The mapping resolved over its parents of that revision; None when it is not there.
@@ -120,9 +120,9 @@ class Revision:
         return None
 
 
-def is_mapping_path(path: str) -> bool:
-    """Whether a path below `mappings/` is a mapping's, and no layout's."""
-    return path.endswith(".yaml") and not path.startswith("mappings/layouts/")
+def is_layout_path(path: str) -> bool:
+    """Whether a path of the repository is a layout's."""
+    return path.startswith("mappings/layouts/")
 
 
 def _normal(path: Path | PurePosixPath) -> str:

@@ -196,6 +196,24 @@ def test_two_revisions_are_compared_whatever_the_working_tree_holds(
     assert [(one["old"], one["new"]) for one in diff["changes"]] == [("32768", "4096")]
 
 
+def test_a_layout_that_changes_is_told_with_the_mappings(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    layout = repository / "mappings" / "layouts" / "mine.yaml"
+    layout.parent.mkdir()
+    text = (Path(__file__).parents[2] / "mappings" / "layouts" / "internevo.yaml").read_text("utf-8")
+    layout.write_text(text, encoding="utf-8")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "second")
+    layout.write_text(text.replace("uneven: first", "uneven: last") + "# a remark\n", encoding="utf-8")
+    (diff,) = api.diff("HEAD")
+    assert diff.name == "mappings/layouts/mine.yaml" and not diff.changes and not diff.tensors
+    assert [(one.file, one.name, one.old, one.new) for one in diff.values] == [("layout", "uneven", "first", "last")]
+    assert "| layout | `uneven` | `first` | `last` |" in rendered([diff], "github")
+    assert api.diff("HEAD", None, [layout]) == [diff]
+    layout.write_text(text + "# a remark\n", encoding="utf-8")
+    assert api.diff("HEAD") == []
+
+
 def test_a_mapping_that_is_new_or_gone_is_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
     (repository / "mappings" / "child.yaml").unlink()
