@@ -80,7 +80,8 @@ SOAK_KILLS ?= 200
 soak: setup
 	ALL_STORES=1 $(BIN)/python -m pytest -q tests/storage
 	$(BIN)/python -m tests.slurm
-	ALL_ATTACKS=1 ALL_PEERS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/test_benchmarks.py
+	ALL_ATTACKS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/commands/test_hostile_input.py
+	ALL_PEERS=1 ALL_MUTANTS=1 $(BIN)/python -m pytest -q tests/test_benchmarks.py tests/proving/test_mutations.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 	$(BIN)/python -m tests.score
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine import api
-from tests.support.planted import FAULTS, SOURCES, Fault, convert, settings_table, table, told_of
+from tests.support.planted import FAULTS, SOURCES, Fault, convert, row, settings_table, told_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "compare-faults.md"
 
@@ -26,18 +26,23 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.what for fault in FAULTS])
-def test_a_planted_fault_is_named(fault: Fault, references: dict[str, Path], tmp_path: Path) -> None:
+def test_a_planted_fault_is_named_and_the_page_says_so(
+    fault: Fault, references: dict[str, Path], tmp_path: Path
+) -> None:
+    """`python -m tests.support.planted docs/compare-faults.md` writes the page anew."""
     kind, note, means = told_of(fault, references[fault.source], tmp_path / "out")
     assert kind == fault.kind, (note, means)
     for word in fault.words:
         assert word in f"{note} · {means}"
+    assert f"\n{row(fault, kind, note, means)}\n" in PAGE.read_text(encoding="utf-8")
 
 
-def test_the_page_has_what_compare_says_of_every_planted_fault(tmp_path: Path) -> None:
-    """`python -m tests.support.planted docs/compare-faults.md` writes the table anew."""
+def test_the_page_has_every_planted_fault_and_setting_and_no_other(tmp_path: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert table(tmp_path) in page and "| no |" not in page
-    assert settings_table(tmp_path) in page
+    faults, _, rest = page.partition("\n## Settings\n")
+    rows = faults.partition("| fault |")[2].splitlines()[2:]
+    assert [line.split(" | ")[0] for line in rows if line] == [f"| {fault.what}" for fault in FAULTS]
+    assert "| no |" not in page and settings_table(tmp_path) in rest
 
 
 SHAPES = st.one_of(

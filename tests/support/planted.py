@@ -495,14 +495,16 @@ def told_of(fault: Fault, reference: Path, folder: Path) -> tuple[str, str, str]
     return verdict.kind, verdict.note, " · ".join(done.diagnoses)
 
 
+def row(fault: Fault, kind: str, note: str, means: str) -> str:
+    """A fault and what is said of it, as Markdown."""
+    named = kind == fault.kind and all(word in f"{note} · {means}" for word in fault.words)
+    return f"| {fault.what} | {kind} | {means or note or '-'} | {'yes' if named else 'no'} |"
+
+
 def table(folder: Path) -> str:
     """Every fault and what is said of it, as Markdown."""
     references = {source: convert(source, folder / source) for source in SOURCES}
-    rows = []
-    for number, fault in enumerate(FAULTS):
-        kind, note, means = told_of(fault, references[fault.source], folder / str(number))
-        named = kind == fault.kind and all(word in f"{note} · {means}" for word in fault.words)
-        rows.append(f"| {fault.what} | {kind} | {means or note or '-'} | {'yes' if named else 'no'} |")
+    rows = [row(f, *told_of(f, references[f.source], folder / str(i))) for i, f in enumerate(FAULTS)]
     return "\n".join(["| fault | verdict | what is said | named |", "|---|---|---|---|", *rows]) + "\n"
 
 
