@@ -39,9 +39,8 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
   before 4.41 it drops biases of the MLP with a warning. The card of each folder names the versions that work.
 - mergekit 0.1.5 drops the biases of attention, which InternLM (the first) has and InternLM2 does not: they are missing
   in its own list of a Llama's tensors. Merge InternLM models with another program.
-- vLLM and LMDeploy need an accelerator to run a model, so `make clients` does not. Tried by hand on a CPU, with their
-  Python code alone: vLLM 0.33.0 and LMDeploy 0.18.0 read the configuration of folders of InternLM, InternLM2 and Llama,
-  and their registries have the model: `LlamaForCausalLM` in vLLM, in LMDeploy's TurboMind and in its PyTorch engine.
+- vLLM and LMDeploy need an accelerator to run a model. What is asked here is their Python code that reads a folder's
+  configuration and chooses the model: vLLM's registry, LMDeploy's TurboMind and its PyTorch engine.
 """
 
 
@@ -100,7 +99,7 @@ def figures(client: Client, folders: list[models.Folder], scratch: Path) -> list
     question = asked(client, folders, scratch / "texts.json", scratch)
     if client.program == "llama_cpp":
         question["converter"] = str(converter())
-    told = run(environment(client.environment, client.requirements), client.program, question)
+    told = run(environment(client.environment, client.requirements, bare=client.bare), client.program, question)
     assert told["version"].startswith(client.version), told["version"]
     return client.judge(folders, told["results"])
 

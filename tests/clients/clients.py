@@ -18,6 +18,12 @@ OLDEST, NEWEST = "4.40.2", "5.24.0"
 VERSIONS = (NEWEST, "5.12.0", "5.0.0", "4.57.6", "4.51.3", "4.46.3", OLDEST)
 # Folders that a version says it cannot load, or drops tensors of; their cards ask for a later one.
 REFUSED = {OLDEST: {"scaled_yarn": "error", "mlp_biases": "complaints"}}
+# What their registries import, of all that they would install.
+VLLM = ("cbor2", "pyzmq", "aiohttp", "multidict", "yarl", "propcache", "aiohappyeyeballs", "aiosignal", "frozenlist",
+        "requests", "certifi", "openai-harmony", "openai", "sniffio")  # fmt: skip
+LMDEPLOY = ("mmengine", "yapf", "platformdirs", "addict", "termcolor", "pillow", "pybase64", "pyzmq", "aiohttp",
+            "multidict", "yarl", "propcache", "aiohappyeyeballs", "aiosignal", "frozenlist", "requests", "certifi",
+            "openai", "sniffio", "openai-harmony", "cbor2")  # fmt: skip
 SAMPLE = ("v1_tp2_pp2", "e052_v2_tp2_pp1_mult64", "llama_tp2_pp1_default", "v2_tp2_pp1_normhead")
 
 
@@ -26,7 +32,7 @@ class Client:
     """A program, and how it is run.
 
     Attributes:
-        version: of `package`; installed are also `others`.
+        version: of `package`; installed are also `others`, and nothing else if `bare`.
         folders: whether a folder is for it.
         judge: the figures of what it told, by what was run; AssertionError when one is wrong.
     """
@@ -39,6 +45,7 @@ class Client:
     judge: Judge
     others: tuple[str, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
+    bare: bool = False
 
     @property
     def environment(self) -> str:
@@ -146,6 +153,13 @@ def judge_lm_eval(folders: Sequence[Folder], results: Results) -> list[tuple[str
     return [(f"{count} log-likelihoods, by token, against the logits' own", _worst(results, "difference"))]  # fmt: skip
 
 
+def judge_registry(folders: Sequence[Folder], results: Results) -> list[tuple[str, str]]:
+    _sound(results)
+    for name, told in results.items():
+        assert told["architectures"] == ["LlamaForCausalLM"] and all(told["taken"]), (name, told)
+    return [(f"configuration and registries, without a model run: {len(results)} folders", "`LlamaForCausalLM`, taken")]
+
+
 def judge_official(version: str) -> Judge:
     def judge(folders: Sequence[Folder], results: Results) -> list[tuple[str, str]]:
         _sound(results)
@@ -180,6 +194,9 @@ def clients(official: bool) -> list[Client]:
                lambda folder: folder.name in ("v2_tp2_pp2", "v2_tp4_pp1_nohf"), judge_mergekit),
         Client("lm-evaluation-harness", "lm-eval[hf]", "0.4.13", "lm_eval_folders",
                lambda folder: folder.name in ("chat1", "chat2"), judge_lm_eval),
+        Client("vLLM", "vllm", "0.33.0", "registries", sample, judge_registry, VLLM, {"registry": "vllm"}, bare=True),
+        Client("LMDeploy", "lmdeploy", "0.18.0", "registries", sample, judge_registry, LMDEPLOY,
+               {"registry": "lmdeploy"}, bare=True),
     ]  # fmt: skip
 
 

@@ -21,8 +21,12 @@ FOLDER = ROOT / "build" / "clients"
 CONVERTER = "llama-cpp-python==0.3.36"
 
 
-def environment(name: str, requirements: Iterable[str]) -> Path:
-    """The Python of an environment, installed first where it is missing or asks for something else."""
+def environment(name: str, requirements: Iterable[str], *, bare: bool = False) -> Path:
+    """The Python of an environment, installed first where it is missing or asks for something else.
+
+    Args:
+        bare: install what is asked for and nothing that it needs.
+    """
     folder, wanted = FOLDER / name, "\n".join(requirements)
     python, done = folder / "bin" / "python", folder / "requirements.txt"
     if not done.is_file() or done.read_text() != wanted:
@@ -30,6 +34,7 @@ def environment(name: str, requirements: Iterable[str]) -> Path:
         packages = next((folder / "lib").glob("python*/site-packages"))
         (packages / "project.pth").write_text(sysconfig.get_path("purelib"))
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-qq", "--no-warn-conflicts"]
+        pip += ["--no-deps"] if bare else []
         subprocess.run([*pip, *wanted.split("\n")], check=True, stderr=subprocess.DEVNULL)
         done.write_text(wanted)
     return python
