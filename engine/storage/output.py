@@ -243,7 +243,10 @@ def _is_folder(path: Path) -> bool:
 
 def _is_empty(path: Path) -> bool:
     """Whether it is a folder with nothing in it, as `mkdir` makes one for an output."""
-    return _is_folder(path) and next(os.scandir(path), None) is None
+    if not _is_folder(path):
+        return False
+    with os.scandir(path) as entries:
+        return next(entries, None) is None
 
 
 def _remove(path: Path) -> None:
