@@ -84,6 +84,7 @@ soak: setup
 	ALL_PEERS=1 ALL_MUTANTS=1 $(BIN)/python -m pytest -q tests/test_benchmarks.py tests/proving/test_mutations.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 	$(BIN)/python -m tests.score
+	$(BIN)/python -m tests.clients
 
 # Programs of others on converted folders, each in an environment of its own; writes docs/clients.md. TOKENIZERS=DIR adds
 # the releases' own tokenizers, OFFICIAL_CODE=DIR InternLM2's official classes.
