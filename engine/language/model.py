@@ -126,6 +126,7 @@ class Mapping:
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
+    classes: MappingABC[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
     places: MappingABC[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
     remote_code: RemoteCode | None = None
     transformers: Any = None
