@@ -90,8 +90,8 @@ class RankGroups:
             ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
             group = Group(instance, fixed, cut, ordered)
             self.groups.append(group)
-            for place, replicas in enumerate(ordered.values()):
-                for one in replicas:
+            for place, copies in enumerate(ordered.values()):
+                for one in copies:
                     self.held[one.file].append((order, one, group, place))
 
     def _holders(
