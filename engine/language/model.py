@@ -240,6 +240,7 @@ class Layout:
     config_format: str  # pickled_mapping | json
     configs: tuple[ConfigFile, ...]  # where it may lie; the first is `config_file`
     config_of_target: bool  # it is the target's own config.json, which may also be given
+    config_from_target: bool  # where it lies nowhere, a given config.json of the target stands for it
     training_file: str | None
     training_format: str | None  # python_source
     training_repeats: str | None  # its key under which it has the configuration again
