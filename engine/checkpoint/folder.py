@@ -14,6 +14,7 @@ from engine.formats.configs import plain, read_config
 from engine.formats.dcp import read_dcp, read_dcp_value
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
 from engine.formats.sharded_safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.model import Layout, Mode
@@ -114,10 +115,15 @@ def _safetensors(
     return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
 
 
+def _whole(folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object) -> tuple[FileHeader, ...]:
+    return tuple(read_safetensors(File(folder, name)).only(wanted) for name in names)
+
+
 _FORMATS: Mapping[str, Callable[..., tuple[FileHeader, ...]]] = {
     "torch": _torch,
     "dcp": _dcp,
     "safetensors": _safetensors,
+    "whole": _whole,
 }
 
 
