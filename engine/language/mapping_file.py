@@ -122,6 +122,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         expect_place=place("expect"),
         places={(part, *path): at.key for (part, *path), at in _placed(document)},
         as_model=data.get("names") == "model",
+        classes=data.get("classes") or {},
         remote_code=_remote_code(document, target.get("remote_code")),
         transformers=read(("target", "transformers"), target.get("transformers")),
     )
