@@ -153,7 +153,8 @@ def read_configuration(
 
     Args:
         given: a file of the target's configuration; it goes before all places of a layout whose configuration that is.
-        needed: without it, one that frameworks do not save may be absent and is then empty.
+        needed: without it, one that frameworks do not save may be absent and is then empty. So it is where the one that
+            is given stands for it.
 
     Raises:
         EngineError: E304 when it lies nowhere, E30x when it cannot be read.
@@ -167,6 +168,8 @@ def read_configuration(
         if place.format != "dcp":
             value: Any = read_config(file, place.format)
             keys = place.key.split(".") if place.key is not None else []
+            if keys and isinstance(value, dict) and keys[0] not in value:
+                continue
         else:
             name, _, inside = (place.key or "").partition(":")
             try:
@@ -176,18 +179,26 @@ def read_configuration(
             keys = inside.split(".") if inside else []
         extra = _below(value, keys[:-1], place.file) if place.beside else {}
         return {**_below(value, keys, place.file), **{key: extra[key] for key in place.beside if key in extra}}
-    if layout.config_of_target and not needed:
+    if (layout.config_of_target and not needed) or (layout.config_from_target and (given is not None or not needed)):
         return {}
+    raise no_configuration(folder, layout)
+
+
+def no_configuration(folder: Store, layout: Layout) -> EngineError:
+    """E304: the configuration lies in none of the layout's places."""
     places = ", ".join(dict.fromkeys(place.file for place in layout.configs))
-    raise EngineError(
+    return EngineError(
         "E304",
-        f"`{layout.config_file}` is missing",
+        "the training configuration is missing" if layout.config_from_target else f"`{layout.config_file}` is missing",
         place=Place(folder.place()),
         expected=f"the model's configuration beside the weights, in {places}"
         if len(layout.configs) > 1
         else "the model's configuration beside the rank files",
         fix="This framework does not save it: give the config.json of the model with --config FILE, or put it there."
         if layout.config_of_target
+        else "Copy it from the training run. Or give the config.json of the model with --config FILE: then its sizes "
+        "count, and what it does not say is asked for."
+        if layout.config_from_target
         else "Copy it from the training run; sizes are checked against it.",
     )
 
