@@ -69,7 +69,7 @@ class _Coded:
         """The row of an output, and its sources."""
         table = self._plan.copies
         group, shard = table.outputs[index]
-        template, numbers = table.filled(group)
+        template, numbers, _ = table.filled(group)
         used = sorted(template.dtypes[shard])
         kind = self._kind(self._plan.outputs[index], (id(template), shard), template.copies[shard], used)
         sources = [numbers[one] for one in used]
