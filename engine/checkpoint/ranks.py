@@ -54,7 +54,7 @@ class RankGrid:
 
     def stage(self, file: int, chunk: int) -> Stage:
         """The stage that a chunk of a file is."""
-        return (chunk, *(self.files[file].ranks.get(dim, 0) for dim in self.staged))
+        return (chunk, *[self.files[file].ranks.get(dim, 0) for dim in self.staged])
 
     def slices(self, file: int) -> dict[str, int]:
         """The ranks of a file that tell slices of one tensor apart."""

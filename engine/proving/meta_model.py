@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from engine.errors import EngineError
@@ -132,6 +133,13 @@ def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tupl
     if not mapping.as_model:
         return mapping, layout, checkpoint
     return fit_to_model(mapping, layout, wanted_by_class(mapping, checkpoint.target_config), checkpoint)
+
+
+def load_classes() -> None:
+    """Load torch and transformers, if they are there, before they are asked."""
+    with suppress(ImportError):
+        import torch  # noqa: F401
+        from transformers.models.auto.modeling_auto import AutoModelForCausalLM  # noqa: F401
 
 
 def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | str:
