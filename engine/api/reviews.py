@@ -93,7 +93,8 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
     Raises:
         EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
     """
-    from engine.discover.inspect import choose, describe_training, read_any
+    from engine.discover.inspect import choose, describe_training
+    from engine.discover.steps import read_any
 
     layout, checkpoint = read_any(src, partial(read_checkpoint, config=config, needed=False))
     return choose(describe_training(checkpoint, layout))

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.api.parts import part
 from engine.errors import EngineError
+from engine.planning.saved_plan import digest_of
 from engine.run.meter import Progress
 from engine.run.parts import Part
 from engine.run.running import Running
@@ -27,8 +28,8 @@ def check_spread(how: Running) -> None:
     Part(1, how.parts)
 
 
-def do_parts(saved: bytes, out: str, how: Running) -> None:
-    """Have an executor do all parts of a saved plan.
+def do_parts(saved: bytes, out: str, how: Running) -> str:
+    """Have an executor do all parts of a saved plan; the digest by which they know it.
 
     The checkpoint and the output must be where every worker sees them; the plan itself is sent along.
 
@@ -39,22 +40,34 @@ def do_parts(saved: bytes, out: str, how: Running) -> None:
     with executor_at(how.executor) as executor:
         waiting: list[Any] = []
         try:
-            for number in range(1, how.parts + 1):
-                waiting.append(executor.submit(_part, saved, f"{number}/{how.parts}", out, told, reached))
+            with _lost():
+                for number in range(1, how.parts + 1):
+                    waiting.append(executor.submit(_part, saved, f"{number}/{how.parts}", out, told, reached))
             for done, one in enumerate(_finished(waiting), 1):
-                one.result()
+                with _lost():
+                    mistake = one.result()
+                if mistake is not None:
+                    raise mistake
                 if how.progress is not None:
                     how.progress(Progress(done, how.parts, "writing parts", "parts"))
-        except EngineError:
-            raise
-        except Exception as error:  # whatever an executor ends with
-            raise EngineError(
-                "E409", "the executor did not do all parts", got=f"{type(error).__name__}: {error}"[:300],
-                fix="Run the same again: parts that are done stay, and it goes on with the others.",
-            ) from error  # fmt: skip
         finally:
             for one in waiting:
                 one.cancel()
+    return digest_of(saved)
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """E409 for whatever an executor ends with; what a part is refused for stays as it is."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineError(
+            "E409", "the executor did not do all parts", got=f"{type(error).__name__}: {error}"[:300],
+            fix="Run the same again: parts that are done stay, and it goes on with the others.",
+        ) from error  # fmt: skip
 
 
 def _finished(waiting: list[Any]) -> Iterable[Any]:
@@ -68,13 +81,23 @@ def _part(
     out: str,
     told: tuple[bool, int | None, int | None],
     reached: tuple[dict[str, str], int],
-) -> int:
-    """One part, of a plan that is given as data, with the options that stores are reached by."""
+) -> Exception | None:
+    """One part, of a plan that is given as data, with the options that stores are reached by.
+
+    Returns:
+        A mistake of the engine itself, which is not to be taken for one of the executor.
+    """
     overwrite, workers, max_memory = told
     with tempfile.TemporaryDirectory(prefix="engine-") as folder, store_options(*reached):
         plan = Path(folder) / "plan.json"
         plan.write_bytes(saved)
-        return part(plan, which, out, overwrite=overwrite, workers=workers, max_memory=max_memory)
+        try:
+            part(plan, which, out, overwrite=overwrite, workers=workers, max_memory=max_memory)
+        except (EngineError, OSError, MemoryError):
+            raise
+        except Exception as mistake:
+            return mistake
+        return None
 
 
 @contextmanager

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import visible
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -18,6 +22,11 @@ def model_card(facts: Mapping[str, Any]) -> bytes:
         facts: `mapping`, `mapping_version`, `layout`, `ranks`, `decisions` and so on, as
             `engine.assets.bundle.card_facts` collects them. A fact that is missing leaves its line out.
     """
+    return visible(_template().render(facts), "\n").encode()
+
+
+@cache
+def _template() -> Template:
     from jinja2 import FileSystemLoader
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,7 +38,7 @@ def model_card(facts: Mapping[str, Any]) -> bytes:
         autoescape=False,  # Markdown; `cell` and `code` escape what would break out of a table or span
     )
     environment.filters.update(cell=cell, code=code, size=size, count=lambda number: f"{number:,}")
-    return visible(environment.get_template("model_card.md.j2").render(facts), "\n").encode()
+    return environment.get_template("model_card.md.j2")
 
 
 def cell(value: object) -> str:

@@ -14,6 +14,7 @@ from engine.formats.configs import plain, read_config
 from engine.formats.dcp import read_dcp, read_dcp_value
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
 from engine.formats.sharded_safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.model import Layout, Mode
@@ -66,7 +67,13 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
 
 
 def read_headers(
-    folder: Store, names: Sequence[str], mode: Mode | None = None, skip: Sequence[str] = (), says: Sequence[str] = ()
+    folder: Store,
+    names: Sequence[str],
+    mode: Mode | None = None,
+    skip: Sequence[str] = (),
+    says: Sequence[str] = (),
+    *,
+    some: bool = False,
 ) -> tuple[FileHeader, ...]:
     """Index rank files without reading their payload.
 
@@ -74,9 +81,10 @@ def read_headers(
         mode: says of what format they are; default: files that torch saved.
         skip: names of tensors that are left out, as globs.
         says: what is kept of what files that torch saved hold beside tensors, by dotted keys.
+        some: the checkpoint has more files than these.
     """
     state = [pattern(text).regex for text in mode.state] if mode else []
-    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip), says)
+    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip), says, some)
 
 
 class _Skip:
@@ -90,7 +98,7 @@ class _Skip:
 
 
 def _torch(
-    folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip, says: Sequence[str]
+    folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip, says: Sequence[str], _: bool
 ) -> tuple[FileHeader, ...]:
     """Files that torch saved, a few at a time."""
     load = _Pickles()
@@ -104,20 +112,27 @@ def _torch(
         return tuple(pool.map(read, names))
 
 
-def _dcp(folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object) -> tuple[FileHeader, ...]:
-    return read_dcp(folder, names, wanted)
+def _dcp(
+    folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object, some: bool
+) -> tuple[FileHeader, ...]:
+    return read_dcp(folder, names, wanted, some=some)
 
 
 def _safetensors(
-    folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object
+    folder: Store, names: Sequence[str], state: object, wanted: _Skip, *_: object
 ) -> tuple[FileHeader, ...]:
     return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
+
+
+def _whole(folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object) -> tuple[FileHeader, ...]:
+    return tuple(read_safetensors(File(folder, name)).only(wanted) for name in names)
 
 
 _FORMATS: Mapping[str, Callable[..., tuple[FileHeader, ...]]] = {
     "torch": _torch,
     "dcp": _dcp,
     "safetensors": _safetensors,
+    "whole": _whole,
 }
 
 
@@ -144,7 +159,8 @@ def read_configuration(
 
     Args:
         given: a file of the target's configuration; it goes before all places of a layout whose configuration that is.
-        needed: without it, one that frameworks do not save may be absent and is then empty.
+        needed: without it, one that frameworks do not save may be absent and is then empty. So it is where the one that
+            is given stands for it.
 
     Raises:
         EngineError: E304 when it lies nowhere, E30x when it cannot be read.
@@ -158,6 +174,8 @@ def read_configuration(
         if place.format != "dcp":
             value: Any = read_config(file, place.format)
             keys = place.key.split(".") if place.key is not None else []
+            if keys and isinstance(value, dict) and keys[0] not in value:
+                continue
         else:
             name, _, inside = (place.key or "").partition(":")
             try:
@@ -167,18 +185,26 @@ def read_configuration(
             keys = inside.split(".") if inside else []
         extra = _below(value, keys[:-1], place.file) if place.beside else {}
         return {**_below(value, keys, place.file), **{key: extra[key] for key in place.beside if key in extra}}
-    if layout.config_of_target and not needed:
+    if (layout.config_of_target and not needed) or (layout.config_from_target and (given is not None or not needed)):
         return {}
+    raise no_configuration(folder, layout)
+
+
+def no_configuration(folder: Store, layout: Layout) -> EngineError:
+    """E304: the configuration lies in none of the layout's places."""
     places = ", ".join(dict.fromkeys(place.file for place in layout.configs))
-    raise EngineError(
+    return EngineError(
         "E304",
-        f"`{layout.config_file}` is missing",
+        "the training configuration is missing" if layout.config_from_target else f"`{layout.config_file}` is missing",
         place=Place(folder.place()),
         expected=f"the model's configuration beside the weights, in {places}"
         if len(layout.configs) > 1
         else "the model's configuration beside the rank files",
         fix="This framework does not save it: give the config.json of the model with --config FILE, or put it there."
         if layout.config_of_target
+        else "Copy it from the training run. Or give the config.json of the model with --config FILE: then its sizes "
+        "count, and what it does not say is asked for."
+        if layout.config_from_target
         else "Copy it from the training run; sizes are checked against it.",
     )
 

@@ -181,7 +181,8 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
                 if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
                     from engine import api
 
-                    left = api.kept(kwargs.get("out"), kwargs.get("src"))  # type: ignore[arg-type]
+                    given: dict[str, Any] = dict(kwargs)
+                    left = api.kept(given.get("out"), given.get("src"))
                     say(f"once that is fixed: {render.kept(*left)}", err=True)
             ctx.exit(2 if all(one.code == "E001" for one in errors) else 1)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from engine.planning.config_keys import shown
 
 Grade = Literal["function", "cast", "told"]  # changes what is computed; only its precision; neither
 
@@ -131,11 +133,15 @@ def differing(
         one, two = ((defaults or {}).get(key) if key not in side else side[key] for side in (ours, theirs))
         if one != two or (type(one) is not type(two) and bool in (type(one), type(two))):
             effect, grade = said(key)
-            found.append(Difference(part, key, _shown(one), _shown(two), effect, grade))
+            found.append(Difference(part, key, worded(one), worded(two), effect, grade))
     return found
 
 
-def _shown(value: Any) -> str:
-    from engine.planning.config_keys import shown
-
+def worded(value: Any) -> str:
+    """A value as its file would write it; None is a key that is not there."""
     return "absent" if value is None else shown(value)
+
+
+def both(show: Callable[[Any], str], one: Any, two: Any) -> tuple[str, str]:
+    """What each side has, in words."""
+    return show(one), show(two)

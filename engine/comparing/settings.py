@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.comparing.effects import Difference, Grade, differing, effect_of
-from engine.comparing.texts import compare_templates, compare_tokenizers
+from engine.comparing.effects import Difference, Grade, differing, effect_of, worded
+from engine.comparing.templates import compare_templates
+from engine.comparing.tokenizers import compare_tokenizers
 from engine.errors import EngineError, Place
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
 from engine.storage.json_text import parse_json
@@ -113,12 +113,8 @@ def _elsewhere(
         if plain[0] != plain[1] and not told.intersection(names):
             effect = "other programs, or other versions of transformers, read it here"
             grade: Grade = effect_of(names[-1])[1] if part == "config" else "function"
-            more.append(Difference(part, f"{key} of {file}", _brief(here[key]), _brief(there[key]), effect, grade))
+            more.append(Difference(part, f"{key} of {file}", worded(here[key]), worded(there[key]), effect, grade))
     return more
-
-
-def _brief(value: Any) -> str:
-    return "absent" if value is None else json.dumps(value, ensure_ascii=False)[:80]
 
 
 def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str | None, str | None]) -> list[Difference]:

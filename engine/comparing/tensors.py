@@ -9,8 +9,9 @@ from typing import Any
 from engine.comparing.verdict import Kind, Verdict
 from engine.discover.changes import changes_of
 from engine.discover.geometry import geometry_of, is_number
-from engine.discover.relate import Search, as_matrix
+from engine.discover.relate import Search
 from engine.discover.rows import Relation
+from engine.discover.sides import Sides, as_matrix
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.move.tensors import Tensors
 from engine.move.views import View
@@ -105,7 +106,7 @@ class _Comparer:
         """What each tensor that does not equal its own holds instead."""
         left = [name for name in self.out if name not in self.found]
         first = [name for name in self.ref if name not in self.found]
-        search = Search(self.tensors, self.out, self.ref, geometry_of(self.configs))
+        search = Search(Sides(self.tensors, self.out, self.ref, geometry_of(self.configs)))
         relations = {name: search.relate(name, first) for name in left}
         for name, relation in relations.items():
             self._told(name, relation, relations, search)
@@ -131,7 +132,7 @@ class _Comparer:
             self._verdict(name, "extra", note=note)
             return
         fallback: Kind = "shape" if one.shape != two.shape else "different"
-        kind = fallback if relation is None else relation.kind  # type: ignore[assignment]
+        kind = fallback if relation is None else relation.kind
         words = "" if relation is None else relation.words
         self._verdict(name, kind, note=words, rotary=None if relation is None else relation.rotary)
         if kind in _MEASURED:

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal[
-    "equal", "cast", "permuted", "transposed", "recut", "swapped", "copied", "part", "padded", "truncated", "extended",
-    "zeroed", "constant", "negated", "scaled", "shifted", "rounded", "clipped", "mapped", "changed", "different",
-    "shape", "missing", "extra",
-]  # fmt: skip
+from engine.discover.rows import Kind as RelationKind
+
+Kind = Literal[RelationKind, "equal", "cast", "swapped", "copied", "missing", "extra"]
 
 
 @dataclass(frozen=True, slots=True)

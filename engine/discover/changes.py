@@ -107,6 +107,11 @@ def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
     return None
 
 
+def said(region: Region, changes: Changes) -> str:
+    """A region in words, and whether it holds no number."""
+    return region.words + (", all of them NaN" if changes.nans == changes.count else "")
+
+
 def _told(noun: str, part: Sequence[tuple[int, int]]) -> str:
     one = len(part) == 1 and part[0][1] - part[0][0] == 1
     spans = [str(low) if high - low == 1 else f"{low}…{high - 1}" for low, high in part]

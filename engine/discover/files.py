@@ -8,8 +8,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from engine.discover.inspect import Reader, read_any
 from engine.discover.scaffold import Request, Scaffold, draft
+from engine.discover.steps import Reader, read_any
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping as MappingFile

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -14,6 +13,7 @@ from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import WEIGHTS, read_hf_config, read_hf_folder
 from engine.checkpoint.ranks import Stage
 from engine.discover.fits import Fit, differences, find_fits
+from engine.discover.steps import Reader, find_steps, has_weights, is_whole, read_any
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
@@ -24,15 +24,13 @@ from engine.language.search import layout_names, list_names, spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.stored import strip
 from engine.run.manifest import read_manifest
-from engine.storage.places import Source, store_at
+from engine.storage.places import store_at
 from engine.storage.store import Store
 
 # What is wrong with the checkpoint and not with the choice of the mapping.
 _OF_THE_CHECKPOINT = ("E201", "E203", "E207", "E208", "E209", "E210", "E211", "E218", "E219")
 
-Reader = Callable[[Source, Layout], Checkpoint]
 _AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # the order sizes are told in
-_MOST_STEPS = 20  # steps whose files are read, the newest first; older ones are only named
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +76,6 @@ class Inspection:
         }
 
 
-def read_any(src: Source, read: Reader, layouts: Sequence[str] = ()) -> tuple[Layout, Checkpoint]:
-    """A training checkpoint by the first layout whose files are there.
-
-    Args:
-        layouts: the names to try; all there are when it is empty.
-
-    Raises:
-        EngineError: E304 when no layout knows the files, else what the one that does says is wrong.
-    """
-    first: EngineError | None = None
-    for name in layouts or layout_names():
-        layout = load_layout(name)
-        try:
-            return layout, read(src, layout)
-        except EngineError as error:
-            if error.code != "E304":  # this layout knows the files and says what is wrong
-                raise
-            first = first or error
-    raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
-
-
 def inspect(src: str | Path, read: Reader, *, every: bool = False) -> Inspection:
     """What a folder is; headers and configurations only.
 
@@ -119,7 +96,7 @@ def inspect(src: str | Path, read: Reader, *, every: bool = False) -> Inspection
             return describe_whole(folder, names)
         steps = find_steps(folder, read, every=every)
         if steps is None:
-            raise error if _has_weights(error) else _nothing(folder, names) from None
+            raise error if has_weights(error) else _nothing(folder, names) from None
         return Inspection(str(src), "steps", steps)
     return describe_training(checkpoint, layout)
 
@@ -136,11 +113,6 @@ def load_all() -> tuple[list[MappingFile], list[Fit]]:
     return good, bad
 
 
-def _has_weights(error: EngineError) -> bool:
-    """Whether a layout knew files of the folder all the same: two modes in one, or a configuration that is missing."""
-    return not error.message.startswith("no weight files")
-
-
 def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
     kinds = "\n".join(f"{load_layout(name).modes[0].files[0].name} ({name})" for name in layout_names())
     return EngineError(
@@ -151,11 +123,6 @@ def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
         expected=f"{kinds}\nconfig.json with {WEIGHTS[0]} (Hugging Face)\nor a folder of such folders",
         fix="Give the folder that holds the files of one step, or the folder of the steps.",
     )
-
-
-def is_whole(names: Sequence[str]) -> bool:
-    """Whether files are a Hugging Face checkpoint's: weights by the names that transformers looks for."""
-    return any(name in names for stem in WEIGHTS for name in (stem, f"{stem}.index.json"))
 
 
 def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
@@ -226,59 +193,6 @@ def _made_by(folder: Store) -> str | None:
     except EngineError:
         return None
     return str(made.get("name")) if isinstance(made, dict) else None
-
-
-def find_steps(folder: Store, read: Reader, *, every: bool = False) -> dict[str, Any] | None:
-    """The checkpoints below a folder, oldest first, and which of them are complete; None when there are none."""
-    names = sorted((n for n, state in folder.entries().items() if state is None and not n.startswith(".")), key=_number)
-    steps: dict[str, dict[str, Any] | None] = {}
-    for name in reversed(names):
-        look = every or len(steps) < _MOST_STEPS
-        steps[name] = _step(folder.inside(name), read) if look else _NOT_LOOKED_AT
-    shapes = {_shape(name) for name, step in steps.items() if step is not None and step["complete"] is not None}
-    found = [{"name": n, **step} for n in names if (step := steps[n]) is not None and _shape(n) in shapes]
-    if not found:
-        return None
-    return {"steps": found, "newest": next((one["name"] for one in reversed(found) if one["complete"]), None)}
-
-
-_NOT_LOOKED_AT = {"complete": None, "why": "", "bytes": None, "layout": None}
-
-
-def _shape(name: str) -> str:
-    """
-    >>> _shape("iter_0000020"), _shape("500")
-    ('iter_0', '0')
-    """
-    return re.sub("[0-9]+", "0", name)
-
-
-def _step(folder: Store, read: Reader) -> dict[str, Any] | None:
-    """Whether one folder is a complete checkpoint; None when it is none at all."""
-    try:
-        layout, checkpoint = read_any(folder, read)
-    except EngineError as error:
-        if error.code == "E304" and not _has_weights(error):
-            if not is_whole(list_folder(folder)):
-                return None
-            try:
-                files = read_hf_folder(folder)
-            except EngineError as damaged:
-                return {"complete": False, "why": damaged.message, "bytes": None, "layout": "Hugging Face"}
-            size = sum(file.size for file in files)
-            return {"complete": True, "why": "", "bytes": size, "layout": "Hugging Face"}
-        return {"complete": False, "why": error.message, "bytes": None, "layout": ""}
-    size = sum(file.size for file in checkpoint.files)
-    return {"complete": True, "why": "", "bytes": size, "layout": layout.name}
-
-
-def _number(name: str) -> tuple[int, str]:
-    """
-    >>> sorted(["1000", "iter_0000020", "500"], key=_number)
-    ['iter_0000020', '500', '1000']
-    """
-    digits = "".join(c if c.isdecimal() else " " for c in name).split()
-    return (int(digits[-1][:18]) if digits else -1, name)
 
 
 def _types(files: Sequence[FileHeader]) -> dict[str, int]:

@@ -7,51 +7,41 @@ its own, and orders are read back in words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from math import gcd, prod
+from math import gcd
 
 import numpy as np
 
-from engine.discover.alike import NARROWEST, Placed, Sketch, find_alike, take_sketch
-from engine.discover.changes import Changes, Region, changes_of, region_of
-from engine.discover.geometry import Geometry, neighbours, numbers, units_of
+from engine.discover.changes import Changes, Region, changes_of, region_of, said
+from engine.discover.geometry import numbers
+from engine.discover.likeness import CLOSE, NEAR, close_by, relate_alike
 from engine.discover.mixes import mixed
-from engine.discover.orders import divisors, find_order, read_loops, read_order
-from engine.discover.prints import Prints, Prints64, take_prints, take_runs
+from engine.discover.orders import divisors, find_order, read_loops
+from engine.discover.prints import Prints64, take_prints, take_runs
 from engine.discover.rows import MOST_NAMED, Relation, lookup, own_rows, placed, spans, telling
+from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
 from engine.discover.stretches import find_stretches
 from engine.discover.values import closeness, relate_values
-from engine.move.tensors import Tensors, common_types
+from engine.move.tensors import common_types
 from engine.move.views import View
 
-_MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
 _SHORTEST = 4  # elements of a run
 _SHUFFLED = "the same elements in another order"
 _BLOCKS = (2, 4, 8)  # parts of which each may have become something else
 _STRAY = 0.1  # of the rows may be from elsewhere where the others tell
-_CLOSE = 0.1  # of its size
-_NEAR = 0.35  # of its size: its own values in its own places, whatever else
-_ROOM = 256 << 20  # bytes of sketches that are kept
 
 
 class Search:
-    """The tensors of two checkpoints, and what is known of them so far.
+    """Relates the tensors of two checkpoints one by one, and keeps what it saw of how they differ.
 
     Attributes:
         changes: how tensors differ from the reference's of the same name, where that was looked at.
     """
 
-    def __init__(
-        self, tensors: Tensors, out: Mapping[str, View], ref: Mapping[str, View], geometry: Geometry | None
-    ) -> None:
-        self.geometry = geometry
+    def __init__(self, sides: Sides) -> None:
         self.changes: dict[str, Changes | None] = {}
-        self._tensors = tensors
-        self._out, self._ref = out, ref
-        self._prints: dict[tuple[View, str], Prints] = {}
-        self._sketches: dict[View, Sketch] = {}
-        self._room = _ROOM
+        self._sides, self._tensors, self._out, self._ref = sides, sides.tensors, sides.out, sides.ref
 
     def relate(self, name: str, first: Sequence[str]) -> Relation | None:
         """What an output's tensor holds, which is not what the reference's of this name does.
@@ -68,7 +58,7 @@ class Search:
             found = self._own(name, one, own, out, ref, kind)
             if found is not None:
                 return found
-        others = [other for other in self._others(name, first) if self._ref[other].elements]
+        others = [other for other in self._sides.others(name, first) if self._ref[other].elements]
         return self._whole(name, one, others) or self._parts(name, one, own, others)
 
     def _own(self, name: str, one: View, own: View, out: View, ref: View, kind: str) -> Relation | None:
@@ -86,11 +76,11 @@ class Search:
             return replace(found, words=f"{found.words}, the elements exchanged with each other") if shuffled else found
         if shuffled:
             return arranged
-        values = relate_values(self._tensors, one, own, self._sizes())
+        values = relate_values(self._tensors, one, own, self._sides.sizes)
         if values is not None:
             return Relation(values.kind, values.words)
         if changes is not None and region is not None:
-            return Relation("changed", region.words + _all_nan(changes))
+            return Relation("changed", said(region, changes))
         return self._blocks(one, own)
 
     def _blocks(self, one: View, own: View) -> Relation | None:
@@ -103,7 +93,7 @@ class Search:
                 told: list[str] = []
                 for low in range(0, count * size, size):
                     here, there = (view.part(axis, low, low + size) for view in (one, own))
-                    found = relate_values(self._tensors, here, there, self._sizes())
+                    found = relate_values(self._tensors, here, there, self._sides.sizes)
                     if found is None and not self._tensors.match(here, there):
                         break
                     told.append("" if found is None else found.words)
@@ -111,9 +101,6 @@ class Search:
                     words = [f"{noun}s {i * size}…{(i + 1) * size - 1}: {what}" for i, what in enumerate(told) if what]
                     return Relation("changed", "; ".join(words))
         return None
-
-    def _sizes(self) -> dict[str, int]:
-        return {} if self.geometry is None else self.geometry.sizes
 
     def _local(self, name: str, one: View, own: View, changes: Changes, region: Region, kind: str) -> Relation:
         """A part that changed: what became of it."""
@@ -123,7 +110,7 @@ class Search:
         for low, high in region.rows:
             for left, right in region.cols:
                 here, there = (view.part(0, low, high).part(1, left, right) for view in (one, own))
-                found = relate_values(self._tensors, here, there, self._sizes()) if here.elements > 1 else None
+                found = relate_values(self._tensors, here, there, self._sides.sizes) if here.elements > 1 else None
                 told.add(
                     found.words if found is not None else self._from(name, one, kind, ((low, high), (left, right)))
                 )
@@ -136,77 +123,54 @@ class Search:
             across = one.shape[1 - axis]
             if across < _SHORTEST or box[1 - axis] != (0, across):
                 continue
-            ours = self._take(one, kind)
+            ours = self._sides.take(one, kind)
             low, high = box[axis]
             part = (ours.cols if axis else ours.rows)[low:high]
-            for other in [name, *self._others(name, ())]:
+            for other in [name, *self._sides.others(name, ())]:
                 view = as_matrix(self._ref[other])
                 if view is not None and view.dtype == one.dtype and view.shape[1 - axis] == across:
-                    theirs = self._take(view, kind)
+                    theirs = self._sides.take(view, kind)
                     order = lookup(part, theirs.cols if axis else theirs.rows, low if other == name else None)
                     if (order >= 0).all():
                         return f"holds {spans(order, noun)} of {'the reference' if other == name else other}"
         return ""
 
-    def _others(self, name: str, first: Sequence[str]) -> list[str]:
-        rest = [other for other in self._ref if other not in set(first)]
-        return neighbours(name, first) + neighbours(name, rest)
-
-    def _take(self, view: View, kind: str) -> Prints:
-        key = (view, kind)
-        if key not in self._prints:
-            self._prints[key] = take_prints(self._tensors, view, kind)
-        return self._prints[key]
-
-    def _sketch(self, view: View) -> Sketch | None:
-        """The sketches of an array, of as many arrays as memory is for."""
-        if view not in self._sketches and (max(view.shape) > _MOST_UNITS or self._room <= 0):
-            return None
-        if view not in self._sketches:
-            self._sketches[view] = take_sketch(self._tensors, view)
-            self._room -= self._sketches[view].nbytes
-        return self._sketches[view]
-
     # -- the same elements
 
     def _arranged(self, name: str, one: View, two: View, kind: str) -> Relation | None:
         """The elements of another array in another order."""
-        if one.elements != two.elements or (one.elements > _MOST_UNITS and 1 in one.shape):
+        if one.elements != two.elements or (one.elements > MOST_UNITS and 1 in one.shape):
             return None
-        ours, theirs = self._take(one, kind), self._take(two, kind)
+        ours, theirs = self._sides.take(one, kind), self._sides.take(two, kind)
         if ours.plain or ours.bag != theirs.bag:
             return None
-        if one.shape != two.shape and self._tensors.match(_flat(one), _flat(two)):
+        if one.shape != two.shape and self._tensors.match(flat(one), flat(two)):
             return Relation("recut", f"the same elements in a row, as {' × '.join(map(str, self._out[name].shape))}")
         if one.shape == two.shape:
             for axis, (here, there) in enumerate(((ours.rows, theirs.rows), (ours.cols, theirs.cols))):
                 order = find_order(here, there) if telling(here) else None
                 if order is not None:
-                    return self._read(name, axis, order)
+                    return self._sides.reading(name, axis, order)
         if one.shape == two.shape[::-1] and 1 not in one.shape:
             order = np.arange(len(ours.rows)) if np.array_equal(ours.rows, theirs.cols) else None
             if order is not None:
                 return Relation("transposed", "rows are columns")
             order = find_order(ours.rows, theirs.cols)
             if order is not None:
-                return Relation("transposed", f"rows are columns, and {self._read(name, 0, order).words}")
+                return Relation("transposed", f"rows are columns, and {self._sides.reading(name, 0, order).words}")
         if one.shape == two.shape and telling(ours.row_bags) and telling(ours.col_bags):
             rows, cols = find_order(ours.row_bags, theirs.row_bags), find_order(ours.col_bags, theirs.col_bags)
             if rows is not None and cols is not None:
                 again = take_prints(self._tensors, one, kind, cols)
                 if np.array_equal(again.rows, theirs.rows[rows]):
-                    told = [self._read(name, axis, order).words for axis, order in enumerate((rows, cols))]
+                    told = [self._sides.reading(name, axis, order).words for axis, order in enumerate((rows, cols))]
                     return Relation("permuted", "; ".join(told))
         return self._recut(one, two, kind)
-
-    def _read(self, name: str, axis: int, order: np.ndarray) -> Relation:
-        reading = read_order(order, units_of(name, axis, self._out[name].shape, self.geometry))
-        return Relation("permuted", reading.words, rotary=reading.rotary)
 
     def _recut(self, one: View, two: View, kind: str) -> Relation | None:
         """Runs of elements in another order: slices that were joined along another axis than they were cut."""
         for length in reversed(divisors(gcd(one.shape[-1], two.shape[-1]))):
-            if length < _SHORTEST or one.elements // length > _MOST_UNITS:
+            if length < _SHORTEST or one.elements // length > MOST_UNITS:
                 break
             runs = [take_runs(self._tensors, view, kind, length) for view in (one, two)]
             order = find_order(*runs) if telling(runs[0]) else None
@@ -223,13 +187,13 @@ class Search:
                 f"interleaved: ({held}) lies as ({sizes}), as slices of {parts[0]} tensor ranks joined along the "
                 "wrong axis",
             )
-        if not telling(self._take(one, kind).rows):
+        if not telling(self._sides.take(one, kind).rows):
             return None
         return Relation("permuted", self._stretches(one, two) or _SHUFFLED)
 
     def _stretches(self, one: View, two: View) -> str | None:
         """Elements in a row in other places, where both are stored so."""
-        here, there = _flat(one), _flat(two)
+        here, there = flat(one), flat(two)
         if one.dtype != two.dtype or 1 in one.shape or here.shape[1] > 1 or there.shape[1] > 1:
             return None
         return find_stretches(self._tensors, here, there)
@@ -241,7 +205,7 @@ class Search:
             kind = None if view is None else next(iter(common_types(one.dtype, view.dtype)), None)
             if view is None or kind is None or view.elements != one.elements:
                 continue
-            ours, theirs = self._take(one, kind), self._take(view, kind)
+            ours, theirs = self._sides.take(one, kind), self._sides.take(view, kind)
             if ours.plain or ours.bag != theirs.bag:
                 continue
             if one.shape == view.shape and np.array_equal(ours.rows, theirs.rows):
@@ -258,89 +222,28 @@ class Search:
         """Rows or columns of the reference's own or other tensors, in other places; else how close it comes."""
         sources = ([name] if own is not None else []) + list(others)
         partly: Relation | None = None
-        for axis in (0, 1) if max(one.shape) <= _MOST_UNITS else ():
+        for axis in (0, 1) if max(one.shape) <= MOST_UNITS else ():
             found, missing = self._gathered(name, one, own, axis, sources)
             if found is not None and missing <= _STRAY * one.shape[axis]:
                 return found
             partly = partly or found
         level = own is not None and own.shape == one.shape and bool(common_types(one.dtype, own.dtype))
         apart = closeness(self._tensors, one, own) if level and own is not None else None
-        if apart is None or apart >= _NEAR:
-            found = self._alike(name, one, own, others)
+        if apart is None or apart >= NEAR:
+            found = relate_alike(self._sides, name, one, own, others)
             if found is not None or partly is not None:
                 return found or partly
-        flat = None if own is None or (apart is not None and apart < _NEAR) else self._stretches(one, own)
-        if flat is not None:
-            return Relation("permuted", flat)
+        words = None if own is None or (apart is not None and apart < NEAR) else self._stretches(one, own)
+        if words is not None:
+            return Relation("permuted", words)
         if not level or own is None:
             return None
         alike = [(other, view) for other in others if (view := as_matrix(self._ref[other])) and view.shape == one.shape]
-        counts = () if self.geometry is None else (self.geometry.heads, self.geometry.groups)
+        counts = () if self._sides.geometry is None else (self._sides.geometry.heads, self._sides.geometry.groups)
         words = mixed(self._tensors, one, own, alike, counts)
-        if apart is not None and apart < _CLOSE:
-            words = ", ".join([_close(apart), *([words] if words and "correlation" not in words else [])])
+        if apart is not None and apart < CLOSE:
+            words = ", ".join([close_by(apart), *([words] if words and "correlation" not in words else [])])
         return None if words is None else Relation("different", words)
-
-    def _alike(self, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
-        """Rows or columns in another order, or of another tensor, that have other values too."""
-        for other in ([name] if own is not None else []) + list(others):
-            view = as_matrix(self._ref[other])
-            if view is None or not common_types(one.dtype, view.dtype):
-                continue
-            for axis, turned in ((0, False), (1, False), (0, True)):
-                across = one.shape[1 - axis]
-                if across < NARROWEST or across != view.shape[1 - axis if not turned else axis]:
-                    continue
-                mine, theirs = self._sketch(one), self._sketch(view)
-                if mine is None or theirs is None:
-                    continue
-                order = find_alike(mine.cols if axis else mine.rows, theirs.cols if axis != turned else theirs.rows)
-                found = None if order is None else self._placed(name, one, other, view, order, axis, turned=turned)
-                if found is not None:
-                    return found
-        return None
-
-    def _placed(
-        self, name: str, one: View, other: str, view: View, order: np.ndarray, axis: int, *, turned: bool
-    ) -> Relation | None:
-        """What is to be said of rows or columns whose places are known."""
-        here, there = one.swap(0, 1) if axis else one, view.swap(0, 1) if axis != turned else view
-        straight = len(order) == there.shape[0] and bool(((order < 0) | (order == np.arange(len(order)))).all())
-        if straight and other == name and not turned:
-            return None
-        placed = Placed(self._tensors, here, there, order)
-        values = self._apart(
-            placed, *placed.views, near=_CLOSE if other != name else _NEAR, whole=bool((order >= 0).all())
-        )
-        if values is None:
-            return None
-        words, kind, rotary = "", "permuted", None
-        noun = ("row", "column")[axis]
-        if not straight:
-            plain = np.zeros(there.shape[0], bool)
-            units = units_of(name, axis, self._out[name].shape, self.geometry)
-            found = own_rows(order, order, np.arange(there.shape[0]), noun, plain, len(order), units)
-            words, kind, rotary = found.words, found.kind, found.rotary
-        missing = int((order < 0).sum()) if straight else 0
-        words = words or (f"{missing:,} {noun}{'' if missing == 1 else 's'} from elsewhere" if missing else "")
-        told = [one for one in ("rows are columns" if turned else "", words, values) if one]
-        if other != name:
-            return Relation("other", ", ".join(told), other=other, rotary=rotary)
-        return Relation("transposed" if turned else kind, ", ".join(told), rotary=rotary)
-
-    def _apart(self, tensors: Placed, one: View, two: View, *, near: float, whole: bool) -> str | None:
-        """How two arrays differ whose rows are alike; None where they do in no way that is known."""
-        if tensors.match(one, two):
-            return ""
-        found = relate_values(tensors, one, two, self._sizes())
-        if found is not None:
-            return found.words
-        changes = changes_of(tensors, one, two)
-        region = None if changes is None else region_of(changes, one.shape)
-        if changes is not None and region is not None and whole:
-            return region.words + _all_nan(changes)
-        apart = closeness(tensors, one, two)
-        return None if apart is None or apart >= near else _close(apart)
 
     def _gathered(
         self, name: str, one: View, own: View | None, axis: int, sources: Sequence[str]
@@ -354,9 +257,9 @@ class Search:
         for other in sources:
             view = as_matrix(self._ref[other])
             kind = None if view is None else next(iter(common_types(one.dtype, view.dtype)), None)
-            if view is None or kind is None or max(view.shape) > _MOST_UNITS or view.shape[1 - axis] != across:
+            if view is None or kind is None or max(view.shape) > MOST_UNITS or view.shape[1 - axis] != across:
                 continue
-            ours, theirs = self._take(one, kind), self._take(view, kind)
+            ours, theirs = self._sides.take(one, kind), self._sides.take(view, kind)
             here, there = (ours.rows, theirs.rows) if axis == 0 else (ours.cols, theirs.cols)
             if across == 1:
                 found = self._stretch(other, here, there) if name != other or len(here) != len(there) else None
@@ -373,7 +276,7 @@ class Search:
                 continue
             if other == name and count >= max(2, int(left.sum()) / 2):
                 plain = theirs.plain_rows if axis == 0 else theirs.plain_cols
-                units = units_of(name, axis, self._out[name].shape, self.geometry)
+                units = self._sides.units(name, axis)
                 mine = own_rows(order, here, there, noun, plain, int(left.sum()), units)
                 unknown = int(left.sum()) - count
             told.append((other, order))
@@ -404,28 +307,3 @@ class Search:
             if np.array_equal(there[start : start + len(here)], here):
                 return Relation("part", f"elements {start}…{start + len(here) - 1} of {other}", other=other)
         return None
-
-
-def _close(apart: float) -> str:
-    return f"close: off by {100 * apart:.2g}% of its size"
-
-
-def _all_nan(changes: Changes) -> str:
-    return ", all of them NaN" if changes.nans == changes.count else ""
-
-
-def _flat(view: View) -> View:
-    """A matrix's elements one after the other, where they are stored so; else as they are."""
-    dense = view.strides == (view.shape[1], 1) or 1 in view.shape
-    step = view.strides[0] if view.shape[1] == 1 else 1
-    return replace(view, shape=(view.elements, 1), strides=(step, 1)) if dense else view
-
-
-def as_matrix(view: View) -> View | None:
-    """All axes but the last as one, a vector as a column; None where the strides do not allow it."""
-    if len(view.shape) < 2:
-        return View(view.source, view.dtype, (view.elements, 1), (*(view.strides or (1,)), 1), view.start)
-    for outer, inner, size in zip(view.strides[:-2], view.strides[1:-1], view.shape[1:-1], strict=True):
-        if outer != inner * size:
-            return None
-    return replace(view, shape=(prod(view.shape[:-1]), view.shape[-1]), strides=(view.strides[-2], view.strides[-1]))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from engine.discover.orders import Units, divisors, read_order, runs_of
 from engine.discover.prints import Prints64
+from engine.discover.values import Kind as ValueKind
 
 MOST_NAMED = 4  # stretches that are named one by one
 _FEWEST_UNITS = 4  # different units that an order must put in place
+
+Kind = Literal[
+    ValueKind, "permuted", "transposed", "recut", "part", "padded", "truncated", "extended", "shape", "different",
+    "other",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,7 @@ class Relation:
         rotary: the choice of `rotary` that would have been right.
     """
 
-    kind: str
+    kind: Kind
     words: str = ""
     other: str | None = None
     rotary: str | None = None
@@ -105,7 +112,7 @@ def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plai
         return Relation("padded" if padding else "extended", told + ("" if padding else f", {noun}s with content"))
     rising = bool((np.diff(order[known]) > 0).all())
     what = "in order" if rising else "in another order"
-    kind = "padded" if by > 0 and rising else "truncated" if by < 0 and rising else "shape"
+    kind: Kind = "padded" if by > 0 and rising else "truncated" if by < 0 and rising else "shape"
     return Relation(kind, f"{told}, the others {what}: {placed(order, noun)}")
 
 

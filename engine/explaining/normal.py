@@ -112,7 +112,7 @@ class _Steps:
     def of(self, output: int) -> tuple[list[int], int]:
         """The sources that an output reads, in the order of its elements, and the number of its copies."""
         group, position = self._plan.copies.outputs[output]
-        template, numbers = self._plan.copies.filled(group)
+        template, numbers, _ = self._plan.copies.filled(group)
         made = self._made.get((id(template), position))  # which the plan keeps
         if made is None:
             made = self._made[id(template), position] = self.canonical(template.copies[position])

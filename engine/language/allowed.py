@@ -58,6 +58,8 @@ class Compiled:
     calls: frozenset[str]
 
     def run(self, names: Mapping[str, Any]) -> Any:
+        if isinstance(self.tree, nodes.Name) and self.tree.name in names and self.tree.name not in BUILTIN:
+            return names[self.tree.name]  # most are no more than a name, and Jinja takes long to say so
         values = {name: names[name] for name in self.names | (self.calls & {"present"}) if name in names}
         return self._function(**{**values, **FUNCTIONS})
 

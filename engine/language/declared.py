@@ -43,6 +43,14 @@ def expressions_of(tree: Any) -> Iterator[Expression]:
             yield from expressions_of(child)
 
 
+def every_expression(mapping: Mapping) -> list[Expression]:
+    """All expressions of a mapping."""
+    choices = [dict(v.choices) for v in mapping.variants.values()]
+    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
+    every = [dict(mapping.dims), choices, mapping.config, mapping.training_config, dict(remote), mapping.transformers]
+    return list(expressions_of(every))
+
+
 def check_mapping(mapping: Mapping, document: Document, *, whole: bool = True) -> None:
     """Options, dropped and expected axes, and tied targets of a mapping exist; all that do not are told.
 
@@ -50,10 +58,7 @@ def check_mapping(mapping: Mapping, document: Document, *, whole: bool = True) -
         whole: whether every rule could be read; else what only some of them declare is not asked for.
     """
     errors = Errors()
-    choices = [dict(v.choices) for v in mapping.variants.values()]
-    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
-    said = [dict(mapping.dims), choices, mapping.config, mapping.training_config, remote, mapping.transformers]
-    for expression in expressions_of(said):
+    for expression in every_expression(mapping):
         with errors.caught():
             _check_options(expression, mapping.options)
     targets = [target.name for rule in mapping.rules for target in rule.targets]

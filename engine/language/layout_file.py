@@ -63,6 +63,7 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
         config_format=data["config"]["format"],
         configs=tuple(map(_config_file, configs)),
         config_of_target=data["config"].get("of") == "target",
+        config_from_target=data["config"].get("else") == "target",
         training_file=training.get("file"),
         training_format=training.get("format"),
         training_repeats=training.get("repeats"),

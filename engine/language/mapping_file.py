@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from engine.language.declared import check_mapping, undeclared
 from engine.language.documents import At, Document
 from engine.language.expressions import check_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
-from engine.language.merging import load_resolved
+from engine.language.merging import Kept, chain_of, merged
 from engine.language.model import Exclusion, Expression, Mapping, Option, RemoteCode, Variant
 from engine.language.names import check_file_name, pattern
 from engine.language.rules import read_rule
@@ -41,9 +42,15 @@ def load_mapping(name: str | Path) -> Mapping:
             expected="a name, a path, or a loaded mapping",
             fix="Give the name of a bundled mapping, like internlm2-7b, or the path of a file.",
         )
-    document, files = load_resolved(find_file(str(name)))
+    return _built(chain_of(find_file(str(name))))
+
+
+@lru_cache(maxsize=64)
+def _built(chain: tuple[Kept, ...]) -> Mapping:
+    """A mapping of files, built anew when one of them changed."""
+    document = merged(chain)
     check_schema(document, "mapping", merged=True)
-    return build_mapping(document, files)
+    return build_mapping(document, tuple(one.name for one in chain))
 
 
 def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
@@ -115,6 +122,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         expect_place=place("expect"),
         places={(part, *path): at.key for (part, *path), at in _placed(document)},
         as_model=data.get("names") == "model",
+        classes=data.get("classes") or {},
         remote_code=_remote_code(document, target.get("remote_code")),
         transformers=read(("target", "transformers"), target.get("transformers")),
     )

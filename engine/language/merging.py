@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import EngineError, Place
 from engine.language.documents import At, Document, KeyPath, load_yaml
@@ -36,19 +37,40 @@ _WHOLE = frozenset(("choices",))  # the order of choices is their meaning: repla
 _WHOLE_KEY = 3  # length of a path to what `keys` declares of one key: one statement
 
 
-def load_resolved(path: Path) -> tuple[Document, tuple[str, ...]]:
-    """A mapping file merged over its parents, and the files it came from, family first.
+class Kept(NamedTuple):
+    """A file as it was when it was read: its path, the name that messages have for it, and what tells a change."""
 
-    Rules become a mapping of name → rule, in the parent's order and then the child's.
+    path: Path
+    name: str
+    stamp: tuple[int, int, int] | None
+
+
+def chain_of(path: Path) -> tuple[Kept, ...]:
+    """The files that a mapping is merged of, family first.
 
     Raises:
         EngineError: E101, E102 for what cannot be read, E106 for parents that cannot be resolved.
     """
-    return _load(path, ())
+    chain: tuple[Kept, ...] = (_kept(path),)
+    while (parent := _parent(chain)) is not None:
+        chain = (_kept(parent), *chain)
+    return chain
 
 
-def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, ...]]:
-    own = _own(path)
+def merged(chain: Sequence[Kept]) -> Document:
+    """A mapping merged over its parents.
+
+    Rules become a mapping of name → rule, in the parent's order and then the child's.
+
+    Raises:
+        EngineError: E106 for what does not fit its parent.
+    """
+    return reduce(lambda base, own: _Merge(base, own).result(), (_read(*one) for one in chain))
+
+
+def _parent(chain: Sequence[Kept]) -> Path | None:
+    """The file that the first of a chain extends."""
+    path, own = chain[0].path, _read(*chain[0])
     parent = own.data.get("extends")
     if parent is None:
         if own.data.get("remove"):
@@ -59,9 +81,8 @@ def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, 
                 expected="`extends` beside it",
                 fix="Name the parent with `extends`, or delete `remove`.",
             )
-        return own, (own.file,)
+        return None
     place = own.place("extends")
-    chain = (*children, path.resolve())
     try:
         beside = path.parent / parent
         found = beside if os.path.isfile(beside) else find_file(parent)
@@ -74,10 +95,11 @@ def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, 
             expected=error.expected,
             fix=error.fix,
         ) from None
-    shape = " → ".join(p.name for p in (*chain, found))
-    if found.resolve() in chain:
+    files = [one.path.resolve() for one in reversed(chain)]
+    shape = " → ".join(p.name for p in (*files, found))
+    if found.resolve() in files:
         raise EngineError("E106", "`extends` goes round in circles", place=place, got=shape, fix="Break the circle.")
-    if len(chain) >= _MAX_PARENTS:
+    if len(files) >= _MAX_PARENTS:
         raise EngineError(
             "E106",
             f"`extends` goes through more than {_MAX_PARENTS} files",
@@ -85,22 +107,21 @@ def _load(path: Path, children: tuple[Path, ...]) -> tuple[Document, tuple[str, 
             got=shape,
             fix="Shorten the chain: a family and a release are usually enough.",
         )
-    base, files = _load(found, chain)
-    return _Merge(base, own).result(), (*files, own.file)
+    return found
 
 
-def _own(path: Path) -> Document:
-    """One file by itself. A family is read once for all its releases, unless it changed."""
+def _kept(path: Path) -> Kept:
     try:
         found = path.stat()
         stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
     except OSError:
         stamp = None  # reading it tells what is wrong
-    return _read(path, shown(path), stamp)
+    return Kept(path, shown(path), stamp)
 
 
 @lru_cache(maxsize=64)
 def _read(path: Path, name: str, stamp: tuple[int, int, int] | None) -> Document:
+    """One file by itself. A family is read once for all its releases, unless it changed."""
     document = load_yaml(path, name)
     check_schema(document, "mapping")
     return _named(apart(document))

@@ -126,6 +126,7 @@ class Mapping:
     keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
+    classes: MappingABC[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
     places: MappingABC[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
     remote_code: RemoteCode | None = None
     transformers: Any = None
@@ -239,6 +240,7 @@ class Layout:
     config_format: str  # pickled_mapping | json
     configs: tuple[ConfigFile, ...]  # where it may lie; the first is `config_file`
     config_of_target: bool  # it is the target's own config.json, which may also be given
+    config_from_target: bool  # where it lies nowhere, a given config.json of the target stands for it
     training_file: str | None
     training_format: str | None  # python_source
     training_repeats: str | None  # its key under which it has the configuration again

@@ -17,7 +17,12 @@ from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
 from engine.language.model import Expression, Layout, Prefix, Rule, Target
 from engine.language.model import Mapping as MappingFile
-from engine.planning.attempts import Checkpoint
+from engine.planning.attempts import Checkpoint, claims
+from engine.planning.config_keys import read_config, source_side
+from engine.planning.pieces import match_pieces
+from engine.planning.stored import instances
+from engine.planning.variants import decide
+from engine.planning.whole import whole_groups, whole_instances
 
 Shape = tuple[int, ...]
 
@@ -62,6 +67,26 @@ def fit_to_model(
     files = tuple(file.only(lambda name: name.startswith(begins)) for file in checkpoint.files)
     fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: name.removeprefix(own))
     return fitted, replace(layout, prefixes=(Prefix(prefix, None),)), replace(checkpoint, files=files)
+
+
+def told_by(told: MappingFile, layout: Layout, config: Mapping[str, Any]) -> Wanted | None:
+    """What a model class wants by the mapping that tells its tensors; None where that does not know the configuration.
+
+    It knows one of which it declares every key, and every value fits.
+    """
+    try:
+        read = read_config(config, source_side(told, replace(layout, keys={})))
+        decide(told.variants, {}, read.config)
+        facts, unread = claims(told, dict(read.config), "config.json")
+        pieces = match_pieces(instances(told))
+        sizes = {name: fact.value for name, fact in facts.items()}
+        listed = whole_groups(pieces, whole_instances(pieces), sizes, unread)
+    except EngineError:
+        return None
+    shapes = {group.name: next(iter(group.shards.values()))[0].header.shape for _, group in listed}
+    ties = {group.name: spec.instances[0].rule.tied_to for spec, group in listed if read.config["tie_word_embeddings"]}
+    tied = {name: to for name, to in ties.items() if to is not None}
+    return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
 
 
 def rules_of(

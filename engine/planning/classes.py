@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FLOATS
@@ -25,6 +26,14 @@ class Template:
     dtypes: tuple[frozenset[int], ...]  # per target shard: which sources it reads
 
 
+class Filled(NamedTuple):
+    """A group's template, the numbers of the tensors that its sources are, and their element type if it is one."""
+
+    template: Template
+    numbers: list[int]
+    dtype: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class CopyTable:
     """`Plan.copies`: a class's template with the tensor numbers of one output put in.
@@ -39,11 +48,11 @@ class CopyTable:
     source: Side
     _templates: dict[tuple[object, ...], Template] = field(default_factory=dict, compare=False, repr=False)
     # of each group that was asked for, as rank files name its shards far apart
-    _filled: dict[GroupKey, tuple[Template, list[int]]] = field(default_factory=dict, compare=False, repr=False)
+    _filled: dict[GroupKey, Filled] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, output: int) -> list[Copy]:
         group, shard = self.outputs[output]
-        template, numbers = self.filled(group)
+        template, numbers, _ = self.filled(group)
         return [
             Copy(
                 numbers[c.source], output, c.source_offset, c.target_offset, c.shape, c.source_strides, c.target_strides
@@ -63,7 +72,9 @@ class CopyTable:
     def dtype(self, output: int, name: str, files: Sequence[str], place: Place | None) -> str:
         """The one element type of everything that is copied into an output; E210 when there are several."""
         group, shard = self.outputs[output]
-        template, numbers = self.filled(group)
+        template, numbers, only = self.filled(group)
+        if only in FLOATS:
+            return only
         seen: dict[str, int] = {}
         for source in sorted(template.dtypes[shard]):
             seen.setdefault(self.source.stored[numbers[source]].header.dtype, numbers[source])
@@ -90,8 +101,8 @@ class CopyTable:
             )
         return dtype
 
-    def filled(self, group: Group) -> tuple[Template, list[int]]:
-        """The template of a group, and the numbers of the tensors that its sources are."""
+    def filled(self, group: Group) -> Filled:
+        """What fills the shards of a group."""
         known = self._filled.get(group.key)
         if known is not None:
             return known
@@ -101,8 +112,9 @@ class CopyTable:
         template = self._templates.get(key)
         if template is None:
             template = self._templates[key] = self._make(group, reaching)
-        self._filled[group.key] = template, numbers
-        return template, numbers
+        dtypes = {self.source.stored[number].header.dtype for number in numbers}
+        found = self._filled[group.key] = Filled(template, numbers, dtypes.pop() if len(dtypes) == 1 else None)
+        return found
 
     def _make(self, group: Group, reaching: Sequence[Group]) -> Template:
         """Intersect every region of the group with every region of the groups that reach it."""

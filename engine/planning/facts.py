@@ -48,7 +48,18 @@ def facts_of(
     """Read the configuration; where it is the target's, the training configuration is what the mapping makes of it."""
     names = list(dict.fromkeys(one.name for one in stored))
     if checkpoint.end == "training":
-        read = read_config(checkpoint.config, source_side(mapping, layout), expressed=expressed)
+        config = checkpoint.config
+        if not config and layout.config_from_target:
+            if not checkpoint.target_config:
+                raise EngineError(
+                    "E202",
+                    "the training configuration is missing, so sizes and what no tensor tells are not known",
+                    expected=f"{layout.config_file} beside the weights, or --config",
+                    fix="Give the config.json of the model with --config FILE.",
+                )
+            target = read_config(checkpoint.target_config, target_side(mapping)).config
+            config = render_known(mapping.training_config, {**target, "options": options})
+        read = read_config(config, source_side(mapping, layout), expressed=expressed)
         training = read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config
         check_repeated(
             checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.checkpoint.ranks import RankFile
 from engine.language.model import FilePattern, Layout
@@ -53,13 +53,13 @@ class Group:
     fixed: Mapping[str, int]  # placeholders: layer, expert
     cut: Cut
     shards: Mapping[tuple[int, ...], tuple[Stored, ...]]
+    key: GroupKey = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", (self.instance.key, *self.fixed.values()))
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
         return tuple((ranks, stored[0].header.whole) for ranks, stored in self.shards.items())
-
-    @property
-    def key(self) -> GroupKey:
-        return (self.instance.key, *self.fixed.values())
 
     @property
     def name(self) -> str:
@@ -107,7 +107,7 @@ def group_shards(
     layout: Layout,
 ) -> dict[GroupKey, Group]:
     """Collect shards of the same rule, parameter and placeholder values, replicas together."""
-    cuts: dict[tuple[str, str, bool], tuple[Cut, tuple[str, ...]]] = {}
+    cuts: dict[tuple[str, str, bool], tuple[Cut, tuple[str, ...], dict[int, tuple[int, ...]]]] = {}
     collected: dict[GroupKey, dict[tuple[int, ...], list[Stored]]] = {}
     facts: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut]] = {}
     once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
@@ -117,13 +117,15 @@ def group_shards(
         cut_key = (instance.key, file.pattern.name, part)
         if cut_key not in cuts:
             cut = cut_of(instance, file.pattern, layout, part=part)
-            cuts[cut_key] = cut, cut.rank_dims()
-        cut, dims = cuts[cut_key]
+            cuts[cut_key] = cut, cut.rank_dims(), {}
+        cut, dims, at = cuts[cut_key]
         key: GroupKey = (instance.key, *fixed.values())
         if facts.setdefault(key, (instance, fixed, cut))[2].recorded != cut.recorded or (part and not cut.recorded):
             raise unexpected_part(stored, file)
-        ranks = tuple([file.ranks[dim] for dim in dims])
-        ranks = once.setdefault(ranks, ranks)
+        ranks = at.get(stored.file)
+        if ranks is None:
+            ranks = tuple([file.ranks[dim] for dim in dims])
+            ranks = at[stored.file] = once.setdefault(ranks, ranks)
         collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
     result: dict[GroupKey, Group] = {}
     for key, shards in collected.items():

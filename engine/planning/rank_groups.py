@@ -68,6 +68,8 @@ class RankGroups:
         shape = self._shapes(instance, cut)
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
         holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is bound to
+        named = [p for p in pattern(file.name).placeholders if p in names or p == "number"]  # besides ranks
+        files: dict[tuple[object, ...], list[int]] = {}
         for values in product(*(range(self._sizes[a]) for a in names)):
             fixed = dict(zip(names, values, strict=True))
             chunk, home, local = self._home(instance, fixed)
@@ -76,19 +78,21 @@ class RankGroups:
             if bound not in holding:
                 holding[bound] = [*self._holders(file, cut, home, boxes or shape)]
             shards: dict[tuple[int, ...], list[Stored]] = {}
-            listed: list[tuple[Order, Stored, tuple[int, ...]]] = []
-            number = self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)
-            for ranks, at, local_shape, strides, part in holding[bound]:
-                header = TensorHeader(key, "", local_shape, strides, 0, part)
-                one = Stored(self._number(file, {**ranks, **fixed, "number": number}), header, key, chunk)
-                listed.append(((chunk, stage, local.get("layer", 0), position, *values), one, at))
-                shards.setdefault(at, []).append(one)
+            given = {**fixed, "number": self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)}
+            which = (bound, *[given[p] for p in named])
+            if which not in files:
+                files[which] = [self._number(file, {**ranks, **given}) for ranks, *_ in holding[bound]]
+            order = (chunk, stage, local.get("layer", 0), position, *values)
+            for number, (_, at, local_shape, strides, part) in zip(files[which], holding[bound], strict=True):
+                replicas = shards.setdefault(at, [])
+                header = replicas[0].header if replicas else TensorHeader(key, "", local_shape, strides, 0, part)
+                replicas.append(Stored(number, header, key, chunk))
             ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
             group = Group(instance, fixed, cut, ordered)
             self.groups.append(group)
-            place = {ranks: number for number, ranks in enumerate(ordered)}
-            for order, one, at in listed:
-                self.held[one.file].append((order, one, group, place[at]))
+            for place, copies in enumerate(ordered.values()):
+                for one in copies:
+                    self.held[one.file].append((order, one, group, place))
 
     def _holders(
         self, file: FilePattern, cut: Cut, home: Mapping[str, int], shape: _Boxes | _Shapes

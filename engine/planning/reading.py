@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,17 @@ from engine.language.model import Layout
 from engine.storage.places import Source, file_at, store_at
 
 if TYPE_CHECKING:
+    from engine.formats.headers import FileHeader
     from engine.planning.attempts import Checkpoint
+
+
+def read_some(src: Source, layout: Layout, mode: str, names: Sequence[str]) -> tuple[FileHeader, ...]:
+    """The headers of some files of a training checkpoint that was read whole before, in a mode of its layout."""
+    from engine.checkpoint.folder import read_headers
+    from engine.checkpoint.identity import told_by
+
+    found = next(one for one in layout.modes if one.name == mode)
+    return read_headers(store_at(src, "the checkpoint"), names, found, layout.skip_tensors, told_by(layout), some=True)
 
 
 def read_checkpoint(
@@ -24,7 +35,13 @@ def read_checkpoint(
         config: a file of the target's configuration, for what the checkpoint does not say.
         needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
     """
-    from engine.checkpoint.folder import list_folder, read_configuration, read_folder_config, read_headers
+    from engine.checkpoint.folder import (
+        list_folder,
+        no_configuration,
+        read_configuration,
+        read_folder_config,
+        read_headers,
+    )
     from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
     from engine.checkpoint.ranks import check_claims, folders_in, read_grid
     from engine.formats.configs import read_json
@@ -35,6 +52,9 @@ def read_checkpoint(
     target = {} if file is None else read_json(file)
     read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
     grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), read)
+    signs = [beside.file for beside in grid.mode.beside]
+    if signs and layout.config_from_target and not read() and not any(map(folder.has, signs)):
+        raise no_configuration(folder, layout)  # files of that name and nothing else may be another framework's
     training: dict[str, Any] = {}
     if layout.training_file is not None and layout.training_format is not None:
         training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)

@@ -179,14 +179,23 @@ def _tied_names(rules: Sequence[Instance]) -> dict[str, str]:
 def _with_tied(
     stored: Sequence[Stored], tied: Mapping[str, str], matches: Matches, choices: Mapping[str, str]
 ) -> tuple[Stored, ...]:
-    """The tensors, and for each that a rule needs and that is left out, as tied, the one that stands for it."""
+    """The tensors, and for each that a rule needs and that is left out, as tied, the one that stands for it.
+
+    One that no rule needs, as rank files leave it out, is a copy of the one that it equals.
+    """
     held = {one.name: one for one in stored}
+
+    def needed(name: str) -> bool:
+        return any(is_active(one, choices) for one, _ in matches.candidates[name])
+
+    spare = (name for name in tied if name in held and name in matches.candidates and not needed(name))
+    copies = {name: tied[name] for name in spare if tied[name] in held}
     return (
-        *stored,
+        *(replace(one, name=copies.get(one.name, one.name)) for one in stored),
         *(
             replace(held[to], name=name)
             for name, to in tied.items()
-            if name not in held and to in held and any(is_active(i, choices) for i, _ in matches.candidates[name])
+            if name not in held and to in held and needed(name)
         ),
     )
 

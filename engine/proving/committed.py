@@ -141,7 +141,8 @@ def read_meaning(path: Path) -> dict[KeyPath, Any]:
             got=str(path),
             fix="Write it again with `engine prove --write-meaning`, and read what changes.",
         ) from None
-    base = {p: v for p, v in base.items() if not any(p[: len(q)] == q or q[: len(p)] == p for q in differs)}
+    above = {q[:end] for q in differs for end in range(len(q) + 1)}
+    base = {p: v for p, v in base.items() if p not in above and not any(p[:n] in differs for n in range(len(p)))}
     return {**base, **{p: v for p, v in differs.items() if v != GONE}}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import nodes
 
 from engine.errors import Place
-from engine.language.declared import expressions_of
+from engine.language.declared import every_expression
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout
@@ -217,14 +217,6 @@ def _results(node: nodes.Node) -> Iterator[str]:
             yield from _results(item)
     elif isinstance(node, nodes.Const) and isinstance(node.value, str):
         yield node.value
-
-
-def every_expression(mapping: MappingFile) -> list[Expression]:
-    """All expressions of a mapping."""
-    variants = [dict(v.choices) for v in mapping.variants.values()]
-    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
-    every = [dict(mapping.dims), variants, mapping.config, mapping.training_config, dict(remote), mapping.transformers]
-    return list(expressions_of(every))
 
 
 def place_of(mapping: MappingFile, *path: str) -> Place:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from itertools import product
 
 from engine.errors import EngineError, EngineErrors
+from engine.language.declared import every_expression
 from engine.language.expressions import compile_expression, names_in
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
@@ -14,7 +15,7 @@ from engine.language.model import Layout, Mapping, Rule
 from engine.language.names import PARAMS, pattern
 from engine.language.search import find_file, kind_of
 from engine.proving.finding import Finding, finding_of
-from engine.proving.known_names import check_names, every_expression
+from engine.proving.known_names import check_names
 from engine.proving.undeclared import undeclared
 from engine.proving.values import check_values
 

@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.planning.as_model import Wanted, fit_to_model, rules_of
+from engine.planning.as_model import Wanted, fit_to_model, rules_of, told_by
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
@@ -34,8 +37,8 @@ def wanted(config: Mapping[str, Any], architecture: str) -> dict[str, tuple[int,
     return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
 
 
-def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
-    """What the model class of a configuration wants to load, ties apart.
+def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
+    """What the model class of a configuration wants to load, ties apart, as a file of the mapping's or the class tells.
 
     Raises:
         EngineError: E209 when transformers has no such class, E502 when it refuses the configuration.
@@ -47,6 +50,18 @@ def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
             expected="config.json beside the weights, or --config",
             fix="Give the config.json of the model with --config FILE.",
         )
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and len(named) == 1 else None
+    told = load_mapping(mapping.classes[name]) if isinstance(name, str) and name in mapping.classes else None
+    if told is not None and told.model_type == config.get("model_type"):
+        known = told_by(told, load_layout(told.layout, told.layout_place), config)
+        if known is not None:
+            return known
+    return asked(config)
+
+
+def asked(config: Mapping[str, Any]) -> Wanted:
+    """What the model class of a configuration itself says; errors as above."""
     if "transformers" in sys.modules:
         return _wanted_here(config)
     # Torch and transformers take ten times the memory of a conversion: a process that ends gives it back.
@@ -57,16 +72,18 @@ def wanted_by_class(config: Mapping[str, Any]) -> Wanted:
     )  # fmt: skip
     if done.returncode:
         return _wanted_here(config)  # which tells why
-    told = pickle.loads(done.stdout)  # of this engine's own
-    if isinstance(told, EngineError):
-        raise told
-    wanted: Wanted = told
-    return wanted
+    answer: Wanted | EngineError = pickle.loads(done.stdout)  # of this engine's own
+    if isinstance(answer, EngineError):
+        raise answer
+    return answer
 
 
 def tell() -> None:
     """Say what the model class of a configuration wants, from process to process."""
+    from torch import distributed
+
     answer, sys.stdout = sys.stdout.buffer, sys.stderr  # libraries that print shall not be in the answer
+    distributed.is_available = lambda: False  # what transformers imports for it takes a third of the time
     config = pickle.load(sys.stdin.buffer)
     try:
         told: Wanted | EngineError = _wanted_here(config)
@@ -105,7 +122,7 @@ def written_as_model(mapping: MappingFile, config: Mapping[str, Any]) -> Mapping
     """A mapping with its rules for tensors to be written, also where these come from the model class."""
     if not mapping.as_model or mapping.rules:
         return mapping
-    return rules_of(mapping, wanted_by_class(config), config)
+    return rules_of(mapping, wanted_by_class(mapping, config), config)
 
 
 def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Layout, Checkpoint]:
@@ -115,7 +132,14 @@ def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tupl
     """
     if not mapping.as_model:
         return mapping, layout, checkpoint
-    return fit_to_model(mapping, layout, wanted_by_class(checkpoint.target_config), checkpoint)
+    return fit_to_model(mapping, layout, wanted_by_class(mapping, checkpoint.target_config), checkpoint)
+
+
+def load_classes() -> None:
+    """Load torch and transformers, if they are there, before they are asked."""
+    with suppress(ImportError):
+        import torch  # noqa: F401
+        from transformers.models.auto.modeling_auto import AutoModelForCausalLM  # noqa: F401
 
 
 def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | str:

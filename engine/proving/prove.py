@@ -29,7 +29,7 @@ from engine.proving.finding import Finding
 from engine.proving.lint import lint
 from engine.proving.matrix import Case, Combination, Row, cases, combinations_of, real_cases, rows
 from engine.proving.meaning import usual_world
-from engine.proving.meta_model import misfits, wanted
+from engine.proving.meta_model import load_classes, misfits, wanted
 from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
@@ -51,6 +51,14 @@ class _Proven:
     names: dict[str, str]  # what a round trip depends on → the mapping it was proved for
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A proof, and the models that are still to be held against transformers' own."""
+
+    proof: Proof
+    worlds: Sequence[World]
+
+
 def _shared(mapping: MappingFile) -> str:
     """What a round trip depends on: mappings that say the same of it are proved together."""
     parts = ("rules", "dims", "variants", "ignore", "refuse", "config", "training_config", "source")
@@ -61,66 +69,84 @@ def prove(
     names: Sequence[str | Path | MappingFile], *, mutants: bool = False, progress: Listener | None = None
 ) -> list[Proof]:
     """Prove mappings, many of them in several processes; rules that several share are run once."""
-    loaded: list[MappingFile | Proof] = []
-    groups: dict[str, list[int]] = {}
-    for name in names:
+    found: dict[int, Proof] = {}
+    groups: dict[str, list[tuple[int, MappingFile]]] = {}
+    for number, name in enumerate(names):
         try:
             mapping = name if isinstance(name, MappingFile) else load_mapping(str(name))
         except EngineError as error:
             errors = error.errors if isinstance(error, EngineErrors) else [error]
             failures = [Failure.of(one) for one in errors]
-            loaded.append(Proof(str(name), (check_of("loads", "the file is a mapping", failures),)))
+            found[number] = Proof(str(name), (check_of("loads", "the file is a mapping", failures),))
             continue
-        groups.setdefault(_shared(mapping), []).append(len(loaded))
-        loaded.append(mapping)
+        groups.setdefault(_shared(mapping), []).append((number, mapping))
     meter = Meter(len(names), progress, "proving", "mappings")
-    listed = sorted(groups.values(), key=len, reverse=True)
-    members = [[one for i in group if isinstance(one := loaded[i], MappingFile)] for group in listed]
+    listed = sorted(groups.values(), key=_work, reverse=True)  # so that no long one is begun last
+    members = [[mapping for _, mapping in group] for group in listed]
     alone = len(names) <= _FEW or len(listed) < 2 or (os.cpu_count() or 1) < 2
-    found: dict[int, Proof] = {i: one for i, one in enumerate(loaded) if isinstance(one, Proof)}
     for number, proofs in _alone(members, mutants, meter) if alone else _together(members, mutants):
-        found.update(zip(listed[number], proofs, strict=True))
-        meter.advance(len(proofs))
+        for (i, mapping), begun in zip(listed[number], proofs, strict=True):
+            found[i] = _with_model(mapping, begun)
+            meter.advance(1)
     return [found[i] for i in range(len(names))]
 
 
-def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter) -> Iterator[tuple[int, list[Proof]]]:
+def _work(group: Sequence[tuple[int, MappingFile]]) -> int:
+    """A guess of how long mappings take to prove: combinations to try, and layers to plan."""
+    layers = {mapping.expect.get("layer", 0) for _, mapping in group}
+    return len(combinations_of(group[0][1])) + sum(layers)
+
+
+def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter) -> Iterator[tuple[int, list[_Begun]]]:
     for number, group in enumerate(groups):
         meter.begin(f"proving {group[0].name}")
         yield number, prove_group(group, mutants)
 
 
-def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterator[tuple[int, list[Proof]]]:
-    """Groups in processes of their own, each as soon as it is proved."""
+def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterator[tuple[int, list[_Begun]]]:
+    """Groups in processes of their own, each as soon as it is proved; transformers is loaded in this one alone."""
     workers = min(os.cpu_count() or 1, len(groups))
     collecting = gc.get_threshold()  # a new process looks for cycles as seldom as this one does
     with ProcessPoolExecutor(workers, get_context("spawn"), gc.set_threshold, collecting) as pool:
         running = {pool.submit(prove_group, group, mutants): number for number, group in enumerate(groups)}
+        load_classes()
         for done in as_completed(running):
             yield running[done], done.result()
 
 
-def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[Proof]:
-    """Prove mappings one after another."""
+def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[_Begun]:
+    """Prove mappings one after another, but for what transformers has to say."""
     proven = _Proven({})
-    found: list[Proof] = []
+    found: list[_Begun] = []
     for mapping in mappings:
         started = time.monotonic()
+        worlds: Sequence[World] = ()
         try:
-            checks, tried = _prove(mapping, proven, mutants=mutants)
+            checks, tried, worlds = _prove(mapping, proven, mutants=mutants)
         except EngineError as error:
             checks, tried = [check_of("proof", "everything could be tried", [Failure.of(error)])], []
-        found.append(Proof(mapping.name, tuple(checks), tuple(tried), time.monotonic() - started))
+        found.append(_Begun(Proof(mapping.name, tuple(checks), tuple(tried), time.monotonic() - started), worlds))
     return found
 
 
-def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[list[Check], list[Mutant]]:
+def _with_model(mapping: MappingFile, begun: _Begun) -> Proof:
+    """A proof with the check of the models that are left to hold against transformers'."""
+    proof, started = begun.proof, time.monotonic()
+    if not begun.worlds:
+        return proof
+    checks = (*proof.checks, check_model(mapping, begun.worlds))
+    return replace(proof, checks=checks, seconds=proof.seconds + time.monotonic() - started)
+
+
+def _prove(
+    mapping: MappingFile, proven: _Proven, *, mutants: bool
+) -> tuple[list[Check], list[Mutant], Sequence[World]]:
     layout = load_layout(mapping.layout, mapping.layout_place)
     combinations = combinations_of(mapping)
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
     checks.append(check_meaning(mapping))
     if not checks[0].holds:
-        return checks[:1], []
+        return checks[:1], [], ()
     worlds = Worlds(mapping)
     possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
     tried: list[Mutant] = []
@@ -129,13 +155,13 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
         checks.append(Check(ROUND_TRIP, True, f"the rules of {proven.names[key]}, proved there"))
     else:
         proven.names[key] = mapping.name
-        with tempfile.TemporaryDirectory(prefix="prove-") as folder:
+        with tempfile.TemporaryDirectory(prefix="prove-", dir=_quick()) as folder:
             check = check_round_trip(mapping, layout, worlds, possible, Path(folder))
             checks.append(check)
             if mutants and check.holds is not False:
                 tried = try_mutants(mapping)
     if not checks[-1].holds:
-        return checks, []
+        return checks, [], ()
     world = usual_world(mapping, worlds, mapping.expect)
     assert world is not None  # a round trip was made
     if mapping.expect:
@@ -145,9 +171,13 @@ def _prove(mapping: MappingFile, proven: _Proven, *, mutants: bool) -> tuple[lis
         else:
             proven.names[told] = mapping.name
             checks.append(check_real_sizes(mapping, layout, world))
-    every = [world] if mapping.expect else neighbours(mapping, worlds, possible, world)
-    checks.append(check_model(mapping, every))
-    return checks, tried
+    return checks, tried, [world] if mapping.expect else neighbours(mapping, worlds, possible, world)
+
+
+def _quick() -> Path | None:
+    """A folder in memory, where there is one: thousands of tiny files are brought to stable storage."""
+    memory = Path("/dev/shm")
+    return memory if os.access(memory, os.W_OK) else None
 
 
 def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> Check:

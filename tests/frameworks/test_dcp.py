@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
 import engine
 from engine.errors import EngineError
@@ -251,6 +252,21 @@ def test_sharding_info_that_lies_is_refused(copy: Callable[[str], Path], tmp_pat
     ):
         save_file(tensors, path, {"format": "pt"} | ({} if said is None else {"DCP_SHARDING_INFO": said}))
         assert refused("fsdp4-f32-hf", folder, tmp_path).code in ("E301", "E303", "E208", "E203")
+
+
+def test_what_torch_made_of_shards_is_read_too_and_a_missing_file_named(tmp_path: Path) -> None:
+    source, folder = source_of(DCP / "fsdp4-f32-hf"), tmp_path / "step-10"
+    shards = Path(shutil.copytree(source, folder / "sharded"))
+    files = {name: int(file.name[18:23]) for file in shards.iterdir() for name in load_file(file)}
+    consolidate_safetensors_files(str(shards), str(folder), files)
+    convert("fsdp4-f32-hf", tmp_path / "one", folder)
+    convert("fsdp4-f32-hf", tmp_path / "other", source)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
+    shutil.rmtree(shards)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert refused("fsdp4-f32-hf", folder, tmp_path).code == "E207"
+    shutil.copy(DCP / "fsdp4-f32-hf" / "hf_config.json", folder / "config.json")  # it is what is to be written
+    assert refused("fsdp4-f32-hf", folder, tmp_path).code == "E304"
 
 
 def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
 from engine.errors import EngineError
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.planning.as_model import told_by
+from engine.proving.meta_model import asked
 from tests.support.frameworks import weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -127,6 +131,27 @@ def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="q_norm") as caught:
         engine.convert("transformers", save(many, tmp_path / "many", LLAMA), tmp_path / "out")
     assert caught.value.code == "E205"
+
+
+@pytest.mark.parametrize("architecture", load_mapping("transformers").classes)
+def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> None:
+    """For one configuration after another; where a key is not declared, or a value does not fit, the class is asked."""
+    generic = load_mapping("transformers")
+    told, layout = load_mapping(generic.classes[architecture]), load_layout("torch-dcp")
+    plain = {**LLAMA, "architectures": [architecture], "model_type": told.model_type}
+    changes: list[dict[str, Any]] = [
+        {}, {"head_dim": 6}, {"num_key_value_heads": 4}, {"num_hidden_layers": 3}, {"vocab_size": 51},
+        {"intermediate_size": 17}, {"hidden_size": 24}, {"tie_word_embeddings": True}, {"rope_scaling": SCALED},
+    ]  # fmt: skip
+    whole = [json.loads(AutoConfig.for_model(**plain, dtype="float32").to_json_string(use_diff=False))]
+    whole[0]["architectures"] = [architecture]
+    for config in (*whole, *({**plain, **one} for one in changes)):
+        assert told_by(told, layout, config) == asked(config)
+    unknown: list[dict[str, Any]] = [
+        {"attention_bias": True}, {"mlp_bias": True}, {"num_experts": 4}, {"hidden_size": 18}, {"hidden_act": "swoosh"},
+        {"vocab_size": "40"}, {"rope_scaling": {"rope_type": "llama3"}}, {"quantization_config": {}},
+    ]  # fmt: skip
+    assert {told_by(told, layout, {**plain, **one}) for one in unknown} == {None}
 
 
 def test_a_tied_head_that_differs_is_refused_and_an_equal_one_left_out(tmp_path: Path) -> None:

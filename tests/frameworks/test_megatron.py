@@ -60,6 +60,35 @@ def test_the_vocabulary_without_its_padding_is_asked_for(tmp_path: Path) -> None
     assert logits_off(tmp_path / "out", MEGATRON / "torch-tp1pp1-tied" / "oracle.pt") < 1e-4
 
 
+@pytest.mark.parametrize("name", ["dist-tp2pp2", "leg_t2_distopt"])
+def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked_for(
+    name: str, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, told = copy(name), {"rotary": "halves"}
+    rewritten(source, lambda args: args.clear())
+    (source / "common.pt").unlink(missing_ok=True)
+    for code, options in (("E304", {"config": None}), ("E202", {})):
+        with pytest.raises(EngineError) as caught:
+            convert(name, tmp_path / "out", source, **options)
+        assert caught.value.code == code
+    found = engine.inspect(source)
+    assert found.facts["layout"] == "megatron" and {fit.code for fit in found.fitting} == {"E202"}
+    convert(name, tmp_path / "out", source, settings=told)
+    convert(name, tmp_path / "known")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "known" / file).read_bytes()
+
+
+def test_without_arguments_a_second_number_of_a_folder_is_not_guessed(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = copy("torch-ep2-moe")
+    rewritten(source, lambda args: args.clear())
+    with pytest.raises(EngineError, match="a pipeline stage or a rank of experts") as caught:
+        convert("torch-ep2-moe", tmp_path / "out", source)
+    assert caught.value.code == "E303"
+
+
 def test_a_vocabulary_larger_than_the_padded_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         convert("leg_t2_distopt", tmp_path / "out", config=None, settings={"vocab_size": 145})
@@ -104,7 +133,7 @@ def test_an_old_order_of_queries_keys_and_values_is_refused(copy: Callable[[str]
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], object], **beside: Any) -> None:
-    """Save every rank file of a folder again, with the arguments changed."""
+    """Save every rank file of a folder again, with the arguments changed; without them where none are left."""
     import argparse
 
     for path in folder.glob("mp_rank_*/model_optim_rng.pt"):
@@ -112,8 +141,8 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], object], **beside
         args = {k: v for k, v in vars(value["args"]).items() if type(v).__module__ in ("builtins", "torch")}
         change(args)
         model = {name: one.clone() for name, one in value["model"].items() if one is not None}
-        saved = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 10, "model": model}
-        torch.save({**saved, **beside}, path)
+        saved = {"checkpoint_version": 3.0, "iteration": 10, "model": model, **beside}
+        torch.save({**saved, **({"args": argparse.Namespace(**args)} if args else {})}, path)
 
 
 def _stubs() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import engine
 from engine.errors import EngineError
@@ -135,3 +136,22 @@ def test_a_tied_model_has_its_embedding_again_on_the_last_of_several_stages(tmp_
         settings={"vocab_size": vocab},
     )  # fmt: skip
     assert "output_layer.weight" not in load(tmp_path / "one" / "mp_rank_00" / "model_optim_rng.pt")["model"]
+
+
+@pytest.mark.parametrize("asked", [{"ranks": "tp=2"}, {"ranks": "pp=2"}, {"mode": "torch_dist"}])
+def test_a_stored_head_of_a_tied_model_is_written_where_it_belongs_if_it_is_a_copy(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    first = whole("torch-tp1pp1-tied", "megatron-llama", tmp_path / "hf")
+    tensors, file = engine_weights(first), first / "model.safetensors"
+    engine.reverse("megatron-llama", first, tmp_path / "without", **asked)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    engine.reverse("megatron-llama", first, tmp_path / "copy", **asked)
+    for one in (path for path in (tmp_path / "without").rglob("*") if path.suffix in (".pt", ".distcp")):
+        assert one.read_bytes() == (tmp_path / "copy" / one.relative_to(tmp_path / "without")).read_bytes()
+    tensors["lm_head.weight"][3, 5] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(EngineError) as caught:
+        engine.reverse("megatron-llama", first, tmp_path / "other", **asked)
+    assert caught.value.code == "E402" and not (tmp_path / "other").exists()

@@ -21,6 +21,7 @@ import pytest
 
 import engine
 from engine import api
+from engine.api import spread
 from engine.errors import EngineError
 
 STEP = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
@@ -91,6 +92,17 @@ def test_what_an_executor_cannot_do_is_refused_as_itself(plan: Path, tmp_path: P
             engine.run_plan(plan, tmp_path / "full", executor=pool, parts=1)
         with engine.virtual(engine.plan(MAPPING, STEP)) as whole, pytest.raises(EngineError, match="E001"):
             engine.reverse(MAPPING, whole.store, tmp_path / "out", executor=pool)
+
+
+def test_a_mistake_of_the_engine_itself_is_not_blamed_on_the_executor(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **more: Any) -> int:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(spread, "part", broken)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyError, match="a mistake"):
+        engine.run_plan(plan, tmp_path / "out", executor=pool, parts=2)
 
 
 @pytest.mark.slow

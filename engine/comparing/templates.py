@@ -1,0 +1,91 @@
+"""Two chat templates by what they render, in Jinja's sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engine.comparing.corpus import CONVERSATIONS
+from engine.comparing.effects import Difference, both
+from engine.comparing.loaded_tokenizer import TOKENS
+from engine.planning.config_keys import shown
+
+Files = Mapping[str, bytes]
+_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+
+
+def compare_templates(ours: Files, theirs: Files) -> list[Difference]:
+    """What two chat templates, given by the folders' files, render differently."""
+    one, two = (_templates(files) for files in (ours, theirs))
+    found: list[Difference] = []
+    for name in sorted(one.keys() | two.keys()):
+        called = "the template" if name == "default" else f"template `{name}`"
+        if name not in one or name not in two:
+            told = both(lambda side: "there" if side is not None else "absent", one.get(name), two.get(name))
+            found.append(Difference("chat template", called, *told, "chat() works on one side only"))
+        elif one[name] != two[name]:
+            found += _rendered(called, (one[name], _named(ours)), (two[name], _named(theirs)))
+    return found
+
+
+def _rendered(
+    called: str, one: tuple[str, Mapping[str, Any]], two: tuple[str, Mapping[str, Any]]
+) -> Iterator[Difference]:
+    unlike = []
+    for conversation in CONVERSATIONS:
+        here, there = (_render(template, named, conversation) for template, named in (one, two))
+        if here != there:
+            unlike.append((conversation, here, there))
+    if not unlike:
+        effect = f"it renders {len(CONVERSATIONS)} conversations alike all the same"
+        yield Difference("chat template", called, "other text", "its own", effect, "told")
+        return
+    conversation, here, there = unlike[0]
+    at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
+    low = max(at - 10, 0)
+    more = f" and {len(unlike) - 1} more conversations" if len(unlike) > 1 else ""
+    effect = "the model sees prompts in a different form than in training"
+    told = both(lambda text: shown(text[low : low + 50]), here, there)
+    yield Difference("chat template", f"what it renders of {conversation}{more}", *told, effect)
+
+
+def _templates(files: Files) -> dict[str, str]:
+    """A folder's templates by name, as transformers finds them."""
+    if _TEMPLATE in files:
+        return {"default": files[_TEMPLATE].decode("utf-8", "replace")}
+    for name in ("chat_template.json", _SETTINGS):
+        found = _settings(files, name).get("chat_template")
+        if isinstance(found, str):
+            return {"default": found}
+        if isinstance(found, list):
+            return {str(one.get("name")): str(one.get("template")) for one in found if isinstance(one, dict)}
+    return {}
+
+
+def _settings(files: Files, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(files.get(name, b"{}"))
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _named(files: Files) -> dict[str, Any]:
+    """Special tokens, which templates write."""
+    settings = _settings(files, "special_tokens_map.json") | _settings(files, _SETTINGS)
+    return {name: token.get("content") if isinstance(token, dict) else token
+            for name in TOKENS if (token := settings.get(name)) is not None}  # fmt: skip
+
+
+def _render(template: str, named: Mapping[str, Any], conversation: str) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages, tools, speaking = CONVERSATIONS[conversation]
+    try:
+        texts, _ = render_jinja_template(
+            [messages], tools=tools, chat_template=template, add_generation_prompt=speaking, **named
+        )
+    except Exception as error:  # a template refuses what it does not know in its own words
+        return f"refused: {' '.join(str(error).split())[:120]}"
+    return str(texts[0])

@@ -1,0 +1,140 @@
+"""Two tokenizers by the ids they give."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from engine.comparing.corpus import texts
+from engine.comparing.effects import Difference, both
+from engine.comparing.loaded_tokenizer import Tokenizer, load_tokenizer
+from engine.planning.config_keys import shown
+
+Files = Mapping[str, bytes]
+_MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_MOST = 200  # merges that are tried
+
+
+def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list[Difference]:
+    """What two tokenizers, given by the folders' files, make differently.
+
+    Args:
+        names: the files that belong to a tokenizer.
+    """
+    if all(ours.get(name) == theirs.get(name) for name in names):
+        return []
+    ours, theirs = (
+        {name: files[name] for name in ("config.json", *names) if name in files} for files in (ours, theirs)
+    )
+    there = [any(name in files for name in _MODELS) for files in (ours, theirs)]
+    if not all(there):
+        if not any(there):
+            return []
+        told = tuple("there" if one else "absent" for one in there)
+        return [Difference("tokenizer", "a tokenizer", told[0], told[1], "without it, text cannot be turned into ids")]
+    with tempfile.TemporaryDirectory(prefix="engine-") as made:
+        one, two = (load_tokenizer(files, Path(made) / str(side)) for side, files in enumerate((ours, theirs)))
+        if isinstance(one, str) or isinstance(two, str):
+            told = both(lambda side: f"not loadable: {side}" if isinstance(side, str) else "loadable", one, two)
+            return [Difference("tokenizer", "a tokenizer", *told, "its ids could not be compared")]
+        found = list(_tokenizers(one, two, _unlike_merges(ours, theirs)))
+    if not found:
+        unlike = [name for name in names if ours.get(name) != theirs.get(name)]
+        effect = "ids, text and special tokens are still equal for all texts tried"
+        found = [Difference("tokenizer", ", ".join(unlike), "other bytes", "its own", effect, "told")]
+    return found
+
+
+def _unlike_merges(ours: Files, theirs: Files) -> list[str]:
+    """Texts of the merges that differ, or stand in another order."""
+    sides = []
+    for files in (ours, theirs):
+        try:
+            merges = json.loads(files[_MODELS[0]])["model"]["merges"]
+            sides.append(["".join(one if isinstance(one, list) else one.split(" ")) for one in merges])
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return []
+    unlike = [piece for pair in zip(*sides, strict=False) if pair[0] != pair[1] for piece in pair]
+    unlike += [piece for side in sides for piece in side[min(map(len, sides)) :]]
+    words = [piece.replace("▁", " ").replace("Ġ", " ") for piece in dict.fromkeys(unlike[: 4 * _MOST])][:_MOST]
+    return [text for word in words for text in (word, f"a{word}", f"{word}{word}")] + ["".join(words)]
+
+
+def _vocabularies(one: Tokenizer, two: Tokenizer) -> Iterator[Difference]:
+    """Tokens whose ids differ, and ids whose tokens do."""
+    moved = [token for token, number in one.vocabulary.items() if two.vocabulary.get(token, number) != number]
+    if moved:
+        more = f" and {len(moved) - 1} more tokens" if len(moved) > 1 else ""
+        told = both(lambda side: str(side.vocabulary[moved[0]]), one, two)
+        effect = "the model reads other tokens than it was trained on"
+        yield Difference("tokenizer", f"the id of {shown(moved[0])}{more}", *told, effect)
+    names = [{number: token for token, number in side.vocabulary.items()} for side in (one, two)]
+    other = [
+        i for i, token in names[0].items() if token not in two.vocabulary and names[1].get(i) not in one.vocabulary
+    ]
+    other = [i for i in other if i in names[1]]
+    if other:
+        more = f" and {len(other) - 1} more ids" if len(other) > 1 else ""
+        told = both(lambda side: shown(side[other[0]]), *names)
+        yield Difference("tokenizer", f"the token of id {other[0]}{more}", *told, "text is written otherwise")
+    ids = [one.vocabulary[token] for token in one.added if token in one.vocabulary and token in two.vocabulary]
+    if one.spoken is not None and two.spoken is not None:
+        for number in ids:
+            here, there = one.spoken([number]), two.spoken([number])
+            if here != there:
+                effect = "it is left out of text on one side only, as a special token is"
+                yield Difference("tokenizer", f"the text of id {number}", shown(here), shown(there), effect)
+                break
+    if one.pair is not None and two.pair is not None and one.encode("a", True) == two.encode("a", True):
+        pairs = one.pair("one text", "and another"), two.pair("one text", "and another")
+        if pairs[0] != pairs[1]:
+            effect = "pairs of texts are joined otherwise"
+            yield Difference("tokenizer", "the ids of two texts together", str(pairs[0][:8]), str(pairs[1][:8]), effect)
+
+
+def _tokenizers(one: Tokenizer, two: Tokenizer, others: Sequence[str]) -> Iterator[Difference]:
+    if len(one.vocabulary) != len(two.vocabulary):
+        sizes = both(lambda side: f"{len(side.vocabulary):,} tokens", one, two)
+        yield Difference("tokenizer", "the vocabulary", *sizes, "some ids exist on one side only")
+    yield from _vocabularies(one, two)
+    for name in sorted(one.named.keys() | two.named.keys()):
+        if one.named.get(name) != two.named.get(name):
+            told = both(shown, one.named.get(name), two.named.get(name))
+            yield Difference("tokenizer", name, *told, "text begins, ends or is padded with a different token")
+    special = [str(name) for side in (one, two) for value in (*side.named.values(), list(side.added))
+               for name in (value if isinstance(value, list) else [value]) if name]  # fmt: skip
+    with_special = [True, False] if one.whole and two.whole else [False]
+    pieces = [*one.vocabulary, *two.vocabulary]
+    unlike: dict[str, tuple[str, list[int], list[int]]] = {}
+    counts: dict[str, int] = {}
+    for text in (*texts(list(dict.fromkeys(special)), pieces), *others):
+        for wrapped in with_special:
+            ids = one.encode(text, wrapped), two.encode(text, wrapped)
+            kind = "ids with special tokens" if wrapped else "ids"
+            if ids[0] != ids[1]:
+                counts[kind] = counts.get(kind, 0) + 1
+                unlike.setdefault(kind, (text, *ids))
+            elif not wrapped and one.decode(ids[0]) != two.decode(ids[1]):
+                counts["text from ids"] = counts.get("text from ids", 0) + 1
+                unlike.setdefault("text from ids", (text, *ids))
+    if "ids" in unlike:
+        unlike.pop("ids with special tokens", None)
+    for kind, (text, here, there) in unlike.items():
+        what = f"{kind} of {shown(text[:30])} and {counts[kind] - 1} more texts" if counts[kind] > 1 else (
+            f"{kind} of {shown(text[:30])}")  # fmt: skip
+        if kind == "text from ids":
+            told = shown(one.decode(here)[:40]), shown(two.decode(there)[:40])
+            yield Difference("tokenizer", what, *told, "generated text is decoded differently")
+        else:
+            effect = "the model sees different tokens than in training" if kind == "ids" else (
+                "special tokens are added to text differently")  # fmt: skip
+            yield Difference("tokenizer", what, str(here[:8]), str(there[:8]), effect)
+    for name in sorted(one.other.keys() | two.other.keys()):
+        if one.other.get(name) != two.other.get(name):
+            told = both(shown, one.other.get(name), two.other.get(name))
+            if name == "model_max_length":
+                yield Difference("tokenizer", name, *told, "only a warning for long text changes", "told")
+            else:
+                yield Difference("tokenizer", name, *told, "batches or texts are assembled differently")

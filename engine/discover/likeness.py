@@ -1,0 +1,91 @@
+"""Rows or columns that are alike: in another order, or of another tensor, with other values too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.discover.alike import NARROWEST, Placed, find_alike
+from engine.discover.changes import changes_of, region_of, said
+from engine.discover.rows import Kind, Relation, own_rows
+from engine.discover.sides import Sides, as_matrix
+from engine.discover.values import closeness, relate_values
+from engine.move.tensors import common_types
+from engine.move.views import View
+
+CLOSE = 0.1  # of its size
+NEAR = 0.35  # of its size: its own values in its own places, whatever else
+
+
+def relate_alike(sides: Sides, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
+    """Rows or columns in another order, or of another tensor, that have other values too."""
+    for other in ([name] if own is not None else []) + list(others):
+        view = as_matrix(sides.ref[other])
+        if view is None or not common_types(one.dtype, view.dtype):
+            continue
+        for axis, turned in ((0, False), (1, False), (0, True)):
+            across = one.shape[1 - axis]
+            if across < NARROWEST or across != view.shape[1 - axis if not turned else axis]:
+                continue
+            mine, theirs = sides.sketch(one), sides.sketch(view)
+            if mine is None or theirs is None:
+                continue
+            order = find_alike(mine.cols if axis else mine.rows, theirs.cols if axis != turned else theirs.rows)
+            found = None if order is None else _placed(sides, name, one, other, view, order, axis, turned=turned)
+            if found is not None:
+                return found
+    return None
+
+
+def _placed(
+    sides: Sides, name: str, one: View, other: str, view: View, order: np.ndarray, axis: int, *, turned: bool
+) -> Relation | None:
+    """What is to be said of rows or columns whose places are known."""
+    here, there = one.swap(0, 1) if axis else one, view.swap(0, 1) if axis != turned else view
+    straight = len(order) == there.shape[0] and bool(((order < 0) | (order == np.arange(len(order)))).all())
+    if straight and other == name and not turned:
+        return None
+    placed = Placed(sides.tensors, here, there, order)
+    values = _apart(
+        sides.sizes, placed, *placed.views, near=CLOSE if other != name else NEAR, whole=bool((order >= 0).all())
+    )
+    if values is None:
+        return None
+    words, rotary = "", None
+    kind: Kind = "permuted"
+    noun = ("row", "column")[axis]
+    if not straight:
+        plain = np.zeros(there.shape[0], bool)
+        units = sides.units(name, axis)
+        found = own_rows(order, order, np.arange(there.shape[0]), noun, plain, len(order), units)
+        words, kind, rotary = found.words, found.kind, found.rotary
+    missing = int((order < 0).sum()) if straight else 0
+    words = words or (f"{missing:,} {noun}{'' if missing == 1 else 's'} from elsewhere" if missing else "")
+    told = [one for one in ("rows are columns" if turned else "", words, values) if one]
+    if other != name:
+        return Relation("other", ", ".join(told), other=other, rotary=rotary)
+    return Relation("transposed" if turned else kind, ", ".join(told), rotary=rotary)
+
+
+def _apart(sizes: dict[str, int], tensors: Placed, one: View, two: View, *, near: float, whole: bool) -> str | None:
+    """How two arrays differ whose rows are alike; None where they do in no way that is known."""
+    if tensors.match(one, two):
+        return ""
+    found = relate_values(tensors, one, two, sizes)
+    if found is not None:
+        return found.words
+    changes = changes_of(tensors, one, two)
+    region = None if changes is None else region_of(changes, one.shape)
+    if changes is not None and region is not None and whole:
+        return said(region, changes)
+    apart = closeness(tensors, one, two)
+    return None if apart is None or apart >= near else close_by(apart)
+
+
+def close_by(apart: float) -> str:
+    """
+    >>> close_by(0.0123)
+    'close: off by 1.2% of its size'
+    """
+    return f"close: off by {100 * apart:.2g}% of its size"

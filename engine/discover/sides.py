@@ -1,0 +1,90 @@
+"""The tensors of two checkpoints, and the prints and sketches of them, each taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from engine.discover.alike import Sketch, take_sketch
+from engine.discover.geometry import Geometry, neighbours, units_of
+from engine.discover.orders import Units, read_order
+from engine.discover.prints import Prints, take_prints
+from engine.discover.rows import Relation
+from engine.move.tensors import Tensors
+from engine.move.views import View
+
+MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
+_ROOM = 256 << 20  # bytes of sketches that are kept
+
+
+class Sides:
+    """An output's tensors, and the reference's.
+
+    Attributes:
+        tensors: reads both.
+        out, ref: the tensors by name.
+        geometry: heads and sizes of the model, where they are known.
+    """
+
+    def __init__(
+        self, tensors: Tensors, out: Mapping[str, View], ref: Mapping[str, View], geometry: Geometry | None
+    ) -> None:
+        self.tensors, self.out, self.ref, self.geometry = tensors, out, ref, geometry
+        self._prints: dict[tuple[View, str], Prints] = {}
+        self._sketches: dict[View, Sketch] = {}
+        self._room = _ROOM
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the model by name."""
+        return {} if self.geometry is None else self.geometry.sizes
+
+    def others(self, name: str, first: Sequence[str]) -> list[str]:
+        """The reference's tensors, in the order in which they are looked at: some first, else from near to far."""
+        rest = [other for other in self.ref if other not in set(first)]
+        return neighbours(name, first) + neighbours(name, rest)
+
+    def take(self, view: View, kind: str) -> Prints:
+        """The prints of an array's rows and columns, cast to a type."""
+        key = (view, kind)
+        if key not in self._prints:
+            self._prints[key] = take_prints(self.tensors, view, kind)
+        return self._prints[key]
+
+    def sketch(self, view: View) -> Sketch | None:
+        """The sketches of an array, of as many arrays as memory is for."""
+        if view not in self._sketches and (max(view.shape) > MOST_UNITS or self._room <= 0):
+            return None
+        if view not in self._sketches:
+            self._sketches[view] = take_sketch(self.tensors, view)
+            self._room -= self._sketches[view].nbytes
+        return self._sketches[view]
+
+    def units(self, name: str, axis: int) -> Units:
+        """What the rows (axis 0) or columns of an output's tensor are made of, as heads."""
+        return units_of(name, axis, self.out[name].shape, self.geometry)
+
+    def reading(self, name: str, axis: int, order: np.ndarray) -> Relation:
+        """An order of rows or columns, in words."""
+        reading = read_order(order, self.units(name, axis))
+        return Relation("permuted", reading.words, rotary=reading.rotary)
+
+
+def flat(view: View) -> View:
+    """A matrix's elements one after the other, where they are stored so; else as they are."""
+    dense = view.strides == (view.shape[1], 1) or 1 in view.shape
+    step = view.strides[0] if view.shape[1] == 1 else 1
+    return replace(view, shape=(view.elements, 1), strides=(step, 1)) if dense else view
+
+
+def as_matrix(view: View) -> View | None:
+    """All axes but the last as one, a vector as a column; None where the strides do not allow it."""
+    if len(view.shape) < 2:
+        return View(view.source, view.dtype, (view.elements, 1), (*(view.strides or (1,)), 1), view.start)
+    for outer, inner, size in zip(view.strides[:-2], view.strides[1:-1], view.shape[1:-1], strict=True):
+        if outer != inner * size:
+            return None
+    return replace(view, shape=(prod(view.shape[:-1]), view.shape[-1]), strides=(view.strides[-2], view.strides[-1]))
