@@ -118,7 +118,14 @@ def step(work: Path, what: str, parts: int) -> dict[str, Any]:
         return {"bytes": saved.stat().st_size}
     if what == "load":
         return {"outputs": len(api.load_plan(saved).outputs)}
-    return counted(api.load_plan(saved), parts)
+    from engine.api.parts import loaded_part
+    from engine.api.plans import read_saved
+    from engine.run.parts import Part
+
+    if what == "count":
+        return counted(api.load_plan(saved), parts)
+    work, _ = loaded_part(read_saved(saved), Part(parts // 2, parts), positioned=what == "part")
+    return {"files": sum(file.state is not None for file in work.files)}
 
 
 def counted(plan: Any, parts: int) -> dict[str, Any]:
@@ -189,7 +196,7 @@ def report(given: argparse.Namespace, work: Path) -> None:
     made = child("make") if not (work / "step").exists() else {"bytes": 0, "files": 0, "tensors": 0}
     print(f"{made['bytes'] / 1e12:.2f} TB, {made['files']:,} files, {made['tensors']:,} stored tensors\n")
     print("| step | seconds | of the processor | peak memory |\n|---|---|---|---|")
-    for what in ("inspect", "plan", "save", "load", "part"):
+    for what in ("inspect", "plan", "save", "load", "part", "store part", "count"):
         found = child(what)
         print(f"| {what} | {found['seconds']:.1f} | {found['cpu']:.1f} | {found['peak']:.0f} MiB |", flush=True)
     balance = f"{found['file system']:.3f} on a file system, {found['store']:.3f} in a store"

@@ -5,18 +5,30 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from engine.api.outputs import default_out, small_files
-from engine.api.plans import load_plan
+from engine.api.plans import loaded_plan, read_saved, rules_of_request
 from engine.errors import EngineError
+from engine.formats.headers import FileHeader
+from engine.language.version import __version__
+from engine.planning.reading import read_some
 from engine.run.execute import Report, execute, output_at
-from engine.run.journal import identity_of
 from engine.run.parts import Part, is_done, write_marker
 from engine.run.running import CommitOptions, RunOptions, running_of
+from engine.storage.places import Source, found_at
+from engine.storage.store import File, Store
+
+if TYPE_CHECKING:
+    from engine.language.model import Layout
+    from engine.planning.model import Work
+    from engine.planning.request import Request
+    from engine.planning.saved_plan import SavedPlan
+    from engine.run.schedule import Job
 
 __all__ = ["commit", "part", "part_of"]
 
@@ -35,23 +47,21 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
     """
-    from engine.run.runner import check_runnable, write_weights
+    from engine.run.runner import check_runnable, write_part
     from engine.storage.uploads import Upload
 
     how = running_of(options, RunOptions)
     mine = which if isinstance(which, Part) else part_of(which)
-    compiled = load_plan(path)
-    work, final = identity_of(compiled), default_out(compiled.folder) if out is None else out
-    output = output_at(work, compiled.folder, final, how, parts=True)
-    check_runnable(compiled, how.workers, how.max_memory, 0, output.buffer)
-    store = output.join()
-    if is_done(work, store, mine):
+    saved = read_saved(path)
+    work, source = saved.digest, str(saved.request.src)
+    output = output_at(work, source, default_out(source) if out is None else out, how, parts=True)
+    if is_done(work, output.written, mine):
         return 0
+    moved, jobs = loaded_part(saved, mine, positioned=output.written.positioned)
+    check_runnable(moved, how.workers, how.max_memory, 0, output.buffer)
+    store = output.join()
     try:
-        written = write_weights(
-            compiled, store, workers=how.workers, max_memory=how.max_memory, listener=how.progress, part=mine,
-            resume=isinstance(store, Upload),
-        )  # fmt: skip
+        written = write_part(moved, jobs, store, workers=how.workers, max_memory=how.max_memory, listener=how.progress)
         if isinstance(store, Upload):
             store.complete()
         write_marker(work, store, mine, written)
@@ -60,8 +70,66 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     finally:
         if isinstance(store, Upload):
             store.abort()
-    whole = sum(compiled.outputs[output].nbytes for output in written.done)
+    whole = sum(moved.outputs[output].nbytes for output in written.done)
     return whole + sum(high - low for _, low, high, _ in written.spans)
+
+
+def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work, list[Job]]:
+    """A part of a saved plan: what moves its bytes, and in which order; only files that it reads are looked at.
+
+    A plan that does not hold its copies, or is another version's, is made anew for them.
+
+    Args:
+        positioned: whether the output can be written anywhere, so that parts may share a tensor.
+
+    Raises:
+        EngineError: as for `load_plan`.
+    """
+    from engine.checkpoint.changed import check_files
+    from engine.planning.saved_plan import AGAIN, check_rules, unreadable
+    from engine.planning.saved_work import saved_work
+    from engine.run.parts import share
+    from engine.run.schedule import schedule
+
+    if "work" not in saved.data or saved.data["engine"] != __version__:
+        compiled = loaded_plan(saved)
+        some = slice(part.number - 1, None, part.count)
+        mine = replace(
+            compiled, replicas=compiled.replicas[some], slices=compiled.slices[some], tied=compiled.tied[some]
+        )
+        return mine, share(schedule(compiled, positioned=positioned), part, cut=positioned)
+    asked = saved.request
+    loaded, layout = rules_of_request(asked)
+    check_rules(saved, loaded, layout)
+    store, then = _store(asked.src), saved.data["files"]
+    files = tuple(FileHeader(File(store, one["name"]), one["size"], (), one["identity"]) for one in then)
+    try:
+        held = saved_work(saved.data["work"], files, str(asked.src), {one.name: str(one.place) for one in loaded.rules})
+        jobs = share(schedule(held.outline, positioned=positioned, scattered=held.scattered), part, cut=positioned)
+        units = [unit for job in jobs for unit in job.units]
+        outputs = {output for unit in units for output in unit.outputs}
+        begun = {output for unit in units if not (unit.span and unit.span[0]) for output in unit.outputs}
+        needed = held.files_of(outputs, begun)
+        headers = _headers(asked, layout, saved.data["normal"]["mode"], [then[n]["name"] for n in needed])
+        check_files([then[n] for n in needed], headers, str(asked.src), saved.path, AGAIN)
+        return held.of(outputs, begun, dict(zip(needed, headers, strict=True))), jobs
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise unreadable(saved.path, f"copies that are none: {error!r}"[:200]) from error
+
+
+def _store(src: Source) -> Store:
+    found = found_at(src, "the checkpoint")
+    return found.store if isinstance(found, File) else found
+
+
+def _headers(asked: Request, layout: Layout, mode: str, names: Sequence[str]) -> Sequence[FileHeader]:
+    """The headers of some files of a source that was read before."""
+    from engine.checkpoint.hf_folder import read_hf_folder
+
+    if asked.reads == "whole":
+        store = _store(asked.src)
+        return [header for name in names for header in read_hf_folder(File(store, name))]
+    return read_some(asked.src, layout, mode, names)
 
 
 def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[CommitOptions]) -> Report:
@@ -72,10 +140,11 @@ def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[Co
     """
     started = time.monotonic()
     how = running_of(options, CommitOptions)
-    compiled = load_plan(path)
+    saved = read_saved(path)
+    compiled = loaded_plan(saved)
     final = default_out(compiled.folder) if out is None else out
     small = partial(small_files, compiled, how.tokenizer, how.code)
-    return execute(compiled, compiled.folder, final, small, how, started, parts=True)
+    return execute(compiled, compiled.folder, final, small, how, started, parts=saved.digest)
 
 
 def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:

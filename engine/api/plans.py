@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.language.model import Layout
     from engine.planning.attempts import Checkpoint
     from engine.planning.model import Plan
+    from engine.planning.saved_plan import SavedPlan
 
 __all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
 
@@ -70,7 +71,7 @@ def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpa
 def planned(asked: Request) -> Plan:
     """The plan of a request, whatever it reads and writes."""
     made = _direct(asked)
-    loaded, layout = _rules(made)
+    loaded, layout = rules_of_request(made)
     return _compiled(asked, made, loaded, layout, _read(made, layout))
 
 
@@ -88,7 +89,7 @@ def _direct(asked: Request) -> Request:
 
     known = [
         {*mapping.options, *mapping.variants, *layout.options, *layout.layers.variants}
-        for mapping, layout in (_rules(asked), _rules(replace(asked, mapping=asked.to)))
+        for mapping, layout in (rules_of_request(asked), rules_of_request(replace(asked, mapping=asked.to)))
     ]
     first, second = (
         {name: value for name, value in asked.settings.items() if name in mine or name not in other}
@@ -141,7 +142,7 @@ def read_whole(src: Source) -> Checkpoint:
     return checkpoint
 
 
-def _rules(asked: Request) -> tuple[MappingFile, Layout]:
+def rules_of_request(asked: Request) -> tuple[MappingFile, Layout]:
     loaded = asked.mapping if isinstance(asked.mapping, MappingFile) else load_mapping(asked.mapping)
     return loaded, load_layout(loaded.layout, loaded.layout_place)
 
@@ -187,7 +188,23 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
     from engine.explaining.normal import normal_form
     from engine.planning.saved_plan import encode, saved_plan
 
-    return encode(saved_plan(compiled, asked, normal_form(compiled)))
+    return encode(saved_plan(compiled, asked, normal_form(compiled), _work_data(compiled)))
+
+
+def _work_data(compiled: Plan) -> dict[str, Any] | None:
+    from engine.planning.saved_work import work_data
+    from engine.run.schedule import scattered_outputs
+
+    return work_data(compiled, lambda: scattered_outputs(compiled))
+
+
+def read_saved(path: str | Path) -> SavedPlan:
+    """A saved plan as it was saved; E102 for any other file."""
+    from engine.planning.saved_plan import MAX_BYTES, parse_saved_plan
+
+    file = given_path(path, "the plan")
+    with open_regular(file) as opened:
+        return parse_saved_plan(file, opened.read(MAX_BYTES + 1))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -197,18 +214,20 @@ def load_plan(path: str | Path) -> Plan:
         EngineError: E217 when mapping, layout or what they come to changed since, E405 when the
             checkpoint's files did.
     """
+    return loaded_plan(read_saved(path))
+
+
+def loaded_plan(saved: SavedPlan) -> Plan:
+    """As `load_plan`, of a plan that is read."""
     from engine.checkpoint.changed import check_files
     from engine.explaining.normal import normal_form
-    from engine.planning.saved_plan import AGAIN, MAX_BYTES, check_plan, check_rules, parse_saved_plan
+    from engine.planning.saved_plan import AGAIN, check_plan, check_rules
 
-    file = given_path(path, "the plan")
-    with open_regular(file) as opened:
-        saved = parse_saved_plan(file, opened.read(MAX_BYTES + 1))
     asked = _direct(saved.request)
-    loaded, layout = _rules(asked)
+    loaded, layout = rules_of_request(asked)
     check_rules(saved, loaded, layout)
     checkpoint = _read(asked, layout)
     check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
     compiled = _compiled(saved.request, asked, loaded, layout, checkpoint)
-    check_plan(saved, compiled, normal_form(compiled))
+    check_plan(saved, compiled, normal_form(compiled), _work_data(compiled))
     return compiled

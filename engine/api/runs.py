@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from engine.api.outputs import default_out, small_files
-from engine.api.plans import load_plan, planned, saved_as
+from engine.api.plans import loaded_plan, planned, read_saved, saved_as
 from engine.language.model import Mapping as MappingFile
 from engine.planning.given import check_type
 from engine.planning.request import Request, ReshardOptions, ReverseOptions, WholeOptions, keywords, request_of
@@ -136,8 +136,9 @@ def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[
     """
     started = time.monotonic()
     how = running_of(options, WholeRunOptions)
-    compiled = load_plan(path)
-    return _run(compiled, lambda: Path(path).read_bytes(), compiled.folder, out, how, started)
+    saved = read_saved(path)
+    compiled = loaded_plan(saved)
+    return _run(compiled, lambda: saved.raw, compiled.folder, out, how, started)
 
 
 def _write(asked: Request, out: str | Path | None, how: Running, started: float) -> Report:
@@ -153,12 +154,13 @@ def _run(
     if out is None and compiled.written is None:
         out = default_out(source)
     small = partial(small_files, compiled, how.tokenizer, how.code)
+    parts = None
     if how.executor is not None:
         from engine.api.spread import check_spread, do_parts
 
         check_spread(how)
-        do_parts(saved(), str(out or ""), how)
-    return execute(compiled, source, out or "", small, how, started, parts=how.executor is not None)
+        parts = do_parts(saved(), str(out or ""), how)
+    return execute(compiled, source, out or "", small, how, started, parts=parts)
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.api.parts import part
 from engine.errors import EngineError
+from engine.planning.saved_plan import digest_of
 from engine.run.meter import Progress
 from engine.run.parts import Part
 from engine.run.running import Running
@@ -27,8 +28,8 @@ def check_spread(how: Running) -> None:
     Part(1, how.parts)
 
 
-def do_parts(saved: bytes, out: str, how: Running) -> None:
-    """Have an executor do all parts of a saved plan.
+def do_parts(saved: bytes, out: str, how: Running) -> str:
+    """Have an executor do all parts of a saved plan; the digest by which they know it.
 
     The checkpoint and the output must be where every worker sees them; the plan itself is sent along.
 
@@ -52,6 +53,7 @@ def do_parts(saved: bytes, out: str, how: Running) -> None:
         finally:
             for one in waiting:
                 one.cancel()
+    return digest_of(saved)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from engine.formats.configs import plain, read_config
 from engine.formats.dcp import read_dcp, read_dcp_value
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
 from engine.formats.sharded_safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.model import Layout, Mode
@@ -66,7 +67,13 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
 
 
 def read_headers(
-    folder: Store, names: Sequence[str], mode: Mode | None = None, skip: Sequence[str] = (), says: Sequence[str] = ()
+    folder: Store,
+    names: Sequence[str],
+    mode: Mode | None = None,
+    skip: Sequence[str] = (),
+    says: Sequence[str] = (),
+    *,
+    some: bool = False,
 ) -> tuple[FileHeader, ...]:
     """Index rank files without reading their payload.
 
@@ -74,9 +81,10 @@ def read_headers(
         mode: says of what format they are; default: files that torch saved.
         skip: names of tensors that are left out, as globs.
         says: what is kept of what files that torch saved hold beside tensors, by dotted keys.
+        some: the checkpoint has more files than these.
     """
     state = [pattern(text).regex for text in mode.state] if mode else []
-    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip), says)
+    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip), says, some)
 
 
 class _Skip:
@@ -90,7 +98,7 @@ class _Skip:
 
 
 def _torch(
-    folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip, says: Sequence[str]
+    folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip, says: Sequence[str], _: bool
 ) -> tuple[FileHeader, ...]:
     """Files that torch saved, a few at a time."""
     load = _Pickles()
@@ -104,20 +112,27 @@ def _torch(
         return tuple(pool.map(read, names))
 
 
-def _dcp(folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object) -> tuple[FileHeader, ...]:
-    return read_dcp(folder, names, wanted)
+def _dcp(
+    folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object, some: bool
+) -> tuple[FileHeader, ...]:
+    return read_dcp(folder, names, wanted, some=some)
 
 
 def _safetensors(
-    folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object
+    folder: Store, names: Sequence[str], state: object, wanted: _Skip, *_: object
 ) -> tuple[FileHeader, ...]:
     return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
+
+
+def _whole(folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object) -> tuple[FileHeader, ...]:
+    return tuple(read_safetensors(File(folder, name)).only(wanted) for name in names)
 
 
 _FORMATS: Mapping[str, Callable[..., tuple[FileHeader, ...]]] = {
     "torch": _torch,
     "dcp": _dcp,
     "safetensors": _safetensors,
+    "whole": _whole,
 }
 
 

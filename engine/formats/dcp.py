@@ -34,13 +34,14 @@ Load = Callable[[bytes, str], Any]
 
 
 def read_dcp(
-    folder: Store, names: Sequence[str], wanted: Callable[[str], bool] = lambda _: True
+    folder: Store, names: Sequence[str], wanted: Callable[[str], bool] = lambda _: True, *, some: bool = False
 ) -> tuple[FileHeader, ...]:
     """Index the `.distcp` files of a folder.
 
     Args:
         names: the files that are there; the result is in their order.
         wanted: which tensors to look at, by name. Optimizer states are three times the model.
+        some: more files than these are there.
 
     Raises:
         EngineError: E201 for a file or directory that is missing, E301 damaged, or unlike its directory, E302 asks
@@ -48,7 +49,7 @@ def read_dcp(
     """
     directory = read_dcp_directory(folder)
     there = set(names)
-    missing = [name for name in directory.files() if name not in there]
+    missing = [name for name in directory.files() if name not in there and not some]
     if missing:
         raise EngineError(
             "E201",

@@ -132,7 +132,10 @@ def tensor(dtype: str, shape: tuple[int, ...], index: int = 0) -> Call:
         strides[i] = count
         count *= shape[i]
     storage = _Storage(("storage", _CLASSES[dtype], str(index), "cpu", count))
-    return Call(_REBUILD, (storage, 0, shape, tuple(strides), False, Call(_ORDERED, ())))
+    own = tuple(
+        list(shape)
+    )  # a pickle refers back to an object that it held before: equal plans shall write equal bytes
+    return Call(_REBUILD, (storage, 0, own, tuple(strides), False, Call(_ORDERED, ())))
 
 
 def with_dtypes(value: Any) -> Any:

@@ -13,7 +13,7 @@ from engine.move.runs import straight
 from engine.move.values import Converter, check_transform
 from engine.move.windows import needed, windows
 from engine.planning.copies import Copy
-from engine.planning.model import Output, Plan
+from engine.planning.model import Output, Work
 from engine.storage.sources import SourceFiles
 
 _Run = tuple[int, int, int, int]  # bytes of an output from one to another, a file, and where they lie there
@@ -22,7 +22,7 @@ _Run = tuple[int, int, int, int]  # bytes of an output from one to another, a fi
 class Reader:
     """The bytes of a plan's outputs. Belongs to one thread, as the files it reads do."""
 
-    def __init__(self, plan: Plan, files: SourceFiles) -> None:
+    def __init__(self, plan: Work, files: SourceFiles) -> None:
         self._plan, self._files = plan, files
         self._gatherer, self._converter = Gatherer(files, plan.sources), Converter()
         self._runs: OrderedDict[int, list[_Run]] = OrderedDict()

@@ -14,7 +14,7 @@ from engine.move.reader import Reader
 from engine.move.values import elements, float_type
 from engine.move.views import Box, View, dense_strides, tiles
 from engine.planning.copies import Copy
-from engine.planning.model import Plan
+from engine.planning.model import Work
 from engine.planning.stored import SourceTensor
 from engine.storage.sources import SourceFiles
 
@@ -48,13 +48,13 @@ class Tensors:
         sides: each checkpoint's tensors by name, in order.
     """
 
-    def __init__(self, *sides: Sequence[FileHeader] | Plan) -> None:
-        self._files = [SourceFiles(side.files if isinstance(side, Plan) else side) for side in sides]
+    def __init__(self, *sides: Sequence[FileHeader] | Work) -> None:
+        self._files = [SourceFiles(side.files if isinstance(side, Work) else side) for side in sides]
         self._readers: list[tuple[_Stored | _Planned, int]] = []  # of each tensor, and its number there
         self.sides: list[dict[str, View]] = []
         for side, files in zip(sides, self._files, strict=True):
             views: dict[str, View] = {}
-            readers = _Planned(side, files) if isinstance(side, Plan) else _Stored(side, files)
+            readers = _Planned(side, files) if isinstance(side, Work) else _Stored(side, files)
             for number, (name, dtype, shape, strides) in enumerate(readers.tensors):
                 views[name] = View(len(self._readers), dtype, shape, strides)
                 self._readers.append((readers, number))
@@ -118,7 +118,7 @@ class _Stored:
 class _Planned:
     """Tensors as a plan would write them."""
 
-    def __init__(self, plan: Plan, opened: SourceFiles) -> None:
+    def __init__(self, plan: Work, opened: SourceFiles) -> None:
         self.tensors: list[_Tensor] = [(o.name, o.dtype, o.shape, dense_strides(o.shape)) for o in plan.outputs]
         self._readers = (Reader(plan, opened), Reader(plan, opened))
 

@@ -9,7 +9,7 @@ from engine.formats.headers import ITEM_SIZES
 from engine.move.blocks import Block, output_blocks
 from engine.move.runs import MOST_SPAN, dense_parts, span
 from engine.planning.copies import Copy
-from engine.planning.model import Plan
+from engine.planning.model import Work
 from engine.storage.coalesce import GAP, Range
 
 Wanted = tuple[int, int, Block]  # an output, the byte offset that it is wanted from, and a block of it
@@ -23,7 +23,7 @@ class Window:
     ranges: Mapping[int, Sequence[Range]]
 
 
-def windows(plan: Plan, wanted: Iterable[tuple[int, int]], nbytes: int) -> Iterator[Window]:
+def windows(plan: Work, wanted: Iterable[tuple[int, int]], nbytes: int) -> Iterator[Window]:
     """Cut outputs, each from a byte offset on, into windows that fetch about so many bytes; small outputs share one."""
     held: list[Wanted] = []
     ranges: dict[int, list[Range]] = {}
@@ -48,7 +48,7 @@ def windows(plan: Plan, wanted: Iterable[tuple[int, int]], nbytes: int) -> Itera
         yield Window(tuple(held), ranges)
 
 
-def needed(plan: Plan, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
+def needed(plan: Work, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
     """For each file, the byte ranges that blocks of an output are gathered from."""
     found: dict[int, list[Range]] = {}
     needs = _Needs(plan)
@@ -61,7 +61,7 @@ def needed(plan: Plan, index: int, blocks: Iterable[Block]) -> dict[int, list[Ra
 class _Needs:
     """What blocks read; that of a template is computed once."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Work) -> None:
         self._plan = plan
         self._template: Sequence[Copy] = ()
         self._parts: list[tuple[int, int, int, int]] = []  # file, first byte, bytes per step, bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,25 +103,40 @@ class Departure:
     expected: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Plan:
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class Work:
+    """What moves the bytes of a plan: what is read, what is written, and what is compared before.
+
+    `copies(i)` gives the copies that fill `outputs[i]`, computed when asked for.
+    """
+
+    folder: str
+    files: tuple[FileHeader, ...]
+    sources: tuple[SourceTensor, ...]
+    outputs: tuple[Output, ...]
+    copies: Callable[[int], list[Copy]]
+    shards: tuple[OutputFile, ...]
+    replicas: tuple[Replicas, ...] = ()
+    slices: tuple[Slices, ...] = ()
+    tied: tuple[Tied, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class Plan(Work):
     """Everything a run needs, and nothing it must decide.
 
-    `copies(i)` gives the copies that fill `outputs[i]`, computed when asked for. A plan is plain data: it can be
-    pickled, copied and run in another process.
+    A plan is plain data: it can be pickled, copied and run in another process.
     """
 
     mapping: MappingFile
     layout: Layout
-    folder: str
     grid: RankGrid  # of the training checkpoint that is read; when none is, of the one written
     stages: Stages
-    files: tuple[FileHeader, ...]
-    sources: tuple[SourceTensor, ...]
-    outputs: tuple[Output, ...]
     copies: CopyTable
-    replicas: tuple[Replicas, ...]
-    tied: tuple[Tied, ...]
     decisions: Mapping[str, Decision]
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
@@ -131,17 +146,11 @@ class Plan:
     notices: tuple[str, ...]
     dtype: str
     max_shard_size: int
-    shards: tuple[OutputFile, ...]
     reads: End = "training"
     written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
     noted: Mapping[str, Any] = field(default_factory=dict)  # keys of the source's configuration that nothing reads
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
-    slices: tuple[Slices, ...] = ()
     departures: tuple[Departure, ...] = ()  # in what the model is not the release of the mapping
-
-    @property
-    def nbytes(self) -> int:
-        return sum(output.nbytes for output in self.outputs)
 
     def __repr__(self) -> str:
         """One line: what of which checkpoint comes to what. Its fields are the whole plan."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,17 @@ from engine.language.model import Layout
 from engine.storage.places import Source, file_at, store_at
 
 if TYPE_CHECKING:
+    from engine.formats.headers import FileHeader
     from engine.planning.attempts import Checkpoint
+
+
+def read_some(src: Source, layout: Layout, mode: str, names: Sequence[str]) -> tuple[FileHeader, ...]:
+    """The headers of some files of a training checkpoint that was read whole before, in a mode of its layout."""
+    from engine.checkpoint.folder import read_headers
+    from engine.checkpoint.identity import told_by
+
+    found = next(one for one in layout.modes if one.name == mode)
+    return read_headers(store_at(src, "the checkpoint"), names, found, layout.skip_tensors, told_by(layout), some=True)
 
 
 def read_checkpoint(

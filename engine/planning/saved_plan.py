@@ -5,6 +5,7 @@ Copies are computed anew when a saved plan is run; the file holds what they must
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.changed import told
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, holds_secret
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.validation import violations
@@ -31,11 +32,17 @@ _ALWAYS = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
 
 @dataclass(frozen=True, slots=True)
 class SavedPlan:
-    """A saved plan as read: its request, and the whole file as data."""
+    """A saved plan as read: its request, and the whole file, as data and as it is."""
 
     path: str
     request: Request
     data: Mapping[str, Any]
+    raw: bytes
+
+    @property
+    def digest(self) -> str:
+        """What parts know their work by."""
+        return digest_of(self.raw)
 
 
 def request_data(asked: Request) -> dict[str, Any]:
@@ -59,6 +66,14 @@ def request_data(asked: Request) -> dict[str, Any]:
             expected="a path or a URL",
             fix="Write the checkpoint in between first.",
         )
+    if holds_secret(str(asked.src)):
+        raise EngineError(
+            "E001",
+            "a plan is not saved with a password in it",
+            place=Place(str(asked.src)),
+            expected="a URL without user and password",
+            fix="Give access in another way, such as the variables that the provider names.",
+        )
     data: dict[str, Any] = {}
     plain = Request("")
     for one in fields(Request):
@@ -76,11 +91,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
-def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any]) -> dict[str, Any]:
+def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any], work: Mapping[str, Any] | None) -> dict[str, Any]:
     """The content of a saved plan; the shape is `schemas/saved-plan.schema.json`.
 
     Args:
         normal: what goes where, to be reviewed.
+        work: the same in full, for parts, as `work_data` gives it.
     """
     return {
         "plan": VERSION,
@@ -103,7 +119,13 @@ def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any]) -> dict[st
         ],
         "config": dict(sorted(plan.config.items())),
         "digest": digest_of_plan(plan),
+        **({} if work is None else {"work": work}),
     }
+
+
+def digest_of(raw: bytes) -> str:
+    """The digest of a saved plan's file."""
+    return hashlib.sha256(raw).hexdigest()
 
 
 def encode(data: Mapping[str, Any]) -> bytes:
@@ -119,11 +141,11 @@ def is_saved_plan(start: bytes) -> bool:
 def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
     """A saved plan of a file's content, of which one byte more than `MAX_BYTES` is enough; E102 when it is none."""
     if len(raw) > MAX_BYTES:
-        raise _unreadable(path, f"more than {MAX_BYTES} bytes")
+        raise unreadable(path, f"more than {MAX_BYTES} bytes")
     try:
         data = parse_json(raw, own=True)
     except ValueError as error:
-        raise _unreadable(path, str(error)) from error
+        raise unreadable(path, str(error)) from error
     if isinstance(data, dict) and isinstance(data.get("plan"), int) and data["plan"] != VERSION:
         raise EngineError(
             "E102",
@@ -135,18 +157,19 @@ def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
         )
     problem = next(iter(violations(data, "saved-plan")), None)
     if problem is not None:
-        raise _unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
-    return SavedPlan(str(path), _request(path, data["request"]), data)
+        raise unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
+    return SavedPlan(str(path), _request(path, data["request"]), data, raw)
 
 
 def _request(path: Path, data: Mapping[str, Any]) -> Request:
     try:
         return Request(**data)
     except EngineError as error:
-        raise _unreadable(path, error.message) from None
+        raise unreadable(path, error.message) from None
 
 
-def _unreadable(path: Path, why: str) -> EngineError:
+def unreadable(path: Path | str, why: str) -> EngineError:
+    """E102 for a file that is no saved plan."""
     return EngineError(
         "E102",
         "the file is not a saved plan",
@@ -172,9 +195,9 @@ def check_rules(saved: SavedPlan, mapping: MappingFile, layout: Layout) -> None:
             )
 
 
-def check_plan(saved: SavedPlan, plan: Plan, normal: Mapping[str, Any]) -> None:
+def check_plan(saved: SavedPlan, plan: Plan, normal: Mapping[str, Any], work: Mapping[str, Any] | None) -> None:
     """E217 unless planning again came out as the saved plan says."""
-    now = json.loads(json.dumps(saved_plan(plan, saved.request, normal)))
+    now = json.loads(json.dumps(saved_plan(plan, saved.request, normal, work)))
     for key in ("variants", "sizes", "options", "config"):
         for name in sorted({*now[key], *saved.data[key]}):
             if now[key].get(name) != saved.data[key].get(name):
@@ -189,6 +212,8 @@ def check_plan(saved: SavedPlan, plan: Plan, normal: Mapping[str, Any]) -> None:
             raise _differs(saved, f"`{name}`", *_first_difference(rows.get(name), then.get(name)))
     if now["outputs"] != saved.data["outputs"]:
         raise _differs(saved, "what goes into which file", _counts(now["outputs"]), _counts(saved.data["outputs"]))
+    if now.get("work") != saved.data.get("work"):
+        raise _differs(saved, "what parts copy", "other copies", "those under `work`")
     if now["digest"] != saved.data["digest"]:
         raise _differs(saved, "what is copied", f"digest {now['digest'][:12]}", f"digest {saved.data['digest'][:12]}")
 

@@ -141,6 +141,7 @@ class Indices:
 
     def __init__(self, layout: Layout, sizes: Mapping[str, int], local: Mapping[str, int]) -> None:
         self._layout, self._local = layout, local
+        self._known: dict[tuple[object, ...], int] = {}
         self._counts = counts_of(layout, sizes)
         self._dims = {axis: index_dims(layout, axis) for axis in layout.indices}
         self._sizes = {dim: sizes.get(dim, 1) for dims in self._dims.values() for dim in dims}
@@ -164,8 +165,11 @@ class Indices:
         for axis, expression in self._layout.indices.items():
             if axis in values:
                 here = {dim: ranks.get(dim, 0) for dim in self._dims[axis]}
-                facts = {**self._counts, **here, "count": self._local[axis], axis: values[axis]}
-                result[axis] = evaluate(expression, facts)
+                key = (axis, values[axis], *here.values())
+                if key not in self._known:
+                    facts = {**self._counts, **here, "count": self._local[axis], axis: values[axis]}
+                    self._known[key] = evaluate(expression, facts)
+                result[axis] = self._known[key]
         return result
 
     def homes(self, axis: str) -> dict[int, tuple[dict[str, int], int]]:

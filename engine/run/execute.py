@@ -77,7 +77,7 @@ def execute(
     how: Running,
     started: float,
     *,
-    parts: bool = False,
+    parts: str | None = None,
 ) -> Report:
     """Run a plan: weight files, small files and the manifest, complete at `out` or not there.
 
@@ -86,16 +86,16 @@ def execute(
     Args:
         make_small: makes the other files of the output, or refuses.
         started: when the command started, for the report.
-        parts: take the weights that parts wrote.
+        parts: take the weights that parts wrote, who know their work by this digest.
     """
     from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, manifest
     from engine.run.parts import read_markers
     from engine.run.runner import check_runnable, take_parts, write_weights
 
-    work = identity_of(compiled)
-    output = output_at(work, source, out, how, parts=parts)
-    written = read_markers(compiled, work, output.written) if parts else None
+    work = parts or identity_of(compiled)
+    output = output_at(work, source, out, how, parts=parts is not None)
+    written = None if parts is None else read_markers(compiled, parts, output.written)
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
@@ -154,7 +154,7 @@ def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: b
     """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing.
 
     Args:
-        work: the plan's `identity_of`.
+        work: a digest of all that the bytes of the output depend on.
     """
     from engine.run.manifest import NAME
     from engine.run.written import Ours

@@ -7,7 +7,7 @@ import os
 from engine.errors import EngineError
 from engine.move.blocks import LARGE_BLOCK_BYTES
 from engine.move.runs import MOST_SPAN
-from engine.planning.model import Plan
+from engine.planning.model import Work
 from engine.storage.sources import AHEAD
 
 MOST_WORKERS = 256  # threads: disks have no use for more, and each has buffers of its own
@@ -17,7 +17,7 @@ _CLIENT = 32 << 20  # obstore, with its connections
 _MAPPED = 8 << 20  # what the allocator keeps beyond what is asked for
 
 
-def predicted_memory(plan: Plan, workers: int, buffer: int = 0) -> int:
+def predicted_memory(plan: Work, workers: int, buffer: int = 0) -> int:
     """Bytes resident at the peak of a run with so many workers; the model's size does not count.
 
     Args:
@@ -35,7 +35,7 @@ def predicted_memory(plan: Plan, workers: int, buffer: int = 0) -> int:
     return _BASE + _MAPPED + library + tables + workers * (max(worker, compared) + fetched + buffer)
 
 
-def workers_of(plan: Plan, asked: int | None, limit: int | None, beside: int = 0, buffer: int = 0) -> int:
+def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int = 0, buffer: int = 0) -> int:
     """How many workers a run has: as asked, else as many as cores, and no more than fit the memory.
 
     Args:

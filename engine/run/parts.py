@@ -89,13 +89,13 @@ def _edge(jobs: Sequence[Job], wanted: float, mean: float, cut: bool) -> int:
                 before += size
                 continue
             near = before if wanted - before <= before + size - wanted else before + size
-            cuts = cut and len(unit.outputs) == 1 and not unit.sources
+            cuts = cut and len(unit.outputs) == 1 and not unit.scattered
             return round(wanted) if cuts and abs(near - wanted) > _SLACK * mean else near
     return before
 
 
 def write_marker(work: str, store: Store, part: Part, written: Written) -> None:
-    """Say that a part is done: what it wrote, and for which plan, by its `identity_of`."""
+    """Say that a part is done: what it wrote, and for which saved plan, by its digest."""
     told = {
         "work": work,
         "part": [part.number, part.count],

@@ -11,7 +11,7 @@ from engine.move.blocks import BLOCK_BYTES, block_of, blocks
 from engine.move.gather import Gatherer
 from engine.move.values import elements, float_type
 from engine.planning.copies import Copy
-from engine.planning.model import Plan, Replicas, Slices, Tied
+from engine.planning.model import Replicas, Slices, Tied, Work
 from engine.storage.coalesce import Range
 from engine.storage.sources import SourceFiles
 
@@ -22,13 +22,13 @@ _FETCHED = 256 << 10  # bytes of each replica among them
 _FEW = 32  # elements that may be equal by chance
 
 
-def checks(plan: Plan) -> tuple[Check, ...]:
+def checks(plan: Work) -> tuple[Check, ...]:
     """What must be equal, or must not, before anything is written."""
     return (*plan.replicas, *plan.tied, *plan.slices)
 
 
 def compare_replicas(
-    plan: Plan,
+    plan: Work,
     advance: Callable[[int], None],
     some: Sequence[Check] | None = None,
     stopped: Callable[[], bool] = lambda: False,
@@ -55,7 +55,7 @@ def compare_replicas(
                     _compare(plan, check, first, other, advance, stopped)
 
 
-def _batches(plan: Plan, some: Sequence[Check]) -> Iterator[tuple[Sequence[Check], Mapping[int, list[Range]]]]:
+def _batches(plan: Work, some: Sequence[Check]) -> Iterator[tuple[Sequence[Check], Mapping[int, list[Range]]]]:
     """Checks that are made one after the other, with the bytes that all of them begin with in each file."""
     for at in range(0, len(some), _TOGETHER):
         ranges: dict[int, list[Range]] = {}
@@ -68,7 +68,7 @@ def _batches(plan: Plan, some: Sequence[Check]) -> Iterator[tuple[Sequence[Check
         yield some[at : at + _TOGETHER], ranges
 
 
-def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
+def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
     """E402 unless a tensor that is left out equals the one that stands for it."""
     kept = plan.outputs[tied.same_as]
     copies = plan.copies(tied.same_as)
@@ -91,7 +91,7 @@ def _compare_tied(plan: Plan, tied: Tied, first: Gatherer, other: Gatherer, stop
         )
 
 
-def _compare_slices(plan: Plan, slices: Slices, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
+def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
     """E306 for two slices that are equal to the last bit, constants and the smallest aside."""
     header = plan.sources[slices.sources[0]].header
     size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
@@ -112,7 +112,7 @@ def _compare_slices(plan: Plan, slices: Slices, first: Gatherer, other: Gatherer
             raise _alike(plan, slices, one, source)
 
 
-def _alike(plan: Plan, slices: Slices, one: int, source: int) -> EngineError:
+def _alike(plan: Work, slices: Slices, one: int, source: int) -> EngineError:
     file, other = (plan.files[plan.sources[s].file].name for s in (one, source))
     return EngineError(
         "E306",
@@ -124,19 +124,19 @@ def _alike(plan: Plan, slices: Slices, one: int, source: int) -> EngineError:
     )
 
 
-def replica_bytes(plan: Plan, some: Sequence[Check] | None = None) -> int:
+def replica_bytes(plan: Work, some: Sequence[Check] | None = None) -> int:
     """Bytes that comparing replicas reads besides the first of each set; of some of the `checks`, or all."""
     sets = [check for check in (checks(plan) if some is None else some) if isinstance(check, Replicas)]
     return sum(_nbytes(plan, source) for replicas in sets for source in replicas.sources[1:])
 
 
-def _nbytes(plan: Plan, source: int) -> int:
+def _nbytes(plan: Work, source: int) -> int:
     header = plan.sources[source].header
     return math.prod(header.shape) * ITEM_SIZES[header.dtype]
 
 
 def _compare(
-    plan: Plan,
+    plan: Work,
     replicas: Replicas,
     first: Gatherer,
     other: Gatherer,
@@ -191,7 +191,7 @@ def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
     return unlike, float(np.nanmax(np.abs(u - v), initial=0.0))
 
 
-def _whole(plan: Plan, source: int) -> Copy:
+def _whole(plan: Work, source: int) -> Copy:
     """A stored tensor copied to itself in row-major order."""
     header = plan.sources[source].header
     axes = [(n, s) for n, s in zip(header.shape, header.strides, strict=True) if n > 1]
@@ -202,7 +202,7 @@ def _whole(plan: Plan, source: int) -> Copy:
     return Copy(source, 0, 0, 0, tuple(n for n, _ in axes), tuple(s for _, s in axes), tuple(reversed(strides)))
 
 
-def _differ(plan: Plan, replicas: Replicas, source: int, told: str) -> EngineError:
+def _differ(plan: Work, replicas: Replicas, source: int, told: str) -> EngineError:
     def file(index: int) -> str:
         return plan.files[plan.sources[index].file].name
 

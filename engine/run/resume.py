@@ -36,7 +36,7 @@ def split(plan: Plan, left: Interrupted, jobs: Iterable[Job]) -> tuple[dict[int,
             copies = plan.copies(output) if output < len(plan.outputs) else ()
             if any(plan.sources[copy.source].file in changed for copy in copies):
                 unsure.add(output)
-    scattered = {output for job in jobs for unit in job.units if unit.sources for output in unit.outputs}
+    scattered = {output for job in jobs for unit in job.units if unit.scattered for output in unit.outputs}
     lost = {output for output in unsure if left.begun[output].end is not None or output in scattered}
     return {output: one for output, one in left.begun.items() if output not in lost}, unsure - lost
 

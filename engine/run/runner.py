@@ -9,15 +9,15 @@ from functools import partial
 
 from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
-from engine.planning.model import Plan
+from engine.planning.model import Plan, Work
 from engine.run.journal import NAME as JOURNAL
 from engine.run.journal import Begun, Interrupted, Journal, read_journal
 from engine.run.memory import workers_of
 from engine.run.meter import Meter, Progress
-from engine.run.parts import MARKER, Part, Span, Written, check_parts, share
+from engine.run.parts import MARKER, Span, Written, check_parts
 from engine.run.replicas import checks, compare_replicas, replica_bytes
 from engine.run.resume import compare_copied, split
-from engine.run.schedule import schedule
+from engine.run.schedule import Job, schedule
 from engine.run.sharing import Shares
 from engine.run.writer import Writer
 from engine.storage.output import sweep
@@ -26,7 +26,7 @@ from engine.storage.store import Store
 
 
 def check_runnable(
-    plan: Plan, workers: int | None, max_memory: int | None, beside_memory: int, buffer: int = 0
+    plan: Work, workers: int | None, max_memory: int | None, beside_memory: int, buffer: int = 0
 ) -> None:
     """E209 or E001 for what `write_weights` could not do, told before there is a folder to write to."""
     for output in plan.outputs:
@@ -43,7 +43,6 @@ def write_weights(
     listener: Callable[[Progress], None] | None = None,
     digests: bool = True,
     resume: bool = False,
-    part: Part | None = None,
     beside: Sequence[Callable[[threading.Event], None]] = (),
     beside_memory: int = 0,
 ) -> Written:
@@ -55,7 +54,6 @@ def write_weights(
         max_memory: bytes resident at most; fewer workers keep to it, and E001 refuses less than one needs.
         digests: compute a digest of every tensor, which also lets the run be resumed.
         resume: go on with what an interrupted run of the same plan left there.
-        part: write this share of the plan only; files that others write to as well are not completed.
         beside: called in threads of their own while tensors are written, with an event that is set when they
             should stop; an error of theirs ends the run.
         beside_memory: bytes that they take, which count in `max_memory`.
@@ -70,51 +68,97 @@ def write_weights(
     if resume and folder is not None:
         sweep(folder, {JOURNAL, *(file.name for file in plan.shards)})
     jobs = schedule(plan, positioned=store.positioned)
-    compared = checks(plan)
-    if part is not None:
-        jobs = share(jobs, part, cut=store.positioned)
-        compared = compared[part.number - 1 :: part.count]
-    files = sorted({file for job in jobs for file in job.files})
     known, unsure = split(plan, left, jobs)
-    writing = sum(job.nbytes for job in jobs) + sum(plan.outputs[o].nbytes for o in unsure)
-    meter = Meter(writing + replica_bytes(plan, compared), listener)
-    writer = Writer(plan, store, meter, digests=digests, alone=count <= len(jobs))
+    checked = sum(plan.outputs[o].nbytes for o in unsure)
+    meter = Meter(sum(job.nbytes for job in jobs) + checked + replica_bytes(plan), listener)
+    writer = Writer(plan, store, meter, range(len(plan.shards)), digests=digests, alone=count <= len(jobs))
     writer.take_over(known)
-    if resume and not store.positioned:
-        writer.take_whole(files)
     again = sorted(unsure & writer.done.keys())
     meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
-    journal = None
+    copied = partial(compare_copied, plan, writer.done, advance=meter.advance, stopped=meter.stopped.is_set)
+    before = [partial(copied, again[first::count]) for first in range(min(count, len(again)))]
+
+    def journal() -> None:
+        if digests and folder is not None:
+            writer.journal = Journal(folder, plan, writer.done)
+
+    try:
+        _write(plan, jobs, store, writer, meter, count, resume=resume, before=before, ready=journal, beside=beside)
+    finally:
+        if writer.journal is not None:
+            writer.journal.close()
+    _write_index(plan, store)
+    if folder is not None:
+        (folder / JOURNAL).unlink(missing_ok=True)
+    return Written(writer.done)
+
+
+def write_part(
+    work: Work,
+    jobs: Sequence[Job],
+    store: Store,
+    *,
+    workers: int | None = None,
+    max_memory: int | None = None,
+    listener: Callable[[Progress], None] | None = None,
+) -> Written:
+    """Compare the replicas of a share of a plan, then write its jobs; files that others write to are not completed.
+
+    What an earlier try left whole in a store that takes whole files is kept. Arguments and errors else as for
+    `write_weights`.
+    """
+    count = workers_of(work, workers, max_memory, 0, store.buffer)
+    meter = Meter(sum(job.nbytes for job in jobs) + replica_bytes(work), listener)
+    files = sorted({file for job in jobs for file in job.files})
+    writer = Writer(work, store, meter, files, digests=True, alone=count <= len(jobs))
+    _write(work, jobs, store, writer, meter, count, resume=not store.positioned)
+    return Written(writer.done, sorted(writer.spans))
+
+
+def _write(
+    work: Work,
+    jobs: Sequence[Job],
+    store: Store,
+    writer: Writer,
+    meter: Meter,
+    count: int,
+    *,
+    resume: bool,
+    before: Sequence[Callable[[], object]] = (),
+    ready: Callable[[], None] = lambda: None,
+    beside: Sequence[Callable[[threading.Event], None]] = (),
+) -> None:
+    """Compare, then do all jobs with `count` workers.
+
+    Args:
+        before: what is compared before replicas are.
+        ready: called when files are begun.
+    """
+    files = sorted({file for job in jobs for file in job.files})
+    if resume and not store.positioned:
+        writer.take_whole(files)
+    compared = checks(work)
     with ThreadPoolExecutor(count + len(beside), thread_name_prefix="writer") as pool:
         try:
-            copied = partial(compare_copied, plan, writer.done, advance=meter.advance, stopped=meter.stopped.is_set)
-            if again:
+            if before:
                 meter.begin("checking what is kept")
-            _run(pool, meter, [partial(copied, again[first::count]) for first in range(min(count, len(again)))])
+            _run(pool, meter, before)
             dealt = [compared[first::count] for first in range(count)]
-            comparing = partial(compare_replicas, plan, meter.advance, stopped=meter.stopped.is_set)
+            comparing = partial(compare_replicas, work, meter.advance, stopped=meter.stopped.is_set)
             if any(dealt):
                 meter.begin("comparing replicas")
             _run(pool, meter, [partial(comparing, some) for some in dealt if some])
             meter.begin("writing")
             if store.positioned:
                 _run(pool, meter, [partial(writer.start, index) for index in files])
-            if digests and folder is not None and part is None:
-                journal = writer.journal = Journal(folder, plan, writer.done)
+            ready()
             works = [partial(writer.work, Shares(jobs))] * count
             _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *works])
             _run(pool, meter, [partial(writer.sync, index) for index in files])
-            check_unchanged(plan.files)
+            check_unchanged(work.files)
         finally:
             meter.stopped.set()
             pool.shutdown()
-            if journal is not None:
-                journal.close()
-    if part is None:
-        _write_index(plan, store)
-        if folder is not None:
-            (folder / JOURNAL).unlink(missing_ok=True)
-    return Written(writer.done, sorted(writer.spans))
 
 
 def take_parts(plan: Plan, store: Store, written: Written) -> Written:
@@ -124,7 +168,7 @@ def take_parts(plan: Plan, store: Store, written: Written) -> Written:
         EngineError: E409 when what is there now is not what they wrote.
     """
     if store.positioned:
-        writer = Writer(plan, store, Meter(0, None), digests=True, alone=True)
+        writer = Writer(plan, store, Meter(0, None), range(len(plan.shards)), digests=True, alone=True)
         if store.folder is not None:
             sweep(store.folder, {*(name for name in store.names() if name.startswith(MARKER)),
                                  *(file.name for file in plan.shards)})  # fmt: skip

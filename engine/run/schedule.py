@@ -14,7 +14,7 @@ from engine.formats.headers import ITEM_SIZES
 from engine.formats.written import FORMATS, FileLayout
 from engine.move.runs import READ_THROUGH, runs
 from engine.planning.copies import Copy, swap
-from engine.planning.model import OutputFile, Plan
+from engine.planning.model import OutputFile, Work
 from engine.planning.whole import contiguous
 
 _RUN_COST = 8 * 1024  # bytes that could have been moved in the time a run takes to start
@@ -24,10 +24,10 @@ _CLEARLY = 0.8  # scatter only where it costs less than this part of gathering
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Tensors moved together: outputs that are gathered, or sources that are scattered."""
+    """Outputs that are moved together: gathered, or scattered from the sources that they share."""
 
     outputs: tuple[int, ...]
-    sources: tuple[int, ...] = ()  # empty: gather
+    scattered: bool = False
     span: tuple[int, int] | None = None  # bytes of the only output, where others move the rest
 
 
@@ -67,23 +67,28 @@ class _Sets:
                 first = min(root, first)
 
 
-def schedule(plan: Plan, *, positioned: bool = True) -> list[Job]:
+def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequence[int]] | None = None) -> list[Job]:
     """The jobs of a plan, largest first. Every output is in exactly one.
 
     Files that are scattered into together are one job.
 
     Args:
         positioned: whether writes go anywhere in a file; if not, each file is one unit.
+        scattered: what `scattered_outputs` gives, where it is known.
     """
     block = max((file.file.store.block for file in plan.files), default=0)
     if block or not positioned:  # what is read far away is fetched in the order of the output
         units = _together(plan, block * _BLOCKS_TOGETHER if positioned else None)
     else:
-        units = _units(plan)
+        units = [
+            Unit(tuple(one), scattered=True) for one in (scattered_outputs(plan) if scattered is None else scattered)
+        ]
+        apart = {output for unit in units for output in unit.outputs}
+        units += [Unit((i,)) for i in range(len(plan.outputs)) if i not in apart]
     file_of = {output: i for i, file in enumerate(plan.shards) for output in file.outputs}
     files = _Sets(len(plan.shards))
     for unit in units:
-        if unit.sources:
+        if unit.scattered:
             files.join(file_of[output] for output in unit.outputs)
     members: dict[int, list[int]] = {}
     for index in range(len(plan.shards)):
@@ -101,7 +106,7 @@ def schedule(plan: Plan, *, positioned: bool = True) -> list[Job]:
     return sorted(jobs, key=lambda job: -job.nbytes)
 
 
-def _together(plan: Plan, nbytes: int | None) -> list[Unit]:
+def _together(plan: Work, nbytes: int | None) -> list[Unit]:
     """Outputs of each file that are gathered one after the other, up to so many bytes of them."""
     units: list[Unit] = []
     for file in plan.shards:
@@ -119,24 +124,24 @@ def _together(plan: Plan, nbytes: int | None) -> list[Unit]:
     return units
 
 
-def in_order(plan: Plan, file: OutputFile) -> list[int]:
+def in_order(plan: Work, file: OutputFile) -> list[int]:
     """The outputs of a file in the order in which their bytes lie there."""
     offsets = layout_of(plan, file).offsets
     return [output for _, output in sorted(zip(offsets, file.outputs, strict=True))]
 
 
-def layout_of(plan: Plan, file: OutputFile) -> FileLayout:
+def layout_of(plan: Work, file: OutputFile) -> FileLayout:
     """Where everything of a weight file goes."""
     tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
     return FORMATS[file.format](tensors, PurePosixPath(file.name).stem, file.around)
 
 
-def _units(plan: Plan) -> list[Unit]:
-    """Gather everything, except the sets of tensors that are cheaper to scatter."""
+def scattered_outputs(plan: Work) -> list[list[int]]:
+    """Outputs that are cheaper to scatter from the sources they share than to gather, in sets."""
     copies = [plan.copies(i) for i in range(len(plan.outputs))]
     wide = {i for i, held in enumerate(copies) if any(_skips(c, plan) for c in held)}
     if not wide:
-        return [Unit((i,)) for i in range(len(plan.outputs))]
+        return []
     by_source: dict[int, list[int]] = {}
     for i, held in enumerate(copies):
         for source in {c.source for c in held}:
@@ -147,22 +152,19 @@ def _units(plan: Plan) -> list[Unit]:
     together: dict[int, list[int]] = {}
     for i in range(len(plan.outputs)):
         together.setdefault(sets.find(i), []).append(i)
-    units: list[Unit] = []
-    for outputs in together.values():
-        held = [c for i in outputs for c in copies[i]]
-        if wide.intersection(outputs) and _scatters(plan, outputs, held):
-            units.append(Unit(tuple(outputs), tuple(sorted({c.source for c in held}))))
-        else:
-            units.extend(Unit((i,)) for i in outputs)
-    return units
+    return [
+        outputs
+        for outputs in together.values()
+        if wide.intersection(outputs) and _scatters(plan, outputs, [c for i in outputs for c in copies[i]])
+    ]
 
 
-def _skips(copy: Copy, plan: Plan) -> bool:
+def _skips(copy: Copy, plan: Work) -> bool:
     item = ITEM_SIZES[plan.sources[copy.source].header.dtype]
     return runs(copy, READ_THROUGH // item) != (1, copy.volume())
 
 
-def _scatters(plan: Plan, outputs: Sequence[int], copies: Sequence[Copy]) -> bool:
+def _scatters(plan: Work, outputs: Sequence[int], copies: Sequence[Copy]) -> bool:
     """Whether these outputs can be filled from the source side, and are better so."""
     if not all(plan.outputs[i].unchanged for i in outputs):
         return False
@@ -186,12 +188,12 @@ def _scatters(plan: Plan, outputs: Sequence[int], copies: Sequence[Copy]) -> boo
     return scattering < _CLEARLY * gathering
 
 
-def copies_from(plan: Plan, unit: Unit) -> dict[int, list[Copy]]:
+def copies_from(plan: Work, unit: Unit) -> dict[int, list[Copy]]:
     """For each source of a scattered unit, its copies with the sides exchanged."""
-    found: dict[int, list[Copy]] = {source: [] for source in unit.sources}
+    found: dict[int, list[Copy]] = {}
     for output in unit.outputs:
         for copy in plan.copies(output):
-            found[copy.source].append(swap(copy))
+            found.setdefault(copy.source, []).append(swap(copy))
     for held in found.values():
         held.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
-    return found
+    return dict(sorted(found.items()))

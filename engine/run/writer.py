@@ -13,7 +13,7 @@ from engine.move.blocks import block_bytes, blocks, largest_block
 from engine.move.gather import Scatterer
 from engine.move.reader import Reader
 from engine.move.runs import straight
-from engine.planning.model import Plan
+from engine.planning.model import Work
 from engine.run.digests import Total
 from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
@@ -29,22 +29,28 @@ _DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
 class Writer:
     """Writes the files of a plan; shared by the workers."""
 
-    def __init__(self, plan: Plan, store: Store, meter: Meter, *, digests: bool, alone: bool) -> None:
-        """Args: alone: whether each file is mostly written by one worker at a time."""
+    def __init__(
+        self, plan: Work, store: Store, meter: Meter, files: Iterable[int], *, digests: bool, alone: bool
+    ) -> None:
+        """
+        Args:
+            files: those of the plan that are written to.
+            alone: whether each of them is mostly written by one worker at a time.
+        """
         self._plan, self._meter = plan, meter
         self._store, self._names = store, [file.name for file in plan.shards]
-        self._layouts: list[FileLayout] = []
+        self._layouts: dict[int, FileLayout] = {}
         self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
         self._numbers: dict[int, int] = {}  # output → the how manieth of its file
-        for index, file in enumerate(plan.shards):
-            layout = layout_of(plan, file)
-            self._layouts.append(layout)
+        self._checked: set[int] = set()  # outputs whose format wants checksums
+        for index in files:
+            file = plan.shards[index]
+            layout = self._layouts[index] = layout_of(plan, file)
             self._places.update((i, (index, at)) for i, at in zip(file.outputs, layout.offsets, strict=True))
             self._numbers.update((output, number) for number, output in enumerate(file.outputs))
-        checked = {o for file in plan.shards if file.format in CHECKED for o in file.outputs}
-        # Each is changed by the one worker that writes the output.
-        self._checked, self._digests = checked, digests
-        self._totals: dict[int, Total] = {}  # of outputs that are begun
+            self._checked.update(file.outputs if file.format in CHECKED else ())
+        self._digests = digests
+        self._totals: dict[int, Total] = {}  # of outputs that are begun, each changed by the worker that writes it
         # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
         self._direct = alone and not digests
         self.done: dict[int, Done] = {}
@@ -135,7 +141,7 @@ class Writer:
                         self.start(self._places[left[0]][0])
                     if unit.span is not None:
                         self._gather_span(unit.outputs[0], unit.span, reader, sinks)
-                    elif unit.sources and left:
+                    elif unit.scattered and left:
                         self._scatter(unit, scatterer)
                         self._record(unit.outputs, sinks)
                     elif left and not self._copied(left, files, sinks):

@@ -92,9 +92,12 @@ class SourceFiles:
 
 
 def check_unchanged(files: Iterable[IndexedFile]) -> None:
-    """E405 unless every file is still the one that was planned: what was read of it is of one state then."""
+    """E405 unless every file is still the one that was planned: what was read of it is of one state then.
+
+    Files whose state nobody looked at are left out.
+    """
     by_store: dict[str, list[IndexedFile]] = {}
-    for header in files:
+    for header in (file for file in files if file.state is not None):
         by_store.setdefault(header.file.store.place(), []).append(header)
     for headers in by_store.values():
         now = headers[0].file.store.states([header.file.name for header in headers])

@@ -190,7 +190,7 @@ def test_columns_cut_into_many_ranks_are_scattered_and_come_out_right(workers: i
     expected = save(model, tmp_path / "whole")
     engine.convert(model.mapping, tmp_path / "whole", tmp_path / "hf", settings=LETTERS)
     plan = engine.plan_reverse(model.mapping, tmp_path / "hf", tp=16)
-    assert any(unit.sources for job in schedule(plan) for unit in job.units)
+    assert any(unit.scattered for job in schedule(plan) for unit in job.units)
     engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", tp=16, workers=workers)
     save(model, tmp_path / "genuine", tp=16)
     same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "genuine"))

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 import engine
 from engine import api
+from engine.api.parts import loaded_part
+from engine.api.plans import read_saved
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.run.parts import Part, read_markers, share
@@ -81,6 +83,52 @@ def test_rank_files_are_written_in_parts_too(job: str, options: dict[str, Any], 
         api.part(tmp_path / "plan.json", f"{number}/3", tmp_path / "out")
     api.commit(tmp_path / "plan.json", tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def test_a_part_looks_at_no_file_but_its_own(whole: dict[str, bytes], tmp_path: Path) -> None:
+    step, moved = shutil.copytree(STEP, tmp_path / "step"), tmp_path / "moved"
+    api.save_plan(tmp_path / "mine.json", MAPPING, step, max_shard_size=200_000)
+    for number in (1, 2):
+        work, _ = loaded_part(read_saved(tmp_path / "mine.json"), Part(number, 2), positioned=True)
+        read = {file.name for file in work.files if file.tensors}
+        others = [path for path in step.glob("model_t*.pt") if path.name not in read]
+        assert others, "of four files, those of the other stage"
+        moved.mkdir()
+        for path in others:
+            path.rename(moved / path.name)
+        api.part(tmp_path / "mine.json", f"{number}/2", tmp_path / "out")
+        for path in others:
+            (moved / path.name).rename(path)
+        moved.rmdir()
+    api.commit(tmp_path / "mine.json", tmp_path / "out")
+    assert files(tmp_path / "out").keys() == whole.keys()
+    weights = [name for name in whole if name.endswith(".safetensors")]
+    assert weights and all((tmp_path / "out" / name).read_bytes() == whole[name] for name in weights)
+
+
+def test_no_copies_of_a_saved_plan_break_a_part(plan: Path, tmp_path: Path) -> None:
+    data = json.loads(plan.read_text())
+    work = data.pop("work")
+    assert work["checks"] and work["outputs"]
+    for name, damage in mutated(work):
+        plan.write_bytes(json.dumps(data).encode()[:-1] + b', "work": ' + damage + b"}")
+        try:
+            loaded_part(read_saved(plan), Part(1, 2), positioned=True)
+        except EngineError as error:
+            assert error.code == "E102", (name, error)
+
+
+def test_copies_that_are_not_those_of_the_plan_are_found_at_the_end(plan: Path, tmp_path: Path) -> None:
+    data = json.loads(plan.read_text())
+    kinds = [row[1] for row in data["work"]["outputs"]]
+    one, other = next((a, b) for a in range(9) for b in range(a + 1, len(kinds)) if kinds[a] == kinds[b])
+    first, second = data["work"]["outputs"][one], data["work"]["outputs"][other]
+    first[2:], second[2:] = second[2:], first[2:]
+    plan.write_text(json.dumps(data))
+    for number in (1, 2):
+        api.part(plan, f"{number}/2", tmp_path / "out")
+    refused("E217", plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_part_is_done_once_and_a_commit_names_what_is_missing(

@@ -1,0 +1,275 @@
+"""What a saved plan holds of its copies, so that a part of its work is found without planning the whole.
+
+Outputs that are filled alike share one list of copies; each names the stored tensors that fill it, by file and name.
+All of it is numbers and names: no file is looked at before the part's own are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.formats.headers import FileHeader
+from engine.planning.copies import Copy
+from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Tied, Work
+from engine.planning.stored import SourceTensor
+from engine.storage.virtual import VirtualStore
+
+Row = list[Any]  # of an output: its name, the number of its kind, then its places
+Places = list[list[int]]  # sources of one name together: the number of the name, and the file of each
+
+
+def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> dict[str, Any] | None:
+    """The copies of a plan as JSON holds them; None for one that only planning again can make.
+
+    Args:
+        scattered: gives the outputs that are filled together from the sources' side.
+    """
+    named = [len({t.name for t in file.tensors}) == len(file.tensors) for file in plan.files]
+    virtual = any(isinstance(file.file.store, VirtualStore) for file in plan.files)
+    if virtual or not all(named) or any(file.around is not None for file in plan.shards):
+        return None
+    coded = _Coded(plan)
+    homes: dict[int, int] = {}  # source → the first output that reads it
+    outputs: list[Row] = []
+    for index in range(len(plan.outputs)):
+        row, sources = coded.output(index)
+        outputs.append(row)
+        for source in sources:
+            homes.setdefault(source, index)
+    compared = [(one.sources, one.name, one.rule) for one in plan.replicas]
+    compared += [(one.sources, one.name, "") for one in plan.slices]
+    checks = [
+        [next((homes[s] for s in sources if s in homes), 0), coded.name(name), coded.name(rule), *coded.places(sources)]
+        for sources, name, rule in compared
+    ]
+    tied = [[one.same_as, coded.tied(one)] for one in plan.tied]
+    return {
+        "names": list(coded.names),
+        "kinds": list(coded.kinds.values()),
+        "outputs": outputs,
+        "files": [[file.name, file.format, list(file.outputs)] for file in plan.shards],
+        "scattered": [list(one) for one in scattered()],
+        "checks": checks,
+        "tied": tied,
+    }
+
+
+class _Coded:
+    """The rows of a plan's outputs, with what many share put once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.names: dict[str, int] = {}
+        self.kinds: dict[tuple[Any, ...], Row] = {}
+        self._numbers: dict[tuple[Any, ...], int] = {}
+
+    def output(self, index: int) -> tuple[Row, list[int]]:
+        """The row of an output, and its sources."""
+        table = self._plan.copies
+        group, shard = table.outputs[index]
+        template, numbers, _ = table.filled(group)
+        used = sorted(template.dtypes[shard])
+        kind = self._kind(self._plan.outputs[index], (id(template), shard), template.copies[shard], used)
+        sources = [numbers[one] for one in used]
+        return [self._plan.outputs[index].name, kind, *self.places(sources)], sources
+
+    def tied(self, tied: Tied) -> Row:
+        used = sorted({copy.source for copy in tied.copies})
+        return [tied.output.name, self._kind(tied.output, tied.copies, tied.copies, used), *self.places(used)]
+
+    def _kind(self, output: Output, key: Any, copies: Iterable[Copy], used: Sequence[int]) -> int:
+        fixed = (
+            output.dtype, output.read_dtype, output.shape, output.rule, output.pattern, output.transform,
+            output.transform_dim,
+        )  # fmt: skip
+        number = self._numbers.get((fixed, key))
+        if number is None:
+            number = self._numbers[fixed, key] = len(self.kinds)
+            order = {source: position for position, source in enumerate(used)}
+            self.kinds[fixed, key] = [
+                *fixed,
+                [
+                    [order[c.source], c.source_offset, c.target_offset, c.shape, c.source_strides, c.target_strides]
+                    for c in copies
+                ],
+            ]
+        return number
+
+    def places(self, sources: Iterable[int]) -> Places:
+        """Where sources lie, in their order."""
+        found: Places = []
+        for source in sources:
+            one = self._plan.sources[source]
+            name = self.name(one.header.name)
+            if found and found[-1][0] == name:
+                found[-1].append(one.file)
+            else:
+                found.append([name, one.file])
+        return found
+
+    def name(self, text: str) -> int:
+        """The number of a name."""
+        return self.names.setdefault(text, len(self.names))
+
+
+@dataclass(frozen=True, slots=True)
+class SavedWork:
+    """The work of a saved plan before its sources are known.
+
+    Attributes:
+        outline: its outputs and files; nothing of what it reads but the names of files.
+        scattered: outputs that are filled together from the sources' side.
+    """
+
+    outline: Work
+    scattered: Sequence[Sequence[int]]
+    _data: Mapping[str, Any]
+    _output: Callable[[Row], Output]
+
+    def files_of(self, outputs: Collection[int], begun: Collection[int]) -> list[int]:
+        """The files that some outputs are read from, and those that are compared.
+
+        Args:
+            begun: those of the outputs with which what belongs to them is compared.
+        """
+        rows = [self._data["outputs"][output][2:] for output in outputs]
+        rows += [row[2:] for home, row in self._data["tied"] if home in begun]
+        rows += [places for home, _, _, *places in self._data["checks"] if home in begun]
+        return sorted({file for row in rows for _, *files in row for file in files})
+
+    def of(self, outputs: Collection[int], begun: Collection[int], headers: Mapping[int, FileHeader]) -> Work:
+        """What moves some outputs, and compares what belongs to those that are begun.
+
+        Args:
+            headers: of `files_of` these.
+
+        Raises:
+            ValueError, LookupError, TypeError: for copies that are none of a plan.
+        """
+        found = _Sources(self._data["names"], headers)
+        copies = _Copies(self._data["kinds"])
+        for output in outputs:
+            row = self._data["outputs"][output]
+            copies.rows[output] = row[1], found.numbers(row[2:])
+        tied: list[Tied] = []
+        for home, row in self._data["tied"]:
+            if home in begun:
+                copies.rows[-1] = row[1], found.numbers(row[2:])
+                tied.append(Tied(self._output(row), tuple(copies(-1)), home))
+        names = self._data["names"]
+        checks = [
+            (found.numbers(at), names[name], names[rule])
+            for home, name, rule, *at in self._data["checks"]
+            if home in begun
+        ]
+        work = replace(
+            self.outline,
+            files=tuple(headers.get(number, file) for number, file in enumerate(self.outline.files)),
+            sources=tuple(found.tensors),
+            copies=copies,
+            replicas=tuple(Replicas(*one) for one in checks if one[2]),
+            slices=tuple(Slices(*one[:2]) for one in checks if not one[2]),
+            tied=tuple(tied),
+        )
+        for output in outputs:
+            _check(work.outputs[output], copies(output), work.sources)
+        for one in tied:
+            _check(one.output, one.copies, work.sources)
+        return work
+
+
+class _Sources:
+    """The stored tensors that are read, numbered as they are asked for."""
+
+    def __init__(self, names: Sequence[str], headers: Mapping[int, FileHeader]) -> None:
+        self._names = names
+        self._held = {file: {one.name: one for one in header.tensors} for file, header in headers.items()}
+        self._numbers: dict[tuple[int, int], int] = {}
+        self.tensors: list[SourceTensor] = []
+
+    def numbers(self, places: Places) -> tuple[int, ...]:
+        return tuple(self._number(file, name) for name, *files in places for file in files)
+
+    def _number(self, file: int, name: int) -> int:
+        found = self._numbers.get((file, name))
+        if found is None:
+            found = self._numbers[file, name] = len(self.tensors)
+            self.tensors.append(SourceTensor(file, self._held[file][self._names[name]]))
+        return found
+
+
+class _Copies:
+    """`Work.copies` of some outputs: for each its kind, and the sources that it has in the kind's order."""
+
+    def __init__(self, kinds: Sequence[Row]) -> None:
+        self._kinds = kinds
+        self.rows: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    def __call__(self, output: int) -> list[Copy]:
+        kind, sources = self.rows[output]
+        return [
+            Copy(sources[one], output, at, to, tuple(shape), tuple(there), tuple(here))
+            for one, at, to, shape, there, here in self._kinds[kind][-1]
+        ]
+
+
+def _check(output: Output, copies: Sequence[Copy], sources: Sequence[SourceTensor]) -> None:
+    """ValueError unless copies fill an output, and read nothing beside their sources."""
+    filled = 0
+    for copy in copies:
+        header = sources[copy.source].header
+        last = sum((n - 1) * stride for n, stride in zip(header.shape, header.strides, strict=True))
+        for at, strides, end in (
+            (copy.source_offset, copy.source_strides, last),
+            (copy.target_offset, copy.target_strides, output.elements - 1),
+        ):
+            steps = list(zip(copy.shape, strides, strict=True))
+            whole = all(type(n) is int and n >= 0 for n in (at, *copy.shape, *strides))
+            if (
+                not whole
+                or at + sum((n - 1) * stride for n, stride in steps) > end
+                or header.dtype != output.read_dtype
+            ):
+                raise ValueError(f"{output.name} is filled from beyond a tensor")
+        filled += copy.volume()
+    if filled != output.elements:
+        raise ValueError(f"{output.name} is not filled")
+
+
+def saved_work(
+    data: Mapping[str, Any], files: tuple[FileHeader, ...], folder: str, places: Mapping[str, str]
+) -> SavedWork:
+    """The work of a plan by its `work_data`.
+
+    Args:
+        files: the source's, without what they hold.
+        places: of each rule, for errors.
+
+    Raises:
+        ValueError, LookupError, TypeError: for what is none.
+    """
+    kinds: Sequence[Row] = data["kinds"]
+
+    def output(row: Row) -> Output:
+        dtype, read_dtype, shape, rule, pattern, transform, dim, _ = kinds[row[1]]
+        place = places.get(rule.partition(" + ")[0], "")
+        change = None if transform is None else tuple(transform)
+        return Output(row[0], dtype, read_dtype, tuple(shape), rule, place, pattern, change, dim)
+
+    def nothing(index: int) -> list[Copy]:
+        raise LookupError(index)
+
+    shards = tuple(OutputFile(name, kind, tuple(held)) for name, kind, held in data["files"])
+    outline = Work(
+        folder=folder,
+        files=files,
+        sources=(),
+        outputs=tuple(map(output, data["outputs"])),
+        copies=nothing,
+        shards=shards,
+    )
+    if sorted(one for file in shards for one in file.outputs) != list(range(len(outline.outputs))):
+        raise ValueError("files do not hold each tensor once")
+    return SavedWork(outline, data["scattered"], data, output)
