@@ -68,10 +68,10 @@ def facts_of(
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
         return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
-    read = read_config(checkpoint.config, target_side(mapping))
+    same = layout.config_of_target  # then what is written is what was read, and what training cannot have is refused
+    read = read_config(checkpoint.config, source_side(mapping, layout) if same else target_side(mapping))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
     seen = {**read.config, **cut, "options": options, "present": given["present"]}
-    same = layout.config_of_target  # then what is written is what was read
     first = {**(read.config if same else render_known(mapping.training_config, seen)), "options": options}
     first |= {**cut, **given}
     decisions = decide(mapping.variants, settings, first, like=like or {})

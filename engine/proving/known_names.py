@@ -82,8 +82,8 @@ def _names(mapping: MappingFile) -> Iterator[Finding]:
     if mapping.as_model:
         return
     types, kind = targets.model_types(), mapping.model_type
-    near = get_close_matches(kind, sorted(types), 1, _NEAR)
-    if kind not in types and near and mapping.remote_code is None and not _same_word(kind, near[0]):
+    near = get_close_matches(kind, sorted(types), 1, _NEAR) if kind not in types else []
+    if near and mapping.remote_code is None and not _same_word(kind, near[0]):
         yield _wrong(
             place_of(mapping, "target", "model_type"),
             f"there is no model type `{kind}` in transformers",

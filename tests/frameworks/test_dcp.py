@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -277,6 +278,38 @@ def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> 
         engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out", config=other)
     assert caught.value.code in ("E203", "E207")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "E502"),
+        ({"model_type": "mistral"}, "E502"),
+        ({"model_type": ["llama"]}, "E209"),
+        ({"architectures": {"a": 1}}, "E218"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "E209"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_contradicts_itself_or_the_tensors_is_refused(
+    change: dict[str, Any], code: str, tmp_path: Path
+) -> None:
+    fixture = DCP / "fsdp4-f32-hf"
+    config = json.loads((fixture / "hf_config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError) as caught:
+        engine.convert("transformers", source_of(fixture), tmp_path / "out", config=tmp_path / "config.json")
+    assert caught.value.code == code
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_without_a_class_is_that_of_its_model_type(tmp_path: Path) -> None:
+    fixture = DCP / "fsdp4-f32-hf"
+    config = json.loads((fixture / "hf_config.json").read_text()) | {"architectures": None, "auto_map": {"A": "b.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = engine.convert("transformers", source_of(fixture), tmp_path / "out", config=tmp_path / "config.json")
+    assert logits_off(tmp_path / "out", fixture / "oracle.pt") < 1e-4
+    assert any("auto_map" in notice for notice in report.notices)
 
 
 def test_torchtitans_names_and_rotary_order_give_its_logits(tmp_path: Path) -> None:
