@@ -5,6 +5,8 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
+unexport PYTHONDONTWRITEBYTECODE # else each process of the suite compiles the engine anew
+
 .PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings targets score lock
 
 setup: $(STAMP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError
@@ -59,7 +59,8 @@ def facts_of(
                 )
             target = read_config(checkpoint.target_config, target_side(mapping)).config
             config = render_known(mapping.training_config, {**target, "options": options})
-        read = read_config(config, source_side(mapping, layout), expressed=expressed)
+        side = replace(source_side(mapping, layout), file=checkpoint.config_name)
+        read = read_config(config, side, expressed=expressed)
         training = read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config
         check_repeated(
             checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file
