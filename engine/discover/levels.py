@@ -140,12 +140,16 @@ def _steps(x: np.ndarray, y: np.ndarray, rows: int, cols: int, precision: float,
         ):
             return f"{bits or max(2, 1 + int(np.ceil(np.log2(levels.max() + 1))))} bits"
     for kept, (name, least) in _SCALED.items():
+        rounding = size * (2.0 ** -(kept + 1) + precision) + most * least
+        if not (apart <= rounding).all():
+            continue
         for first in range(2**kept, 2 ** (kept + 1)):  # what the largest may be
-            part, _ = np.frexp(size * first / most)
-            grid = part * 2 ** (kept + 1)
-            near = np.abs(grid - np.round(grid)) <= grid * precision * 1.01
-            rounding = size * (2.0 ** -(kept + 1) + precision) + most * least
-            if near.all() and (apart <= rounding).all():
+            for some in (slice(1), slice(None)):  # one group tells most that are none
+                part, _ = np.frexp(size[some] * first / most[some])
+                grid = part * 2 ** (kept + 1)
+                if not (np.abs(grid - np.round(grid)) <= grid * precision * 1.01).all():
+                    break
+            else:
                 return f"{name} with a scale"
     if coarse.shape[1] >= 64:
         count = max(len(np.unique(row)) for row in coarse)
