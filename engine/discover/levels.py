@@ -1,9 +1,13 @@
-"""Values that lost precision: another type and back, bits cut off, a grid of levels as quantising leaves."""
+"""Values that lost precision: another type and back, bits cut off, a grid of levels as quantising leaves.
+
+What all relations of values are made of stands here too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +28,16 @@ GROUPS = (
     ("row", 1, 0), ("column", 0, 1), *((f"block of {n} columns", 0, n) for n in (128, 64, 32)),
     *((f"{n} elements in a row", 1, n) for n in (256, 128, 64, 32, 16)),
 )  # fmt: skip
+
+Kind = Literal["zeroed", "constant", "negated", "scaled", "shifted", "rounded", "clipped", "mapped", "changed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A relation of values: its kind, and in words: `scaled: 2 times the reference`."""
+
+    kind: Kind
+    words: str
 
 
 def groups(x: np.ndarray, rows: int, cols: int) -> np.ndarray | None:
