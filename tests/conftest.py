@@ -12,6 +12,8 @@ import pytest
 
 gc.set_threshold(100_000, 20, 100)  # as the command line has it: a fifth of the time is else spent looking for cycles
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: there are as many workers as cores
+
 _MEMORY, _ROOM = "/dev/shm", 4 << 30
 if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM:
     os.environ["TMPDIR"] = tempfile.tempdir = _MEMORY  # `make soak` has the tests of crashes on a disk
