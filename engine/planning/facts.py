@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.expressions import OMIT, evaluate
+from engine.language.expressions import OMIT, evaluate, render_tree
 from engine.language.model import Expression, Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
@@ -108,13 +108,11 @@ def present_in(names: Collection[str]) -> Callable[[str], bool]:
 
 def render_known(tree: Any, names: Mapping[str, Any]) -> Any:
     """A tree of expressions as far as `names` allow; what they do not is left out."""
-    if isinstance(tree, Expression):
-        try:
-            return evaluate(tree, names)
-        except EngineError:
-            return OMIT
-    if isinstance(tree, Mapping):
-        return {key: v for key, child in tree.items() if (v := render_known(child, names)) is not OMIT}
-    if isinstance(tree, list | tuple):
-        return [v for child in tree if (v := render_known(child, names)) is not OMIT]
-    return tree
+    return render_tree(tree, names, _known)
+
+
+def _known(expression: Expression, names: Mapping[str, Any]) -> Any:
+    try:
+        return evaluate(expression, names)
+    except EngineError:
+        return OMIT
