@@ -5,6 +5,8 @@ TORCH  := torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 
+unexport PYTHONDONTWRITEBYTECODE # else each process of the suite compiles the engine anew
+
 .PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings targets score lock
 
 setup: $(STAMP)
@@ -78,13 +80,14 @@ fuzz: setup
 # Every attack in every carrier; then kills runs at so many random moments, and sees that nothing is lost.
 SOAK_KILLS ?= 200
 soak: setup
-	ALL_STORES=1 $(BIN)/python -m pytest -q tests/storage
+	TMPDIR=$${TMPDIR:-/tmp} ALL_STORES=1 $(BIN)/python -m pytest -q tests/storage tests/run
 	$(BIN)/python -m tests.slurm
 	ALL_ATTACKS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/commands/test_hostile_input.py
 	ALL_PEERS=1 ALL_MUTANTS=1 $(BIN)/python -m pytest -q tests/test_benchmarks.py tests/proving/test_mutations.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 	$(BIN)/python -m tests.score
 	$(BIN)/python -m tests.clients
+	$(BIN)/python -m tests.oldest
 
 # Programs of others on converted folders, each in an environment of its own; writes docs/clients.md. TOKENIZERS=DIR adds
 # the releases' own tokenizers, OFFICIAL_CODE=DIR InternLM2's official classes.

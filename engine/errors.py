@@ -7,6 +7,7 @@ Codes are grouped by where the trouble lies: E0 usage, E1 mapping and layout fil
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,22 +101,32 @@ KEPT = (*RESUMABLE, "E407", "E409")  # what else leaves the work of an interrupt
 _LONGEST = 2000  # characters of one part of a message
 
 
+_SECRET = re.compile(r"(?<=://)[^\s/@\"']+@")  # who asks a server, and with which password, in a URL
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a URL in it names a user or password."""
+    return _SECRET.search(text) is not None
+
+
 def visible(text: str, keep: str = "") -> str:
     """Text that cannot steer a terminal, turn its direction, pretend to be another line, or fail to be written.
 
     Names in a checkpoint, of its files and in a mapping may hold anything. Everything that is shown, in a
     terminal, a card, a page or a message, passes through here. `keep` are characters that stay, like newlines.
 
-    >>> visible("two\\nlines"), visible("\\x1b[31mred\\u202e")
-    ('two\\\\nlines', '\\\\x1b[31mred\\\\u202e')
+    >>> visible("two\\nlines"), visible("\\x1b[31mred\\u202e"), visible("http://me:secret@host/a")
+    ('two\\\\nlines', '\\\\x1b[31mred\\\\u202e', 'http://***@host/a')
     """
+    text = _SECRET.sub("***@", text)
     if text.isprintable():
         return text
     return "".join(c if _shows(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def escaped_json(text: str) -> str:
-    """JSON in which everything that is not to be seen is an escape of JSON's own; it stays the same data."""
+    """JSON in which everything that is not to be seen is an escape of JSON's own; but for passwords, the same data."""
+    text = _SECRET.sub("***@", text)
     if text.isprintable():
         return text
     return "".join(c if _shows(c) or c == "\n" else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text)

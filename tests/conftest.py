@@ -1,13 +1,22 @@
-"""What all tests share: nothing is remembered in the cache folder of whoever runs them."""
+"""What all tests share: folders in memory, and nothing remembered in the cache folder of whoever runs them."""
 
 from __future__ import annotations
 
 import gc
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 gc.set_threshold(100_000, 20, 100)  # as the command line has it: a fifth of the time is else spent looking for cycles
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: there are as many workers as cores
+
+_MEMORY, _ROOM = "/dev/shm", 4 << 30
+if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM:
+    os.environ["TMPDIR"] = tempfile.tempdir = _MEMORY  # `make soak` has the tests of crashes on a disk
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ ROOMS = (
 )  # fmt: skip
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name → file of every module but the two at the top."""
     found = {}
@@ -29,14 +31,20 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
+@cache
+def import_nodes(path: Path) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imports(path: Path) -> set[str]:
     """Every module of the engine that a file imports, at its top or inside a function."""
     found: set[str] = set()
     known = modules()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in import_nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{path}: imports are absolute"
             base = node.module or ""
             found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names}
@@ -52,7 +60,7 @@ def test_a_module_imports_only_its_own_room_and_rooms_below(module: str) -> None
 def test_only_the_command_line_imports_the_package_itself() -> None:
     """`engine/__init__.py` offers the API, so an import of it from a room below runs up."""
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in import_nodes(path):
             if isinstance(node, ast.ImportFrom) and node.module == "engine" and room(module) != "commands":
                 names = {alias.name for alias in node.names} - set(ROOMS)
                 assert not names, f"{module} imports {sorted(names)} from the package"
@@ -88,9 +96,8 @@ def test_no_test_module_imports_another() -> None:
     """What tests share lies in tests/support, and fixtures in a conftest."""
     found = []
     for path in sorted((ROOT / "tests").glob("**/*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for node in import_nodes(path):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             found += [
                 (str(path.relative_to(ROOT)), name) for name in names if name.rpartition(".")[2].startswith("test_")
             ]

@@ -21,6 +21,7 @@ from engine.assets.tokenizer_read import check_tokenizer
 from engine.errors import EngineError, Place
 from engine.language.expressions import render_tree
 from engine.language.version import __version__
+from engine.planning.as_model import class_named
 from engine.planning.model import Plan
 from engine.planning.release import family_of
 from engine.run.execute import Small
@@ -171,7 +172,7 @@ def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
         "title": title(plan),
         "departures": [{"key": d.key, "got": d.got, "expected": d.expected} for d in plan.departures],
         "mapping_digest": plan.mapping.digest,
-        "architecture": plan.config.get("architectures", [plan.mapping.architecture])[0],
+        "architecture": class_named(plan.config) or plan.mapping.architecture,
         "model_type": plan.mapping.model_type,
         "layout": plan.layout.name,
         "layout_version": plan.layout.version,

@@ -14,6 +14,7 @@ from engine.formats.configs import plain, read_config
 from engine.formats.dcp import read_dcp, read_dcp_value
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
+from engine.formats.safetensors import read_safetensors
 from engine.formats.sharded_safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.model import Layout, Mode
@@ -123,10 +124,15 @@ def _safetensors(
     return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
 
 
+def _whole(folder: Store, names: Sequence[str], state: object, wanted: _Skip, *_: object) -> tuple[FileHeader, ...]:
+    return tuple(read_safetensors(File(folder, name)).only(wanted) for name in names)
+
+
 _FORMATS: Mapping[str, Callable[..., tuple[FileHeader, ...]]] = {
     "torch": _torch,
     "dcp": _dcp,
     "safetensors": _safetensors,
+    "whole": _whole,
 }
 
 
@@ -148,8 +154,8 @@ class _Pickles:
 
 def read_configuration(
     folder: Store, layout: Layout, given: File | None = None, *, needed: bool = True
-) -> dict[str, Any]:
-    """The model's configuration, from the first of the layout's places that is there.
+) -> tuple[str, dict[str, Any]]:
+    """The model's configuration and its file, from the first of the layout's places that is there.
 
     Args:
         given: a file of the target's configuration; it goes before all places of a layout whose configuration that is.
@@ -160,7 +166,7 @@ def read_configuration(
         EngineError: E304 when it lies nowhere, E30x when it cannot be read.
     """
     if given is not None and layout.config_of_target:
-        return read_config(given, "json")
+        return given.name, read_config(given, "json")
     for place in layout.configs:
         file = File(folder, place.file)
         if not file.exists:
@@ -178,9 +184,10 @@ def read_configuration(
                 continue
             keys = inside.split(".") if inside else []
         extra = _below(value, keys[:-1], place.file) if place.beside else {}
-        return {**_below(value, keys, place.file), **{key: extra[key] for key in place.beside if key in extra}}
+        told = {key: extra[key] for key in place.beside if key in extra}
+        return place.file, {**_below(value, keys, place.file), **told}
     if (layout.config_of_target and not needed) or (layout.config_from_target and (given is not None or not needed)):
-        return {}
+        return layout.config_file if given is None else given.name, {}
     raise no_configuration(folder, layout)
 
 

@@ -133,7 +133,10 @@ def read_grid(
         hit = next((n for n in sorted(names) if pattern(refused.pattern).match(n) is not None), None)
         if hit is not None and (refused.when is None or evaluate(refused.when, config())):
             raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
-    modes = [m for m in layout.modes if any(pattern(m.files[0].name).match(n) is not None for n in names)]
+    found = [(mode, name) for mode in layout.modes if (name := _first(mode, names)) is not None]
+    modes = [mode for mode, name in found if not _known(name, layout)]
+    if not modes and layout.config_file not in names:  # files that others may have beside them, and nothing else
+        modes = [mode for mode, _ in found]
     if not modes:
         wanted = ", ".join(m.files[0].name for m in layout.modes)
         raise EngineError(
@@ -212,6 +215,10 @@ def check_claims(grid: RankGrid, layout: Layout, training: Mapping[str, Any], fo
                 if more
                 else "Files of two checkpoints seem to be mixed; keep those of one.",
             )
+
+
+def _first(mode: Mode, names: Sequence[str]) -> str | None:
+    return next((name for name in names if pattern(mode.files[0].name).match(name) is not None), None)
 
 
 def _known(name: str, layout: Layout) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, fields
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import click
 from click.core import ParameterSource
@@ -21,6 +21,15 @@ from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
 from engine.planning.given import DTYPES, dtype_name, parse_size
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
+
+if TYPE_CHECKING:
+    from click import ParamType
+else:
+
+    class ParamType(click.ParamType):  # generic since click 8.4
+        def __class_getitem__(cls, _: object) -> type:
+            return cls
+
 
 P = ParamSpec("P")
 
@@ -60,7 +69,7 @@ def parse_value(text: str) -> int | float | bool | str:
     return value
 
 
-class Size(click.ParamType[int]):
+class Size(ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -72,7 +81,7 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-class Dtype(click.ParamType[str]):
+class Dtype(ParamType[str]):
     name = "|".join(DTYPES)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -85,7 +94,7 @@ class Dtype(click.ParamType[str]):
             self.fail(str(error), param, ctx)
 
 
-class Setting(click.ParamType[tuple[str, Any]]):
+class Setting(ParamType[tuple[str, Any]]):
     name = "name=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -100,7 +109,7 @@ class Setting(click.ParamType[tuple[str, Any]]):
             self.fail(f"{name.strip()}: {error}", param, ctx)
 
 
-class Workers(click.ParamType[int | None]):
+class Workers(ParamType[int | None]):
     name = "auto|n"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:

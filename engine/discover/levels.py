@@ -1,9 +1,13 @@
-"""Values that lost precision: another type and back, bits cut off, a grid of levels as quantising leaves."""
+"""Values that lost precision: another type and back, bits cut off, a grid of levels as quantising leaves.
+
+What all relations of values are made of stands here too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +28,16 @@ GROUPS = (
     ("row", 1, 0), ("column", 0, 1), *((f"block of {n} columns", 0, n) for n in (128, 64, 32)),
     *((f"{n} elements in a row", 1, n) for n in (256, 128, 64, 32, 16)),
 )  # fmt: skip
+
+Kind = Literal["zeroed", "constant", "negated", "scaled", "shifted", "rounded", "clipped", "mapped", "changed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A relation of values: its kind, and in words: `scaled: 2 times the reference`."""
+
+    kind: Kind
+    words: str
 
 
 def groups(x: np.ndarray, rows: int, cols: int) -> np.ndarray | None:
@@ -140,12 +154,16 @@ def _steps(x: np.ndarray, y: np.ndarray, rows: int, cols: int, precision: float,
         ):
             return f"{bits or max(2, 1 + int(np.ceil(np.log2(levels.max() + 1))))} bits"
     for kept, (name, least) in _SCALED.items():
+        rounding = size * (2.0 ** -(kept + 1) + precision) + most * least
+        if not (apart <= rounding).all():
+            continue
         for first in range(2**kept, 2 ** (kept + 1)):  # what the largest may be
-            part, _ = np.frexp(size * first / most)
-            grid = part * 2 ** (kept + 1)
-            near = np.abs(grid - np.round(grid)) <= grid * precision * 1.01
-            rounding = size * (2.0 ** -(kept + 1) + precision) + most * least
-            if near.all() and (apart <= rounding).all():
+            for some in (slice(1), slice(None)):  # one group tells most that are none
+                part, _ = np.frexp(size[some] * first / most[some])
+                grid = part * 2 ** (kept + 1)
+                if not (np.abs(grid - np.round(grid)) <= grid * precision * 1.01).all():
+                    break
+            else:
                 return f"{name} with a scale"
     if coarse.shape[1] >= 64:
         count = max(len(np.unique(row)) for row in coarse)

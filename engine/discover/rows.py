@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
+from engine.discover.levels import Kind as ValueKind
 from engine.discover.orders import Units, divisors, read_order, runs_of
 from engine.discover.prints import Prints64
-from engine.discover.values import Kind as ValueKind
 
 MOST_NAMED = 4  # stretches that are named one by one
 _FEWEST_UNITS = 4  # different units that an order must put in place

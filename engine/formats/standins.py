@@ -163,7 +163,12 @@ def ints(value: Any) -> tuple[int, ...]:
     return value
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None, bits: Any = None
+) -> Tensor:
+    """A tensor whose `bits` torch sets when it loads it: negated or conjugated ones are computed, not stored."""
+    if bits:
+        raise Refused("E303", "a tensor that is negated or conjugated when it is loaded")
     if not isinstance(storage, Storage) or type(offset) is not int or not 0 <= offset < 1 << 62:
         raise Refused("E301", f"a tensor has storage offset {reprlib.repr(offset)}")
     shape, strides = ints(shape), ints(strides)

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from engine.errors import EngineError, Errors, Place
-from engine.language.documents import Document
+from engine.language.documents import Document, values_in
 from engine.language.expressions import compile_expression
 from engine.language.model import Expression, Layout, Mapping
 from engine.language.names import pattern
@@ -33,21 +33,14 @@ def undeclared(message: str, name: str, known: Iterable[str], place: Place) -> E
 
 def expressions_of(tree: Any) -> Iterator[Expression]:
     """Every expression in a tree of literals."""
-    if isinstance(tree, Expression):
-        yield tree
-    elif isinstance(tree, dict):
-        for child in tree.values():
-            yield from expressions_of(child)
-    elif isinstance(tree, list | tuple):
-        for child in tree:
-            yield from expressions_of(child)
+    return (value for value in values_in(tree) if isinstance(value, Expression))
 
 
 def every_expression(mapping: Mapping) -> list[Expression]:
     """All expressions of a mapping."""
-    choices = [dict(v.choices) for v in mapping.variants.values()]
+    choices = [v.choices for v in mapping.variants.values()]
     remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
-    every = [dict(mapping.dims), choices, mapping.config, mapping.training_config, dict(remote), mapping.transformers]
+    every = [mapping.dims, choices, mapping.config, mapping.training_config, remote, mapping.transformers]
     return list(expressions_of(every))
 
 
@@ -83,7 +76,7 @@ def check_mapping(mapping: Mapping, document: Document, *, whole: bool = True) -
 
 def check_layout(layout: Layout, document: Document) -> None:
     """Options and rank dimensions of a layout exist."""
-    choices = [dict(v.choices) for v in layout.layers.variants.values()]
+    choices = [v.choices for v in layout.layers.variants.values()]
     numbers = [file.number for mode in layout.modes for file in mode.files]
     for expression in expressions_of([[p.when for p in layout.prefixes], layout.layers.stage, choices, numbers]):
         _check_options(expression, layout.options)

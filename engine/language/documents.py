@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,19 @@ def load_text(text: str, shown: str) -> Document:
 def _document(document: loader.Document, shown: str) -> Document:
     keys = document.keys
     return Document(shown, document.data, {path: At(keys[path], at) for path, at in document.places.items()})
+
+
+def values_in(tree: Any) -> Iterator[Any]:
+    """Everything in mappings and sequences, however deep, that is neither.
+
+    >>> list(values_in({"a": [1, {"b": "c"}], "d": ()}))
+    [1, 'c']
+    """
+    if isinstance(tree, Mapping | list | tuple):
+        for child in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from values_in(child)
+    else:
+        yield tree
 
 
 def plain(data: Any) -> Any:

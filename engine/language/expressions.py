@@ -5,7 +5,7 @@ Arithmetic is intercepted: `2 ** 10 ** 9` and `"a" * 10 ** 9` are refused instea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -91,8 +91,13 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def render_tree(tree: Any, names: Mapping[str, Any]) -> Any:
+def render_tree(
+    tree: Any, names: Mapping[str, Any], value: Callable[[Expression, Mapping[str, Any]], Any] = evaluate
+) -> Any:
     """Evaluate the expressions in a tree of literals; keys and items that are `omit` are left out.
+
+    Args:
+        value: what an expression comes to, of the names.
 
     >>> from engine.errors import Place
     >>> place = Place("x.yaml")
@@ -100,11 +105,11 @@ def render_tree(tree: Any, names: Mapping[str, Any]) -> Any:
     {'a': 42, 'c': 'd'}
     """
     if isinstance(tree, Expression):
-        return evaluate(tree, names)
+        return value(tree, names)
     if isinstance(tree, Mapping):
-        return {key: v for key, child in tree.items() if (v := render_tree(child, names)) is not OMIT}
+        return {key: v for key, child in tree.items() if (v := render_tree(child, names, value)) is not OMIT}
     if isinstance(tree, list | tuple):
-        return [v for child in tree if (v := render_tree(child, names)) is not OMIT]
+        return [v for child in tree if (v := render_tree(child, names, value)) is not OMIT]
     return tree
 
 

@@ -228,9 +228,9 @@ class _Merge:
     def _take(self, path: KeyPath, value: Any, own_path: KeyPath | None = None) -> Any:
         """The child's value, with its places in stead of the parent's."""
         own_path = path if own_path is None else own_path
-        for known in [p for p in self.places if p[: len(path)] == path]:
+        length, size = len(path), len(own_path)
+        for known in [p for p in self.places if p[:length] == path]:
             del self.places[known]
-        size = len(own_path)
         self.places.update({(*path, *p[size:]): at for p, at in self.own.places.items() if p[:size] == own_path})
         return value
 

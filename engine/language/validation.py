@@ -44,6 +44,17 @@ def _validator(kind: str) -> Any:
     return Draft7Validator(_schema(kind))
 
 
+def _as_json(data: Any) -> Any:
+    """Data with the ids of tokens that are keys as JSON has them.
+
+    >>> _as_json({"renamed": {92538: "<|plugin|>"}})
+    {'renamed': {'92538': '<|plugin|>'}}
+    """
+    if isinstance(data, dict):
+        return {str(key) if type(key) is int else key: _as_json(value) for key, value in data.items()}
+    return [_as_json(value) for value in data] if isinstance(data, list) else data
+
+
 def violations(data: Any, kind: str) -> list[Any]:
     """Where data breaks the schema of its kind, as errors of `jsonschema`; none when it is valid.
 
@@ -51,9 +62,9 @@ def violations(data: Any, kind: str) -> list[Any]:
     times as fast; only errors are found again and worded by `jsonschema`.
     """
     try:
-        if _checker(kind).is_valid(data):
+        if _checker(kind).is_valid(_as_json(data)):
             return []
-    except ValueError:  # what JSON cannot hold, such as numbers as keys
+    except ValueError:  # what JSON cannot hold
         pass
     return list(_validator(kind).iter_errors(data))
 

@@ -152,6 +152,12 @@ def _compare(training: Forward, streamed: StreamedModel, parts: Sequence[Any], p
         meter.advance(1)
         wanted.append(training.layer(i, wanted[-1])["out"])
     normed, logits = training.head(wanted[-1])
+    broken = next((i for i, one in enumerate([*wanted, logits]) if not one.isfinite().all()), None)
+    if broken is not None:
+        where = "the logits" if broken == len(wanted) else f"the hidden state {_after(broken)}"
+        return _failed(
+            f"in training's own forward pass {where} holds NaN or infinity, as its weights may: nothing is compared"
+        )
     got: list[torch.Tensor] = []
     hooks = [one.register_forward_hook(lambda _, __, out: got.append(_tensor(out))) for one in (embedding, *layers)]
     hooks += [one.register_forward_hook(lambda *_: meter.advance(1)) for one in layers]

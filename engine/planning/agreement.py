@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.declared import expressions_of
+from engine.language.documents import plain
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Mapping as MappingFile
@@ -30,7 +31,7 @@ def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) ->
         found = back.get(path, value_at(forth, path))
         if found is None and key is not None:
             found = key.default
-        if _plain(found) == _plain(value):
+        if plain(found) == plain(value):
             continue
         told = sorted({p.split(".")[1] for one in expressions_of(tree) for p in compile_expression(one).paths
                        if p.startswith("options.")})  # fmt: skip
@@ -52,7 +53,7 @@ def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str 
     for path, value in leaves(again if isinstance(again, Mapping) else {}):
         key, here = find_key(side.keys, path), value_at(config, path)
         limited = key is not None and key.only is not None
-        if not (side.reads(path) or limited) or _plain(here) == _plain(value):
+        if not (side.reads(path) or limited) or plain(here) == plain(value):
             continue
         if here is None and limited and key is not None and key.allows(value):
             continue  # absent is as good
@@ -75,7 +76,7 @@ def with_given(config: Mapping[str, Any], given: Mapping[str, Any], mapping: Map
     """
     for path, value in leaves(config):
         other = value_at(given, path)
-        if other is not None and value is not None and _plain(other) != _plain(value):
+        if other is not None and value is not None and plain(other) != plain(value):
             raise EngineError(
                 "E218",
                 f"the given configuration does not belong to this checkpoint: `{path}` is {shown(other)}",
@@ -94,7 +95,3 @@ def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         below = result.get(name)
         result[name] = _over(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
     return result
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

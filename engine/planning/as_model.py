@@ -125,8 +125,18 @@ def rules_of(
         rules=tuple(rules),
         dims={name: Expression(str(size), mapping.place) for name, size in dims.items()},
         model_type=str(config.get("model_type")),
-        architecture=str((config.get("architectures") or ["the model class of config.json"])[0]),
+        architecture=class_named(config) or "the model class of config.json",
     )
+
+
+def class_named(config: Mapping[str, Any]) -> str:
+    """The class that a config.json names; nothing where it names none, or no text.
+
+    >>> class_named({"architectures": ["LlamaForCausalLM"]}), class_named({"architectures": None})
+    ('LlamaForCausalLM', '')
+    """
+    listed = config.get("architectures")
+    return listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
 
 
 def _axes(shape: Shape, dims: dict[str, int]) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.expressions import OMIT, evaluate
+from engine.language.expressions import OMIT, evaluate, render_tree
 from engine.language.model import Expression, Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
@@ -59,7 +59,8 @@ def facts_of(
                 )
             target = read_config(checkpoint.target_config, target_side(mapping)).config
             config = render_known(mapping.training_config, {**target, "options": options})
-        read = read_config(config, source_side(mapping, layout), expressed=expressed)
+        side = replace(source_side(mapping, layout), file=checkpoint.config_name)
+        read = read_config(config, side, expressed=expressed)
         training = read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config
         check_repeated(
             checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file
@@ -67,10 +68,10 @@ def facts_of(
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
         return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
-    read = read_config(checkpoint.config, target_side(mapping))
+    same = layout.config_of_target  # then what is written is what was read, and what training cannot have is refused
+    read = read_config(checkpoint.config, source_side(mapping, layout) if same else target_side(mapping))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
     seen = {**read.config, **cut, "options": options, "present": given["present"]}
-    same = layout.config_of_target  # then what is written is what was read
     first = {**(read.config if same else render_known(mapping.training_config, seen)), "options": options}
     first |= {**cut, **given}
     decisions = decide(mapping.variants, settings, first, like=like or {})
@@ -107,13 +108,11 @@ def present_in(names: Collection[str]) -> Callable[[str], bool]:
 
 def render_known(tree: Any, names: Mapping[str, Any]) -> Any:
     """A tree of expressions as far as `names` allow; what they do not is left out."""
-    if isinstance(tree, Expression):
-        try:
-            return evaluate(tree, names)
-        except EngineError:
-            return OMIT
-    if isinstance(tree, Mapping):
-        return {key: v for key, child in tree.items() if (v := render_known(child, names)) is not OMIT}
-    if isinstance(tree, list | tuple):
-        return [v for child in tree if (v := render_known(child, names)) is not OMIT]
-    return tree
+    return render_tree(tree, names, _known)
+
+
+def _known(expression: Expression, names: Mapping[str, Any]) -> Any:
+    try:
+        return evaluate(expression, names)
+    except EngineError:
+        return OMIT

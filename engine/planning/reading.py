@@ -51,9 +51,10 @@ def read_checkpoint(
     file = None if config is None else file_at(config, "the configuration")
     target = {} if file is None else read_json(file)
     read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
-    grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), read)
+    grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), lambda: read()[1])
+    name, configuration = read()
     signs = [beside.file for beside in grid.mode.beside]
-    if signs and layout.config_from_target and not read() and not any(map(folder.has, signs)):
+    if signs and layout.config_from_target and not configuration and not any(map(folder.has, signs)):
         raise no_configuration(folder, layout)  # files of that name and nothing else may be another framework's
     training: dict[str, Any] = {}
     if layout.training_file is not None and layout.training_format is not None:
@@ -70,6 +71,5 @@ def read_checkpoint(
     ]
     check_identities(claims)
     if layout.config_of_target:
-        target = read()
-    name = layout.config_file if file is None or not layout.config_of_target else file.name
-    return Checkpoint(folder.place(), grid, headers, read(), training, name, target)
+        target = configuration
+    return Checkpoint(folder.place(), grid, headers, configuration, training, name, target)

@@ -210,7 +210,10 @@ def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[
     does = JOBS[job]
     check_keywords(options, does.takes)
     ranks = ranks_given(options.get("ranks"))
-    ranks |= {name: options[name] for name in RANK_OPTIONS if options.get(name) is not None}
+    for name in RANK_OPTIONS:
+        count = options.get(name)
+        if count is not None and ranks.setdefault(name, count) != count:
+            raise EngineError("E001", f"two numbers of {name} ranks are given", got=f"{ranks[name]} and {count}")
     given = {name: value for name, value in own(options, Request).items() if value is not None}
     return Request(mapping, src, **{**given, "ranks": ranks, "reads": does.reads, "writes": does.writes})
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.changed import told
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, holds_secret
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.language.validation import violations
@@ -65,6 +65,14 @@ def request_data(asked: Request) -> dict[str, Any]:
             got=f"{asked.src!s:.80}",
             expected="a path or a URL",
             fix="Write the checkpoint in between first.",
+        )
+    if holds_secret(str(asked.src)):
+        raise EngineError(
+            "E001",
+            "a plan is not saved with a password in it",
+            place=Place(str(asked.src)),
+            expected="a URL without user and password",
+            fix="Give access in another way, such as the variables that the provider names.",
         )
     data: dict[str, Any] = {}
     plain = Request("")

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.expressions import OMIT, compile_expression, evaluate
+from engine.language.expressions import OMIT, compile_expression, evaluate, render_tree
 from engine.language.keys import Key
 from engine.language.model import Expression, Layout
 from engine.language.model import Mapping as MappingFile
@@ -118,16 +118,14 @@ def grid_of(layout: Layout) -> dict[str, list[Any]]:
 
 def value_of(tree: Any, names: Mapping[str, Any]) -> Any:
     """A configuration's value; what cannot be computed as words."""
-    if isinstance(tree, Expression):
-        try:
-            return evaluate(tree, names)
-        except EngineError as error:
-            return f"no value: {error.code} {error.message}"
-    if isinstance(tree, Mapping):
-        return {key: v for key, child in tree.items() if (v := value_of(child, names)) is not OMIT}
-    if isinstance(tree, list | tuple):
-        return [v for child in tree if (v := value_of(child, names)) is not OMIT]
-    return tree
+    return render_tree(tree, names, _value_or_why)
+
+
+def _value_or_why(expression: Expression, names: Mapping[str, Any]) -> Any:
+    try:
+        return evaluate(expression, names)
+    except EngineError as error:
+        return f"no value: {error.code} {error.message}"
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

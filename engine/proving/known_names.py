@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -11,6 +11,7 @@ from jinja2 import nodes
 
 from engine.errors import Place
 from engine.language.declared import every_expression
+from engine.language.documents import values_in
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout
@@ -82,8 +83,8 @@ def _names(mapping: MappingFile) -> Iterator[Finding]:
     if mapping.as_model:
         return
     types, kind = targets.model_types(), mapping.model_type
-    near = get_close_matches(kind, sorted(types), 1, _NEAR)
-    if kind not in types and near and mapping.remote_code is None and not _same_word(kind, near[0]):
+    near = get_close_matches(kind, sorted(types), 1, _NEAR) if kind not in types else []
+    if near and mapping.remote_code is None and not _same_word(kind, near[0]):
         yield _wrong(
             place_of(mapping, "target", "model_type"),
             f"there is no model type `{kind}` in transformers",
@@ -195,16 +196,11 @@ def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
 
 def _texts(tree: Any) -> Iterator[str]:
     """Texts that a value may come to: literals, and the results of an expression's branches."""
-    if isinstance(tree, Expression):
-        yield from _results(compile_expression(tree).tree)
-    elif isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for child in tree.values():
-            yield from _texts(child)
-    elif isinstance(tree, list | tuple):
-        for child in tree:
-            yield from _texts(child)
+    for value in values_in(tree):
+        if isinstance(value, Expression):
+            yield from _results(compile_expression(value).tree)
+        elif isinstance(value, str):
+            yield value
 
 
 def _results(node: nodes.Node) -> Iterator[str]:

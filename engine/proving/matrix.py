@@ -165,13 +165,21 @@ def _pairs(row: Row) -> list[tuple[Fact, Fact]]:
 
 
 def real_cases(layout: Layout) -> list[list[Case]]:
-    """For every way to cut layers, layouts as they are used at real sizes; the first that fits is enough."""
+    """For every way to cut layers, layouts as they are used at real sizes; the first that fits is enough.
+
+    Modes that differ only in what ranks share while training runs cut layers alike: the later has few ranks.
+    """
     found: list[list[Case]] = []
-    cuts_seen: list[object] = []
+    seen: list[object] = []
+    stored: list[object] = []
     for number, mode in enumerate(mode for mode in layout.modes if mode.only_read is None):
-        if mode.files[0].cuts.get("layers") in cuts_seen:
+        cuts = mode.files[0].cuts.get("layers", {})
+        if cuts in seen:
             continue
-        cuts_seen.append(mode.files[0].cuts.get("layers"))
-        tried = [_ranks(layout, mode, few, wide, 2 if number else 4) for few, wide in _REAL]
+        in_files = {dim: role for dim, role in cuts.items() if role != "runtime"}
+        again = in_files in stored
+        tried = [_ranks(layout, mode, few, few if again else wide, 2 if number else 4) for few, wide in _REAL]
+        seen.append(cuts)
+        stored.append(in_files)
         found.append([_case(mode, sizes) for sizes in tried])
     return found

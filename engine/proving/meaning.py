@@ -16,6 +16,7 @@ import yaml
 from engine.assets.chat import chat_template, unmarked
 from engine.assets.generation import generation_config
 from engine.errors import EngineError
+from engine.language.documents import plain
 from engine.language.keys import Key, Limits
 from engine.language.layout_file import load_layout
 from engine.language.model import Layout
@@ -85,15 +86,15 @@ def facts_of(mapping: MappingFile, worlds: Worlds | None = None) -> Iterator[Fac
         "chat": _chat(mapping),
         "release": dict(mapping.expect),
     }
-    yield from flat(_plain(quick))
-    yield from flat(_plain(origins(mapping)))
+    yield from flat(plain(quick))
+    yield from flat(plain(origins(mapping)))
     parts = [*(data.get(part) for part in _SHARED), layout.digest]
     gives: dict[str, Any] = {}
     for path, value in _once("reading", [*parts, data.get("options")], lambda: _readings(mapping, layout, worlds)):
         if path[:2] == ("reading", "gives") and len(path) == 3:
             gives[path[2]] = value
         yield path, value
-    yield from flat(_plain({"generation_config.json": _generation(mapping, gives)}))
+    yield from flat(plain({"generation_config.json": _generation(mapping, gives)}))
     yield from _once("ranks", parts, lambda: iter([holdings(mapping, layout, worlds)]))
 
 
@@ -106,7 +107,7 @@ def _once(kind: str, parts: list[Any], make: Callable[[], Iterator[Meaning]]) ->
     found: dict[Path, Any] = {}
     try:
         for bit in make():
-            for path, value in flat(_plain(bit)):
+            for path, value in flat(plain(bit)):
                 found[path] = value
                 yield path, value
     except EngineError as error:
@@ -198,12 +199,6 @@ def _chat(mapping: MappingFile) -> Meaning:
         except (EngineError, TemplateError, TypeError) as error:
             found[name] = f"cannot be written: {' '.join(str(error).split())[:200]}"
     return found
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
-    return [_plain(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 # -- as text, and back

@@ -17,7 +17,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.planning.as_model import Wanted, fit_to_model, rules_of, told_by
+from engine.planning.as_model import Wanted, class_named, fit_to_model, rules_of, told_by
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
@@ -149,11 +149,20 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return f"not checked: transformers {transformers.__version__} has no model of type {kind}"
-    named = (config.get("architectures") or [architecture])[0]
-    # A model of a known type may have a class of another name: internlm3 is LlamaForCausalLM.
-    made = getattr(transformers, named, None) or transformers.AutoModelForCausalLM.from_config
+    named = class_named(config) or architecture
+    found = getattr(transformers, named, None)
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)  # nothing else is called
+    made: Any = found if known else transformers.AutoModelForCausalLM.from_config
+    if known and made.config_class is not CONFIG_MAPPING[kind]:
+        raise EngineError(
+            "E502",
+            f"`architectures` and `model_type` name two models: {named} is none of {kind}",
+            got=f"{named}, whose type is {getattr(made.config_class, 'model_type', 'unknown')}",
+            expected=f"a class of {kind}",
+            fix="Programs disagree about which of the two counts. Correct `config`.",
+        )
     quiet = logging.getLogger("transformers")
     level, quiet.level = quiet.level, logging.ERROR
     try:

@@ -69,28 +69,32 @@ def prove(
     names: Sequence[str | Path | MappingFile], *, mutants: bool = False, progress: Listener | None = None
 ) -> list[Proof]:
     """Prove mappings, many of them in several processes; rules that several share are run once."""
-    loaded: list[MappingFile | Proof] = []
-    groups: dict[str, list[int]] = {}
-    for name in names:
+    found: dict[int, Proof] = {}
+    groups: dict[str, list[tuple[int, MappingFile]]] = {}
+    for number, name in enumerate(names):
         try:
             mapping = name if isinstance(name, MappingFile) else load_mapping(str(name))
         except EngineError as error:
             errors = error.errors if isinstance(error, EngineErrors) else [error]
             failures = [Failure.of(one) for one in errors]
-            loaded.append(Proof(str(name), (check_of("loads", "the file is a mapping", failures),)))
+            found[number] = Proof(str(name), (check_of("loads", "the file is a mapping", failures),))
             continue
-        groups.setdefault(_shared(mapping), []).append(len(loaded))
-        loaded.append(mapping)
+        groups.setdefault(_shared(mapping), []).append((number, mapping))
     meter = Meter(len(names), progress, "proving", "mappings")
-    listed = sorted(groups.values(), key=len, reverse=True)
-    members = [[one for i in group if isinstance(one := loaded[i], MappingFile)] for group in listed]
+    listed = sorted(groups.values(), key=_work, reverse=True)  # so that no long one is begun last
+    members = [[mapping for _, mapping in group] for group in listed]
     alone = len(names) <= _FEW or len(listed) < 2 or (os.cpu_count() or 1) < 2
-    found: dict[int, Proof] = {i: one for i, one in enumerate(loaded) if isinstance(one, Proof)}
     for number, proofs in _alone(members, mutants, meter) if alone else _together(members, mutants):
-        for i, mapping, begun in zip(listed[number], members[number], proofs, strict=True):
+        for (i, mapping), begun in zip(listed[number], proofs, strict=True):
             found[i] = _with_model(mapping, begun)
             meter.advance(1)
     return [found[i] for i in range(len(names))]
+
+
+def _work(group: Sequence[tuple[int, MappingFile]]) -> int:
+    """A guess of how long mappings take to prove: combinations to try, and layers to plan."""
+    layers = {mapping.expect.get("layer", 0) for _, mapping in group}
+    return len(combinations_of(group[0][1])) + sum(layers)
 
 
 def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter) -> Iterator[tuple[int, list[_Begun]]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import nodes
 
 from engine.errors import EngineError
-from engine.language.expressions import OMIT, compile_expression, evaluate, names_in
+from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
 from engine.language.model import Expression
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import claims
@@ -231,7 +231,7 @@ def settle(
                 except EngineError:
                     continue
         derived = {a: n for a, n in scope.items() if a in mapping.dims and isinstance(n, int)}
-        config = _render(mapping.config, {**scope, **derived})
+        config = render_tree(mapping.config, {**scope, **derived}, _made_up)
         training = render_known(mapping.training_config, {**config, **fixed, "dtype": "torch.float32", "chunks": 1})
         facts, _ = claims(mapping, {**training, **fixed}, "the training configuration")
         found = {**current, **derived, **{axis: fact.value for axis, fact in facts.items()}}
@@ -241,23 +241,17 @@ def settle(
     return current, config
 
 
-def _render(tree: Any, names: Mapping[str, Any]) -> Any:
-    """A configuration as far as names give it; a key of the training configuration that is missing stands as 0.01.
+def _made_up(expression: Expression, names: Mapping[str, Any]) -> Any:
+    """An expression as far as names give it; a key of the training configuration that is missing stands as 0.01.
 
     Such a key is no size: an epsilon, say, which cannot be 1.
     """
-    if isinstance(tree, Expression):
-        for more in ({}, dict.fromkeys(names_in(tree), 0.01)):
-            try:
-                return evaluate(tree, {**more, **names})
-            except EngineError:
-                continue
-        return OMIT
-    if isinstance(tree, Mapping):
-        return {key: v for key, child in tree.items() if (v := _render(child, names)) is not OMIT}
-    if isinstance(tree, list | tuple):
-        return [v for child in tree if (v := _render(child, names)) is not OMIT]
-    return tree
+    for more in ({}, dict.fromkeys(names_in(expression), 0.01)):
+        try:
+            return evaluate(expression, {**more, **names})
+        except EngineError:
+            continue
+    return OMIT
 
 
 def training_names(used: Sequence[Instance]) -> set[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from engine.language.documents import values_in
 from engine.proving.edits import Change, Data, Key, get, misspelt, put, shown, texts, without
 
 
@@ -103,19 +104,11 @@ def _tokens(word: str, after: str, names: Sequence[str]) -> Iterator[str]:
 def _siblings(data: Data, at: Key) -> list[str]:
     """Names that the expressions of the same part read."""
     found: dict[str, None] = {}
-    for text in _strings(get(data, at[:1])):
-        if "{{" in text or at[0] in ("dims", "variants"):
+    for text in values_in(get(data, at[:1])):
+        if isinstance(text, str) and ("{{" in text or at[0] in ("dims", "variants")):
             words = (token[0] for token in _TOKEN.finditer(text))
             found.update(dict.fromkeys(w for w in words if w[0].isalpha() and w not in _WORDS and w not in _OPERATORS))
     return sorted(found)
-
-
-def _strings(tree: Any) -> Iterator[str]:
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict | list):
-        for child in tree.values() if isinstance(tree, dict) else tree:
-            yield from _strings(child)
 
 
 def _variant(data: Data, name: str, variant: Data) -> Iterator[Change]:

@@ -99,7 +99,9 @@ class Revisions:
                 return self._folders[name]
         reasons: list[str] = []
         steps = self._all()
-        named = [step for step in steps if name in (step[0], _number(step[0]))]
+        named = [step for step in steps if step[0] == name] or [step for step in steps if _number(step[0]) == name]
+        if len(named) > 1:
+            raise NoRevision(f"{name} is the number of several steps: {', '.join(step for step, _ in named[:4])}")
         for step in named or steps:
             try:
                 one = self._revision(*step)

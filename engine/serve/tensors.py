@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES
 from engine.move.values import check_transform
+from engine.planning.as_model import class_named
 from engine.planning.model import Plan
 from engine.run.manifest import tensor_key
 from engine.serve.readers import PART_BYTES, Readers, reading_threads
@@ -74,11 +75,12 @@ class Tensors(_Names["torch.Tensor"]):
         import transformers
 
         config = self.config
-        kinds = config.get("architectures") or [""]
-        found = getattr(transformers, kinds[0], None)
-        if found is None:
+        named = class_named(config)
+        found: Any = getattr(transformers, named, None)
+        known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if not known:
             raise EngineError(
-                "E209", "transformers has no class for this model", got=str(kinds[0]),
+                "E209", "transformers has no class for this model", got=named,
                 fix="Load the tensors into a class of your own: `load_state_dict(tensors, assign=True)`.",
             )  # fmt: skip
         # The class itself: `AutoModelForCausalLM` of some versions insists on a path.

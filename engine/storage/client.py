@@ -119,13 +119,17 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     try:
         return from_url(url, client_options=client, retry_config=retry, **given)
     except (BaseError, ValueError, TypeError) as error:
-        raise EngineError(
-            "E001",
-            "this URL is not a store",
-            place=Place(url.partition("?")[0]),
-            got=_short(str(error)),
-            fix="Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1.",
-        ) from None
+        raise no_store(url.partition("?")[0], _short(str(error))) from None
+
+
+def no_store(url: str, why: str) -> EngineError:
+    return EngineError(
+        "E001",
+        "this URL is not a store",
+        place=Place(url),
+        got=why,
+        fix="Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1.",
+    )
 
 
 @cache

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from engine.errors import EngineError, Place
+from engine.storage.client import no_store
 from engine.storage.local import LocalStore
 from engine.storage.objects import SCHEMES, WINDOW, ObjectStore
 from engine.storage.replacing import given_path
@@ -81,6 +83,10 @@ def store_at(place: Source, what: str) -> Store:
             expected=", ".join(f"{name}://" for name in SCHEMES),
             fix="Give a path, or a URL of one of these.",
         )
+    try:
+        urlsplit(str(place))
+    except ValueError as error:
+        raise no_store(str(place), str(error)) from None
     return ObjectStore(str(place).rstrip("/"), tuple(sorted(_options.items())), _window)
 
 

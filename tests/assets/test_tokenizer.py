@@ -184,8 +184,8 @@ def test_the_model_itself_is_handed_on_and_conversion_is_deterministic(model_fil
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"garbage, not a model", b"\x80\x02}q\x00.", train()[:1000]],
-    ids=["empty", "text", "pickle", "truncated"],
+    [b"", b"garbage, not a model", b"\x80\x02}q\x00.", train()[:1000], train().replace(b"</s>", b"</\xff>")],
+    ids=["empty", "text", "pickle", "truncated", "no text"],
 )
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "tokenizer.model"

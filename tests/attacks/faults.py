@@ -171,6 +171,23 @@ def weights_that_repeat_one_element_on_every_rank(folder: Path) -> None:
     config(folder, mlp_ratio=float(1 << 37), multiple_of=1)
 
 
+@attack("training", "E303", "repeats its elements")
+def a_weight_whose_rows_overlap(folder: Path) -> None:
+    """As by one flipped bit of a stride, in a file without checksums."""
+    state = torch.load(folder / RANK, weights_only=True)
+    weight = state["blocks.0.mlp.w1.weight"]
+    state["blocks.0.mlp.w1.weight"] = weight.flatten().as_strided(weight.shape, (weight.shape[1] - 1, 1))
+    torch.save(state, folder / RANK)
+
+
+@attack("training", "E303", "negated")
+def a_weight_that_is_negated_when_it_is_loaded(folder: Path) -> None:
+    """Its bytes are those of before: torch keeps a mark beside them."""
+    state = torch.load(folder / RANK, weights_only=True)
+    state["blocks.0.mlp.w1.weight"] = torch._neg_view(state["blocks.0.mlp.w1.weight"])
+    torch.save(state, folder / RANK)
+
+
 @attack("training", None)
 def weights_that_share_their_storage(folder: Path) -> None:
     state = torch.load(folder / RANK, weights_only=True)

@@ -311,6 +311,19 @@ BROKEN = (
 )
 
 
+def test_an_interruption_while_it_is_loaded_is_quiet() -> None:
+    done = python(
+        "import sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from engine.__main__ import main\n"
+        "main()"
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_an_internal_error_is_one_line_that_asks_to_be_reported() -> None:
     done = python(BROKEN, ENGINE_DEBUG="")
     assert done.returncode == 1

@@ -11,6 +11,7 @@ import pytest
 import engine
 from engine import api
 from engine.commands.main import cli
+from engine.errors import EngineError
 from engine.planning import request
 from engine.planning.request import Request
 from engine.run import running
@@ -62,3 +63,9 @@ def test_a_shard_size_that_is_no_number_of_bytes_is_refused(size: Any) -> None:
     with pytest.raises(engine.EngineError, match="max_shard_size") as caught:
         engine.plan("internlm2-7b", "x", max_shard_size=size)
     assert caught.value.code == "E001"
+
+
+def test_two_numbers_of_one_dimension_are_refused() -> None:
+    assert request.request_of("internlm2", ".", {"ranks": "tp=2,pp=3", "tp": 2}, "reverse").ranks == {"tp": 2, "pp": 3}
+    with pytest.raises(EngineError, match="two numbers of tp ranks"):
+        request.request_of("internlm2", ".", {"ranks": "tp=2", "tp": 4}, "reverse")

@@ -18,13 +18,12 @@ from engine.formats.standins import Instance, PlainClass, Refused, Storage, Tens
 from engine.storage.local import local_file
 
 _SAVE = """
-import sys, torch, torch.distributed as dist
+import itertools, sys, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.placement_types import _StridedShard
-out, kind = sys.argv[1], sys.argv[2]
 whole = torch.arange(35.0).view(7, 5)
-for rank in range(4):
+for kind, rank in itertools.product(("plain", "hsdp", "strided"), range(4)):
     dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
     if kind == "hsdp":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ddp", "fsdp"))
@@ -40,18 +39,24 @@ for rank in range(4):
         local = chunks[rank] if rank < len(chunks) else whole[:0]
     sizes = {"shape": whole.size(), "stride": whole.stride()}
     one = DTensor.from_local(local.clone(), mesh, placements, run_check=False, **sizes)
-    torch.save({"w": one}, f"{out}/rank_{rank}.pt")
+    torch.save({"w": one}, f"{sys.argv[1]}/{kind}_{rank}.pt")
     dist.destroy_process_group()
 """
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "save.py").write_text(_SAVE)
+    subprocess.run([sys.executable, str(folder / "save.py"), str(folder)], check=True, capture_output=True)
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["plain", "hsdp", "strided"])
-def test_what_torch_pickles_is_read_as_the_box_that_it_is(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "save.py").write_text(_SAVE)
-    subprocess.run([sys.executable, str(tmp_path / "save.py"), str(tmp_path), kind], check=True, capture_output=True)
+def test_what_torch_pickles_is_read_as_the_box_that_it_is(kind: str, saved: Path) -> None:
     whole, made = torch.arange(35.0).view(7, 5), torch.full((7, 5), -1.0)
     for rank in range(4):
-        path = tmp_path / f"rank_{rank}.pt"
+        path = saved / f"{kind}_{rank}.pt"
         (header,) = read_rank_file(local_file(path)).tensors
         assert header.part is not None and header.part.whole == (7, 5)
         (row, column), (rows, columns) = header.part.starts, header.shape

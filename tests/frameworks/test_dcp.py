@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
 import engine
 from engine.errors import EngineError
@@ -253,6 +255,21 @@ def test_sharding_info_that_lies_is_refused(copy: Callable[[str], Path], tmp_pat
         assert refused("fsdp4-f32-hf", folder, tmp_path).code in ("E301", "E303", "E208", "E203")
 
 
+def test_what_torch_made_of_shards_is_read_too_and_a_missing_file_named(tmp_path: Path) -> None:
+    source, folder = source_of(DCP / "fsdp4-f32-hf"), tmp_path / "step-10"
+    shards = Path(shutil.copytree(source, folder / "sharded"))
+    files = {name: int(file.name[18:23]) for file in shards.iterdir() for name in load_file(file)}
+    consolidate_safetensors_files(str(shards), str(folder), files)
+    convert("fsdp4-f32-hf", tmp_path / "one", folder)
+    convert("fsdp4-f32-hf", tmp_path / "other", source)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
+    shutil.rmtree(shards)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert refused("fsdp4-f32-hf", folder, tmp_path).code == "E207"
+    shutil.copy(DCP / "fsdp4-f32-hf" / "hf_config.json", folder / "config.json")  # it is what is to be written
+    assert refused("fsdp4-f32-hf", folder, tmp_path).code == "E304"
+
+
 def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="--config"):
         engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out")
@@ -261,6 +278,38 @@ def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> 
         engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out", config=other)
     assert caught.value.code in ("E203", "E207")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "E502"),
+        ({"model_type": "mistral"}, "E502"),
+        ({"model_type": ["llama"]}, "E209"),
+        ({"architectures": {"a": 1}}, "E218"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "E209"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_contradicts_itself_or_the_tensors_is_refused(
+    change: dict[str, Any], code: str, tmp_path: Path
+) -> None:
+    fixture = DCP / "fsdp4-f32-hf"
+    config = json.loads((fixture / "hf_config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError) as caught:
+        engine.convert("transformers", source_of(fixture), tmp_path / "out", config=tmp_path / "config.json")
+    assert caught.value.code == code
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_without_a_class_is_that_of_its_model_type(tmp_path: Path) -> None:
+    fixture = DCP / "fsdp4-f32-hf"
+    config = json.loads((fixture / "hf_config.json").read_text()) | {"architectures": None, "auto_map": {"A": "b.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = engine.convert("transformers", source_of(fixture), tmp_path / "out", config=tmp_path / "config.json")
+    assert logits_off(tmp_path / "out", fixture / "oracle.pt") < 1e-4
+    assert any("auto_map" in notice for notice in report.notices)
 
 
 def test_torchtitans_names_and_rotary_order_give_its_logits(tmp_path: Path) -> None:

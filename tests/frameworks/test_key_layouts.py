@@ -96,6 +96,33 @@ def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Pat
     assert equal(tmp_path / "out", state)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"sliding_window": 16},
+        {"partial_rotary_factor": 0.5},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"final_logit_softcapping": 30.0},
+    ],
+    ids=str,
+)
+def test_a_model_that_torchtitan_cannot_have_is_refused_in_both_directions(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save(titan(model(LLAMA), old=False), tmp_path / "step-3", LLAMA)
+    engine.convert("torchtitan-llama", folder, tmp_path / "hf")
+    engine.reverse("torchtitan-llama", tmp_path / "hf", tmp_path / "back")
+    for path, go in ((folder, engine.convert), (tmp_path / "hf", engine.reverse)):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(EngineError) as caught:
+            go("torchtitan-llama", path, tmp_path / "out")
+        assert caught.value.code in ("E209", "E212") and not (tmp_path / "out").exists()
+
+
 def test_torchtitan_02_without_its_scaled_angles_is_refused(tmp_path: Path) -> None:
     folder = save(titan(model(LLAMA), old=True), tmp_path / "step-3", LLAMA)
     with pytest.raises(EngineError, match="rotary") as caught:

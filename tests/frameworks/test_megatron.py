@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import engine
 from engine.errors import EngineError
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.planning.config_keys import read_config, source_side
 from tests.support.frameworks import FIXTURES, logits_off, source_of
 
 MEGATRON = FIXTURES / "megatron"
@@ -79,6 +83,20 @@ def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "known" / file).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_names_behind_nemos_prefix_are_the_same_tensors(tmp_path: Path) -> None:
+    source = source_of(MEGATRON / "dist-tp2pp2")
+    listed = dcp.FileSystemReader(str(source)).read_metadata().state_dict_metadata
+    state = {name: torch.empty(one.size) for name, one in listed.items() if hasattr(one, "size")}
+    dcp.load(state, checkpoint_id=str(source), no_dist=True)
+    dcp.save({f"module.{n}": one for n, one in state.items()}, checkpoint_id=str(tmp_path / "nemo"), no_dist=True)
+    shutil.copy(source / "metadata.json", tmp_path / "nemo")
+    convert("dist-tp2pp2", tmp_path / "out", tmp_path / "nemo", settings={"rotary": "halves"})
+    convert("dist-tp2pp2", tmp_path / "known")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "known"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_without_arguments_a_second_number_of_a_folder_is_not_guessed(
     copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -109,7 +127,8 @@ def copy(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"apply_layernorm_1p": True}, "E209"), ({"normalization": "LayerNorm"}, "E209"), ({"swiglu": False}, "E209"),
+        ({"apply_layernorm_1p": True}, "E209"), ({"heterogeneous_layers_config_encoded_json": "{}"}, "E209"),
+        ({"normalization": "LayerNorm"}, "E209"), ({"swiglu": False}, "E209"),
         ({"multi_latent_attention": True}, "E209"), ({"rotary_percent": 0.5}, "E209"), ({"num_layers": 5}, "E203"),
         ({"hidden_size": 32}, "E203"), ({"padded_vocab_size": 128}, "E218"), ({"add_bias_linear": True}, "E209"),
     ],
@@ -123,6 +142,28 @@ def test_arguments_that_mean_another_model_are_refused(
         convert("leg_t2_distopt", tmp_path / "out", folder, config=None, settings={"vocab_size": 131})
     assert caught.value.code == code
     assert not (tmp_path / "out").exists()
+
+
+SILENT: dict[str, Any] = {  # what changes the model and no tensor's name, as Megatron's own arguments are called
+    "activation_func_clamp_value": 7.0, "apply_residual_connection_post_layernorm": True, "attention_output_gate": True,
+    "experimental_attention_variant": "gated_delta_net", "glu_linear_offset": 1.0, "is_hybrid_model": True,
+    "layernorm_zero_centered_gamma": True, "linear_attention_freq": 4, "moe_apply_probs_on_input": True,
+    "moe_expert_capacity_factor": 1.5, "moe_latent_size": 64, "moe_layer_freq": [0, 1], "moe_router_force_biased": 1.0,
+    "moe_mlp_glu_interleave_size": 32, "moe_router_enable_expert_bias": True, "moe_router_force_load_balancing": True,
+    "moe_router_load_balancing_type": "sinkhorn", "moe_router_num_groups": 4, "moe_router_pre_softmax": True,
+    "moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5, "no_rope_freq": [0, 1],
+    "moe_shared_expert_intermediate_size": 24, "mtp_num_layers": 1, "position_embedding_type": "none",
+    "qk_l2_norm": True, "quick_geglu": True, "rotary_seq_len_interpolation_factor": 2, "softmax_scale": 0.5,
+    "softmax_type": "learnable", "squared_relu": True, "use_mup": True, "window_size": [128, 0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", SILENT)
+def test_a_setting_that_no_name_shows_is_refused_by_its_own(key: str) -> None:
+    mapping, layout = load_mapping("megatron-mixtral"), load_layout("megatron")
+    with pytest.raises(EngineError, match=key) as caught:
+        read_config({key: SILENT[key]}, source_side(mapping, layout))
+    assert caught.value.code == "E209"
 
 
 def test_an_old_order_of_queries_keys_and_values_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:

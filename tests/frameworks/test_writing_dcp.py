@@ -95,14 +95,19 @@ def test_ranks_that_the_mesh_does_not_have_are_refused(whole: Path, tmp_path: Pa
 _LOADER = """
 import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-truth = load_file(sys.argv[2])
-state = {n: distribute_tensor(torch.zeros_like(t), mesh, [Shard(0)]) for n, t in truth.items()}
-dcp.load(state, checkpoint_id=sys.argv[1])
-assert all(torch.equal(state[n].full_tensor(), t) for n, t in truth.items())
-dist.destroy_process_group()
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+def load(rank):
+    os.environ["RANK"] = str(rank)
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    truth = load_file(sys.argv[2])
+    state = {n: distribute_tensor(torch.zeros_like(t), mesh, [Shard(0)]) for n, t in truth.items()}
+    dcp.load(state, checkpoint_id=sys.argv[1])
+    assert all(torch.equal(state[n].full_tensor(), t) for n, t in truth.items())
+    dist.destroy_process_group()
+
+torch.multiprocessing.start_processes(load, nprocs=3, start_method="fork")
 """
 
 
@@ -112,7 +117,5 @@ def test_processes_load_it_on_another_number_of_ranks(whole: Path, tmp_path: Pat
     words = [sys.executable, str(tmp_path / "load.py"), str(tmp_path / "dcp"), str(whole / "model.safetensors")]
     port = str(20000 + os.getpid() % 20000)
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(words, env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE) for rank in range(3)]
-    for one in running:
-        _, told = one.communicate(timeout=240)
-        assert one.returncode == 0, told.decode()[-2000:]
+    done = subprocess.run(words, env=shared, stderr=subprocess.PIPE, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]

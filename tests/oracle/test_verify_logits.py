@@ -226,6 +226,17 @@ def test_rows_of_the_embedding_that_no_token_reads_are_compared_too(out: Path) -
     assert logits_of(out)["problems"] == [f"embedding: row {row} of 256 differs from training's"]
 
 
+def test_a_model_that_holds_nan_is_told_and_no_tensor_is_blamed(made: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(FOLDER / V2, tmp_path / "step"))
+    for path in source.glob("model_tp*_pp1.pt"):
+        state = torch.load(path, weights_only=True)
+        state["layers.1.ffn_norm.weight"][3] = float("nan")
+        torch.save(state, path)
+    engine.convert("internlm2", source, tmp_path / "out")
+    found = logits_of(tmp_path / "out", source)
+    assert found["wrong"] == [] and "after layer 3 holds NaN" in found["problems"][0]
+
+
 @pytest.mark.parametrize("null", [True, False])
 def test_null_is_false_for_adapt_hf_as_training_has_it(null: bool, made: Path, tmp_path: Path) -> None:
     """Training hands `adapt_hf` on as it is, so that null does not become the default."""

@@ -66,6 +66,25 @@ def test_a_step_is_found_when_training_has_written_it(run: Path, tmp_path: Path,
     assert running.told[0].startswith("iter_0000100 is served as ")
 
 
+def test_a_number_of_two_steps_is_asked_for_by_name(run: Path, tmp_path: Path, serve: Callable[..., Any]) -> None:
+    moving = tmp_path / "run"
+    for name, of in (("100", "100"), ("ema-100", "200"), ("0100", "200"), ("x20", "200"), ("y20", "100")):
+        shutil.copytree(run / of, moving / name)
+    (moving / "100" / "note").touch()
+    with serve([api.Model("a/b", MAPPING, moving)]) as running:
+
+        def sha(revision: str) -> Any:
+            return json.loads(running.ask(f"/api/models/a/b/revision/{revision}")[2]).get("sha")
+
+        branches = {
+            one["name"]: one["targetCommit"] for one in json.loads(running.ask("/api/models/a/b/refs")[2])["branches"]
+        }
+        for name in ("100", "0100", "ema-100", "x20"):
+            assert sha(name) == branches[name]
+        status, headers, _ = running.ask("/a/b/resolve/20/config.json")
+        assert status == 404 and "several steps: y20, x20" in headers["x-error-message"]
+
+
 def test_a_run_without_a_complete_step_waits_for_one(tmp_path: Path, serve: Callable[..., Any]) -> None:
     (tmp_path / "run" / "10").mkdir(parents=True)
     with serve([api.Model("a/b", MAPPING, tmp_path / "run")]) as running:

@@ -14,6 +14,7 @@ import pytest
 import engine
 from engine.errors import EngineError
 from tests.storage.conftest import MAPPING, STEP, files
+from tests.support.invoking import invoke
 
 pytest.importorskip("obstore", reason="the extra `store` is not installed")
 
@@ -66,6 +67,30 @@ def test_a_checkpoint_behind_a_web_server_converts(
     engine.convert(MAPPING, STEP, tmp_path / "hf")
     engine.convert(MAPPING, f"{web}/{STEP.name}", tmp_path / "web")
     assert files(tmp_path / "web") == files(tmp_path / "hf")
+
+
+def test_a_password_in_a_url_is_neither_shown_nor_kept(web: str, tmp_path: Path) -> None:
+    url = f"{web}/{STEP.name}".replace("://", "://me:sekret@")
+    log, out, plan = tmp_path / "log", tmp_path / "out", tmp_path / "plan.json"
+    done = invoke("run", "-m", MAPPING, "-s", url, "-o", out, "--log-file", log)
+    assert done.exit_code == 0 and "http://***@127" in done.output
+    shown = [
+        done,
+        invoke("inspect", url),
+        invoke("inspect", url, "--json"),
+        invoke("run", "-m", MAPPING, "-s", url + "x"),
+    ]
+    refused = invoke("plan", "-m", MAPPING, "-s", url, "-o", plan)
+    assert refused.exit_code == 2 and "E001" in refused.output and not plan.exists()
+    kept = b"".join([log.read_bytes(), *files(out).values()])
+    assert b"sekret" not in kept and not any("sekret" in one.output for one in (*shown, refused))
+
+
+@pytest.mark.parametrize("url", ["http://[", "s3://[/a", "az://]["])
+def test_an_address_that_is_none_is_wrong_usage(url: str, tmp_path: Path) -> None:
+    for command in (("inspect", url), ("run", "-m", MAPPING, "-s", url), ("run", "-m", MAPPING, "-s", STEP, "-o", url)):
+        done = invoke(*command)
+        assert done.exit_code == 2 and "E001" in done.output
 
 
 def test_a_web_server_is_not_written_to_and_must_list_folders(web: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,7 @@ def proxy(port: int, *, google: bool = False) -> Iterator[Proxy]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
         def log_message(self, *_: Any) -> None:
             pass
