@@ -87,6 +87,7 @@ soak: setup
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 	$(BIN)/python -m tests.score
 	$(BIN)/python -m tests.clients
+	$(BIN)/python -m tests.oldest
 
 # Programs of others on converted folders, each in an environment of its own; writes docs/clients.md. TOKENIZERS=DIR adds
 # the releases' own tokenizers, OFFICIAL_CODE=DIR InternLM2's official classes.

@@ -137,6 +137,7 @@ def _read(what: str, step: Path, model: Path, work: Path) -> Read:
             yield _tensors(tensors, tensors.get_tensor)
     else:
         with _served(step if what == "serve" else None, model) as url:
+            subprocess.run(["curl", "--silent", "--head", "--output", os.devnull, f"{url}/{NAME}"], check=True)  # plans
             yield _curl(url)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from engine.serve.server import Line
 
 _TOKEN = "ENGINE_TOKEN"
+_LONGEST = 4096  # bytes of a token's file
 _PLANNED = tuple(name for name in SAVED if name not in ("mapping", "src"))
 
 
@@ -100,8 +100,15 @@ def _models(mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[st
 def _token(file: str | None) -> str | None:
     if file is None:
         return os.environ.get(_TOKEN) or None
-    token = Path(file).read_text(encoding="utf-8", errors="replace").strip()
-    if not token or not token.isascii() or not token.isprintable():
+    try:
+        with open(file, "rb") as opened:  # which may be a pipe of a program that keeps secrets
+            raw = opened.read(_LONGEST + 1)
+    except OSError as error:
+        raise EngineError(
+            "E305", "the token cannot be read", place=Place(file), got=error.strerror, fix="Check the path."
+        ) from error
+    token = raw.decode("utf-8", "replace").strip()
+    if not token or len(raw) > _LONGEST or not token.isascii() or not token.isprintable():
         raise EngineError(
             "E001", "there is no token in the file", place=Place(file), expected="one line of ASCII characters",
             fix="`openssl rand -hex 32 > FILE` makes one.",

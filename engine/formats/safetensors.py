@@ -72,8 +72,8 @@ class SafetensorsFile:
 def safetensors_file(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str, around: object = None
 ) -> SafetensorsFile:
-    """Lay out a file as transformers expects it: metadata `{"format": "pt"}`."""
-    header, offsets = encode_header(tensors, {"format": "pt"})
+    """Lay out a file as transformers expects it, with `METADATA`."""
+    header, offsets = encode_header(tensors, METADATA)
     sizes = [math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in tensors]
     return SafetensorsFile(header, tuple(offsets), len(header) + sum(sizes))
 
@@ -121,6 +121,7 @@ def shard_names(count: int) -> list[str]:
 
 
 INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # of weights of torch
 
 
 def index_json(files: Mapping[str, str], total_size: int) -> bytes:

@@ -37,6 +37,9 @@ class Move:
     outside: np.ndarray | None = None
 
 
+Piece = tuple[Copy, int, Sequence[tuple[int, int, int]] | None]  # a run, its bytes per step, its rows if it has few
+
+
 class Moves:
     """A block buffer with the moves of its current template. Belongs to one thread."""
 
@@ -47,25 +50,29 @@ class Moves:
         self._scratch = memoryview(bytearray())
         self._template: tuple[Copy, ...] | None = None
         self._item = 0
-        self._moves: list[Move] = []
+        self._pieces: list[Piece] = []
+        self._moves: list[Move] | None = None  # of the pieces, in the block buffer
 
-    def of(self, block: Block, item: int) -> list[Move]:
-        """The moves of a block of `item`-byte elements; its buffer is `bytes(block, item)`."""
+    def of(self, block: Block, item: int, into: memoryview | None = None) -> list[Move]:
+        """The moves of a block of `item`-byte elements, into a buffer of its size or into `bytes(block, item)`."""
+        if self._template is not block.template or self._item != item:
+            self._pieces, self._moves = self._compile(block, item), None
+            self._template, self._item = block.template, item
+        if into is not None:
+            return [self._move(*piece, item, into) for piece in self._pieces]
         nbytes = (block.high - block.low) * item
         if self._block.nbytes < nbytes:
-            self._block = memoryview(bytearray(nbytes))
-            self._template = None
-        if self._template is not block.template or self._item != item:
-            self._moves = self._compile(block, item)
-            self._template, self._item = block.template, item
+            self._block, self._moves = memoryview(bytearray(nbytes)), None
+        if self._moves is None:
+            self._moves = [self._move(*piece, item, self._block) for piece in self._pieces]
         return self._moves
 
     def bytes(self, block: Block, item: int) -> memoryview:
         """The block's buffer."""
         return self._block[: (block.high - block.low) * item]
 
-    def _compile(self, block: Block, item: int) -> list[Move]:
-        pieces = [
+    def _compile(self, block: Block, item: int) -> list[Piece]:
+        pieces: list[Piece] = [
             (part, shift * item, None if straight(part) else rows(part, item))
             for copy, shift in zip(block.template, block.shifts, strict=True)
             for part in dense_parts(copy, self._gap // item, MOST_SPAN // item)
@@ -73,33 +80,37 @@ class Moves:
         # Taken once, since moves keep what they were given.
         spans = (span(p.shape, p.source_strides) for p, _, listed in pieces if listed is None and not straight(p))
         self._scratch_of(max(spans, default=0) * item)
-        return [self._move(part, shift, listed, item) for part, shift, listed in pieces]
+        return pieces
 
-    def _move(self, part: Copy, shift: int, listed: Sequence[tuple[int, int, int]] | None, item: int) -> Move:
+    def _move(
+        self, part: Copy, shift: int, listed: Sequence[tuple[int, int, int]] | None, item: int, block: memoryview
+    ) -> Move:
         nbytes = span(part.shape, part.source_strides) * item
         outside, inside = part.source_offset * item, part.target_offset * item
         if straight(part):
-            return Move(part.source, outside, shift, (self._block[inside : inside + nbytes],))
+            return Move(part.source, outside, shift, (block[inside : inside + nbytes],))
         if listed is not None:
-            return Move(part.source, outside, shift, self._rows(inside, listed, item))
+            return Move(part.source, outside, shift, self._rows(inside, listed, item, block))
         import numpy as np  # late, since most conversions move rows
 
         kind, scratch = np.dtype(f"u{item}"), self._scratch_of(nbytes)
         strides = [[stride * item for stride in side] for side in (part.target_strides, part.source_strides)]
         return Move(
             part.source, outside, shift, (scratch,),
-            np.ndarray(part.shape, kind, self._block, inside, strides[0]),
+            np.ndarray(part.shape, kind, block, inside, strides[0]),
             np.ndarray(part.shape, kind, scratch, 0, strides[1]),
         )  # fmt: skip
 
-    def _rows(self, inside: int, listed: Sequence[tuple[int, int, int]], item: int) -> list[memoryview]:
+    def _rows(
+        self, inside: int, listed: Sequence[tuple[int, int, int]], item: int, block: memoryview
+    ) -> list[memoryview]:
         """Rows of the block, and scratch for what is skipped between them."""
         parts, end = [], 0
         for outer, inner, length in listed:
             if outer > end:
                 parts.append(self._scratch_of((outer - end) * item))
             at = inside + inner * item
-            parts.append(self._block[at : at + length * item])
+            parts.append(block[at : at + length * item])
             end = outer + length
         return parts
 

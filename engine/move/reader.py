@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from engine.formats.headers import ITEM_SIZES
 from engine.move.blocks import Block, block_of, output_blocks
 from engine.move.gather import Gatherer
-from engine.move.runs import straight
+from engine.move.runs import long_rows
 from engine.move.values import Converter, check_transform
 from engine.move.windows import needed, windows
 from engine.planning.copies import Copy
@@ -25,11 +25,13 @@ class Reader:
     def __init__(self, plan: Work, files: SourceFiles) -> None:
         self._plan, self._files = plan, files
         self._gatherer, self._converter = Gatherer(files, plan.sources), Converter()
+        self._last: tuple[int, Block | None, memoryview] = (-1, None, memoryview(b""))  # what `convert` gave last
         self._runs: OrderedDict[int, list[_Run]] = OrderedDict()
         self._known: OrderedDict[int, tuple[Sequence[Copy], list[Block], list[int]]] = OrderedDict()
 
     def convert(self, output: Output, block: Block) -> memoryview:
         """The bytes of one block as they are written, valid until the next call."""
+        self._last = (-1, None, memoryview(b""))
         return self._converter.convert(output, self._gatherer.gather(block, output.read_dtype))
 
     def stream(self, wanted: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, memoryview]]:
@@ -87,13 +89,18 @@ class Reader:
             blocks = list(blocks)
             (blocks,) = self._files.ahead([(blocks, needed(self._plan, index, blocks))])
         for block in blocks:
-            at = block.low * item
-            data = self.convert(output, block)[max(start - at, 0) : stop - at]
+            at, end = block.low * item, block.high * item
+            if output.unchanged and start <= at and end <= stop:
+                self._gatherer.gather(block, output.read_dtype, target[at - start : end - start])
+                continue
+            if self._last[:2] != (index, block):  # one that is read to its middle is what is read next, too
+                self._last = index, block, self.convert(output, block)
+            data = self._last[2][max(start - at, 0) : stop - at]
             to = max(at - start, 0)
             target[to : to + len(data)] = data
 
     def _runs_of(self, index: int) -> list[_Run]:
-        """The runs that make an output whose bytes all lie so in its sources; empty for any other. Kept as blocks are.
+        """The long runs that make an output, if such make all of it; empty for any other. Kept as blocks are.
 
         These are read to where they are wanted, without a block between.
         """
@@ -102,13 +109,13 @@ class Reader:
             output, sources = self._plan.outputs[index], self._plan.sources
             copies = self._plan.copies(index) if output.unchanged else []
             item = ITEM_SIZES[output.dtype]
-            if not all(map(straight, copies)):
-                copies = []
-            found = self._runs[index] = [
-                (at := copy.target_offset * item, at + copy.volume() * item, sources[copy.source].file,
-                 sources[copy.source].header.offset + copy.source_offset * item)
-                for copy in copies
-            ]  # fmt: skip
+            listed = [long_rows(copy, _LONG // item) for copy in copies]
+            found = self._runs[index] = sorted(
+                (to := (copy.target_offset + inner) * item, to + length * item, sources[copy.source].file,
+                 sources[copy.source].header.offset + (copy.source_offset + outer) * item)
+                for copy, held in zip(copies, listed, strict=True)
+                for outer, inner, length in held
+            ) if all(listed) else []  # fmt: skip
             while len(self._runs) > _KEPT:
                 self._runs.popitem(last=False)
         return found
@@ -144,5 +151,6 @@ class Reader:
         return found
 
 
+_LONG = 32 << 10  # bytes: shorter runs are gathered in blocks
 _WORTH = 4  # a block is computed whole for a share of it from a quarter on
 _KEPT = 8  # outputs whose blocks are kept

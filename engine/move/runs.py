@@ -77,6 +77,17 @@ def runs(copy: Copy, gap: int) -> tuple[int, int]:
     return count, count * reach
 
 
+def long_rows(copy: Copy, least: int) -> list[tuple[int, int, int]]:
+    """All of a copy as rows, as `rows` gives them; none where it has many, or one of less than `least` elements.
+
+    >>> long_rows(Copy(0, 0, 5, 7, (4,), (1,), (1,)), 9), long_rows(Copy(0, 0, 0, 0, (2, 4), (9, 1), (4, 1)), 4)
+    ([(0, 0, 4)], [(0, 0, 4), (9, 4, 4)])
+    """
+    if straight(copy):
+        return [(0, 0, copy.volume())]
+    return (rows(copy, 0) or []) if copy.shape[-1] >= least else []
+
+
 def rows(copy: Copy, item: int) -> list[tuple[int, int, int]] | None:
     """A run as rows that are contiguous inside too, in their order outside; None where they are too many.
 

@@ -12,7 +12,7 @@ from typing import Any
 from engine.errors import EngineError, Place, printable
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import INDEX, read_safetensors
+from engine.formats.safetensors import INDEX, METADATA, read_safetensors_metadata
 from engine.language.layout_file import load_layout
 from engine.planning.reading import read_checkpoint
 from engine.run.digests import ALGORITHM, content_id, digest_of
@@ -274,7 +274,12 @@ def _read(folder: Store, name: str) -> FileHeader:
     if not _inside(name):
         raise EngineError("E301", "this is not the name of an output file", place=Place(name))
     file = File(folder, name)
-    return read_safetensors(file) if name.endswith(".safetensors") else read_rank_file(file)
+    if not name.endswith(".safetensors"):
+        return read_rank_file(file)
+    header, metadata = read_safetensors_metadata(file)
+    if metadata != METADATA:  # transformers 4 refuses a file without, and reads `tf` as TensorFlow's
+        raise EngineError("E301", f"its metadata was changed, from {METADATA}", place=Place(name))
+    return header
 
 
 def _blocks(sources: SourceFiles, one: TensorHeader, advance: Callable[[int], None]) -> Any:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from queue import LifoQueue
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
@@ -20,12 +21,12 @@ from engine.serve.once import Once
 from engine.storage.sources import SourceFiles, check_unchanged
 
 PART_BYTES = 16 << 20  # of one output that one thread reads at a time
-_MOST_THREADS = 8
+THREADS = min(os.cpu_count() or 1, 8)  # that read of one plan at a time
 
 
 def reading_threads() -> ThreadPoolExecutor:
-    """The threads that read, for one plan or for many: as many as cores, at most 8."""
-    return ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), thread_name_prefix="reader")
+    """The threads that read parts, for one plan or for many; whoever asks reads the first part."""
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
 
 
 class Readers:
@@ -38,8 +39,11 @@ class Readers:
     def __init__(self, plan: Plan, threads: ThreadPoolExecutor) -> None:
         """Args: threads: they read; whoever made them ends them."""
         self.plan, self._threads = plan, threads
-        self._own = threading.local()  # the reader of each thread
         self._opened: list[SourceFiles] = []
+        self._idle: LifoQueue[Reader] = LifoQueue()  # the last one used first, which may hold what comes next
+        for _ in range(THREADS):
+            self._opened.append(SourceFiles(plan.files))
+            self._idle.put(Reader(plan, self._opened[-1]))
         self._closing = weakref.finalize(self, _close, self._opened)
         self._users, self._open = 0, True
         self._changed = threading.Condition()
@@ -64,9 +68,12 @@ class Readers:
         """
         with self._using():
             files = self._ready(output)
-            cuts = range(0, len(target), PART_BYTES)
+            cuts = range(PART_BYTES, len(target), PART_BYTES)
             parts = [self._threads.submit(self._fill, output, start + at, target[at : at + PART_BYTES]) for at in cuts]
-            wait(parts)
+            try:
+                self._fill(output, start, target[:PART_BYTES])
+            finally:
+                wait(parts)
             for part in parts:
                 part.result()
             check_unchanged(files)
@@ -111,12 +118,11 @@ class Readers:
                 self._changed.notify_all()
 
     def _fill(self, output: int, start: int, target: memoryview) -> None:
-        reader: Reader | None = getattr(self._own, "reader", None)
-        if reader is None:
-            files = SourceFiles(self.plan.files)
-            self._opened.append(files)
-            reader = self._own.reader = Reader(self.plan, files)
-        reader.read_into(output, start, target)
+        reader = self._idle.get()
+        try:
+            reader.read_into(output, start, target)
+        finally:
+            self._idle.put(reader)
 
     def _compare(self, index: int) -> Check:
         check = checks(self.plan)[index]

@@ -84,7 +84,7 @@ class LocalStore:
         found: dict[str, State] = {}
         for name in names:
             try:
-                found[name] = FileState.of(os.stat(self.path / name))
+                found[name] = FileState.of(os.stat(f"{self.path}/{name}"))
             except OSError as error:
                 raise unreadable(self.place(name), error.strerror or str(error)) from error
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import unicodedata
 import warnings
@@ -200,6 +201,12 @@ def test_a_number_of_workers_is_bounded(workers: Any, made: Path, tmp_path: Path
 
 
 # -- what is replaced
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "/proc/self/mem", "/nothing/there", "."])
+def test_a_file_that_holds_no_token_is_refused(file: str, made: Path) -> None:
+    done = invoke("serve", "-m", V2.mapping, "-s", made / "step", *SET, "--port", 0, "--token-file", file)
+    assert done.exit_code != 0 and re.search("E001|E305", done.output)
 
 
 def test_a_file_that_somebody_put_under_a_name_of_ours_is_not_replaced(made: Path, tmp_path: Path) -> None:

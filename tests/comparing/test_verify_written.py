@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 import engine
 from engine.commands.main import cli
@@ -125,6 +126,13 @@ def test_a_planted_file_is_told_and_fails(name: str, out: Path) -> None:
     result = verify(out)
     assert result.exit_code == 1
     assert name in result.output
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "tf"}, {"format": "pt", "more": "x"}], ids=str)
+def test_weights_that_claim_another_framework_are_told(metadata: dict[str, str] | None, out: Path) -> None:
+    save_file(load_file(out / "model.safetensors"), out / "model.safetensors", metadata)
+    done = verify(out)
+    assert done.exit_code == 1 and "metadata was changed" in done.output
 
 
 def test_a_planted_folder_of_templates_fails(out: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 import torch
 import xxhash
@@ -25,7 +25,7 @@ SCHEMA = json.loads((Path(__file__).parents[2] / "schemas" / "conversion.schema.
 
 def read(folder: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((folder / "conversion.json").read_text())
-    jsonschema.Draft7Validator(SCHEMA).validate(data)
+    jsonschema_rs.validator_for(SCHEMA).validate(data)
     return data
 
 
