@@ -136,6 +136,14 @@ def _shows(c: str) -> bool:
     return c.isprintable() or unicodedata.category(c) == "Zs"  # wide and narrow spaces do no harm
 
 
+def counted(number: int, noun: str) -> str:
+    """
+    >>> counted(1, "file"), counted(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Visible text of one line, of a length that a message can hold."""
     return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
