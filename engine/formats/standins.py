@@ -205,6 +205,8 @@ def rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> T
     """A tensor with attributes of its own, which are not kept."""
     if not any(function is known for known in _REBUILD.values()) or type(arguments) is not tuple:
         raise Refused("E301", "a tensor built by something else than torch")
+    if any(isinstance(one, dict) and "data" in one for one in (state if type(state) is tuple else (state,))):
+        raise Refused("E303", "a tensor that is given other data when it is loaded")
     tensor: Tensor = function.call(*arguments)
     return tensor
 

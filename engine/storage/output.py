@@ -95,8 +95,8 @@ class OutputFolder:
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(OutputLock(self.final))
             try:
+                found = _put_back(self.final)
                 self._check_free()  # a run that held the lock may just have finished
-                found = leftovers(self.final)
                 if self._resume and not self._shared:
                     resumable = [path for path in found if ".partial-" in path.name and _is_folder(path)]
                     self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
@@ -157,7 +157,7 @@ class OutputFolder:
         os.rename(self.final, old)
         try:
             os.rename(self.partial, self.final)
-        except OSError:
+        except BaseException:
             os.rename(old, self.final)
             raise
         return old
@@ -174,12 +174,24 @@ def leftovers(out: Path) -> list[Path]:
     return [final.parent / n for n in sorted(names) if n.startswith(start) and ends.fullmatch(n[len(start) :])]
 
 
+def _put_back(final: Path) -> list[Path]:
+    """`leftovers`, but for the old output of a run that was killed between two renames: that comes back."""
+    found = leftovers(final)
+    old = [path for path in found if ".old-" in path.name and _is_folder(path)]
+    if old and not os.path.lexists(final):
+        newest = max(old, key=lambda path: path.lstat().st_ctime_ns)
+        os.rename(newest, final)
+        found.remove(newest)
+    return found
+
+
 def clean(out: Path) -> list[Path]:
     """Remove what interrupted runs left beside an output; E408 while a run is writing it."""
     found = leftovers(out)
     if found:
         try:
             with OutputLock(Path(os.path.abspath(out))):
+                found = _put_back(Path(os.path.abspath(out)))
                 for path in found:
                     _remove(path)
         except OSError as error:

@@ -188,6 +188,15 @@ def a_weight_that_is_negated_when_it_is_loaded(folder: Path) -> None:
     torch.save(state, folder / RANK)
 
 
+@attack("training", "E303", "other data")
+def a_weight_that_is_given_other_data_when_it_is_loaded(folder: Path) -> None:
+    """An attribute that torch.load sets; the tensor's own bytes are those of before."""
+    state = torch.load(folder / RANK, weights_only=True)
+    weight = state["blocks.0.mlp.w1.weight"]
+    weight.__dict__["data"] = weight * 2
+    torch.save(state, folder / RANK)
+
+
 @attack("training", None)
 def weights_that_share_their_storage(folder: Path) -> None:
     state = torch.load(folder / RANK, weights_only=True)

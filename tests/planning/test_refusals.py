@@ -16,6 +16,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from engine.storage import output
+from tests.support.disk import contents
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
@@ -299,6 +300,24 @@ def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch:
     monkeypatch.setattr(output, "_exchange", lambda *_: False)  # a file system that cannot
     refuse(source, "E403", overwrite=True)
     assert (out / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("then", ["run", "clean", "overwrite"])
+def test_the_old_output_of_a_run_that_was_killed_between_two_renames_comes_back(then: str, source: Path) -> None:
+    out = source.parent / "hf"
+    settings = {"mlp_letters": "w2_is_down"}
+    engine.convert(V1.mapping, source, out, settings=settings)
+    before = contents(out)
+    (source.parent / ".hf.partial-00000001").mkdir()
+    out.rename(source.parent / ".hf.old-00000002")
+    if then == "clean":
+        assert [path.name for path in engine.api.clean(out)] == [".hf.partial-00000001"]
+    elif then == "run":
+        with pytest.raises(EngineError, match="exists already"):
+            engine.convert(V1.mapping, source, out, settings=settings)
+    else:
+        engine.convert(V1.mapping, source, out, settings=settings, overwrite=True)
+    assert contents(out) == before and not list(source.parent.glob(".hf.old-*"))
 
 
 def test_a_write_that_fails_leaves_only_what_resumes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
