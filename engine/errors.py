@@ -272,6 +272,20 @@ class EngineErrors(EngineError):
         return "\n\n".join(str(error) for error in self.errors)
 
 
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """E001 where a library is not installed that an extra of the package brings.
+
+    Args:
+        what: that cannot be done without it: `URLs need`.
+    """
+    try:
+        yield
+    except ImportError as error:
+        fix = f"Install it: pip install 'internlm-engine[{extra}]'."
+        raise EngineError("E001", f"{what} the extra `{extra}`", got=f"no module {error.name}", fix=fix) from None
+
+
 _MOST_ERRORS = 20  # of one file that are told; a file may have a million
 
 
