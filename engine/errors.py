@@ -136,6 +136,14 @@ def _shows(c: str) -> bool:
     return c.isprintable() or unicodedata.category(c) == "Zs"  # wide and narrow spaces do no harm
 
 
+def counted(number: int, noun: str) -> str:
+    """
+    >>> counted(1, "file"), counted(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Visible text of one line, of a length that a message can hold."""
     return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
@@ -262,6 +270,20 @@ class EngineErrors(EngineError):
 
     def __str__(self) -> str:
         return "\n\n".join(str(error) for error in self.errors)
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """E001 where a library is not installed that an extra of the package brings.
+
+    Args:
+        what: that cannot be done without it: `URLs need`.
+    """
+    try:
+        yield
+    except ImportError as error:
+        fix = f"Install it: pip install 'internlm-engine[{extra}]'."
+        raise EngineError("E001", f"{what} the extra `{extra}`", got=f"no module {error.name}", fix=fix) from None
 
 
 _MOST_ERRORS = 20  # of one file that are told; a file may have a million

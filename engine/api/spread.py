@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.api.parts import part
-from engine.errors import EngineError
+from engine.errors import EngineError, needs_extra
 from engine.planning.saved_plan import digest_of
 from engine.run.meter import Progress
 from engine.run.parts import Part
@@ -116,15 +116,8 @@ def executor_at(place: Any) -> Iterator[Any]:
             "E001", "there is no such executor", got=place, expected="dask, or dask://host:port",
             fix="In Python any executor can be given.",
         )  # fmt: skip
-    try:
+    with needs_extra("dask", "this executor needs"):
         from distributed import Client
-    except ImportError:
-        raise EngineError(
-            "E001",
-            "this executor needs the extra `dask`",
-            got="no module distributed",
-            fix="Install it: pip install 'internlm-engine[dask]'.",
-        ) from None
     try:
         client = Client(f"tcp://{address}") if address else Client(dashboard_address=None, silence_logs=50)
     except OSError as error:

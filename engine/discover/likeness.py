@@ -11,6 +11,7 @@ from engine.discover.changes import changes_of, region_of, said
 from engine.discover.rows import Kind, Relation, own_rows
 from engine.discover.sides import Sides, as_matrix
 from engine.discover.values import closeness, relate_values
+from engine.errors import counted
 from engine.move.tensors import common_types
 from engine.move.views import View
 
@@ -61,7 +62,7 @@ def _placed(
         found = own_rows(order, order, np.arange(there.shape[0]), noun, plain, len(order), units)
         words, kind, rotary = found.words, found.kind, found.rotary
     missing = int((order < 0).sum()) if straight else 0
-    words = words or (f"{missing:,} {noun}{'' if missing == 1 else 's'} from elsewhere" if missing else "")
+    words = words or (f"{counted(missing, noun)} from elsewhere" if missing else "")
     told = [one for one in ("rows are columns" if turned else "", words, values) if one]
     if other != name:
         return Relation("other", ", ".join(told), other=other, rotary=rotary)

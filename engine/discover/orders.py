@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from engine.discover.prints import Prints64, joined
+from engine.errors import counted
 
 _OTHER = "in another order"
 _MOST_NAMED = 6  # blocks that are named one by one
@@ -54,8 +55,8 @@ class Units:
         >>> Units("row", {"head": 8, "group": 16}).block(16)
         '16 rows = 2 heads = 1 group'
         """
-        told = [_count(size, self.noun)]
-        told += [_count(size // one, name) for name, one in self.sizes.items() if one > 1 and size % one == 0]
+        told = [counted(size, self.noun)]
+        told += [counted(size // one, name) for name, one in self.sizes.items() if one > 1 and size % one == 0]
         return " = ".join(told)
 
     def block_noun(self, size: int) -> str:
@@ -67,11 +68,7 @@ class Units:
         if size == 1:
             return self.noun
         named = next((name for name, one in self.sizes.items() if one == size), None)
-        return named or f"block of {_count(size, self.noun)}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+        return named or f"block of {counted(size, self.noun)}"
 
 
 def find_order(ours: Prints64, theirs: Prints64) -> np.ndarray | None:

@@ -10,6 +10,7 @@ import numpy as np
 from engine.discover.levels import Kind as ValueKind
 from engine.discover.orders import Units, divisors, read_order, runs_of
 from engine.discover.prints import Prints64
+from engine.errors import counted
 
 MOST_NAMED = 4  # stretches that are named one by one
 _FEWEST_UNITS = 4  # different units that an order must put in place
@@ -48,14 +49,14 @@ def own_rows(
     steps = np.unique((np.arange(len(order)) - order)[known])
     if len(steps) == 1:
         by, left = int(steps[0]), len(order) - found
-        also = f"; {left:,} {noun}{'' if left == 1 else 's'} from elsewhere" if left else ""
+        also = f"; {counted(left, noun)} from elsewhere" if left else ""
         first = f"{noun} {max(by, 0)} holds {noun} {max(-by, 0)}"
         return Relation("permuted", f"{noun}s shifted by {abs(by)}: {first}{also}")
     filled = completed(order)
     if filled is not None:
         reading = read_order(filled, units)
         missing = len(order) - found
-        also = f"; {missing:,} {noun}{'' if missing == 1 else 's'} from elsewhere" if found < telling else ""
+        also = f"; {counted(missing, noun)} from elsewhere" if found < telling else ""
         return Relation("permuted", reading.words + also, rotary=reading.rotary)
     repeated = len(np.unique(order[known])) < found
     what = f"{noun}s repeated" if repeated else f"{noun}s in other places"
@@ -97,7 +98,7 @@ def _repeats(order: np.ndarray, count: int) -> str | None:
 def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray) -> Relation:
     """More or fewer rows than the reference, the others in order."""
     by = len(here) - len(there)
-    told = f"{abs(by):,} {noun}{'' if abs(by) == 1 else 's'} {'more' if by > 0 else 'fewer'} than the reference"
+    told = f"{counted(abs(by), noun)} {'more' if by > 0 else 'fewer'} than the reference"
     common = min(len(here), len(there))
     known = order >= 0
     if by < 0 and np.array_equal(here, there[:common]):

@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.discover.levels import BITS, Fits, Kind, Pair, Values, quantised, rounded
 from engine.discover.lines import FEWEST, by_groups, line, lines, slack
+from engine.errors import counted
 from engine.formats.headers import FLOATS
 from engine.move.tensors import Tensors, values_of
 from engine.move.values import float_type
@@ -56,7 +57,7 @@ def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, in
         if misfits == 0:
             return relation
         if nearly is None and misfits <= _STRAY * out.elements:
-            words = f"{relation.words}, but for {misfits:,} element{'' if misfits == 1 else 's'}"
+            words = f"{relation.words}, but for {counted(misfits, 'element')}"
             nearly = Values(relation.kind, words)
     return nearly
 

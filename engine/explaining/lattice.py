@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
+from math import prod
 
 MOST_RUNS = 200_000  # beyond this, runs are counted and not listed
 
@@ -17,10 +18,7 @@ class Lattice:
     steps: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
-        result = 1
-        for _, size in self.steps:
-            result *= size
-        return result
+        return prod(size for _, size in self.steps)
 
     def __iter__(self) -> Iterator[int]:
         """Positions in the order of the loops.

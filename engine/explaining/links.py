@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 from engine.explaining.lattice import Lattice
 from engine.formats.headers import ITEM_SIZES, TensorHeader
@@ -41,10 +42,7 @@ class Spot:
         return Lattice(start, steps)
 
     def volume(self) -> int:
-        result = 1
-        for low, high in self.box.values():
-            result *= high - low
-        return result
+        return prod(high - low for low, high in self.box.values())
 
 
 def spots(side: Side, group: Group, shard: Shard, window: Window | None = None) -> list[Spot]:
@@ -80,10 +78,7 @@ class Link:
     box: Mapping[str, Interval]
 
     def volume(self) -> int:
-        result = 1
-        for low, high in self.box.values():
-            result *= high - low
-        return result
+        return prod(high - low for low, high in self.box.values())
 
     def source_elements(self, header: TensorHeader) -> Lattice:
         """Element addresses in the stored tensor's storage, relative to its first element."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from engine.errors import EngineError
+from engine.errors import EngineError, counted
 from engine.planning.boxes import Interval
 
 _FIX = "Write one slice per dimension, like `[0:128, :]` or `[17, 3]`."
@@ -24,9 +24,7 @@ class Selection:
     def window(self, shape: Sequence[int]) -> tuple[Interval, ...]:
         """The interval of positions along each dimension; E001 for what cannot be one."""
         if len(self.slices) > len(shape):
-            raise _error(
-                self.name, f"it has {len(shape)} dimension{'s' if len(shape) != 1 else ''}", ", ".join(self.slices)
-            )
+            raise _error(self.name, f"it has {counted(len(shape), 'dimension')}", ", ".join(self.slices))
         given = [_interval(self.name, text, size) for text, size in zip(self.slices, shape, strict=False)]
         return (*given, *((0, size) for size in shape[len(given) :]))
 

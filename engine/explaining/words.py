@@ -174,9 +174,8 @@ def _first(interval: Interval) -> Interval:
 
 def _plain(lattice: Lattice) -> bool:
     """Whether positions follow each other without gaps."""
-    merged = Lattice(lattice.start, lattice.steps)
     step = 1
-    for stride, size in reversed(merged.steps):
+    for stride, size in reversed(lattice.steps):
         if stride != step:
             return False
         step *= size

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from engine.errors import EngineError, Place
 
@@ -113,10 +114,7 @@ def extent(node: Node, sizes: Mapping[str, int]) -> int:
         return sizes[node.name]
     if isinstance(node, Sum):
         return sum(extent(term, sizes) for term in node.terms)
-    result = 1
-    for term in node.terms:
-        result *= extent(term, sizes)
-    return result
+    return prod(extent(term, sizes) for term in node.terms)
 
 
 _TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|([()+|])|(\S))")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import counted
+
 if TYPE_CHECKING:
     import torch
 
@@ -160,7 +162,7 @@ def told_once(wrong: Sequence[Wrong]) -> tuple[str, ...]:
         alike.setdefault((one.part, one.why), []).append(one)
     lines = []
     for first, *more in alike.values():
-        layers = f"; so in {len(more)} more layer{'' if len(more) == 1 else 's'}" if more else ""
+        layers = f"; so in {counted(len(more), 'more layer')}" if more else ""
         tensor = f"; first {first.tensor}" if first.tensor and first.place.startswith("layer") else ""
         lines.append(f"{first.place}: {first.part} (max {first.largest:.3g}): {first.why}{tensor}{layers}")
     return tuple(lines)

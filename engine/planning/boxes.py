@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from engine.language.axes import Axes, Axis, Node, Sum, extent
 
@@ -30,10 +31,7 @@ class Region:
         return frozenset(self.box)
 
     def volume(self) -> int:
-        result = 1
-        for low, high in self.box.values():
-            result *= high - low
-        return result
+        return prod(high - low for low, high in self.box.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +74,7 @@ def _cut_product(terms: Sequence[Node], low: int, high: int, sizes: Mapping[str,
     if len(terms) == 1:
         return cut(terms[0], low, high, sizes)
     outer, rest = terms[0], terms[1:]
-    inner = 1
-    for term in rest:
-        inner *= extent(term, sizes)
+    inner = prod(extent(term, sizes) for term in rest)
     first, head = divmod(low, inner)
     last, tail = divmod(high, inner)  # `last` is the first row not wholly inside
     bands: list[tuple[int, int, int, int]] = []  # outer low, high, inner low, high

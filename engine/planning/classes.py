@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 from engine.errors import EngineError, Place
@@ -142,9 +143,7 @@ class CopyTable:
 def prove_total(copies: Sequence[Copy], shape: tuple[int, ...], group: Group, ranks: tuple[int, ...] = ()) -> None:
     """E208 unless every element is written once: source boxes are disjoint, so a full count proves it."""
     count = sum(copy.volume() for copy in copies)
-    wanted = 1
-    for size in shape:
-        wanted *= size
+    wanted = prod(shape)
     if count != wanted:
         where = "".join(f" {d}{r}" for d, r in zip(group.cut.rank_dims(), ranks, strict=False))
         raise EngineError(

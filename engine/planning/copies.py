@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 
 from engine.planning.boxes import Part
 
@@ -26,10 +27,7 @@ class Copy:
     target_strides: tuple[int, ...]
 
     def volume(self) -> int:
-        result = 1
-        for size in self.shape:
-            result *= size
-        return result
+        return prod(self.shape)
 
 
 def intersect(source: Part, target: Part) -> Copy | None:

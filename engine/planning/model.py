@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from engine.checkpoint.ranks import RankGrid
+from engine.errors import counted
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
@@ -40,10 +42,7 @@ class Output:
 
     @property
     def elements(self) -> int:
-        result = 1
-        for size in self.shape:
-            result *= size
-        return result
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +154,7 @@ class Plan(Work):
     def __repr__(self) -> str:
         """One line: what of which checkpoint comes to what. Its fields are the whole plan."""
         ranks = " × ".join(f"{name} {size}" for name, size in self.grid.sizes.items())
-        files = f"{len(self.shards):,} file{'' if len(self.shards) == 1 else 's'}"
+        files = counted(len(self.shards), "file")
         return (
             f"<Plan of {self.mapping.name} {self.mapping.version}: {self.folder!r} ({ranks or 'one rank'}) to "
             f"{len(self.outputs):,} tensors, {self.nbytes:,} bytes in {files}>"

@@ -21,6 +21,7 @@ from engine.planning.as_model import Wanted, beyond_building, class_named, fit_t
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
+from engine.proving.targets import known_of
 
 
 def wanted(config: Mapping[str, Any], architecture: str) -> dict[str, tuple[int, ...]] | str:
@@ -158,7 +159,8 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
     found = getattr(transformers, named, None)
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)  # nothing else is called
     made: Any = found if known else transformers.AutoModelForCausalLM.from_config
-    if known and made.config_class is not CONFIG_MAPPING[kind]:
+    of_kind = known_of(kind)
+    if known and made.config_class is not CONFIG_MAPPING[kind] and (of_kind is None or named not in of_kind.classes):
         raise EngineError(
             "E502",
             f"`architectures` and `model_type` name two models: {named} is none of {kind}",

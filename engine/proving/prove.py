@@ -34,6 +34,7 @@ from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
 from engine.proving.tiny import DIVISIBLE, World, Worlds, guess_sizes
+from engine.proving.told_classes import check_classes
 from engine.proving.trying import try_mutants
 from engine.run.meter import Listener, Meter
 
@@ -132,9 +133,14 @@ def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[_Begun]:
 def _with_model(mapping: MappingFile, begun: _Begun) -> Proof:
     """A proof with the check of the models that are left to hold against transformers'."""
     proof, started = begun.proof, time.monotonic()
-    if not begun.worlds:
+    if mapping.classes:
+        told = f"{', '.join(mapping.classes)} are told as transformers has them"
+        check = check_of(MODEL, told, check_classes(mapping.classes))
+    elif begun.worlds:
+        check = check_model(mapping, begun.worlds)
+    else:
         return proof
-    checks = (*proof.checks, check_model(mapping, begun.worlds))
+    checks = (*proof.checks, check)
     return replace(proof, checks=checks, seconds=proof.seconds + time.monotonic() - started)
 
 

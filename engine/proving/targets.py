@@ -86,7 +86,9 @@ def taken() -> dict[str, Any]:
 
     from engine.language.mapping_file import load_mapping
 
-    wanted = sorted({load_mapping(name).model_type for name in list_names()} & set(CONFIG_MAPPING_NAMES))
+    mappings = [load_mapping(name) for name in list_names()]
+    told = [load_mapping(name) for one in mappings for name in one.classes.values()]
+    wanted = sorted({one.model_type for one in (*mappings, *told)} & set(CONFIG_MAPPING_NAMES))
     names = {name for listed in _auto().values() for named in listed.values() for name in _texts(named)}
     ends = {found[0] for name in names if (found := re.search(r"For[A-Z]\w*$", name)) is not None}
     return {

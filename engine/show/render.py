@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.errors import EngineError, visible
+from engine.errors import EngineError, counted, visible
 from engine.language.documents import plain
 from engine.show.render_inspect import grid
-from engine.show.text import amount, as_json, count, duration, note, read_text, shown, shows, table, title
+from engine.show.text import amount, as_json, duration, note, read_text, shown, shows, table, title
 
 if TYPE_CHECKING:
     from engine.comparing.verify import Verified
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine.run.execute import Report
 
 __all__ = [
-    "amount", "as_json", "comparison", "count", "duration", "error", "environment", "kept", "plan", "read_text",
+    "amount", "as_json", "comparison", "duration", "error", "environment", "kept", "plan", "read_text",
     "report", "resolved", "shows", "table", "verified",
 ]  # fmt: skip
 
@@ -35,7 +35,7 @@ def report(done: Report) -> str:
     """What a run did."""
     rate = f", {amount(done.bytes / done.seconds)}/s" if done.seconds > 0 else ""
     lines = [
-        f"{click.style('converted', fg='green')} {count(done.tensors, 'tensor')}, {amount(done.bytes)} "
+        f"{click.style('converted', fg='green')} {counted(done.tensors, 'tensor')}, {amount(done.bytes)} "
         f"in {duration(done.seconds)}{rate}",
         f"  to {done.out}",
     ]
@@ -58,7 +58,7 @@ def plan(facts: Mapping[str, Any], *, why: bool = False) -> str:
     lines = [
         f"{title(mapping['name'])} {mapping['version']}, layout {layout['name']} ({layout['mode']})",
         f"  {source['folder']}: {grid(source['ranks'], source['chunks'])}, "
-        f"{count(source['tensors'], 'tensor')} in {count(source['files'], 'file')}, {amount(source['bytes'])}",
+        f"{counted(source['tensors'], 'tensor')} in {counted(source['files'], 'file')}, {amount(source['bytes'])}",
         "  " + ", ".join(f"{axis} {size}" for axis, size in facts["sizes"].items()),
     ]
     if facts["variants"]:
@@ -89,7 +89,8 @@ def plan(facts: Mapping[str, Any], *, why: bool = False) -> str:
     )
     replicas = facts.get("replicas", {})
     if replicas.get("sets"):
-        lines.append(f"  {count(replicas['tensors'], 'replica')} in {count(replicas['sets'], 'set')} will be compared")
+        told = f"{counted(replicas['tensors'], 'replica')} in {counted(replicas['sets'], 'set')}"
+        lines.append(f"  {told} will be compared")
     for name, why in facts.get("ignored", {}).items():
         lines.append(f"  ignored {name}: {why}")
     lines += ["", title("outputs")]
@@ -98,7 +99,7 @@ def plan(facts: Mapping[str, Any], *, why: bool = False) -> str:
         [(o["file"], str(o["tensors"]), amount(o["bytes"])) for o in facts["outputs"]],
     )
     lines.append(
-        f"  {count(facts['tensors'], 'tensor')}, {amount(facts['bytes'])}; "
+        f"  {counted(facts['tensors'], 'tensor')}, {amount(facts['bytes'])}; "
         f"peak memory about {facts['predicted_memory'] / 2**20:.0f} MiB"
     )
     lines += [note(notice) for notice in facts.get("notices", ())]
@@ -186,7 +187,7 @@ def verified(found: Verified) -> str:
     notes = [f"{click.style('not checked', fg='yellow')} {one}" for one in found.unchecked]
     if found.problems:
         more = lines[2:] if found.manifest and found.content_id else lines[1:]
-        return "\n".join([*found.problems[:50], *more, *notes, f"{count(len(found.problems), 'problem')} in {told}"])
+        return "\n".join([*found.problems[:50], *more, *notes, f"{counted(len(found.problems), 'problem')} in {told}"])
     return "\n".join([*lines, *notes])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from engine.errors import counted
 from engine.proving.changes import KINDS, TensorChange, ValueChange
 from engine.proving.diff import SECTIONS, Change, MappingDiff
 from engine.show.text import as_json, shown
@@ -37,9 +38,9 @@ def summary(diffs: Sequence[MappingDiff]) -> str:
         return "No mapping changes."
     mappings = sum(1 + len(one.same_in) for one in diffs)
     tensors = sum(len(one.tensors) for one in diffs)
-    said = f"{mappings} mapping{'' if mappings == 1 else 's'} changed"
+    said = f"{counted(mappings, 'mapping')} changed"
     values = sum(len(one.values) for one in diffs)
-    valued = f" **{values} value{'' if values == 1 else 's'} of what is written differ{'s' if values == 1 else ''}.**"
+    valued = f" **{counted(values, 'value')} of what is written differ{'s' if values == 1 else ''}.**"
     if not tensors:
         return f"{said}; every tensor goes where it went." + (valued if values else "")
     counts = {kind: sum(c.kind == kind for one in diffs for c in one.tensors) for kind in KINDS}

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from engine.show.text import count, shows
+from engine.errors import counted
+from engine.show.text import shows
 
 MOST_TENSORS = 8  # shown on a terminal; `--json` has all
 MOST_FLOWS = 8
@@ -28,7 +29,7 @@ def explanation(facts: Mapping[str, Any]) -> str:
     tensors = facts["tensors"]
     parts = [_tensor(one, facts["direction"]) for one in tensors[:MOST_TENSORS]]
     if len(tensors) > MOST_TENSORS:
-        more = count(len(tensors) - MOST_TENSORS, "more file")
+        more = counted(len(tensors) - MOST_TENSORS, "more file")
         parts.append(f"… and {more}; name one, as in `FILE:TENSOR`")
     return "\n\n".join(parts)
 
@@ -44,7 +45,8 @@ def _tensor(one: Mapping[str, Any], direction: str) -> str:
     for flow in one["flows"][:MOST_FLOWS]:
         lines += ["", *_flow(flow, direction)]
     if len(one["flows"]) > MOST_FLOWS:
-        more = count(len(one["flows"]) - MOST_FLOWS, f"more {'source' if direction == 'forward' else 'target'} tensor")
+        end = "source" if direction == "forward" else "target"
+        more = counted(len(one["flows"]) - MOST_FLOWS, f"more {end} tensor")
         lines += ["", f"  … and {more}; `--json` lists all"]
     return "\n".join(lines)
 
@@ -56,7 +58,7 @@ def _flow(flow: Mapping[str, Any], direction: str) -> list[str]:
         head = f"  from {click.style(_name(source), bold=True)}  {_kind(source)}{place}"
     else:
         head = f"  to {click.style(_name(target), bold=True)}  {_kind(target)}"
-    lines = [f"{head}: {count(flow['elements'], 'element')}"]
+    lines = [f"{head}: {counted(flow['elements'], 'element')}"]
     for stretch in flow["stretches"]:
         lines.append(f"    source {_indices(stretch['source'])} → target {_indices(stretch['target'])}")
         lines += [f"      {sentence}" for sentence in stretch["order"]]
@@ -66,7 +68,7 @@ def _flow(flow: Mapping[str, Any], direction: str) -> list[str]:
     lines.append(f"    {_bytes(flow['byte_ranges'], flow['range_count'])} of {source['file']}")
     if flow["replicas"]:
         shown = ", ".join(flow["replicas"][:4]) + (", …" if len(flow["replicas"]) > 4 else "")
-        lines.append(f"    the same in {count(len(flow['replicas']), 'other file')}, compared: {shown}")
+        lines.append(f"    the same in {counted(len(flow['replicas']), 'other file')}, compared: {shown}")
     return lines
 
 

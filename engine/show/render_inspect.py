@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.show.text import amount, count, number, shown, table, title
+from engine.errors import counted
+from engine.show.text import amount, number, shown, table, title
 
 if TYPE_CHECKING:
     from engine.discover.fits import Fit
@@ -51,12 +52,12 @@ def _training(found: Inspection, every: bool) -> list[str]:
         if facts[label]:
             lines.append(f"  {label:<11} {', '.join(facts[label])}")
     if facts["skipped"]:
-        lines.append(f"  skipped     {count(len(facts['skipped']), 'file')} of training state")
+        lines.append(f"  skipped     {counted(len(facts['skipped']), 'file')} of training state")
     lines += ["", *_fits(found)]
     others = [fit for fit in found.fits if not fit.fits]
     if others and not every:
         lines.append(
-            f"  {count(len(others), 'other mapping')} {'does' if len(others) == 1 else 'do'} not fit; --all says why"
+            f"  {counted(len(others), 'other mapping')} {'does' if len(others) == 1 else 'do'} not fit; --all says why"
         )
     elif others:
         lines += _reasons(others)
@@ -148,7 +149,7 @@ def _steps(found: Inspection, every: bool) -> list[str]:
         (s["name"], words[s["complete"]], s["layout"] or "", "" if s["bytes"] is None else amount(s["bytes"]), s["why"])
         for s in steps
     ]
-    lines = [f"{title(found.folder)}: {count(len(steps), 'checkpoint')}"]
+    lines = [f"{title(found.folder)}: {counted(len(steps), 'checkpoint')}"]
     lines += table(("step", "files", "layout", "size", "why"), rows)
     if any(s["complete"] is None for s in steps):
         lines.append("  only the newest were looked at; --all looks at every one")
@@ -159,7 +160,8 @@ def _steps(found: Inspection, every: bool) -> list[str]:
 
 def _weights(facts: Mapping[str, Any]) -> list[str]:
     types = ", ".join(f"{name} {amount(size)}" for name, size in facts["dtypes"].items())
-    told = f"{count(facts['tensors'], 'tensor')} in {count(facts['files'], 'file')}, {amount(facts['bytes'])} ({types})"
+    held = f"{counted(facts['tensors'], 'tensor')} in {counted(facts['files'], 'file')}"
+    told = f"{held}, {amount(facts['bytes'])} ({types})"
     known = facts["parameters"] is not None
     return ([f"  parameters  {number(facts['parameters'])}"] if known else []) + [f"  weights     {told}"]
 
@@ -169,9 +171,9 @@ def sizes(found: Mapping[str, int]) -> str:
     >>> sizes({"layer": 32, "hidden": 4096, "groups": 8})
     '32 layers, hidden 4096, 8 key/value heads'
     """
-    counted = {"layer", "heads", "groups", "expert"}
+    several = {"layer", "heads", "groups", "expert"}
     return ", ".join(
-        f"{n} {_WORDS.get(axis, axis)}" if axis in counted else f"{_WORDS.get(axis, axis)} {n}"
+        f"{n} {_WORDS.get(axis, axis)}" if axis in several else f"{_WORDS.get(axis, axis)} {n}"
         for axis, n in found.items()
     )
 

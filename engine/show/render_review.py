@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.discover.text import shown as one_line
+from engine.errors import counted
 from engine.language.search import spelled
-from engine.show.text import count, note
+from engine.show.text import note
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
@@ -40,7 +41,7 @@ def findings(found: Sequence[Finding]) -> str:
     if not found:
         lines.append(click.style("no findings", fg="green"))
     else:
-        lines.append(f"{count(errors, 'error')}, {count(len(found) - errors, 'warning')}")
+        lines.append(f"{counted(errors, 'error')}, {counted(len(found) - errors, 'warning')}")
     return "\n".join(lines)
 
 

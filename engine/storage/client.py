@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, needs_extra
 
 T = TypeVar("T")
 
@@ -78,15 +78,8 @@ def _short(told: str) -> str:
 
 def library() -> Any:
     """The module obstore; E001 without the extra that brings it."""
-    try:
+    with needs_extra("store", "URLs need"):
         import obstore
-    except ImportError:
-        raise EngineError(
-            "E001",
-            "URLs need the extra `store`",
-            got="no module obstore",
-            fix="Install it: pip install 'internlm-engine[store]'.",
-        ) from None
     _share_memory()
     return obstore
 

@@ -6,7 +6,7 @@ import os
 from typing import Any
 from urllib.parse import urlsplit
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, needs_extra
 from engine.storage.client import refused
 from engine.storage.objects import ObjectStore
 
@@ -47,16 +47,8 @@ def end_uploads(store: ObjectStore) -> list[str]:
 
 
 def _client(store: ObjectStore) -> Any:
-    try:
+    with needs_extra("store", "ending uploads needs"):
         from botocore import session
-    except ImportError:
-        raise EngineError(
-            "E001",
-            "ending uploads needs the extra `store`",
-            place=Place(store.place()),
-            got="no module botocore",
-            fix="Install it: pip install 'internlm-engine[store]'.",
-        ) from None
     given = dict(store.options)
     how = {name: next((given[key] for key in keys if key in given), None) for name, keys in _KEYS.items()}
     how["region_name"] = how["region_name"] or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,19 @@ def test_the_only_mapping_that_fits_is_found_and_several_are_listed() -> None:
 
 def test_one_name_stands_for_a_list_of_one() -> None:
     assert api.lint("internlm") == [] == api.lint(["internlm"])
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "call"),
+    [
+        ("obstore", "store", lambda out: engine.plan("internlm", "s3://bucket/step")),
+        ("distributed", "dask", lambda out: engine.convert("internlm", STEP, out, executor="dask")),
+    ],
+)
+def test_an_extra_that_is_not_installed_is_named(
+    module: str, extra: str, call: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(engine.EngineError, match=rf"E001(.|\n)*no module {module}(.|\n)*internlm-engine\[{extra}\]"):
+        call(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

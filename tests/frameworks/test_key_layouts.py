@@ -17,8 +17,10 @@ import engine
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
+from engine.language.search import find_file
 from engine.planning.as_model import told_by
 from engine.proving.meta_model import asked
+from engine.proving.told_classes import check_classes
 from tests.support.frameworks import weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -160,6 +162,16 @@ def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E205"
 
 
+@pytest.mark.parametrize("named", ["InternLM3ForCausalLM", "LlamaForCausalLM"])
+def test_internlm3_is_read_as_its_own_code_and_as_transformers_name_it(named: str, tmp_path: Path) -> None:
+    """transformers has its configuration and loads it as Llama, so it saves the one's type and the other's class."""
+    config = LLAMA | {"model_type": "internlm3", "architectures": [named]}
+    config = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias")}
+    state = model(config)
+    engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
 @pytest.mark.parametrize("architecture", load_mapping("transformers").classes)
 def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> None:
     """For one configuration after another; where a key is not declared, or a value does not fit, the class is asked."""
@@ -179,6 +191,15 @@ def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> No
         {"vocab_size": "40"}, {"rope_scaling": {"rope_type": "llama3"}}, {"quantization_config": {}},
     ]  # fmt: skip
     assert {told_by(told, layout, {**plain, **one}) for one in unknown} == {None}
+
+
+@pytest.mark.parametrize(
+    ("was", "now"), [("axes: hidden ffn", "axes: ffn hidden"), ("tied_to", "keep: dtype  #"), ("nothing", "")]
+)
+def test_a_class_that_is_told_wrongly_is_not_proved(was: str, now: str, tmp_path: Path) -> None:
+    text = Path(find_file("classes/llama")).read_text()
+    (tmp_path / "told.yaml").write_text(text.replace(was, now))
+    assert bool(check_classes({"LlamaForCausalLM": str(tmp_path / "told.yaml")})) is (was in text)
 
 
 def test_a_tied_head_that_differs_is_refused_and_an_equal_one_left_out(tmp_path: Path) -> None:
