@@ -7,6 +7,7 @@ Whatever else is stored is matched by no rule and refused.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,6 +128,21 @@ def rules_of(
         model_type=str(config.get("model_type")),
         architecture=class_named(config) or "the model class of config.json",
     )
+
+
+_MOST = {re.compile("(layers?|experts?)$"): 10_000, re.compile("labels$"): 1_000_000}  # at the end of a key's name
+
+
+def beyond_building(config: Mapping[str, Any]) -> str | None:
+    """A count in a config.json of which transformers would build so much that it never ends; None without one.
+
+    >>> beyond_building({"num_hidden_layers": 10**7, "vocab_size": 10**7})
+    '`num_hidden_layers` of config.json is 10000000'
+    """
+    for key, value in config.items():
+        if isinstance(value, int | float) and any(value > n for name, n in _MOST.items() if name.search(key)):
+            return f"`{key}` of config.json is {value:.12g}"
+    return None
 
 
 def class_named(config: Mapping[str, Any]) -> str:

@@ -162,6 +162,16 @@ def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E205"
 
 
+@pytest.mark.parametrize("named", ["InternLM3ForCausalLM", "LlamaForCausalLM"])
+def test_internlm3_is_read_as_its_own_code_and_as_transformers_name_it(named: str, tmp_path: Path) -> None:
+    """transformers has its configuration and loads it as Llama, so it saves the one's type and the other's class."""
+    config = LLAMA | {"model_type": "internlm3", "architectures": [named]}
+    config = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias")}
+    state = model(config)
+    engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
 @pytest.mark.parametrize("architecture", load_mapping("transformers").classes)
 def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> None:
     """For one configuration after another; where a key is not declared, or a value does not fit, the class is asked."""
