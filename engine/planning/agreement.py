@@ -10,8 +10,9 @@ from engine.language.declared import expressions_of
 from engine.language.documents import plain
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
+from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.planning.config_keys import Read, Side, copied, leaves, prefixes, shown, value_at
+from engine.planning.config_keys import Read, Side, copied, leaves, prefixes, read_config, shown, value_at, whole_side
 
 
 def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
@@ -68,14 +69,18 @@ def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str 
         )
 
 
-def with_given(config: Mapping[str, Any], given: Mapping[str, Any], mapping: MappingFile) -> dict[str, Any]:
+def with_given(
+    config: Mapping[str, Any], given: Mapping[str, Any], mapping: MappingFile, layout: Layout
+) -> dict[str, Any]:
     """A configuration to be written, completed by what was given of it; what both say must agree.
 
     Raises:
-        EngineError: E218 for the first key that the checkpoint and the given configuration say differently.
+        EngineError: E218 for the first key that the checkpoint and the given configuration say differently; E209 and
+            E219 for one that training cannot have, or that nothing is known of.
     """
+    read = read_config(given, whole_side(mapping, layout))
     for path, value in leaves(config):
-        other = value_at(given, path)
+        other = value_at(read.config if path in read.side.spelt else given, path)
         if other is not None and value is not None and plain(other) != plain(value):
             raise EngineError(
                 "E218",

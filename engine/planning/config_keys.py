@@ -67,6 +67,11 @@ def target_side(mapping: MappingFile) -> Side:
     return Side(dict(mapping.keys.get("target", {})), read, "config.json", written)
 
 
+def whole_side(mapping: MappingFile, layout: Layout) -> Side:
+    """config.json as it stands beside whole tensors; where it is training's own as well, read as that."""
+    return source_side(mapping, layout) if layout.config_of_target else target_side(mapping)
+
+
 def declared(mapping: MappingFile, layout: Layout, side: str) -> dict[str, Key]:
     """What the layout says of a side's keys, and over it what the mapping says."""
     return {**layout.keys.get(side, {}), **mapping.keys.get(side, {})}

@@ -13,7 +13,7 @@ from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
-from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side
+from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side, whole_side
 from engine.planning.stored import Instance, Stored
 from engine.planning.variants import Decision, decide
 
@@ -68,8 +68,8 @@ def facts_of(
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
         return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
-    same = layout.config_of_target  # then what is written is what was read, and what training cannot have is refused
-    read = read_config(checkpoint.config, source_side(mapping, layout) if same else target_side(mapping))
+    same = layout.config_of_target  # then what is written is what was read
+    read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
     seen = {**read.config, **cut, "options": options, "present": given["present"]}
     first = {**(read.config if same else render_known(mapping.training_config, seen)), "options": options}

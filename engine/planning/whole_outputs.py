@@ -31,7 +31,7 @@ def whole_outputs(source: Source, asked: Request) -> Written:
     wanted = [_wanted(spec, group, changes=changes) for spec, group in listed]
     every, table = fill(wanted, [group for _, group in listed], whole_keys(whole), source, asked.dtype)
     config = configuration(source, "whole", mapping.config, source.names, mapping.keys.get("target", {}), {})
-    config = with_given(config, source.checkpoint.target_config, mapping)
+    config = with_given(config, source.checkpoint.target_config, mapping, source.layout)
     ties = bool(config.get("tie_word_embeddings"))
     tied_to = [one.rule.tied_to if ties else None for one in wanted]
     kept = [i for i, to in enumerate(tied_to) if to is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,28 @@ def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         convert("leg_t2_distopt", tmp_path / "out", config=MEGATRON / "torch-tp1pp1-tied" / "hf_config.json")
     assert caught.value.code in ("E203", "E218")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "code"),
+    [
+        ("hidden_act", "gelu", "E209"), ("sliding_window", 16, "E209"), ("partial_rotary_factor", 0.5, "E209"),
+        ("quantization_config", {"quant_method": "fp8"}, "E209"), ("unheard_of", 1, "E219"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "E218"),
+    ],
+)  # fmt: skip
+def test_what_training_cannot_have_is_not_taken_from_a_given_configuration(
+    key: str, value: Any, code: str, tmp_path: Path
+) -> None:
+    """It would complete the written one: the mapping writes no such key."""
+    given = json.loads((MEGATRON / "leg_t2_distopt" / "hf_config.json").read_text())
+    given.pop("rope_parameters", None)
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    convert("leg_t2_distopt", tmp_path / "well", config=tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(given | {key: value}))
+    with pytest.raises(EngineError) as caught:
+        convert("leg_t2_distopt", tmp_path / "out", config=tmp_path / "config.json")
+    assert caught.value.code == code and not (tmp_path / "out").exists()
 
 
 @pytest.fixture
