@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
 from engine.errors import EngineError
+from engine.planning.as_model import beyond_building
 from engine.storage.local import LocalStore
 
 if TYPE_CHECKING:
@@ -123,7 +124,11 @@ def not_built_in(folder: Path) -> str | None:
     """Why transformers cannot run it without remote code, if so: `internlm` and `internlm2` are such types."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = read_hf_config(LocalStore(folder)).get("model_type")
+    config = read_hf_config(LocalStore(folder))
+    beyond = beyond_building(config)
+    if beyond is not None:
+        return f"{beyond}: no such model can be built"
+    kind = config.get("model_type")
     if not isinstance(kind, str):
         return "there is no config.json that names a model_type, so transformers cannot load it"
     if kind in CONFIG_MAPPING:

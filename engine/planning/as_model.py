@@ -7,6 +7,7 @@ Whatever else is stored is matched by no rule and refused.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -129,6 +130,21 @@ def rules_of(
     )
 
 
+_MOST = {re.compile("(layers?|experts?)$"): 10_000, re.compile("labels$"): 1_000_000}  # at the end of a key's name
+
+
+def beyond_building(config: Mapping[str, Any]) -> str | None:
+    """A count in a config.json of which transformers would build so much that it never ends; None without one.
+
+    >>> beyond_building({"num_hidden_layers": 10**7, "vocab_size": 10**7})
+    '`num_hidden_layers` of config.json is 10000000'
+    """
+    for key, value in config.items():
+        if isinstance(value, int | float) and any(value > n for name, n in _MOST.items() if name.search(key)):
+            return f"`{key}` of config.json is {value:.12g}"
+    return None
+
+
 def class_named(config: Mapping[str, Any]) -> str:
     """The class that a config.json names; nothing where it names none, or no text.
 
@@ -168,11 +184,24 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
     for own in ("", _first(first)):
         ending = first.removeprefix(own)
         candidates = {name[: -len(ending)] for name in held if name.endswith(ending)}
+        whole: list[str] = []
         for prefix in sorted(candidates, key=lambda p: (len(p), p)):
             missing = next((name for name in wanted.shapes if prefix + name.removeprefix(own) not in held), None)
             if missing is None:
-                return prefix, own
-            lacking.setdefault(prefix, missing)
+                whole.append(prefix)
+            else:
+                lacking.setdefault(prefix, missing)
+        if len(whole) > 1:
+            raise EngineError(
+                "E206",
+                f"the checkpoint holds {len(whole)} models, each with every tensor of the class",
+                place=Place(first),
+                got=f"under {', '.join(f'`{one}`' for one in whole[:4])}",
+                expected="one",
+                fix="Such as an average beside the model itself: save the one that you want by itself.",
+            )
+        if whole:
+            return whole[0], own
     best = max(lacking, key=lambda p: list(wanted.shapes).index(lacking[p]), default="")
     raise EngineError(
         "E207",

@@ -17,7 +17,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
-from engine.planning.as_model import Wanted, class_named, fit_to_model, rules_of, told_by
+from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, told_by
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
@@ -51,6 +51,9 @@ def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
             expected="config.json beside the weights, or --config",
             fix="Give the config.json of the model with --config FILE.",
         )
+    beyond = beyond_building(config)
+    if beyond is not None:
+        raise EngineError("E218", beyond, expected="a model that can be built", fix="Give this model's config.json.")
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and len(named) == 1 else None
     told = load_mapping(mapping.classes[name]) if isinstance(name, str) and name in mapping.classes else None

@@ -287,6 +287,8 @@ def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> 
         ({"model_type": "mistral"}, "E502"),
         ({"model_type": ["llama"]}, "E209"),
         ({"architectures": {"a": 1}}, "E218"),
+        ({"num_hidden_layers": 10**9}, "E218"),
+        ({"num_labels": 10**9}, "E218"),
         ({"quantization_config": {"quant_method": "fp8"}}, "E209"),
     ],
     ids=str,

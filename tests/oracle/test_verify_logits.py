@@ -288,7 +288,9 @@ def test_a_model_of_other_sizes_than_its_files_is_told(out: Path) -> None:
     assert engine.api.verify(out, load=True).problems
 
 
-@pytest.mark.parametrize("values", [{"hidden_size": "wide"}, {"num_attention_heads": 7}, {"model_type": None}])
+@pytest.mark.parametrize(
+    "values", [{"hidden_size": "wide"}, {"num_attention_heads": 7}, {"model_type": None}, {"num_hidden_layers": 10**9}]
+)
 def test_a_configuration_that_transformers_refuses_is_a_problem_not_a_crash(values: dict[str, Any], out: Path) -> None:
     configure(out, **values)
     found = engine.api.verify(out, src=FOLDER / V2, load=True, logits=True)
