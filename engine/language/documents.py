@@ -45,6 +45,15 @@ class Document:
         return self.at(*path).value
 
 
+def content_of(path: Path) -> bytes:
+    """What a file holds now, which tells whether what was made of it still holds; nothing where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(loader.MAX_BYTES + 1)
+    except OSError:
+        return b""  # loading it tells why
+
+
 def load_yaml(path: Path, shown: str) -> Document:
     """Read a file; errors and places show it as `shown`."""
     return _document(loader.load_yaml(path, shown), shown)

@@ -8,9 +8,8 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.declared import check_layout
-from engine.language.documents import Document, load_yaml
+from engine.language.documents import Document, content_of, load_yaml
 from engine.language.keys import apart, read_keys
-from engine.language.loader import MAX_BYTES
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, ConfigFile, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import check_file_name, pattern
@@ -30,12 +29,7 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
     except EngineError as error:
         error.place = error.place or named_at
         raise
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError:
-        content = b""  # reading it tells why
-    return _read(path, shown(path), content)
+    return _read(path, shown(path), content_of(path))
 
 
 @lru_cache(maxsize=16)

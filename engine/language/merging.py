@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import EngineError, Place
-from engine.language.documents import At, Document, KeyPath, load_yaml
+from engine.language.documents import At, Document, KeyPath, content_of, load_yaml
 from engine.language.keys import apart
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
@@ -38,11 +38,11 @@ _WHOLE_KEY = 3  # length of a path to what `keys` declares of one key: one state
 
 
 class Kept(NamedTuple):
-    """A file as it was when it was read: its path, the name that messages have for it, and what tells a change."""
+    """A file as it was when it was read: its path, the name that messages have for it, and what it held."""
 
     path: Path
     name: str
-    stamp: tuple[int, int, int] | None
+    content: bytes
 
 
 def chain_of(path: Path) -> tuple[Kept, ...]:
@@ -111,16 +111,11 @@ def _parent(chain: Sequence[Kept]) -> Path | None:
 
 
 def _kept(path: Path) -> Kept:
-    try:
-        found = path.stat()
-        stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-    except OSError:
-        stamp = None  # reading it tells what is wrong
-    return Kept(path, shown(path), stamp)
+    return Kept(path, shown(path), content_of(path))
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, name: str, stamp: tuple[int, int, int] | None) -> Document:
+def _read(path: Path, name: str, content: bytes) -> Document:
     """One file by itself. A family is read once for all its releases, unless it changed."""
     document = load_yaml(path, name)
     check_schema(document, "mapping")

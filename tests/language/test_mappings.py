@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,16 @@ def test_a_child_changes_only_what_it_writes(folder: Folder) -> None:
     assert [e.pattern for e in child.ignore] == ["layers.{layer}.freq", "c"]
     assert child.rules[0].place.file.endswith("parent.yaml") and child.rules[1].place.file.endswith("child.yaml")
     assert "extends" not in child.resolved and child.digest != parent.digest
+
+
+def test_a_file_that_changed_is_read_again_however_little_shows_it(folder: Folder) -> None:
+    child, path = folder.write("child.yaml", CHILD), folder.path / "parent.yaml"
+    before, then = load_mapping(child), path.stat().st_mtime_ns
+    path.write_text(PARENT.replace("default(10000)", "default(20000)"))
+    os.utime(path, ns=(then, then))
+    after = load_mapping(child)
+    assert "20000" in after.config["rope"]["theta"].text and after.digest != before.digest
+    assert load_mapping(child) is after
 
 
 def test_targets_replace_target(folder: Folder) -> None:
