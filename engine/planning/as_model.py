@@ -184,11 +184,24 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
     for own in ("", _first(first)):
         ending = first.removeprefix(own)
         candidates = {name[: -len(ending)] for name in held if name.endswith(ending)}
+        whole: list[str] = []
         for prefix in sorted(candidates, key=lambda p: (len(p), p)):
             missing = next((name for name in wanted.shapes if prefix + name.removeprefix(own) not in held), None)
             if missing is None:
-                return prefix, own
-            lacking.setdefault(prefix, missing)
+                whole.append(prefix)
+            else:
+                lacking.setdefault(prefix, missing)
+        if len(whole) > 1:
+            raise EngineError(
+                "E206",
+                f"the checkpoint holds {len(whole)} models, each with every tensor of the class",
+                place=Place(first),
+                got=f"under {', '.join(f'`{one}`' for one in whole[:4])}",
+                expected="one",
+                fix="Such as an average beside the model itself: save the one that you want by itself.",
+            )
+        if whole:
+            return whole[0], own
     best = max(lacking, key=lambda p: list(wanted.shapes).index(lacking[p]), default="")
     raise EngineError(
         "E207",

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -101,12 +101,16 @@ class Revisions:
         steps = self._all()
         named = [step for step in steps if step[0] == name] or [step for step in steps if _number(step[0]) == name]
         if len(named) > 1:
-            raise NoRevision(f"{name} is the number of several steps: {', '.join(step for step, _ in named[:4])}")
+            raise _shared(name, named)
         for step in named or steps:
             try:
                 one = self._revision(*step)
                 if named or name in (MAIN, one.commit):
-                    return self._open(one)
+                    found = self._open(one)
+                    alike = [other for other in steps if _number(other[0]) == _number(step[0])]
+                    if name == MAIN and len(alike) > 1:
+                        raise _shared(_number(step[0]), alike)
+                    return found
             except (EngineError, EngineErrors, OSError) as error:
                 reasons.append(f"{step[0]}: {_first_line(error)}")
                 if name != MAIN:
@@ -167,6 +171,10 @@ class Revisions:
             last, self._last[name] = self._last.get(name), what
         if last != what:
             self._told(f"{name} {what}")
+
+
+def _shared(number: str | None, steps: Sequence[tuple[str, Store]]) -> NoRevision:
+    return NoRevision(f"{number} is the number of several steps: {', '.join(name for name, _ in steps[:4])}")
 
 
 def _first_line(error: EngineError | EngineErrors | OSError) -> str:

@@ -143,6 +143,16 @@ def test_the_prefix_of_names_is_found(prefix: str, tmp_path: Path) -> None:
     assert equal(tmp_path / "out", state)
 
 
+def test_two_models_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
+    state = model(LLAMA)
+    both = {f"model.{name}": one for name, one in state.items()} | {
+        f"ema.{name}": one * 2 for name, one in state.items()
+    }
+    with pytest.raises(EngineError, match="holds 2 models") as caught:
+        engine.convert("transformers", save(both, tmp_path / "step-3", LLAMA), tmp_path / "out")
+    assert caught.value.code == "E206"
+
+
 def test_xtuners_prefix_stands_in_the_place_of_the_models_own(tmp_path: Path) -> None:
     state = model(LLAMA)
     folder = save({"model": {n.removeprefix("model."): one for n, one in state.items()}}, tmp_path / "weights", LLAMA)

@@ -81,8 +81,9 @@ def test_a_number_of_two_steps_is_asked_for_by_name(run: Path, tmp_path: Path, s
         }
         for name in ("100", "0100", "ema-100", "x20"):
             assert sha(name) == branches[name]
-        status, headers, _ = running.ask("/a/b/resolve/20/config.json")
-        assert status == 404 and "several steps: y20, x20" in headers["x-error-message"]
+        for name, several in (("20", "y20, x20"), ("main", "ema-100, 100, 0100")):
+            status, headers, _ = running.ask(f"/a/b/resolve/{name}/config.json")
+            assert status == 404 and f"several steps: {several}" in headers["x-error-message"]
 
 
 def test_a_run_without_a_complete_step_waits_for_one(tmp_path: Path, serve: Callable[..., Any]) -> None:
