@@ -65,11 +65,12 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
                 )
             elif instance not in known.instances:
                 targets[name.text] = TargetSpec(name, axes, (*known.instances, instance))
+    keys_of = {name: spec.piece_keys() for name, spec in targets.items()}
     owners: dict[Key, Instance] = {}
     by_source: dict[tuple[str, frozenset[str]], Key] = {}
     dropped: dict[tuple[str, frozenset[str]], str] = {}
     for instance in active:
-        wanted = {key for name, _ in instance.targets for key in targets[name.text].piece_keys()}
+        wanted = {key for name, _ in instance.targets for key in keys_of[name.text]}
         for piece in source_pieces(instance):
             reason = next((why for axis, why in instance.rule.drop.items() if axis in piece), None)
             keys = [key for key in wanted if key[1] == piece]
@@ -88,12 +89,11 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
                 )
             owners[keys[0]] = instance
             by_source[instance.key, piece] = keys[0]
-    for spec in targets.values():
-        for key in spec.piece_keys():
+    for text, every in keys_of.items():
+        for key in every:
             if key not in owners:
-                raise _piece_error(
-                    spec.instances[0], f"target piece {_braces(key[1])} of `{spec.name.text}` has no source"
-                )
+                told = f"target piece {_braces(key[1])} of `{text}` has no source"
+                raise _piece_error(targets[text].instances[0], told)
     return Pieces(targets, owners, dropped, by_source)
 
 

@@ -212,7 +212,7 @@ def check_plan(saved: SavedPlan, plan: Plan, normal: Mapping[str, Any], work: Ma
             raise _differs(saved, f"`{name}`", *_first_difference(rows.get(name), then.get(name)))
     if now["outputs"] != saved.data["outputs"]:
         raise _differs(saved, "what goes into which file", _counts(now["outputs"]), _counts(saved.data["outputs"]))
-    if now.get("work") != saved.data.get("work"):
+    if "work" in saved.data and now.get("work") != saved.data["work"]:
         raise _differs(saved, "what parts copy", "other copies", "those under `work`")
     if now["digest"] != saved.data["digest"]:
         raise _differs(saved, "what is copied", f"digest {now['digest'][:12]}", f"digest {saved.data['digest'][:12]}")

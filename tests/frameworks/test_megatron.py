@@ -108,6 +108,14 @@ def test_without_arguments_a_second_number_of_a_folder_is_not_guessed(
     assert caught.value.code == "E303"
 
 
+def test_a_folder_for_each_tensor_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "step" / "embedding.word_embeddings.weight").mkdir(parents=True)
+    (tmp_path / "step" / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+    with pytest.raises(EngineError, match="zarr") as caught:
+        engine.inspect(tmp_path / "step")
+    assert caught.value.code == "E303"
+
+
 def test_a_vocabulary_larger_than_the_padded_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         convert("leg_t2_distopt", tmp_path / "out", config=None, settings={"vocab_size": 145})

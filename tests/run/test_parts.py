@@ -118,6 +118,18 @@ def test_no_copies_of_a_saved_plan_break_a_part(plan: Path, tmp_path: Path) -> N
             assert error.code == "E102", (name, error)
 
 
+def test_a_plan_that_was_saved_without_its_copies_is_planned_by_each_part(
+    plan: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    data = json.loads(plan.read_text())
+    del data["work"]
+    plan.write_text(json.dumps(data))
+    for number in (2, 1):
+        api.part(plan, f"{number}/2", tmp_path / "out")
+    api.commit(plan, tmp_path / "out")
+    assert files(tmp_path / "out") == whole
+
+
 def test_copies_that_are_not_those_of_the_plan_are_found_at_the_end(plan: Path, tmp_path: Path) -> None:
     data = json.loads(plan.read_text())
     kinds = [row[1] for row in data["work"]["outputs"]]
