@@ -1,0 +1,183 @@
+"""The checks of a proof: rules, round trips at tiny sizes, boxes at real ones, and the target's own model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError
+from engine.language.model import Layout
+from engine.language.model import Mapping as MappingFile
+from engine.proving.counterexamples import counter_examples
+from engine.proving.finding import Finding
+from engine.proving.lint import lint
+from engine.proving.matrix import Case, Combination, Row, cases, real_cases, rows
+from engine.proving.meta_model import misfits, wanted
+from engine.proving.proof import Check, Failure, check_of
+from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
+from engine.proving.symbolic import prove_boxes
+from engine.proving.tiny import DIVISIBLE, World, Worlds, guess_sizes
+
+RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
+_MOST_FAILURES = 5  # counter-examples told of one check
+
+
+def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> Check:
+    """Every source piece in one target, every target piece from one source, under all choices."""
+    errors = [finding for finding in lint(mapping) if finding.severity == "error"]
+    failures: list[Failure] = []
+    if errors:
+        distinct = {json.dumps(_whens(mapping, one)): one for one in combinations}
+        failures += counter_examples(mapping, list(distinct.values()))[:_MOST_FAILURES]
+        failures += [_of_finding(finding) for finding in errors[:_MOST_FAILURES]]
+    told = f"{len(mapping.rules)} rules, each piece in exactly one place on either side"
+    return check_of(RULES, told, failures)
+
+
+def _whens(mapping: MappingFile, choices: Mapping[str, str]) -> list[bool]:
+    """Which rules a combination of choices makes active."""
+    return [all(choices[name] in allowed for name, allowed in rule.when.items()) for rule in mapping.rules]
+
+
+def _of_finding(finding: Finding) -> Failure:
+    return Failure(f"{finding.code} {finding.message}", None if finding.place is None else str(finding.place))
+
+
+def check_round_trip(
+    mapping: MappingFile, layout: Layout, worlds: Worlds, possible: Sequence[Combination], folder: Path
+) -> Check:
+    """Index tensors to rank files and back, over a matrix of layouts and choices."""
+    if not mapping.training_config and not (layout.config_of_target and mapping.rules):
+        told = "not checked: the mapping has no `training_config`, so nothing can be written"
+        return Check(ROUND_TRIP, None, told)
+    if not possible:
+        failure = Failure("no set of tensors shows any combination of choices", str(mapping.place))
+        return check_of(ROUND_TRIP, "no combination of choices can be reached", [failure])
+    mapping = replace(mapping, expect={})  # tiny sizes are no release's
+    free = guess_sizes(mapping, DIVISIBLE)
+    refused: set[str] = set()
+    failures: list[Failure] = []
+    trips = 0
+    lossy: set[str] = set()
+    ran: set[str] = set()
+    for number, row in enumerate(rows(mapping, cases(layout), possible, refused)):
+        if len(failures) >= _MOST_FAILURES:
+            break
+        try:
+            world = worlds.make(row.choices, free, most=row.most)
+            if world is None:
+                continue
+            trip = _trip(mapping, layout, world, row.case, folder / str(number))
+            plan = plan_back(mapping, layout, trip)
+            failures += compare_trip(trip, plan, folder / str(number) / "back")
+        except EngineError as error:
+            if error.code == "E214":  # too many ranks for sizes so small
+                refused.add(row.case.label)
+            else:
+                failures.append(Failure.of(error, f"{row.case.label}; {_told(row)}"))
+            continue
+        trips += 1
+        ran.add(row.case.label)
+        lossy |= set(world.lossy)
+    told = f"{trips} round trips of {free_of(free)} over {len(ran)} layouts, every element back at its place"
+    if lossy:
+        told += f"; totality only for {', '.join(sorted(lossy))}, which change or drop values"
+    missed = _never(mapping, possible)
+    if missed:
+        told += f"; shown by no set of tensors: {', '.join(missed)}"
+    if not trips and not failures:
+        failures.append(Failure("no layout can hold a tiny model", str(mapping.place)))
+    return check_of(ROUND_TRIP, told, failures)
+
+
+def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
+    """Choices that occur in no possible combination."""
+    reached = {(name, choice) for choices, _ in possible for name, choice in choices.items()}
+    every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
+    return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
+
+
+def _in_words(elements: int) -> str:
+    """
+    >>> _in_words(7_737_708_544), _in_words(48_000)
+    ('7.7 billion', '48,000')
+    """
+    return f"{elements / 1e9:.1f} billion" if elements >= 1e9 else f"{elements:,}"
+
+
+def check_real_sizes(mapping: MappingFile, layout: Layout, world: World) -> Check:
+    """The sizes a release names follow from its configuration, and both directions are exact at them."""
+    failures = [
+        Failure(
+            f"`{axis}` would be {world.sizes.get(axis)}, the release has {size}",
+            str(mapping.expect_place or mapping.place),
+        )
+        for axis, size in mapping.expect.items()
+        if world.sizes.get(axis) != size
+    ]
+    ran: list[str] = []
+    for tried in real_cases(layout) if not failures else ():
+        for case in tried:
+            try:
+                failures += prove_boxes(mapping, layout, world, case)
+            except EngineError as error:
+                if error.code == "E214":
+                    continue
+                failures.append(Failure.of(error, f"{case.label}; {world.label}"))
+            ran.append(case.label)
+            break
+    told = f"{_in_words(world.elements)} elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
+    return check_of(REAL_SIZES, told, failures)
+
+
+def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
+    """The names and shapes that transformers' own model has, for each configuration once."""
+    failures: list[Failure] = []
+    counted: dict[str, int] = {}
+    for world in worlds:
+        key = json.dumps(world.config, sort_keys=True, default=str)
+        if key in counted:
+            continue
+        try:
+            model = wanted(world.config, mapping.architecture)
+        except EngineError as error:
+            failures.append(Failure.of(error, world.label))
+            break
+        if isinstance(model, str):
+            return Check(MODEL, None, model)
+        counted[key] = len(model)
+        told = misfits(world.shapes, model, world.pieces, mapping.model_type)
+        failures += [replace(failure, where=world.label) for failure in told]
+        if told:
+            break
+    told_of = f"{max(counted.values(), default=0)} names and shapes of transformers' {mapping.model_type} model"
+    if len(counted) > 1:
+        told_of += f", in {len(counted)} configurations"
+    return check_of(MODEL, told_of, failures)
+
+
+def neighbours(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination], first: World) -> list[World]:
+    """Tiny worlds in which one choice is another than in the usual world: with biases, with a reward head."""
+    free = guess_sizes(mapping)
+    found = [first]
+    for choices, most in possible:
+        if sum(first.choices[name] != choice for name, choice in choices.items()) == 1:
+            world = worlds.make(choices, free, most=most)
+            found += [world] if world is not None else []
+    return found
+
+
+def _trip(mapping: MappingFile, layout: Layout, world: World, case: Case, folder: Path) -> Trip:
+    whole = write_world(world, folder / "hf")
+    return write_ranks(mapping, layout, world, whole, case, folder / "ranks")
+
+
+def _told(row: Row) -> str:
+    return ", ".join(f"{name}={choice}" for name, choice in row.choices.items())
+
+
+def free_of(sizes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items())
