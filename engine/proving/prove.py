@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ from engine.proving.trying import try_mutants
 from engine.run.meter import Listener, Meter
 
 _FEW = 4  # mappings that one process proves as quickly as several
+_ROOM = 1 << 30  # bytes that proofs side by side never need; a container's memory folder is often of 64 MiB
 
 
 @dataclass(slots=True)
@@ -134,7 +136,11 @@ def _with_model(mapping: MappingFile, begun: _Begun) -> Proof:
     proof, started = begun.proof, time.monotonic()
     if mapping.classes:
         told = f"{', '.join(mapping.classes)} are told as transformers has them"
-        check = check_of(MODEL, told, check_classes(mapping.classes))
+        try:
+            failures = check_classes(mapping.classes)
+        except EngineError as error:
+            failures = [Failure.of(error)]
+        check = check_of(MODEL, told, failures)
     elif begun.worlds:
         check = check_model(mapping, begun.worlds)
     else:
@@ -180,6 +186,11 @@ def _prove(
 
 
 def _quick() -> Path | None:
-    """A folder in memory, where there is one: thousands of tiny files are brought to stable storage."""
+    """A folder in memory, where there is one with room: thousands of tiny files are brought to stable storage.
+
+    None for the usual folder of temporary files, also where TMPDIR names one.
+    """
     memory = Path("/dev/shm")
-    return memory if os.access(memory, os.W_OK) else None
+    if "TMPDIR" in os.environ or not os.access(memory, os.W_OK):
+        return None
+    return memory if shutil.disk_usage(memory).free >= _ROOM else None

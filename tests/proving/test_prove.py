@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from engine.commands.main import cli
 from engine.language.axes import parse_axes
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
+from engine.proving import prove as proving
 from engine.proving.committed import check_meaning, committed_text, layout_failures, path_of, write_meaning
 from engine.proving.matrix import cases, combinations_of, rows
 from engine.proving.mutants import mutants_of, reordered
@@ -407,3 +410,21 @@ def test_what_is_committed_of_a_layout_is_written_with_its_mapping_s(
     write_meaning(tmp_path / "mappings" / "families" / "meta-llama.yaml")
     assert committed.read_bytes() == before
     assert layout_failures(mapping) == []
+
+
+def test_a_class_whose_file_is_missing_fails_the_proof_of_its_mapping_alone(tmp_path: Path) -> None:
+    text = (ROOT / "mappings" / "families" / "transformers.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace("classes/mistral", "classes/mistrall"))
+    mine, other = engine.prove([tmp_path / "mine.yaml", "families/moe-grouped.yaml"])
+    assert not mine.holds and "mistrall" in told(mine)
+    assert other.holds
+
+
+def test_proofs_stay_out_of_a_small_folder_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    assert proving._quick() is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 30))
+    assert proving._quick() == (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None)
+    monkeypatch.setenv("TMPDIR", "/elsewhere")
+    assert proving._quick() is None
