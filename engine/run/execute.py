@@ -158,17 +158,17 @@ def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: b
     """
     from engine.run.manifest import NAME
     from engine.run.written import Ours
-    from engine.storage.objects import ObjectStore
+    from engine.storage.objects import MARK, ObjectStore
     from engine.storage.output import OutputFolder
     from engine.storage.places import store_at
     from engine.storage.uploads import Uploads
 
-    store, foreign = store_at(out, "the output"), Ours()
+    store = store_at(out, "the output")
     if isinstance(store, ObjectStore):
-        kept = how.resume or parts
+        kept, foreign = how.resume or parts, Ours(lambda name: store.attribute(name, MARK) is not None)
         return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=kept, foreign=foreign)
     path, shared = on_this_machine(store, "the output"), work if parts else None
-    return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=foreign, shared=shared)
+    return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=Ours(), shared=shared)
 
 
 def check_names(compiled: Plan, small: Iterable[str]) -> None:

@@ -78,7 +78,13 @@ def check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[int
 class Ours:
     """What of a folder is not the engine's output as written. Contents are read again only where they may differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, marked: Callable[[str], bool] = lambda name: False) -> None:
+        """
+        Args:
+            marked: whether the store itself tells that the engine wrote a file, so that it need not be read: that
+                takes as long as converting, in a bucket.
+        """
+        self._marked = marked
         self._seen: object = None
 
     def __call__(self, store: Store) -> str | None:
@@ -103,9 +109,8 @@ class Ours:
         if seen == self._seen:
             return None
         here = {name: wanted for name, wanted in data["files"].items() if name in names}
-        # reading the weights of a bucket takes as long as converting them
-        tensors = data["tensors"] if store.folder is not None else {}
-        tensors = {name: entry for name, entry in tensors.items() if entry["file"] in names}
+        read = {file for file in names if not self._marked(file)}
+        tensors = {name: entry for name, entry in data["tensors"].items() if entry["file"] in read}
         *_, changed = _contents(store, {**data, "files": here, "tensors": tensors})
         changed += _index(store, data["tensors"]) if INDEX in names else []
         self._seen = None if changed else seen
