@@ -12,7 +12,6 @@ import click
 from engine.discover.text import shown as one_line
 from engine.errors import counted
 from engine.language.search import spelled
-from engine.show.text import note
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
@@ -81,7 +80,6 @@ def draft(found: Scaffold, out: str | None, src: str) -> str:
     if out is not None:
         lines.append(f"wrote {out}: {_KINDS[found.kind].format(parent=parent)}")
         lines += [f"  {out}:{line}  decide: {text}" for line, text in found.decisions]
-    lines += [note(notice) for notice in found.notices]
     if found.state is not None:
         lines.append(f"a run would now say {found.state['code']} {one_line(found.state['message'])}")
     elif out is not None:
