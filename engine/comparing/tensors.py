@@ -37,21 +37,15 @@ def compare_tensors(
         EngineError: E301, E305 or E405 when a file fails while it is read.
     """
     with Tensors(out, ref) as tensors:
-        return _Comparer(tensors, tensors.sides[0], tensors.sides[1], configs, advance).run()
+        return _Comparer(tensors, configs, advance).run()
 
 
 class _Comparer:
     """One comparison. `found` holds the verdicts there are so far."""
 
-    def __init__(
-        self,
-        tensors: Tensors,
-        out: dict[str, View],
-        ref: dict[str, View],
-        configs: Sequence[Mapping[str, Any]],
-        advance: Callable[[int], None],
-    ) -> None:
-        self.tensors, self.out, self.ref, self.configs, self.advance = tensors, out, ref, configs, advance
+    def __init__(self, tensors: Tensors, configs: Sequence[Mapping[str, Any]], advance: Callable[[int], None]) -> None:
+        self.tensors, self.configs, self.advance = tensors, configs, advance
+        self.out, self.ref = tensors.sides
         self.found: dict[str, Verdict] = {}
 
     def run(self) -> tuple[Verdict, ...]:

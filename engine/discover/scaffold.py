@@ -34,6 +34,7 @@ from engine.planning.planner import make_plan
 from engine.planning.request import Request as Asked
 from engine.planning.stored import strip
 from engine.proving.lint import lint_file
+from engine.storage.json_text import as_data
 
 # What a person still has to decide: the model class, and names that inherited conditions ask for.
 DECIDED_LATER = ("L011", "L012")
@@ -61,15 +62,7 @@ class Scaffold:
     state: Mapping[str, str] | None
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "parent": self.parent,
-            "decisions": [{"line": line, "text": text} for line, text in self.decisions],
-            "patterns": [dict(entry) for entry in self.patterns],
-            "state": self.state,
-            "text": self.text,
-        }
+        return {**as_data(self), "decisions": [{"line": line, "text": text} for line, text in self.decisions]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from difflib import unified_diff
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,11 +22,6 @@ _KINDS = {
     "renamed": "{parent} with other sources",
     "own": "rules of its own, as no family is near",
 }
-
-
-def findings_data(found: Sequence[Finding]) -> dict[str, Any]:
-    """Lint findings, JSON-ready."""
-    return {"findings": [finding.as_dict() for finding in found]}
 
 
 def findings(found: Sequence[Finding]) -> str:
