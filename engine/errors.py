@@ -233,6 +233,11 @@ class EngineError(Exception):
         self.expected = expected
         self.fix = fix
 
+    @property
+    def errors(self) -> list[EngineError]:
+        """The error itself, or all of several."""
+        return [self]
+
     def __str__(self) -> str:
         return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
@@ -266,7 +271,11 @@ class EngineErrors(EngineError):
         super().__init__(
             first.code, first.message, place=first.place, got=first.got, expected=first.expected, fix=first.fix
         )
-        self.errors = list(errors)
+        self._errors = list(errors)
+
+    @property
+    def errors(self) -> list[EngineError]:
+        return self._errors
 
     def __str__(self) -> str:
         return "\n\n".join(str(error) for error in self.errors)
@@ -309,10 +318,8 @@ class Errors:
         """What is raised inside is kept, and what follows goes on."""
         try:
             yield
-        except EngineErrors as several:
-            self.found += several.errors
         except EngineError as error:
-            self.found.append(error)
+            self.found += error.errors
 
     def check(self) -> None:
         """Raise what was kept: one error as itself, several as `EngineErrors`."""

@@ -44,6 +44,13 @@ def every_expression(mapping: Mapping) -> list[Expression]:
     return list(expressions_of(every))
 
 
+def axes_of(mapping: Mapping) -> list[str]:
+    """Every axis of a mapping's rules once, placeholders included; those of the sources first."""
+    sources = [(*pattern(rule.sources[0]).placeholders, *rule.axes.names()) for rule in mapping.rules]
+    targets = [(*pattern(t.name).placeholders, *t.axes.names()) for rule in mapping.rules for t in rule.targets]
+    return list(dict.fromkeys(name for names in (*sources, *targets) for name in names))
+
+
 def check_mapping(mapping: Mapping, document: Document, *, whole: bool = True) -> None:
     """Options, dropped and expected axes, and tied targets of a mapping exist; all that do not are told.
 

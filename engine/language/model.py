@@ -48,6 +48,10 @@ class Rule:
     zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
     tied_to: str | None = None
 
+    def active(self, choices: MappingABC[str, str]) -> bool:
+        """Whether `when` holds; a variant that is still open does not exclude the rule."""
+        return all(choices.get(name, allowed[0]) in allowed for name, allowed in self.when.items())
+
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:

@@ -14,7 +14,7 @@ from engine.language.expressions import OMIT, evaluate
 from engine.language.model import Layout, Rule, Variant
 from engine.language.model import Mapping as MappingFile
 from engine.planning.groups import Group, GroupKey, group_shards
-from engine.planning.matching import Matches, assign, is_active
+from engine.planning.matching import Matches, assign
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve
 from engine.planning.stages import Stages
 from engine.planning.stored import End, Instance, Stored
@@ -150,9 +150,9 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     """Match and solve under one combination of choices."""
     matches, stages, checkpoint = question.matches, question.stages, question.checkpoint
     choices = {n: d.choice for n, d in decisions.items()}
-    active = tuple(i for i in question.instances if is_active(i, choices))
+    active = tuple(i for i in question.instances if i.rule.active(choices))
     usable = Matches(
-        {n: kept for n, f in matches.candidates.items() if (kept := tuple(c for c in f if is_active(c[0], choices)))},
+        {n: kept for n, f in matches.candidates.items() if (kept := tuple(c for c in f if c[0].rule.active(choices)))},
         matches.ignored,
         matches.refused,
     )

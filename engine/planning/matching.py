@@ -56,11 +56,6 @@ def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], map
     return Matches(candidates, ignored, refused)
 
 
-def is_active(instance: Instance, choices: Mapping[str, str]) -> bool:
-    """Whether a rule's `when` holds; a variant that is still open does not exclude it."""
-    return all(choices.get(name, allowed[0]) in allowed for name, allowed in instance.rule.when.items())
-
-
 def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[RankFile], end: End) -> None:
     """E209 for the first tensor that means the other end cannot express the model."""
     for one in stored:
@@ -90,7 +85,7 @@ def check_names(
         if one.name in matches.ignored:
             continue
         found = matches.candidates.get(one.name, ())
-        active = {i: None for i, _ in found if is_active(i, choices)}  # rules may share a target
+        active = {i: None for i, _ in found if i.rule.active(choices)}  # rules may share a target
         if len(active) == 1:
             continue
         if len(active) > 1:
@@ -230,7 +225,7 @@ def assign(
             continue
         file = grid.files[one.file]
         if file.pattern.number is not None:
-            instance, values = next((i, v) for i, v in found if is_active(i, choices))
+            instance, values = next((i, v) for i, v in found if i.rule.active(choices))
             if one.file not in positions:
                 positions[one.file] = {}
                 for stage, local, number in file_numbers(file.pattern, stages, counts_of(layout, grid.sizes)):
@@ -241,7 +236,7 @@ def assign(
             continue
         key = (one.name, grid.stage(one.file, one.chunk), tuple(file.ranks.get(dim, 0) for dim in dims))
         if key not in cache:
-            instance, values = next((i, v) for i, v in found if is_active(i, choices))
+            instance, values = next((i, v) for i, v in found if i.rule.active(choices))
             if "layer" in values:
                 values = {**values, "layer": values["layer"] + stages.starts[key[1]]}
             cache[key] = (instance, indices.whole(values, file.ranks))

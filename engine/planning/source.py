@@ -21,7 +21,6 @@ from engine.planning.matching import (
     check_refused,
     check_spellings,
     find_candidates,
-    is_active,
     stages_of,
 )
 from engine.planning.model import Replicas, Slices
@@ -142,7 +141,7 @@ def read_source(
     check_names(stored, matches, choices, files)
     check_spellings(stored, attempt.active)
     check_slices(attempt, checkpoint, layout.lone_rank)
-    active = [one for one in rules if is_active(one, choices)]
+    active = [one for one in rules if one.rule.active(choices)]
     if lossy is not None:
         used = used_rules(attempt, active, checkpoint, each=False)
         check_invertible(used, lossy)
@@ -186,7 +185,7 @@ def _with_tied(
     held = {one.name: one for one in stored}
 
     def needed(name: str) -> bool:
-        return any(is_active(one, choices) for one, _ in matches.candidates[name])
+        return any(one.rule.active(choices) for one, _ in matches.candidates[name])
 
     spare = (name for name in tied if name in held and name in matches.candidates and not needed(name))
     copies = {name: tied[name] for name in spare if tied[name] in held}

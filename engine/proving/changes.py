@@ -60,9 +60,6 @@ class TensorChange:
     new: str | None
     when: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, object]:
-        return {"kind": self.kind, "target": self.target, "old": self.old, "new": self.new, "when": list(self.when)}
-
 
 @dataclass(frozen=True, slots=True)
 class ValueChange:
@@ -81,12 +78,6 @@ class ValueChange:
     old: str | None
     new: str | None
     others: int = 0
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "file": self.file, "name": self.name, "given": self.given, "old": self.old, "new": self.new,
-            "others": self.others,
-        }  # fmt: skip
 
 
 def compare_meanings(

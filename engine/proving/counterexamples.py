@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from engine.errors import EngineError
 from engine.language.axes import Axes, extent
@@ -16,14 +17,10 @@ from engine.language.model import Mapping as MappingFile
 from engine.language.names import Pattern
 from engine.planning.boxes import Part, Region, regions
 from engine.planning.copies import Copy, intersect
-from engine.planning.matching import is_active
 from engine.planning.stored import Instance, instances
 from engine.planning.whole import contiguous
 from engine.proving.proof import Failure
 from engine.proving.tiny import guess_sizes, settle
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # A claim of a tensor: its positions, and the tensor and positions that they are paired with.
 Claim = tuple["np.ndarray", str, "np.ndarray"]
@@ -34,7 +31,7 @@ def counter_examples(mapping: MappingFile, combinations: Sequence[Mapping[str, s
     free = guess_sizes(mapping)
     found: dict[str, Failure] = {}
     for choices in combinations:
-        active = [one for one in instances(mapping) if is_active(one, choices)]
+        active = [one for one in instances(mapping) if one.rule.active(choices)]
         try:
             sizes, _ = settle(mapping, choices, active, free)
             told = list(_unpaired(active, sizes))
@@ -115,8 +112,6 @@ def _copies_of(region: Region) -> Copy:
 
 def _positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
     """The flat positions that a copy pairs, on either side."""
-    import numpy as np
-
     at = np.full((1,) * len(copy.shape), copy.source_offset)
     to = np.full((1,) * len(copy.shape), copy.target_offset)
     for axis, size in enumerate(copy.shape):
@@ -132,8 +127,6 @@ def _told(
     verb: str,
     nowhere: str,
 ) -> Iterator[tuple[str, str]]:
-    import numpy as np
-
     def element(name: str, position: int) -> str:
         return f"{name}[{','.join(str(int(i)) for i in np.unravel_index(position, shapes[name]))}]"
 

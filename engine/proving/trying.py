@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from engine.errors import EngineError, EngineErrors
+from engine.errors import EngineError
 from engine.language.documents import Document
 from engine.language.mapping_file import build_mapping
 from engine.language.model import Mapping as MappingFile
@@ -62,9 +62,8 @@ def _caught(mapping: MappingFile, change: Change, then: Facts, before: set[tuple
     """The first thing that shows a mutant, weakest evidence first, and its words."""
     try:
         mutant = rebuilt(mapping, change.data)
-    except (EngineError, EngineErrors) as error:
-        first = error.errors[0] if isinstance(error, EngineErrors) else error
-        return LOADING, f"{first.code} {first.message}"
+    except EngineError as error:
+        return LOADING, f"{error.code} {error.message}"
     for finding in lint(mutant):
         if finding.severity == "error" and (finding.code, finding.message) not in before:
             return LINT, f"{finding.code} {finding.message}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.run.running import Running
+from engine.storage.json_text import as_data
 from engine.storage.places import on_this_machine
 
 if TYPE_CHECKING:
@@ -35,17 +36,7 @@ class Report:
     notices: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "tensors": self.tensors,
-            "bytes": self.bytes,
-            "seconds": round(self.seconds, 3),
-            "variants": dict(self.variants),
-            "files": list(self.files),
-            "content_id": self.content_id,
-            "kept": self.kept,
-            "notices": list(self.notices),
-        }
+        return {**as_data(self), "out": str(self.out), "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True, slots=True)
