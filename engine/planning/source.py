@@ -251,7 +251,7 @@ def check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
             continue
         lost = f"drop {', '.join(dropped)}: {'; '.join(dropped.values())}"
         if rule.transform is not None:
-            lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]].lost}"
+            lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]]}"
         raise EngineError(
             "E215",
             f"rule `{rule.name}` does not invert",

@@ -236,9 +236,8 @@ def _unknown_keys(mapping: Mapping, layout: Layout) -> Iterator[tuple[Expression
     own = {*axes_of(mapping), *mapping.dims, *mapping.variants, "options", "training", "given"}
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants}
     grid |= {f"{dim}s" for dim in layout_dims(layout)}
-    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     variants = [v.choices for v in mapping.variants.values()]
-    forth = [mapping.dims, mapping.config, remote, mapping.transformers]
+    forth = [mapping.dims, mapping.config, mapping.remote_code, mapping.transformers]
     source, target = declared(mapping, layout, "source"), dict(mapping.keys.get("target", {}))
     training = declared(mapping, layout, "training")
     for side, tree, known, keys in (
