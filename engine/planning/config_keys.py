@@ -282,10 +282,10 @@ def prefixes(path: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def value_at(tree: Any, path: str) -> Any:
-    """What a tree has at a dotted path; None where it has nothing."""
+def value_at(tree: Any, path: str, otherwise: Any = None) -> Any:
+    """What a tree has at a dotted path; `otherwise` where it has nothing."""
     for part in path.split("."):
         if not isinstance(tree, Mapping) or part not in tree:
-            return None
+            return otherwise
         tree = tree[part]
     return tree

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from engine.errors import shape_text
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
@@ -161,11 +162,11 @@ def _untiled(side: Side, groups: Sequence[Group]) -> Iterator[str]:
             for low, high in sorted(run for _, region in held for run in _runs(region)):
                 if low != at:
                     told = "two boxes hold" if low < at else "no box holds"
-                    yield f"{told} element {min(low, at)} of {header.name} ({' × '.join(map(str, header.shape))})"
+                    yield f"{told} element {min(low, at)} of {header.name} ({shape_text(header.shape)})"
                     return
                 at = high
             if at != math.prod(header.shape):
-                yield f"no box holds element {at} of {header.name} ({' × '.join(map(str, header.shape))})"
+                yield f"no box holds element {at} of {header.name} ({shape_text(header.shape)})"
                 return
 
 
