@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from itertools import product
+from itertools import islice, product
 
 from engine.checkpoint.ranks import layout_dims
 from engine.errors import EngineError
@@ -65,9 +65,7 @@ def lint(mapping: Mapping) -> list[Finding]:
 def _choices(mapping: Mapping) -> Iterator[dict[str, str]]:
     """Every combination of choices of the variants that rules name."""
     used = [v for v in mapping.variants.values() if any(v.name in rule.when for rule in mapping.rules)]
-    for count, combination in enumerate(product(*(v.choices for v in used))):
-        if count >= _MAX_COMBINATIONS:
-            return
+    for combination in islice(product(*(v.choices for v in used)), _MAX_COMBINATIONS):
         yield {v.name: choice for v, choice in zip(used, combination, strict=True)}
 
 
