@@ -143,7 +143,7 @@ def compare(
         EngineError: E2xx and E3xx when either cannot be read, E402 when replicas of a training checkpoint differ.
     """
     from engine.assets.bundle import make_assets
-    from engine.comparing.sides import compare_sides, read_side
+    from engine.comparing.comparison import compare_sides, read_side
     from engine.run.meter import Meter
     from engine.run.replicas import compare_replicas
     from engine.storage.places import found_at
@@ -232,10 +232,11 @@ def view(
     Raises:
         EngineError: E401 when `out` exists, else as for `plan`.
     """
-    from engine.show.page import is_page, view_page, write_page
-    from engine.storage.replacing import check_file_free, given_path
+    from engine.show.page import is_page, view_page
+    from engine.storage.replacing import check_file_free, given_path, write_file
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
-    return write_page(view_page(compiled), file, overwrite=overwrite)
+    page = view_page(plan(mapping, src, config=config, settings=settings, dtype=dtype)).encode()
+    write_file(file, page, overwrite=overwrite, ours=is_page)
+    return {"out": str(file), "bytes": len(page)}

@@ -223,8 +223,7 @@ def choose(found: Inspection) -> Fit:
     if len(fitting) == 1:
         return fitting[0]
     told = [
-        f"{fit.name}: " + ", ".join(f"{name} {(fit.traits or {}).get(name)}" for name in found.differences)
-        for fit in fitting
+        f"{fit.name}: " + ", ".join(f"{name} {fit.traits.get(name)}" for name in found.differences) for fit in fitting
     ]
     if fitting:
         raise EngineError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import nodes
 from jinja2.environment import TemplateExpression
@@ -19,6 +19,8 @@ from jinja2.exceptions import TemplateSyntaxError
 from jinja2.parser import Parser
 
 from engine.language.sandbox import ENVIRONMENT, FILTERS, FUNCTIONS, MAX_BITS, TESTS
+
+_N = TypeVar("_N", bound=nodes.Node)
 
 MAX_LENGTH = 2000
 MAX_DEPTH = 40
@@ -56,6 +58,10 @@ class Compiled:
     patterns: tuple[str, ...]
     defaulted: frozenset[str]
     calls: frozenset[str]
+
+    def every(self, kind: type[_N]) -> list[_N]:
+        """All parts of the expression that are of a kind, outermost first."""
+        return [*([self.tree] if isinstance(self.tree, kind) else []), *self.tree.find_all(kind)]
 
     def run(self, names: Mapping[str, Any]) -> Any:
         if isinstance(self.tree, nodes.Name) and self.tree.name in names and self.tree.name not in BUILTIN:

@@ -8,8 +8,9 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.declared import check_layout
-from engine.language.documents import Document, content_of, load_yaml
+from engine.language.documents import Document
 from engine.language.keys import apart, read_keys
+from engine.language.loader import content_of, load_yaml
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import Beside, ConfigFile, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
 from engine.language.names import check_file_name, pattern

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import EngineError, Place
-from engine.language.documents import At, Document, KeyPath, content_of, load_yaml
+from engine.language.documents import At, Document, KeyPath
 from engine.language.keys import apart
+from engine.language.loader import content_of, load_yaml
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 

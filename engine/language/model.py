@@ -48,6 +48,10 @@ class Rule:
     zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
     tied_to: str | None = None
 
+    def active(self, choices: MappingABC[str, str]) -> bool:
+        """Whether `when` holds; a variant that is still open does not exclude the rule."""
+        return all(choices.get(name, allowed[0]) in allowed for name, allowed in self.when.items())
+
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
@@ -83,17 +87,10 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteCode:
-    """That transformers lacks the target's classes: `auto_map` is a tree of their names with `Expression` leaves."""
-
-    auto_map: MappingABC[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Mapping:
     """A resolved mapping: its own keys merged over its parents'.
 
-    `config` and `training_config` are trees of literals with `Expression` leaves.
+    `config`, `training_config` and `remote_code` are trees of literals with `Expression` leaves.
     `transformers` says, as a string or an `Expression`, in which of its versions the target is the same model.
     `files` are the YAML files it came from, family first; `resolved` is the merged YAML data.
     """
@@ -128,7 +125,7 @@ class Mapping:
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
     classes: MappingABC[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
     places: MappingABC[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
-    remote_code: RemoteCode | None = None
+    remote_code: MappingABC[str, Any] | None = None  # `auto_map`, where transformers lacks the target's classes
     transformers: Any = None
 
 

@@ -54,6 +54,10 @@ class Pattern:
 
         return _PLACEHOLDER.sub(put, self.text)
 
+    def sample(self) -> str:
+        """The name with 0 for every placeholder."""
+        return self.format(dict.fromkeys(self.placeholders, 0))
+
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return pattern, (self.text,)
 

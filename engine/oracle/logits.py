@@ -20,6 +20,7 @@ from engine.oracle.meaning import plain_config
 from engine.oracle.streamed_model import StreamedModel
 from engine.oracle.wrong_layers import STEPS, Wrong, explain, told_once
 from engine.run.meter import Listener, Meter
+from engine.storage.json_text import as_data
 
 if TYPE_CHECKING:
     import torch
@@ -59,17 +60,9 @@ class Logits:
         return f"the forward pass of {len(self.states) - 2} layers is {verdict}: {told}"
 
     def as_dict(self) -> dict[str, Any]:
-        def number(value: float) -> float | None:
-            return value if value < float("inf") else None  # JSON has no infinity
-
         names = ["embedding", *(f"layer {i}" for i in range(len(self.states) - 2)), "logits"]
-        return {
-            "deviations": {name: number(value) for name, value in zip(names, self.states, strict=False)},
-            "tolerance": self.tolerance,
-            "head_tolerance": self.head_tolerance,
-            "wrong": [one.as_dict() for one in self.wrong],
-            "problems": list(self.problems),
-        }
+        data = as_data(self)
+        return {"deviations": dict(zip(names, data.pop("states"), strict=False)), **data}
 
 
 def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], progress: Listener | None = None) -> Logits:

@@ -30,16 +30,11 @@ def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]])
     errors = [finding for finding in lint(mapping) if finding.severity == "error"]
     failures: list[Failure] = []
     if errors:
-        distinct = {json.dumps(_whens(mapping, one)): one for one in combinations}
+        distinct = {tuple(rule.active(one) for rule in mapping.rules): one for one in combinations}
         failures += counter_examples(mapping, list(distinct.values()))[:_MOST_FAILURES]
         failures += [_of_finding(finding) for finding in errors[:_MOST_FAILURES]]
     told = f"{len(mapping.rules)} rules, each piece in exactly one place on either side"
     return check_of(RULES, told, failures)
-
-
-def _whens(mapping: MappingFile, choices: Mapping[str, str]) -> list[bool]:
-    """Which rules a combination of choices makes active."""
-    return [all(choices[name] in allowed for name, allowed in rule.when.items()) for rule in mapping.rules]
 
 
 def _of_finding(finding: Finding) -> Failure:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from engine.language.documents import load_text, plain
+from engine.language.documents import plain
+from engine.language.loader import load_text
 from engine.language.model import Mapping as MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
 from engine.proving.committed import layout_facts
@@ -44,9 +45,6 @@ class Change:
     def kind(self) -> str:
         return "added" if self.old is None else "removed" if self.new is None else "changed"
 
-    def as_dict(self) -> dict[str, object]:
-        return {"section": self.section, "kind": self.kind, "name": self.name, "old": self.old, "new": self.new}
-
 
 @dataclass(frozen=True, slots=True)
 class MappingDiff:
@@ -72,17 +70,8 @@ class MappingDiff:
         return not self.changes and not self.tensors and not self.values
 
     def as_dict(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "old": self.old,
-            "new": self.new,
-            "parent": self.parent,
-            "equal": self.equal,
-            "changes": [one.as_dict() for one in self.changes],
-            "tensors": [one.as_dict() for one in self.tensors],
-            "values": [one.as_dict() for one in self.values],
-            "same_in": list(self.same_in),
-        }
+        changes = [{**asdict(one), "kind": one.kind} for one in self.changes]
+        return {**asdict(self), "changes": changes, "equal": self.equal}
 
 
 def diff_mappings(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.errors import EngineError, Place, in_words
@@ -25,15 +25,7 @@ class Finding:
         return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "place": None if self.place is None else self.place.as_dict(),
-            "message": self.message,
-            "got": self.got,
-            "expected": self.expected,
-            "fix": self.fix,
-        }
+        return {**asdict(self), "place": None if self.place is None else self.place.as_dict()}
 
 
 def finding_of(error: EngineError, place: Place | None = None) -> Finding:

@@ -96,12 +96,11 @@ def _names(mapping: MappingFile) -> Iterator[Finding]:
         yield _wrong(place_of(mapping, "config", "model_type"), told, "Write the same in both.")
     known = targets.known_of(kind)
     classes = known.classes if known is not None else frozenset()
-    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     listed = list(_texts(mapping.config.get("architectures")))
     at = place_of(mapping, "config", "architectures")
     missing: set[str] = set()
     for name in dict.fromkeys([mapping.architecture, *listed]):
-        if name not in {*classes, *_texts(remote)} and not _is_class(name, mapping.architecture, classes):
+        if name not in {*classes, *_texts(mapping.remote_code)} and not _is_class(name, mapping.architecture, classes):
             close = get_close_matches(name, sorted({*classes, mapping.architecture} - {name}), 1, _NEAR)
             fix = f"Did you mean `{close[0]}`?" if close else "Name a class that computes the target."
             place = place_of(mapping, "target", "architecture") if name == mapping.architecture else at
@@ -152,7 +151,7 @@ def _patterns(mapping: MappingFile) -> Iterator[Finding]:
     written = {n.replace("{param}", param) for n in names for param in PARAMS}
     for expression in _own(mapping):
         for asked in compile_expression(expression).patterns:
-            sample = pattern(asked).format(dict.fromkeys(pattern(asked).placeholders, 0))
+            sample = pattern(asked).sample()
             if asked not in written and not any(pattern(name).match(sample) is not None for name in written):
                 near = get_close_matches(asked, sorted(written), 1, 0.6)
                 fix = f"Did you mean `{near[0]}`?" if near else "Ask for a tensor that some rule reads."
@@ -164,8 +163,7 @@ def _comparisons(mapping: MappingFile) -> Iterator[Finding]:
     choices: dict[str, Sequence[Any]] = {name: list(v.choices) for name, v in mapping.variants.items()}
     choices |= {f"options.{name}": o.choices for name, o in mapping.options.items() if o.choices is not None}
     for expression in _own(mapping):
-        tree = compile_expression(expression).tree
-        for compare in [*tree.find_all(nodes.Compare), *([tree] if isinstance(tree, nodes.Compare) else [])]:
+        for compare in compile_expression(expression).every(nodes.Compare):
             sides = [compare.expr, *(operand.expr for operand in compare.ops)]
             for name in (path for side in sides if (path := dotted(side)) in choices):
                 for value in [c.value for side in sides for c in _constants(side) if isinstance(c.value, str)]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from itertools import product
+from itertools import islice, product
 
-from engine.errors import EngineError, EngineErrors
-from engine.language.declared import every_expression
+from engine.checkpoint.ranks import layout_dims
+from engine.errors import EngineError
+from engine.language.declared import axes_of, every_expression, expressions_of
 from engine.language.expressions import compile_expression, names_in
+from engine.language.keys import Key
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout, Mapping, Rule
+from engine.language.model import Expression, Layout, Mapping, Rule
 from engine.language.names import PARAMS, pattern
 from engine.language.search import find_file, kind_of
+from engine.planning.config_keys import declared, prefixes
+from engine.planning.pieces import match_pieces
+from engine.planning.stored import instances
 from engine.proving.finding import Finding, finding_of
 from engine.proving.known_names import check_names
-from engine.proving.undeclared import undeclared
 from engine.proving.values import check_values
 
 _MAX_COMBINATIONS = 4096
@@ -35,7 +39,7 @@ def lint_file(name: str) -> list[Finding]:
 
 
 def _findings(error: EngineError) -> list[Finding]:
-    return [finding_of(one) for one in (error.errors if isinstance(error, EngineErrors) else [error])]
+    return [finding_of(one) for one in error.errors]
 
 
 def lint(mapping: Mapping) -> list[Finding]:
@@ -61,26 +65,15 @@ def lint(mapping: Mapping) -> list[Finding]:
 def _choices(mapping: Mapping) -> Iterator[dict[str, str]]:
     """Every combination of choices of the variants that rules name."""
     used = [v for v in mapping.variants.values() if any(v.name in rule.when for rule in mapping.rules)]
-    for count, combination in enumerate(product(*(v.choices for v in used))):
-        if count >= _MAX_COMBINATIONS:
-            return
+    for combination in islice(product(*(v.choices for v in used)), _MAX_COMBINATIONS):
         yield {v.name: choice for v, choice in zip(used, combination, strict=True)}
-
-
-def _active(rule: Rule, choices: dict[str, str]) -> bool:
-    return all(choices[name] in allowed for name, allowed in rule.when.items())
-
-
-def _told(choices: dict[str, str], rules: Sequence[Rule]) -> str:
-    named = sorted({name for rule in rules for name in rule.when})
-    return ", ".join(f"{name}: {choices[name]}" for name in named) or "every choice"
 
 
 def _overlaps(mapping: Mapping) -> Iterator[Finding]:
     """L001: two rules that one name can match, and that some choices make active together."""
     named = [(rule, name) for rule in mapping.rules for name in sorted(_expanded(rule))]
     for index, (rule, name) in enumerate(named):
-        sample = pattern(name).format(dict.fromkeys(pattern(name).placeholders, 0))
+        sample = pattern(name).sample()
         for position, (other, other_name) in enumerate(named):
             if other is rule or not _together(rule, other) or (name == other_name and position > index):
                 continue
@@ -101,13 +94,10 @@ def _together(one: Rule, two: Rule) -> bool:
 
 def _unmatched(mapping: Mapping) -> Iterator[Finding]:
     """L005, under every combination of choices."""
-    from engine.planning.pieces import match_pieces
-    from engine.planning.stored import instances
-
     every = instances(mapping)
     for choices in _choices(mapping):
         try:
-            match_pieces([instance for instance in every if _active(instance.rule, choices)])
+            match_pieces([one for one in every if one.rule.active(choices)])
         except EngineError as error:
             yield Finding("L005", "error", error.place, error.message, error.fix, error.got, error.expected)
 
@@ -128,7 +118,7 @@ def _gaps(mapping: Mapping) -> Iterator[Finding]:
     used = {name: variant for name, variant in mapping.variants.items() if any(name in r.when for r in mapping.rules)}
     held: dict[tuple[str, ...], list[Rule]] = {}
     for choices in _choices(mapping):
-        held[tuple(choices.values())] = [rule for rule in mapping.rules if _active(rule, choices)]
+        held[tuple(choices.values())] = [rule for rule in mapping.rules if rule.active(choices)]
     for key, active in held.items():
         choices = dict(zip(used, key, strict=True))
         read, written = _ends(active)
@@ -159,9 +149,7 @@ def _unused(mapping: Mapping) -> Iterator[Finding]:
     read: set[str] = set()
     for expression in every_expression(mapping):
         read |= names_in(expression)
-    axes = {name for rule in mapping.rules for name in rule.axes.names()}
-    axes |= {name for rule in mapping.rules for target in rule.targets for name in target.axes.names()}
-    axes |= {name for rule in mapping.rules for s in rule.sources for name in pattern(s).placeholders}
+    axes = axes_of(mapping)
     for name, expression in mapping.dims.items():
         if name not in axes and name not in read:
             yield Finding(
@@ -181,7 +169,9 @@ def _shadowed(mapping: Mapping) -> Iterator[Finding]:
     """L004: sample names of every rule against the patterns of `ignore` and `refuse`."""
     entries = [e for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
     for rule, entry in product(mapping.rules, entries):
-        taken = [name for name in sorted(_expanded(rule)) if pattern(entry.pattern).match(_sample(name)) is not None]
+        taken = [
+            name for name in sorted(_expanded(rule)) if pattern(entry.pattern).match(pattern(name).sample()) is not None
+        ]
         if taken:
             told = " and ".join(f"`{name}`" for name in taken)
             yield Finding(
@@ -191,11 +181,6 @@ def _shadowed(mapping: Mapping) -> Iterator[Finding]:
                 f"rule `{rule.name}` never sees {told}: `{entry.pattern}` at {entry.place} takes it",
                 "Narrow the entry, or remove the rule.",
             )
-
-
-def _sample(name: str) -> str:
-    """A name that a pattern matches."""
-    return pattern(name).format(dict.fromkeys(pattern(name).placeholders, 0))
 
 
 def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
@@ -233,7 +218,7 @@ def _unreachable(mapping: Mapping) -> Iterator[Finding]:
 def _undeclared(mapping: Mapping, layout: Layout) -> Iterator[Finding]:
     """L009: what nothing says of a key, nothing checks: a text or a negative number would be taken for a size."""
     own = [*mapping.dims, *mapping.variants, *(f"options.{name}" for name in mapping.options)]
-    for expression, side, path, known in undeclared(mapping, layout):
+    for expression, side, path, known in _unknown_keys(mapping, layout):
         near = get_close_matches(path, [*known, *own], 1)
         yield Finding(
             "L009",
@@ -242,3 +227,27 @@ def _undeclared(mapping: Mapping, layout: Layout) -> Iterator[Finding]:
             f"`{path}` is read, and `keys.{side}` does not say what it may be",
             f"Did you mean `{near[0]}`?" if near else "Declare its type and range: `{type: integer, min: 1}`.",
         )
+
+
+def _unknown_keys(mapping: Mapping, layout: Layout) -> Iterator[tuple[Expression, str, str, dict[str, Key]]]:
+    """Keys that expressions read and nothing declares: expression, side, path, what is declared there."""
+    own = {*axes_of(mapping), *mapping.dims, *mapping.variants, "options", "training", "given"}
+    grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants}
+    grid |= {f"{dim}s" for dim in layout_dims(layout)}
+    variants = [v.choices for v in mapping.variants.values()]
+    forth = [mapping.dims, mapping.config, mapping.remote_code, mapping.transformers]
+    source, target = declared(mapping, layout, "source"), dict(mapping.keys.get("target", {}))
+    training = declared(mapping, layout, "training")
+    for side, tree, known, keys in (
+        ("source", forth, own, source),
+        ("source", variants, own | grid, source),
+        ("target", mapping.training_config, own | grid, target),
+    ):
+        for expression in expressions_of(tree):
+            for path in sorted(compile_expression(expression).paths):
+                root, _, rest = path.partition(".")
+                if root == "training" and rest:
+                    if not any(p in training for p in prefixes(rest)):
+                        yield expression, "training", rest, training
+                elif root not in known and not any(path in prefixes(name) for name in keys):
+                    yield expression, side, path, keys

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
-from engine.language.documents import load_yaml
+from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
 

@@ -28,8 +28,7 @@ def constants(expressions: Sequence[Expression], reads: Callable[[str], frozense
     """What is read → the constants that expressions compare it with."""
     found: dict[str, list[Any]] = defaultdict(list)
     for expression in expressions:
-        tree = compile_expression(expression).tree
-        for compare in tree.find_all(nodes.Compare) if not isinstance(tree, nodes.Compare) else _compares(tree):
+        for compare in compile_expression(expression).every(nodes.Compare):
             values = [const.value for const in compare.find_all(nodes.Const)]
             for path in sorted({p for name in _paths(compare) for p in reads(name)}):
                 found[path] += [value for value in values if value not in found[path]]
@@ -38,16 +37,14 @@ def constants(expressions: Sequence[Expression], reads: Callable[[str], frozense
 
 def divisors_of(expression: Expression) -> frozenset[str]:
     """Names that stand below a whole division."""
-    tree = compile_expression(expression).tree
-    every = [*tree.find_all(nodes.FloorDiv), *([tree] if isinstance(tree, nodes.FloorDiv) else [])]
+    every = compile_expression(expression).every(nodes.FloorDiv)
     return frozenset(path for one in every for path in _paths(one.right))
 
 
 def multiples_of(expression: Expression, values: Mapping[str, Any]) -> dict[str, int]:
     """Names of which an expression takes whole multiples of a number: name → the number."""
-    tree = compile_expression(expression).tree
     found: dict[str, int] = {}
-    for one in [*tree.find_all(nodes.FloorDiv), *([tree] if isinstance(tree, nodes.FloorDiv) else [])]:
+    for one in compile_expression(expression).every(nodes.FloorDiv):
         number = _number(one.right, values)
         if number is not None and number > 1:
             found |= dict.fromkeys(_paths(one.left), number)
@@ -65,8 +62,7 @@ def _number(node: nodes.Node, values: Mapping[str, Any]) -> int | None:
 
 def quotients_of(expression: Expression) -> list[tuple[str, str]]:
     """Which names are divided by which, exactly."""
-    tree = compile_expression(expression).tree
-    every = [*tree.find_all(nodes.Div), *([tree] if isinstance(tree, nodes.Div) else [])]
+    every = compile_expression(expression).every(nodes.Div)
     return [(a, b) for one in every for a in _paths(one.left) for b in _paths(one.right)]
 
 
@@ -76,11 +72,6 @@ def plain_name(expression: Expression) -> str | None:
     if isinstance(tree, nodes.Filter) and tree.name == "default" and tree.node is not None:
         tree = tree.node
     return tree.name if isinstance(tree, nodes.Name) else None
-
-
-def _compares(tree: nodes.Compare) -> Iterator[nodes.Compare]:
-    yield tree
-    yield from tree.find_all(nodes.Compare)
 
 
 def _paths(tree: nodes.Node) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.errors import EngineError
@@ -25,9 +25,6 @@ class Failure:
         )
         return Failure(told, None if error.place is None else str(error.place), where)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"message": self.message, "place": self.place, "where": self.where}
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -37,14 +34,6 @@ class Check:
     holds: bool | None
     told: str
     failures: tuple[Failure, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "holds": self.holds,
-            "told": self.told,
-            "failures": [failure.as_dict() for failure in self.failures],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +46,6 @@ class Mutant:
     told: str
     kind: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "where": self.where,
-            "what": self.what,
-            "caught_by": self.caught_by,
-            "told": self.told,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Proof:
@@ -73,7 +53,7 @@ class Proof:
 
     mapping: str
     checks: tuple[Check, ...]
-    mutants: tuple[Mutant, ...] = field(default=())
+    mutants: tuple[Mutant, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -82,13 +62,7 @@ class Proof:
         return all(check.holds is not False for check in self.checks) and all(m.caught_by for m in self.mutants)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "mapping": self.mapping,
-            "holds": self.holds,
-            "checks": [check.as_dict() for check in self.checks],
-            "mutants": [mutant.as_dict() for mutant in self.mutants],
-            "seconds": round(self.seconds, 3),
-        }
+        return {**asdict(self), "holds": self.holds, "seconds": round(self.seconds, 3)}
 
 
 def check_of(name: str, told: str, failures: Sequence[Failure]) -> Check:

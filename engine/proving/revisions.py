@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from engine.errors import EngineError, Place
-from engine.language.documents import load_text
+from engine.language.loader import load_text
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Mapping
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.run.running import Running
+from engine.storage.json_text import as_data
 from engine.storage.places import on_this_machine
 
 if TYPE_CHECKING:
@@ -35,17 +36,7 @@ class Report:
     notices: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "tensors": self.tensors,
-            "bytes": self.bytes,
-            "seconds": round(self.seconds, 3),
-            "variants": dict(self.variants),
-            "files": list(self.files),
-            "content_id": self.content_id,
-            "kept": self.kept,
-            "notices": list(self.notices),
-        }
+        return {**as_data(self), "out": str(self.out), "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +149,17 @@ def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: b
     """
     from engine.run.manifest import NAME
     from engine.run.written import Ours
-    from engine.storage.objects import ObjectStore
+    from engine.storage.objects import MARK, ObjectStore
     from engine.storage.output import OutputFolder
     from engine.storage.places import store_at
     from engine.storage.uploads import Uploads
 
-    store, foreign = store_at(out, "the output"), Ours()
+    store = store_at(out, "the output")
     if isinstance(store, ObjectStore):
-        kept = how.resume or parts
+        kept, foreign = how.resume or parts, Ours(lambda name: store.attribute(name, MARK) is not None)
         return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=kept, foreign=foreign)
     path, shared = on_this_machine(store, "the output"), work if parts else None
-    return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=foreign, shared=shared)
+    return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=Ours(), shared=shared)
 
 
 def check_names(compiled: Plan, small: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from engine.run.meter import Meter, Progress
 from engine.run.parts import MARKER, Span, Written, check_parts
 from engine.run.replicas import checks, compare_replicas, replica_bytes
 from engine.run.resume import compare_copied, split
-from engine.run.schedule import Job, schedule
+from engine.run.schedule import Job, layout_of, schedule
 from engine.run.sharing import Shares
 from engine.run.writer import Writer
 from engine.storage.output import sweep
@@ -188,6 +188,10 @@ def take_parts(plan: Plan, store: Store, written: Written) -> Written:
         for name in store.names():
             if name.startswith(MARKER) and store.folder is not None:
                 (store.folder / name).unlink()
+    else:
+        with store.sinks([file.name for file in plan.shards]) as sinks:
+            whole = [f for n, f in enumerate(plan.shards) if sinks.whole(n, layout_of(plan, f).size)]
+        check_parts(plan, store, written.done, {o: written.done[o] for file in whole for o in file.outputs})
     _write_index(plan, store)
     return written
 

@@ -107,6 +107,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def times(shape: Sequence[int]) -> str:
+    """
+    >>> times([2, 3]), times([])
+    ('2 × 3', 'scalar')
+    """
+    return " × ".join(map(str, shape)) or "scalar"
+
+
 def title(text: str) -> str:
     return click.style(text, bold=True)
 
@@ -178,7 +186,7 @@ def _columns(text: str) -> int:
     return len(_STYLE.sub("", text))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: str = "  ") -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, indent: str = "  ") -> list[str]:
     """Aligned columns that fit the terminal; those whose cells are all numbers are aligned right.
 
     The widest columns give way first, and their cells go on in further lines. Into a pipe or a file every row is
