@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from engine.errors import EngineError
 from engine.explaining.explanation import Explained, Explanation, Flow, Tensor
 from engine.explaining.links import Window, links, spots
 from engine.explaining.selection import parse_selection, unknown_name
-from engine.explaining.targets import flow, output_notes, target_window, tensor_of
+from engine.explaining.targets import flow, hull, output_notes, tensor_of
 from engine.explaining.words import (
     axes_sentence,
     cut_sentence,
@@ -17,20 +15,12 @@ from engine.explaining.words import (
     slice_sentences,
     slice_text,
 )
-from engine.planning.classes import CopyTable
 from engine.planning.groups import Group
 from engine.planning.model import Plan
 from engine.planning.sides import Shard
 from engine.planning.stored import Stored, strip
 
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A stored tensor's place in the plan: its group, its shard and its number among the replicas."""
-
-    group: Group
-    shard: Shard
-    replica: int
+Held = tuple[Group, Shard, int]  # a stored tensor's place in the plan: group, shard, number among the replicas
 
 
 def explain_source(plan: Plan, asked: str) -> Explanation:
@@ -39,7 +29,6 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
     Raises:
         EngineError: E001 for a file, a name or a slice that is not there.
     """
-    table = plan.copies
     selection = parse_selection(asked, file=True)
     files = [file.name for file in plan.files]
     if selection.file is not None and selection.file not in files:
@@ -57,7 +46,7 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
             [one.header.name for one in stored],
             otherwise=f"`{selection.name}` is an output: give it without --from." if written else None,
         )
-    places = find_places(plan, table, named)
+    places = find_places(plan, named)
     # Ranks hold tensors of several shapes: only those that have the positions are explained.
     fitting: list[tuple[Stored, Window]] = []
     refused: EngineError | None = None
@@ -68,12 +57,12 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
             refused = refused or error
     if not fitting and refused is not None:
         raise refused
-    return Explanation("backward", tuple(_explained(plan, table, one, window, places) for one, window in fitting))
+    return Explanation("backward", tuple(_explained(plan, one, window, places) for one, window in fitting))
 
 
-def find_places(plan: Plan, table: CopyTable, wanted: list[Stored]) -> dict[tuple[int, str], Held]:
+def find_places(plan: Plan, wanted: list[Stored]) -> dict[tuple[int, str], Held]:
     """(file, name in the file) → where the plan uses it."""
-    source = table.source
+    source = plan.copies.source
     keys = {(one.file, one.header.name) for one in wanted}
     result: dict[tuple[int, str], Held] = {}
     for group in source.groups:
@@ -81,13 +70,11 @@ def find_places(plan: Plan, table: CopyTable, wanted: list[Stored]) -> dict[tupl
             continue
         for shard in source.shards(group):
             for number, one in enumerate(shard.replicas):
-                result[one.file, one.header.name] = Held(group, shard, number)
+                result[one.file, one.header.name] = group, shard, number
     return result
 
 
-def _explained(
-    plan: Plan, table: CopyTable, one: Stored, window: Window, places: dict[tuple[int, str], Held]
-) -> Explained:
+def _explained(plan: Plan, one: Stored, window: Window, places: dict[tuple[int, str], Held]) -> Explained:
     header = one.header
     file = plan.files[one.file].name
     asked = Tensor(header.name, header.dtype, header.shape, slice_text(window, header.shape), file)
@@ -95,8 +82,8 @@ def _explained(
     if held is None:
         why = plan.ignored.get(one.name, "no rule uses it")
         return Explained(asked, None, None, (), (), (f"ignored: {why}",))
-    source, target = table.source, table.target
-    group, shard = held.group, held.shard
+    source, target = plan.copies.source, plan.copies.target
+    group, shard, replica = held
     rule = group.instance.rule
     selected = spots(source, group, shard, window)
     words = [axes_sentence(one.name, group, source.sizes) + "; " + cut_sentence(source, group)]
@@ -105,19 +92,20 @@ def _explained(
     words += filter(None, [fixed_sentence(group.fixed, source.sizes, plan.stages)])
     words += slice_sentences(group, window, selected)
     notes: list[str] = []
-    if held.replica:
+    if replica:
         first = shard.replicas[0]
         origin = plan.files[first.file].name
         notes.append(f"replica: a run compares it with the one in {origin}, which is the one that is copied")
     flows: list[Flow] = []
     reached = {other.key: other for other in target.reaching(group, source)}
     for index, output in enumerate(plan.outputs):
-        found, position = table.outputs[index]
+        found, position = plan.copies.outputs[index]
         if found.key in reached:
             landing = spots(target, found, target.shards(found)[position])
             shared = list(links(selected, landing))
             if shared:
-                flows.append(flow(plan, (group, shard), tensor_of(output, target_window(shared)), shared, held.replica))
+                reaches = tensor_of(output, hull([(link.target, link) for link in shared]))
+                flows.append(flow(plan, (group, shard), reaches, shared, replica))
                 notes += [f"{output.name}: {note}" for note in output_notes(output)]
     written = {flow.target.name for flow in flows}
     for tied in plan.tied:

@@ -69,10 +69,14 @@ def explain(plan: Plan, asked: str) -> Explanation:
             told.add(sentence + cut_sentence(source, one))
     words += sorted(told)
     notes += output_notes(output)
-    check_total(selected, flows)
-    explained = Explained(
-        tensor_of(output, window), output.rule, output.place, tuple(words), tuple(flows), tuple(notes)
-    )
+    # By count: the plan proved that boxes are disjoint.
+    wanted, got = sum(one.volume() for one in selected), sum(one.elements for one in flows)
+    if wanted != got:
+        raise EngineError(
+            "E901", "an explanation does not cover what was asked for", got=f"{got} elements", expected=f"{wanted}"
+        )
+    asked_for = tensor_of(output, window)
+    explained = Explained(asked_for, output.rule, output.place, tuple(words), tuple(flows), tuple(notes))
     return Explanation("forward", (explained,))
 
 
@@ -96,12 +100,21 @@ def flow(plan: Plan, held: tuple[Group, Shard], target: Tensor, found: list[Link
     header = first.header
     file = plan.files[first.file].name
     runs, count = join_lattices([link.source_elements(header) for link in found], SHOWN)
-    window = _hull([(link.source, link) for link in found])
+    window = hull([(link.source, link) for link in found])
     return Flow(
         Tensor(header.name, header.dtype, header.shape, slice_text(window, header.shape), file),
         target,
         shard_words(group, shard),
-        tuple(stretch(link) for link in found[:SHOWN]),
+        tuple(
+            Stretch(
+                index_texts(link.source, link.box),
+                index_texts(link.target, link.box),
+                dict(link.box),
+                tuple(order_sentences(link)),
+                link.volume(),
+            )
+            for link in found[:SHOWN]
+        ),
         len(found),
         sum(link.volume() for link in found),
         in_bytes(runs, header),
@@ -110,34 +123,11 @@ def flow(plan: Plan, held: tuple[Group, Shard], target: Tensor, found: list[Link
     )
 
 
-def stretch(link: Link) -> Stretch:
-    return Stretch(
-        index_texts(link.source, link.box),
-        index_texts(link.target, link.box),
-        dict(link.box),
-        tuple(order_sentences(link)),
-        link.volume(),
-    )
-
-
-def target_window(found: list[Link]) -> Window:
-    """The smallest slice of the target that holds all links."""
-    return _hull([(link.target, link) for link in found])
-
-
-def _hull(found: list[tuple[Spot, Link]]) -> list[Interval]:
+def hull(found: list[tuple[Spot, Link]]) -> list[Interval]:
+    """The smallest slice of a tensor that holds all links to spots of it."""
     result: list[Interval] = []
     for dim in range(len(found[0][0].bases)):
         lattices = [spot.positions(dim, link.box) for spot, link in found]
         ends = [one.start + sum(stride * (size - 1) for stride, size in one.steps) for one in lattices]
         result.append((min(one.start for one in lattices), max(ends) + 1))
     return result
-
-
-def check_total(selected: list[Spot], flows: list[Flow]) -> None:
-    """Every selected element has exactly one source, by count: the plan proved that boxes are disjoint."""
-    wanted, got = sum(one.volume() for one in selected), sum(one.elements for one in flows)
-    if wanted != got:
-        raise EngineError(
-            "E901", "an explanation does not cover what was asked for", got=f"{got} elements", expected=f"{wanted}"
-        )

@@ -39,9 +39,8 @@ def expressions_of(tree: Any) -> Iterator[Expression]:
 def every_expression(mapping: Mapping) -> list[Expression]:
     """All expressions of a mapping."""
     choices = [v.choices for v in mapping.variants.values()]
-    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
-    every = [mapping.dims, choices, mapping.config, mapping.training_config, remote, mapping.transformers]
-    return list(expressions_of(every))
+    written = [mapping.config, mapping.training_config, mapping.remote_code, mapping.transformers]
+    return list(expressions_of([mapping.dims, choices, *written]))
 
 
 def axes_of(mapping: Mapping) -> list[str]:

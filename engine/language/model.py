@@ -87,17 +87,10 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteCode:
-    """That transformers lacks the target's classes: `auto_map` is a tree of their names with `Expression` leaves."""
-
-    auto_map: MappingABC[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Mapping:
     """A resolved mapping: its own keys merged over its parents'.
 
-    `config` and `training_config` are trees of literals with `Expression` leaves.
+    `config`, `training_config` and `remote_code` are trees of literals with `Expression` leaves.
     `transformers` says, as a string or an `Expression`, in which of its versions the target is the same model.
     `files` are the YAML files it came from, family first; `resolved` is the merged YAML data.
     """
@@ -132,7 +125,7 @@ class Mapping:
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
     classes: MappingABC[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
     places: MappingABC[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
-    remote_code: RemoteCode | None = None
+    remote_code: MappingABC[str, Any] | None = None  # `auto_map`, where transformers lacks the target's classes
     transformers: Any = None
 
 

@@ -37,13 +37,10 @@ class Destination:
 
     def prefix(self, chunk: int) -> str:
         """What stands before every tensor name."""
-        given = self.given_prefix
-        for one in self.layout.prefixes if given is None else (self.layout.prefixes[given],):
-            if given is not None:
-                return pattern(one.prefix).format({"chunk": chunk})
-            if one.when is None or evaluate(one.when, self.names):
-                return pattern(one.prefix).format({"chunk": chunk})
-        return ""
+        known = self.layout.prefixes
+        fits = (one for one in known if one.when is None or evaluate(one.when, self.names))
+        one = next(fits, None) if self.given_prefix is None else known[self.given_prefix]
+        return "" if one is None else pattern(one.prefix).format({"chunk": chunk})
 
     def counts(self) -> dict[str, Any]:
         return {**self.names, **counts_of(self.layout, self.sizes)}
@@ -84,24 +81,13 @@ def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = 
         unnamed = [writable[0], *(mode for mode in writable[1:] if mode.when is not None)]
         return next((mode for mode in unnamed if asked <= set(written_dims(mode.files[0]))), writable[0])
     known = ", ".join(" = ".join((m.name, *m.aliases)) for m in writable)
-    for mode in layout.modes:
-        if name == mode.name or name in mode.aliases:
-            if mode.only_read is not None:
-                raise EngineError(
-                    "E001",
-                    f"mode `{mode.name}` of layout `{layout.name}` is only read: {mode.only_read}",
-                    got=name,
-                    expected=known,
-                    fix="Give one of these to --mode.",
-                )
-            return mode
-    raise EngineError(
-        "E001",
-        f"layout `{layout.name}` has no mode `{name}`",
-        got=name,
-        expected=known,
-        fix="Give one of these to --mode.",
-    )
+    found = next((mode for mode in layout.modes if name in (mode.name, *mode.aliases)), None)
+    if found is not None and found.only_read is None:
+        return found
+    told = f"layout `{layout.name}` has no mode `{name}`"
+    if found is not None:
+        told = f"mode `{found.name}` of layout `{layout.name}` is only read: {found.only_read}"
+    raise EngineError("E001", told, got=name, expected=known, fix="Give one of these to --mode.")
 
 
 def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, int]:

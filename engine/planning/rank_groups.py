@@ -66,7 +66,7 @@ class RankGroups:
         boxes = _Boxes(instance, file, self._destination, self._sizes) if file.boxes else None
         names = instance.axis_names()
         spelling = self._spellings.get(instance.key, instance.sources[0])
-        shape = self._shapes(instance, cut)
+        shape = _Shapes(instance, cut, self._destination, self._sizes)
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
         holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is bound to
         named = [p for p in pattern(file.name).placeholders if p in names or p == "number"]  # besides ranks
@@ -131,9 +131,6 @@ class RankGroups:
                 ranks, local[axis] = homes[fixed[axis]]
                 home |= ranks
         return stage[0], home, local
-
-    def _shapes(self, instance: Instance, cut: Cut) -> _Shapes:
-        return _Shapes(instance, cut, self._destination, self._sizes)
 
     def _number(self, file: FilePattern, values: Mapping[str, int]) -> int:
         """The index of a file, added when it is new."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from engine.checkpoint.ranks import RankFile
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, shape_text
 from engine.language.axes import Axis, Node, Product, leaves
 from engine.planning.groups import Group
 from engine.planning.stored import Instance, Stored
@@ -191,10 +191,10 @@ class _Look:
                 if len(whole) != len(axes.dims):
                     expected = f"{len(axes.dims)} dimensions, `{axes}`"
                 elif whole != first:
-                    expected = f"{_shape(first)}, as in {self.files[stored[0].file].name}"
+                    expected = f"{shape_text(first)}, as in {self.files[stored[0].file].name}"
                 else:
                     continue
-                raise self._contradicts([ranks], "shape", f"{_shape(whole)} in {name}", expected)
+                raise self._contradicts([ranks], "shape", f"{shape_text(whole)} in {name}", expected)
 
     def _rows(self) -> bool:
         """Where storage rows are cut, wherever that falls: the shards' rows add up to the whole dimension."""
@@ -240,7 +240,7 @@ class _Look:
 
     def _contradicts(self, odd: Sequence[tuple[int, ...]], axis: str, got: str, expected: str) -> _Contradicts:
         group = self.group
-        stored = next(iter(group.shards.values()))[0]
+        stored = group.first
         cut = ", ".join(f"cut on {a} over {d}" for d, a in group.cut.dims) or (
             f"rows cut over {group.cut.rows}" if group.cut.rows else "not cut"
         )
@@ -257,7 +257,7 @@ class _Look:
 
     def _where(self, ranks: tuple[int, ...]) -> str:
         stored = self.group.shards[ranks][0]
-        return f"{stored.header.name} in {self.files[stored.file].name} ({_shape(stored.header.whole)})"
+        return f"{stored.header.name} in {self.files[stored.file].name} ({shape_text(stored.header.whole)})"
 
     def _all(self) -> str:
         shards = self.group.shards
@@ -265,17 +265,13 @@ class _Look:
         if len(shards) == 1:
             return self._where(next(iter(shards)))
         shapes = [stored[0].header.whole for stored in shards.values()]
-        told = _shape(shapes[0]) + " each" if len(set(shapes)) == 1 else ", ".join(_shape(s) for s in shapes)
+        told = shape_text(shapes[0]) + " each" if len(set(shapes)) == 1 else ", ".join(shape_text(s) for s in shapes)
         return f"{first.name} in all {len(shards)} ranks ({told})"
 
 
 def _because(node: Node, state: Sizes) -> str:
     facts = [state.facts[name] for name in dict.fromkeys(leaves(node)) if name in state.facts]
     return f" ({'; '.join(f'{f.axis} = {f.value} from {f.why}' for f in facts)})" if facts else ""
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(str(n) for n in shape) or "a scalar"
 
 
 def size_error(found: Contradiction) -> EngineError:

@@ -59,7 +59,7 @@ def _unpaired(active: Sequence[Instance], sizes: Mapping[str, int]) -> Iterator[
             for target, _, others in whole:
                 targets.setdefault(target, [])
                 for copy in _copies(held, others):
-                    at, to = _positions(copy)
+                    at, to = positions(copy)
                     sources[called].append((at, target, to))
                     targets[target].append((to, called, at))
     yield from _told(targets, shapes, places, "comes from", "comes from nowhere")
@@ -101,7 +101,7 @@ def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
     """Pieces that a rule drops on purpose count as claimed."""
     for region in held:
         if any(axis in region.box for axis in instance.rule.drop):
-            at, to = _positions(_copies_of(region))
+            at, to = positions(_copies_of(region))
             yield at, "", to
 
 
@@ -110,7 +110,7 @@ def _copies_of(region: Region) -> Copy:
     return copy if copy is not None else Copy(0, 0, 0, 0, (0,), (1,), (1,))
 
 
-def _positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
+def positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
     """The flat positions that a copy pairs, on either side."""
     at = np.full((1,) * len(copy.shape), copy.source_offset)
     to = np.full((1,) * len(copy.shape), copy.target_offset)

@@ -96,12 +96,11 @@ def _names(mapping: MappingFile) -> Iterator[Finding]:
         yield _wrong(place_of(mapping, "config", "model_type"), told, "Write the same in both.")
     known = targets.known_of(kind)
     classes = known.classes if known is not None else frozenset()
-    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     listed = list(_texts(mapping.config.get("architectures")))
     at = place_of(mapping, "config", "architectures")
     missing: set[str] = set()
     for name in dict.fromkeys([mapping.architecture, *listed]):
-        if name not in {*classes, *_texts(remote)} and not _is_class(name, mapping.architecture, classes):
+        if name not in {*classes, *_texts(mapping.remote_code)} and not _is_class(name, mapping.architecture, classes):
             close = get_close_matches(name, sorted({*classes, mapping.architecture} - {name}), 1, _NEAR)
             fix = f"Did you mean `{close[0]}`?" if close else "Name a class that computes the target."
             place = place_of(mapping, "target", "architecture") if name == mapping.architecture else at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from itertools import product
+from itertools import islice, product
 
 from engine.checkpoint.ranks import layout_dims
 from engine.errors import EngineError
@@ -65,9 +65,7 @@ def lint(mapping: Mapping) -> list[Finding]:
 def _choices(mapping: Mapping) -> Iterator[dict[str, str]]:
     """Every combination of choices of the variants that rules name."""
     used = [v for v in mapping.variants.values() if any(v.name in rule.when for rule in mapping.rules)]
-    for count, combination in enumerate(product(*(v.choices for v in used))):
-        if count >= _MAX_COMBINATIONS:
-            return
+    for combination in islice(product(*(v.choices for v in used)), _MAX_COMBINATIONS):
         yield {v.name: choice for v, choice in zip(used, combination, strict=True)}
 
 
@@ -236,9 +234,8 @@ def _unknown_keys(mapping: Mapping, layout: Layout) -> Iterator[tuple[Expression
     own = {*axes_of(mapping), *mapping.dims, *mapping.variants, "options", "training", "given"}
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants}
     grid |= {f"{dim}s" for dim in layout_dims(layout)}
-    remote = mapping.remote_code.auto_map if mapping.remote_code is not None else {}
     variants = [v.choices for v in mapping.variants.values()]
-    forth = [mapping.dims, mapping.config, remote, mapping.transformers]
+    forth = [mapping.dims, mapping.config, mapping.remote_code, mapping.transformers]
     source, target = declared(mapping, layout, "source"), dict(mapping.keys.get("target", {}))
     training = declared(mapping, layout, "training")
     for side, tree, known, keys in (

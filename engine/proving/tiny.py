@@ -172,7 +172,7 @@ class Worlds:
         fixed = {**sizes, **{axis: 0 for one in used for axis in one.rule.drop}}
         solved, config = settle(self._mapping, choices, used, fixed)
         listed = whole_groups(pieces, whole_instances(pieces), solved, {})
-        shapes = {group.name: next(iter(group.shards.values()))[0].header.shape for _, group in listed}
+        shapes = {group.name: group.first.header.shape for _, group in listed}
         tied: dict[str, str] = {}
         for spec, group in listed:
             to = spec.instances[0].rule.tied_to
