@@ -12,8 +12,7 @@ from engine.planning.reading import read_checkpoint
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
-    from engine.proving.finding import Finding
-    from engine.proving.proof import Proof
+    from engine.proving.proof import Finding, Proof
     from engine.run.meter import Progress
 
 T = TypeVar("T")

@@ -109,15 +109,14 @@ def check_layout(layout: Layout, document: Document) -> None:
             known = pattern(file.name).placeholders
             every.update(dict.fromkeys(known))
             base = ("modes", mode.name, "files", index)
-            for dim in file.ranks.dims if file.ranks is not None else ():
+            named: list[tuple[str, ...]] = [
+                ("ranks", dim) for dim in (file.ranks.dims if file.ranks is not None else ())
+            ]
+            named += [("cuts", stage, dim) for stage, cuts in file.cuts.items() for dim in cuts]
+            for *above, dim in named:
                 if dim not in known:
-                    place = document.place(*base, "ranks", dim)
+                    place = document.place(*base, *above, dim)
                     raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
-            for stage, cuts in file.cuts.items():
-                for dim in cuts:
-                    if dim not in known:
-                        place = document.place(*base, "cuts", stage, dim)
-                        raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
     for dim in layout.lone_rank:
         if dim not in every:
             raise undeclared(f"no file has a rank dimension `{dim}`", dim, every, document.place("lone_rank", dim))

@@ -20,7 +20,7 @@ from engine.planning.copies import Copy, intersect
 from engine.planning.stored import Instance, instances
 from engine.planning.whole import contiguous
 from engine.proving.proof import Failure
-from engine.proving.tiny import guess_sizes, settle
+from engine.proving.tiny import choices_text, guess_sizes, settle
 
 # A claim of a tensor: its positions, and the tensor and positions that they are paired with.
 Claim = tuple["np.ndarray", str, "np.ndarray"]
@@ -37,9 +37,8 @@ def counter_examples(mapping: MappingFile, combinations: Sequence[Mapping[str, s
             told = list(_unpaired(active, sizes))
         except (EngineError, KeyError):
             continue
-        where = ", ".join(f"{name}={choice}" for name, choice in choices.items())
         for message, place in told:
-            found.setdefault(message, Failure(message, place, where or None))
+            found.setdefault(message, Failure(message, place, choices_text(choices) or None))
     return list(found.values())
 
 

@@ -34,6 +34,10 @@ EVEN = (36, 54, 30, 66, 42, 78, 90, 102)  # the same where two and three ranks a
 _MAX_OPTIONAL = 8
 
 
+def choices_text(choices: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={choice}" for name, choice in choices.items())
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """A tiny Hugging Face checkpoint as one combination of a mapping's choices has it.
@@ -54,7 +58,7 @@ class World:
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{name}={choice}" for name, choice in self.choices.items()) or "no variants"
+        return choices_text(self.choices) or "no variants"
 
     @property
     def elements(self) -> int:
