@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.reading import read_checkpoint
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.api.plans import plan
 from engine.errors import EngineError
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed

@@ -14,8 +14,7 @@ from typing import Any
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.as_model import Wanted, told_by
 from engine.proving.counterexamples import counter_examples
 from engine.proving.lint import lint

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.errors import EngineError
 from engine.language.axes import Axes, extent
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.names import Pattern
 from engine.planning.boxes import Part, Region, regions
 from engine.planning.copies import Copy, intersect

@@ -14,8 +14,7 @@ from engine.language.declared import every_expression
 from engine.language.documents import values_in
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import PARAMS, pattern
 from engine.planning.config_keys import declared, leaves
 from engine.proving import targets

@@ -14,7 +14,7 @@ from engine.language.expressions import compile_expression, names_in
 from engine.language.keys import Key
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Expression, Layout, Mapping, Rule
+from engine.language.model import Expression, Layout, MappingFile, Rule
 from engine.language.names import PARAMS, pattern
 from engine.language.search import find_file, kind_of
 from engine.planning.config_keys import declared, prefixes
@@ -43,7 +43,7 @@ def _findings(error: EngineError) -> list[Finding]:
     return [finding_of(one) for one in error.errors]
 
 
-def lint(mapping: Mapping) -> list[Finding]:
+def lint(mapping: MappingFile) -> list[Finding]:
     """All findings of a loaded mapping, by place."""
     found = [replace(one, code=code) for code, check in _ALONE.items() for one in check(mapping)]
     try:
@@ -61,14 +61,14 @@ def lint(mapping: Mapping) -> list[Finding]:
     return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
 
 
-def _choices(mapping: Mapping) -> Iterator[dict[str, str]]:
+def _choices(mapping: MappingFile) -> Iterator[dict[str, str]]:
     """Every combination of choices of the variants that rules name."""
     used = [v for v in mapping.variants.values() if any(v.name in rule.when for rule in mapping.rules)]
     for combination in islice(product(*(v.choices for v in used)), _MAX_COMBINATIONS):
         yield {v.name: choice for v, choice in zip(used, combination, strict=True)}
 
 
-def _overlaps(mapping: Mapping) -> Iterator[Finding]:
+def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
     """L001: two rules that one name can match, and that some choices make active together."""
     named = [(rule, name) for rule in mapping.rules for name in sorted(_expanded(rule))]
     for index, (rule, name) in enumerate(named):
@@ -89,7 +89,7 @@ def _together(one: Rule, two: Rule) -> bool:
     return all(set(one.when[name]) & set(two.when[name]) for name in one.when.keys() & two.when.keys())
 
 
-def _unmatched(mapping: Mapping) -> Iterator[Finding]:
+def _unmatched(mapping: MappingFile) -> Iterator[Finding]:
     """L005, under every combination of choices."""
     every = instances(mapping)
     for choices in _choices(mapping):
@@ -106,7 +106,7 @@ def _expanded(rule: Rule) -> set[str]:
     return {source.replace("{param}", param) for source in rule.sources for param in PARAMS}
 
 
-def _gaps(mapping: Mapping) -> Iterator[Finding]:
+def _gaps(mapping: MappingFile) -> Iterator[Finding]:
     """L002: where one variant changes its choice, a tensor that is no longer read and one that is no longer written.
 
     Of twins, as for two generations of names, one is missing then: alone, a tensor that is not read may be absent
@@ -139,7 +139,7 @@ def _ends(rules: Sequence[Rule]) -> tuple[set[str], set[str]]:
     return {name for rule in rules for name in rule.sources}, written
 
 
-def _unused(mapping: Mapping) -> Iterator[Finding]:
+def _unused(mapping: MappingFile) -> Iterator[Finding]:
     """L003."""
     read: set[str] = set()
     for expression in every_expression(mapping):
@@ -158,7 +158,7 @@ def _unused(mapping: Mapping) -> Iterator[Finding]:
             yield Finding(option.place, f"option `{option.name}` is never used", "Remove it.", "warning")
 
 
-def _shadowed(mapping: Mapping) -> Iterator[Finding]:
+def _shadowed(mapping: MappingFile) -> Iterator[Finding]:
     """L004: sample names of every rule against the patterns of `ignore` and `refuse`."""
     entries = [e for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
     for rule, entry in product(mapping.rules, entries):
@@ -174,7 +174,7 @@ def _shadowed(mapping: Mapping) -> Iterator[Finding]:
             )
 
 
-def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
+def _lonely_axes(mapping: MappingFile) -> Iterator[Finding]:
     """L007: probably a misspelt axis."""
     seen: dict[str, list[Rule]] = {}
     for rule in mapping.rules:
@@ -190,7 +190,7 @@ def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
             )
 
 
-def _unreachable(mapping: Mapping) -> Iterator[Finding]:
+def _unreachable(mapping: MappingFile) -> Iterator[Finding]:
     """L008: choices that stand after `otherwise`, and rules that need one of them."""
     for variant in mapping.variants.values():
         if variant.decide != "expression":
@@ -205,7 +205,7 @@ def _unreachable(mapping: Mapping) -> Iterator[Finding]:
             yield Finding(variant.place, told, "Put `otherwise` last.")
 
 
-def _undeclared(mapping: Mapping, layout: Layout) -> Iterator[Finding]:
+def _undeclared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
     """L009: what nothing says of a key, nothing checks: a text or a negative number would be taken for a size."""
     own = [*mapping.dims, *mapping.variants, *(f"options.{name}" for name in mapping.options)]
     for expression, side, path, known in _unknown_keys(mapping, layout):
@@ -216,7 +216,7 @@ def _undeclared(mapping: Mapping, layout: Layout) -> Iterator[Finding]:
         )
 
 
-def _unknown_keys(mapping: Mapping, layout: Layout) -> Iterator[tuple[Expression, str, str, dict[str, Key]]]:
+def _unknown_keys(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expression, str, str, dict[str, Key]]]:
     """Keys that expressions read and nothing declares: expression, side, path, what is declared there."""
     own = {*axes_of(mapping), *mapping.dims, *mapping.variants, "options", "training", "given"}
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants}
@@ -240,7 +240,7 @@ def _unknown_keys(mapping: Mapping, layout: Layout) -> Iterator[tuple[Expression
                     yield expression, side, path, keys
 
 
-_ALONE: dict[str, Callable[[Mapping], Iterator[Finding]]] = {
+_ALONE: dict[str, Callable[[MappingFile], Iterator[Finding]]] = {
     "L001": _overlaps,
     "L002": _gaps,
     "L003": _unused,
@@ -255,7 +255,7 @@ _ALONE: dict[str, Callable[[Mapping], Iterator[Finding]]] = {
     "L016": check_options,
     "L017": check_spellings,
 }
-_IN_LAYOUT: dict[str, Callable[[Mapping, Layout], Iterator[Finding]]] = {
+_IN_LAYOUT: dict[str, Callable[[MappingFile, Layout], Iterator[Finding]]] = {
     "L009": _undeclared,
     "L010": check_keys,
     "L014": check_declared,

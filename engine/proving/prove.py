@@ -21,7 +21,7 @@ from pathlib import Path
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.proving.checks import (
     MODEL,
     REAL_SIZES,

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from engine.errors import shape_text
 from engine.explaining.lattice import Lattice
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.boxes import Region
 from engine.planning.copies import Copy, swap

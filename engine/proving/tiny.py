@@ -18,8 +18,7 @@ from jinja2 import nodes
 from engine.errors import EngineError
 from engine.language.declared import axes_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
-from engine.language.model import Expression
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, MappingFile
 from engine.planning.attempts import claims
 from engine.planning.facts import present_in, render_known
 from engine.planning.pieces import Pieces, match_pieces

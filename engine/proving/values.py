@@ -9,8 +9,7 @@ from engine.errors import EngineError
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, find_key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.planning.config_keys import declared, leaves
 from engine.planning.variants import option_value
 from engine.proving.known_names import place_of
