@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -18,6 +19,12 @@ ITEM_SIZES: dict[str, int] = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all that are equal: most ranks hold tensors of the same shapes, and there can be thousands."""
+    return sizes
 
 
 @dataclass(frozen=True, slots=True)

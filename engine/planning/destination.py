@@ -123,8 +123,8 @@ def cut_layers(
     ranks = prod(sizes.get(dim, 1) for dim in dims)
     given = asked({dim: sizes.get(dim, 1) for dim in dims})
     facts = {**names, **counts_of(layout, sizes), "chunks": chunks}
-    order = in_order(layout, sizes, dims, chunks, names)
-    if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
+    as_many = like is not None and like.layers == layers and len(like.starts) == chunks * ranks
+    if like is not None and as_many and list(like.starts) == in_order(layout, sizes, dims, chunks, names):
         return like
     step = evaluate(layout.layers.divides, facts) if layout.layers.divides is not None else chunks
     if layers % step:
@@ -142,6 +142,7 @@ def cut_layers(
             f"at most {layers // chunks}",
             "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if chunks > 1 else "."),
         )
+    order = in_order(layout, sizes, dims, chunks, names)
     share = shares(layers // chunks, ranks, layout.layers.uneven)
     return laid_out([(stage, share[index % ranks]) for index, stage in enumerate(order)], chunks, dims)
 
@@ -187,6 +188,16 @@ def check_cuts(
     destination: Destination, used: Sequence[tuple[Instance, FilePattern]], sizes: Mapping[str, int]
 ) -> None:
     """E214 for the first axis that cannot be cut over so many ranks, naming the numbers that would do."""
+    for dim, at in [(dim, at) for file in destination.mode.files for dim, at in file.mesh.items()]:
+        most = max((extent(one.axes.dims[at], sizes) for one, _ in used if at < len(one.axes.dims)), default=1)
+        if destination.sizes[dim] > most:
+            raise EngineError(
+                "E214",
+                f"there are more {dim} ranks than {'columns' if at else 'rows'} of any tensor",
+                got=f"{flag(dim)}{destination.sizes[dim]}",
+                expected=f"at most {most}",
+                fix="The others would hold nothing: give fewer.",
+            )
     for instance, file in used:
         for division in _divisions(instance, file, destination):
             dim = division.dim

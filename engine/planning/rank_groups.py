@@ -44,6 +44,7 @@ class RankGroups:
         self.held: list[list[Held]] = []  # of each file
         self._destination, self._sizes, self._spellings = destination, sizes, spellings
         self._numbers: dict[tuple[str | int, ...], int] = {}
+        self._named: dict[str, int] = {}
         patterns = [(instance, file_of(instance, destination.mode)) for instance in used]
         check_cuts(destination, patterns, sizes)
         self._ranks = {file.name: destination.ranks(file) for file in destination.mode.files}
@@ -137,7 +138,7 @@ class RankGroups:
         key: tuple[str | int, ...] = (file.name, *(values[p] for p in compiled.placeholders))
         if key not in self._numbers:
             name = compiled.format(values)
-            self._numbers[key] = next((i for i, one in enumerate(self.files) if one.name == name), len(self.files))
+            self._numbers[key] = self._named.setdefault(name, len(self.files))
             if self._numbers[key] == len(self.files):
                 self.held.append([])
                 self.files.append(RankFile(name, file, {p: values[p] for p in compiled.placeholders}))
