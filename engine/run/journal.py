@@ -19,8 +19,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.version import __version__
-from engine.planning.digest import digest_of_plan
-from engine.planning.model import Plan
+from engine.planning.model import Plan, digest_of_plan
 from engine.storage.json_text import parse_json
 
 NAME = ".journal"
