@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine.checkpoint.ranks import whole_grid
-from engine.formats.headers import FileHeader, TensorHeader
+from engine.formats.headers import FileHeader, TensorHeader, dense_strides
 from engine.language.axes import Axes, Axis
 from engine.language.names import pattern
 from engine.planning.groups import Cut, Group
@@ -14,7 +14,6 @@ from engine.planning.pieces import Key, source_pieces
 from engine.planning.sides import Side
 from engine.planning.source import Source
 from engine.planning.stored import Instance, Stored
-from engine.planning.whole import contiguous
 from engine.storage.store import File
 from engine.storage.virtual import VirtualFile, VirtualState, VirtualStore
 
@@ -42,7 +41,7 @@ def zero_groups(
             held = Instance(f"zeros.{one.key}.{'.'.join(names)}", one.rule, None, axes, (pattern("zeros"),), ())
             shape = tuple(sizes[axis] for axis in names)
             dtype = next(dtypes[name.text] for name, _ in one.targets if name.text in dtypes)
-            header = TensorHeader("zeros", dtype, shape, contiguous(shape), 0)
+            header = TensorHeader("zeros", dtype, shape, dense_strides(shape), 0)
             groups.append(Group(held, {}, Cut(), {(): (Stored(file, header, "zeros", 0),)}))
             keys[held.key, piece] = (f"{one.rule.name}.{one.param}", piece)
     return groups, keys

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.model import Layout
 from engine.language.model import Mapping as MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
@@ -22,7 +22,6 @@ from engine.planning.model import Plan
 from engine.planning.planner import make_plan
 from engine.planning.request import Request
 from engine.planning.sides import Side
-from engine.planning.whole import contiguous
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World
@@ -43,7 +42,7 @@ def _file(name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Fil
     headers: list[TensorHeader] = []
     offset = 0
     for tensor, dtype, shape in tensors:
-        headers.append(TensorHeader(tensor, dtype, shape, contiguous(shape), offset))
+        headers.append(TensorHeader(tensor, dtype, shape, dense_strides(shape), offset))
         offset += math.prod(shape) * ITEM_SIZES[dtype]
     return FileHeader(File(VirtualStore("memory"), name), offset, tuple(headers), name)
 
