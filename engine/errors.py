@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 CODES: dict[str, str] = {
@@ -154,6 +155,24 @@ def rounded(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {word}"
     return f"{number:,.0f}"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """
+    >>> shape_text((4096, 64)), shape_text(())
+    ('4096 × 64', 'a scalar')
+    """
+    return " × ".join(map(str, shape)) or "a scalar"
+
+
+def meant(name: str, known: Iterable[str], otherwise: str | None = None, least: float = 0.6) -> str | None:
+    """The near name as what to do, or what else to do.
+
+    >>> meant("hiden", ["hidden", "layer"]), meant("x", [], "Declare it.")
+    ('Did you mean `hidden`?', 'Declare it.')
+    """
+    near = get_close_matches(name, list(known), 1, least)
+    return f"Did you mean `{near[0]}`?" if near else otherwise
 
 
 def printable(text: str) -> str:

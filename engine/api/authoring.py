@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.reading import read_checkpoint
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
-    from engine.proving.finding import Finding
-    from engine.proving.proof import Proof
+    from engine.proving.proof import Finding, Proof
     from engine.run.meter import Progress
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -31,6 +32,12 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
+
+
+@lru_cache(maxsize=4096)
+def shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all that are equal: most ranks hold tensors of the same shapes, and there can be thousands."""
+    return sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,32 @@ def values_in(tree: Any) -> Iterator[Any]:
         yield tree
 
 
+def flat(tree: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value with its path; lists and empty mappings are values.
+
+    >>> list(flat({"a": {"b": 1}, "c": [2]}))
+    [(('a', 'b'), 1), (('c',), [2])]
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, (*above, str(name)))
+        else:
+            yield (*above, str(name)), value
+
+
+def tree_of(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The tree of values by path; what stands below a value takes its place."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        at = found
+        for name in path[:-1]:
+            if not isinstance(at.get(name), dict):
+                at[name] = {}
+            at = at[name]
+        at[path[-1]] = value
+    return found
+
+
 def plain(data: Any) -> Any:
     """Mappings and sequences of any kind as dicts and lists, as JSON can hold them."""
     if isinstance(data, Mapping):

@@ -44,11 +44,7 @@ def intersect(source: Part, target: Part) -> Copy | None:
         target_offset += b.strides[name] * low
         if high - low > 1:
             axes.append((b.strides[name], a.strides[name], high - low))
-    return _normal(source.tensor, target.tensor, source_offset, target_offset, axes)
-
-
-def _normal(source: int, target: int, at: int, to: int, axes: list[tuple[int, int, int]]) -> Copy:
-    return Copy(source, target, at, to, *_merged(tuple(axes)))
+    return Copy(source.tensor, target.tensor, source_offset, target_offset, *_merged(tuple(axes)))
 
 
 @lru_cache(maxsize=4096)  # layers are alike
@@ -68,8 +64,8 @@ def _merged(axes: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, ...], tu
 
 def swap(copy: Copy) -> Copy:
     """The same copy seen from the other side: scatter is gather of the swapped plan."""
-    axes = list(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True))
-    return _normal(copy.target, copy.source, copy.target_offset, copy.source_offset, axes)
+    axes = tuple(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True))
+    return Copy(copy.target, copy.source, copy.target_offset, copy.source_offset, *_merged(axes))
 
 
 def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
@@ -107,14 +103,7 @@ def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
 
 def row(copy: Copy, i: int) -> Copy:
     """The part of a copy at index i of its first axis."""
-    return replace(
-        copy,
-        source_offset=copy.source_offset + i * copy.source_strides[0],
-        target_offset=copy.target_offset + i * copy.target_strides[0],
-        shape=copy.shape[1:],
-        source_strides=copy.source_strides[1:],
-        target_strides=copy.target_strides[1:],
-    )
+    return _rows(copy, i, i + 1)
 
 
 def _rows(copy: Copy, low: int, high: int) -> Copy:

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.language.expressions import compile_expression
 from engine.language.model import Expression
+from engine.planning.config_keys import value_at
 
 _LONGEST = 60  # characters of a value
 _MISSING = object()
@@ -25,7 +26,7 @@ def because(expressions: Sequence[Expression], names: Mapping[str, Any], called:
     """
     compiled = [compile_expression(one) for one in expressions]
     paths = sorted({path for one in compiled for path in one.paths})
-    found = {path: _value(path, names) for path in paths}
+    found = {path: value_at(names, path, _MISSING) for path in paths}
     has = [f"{path} {_shown(value)}" for path, value in found.items() if value is not _MISSING]
     lacks = [path for path, value in found.items() if value is _MISSING]
     told: list[str] = []
@@ -42,15 +43,6 @@ def because(expressions: Sequence[Expression], names: Mapping[str, Any], called:
         told += [f"there is {_list(there)}"] if there else []
         told += [f"there is no {_list(absent, 'or')}"] if absent else []
     return "; ".join(told)
-
-
-def _value(path: str, names: Mapping[str, Any]) -> Any:
-    found: Any = names
-    for part in path.split("."):
-        if not isinstance(found, Mapping) or part not in found:
-            return _MISSING
-        found = found[part]
-    return found
 
 
 def _shown(value: Any) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 from engine.checkpoint.ranks import RankGrid
 from engine.errors import counted
 from engine.formats.headers import ITEM_SIZES, FileHeader
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.classes import CopyTable
 from engine.planning.copies import Copy
 from engine.planning.stages import Stages

@@ -43,6 +43,7 @@ class RankGroups:
         self.held: list[list[Held]] = []  # of each file
         self._destination, self._sizes, self._spellings = destination, sizes, spellings
         self._numbers: dict[tuple[str | int, ...], int] = {}
+        self._named: dict[str, int] = {}
         patterns = [(instance, file_of(instance, destination.mode)) for instance in used]
         check_cuts(destination, patterns, sizes)
         self._ranks = {file.name: destination.ranks(file) for file in destination.mode.files}
@@ -64,7 +65,7 @@ class RankGroups:
         boxes = _Boxes(instance, file, self._destination, self._sizes) if file.boxes else None
         names = instance.axis_names()
         spelling = self._spellings.get(instance.key, instance.sources[0])
-        shape = self._shapes(instance, cut)
+        shape = _Shapes(instance, cut, self._destination, self._sizes)
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
         holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is bound to
         named = [p for p in pattern(file.name).placeholders if p in names or p == "number"]  # besides ranks
@@ -130,16 +131,13 @@ class RankGroups:
                 home |= ranks
         return stage[0], home, local
 
-    def _shapes(self, instance: Instance, cut: Cut) -> _Shapes:
-        return _Shapes(instance, cut, self._destination, self._sizes)
-
     def _number(self, file: FilePattern, values: Mapping[str, int]) -> int:
         """The index of a file, added when it is new."""
         compiled = pattern(file.name)
         key: tuple[str | int, ...] = (file.name, *(values[p] for p in compiled.placeholders))
         if key not in self._numbers:
             name = compiled.format(values)
-            self._numbers[key] = next((i for i, one in enumerate(self.files) if one.name == name), len(self.files))
+            self._numbers[key] = self._named.setdefault(name, len(self.files))
             if self._numbers[key] == len(self.files):
                 self.held.append([])
                 self.files.append(RankFile(name, file, {p: values[p] for p in compiled.placeholders}))

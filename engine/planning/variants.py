@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from engine.errors import EngineError
 from engine.language.expressions import evaluate, names_in
-from engine.language.model import Expression, Option, Variant
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, MappingFile, Option, Variant
 from engine.planning.evidence import because
 
 

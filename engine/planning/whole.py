@@ -41,14 +41,8 @@ def whole_groups(
             group = Group(instances[spec.name.text], fixed, Cut(), {(): (held,)})
             listed.append(((stage, fixed.get("layer", -1), order, values), spec, group))
     listed.sort(key=lambda entry: entry[0])
-    result = [(spec, group) for _, spec, group in listed]
-    _unique(result)
-    return result
-
-
-def _unique(listed: list[tuple[TargetSpec, Group]]) -> None:
     seen: dict[str, TargetSpec] = {}
-    for spec, group in listed:
+    for _, spec, group in listed:
         if group.name in seen:
             rule = spec.instances[0].rule
             raise EngineError(
@@ -60,3 +54,4 @@ def _unique(listed: list[tuple[TargetSpec, Group]]) -> None:
                 fix="Change one target's name.",
             )
         seen[group.name] = spec
+    return [(spec, group) for _, spec, group in listed]

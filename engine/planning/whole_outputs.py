@@ -51,7 +51,7 @@ def _wanted(spec: TargetSpec, group: Group, *, changes: bool) -> Wanted:
     rule = spec.instances[0].rule
     transform = rule.transform if changes else None
     dim = next(i for i, node in enumerate(spec.axes.dims) if str(node) == transform[1]) if transform else None
-    header = next(iter(group.shards.values()))[0].header
+    header = group.first.header
     names = " + ".join(i.rule.name for i in spec.instances)
     return Wanted(group, 0, header.name, header.shape, names, rule, spec.name.text, transform, dim)
 

@@ -50,7 +50,7 @@ def zero_groups(
 def padded(source: Source) -> Source:
     """A source with the padding that rules write as zeros, in a file of its own."""
     checkpoint, side = source.checkpoint, source.side
-    types = {one.instance.key: next(iter(one.shards.values()))[0].header.dtype for one in side.groups}
+    types = {one.instance.key: one.first.header.dtype for one in side.groups}
     groups, keys = zero_groups(source.used, side.sizes, len(checkpoint.files), types)
     if not groups:
         return source

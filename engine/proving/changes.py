@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
+from math import prod
 from typing import Any
 
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
+from engine.planning.config_keys import leaves
 from engine.proving.holdings import parts_of
-from engine.proving.meaning import Meaning, flat, meaning_of
+from engine.proving.meaning import Meaning, meaning_of
 
 KINDS = {
     "added": "newly mapped",
@@ -110,7 +112,7 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
     """Key, what is given, and its value on either side, at least where they differ."""
     if part not in ("reading", "writing"):
         both = [one if isinstance(one, Mapping) else {"": one} for one in (before, after)]
-        flats = [{".".join(path): value for path, value in flat(one)} for one in both]
+        flats = [dict(leaves(one)) for one in both]
         for name in dict.fromkeys([*flats[0], *flats[1]]):
             old, new = flats[0].get(name), flats[1].get(name)
             if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _MANY:
@@ -187,9 +189,7 @@ def _combinations(mappings: Sequence[MappingFile]) -> Iterator[dict[str, str]]:
     for mapping in mappings:
         for name in dict.fromkeys(name for rule in mapping.rules for name in rule.when):
             choices.setdefault(name, {}).update(dict.fromkeys(mapping.variants[name].choices))
-    for count, combination in enumerate(product(*choices.values())):
-        if count >= _MAX_COMBINATIONS:
-            return
+    for combination in islice(product(*choices.values()), _MAX_COMBINATIONS):
         yield dict(zip(choices, combination, strict=True))
 
 
@@ -293,10 +293,7 @@ def _conditions(held: Sequence[Mapping[str, str]], every: Sequence[Mapping[str, 
         return [()]
     seen = {name: list(dict.fromkeys(one[name] for one in held)) for name in every[0]}
     full = {name: {one[name] for one in every} for name in every[0]}
-    size = 1
-    for choices in seen.values():
-        size *= len(choices)
-    if size == len(held):
+    if prod(map(len, seen.values())) == len(held):
         return [tuple(f"{n}={'|'.join(c)}" for n, c in seen.items() if set(c) != full[n])]
     # Not a product: fix one variant and say the rest for each of its choices.
     name = next(n for n, choices in seen.items() if len(choices) > 1)

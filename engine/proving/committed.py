@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.documents import plain
+from engine.language.documents import flat, plain, tree_of
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.search import find_file, search_folders
 from engine.proving.forth import LEAST
 from engine.proving.holdings import parts_of
-from engine.proving.meaning import VERSION, flat, meaning_of, text_of, tree
+from engine.proving.meaning import VERSION, meaning_of, text_of
 from engine.proving.meaning import Path as KeyPath
 from engine.proving.proof import Check, Failure, check_of
 from engine.storage.replacing import write_file
@@ -53,7 +53,7 @@ def write_meaning(name: str | Path) -> Path:
     layout = find_file(mapping.layout, "layout")
     if layout.parent.parent in file.parents:  # the mapping's neighbour, and nobody else's
         path_of(layout).parent.mkdir(exist_ok=True)
-        facts = tree(layout_facts(plain(load_yaml(layout).data)))
+        facts = tree_of(layout_facts(plain(load_yaml(layout).data)))
         text = _HEAD + text_of({"meaning": VERSION, "layout": mapping.layout, **facts})
         write_file(path_of(layout), text.encode(), overwrite=True, ours=is_meaning)
     return path
@@ -70,7 +70,7 @@ def committed_text(mapping: MappingFile) -> str:
     changed = {p: v for p, v in after.items() if p not in before or before[p] != v}
     inside = {p[:end] for p in after for end in range(1, len(p))}  # what holds more now than one value
     changed |= {p: GONE for p in before if p not in after and p not in inside}
-    beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree(changed)})
+    beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree_of(changed)})
     return min(whole, beside, key=len)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from engine.errors import EngineError
 from engine.formats.headers import dense_strides
 from engine.language.axes import Axes, extent
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.names import Pattern
 from engine.planning.boxes import Part, Region, regions
 from engine.planning.copies import Copy, intersect
 from engine.planning.stored import Instance, instances
 from engine.proving.proof import Failure
-from engine.proving.tiny import guess_sizes, settle
+from engine.proving.tiny import choices_text, guess_sizes, settle
 
 # A claim of a tensor: its positions, and the tensor and positions that they are paired with.
 Claim = tuple["np.ndarray", str, "np.ndarray"]
@@ -37,9 +37,8 @@ def counter_examples(mapping: MappingFile, combinations: Sequence[Mapping[str, s
             told = list(_unpaired(active, sizes))
         except (EngineError, KeyError):
             continue
-        where = ", ".join(f"{name}={choice}" for name, choice in choices.items())
         for message, place in told:
-            found.setdefault(message, Failure(message, place, where or None))
+            found.setdefault(message, Failure(message, place, choices_text(choices) or None))
     return list(found.values())
 
 
@@ -59,7 +58,7 @@ def _unpaired(active: Sequence[Instance], sizes: Mapping[str, int]) -> Iterator[
             for target, _, others in whole:
                 targets.setdefault(target, [])
                 for copy in _copies(held, others):
-                    at, to = _positions(copy)
+                    at, to = positions(copy)
                     sources[called].append((at, target, to))
                     targets[target].append((to, called, at))
     yield from _told(targets, shapes, places, "comes from", "comes from nowhere")
@@ -101,7 +100,7 @@ def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
     """Pieces that a rule drops on purpose count as claimed."""
     for region in held:
         if any(axis in region.box for axis in instance.rule.drop):
-            at, to = _positions(_copies_of(region))
+            at, to = positions(_copies_of(region))
             yield at, "", to
 
 
@@ -110,7 +109,7 @@ def _copies_of(region: Region) -> Copy:
     return copy if copy is not None else Copy(0, 0, 0, 0, (0,), (1,), (1,))
 
 
-def _positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
+def positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
     """The flat positions that a copy pairs, on either side."""
     at = np.full((1,) * len(copy.shape), copy.source_offset)
     to = np.full((1,) * len(copy.shape), copy.target_offset)

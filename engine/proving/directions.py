@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.documents import tree_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, render_tree
 from engine.language.keys import Key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern
 from engine.planning.config_keys import Side as Keys
 from engine.planning.config_keys import read_config
@@ -130,16 +130,4 @@ def _value_or_why(expression: Expression, names: Mapping[str, Any]) -> Any:
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted paths as a tree; what is absent is left out."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        if value is OMIT:
-            continue
-        *above, last = path.split(".")
-        at = tree
-        for name in above:
-            below = at.setdefault(name, {})
-            if not isinstance(below, dict):
-                below = at[name] = {}
-            at = below
-        at[last] = value
-    return tree
+    return tree_of({tuple(path.split(".")): value for path, value in flat.items() if value is not OMIT})

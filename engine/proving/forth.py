@@ -9,8 +9,7 @@ from typing import Any
 from engine.language.declared import expressions_of
 from engine.language.expressions import OMIT, compile_expression, names_in
 from engine.language.keys import find_key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.planning.attempts import claims
 from engine.planning.config_keys import Side, as_declared, leaves, source_side
 from engine.planning.facts import present_in, render_known
@@ -36,9 +35,8 @@ class Forth(Direction):
 
     @cached_property
     def expressions(self) -> list[Expression]:
-        variants = [dict(v.choices) for v in self.mapping.variants.values()]
-        remote = self.mapping.remote_code.auto_map if self.mapping.remote_code is not None else {}
-        return list(expressions_of([dict(self.mapping.dims), variants, self.mapping.config, dict(remote)]))
+        variants = [v.choices for v in self.mapping.variants.values()]
+        return list(expressions_of([self.mapping.dims, variants, self.mapping.config, self.mapping.remote_code]))
 
     def closure(self, name: str) -> frozenset[str]:
         mapping = self.mapping
@@ -164,10 +162,8 @@ class Forth(Direction):
         made = {key: value_of(tree, names) for key, tree in mapping.config.items()}
         made = as_declared({k: v for k, v in made.items() if v is not OMIT}, mapping.keys.get("target", {}))
         found |= {f"config.json {path}": value for path, value in leaves(made)}
-        if mapping.remote_code is not None:
-            auto = {key: value_of(tree, names) for key, tree in mapping.remote_code.auto_map.items()}
-            found |= {f"auto_map {key}": value for key, value in auto.items() if value is not OMIT}
-        return found
+        auto = {key: value_of(tree, names) for key, tree in (mapping.remote_code or {}).items()}
+        return found | {f"auto_map {key}": value for key, value in auto.items() if value is not OMIT}
 
 
 def _holders(path: str) -> list[str]:

@@ -18,14 +18,13 @@ from engine.errors import EngineError
 from engine.explaining.copy_text import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.expressions import evaluate
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.names import Pattern
 from engine.language.rules import STORED
 from engine.planning.copies import Copy, swap
 from engine.planning.model import Plan
 from engine.planning.stored import Instance, instances
-from engine.proving.counterexamples import moves_of
+from engine.proving.counterexamples import moves_of, positions
 from engine.proving.matrix import Case, cases, combinations_of
 from engine.proving.proof import Failure
 from engine.proving.symbolic import reverse_of
@@ -207,7 +206,7 @@ def _ranks(held: Held, plan: Plan) -> str:
     for rank, _, _, copies in held:
         mask = masks[tuple((dim, number) for dim, number in rank if dim in dims)].reshape(-1)
         for copy in copies:
-            mask[_positions(copy)] = True
+            mask[positions(copy)[1]] = True
     told = {at: _box(mask) if mask.any() else "" for at, mask in masks.items()}
     while fewer := [less for dim in dims if (less := _without(told, dim))]:
         told = min(fewer, key=len)
@@ -222,13 +221,6 @@ def _without(told: Mapping[Coordinates, str], dim: str) -> dict[Coordinates, str
         if rest == at or found.setdefault(rest, box) != box:
             return None
     return found
-
-
-def _positions(copy: Copy) -> np.ndarray:
-    at = np.full((1,) * len(copy.shape), copy.target_offset)
-    for axis, (size, stride) in enumerate(zip(copy.shape, copy.target_strides, strict=True)):
-        at = at + np.arange(size).reshape([-1 if i == axis else 1 for i in range(len(copy.shape))]) * stride
-    return at.ravel()
 
 
 def _box(mask: np.ndarray) -> str:
@@ -249,14 +241,11 @@ def _ranges(held: Any) -> str:
 
 def _stages(plan: Plan) -> str:
     """Which layers each stage has, in the order of the layers."""
-    stages, staged = plan.stages, plan.grid.staged
-    told = []
-    for place, start in sorted(stages.starts.items(), key=lambda one: one[1]):
-        chunk, *ranks = place
-        at = [f"chunk{chunk}"] if stages.chunks > 1 else []
-        at += [f"{dim}{rank}" for dim, rank in zip(staged, ranks, strict=True)]
-        told.append(f"{start}:{start + stages.counts[place]}" + (f" at {' '.join(at)}" if at else ""))
-    return ", ".join(told)
+    stages = plan.stages
+    alone = stages.chunks == 1 and not stages.dims
+    listed = sorted(stages.starts.items(), key=lambda one: one[1])
+    told = ((f"{start}:{start + stages.counts[one]}", stages.name(one)) for one, start in listed)
+    return ", ".join(layers if alone else f"{layers} at {name}" for layers, name in told)
 
 
 def _gathered(ranks: Mapping[str, str]) -> dict[str, str]:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from engine.checkpoint.hf_folder import read_hf_folder
-from engine.errors import EngineError
+from engine.errors import EngineError, shape_text
 from engine.formats.configs import encode_config
 from engine.language.expressions import names_in
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
@@ -176,7 +175,7 @@ def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: 
         there, array = wanted[name], got[name]
         output = places[name][1]
         if array.shape != there.shape:
-            told = f"`{name}` is {' × '.join(map(str, array.shape))}, not {' × '.join(map(str, there.shape))}"
+            told = f"`{name}` is {shape_text(array.shape)}, not {shape_text(there.shape)}"
             yield Failure(told, output.place, where)
         elif name not in changed and array.tobytes() != there.tobytes():
             at = np.unravel_index(int(np.flatnonzero(array.ravel() != there.ravel())[0]), there.shape)

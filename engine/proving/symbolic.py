@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from engine.errors import shape_text
+from engine.explaining.lattice import Lattice
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.boxes import Region
 from engine.planning.copies import Copy, swap
@@ -157,36 +158,20 @@ def _untiled(side: Side, groups: Sequence[Group]) -> Iterator[str]:
         for held, replicas in zip(side.place(group), group.shards.values(), strict=True):
             header = replicas[0].header
             at = 0
-            for low, high in sorted(run for _, region in held for run in _runs(region)):
+            for low, high in sorted(run for _, region in held for run in _addresses(region).runs()):
                 if low != at:
                     told = "two boxes hold" if low < at else "no box holds"
-                    yield f"{told} element {min(low, at)} of {header.name} ({' × '.join(map(str, header.shape))})"
+                    yield f"{told} element {min(low, at)} of {header.name} ({shape_text(header.shape)})"
                     return
                 at = high
             if at != math.prod(header.shape):
-                yield f"no box holds element {at} of {header.name} ({' × '.join(map(str, header.shape))})"
+                yield f"no box holds element {at} of {header.name} ({shape_text(header.shape)})"
                 return
 
 
-def _runs(region: Region) -> Iterator[Interval]:
-    """The contiguous address ranges of a region.
-
-    >>> list(_runs(Region({"a": (1, 3), "b": (0, 4)}, 0, {"a": 8, "b": 1})))
-    [(8, 12), (16, 20)]
-    """
-    base = region.base
-    axes: list[tuple[int, int]] = []
-    for name, (low, high) in region.box.items():
-        base += low * region.strides[name]
-        if high - low > 1:
-            axes.append((region.strides[name], high - low))
-        elif high <= low:
-            return
-    axes.sort()
-    length = 1
-    while axes and axes[0][0] == length:
-        length *= axes.pop(0)[1]
-    starts = [base]
-    for stride, size in axes:
-        starts = [start + i * stride for start in starts for i in range(size)]
-    yield from ((start, start + length) for start in starts)
+def _addresses(region: Region) -> Lattice:
+    """The addresses of a region's elements."""
+    base = region.base + sum(low * region.strides[name] for name, (low, _) in region.box.items())
+    return Lattice(
+        base, tuple((region.strides[n], high - low) for n, (low, high) in region.box.items() if high > low + 1)
+    )

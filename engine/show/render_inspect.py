@@ -14,7 +14,7 @@ from engine.show.text import amount, shown, table, title
 if TYPE_CHECKING:
     from engine.discover.fits import Fit
     from engine.discover.inspect import Inspection
-    from engine.language.model import Mapping as MappingFile
+    from engine.language.model import MappingFile
 
 _WORDS = {"layer": "layers", "groups": "key/value heads", "vocab": "vocabulary", "expert": "experts"}
 _CHOICE = {
