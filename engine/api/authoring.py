@@ -106,13 +106,6 @@ def new_mapping(
     return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
 
 
-def format_mapping(text: str) -> str:
-    """A mapping file in its usual form: keys in order, long rules in block form, comments kept."""
-    from engine.language.format import format_mapping as reformat
-
-    return reformat(text)
-
-
 def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
     """The files that paths stand for; of a folder, every mapping and layout below it.
 

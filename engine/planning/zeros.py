@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.checkpoint.ranks import whole_grid
-from engine.formats.headers import FileHeader, TensorHeader
+from engine.formats.headers import FileHeader, TensorHeader, dense_strides
 from engine.language.axes import Axes, Axis
 from engine.language.names import pattern
 from engine.planning.groups import Cut, Group
@@ -13,7 +13,6 @@ from engine.planning.pieces import Key, source_pieces
 from engine.planning.sides import Side
 from engine.planning.source import Source
 from engine.planning.stored import Instance, Stored
-from engine.planning.whole import contiguous
 from engine.storage.store import File
 from engine.storage.virtual import VirtualFile, VirtualState, VirtualStore
 
@@ -36,7 +35,7 @@ def padded(source: Source) -> Source:
             held = Instance(f"zeros.{one.key}.{'.'.join(names)}", one.rule, None, axes, (pattern("zeros"),), ())
             shape = tuple(sizes[axis] for axis in names)
             dtype = next(dtypes[name.text] for name, _ in one.targets if name.text in dtypes)
-            header = TensorHeader("zeros", dtype, shape, contiguous(shape), 0)
+            header = TensorHeader("zeros", dtype, shape, dense_strides(shape), 0)
             groups.append(Group(held, {}, Cut(), {(): (Stored(len(checkpoint.files), header, "zeros", 0),)}))
             keys[held.key, piece] = (f"{one.rule.name}.{one.param}", piece)
     if not groups:

@@ -12,13 +12,13 @@ from itertools import product
 import numpy as np
 
 from engine.errors import EngineError
+from engine.formats.headers import dense_strides
 from engine.language.axes import Axes, extent
 from engine.language.model import MappingFile
 from engine.language.names import Pattern
 from engine.planning.boxes import Part, Region, regions
 from engine.planning.copies import Copy, intersect
 from engine.planning.stored import Instance, instances
-from engine.planning.whole import contiguous
 from engine.proving.proof import Failure
 from engine.proving.tiny import choices_text, guess_sizes, settle
 
@@ -73,7 +73,7 @@ def _tensors(
     counts = [range(1 if p == "layer" else sizes[p]) for p in name.placeholders]
     for values in product(*counts):
         fixed = dict(zip(name.placeholders, values, strict=True))
-        yield name.format(fixed), shape, regions(axes, sizes, contiguous(shape), fixed=fixed)
+        yield name.format(fixed), shape, regions(axes, sizes, dense_strides(shape), fixed=fixed)
 
 
 def _copies(held: Sequence[Region], others: Sequence[Region]) -> Iterator[Copy]:

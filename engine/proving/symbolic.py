@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from engine.errors import shape_text
 from engine.explaining.lattice import Lattice
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.boxes import Box, Region, common
@@ -23,7 +23,6 @@ from engine.planning.model import Plan
 from engine.planning.planner import make_plan
 from engine.planning.request import Request
 from engine.planning.sides import Side
-from engine.planning.whole import contiguous
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World
@@ -42,7 +41,7 @@ def _file(name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Fil
     headers: list[TensorHeader] = []
     offset = 0
     for tensor, dtype, shape in tensors:
-        headers.append(TensorHeader(tensor, dtype, shape, contiguous(shape), offset))
+        headers.append(TensorHeader(tensor, dtype, shape, dense_strides(shape), offset))
         offset += math.prod(shape) * ITEM_SIZES[dtype]
     return FileHeader(File(VirtualStore("memory"), name), offset, tuple(headers), name)
 
