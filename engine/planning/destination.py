@@ -11,8 +11,7 @@ from engine.checkpoint.ranks import counts_of, expected_files, points, stage_dim
 from engine.errors import EngineError
 from engine.language.axes import extent
 from engine.language.expressions import evaluate
-from engine.language.model import FilePattern, Layout, Mode
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import FilePattern, Layout, MappingFile, Mode
 from engine.language.names import pattern
 from engine.language.rules import STORED
 from engine.planning.groups import cut_of

@@ -11,8 +11,7 @@ from engine.checkpoint.ranks import counts_of, stage_dims
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
-from engine.language.model import Layout, Mode
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile, Mode
 from engine.language.names import Pattern
 from engine.planning.destination import Destination, cut_layers, destination_names, mode_of, ranks_of
 from engine.planning.request import Request

@@ -10,8 +10,7 @@ from typing import Any
 
 from engine.errors import EngineError, printable
 from engine.language.expressions import names_in
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
 from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of
 from engine.planning.model import Plan

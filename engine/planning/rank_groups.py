@@ -7,7 +7,7 @@ from itertools import product
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError
-from engine.formats.headers import Part, TensorHeader
+from engine.formats.headers import Part, TensorHeader, dense_strides
 from engine.language.axes import extent
 from engine.language.model import FilePattern
 from engine.language.names import Pattern, pattern
@@ -15,7 +15,6 @@ from engine.planning.destination import Destination, check_cuts, file_of, flag, 
 from engine.planning.groups import Cut, Group, cut_of
 from engine.planning.stages import Indices, file_numbers, shared_out
 from engine.planning.stored import Instance, Stored
-from engine.planning.whole import contiguous
 
 Order = tuple[int, ...]
 _Holder = tuple[
@@ -113,7 +112,7 @@ class RankGroups:
                 at = part.starts
             else:
                 local = shape(at)
-            yield ranks, at, local, contiguous(local), part
+            yield ranks, at, local, dense_strides(local), part
 
     def _home(self, instance: Instance, fixed: Mapping[str, int]) -> tuple[int, dict[str, int], dict[str, int]]:
         """The chunk of a tensor, the ranks that it is bound to, and the numbers in its name there."""

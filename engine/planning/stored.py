@@ -8,8 +8,7 @@ from typing import Literal
 
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.axes import Axes
-from engine.language.model import Layout, Rule
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile, Rule
 from engine.language.names import PARAMS, Pattern, pattern
 
 End = Literal["training", "whole"]  # of a mapping: rank files, or a Hugging Face checkpoint

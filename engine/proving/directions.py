@@ -10,8 +10,7 @@ from engine.errors import EngineError
 from engine.language.documents import tree_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, render_tree
 from engine.language.keys import Key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern
 from engine.planning.config_keys import Side as Keys
 from engine.planning.config_keys import read_config

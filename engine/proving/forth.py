@@ -9,8 +9,7 @@ from typing import Any
 from engine.language.declared import expressions_of
 from engine.language.expressions import OMIT, compile_expression, names_in
 from engine.language.keys import find_key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.planning.attempts import claims
 from engine.planning.config_keys import Side, as_declared, leaves, source_side
 from engine.planning.facts import present_in, render_known

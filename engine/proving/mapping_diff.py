@@ -13,7 +13,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
 
 if TYPE_CHECKING:
-    from engine.language.model import Mapping
+    from engine.language.model import MappingFile
     from engine.proving.diff import MappingDiff
     from engine.proving.revisions import Revision
 
@@ -101,13 +101,13 @@ def _read(revision: Revision | None, top: Path, name: PurePosixPath) -> str | No
     return (top / name).read_text("utf-8") if os.path.isfile(top / name) else None
 
 
-def _load(revision: Revision | None, top: Path, name: PurePosixPath) -> Mapping | None:
+def _load(revision: Revision | None, top: Path, name: PurePosixPath) -> MappingFile | None:
     if revision is not None:
         return revision.load(name)
     return load_mapping(top / name) if os.path.isfile(top / name) else None
 
 
-def _parent(revision: Revision | None, top: Path, name: PurePosixPath) -> Mapping | None:
+def _parent(revision: Revision | None, top: Path, name: PurePosixPath) -> MappingFile | None:
     """What a new mapping extends."""
     if revision is not None:
         return revision.parent_of(name)

@@ -19,8 +19,7 @@ from engine.errors import EngineError
 from engine.language.documents import flat, plain, tree_of
 from engine.language.keys import Key, Limits
 from engine.language.layout_file import load_layout
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.proving.holdings import holdings, origins
 from engine.proving.matrix import Combination, combinations_of
 from engine.proving.proof import Failure

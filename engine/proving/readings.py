@@ -12,8 +12,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.expressions import compile_expression
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.variants import decide
 from engine.proving.back import Back
 from engine.proving.directions import Direction

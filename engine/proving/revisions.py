@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from engine.errors import EngineError, Place
 from engine.language.loader import load_text
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping
+from engine.language.model import MappingFile
 
 _MAX_PARENTS = 8
 
@@ -67,7 +67,7 @@ class Revision:
         listed = (self._git("ls-tree", "-r", "--name-only", "-z", self._commit, "mappings/") or "").split("\0")
         return [p for p in listed if p.endswith(".yaml")]
 
-    def load(self, path: PurePosixPath) -> Mapping | None:
+    def load(self, path: PurePosixPath) -> MappingFile | None:
         """The mapping resolved over its parents of that revision; None when it is not there.
 
         Raises:
@@ -101,7 +101,7 @@ class Revision:
             return
         self._put(root, target, found[0], found[1], left - 1)
 
-    def parent_of(self, path: PurePosixPath) -> Mapping | None:
+    def parent_of(self, path: PurePosixPath) -> MappingFile | None:
         """What a mapping extends, in that revision; None when it extends nothing that is there."""
         parent = load_text(self.read(path) or "{}", f"{self.name}:{path}").data.get("extends")
         found = self._parent(path, parent) if isinstance(parent, str) else None

@@ -16,7 +16,7 @@ from engine.show.text import amount, duration, note, shown, shows, table, times,
 
 if TYPE_CHECKING:
     from engine.comparing.verify import Verified
-    from engine.language.model import Mapping as MappingFile
+    from engine.language.model import MappingFile
     from engine.run.execute import Report
 
 
