@@ -58,10 +58,10 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     if is_done(work, output.written, mine):
         return 0
     moved, jobs = loaded_part(saved, mine, positioned=output.written.positioned)
-    check_runnable(moved, how.workers, how.max_memory, 0, output.buffer)
+    check_runnable(moved, how, 0, output.buffer)
     store = output.join()
     try:
-        written = write_part(moved, jobs, store, workers=how.workers, max_memory=how.max_memory, listener=how.progress)
+        written = write_part(moved, jobs, store, how)
         if isinstance(store, Upload):
             store.complete()
         write_marker(work, store, mine, written)

@@ -91,7 +91,7 @@ def execute(
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
-    check_runnable(compiled, how.workers, how.max_memory, small.memory, output.buffer)
+    check_runnable(compiled, how, small.memory, output.buffer)
     check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]
     files = dict(small.files)
@@ -114,17 +114,8 @@ def execute(
             done = take_parts(compiled, store, written).done
             make_later(threading.Event())
         else:
-            done = write_weights(
-                compiled,
-                store,
-                workers=how.workers,
-                max_memory=how.max_memory,
-                listener=listen,
-                digests=how.digests,
-                resume=how.resume,
-                beside=[] if later is None else [make_later],
-                beside_memory=small.memory,
-            ).done
+            told_too, beside = replace(how, progress=listen), [] if later is None else [make_later]
+            done = write_weights(compiled, store, told_too, beside=beside, beside_memory=small.memory).done
         told_of = [(o.name, o.shape, o.nbytes, done[n].digest) for n, o in enumerate(compiled.outputs)]
         notices += filter(None, [only_zeros(told_of)])
         data = manifest(compiled, done, files)
