@@ -79,7 +79,7 @@ def write_weights(
     _write_index(plan, store)
     if folder is not None:
         (folder / JOURNAL).unlink(missing_ok=True)
-    return Written(writer.done)
+    return Written(writer.done, kept=meter.kept)
 
 
 def write_part(work: Work, jobs: Sequence[Job], store: Store, how: Running) -> Written:
