@@ -55,7 +55,7 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
         else:
             held: list[Any] = [{}] if any(other.startswith(f"{path}.") for other in base) else []
             held += [_GIVEN] if kind == "training" and not held else []
-            tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path), *held])
+            tried[path] = others(path, usual, side.side.keys, [*compared.get(path, ()), *side.edges(path), *held])
     few = {
         path: path.startswith(("tensors.", "choice.", "training."))
         or path in grid
