@@ -9,6 +9,8 @@ from typing import Any
 
 from engine.checkpoint.ranks import counts_of, stage_dims
 from engine.errors import EngineError
+from engine.language.declared import expressions_of
+from engine.language.expressions import compile_expression
 from engine.language.model import Layout, MappingFile, Mode
 from engine.language.names import Pattern
 from engine.planning.destination import Destination, cut_layers, mode_of, ranks_of
@@ -54,9 +56,11 @@ def like_of(source: Source) -> Like:
     )
 
 
-def laid_out_as(other: Like, own: Like) -> Like:
-    """How another checkpoint is laid out, with what the source's own tensors are, where they tell."""
-    training = {**own.training, **other.training}
+def laid_out_as(other: Like, own: Like, mapping: MappingFile) -> Like:
+    """How another checkpoint is laid out, with what the source's own tensors and model are, where they tell."""
+    paths = (path for one in expressions_of(mapping.config) for path in compile_expression(one).paths)
+    models = {path.split(".")[1] for path in paths if path.startswith("training.")}
+    training = {**own.training, **{key: value for key, value in other.training.items() if key not in models}}
     return replace(other, choices=own.choices or other.choices, spelt=own.spelt or other.spelt, training=training)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.formats.dcp_files import Saved
 from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
@@ -17,7 +17,7 @@ from engine.language.model import ConfigFile
 from engine.language.names import pattern
 from engine.planning.agreement import check_returns
 from engine.planning.attempts import claims
-from engine.planning.config_keys import declared
+from engine.planning.config_keys import declared, shown
 from engine.planning.destination import Destination
 from engine.planning.facts import present_in, render_known
 from engine.planning.likeness import Like, destination_of, spellings_of
@@ -83,6 +83,8 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     )
     if source.checkpoint.end != "training":
         _check_again(source, written, destination)
+    else:
+        _check_kept(source, destination)
     return written
 
 
@@ -146,6 +148,22 @@ def training_text(destination: Destination) -> dict[str, Any]:
     """What the layout writes of the training configuration."""
     rendered: dict[str, Any] = render_tree(destination.layout.training_write, destination.counts())
     return rendered
+
+
+def _check_kept(source: Source, destination: Destination) -> None:
+    """E216 for the first key of the model's configuration that the training configuration says and would not again."""
+    before = render_known(source.mapping.config, source.names)
+    after = render_known(source.mapping.config, {**source.names, "training": training_text(destination)})
+    lost = next((key for key in {**before, **after} if before.get(key) != after.get(key)), None)
+    if lost is not None:
+        raise EngineError(
+            "E216",
+            f"`{lost}` would be lost",
+            place=Place(source.layout.training_file or source.layout.config_file),
+            got=f"{lost}: {shown(after.get(lost))}, as what is written would be read",
+            expected=shown(before.get(lost)),
+            fix="Let `training.write` of the layout write what the mapping reads of the training configuration.",
+        )
 
 
 def _check_again(source: Source, written: Written, destination: Destination) -> None:
