@@ -19,7 +19,7 @@ from engine.explaining.words import (
     slice_sentences,
     slice_text,
 )
-from engine.planning.boxes import Interval
+from engine.planning.boxes import Interval, volume
 from engine.planning.groups import Group
 from engine.planning.model import Output, Plan
 from engine.planning.sides import Shard
@@ -71,7 +71,7 @@ def explain(plan: Plan, asked: str) -> Explanation:
     words += sorted(told)
     notes += output_notes(output)
     # By count: the plan proved that boxes are disjoint.
-    wanted, got = sum(one.volume() for one in selected), sum(one.elements for one in flows)
+    wanted, got = sum(volume(one.box) for one in selected), sum(one.elements for one in flows)
     if wanted != got:
         raise EngineError(
             "E901", "an explanation does not cover what was asked for", got=f"{got} elements", expected=f"{wanted}"
@@ -171,7 +171,7 @@ def _explained(plan: Plan, one: Stored, window: Window, places: dict[tuple[int, 
             same = plan.outputs[tied.same_as].name
             notes.append(f"it would be {tied.output.name}, which is tied to {same}: compared, not written")
     for axis, why in rule.drop.items():
-        lost = sum(spot.volume() for spot in selected if axis in spot.box)
+        lost = sum(volume(spot.box) for spot in selected if axis in spot.box)
         if lost:
             notes.append(f"dropped: {lost} elements of `{axis}`: {why}")
     return Explained(asked, rule.name, str(rule.place), tuple(words), tuple(flows), tuple(notes))
@@ -208,12 +208,12 @@ def flow(plan: Plan, held: tuple[Group, Shard], target: Tensor, found: list[Link
                 index_texts(link.target, link.box),
                 dict(link.box),
                 tuple(order_sentences(link)),
-                link.volume(),
+                volume(link.box),
             )
             for link in found[:SHOWN]
         ),
         len(found),
-        sum(link.volume() for link in found),
+        sum(volume(link.box) for link in found),
         in_bytes(runs, header),
         count,
         tuple(plan.files[one.file].name for one in shard.replicas if one is not first),
@@ -223,7 +223,7 @@ def flow(plan: Plan, held: tuple[Group, Shard], target: Tensor, found: list[Link
 def hull(found: list[tuple[Spot, Link]]) -> list[Interval]:
     """The smallest slice of a tensor that holds all links to spots of it."""
     result: list[Interval] = []
-    for dim in range(len(found[0][0].bases)):
+    for dim in range(len(found[0][0].dims)):
         lattices = [spot.positions(dim, link.box) for spot, link in found]
         ends = [one.start + sum(stride * (size - 1) for stride, size in one.steps) for one in lattices]
         result.append((min(one.start for one in lattices), max(ends) + 1))

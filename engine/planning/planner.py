@@ -71,7 +71,7 @@ def make_plan(
         written = whole_outputs(source, asked)
     else:
         own = like_of(source)
-        written = rank_outputs(source, asked, own if like is None else laid_out_as(other, own))
+        written = rank_outputs(source, asked, own if like is None else laid_out_as(other, own, mapping))
     departures = check_release(mapping, source.side.sizes, strict=asked.strict)
     return Plan(
         mapping=mapping,

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import nodes
 
 from engine.errors import Place, meant
+from engine.language.allowed import dotted
 from engine.language.declared import every_expression
 from engine.language.documents import values_in
 from engine.language.expressions import compile_expression
@@ -18,7 +19,6 @@ from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import PARAMS, pattern
 from engine.planning.config_keys import declared, leaves
 from engine.proving import targets
-from engine.proving.probes import dotted
 from engine.proving.proof import Finding
 
 _NEAR = 0.8

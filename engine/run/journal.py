@@ -25,8 +25,7 @@ import xxhash
 from engine.errors import EngineError, Place
 from engine.language.version import __version__
 from engine.move.reader import Reader
-from engine.planning.digest import digest_of_plan
-from engine.planning.model import Plan
+from engine.planning.model import Plan, digest_of_plan
 from engine.run.schedule import Job
 from engine.storage.json_text import parse_json
 from engine.storage.sources import SourceFiles
