@@ -119,10 +119,8 @@ def _functions(
     yield Relation("clipped", f"cut off {bounds}"), lambda x, y: bool(np.array_equal(x, np.clip(y, low, high)))
     lost = (x == 0) & (y != 0)
     if lost.mean() > _ZEROS:
-        yield (
-            Relation("changed", f"pruned: {lost.mean():.1%} of the elements are zero, the others as they were"),
-            _pruned,
-        )
+        words = f"pruned: {lost.mean():.1%} of the elements are zero, the others as they were"
+        yield Relation("changed", words), lambda x, y: bool(((x == 0) | (x == y)).all())
     if len(np.unique(y)) < _TELLING:
         return
     for words, function in (*_POWERS.items(), *_bits_read(types)):
@@ -166,10 +164,6 @@ def _bits_read(types: tuple[str, str]) -> Iterator[tuple[str, Callable[[np.ndarr
 def _viewed(values: np.ndarray, kind: np.dtype[Any], *, swapped: bool = False) -> np.ndarray:
     bits = values.view(f"u{kind.itemsize}")
     return (bits.byteswap() if swapped else bits).view(kind).astype(float)
-
-
-def _pruned(x: np.ndarray, y: np.ndarray) -> bool:
-    return bool(((x == 0) | (x == y)).all())
 
 
 def _rising(x: np.ndarray, y: np.ndarray) -> bool:
