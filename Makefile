@@ -77,13 +77,11 @@ FUZZ_MINUTES ?= 10
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ_MINUTES)
 
-# Every attack in every carrier; then kills runs at so many random moments, and sees that nothing is lost.
+# Every test at full depth, with its files on a disk; then kills runs at so many random moments, and sees that nothing is lost.
 SOAK_KILLS ?= 200
 soak: setup
-	TMPDIR=$${TMPDIR:-/tmp} ALL_STORES=1 $(BIN)/python -m pytest -q tests/storage tests/run
+	TMPDIR=$${TMPDIR:-/tmp} SOAK=1 $(BIN)/python -m pytest -q --timeout 1200
 	$(BIN)/python -m tests.slurm
-	ALL_ATTACKS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/commands/test_hostile_input.py
-	ALL_PEERS=1 ALL_MUTANTS=1 $(BIN)/python -m pytest -q tests/test_benchmarks.py tests/proving/test_mutations.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 	$(BIN)/python -m tests.score
 	$(BIN)/python -m tests.clients

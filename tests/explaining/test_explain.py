@@ -24,6 +24,7 @@ from engine.explaining.sources import explain_source
 from engine.explaining.targets import explain
 from engine.formats.headers import ITEM_SIZES
 from tests.language import test_features as words
+from tests.support.depth import examples
 from tests.support.families import model_of, save_family
 from tests.support.shards import Model, save
 
@@ -88,7 +89,7 @@ def read(plan: Any, file: str, ranges: Any) -> bytes:
 # -- it is true
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_bytes_of_an_element_are_where_it_says(
     made: dict[str, tuple[Any, dict[str, torch.Tensor]]], data: st.DataObject
@@ -107,7 +108,7 @@ def test_the_bytes_of_an_element_are_where_it_says(
     assert (f"{output.name}", str(index)) in {(f.target.name, f.target.slice) for f in back.flows}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_bytes_of_a_slice_are_those_of_its_elements(
     made: dict[str, tuple[Any, dict[str, torch.Tensor]]], data: st.DataObject
