@@ -131,7 +131,8 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         known = list(error.schema.get("properties", {}))
         extra = [key for key in error.instance if key not in known]
         return [
-            _extra(key, known, where, document.place(*path, key), like=number < _LIKE) for number, key in enumerate(extra)
+            _extra(key, known, where, document.place(*path, key), like=number < _LIKE)
+            for number, key in enumerate(extra)
         ]
     elif error.validator == "required":
         missing = _missing(error)

@@ -61,7 +61,7 @@ class _Begun:
     worlds: Sequence[World]
 
 
-def _shared(mapping: MappingFile) -> str:
+def shared_rules(mapping: MappingFile) -> str:
     """What a round trip depends on: mappings that say the same of it are proved together."""
     parts = ("rules", "dims", "variants", "ignore", "refuse", "config", "training_config", "source")
     return json.dumps([mapping.resolved.get(part) for part in parts], default=str, sort_keys=True)
@@ -81,7 +81,7 @@ def prove(
             failures = [Failure.of(one) for one in errors]
             found[number] = Proof(str(name), (check_of("loads", "the file is a mapping", failures),))
             continue
-        groups.setdefault(_shared(mapping), []).append((number, mapping))
+        groups.setdefault(shared_rules(mapping), []).append((number, mapping))
     meter = Meter(len(names), progress, "proving", "mappings")
     listed = sorted(groups.values(), key=_work, reverse=True)  # so that no long one is begun last
     members = [[mapping for _, mapping in group] for group in listed]
@@ -161,7 +161,7 @@ def _prove(
     worlds = Worlds(mapping)
     possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
     tried: list[Mutant] = []
-    key = _shared(mapping)
+    key = shared_rules(mapping)
     if key in proven.names:
         checks.append(Check(ROUND_TRIP, True, f"the rules of {proven.names[key]}, proved there"))
     else:
