@@ -1,6 +1,6 @@
 """The engine beside `cp -r` of the same bytes and beside its peers: time, memory, and whether targets are met.
 
-    python -m benchmarks.bench [--scenes small,large,disk,fixed,footprint,virtual] [--gb 3] [--rounds 5] [--json FILE]
+    python -m benchmarks.bench [--scenes small,large,disk] [--gb 3] [--rounds 5] [--json FILE]
 
 Scenes:
     small       every case and every peer, in memory-backed storage, --gb in size
@@ -8,6 +8,7 @@ Scenes:
     disk        the tp merge on a disk, from a cold cache to stable storage, --disk-gb in size
     fixed       `engine plan` of many files, `engine lint` of all mappings
     virtual     reading without converting: open, serve and mount beside real files, --gb in size
+    cold        the same on a disk, from a cold cache
     footprint   peak memory for 3, 8 and 200 GB of sparse files
 
 Only ratios within one run mean anything. Progress goes to stderr, the tables to stdout as Markdown.
@@ -31,10 +32,10 @@ from benchmarks.measure import file_system, machine
 from benchmarks.rounds import Result, run_group, run_scene
 from benchmarks.shapes import slice_of
 from benchmarks.table import table
-from benchmarks.targets import DISK, FIXED, FOOTPRINT, LARGE, SMALL, VIRTUAL, judged, verdicts
+from benchmarks.targets import COLD, DISK, FIXED, FOOTPRINT, LARGE, SMALL, VIRTUAL, judged, verdicts
 from benchmarks.ways import Bench
 
-SCENES = (SMALL, LARGE, DISK, FIXED, FOOTPRINT, VIRTUAL)
+SCENES = (SMALL, LARGE, DISK, FIXED, FOOTPRINT, VIRTUAL, COLD)
 SIZES = (3, 8, 8)  # GB of the scenes that convert, as the targets mean them
 _MEMORY = Path("/dev") / "shm"
 
@@ -106,14 +107,14 @@ def measured(given: argparse.Namespace) -> Iterator[Result]:
         with folder_in(given.dir) as work:
             yield footprint.result(work, [float(gb) for gb in given.footprint_gb.split(",")])
 
-    def unconverted() -> Iterator[Result]:
-        with folder_in(given.dir) as work:
+    def unconverted(scene: str, base: Path) -> Iterator[Result]:
+        with folder_in(base) as work:
             for group in virtual.groups(work, slice_of(given.gb * 1e9)):
-                yield run_group(VIRTUAL, group, given.rounds, disk=False)
+                yield run_group(scene, group.only(given.only), given.rounds, disk=scene == COLD)
 
     scenes: dict[str, Callable[[], Iterator[Result]]] = {
         SMALL: small, LARGE: large, DISK: disk, FIXED: fixed, FOOTPRINT: sparse,
-        VIRTUAL: unconverted,
+        VIRTUAL: lambda: unconverted(VIRTUAL, given.dir), COLD: lambda: unconverted(COLD, given.disk_dir),
     }  # fmt: skip
     for scene in given.scenes:
         yield from scenes[scene]()
@@ -122,7 +123,7 @@ def measured(given: argparse.Namespace) -> Iterator[Result]:
 def main() -> None:
     given = arguments()
     facts: dict[str, Any] = machine() | {"file_systems": {"dir": file_system(given.dir)}}
-    if DISK in given.scenes:
+    if {DISK, COLD} & set(given.scenes):
         facts["file_systems"]["disk"] = file_system(given.disk_dir)
     print(", ".join(f"{name} {value}" for name, value in facts.items() if not isinstance(value, dict)))
     print(", ".join(f"{name}: {value}" for name, value in facts["file_systems"].items()) + "\n")

@@ -2,7 +2,9 @@
 
     python -m benchmarks.dcp [MB] [FOLDER]
 
-The checkpoint is there twice, as `.distcp` files and as torch's Hugging Face writer saves it, both of eight ranks.
+The checkpoint has the widths of Llama 3 8B, and as many layers as fit; with WIDTHS=small those of a model of 0.5B,
+which has ten times as many boxes in as many bytes. It is there twice, as `.distcp` files and as torch's Hugging Face
+writer saves it, both of eight ranks.
 Each program is a process of its own: `cp -r`, the engine, torch's `dcp_to_torch_save`, the loop that people write (load
 everything, then `save_file`), and torch's consolidation of Hugging Face shards. Then the checkpoint loses a file, or a
 box of a tensor, or one of its boxes says that its rows lie twice as far apart.
@@ -14,6 +16,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,12 +24,16 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
+SMALL = os.environ.get("WIDTHS") == "small"
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"],
+    "num_key_value_heads": 8, "tie_word_embeddings": False,
+    **({"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 32000} if SMALL else
+       {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256}),
 }  # fmt: skip
-LAYER_MB = 24  # of one layer in bfloat16
+LAYER_MB, ENDS_MB = (24, 131) if SMALL else (436, 2101)  # in bfloat16: a layer; embedding and head
 RANKS = 8
 TORCH = """
 import sys
@@ -58,7 +65,7 @@ def make(folder: Path, megabytes: int) -> None:
 
     import engine
 
-    config = {**CONFIG, "num_hidden_layers": max(1, (megabytes - 131) // LAYER_MB)}
+    config = {**CONFIG, "num_hidden_layers": max(1, (megabytes - ENDS_MB) // LAYER_MB)}
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).state_dict()
     for name in ("hf", "shards"):
@@ -136,13 +143,14 @@ def _without_a_box_of_shards(path: Path) -> None:
 
 
 def wrong_stride(folder: Path) -> None:
-    """Let the first box of 1024 columns say that its rows lie 2048 elements apart, with the checksum that fits."""
+    """Let the first box as wide as the model say that its rows lie twice as far apart, with the checksum that fits."""
+    true, twice = (struct.pack("<cH3s", b"M", n * CONFIG["hidden_size"], b"K\x01\x86") for n in (1, 2))
     path = folder / "__0_0.distcp"
     data = path.read_bytes()
-    stride = data.index(b"M\x00\x04K\x01\x86")  # (1024, 1), as a pickle has it
+    stride = data.index(true)  # (width, 1), as a pickle has it
     begin, end = data.rindex(b"\x80\x02ctorch", 0, stride), data.index(b".", stride) + 1
     pickled = data[begin:end]
-    wrong = pickled.replace(b"M\x00\x04K\x01\x86", b"M\x00\x08K\x01\x86", 1)
+    wrong = pickled.replace(true, twice, 1)
     crcs = [zlib.crc32(one).to_bytes(4, "little") for one in (pickled, wrong)]
     path.write_bytes(data[:begin] + wrong + data[end:].replace(*crcs, 2))
 
@@ -168,7 +176,7 @@ def main() -> int:
     if sys.argv[1:2] == ["make"]:
         make(Path(sys.argv[3]), int(sys.argv[2]))
         return 0
-    megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as name:
         folder, out = Path(name), Path(name) / "out"
         made_apart(folder, megabytes)

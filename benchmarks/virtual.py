@@ -43,7 +43,7 @@ def groups(work: Path, shape: Shape) -> Iterator[Group]:
             report = work / "report.json"
             command = (sys.executable, "-m", "benchmarks.virtual", str(report), name, str(step), str(model), str(work))
             if "mount" not in name or os.path.exists("/dev/fuse"):
-                ways.append(Way(name, command, step, shape.nbytes, work / "out", shape.nbytes, report))
+                ways.append(Way(name, command, work, shape.nbytes, work / "out", shape.nbytes, report))
         yield Group("read" if found is READING else "logits", title, tuple(ways))
 
 

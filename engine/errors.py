@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 CODES: dict[str, str] = {
@@ -144,6 +145,36 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def rounded(number: float) -> str:
+    """A number of parameters as people say it.
+
+    >>> rounded(7_737_708_544), rounded(297_056), rounded(512)
+    ('7.74 billion', '297,056', '512')
+    """
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,.0f}"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """
+    >>> shape_text((4096, 64)), shape_text(())
+    ('4096 × 64', 'a scalar')
+    """
+    return " × ".join(map(str, shape)) or "a scalar"
+
+
+def meant(name: str, known: Iterable[str], otherwise: str | None = None, least: float = 0.6) -> str | None:
+    """The near name as what to do, or what else to do.
+
+    >>> meant("hiden", ["hidden", "layer"]), meant("x", [], "Declare it.")
+    ('Did you mean `hidden`?', 'Declare it.')
+    """
+    near = get_close_matches(name, list(known), 1, least)
+    return f"Did you mean `{near[0]}`?" if near else otherwise
+
+
 def printable(text: str) -> str:
     """Visible text of one line, of a length that a message can hold."""
     return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
@@ -233,6 +264,11 @@ class EngineError(Exception):
         self.expected = expected
         self.fix = fix
 
+    @property
+    def errors(self) -> list[EngineError]:
+        """The error itself, or all of several."""
+        return [self]
+
     def __str__(self) -> str:
         return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
@@ -266,7 +302,11 @@ class EngineErrors(EngineError):
         super().__init__(
             first.code, first.message, place=first.place, got=first.got, expected=first.expected, fix=first.fix
         )
-        self.errors = list(errors)
+        self._errors = list(errors)
+
+    @property
+    def errors(self) -> list[EngineError]:
+        return self._errors
 
     def __str__(self) -> str:
         return "\n\n".join(str(error) for error in self.errors)
@@ -309,10 +349,8 @@ class Errors:
         """What is raised inside is kept, and what follows goes on."""
         try:
             yield
-        except EngineErrors as several:
-            self.found += several.errors
         except EngineError as error:
-            self.found.append(error)
+            self.found += error.errors
 
     def check(self) -> None:
         """Raise what was kept: one error as itself, several as `EngineErrors`."""

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.model import Mapping
+from engine.language.documents import flat, tree_of
+from engine.language.model import MappingFile
 from engine.proving.changes import tensor_changes, value_changes
 from engine.proving.committed import committed, differences, read_meaning
 from engine.proving.lint import lint
-from engine.proving.meaning import Meaning, facts_of, flat, meaning_of, tree
+from engine.proving.meaning import Meaning, facts_of, meaning_of
 from engine.proving.meaning import Path as KeyPath
 from engine.proving.trying import rebuilt
 
@@ -113,7 +114,7 @@ class Outcome:
     comment: str | None
 
 
-def edits_of(mapping: Mapping) -> Iterator[Edit]:
+def edits_of(mapping: MappingFile) -> Iterator[Edit]:
     """Every edit that applies to a family, each once."""
     seen: list[Data] = [_plain(mapping.resolved)]
     for what, change in _changes(seen[0]):
@@ -314,12 +315,12 @@ def _plain(tree: Any) -> Any:
 class Known:
     """What the workflow compares an edit with: the mapping before it, its meaning, and what is committed of that."""
 
-    mapping: Mapping
+    mapping: MappingFile
     meaning: Meaning
     committed: dict[KeyPath, Any]
 
 
-def known_of(mapping: Mapping) -> Known:
+def known_of(mapping: MappingFile) -> Known:
     rebuilt(mapping, _plain(mapping.resolved))  # else every edit would seem to be told by loading
     found = committed(mapping)
     return Known(mapping, meaning_of(mapping), {} if found is None else read_meaning(found[1]))
@@ -339,7 +340,7 @@ def outcome(known: Known, edit: Edit) -> Outcome:
     comment: str | None = None
     now: Meaning = {}
     for name, facts in groupby(facts_of(edited), key=lambda fact: fact[0][0]):  # what is quickly known comes first
-        part = tree(dict(facts))[name]
+        part = tree_of(dict(facts))[name]
         now |= {} if part in ({}, [], None) else {name: part}
         before = {key: known.meaning.get(key, {}) for key in (*now, name)}
         if red is None:

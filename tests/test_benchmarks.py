@@ -208,7 +208,13 @@ def test_every_target_is_of_a_way_that_is_measured(tmp_path: Path, monkeypatch: 
         (FIXED, "plan", way.name) for way in planning(tmp_path, replace(TINY, layers=16, groups=64, heads=64)).ways
     }
     sparse = {("footprint", "run", f"{gb:g} GB") for gb in map(float, arguments([]).footprint_gb.split(","))}
-    known = small | merge | fixed | sparse | {("virtual", "read", name) for name in virtual.READING}
+    known = (
+        small
+        | merge
+        | fixed
+        | sparse
+        | {(scene, "read", name) for name in virtual.READING for scene in ("virtual", "cold")}
+    )
     for target in TARGETS:
         if isinstance(target, Target):
             for figure in (target.figure, target.against):

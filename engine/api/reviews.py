@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.api.plans import plan
 from engine.errors import EngineError
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed
@@ -55,8 +55,8 @@ def explain(
     Raises:
         EngineError: E001 for a name or a slice that is not there, else as for `plan`.
     """
-    from engine.explaining.sources import explain_source
-    from engine.explaining.targets import explain as forward
+    from engine.explaining.tensors import explain as forward
+    from engine.explaining.tensors import explain_source
 
     check_type("what", what, str)
     compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
@@ -143,7 +143,7 @@ def compare(
         EngineError: E2xx and E3xx when either cannot be read, E402 when replicas of a training checkpoint differ.
     """
     from engine.assets.bundle import make_assets
-    from engine.comparing.sides import compare_sides, read_side
+    from engine.comparing.comparison import compare_sides, read_side
     from engine.run.meter import Meter
     from engine.run.replicas import compare_replicas
     from engine.storage.places import found_at
@@ -232,10 +232,11 @@ def view(
     Raises:
         EngineError: E401 when `out` exists, else as for `plan`.
     """
-    from engine.show.page import is_page, view_page, write_page
-    from engine.storage.replacing import check_file_free, given_path
+    from engine.show.page import is_page, view_page
+    from engine.storage.replacing import check_file_free, given_path, write_file
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
-    return write_page(view_page(compiled), file, overwrite=overwrite)
+    page = view_page(plan(mapping, src, config=config, settings=settings, dtype=dtype)).encode()
+    write_file(file, page, overwrite=overwrite, ours=is_page)
+    return {"out": str(file), "bytes": len(page)}

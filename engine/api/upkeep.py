@@ -1,4 +1,4 @@
-"""The public functions that explain codes and the system, and that tidy up."""
+"""The public functions that tidy up, and that tell of the system."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ from pathlib import Path
 def clean(out: str | Path) -> list[Path | str]:
     """Remove what interrupted runs left beside an output; returns what was removed.
 
-    In an object store that is uploads that are pending below the output's prefix: files that are not visible yet.
+    In an object store that is uploads that are pending at the output's prefix, and objects that the engine wrote there,
+    unless they are a whole output. Other outputs below the prefix are left alone.
     """
     from engine.storage.objects import ObjectStore
     from engine.storage.output import clean as remove
-    from engine.storage.pending import end_uploads
+    from engine.storage.pending import clean as remove_objects
     from engine.storage.places import on_this_machine, store_at
 
     store = store_at(out, "the output")
     if isinstance(store, ObjectStore):
-        return [*end_uploads(store)]
+        from engine.language.layout_file import load_layout
+        from engine.language.names import pattern
+        from engine.language.search import layout_names
+        from engine.run.manifest import NAME
+
+        modes = [mode for name in layout_names() for mode in load_layout(name).modes]
+        nested = [pattern(file.name) for mode in modes for file in mode.files if "/" in file.name]
+
+        def ours(name: str) -> bool:
+            return "/" not in name or any(one.match(name) is not None for one in nested)
+
+        return [*remove_objects(store, ours, NAME)]
     return [*remove(on_this_machine(store, "the output"))]
 
 
@@ -65,10 +77,3 @@ def environment() -> dict[str, str]:
             facts[name] = "not installed"
     named = ("ENGINE_MAPPINGS", "ENGINE_DEBUG", "TMPDIR")
     return facts | {name: os.environ[name] for name in named if name in os.environ}
-
-
-def explain_code(code: str) -> str:
-    """What an error or lint code means and what to do, as Markdown; E001 for a code that is none."""
-    from engine.explaining.codes import explain_code as page
-
-    return page(code)

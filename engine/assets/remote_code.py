@@ -59,7 +59,7 @@ def read_code(plan: Plan, folder: Path | None) -> Code | None:
     modules = {name: _parse(folder / name) for name in _list(folder)}
     auto_map: dict[str, str] = {}
     needed: set[str] = set()
-    for auto, wanted in render_tree(remote.auto_map, plan.names).items():
+    for auto, wanted in render_tree(remote, plan.names).items():
         file = _file_of(str(wanted), modules, folder)
         needed.add(file)
         auto_map[auto] = f"{file.removesuffix('.py')}.{wanted}"
@@ -82,7 +82,7 @@ def remote_facts(plan: Plan, code: Code | None) -> dict[str, Any] | None:
     remote = plan.mapping.remote_code
     if remote is None:
         return None
-    auto_map = render_tree(remote.auto_map, plan.names)
+    auto_map = render_tree(remote, plan.names)
     special = [auto for auto in auto_map if auto.startswith("AutoModelFor")]
     return {
         "patterns": PATTERNS,

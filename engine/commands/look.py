@@ -44,9 +44,12 @@ def mappings(as_json: bool, /) -> None:
     """
     from engine import api
     from engine.show import render_inspect
+    from engine.storage.json_text import as_data
 
     found = api.mappings()
-    answer(as_json, render_inspect.mappings_data(found), lambda: render_inspect.mappings(found))
+    told = ("name", "version", "layout", "description", "expect", "files")
+    data = {"mappings": [{name: as_data(getattr(one, name)) for name in told} for one in found]}
+    answer(as_json, data, lambda: render_inspect.mappings(found))
 
 
 @click.command()
@@ -93,8 +96,8 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
       engine view -m internlm2-7b -s ckpt/20000 -o view.html
     """
     from engine import api
-    from engine.show import render
     from engine.show.screenshot import is_picture, screenshot
+    from engine.show.text import amount
     from engine.storage.replacing import check_file_free, given_path
 
     mapping = chosen(mapping, src, options["config"], quiet=as_json)
@@ -104,7 +107,7 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
     if png is not None:
         screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0, overwrite=options["overwrite"])
         done["png"] = png
-    answer(as_json, done, lambda: f"wrote {done['out']}, {render.amount(done['bytes'])}")
+    answer(as_json, done, lambda: f"wrote {done['out']}, {amount(done['bytes'])}")
 
 
 @click.command()

@@ -63,7 +63,7 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
 
     findings = api.lint(files)
     if as_json or form == "json":
-        answer(True, render_review.findings_data(findings), str)
+        answer(True, {"findings": [finding.as_dict() for finding in findings]}, str)
     elif form == "github":
         say(render_review.github(findings), raw=True, nl=bool(findings))
     else:
@@ -103,8 +103,10 @@ def prove(
         api.write_meanings(mappings)
     with progress(show=not as_json, doing="proving") as listener:
         proofs = api.prove(mappings, mutants=mutants, progress=listener)
-    answer(as_json, render_prove.proofs_data(proofs), lambda: render_prove.proofs(proofs))
-    if not all(proof.holds for proof in proofs):
+    holds = all(proof.holds for proof in proofs)
+    data = {"holds": holds, "proofs": [proof.as_dict() for proof in proofs]}
+    answer(as_json, data, lambda: render_prove.proofs(proofs))
+    if not holds:
         ctx.exit(1)
 
 
@@ -172,13 +174,14 @@ def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
     from engine.language.documents import plain
     from engine.language.search import find_file
     from engine.show import render
+    from engine.show.text import read_text
 
     if as_json:
         answer(True, plain(api.load_mapping(mapping).resolved), str)
     elif resolved:
         say(render.resolved(api.load_mapping(mapping)), nl=False, raw=True)
     else:
-        say(render.read_text(find_file(mapping)), nl=False, raw=True)
+        say(read_text(find_file(mapping)), nl=False, raw=True)
 
 
 @click.command("format")
@@ -195,12 +198,13 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
       engine format --diff mappings
     """
     from engine import api
-    from engine.show import render, render_review
+    from engine.show import render_review
+    from engine.show.text import read_text
 
     changed: dict[str, tuple[str, str]] = {}
     paths = api.mapping_files(files)
     for file in paths:
-        before = render.read_text(file)
+        before = read_text(file)
         after = api.format_mapping(before)
         if after != before:
             changed[str(file)] = before, after

@@ -1,14 +1,58 @@
-"""Two checkpoints compared: what is compared, what was found, and what it means."""
+"""Two checkpoints compared whole: each a Hugging Face checkpoint, or what a mapping makes of a training checkpoint."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.comparing.diagnoses import fold_verdicts
+from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
+from engine.comparing.diagnoses import diagnose, fold_verdicts
 from engine.comparing.effects import Difference
+from engine.comparing.settings import CONFIG, TOKENIZER, compare_settings, small_files
+from engine.comparing.tensors import compare_tensors
 from engine.comparing.verdict import Verdict
+from engine.errors import EngineError
+from engine.formats.headers import FileHeader
+from engine.planning.model import Plan
+from engine.storage.json_text import as_data
+from engine.storage.store import File, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of two checkpoints.
+
+    Attributes:
+        tensors: files, or the plan that says what they would be.
+        small: the files beside the weights by name; None for a weight file given alone.
+        training: whether a plan stands for it.
+    """
+
+    tensors: Sequence[FileHeader] | Plan
+    config: Mapping[str, Any]
+    small: Mapping[str, bytes] | None
+
+    @property
+    def training(self) -> bool:
+        return isinstance(self.tensors, Plan)
+
+    @property
+    def nbytes(self) -> int:
+        if isinstance(self.tensors, Plan):
+            return self.tensors.nbytes
+        return sum(tensor.nbytes for file in self.tensors for tensor in file.tensors)
+
+    @property
+    def dtype(self) -> str | None:
+        """The element type of its first tensor, as configurations say it."""
+        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+        if isinstance(self.tensors, Plan):
+            types = [output.dtype for output in self.tensors.outputs]
+        else:
+            types = [tensor.dtype for file in self.tensors for tensor in file.tensors]
+        return next((names[dtype] for dtype in types if dtype in names), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +89,61 @@ class Comparison:
             "equal_after_casting": self.same(allow_cast=True),
             "counts": dict(Counter(verdict.kind for verdict in self.verdicts)),
             "diagnoses": list(self.diagnoses),
-            "differences": [difference.as_dict() for difference in self.differences],
+            "differences": as_data(self.differences),
             "unchecked": list(self.unchecked),
             "rows": fold_verdicts(self.verdicts),
             "tensors": [verdict.as_dict() for verdict in self.verdicts],
         }
+
+
+def read_side(where: Store | File, planned: Callable[[], tuple[Plan, Mapping[str, bytes]]] | None) -> Side:
+    """One side of a comparison.
+
+    Args:
+        planned: makes a plan of a training checkpoint, and the small files that would be written; None
+            without a mapping.
+
+    Raises:
+        EngineError: E304 for what is no Hugging Face checkpoint, where there is no mapping; E2xx and E3xx.
+    """
+    try:
+        files = read_hf_folder(where)
+    except EngineError as error:
+        if error.code != "E304" or isinstance(where, File):
+            raise
+        if planned is None:
+            error.fix = f"{error.fix} A training checkpoint is compared by what a mapping makes of it: give --mapping."
+            raise
+        plan, small = planned()
+        return Side(plan, plan.config, small)
+    return Side(files, read_hf_config(where), None if isinstance(where, File) else small_files(where))
+
+
+def compare_sides(
+    out: Side, ref: Side, names: tuple[str, str], advance: Callable[[int], None] = lambda _: None
+) -> Comparison:
+    """Compare everything that makes two models."""
+    differences: tuple[Difference, ...] = ()
+    unchecked: list[str] = []
+    if out.small is None or ref.small is None:
+        unchecked.append("only tensors were compared: a weight file was given, and not its folder")
+    else:
+        small = [dict(out.small), dict(ref.small)]
+        for one, other, training in ((0, 1, out.training), (1, 0, ref.training)):
+            if training and not small[one].keys() & set(TOKENIZER):  # training keeps none; another's is no mistake
+                small[other] = {name: data for name, data in small[other].items() if name not in TOKENIZER}
+        differences = compare_settings(small[0], small[1], dtypes=(out.dtype, ref.dtype))
+        for what, files in (("configuration", (CONFIG,)), ("tokenizer", TOKENIZER)):
+            if not any(side.keys() & set(files) for side in small):
+                unchecked.append(f"the {what} was not compared: there is none on either side")
+    verdicts = compare_tensors(out.tensors, ref.tensors, [out.config, ref.config], advance)
+    if any(verdict.kind == "equal" and verdict.other is not None for verdict in verdicts):
+        differences = tuple(map(_without_effect, differences))
+    return Comparison(*names, verdicts, diagnose(verdicts), differences, tuple(unchecked))
+
+
+def _without_effect(one: Difference) -> Difference:
+    """A head that is tied on one side and stored, equal to the embedding, on the other is the same function."""
+    if one.what != "tie_word_embeddings":
+        return one
+    return replace(one, grade="told", effect="the head that is stored equals the embedding, so nothing changes")

@@ -32,16 +32,6 @@ class Difference:
     def __str__(self) -> str:
         return f"{self.part}: {self.what} is {self.out}, the reference's is {self.ref}: {self.effect}"
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "part": self.part,
-            "what": self.what,
-            "out": self.out,
-            "ref": self.ref,
-            "effect": self.effect,
-            "grade": self.grade,
-        }
-
 
 _SHAPE = "the weights do not fit, or are split differently"
 _TRAINING: tuple[str, Grade] = ("only training reads it", "told")

@@ -12,17 +12,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import Any
 
 import numpy as np
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.move.blocks import Block, output_blocks
 from engine.move.reader import Reader
 from engine.move.values import check_transform
-from engine.move.views import dense_strides
 from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
 from engine.run.replicas import compare_replicas, replica_bytes
@@ -84,8 +82,8 @@ class Differing:
     name: str
     file: str
     what: str
-    rule: str
-    place: str
+    rule: str | None
+    place: str | None
     index: tuple[int, ...] | None = None
     source: tuple[str, ...] = ()
 
@@ -95,24 +93,13 @@ class Differing:
         rule = f" (rule `{self.rule}`, {self.place}{from_})" if self.rule else ""
         return f"{self.name} {self.what}{at}{rule}"
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "file": self.file,
-            "what": self.what,
-            "rule": self.rule or None,
-            "place": self.place or None,
-            "index": None if self.index is None else list(self.index),
-            "source": list(self.source),
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class AgainstSource:
     """What was compared with the source, and which tensors differ, in the plan's order."""
 
     tensors: int
-    nbytes: int
+    bytes: int
     sample: str | None
     differing: tuple[Differing, ...]
     more: int = 0  # differing tensors that are not listed
@@ -129,16 +116,6 @@ class AgainstSource:
         wrong = len(self.differing) + self.more + len(self.extra)
         told = f"{wrong} tensors are not what the source gives" if wrong else "as the source gives them"
         return f"{self.tensors} tensors against the source ({self.sample or 'every element'}): {told}"
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "tensors": self.tensors,
-            "bytes": self.nbytes,
-            "sample": self.sample,
-            "differing": [one.as_dict() for one in self.differing],
-            "more": self.more,
-            "extra": list(self.extra),
-        }
 
 
 def source_bytes(plan: Plan, sample: Sample) -> int:
@@ -190,7 +167,8 @@ def _header_differs(
     output = plan.outputs[index]
 
     def differing(what: str, file: str) -> Differing:
-        return Differing(output.name, file, what, output.rule, output.place, source=_sources(plan, plan.copies(index)))
+        sources = _sources(plan, plan.copies(index))
+        return Differing(output.name, file, what, output.rule or None, output.place or None, source=sources)
 
     if place is None:
         return differing("is missing", "")
@@ -289,4 +267,4 @@ class _Comparing:
         index = tuple(int(i) for i in np.unravel_index(self._first, output.shape)) if output.shape else ()
         what = f"differs from the source in {self._count} of {self.nbytes // ITEM_SIZES[output.dtype]} elements"
         sources = _sources(self._plan, self._copies, self._first)
-        return Differing(output.name, file, what, output.rule, output.place, index, sources)
+        return Differing(output.name, file, what, output.rule or None, output.place or None, index, sources)

@@ -9,8 +9,8 @@ from typing import Any
 from engine.comparing.verdict import Kind, Verdict
 from engine.discover.changes import changes_of
 from engine.discover.geometry import geometry_of, is_number
+from engine.discover.levels import Relation
 from engine.discover.relate import Search
-from engine.discover.rows import Relation
 from engine.discover.sides import Sides, as_matrix
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.move.tensors import Tensors
@@ -37,21 +37,15 @@ def compare_tensors(
         EngineError: E301, E305 or E405 when a file fails while it is read.
     """
     with Tensors(out, ref) as tensors:
-        return _Comparer(tensors, tensors.sides[0], tensors.sides[1], configs, advance).run()
+        return _Comparer(tensors, configs, advance).run()
 
 
 class _Comparer:
     """One comparison. `found` holds the verdicts there are so far."""
 
-    def __init__(
-        self,
-        tensors: Tensors,
-        out: dict[str, View],
-        ref: dict[str, View],
-        configs: Sequence[Mapping[str, Any]],
-        advance: Callable[[int], None],
-    ) -> None:
-        self.tensors, self.out, self.ref, self.configs, self.advance = tensors, out, ref, configs, advance
+    def __init__(self, tensors: Tensors, configs: Sequence[Mapping[str, Any]], advance: Callable[[int], None]) -> None:
+        self.tensors, self.configs, self.advance = tensors, configs, advance
+        self.out, self.ref = tensors.sides
         self.found: dict[str, Verdict] = {}
 
     def run(self) -> tuple[Verdict, ...]:

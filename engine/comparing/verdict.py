@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.discover.rows import Kind as RelationKind
+from engine.discover.levels import Kind as RelationKind
 
 Kind = Literal[RelationKind, "equal", "cast", "swapped", "copied", "missing", "extra"]
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
+from engine.formats.headers import ITEM_SIZES, TensorHeader
+from engine.move.values import all_finite
+from engine.run.digests import ALGORITHM, content_id, listed, only_zeros
 from engine.run.manifest import NAME, read_manifest
-from engine.run.written import check_written, extra_files, nothing_read
+from engine.run.written import check_index, extra_files, read_contents
+from engine.storage.json_text import as_data
 from engine.storage.places import on_this_machine
 from engine.storage.store import Store
 
@@ -27,8 +32,10 @@ class Verified:
     """What was checked of an output, and everything that is wrong with it.
 
     Attributes:
+        tensors, files, nbytes: what was found as it was written, or was told to be wrong.
         read: tensors whose contents were compared with digests.
         unchecked: what was not checked, and why.
+        values: what is odd in the tensors, though it is as it was written, in words.
         manifest: whether there was a manifest to compare with; if not, nothing was compared with it.
         source, model, logits: what else was asked for.
     """
@@ -40,13 +47,15 @@ class Verified:
     problems: tuple[str, ...]
     read: int = 0
     unchecked: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
     manifest: bool = True
     source: AgainstSource | None = None
     model: Loaded | None = None
     logits: Logits | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        more = {"source": self.source, "model": self.model, "logits": self.logits}
+        logits = None if self.logits is None else self.logits.as_dict()
+        more = {"source": as_data(self.source), "model": as_data(self.model), "logits": logits}
         return {
             "tensors": self.tensors,
             "files": self.files,
@@ -55,8 +64,9 @@ class Verified:
             "contents": self.read,
             "problems": list(self.problems),
             "unchecked": list(self.unchecked),
+            "values": list(self.values),
             **({} if self.manifest else {"manifest": False}),
-            **{name: one.as_dict() for name, one in more.items() if one is not None},
+            **{name: one for name, one in more.items() if one is not None},
         }
 
     def and_also(self, *problems: str, unchecked: Sequence[str] = (), **more: Any) -> Verified:
@@ -123,18 +133,19 @@ def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], No
 
         logits = compare_logits(on_this_machine(folder, "--logits"), asked.source, asked.settings, progress)
         found = found.and_also(*logits.problems, logits=logits)
-    nothing = nothing_read([found.read > 0, found.source is not None, found.logits is not None, asked.load])
-    return found if nothing is None or found.problems else found.and_also(nothing)
+    if found.read or found.source is not None or found.logits is not None or asked.load or found.problems:
+        return found
+    return found.and_also(
+        "no tensor's content was checked: there are no digests to compare with. Give --src and --mapping to compare "
+        "with the source, or --logits"
+    )
 
 
 def _of_manifest(
     folder: Store, known: Mapping[str, Any] | None, asked: Asked, advance: Callable[[int], None]
 ) -> Verified:
     if known is not None:
-        told = check_written(folder, known, advance)
-        return Verified(
-            told.tensors, told.files, told.nbytes, told.content_id, told.problems, told.read, told.unchecked
-        )
+        return _check_written(folder, known, advance)
     unchecked = [f"{NAME}: there is none, so files were not compared with what was written"]
     strangers: list[str] = []
     if asked.plan is not None:
@@ -142,6 +153,37 @@ def _of_manifest(
         strangers, beside = extra_files(folder, {*files, *asked.small})
         unchecked += beside
     return Verified(0, 0, 0, "", tuple(strangers), unchecked=tuple(unchecked), manifest=False)
+
+
+def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[int], None]) -> Verified:
+    """Read every byte of an output and compare it with the manifest."""
+    tensors: Mapping[str, Any] = data["tensors"]
+    wrong: dict[str, None] = {}
+
+    def look(tensor: TensorHeader, block: memoryview) -> None:
+        if tensor.name not in wrong and not all_finite(block, tensor.dtype):
+            wrong[tensor.name] = None
+
+    found, nbytes, read, problems = read_contents(folder, data, advance, look)
+    problems += check_index(folder, tensors)
+    if not data["files"] and not any(str(entry.get("file")) + ":" in name for name, entry in tensors.items()):
+        problems.append(
+            "the manifest names no file beside the weights, such as the configuration: nothing checked them"
+        )
+    files = {*data["files"], *(str(entry.get("file")) for entry in tensors.values())}
+    strangers, unchecked = extra_files(folder, files)
+    total = content_id(found) if found and read == len(found) else ""
+    complete = data.get("digest") == ALGORITHM or "content_id" in data
+    if (total != data.get("content_id", "") or complete != bool(total)) and not problems:
+        problems.append("the content id is not that of the tensors: the manifest was changed")
+    if read < len(found):
+        which = "contents of the tensors" if not read else f"contents of {len(found) - read} tensors"
+        names = f"{which}: the manifest has no digests of them, so only names, types and shapes were compared"
+        unchecked = [names, *unchecked]
+    sizes = ((name, shape, prod(shape) * ITEM_SIZES[dtype], digest) for name, (dtype, shape, digest) in found.items())
+    values = [one for one in (listed("NaN or infinity", wrong), only_zeros(sizes)) if one is not None]
+    told = (len(found), len(files), nbytes, total, (*problems, *strangers), read, tuple(unchecked))
+    return Verified(*told, values=tuple(values))
 
 
 def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:

@@ -8,14 +8,15 @@ values really come from each other is for others to say.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from engine.discover.orders import runs_of
 from engine.discover.prints import weights
+from engine.formats.headers import dense_strides
 from engine.move.tensors import Tensors, values_of
-from engine.move.views import Box, View, dense_strides, tiles
+from engine.move.views import Box, View, tiles
 
 _TILE = 1 << 15  # elements at a time
 _SUMS = 32  # of a sketch
@@ -24,17 +25,8 @@ _TRIED = 64  # rows that are looked for before all are
 _MOST_PAIRS = 1 << 32  # of rows that are compared
 NARROWEST = 16  # elements of a row: fewer are alike by chance
 
-
-@dataclass(frozen=True, slots=True)
-class Sketch:
-    """Sketches of an array's rows and of its columns: float16, each of length 1, or zeros where all is one value."""
-
-    rows: np.ndarray
-    cols: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.rows.nbytes + self.cols.nbytes)
+# Sketches of an array's rows and of its columns: float16, each of length 1, or zeros where all is one value.
+Sketch = tuple[np.ndarray, np.ndarray]
 
 
 def take_sketch(tensors: Tensors, view: View) -> Sketch:
@@ -48,7 +40,7 @@ def take_sketch(tensors: Tensors, view: View) -> Sketch:
         found = np.where(np.isfinite(found), found, 0).astype(np.float32)
         of_rows[low:high] += found @ across[left:right]
         of_cols[left:right] += found.T @ down[low:high]
-    return Sketch(_unit(of_rows), _unit(of_cols))
+    return _unit(of_rows), _unit(of_cols)
 
 
 def _signs(count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 from engine.discover.cuts import Known, Reading, Readings, known_sizes, read_cuts
 from engine.discover.names import Observed
 from engine.discover.near import Slot, similarity
-from engine.discover.text import block, comment, rule_lines
+from engine.discover.text import block, comment, flow
 from engine.language.model import Layout
 from engine.planning.attempts import Checkpoint
 
@@ -52,7 +52,6 @@ def stand_alone(
     for stem, listed in _paired(observed, checkpoint, known).items():
         one = listed[0]
         readings, stage = _read(one, checkpoint, known)
-        notes = _notes(one, readings, stage, checkpoint, slots)
         variant = f"cut_{len(variants) + 1}" if len(readings.listed) > 1 else None
         if variant is not None:
             variants[variant] = {
@@ -60,8 +59,7 @@ def stand_alone(
                 "decide": "shapes",
                 "choices": [reading.label for reading in readings.listed],
             }
-        for note in notes:
-            rules += comment(f"decide: {note}", "  ")
+        rules += comment(f"decide: {_notes(one, readings, stage, checkpoint, slots)}", "  ")
         for reading in readings.listed:
             rule: dict[str, Any] = {"source": stem, "target": stem, "axes": _axes(reading, stem)}
             if reading.split is not None:
@@ -70,7 +68,7 @@ def stand_alone(
                 rule["stage"] = stage[0]
             if variant is not None:
                 rule = {"name": f"{stem} {reading.label}", **rule, "when": {variant: reading.label}}
-            rules += rule_lines(rule)
+            rules.append(f"  - {flow(rule)}")  # which formatting makes a block, if it is long
             used |= {word for text in reading.axes for word in text.replace("(", " ").replace(")", " ").split()}
             own |= reading.sizes or {}
     kind = checkpoint.training.get("model_type")
@@ -147,7 +145,7 @@ def _notes(
     stage: tuple[str, bool],
     checkpoint: Checkpoint,
     slots: Sequence[tuple[str, Slot]],
-) -> list[str]:
+) -> str:
     """What a person must say of one pattern."""
     best = max(((similarity(one.stem, slot), name, slot) for name, slot in slots), key=lambda b: b[0], default=None)
     told = "the target's name"
@@ -164,5 +162,5 @@ def _notes(
         notes.append(f"the stage; {stage[0]} is a guess from the name, or all ranks hold it")
     grid = checkpoint.grid
     if all(size == 1 for dim, size in grid.sizes.items() if dim not in grid.staged):
-        notes[-1] += "; what ranks would cut (`split`) does not show with one rank" if notes else ""
-    return ["; and ".join(notes)]
+        notes[-1] += "; what ranks would cut (`split`) does not show with one rank"
+    return "; and ".join(notes)

@@ -9,11 +9,11 @@ from math import prod
 import numpy as np
 
 from engine.discover.orders import runs_of
+from engine.discover.rows import MOST_NAMED, listed
 from engine.move.tensors import Tensors, common_types, deviation, unlike
 from engine.move.views import View, tiles
 
 _TILE = 1 << 16  # elements at a time
-_RUNS = 4  # stretches of rows that are named one by one
 _DENSE = 0.5  # of a block must differ, so that the block is what changed
 _NEARLY = 0.9  # of the rows or columns: all of them
 _FEW = 0.02  # of all elements may differ without a place in common
@@ -94,10 +94,10 @@ def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
         at = [int(i) for i in np.unravel_index(changes.first[0] * len(changes.cols) + changes.first[1], shape)]
         return Region(rows, cols, f"one element differs, at {at}")
     small = _DENSE * height * width <= changes.count and 2 * height * width <= total
-    if small and len(rows) <= _RUNS and len(cols) <= _RUNS:
+    if small and len(rows) <= MOST_NAMED and len(cols) <= MOST_NAMED:
         noun = "row" if len(shape) > 1 else "element"
-        parts = [_told(noun, rows)] if height < len(changes.rows) else []
-        parts += [_told("column", cols)] if width < len(changes.cols) else []
+        parts = [listed(noun, rows)] if height < len(changes.rows) else []
+        parts += [listed("column", cols)] if width < len(changes.cols) else []
         what = "a block of it differs" if len(parts) == 2 else "a part of it differs"
         if len(parts) == 1 and min(height, width) == 1:
             what = f"one {parts[0].split(' ')[0]} differs"
@@ -110,12 +110,6 @@ def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
 def said(region: Region, changes: Changes) -> str:
     """A region in words, and whether it holds no number."""
     return region.words + (", all of them NaN" if changes.nans == changes.count else "")
-
-
-def _told(noun: str, part: Sequence[tuple[int, int]]) -> str:
-    one = len(part) == 1 and part[0][1] - part[0][0] == 1
-    spans = [str(low) if high - low == 1 else f"{low}…{high - 1}" for low, high in part]
-    return f"{noun}{'' if one else 's'} {', '.join(spans)}"
 
 
 def _stretches(counts: np.ndarray) -> tuple[tuple[int, int], ...]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import EngineError
 from engine.language.mapping_file import digest_of
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
 from engine.proving.meta_model import fitted
+from engine.storage.json_text import as_data
 
 # What a mapping says that no tensor tells: of two that differ in these alone, both fit.
 _NO_TENSORS = ("name", "version", "description", "extends", "expect", "generation", "chat_template", "tokenizer")
@@ -35,20 +35,13 @@ class Fit:
     fits: bool
     code: str | None = None
     why: str = ""
-    differing: Mapping[str, tuple[int | None, int]] | None = None
-    traits: Mapping[str, str] | None = None
+    differing: Mapping[str, tuple[int | None, int]] = field(default_factory=dict)
+    traits: Mapping[str, str] = field(default_factory=dict)
     family: bool = False  # of any size
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "description": self.description,
-            "fits": self.fits,
-            "code": self.code,
-            "why": self.why,
-            "differing": {axis: list(sizes) for axis, sizes in (self.differing or {}).items()},
-            "traits": dict(self.traits or {}),
-        }
+        """The same, JSON-ready."""
+        return {name: value for name, value in as_data(self).items() if name != "family"}
 
 
 def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[MappingFile]) -> tuple[list[Fit], Plan | None]:
@@ -116,5 +109,5 @@ def traits(mapping: MappingFile) -> dict[str, str]:
 
 def differences(fits: Sequence[Fit]) -> tuple[str, ...]:
     """The traits in which mappings that fit differ."""
-    names = dict.fromkeys(name for fit in fits for name in fit.traits or {})
-    return tuple(name for name in names if len({(fit.traits or {}).get(name) for fit in fits}) > 1)
+    names = dict.fromkeys(name for fit in fits for name in fit.traits)
+    return tuple(name for name in names if len({fit.traits.get(name) for fit in fits}) > 1)

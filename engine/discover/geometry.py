@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from engine.discover.orders import Units
+from engine.errors import counted
 
 _ATTENTION = re.compile(r"attn|attention|mixer|qkv|(^|[._])w?[qkvo](_proj)?[._]")
 _OUT = re.compile(r"(^|\.)(o_proj|wo|out_proj|dense|c_proj|proj)(\.|$)")
@@ -58,6 +57,43 @@ def _positive(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What is ordered: rows, columns or elements, and what so many of them in a row are called.
+
+    Attributes:
+        noun: `row`.
+        sizes: name → how many rows: `{"head": 128, "key/value group": 512}`.
+        head: rows of a head, where rows are those of heads; None where nothing is known of heads.
+        heads: whether they are rows of heads; None where nothing is known.
+    """
+
+    noun: str
+    sizes: Mapping[str, int]
+    head: int | None = None
+    heads: bool | None = None
+
+    def block(self, size: int) -> str:
+        """
+        >>> Units("row", {"head": 8, "group": 16}).block(16)
+        '16 rows = 2 heads = 1 group'
+        """
+        told = [counted(size, self.noun)]
+        told += [counted(size // one, name) for name, one in self.sizes.items() if one > 1 and size % one == 0]
+        return " = ".join(told)
+
+    def block_noun(self, size: int) -> str:
+        """What a block of so many is called: a head, or else a block.
+
+        >>> [Units("row", {"head": 8}).block_noun(n) for n in (1, 8, 12)]
+        ['row', 'head', 'block of 12 rows']
+        """
+        if size == 1:
+            return self.noun
+        named = next((name for name, one in self.sizes.items() if one == size), None)
+        return named or f"block of {counted(size, self.noun)}"
+
+
 def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | None) -> Units:
     """What the rows (axis 0) or columns of a tensor are: rows of heads in attention, of experts in a stack of them.
 
@@ -66,8 +102,6 @@ def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | No
     >>> units_of("h.0.attn.q_proj.weight", 0, (32, 32), Geometry(4, 2, 8)).sizes
     {'head': 8, 'key/value group': 16}
     """
-    from engine.discover.orders import Units  # numpy, which reading names does not need
-
     noun = "column" if axis else "row" if len(shape) > 1 else "element"
     size = shape[-1] if axis else prod(shape[:-1]) if len(shape) > 1 else prod(shape)
     if len(shape) > 2 and axis == 0:

@@ -18,8 +18,7 @@ from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.search import layout_names, list_names, spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.stored import strip
@@ -223,8 +222,7 @@ def choose(found: Inspection) -> Fit:
     if len(fitting) == 1:
         return fitting[0]
     told = [
-        f"{fit.name}: " + ", ".join(f"{name} {(fit.traits or {}).get(name)}" for name in found.differences)
-        for fit in fitting
+        f"{fit.name}: " + ", ".join(f"{name} {fit.traits.get(name)}" for name in found.differences) for fit in fitting
     ]
     if fitting:
         raise EngineError(

@@ -1,6 +1,6 @@
 """Values that lost precision: another type and back, bits cut off, a grid of levels as quantising leaves.
 
-What all relations of values are made of stands here too.
+What all relations are made of stands here too.
 """
 
 from __future__ import annotations
@@ -29,15 +29,27 @@ GROUPS = (
     *((f"{n} elements in a row", 1, n) for n in (256, 128, 64, 32, 16)),
 )  # fmt: skip
 
-Kind = Literal["zeroed", "constant", "negated", "scaled", "shifted", "rounded", "clipped", "mapped", "changed"]
+Kind = Literal[
+    "zeroed", "constant", "negated", "scaled", "shifted", "rounded", "clipped", "mapped", "changed", "permuted",
+    "transposed", "recut", "part", "padded", "truncated", "extended", "shape", "different", "other",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
-    """A relation of values: its kind, and in words: `scaled: 2 times the reference`."""
+class Relation:
+    """What a tensor holds.
+
+    Attributes:
+        kind: in one word, as `permuted`; `other` where it is another tensor's content, whole.
+        words: in what way, as `scaled: 2 times the reference`; empty where the kind says it all.
+        other: the reference's tensor whose content it is, where that is not its own.
+        rotary: the choice of `rotary` that would have been right.
+    """
 
     kind: Kind
-    words: str
+    words: str = ""
+    other: str | None = None
+    rotary: str | None = None
 
 
 def groups(x: np.ndarray, rows: int, cols: int) -> np.ndarray | None:

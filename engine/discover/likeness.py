@@ -8,11 +8,11 @@ import numpy as np
 
 from engine.discover.alike import NARROWEST, Placed, find_alike
 from engine.discover.changes import changes_of, region_of, said
-from engine.discover.rows import Kind, Relation, own_rows
-from engine.discover.sides import Sides, as_matrix
+from engine.discover.levels import Kind, Relation
+from engine.discover.rows import own_rows
+from engine.discover.sides import Sides
 from engine.discover.values import closeness, relate_values
 from engine.errors import counted
-from engine.move.tensors import common_types
 from engine.move.views import View
 
 CLOSE = 0.1  # of its size
@@ -21,18 +21,15 @@ NEAR = 0.35  # of its size: its own values in its own places, whatever else
 
 def relate_alike(sides: Sides, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
     """Rows or columns in another order, or of another tensor, that have other values too."""
-    for other in ([name] if own is not None else []) + list(others):
-        view = as_matrix(sides.ref[other])
-        if view is None or not common_types(one.dtype, view.dtype):
-            continue
-        for axis, turned in ((0, False), (1, False), (0, True)):
-            across = one.shape[1 - axis]
-            if across < NARROWEST or across != view.shape[1 - axis if not turned else axis]:
+    for other, view, _ in sides.comparable(one, ([name] if own is not None else []) + list(others)):
+        for axis, there in ((0, 0), (1, 1), (0, 1)):
+            turned, across = axis != there, one.shape[1 - axis]
+            if across < NARROWEST or across != view.shape[1 - there]:
                 continue
             mine, theirs = sides.sketch(one), sides.sketch(view)
             if mine is None or theirs is None:
                 continue
-            order = find_alike(mine.cols if axis else mine.rows, theirs.cols if axis != turned else theirs.rows)
+            order = find_alike(mine[axis], theirs[there])
             found = None if order is None else _placed(sides, name, one, other, view, order, axis, turned=turned)
             if found is not None:
                 return found
@@ -59,7 +56,7 @@ def _placed(
     if not straight:
         plain = np.zeros(there.shape[0], bool)
         units = sides.units(name, axis)
-        found = own_rows(order, order, np.arange(there.shape[0]), noun, plain, len(order), units)
+        found = own_rows(order, order, np.arange(there.shape[0]), plain, len(order), units)
         words, kind, rotary = found.words, found.kind, found.rotary
     missing = int((order < 0).sum()) if straight else 0
     words = words or (f"{counted(missing, noun)} from elsewhere" if missing else "")

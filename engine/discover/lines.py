@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from engine.discover.levels import GROUPS, Fits, Kind, Pair, Values, groups
+from engine.discover.levels import GROUPS, Fits, Kind, Pair, Relation, groups
 
 FEWEST = 4  # elements that one factor must explain
 _FEW = 3  # factors that are named one by one
@@ -115,7 +115,7 @@ def _named(ratio: float, precision: float, sizes: Mapping[str, int]) -> tuple[fl
     return ratio, ""
 
 
-def by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Values, Fits]]:
+def by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Relation, Fits]]:
     """A factor, or a summand, of its own for each row, each column, or each of other groups."""
     for noun, rows, cols in GROUPS:
         kinds: tuple[tuple[Kind, str], ...] = (("scaled", "a factor"), ("shifted", "a summand"))
@@ -146,7 +146,7 @@ def by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Values, Fits
                 continue
             own = np.concatenate([one.reshape(-1) for one in owns])
             yield (
-                Values(kind, f"{kind}: each {noun} by {told} of its own{_told(own, some, noun, kind, precision)}"),
+                Relation(kind, f"{kind}: each {noun} by {told} of its own{_told(own, some, noun, kind, precision)}"),
                 fits,
             )
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from engine.discover.near import Nearness, Pairing
 from engine.discover.renamed import renamed_rules
-from engine.discover.text import block, comment, list_of, rule_lines, shown
+from engine.discover.text import block, comment, flow, list_of, shown
 from engine.language.expressions import names_in
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.model import Plan
 
 _EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")
@@ -73,12 +73,12 @@ def left_over(near: Nearness) -> list[str]:
         if nearest:  # the nearest, taken by deleting the #
             if not near.pairings and "#rules:" not in lines:
                 lines += ["#rules:"]
-            lines += [f"#{line}" for rule in renamed_rules(nearest[0][0], one.stem) for line in rule_lines(rule)]
+            lines += [f"#  - {flow(rule)}" for rule in renamed_rules(nearest[0][0], one.stem)]
     for slot in near.empty:
         lines += comment(f"decide: no tensor was found for {slot.sources[0]}.", "  ")
     if computed:
         lines += ["", "ignore:"]
         for one in computed:
             lines += comment("decide: a buffer by its name; is it recomputed by the target's code?", "  ")
-            lines += rule_lines({"source": one.text, "why": "recomputed from the configuration"})
+            lines.append(f"  - {flow({'source': one.text, 'why': 'recomputed from the configuration'})}")
     return lines

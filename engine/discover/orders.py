@@ -7,14 +7,14 @@ size, which permutation, within what.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+from engine.discover.geometry import Units
 from engine.discover.prints import Prints64, joined
-from engine.errors import counted
 
 _OTHER = "in another order"
 _MOST_NAMED = 6  # blocks that are named one by one
@@ -32,43 +32,6 @@ class Reading:
 
     words: str
     rotary: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Units:
-    """What is ordered: rows, columns or elements, and what so many of them in a row are called.
-
-    Attributes:
-        noun: `row`.
-        sizes: name → how many rows: `{"head": 128, "key/value group": 512}`.
-        head: rows of a head, where rows are those of heads; None where nothing is known of heads.
-        heads: whether they are rows of heads; None where nothing is known.
-    """
-
-    noun: str
-    sizes: Mapping[str, int]
-    head: int | None = None
-    heads: bool | None = None
-
-    def block(self, size: int) -> str:
-        """
-        >>> Units("row", {"head": 8, "group": 16}).block(16)
-        '16 rows = 2 heads = 1 group'
-        """
-        told = [counted(size, self.noun)]
-        told += [counted(size // one, name) for name, one in self.sizes.items() if one > 1 and size % one == 0]
-        return " = ".join(told)
-
-    def block_noun(self, size: int) -> str:
-        """What a block of so many is called: a head, or else a block.
-
-        >>> [Units("row", {"head": 8}).block_noun(n) for n in (1, 8, 12)]
-        ['row', 'head', 'block of 12 rows']
-        """
-        if size == 1:
-            return self.noun
-        named = next((name for name, one in self.sizes.items() if one == size), None)
-        return named or f"block of {counted(size, self.noun)}"
 
 
 def find_order(ours: Prints64, theirs: Prints64) -> np.ndarray | None:
@@ -169,7 +132,7 @@ def read_order(order: np.ndarray, units: Units) -> Reading:
     if len(moved) < len(local) and span not in (units.head, *units.sizes.values()):
         return Reading(_words(blocks, size, units))  # that the rest stays is no period
     noun = units.block_noun(span) if span != units.head else "head"
-    which = f"in every {noun}" if len(moved) == len(local) else f"in {noun} {_list(moved)}"
+    which = f"in every {noun}" if len(moved) == len(local) else f"in {noun} {', '.join(map(str, moved.tolist()))}"
     if _MOST_NAMED < len(moved) < len(local):
         which = f"in {len(moved)} of {len(local)} {noun}s"
     if len(local) == 1:
@@ -305,7 +268,3 @@ def runs_of(order: np.ndarray) -> list[tuple[int, int, int]]:
     joins = np.where(known[1:] & known[:-1], np.diff(order) == 1, known[1:] == known[:-1])
     edges = [0, *(np.flatnonzero(~joins) + 1).tolist(), len(order)]
     return [(low, high, int(order[low])) for low, high in pairwise(edges)]
-
-
-def _list(numbers: np.ndarray) -> str:
-    return ", ".join(str(n) for n in numbers.tolist())

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.formats.headers import dense_strides
 from engine.move.tensors import Tensors, cast_bits
-from engine.move.views import View, dense_strides, tiles
+from engine.move.views import View, tiles
 
 _TILE = 1 << 15  # elements at a time: eight bytes each
 _ODD, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
@@ -22,30 +23,27 @@ Prints64 = np.ndarray  # of uint64
 
 @dataclass(frozen=True, slots=True)
 class Prints:
-    """What identifies the rows and columns of an array.
+    """What identifies the rows (first of each pair) and the columns of an array.
 
     Attributes:
-        rows, cols: prints, by content and order.
-        row_bags, col_bags: by content alone.
-        plain_rows, plain_cols: which of them are one value throughout, and so prove nothing.
+        units: prints, by content and order.
+        bags: by content alone.
+        plain: which of them are one value throughout, and so prove nothing.
     """
 
-    rows: Prints64
-    cols: Prints64
-    row_bags: Prints64
-    col_bags: Prints64
-    plain_rows: np.ndarray
-    plain_cols: np.ndarray
+    units: tuple[Prints64, Prints64]
+    bags: tuple[Prints64, Prints64]
+    plain: tuple[np.ndarray, np.ndarray]
 
     @property
     def bag(self) -> int:
         """Equal for tensors of the same elements, in whatever order and shape."""
-        return int(self.row_bags.sum(dtype=np.uint64))
+        return int(self.bags[0].sum(dtype=np.uint64))
 
     @property
-    def plain(self) -> bool:
+    def constant(self) -> bool:
         """Whether all elements are equal."""
-        return bool(self.plain_rows.all() and self.plain_cols.all())
+        return all(plain.all() for plain in self.plain)
 
 
 def take_prints(tensors: Tensors, view: View, kind: str, order: np.ndarray | None = None) -> Prints:
@@ -57,29 +55,20 @@ def take_prints(tensors: Tensors, view: View, kind: str, order: np.ndarray | Non
     rows, cols = view.shape
     places = weights(max(rows, cols))
     across = places[:cols] if order is None else places[order]
-    found = {name: np.zeros(size, np.uint64) for name, size in
-             (("rows", rows), ("row_bags", rows), ("row_first", rows), ("cols", cols), ("col_bags", cols),
-              ("col_first", cols))}  # fmt: skip
+    units, bags, first = ((np.zeros(rows, np.uint64), np.zeros(cols, np.uint64)) for _ in range(3))
     for box in tiles(view.shape, (dense_strides(view.shape),), _TILE):
         mixed = mix(cast_bits(tensors.read(view, box), view.dtype, kind))
         (low, high), (left, right) = box
         mixed = mixed.reshape(high - low, right - left)
-        found["rows"][low:high] += mixed @ across[left:right]
-        found["row_bags"][low:high] += mixed.sum(axis=1, dtype=np.uint64)
-        found["cols"][left:right] += np.einsum("i,ij->j", places[low:high], mixed)
-        found["col_bags"][left:right] += mixed.sum(axis=0, dtype=np.uint64)
+        units[0][low:high] += mixed @ across[left:right]
+        units[1][left:right] += np.einsum("i,ij->j", places[low:high], mixed)
+        bags[0][low:high] += mixed.sum(axis=1, dtype=np.uint64)
+        bags[1][left:right] += mixed.sum(axis=0, dtype=np.uint64)
         if left == 0:
-            found["row_first"][low:high] = mixed[:, 0]
+            first[0][low:high] = mixed[:, 0]
         if low == 0:
-            found["col_first"][left:right] = mixed[0]
-    return Prints(
-        found["rows"],
-        found["cols"],
-        found["row_bags"],
-        found["col_bags"],
-        found["row_bags"] == found["row_first"] * np.uint64(cols),
-        found["col_bags"] == found["col_first"] * np.uint64(rows),
-    )
+            first[1][left:right] = mixed[0]
+    return Prints(units, bags, (bags[0] == first[0] * np.uint64(cols), bags[1] == first[1] * np.uint64(rows)))
 
 
 def take_runs(tensors: Tensors, view: View, kind: str, length: int) -> Prints64:

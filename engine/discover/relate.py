@@ -15,11 +15,12 @@ import numpy as np
 
 from engine.discover.changes import Changes, Region, changes_of, region_of, said
 from engine.discover.geometry import numbers
+from engine.discover.levels import Relation
 from engine.discover.likeness import CLOSE, NEAR, close_by, relate_alike
 from engine.discover.mixes import mixed
 from engine.discover.orders import divisors, find_order, read_loops
 from engine.discover.prints import Prints64, take_prints, take_runs
-from engine.discover.rows import MOST_NAMED, Relation, lookup, own_rows, placed, spans, telling
+from engine.discover.rows import MOST_NAMED, lookup, own_rows, placed, spans, telling
 from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
 from engine.discover.stretches import find_stretches
 from engine.discover.values import closeness, relate_values
@@ -53,9 +54,9 @@ class Search:
         one, own = as_matrix(out), None if ref is None else as_matrix(ref)
         if one is None or not one.elements:
             return None
-        kind = None if own is None else next(iter(common_types(one.dtype, own.dtype)), None)
-        if own is not None and kind is not None and ref is not None:
-            found = self._own(name, one, own, out, ref, kind)
+        kinds = () if own is None else common_types(one.dtype, own.dtype)
+        if own is not None and kinds and ref is not None:
+            found = self._own(name, one, own, out, ref, kinds[0])
             if found is not None:
                 return found
         others = [other for other in self._sides.others(name, first) if self._ref[other].elements]
@@ -78,7 +79,7 @@ class Search:
             return arranged
         values = relate_values(self._tensors, one, own, self._sides.sizes)
         if values is not None:
-            return Relation(values.kind, values.words)
+            return values
         if changes is not None and region is not None:
             return Relation("changed", said(region, changes))
         return self._blocks(one, own)
@@ -123,14 +124,12 @@ class Search:
             across = one.shape[1 - axis]
             if across < _SHORTEST or box[1 - axis] != (0, across):
                 continue
-            ours = self._sides.take(one, kind)
             low, high = box[axis]
-            part = (ours.cols if axis else ours.rows)[low:high]
+            part = self._sides.take(one, kind).units[axis][low:high]
             for other in [name, *self._sides.others(name, ())]:
                 view = as_matrix(self._ref[other])
                 if view is not None and view.dtype == one.dtype and view.shape[1 - axis] == across:
-                    theirs = self._sides.take(view, kind)
-                    order = lookup(part, theirs.cols if axis else theirs.rows, low if other == name else None)
+                    order = lookup(part, self._sides.take(view, kind).units[axis], low if other == name else None)
                     if (order >= 0).all():
                         return f"holds {spans(order, noun)} of {'the reference' if other == name else other}"
         return ""
@@ -142,27 +141,26 @@ class Search:
         if one.elements != two.elements or (one.elements > MOST_UNITS and 1 in one.shape):
             return None
         ours, theirs = self._sides.take(one, kind), self._sides.take(two, kind)
-        if ours.plain or ours.bag != theirs.bag:
+        if ours.constant or ours.bag != theirs.bag:
             return None
         if one.shape != two.shape and self._tensors.match(flat(one), flat(two)):
             return Relation("recut", f"the same elements in a row, as {' × '.join(map(str, self._out[name].shape))}")
         if one.shape == two.shape:
-            for axis, (here, there) in enumerate(((ours.rows, theirs.rows), (ours.cols, theirs.cols))):
+            for axis, (here, there) in enumerate(zip(ours.units, theirs.units, strict=True)):
                 order = find_order(here, there) if telling(here) else None
                 if order is not None:
                     return self._sides.reading(name, axis, order)
         if one.shape == two.shape[::-1] and 1 not in one.shape:
-            order = np.arange(len(ours.rows)) if np.array_equal(ours.rows, theirs.cols) else None
-            if order is not None:
+            if np.array_equal(ours.units[0], theirs.units[1]):
                 return Relation("transposed", "rows are columns")
-            order = find_order(ours.rows, theirs.cols)
+            order = find_order(ours.units[0], theirs.units[1])
             if order is not None:
                 return Relation("transposed", f"rows are columns, and {self._sides.reading(name, 0, order).words}")
-        if one.shape == two.shape and telling(ours.row_bags) and telling(ours.col_bags):
-            rows, cols = find_order(ours.row_bags, theirs.row_bags), find_order(ours.col_bags, theirs.col_bags)
+        if one.shape == two.shape and all(map(telling, ours.bags)):
+            rows, cols = map(find_order, ours.bags, theirs.bags)
             if rows is not None and cols is not None:
                 again = take_prints(self._tensors, one, kind, cols)
-                if np.array_equal(again.rows, theirs.rows[rows]):
+                if np.array_equal(again.units[0], theirs.units[0][rows]):
                     told = [self._sides.reading(name, axis, order).words for axis, order in enumerate((rows, cols))]
                     return Relation("permuted", "; ".join(told))
         return self._recut(one, two, kind)
@@ -187,7 +185,7 @@ class Search:
                 f"interleaved: ({held}) lies as ({sizes}), as slices of {parts[0]} tensor ranks joined along the "
                 "wrong axis",
             )
-        if not telling(self._sides.take(one, kind).rows):
+        if not telling(self._sides.take(one, kind).units[0]):
             return None
         return Relation("permuted", self._stretches(one, two) or _SHUFFLED)
 
@@ -200,15 +198,13 @@ class Search:
 
     def _whole(self, name: str, one: View, others: Sequence[str]) -> Relation | None:
         """All of another tensor of the reference."""
-        for other in others:
-            view = as_matrix(self._ref[other])
-            kind = None if view is None else next(iter(common_types(one.dtype, view.dtype)), None)
-            if view is None or kind is None or view.elements != one.elements:
+        for other, view, kind in self._sides.comparable(one, others):
+            if view.elements != one.elements:
                 continue
             ours, theirs = self._sides.take(one, kind), self._sides.take(view, kind)
-            if ours.plain or ours.bag != theirs.bag:
+            if ours.constant or ours.bag != theirs.bag:
                 continue
-            if one.shape == view.shape and np.array_equal(ours.rows, theirs.rows):
+            if one.shape == view.shape and np.array_equal(ours.units[0], theirs.units[0]):
                 return Relation("other", other=other)
             arranged = self._arranged(name, one, view, kind)
             if arranged is not None:
@@ -254,13 +250,11 @@ class Search:
         told: list[tuple[str, np.ndarray]] = []
         mine: Relation | None = None
         unknown = 0
-        for other in sources:
-            view = as_matrix(self._ref[other])
-            kind = None if view is None else next(iter(common_types(one.dtype, view.dtype)), None)
-            if view is None or kind is None or max(view.shape) > MOST_UNITS or view.shape[1 - axis] != across:
+        for other, view, kind in self._sides.comparable(one, sources):
+            if max(view.shape) > MOST_UNITS or view.shape[1 - axis] != across:
                 continue
             ours, theirs = self._sides.take(one, kind), self._sides.take(view, kind)
-            here, there = (ours.rows, theirs.rows) if axis == 0 else (ours.cols, theirs.cols)
+            here, there = ours.units[axis], theirs.units[axis]
             if across == 1:
                 found = self._stretch(other, here, there) if name != other or len(here) != len(there) else None
                 if found is not None:
@@ -268,16 +262,14 @@ class Search:
                 continue
             if mine is not None and numbers(other) != numbers(name):
                 break
-            plain = ours.plain_rows if axis == 0 else ours.plain_cols
-            left = ~plain if left is None else left
+            left = ~ours.plain[axis] if left is None else left
             order = np.where(left, lookup(here, there), -1)
             count = int((order >= 0).sum())
             if across < _SHORTEST or count < 2:
                 continue
             if other == name and count >= max(2, int(left.sum()) / 2):
-                plain = theirs.plain_rows if axis == 0 else theirs.plain_cols
                 units = self._sides.units(name, axis)
-                mine = own_rows(order, here, there, noun, plain, int(left.sum()), units)
+                mine = own_rows(order, here, there, theirs.plain[axis], int(left.sum()), units)
                 unknown = int(left.sum()) - count
             told.append((other, order))
             left = left & (order < 0)

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 
-from engine.discover.levels import Kind as ValueKind
-from engine.discover.orders import Units, divisors, read_order, runs_of
+from engine.discover.geometry import Units
+from engine.discover.levels import Kind, Relation
+from engine.discover.orders import divisors, read_order, runs_of
 from engine.discover.prints import Prints64
 from engine.errors import counted
+from engine.explaining.words import span
+from engine.planning.boxes import Interval
 
 MOST_NAMED = 4  # stretches that are named one by one
 _FEWEST_UNITS = 4  # different units that an order must put in place
 
-Kind = Literal[
-    ValueKind, "permuted", "transposed", "recut", "part", "padded", "truncated", "extended", "shape", "different",
-    "other",
-]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """What a tensor holds.
-
-    Attributes:
-        kind: in one word, as `permuted`; `other` where it is another tensor's content, whole.
-        words: in what way; empty where the kind says it all.
-        other: the reference's tensor whose content it is, where that is not its own.
-        rotary: the choice of `rotary` that would have been right.
-    """
-
-    kind: Kind
-    words: str = ""
-    other: str | None = None
-    rotary: str | None = None
-
 
 def own_rows(
-    order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray, telling: int, units: Units
+    order: np.ndarray, here: Prints64, there: Prints64, plain: np.ndarray, telling: int, units: Units
 ) -> Relation:
     """Rows of the same tensor in other places."""
+    noun = units.noun
     if len(here) != len(there):
         return _resized(order, here, there, noun, plain)
     known = order >= 0
@@ -139,16 +120,22 @@ def lookup(here: Prints64, there: Prints64, first: int | None = 0) -> np.ndarray
     return result
 
 
+def listed(noun: str, runs: Sequence[Interval]) -> str:
+    """
+    >>> listed("row", [(4, 7), (0, 1)]), listed("column", [(2, 3)])
+    ('rows 4…6, 0', 'column 2')
+    """
+    alone = len(runs) == 1 and runs[0][1] - runs[0][0] == 1
+    told = ", ".join(map(span, runs[:MOST_NAMED])) + (", …" if len(runs) > MOST_NAMED else "")
+    return f"{noun}{'' if alone else 's'} {told}"
+
+
 def spans(order: np.ndarray, noun: str) -> str:
     """
     >>> spans(np.array([4, 5, 6, -1, 0]), "row")
     'rows 4…6, 0'
     """
-    runs = [(start, start + high - low - 1) for low, high, start in runs_of(order) if start >= 0]
-    told = ", ".join(str(low) if low == high else f"{low}…{high}" for low, high in runs[:MOST_NAMED])
-    return f"{noun}{'' if runs and len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {told}" + (
-        ", …" if len(runs) > MOST_NAMED else ""
-    )
+    return listed(noun, [(start, start + high - low) for low, high, start in runs_of(order) if start >= 0])
 
 
 def placed(order: np.ndarray, noun: str, *, every: bool = False) -> str:
@@ -157,9 +144,5 @@ def placed(order: np.ndarray, noun: str, *, every: bool = False) -> str:
     'rows 2…3 hold 0…1'
     """
     moved = [(low, high, start) for low, high, start in runs_of(order) if start >= 0 and (every or start != low)]
-    told = ", ".join(f"{_range(low, high)} hold {_range(start, start + high - low)}" for low, high, start in moved[:4])
-    return f"{noun}s {told}" + (", …" if len(moved) > MOST_NAMED else "")
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if high - low == 1 else f"{low}…{high - 1}"
+    told = [f"{span((low, high))} hold {span((start, start + high - low))}" for low, high, start in moved[:MOST_NAMED]]
+    return f"{noun}s {', '.join(told)}" + (", …" if len(moved) > MOST_NAMED else "")

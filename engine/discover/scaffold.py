@@ -20,12 +20,11 @@ from engine.discover.names import Observed, observe, shapes_by_rank
 from engine.discover.near import Pairing, Slot, compare_family, drop_contested
 from engine.discover.notes import doubt, expect, left_over, model_types, silent, told
 from engine.discover.renamed import overrides
-from engine.discover.text import block, comment, list_of, rule_lines, scalar, shown
+from engine.discover.text import block, comment, flow, list_of, scalar, shown
 from engine.errors import EngineError, EngineErrors
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
 from engine.language.search import spelled
 from engine.planning.attempts import Checkpoint
@@ -34,6 +33,7 @@ from engine.planning.planner import make_plan
 from engine.planning.request import Request as Asked
 from engine.planning.stored import strip
 from engine.proving.lint import lint_file
+from engine.storage.json_text import as_data
 
 # What a person still has to decide: the model class, and names that inherited conditions ask for.
 DECIDED_LATER = ("L011", "L012")
@@ -59,19 +59,9 @@ class Scaffold:
     decisions: tuple[tuple[int, str], ...]
     patterns: tuple[Mapping[str, Any], ...]
     state: Mapping[str, str] | None
-    notices: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "parent": self.parent,
-            "decisions": [{"line": line, "text": text} for line, text in self.decisions],
-            "patterns": [dict(entry) for entry in self.patterns],
-            "state": self.state,
-            "notices": list(self.notices),
-            "text": self.text,
-        }
+        return {**as_data(self), "decisions": [{"line": line, "text": text} for line, text in self.decisions]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +90,7 @@ def draft(request: Request) -> Scaffold:
             fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
     attempts = [_release(request), _renamed(request, observed), _own(request, observed)]
-    kind, parent, body, readers, notices = next(a for a in attempts if a is not None)
+    kind, parent, body, readers = next(a for a in attempts if a is not None)
     head = [] if request.schema is None else [f"# yaml-language-server: $schema={request.schema}"]
     head += ["mapping: 1", *block("name", request.name), "version: 0.1.0"]
     tail: list[str] = []
@@ -111,10 +101,10 @@ def draft(request: Request) -> Scaffold:
     if kind == "renamed" and plan is not None:
         text = format_mapping("\n".join([text, *expect(plan.mapping, plan)]) + "\n")
     cuts = _patterns(request, observed, readers)
-    return Scaffold(request.name, kind, parent, text, _decisions(text), cuts, state, tuple(notices))
+    return Scaffold(request.name, kind, parent, text, _decisions(text), cuts, state)
 
 
-Attempted = tuple[str, str | None, list[str], Mapping[str, str], list[str]]
+Attempted = tuple[str, str | None, list[str], Mapping[str, str]]  # kind, parent, lines, source → rule
 
 
 def _release(request: Request) -> Attempted | None:
@@ -144,7 +134,7 @@ def _release(request: Request) -> Attempted | None:
         body += comment(f"decide: {question.message}. A run asks for it with --set.")
     body += expect(mapping, plan)
     readers = {source: rule.name for rule in mapping.rules for source in rule.sources}
-    return "release", reference, body, readers, []
+    return "release", reference, body, readers
 
 
 def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None:
@@ -179,14 +169,14 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
         if pairing is not previous:
             body += comment(f"decide: {doubt(pairing)}", "  ")
         previous = pairing
-        body += rule_lines(rule)
+        body.append(f"  - {flow(rule)}")
     body += left_over(best)
     for key in ("config", "training_config"):
         if other.get(key):
             body += ["", f"{key}:", *(line for n, v in other[key].items() for line in block(n, v, "  "))]
     readers = {source: rule.name for rule in best.mapping.rules for source in rule.sources}
     readers |= {pairing.stem: pairing.slot.rules[0].name for pairing in best.pairings}
-    return "renamed", best.reference, body, readers, []
+    return "renamed", best.reference, body, readers
 
 
 def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
@@ -197,7 +187,7 @@ def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
     ]
     body = block("description", f"a draft for a checkpoint of layout {request.layout.name}")
     body += stand_alone(request.checkpoint, request.layout, observed, slots)
-    return "own", None, body, {one.stem: one.stem for one in observed} | {o.text: o.text for o in observed}, []
+    return "own", None, body, {one.stem: one.stem for one in observed} | {o.text: o.text for o in observed}
 
 
 def _ordered(request: Request) -> list[tuple[str, MappingFile]]:

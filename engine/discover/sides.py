@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
 import numpy as np
 
 from engine.discover.alike import Sketch, take_sketch
-from engine.discover.geometry import Geometry, neighbours, units_of
-from engine.discover.orders import Units, read_order
+from engine.discover.geometry import Geometry, Units, neighbours, units_of
+from engine.discover.levels import Relation
+from engine.discover.orders import read_order
 from engine.discover.prints import Prints, take_prints
-from engine.discover.rows import Relation
-from engine.move.tensors import Tensors
+from engine.move.tensors import Tensors, common_types
 from engine.move.views import View
 
 MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
@@ -47,6 +47,13 @@ class Sides:
         rest = [other for other in self.ref if other not in set(first)]
         return neighbours(name, first) + neighbours(name, rest)
 
+    def comparable(self, one: View, names: Sequence[str]) -> Iterator[tuple[str, View, str]]:
+        """Those of the reference's tensors that an array can be compared with, as matrices, and in which type."""
+        for name in names:
+            view = as_matrix(self.ref[name])
+            if view is not None and (kinds := common_types(one.dtype, view.dtype)):
+                yield name, view, kinds[0]
+
     def take(self, view: View, kind: str) -> Prints:
         """The prints of an array's rows and columns, cast to a type."""
         key = (view, kind)
@@ -60,7 +67,7 @@ class Sides:
             return None
         if view not in self._sketches:
             self._sketches[view] = take_sketch(self.tensors, view)
-            self._room -= self._sketches[view].nbytes
+            self._room -= sum(part.nbytes for part in self._sketches[view])
         return self._sketches[view]
 
     def units(self, name: str, axis: int) -> Units:

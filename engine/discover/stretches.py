@@ -6,8 +6,6 @@ looked for at every place of the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from engine.discover.prints import Prints64, mix, weights
@@ -56,7 +54,8 @@ def _windows(tensors: Tensors, view: View, low: int, high: int, reader: int) -> 
 
 
 def _told(places: np.ndarray, offsets: np.ndarray) -> str | None:
-    pieces = list(_pieces(places, offsets))
+    edges = [0, *(np.flatnonzero(np.diff(offsets)) + 1).tolist()]
+    pieces = [(int(places[edge]), int(offsets[edge])) for edge in edges]
     if 4 * len(pieces) > len(places):
         return None
     if len(pieces) == 1:
@@ -64,8 +63,3 @@ def _told(places: np.ndarray, offsets: np.ndarray) -> str | None:
         return f"elements in a row shifted by {abs(by):,}: {max(by, 0):,} holds {max(-by, 0):,}"
     told = ", ".join(f"from {at:,} on hold {at + by:,} on" for at, by in pieces[:_MOST_NAMED])
     return f"pieces of elements in a row in other places: those about {told}" + (", …" if len(pieces) > 4 else "")
-
-
-def _pieces(places: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    edges = [0, *(np.flatnonzero(np.diff(offsets)) + 1).tolist()]
-    yield from ((int(places[edge]), int(offsets[edge])) for edge in edges)

@@ -80,20 +80,6 @@ def block(key: str, value: Any, indent: str = "") -> list[str]:
     return lines
 
 
-def rule_lines(rule: Mapping[str, Any]) -> list[str]:
-    """A rule as `engine format` leaves it: in one line with up to three keys, else as a block."""
-    if len(rule) <= 3:
-        return [f"  - {flow(rule)}"]
-    lines = []
-    for key, value in rule.items():
-        if key == "targets":
-            lines += ["    targets:", *(f"      - {flow(target)}" for target in value)]
-        else:
-            lines.append(f"    {key}: {flow(value)}")
-    lines[0] = "  - " + lines[0].lstrip()
-    return lines
-
-
 def comment(text: str, indent: str = "") -> list[str]:
     """Comment lines of bounded width; the words must be safe already."""
     lines: list[str] = []

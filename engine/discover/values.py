@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.discover.levels import BITS, Fits, Kind, Pair, Values, quantised, rounded
+from engine.discover.levels import BITS, Fits, Kind, Pair, Relation, quantised, rounded
 from engine.discover.lines import FEWEST, by_groups, line, lines, slack
 from engine.errors import counted
 from engine.formats.headers import FLOATS
@@ -28,7 +28,7 @@ _FAR = 0.01  # of the squares
 _ZEROS = 0.005  # of the elements, so that they are pruned and not chance
 
 
-def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, int]) -> Values | None:
+def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, int]) -> Relation | None:
     """How an array's values come from the reference's, both rows × columns; None when in no such way.
 
     Args:
@@ -47,7 +47,7 @@ def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, in
 
     some = [(x.copy(), y.copy()) for x, y in pairs(tried)]
     precision = 2.0 ** -min(BITS.get(out.dtype, 50), BITS.get(ref.dtype, 50))
-    nearly: Values | None = None
+    nearly: Relation | None = None
     for relation, fits in _relations(some, precision, out, ref, sizes):
         misfits = _misfits(fits, some)
         if misfits > _STRAY * sum(x.size for x, _ in some):
@@ -58,7 +58,7 @@ def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, in
             return relation
         if nearly is None and misfits <= _STRAY * out.elements:
             words = f"{relation.words}, but for {counted(misfits, 'element')}"
-            nearly = Values(relation.kind, words)
+            nearly = Relation(relation.kind, words)
     return nearly
 
 
@@ -75,7 +75,7 @@ def _misfits(fits: Fits, pairs: Iterable[Pair], most: float = np.inf) -> int:
 
 def _relations(
     some: list[Pair], precision: float, out: View, ref: View, sizes: Mapping[str, int]
-) -> Iterator[tuple[Values, Fits]]:
+) -> Iterator[tuple[Relation, Fits]]:
     """What may hold by the tiles tried, plainest first, and whether it holds in a tile."""
     x, y = (np.concatenate([pair[i].reshape(-1) for pair in some]) for i in (0, 1))
     first = x[0]
@@ -86,34 +86,39 @@ def _relations(
         yield from _functions(x[finite], y[finite], precision, (out.dtype, ref.dtype))
     if out.dtype in FLOATS and ref.dtype in FLOATS:
         for words, fits in rounded(x[finite], y[finite], out.dtype, ref.dtype):
-            yield Values("rounded", words), fits
+            yield Relation("rounded", words), fits
     x, y = x[finite], y[finite]
     if len(x) < FEWEST or len(np.unique(y)) < 2:
         return
     for factor, summand, words, kind, room in lines(x, y, precision, sizes):
-        yield Values(kind, words), line(factor, summand, precision, room if summand else 0.0)
+        yield Relation(kind, words), line(factor, summand, precision, room if summand else 0.0)
     yield from by_groups(some, precision)
     for words, fits in quantised(some, precision):
-        yield Values("rounded", words), fits
+        yield Relation("rounded", words), fits
     far = np.square(x - y).sum() > _FAR * np.square(y).sum()  # what noise does not do
     if far and len(np.unique(y)) >= _TELLING and np.ptp(x) > 0:
-        yield Values("mapped", "each value turned into another, their order kept"), _rising
+        yield Relation("mapped", "each value turned into another, their order kept"), _rising
 
 
-def _functions(x: np.ndarray, y: np.ndarray, precision: float, types: tuple[str, str]) -> Iterator[tuple[Values, Fits]]:
+def _functions(
+    x: np.ndarray, y: np.ndarray, precision: float, types: tuple[str, str]
+) -> Iterator[tuple[Relation, Fits]]:
     """Values cut off, without their sign, pruned, or another function of themselves."""
     low, high = float(x.min()), float(x.max())
     bounds = f"to {low:g} … {high:g}"
-    yield Values("clipped", "without signs: absolute values"), lambda x, y: bool(np.array_equal(x, np.abs(y)))
+    yield Relation("clipped", "without signs: absolute values"), lambda x, y: bool(np.array_equal(x, np.abs(y)))
     if low == 0:
         yield (
-            Values("clipped", "without negative values: they are zero"),
+            Relation("clipped", "without negative values: they are zero"),
             lambda x, y: np.array_equal(x, np.maximum(y, 0)),
         )
-    yield Values("clipped", f"cut off {bounds}"), lambda x, y: bool(np.array_equal(x, np.clip(y, low, high)))
+    yield Relation("clipped", f"cut off {bounds}"), lambda x, y: bool(np.array_equal(x, np.clip(y, low, high)))
     lost = (x == 0) & (y != 0)
     if lost.mean() > _ZEROS:
-        yield Values("changed", f"pruned: {lost.mean():.1%} of the elements are zero, the others as they were"), _pruned
+        yield (
+            Relation("changed", f"pruned: {lost.mean():.1%} of the elements are zero, the others as they were"),
+            _pruned,
+        )
     if len(np.unique(y)) < _TELLING:
         return
     for words, function in (*_POWERS.items(), *_bits_read(types)):
@@ -123,7 +128,7 @@ def _functions(x: np.ndarray, y: np.ndarray, precision: float, types: tuple[str,
                 wanted = function(y)
                 return bool(((np.abs(x - wanted) <= 2 * slack(x, precision)) | (x == wanted) | np.isnan(wanted)).all())
 
-        yield Values("mapped", words), fits
+        yield Relation("mapped", words), fits
 
 
 _POWERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -171,20 +176,20 @@ def _rising(x: np.ndarray, y: np.ndarray) -> bool:
     return bool((steps >= 0).all() or (steps <= 0).all())
 
 
-def _constant(value: float, y: np.ndarray) -> Values:
+def _constant(value: float, y: np.ndarray) -> Relation:
     if value == 0:
-        return Values("zeroed", "all zero")
+        return Relation("zeroed", "all zero")
     if value != value:
-        return Values("constant", "all NaN")
+        return Relation("constant", "all NaN")
     told = f"{value:g} throughout"
     if (y == y[0]).all():
         more = {y[0] + 1: ", plus 1", y[0] - 1: ", minus 1"}.get(value, "")
         if value == -y[0]:
-            return Values("negated", f"negated: {value:g} throughout, the reference is {y[0]:g}")
+            return Relation("negated", f"negated: {value:g} throughout, the reference is {y[0]:g}")
         by = f", {value / y[0]:g} times" if y[0] else ""
         kind: Kind = "shifted" if more else "scaled" if by else "constant"
-        return Values(kind, f"{told}, the reference is {y[0]:g}{more}{' or' if more and by else ''}{by}")
-    return Values("constant", told)
+        return Relation(kind, f"{told}, the reference is {y[0]:g}{more}{' or' if more and by else ''}{by}")
+    return Relation("constant", told)
 
 
 def closeness(tensors: Tensors, out: View, ref: View) -> float | None:

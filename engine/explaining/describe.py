@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.language.names import pattern
@@ -24,6 +24,13 @@ def fold(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(a) if a == b else f"{a}…{b}" for a, b in runs)
+
+
+def folded(text: str, values: Sequence[Mapping[str, int]]) -> str:
+    """A name pattern with the values that its placeholders have, as `model.layers.{0…31}`."""
+    for placeholder in pattern(text).placeholders:
+        text = text.replace(f"{{{placeholder}}}", f"{{{fold([v[placeholder] for v in values])}}}")
+    return text
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -73,12 +80,6 @@ def _rules(plan: Plan) -> list[dict[str, Any]]:
         rows.setdefault((output.pattern, output.shape, output.dtype), []).append(output)
     result: list[dict[str, Any]] = []
     for (text, shape, dtype), outputs in rows.items():
-        compiled = pattern(text)
-        values = [compiled.match(o.name) or {} for o in outputs]
-        name = text
-        for placeholder in compiled.placeholders:
-            folded = fold([v[placeholder] for v in values])
-            name = name.replace(f"{{{placeholder}}}", f"{{{folded}}}")
         first = plan.outputs.index(outputs[0])
         copies = plan.copies(first)
         sources = sorted({plan.files[plan.sources[c.source].file].name for c in copies})
@@ -86,7 +87,7 @@ def _rules(plan: Plan) -> list[dict[str, Any]]:
             {
                 "rule": outputs[0].rule,
                 "place": outputs[0].place,
-                "target": name,
+                "target": folded(text, [pattern(text).match(o.name) or {} for o in outputs]),
                 "shape": list(shape),
                 "dtype": dtype,
                 "count": len(outputs),

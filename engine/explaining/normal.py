@@ -2,7 +2,7 @@
 
 Two plans mean the same exactly when their normal forms are equal, and where they differ the form
 reads as a diff: one entry per target pattern, with the copies of one tensor that stands for all
-layers. `planning.digest` is over the plan unfolded.
+layers. `digest_of_plan` is over the plan unfolded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.checkpoint.ranks import index_dims, stage_dims
 from engine.explaining.copy_text import Label, copy_texts
-from engine.explaining.describe import fold
+from engine.explaining.describe import fold, folded
 from engine.explaining.words import shard_words
 from engine.language.names import pattern
 from engine.language.rules import STORED
@@ -212,12 +212,8 @@ def _stages(plan: Plan) -> list[str]:
 
 
 def _entry(plan: Plan, one: _Class) -> dict[str, Any]:
-    name = one.first.pattern
-    for placeholder in pattern(name).placeholders:
-        folded = fold([v[placeholder] for v in one.values])
-        name = name.replace(f"{{{placeholder}}}", f"{{{folded}}}")
     entry: dict[str, Any] = {
-        "target": name,
+        "target": folded(one.first.pattern, one.values),
         "rule": one.first.rule,
         "shape": shape_text(one.first.shape),
         "dtype": one.first.dtype,

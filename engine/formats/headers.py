@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -18,6 +19,25 @@ ITEM_SIZES: dict[str, int] = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+
+
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides in row-major order.
+
+    >>> dense_strides((2, 3, 4))
+    (12, 4, 1)
+    """
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+@lru_cache(maxsize=4096)
+def shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all that are equal: most ranks hold tensors of the same shapes, and there can be thousands."""
+    return sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,12 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from re import Pattern
+from sys import intern
 from typing import Any, BinaryIO
 
 from engine.errors import EngineError, Place
 from engine.formats.dtensor import Distributed, read_distributed
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, shared
 from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Instance, Refused, Storage, Tensor
@@ -220,7 +221,8 @@ def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, in
             expected="each element stored once",
             fix="Save it again after calling `contiguous()`.",
         )
-    return TensorHeader(name, dtype, tensor.shape, tensor.strides, place[0] + tensor.offset * item)
+    shape, strides = shared(tensor.shape), shared(tensor.strides)
+    return TensorHeader(intern(name), dtype, shape, strides, place[0] + tensor.offset * item)
 
 
 def _repeats(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -154,55 +154,42 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
         tokens.append((match[1] or match[2], match.start(1 if match[1] else 2)))
         position = match.end()
     tokens.append(("", len(text)))
-    index = 0
+    left = iter(tokens)
+    bar: int | None = None
 
-    def group(depth: int) -> Node:
-        nonlocal index
-        opened = tokens[index][1]
-        index += 1
+    def read(depth: int, opened: int) -> list[Node]:
+        """The storage dimensions; inside a group, which was `opened`, what its `+` concatenates."""
+        nonlocal bar
         if depth > _MAX_DEPTH:
             raise fail("groups are nested too deeply", opened)
         alternatives: list[Node] = []
         terms: list[Node] = []
-        while True:
-            token, at = tokens[index]
+        for token, at in left:
             if token == "(":
-                terms.append(group(depth + 1))
-                continue
-            if token in ("+", ")"):
+                inside = read(depth + 1, at)
+                terms.append(inside[0] if len(inside) == 1 else Sum(tuple(inside)))
+            elif token in ("+", ")"):
+                if not depth:
+                    raise fail(f"`{token}` outside a group", at)
                 if not terms:
                     raise fail(f"an axis is missing before `{token}`", at)
                 alternatives.append(terms[0] if len(terms) == 1 else Product(tuple(terms)))
                 terms = []
-                index += 1
                 if token == ")":
-                    return alternatives[0] if len(alternatives) == 1 else Sum(tuple(alternatives))
-                continue
-            if token in ("", "|"):
+                    return alternatives
+            elif depth and token in ("", "|"):
                 raise fail("a group is not closed", opened)
-            terms.append(Axis(token))
-            index += 1
+            elif token == "|":
+                if bar is not None:
+                    raise fail("a second `|`", at)
+                if not terms:
+                    raise fail("nothing before `|`: a bias has at least one dimension", at)
+                bar = len(terms)
+            elif token:
+                terms.append(Axis(token))
+        return terms
 
-    dims: list[Node] = []
-    bar: int | None = None
-    while True:
-        token, at = tokens[index]
-        if token == "":
-            break
-        if token == "(":
-            dims.append(group(1))
-        elif token == "|":
-            if bar is not None:
-                raise fail("a second `|`", at)
-            if not dims:
-                raise fail("nothing before `|`: a bias has at least one dimension", at)
-            bar = len(dims)
-            index += 1
-        elif token in ("+", ")"):
-            raise fail(f"`{token}` outside a group", at)
-        else:
-            dims.append(Axis(token))
-            index += 1
+    dims = read(0, 0)
     if not dims:
         raise fail("there are no axes", 0)
     axes = Axes(tuple(dims), bar)
@@ -211,12 +198,12 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
         count *= len(_alternatives(dim))
         if count > _MAX_PIECES:
             raise fail(f"more than {_MAX_PIECES} pieces", 0)
-    seen: dict[frozenset[str], tuple[str, ...]] = {}
+    seen: set[frozenset[str]] = set()
     for piece in axes.pieces():
         twice = [name for name in piece if piece.count(name) > 1]
         if twice:
             raise fail(f"axis `{twice[0]}` occurs twice in one piece", text.find(twice[0]))
         if frozenset(piece) in seen:
             raise fail(f"two pieces have the same axes: {{{', '.join(piece)}}}", 0)
-        seen[frozenset(piece)] = piece
+        seen.add(frozenset(piece))
     return axes

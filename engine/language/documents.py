@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import Place
-from engine.language import loader
 
 KeyPath = tuple[str | int, ...]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class At:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Data of one file, or of several merged; `places` is by path: `("rules", 3, "axes")`."""
+    """Plain data of one file, or of several merged; `places` is by path: `("rules", 3, "axes")`."""
 
     file: str
     data: Any
@@ -45,30 +44,6 @@ class Document:
         return self.at(*path).value
 
 
-def content_of(path: Path) -> bytes:
-    """What a file holds now, which tells whether what was made of it still holds; nothing where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(loader.MAX_BYTES + 1)
-    except OSError:
-        return b""  # loading it tells why
-
-
-def load_yaml(path: Path, shown: str) -> Document:
-    """Read a file; errors and places show it as `shown`."""
-    return _document(loader.load_yaml(path, shown), shown)
-
-
-def load_text(text: str, shown: str) -> Document:
-    """The same for text in memory."""
-    return _document(loader.load_text(text, shown), shown)
-
-
-def _document(document: loader.Document, shown: str) -> Document:
-    keys = document.keys
-    return Document(shown, document.data, {path: At(keys[path], at) for path, at in document.places.items()})
-
-
 def values_in(tree: Any) -> Iterator[Any]:
     """Everything in mappings and sequences, however deep, that is neither.
 
@@ -80,6 +55,40 @@ def values_in(tree: Any) -> Iterator[Any]:
             yield from values_in(child)
     else:
         yield tree
+
+
+def flat(tree: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value with its path; lists and empty mappings are values.
+
+    >>> list(flat({"a": {"b": 1}, "c": [2]}))
+    [(('a', 'b'), 1), (('c',), [2])]
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, (*above, str(name)))
+        else:
+            yield (*above, str(name)), value
+
+
+def tree_of(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The tree of values by path; what stands below a value takes its place."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        at = found
+        for name in path[:-1]:
+            if not isinstance(at.get(name), dict):
+                at[name] = {}
+            at = at[name]
+        at[path[-1]] = value
+    return found
+
+
+def changed(before: Mapping[K, Any], after: Mapping[K, Any], missing: Any = None) -> Iterator[tuple[K, Any, Any]]:
+    """The keys under which two mappings have something else, with what each has."""
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key, missing), after.get(key, missing)
+        if old != new:
+            yield key, old, new
 
 
 def plain(data: Any) -> Any:

@@ -20,7 +20,6 @@ from engine.language.sandbox import OMIT, Omit, defined, kind_of
 __all__ = [
     "OMIT",
     "Compiled",
-    "check_expression",
     "compile_expression",
     "evaluate",
     "is_quotient",
@@ -43,11 +42,6 @@ def compile_expression(expression: Expression) -> Compiled:
             "E105", compiled.message, place=expression.place, got=_shown(expression.text), fix=compiled.fix
         )
     return compiled
-
-
-def check_expression(expression: Expression) -> None:
-    """Read an expression without evaluating it; E105 when it is not part of the language."""
-    compile_expression(expression)
 
 
 def is_quotient(expression: Expression) -> bool:

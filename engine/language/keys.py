@@ -15,7 +15,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.language.documents import Document, KeyPath
 
-SIDES = ("source", "training", "target")
+_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +162,7 @@ def read_keys(document: Document) -> dict[str, dict[str, Key]]:
                 read_limits(body),
                 document.place("keys", side, name),
                 None if "only" not in body else tuple(body["only"]),
-                body.get("why", ""),
-                body.get("ignored"),
-                body.get("noted"),
-                body.get("default"),
-                body.get("same_as"),
+                **{word: body[word] for word in _AS_WRITTEN if word in body},
             )
             for name, body in (entries or {}).items()
         }

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from engine.errors import EngineError, Errors, Place
+from engine.language.documents import At, Document, KeyPath
 from engine.language.yaml_words import in_rule, unreadable, wrong_entries
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
-
-KeyPath = tuple[str | int, ...]
 
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,29})")
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?")
@@ -32,59 +28,16 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "": None}
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A value with its place, and the place of the key it stands under."""
-
-    value: Any  # a scalar, dict[str | int, Node] or list[Node]
-    place: Place
-    key_place: Place | None = None
-
-    def plain(self) -> Any:
-        """The value without places."""
-        if isinstance(self.value, dict):
-            return {key: child.plain() for key, child in self.value.items()}
-        if isinstance(self.value, list):
-            return [child.plain() for child in self.value]
-        return self.value
-
-    def walk(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
-        """Every node below this one with its path, this one first."""
-        yield path, self
-        if isinstance(self.value, dict):
-            for key, child in self.value.items():
-                yield from child.walk((*path, key))
-        elif isinstance(self.value, list):
-            for index, child in enumerate(self.value):
-                yield from child.walk((*path, index))
+def content_of(path: Path) -> bytes:
+    """What a file holds now, which tells whether what was made of it still holds; nothing where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError:
+        return b""  # loading it tells why
 
 
-@dataclass(frozen=True)
-class Document:
-    """A YAML file: its plain data, and the place of every value (and of every key) by path.
-
-    >>> document = load_text("dims: {half: 2}", "x.yaml")
-    >>> document.data, str(document.places["dims", "half"]), str(document.keys["dims", "half"])
-    ({'dims': {'half': 2}}, 'x.yaml:1:14', 'x.yaml:1:8')
-    """
-
-    path: Path
-    root: Node = field(repr=False)
-
-    @cached_property
-    def data(self) -> Any:
-        return self.root.plain()
-
-    @cached_property
-    def places(self) -> dict[KeyPath, Place]:
-        return {path: node.place for path, node in self.root.walk()}
-
-    @cached_property
-    def keys(self) -> dict[KeyPath, Place]:
-        return {path: node.key_place or node.place for path, node in self.root.walk()}
-
-
-def display(path: Path) -> str:
+def _display(path: Path) -> str:
     """A path as messages show it: relative when it lies below the current folder."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
@@ -95,7 +48,7 @@ def display(path: Path) -> str:
 def load_yaml(path: str | os.PathLike[str], shown: str | None = None) -> Document:
     """Read one YAML file; E101 with file (as `shown`), line and column when it cannot be read."""
     path = Path(path)
-    name = display(path) if shown is None else shown
+    name = _display(path) if shown is None else shown
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -122,23 +75,19 @@ def load_yaml(path: str | os.PathLike[str], shown: str | None = None) -> Documen
             expected="UTF-8",
             fix="Save the file as UTF-8; in Python: open(path, encoding='utf-8').",
         ) from None
-    return Document(path, _parse(text, name))
+    return _parse(text, name)
 
 
 def load_text(text: str, name: str = "text.yaml") -> Document:
-    """The same for text that is in memory."""
+    """The same for text that is in memory.
+
+    >>> document = load_text("dims: {half: 2}", "x.yaml")
+    >>> document.data, str(document.place("dims", "half")), str(document.value_place("dims", "half"))
+    ({'dims': {'half': 2}}, 'x.yaml:1:8', 'x.yaml:1:14')
+    """
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise _too_large(name)
-    return Document(Path(name), _parse(text, name))
-
-
-def node_of(data: Any, place: Place, key_place: Place | None = None) -> Node:
-    """Wrap plain data; every value has the same place."""
-    if isinstance(data, dict):
-        return Node({key: node_of(value, place, place) for key, value in data.items()}, place, key_place)
-    if isinstance(data, list | tuple):
-        return Node([node_of(value, place) for value in data], place, key_place)
-    return Node(data, place, key_place)
+    return _parse(text, name)
 
 
 def _too_large(name: str) -> EngineError:
@@ -152,8 +101,8 @@ def _too_large(name: str) -> EngineError:
     )
 
 
-def _parse(text: str, name: str) -> Node:
-    """The root of a file; all that is wrong in its entries is told at once, where they can be told apart."""
+def _parse(text: str, name: str) -> Document:
+    """A file's text read; all that is wrong in its entries is told at once, where they can be told apart."""
     text = text.removeprefix("\ufeff")
     errors = Errors()
     try:
@@ -196,35 +145,35 @@ class _Walk:
         self.loader = yaml.CSafeLoader(text)
         self.name = name
         self.text = whole
+        self.places: dict[KeyPath, At] = {}
 
-    def entry(self) -> None:
-        """Read what may be an entry of a file."""
-        self._next(yaml.StreamStartEvent)
-        if not isinstance(self._peek(), yaml.StreamEndEvent):
-            self._next(yaml.DocumentStartEvent)
-            self._node(0, None)
-            self._next(yaml.DocumentEndEvent)
-
-    def document(self) -> Node:
+    def entry(self) -> Any:
+        """Read what may be an entry of a file; None where there is nothing."""
         self._next(yaml.StreamStartEvent)
         if isinstance(self._peek(), yaml.StreamEndEvent):
+            return None
+        self._next(yaml.DocumentStartEvent)
+        root = self._value(())
+        self._next(yaml.DocumentEndEvent)
+        return root
+
+    def document(self) -> Document:
+        root = self.entry()
+        if not self.places:
             raise EngineError(
                 "E101", "the file is empty", place=Place(self.name), expected="a mapping of keys to values"
             )
-        self._next(yaml.DocumentStartEvent)
-        root = self._node(0, None)
-        self._next(yaml.DocumentEndEvent)
         if not isinstance(self._peek(), yaml.StreamEndEvent):
             self._refuse(self._peek(), "a second document starts here", "Keep one document per file.")
-        if not isinstance(root.value, dict):
+        if not isinstance(root, dict):
             raise EngineError(
                 "E101",
                 "the file does not hold keys and values",
-                place=root.place,
-                got="a list" if isinstance(root.value, list) else repr(root.value)[:80],
+                place=self.places[()].value,
+                got="a list" if isinstance(root, list) else repr(root)[:80],
                 expected="a mapping of keys to values",
             )
-        return root
+        return Document(self.name, root, self.places)
 
     def _peek(self) -> Any:
         return self.loader.peek_event()
@@ -244,7 +193,14 @@ class _Walk:
             "E101", message, place=self._place(event), got=_line(self.text, event.start_mark.line), fix=fix
         )
 
-    def _node(self, depth: int, key_place: Place | None) -> Node:
+    def _value(self, path: KeyPath, key_place: Place | None = None) -> Any:
+        """The value that comes next, its place and its key's kept."""
+        value, place = self._node(path)
+        self.places[path] = At(key_place or place, place)
+        return value
+
+    def _node(self, path: KeyPath) -> tuple[Any, Place]:
+        """What comes next, and where it begins; what is in it stands below `path`."""
         event = self._next()
         if isinstance(event, yaml.AliasEvent):
             self._refuse(event, f"aliases (`*{event.anchor}`) are not part of the language", "Write the value out.")
@@ -254,48 +210,47 @@ class _Walk:
             self._refuse(event, f"tags (`{event.tag}`) are not part of the language", "Quote the value instead.")
         place = self._place(event)
         if isinstance(event, yaml.ScalarEvent):
-            return Node(self._scalar(event), place, key_place)
-        if depth >= MAX_DEPTH:
+            return self._scalar(event), place
+        if len(path) >= MAX_DEPTH:
             self._refuse(event, f"nested deeper than {MAX_DEPTH} levels", "A mapping needs about six levels.")
         if isinstance(event, yaml.SequenceStartEvent):
-            items: list[Node] = []
+            items: list[Any] = []
             while not isinstance(self._peek(), yaml.SequenceEndEvent):
-                items.append(self._node(depth + 1, None))
+                items.append(self._value((*path, len(items))))
             self._next()
-            return Node(items, place, key_place)
-        entries: dict[str | int, Node] = {}
+            return items, place
+        entries: dict[str | int, Any] = {}
         seen: dict[str, Place] = {}
         while not isinstance(self._peek(), yaml.MappingEndEvent):
             key_event = self._peek()
-            key_node = self._node(depth + 1, None)
-            key = self._key(key_event, key_node)
+            word, at = self._node((*path, ""))
+            key = self._key(key_event, word)
             if str(key) in seen:
                 raise EngineError(
                     "E101",
-                    f"key `{key}` occurs twice" + in_rule(self.text.split("\n"), (key_node.place.line or 1) - 1),
-                    place=key_node.place,
-                    got=f"`{key}` in line {key_node.place.line} and in line {seen[str(key)].line}",
+                    f"key `{key}` occurs twice" + in_rule(self.text.split("\n"), (at.line or 1) - 1),
+                    place=at,
+                    got=f"`{key}` in line {at.line} and in line {seen[str(key)].line}",
                     expected="each key once",
                     fix="Remove or rename one of them.",
                 )
-            seen[str(key)] = key_node.place
-            entries[key] = self._node(depth + 1, key_node.place)
+            seen[str(key)] = at
+            entries[key] = self._value((*path, key), at)
         self._next()
-        return Node(entries, place, key_place)
+        return entries, place
 
-    def _key(self, event: Any, node: Node) -> str | int:
+    def _key(self, event: Any, word: Any) -> str | int:
         if isinstance(event, yaml.ScalarEvent) and event.value == "<<" and not event.style:
             self._refuse(
                 event,
                 "merge keys (`<<`) are not part of the language",
                 "Write the keys out, or use `extends`.",
             )
-        if isinstance(node.value, dict | list):
+        if isinstance(word, dict | list):
             self._refuse(event, "a key is a list or a mapping", "Keys are words; quote a text that starts with { or [.")
-        if isinstance(node.value, bool | float) or node.value is None:
-            self._refuse(event, f"`{event.value}` is not a word", "Put the key in quotes.")
-        word: str | int = node.value
-        return word
+        if isinstance(word, str) or type(word) is int:
+            return word
+        self._refuse(event, f"`{event.value}` is not a word", "Put the key in quotes.")
 
     def _scalar(self, event: Any) -> Any:
         """A plain scalar's value; anything quoted or in block form is a string."""

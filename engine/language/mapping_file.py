@@ -13,19 +13,19 @@ from typing import Any, Literal
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
 from engine.language.documents import At, Document
-from engine.language.expressions import check_expression, is_quotient
+from engine.language.expressions import compile_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import Kept, chain_of, merged
-from engine.language.model import Exclusion, Expression, Mapping, Option, RemoteCode, Variant
+from engine.language.model import Exclusion, Expression, MappingFile, Option, Variant
 from engine.language.names import check_file_name, pattern
 from engine.language.rules import read_rule
-from engine.language.search import find_file, list_names
+from engine.language.search import find_file
 from engine.language.validation import check_schema
 
 _BRACES = re.compile(r"\{\{(.*)\}\}\Z", re.DOTALL)
 
 
-def load_mapping(name: str | Path) -> Mapping:
+def load_mapping(name: str | Path) -> MappingFile:
     """Load a mapping by path or bundled name, resolved over its parents and checked.
 
     >>> load_mapping("internlm2-7b").expect["hidden"]
@@ -46,14 +46,14 @@ def load_mapping(name: str | Path) -> Mapping:
 
 
 @lru_cache(maxsize=64)
-def _built(chain: tuple[Kept, ...]) -> Mapping:
+def _built(chain: tuple[Kept, ...]) -> MappingFile:
     """A mapping of files, built anew when one of them changed."""
     document = merged(chain)
     check_schema(document, "mapping", merged=True)
     return build_mapping(document, tuple(one.name for one in chain))
 
 
-def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
+def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
     """A mapping of checked data; what is wrong with it is told all at once.
 
     Raises:
@@ -92,7 +92,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
     if "file" in (data.get("tokenizer") or {}):
         with errors.caught():
             check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
-    mapping = Mapping(
+    mapping = MappingFile(
         name=data["name"],
         version=str(data["version"]),
         description=data.get("description", ""),
@@ -123,7 +123,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
         places={(part, *path): at.key for (part, *path), at in _placed(document)},
         as_model=data.get("names") == "model",
         classes=data.get("classes") or {},
-        remote_code=_remote_code(document, target.get("remote_code")),
+        remote_code=read(("target", "remote_code", "auto_map"), (target.get("remote_code") or {}).get("auto_map")),
         transformers=read(("target", "transformers"), target.get("transformers")),
     )
     with errors.caught():
@@ -136,16 +136,6 @@ def _placed(document: Document) -> list[tuple[tuple[str, ...], At]]:
     """Where parts of a mapping and their keys stand; rules know their own places."""
     listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 4)
     return [(path, at) for path, at in listed if path[0] not in ("rules", "keys")]
-
-
-def find_mapping(name: str | Path) -> Path:
-    """The file a path or a bundled name (`internlm-7b`, `families/internlm2.yaml`) stands for; E002."""
-    return find_file(str(name))
-
-
-def bundled_mappings() -> list[str]:
-    """The names that `load_mapping` takes: releases first, then families."""
-    return list_names()
 
 
 def digest_of(data: Any) -> str:
@@ -164,7 +154,7 @@ def digest_of(data: Any) -> str:
 def expression(document: Document, path: tuple[str | int, ...], text: Any) -> Expression:
     """An expression at its place, compiled once so that mistakes show at loading."""
     result = Expression(str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path))
-    check_expression(result)
+    compile_expression(result)
     return result
 
 
@@ -253,13 +243,6 @@ def read_tree(document: Document, path: tuple[str | int, ...], value: Any) -> An
             )
         return expression(document, path, found[1].strip())
     return value
-
-
-def _remote_code(document: Document, body: dict[str, Any] | None) -> RemoteCode | None:
-    if body is None:
-        return None
-    tree = read_tree(document, ("target", "remote_code", "auto_map"), body["auto_map"])
-    return RemoteCode(tree)
 
 
 def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:

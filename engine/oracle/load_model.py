@@ -40,14 +40,6 @@ class Loaded:
             return "transformers does not run it as it is"
         return f"transformers loads {self.architecture}, {self.parameters:,} parameters; its outputs are finite"
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "architecture": self.architecture,
-            "parameters": self.parameters,
-            "largest": self.largest,
-            "problems": list(self.problems),
-        }
-
 
 def load_model(folder: Path) -> Loaded:
     """Load an output whole, in its own types, and run fixed tokens through it.
@@ -113,11 +105,8 @@ def auto_class(folder: Path) -> Any:
 
     named = read_hf_config(LocalStore(folder)).get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""
-    return (
-        transformers.AutoModelForSequenceClassification
-        if first.endswith(_REWARD)
-        else transformers.AutoModelForCausalLM
-    )
+    kind = "AutoModelForSequenceClassification" if first.endswith(_REWARD) else "AutoModelForCausalLM"
+    return getattr(transformers, kind)
 
 
 def not_built_in(folder: Path) -> str | None:

@@ -20,6 +20,7 @@ from engine.oracle.meaning import plain_config
 from engine.oracle.streamed_model import StreamedModel
 from engine.oracle.wrong_layers import STEPS, Wrong, explain, told_once
 from engine.run.meter import Listener, Meter
+from engine.storage.json_text import as_data
 
 if TYPE_CHECKING:
     import torch
@@ -59,17 +60,9 @@ class Logits:
         return f"the forward pass of {len(self.states) - 2} layers is {verdict}: {told}"
 
     def as_dict(self) -> dict[str, Any]:
-        def number(value: float) -> float | None:
-            return value if value < float("inf") else None  # JSON has no infinity
-
         names = ["embedding", *(f"layer {i}" for i in range(len(self.states) - 2)), "logits"]
-        return {
-            "deviations": {name: number(value) for name, value in zip(names, self.states, strict=False)},
-            "tolerance": self.tolerance,
-            "head_tolerance": self.head_tolerance,
-            "wrong": [one.as_dict() for one in self.wrong],
-            "problems": list(self.problems),
-        }
+        data = as_data(self)
+        return {"deviations": dict(zip(names, data.pop("states"), strict=False)), **data}
 
 
 def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], progress: Listener | None = None) -> Logits:
@@ -239,7 +232,7 @@ class _Steps:
         embedding, layers, norm, head = parts
         self._after(embedding, "embedding", "embedding", partial(self._wanted.__getitem__, 0))
         for i, layer in enumerate(layers):
-            self._hooks.append(layer.register_forward_pre_hook(self._enter(i)))
+            self._hooks.append(layer.register_forward_pre_hook(partial(self._enter, i)))
             for step, (path, inward) in STEPS.items():
                 module = layer
                 for name in path.split(".") if path else ():
@@ -258,11 +251,8 @@ class _Steps:
     def _traced(self, step: str) -> torch.Tensor:
         return self._trace[step]
 
-    def _enter(self, layer: int) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            self._trace = self._training.layer(layer, self._wanted[layer])
-
-        return enter
+    def _enter(self, layer: int, *_: Any) -> None:
+        self._trace = self._training.layer(layer, self._wanted[layer])
 
     def _leave(self, place: str) -> None:
         """Judge the steps of the place before, unless it is the same."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.errors import counted
 
@@ -57,19 +57,6 @@ class Wrong:
     tensor: str | None
     why: str
     steps: Mapping[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        def number(value: float) -> float | None:
-            return value if value < float("inf") else None  # JSON has no infinity
-
-        return {
-            "place": self.place,
-            "part": self.part,
-            "largest": number(self.largest),
-            "tensor": self.tensor,
-            "why": self.why,
-            "steps": {name: number(value) for name, value in self.steps.items()},
-        }
 
 
 def explain(place: str, steps: Steps, tolerance: float, head_dim: int) -> Wrong | None:

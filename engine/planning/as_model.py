@@ -16,8 +16,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
-from engine.language.model import Expression, Layout, Prefix, Rule, Target
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile, Prefix, Rule, Target
 from engine.planning.attempts import Checkpoint, claims
 from engine.planning.config_keys import read_config, source_side
 from engine.planning.pieces import match_pieces
@@ -84,7 +83,7 @@ def told_by(told: MappingFile, layout: Layout, config: Mapping[str, Any]) -> Wan
         listed = whole_groups(pieces, whole_instances(pieces), sizes, unread)
     except EngineError:
         return None
-    shapes = {group.name: next(iter(group.shards.values()))[0].header.shape for _, group in listed}
+    shapes = {group.name: group.first.header.shape for _, group in listed}
     ties = {group.name: spec.instances[0].rule.tied_to for spec, group in listed if read.config["tie_word_embeddings"]}
     tied = {name: to for name, to in ties.items() if to is not None}
     return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)

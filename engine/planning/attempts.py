@@ -8,13 +8,12 @@ from itertools import product
 from typing import Any
 
 from engine.checkpoint.ranks import RankGrid, whole_grid
-from engine.errors import EngineError
+from engine.errors import EngineError, shape_text
 from engine.formats.headers import FileHeader
 from engine.language.expressions import OMIT, evaluate
-from engine.language.model import Layout, Rule, Variant
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile, Variant
 from engine.planning.groups import Group, GroupKey, group_shards
-from engine.planning.matching import Matches, assign, is_active
+from engine.planning.matching import Matches, assign
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve
 from engine.planning.stages import Stages
 from engine.planning.stored import End, Instance, Stored
@@ -124,12 +123,13 @@ def _ambiguous(variants: Sequence[Variant], fitting: Sequence[Attempt], mapping:
     differ = [v for v in variants if len({a.decisions[v.name].choice for a in fitting}) > 1]
     variant = differ[0]
     rules = [r for r in mapping.rules if variant.name in r.when]
+    axes = {name for rule in rules for name in rule.axes.names()}
     seen: dict[str, str] = {}
     for group in fitting[0].groups.values():
         if group.instance.rule in rules:
             shapes = sorted({stored[0].header.whole for stored in group.shards.values()})
-            seen[group.instance.sources[0].text] = ", ".join(" × ".join(map(str, s)) for s in shapes)
-    sizes = ", ".join(f"{n} = {f.value}" for n, f in fitting[0].sizes.facts.items() if n in _axes_of(rules))
+            seen[group.instance.sources[0].text] = ", ".join(shape_text(s) for s in shapes)
+    sizes = ", ".join(f"{n} = {f.value}" for n, f in fitting[0].sizes.facts.items() if n in axes)
     return EngineError(
         "E202",
         f"variant `{variant.name}` cannot be decided: {len(fitting)} choices fit every shape",
@@ -142,21 +142,17 @@ def _ambiguous(variants: Sequence[Variant], fitting: Sequence[Attempt], mapping:
     )
 
 
-def _axes_of(rules: Sequence[Rule]) -> set[str]:
-    return {name for rule in rules for name in rule.axes.names()}
-
-
 def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     """Match and solve under one combination of choices."""
     matches, stages, checkpoint = question.matches, question.stages, question.checkpoint
     choices = {n: d.choice for n, d in decisions.items()}
-    active = tuple(i for i in question.instances if is_active(i, choices))
+    active = tuple(i for i in question.instances if i.rule.active(choices))
     usable = Matches(
-        {n: kept for n, f in matches.candidates.items() if (kept := tuple(c for c in f if is_active(c[0], choices)))},
+        {n: kept for n, f in matches.candidates.items() if (kept := tuple(c for c in f if c[0].rule.active(choices)))},
         matches.ignored,
         matches.refused,
     )
-    matched = assign(question.stored, usable, choices, checkpoint.grid, question.layout, stages)
+    matched = assign(question.stored, usable, checkpoint.grid, question.layout, stages)
     groups = group_shards(matched, checkpoint.grid.files, question.layout)
     scope = {**question.names, **choices}
     facts, unread = claims(question.mapping, scope, checkpoint.config_name)

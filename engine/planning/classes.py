@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, shape_text
 from engine.formats.headers import FLOATS
 from engine.planning.boxes import Part
 from engine.planning.copies import Copy, intersect
@@ -151,7 +151,7 @@ def prove_total(copies: Sequence[Copy], shape: tuple[int, ...], group: Group, ra
             f"shards of `{group.name}`{where} overlap or leave a gap",
             place=group.instance.rule.place,
             got=f"{count} elements",
-            expected=f"{wanted} elements, {' × '.join(map(str, shape))}",
+            expected=f"{wanted} elements, {shape_text(shape)}",
             fix="A file is missing or from another run; compare the sizes of the rank files.",
         )
 

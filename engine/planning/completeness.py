@@ -75,7 +75,29 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, lone_rank: Mapping[st
         lone_rank: where the layout says that an undivided tensor of a split rule is.
     """
     for group in attempt.groups.values():
-        _check_ranks(group, checkpoint, lone_rank)
+        if group.cut.lone:
+            _check_lone(group, checkpoint, lone_rank)
+        dims = group.cut.rank_dims()
+        if group.cut.recorded:
+            dims = dims[:-1]  # recorded rows are known to be all there
+        held = {ranks[: len(dims)] for ranks in group.shards}
+        wanted = list(product(*(range(checkpoint.grid.sizes.get(d, 1)) for d in dims)))
+        missing = next((ranks for ranks in wanted if ranks not in held), None)
+        if missing is not None:
+            lacks = dict(zip(dims, missing, strict=True))
+            file = checkpoint.grid.files[group.first.file]
+            name = pattern(file.pattern.name).format({**file.ranks, **lacks})
+            there = any(f.name == name for f in checkpoint.grid.files)
+            raise EngineError(
+                "E207",
+                f"tensor `{group.name}` is missing on rank {', '.join(f'{d}{r}' for d, r in lacks.items())}",
+                place=group.instance.rule.place,
+                got=f"{len(held)} of {len(wanted)} slices; one is {group.first.header.name} in {file.name}",
+                expected=f"a slice on every rank of {' and '.join(dims)}",
+                fix=f"`{name}` is from another run or damaged."
+                if there
+                else f"Copy `{name}` from the training run; it is not in the folder.",
+            )
 
 
 def _check_lone(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
@@ -94,35 +116,6 @@ def _check_lone(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, in
             )
 
 
-def _check_ranks(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
-    dims = group.cut.rank_dims()
-    if group.cut.recorded:
-        dims = dims[:-1]  # recorded rows are known to be all there
-    if group.cut.lone:
-        _check_lone(group, checkpoint, lone_rank)
-    if not dims:
-        return
-    held = {ranks[: len(dims)] for ranks in group.shards}
-    wanted = list(product(*(range(checkpoint.grid.sizes.get(d, 1)) for d in dims)))
-    missing = [ranks for ranks in wanted if ranks not in held]
-    if missing:
-        some = next(iter(group.shards.values()))[0]
-        lack = ", ".join(f"{d}{r}" for d, r in zip(dims, missing[0], strict=True))
-        file = checkpoint.grid.files[some.file]
-        name = pattern(file.pattern.name).format({**file.ranks, **dict(zip(dims, missing[0], strict=True))})
-        there = any(f.name == name for f in checkpoint.grid.files)
-        raise EngineError(
-            "E207",
-            f"tensor `{some.name}` is missing on rank {lack}",
-            place=group.instance.rule.place,
-            got=f"{len(held)} of {len(wanted)} slices; one is {some.header.name} in {file.name}",
-            expected=f"a slice on every rank of {' and '.join(dims)}",
-            fix=f"`{name}` is from another run or damaged."
-            if there
-            else f"Copy `{name}` from the training run; it is not in the folder.",
-        )
-
-
 def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
     """E203 when an axis is smaller than the ranks it is cut over: its elements are stored several times."""
     for group in attempt.groups.values():
@@ -130,7 +123,6 @@ def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
             ranks, known = checkpoint.grid.sizes.get(dim, 1), attempt.sizes.facts.get(axis)
             if known is None or known.value >= ranks:
                 continue
-            some = next(iter(group.shards.values()))[0]
             if known.value < 1:
                 continue  # told as a contradiction
             times = ranks / known.value
@@ -138,7 +130,7 @@ def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
                 "E203",
                 f"axis `{axis}` is cut over more {dim} ranks than it has elements",
                 place=group.instance.rule.place,
-                got=f"{ranks} {dim} ranks hold {some.name}",
+                got=f"{ranks} {dim} ranks hold {group.name}",
                 expected=f"at most {known.value}, from {known.why}: each is stored {times:g} times",
                 fix="Key and value heads repeated over ranks are not merged, as copies may have drifted apart. "
                 f"Save with at most {known.value} {dim} ranks.",

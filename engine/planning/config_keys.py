@@ -13,10 +13,10 @@ from typing import Any
 
 from engine.errors import EngineError, Place, printable
 from engine.language.declared import expressions_of
+from engine.language.documents import flat
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, Limits, find_key, find_pattern
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 
 _FINITE = Limits()
 _OTHERS = ("options", "training", "given")  # names that stand for something else than a key
@@ -81,17 +81,13 @@ def _paths(tree: Any) -> frozenset[str]:
     return frozenset(path for one in expressions_of(tree) for path in compile_expression(one).paths)
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Dotted path and value of everything that is not a mapping, empty ones aside.
 
     >>> list(leaves({"a": {"b": 1}, "c": 2}))
     [('a.b', 1), ('c', 2)]
     """
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return ((".".join(path), value) for path, value in flat(tree))
 
 
 def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True) -> Read:
@@ -282,10 +278,10 @@ def prefixes(path: str) -> Iterator[str]:
         yield ".".join(parts[:end])
 
 
-def value_at(tree: Any, path: str) -> Any:
-    """What a tree has at a dotted path; None where it has nothing."""
+def value_at(tree: Any, path: str, otherwise: Any = None) -> Any:
+    """What a tree has at a dotted path; `otherwise` where it has nothing."""
     for part in path.split("."):
         if not isinstance(tree, Mapping) or part not in tree:
-            return None
+            return otherwise
         tree = tree[part]
     return tree

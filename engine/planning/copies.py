@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
-from engine.planning.boxes import Part
+from engine.planning.boxes import Part, common
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +33,12 @@ class Copy:
 def intersect(source: Part, target: Part) -> Copy | None:
     """The copy between two parts of the same piece, or None when their boxes do not meet."""
     a, b = source.region, target.region
-    source_offset, target_offset = a.base, b.base
-    axes: list[tuple[int, int, int]] = []  # target stride, source stride, size
-    for name, (low, high) in b.box.items():
-        other_low, other_high = a.box[name]
-        low, high = max(low, other_low), min(high, other_high)
-        if low >= high:
-            return None
-        source_offset += a.strides[name] * low
-        target_offset += b.strides[name] * low
-        if high - low > 1:
-            axes.append((b.strides[name], a.strides[name], high - low))
-    return _normal(source.tensor, target.tensor, source_offset, target_offset, axes)
-
-
-def _normal(source: int, target: int, at: int, to: int, axes: list[tuple[int, int, int]]) -> Copy:
-    return Copy(source, target, at, to, *_merged(tuple(axes)))
+    shared = common(b.box, a.box)
+    if shared is None:
+        return None
+    at, to = (one.base + sum(one.strides[name] * low for name, (low, _) in shared.items()) for one in (a, b))
+    axes = ((b.strides[name], a.strides[name], high - low) for name, (low, high) in shared.items())
+    return Copy(source.tensor, target.tensor, at, to, *_merged(tuple(axis for axis in axes if axis[2] > 1)))
 
 
 @lru_cache(maxsize=4096)  # layers are alike
@@ -68,8 +58,8 @@ def _merged(axes: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, ...], tu
 
 def swap(copy: Copy) -> Copy:
     """The same copy seen from the other side: scatter is gather of the swapped plan."""
-    axes = list(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True))
-    return _normal(copy.target, copy.source, copy.target_offset, copy.source_offset, axes)
+    axes = tuple(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True))
+    return Copy(copy.target, copy.source, copy.target_offset, copy.source_offset, *_merged(axes))
 
 
 def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
@@ -107,14 +97,7 @@ def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
 
 def row(copy: Copy, i: int) -> Copy:
     """The part of a copy at index i of its first axis."""
-    return replace(
-        copy,
-        source_offset=copy.source_offset + i * copy.source_strides[0],
-        target_offset=copy.target_offset + i * copy.target_strides[0],
-        shape=copy.shape[1:],
-        source_strides=copy.source_strides[1:],
-        target_strides=copy.target_strides[1:],
-    )
+    return _rows(copy, i, i + 1)
 
 
 def _rows(copy: Copy, low: int, high: int) -> Copy:

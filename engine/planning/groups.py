@@ -62,8 +62,13 @@ class Group:
         return tuple((ranks, stored[0].header.whole) for ranks, stored in self.shards.items())
 
     @property
+    def first(self) -> Stored:
+        """The first of its stored tensors, which stands for all where these are alike."""
+        return next(iter(self.shards.values()))[0]
+
+    @property
     def name(self) -> str:
-        return next(iter(self.shards.values()))[0].name
+        return self.first.name
 
 
 def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool = False) -> Cut:

@@ -8,9 +8,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, layout_dims
-from engine.errors import EngineError, Place
-from engine.language.model import Exclusion, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.errors import EngineError, Place, shape_text
+from engine.language.model import Exclusion, Layout, MappingFile
 from engine.language.names import pattern
 from engine.planning.stages import Indices, Stages, file_numbers, local_indices, number_layers
 from engine.planning.stored import End, Instance, Stored
@@ -33,32 +32,20 @@ _CANNOT = {"training": "the target cannot express this model", "whole": "trainin
 
 def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], mapping: MappingFile, end: End) -> Matches:
     """Match each distinct name once against every rule's tensors at an end, whatever the variants."""
-    candidates: dict[str, tuple[tuple[Instance, Mapping[str, int]], ...]] = {}
-    ignored: dict[str, str] = {}
-    refused: dict[str, Exclusion] = {}
-    skip = [(pattern(e.pattern), e.why) for e in mapping.ignore if e.side == _SIDES[end]]
-    refuse = [(pattern(e.pattern), e) for e in mapping.refuse if e.side == _SIDES[end]]
+    distinct = dict.fromkeys(names)
     compiled = [(instance, source) for instance in all_instances for source in instance.sources]
-    for name in dict.fromkeys(names):
-        found: list[tuple[Instance, Mapping[str, int]]] = []
-        for instance, source in compiled:
-            values = source.match(name)
-            if values is not None:
-                found.append((instance, values))
+    candidates: dict[str, tuple[tuple[Instance, Mapping[str, int]], ...]] = {}
+    for name in distinct:
+        found = tuple((one, values) for one, source in compiled if (values := source.match(name)) is not None)
         if found:
-            candidates[name] = tuple(found)
-        for compiled_skip, why in skip:
-            if compiled_skip.match(name) is not None:
-                ignored[name] = why
-        for compiled_refuse, entry in refuse:
-            if compiled_refuse.match(name) is not None:
-                refused[name] = entry
-    return Matches(candidates, ignored, refused)
+            candidates[name] = found
 
+    def among(entries: Sequence[Exclusion]) -> dict[str, Exclusion]:
+        known = [(pattern(entry.pattern), entry) for entry in entries if entry.side == _SIDES[end]]
+        return {name: entry for name in distinct for one, entry in known if one.match(name) is not None}
 
-def is_active(instance: Instance, choices: Mapping[str, str]) -> bool:
-    """Whether a rule's `when` holds; a variant that is still open does not exclude it."""
-    return all(choices.get(name, allowed[0]) in allowed for name, allowed in instance.rule.when.items())
+    ignored = {name: entry.why for name, entry in among(mapping.ignore).items()}
+    return Matches(candidates, ignored, among(mapping.refuse))
 
 
 def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[RankFile], end: End) -> None:
@@ -70,7 +57,7 @@ def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[Ra
                 "E209",
                 f"{_CANNOT[end]}: {entry.why}",
                 place=Place(files[one.file].name, tensor=one.header.name),
-                got=f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}",
+                got=f"{shape_text(one.header.shape)} {one.header.dtype}",
                 expected=f"no such tensor ({entry.place})",
                 fix="Use a mapping that can express it on both sides.",
             )
@@ -86,11 +73,11 @@ def check_names(
             continue
         seen.add(one.name)
         place = Place(files[one.file].name, tensor=one.header.name)
-        shape = f"{' × '.join(map(str, one.header.shape))} {one.header.dtype}"
+        shape = f"{shape_text(one.header.shape)} {one.header.dtype}"
         if one.name in matches.ignored:
             continue
         found = matches.candidates.get(one.name, ())
-        active = {i: None for i, _ in found if is_active(i, choices)}  # rules may share a target
+        active = {i: None for i, _ in found if i.rule.active(choices)}  # rules may share a target
         if len(active) == 1:
             continue
         if len(active) > 1:
@@ -214,14 +201,13 @@ def indices_of(stored: Sequence[Stored], matches: Matches, grid: RankGrid, layou
 def assign(
     stored: Sequence[Stored],
     matches: Matches,
-    choices: Mapping[str, str],
     grid: RankGrid,
     layout: Layout,
     stages: Stages,
 ) -> list[Match]:
-    """Pair each tensor with its active rule and its placeholder values in the whole model."""
+    """Pair each tensor with its first candidate and its placeholder values in the whole model."""
     result: list[Match] = []
-    positions: dict[int, dict[tuple[int, int], set[int]]] = {}
+    positions: dict[int, dict[int, set[int]]] = {}  # of each expert file: local layer → whole-model layers that fit
     cache: dict[tuple[str, Stage, tuple[int, ...]], tuple[Instance, Mapping[str, int]]] = {}
     indices, dims = indices_of(stored, matches, grid, layout), layout_dims(layout) if layout.indices else ()
     for one in stored:
@@ -230,18 +216,17 @@ def assign(
             continue
         file = grid.files[one.file]
         if file.pattern.number is not None:
-            instance, values = next((i, v) for i, v in found if is_active(i, choices))
+            instance, values = found[0]
             if one.file not in positions:
                 positions[one.file] = {}
                 for stage, local, number in file_numbers(file.pattern, stages, counts_of(layout, grid.sizes)):
                     if number == file.ranks["number"]:
-                        fits = positions[one.file].setdefault((stage[0], local), set())
-                        fits.add(stages.starts[stage] + local)
+                        positions[one.file].setdefault(local, set()).add(stages.starts[stage] + local)
             result.append((one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}))
             continue
         key = (one.name, grid.stage(one.file, one.chunk), tuple(file.ranks.get(dim, 0) for dim in dims))
         if key not in cache:
-            instance, values = next((i, v) for i, v in found if is_active(i, choices))
+            instance, values = found[0]
             if "layer" in values:
                 values = {**values, "layer": values["layer"] + stages.starts[key[1]]}
             cache[key] = (instance, indices.whole(values, file.ranks))
@@ -252,20 +237,19 @@ def assign(
 def _expert_layer(
     one: Stored,
     values: Mapping[str, int],
-    positions: Mapping[tuple[int, int], set[int]],
+    positions: Mapping[int, set[int]],
     file: RankFile,
 ) -> int:
     """The whole-model layer of an expert file's tensor: exactly one position must fit number and key."""
     local = values["layer"]
-    fits = {layer for (_, at), layers in positions.items() if at == local for layer in layers}
+    fits = positions.get(local, set())
     if len(fits) == 1:
         return next(iter(fits))
-    place = Place(file.name, tensor=one.header.name)
     every = sorted(layer for layers in positions.values() for layer in layers)
     raise EngineError(
         "E211",
         "the layer of an expert file cannot be determined",
-        place=place,
+        place=Place(file.name, tensor=one.header.name),
         got=f"file number {file.ranks['number']} with local layer {local}",
         expected=f"a number that fits one layer; it fits {every or 'none'}",
         fix="Two pipeline stages wrote the same file number, so one layer's experts were lost at saving; "

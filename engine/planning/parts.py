@@ -13,7 +13,7 @@ from itertools import pairwise
 from math import prod
 
 from engine.checkpoint.ranks import RankFile
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, shape_text
 from engine.planning.stored import Stored
 
 _MOST_STEPS = 1 << 24  # a hundred thousand boxes in a grid take a few of them each
@@ -71,7 +71,10 @@ def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, t
         box = tuple((low, low + size) for low, size in zip(header.starts, header.shape, strict=True))
         if header.whole != whole or any(low < 0 or high > size for (low, high), size in zip(box, whole, strict=True)):
             raise _bad_box(
-                one, files, f"{told_box(box)} of {_shape(header.whole)}", f"a box of {_shape(whole)}, as in other files"
+                one,
+                files,
+                f"{told_box(box)} of {shape_text(header.whole)}",
+                f"a box of {shape_text(whole)}, as in other files",
             )
         if prod(header.shape) or not prod(whole):
             found.setdefault(box, []).append(one)
@@ -86,8 +89,8 @@ def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, t
         raise _bad_box(
             one,
             files,
-            got or f"no shard holds {told_box(missing)} of {_shape(whole)}",
-            f"one shard for {told_box(missing)}" if sharing else f"{_shape(whole)}, every element in one shard",
+            got or f"no shard holds {told_box(missing)} of {shape_text(whole)}",
+            f"one shard for {told_box(missing)}" if sharing else f"{shape_text(whole)}, every element in one shard",
         )
     return {tuple(low for low, _ in box): tuple(found[box]) for box in boxes}
 
@@ -134,10 +137,6 @@ def first_fault(boxes: Sequence[Box], whole: Sequence[int]) -> tuple[Box, tuple[
 def told_box(box: Box) -> str:
     """A box as it is read: `[0:65, 32:64]`."""
     return f"[{', '.join(f'{low}:{high}' for low, high in box)}]"
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape)) or "a scalar"
 
 
 def _bad_box(one: Stored, files: Sequence[RankFile], got: str, expected: str) -> EngineError:

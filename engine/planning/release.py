@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import PurePath
 
-from engine.errors import EngineError
+from engine.errors import EngineError, meant
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.search import list_names
 from engine.planning.model import Departure
 
@@ -27,12 +26,11 @@ def check_release(mapping: MappingFile, sizes: Mapping[str, int], *, strict: boo
     """
     unknown = [axis for axis in mapping.expect if axis not in sizes]
     if unknown:
-        near = get_close_matches(unknown[0], list(sizes), 1)
         raise EngineError(
             "E108",
             f"`expect` names an axis that is not there: {unknown[0]}",
             place=mapping.place,
-            fix=f"Did you mean `{near[0]}`?" if near else None,
+            fix=meant(unknown[0], sizes),
         )
     found = tuple(Departure(axis, sizes[axis], want) for axis, want in mapping.expect.items() if sizes[axis] != want)
     if not found:

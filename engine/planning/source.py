@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place, printable
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
 from engine.language.transforms import TRANSFORMS
 from engine.planning.attempts import Checkpoint, Question, decide_by_shapes
@@ -21,7 +20,6 @@ from engine.planning.matching import (
     check_refused,
     check_spellings,
     find_candidates,
-    is_active,
     stages_of,
 )
 from engine.planning.model import Replicas, Slices
@@ -142,7 +140,7 @@ def read_source(
     check_names(stored, matches, choices, files)
     check_spellings(stored, attempt.active)
     check_slices(attempt, checkpoint, layout.lone_rank)
-    active = [one for one in rules if is_active(one, choices)]
+    active = [one for one in rules if one.rule.active(choices)]
     if lossy is not None:
         used = used_rules(attempt, active, checkpoint, each=False)
         check_invertible(used, lossy)
@@ -186,7 +184,7 @@ def _with_tied(
     held = {one.name: one for one in stored}
 
     def needed(name: str) -> bool:
-        return any(is_active(one, choices) for one, _ in matches.candidates[name])
+        return any(one.rule.active(choices) for one, _ in matches.candidates[name])
 
     spare = (name for name in tied if name in held and name in matches.candidates and not needed(name))
     copies = {name: tied[name] for name in spare if tied[name] in held}
@@ -204,16 +202,17 @@ def _check_kind(
     stored: Sequence[Stored], matches: Matches, mapping: MappingFile, checkpoint: Checkpoint, layout: Layout
 ) -> None:
     """E212 when the mapping is for another architecture, or hardly anything matches, instead of naming one tensor."""
+
+    def wrong(place: str, got: str, expected: str, fix: str) -> EngineError:
+        told = f"mapping `{mapping.name}` is not the one for this checkpoint"
+        return EngineError("E212", told, place=Place(place), got=got, expected=expected, fix=fix)
+
+    alike = "Tensors of the same names and shapes are not the same model."
     kind = checkpoint.config.get("model_type") if checkpoint.end == "whole" else mapping.model_type
     if kind != mapping.model_type:
-        raise EngineError(
-            "E212",
-            f"mapping `{mapping.name}` is not the one for this checkpoint",
-            place=Place("config.json"),
-            got=f"model_type: {shown(kind)}",
-            expected=f"model_type: {shown(mapping.model_type)}",
-            fix="Tensors of the same names and shapes are not the same model. Use a mapping for its architecture.",
-        )
+        told = f"model_type: {shown(mapping.model_type)}"
+        fix = f"{alike} Use a mapping for its architecture."
+        raise wrong("config.json", f"model_type: {shown(kind)}", told, fix)
     kind = checkpoint.training.get("model_type")
     names = {one.name for one in stored}
     if names and sum(name in matches.candidates for name in names) * 4 < len(names):
@@ -223,24 +222,15 @@ def _check_kind(
             for rule in mapping.rules
         ]
         wanted = [name for names_of in ends for name in names_of][:3]
-        raise EngineError(
-            "E212",
-            f"mapping `{mapping.name}` is not the one for this checkpoint",
-            place=Place(checkpoint.folder),
-            got=", ".join(sorted(names)[:3]) + f", …{said}",
-            expected=", ".join(wanted) + ", …",
-            fix="`engine inspect` tells which bundled mappings fit.",
-        )
+        got, fix = ", ".join(sorted(names)[:3]) + f", …{said}", "`engine inspect` tells which bundled mappings fit."
+        raise wrong(checkpoint.folder, got, ", ".join(wanted) + ", …", fix)
     if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
-        raise EngineError(
-            "E212",
-            f"mapping `{mapping.name}` is not the one for this checkpoint",
-            place=Place(layout.training_file or ""),
-            got=f"model_type: {shown(kind)}",
-            expected=f"model_type: {' or '.join(map(shown, mapping.model_types))}",
-            fix="Tensors of the same names and shapes are not the same model. Use the mapping for it. If it is that "
-            f"under another name, a mapping says so: `extends: {mapping.name}`, `source: {{model_types: [its name]}}`.",
+        told = f"model_type: {' or '.join(map(shown, mapping.model_types))}"
+        fix = (
+            f"{alike} Use the mapping for it. If it is that under another name, a mapping says so: "
+            f"`extends: {mapping.name}`, `source: {{model_types: [its name]}}`."
         )
+        raise wrong(layout.training_file or "", f"model_type: {shown(kind)}", told, fix)
 
 
 def check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
@@ -252,7 +242,7 @@ def check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
             continue
         lost = f"drop {', '.join(dropped)}: {'; '.join(dropped.values())}"
         if rule.transform is not None:
-            lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]].lost}"
+            lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]]}"
         raise EngineError(
             "E215",
             f"rule `{rule.name}` does not invert",

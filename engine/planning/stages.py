@@ -98,20 +98,26 @@ def number_layers(
     chunks = 1 + max((stage[0] for stage in local), default=0)
     counts: list[tuple[Stage, int]] = []
     for stage in in_order(layout, grid.sizes, grid.staged, chunks, names):
-        seen = local.get(stage, {})
-        if len(set(seen.values())) > 1:
-            few = min(seen, key=lambda f: (seen[f], f))
-            many = max(seen, key=lambda f: (seen[f], -f))
-            raise EngineError(
-                "E211",
-                "files of one pipeline stage hold different numbers of layers",
-                place=Place(grid.files[few].name),
-                got=f"{seen[few]} layers in {grid.files[few].name}",
-                expected=f"{seen[many]} layers, as in {grid.files[many].name}",
-                fix="One of the files is from another run or damaged; compare dates and sizes.",
-            )
-        counts.append((stage, next(iter(seen.values()), 0)))
+        told = "files of one pipeline stage hold different numbers of layers"
+        counts.append((stage, _alike(local.get(stage, {}), grid.files, told, " layers")))
     return laid_out(counts, chunks, grid.staged)
+
+
+def _alike(counts: Mapping[int, int], files: Sequence[RankFile], message: str, of: str = "") -> int:
+    """What all files have of something, by their index: 0 for no files; E211 naming two that differ."""
+    if not counts:
+        return 0
+    few, many = min(counts, key=lambda f: (counts[f], f)), max(counts, key=lambda f: (counts[f], -f))
+    if counts[few] != counts[many]:
+        raise EngineError(
+            "E211",
+            message,
+            place=Place(files[few].name),
+            got=f"{counts[few]}{of} in {files[few].name}",
+            expected=f"{counts[many]}{of}, as in {files[many].name}",
+            fix="One of the files is from another run or damaged; compare dates and sizes.",
+        )
+    return counts[many]
 
 
 def file_numbers(file: FilePattern, stages: Stages, counts: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int]]:
@@ -196,20 +202,8 @@ def local_indices(layout: Layout, seen: Mapping[str, Mapping[int, int]], files: 
     Raises:
         EngineError: E211 when ranks hold different numbers of them.
     """
-    result = dict.fromkeys(layout.indices, 0)
-    for axis, held in seen.items():
-        few, many = min(held, key=lambda f: (held[f], f)), max(held, key=lambda f: (held[f], -f))
-        if held[few] != held[many]:
-            raise EngineError(
-                "E211",
-                f"files hold different numbers of axis `{axis}`",
-                place=Place(files[few].name),
-                got=f"{held[few]} in {files[few].name}",
-                expected=f"{held[many]}, as in {files[many].name}",
-                fix="One of the files is from another run or damaged; compare dates and sizes.",
-            )
-        result[axis] = held[many]
-    return result
+    told = "files hold different numbers of axis `{}`"
+    return {axis: _alike(seen.get(axis, {}), files, told.format(axis)) for axis in layout.indices}
 
 
 def shared_out(axis: str, total: int, layout: Layout, sizes: Mapping[str, int]) -> int:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
+from math import prod
 from typing import Any
 
-from engine.language.model import Mapping as MappingFile
+from engine.language.documents import changed
+from engine.language.model import MappingFile
+from engine.planning.config_keys import leaves
 from engine.proving.holdings import parts_of
-from engine.proving.meaning import Meaning, flat, meaning_of
+from engine.proving.meaning import Meaning, meaning_of
 
 KINDS = {
     "added": "newly mapped",
@@ -60,9 +63,6 @@ class TensorChange:
     new: str | None
     when: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, object]:
-        return {"kind": self.kind, "target": self.target, "old": self.old, "new": self.new, "when": list(self.when)}
-
 
 @dataclass(frozen=True, slots=True)
 class ValueChange:
@@ -81,12 +81,6 @@ class ValueChange:
     old: str | None
     new: str | None
     others: int = 0
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "file": self.file, "name": self.name, "given": self.given, "old": self.old, "new": self.new,
-            "others": self.others,
-        }  # fmt: skip
 
 
 def compare_meanings(
@@ -119,9 +113,7 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
     """Key, what is given, and its value on either side, at least where they differ."""
     if part not in ("reading", "writing"):
         both = [one if isinstance(one, Mapping) else {"": one} for one in (before, after)]
-        flats = [{".".join(path): value for path, value in flat(one)} for one in both]
-        for name in dict.fromkeys([*flats[0], *flats[1]]):
-            old, new = flats[0].get(name), flats[1].get(name)
+        for name, old, new in changed(*(dict(leaves(one)) for one in both)):
             if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _MANY:
                 old, new = [one for one in old if one not in new], [one for one in new if one not in old]
             yield name, "", old, new
@@ -132,10 +124,10 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
     # What only one of them reads changes nothing in the other.
     for given in ["", *dict.fromkeys([*rows[0], *rows[1]])]:
         both = [{**usual[i], **(rows[i].get(given, {}) if given else {})} for i in (0, 1)]
-        differ = [name for name in dict.fromkeys([*both[0], *both[1]]) if both[0].get(name) != both[1].get(name)]
+        differ = list(changed(*both))
         # A size that nothing is written of says how tensors are read.
-        for name in [one for one in differ if not one.startswith("size ")] or differ:
-            yield name, given, both[0].get(name), both[1].get(name)
+        for name, old, new in [one for one in differ if not one[0].startswith("size ")] or differ:
+            yield name, given, old, new
 
 
 def _text(value: Any) -> str | None:
@@ -196,9 +188,7 @@ def _combinations(mappings: Sequence[MappingFile]) -> Iterator[dict[str, str]]:
     for mapping in mappings:
         for name in dict.fromkeys(name for rule in mapping.rules for name in rule.when):
             choices.setdefault(name, {}).update(dict.fromkeys(mapping.variants[name].choices))
-    for count, combination in enumerate(product(*choices.values())):
-        if count >= _MAX_COMBINATIONS:
-            return
+    for combination in islice(product(*choices.values()), _MAX_COMBINATIONS):
         yield dict(zip(choices, combination, strict=True))
 
 
@@ -302,10 +292,7 @@ def _conditions(held: Sequence[Mapping[str, str]], every: Sequence[Mapping[str, 
         return [()]
     seen = {name: list(dict.fromkeys(one[name] for one in held)) for name in every[0]}
     full = {name: {one[name] for one in every} for name in every[0]}
-    size = 1
-    for choices in seen.values():
-        size *= len(choices)
-    if size == len(held):
+    if prod(map(len, seen.values())) == len(held):
         return [tuple(f"{n}={'|'.join(c)}" for n, c in seen.items() if set(c) != full[n])]
     # Not a product: fix one variant and say the rest for each of its choices.
     name = next(n for n, choices in seen.items() if len(choices) > 1)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.documents import plain
+from engine.language.documents import changed, flat, plain, tree_of
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.search import find_file, search_folders
 from engine.proving.forth import LEAST
 from engine.proving.holdings import parts_of
-from engine.proving.meaning import VERSION, flat, meaning_of, text_of, tree
+from engine.proving.meaning import VERSION, meaning_of, text_of
 from engine.proving.meaning import Path as KeyPath
 from engine.proving.proof import Check, Failure, check_of
 from engine.storage.replacing import write_file
@@ -53,7 +53,7 @@ def write_meaning(name: str | Path) -> Path:
     layout = find_file(mapping.layout, "layout")
     if layout.parent.parent in file.parents:  # the mapping's neighbour, and nobody else's
         path_of(layout).parent.mkdir(exist_ok=True)
-        facts = tree(layout_facts(plain(load_yaml(layout).data)))
+        facts = tree_of(layout_facts(plain(load_yaml(layout).data)))
         text = _HEAD + text_of({"meaning": VERSION, "layout": mapping.layout, **facts})
         write_file(path_of(layout), text.encode(), overwrite=True, ours=is_meaning)
     return path
@@ -70,7 +70,7 @@ def committed_text(mapping: MappingFile) -> str:
     changed = {p: v for p, v in after.items() if p not in before or before[p] != v}
     inside = {p[:end] for p in after for end in range(1, len(p))}  # what holds more now than one value
     changed |= {p: GONE for p in before if p not in after and p not in inside}
-    beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree(changed)})
+    beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree_of(changed)})
     return min(whole, beside, key=len)
 
 
@@ -91,11 +91,7 @@ def layout_failures(mapping: MappingFile) -> list[Failure]:
         return [Failure(told, str(file.name))]
     then = {p: v for p, v in flat(load_yaml(path_of(file)).data) if p[0] not in ("meaning", "layout")}
     now = layout_facts(plain(load_yaml(file).data))
-    return [
-        Failure(f"layout {mapping.layout}: {_generic(p, then.get(p, GONE), now.get(p, GONE))}", file.name)
-        for p in dict.fromkeys([*then, *now])
-        if then.get(p, GONE) != now.get(p, GONE)
-    ]
+    return [Failure(f"layout {mapping.layout}: {_generic(*one)}", file.name) for one in changed(then, now, GONE)]
 
 
 def is_meaning(start: bytes) -> bool:
@@ -222,9 +218,9 @@ def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[
         if message not in told:
             found.append(Failure(message, places.get((target, source))))
         told.add(message)
-    for path in dict.fromkeys([*then, *now]):
-        if path[0] not in ("tensors", "ranks") and then.get(path, GONE) != now.get(path, GONE):
-            found.append(Failure(_generic(path, then.get(path, GONE), now.get(path, GONE)), _place(mapping, path)))
+    for path, old, new in changed(then, now, GONE):
+        if path[0] not in ("tensors", "ranks"):
+            found.append(Failure(_generic(path, old, new), _place(mapping, path)))
     return found
 
 
@@ -248,10 +244,7 @@ def _tensors(then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Iterato
             was, comes = (by.get((target, when)) or _any(by, target) for by in sources)
             yield f"{target}{under} comes from {comes}; the committed meaning says {was}", key
             continue
-        for name in dict.fromkeys([*before[key], *after[key]]):
-            old, new = before[key].get(name, GONE), after[key].get(name, GONE)
-            if old == new:
-                continue
+        for name, old, new in changed(before[key], after[key], GONE):
             if name == "order":
                 yield (
                     (

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from engine.errors import EngineError
+from engine.formats.headers import dense_strides
 from engine.language.axes import Axes, extent
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.names import Pattern
 from engine.planning.boxes import Part, Region, regions
 from engine.planning.copies import Copy, intersect
-from engine.planning.matching import is_active
 from engine.planning.stored import Instance, instances
-from engine.planning.whole import contiguous
 from engine.proving.proof import Failure
-from engine.proving.tiny import guess_sizes, settle
-
-if TYPE_CHECKING:
-    import numpy as np
+from engine.proving.tiny import choices_text, guess_sizes, settle
 
 # A claim of a tensor: its positions, and the tensor and positions that they are paired with.
 Claim = tuple["np.ndarray", str, "np.ndarray"]
@@ -34,15 +31,14 @@ def counter_examples(mapping: MappingFile, combinations: Sequence[Mapping[str, s
     free = guess_sizes(mapping)
     found: dict[str, Failure] = {}
     for choices in combinations:
-        active = [one for one in instances(mapping) if is_active(one, choices)]
+        active = [one for one in instances(mapping) if one.rule.active(choices)]
         try:
             sizes, _ = settle(mapping, choices, active, free)
             told = list(_unpaired(active, sizes))
         except (EngineError, KeyError):
             continue
-        where = ", ".join(f"{name}={choice}" for name, choice in choices.items())
         for message, place in told:
-            found.setdefault(message, Failure(message, place, where or None))
+            found.setdefault(message, Failure(message, place, choices_text(choices) or None))
     return list(found.values())
 
 
@@ -62,7 +58,7 @@ def _unpaired(active: Sequence[Instance], sizes: Mapping[str, int]) -> Iterator[
             for target, _, others in whole:
                 targets.setdefault(target, [])
                 for copy in _copies(held, others):
-                    at, to = _positions(copy)
+                    at, to = positions(copy)
                     sources[called].append((at, target, to))
                     targets[target].append((to, called, at))
     yield from _told(targets, shapes, places, "comes from", "comes from nowhere")
@@ -77,7 +73,7 @@ def _tensors(
     counts = [range(1 if p == "layer" else sizes[p]) for p in name.placeholders]
     for values in product(*counts):
         fixed = dict(zip(name.placeholders, values, strict=True))
-        yield name.format(fixed), shape, regions(axes, sizes, contiguous(shape), fixed=fixed)
+        yield name.format(fixed), shape, regions(axes, sizes, dense_strides(shape), fixed=fixed)
 
 
 def _copies(held: Sequence[Region], others: Sequence[Region]) -> Iterator[Copy]:
@@ -104,7 +100,7 @@ def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
     """Pieces that a rule drops on purpose count as claimed."""
     for region in held:
         if any(axis in region.box for axis in instance.rule.drop):
-            at, to = _positions(_copies_of(region))
+            at, to = positions(_copies_of(region))
             yield at, "", to
 
 
@@ -113,10 +109,8 @@ def _copies_of(region: Region) -> Copy:
     return copy if copy is not None else Copy(0, 0, 0, 0, (0,), (1,), (1,))
 
 
-def _positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
+def positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
     """The flat positions that a copy pairs, on either side."""
-    import numpy as np
-
     at = np.full((1,) * len(copy.shape), copy.source_offset)
     to = np.full((1,) * len(copy.shape), copy.target_offset)
     for axis, size in enumerate(copy.shape):
@@ -132,8 +126,6 @@ def _told(
     verb: str,
     nowhere: str,
 ) -> Iterator[tuple[str, str]]:
-    import numpy as np
-
     def element(name: str, position: int) -> str:
         return f"{name}[{','.join(str(int(i)) for i in np.unravel_index(position, shapes[name]))}]"
 

@@ -9,10 +9,9 @@ from typing import Any
 from engine.language.declared import expressions_of
 from engine.language.expressions import OMIT, compile_expression, names_in
 from engine.language.keys import find_key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import claims
-from engine.planning.config_keys import Side, as_declared, leaves, source_side
+from engine.planning.config_keys import as_declared, leaves, source_side
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide
 from engine.proving.directions import Direction, nested, value_of
@@ -27,18 +26,9 @@ class Forth(Direction):
     """The direction of `run`."""
 
     def __init__(self, mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> None:
-        super().__init__(mapping, layout, world)
+        reads = [mapping.dims, [v.choices for v in mapping.variants.values()], mapping.config, mapping.remote_code]
+        super().__init__(mapping, layout, world, source_side(mapping, layout), reads)
         self.worlds = worlds
-
-    @cached_property
-    def side(self) -> Side:
-        return source_side(self.mapping, self.layout)
-
-    @cached_property
-    def expressions(self) -> list[Expression]:
-        variants = [dict(v.choices) for v in self.mapping.variants.values()]
-        remote = self.mapping.remote_code.auto_map if self.mapping.remote_code is not None else {}
-        return list(expressions_of([dict(self.mapping.dims), variants, self.mapping.config, dict(remote)]))
 
     def closure(self, name: str) -> frozenset[str]:
         mapping = self.mapping
@@ -81,7 +71,7 @@ class Forth(Direction):
             if path in grid:
                 base[path] = grid[path]
                 continue
-            key = find_key(self.keys, path)
+            key = find_key(self.side.keys, path)
             types = () if key is None else key.limits.types
             fits = path in written and (key is None or key.limits.fits(written[path]))
             if path in direct:
@@ -164,10 +154,8 @@ class Forth(Direction):
         made = {key: value_of(tree, names) for key, tree in mapping.config.items()}
         made = as_declared({k: v for k, v in made.items() if v is not OMIT}, mapping.keys.get("target", {}))
         found |= {f"config.json {path}": value for path, value in leaves(made)}
-        if mapping.remote_code is not None:
-            auto = {key: value_of(tree, names) for key, tree in mapping.remote_code.auto_map.items()}
-            found |= {f"auto_map {key}": value for key, value in auto.items() if value is not OMIT}
-        return found
+        auto = {key: value_of(tree, names) for key, tree in (mapping.remote_code or {}).items()}
+        return found | {f"auto_map {key}": value for key, value in auto.items() if value is not OMIT}
 
 
 def _holders(path: str) -> list[str]:

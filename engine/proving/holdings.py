@@ -10,28 +10,25 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from engine.errors import EngineError
 from engine.explaining.copy_text import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.expressions import evaluate
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.names import Pattern
 from engine.language.rules import STORED
 from engine.planning.copies import Copy, swap
-from engine.planning.matching import is_active
 from engine.planning.model import Plan
 from engine.planning.stored import Instance, instances
-from engine.proving.counterexamples import moves_of
+from engine.proving.counterexamples import moves_of, positions
 from engine.proving.matrix import Case, cases, combinations_of
 from engine.proving.proof import Failure
 from engine.proving.symbolic import reverse_of
 from engine.proving.tiny import DIVISIBLE, EVEN, World, Worlds, guess_sizes
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Coordinates = tuple[tuple[str, int], ...]
 
@@ -153,9 +150,9 @@ def _zeroth(mapping: MappingFile, world: World) -> dict[str, dict[str, tuple[Ins
     """Source pattern → the target tensors with 0 for every placeholder → the rule, and the target's pattern."""
     found: dict[str, dict[str, tuple[Instance, str]]] = defaultdict(dict)
     for one in instances(mapping):
-        if is_active(one, world.choices):
+        if one.rule.active(world.choices):
             for name, _ in one.targets:
-                found[one.sources[0].text][name.format(dict.fromkeys(name.placeholders, 0))] = one, name.text
+                found[one.sources[0].text][name.sample()] = one, name.text
     return found
 
 
@@ -197,8 +194,6 @@ def _order(moves: Sequence[tuple[str, str, Copy]]) -> str | list[str]:
 
 def _ranks(held: Held, plan: Plan) -> str:
     """Which elements of the target each rank holds: `tp0 [0:24, :]; tp1 [24:48, :]`."""
-    import numpy as np
-
     assert plan.written is not None
     dims = [dim for dim, count in plan.written.sizes.items() if count > 1]
     files = {file.pattern.name for file in plan.written.files if any(file.pattern.name == one[1] for one in held)}
@@ -211,7 +206,7 @@ def _ranks(held: Held, plan: Plan) -> str:
     for rank, _, _, copies in held:
         mask = masks[tuple((dim, number) for dim, number in rank if dim in dims)].reshape(-1)
         for copy in copies:
-            mask[_positions(copy)] = True
+            mask[positions(copy)[1]] = True
     told = {at: _box(mask) if mask.any() else "" for at, mask in masks.items()}
     while fewer := [less for dim in dims if (less := _without(told, dim))]:
         told = min(fewer, key=len)
@@ -228,19 +223,8 @@ def _without(told: Mapping[Coordinates, str], dim: str) -> dict[Coordinates, str
     return found
 
 
-def _positions(copy: Copy) -> np.ndarray:
-    import numpy as np
-
-    at = np.full((1,) * len(copy.shape), copy.target_offset)
-    for axis, (size, stride) in enumerate(zip(copy.shape, copy.target_strides, strict=True)):
-        at = at + np.arange(size).reshape([-1 if i == axis else 1 for i in range(len(copy.shape))]) * stride
-    return at.ravel()
-
-
 def _box(mask: np.ndarray) -> str:
     """A set of elements as ranges along each dimension, or as ranges of the elements counted through."""
-    import numpy as np
-
     along = [mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)) for axis in range(mask.ndim)]
     whole = np.ones(mask.shape, bool)
     for axis, held in enumerate(along):
@@ -251,22 +235,17 @@ def _box(mask: np.ndarray) -> str:
 
 
 def _ranges(held: Any) -> str:
-    import numpy as np
-
     edges = np.flatnonzero(np.diff(np.concatenate(([0], held.astype(np.int8), [0]))))
     return "+".join(f"{int(low)}:{int(high)}" for low, high in edges.reshape(-1, 2))
 
 
 def _stages(plan: Plan) -> str:
     """Which layers each stage has, in the order of the layers."""
-    stages, staged = plan.stages, plan.grid.staged
-    told = []
-    for place, start in sorted(stages.starts.items(), key=lambda one: one[1]):
-        chunk, *ranks = place
-        at = [f"chunk{chunk}"] if stages.chunks > 1 else []
-        at += [f"{dim}{rank}" for dim, rank in zip(staged, ranks, strict=True)]
-        told.append(f"{start}:{start + stages.counts[place]}" + (f" at {' '.join(at)}" if at else ""))
-    return ", ".join(told)
+    stages = plan.stages
+    alone = stages.chunks == 1 and not stages.dims
+    listed = sorted(stages.starts.items(), key=lambda one: one[1])
+    told = ((f"{start}:{start + stages.counts[one]}", stages.name(one)) for one, start in listed)
+    return ", ".join(layers if alone else f"{layers} at {name}" for layers, name in told)
 
 
 def _gathered(ranks: Mapping[str, str]) -> dict[str, str]:

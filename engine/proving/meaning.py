@@ -16,11 +16,10 @@ import yaml
 from engine.assets.chat import chat_template, unmarked
 from engine.assets.generation import generation_config
 from engine.errors import EngineError
-from engine.language.documents import plain
+from engine.language.documents import flat, plain, tree_of
 from engine.language.keys import Key, Limits
 from engine.language.layout_file import load_layout
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.proving.holdings import holdings, origins
 from engine.proving.matrix import Combination, combinations_of
 from engine.proving.proof import Failure
@@ -53,24 +52,21 @@ _KNOWN: dict[str, dict[Path, Any]] = {}  # what several mappings share, by what 
 _MOST_KNOWN = 64
 
 
-def meaning_of(mapping: MappingFile, worlds: Worlds | None = None) -> Meaning:
+def meaning_of(mapping: MappingFile) -> Meaning:
     """The meaning of a mapping, plain data.
-
-    Args:
-        worlds: the mapping's, where it has them already.
 
     Raises:
         EngineError: for a layout that cannot be read. What the mapping itself cannot do is part of its meaning.
     """
-    found = tree(dict(facts_of(mapping, worlds)))
+    found = tree_of(dict(facts_of(mapping)))
     return {name: found[name] for name in _ORDER if found.get(name) not in ({}, [], None)}
 
 
-def facts_of(mapping: MappingFile, worlds: Worlds | None = None) -> Iterator[Fact]:
+def facts_of(mapping: MappingFile) -> Iterator[Fact]:
     """Every value of the meaning with its path, part by part, those that are quickly known first."""
     layout = load_layout(mapping.layout)
     data = mapping.resolved
-    worlds = worlds or Worlds(mapping)
+    worlds = Worlds(mapping)
     quick: Meaning = {
         "about": _about(mapping),
         "options": {name: _option(one) for name, one in (data.get("options") or {}).items()},
@@ -226,23 +222,3 @@ def _short(data: Any) -> bool:
 def text_of(data: Mapping[str, Any]) -> str:
     """Data as YAML that reads as a diff."""
     return yaml.dump(dict(data), Dumper=_Text, sort_keys=False, allow_unicode=True, width=_WIDTH)
-
-
-def flat(meaning: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value with its path; lists and empty mappings are values."""
-    for name, value in meaning.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, (*above, str(name)))
-        else:
-            yield (*above, str(name)), value
-
-
-def tree(values: Mapping[Path, Any]) -> Meaning:
-    """The other way round."""
-    found: Meaning = {}
-    for path, value in values.items():
-        at = found
-        for name in path[:-1]:
-            at = at.setdefault(name, {})
-        at[path[-1]] = value
-    return found

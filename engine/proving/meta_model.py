@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, shape_text
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, told_by
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
@@ -211,10 +210,10 @@ def misfits(
         if name not in model:
             add(f"-{text}", f"`{name}` is unexpected: the model has no such tensor", place)
         elif model[name] != shape:
-            add(f"*{text}", f"`{name}` is {_told(shape)}, the model's is {_told(model[name])}", place)
+            add(f"*{text}", f"`{name}` is {shape_text(shape)}, the model's is {shape_text(model[name])}", place)
     for name, shape in model.items():
         if name not in shapes and name not in taken:
-            add(f"+{_folded(name)}", f"`{name}` ({_told(shape)}) is missing: no rule writes it", None)
+            add(f"+{_folded(name)}", f"`{name}` ({shape_text(shape)}) is missing: no rule writes it", None)
     return [
         Failure(one.message + (f", and {count - 1} like it" if count > 1 else ""), one.place)
         for one, count in found.values()
@@ -243,7 +242,3 @@ def _folded(name: str) -> str:
     'model.layers.N.mlp.experts.N.weight'
     """
     return ".".join("N" if part.isdecimal() else part for part in name.split("."))
-
-
-def _told(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape)) or "a scalar"

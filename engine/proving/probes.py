@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import nodes
 
+from engine.language.allowed import dotted
 from engine.language.expressions import OMIT, compile_expression
 from engine.language.keys import Key, find_key
 from engine.language.model import Expression
@@ -28,8 +29,7 @@ def constants(expressions: Sequence[Expression], reads: Callable[[str], frozense
     """What is read → the constants that expressions compare it with."""
     found: dict[str, list[Any]] = defaultdict(list)
     for expression in expressions:
-        tree = compile_expression(expression).tree
-        for compare in tree.find_all(nodes.Compare) if not isinstance(tree, nodes.Compare) else _compares(tree):
+        for compare in compile_expression(expression).every(nodes.Compare):
             values = [const.value for const in compare.find_all(nodes.Const)]
             for path in sorted({p for name in _paths(compare) for p in reads(name)}):
                 found[path] += [value for value in values if value not in found[path]]
@@ -38,16 +38,14 @@ def constants(expressions: Sequence[Expression], reads: Callable[[str], frozense
 
 def divisors_of(expression: Expression) -> frozenset[str]:
     """Names that stand below a whole division."""
-    tree = compile_expression(expression).tree
-    every = [*tree.find_all(nodes.FloorDiv), *([tree] if isinstance(tree, nodes.FloorDiv) else [])]
+    every = compile_expression(expression).every(nodes.FloorDiv)
     return frozenset(path for one in every for path in _paths(one.right))
 
 
 def multiples_of(expression: Expression, values: Mapping[str, Any]) -> dict[str, int]:
     """Names of which an expression takes whole multiples of a number: name → the number."""
-    tree = compile_expression(expression).tree
     found: dict[str, int] = {}
-    for one in [*tree.find_all(nodes.FloorDiv), *([tree] if isinstance(tree, nodes.FloorDiv) else [])]:
+    for one in compile_expression(expression).every(nodes.FloorDiv):
         number = _number(one.right, values)
         if number is not None and number > 1:
             found |= dict.fromkeys(_paths(one.left), number)
@@ -65,8 +63,7 @@ def _number(node: nodes.Node, values: Mapping[str, Any]) -> int | None:
 
 def quotients_of(expression: Expression) -> list[tuple[str, str]]:
     """Which names are divided by which, exactly."""
-    tree = compile_expression(expression).tree
-    every = [*tree.find_all(nodes.Div), *([tree] if isinstance(tree, nodes.Div) else [])]
+    every = compile_expression(expression).every(nodes.Div)
     return [(a, b) for one in every for a in _paths(one.left) for b in _paths(one.right)]
 
 
@@ -78,24 +75,11 @@ def plain_name(expression: Expression) -> str | None:
     return tree.name if isinstance(tree, nodes.Name) else None
 
 
-def _compares(tree: nodes.Compare) -> Iterator[nodes.Compare]:
-    yield tree
-    yield from tree.find_all(nodes.Compare)
-
-
 def _paths(tree: nodes.Node) -> Iterator[str]:
     """Every name below, and with what is asked of it: `options` and `options.size`."""
     for node in [tree, *tree.find_all((nodes.Name, nodes.Getattr))]:
         if path := dotted(node):
             yield path
-
-
-def dotted(node: nodes.Node) -> str:
-    """A name and what is asked of it, `options.size`; empty for anything else."""
-    if isinstance(node, nodes.Getattr):
-        above = dotted(node.node)
-        return f"{above}.{node.attr}" if above else ""
-    return node.name if isinstance(node, nodes.Name) else ""
 
 
 def unusual(number: int, key: Key | None) -> float:

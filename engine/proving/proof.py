@@ -1,12 +1,39 @@
-"""What a proof says: checks that hold or not, counter-examples in words, mutants and what caught them."""
+"""What lint and proofs say: findings, checks that hold or not, counter-examples in words, and what caught mutants."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Place, in_words
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found: an error makes `engine lint` fail, a warning does not."""
+
+    place: Place | None
+    message: str
+    fix: str | None
+    severity: Literal["error", "warning"] = "error"
+    got: str | None = None
+    expected: str | None = None
+    code: str = ""  # of the check that says it
+
+    def in_words(self) -> str:
+        """The finding in the shape of an error."""
+        return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"code": self.code, **asdict(self), "place": None if self.place is None else self.place.as_dict()}
+
+
+def finding_of(error: EngineError, place: Place | None = None) -> Finding:
+    """An error as a finding."""
+    return Finding(
+        error.place or place, error.message, error.fix, got=error.got, expected=error.expected, code=error.code
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +52,6 @@ class Failure:
         )
         return Failure(told, None if error.place is None else str(error.place), where)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"message": self.message, "place": self.place, "where": self.where}
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -37,14 +61,6 @@ class Check:
     holds: bool | None
     told: str
     failures: tuple[Failure, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "holds": self.holds,
-            "told": self.told,
-            "failures": [failure.as_dict() for failure in self.failures],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +73,6 @@ class Mutant:
     told: str
     kind: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "where": self.where,
-            "what": self.what,
-            "caught_by": self.caught_by,
-            "told": self.told,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Proof:
@@ -73,7 +80,7 @@ class Proof:
 
     mapping: str
     checks: tuple[Check, ...]
-    mutants: tuple[Mutant, ...] = field(default=())
+    mutants: tuple[Mutant, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -82,13 +89,7 @@ class Proof:
         return all(check.holds is not False for check in self.checks) and all(m.caught_by for m in self.mutants)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "mapping": self.mapping,
-            "holds": self.holds,
-            "checks": [check.as_dict() for check in self.checks],
-            "mutants": [mutant.as_dict() for mutant in self.mutants],
-            "seconds": round(self.seconds, 3),
-        }
+        return {**asdict(self), "holds": self.holds, "seconds": round(self.seconds, 3)}
 
 
 def check_of(name: str, told: str, failures: Sequence[Failure]) -> Check:

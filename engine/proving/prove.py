@@ -14,18 +14,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from engine.errors import EngineError, EngineErrors
+from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.proving.checks import (
     MODEL,
     REAL_SIZES,
     ROUND_TRIP,
+    check_classes,
     check_model,
     check_real_sizes,
     check_round_trip,
@@ -38,7 +39,6 @@ from engine.proving.meaning import usual_world
 from engine.proving.meta_model import load_classes
 from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.tiny import World, Worlds
-from engine.proving.told_classes import check_classes
 from engine.proving.trying import try_mutants
 from engine.run.meter import Listener, Meter
 
@@ -46,19 +46,7 @@ _FEW = 4  # mappings that one process proves as quickly as several
 _ROOM = 1 << 30  # bytes that proofs side by side never need; a container's memory folder is often of 64 MiB
 
 
-@dataclass(slots=True)
-class _Proven:
-    """What one mapping's proof leaves for the next."""
-
-    names: dict[str, str]  # what a round trip depends on → the mapping it was proved for
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A proof, and the models that are still to be held against transformers' own."""
-
-    proof: Proof
-    worlds: Sequence[World]
+Begun = tuple[Proof, Sequence[World]]  # a proof, and the models that are still to be held against transformers' own
 
 
 def shared_rules(mapping: MappingFile) -> str:
@@ -77,8 +65,7 @@ def prove(
         try:
             mapping = name if isinstance(name, MappingFile) else load_mapping(str(name))
         except EngineError as error:
-            errors = error.errors if isinstance(error, EngineErrors) else [error]
-            failures = [Failure.of(one) for one in errors]
+            failures = [Failure.of(one) for one in error.errors]
             found[number] = Proof(str(name), (check_of("loads", "the file is a mapping", failures),))
             continue
         groups.setdefault(shared_rules(mapping), []).append((number, mapping))
@@ -88,7 +75,7 @@ def prove(
     alone = len(names) <= _FEW or len(listed) < 2 or (os.cpu_count() or 1) < 2
     for number, proofs in _alone(members, mutants, meter) if alone else _together(members, mutants):
         for (i, mapping), begun in zip(listed[number], proofs, strict=True):
-            found[i] = _with_model(mapping, begun)
+            found[i] = _with_model(mapping, *begun)
             meter.advance(1)
     return [found[i] for i in range(len(names))]
 
@@ -99,13 +86,13 @@ def _work(group: Sequence[tuple[int, MappingFile]]) -> int:
     return len(combinations_of(group[0][1])) + sum(layers)
 
 
-def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter) -> Iterator[tuple[int, list[_Begun]]]:
+def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter) -> Iterator[tuple[int, list[Begun]]]:
     for number, group in enumerate(groups):
         meter.begin(f"proving {group[0].name}")
         yield number, prove_group(group, mutants)
 
 
-def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterator[tuple[int, list[_Begun]]]:
+def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterator[tuple[int, list[Begun]]]:
     """Groups in processes of their own, each as soon as it is proved; transformers is loaded in this one alone."""
     workers = min(os.cpu_count() or 1, len(groups))
     collecting = gc.get_threshold()  # a new process looks for cycles as seldom as this one does
@@ -116,10 +103,10 @@ def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterato
             yield running[done], done.result()
 
 
-def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[_Begun]:
+def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[Begun]:
     """Prove mappings one after another, but for what transformers has to say."""
-    proven = _Proven({})
-    found: list[_Begun] = []
+    proven: dict[str, str] = {}  # what a check depends on → the mapping it was made for
+    found: list[Begun] = []
     for mapping in mappings:
         started = time.monotonic()
         worlds: Sequence[World] = ()
@@ -127,13 +114,13 @@ def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[_Begun]:
             checks, tried, worlds = _prove(mapping, proven, mutants=mutants)
         except EngineError as error:
             checks, tried = [check_of("proof", "everything could be tried", [Failure.of(error)])], []
-        found.append(_Begun(Proof(mapping.name, tuple(checks), tuple(tried), time.monotonic() - started), worlds))
+        found.append((Proof(mapping.name, tuple(checks), tuple(tried), time.monotonic() - started), worlds))
     return found
 
 
-def _with_model(mapping: MappingFile, begun: _Begun) -> Proof:
+def _with_model(mapping: MappingFile, proof: Proof, worlds: Sequence[World]) -> Proof:
     """A proof with the check of the models that are left to hold against transformers'."""
-    proof, started = begun.proof, time.monotonic()
+    started = time.monotonic()
     if mapping.classes:
         told = f"{', '.join(mapping.classes)} are told as transformers has them"
         try:
@@ -141,8 +128,8 @@ def _with_model(mapping: MappingFile, begun: _Begun) -> Proof:
         except EngineError as error:
             failures = [Failure.of(error)]
         check = check_of(MODEL, told, failures)
-    elif begun.worlds:
-        check = check_model(mapping, begun.worlds)
+    elif worlds:
+        check = check_model(mapping, worlds)
     else:
         return proof
     checks = (*proof.checks, check)
@@ -150,7 +137,7 @@ def _with_model(mapping: MappingFile, begun: _Begun) -> Proof:
 
 
 def _prove(
-    mapping: MappingFile, proven: _Proven, *, mutants: bool
+    mapping: MappingFile, proven: dict[str, str], *, mutants: bool
 ) -> tuple[list[Check], list[Mutant], Sequence[World]]:
     layout = load_layout(mapping.layout, mapping.layout_place)
     combinations = combinations_of(mapping)
@@ -162,10 +149,10 @@ def _prove(
     possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
     tried: list[Mutant] = []
     key = shared_rules(mapping)
-    if key in proven.names:
-        checks.append(Check(ROUND_TRIP, True, f"the rules of {proven.names[key]}, proved there"))
+    if key in proven:
+        checks.append(Check(ROUND_TRIP, True, f"the rules of {proven[key]}, proved there"))
     else:
-        proven.names[key] = mapping.name
+        proven[key] = mapping.name
         with tempfile.TemporaryDirectory(prefix="prove-", dir=_quick()) as folder:
             check = check_round_trip(mapping, layout, worlds, possible, Path(folder))
             checks.append(check)
@@ -177,10 +164,10 @@ def _prove(
     assert world is not None  # a round trip was made
     if mapping.expect:
         told = json.dumps([key, sorted(mapping.expect.items())])
-        if told in proven.names:
-            checks.append(Check(REAL_SIZES, True, f"the sizes of {proven.names[told]}, proved there"))
+        if told in proven:
+            checks.append(Check(REAL_SIZES, True, f"the sizes of {proven[told]}, proved there"))
         else:
-            proven.names[told] = mapping.name
+            proven[told] = mapping.name
             checks.append(check_real_sizes(mapping, layout, world))
     return checks, tried, [world] if mapping.expect else neighbours(mapping, worlds, possible, world)
 

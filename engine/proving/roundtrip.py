@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from engine.checkpoint.hf_folder import read_hf_folder
-from engine.errors import EngineError
+from engine.errors import EngineError, shape_text
 from engine.formats.configs import encode_config
 from engine.language.expressions import names_in
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
@@ -27,9 +28,6 @@ from engine.proving.proof import Failure
 from engine.proving.tiny import World, of_files
 from engine.run.runner import write_weights
 from engine.storage.local import LocalStore
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +105,6 @@ def convert(plan: Plan, out: Path) -> dict[str, np.ndarray]:
 
 def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
     """Injective and total into the rank files: replicas aside, every number is there exactly once."""
-    import numpy as np
-
     replicas = {source for one in plan.replicas for source in one.sources[1:]}
     held = [stored_numbers(plan, i).ravel() for i in range(len(plan.sources)) if i not in replicas]
     numbers = np.concatenate(held) if held else np.empty(0)
@@ -141,8 +137,6 @@ def _choices(trip: Trip, plan: Plan) -> Iterator[Failure]:
 
 def stored_numbers(plan: Plan, source: int) -> np.ndarray:
     """The elements of a stored tensor, by its own header and nothing of the plan."""
-    import numpy as np
-
     tensor = plan.sources[source]
     header = tensor.header
     count = 1 + sum((n - 1) * s for n, s in zip(header.shape, header.strides, strict=True))
@@ -156,8 +150,6 @@ def stored_numbers(plan: Plan, source: int) -> np.ndarray:
 
 def element_of(arrays: Mapping[str, Any], number: float) -> str:
     """The element that was given a number: `model.norm.weight[3]`."""
-    import numpy as np
-
     for name, array in arrays.items():
         first = float(array.flat[0]) if array.size else -1
         if array.size and first <= number < first + array.size:
@@ -171,8 +163,6 @@ def index(values: Any) -> str:
 
 def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: str) -> Iterator[Failure]:
     """Tensors that did not come back, each with its first element that is another."""
-    import numpy as np
-
     wanted = world.arrays()
     changed = {output.name for output in plan.outputs if output.transform is not None}
     places = {output.name: (number, output) for number, output in enumerate(plan.outputs)}
@@ -185,7 +175,7 @@ def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: 
         there, array = wanted[name], got[name]
         output = places[name][1]
         if array.shape != there.shape:
-            told = f"`{name}` is {' × '.join(map(str, array.shape))}, not {' × '.join(map(str, there.shape))}"
+            told = f"`{name}` is {shape_text(array.shape)}, not {shape_text(there.shape)}"
             yield Failure(told, output.place, where)
         elif name not in changed and array.tobytes() != there.tobytes():
             at = np.unravel_index(int(np.flatnonzero(array.ravel() != there.ravel())[0]), there.shape)
@@ -196,8 +186,6 @@ def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: 
 
 def _origin(plan: Plan, output: int, position: int) -> str:
     """Where a plan takes an element from: `tp1_pp0 layers.0.attention.wqkv.weight[2,3]`."""
-    import numpy as np
-
     from engine.planning.copies import clip
 
     for copy in plan.copies(output):

@@ -10,30 +10,31 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from jinja2 import nodes
 
 from engine.errors import EngineError
+from engine.language.declared import axes_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
-from engine.language.model import Expression
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, MappingFile
 from engine.planning.attempts import claims
 from engine.planning.facts import present_in, render_known
-from engine.planning.matching import is_active
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
 from engine.planning.whole import whole_groups, whole_instances
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and the like; an axis that others are divided by
 DIVISIBLE = 6  # by 2 and by 3 ranks
 _APART = (36, 45, 28, 60, 52, 20, 44, 68)  # axes that nothing is known of
 EVEN = (36, 54, 30, 66, 42, 78, 90, 102)  # the same where two and three ranks are to divide them
 _MAX_OPTIONAL = 8
+
+
+def choices_text(choices: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={choice}" for name, choice in choices.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class World:
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{name}={choice}" for name, choice in self.choices.items()) or "no variants"
+        return choices_text(self.choices) or "no variants"
 
     @property
     def elements(self) -> int:
@@ -64,8 +65,6 @@ class World:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Target name → its numbers, counted through in the order of the model."""
-        import numpy as np
-
         found: dict[str, np.ndarray] = {}
         start = 0
         for name, shape in self.shapes.items():
@@ -88,7 +87,7 @@ def guess_sizes(mapping: MappingFile, even: int = _SHARED, apart: Sequence[int] 
     """
     divisions = {name: _divisions(e) for name, e in mapping.dims.items()}
     pairs = [(a, b) for found in divisions.values() for a, b in found]
-    axes = {**_axes_of(mapping), **dict.fromkeys(name for pair in pairs for name in pair if name in mapping.dims)}
+    axes = dict.fromkeys([*axes_of(mapping), *(name for pair in pairs for name in pair if name in mapping.dims)])
     named = {
         p for i in instances(mapping) for p in (*i.axis_names(), *(p for n, _ in i.targets for p in n.placeholders))
     }
@@ -130,10 +129,8 @@ def guess_sizes(mapping: MappingFile, even: int = _SHARED, apart: Sequence[int] 
 
 def _divisions(expression: Expression) -> list[tuple[str, str]]:
     """What an expression divides by what, where both are names, or a name and a number."""
-    tree = compile_expression(expression).tree
-    every = [*([tree] if isinstance(tree, nodes.FloorDiv) else []), *tree.find_all(nodes.FloorDiv)]
     found: list[tuple[str, str]] = []
-    for one in every:
+    for one in compile_expression(expression).every(nodes.FloorDiv):
         right = one.right.name if isinstance(one.right, nodes.Name) else getattr(one.right, "value", None)
         if isinstance(one.left, nodes.Name) and isinstance(right, str | int):
             found.append((one.left.name, str(right)))
@@ -146,13 +143,6 @@ def _is_division(expression: Expression) -> bool:
     if isinstance(tree, nodes.Filter) and tree.name == "default" and tree.args:
         tree = tree.args[0]
     return isinstance(tree, nodes.FloorDiv)
-
-
-def _axes_of(mapping: MappingFile) -> dict[str, None]:
-    """Every axis that a rule has, placeholders included."""
-    names = [a for i in instances(mapping) for a in (*i.axis_names(), *i.axes.names())]
-    names += [a for i in instances(mapping) for n, axes in i.targets for a in (*n.placeholders, *axes.names())]
-    return dict.fromkeys(names)
 
 
 class Worlds:
@@ -185,7 +175,7 @@ class Worlds:
         fixed = {**sizes, **{axis: 0 for one in used for axis in one.rule.drop}}
         solved, config = settle(self._mapping, choices, used, fixed)
         listed = whole_groups(pieces, whole_instances(pieces), solved, {})
-        shapes = {group.name: next(iter(group.shards.values()))[0].header.shape for _, group in listed}
+        shapes = {group.name: group.first.header.shape for _, group in listed}
         tied: dict[str, str] = {}
         for spec, group in listed:
             to = spec.instances[0].rule.tied_to
@@ -198,7 +188,7 @@ class Worlds:
 
     def used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
         """Active rules' tensors that together show the choices which names decide."""
-        active = [one for one in self._instances if is_active(one, choices)]
+        active = [one for one in self._instances if one.rule.active(choices)]
         loose = {one.sources[0].text: one for one in active if one.param == "bias" or one.rule.optional}
         key = tuple(one.sources[0].text for one in active), tuple(loose), most
         if key not in self._absent:
@@ -255,7 +245,7 @@ def _made_up(expression: Expression, names: Mapping[str, Any]) -> Any:
 
 
 def training_names(used: Sequence[Instance]) -> set[str]:
-    return {one.sources[0].format(dict.fromkeys(one.axis_names(), 0)) for one in used}
+    return {one.sources[0].sample() for one in used}
 
 
 def of_files(mapping: MappingFile) -> tuple[str, ...]:

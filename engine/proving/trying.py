@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from engine.errors import EngineError, EngineErrors
-from engine.language.documents import Document
+from engine.errors import EngineError
+from engine.language.documents import Document, flat
 from engine.language.mapping_file import build_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.validation import check_schema
 from engine.proving.committed import GONE, committed, differences, read_meaning
 from engine.proving.edits import Change, Data, plain
 from engine.proving.lint import lint
-from engine.proving.meaning import Path, facts_of, flat, meaning_of
+from engine.proving.meaning import Path, facts_of, meaning_of
 from engine.proving.mutants import mutants_of
 from engine.proving.proof import Failure, Mutant
 
@@ -62,9 +62,8 @@ def _caught(mapping: MappingFile, change: Change, then: Facts, before: set[tuple
     """The first thing that shows a mutant, weakest evidence first, and its words."""
     try:
         mutant = rebuilt(mapping, change.data)
-    except (EngineError, EngineErrors) as error:
-        first = error.errors[0] if isinstance(error, EngineErrors) else error
-        return LOADING, f"{first.code} {first.message}"
+    except EngineError as error:
+        return LOADING, f"{error.code} {error.message}"
     for finding in lint(mutant):
         if finding.severity == "error" and (finding.code, finding.message) not in before:
             return LINT, f"{finding.code} {finding.message}"

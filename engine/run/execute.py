@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.run.running import Running
+from engine.storage.json_text import as_data
 from engine.storage.places import on_this_machine
 
 if TYPE_CHECKING:
@@ -35,17 +36,7 @@ class Report:
     notices: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "tensors": self.tensors,
-            "bytes": self.bytes,
-            "seconds": round(self.seconds, 3),
-            "variants": dict(self.variants),
-            "files": list(self.files),
-            "content_id": self.content_id,
-            "kept": self.kept,
-            "notices": list(self.notices),
-        }
+        return {**as_data(self), "out": str(self.out), "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +79,7 @@ def execute(
         started: when the command started, for the report.
         parts: take the weights that parts wrote, who know their work by this digest.
     """
+    from engine.run.digests import only_zeros
     from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, manifest
     from engine.run.parts import read_markers
@@ -133,6 +125,8 @@ def execute(
                 beside=[] if later is None else [make_later],
                 beside_memory=small.memory,
             ).done
+        told_of = [(o.name, o.shape, o.nbytes, done[n].digest) for n, o in enumerate(compiled.outputs)]
+        notices += filter(None, [only_zeros(told_of)])
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)
@@ -158,17 +152,17 @@ def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: b
     """
     from engine.run.manifest import NAME
     from engine.run.written import Ours
-    from engine.storage.objects import ObjectStore
+    from engine.storage.objects import MARK, ObjectStore
     from engine.storage.output import OutputFolder
     from engine.storage.places import store_at
     from engine.storage.uploads import Uploads
 
-    store, foreign = store_at(out, "the output"), Ours()
+    store = store_at(out, "the output")
     if isinstance(store, ObjectStore):
-        kept = how.resume or parts
+        kept, foreign = how.resume or parts, Ours(lambda name: store.attribute(name, MARK) is not None)
         return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=kept, foreign=foreign)
     path, shared = on_this_machine(store, "the output"), work if parts else None
-    return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=foreign, shared=shared)
+    return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=Ours(), shared=shared)
 
 
 def check_names(compiled: Plan, small: Iterable[str]) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError, Place, printable
@@ -15,7 +14,7 @@ from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import INDEX, METADATA, read_safetensors_metadata
 from engine.language.layout_file import load_layout
 from engine.planning.reading import read_checkpoint
-from engine.run.digests import ALGORITHM, content_id, digest_of
+from engine.run.digests import digest_of
 from engine.run.manifest import NAME, read_manifest
 from engine.storage.json_text import parse_json
 from engine.storage.sources import SourceFiles
@@ -36,49 +35,16 @@ _READ = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What the manifest told of an output.
-
-    Attributes:
-        tensors, files, nbytes: what was found as it was written, or was told to be wrong.
-        read: tensors whose contents were compared.
-        unchecked: what the manifest does not tell, and so was not checked.
-    """
-
-    tensors: int
-    files: int
-    nbytes: int
-    content_id: str
-    read: int
-    problems: tuple[str, ...]
-    unchecked: tuple[str, ...]
-
-
-def check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[int], None] = lambda _: None) -> Written:
-    """Read every byte of an output and compare it with the manifest."""
-    tensors: Mapping[str, Any] = data["tensors"]
-    found, nbytes, read, problems = _contents(folder, data, advance)
-    problems += _index(folder, tensors)
-    if not data["files"] and not any(str(entry.get("file")) + ":" in name for name, entry in tensors.items()):
-        problems.append(
-            "the manifest names no file beside the weights, such as the configuration: nothing checked them"
-        )
-    files = {*data["files"], *(str(entry.get("file")) for entry in tensors.values())}
-    strangers, beside = extra_files(folder, files)
-    total = content_id(found) if found and read == len(found) else ""
-    complete = data.get("digest") == ALGORITHM or "content_id" in data
-    if (total != data.get("content_id", "") or complete != bool(total)) and not problems:
-        problems.append("the content id is not that of the tensors: the manifest was changed")
-    problems += strangers
-    unchecked = [*_without_digests(len(found), read), *beside]
-    return Written(len(found), len(files), nbytes, total, read, tuple(problems), tuple(unchecked))
-
-
 class Ours:
     """What of a folder is not the engine's output as written. Contents are read again only where they may differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, marked: Callable[[str], bool] = lambda name: False) -> None:
+        """
+        Args:
+            marked: whether the store itself tells that the engine wrote a file, so that it need not be read: that
+                takes as long as converting, in a bucket.
+        """
+        self._marked = marked
         self._seen: object = None
 
     def __call__(self, store: Store) -> str | None:
@@ -103,11 +69,10 @@ class Ours:
         if seen == self._seen:
             return None
         here = {name: wanted for name, wanted in data["files"].items() if name in names}
-        # reading the weights of a bucket takes as long as converting them
-        tensors = data["tensors"] if store.folder is not None else {}
-        tensors = {name: entry for name, entry in tensors.items() if entry["file"] in names}
-        *_, changed = _contents(store, {**data, "files": here, "tensors": tensors})
-        changed += _index(store, data["tensors"]) if INDEX in names else []
+        read = {file for file in names if not self._marked(file)}
+        tensors = {name: entry for name, entry in data["tensors"].items() if entry["file"] in read}
+        *_, changed = read_contents(store, {**data, "files": here, "tensors": tensors})
+        changed += check_index(store, data["tensors"]) if INDEX in names else []
         self._seen = None if changed else seen
         return f"not what the engine wrote there: {changed[0]}" if changed else None
 
@@ -135,10 +100,17 @@ def _is_plain(store: Store, name: str) -> bool:
 Found = dict[str, tuple[str, tuple[int, ...], str]]  # type, shape and digest of tensors
 
 
-def _contents(
-    folder: Store, data: Mapping[str, Any], advance: Callable[[int], None] = lambda _: None
+def read_contents(
+    folder: Store,
+    data: Mapping[str, Any],
+    advance: Callable[[int], None] = lambda _: None,
+    look: Callable[[TensorHeader, memoryview], None] = lambda tensor, block: None,
 ) -> tuple[Found, int, int, list[str]]:
-    """Every file that the manifest names, read: tensors, their bytes, how many have digests, and what is wrong."""
+    """Every file that the manifest names, read: tensors, their bytes, how many have digests, and what is wrong.
+
+    Args:
+        look: called with every block of every tensor that has a digest.
+    """
     tensors: Mapping[str, Any] = data["tensors"]
     problems: list[str] = []
     for name, wanted in data["files"].items():
@@ -156,7 +128,7 @@ def _contents(
                 if key is None or entry is None:
                     problems.append(f"{file}:{one.name} is not in the manifest")
                     continue
-                digest = digest_of(_blocks(sources, one, advance)) if "digest" in entry else ""
+                digest = digest_of(_blocks(sources, one, advance, look)) if "digest" in entry else ""
                 read += bool(digest)
                 nbytes += one.nbytes
                 found[key] = (one.dtype, one.shape, digest)
@@ -191,12 +163,6 @@ def _headers(folder: Store, data: Mapping[str, Any]) -> tuple[dict[str, FileHead
             headers[file] = written[file]
             del problems[file]
     return headers, list(problems.values())
-
-
-def _without_digests(tensors: int, read: int) -> Iterator[str]:
-    if read < tensors:
-        which = "contents of the tensors" if not read else f"contents of {tensors - read} tensors"
-        yield f"{which}: the manifest has no digests of them, so only names, types and shapes were compared"
 
 
 def extra_files(folder: Store, known: Collection[str]) -> tuple[list[str], list[str]]:
@@ -238,7 +204,7 @@ def _files_of(folder: Store, inside: str = "", depth: int = 0) -> Iterator[str]:
             yield path
 
 
-def _index(folder: Store, tensors: Mapping[str, Any]) -> list[str]:
+def check_index(folder: Store, tensors: Mapping[str, Any]) -> list[str]:
     """An index of weight files that says otherwise than the manifest."""
     files = {str(name): str(entry.get("file")) for name, entry in tensors.items()}
     several = len(set(files.values())) > 1 and all(name.endswith(".safetensors") for name in files.values())
@@ -282,21 +248,17 @@ def _read(folder: Store, name: str) -> FileHeader:
     return header
 
 
-def _blocks(sources: SourceFiles, one: TensorHeader, advance: Callable[[int], None]) -> Any:
+def _blocks(
+    sources: SourceFiles,
+    one: TensorHeader,
+    advance: Callable[[int], None],
+    look: Callable[[TensorHeader, memoryview], None],
+) -> Iterator[memoryview]:
     """The bytes of a contiguous tensor."""
     buffer = memoryview(bytearray(min(_BLOCK, max(one.nbytes, 1))))
     for start in range(0, one.nbytes, _BLOCK):
         block = buffer[: min(_BLOCK, one.nbytes - start)]
         sources.read_into(0, one.offset + start, (block,))
         advance(len(block))
+        look(one, block)
         yield block
-
-
-def nothing_read(checked: Sequence[bool]) -> str | None:
-    """A problem, where no tensor's content was checked in any way."""
-    if any(checked):
-        return None
-    return (
-        "no tensor's content was checked: there are no digests to compare with. Give --src and --mapping to compare "
-        "with the source, or --logits"
-    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.planning.stages import Stages
 from engine.show.pictures import Box, Picture, Tile, flat_shape
+from engine.show.text import times
 
 LEFT, RIGHT = 600, 320  # widths of the sources' and the targets' half
 WIDE, HIGH = 250, 260  # the largest tensor as it is drawn
@@ -88,7 +88,7 @@ def draw(picture: Picture) -> Drawing:
         if x and x + across > LEFT:
             x, y, line = 0.0, y + line + GAP, 0.0
         more = f" and {tile.replicas - 1} equal" if tile.replicas > 1 else ""
-        title = f"{tile.file}:{tile.name}, {_times(tile.shape)}{more}"
+        title = f"{tile.file}:{tile.name}, {times(tile.shape)}{more}"
         rects = _rects(picture, tile, (x, y + LABEL), (width, height), count, target=False)
         frames.append(Frame(x, y + LABEL, width, height, tile.label, title, None, rects))
         x += across + GAP
@@ -100,7 +100,7 @@ def draw(picture: Picture) -> Drawing:
         x = LEFT + GAP * 2
         label = tile.name if len(tile.name) <= 42 else "…" + tile.name[-41:].lstrip(".")
         rects = _rects(picture, tile, (x, y + LABEL), (width, height), count, target=True)
-        frames.append(Frame(x, y + LABEL, width, height, label, f"{tile.name}, {_times(tile.shape)}", index, rects))
+        frames.append(Frame(x, y + LABEL, width, height, label, f"{tile.name}, {times(tile.shape)}", index, rects))
         y += height + LABEL + GAP
     return Drawing(LEFT + RIGHT, int(max(bottom, y)) + 4, tuple(frames))
 
@@ -140,10 +140,6 @@ def _rect(
     )
 
 
-def _times(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
-
-
 def strip(stages: Stages, width: float) -> tuple[Band, ...]:
     """All layers from left to right, coloured by the pipeline rank that holds them."""
     ranks = sorted({stage[1:] for stage in stages.counts})
@@ -157,13 +153,6 @@ def strip(stages: Stages, width: float) -> tuple[Band, ...]:
             label = f"{start}…{last}" if held > 1 else str(start)
             title = f"layers {label}: {where}, there numbered from 0"
             text = f"{where}: {label}" if held * each >= 70 else label if held * each >= 30 else ""
-            bands.append(
-                Band(
-                    round(start * each, 2),
-                    round(held * each, 2),
-                    colour(ranks.index(stage[1:]), len(ranks), 1),
-                    text,
-                    title,
-                )
-            )
+            fill = colour(ranks.index(stage[1:]), len(ranks), 1)
+            bands.append(Band(round(start * each, 2), round(held * each, 2), fill, text, title))
     return tuple(bands)

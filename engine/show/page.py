@@ -6,14 +6,17 @@ import base64
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import visible
 from engine.explaining.describe import describe_plan
 from engine.planning.model import Plan
 from engine.show.drawing import draw, strip
 from engine.show.pictures import pictures
-from engine.storage.replacing import write_file
+from engine.show.text import amount, times
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATES = Path(__file__).parent / "templates"
 STRIP = 920
@@ -25,22 +28,11 @@ def view_page(plan: Plan) -> str:
     Names of tensors, files and folders are untrusted: the template escapes all of them, data for the
     script is JSON without `<`, and a Content-Security-Policy allows nothing but this style and script.
     """
-    from jinja2 import FileSystemLoader, StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from markupsafe import Markup
 
-    environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(times=times, size=decimal)
     style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("view.css", "view.js"))
     drawn = pictures(plan)
-    page = environment.get_template("view.html.j2").render(
+    page = template(TEMPLATES / "view.html.j2").render(
         facts=describe_plan(plan),
         description=plan.mapping.description,
         figures=[(picture, draw(picture)) for picture in drawn],
@@ -55,11 +47,21 @@ def view_page(plan: Plan) -> str:
     return visible(page, "\n\t")
 
 
-def write_page(page: str, out: Path, *, overwrite: bool) -> dict[str, Any]:
-    """Write the page whole or not at all; with `overwrite`, a page that was written before is replaced."""
-    data = page.encode()
-    write_file(out, data, overwrite=overwrite, ours=is_page)
-    return {"out": str(out), "bytes": len(data)}
+def template(path: Path) -> Template:
+    """A page's template, which escapes all that is put into it."""
+    from jinja2 import FileSystemLoader, StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(times=times, size=amount)
+    return environment.get_template(path.name)
 
 
 def is_page(start: bytes) -> bool:
@@ -87,13 +89,3 @@ def script_data(data: Any) -> str:
     """
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def times(shape: Any) -> str:
-    return " × ".join(map(str, shape)) or "scalar"
-
-
-def decimal(number: int) -> str:
-    from engine.show.render import amount
-
-    return amount(number)

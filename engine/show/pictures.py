@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from engine.explaining.lattice import Lattice
@@ -74,9 +75,6 @@ class Picture:
     targets: tuple[Tile, ...]
     drawn: tuple[Drawn, ...]
     lookup: Mapping[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def pictures(plan: Plan) -> tuple[Picture, ...]:
@@ -183,12 +181,7 @@ def flat_shape(shape: Sequence[int]) -> tuple[int, int]:
     >>> flat_shape((4, 8, 16)), flat_shape((5,))
     ((32, 16), (5, 1))
     """
-    if len(shape) == 1:
-        return shape[0], 1
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows, shape[-1]
+    return (shape[0], 1) if len(shape) == 1 else (prod(shape[:-1]), shape[-1])
 
 
 def _boxes(number: int, spot: Spot, link: Link, shape: Sequence[int]) -> list[Box]:
@@ -234,26 +227,22 @@ def _lookup(
     told_links = []
     for one, link in zip(drawn, found, strict=True):
         axes = []
-        start_here = [link.source.positions(d, link.box).start for d in range(len(link.source.bases))]
-        start_there = [link.target.positions(d, link.box).start for d in range(len(link.target.bases))]
+        here, there = link.source.dims, link.target.dims
+        start_here = [link.source.positions(d, link.box).start for d in range(len(here))]
+        start_there = [link.target.positions(d, link.box).start for d in range(len(there))]
         for axis, (low, high) in link.box.items():
             if high - low > 1:
-                s = next(d for d, strides in enumerate(link.source.strides) if axis in strides)
-                t = next(d for d, strides in enumerate(link.target.strides) if axis in strides)
-                axes.append([high - low, s, link.source.strides[s][axis], t, link.target.strides[t][axis]])
+                s = next(d for d, region in enumerate(here) if axis in region.strides)
+                t = next(d for d, region in enumerate(there) if axis in region.strides)
+                axes.append([high - low, s, here[s].strides[axis], t, there[t].strides[axis]])
         axes.sort(key=lambda entry: -entry[4])
         told_links.append([one.source, one.target, start_here, start_there, axes])
     return {
         "sources": [
-            [
-                plan.files[shard.replicas[0].file].name,
-                shard.replicas[0].header.name,
-                shard.replicas[0].header.offset,
-                list(shard.replicas[0].header.strides),
-                ITEM_SIZES[shard.replicas[0].header.dtype],
-            ]
-            for _, shard in shards
+            [plan.files[one.file].name, one.header.name, one.header.offset, list(one.header.strides),
+             ITEM_SIZES[one.header.dtype]]
+            for one in (shard.replicas[0] for _, shard in shards)
         ],
         "targets": [[plan.outputs[i].name, list(plan.outputs[i].shape)] for i in outputs],
         "links": told_links,
-    }
+    }  # fmt: skip

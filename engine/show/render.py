@@ -12,17 +12,12 @@ import click
 from engine.errors import EngineError, counted, visible
 from engine.language.documents import plain
 from engine.show.render_inspect import grid
-from engine.show.text import amount, as_json, duration, note, read_text, shown, shows, table, title
+from engine.show.text import amount, duration, note, shown, shows, table, times, title
 
 if TYPE_CHECKING:
     from engine.comparing.verify import Verified
-    from engine.language.model import Mapping as MappingFile
+    from engine.language.model import MappingFile
     from engine.run.execute import Report
-
-__all__ = [
-    "amount", "as_json", "comparison", "duration", "error", "environment", "kept", "plan", "read_text",
-    "report", "resolved", "shows", "table", "verified",
-]  # fmt: skip
 
 
 def error(problem: EngineError) -> str:
@@ -77,10 +72,10 @@ def plan(facts: Mapping[str, Any], *, why: bool = False) -> str:
         [
             (
                 row["target"],
-                " × ".join(map(str, row["shape"])) or "scalar",
+                times(row["shape"]),
                 row["dtype"],
-                str(row["count"]),
-                str(row["sources"]),
+                row["count"],
+                row["sources"],
                 row["source"],
                 _rule_label(row),
             )
@@ -121,7 +116,7 @@ def comparison(facts: Mapping[str, Any]) -> str:
     if facts["differences"]:
         lines += ["", *(_difference(one) for one in facts["differences"])]
     if facts["unchecked"]:
-        lines += ["", *(f"{click.style('note', fg='yellow')} {text}" for text in facts["unchecked"])]
+        lines += ["", *map(note, facts["unchecked"])]
     counts = [click.style(f"{n:,} {kind}", fg=colours.get(kind, "red")) for kind, n in facts["counts"].items()]
     return "\n".join([*lines, "", ", ".join(counts) or "no tensors"])
 
@@ -184,7 +179,8 @@ def verified(found: Verified) -> str:
     if not found.manifest:
         lines = ["no manifest to compare with"]
     lines += [one.summary() for one in (found.source, found.model, found.logits) if one is not None]
-    notes = [f"{click.style('not checked', fg='yellow')} {one}" for one in found.unchecked]
+    notes = [f"{click.style('in the tensors', fg='yellow')} {one}" for one in found.values]
+    notes += [f"{click.style('not checked', fg='yellow')} {one}" for one in found.unchecked]
     if found.problems:
         more = lines[2:] if found.manifest and found.content_id else lines[1:]
         return "\n".join([*found.problems[:50], *more, *notes, f"{counted(len(found.problems), 'problem')} in {told}"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 
 import click
 
+from engine.assets.model_card import code
 from engine.errors import counted
 from engine.proving.changes import KINDS, TensorChange, ValueChange
 from engine.proving.diff import SECTIONS, Change, MappingDiff
@@ -84,35 +86,26 @@ def markdown(one: MappingDiff, level: int = 3) -> str:
     if one.tensors or one.values:
         lines += ["**What is written changes.**", ""]
     if one.tensors:
-        lines += ["| tensor | | before | after | when |", "|---|---|---|---|---|"]
-        for tensor in one.tensors:
-            cells = [
-                _code(tensor.target),
-                KINDS[tensor.kind],
-                _code(tensor.old),
-                _code(tensor.new),
-                ", ".join(map(_code, tensor.when)),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += _table("| tensor | | before | after | when |", [
+            (_code(tensor.target), KINDS[tensor.kind], _code(tensor.old), _code(tensor.new),
+             ", ".join(map(_code, tensor.when))) for tensor in one.tensors
+        ])  # fmt: skip
     else:
         lines.append("Every tensor goes where it went.")
     if one.values:
-        lines += [
-            "",
-            "**What is written differently**",
-            "",
-            "| file | key | before | after | when |",
-            "|---|---|---|---|---|",
-        ]
-        for value in one.values:
-            cells = [value.file, _code(value.name), _code(value.old), _code(value.new), _code(_given(value).strip())]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", "**What is written differently**", "", *_table("| file | key | before | after | when |", [
+            (value.file, _code(value.name), _code(value.old), _code(value.new), _code(_given(value).strip()))
+            for value in one.values
+        ])]  # fmt: skip
     for section, changes in _sections(one):
-        lines += ["", f"**{SECTIONS[section]}**", "", "| | key | before | after |", "|---|---|---|---|"]
-        for change in changes:
-            cells = [change.kind, _code(change.name), _code(change.old), _code(change.new)]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", f"**{SECTIONS[section]}**", "", *_table("| | key | before | after |", [
+            (change.kind, _code(change.name), _code(change.old), _code(change.new)) for change in changes
+        ])]  # fmt: skip
     return "\n".join(lines)
+
+
+def _table(header: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    return [header, "|" + "---|" * (header.count("|") - 1), *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
 def github(diffs: Sequence[MappingDiff]) -> str:
@@ -126,7 +119,7 @@ def github(diffs: Sequence[MappingDiff]) -> str:
             lines += ["", f"{more} more differ{'s' if more == 1 else ''}: run `engine diff` to see the rest."]
             break
         left -= len(body)
-        lines += ["", "<details>", f"<summary>{_escaped(_title(one))}</summary>", "", body, "", "</details>"]
+        lines += ["", "<details>", f"<summary>{escape(_title(one), quote=False)}</summary>", "", body, "", "</details>"]
     return "\n".join(lines)
 
 
@@ -155,16 +148,4 @@ def _when(tensor: TensorChange) -> str:
 
 
 def _code(value: str | None) -> str:
-    """Text as code in a table's cell: nothing in it ends the cell, the code or the line.
-
-    >>> _code("a | b"), _code(None), _code("`x`")
-    ('`a \\\\| b`', '', '`` `x` ``')
-    """
-    if value is None:
-        return ""
-    value = " ".join(value.split()).replace("|", "\\|")
-    return f"`` {value} ``" if "`" in value else f"`{value}`"
-
-
-def _escaped(value: str) -> str:
-    return value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "" if value is None else code(value)

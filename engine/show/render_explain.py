@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from engine.errors import counted
-from engine.show.text import shows
+from engine.explaining.words import span
+from engine.show.text import note, shows, times
 
 MOST_TENSORS = 8  # shown on a terminal; `--json` has all
 MOST_FLOWS = 8
@@ -41,7 +42,7 @@ def _tensor(one: Mapping[str, Any], direction: str) -> str:
         label = "" if one["rule_place"] is None else f", {one['rule_place']}"
         lines.append(f"  rule {one['rule']}{label}")
     lines += [f"  {sentence}" for sentence in one["words"]]
-    lines += [f"  {click.style('note', fg='yellow')} {note}" for note in one["notes"]]
+    lines += [f"  {note(text)}" for text in one["notes"]]
     for flow in one["flows"][:MOST_FLOWS]:
         lines += ["", *_flow(flow, direction)]
     if len(one["flows"]) > MOST_FLOWS:
@@ -77,7 +78,7 @@ def _bytes(ranges: Sequence[Sequence[int]], total: int) -> str:
     >>> _bytes([(64, 128)], 1), _bytes([(0, 2), (8, 10), (16, 18), (24, 26)], 90)
     ('bytes 64…127', 'bytes 0…1, 8…9, 16…17, … (90 ranges)')
     """
-    shown = [f"{low}…{high - 1}" if high - low > 1 else str(low) for low, high in ranges]
+    shown = [span((low, high)) for low, high in ranges]
     if total <= len(shown) and total <= 4:
         return "bytes " + ", ".join(shown)
     return f"bytes {', '.join(shown[:3])}, … ({total:,} ranges)"
@@ -94,4 +95,4 @@ def _name(tensor: Mapping[str, Any]) -> str:
 
 
 def _kind(tensor: Mapping[str, Any]) -> str:
-    return f"{' × '.join(map(str, tensor['shape'])) or 'scalar'} {tensor['dtype']}"
+    return f"{times(tensor['shape'])} {tensor['dtype']}"

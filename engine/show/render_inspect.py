@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.errors import counted
-from engine.show.text import amount, number, shown, table, title
+from engine.errors import counted, rounded
+from engine.show.text import amount, shown, table, title
 
 if TYPE_CHECKING:
     from engine.discover.fits import Fit
     from engine.discover.inspect import Inspection
-    from engine.language.model import Mapping as MappingFile
+    from engine.language.model import MappingFile
 
 _WORDS = {"layer": "layers", "groups": "key/value heads", "vocab": "vocabulary", "expert": "experts"}
 _CHOICE = {
@@ -81,9 +81,7 @@ def _fits(found: Inspection) -> list[str]:
     if not found.fitting:
         return [title("no mapping fits")]
     differ = found.differences
-    rows = [
-        (fit.name, *((fit.traits or {}).get(name, "") for name in differ), fit.description) for fit in found.fitting
-    ]
+    rows = [(fit.name, *(fit.traits.get(name, "") for name in differ), fit.description) for fit in found.fitting]
     lines = [title("fits" if len(rows) == 1 else f"{len(rows)} mappings fit")]
     lines += table(("mapping", *differ, "what it is"), rows)
     lines += [f"  {fit.name}: {fit.why}" for fit in found.fitting if fit.why]
@@ -95,12 +93,12 @@ def _reasons(others: Sequence[Fit]) -> list[str]:
     lines = [title("do not fit")]
     sized = [fit for fit in others if fit.differing]
     if sized:
-        axes = list(dict.fromkeys(axis for fit in sized for axis in fit.differing or {}))
+        axes = list(dict.fromkeys(axis for fit in sized for axis in fit.differing))
         grouped: dict[tuple[str, ...], list[str]] = {}
         for fit in sized:
-            row = tuple(str((fit.differing or {}).get(axis, ("", "same"))[1]) for axis in axes)
+            row = tuple(str(fit.differing.get(axis, ("", "same"))[1]) for axis in axes)
             grouped.setdefault(row, []).append(fit.name)
-        here = {axis: str(got) for fit in sized for axis, (got, _) in (fit.differing or {}).items()}
+        here = {axis: str(got) for fit in sized for axis, (got, _) in fit.differing.items()}
         rows = [("(this checkpoint)", *(here[axis] for axis in axes))]
         rows += [(", ".join(names), *row) for row, names in grouped.items()]
         lines += table(("other sizes", *axes), rows)
@@ -163,7 +161,7 @@ def _weights(facts: Mapping[str, Any]) -> list[str]:
     held = f"{counted(facts['tensors'], 'tensor')} in {counted(facts['files'], 'file')}"
     told = f"{held}, {amount(facts['bytes'])} ({types})"
     known = facts["parameters"] is not None
-    return ([f"  parameters  {number(facts['parameters'])}"] if known else []) + [f"  weights     {told}"]
+    return ([f"  parameters  {rounded(facts['parameters'])}"] if known else []) + [f"  weights     {told}"]
 
 
 def sizes(found: Mapping[str, int]) -> str:
@@ -210,20 +208,3 @@ def mappings(found: Sequence[MappingFile]) -> str:
             for m in map(shown, releases)]  # fmt: skip
     lines += [title("releases"), *table(("mapping", "version", "layers × hidden", "what it is"), rows), ""]
     return "\n".join([*lines, "next: engine show NAME   (prints one)"])
-
-
-def mappings_data(found: Sequence[MappingFile]) -> dict[str, Any]:
-    """The same, JSON-ready."""
-    return {
-        "mappings": [
-            {
-                "name": m.name,
-                "version": m.version,
-                "layout": m.layout,
-                "description": m.description,
-                "expect": dict(m.expect),
-                "files": list(m.files),
-            }
-            for m in found
-        ]
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -55,8 +55,3 @@ def _mutants(mutants: Sequence[Mutant]) -> list[str]:
         if mutant.caught_by is None:
             lines.append(f"         {mutant.where}, {mutant.what}: {click.style('by nothing', fg='red')}")
     return lines
-
-
-def proofs_data(found: Sequence[Proof]) -> dict[str, Any]:
-    """Proofs, JSON-ready."""
-    return {"holds": all(proof.holds for proof in found), "proofs": [proof.as_dict() for proof in found]}

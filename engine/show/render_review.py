@@ -5,29 +5,23 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from difflib import unified_diff
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from engine.discover.text import shown as one_line
 from engine.errors import counted
 from engine.language.search import spelled
-from engine.show.text import note
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
-    from engine.proving.finding import Finding
+    from engine.proving.proof import Finding
 
 _KINDS = {
     "release": "a release of {parent}, which fits",
     "renamed": "{parent} with other sources",
     "own": "rules of its own, as no family is near",
 }
-
-
-def findings_data(found: Sequence[Finding]) -> dict[str, Any]:
-    """Lint findings, JSON-ready."""
-    return {"findings": [finding.as_dict() for finding in found]}
 
 
 def findings(found: Sequence[Finding]) -> str:
@@ -81,7 +75,6 @@ def draft(found: Scaffold, out: str | None, src: str) -> str:
     if out is not None:
         lines.append(f"wrote {out}: {_KINDS[found.kind].format(parent=parent)}")
         lines += [f"  {out}:{line}  decide: {text}" for line, text in found.decisions]
-    lines += [note(notice) for notice in found.notices]
     if found.state is not None:
         lines.append(f"a run would now say {found.state['code']} {one_line(found.state['message'])}")
     elif out is not None:

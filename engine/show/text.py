@@ -80,18 +80,6 @@ def amount(nbytes: float) -> str:
     return f"{nbytes:.3g} {units[0]}"
 
 
-def number(value: float) -> str:
-    """A number of parameters as people say it.
-
-    >>> number(7_737_708_544), number(297_056), number(512)
-    ('7.74 billion', '297,056', '512')
-    """
-    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if value >= size:
-            return f"{value / size:.3g} {word}"
-    return f"{value:,.0f}"
-
-
 def duration(seconds: float) -> str:
     """
     >>> duration(0.42), duration(75), duration(3700)
@@ -105,6 +93,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def times(shape: Sequence[int]) -> str:
+    """
+    >>> times([2, 3]), times([])
+    ('2 × 3', 'scalar')
+    """
+    return " × ".join(map(str, shape)) or "scalar"
 
 
 def title(text: str) -> str:
@@ -178,7 +174,7 @@ def _columns(text: str) -> int:
     return len(_STYLE.sub("", text))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: str = "  ") -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, indent: str = "  ") -> list[str]:
     """Aligned columns that fit the terminal; those whose cells are all numbers are aligned right.
 
     The widest columns give way first, and their cells go on in further lines. Into a pipe or a file every row is

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from engine.errors import EngineError, Place, needs_extra
 
@@ -60,6 +61,8 @@ def refused(place: str, told: str, *, writing: bool = False) -> EngineError:
     )
     if "NoSuchBucket" in told or "ContainerNotFound" in told:
         code, message, fix = "E304", "there is no such bucket", "Check its name, and the endpoint."
+    elif "invalid path" in told:
+        message, fix = "a store holds an object whose name cannot be read", "Rename it, or use another prefix."
     elif any(word in told for word in ("403 Forbidden", "401 Unauthorized", "PermissionDenied", "Unauthenticated")):
         message = "a store refuses access"
         fix = "Check the credentials: those of the environment, or --store-option NAME=VALUE."
@@ -109,8 +112,11 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     client = {name: value == "true" if name.startswith("allow") else value for name, value in client.items()}
     backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=8), "base": 2}
     retry = {"max_retries": 6, "backoff": backoff, "retry_timeout": timedelta(seconds=120)}
+    kind, _, path = url.partition("://")
+    if not kind.startswith("http"):  # names of objects are taken as they are
+        path = quote(path, safe="/$")
     try:
-        return from_url(url, client_options=client, retry_config=retry, **given)
+        return from_url(f"{kind}://{path}", client_options=client, retry_config=retry, **given)
     except (BaseError, ValueError, TypeError) as error:
         raise no_store(url.partition("?")[0], _short(str(error))) from None
 

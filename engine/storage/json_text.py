@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 _MOST_DIGITS = 64  # a float holds any such number; transformers itself writes one of 31 digits
@@ -64,6 +66,21 @@ def _check_text(value: Any) -> None:
             stack += one
         elif isinstance(one, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in one):
             raise ValueError("a text holds NUL or half a character")
+
+
+def as_data(value: Any) -> Any:
+    """A dataclass and all that it holds as JSON can hold them: a number that is not finite is None.
+
+    >>> as_data((1.5, float("inf")))
+    [1.5, None]
+    """
+    if is_dataclass(value):
+        return {one.name: as_data(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_data(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compact_json(data: Any, width: int = 120) -> str:

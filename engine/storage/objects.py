@@ -20,6 +20,7 @@ from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, en
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 WINDOW = 16 << 20  # bytes of a tensor that are read ahead at once
+MARK = "enginework"  # the attribute of what the engine wrote, which says what it was made from
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,10 @@ class ObjectStore:
         return not self.url.startswith("http")
 
     def place(self, name: str = "") -> str:
-        parts = urlsplit(self.url)
-        shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+        shown = self.url
+        if not self.listable:
+            parts = urlsplit(self.url)
+            shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
         return f"{shown.rstrip('/')}/{name}" if name else shown
 
     def __str__(self) -> str:
@@ -177,13 +180,14 @@ class ObjectStore:
     def put(self, name: str, data: bytes) -> None:
         self.write(name, data)
 
-    def write(self, name: str, data: bytes, *, new: bool = False) -> None:
+    def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> None:
         """Put an object; E401 when it should be new and is there, E403 when it cannot be put."""
         obstore = library()
         from obstore.exceptions import AlreadyExistsError
 
         try:
-            obstore.put(self.client, name, data, mode="create" if new else "overwrite")
+            kept = {MARK: work} if work else None
+            obstore.put(self.client, name, data, attributes=kept, mode="create" if new else "overwrite")
         except (AlreadyExistsError, FileExistsError) as error:
             raise exists(self.place(name), "Choose another --out.", "another run's, written in the meantime") from error
         except Exception as error:  # obstore's own kinds, and OSError
@@ -204,8 +208,12 @@ class ObjectStore:
         obstore = library()
 
         options: dict[str, Any] = {"head": True}
-        found: Any = self._asked(name, lambda: obstore.get(self.client, name, options=options).attributes)
-        return None if found is None else found.get(key)
+        try:
+            found: Any = self._asked(name, lambda: obstore.get(self.client, name, options=options).attributes)
+        except FileNotFoundError:
+            return None
+        value: str | None = found.get(key)
+        return value
 
     def get(self, name: str, state: State, start: int, end: int) -> memoryview:
         """Some bytes of an object; E405 when it is not in that state any more."""

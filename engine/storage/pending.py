@@ -1,14 +1,18 @@
-"""Uploads that an ended process left pending in a bucket: unseen, but paid for. Found and ended through botocore."""
+"""What an ended process left in a bucket: uploads that are pending, unseen but paid for, and objects of no output.
+
+Uploads are found and ended through botocore.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from engine.errors import EngineError, Place, needs_extra
 from engine.storage.client import refused
-from engine.storage.objects import ObjectStore
+from engine.storage.objects import MARK, ObjectStore
+from engine.storage.store import walk
 
 _KEYS = {
     "endpoint_url": ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url"),
@@ -19,14 +23,21 @@ _KEYS = {
 }
 
 
-def end_uploads(store: ObjectStore) -> list[str]:
-    """End every pending upload below a prefix; returns what they would have become.
+def clean(store: ObjectStore, ours: Callable[[str], bool], whole: str) -> list[str]:
+    """End uploads that are pending at a prefix, and remove objects that interrupted runs left there.
+
+    Args:
+        ours: whether a name below the prefix is one that an output there would have: others are of outputs further in.
+        whole: the file that marks a whole output, of which nothing is removed.
+
+    Returns:
+        What was removed.
 
     Raises:
         EngineError: E001 for a store whose uploads cannot be listed so, E403 when the store refuses.
     """
-    parts = urlsplit(store.url)
-    if parts.scheme != "s3":
+    kind, _, place = store.url.partition("://")
+    if kind != "s3":
         raise EngineError(
             "E001",
             "pending uploads can be ended in S3 stores only",
@@ -34,16 +45,26 @@ def end_uploads(store: ObjectStore) -> list[str]:
             fix="Azure drops them after a week; in Google Cloud set a lifecycle rule AbortIncompleteMultipartUpload.",
         )
     client = _client(store)
-    prefix = parts.path.strip("/") + "/"
-    ended: list[str] = []
+    bucket, _, prefix = place.partition("/")
+    prefix += "/" if prefix else ""
+    removed: list[str] = []
     try:
-        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=parts.netloc, Prefix=prefix):
+        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for one in page.get("Uploads", ()):
-                client.abort_multipart_upload(Bucket=parts.netloc, Key=one["Key"], UploadId=one["UploadId"])
-                ended.append(f"s3://{parts.netloc}/{one['Key']}")
+                if ours(one["Key"].removeprefix(prefix)):
+                    client.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
+                    removed.append(f"s3://{bucket}/{one['Key']}")
     except Exception as error:  # botocore's own kinds
         raise refused(store.place(), str(error), writing=True) from error
-    return ended
+    try:
+        there = [] if store.has(whole) else [name for name, _ in walk(store) if ours(name)]
+    except FileNotFoundError:
+        there = []
+    for name in there:
+        if store.attribute(name, MARK) is not None:
+            store.delete(name)
+            removed.append(store.place(name))
+    return removed
 
 
 def _client(store: ObjectStore) -> Any:

@@ -20,6 +20,7 @@ from engine.storage.replacing import given_path
 from engine.storage.store import File, Store
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_BUCKET = re.compile(r"\$?[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
 _MOST_COPIED = 256 << 20  # bytes
 _options: dict[str, str] = {}
@@ -83,11 +84,15 @@ def store_at(place: Source, what: str) -> Store:
             expected=", ".join(f"{name}://" for name in SCHEMES),
             fix="Give a path, or a URL of one of these.",
         )
+    url = str(place).rstrip("/")
     try:
-        urlsplit(str(place))
+        urlsplit(url)
     except ValueError as error:
-        raise no_store(str(place), str(error)) from None
-    return ObjectStore(str(place).rstrip("/"), tuple(sorted(_options.items())), _window)
+        raise no_store(url, str(error)) from None
+    bucket, *folders = url[found.end() :].split("/")
+    if not found[1].startswith("http") and (not _BUCKET.fullmatch(bucket) or {"", ".", ".."}.intersection(folders)):
+        raise no_store(url, "a bucket that is none, or a folder without a name or named `.` or `..`")
+    return ObjectStore(url, tuple(sorted(_options.items())), _window)
 
 
 def _given_store(place: Store, what: str) -> Store:

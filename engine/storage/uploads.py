@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.storage.client import library, refused
-from engine.storage.objects import ObjectStore
+from engine.storage.client import library, refused, requests
+from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
-from engine.storage.store import OpenFile, Ranges, State, Store
+from engine.storage.store import OpenFile, Ranges, State, Store, walk
 
 _LEAST, _MOST = 5 << 20, 8 << 20  # bytes of a part of an upload, about; S3 takes none smaller
 _COPIES = 3  # parts of a file in memory: one on its way, one that is filled, and what the library copies
 _MOST_PARTS = 9_000
 _AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
-_MARK = "enginework"  # the attribute that says what an object was made from
 _BLOCK = 4 << 20
 
 
@@ -84,19 +83,19 @@ class Uploads:
         self._before = self._check_free()
 
     def _check_free(self) -> set[str]:
-        """The objects that are there and may be replaced; E401 for any other."""
+        """The objects that are there and may be replaced, or gone on from; E401 for a prefix that holds others."""
         try:
-            there = set(self._store.names())
+            whole = self._name in self._store.names()
         except FileNotFoundError:
             return set()
         place = self._store.place()
-        if self._overwrite:
-            found = self._foreign(self._store) if self._name in there or not self._resume else None
+        if self._overwrite and (whole or not self._resume):
+            found = self._foreign(self._store)
             if found is not None:
                 raise exists(place, "Choose another --out: only an output of the engine is replaced.", found)
-        elif self._name in there or not self._resume:
+        elif whole or not self._resume:
             raise exists(place, "Choose another --out, or give --overwrite to replace an output of the engine.")
-        return there
+        return {name for name, _ in walk(self._store)}
 
     @property
     def written(self) -> Store:
@@ -110,8 +109,12 @@ class Uploads:
         return Upload(self._store, self._work, self._before)
 
     def __enter__(self) -> Upload:
-        self._upload = Upload(self._store, self._work, self._before if self._resume else set())
-        return self._upload
+        upload = Upload(self._store, self._work, self._before if self._resume else set(), replaces=self._overwrite)
+        if self._resume:
+            for _ in requests().map(upload.is_left, sorted(self._before)):
+                pass
+        self._upload = upload
+        return upload
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         assert self._upload is not None
@@ -123,7 +126,7 @@ class Uploads:
 
     def _commit(self, upload: Upload) -> None:
         now = self._check_free()
-        if self._name in now - self._before:  # somebody's, who came meanwhile
+        if now - self._before:  # somebody's, who came meanwhile
             raise exists(
                 self._store.place(), "Choose another --out.", "an output that appeared while this one was written"
             )
@@ -131,9 +134,8 @@ class Uploads:
             if name in now:
                 self._store.delete(name)
         upload.complete(last=self._name)
-        for name in sorted(now - set(upload.names())):
-            if not self._resume or self._overwrite or name.startswith("."):  # as those of parts do
-                self._store.delete(name)
+        for name in sorted(now - set(upload.names())):  # of the old output, and markers of parts
+            self._store.delete(name)
 
 
 class Upload:
@@ -143,13 +145,14 @@ class Upload:
     positioned = False
     block = 0
 
-    def __init__(self, store: ObjectStore, work: str, there: set[str]) -> None:
+    def __init__(self, store: ObjectStore, work: str, there: set[str], *, replaces: bool = False) -> None:
         """
         Args:
             work: what is kept with each object, to tell by it what it was made from.
             there: objects that an interrupted run may have left whole.
+            replaces: whether those that other runs made may be replaced.
         """
-        self._store, self._work, self._there = store, work, there
+        self._store, self._work, self._there, self._replaces = store, work, there, replaces
         self.buffer = _COPIES * about(store)
         self._writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
@@ -191,12 +194,32 @@ class Upload:
     def writer(self, name: str) -> InOrder:
         return self._writers[name]
 
+    def is_left(self, name: str) -> bool:
+        """Whether an interrupted run of the same work left an object; E401 or E407 for one that must stay."""
+        made_from = self._store.attribute(name, MARK)
+        if made_from is None:
+            raise exists(
+                self._store.place(name),
+                "Choose another --out, or move it away: only what an interrupted run left is replaced.",
+                "an object that the engine did not write",
+            )
+        if made_from != self._work and not self._replaces:
+            raise EngineError(
+                "E407",
+                "the interrupted run cannot be resumed: it was another one",
+                place=Place(self._store.place(name)),
+                got="an object that was written from another source, plan or mapping, or with other options",
+                expected="the same as when it was started",
+                fix="Remove what is there with `engine clean`, or choose another --out.",
+            )
+        return made_from == self._work
+
     def whole(self, name: str, size: int) -> State | None:
         """The state of an object that an interrupted run of the same work left whole; None when there is none."""
-        if name not in self._there:
+        if name not in self._there or not self.is_left(name):
             return None
         state = self._store.states([name])[name]
-        if state.size != size or self._store.attribute(name, _MARK) != self._work:
+        if state.size != size:
             return None
         self._whole.add(name)
         return state
@@ -212,7 +235,7 @@ class Upload:
         for writer in self._writers.values():
             writer.close()
         for name in sorted(self._small, key=lambda name: name == last):
-            self._store.write(name, self._small[name], new=name == last)
+            self._store.write(name, self._small[name], self._work, new=name == last)
         self._whole.update(self._writers, self._small)
         self._writers.clear()
         self._small.clear()
@@ -266,7 +289,7 @@ class InOrder:
         self._closed = False
         self._writer = library().open_writer(
             store.client, name, buffer_size=part_size(size, about(store)), max_concurrency=_AT_ONCE,
-            attributes={_MARK: work},
+            attributes={MARK: work},
         )  # fmt: skip
 
     def write(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:

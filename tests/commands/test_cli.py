@@ -21,7 +21,7 @@ from engine.commands.main import cli
 from engine.commands.options import parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
 from engine.run.meter import Progress
-from engine.show import render
+from engine.show import text
 from tests.support.invoking import invoke
 from tests.support.shards import Model, save
 
@@ -457,7 +457,7 @@ def test_colours_are_only_for_terminals_and_can_be_turned_off() -> None:
 
 
 def test_tables_are_aligned_and_never_cut() -> None:
-    lines = render.table(("name", "n"), [("x" * 200, "1"), ("y", "1,000")])
+    lines = text.table(("name", "n"), [("x" * 200, "1"), ("y", "1,000")])
     assert lines[1] == "  " + "x" * 200 + "      1"
     assert lines[2] == "  y" + " " * 199 + "  1,000"
 

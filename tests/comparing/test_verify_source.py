@@ -66,7 +66,7 @@ def test_an_output_is_what_its_source_gives(made: Path) -> None:
     assert "every element" in result.output
     found = engine.api.verify(made / "hf", src=made / "step", mapping=MODEL.mapping)
     assert found.source is not None
-    assert found.source.nbytes == sum(t.nbytes for t in load_file(made / "hf" / "model.safetensors").values())
+    assert found.source.bytes == sum(t.nbytes for t in load_file(made / "hf" / "model.safetensors").values())
 
 
 def test_it_may_be_split_into_other_files_and_cast_to_another_type(made: Path, tmp_path: Path) -> None:

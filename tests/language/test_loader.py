@@ -50,10 +50,10 @@ def test_plain_scalars_mean_what_they_look_like(text: str, value: object) -> Non
 def test_every_key_and_value_knows_its_place() -> None:
     document = load_text("dims:\n  half: 2\nrules:\n- {source: a}\n", "x.yaml")
     assert document.data == {"dims": {"half": 2}, "rules": [{"source": "a"}]}
-    assert str(document.places["dims", "half"]) == "x.yaml:2:9"
-    assert str(document.keys["dims", "half"]) == "x.yaml:2:3"
-    assert str(document.places["rules", 0]) == "x.yaml:4:3"
-    assert str(document.places["rules", 0, "source"]) == "x.yaml:4:12"
+    assert str(document.value_place("dims", "half")) == "x.yaml:2:9"
+    assert str(document.place("dims", "half")) == "x.yaml:2:3"
+    assert str(document.place("rules", 0)) == "x.yaml:4:3"
+    assert str(document.value_place("rules", 0, "source")) == "x.yaml:4:12"
 
 
 def test_a_duplicate_key_is_refused_and_both_places_are_named() -> None:

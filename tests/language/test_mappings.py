@@ -7,9 +7,9 @@ import pytest
 from jsonschema import Draft7Validator
 
 from engine.errors import EngineError
-from engine.language.mapping_file import bundled_mappings, find_mapping, load_mapping
-from engine.language.model import Expression, Mapping
-from engine.language.search import bundled
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Expression, MappingFile
+from engine.language.search import bundled, find_file, list_names
 
 PARENT = """\
 mapping: 1
@@ -52,7 +52,7 @@ class Folder:
         (self.path / name).write_text(text)
         return str(self.path / name)
 
-    def load(self, text: str, name: str = "child.yaml") -> Mapping:
+    def load(self, text: str, name: str = "child.yaml") -> MappingFile:
         return load_mapping(self.write(name, text))
 
     def refused(self, code: str, text: str) -> EngineError:
@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", bundled_mappings())
+@pytest.mark.parametrize("name", list_names())
 def test_every_bundled_mapping_loads(name: str) -> None:
     mapping = load_mapping(name)
     assert mapping.layout and (mapping.as_model or (mapping.rules and mapping.config))
@@ -263,11 +263,11 @@ def test_the_digest_depends_on_meaning_not_on_layout(folder: Folder) -> None:
 
 
 def test_mappings_are_found_by_path_name_and_search_folder(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_mapping(str(folder.path / "parent.yaml")).name == "parent.yaml"
+    assert find_file(str(folder.path / "parent.yaml")).name == "parent.yaml"
     for name in ("families/internlm2.yaml", "families/internlm2", "internlm2.yaml", "internlm2"):
-        assert find_mapping(name).name == "internlm2.yaml"
+        assert find_file(name).name == "internlm2.yaml"
     with pytest.raises(EngineError) as caught:
-        find_mapping("families/internlm22.yaml")
+        find_file("families/internlm22.yaml")
     assert caught.value.code == "E002" and "internlm2" in str(caught.value.fix)
     monkeypatch.setenv("ENGINE_MAPPINGS", str(folder.path))
     assert load_mapping("parent").name == "parent"
@@ -281,4 +281,4 @@ def test_a_name_cannot_leave_the_search_folders(folder: Folder, monkeypatch: pyt
     inside.mkdir()
     monkeypatch.setenv("ENGINE_MAPPINGS", str(inside))
     with pytest.raises(EngineError, match="there is no mapping"):
-        find_mapping("../parent")
+        find_file("../parent")

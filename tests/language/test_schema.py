@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
 import engine
-from engine.language.documents import load_text
+from engine.language.loader import load_text
 from engine.language.validation import check_schema, violations
 
 ROOT = Path(__file__).parents[2]

@@ -57,9 +57,9 @@ def refused(code: str, call: Callable[[], object]) -> EngineError:
     return caught.value
 
 
-def pending(bucket: Bucket) -> list[str]:
-    """Uploads that were begun and not ended; ends them."""
-    return [str(one) for one in api.clean(bucket.url)]
+def pending(bucket: Bucket, *names: str) -> list[str]:
+    """Uploads at some prefixes that were begun and not ended; ends them."""
+    return [str(one) for name in names or ("hf",) for one in api.clean(f"{bucket.url}/{name}")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

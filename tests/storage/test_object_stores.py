@@ -40,7 +40,7 @@ def test_run_reverse_and_reshard_between_stores_give_the_bytes_of_folders(bucket
     assert bucket.contents("pp4") == files(tmp_path / "pp4")
     assert not engine.api.verify(f"{bucket.url}/hf", src=step, mapping=MAPPING).problems
     assert engine.api.compare(f"{bucket.url}/hf", tmp_path / "hf").as_dict()["equal"]
-    assert not pending(bucket)
+    assert not pending(bucket, "hf", "tp4", "pp4")
 
 
 def test_the_headers_of_a_large_file_cost_two_requests(bucket: Bucket, tmp_path: Path) -> None:
@@ -165,6 +165,89 @@ def test_an_output_that_is_there_is_kept_and_replaced_only_whole(bucket: Bucket,
     assert bucket.contents("hf") == files(tmp_path / "hf")
     bucket.client("hf").put("thesis.txt", b"mine")
     assert "thesis.txt" in str(refused("E401", lambda: engine.convert(MAPPING, step, out, overwrite=True)))
+
+
+FOREIGN = {"model.safetensors": b"weights of somebody else", "config.json": b"{}", "thesis.txt": b"a thesis"}
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"resume": True}, {"overwrite": True}, {"overwrite": True, "resume": True}], ids=str
+)
+def test_objects_that_the_engine_did_not_write_stay(how: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
+    for name, data in FOREIGN.items():
+        bucket.client("out").put(name, data)
+    refused("E401", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/out", **how))
+    if not how:
+        engine.api.save_plan(tmp_path / "plan", MAPPING, STEP)
+        refused("E401", lambda: engine.api.part(tmp_path / "plan", "1/1", f"{bucket.url}/out"))
+    assert bucket.contents("out") == FOREIGN
+
+
+def test_weights_that_somebody_put_in_place_of_the_engines_stay(bucket: Bucket) -> None:
+    engine.convert(MAPPING, STEP, f"{bucket.url}/out")
+    data = bucket.contents("out")["model.safetensors"]
+    bucket.client("out").put("model.safetensors", data)  # the same, as when a folder was uploaded
+    engine.convert(MAPPING, STEP, f"{bucket.url}/out", overwrite=True)
+    bucket.client("out").put("model.safetensors", tuned := data[:-1] + b"?")
+    refused("E401", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/out", overwrite=True))
+    assert bucket.contents("out")["model.safetensors"] == tuned
+
+
+def test_nothing_of_a_replaced_output_stays_in_folders_below(bucket: Bucket, tmp_path: Path) -> None:
+    fixture = Path(__file__).parents[1] / "fixtures" / "megatron" / "torch-tp1pp1-tied"
+    source, how = fixture / "ckpt" / "iter_0000010", {"config": fixture / "hf_config.json"}
+    for tp in (4, 2):
+        engine.reshard("megatron-llama", source, tmp_path / f"tp{tp}", ranks={"tp": tp}, **how)
+        engine.reshard("megatron-llama", source, f"{bucket.url}/out", ranks={"tp": tp}, overwrite=True, **how)
+    wanted = {str(p.relative_to(tmp_path / "tp2")) for p in (tmp_path / "tp2").rglob("*") if p.is_file()}
+    assert bucket.contents("out").keys() == wanted
+
+
+def test_an_interrupted_run_of_another_source_is_not_gone_on_from_but_cleaned(bucket: Bucket, tmp_path: Path) -> None:
+    for name in ("other/out", "out"):
+        engine.convert(MAPPING, STEP, f"{bucket.url}/{name}", **SMALL)
+    for name in ("config.json", "conversion.json"):
+        bucket.client("out").delete(name)
+    bucket.client("out").put("thesis.txt", b"a thesis")
+    before = bucket.contents("")
+    refused("E401", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/out", resume=True, **SMALL))
+    bucket.client("out").delete("thesis.txt")
+    refused("E407", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/out", resume=True, max_shard_size=200_000))
+    bucket.client("out").put("thesis.txt", b"a thesis")
+    assert bucket.contents("") == before
+    engine.api.clean(bucket.url)
+    engine.api.clean(f"{bucket.url}/other/out")
+    assert bucket.contents("") == before
+    engine.api.clean(f"{bucket.url}/out")
+    assert bucket.contents("out") == {"thesis.txt": b"a thesis"}
+
+
+def test_uploads_of_others_below_a_prefix_are_not_ended(bucket: Bucket) -> None:
+    from obstore import open_writer
+
+    writers = [open_writer(bucket.client(), name, buffer_size=5 << 20) for name in ("out/a", "out/run/model.pt")]
+    for writer in writers:
+        writer.write(bytes(6 << 20))
+    writers.append(open_writer(bucket.client(), "out/mp_rank_00/model_optim_rng.pt", buffer_size=5 << 20))
+    writers[-1].write(bytes(6 << 20))
+    ended = [one.removeprefix(f"{bucket.url}/out/") for one in map(str, engine.api.clean(f"{bucket.url}/out"))]
+    assert sorted(ended) == ["a", "mp_rank_00/model_optim_rng.pt"]
+    writers[1].close()
+    assert [*bucket.contents("out")] == ["run/model.pt"]
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "run#2", "run?v=1", "a%2Fb", "é日"])
+def test_a_name_is_taken_as_it_is(name: str, bucket: Bucket) -> None:
+    engine.convert(MAPPING, STEP, f"{bucket.url}/{name}")
+    client = bucket.client()
+    assert {one["path"].partition("/")[0] for one in client.list().collect()} == {name}
+    assert not engine.api.verify(f"{bucket.url}/{name}").problems
+
+
+@pytest.mark.parametrize("name", ["a/../b", "a/./b", "..", "a//b", "/a", "a\nb"])
+def test_a_name_that_is_another_ones_is_refused(name: str, bucket: Bucket) -> None:
+    refused("E001", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/{name}"))
+    assert bucket.contents("") == {}
 
 
 def test_an_output_that_came_meanwhile_is_not_overwritten(bucket: Bucket) -> None:

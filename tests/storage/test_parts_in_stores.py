@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import engine
 from engine import api
 from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
@@ -30,3 +32,26 @@ def test_parts_in_a_store_give_the_bytes_of_one_run(bucket: Bucket, tmp_path: Pa
     api.commit(plan, out)
     assert bucket.contents("hf") == files(tmp_path / "hf") and not pending(bucket)
     refused("E401", lambda: api.part(plan, "1/3", out))
+
+
+@pytest.mark.parametrize("of_another_plan", [False, True])
+def test_what_parts_wrote_and_somebody_replaced_is_not_committed(
+    of_another_plan: bool, bucket: Bucket, tmp_path: Path
+) -> None:
+    """Which once gave an output of other bytes than its manifest says."""
+    step, plan = bucket.upload(STEP, "step"), tmp_path / "plan.json"
+    api.save_plan(plan, MAPPING, step, max_shard_size=100_000)
+    out = f"{bucket.url}/hf"
+    for which in ("1/2", "2/2"):
+        api.part(plan, which, out)
+    name = "model-00001-of-00006.safetensors"
+    client, data = bucket.client("hf"), bytearray(bucket.contents("hf")[name])
+    data[-1] ^= 1
+    from obstore import put
+
+    put(client, name, bytes(data), attributes={"enginework": "of another plan"} if of_another_plan else None)
+    assert name in str(refused("E407" if of_another_plan else "E401", lambda: api.commit(plan, out)).place)
+    client.delete(name)
+    refused("E409", lambda: api.commit(plan, out))
+    assert "conversion.json" not in bucket.contents("hf")
+    assert len(api.clean(out)) == 7 and not bucket.contents("hf")

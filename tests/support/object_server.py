@@ -69,12 +69,24 @@ def _free_ports(count: int) -> int:
 
 
 def _answers(port: int) -> bool:
+    """Whether the bucket is there: it is made some time after the server answers."""
+    url = f"http://127.0.0.1:{port}/{BUCKET}"
     try:
         ask = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-        ask.request("GET", f"/{BUCKET}")
-        return ask.getresponse().status in (200, 403)
+        ask.request("GET", f"/{BUCKET}", headers=_signed("GET", url, {}))
+        return ask.getresponse().status == 200
     except OSError:
         return False
+
+
+def _signed(method: str, url: str, headers: dict[str, str], body: bytes = b"") -> dict[str, str]:
+    from botocore.auth import S3SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    request = AWSRequest(method, url, headers, body)
+    S3SigV4Auth(Credentials(KEY, SECRET), "s3", "us-east-1").add_auth(request)
+    return dict(request.headers.items())
 
 
 @dataclass
@@ -106,17 +118,11 @@ class Proxy:
 
 def _of_google(method: str, url: str, headers: Mapping[str, str], body: bytes) -> dict[str, str]:
     """The headers of a request to Google's XML interface as those of S3, signed."""
-    from botocore.auth import S3SigV4Auth
-    from botocore.awsrequest import AWSRequest
-    from botocore.credentials import Credentials
-
     given = {name.lower().replace("x-goog-meta-", "x-amz-meta-"): value for name, value in headers.items()}
     if given.pop("x-goog-if-generation-match", None) == "0":
         given["if-none-match"] = "*"
     kept = {name: value for name, value in given.items() if name not in ("host", "authorization", "content-length")}
-    request = AWSRequest(method, url, kept, body)
-    S3SigV4Auth(Credentials(KEY, SECRET), "s3", "us-east-1").add_auth(request)
-    return {**dict(request.headers.items()), "Host": url.split("/")[2], "Content-Length": str(len(body))}
+    return {**_signed(method, url, kept, body), "Host": url.split("/")[2], "Content-Length": str(len(body))}
 
 
 @contextlib.contextmanager
