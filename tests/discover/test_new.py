@@ -21,6 +21,7 @@ from engine.commands.main import cli
 from engine.discover.scaffold import DECIDED_LATER, Scaffold
 from engine.discover.text import block, comment, scalar, shown
 from engine.errors import EngineError
+from tests.support.depth import crossed, examples
 from tests.support.families import model_of, save_family
 from tests.support.fsdp import save_fsdp
 from tests.support.shards import Model, State, same, save
@@ -121,23 +122,26 @@ def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(na
         assert (tmp_path / "release" / weight).read_bytes() == (tmp_path / family / weight).read_bytes()
 
 
-@pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2, "pp": 2}, {"tp": 2, "pp": 2, "chunks": 2}])
 @pytest.mark.parametrize(
-    ("model", "names"),
-    [
-        (Model(family="v2", groups=2, ffn=40), V2_NAMES),
-        (Model(family="v2", groups=2, ffn=40, bias=False), V2_NAMES),
-        (Model(family="v2", groups=2, ffn=40, rotary="pairs"), V2_NAMES),
-        (Model(family="v2", groups=2, ffn=40, letters="w2_is_up"), V2_NAMES),
-        (Model(family="v1", ffn=40), V1_NAMES),
-        (model_of("llama", ffn=40, heads=4, groups=2, bias=True, mlp_bias=True), HF_NAMES),
-        (model_of("llama", ffn=40, heads=4, groups=4), HF_NAMES),
-        (model_of("internlm3", ffn=40, heads=4, groups=2), HF_NAMES),
-    ],
+    ("named", "layout"),
+    crossed(
+        [
+            (Model(family="v2", groups=2, ffn=40), V2_NAMES),
+            (Model(family="v2", groups=2, ffn=40, bias=False), V2_NAMES),
+            (Model(family="v2", groups=2, ffn=40, rotary="pairs"), V2_NAMES),
+            (Model(family="v2", groups=2, ffn=40, letters="w2_is_up"), V2_NAMES),
+            (Model(family="v1", ffn=40), V1_NAMES),
+            (model_of("llama", ffn=40, heads=4, groups=2, bias=True, mlp_bias=True), HF_NAMES),
+            (model_of("llama", ffn=40, heads=4, groups=4), HF_NAMES),
+            (model_of("internlm3", ffn=40, heads=4, groups=2), HF_NAMES),
+        ],
+        [{"tp": 1}, {"tp": 2, "pp": 2}, {"tp": 2, "pp": 2, "chunks": 2}],
+    ),
 )
 def test_renamed_tensors_convert_right(
-    model: Any, names: Mapping[str, str], layout: dict[str, int], tmp_path: Path
+    named: tuple[Any, Mapping[str, str]], layout: dict[str, int], tmp_path: Path
 ) -> None:
+    model, names = named
     expected = (
         save_family(model, tmp_path / "src", **layout)
         if model.family == "llama"
@@ -315,7 +319,9 @@ def test_any_text_is_one_scalar_and_one_comment(text: str) -> None:
     )
 )
 @settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=examples(60),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_any_set_of_names_gives_patterns_that_read_each_name_once(tmp_path: Path, parts: list[list[str]]) -> None:
     from engine.discover.names import observe
