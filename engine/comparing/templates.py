@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from engine.comparing.corpus import conversations
+import yaml
+
 from engine.comparing.effects import Difference, both
 from engine.comparing.loaded_tokenizer import TOKENS
 from engine.planning.config_keys import shown
@@ -33,12 +35,14 @@ def _rendered(
     called: str, one: tuple[str, Mapping[str, Any]], two: tuple[str, Mapping[str, Any]]
 ) -> Iterator[Difference]:
     unlike = []
-    for name, conversation in conversations().items():
+    loaded = yaml.safe_load(Path(__file__).with_name("conversations.yaml").read_text("utf-8"))
+    conversations: dict[str, dict[str, Any]] = loaded["conversations"]
+    for name, conversation in conversations.items():
         here, there = (_render(template, named, conversation) for template, named in (one, two))
         if here != there:
             unlike.append((name, here, there))
     if not unlike:
-        effect = f"it renders {len(conversations())} conversations alike all the same"
+        effect = f"it renders {len(conversations)} conversations alike all the same"
         yield Difference("chat template", called, "other text", "its own", effect, "told")
         return
     name, here, there = unlike[0]
