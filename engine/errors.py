@@ -145,6 +145,18 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def rounded(number: float) -> str:
+    """A number of parameters as people say it.
+
+    >>> rounded(7_737_708_544), rounded(297_056), rounded(512)
+    ('7.74 billion', '297,056', '512')
+    """
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,.0f}"
+
+
 def shape_text(shape: Sequence[int]) -> str:
     """
     >>> shape_text((4096, 64)), shape_text(())

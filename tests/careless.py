@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.documents import flat, tree_of
-from engine.language.model import Mapping
+from engine.language.model import MappingFile
 from engine.proving.changes import tensor_changes, value_changes
 from engine.proving.committed import committed, differences, read_meaning
 from engine.proving.lint import lint
@@ -114,7 +114,7 @@ class Outcome:
     comment: str | None
 
 
-def edits_of(mapping: Mapping) -> Iterator[Edit]:
+def edits_of(mapping: MappingFile) -> Iterator[Edit]:
     """Every edit that applies to a family, each once."""
     seen: list[Data] = [_plain(mapping.resolved)]
     for what, change in _changes(seen[0]):
@@ -315,12 +315,12 @@ def _plain(tree: Any) -> Any:
 class Known:
     """What the workflow compares an edit with: the mapping before it, its meaning, and what is committed of that."""
 
-    mapping: Mapping
+    mapping: MappingFile
     meaning: Meaning
     committed: dict[KeyPath, Any]
 
 
-def known_of(mapping: Mapping) -> Known:
+def known_of(mapping: MappingFile) -> Known:
     rebuilt(mapping, _plain(mapping.resolved))  # else every edit would seem to be told by loading
     found = committed(mapping)
     return Known(mapping, meaning_of(mapping), {} if found is None else read_meaning(found[1]))

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.reading import read_checkpoint
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
-    from engine.proving.finding import Finding
-    from engine.proving.proof import Proof
+    from engine.proving.proof import Finding, Proof
     from engine.run.meter import Progress
 
 T = TypeVar("T")
@@ -105,13 +104,6 @@ def new_mapping(
     check_type("name", name, str | None)
     check_type("like", like, str | Path | None)
     return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
-
-
-def format_mapping(text: str) -> str:
-    """A mapping file in its usual form: keys in order, long rules in block form, comments kept."""
-    from engine.language.format import format_mapping as reformat
-
-    return reformat(text)
 
 
 def mapping_files(paths: Sequence[str | Path]) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.reading import read_checkpoint
 from engine.planning.request import AnyOptions, Request, ReshardOptions, ReverseOptions, WholeOptions, request_of
 from engine.show.notebook import displayed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.api.plans import plan
 from engine.errors import EngineError
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed
@@ -55,8 +55,8 @@ def explain(
     Raises:
         EngineError: E001 for a name or a slice that is not there, else as for `plan`.
     """
-    from engine.explaining.sources import explain_source
-    from engine.explaining.targets import explain as forward
+    from engine.explaining.tensors import explain as forward
+    from engine.explaining.tensors import explain_source
 
     check_type("what", what, str)
     compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)

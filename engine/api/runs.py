@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from engine.api.outputs import default_out, small_files
 from engine.api.plans import loaded_plan, planned, read_saved, saved_as
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.request import Request, ReshardOptions, ReverseOptions, WholeOptions, keywords, request_of
 from engine.run.execute import Report, execute

@@ -12,7 +12,7 @@ from engine.api.outputs import small_files
 from engine.api.plans import plan
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.version import __version__
 from engine.planning.given import check_type
 from engine.planning.request import WholeOptions

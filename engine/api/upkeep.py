@@ -1,4 +1,4 @@
-"""The public functions that explain codes and the system, and that tidy up."""
+"""The public functions that tidy up, and that tell of the system."""
 
 from __future__ import annotations
 
@@ -77,10 +77,3 @@ def environment() -> dict[str, str]:
             facts[name] = "not installed"
     named = ("ENGINE_MAPPINGS", "ENGINE_DEBUG", "TMPDIR")
     return facts | {name: os.environ[name] for name in named if name in os.environ}
-
-
-def explain_code(code: str) -> str:
-    """What an error or lint code means and what to do, as Markdown; E001 for a code that is none."""
-    from engine.explaining.codes import explain_code as page
-
-    return page(code)

@@ -18,7 +18,7 @@ from engine.assets.model_card import model_card
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, rounded
 from engine.language.expressions import render_tree
 from engine.language.version import __version__
 from engine.planning.as_model import class_named
@@ -149,17 +149,6 @@ def title(plan: Plan) -> str:
     if not plan.departures:
         return plan.mapping.name
     return f"{family_of(plan.mapping)} of {rounded(sum(output.elements for output in plan.outputs))} parameters"
-
-
-def rounded(number: int) -> str:
-    """
-    >>> rounded(7_737_708_544), rounded(1_180_000), rounded(120)
-    ('7.74 billion', '1.18 million', '120')
-    """
-    for unit, name in ((10**9, "billion"), (10**6, "million")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:,}"
 
 
 def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:

@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from engine.assets.merges import ranked_merges
-from engine.assets.pieces import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces
-from engine.assets.tokenizer_check import compare
-from engine.assets.tokenizer_read import Understood, refuse_kind, understand_tokenizer
+from engine.assets.tokenizer_read import (
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    Pieces,
+    Understood,
+    refuse_kind,
+    understand_tokenizer,
+)
 from engine.errors import EngineError, Place
 
 
@@ -51,7 +59,7 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place)
     add_bos = bos is not None and bool(spec.get("add_bos", True))
     backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))
-    compare(pieces, processor, text, place)
+    _compare(pieces, processor, text, place)
     extra = [names[index] for index in sorted(special) if names[index] not in (bos, eos, pad, unk)]
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -220,3 +228,49 @@ def _post_processor(bos: str | None, bos_id: int | None) -> dict[str, Any]:
         "pair": [begin, first, again, second],
         "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
+
+
+def _probes(pieces: Pieces) -> Iterator[str]:
+    """Texts on which converted tokenizers are known to go wrong, and runs and joins of the model's own pieces."""
+    yield from ("Hello", " Hello", "Hello  world ", "   ", "\n\n\t x\r\n", "1234567890", "a\x00b\x1f\x7f", "▁a ▁▁b")
+    yield from (
+        "你好，世界！ 書生·浦语",
+        "naïve café e\u0301",
+        "👩\u200d👩\u200d👧 🏳️\u200d🌈 \U0010fffd",
+        "Ａ①ﬁ\u3000\xa0\u200b—",
+    )
+    texts = [text for text, kind in zip(pieces.texts, pieces.types, strict=True) if kind in (NORMAL, USER_DEFINED)]
+    step = max(1, len(texts) // 997)
+    some = [text.replace(SPACE, " ") for text in texts[::step]]
+    yield "".join(some)
+    yield "".join(left + right for left, right in zip(some, reversed(some), strict=True))
+    for char in " -=\nae哈":
+        yield from (char * count for count in (2, 3, 5, 7, 11, 23, 100, 301))
+
+
+def _compare(pieces: Pieces, theirs: Any, backend: str, place: Place) -> None:
+    """Encode with SentencePiece and with the result; other ids are an error, not a surprise later."""
+    from tokenizers import Tokenizer
+
+    ours = Tokenizer.from_str(backend)
+    # specials are matched in text on purpose, and a renamed piece has lost its old spelling
+    known = {token.content: index for index, token in ours.get_added_tokens_decoder().items()}
+    apart = {token for token, index in known.items() if pieces.types[index] != USER_DEFINED} | {
+        text
+        for text, kind in zip(pieces.texts, pieces.types, strict=True)
+        if kind == USER_DEFINED and text not in known
+    }
+    for text in _probes(pieces):
+        for token in apart:
+            text = text.replace(token, " ")
+        got, expected = ours.encode(text, add_special_tokens=False).ids, theirs.encode(text)
+        if got != expected:
+            at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), 0)
+            raise EngineError(
+                "E501",
+                "the converted tokenizer would give other ids than SentencePiece",
+                place=place,
+                got=f"{got[at : at + 8]} at position {at} of {text[:40]!r}",
+                expected=f"{expected[at : at + 8]}",
+                fix="Report it with the tokenizer file; run without it to convert the weights.",
+            )

@@ -10,10 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.assets.pieces import BYTE, CONTROL, MODEL_TYPES, NORMAL, UNKNOWN, USER_DEFINED, Pieces
 from engine.errors import EngineError, Place
 
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # what a piece is
+MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
+SPACE = "▁"  # how a space is written in pieces
 _LARGEST = 256 << 20  # bytes of a model; whatever is longer is none, and is read no further
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A model's pieces by id, taken out once: an attribute of a parsed message is slow to ask for."""
+
+    texts: list[str]
+    types: list[int]
+
+    @classmethod
+    def of(cls, model: Any) -> Pieces:
+        """The pieces of a parsed `ModelProto`."""
+        return cls([piece.piece for piece in model.pieces], [piece.type for piece in model.pieces])
 
 
 @dataclass(frozen=True, slots=True)

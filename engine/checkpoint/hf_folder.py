@@ -46,12 +46,26 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
     if isinstance(where, File):
         return _read_shards(where) if where.name.endswith(".index.json") else (_read_weights(where),)
     if File(where, _ADAPTER).exists:
-        raise _adapter(where)
+        raise EngineError(
+            "E304",
+            "the folder has an adapter beside or instead of its weights",
+            place=Place(where.place(_ADAPTER)),
+            got=_ADAPTER,
+            expected="weights that are the whole model",
+            fix="Merge the adapter into the weights first, as peft's `merge_and_unload` does; or move its files away.",
+        )
     for name in WEIGHTS:
         single, index = File(where, name), File(where, f"{name}.index.json")
         if single.exists and index.exists:
             if set(_read_index(index).values()) != {name}:
-                raise _two_sets(where, name)
+                raise EngineError(
+                    "E304",
+                    "the folder has two sets of weights",
+                    place=Place(where.place()),
+                    got=f"{name} and {name}.index.json with other files",
+                    expected="one of them",
+                    fix="Remove the one left over from another save, or give the file itself.",
+                )
             return _read_shards(index)
         if single.exists:
             return (_read_weights(single),)
@@ -182,28 +196,6 @@ def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: 
             expected="every tensor of the files in the index",
             fix="The index and the files are of two different saves; copy the folder again.",
         )
-
-
-def _adapter(folder: Store) -> EngineError:
-    return EngineError(
-        "E304",
-        "the folder has an adapter beside or instead of its weights",
-        place=Place(folder.place(_ADAPTER)),
-        got=_ADAPTER,
-        expected="weights that are the whole model",
-        fix="Merge the adapter into the weights first, as peft's `merge_and_unload` does; or move its files away.",
-    )
-
-
-def _two_sets(folder: Store, name: str) -> EngineError:
-    return EngineError(
-        "E304",
-        "the folder has two sets of weights",
-        place=Place(folder.place()),
-        got=f"{name} and {name}.index.json with other files",
-        expected="one of them",
-        fix="Remove the one left over from another save, or give the file itself.",
-    )
 
 
 def _no_weights(folder: Store) -> EngineError:

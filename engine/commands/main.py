@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
-from engine.commands import convert, look, parts, review, serve
+from engine.commands import convert, look, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
 from engine.errors import CODES
@@ -28,7 +28,7 @@ from engine.language.version import __version__
 # A command is listed under the first heading, in this order, with the first sentence of its help.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Convert": (convert.run, convert.plan, convert.reverse, convert.reshard, convert.clean),
-    "Convert on many machines": (parts.part, parts.commit),
+    "Convert on many machines": (convert.part, convert.commit),
     "Inspect": (look.inspect, look.mappings, look.explain, look.view, look.verify, look.compare),
     "Write and review mappings": (
         review.new, review.lint, review.prove, review.diff, review.show, review.format_,

@@ -69,57 +69,46 @@ def parse_value(text: str) -> int | float | bool | str:
     return value
 
 
-class Size(ParamType[int]):
-    name = "size"
+def parse_setting(text: str) -> tuple[str, Any]:
+    """The name and the value of `--set`."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name:
+        raise ValueError(f"`{text}` has no name and value; write it like rotary=halves")
+    try:
+        return name, parse_value(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+
+def parse_workers(text: str) -> int | None:
+    """A number of threads; None for `auto`."""
+    from engine.run.memory import MOST_WORKERS
+
+    if text == "auto":
+        return None
+    if re.fullmatch(r"[0-9]{1,9}", text) and 1 <= int(text) <= MOST_WORKERS:
+        return int(text)
+    raise ValueError(f"`{text}` is neither `auto` nor a number from 1 to {MOST_WORKERS}")
 
 
-class Dtype(ParamType[str]):
-    name = "|".join(DTYPES)
+class Parsed(ParamType[Any]):
+    """A value that a function reads; the ValueError that it raises is wrong usage."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any], known: Sequence[str] = ()) -> None:
+        self.name, self._parse, self._known = name, parse, known
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in DTYPES if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in self._known if name.startswith(incomplete)]
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return dtype_name(value)
+            return self._parse(value) if isinstance(value, str) else value
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class Setting(ParamType[tuple[str, Any]]):
-    name = "name=value"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        name, equals, text = value.partition("=")
-        if not equals or not name.strip():
-            self.fail(f"`{value}` has no name and value; write it like rotary=halves", param, ctx)
-        try:
-            return name.strip(), parse_value(text.strip())
-        except ValueError as error:
-            self.fail(f"{name.strip()}: {error}", param, ctx)
-
-
-class Workers(ParamType[int | None]):
-    name = "auto|n"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value is None or value == "auto":
-            return None
-        from engine.run.memory import MOST_WORKERS
-
-        if re.fullmatch(r"[0-9]{1,9}", str(value)) and 1 <= int(value) <= MOST_WORKERS:
-            return int(value)
-        self.fail(f"`{value}` is neither `auto` nor a number from 1 to {MOST_WORKERS}", param, ctx)
+SIZE, SETTING = Parsed("size", parse_size), Parsed("name=value", parse_setting)
+_WORKERS, _DTYPE = Parsed("auto|n", parse_workers), Parsed("|".join(DTYPES), dtype_name, DTYPES)
 
 
 def settings_of(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -234,10 +223,10 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         "flag": {"is_flag": True},
         "no-flag": {"is_flag": True, "flag_value": False, "default": True},
         "count": {"type": Count(), "metavar": "N"},
-        "size": {"type": Size()},
-        "workers": {"type": Workers(), "metavar": "auto|N", "default": "auto", "show_default": True},
-        "dtype": {"type": Dtype(), "metavar": "TYPE"},
-        "setting": {"type": Setting(), "multiple": True, "callback": settings_of},
+        "size": {"type": SIZE},
+        "workers": {"type": _WORKERS, "metavar": "auto|N", "default": "auto", "show_default": True},
+        "dtype": {"type": _DTYPE, "metavar": "TYPE"},
+        "setting": {"type": SETTING, "multiple": True, "callback": settings_of},
         "texts": {"multiple": True},
     }
     how |= kinds[declared["kind"]]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from engine.commands.options import Setting, Size
+from engine.commands.options import SETTING, SIZE
 
 _FOLDERS = {"src", "out", "like", "folder", "ref"}
 
@@ -17,11 +17,11 @@ def add_store_options(command: click.Command) -> None:
         return
     command.params += [
         click.Option(
-            ["--store-option"], type=Setting(), multiple=True, callback=_reach, expose_value=False,
+            ["--store-option"], type=SETTING, multiple=True, callback=_reach, expose_value=False,
             help="For URLs: how to reach the store, like endpoint=URL or region=NAME; may be repeated.",
         ),
         click.Option(
-            ["--window"], type=Size(), callback=_read_ahead, expose_value=False,
+            ["--window"], type=SIZE, callback=_read_ahead, expose_value=False,
             help="For URLs: how much to read ahead.  [default: 16MiB]",
         ),
     ]  # fmt: skip

@@ -6,11 +6,12 @@ Nothing of a checkpoint is run: what only its code could load is left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from engine.oracle.load_model import quiet
 
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _FEWEST = 2  # tokens of a vocabulary that was read
@@ -71,7 +72,7 @@ def _without_code(name: str, data: bytes) -> bytes:
 def _by_transformers(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if len(loaded.get_vocab()) < _FEWEST:
         raise ValueError("transformers loads it with an empty vocabulary")
@@ -116,15 +117,3 @@ def _by_sentencepiece(folder: Path) -> Tokenizer:
     return Tokenizer(
         lambda text, _: list(loaded.encode(text)), lambda ids: str(loaded.decode(ids)), pieces, whole=False
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -17,11 +17,10 @@ import numpy as np
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.move.blocks import Block, output_blocks
 from engine.move.reader import Reader
 from engine.move.values import check_transform
-from engine.move.views import dense_strides
 from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
 from engine.run.replicas import compare_replicas, replica_bytes

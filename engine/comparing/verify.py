@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
-from engine.run.digests import ALGORITHM, content_id
+from engine.formats.headers import ITEM_SIZES, TensorHeader
+from engine.move.values import all_finite
+from engine.run.digests import ALGORITHM, content_id, listed, only_zeros
 from engine.run.manifest import NAME, read_manifest
 from engine.run.written import check_index, extra_files, read_contents
 from engine.storage.json_text import as_data
@@ -32,6 +35,7 @@ class Verified:
         tensors, files, nbytes: what was found as it was written, or was told to be wrong.
         read: tensors whose contents were compared with digests.
         unchecked: what was not checked, and why.
+        values: what is odd in the tensors, though it is as it was written, in words.
         manifest: whether there was a manifest to compare with; if not, nothing was compared with it.
         source, model, logits: what else was asked for.
     """
@@ -43,6 +47,7 @@ class Verified:
     problems: tuple[str, ...]
     read: int = 0
     unchecked: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
     manifest: bool = True
     source: AgainstSource | None = None
     model: Loaded | None = None
@@ -59,6 +64,7 @@ class Verified:
             "contents": self.read,
             "problems": list(self.problems),
             "unchecked": list(self.unchecked),
+            "values": list(self.values),
             **({} if self.manifest else {"manifest": False}),
             **{name: one for name, one in more.items() if one is not None},
         }
@@ -152,7 +158,13 @@ def _of_manifest(
 def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[int], None]) -> Verified:
     """Read every byte of an output and compare it with the manifest."""
     tensors: Mapping[str, Any] = data["tensors"]
-    found, nbytes, read, problems = read_contents(folder, data, advance)
+    wrong: dict[str, None] = {}
+
+    def look(tensor: TensorHeader, block: memoryview) -> None:
+        if tensor.name not in wrong and not all_finite(block, tensor.dtype):
+            wrong[tensor.name] = None
+
+    found, nbytes, read, problems = read_contents(folder, data, advance, look)
     problems += check_index(folder, tensors)
     if not data["files"] and not any(str(entry.get("file")) + ":" in name for name, entry in tensors.items()):
         problems.append(
@@ -166,9 +178,12 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
         problems.append("the content id is not that of the tensors: the manifest was changed")
     if read < len(found):
         which = "contents of the tensors" if not read else f"contents of {len(found) - read} tensors"
-        told = f"{which}: the manifest has no digests of them, so only names, types and shapes were compared"
-        unchecked = [told, *unchecked]
-    return Verified(len(found), len(files), nbytes, total, (*problems, *strangers), read, tuple(unchecked))
+        names = f"{which}: the manifest has no digests of them, so only names, types and shapes were compared"
+        unchecked = [names, *unchecked]
+    sizes = ((name, shape, prod(shape) * ITEM_SIZES[dtype], digest) for name, (dtype, shape, digest) in found.items())
+    values = [one for one in (listed("NaN or infinity", wrong), only_zeros(sizes)) if one is not None]
+    told = (len(found), len(files), nbytes, total, (*problems, *strangers), read, tuple(unchecked))
+    return Verified(*told, values=tuple(values))
 
 
 def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:

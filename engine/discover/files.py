@@ -12,7 +12,7 @@ from engine.discover.scaffold import Request, Scaffold, draft
 from engine.discover.steps import Reader, read_any
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.search import bundled, find_file, list_names
 from engine.storage.replacing import check_file_free, given_path, write_error, write_file
 

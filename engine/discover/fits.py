@@ -8,8 +8,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.mapping_file import digest_of
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan

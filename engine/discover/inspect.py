@@ -18,8 +18,7 @@ from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.search import layout_names, list_names, spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.stored import strip

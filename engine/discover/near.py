@@ -11,8 +11,7 @@ from typing import Any
 from engine.checkpoint.ranks import Stage
 from engine.discover.names import Observed, tail
 from engine.errors import EngineError
-from engine.language.model import Layout, Rule
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile, Rule
 from engine.language.names import pattern
 from engine.planning.attempts import Checkpoint, claims
 from engine.planning.facts import present_in

@@ -10,7 +10,7 @@ from engine.discover.near import Nearness, Pairing
 from engine.discover.renamed import renamed_rules
 from engine.discover.text import block, comment, flow, list_of, shown
 from engine.language.expressions import names_in
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.model import Plan
 
 _EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")

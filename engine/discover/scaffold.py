@@ -24,8 +24,7 @@ from engine.discover.text import block, comment, flow, list_of, scalar, shown
 from engine.errors import EngineError, EngineErrors
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
 from engine.language.search import spelled
 from engine.planning.attempts import Checkpoint

@@ -2,7 +2,7 @@
 
 Two plans mean the same exactly when their normal forms are equal, and where they differ the form
 reads as a diff: one entry per target pattern, with the copies of one tensor that stands for all
-layers. `planning.digest` is over the plan unfolded.
+layers. `digest_of_plan` is over the plan unfolded.
 """
 
 from __future__ import annotations

@@ -145,13 +145,13 @@ def shard_words(group: Group, shard: Shard) -> str:
 def order_sentences(link: Link) -> list[str]:
     """For each target dimension whose order differs: which source positions its positions come from, in turn."""
     result: list[str] = []
-    source_dims = len(link.source.bases)
-    target_dims = len(link.target.bases)
-    for dim, strides in enumerate(link.target.strides):
+    source_dims = len(link.source.dims)
+    target_dims = len(link.target.dims)
+    for dim, strides in enumerate(one.strides for one in link.target.dims):
         order = sorted(strides, key=lambda axis: -strides[axis])
         wide = {axis for axis in order if link.box[axis][1] - link.box[axis][0] > 1}
         to = link.target.positions(dim, link.box, order)
-        for other, theirs in enumerate(link.source.strides):
+        for other, theirs in enumerate(one.strides for one in link.source.dims):
             if not wide & set(theirs):
                 continue
             part = {axis: link.box[axis] if axis in wide else _first(link.box[axis]) for axis in theirs}
@@ -184,4 +184,4 @@ def _plain(lattice: Lattice) -> bool:
 
 def index_texts(spot: Spot, box: Mapping[str, Interval]) -> tuple[str, ...]:
     """The positions along each dimension as slices."""
-    return tuple(index_text(spot.positions(dim, box)) for dim in range(len(spot.bases)))
+    return tuple(index_text(spot.positions(dim, box)) for dim in range(len(spot.dims)))

@@ -35,15 +35,11 @@ class DcpFile:
 
     entries: tuple[TorchFile, ...]
     starts: tuple[int, ...]
-    end: int
+    size: int
 
     @property
     def offsets(self) -> tuple[int, ...]:
         return tuple(at + entry.offsets[0] for at, entry in zip(self.starts, self.entries, strict=True))
-
-    @property
-    def size(self) -> int:
-        return self.end
 
     def start(self) -> list[tuple[int, bytes]]:
         """(offset, bytes) of what comes before the payload of each entry."""
@@ -102,7 +98,7 @@ def encode_directory(saved: Iterable[Saved]) -> bytes:
     stored: list[tuple[Made, Made]] = []
     for file, boxes in by_file.items():
         laid = dcp_file([(one.name, one.dtype, one.shape) for one in boxes], file)
-        ends = (*laid.starts[1:], laid.end)
+        ends = (*laid.starts[1:], laid.size)
         for one, start, end in zip(boxes, laid.starts, ends, strict=True):
             chunks = tensors.setdefault(one.name, (one, []))[1]
             key = {"fqn": one.name, "offset": sized(one.part.starts), "index": len(chunks)}

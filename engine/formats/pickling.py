@@ -9,7 +9,10 @@ import io
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
+
+from engine.formats.headers import dense_strides
 
 _STORAGES = {
     "BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage", "F64": "DoubleStorage",
@@ -113,29 +116,22 @@ def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]], around: Mapp
         tensors: name, element type (one of `WRITABLE`) and shape; storage keys are `0`, `1`, ...
         around: what else the file holds, by key; then names begin with the key that their state dict has there.
     """
-    if around is not None:
-        below: dict[str, list[tuple[str, Any]]] = {}
-        for index, (name, dtype, shape) in enumerate(tensors):
-            key, _, inside = name.partition(".")
-            below.setdefault(key, []).append((inside, tensor(dtype, shape, index)))
-        states = {key: _Ordered(tuple(items)) for key, items in below.items()}
-        return dumps(Pairs(tuple({**around, **states}.items())))
-    return dumps(
-        _Ordered(tuple((name, tensor(dtype, shape, index)) for index, (name, dtype, shape) in enumerate(tensors)))
-    )
+    made = [(name, tensor(dtype, shape, index)) for index, (name, dtype, shape) in enumerate(tensors)]
+    if around is None:
+        return dumps(_Ordered(tuple(made)))
+    below: dict[str, list[tuple[str, Any]]] = {}
+    for name, one in made:
+        key, _, inside = name.partition(".")
+        below.setdefault(key, []).append((inside, one))
+    states = {key: _Ordered(tuple(items)) for key, items in below.items()}
+    return dumps(Pairs(tuple({**around, **states}.items())))
 
 
 def tensor(dtype: str, shape: tuple[int, ...], index: int = 0) -> Call:
     """A contiguous tensor that is all of a storage, whose key is its number."""
-    strides, count = [1] * len(shape), 1
-    for i in range(len(shape) - 1, -1, -1):
-        strides[i] = count
-        count *= shape[i]
-    storage = _Storage(("storage", _CLASSES[dtype], str(index), "cpu", count))
-    own = tuple(
-        list(shape)
-    )  # a pickle refers back to an object that it held before: equal plans shall write equal bytes
-    return Call(_REBUILD, (storage, 0, own, tuple(strides), False, Call(_ORDERED, ())))
+    storage = _Storage(("storage", _CLASSES[dtype], str(index), "cpu", prod(shape)))
+    own = tuple([*shape])  # a pickle refers back to an object that it held before: equal plans shall write equal bytes
+    return Call(_REBUILD, (storage, 0, own, dense_strides(shape), False, Call(_ORDERED, ())))
 
 
 def with_dtypes(value: Any) -> Any:

@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import struct
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.storage.json_text import parse_json
 from engine.storage.store import File
 
@@ -35,9 +36,7 @@ def encode_header(
     end = 0
     for index in sorted(range(len(tensors)), key=lambda i: -ITEM_SIZES[tensors[i][1]]):
         name, dtype, shape = tensors[index]
-        size = ITEM_SIZES[dtype]
-        for n in shape:
-            size *= n
+        size = math.prod(shape) * ITEM_SIZES[dtype]
         starts[index] = end
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
@@ -49,11 +48,11 @@ def encode_header(
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """Where everything of a safetensors file goes: `offsets` of tensors and `end` of the payload, in bytes."""
+    """Where everything of a safetensors file goes: `offsets` of tensors and its `size`, in bytes."""
 
     header: bytes
     offsets: tuple[int, ...]
-    end: int
+    size: int
 
     def start(self) -> list[tuple[int, bytes]]:
         return [(0, self.header)]
@@ -63,10 +62,6 @@ class SafetensorsFile:
 
     def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
         return []
-
-    @property
-    def size(self) -> int:
-        return self.end
 
 
 def safetensors_file(
@@ -86,15 +81,13 @@ def split_shards(tensors: Sequence[tuple[str, int]], max_bytes: int) -> list[lis
     >>> split_shards([("a", 4), ("b", 4), ("c", 4), ("d", 4)], 12)
     [['a', 'b'], ['c', 'd']]
     """
-    fewest = len(_fill(tensors, max_bytes))
-    low, high = max((size for _, size in tensors), default=0), max_bytes
-    while low < high:  # the smallest limit that still needs no more files balances them
-        middle = (low + high) // 2
-        if len(_fill(tensors, middle)) <= fewest:
-            high = middle
-        else:
-            low = middle + 1
-    return _fill(tensors, max(high, 1)) if fewest > 1 else _fill(tensors, max_bytes)
+    files = _fill(tensors, max_bytes)
+    if len(files) < 2:
+        return files
+    low = max(size for _, size in tensors)
+    # the smallest limit that still needs no more files balances them
+    more = bisect_left(range(low, max_bytes), True, key=lambda limit: len(_fill(tensors, limit)) <= len(files))
+    return _fill(tensors, max(min(low + more, max_bytes), 1))
 
 
 def _fill(tensors: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
@@ -174,14 +167,10 @@ def read_safetensors_metadata(where: File) -> tuple[FileHeader, Mapping[str, str
             raise damaged("an entry lacks dtype, shape or data_offsets", name) from None
         if not integers or not isinstance(dtype, str) or dtype not in ITEM_SIZES:
             raise damaged(f"dtype {dtype}, shape {list(shape)}"[:200], name)
-        wanted, strides = ITEM_SIZES[dtype], []
-        for n in reversed(shape):
-            strides.append(wanted // ITEM_SIZES[dtype])
-            wanted *= n
+        wanted = math.prod(shape) * ITEM_SIZES[dtype]
         if end - begin != wanted:
             raise damaged(f"{end - begin} bytes for {list(shape)} of {dtype}, which needs {wanted}", name)
-        header = TensorHeader(name, dtype, shape, tuple(reversed(strides)), 8 + length + begin)
-        tensors.append((begin, end, header))
+        tensors.append((begin, end, TensorHeader(name, dtype, shape, dense_strides(shape), 8 + length + begin)))
     position = 0
     for begin, end, header in sorted(tensors, key=lambda t: t[:2]):
         if begin != position:

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from engine.formats.headers import ITEM_SIZES
@@ -65,10 +66,6 @@ class TorchFile:
     directory: int
 
     @property
-    def end(self) -> int:
-        return self.directory
-
-    @property
     def size(self) -> int:
         ((at, data),) = self.finish([0] * len(self.offsets))
         return at + len(data)
@@ -112,10 +109,7 @@ def laid_out(pickled: bytes, tensors: Sequence[tuple[str, str, tuple[int, ...]]]
     """Lay out a file of a pickle and the storages that it names by their numbers, one for each tensor."""
     listed: list[tuple[str, bytes | int]] = [("data.pkl", pickled), ("byteorder", b"little")]
     for index, (_, dtype, shape) in enumerate(tensors):
-        count = 1
-        for size in shape:
-            count *= size
-        listed.append((f"data/{index}", count * ITEM_SIZES[dtype]))
+        listed.append((f"data/{index}", prod(shape) * ITEM_SIZES[dtype]))
     listed.append(("version", b"3\n"))
     members: list[Member] = []
     end = 0
@@ -129,10 +123,7 @@ def laid_out(pickled: bytes, tensors: Sequence[tuple[str, str, tuple[int, ...]]]
 
 def encode_torch(value: Any, root: str) -> bytes:
     """A whole small file that `torch.load` reads as a plain value."""
-    pickled = _member(f"{root}/data.pkl".encode(), 0, dumps(value))
-    order = _member(f"{root}/byteorder".encode(), pickled.payload + pickled.size, b"little")
-    version = _member(f"{root}/version".encode(), order.payload + order.size, b"3\n")
-    file = TorchFile((pickled, order, version), (), version.payload + version.size)
+    file = laid_out(dumps(value), (), root)
     return b"".join(data for _, data in (*file.start(), *file.finish(())))
 
 

@@ -17,9 +17,6 @@ class FileLayout(Protocol):
     def offsets(self) -> Sequence[int]: ...
 
     @property
-    def end(self) -> int: ...
-
-    @property
     def size(self) -> int: ...  # of the whole file
 
     def start(self) -> list[tuple[int, bytes]]:

@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import EngineError, Errors, Place
 from engine.language.documents import Document, values_in
 from engine.language.expressions import compile_expression
-from engine.language.model import Expression, Layout, Mapping
+from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern
 
 # What expressions of a layout see beside ranks (`pp`), their numbers (`pps`) and the layout's own variants.
@@ -36,21 +36,21 @@ def expressions_of(tree: Any) -> Iterator[Expression]:
     return (value for value in values_in(tree) if isinstance(value, Expression))
 
 
-def every_expression(mapping: Mapping) -> list[Expression]:
+def every_expression(mapping: MappingFile) -> list[Expression]:
     """All expressions of a mapping."""
     choices = [v.choices for v in mapping.variants.values()]
     written = [mapping.config, mapping.training_config, mapping.remote_code, mapping.transformers]
     return list(expressions_of([mapping.dims, choices, *written]))
 
 
-def axes_of(mapping: Mapping) -> list[str]:
+def axes_of(mapping: MappingFile) -> list[str]:
     """Every axis of a mapping's rules once, placeholders included; those of the sources first."""
     sources = [(*pattern(rule.sources[0]).placeholders, *rule.axes.names()) for rule in mapping.rules]
     targets = [(*pattern(t.name).placeholders, *t.axes.names()) for rule in mapping.rules for t in rule.targets]
     return list(dict.fromkeys(name for names in (*sources, *targets) for name in names))
 
 
-def check_mapping(mapping: Mapping, document: Document, *, whole: bool = True) -> None:
+def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = True) -> None:
     """Options, dropped and expected axes, and tied targets of a mapping exist; all that do not are told.
 
     Args:
@@ -109,15 +109,14 @@ def check_layout(layout: Layout, document: Document) -> None:
             known = pattern(file.name).placeholders
             every.update(dict.fromkeys(known))
             base = ("modes", mode.name, "files", index)
-            for dim in file.ranks.dims if file.ranks is not None else ():
+            named: list[tuple[str, ...]] = [
+                ("ranks", dim) for dim in (file.ranks.dims if file.ranks is not None else ())
+            ]
+            named += [("cuts", stage, dim) for stage, cuts in file.cuts.items() for dim in cuts]
+            for *above, dim in named:
                 if dim not in known:
-                    place = document.place(*base, "ranks", dim)
+                    place = document.place(*base, *above, dim)
                     raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
-            for stage, cuts in file.cuts.items():
-                for dim in cuts:
-                    if dim not in known:
-                        place = document.place(*base, "cuts", stage, dim)
-                        raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
     for dim in layout.lone_rank:
         if dim not in every:
             raise undeclared(f"no file has a rank dimension `{dim}`", dim, every, document.place("lone_rank", dim))

@@ -8,11 +8,22 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.declared import check_layout
-from engine.language.documents import Document
+from engine.language.documents import Document, KeyPath
 from engine.language.keys import apart, read_keys
 from engine.language.loader import content_of, load_yaml
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
-from engine.language.model import Beside, ConfigFile, FilePattern, LayerCut, Layout, Mode, Prefix, RankMap, RefusedFile
+from engine.language.model import (
+    Beside,
+    ConfigFile,
+    Expression,
+    FilePattern,
+    LayerCut,
+    Layout,
+    Mode,
+    Prefix,
+    RankMap,
+    RefusedFile,
+)
 from engine.language.names import check_file_name, pattern
 from engine.language.rules import STORED
 from engine.language.search import find_file, shown
@@ -47,7 +58,7 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
     if "training" in data:
         check_file_name(data["training"]["file"], document.value_place("training", "file"))
     training = data.get("training") or {}
-    layers = data["layers"]
+    layers, says = data["layers"], data.get("says") or {}
     divides = layers.get("divides")
     layout = Layout(
         name=data["name"],
@@ -81,12 +92,9 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
         even=tuple(data.get("even") or ()),
         lone_rank=data.get("lone_rank") or {},
         zip_root=data.get("zip_root"),
-        says_ranks={
-            n: expression(document, ("says", "ranks", n), text)
-            for n, text in ((data.get("says") or {}).get("ranks") or {}).items()
-        },
-        says_alike=tuple((data.get("says") or {}).get("alike") or ()),
-        sizes={n: expression(document, ("sizes", n), text) for n, text in (data.get("sizes") or {}).items()},
+        says_ranks=_expressions(document, ("says", "ranks"), says.get("ranks")),
+        says_alike=tuple(says.get("alike") or ()),
+        sizes=_expressions(document, ("sizes",), data.get("sizes")),
         modes=tuple(_mode(document, n, m) for n, m in data["modes"].items()),
         skip=tuple(data.get("skip") or ()),
         skip_tensors=tuple(data.get("skip_tensors") or ()),
@@ -103,10 +111,14 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
         files=(document.file,),
         digest=digest_of(data),
         keys=read_keys(document),
-        indices={n: expression(document, ("indices", n), text) for n, text in (data.get("indices") or {}).items()},
+        indices=_expressions(document, ("indices",), data.get("indices")),
     )
     check_layout(layout, document)
     return layout
+
+
+def _expressions(document: Document, path: KeyPath, texts: dict[str, Any] | None) -> dict[str, Expression]:
+    return {name: expression(document, (*path, name), text) for name, text in (texts or {}).items()}
 
 
 def _config_file(body: dict[str, Any]) -> ConfigFile:
@@ -148,7 +160,7 @@ def _file(document: Document, path: tuple[str | int, ...], body: dict[str, Any])
         if ranks is None
         else RankMap(
             expression(document, (*path, "ranks", "count"), ranks["count"]),
-            {d: expression(document, (*path, "ranks", d), text) for d, text in ranks.items() if d != "count"},
+            _expressions(document, (*path, "ranks"), {d: text for d, text in ranks.items() if d != "count"}),
         ),
         None if number is None else expression(document, (*path, "number"), number),
         document.place(*path),

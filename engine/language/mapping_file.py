@@ -16,7 +16,7 @@ from engine.language.documents import At, Document
 from engine.language.expressions import compile_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import Kept, chain_of, merged
-from engine.language.model import Exclusion, Expression, Mapping, Option, Variant
+from engine.language.model import Exclusion, Expression, MappingFile, Option, Variant
 from engine.language.names import check_file_name, pattern
 from engine.language.rules import read_rule
 from engine.language.search import find_file
@@ -25,7 +25,7 @@ from engine.language.validation import check_schema
 _BRACES = re.compile(r"\{\{(.*)\}\}\Z", re.DOTALL)
 
 
-def load_mapping(name: str | Path) -> Mapping:
+def load_mapping(name: str | Path) -> MappingFile:
     """Load a mapping by path or bundled name, resolved over its parents and checked.
 
     >>> load_mapping("internlm2-7b").expect["hidden"]
@@ -46,14 +46,14 @@ def load_mapping(name: str | Path) -> Mapping:
 
 
 @lru_cache(maxsize=64)
-def _built(chain: tuple[Kept, ...]) -> Mapping:
+def _built(chain: tuple[Kept, ...]) -> MappingFile:
     """A mapping of files, built anew when one of them changed."""
     document = merged(chain)
     check_schema(document, "mapping", merged=True)
     return build_mapping(document, tuple(one.name for one in chain))
 
 
-def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
+def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
     """A mapping of checked data; what is wrong with it is told all at once.
 
     Raises:
@@ -92,7 +92,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> Mapping:
     if "file" in (data.get("tokenizer") or {}):
         with errors.caught():
             check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
-    mapping = Mapping(
+    mapping = MappingFile(
         name=data["name"],
         version=str(data["version"]),
         description=data.get("description", ""),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, meant
 from engine.language.documents import At, Document, KeyPath
 from engine.language.keys import apart
 from engine.language.loader import content_of, load_yaml
@@ -239,14 +238,13 @@ class _Merge:
             found = [(kind, rest)]
         if not found:
             names = [n for k in _REMOVABLE for n in known[k]]
-            near = get_close_matches(name, names, 1)
             raise EngineError(
                 "E106",
                 f"`remove` names `{name}`, which the parent does not have",
                 place=place,
                 got=name,
                 expected="a rule, variant, dim or option of the parent",
-                fix=f"Did you mean `{near[0]}`?" if near else "Delete the entry.",
+                fix=meant(name, names, "Delete the entry."),
             )
         if len(found) > 1:
             kinds = [k for k, _ in found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingABC
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,15 +40,15 @@ class Rule:
     place: Place
     split: tuple[str, ...] = ()
     stage: Literal["first", "last"] | None = None
-    when: MappingABC[str, tuple[str, ...]] = field(default_factory=dict)  # variant → allowed choices
+    when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # variant → allowed choices
     optional: bool = False
     transform: tuple[str, str] | None = None  # (operation, axis)
     keep_dtype: bool = False
-    drop: MappingABC[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
+    drop: Mapping[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
     zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
     tied_to: str | None = None
 
-    def active(self, choices: MappingABC[str, str]) -> bool:
+    def active(self, choices: Mapping[str, str]) -> bool:
         """Whether `when` holds; a variant that is still open does not exclude the rule."""
         return all(choices.get(name, allowed[0]) in allowed for name, allowed in self.when.items())
 
@@ -69,7 +69,7 @@ class Variant:
 
     name: str
     help: str
-    choices: MappingABC[str, Expression | None]
+    choices: Mapping[str, Expression | None]
     decide: Literal["expression", "shapes"]
     default: str | None
     place: Place
@@ -87,7 +87,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class MappingFile:
     """A resolved mapping: its own keys merged over its parents'.
 
     `config`, `training_config` and `remote_code` are trees of literals with `Expression` leaves.
@@ -103,29 +103,29 @@ class Mapping:
     model_types: tuple[str, ...]
     model_type: str
     architecture: str
-    options: MappingABC[str, Option]
-    variants: MappingABC[str, Variant]
-    dims: MappingABC[str, Expression]
+    options: Mapping[str, Option]
+    variants: Mapping[str, Variant]
+    dims: Mapping[str, Expression]
     even: tuple[str, ...]  # axes that training only divides evenly over ranks
     rules: tuple[Rule, ...]
     ignore: tuple[Exclusion, ...]
     refuse: tuple[Exclusion, ...]
-    config: MappingABC[str, Any]
-    training_config: MappingABC[str, Any]
-    tokenizer: MappingABC[str, Any] | None
-    generation: MappingABC[str, Any] | None
+    config: Mapping[str, Any]
+    training_config: Mapping[str, Any]
+    tokenizer: Mapping[str, Any] | None
+    generation: Mapping[str, Any] | None
     chat_template: str | None
-    expect: MappingABC[str, int]
+    expect: Mapping[str, int]
     files: tuple[str, ...]
     digest: str  # sha256 over the resolved data, canonical JSON
-    resolved: MappingABC[str, Any]
+    resolved: Mapping[str, Any]
     layout_place: Place | None = None  # where the file names its layout
-    keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # side → key → what is declared
+    keys: Mapping[str, Mapping[str, Key]] = field(default_factory=dict)  # side → key → what is declared
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
-    classes: MappingABC[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
-    places: MappingABC[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
-    remote_code: MappingABC[str, Any] | None = None  # `auto_map`, where transformers lacks the target's classes
+    classes: Mapping[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
+    places: Mapping[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
+    remote_code: Mapping[str, Any] | None = None  # `auto_map`, where transformers lacks the target's classes
     transformers: Any = None
 
 
@@ -140,7 +140,7 @@ class RankMap:
     """Which ranks share a file when files are not the cross product: one file per `rank`."""
 
     count: Expression
-    dims: MappingABC[str, Expression]
+    dims: Mapping[str, Expression]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +154,12 @@ class FilePattern:
     """
 
     name: str
-    cuts: MappingABC[str, MappingABC[str, str]]
+    cuts: Mapping[str, Mapping[str, str]]
     ranks: RankMap | None
     number: Expression | None
     place: Place
     boxes: bool = False
-    mesh: MappingABC[str, int] = field(default_factory=dict)
+    mesh: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class Mode:
     format: str = "torch"
     state: tuple[str, ...] = ()
     when: Expression | None = None
-    choices: MappingABC[str, str] = field(default_factory=dict)
+    choices: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class LayerCut:
     """How the layer axis is cut over pipeline stages: chunks and the ranks that `stage` reads, sorted by it."""
 
     stage: Expression
-    variants: MappingABC[str, Variant]
+    variants: Mapping[str, Variant]
     divides: Expression | None
     uneven: str
 
@@ -241,22 +241,22 @@ class Layout:
     training_file: str | None
     training_format: str | None  # python_source
     training_repeats: str | None  # its key under which it has the configuration again
-    training_write: MappingABC[str, Any]  # what is written of it: literals with `Expression` leaves
+    training_write: Mapping[str, Any]  # what is written of it: literals with `Expression` leaves
     prefixes: tuple[Prefix, ...]
-    options: MappingABC[str, Option]
+    options: Mapping[str, Option]
     layers: LayerCut
     uneven: str
     even: tuple[str, ...]  # stage classes whose tensors the framework only cuts evenly
-    lone_rank: MappingABC[str, int]
+    lone_rank: Mapping[str, int]
     zip_root: str | None  # what the folder inside a rank file's zip is: `file_name`; None: it tells nothing
-    says_ranks: MappingABC[str, Expression]  # a file's own rank per dimension, by what is saved in it
+    says_ranks: Mapping[str, Expression]  # a file's own rank per dimension, by what is saved in it
     says_alike: tuple[str, ...]  # what all files must say alike
-    sizes: MappingABC[str, Expression]  # ranks per dimension, as the training configuration claims
+    sizes: Mapping[str, Expression]  # ranks per dimension, as the training configuration claims
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]
     skip_tensors: tuple[str, ...]  # names of what is not of the model, as globs
     refuse: tuple[RefusedFile, ...]
     files: tuple[str, ...]
     digest: str
-    keys: MappingABC[str, MappingABC[str, Key]] = field(default_factory=dict)  # of every model of the framework
-    indices: MappingABC[str, Expression] = field(default_factory=dict)  # axis → its number in the whole model
+    keys: Mapping[str, Mapping[str, Key]] = field(default_factory=dict)  # of every model of the framework
+    indices: Mapping[str, Expression] = field(default_factory=dict)  # axis → its number in the whole model

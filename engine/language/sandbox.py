@@ -141,12 +141,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         return result
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        return self._member(obj, attribute)
+        return self.getitem(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return self._member(obj, argument)
-
-    def _member(self, obj: Any, key: Any) -> Any:
+        key = argument
         if isinstance(obj, Undefined):
             return _Missing(name=f"{obj._undefined_name}.{key}")
         if isinstance(obj, Mapping):

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 
-from engine.errors import EngineError
+from engine.errors import EngineError, meant
 
 _MOST_ENTRIES = 20_000  # files and folders that are looked at for mappings
 
@@ -57,13 +57,12 @@ def find_file(name: str, kind: str = "mapping") -> Path:
 
 def _no_layout(name: str) -> EngineError:
     known = layout_names()
-    near = get_close_matches(name, known, 1)
     return EngineError(
         "E002",
         f"there is no layout `{name}`",
         got=name,
         expected=f"one of {', '.join(known)}",
-        fix=f"Did you mean `{near[0]}`?" if near else "Correct `layout` in `source` of the mapping.",
+        fix=meant(name, known, "Correct `layout` in `source` of the mapping."),
     )
 
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from engine.errors import EngineError, Errors, Place
+from engine.errors import EngineError, Errors, Place, meant
 from engine.language.documents import Document
 from engine.language.search import bundled
 
@@ -154,17 +154,15 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         named = [_TYPES[b["type"]] for b in error.validator_value if "enum" not in b and isinstance(b.get("type"), str)]
         expected = ", ".join(allowed) + (" or " if allowed and named else "") + " or ".join(named)
         message = f"{where} has an unknown value" if allowed else f"{where} is {_kind(error.instance)}, not {expected}"
-        near = [_PYTHON[got]] if got in _PYTHON else get_close_matches(got, allowed, 1)
-        fix = f"Did you mean `{near[0]}`?" if near else described
+        fix = f"Did you mean `{_PYTHON[got]}`?" if got in _PYTHON else meant(got, allowed, described)
     elif error.validator == "pattern" and "propertyNames" in error.absolute_schema_path:
         message, expected, fix = f"`{got}` is not a key of {where}", described, "Correct the key."
     elif error.validator == "pattern":
         message = f"{where} cannot be `{got}`"
     elif error.validator == "enum":
         allowed = [str(v) for v in error.validator_value]
-        near = get_close_matches(str(error.instance), allowed, 1)
         message, expected = f"{where} has an unknown value", ", ".join(allowed)
-        fix = f"Did you mean `{near[0]}`?" if near else described
+        fix = meant(str(error.instance), allowed, described)
     elif error.validator == "oneOf":
         keys = [k for branch in error.validator_value for k in branch.get("required", [])]
         if not any(key in error.instance for key in keys):
@@ -179,14 +177,13 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
 
 
 def _extra(key: Any, known: list[str], where: str, place: Place) -> EngineError:
-    near = get_close_matches(str(key), known, 1)
     return EngineError(
         "E102",
         f"there is no key `{key}` in {where}",
         place=place,
         got=str(key),
         expected="one of " + ", ".join(known),
-        fix=f"Did you mean `{near[0]}`?" if near else "Remove it, or correct its name.",
+        fix=meant(str(key), known, "Remove it, or correct its name."),
     )
 
 

@@ -7,12 +7,12 @@ from math import prod
 
 import numpy as np
 
-from engine.formats.headers import ITEM_SIZES, FileHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, dense_strides
 from engine.move.blocks import Block
 from engine.move.gather import Gatherer
 from engine.move.reader import Reader
 from engine.move.values import elements, float_type
-from engine.move.views import Box, View, dense_strides, tiles
+from engine.move.views import Box, View, tiles
 from engine.planning.copies import Copy
 from engine.planning.model import Work
 from engine.planning.stored import SourceTensor

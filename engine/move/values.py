@@ -63,6 +63,17 @@ def elements(data: memoryview, dtype: str) -> np.ndarray:
     return np.frombuffer(data, np.dtype(f"u{ITEM_SIZES[dtype]}"))
 
 
+_EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
+
+
+def all_finite(data: memoryview, dtype: str) -> bool:
+    """Whether none of some numbers is NaN or infinite; true of types that are not looked at."""
+    if dtype not in _EXPONENT or not data.nbytes:
+        return True
+    bits = elements(data, dtype)
+    return bool((bits << 1).max() < _EXPONENT[dtype] << 1)  # without the sign
+
+
 class Converter:
     """Turns gathered blocks into the bytes to write; reuses its buffer. Belongs to one thread."""
 

@@ -101,16 +101,3 @@ def tiles(shape: Sequence[int], strides: Sequence[Sequence[int]], limit: int) ->
             for size, extent in zip(shape, extents, strict=True)
         )
     )
-
-
-def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides in row-major order.
-
-    >>> dense_strides((2, 3, 4))
-    (12, 4, 1)
-    """
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))

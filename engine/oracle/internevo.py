@@ -165,18 +165,7 @@ class Forward:
         """The first hidden state: each id's row, from the rank that has it or put together from all ranks."""
         import torch
 
-        parts, by_vocab = self._embedding()
-        rows: dict[int, torch.Tensor] = {}
-        for one in sorted(set(ids.flatten().tolist())):
-            if not by_vocab:
-                rows[one] = torch.cat([self._shards.rows(part, one, one + 1)[0] for part in parts])
-                continue
-            low = 0
-            for part in parts:
-                count = part.shape[0]
-                if low <= one < low + count:
-                    rows[one] = self._shards.rows(part, one - low, one - low + 1)[0]
-                low += count
+        rows = {one: self.embedding(one, one + 1)[0] for one in sorted(set(ids.flatten().tolist()))}
         return torch.stack([rows[one] for one in ids.flatten().tolist()]).view(*ids.shape, -1)
 
     def layer(self, number: int, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -105,11 +105,8 @@ def auto_class(folder: Path) -> Any:
 
     named = read_hf_config(LocalStore(folder)).get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""
-    return (
-        transformers.AutoModelForSequenceClassification
-        if first.endswith(_REWARD)
-        else transformers.AutoModelForCausalLM
-    )
+    kind = "AutoModelForSequenceClassification" if first.endswith(_REWARD) else "AutoModelForCausalLM"
+    return getattr(transformers, kind)
 
 
 def not_built_in(folder: Path) -> str | None:

@@ -232,7 +232,7 @@ class _Steps:
         embedding, layers, norm, head = parts
         self._after(embedding, "embedding", "embedding", partial(self._wanted.__getitem__, 0))
         for i, layer in enumerate(layers):
-            self._hooks.append(layer.register_forward_pre_hook(self._enter(i)))
+            self._hooks.append(layer.register_forward_pre_hook(partial(self._enter, i)))
             for step, (path, inward) in STEPS.items():
                 module = layer
                 for name in path.split(".") if path else ():
@@ -251,11 +251,8 @@ class _Steps:
     def _traced(self, step: str) -> torch.Tensor:
         return self._trace[step]
 
-    def _enter(self, layer: int) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            self._trace = self._training.layer(layer, self._wanted[layer])
-
-        return enter
+    def _enter(self, layer: int, *_: Any) -> None:
+        self._trace = self._training.layer(layer, self._wanted[layer])
 
     def _leave(self, place: str) -> None:
         """Judge the steps of the place before, unless it is the same."""

@@ -10,8 +10,7 @@ from engine.language.declared import expressions_of
 from engine.language.documents import plain
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import Read, Side, copied, leaves, prefixes, read_config, shown, value_at, whole_side
 
 

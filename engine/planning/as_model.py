@@ -16,8 +16,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
-from engine.language.model import Expression, Layout, Prefix, Rule, Target
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile, Prefix, Rule, Target
 from engine.planning.attempts import Checkpoint, claims
 from engine.planning.config_keys import read_config, source_side
 from engine.planning.pieces import match_pieces

@@ -11,8 +11,7 @@ from engine.checkpoint.ranks import RankGrid, whole_grid
 from engine.errors import EngineError, shape_text
 from engine.formats.headers import FileHeader
 from engine.language.expressions import OMIT, evaluate
-from engine.language.model import Layout, Variant
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile, Variant
 from engine.planning.groups import Group, GroupKey, group_shards
 from engine.planning.matching import Matches, assign
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve

@@ -13,6 +13,23 @@ from math import prod
 from engine.language.axes import Axes, Axis, Node, Sum, extent
 
 Interval = tuple[int, int]
+Box = Mapping[str, Interval]  # by axis
+
+
+def volume(box: Box) -> int:
+    return prod(high - low for low, high in box.values())
+
+
+def common(one: Box, other: Box) -> dict[str, Interval] | None:
+    """Where two boxes of the same axes meet; None where they do not."""
+    found: dict[str, Interval] = {}
+    for axis, (low, high) in one.items():
+        other_low, other_high = other[axis]
+        low, high = max(low, other_low), min(high, other_high)
+        if low >= high:
+            return None
+        found[axis] = low, high
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +39,13 @@ class Region:
     `box` and `strides` are by axis name, in the rule's global indices.
     """
 
-    box: Mapping[str, Interval]
+    box: Box
     base: int
     strides: Mapping[str, int]
 
     @property
     def piece(self) -> frozenset[str]:
         return frozenset(self.box)
-
-    def volume(self) -> int:
-        return prod(high - low for low, high in self.box.values())
 
 
 @dataclass(frozen=True, slots=True)

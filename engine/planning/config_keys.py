@@ -16,8 +16,7 @@ from engine.language.declared import expressions_of
 from engine.language.documents import flat
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, Limits, find_key, find_pattern
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 
 _FINITE = Limits()
 _OTHERS = ("options", "training", "given")  # names that stand for something else than a key

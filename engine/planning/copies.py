@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
-from engine.planning.boxes import Part
+from engine.planning.boxes import Part, common
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,12 @@ class Copy:
 def intersect(source: Part, target: Part) -> Copy | None:
     """The copy between two parts of the same piece, or None when their boxes do not meet."""
     a, b = source.region, target.region
-    source_offset, target_offset = a.base, b.base
-    axes: list[tuple[int, int, int]] = []  # target stride, source stride, size
-    for name, (low, high) in b.box.items():
-        other_low, other_high = a.box[name]
-        low, high = max(low, other_low), min(high, other_high)
-        if low >= high:
-            return None
-        source_offset += a.strides[name] * low
-        target_offset += b.strides[name] * low
-        if high - low > 1:
-            axes.append((b.strides[name], a.strides[name], high - low))
-    return Copy(source.tensor, target.tensor, source_offset, target_offset, *_merged(tuple(axes)))
+    shared = common(b.box, a.box)
+    if shared is None:
+        return None
+    at, to = (one.base + sum(one.strides[name] * low for name, (low, _) in shared.items()) for one in (a, b))
+    axes = ((b.strides[name], a.strides[name], high - low) for name, (low, high) in shared.items())
+    return Copy(source.tensor, target.tensor, at, to, *_merged(tuple(axis for axis in axes if axis[2] > 1)))
 
 
 @lru_cache(maxsize=4096)  # layers are alike

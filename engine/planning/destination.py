@@ -12,7 +12,6 @@ from engine.errors import EngineError
 from engine.language.axes import extent
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
-from engine.language.model import Mapping as MappingFile
 from engine.language.names import pattern
 from engine.language.rules import STORED
 from engine.planning.groups import cut_of
@@ -124,8 +123,8 @@ def cut_layers(
     ranks = prod(sizes.get(dim, 1) for dim in dims)
     given = asked({dim: sizes.get(dim, 1) for dim in dims})
     facts = {**names, **counts_of(layout, sizes), "chunks": chunks}
-    order = in_order(layout, sizes, dims, chunks, names)
-    if like is not None and like.layers == layers and sorted(like.starts, key=lambda s: like.starts[s]) == order:
+    as_many = like is not None and like.layers == layers and len(like.starts) == chunks * ranks
+    if like is not None and as_many and list(like.starts) == in_order(layout, sizes, dims, chunks, names):
         return like
     step = evaluate(layout.layers.divides, facts) if layout.layers.divides is not None else chunks
     if layers % step:
@@ -143,6 +142,7 @@ def cut_layers(
             f"at most {layers // chunks}",
             "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if chunks > 1 else "."),
         )
+    order = in_order(layout, sizes, dims, chunks, names)
     share = shares(layers // chunks, ranks, layout.layers.uneven)
     return laid_out([(stage, share[index % ranks]) for index, stage in enumerate(order)], chunks, dims)
 
@@ -161,33 +161,20 @@ def flag(dim: str) -> str:
     return f"--{dim} " if dim in RANK_OPTIONS else f"--ranks {dim}="
 
 
-def destination_names(
-    layout: Layout,
-    mapping: MappingFile,
-    mode: str,
-    sizes: Mapping[str, int],
-    chunks: int,
-    layers: int,
-    training: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What layout expressions and `training_config` see of a destination.
-
-    Every rank dimension that any mode of the layout has is there, as 1 where this mode lacks it.
-    """
-    names: dict[str, Any] = dict(counts_of(layout, sizes))
-    kind = training.get("model_type")
-    if kind is None and mapping.model_types:
-        kind = mapping.model_types[0]  # as of historical names, the first is the one written
-    if kind is not None:
-        names["model_type"] = kind
-    return {**names, "mode": mode, "chunks": chunks, "layers": layers, "options": options, "training": training}
-
-
 def check_cuts(
     destination: Destination, used: Sequence[tuple[Instance, FilePattern]], sizes: Mapping[str, int]
 ) -> None:
     """E214 for the first axis that cannot be cut over so many ranks, naming the numbers that would do."""
+    for dim, at in [(dim, at) for file in destination.mode.files for dim, at in file.mesh.items()]:
+        most = max((extent(one.axes.dims[at], sizes) for one, _ in used if at < len(one.axes.dims)), default=1)
+        if destination.sizes[dim] > most:
+            raise EngineError(
+                "E214",
+                f"there are more {dim} ranks than {'columns' if at else 'rows'} of any tensor",
+                got=f"{flag(dim)}{destination.sizes[dim]}",
+                expected=f"at most {most}",
+                fix="The others would hold nothing: give fewer.",
+            )
     for instance, file in used:
         for division in _divisions(instance, file, destination):
             dim = division.dim

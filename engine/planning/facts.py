@@ -8,8 +8,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.expressions import OMIT, evaluate, render_tree
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint

@@ -9,10 +9,11 @@ from typing import Any
 
 from engine.checkpoint.ranks import counts_of, stage_dims
 from engine.errors import EngineError
-from engine.language.model import Layout, Mode
-from engine.language.model import Mapping as MappingFile
+from engine.language.declared import expressions_of
+from engine.language.expressions import compile_expression
+from engine.language.model import Layout, MappingFile, Mode
 from engine.language.names import Pattern
-from engine.planning.destination import Destination, cut_layers, destination_names, mode_of, ranks_of
+from engine.planning.destination import Destination, cut_layers, mode_of, ranks_of
 from engine.planning.request import Request
 from engine.planning.source import Source
 from engine.planning.stages import Stages
@@ -55,9 +56,11 @@ def like_of(source: Source) -> Like:
     )
 
 
-def laid_out_as(other: Like, own: Like) -> Like:
-    """How another checkpoint is laid out, with what the source's own tensors are, where they tell."""
-    training = {**own.training, **other.training}
+def laid_out_as(other: Like, own: Like, mapping: MappingFile) -> Like:
+    """How another checkpoint is laid out, with what the source's own tensors and model are, where they tell."""
+    paths = (path for one in expressions_of(mapping.config) for path in compile_expression(one).paths)
+    models = {path.split(".")[1] for path in paths if path.startswith("training.")}
+    training = {**own.training, **{key: value for key, value in other.training.items() if key not in models}}
     return replace(other, choices=own.choices or other.choices, spelt=own.spelt or other.spelt, training=training)
 
 
@@ -88,7 +91,11 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
     if chunks < 1:
         raise EngineError("E001", "there must be at least one chunk", got=str(chunks), expected="1 or more")
     options = {name: option_value(o, asked.settings.get(name, o.default)) for name, o in layout.options.items()}
-    names = destination_names(layout, mapping, mode.name, sizes, chunks, layers, like.training, options)
+    names: dict[str, Any] = {**counts_of(layout, sizes), "mode": mode.name, "chunks": chunks, "layers": layers}
+    names |= {"options": options, "training": like.training}
+    kind = like.training.get("model_type")
+    for written in mapping.model_types[:1] if kind is None else (kind,):  # of historical names, the first is written
+        names["model_type"] = written
     given = {name: value for name, value in asked.settings.items() if name in layout.layers.variants}
     names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
     stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)

@@ -9,8 +9,7 @@ from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, layout_dims
 from engine.errors import EngineError, Place, shape_text
-from engine.language.model import Exclusion, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Exclusion, Layout, MappingFile
 from engine.language.names import pattern
 from engine.planning.stages import Indices, Stages, file_numbers, local_indices, number_layers
 from engine.planning.stored import End, Instance, Stored

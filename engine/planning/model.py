@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 from engine.checkpoint.ranks import RankGrid
 from engine.errors import counted
 from engine.formats.headers import ITEM_SIZES, FileHeader
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.classes import CopyTable
 from engine.planning.copies import Copy
 from engine.planning.stages import Stages
@@ -159,3 +159,31 @@ class Plan(Work):
             f"<Plan of {self.mapping.name} {self.mapping.version}: {self.folder!r} ({ranks or 'one rank'}) to "
             f"{len(self.outputs):,} tensors, {self.nbytes:,} bytes in {files}>"
         )
+
+
+def digest_of_plan(plan: Plan) -> str:
+    """The sha256 over all that a plan decides: plans of equal digests write equal bytes from equal sources."""
+    total = hashlib.sha256()
+
+    def add(*facts: object) -> None:
+        total.update(repr(facts).encode())
+
+    def told(source: int) -> tuple[str, str]:
+        return plan.files[plan.sources[source].file].name, plan.sources[source].header.name
+
+    def add_output(output: Output, copies: Iterable[Copy]) -> None:
+        add(output.name, output.dtype, output.read_dtype, output.shape, output.transform, output.transform_dim)
+        for c in copies:
+            add(told(c.source), c.source_offset, c.target_offset, c.shape, c.source_strides, c.target_strides)
+
+    for index, output in enumerate(plan.outputs):
+        add_output(output, plan.copies(index))
+    for tied in plan.tied:
+        add_output(tied.output, tied.copies)
+        add("tied", tied.same_as)
+    for one in sorted(tuple(told(s) for s in replicas.sources) for replicas in plan.replicas):
+        add("replicas", one)
+    for shard in plan.shards:
+        add(shard.name, shard.format, [plan.outputs[i].name for i in shard.outputs])
+    add(sorted((key, repr(value)) for key, value in plan.config.items()), sorted(plan.ignored))
+    return total.hexdigest()

@@ -10,8 +10,7 @@ from typing import Any
 
 from engine.errors import EngineError, printable
 from engine.language.expressions import names_in
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
 from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of
 from engine.planning.model import Plan
@@ -72,7 +71,7 @@ def make_plan(
         written = whole_outputs(source, asked)
     else:
         own = like_of(source)
-        written = rank_outputs(source, asked, own if like is None else laid_out_as(other, own))
+        written = rank_outputs(source, asked, own if like is None else laid_out_as(other, own, mapping))
     departures = check_release(mapping, source.side.sizes, strict=asked.strict)
     return Plan(
         mapping=mapping,

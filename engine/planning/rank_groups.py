@@ -7,7 +7,7 @@ from itertools import product
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError
-from engine.formats.headers import Part, TensorHeader
+from engine.formats.headers import Part, TensorHeader, dense_strides
 from engine.language.axes import extent
 from engine.language.model import FilePattern
 from engine.language.names import Pattern, pattern
@@ -15,7 +15,6 @@ from engine.planning.destination import Destination, check_cuts, file_of, flag, 
 from engine.planning.groups import Cut, Group, cut_of
 from engine.planning.stages import Indices, file_numbers, shared_out
 from engine.planning.stored import Instance, Stored
-from engine.planning.whole import contiguous
 
 Order = tuple[int, ...]
 _Holder = tuple[
@@ -44,6 +43,7 @@ class RankGroups:
         self.held: list[list[Held]] = []  # of each file
         self._destination, self._sizes, self._spellings = destination, sizes, spellings
         self._numbers: dict[tuple[str | int, ...], int] = {}
+        self._named: dict[str, int] = {}
         patterns = [(instance, file_of(instance, destination.mode)) for instance in used]
         check_cuts(destination, patterns, sizes)
         self._ranks = {file.name: destination.ranks(file) for file in destination.mode.files}
@@ -112,7 +112,7 @@ class RankGroups:
                 at = part.starts
             else:
                 local = shape(at)
-            yield ranks, at, local, contiguous(local), part
+            yield ranks, at, local, dense_strides(local), part
 
     def _home(self, instance: Instance, fixed: Mapping[str, int]) -> tuple[int, dict[str, int], dict[str, int]]:
         """The chunk of a tensor, the ranks that it is bound to, and the numbers in its name there."""
@@ -137,7 +137,7 @@ class RankGroups:
         key: tuple[str | int, ...] = (file.name, *(values[p] for p in compiled.placeholders))
         if key not in self._numbers:
             name = compiled.format(values)
-            self._numbers[key] = next((i for i, one in enumerate(self.files) if one.name == name), len(self.files))
+            self._numbers[key] = self._named.setdefault(name, len(self.files))
             if self._numbers[key] == len(self.files):
                 self.held.append([])
                 self.files.append(RankFile(name, file, {p: values[p] for p in compiled.placeholders}))

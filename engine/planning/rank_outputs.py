@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.formats.dcp_files import Saved
 from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
@@ -17,10 +17,9 @@ from engine.language.model import ConfigFile
 from engine.language.names import pattern
 from engine.planning.agreement import check_returns
 from engine.planning.attempts import claims
-from engine.planning.config_keys import declared
+from engine.planning.config_keys import declared, shown
 from engine.planning.destination import Destination
 from engine.planning.facts import present_in, render_known
-from engine.planning.groups import Group
 from engine.planning.likeness import Like, destination_of, spellings_of
 from engine.planning.model import Output, OutputFile
 from engine.planning.rank_groups import RankGroups
@@ -28,7 +27,6 @@ from engine.planning.request import Request
 from engine.planning.sides import training_keys
 from engine.planning.sizes import check_known
 from engine.planning.source import Source
-from engine.planning.stored import Stored
 from engine.planning.variants import decide
 from engine.planning.written import Wanted, Written, configuration, fill, main_dtype
 
@@ -48,7 +46,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     destination = destination_of(mapping, layout, asked, like, sizes.get("layer", 0))
     invented = RankGroups(destination, source.used, sizes, spellings_of(source.used, like))
     listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
-    wanted = [_wanted(one, group, position) for one, group, position in listed]
+    wanted = [Wanted(group, position, one, group.instance.rule.name) for one, group, position in listed]
     outputs, copies = fill(wanted, invented.groups, training_keys(source.used, source.pieces), source, asked.dtype)
     members: list[list[int]] = [[] for _ in invented.files]
     for index, ((one, _, _), output) in enumerate(zip(listed, outputs, strict=True)):
@@ -56,7 +54,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
             raise EngineError(
                 "E209",
                 f"rank files cannot hold `{output.name}`",
-                place=wanted[index].rule.place,
+                place=listed[index][1].instance.rule.place,
                 got=output.dtype,
                 expected=", ".join(sorted(WRITABLE)),
                 fix="Give --dtype bfloat16.",
@@ -85,12 +83,9 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     )
     if source.checkpoint.end != "training":
         _check_again(source, written, destination)
+    else:
+        _check_kept(source, destination)
     return written
-
-
-def _wanted(one: Stored, group: Group, position: int) -> Wanted:
-    rule = group.instance.rule
-    return Wanted(group, position, one.name, one.header.shape, rule.name, rule, group.instance.sources[0].text)
 
 
 def directory_of(
@@ -153,6 +148,22 @@ def training_text(destination: Destination) -> dict[str, Any]:
     """What the layout writes of the training configuration."""
     rendered: dict[str, Any] = render_tree(destination.layout.training_write, destination.counts())
     return rendered
+
+
+def _check_kept(source: Source, destination: Destination) -> None:
+    """E216 for the first key of the model's configuration that the training configuration says and would not again."""
+    before = render_known(source.mapping.config, source.names)
+    after = render_known(source.mapping.config, {**source.names, "training": training_text(destination)})
+    lost = next((key for key in {**before, **after} if before.get(key) != after.get(key)), None)
+    if lost is not None:
+        raise EngineError(
+            "E216",
+            f"`{lost}` would be lost",
+            place=Place(source.layout.training_file or source.layout.config_file),
+            got=f"{lost}: {shown(after.get(lost))}, as what is written would be read",
+            expected=shown(before.get(lost)),
+            fix="Let `training.write` of the layout write what the mapping reads of the training configuration.",
+        )
 
 
 def _check_again(source: Source, written: Written, destination: Destination) -> None:

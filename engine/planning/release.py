@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from engine.errors import EngineError, meant
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.search import list_names
 from engine.planning.model import Departure
 

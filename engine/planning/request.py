@@ -18,7 +18,7 @@ from engine.planning.given import check_types, dtype_name, parse_size, ranks_giv
 from engine.storage.places import Source
 
 if TYPE_CHECKING:
-    from engine.language.model import Mapping as MappingFile
+    from engine.language.model import MappingFile
     from engine.planning.stored import End
 
 # Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.

@@ -15,12 +15,10 @@ from typing import Any
 
 from engine.checkpoint.changed import told
 from engine.errors import EngineError, Place, holds_secret
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.validation import violations
 from engine.language.version import __version__
-from engine.planning.digest import digest_of_plan
-from engine.planning.model import Plan
+from engine.planning.model import Plan, digest_of_plan
 from engine.planning.request import Request
 from engine.storage.json_text import compact_json, parse_json
 

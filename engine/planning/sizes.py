@@ -7,15 +7,16 @@ are read off the shards; their sum is the axis. An axis has one size in the whol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place, shape_text
 from engine.language.axes import Axis, Node, Product, leaves
 from engine.planning.groups import Group
 from engine.planning.stored import Instance, Stored
+
+Ranks = tuple[int, ...]  # a shard's coordinates in its group
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,37 +141,36 @@ class _Look:
         """
         cut = self.group.cut
         self._check_shapes()
-        if cut.rows is not None and not cut.recorded:
-            return self._rows()
         sizes = self.state.values()
         others = {name: size for name, size in sizes.items() if name not in {axis for _, axis in cut.dims}}
         position = {axis: at for at, (_, axis) in reversed(list(enumerate(cut.dims)))}
         local: dict[str, dict[int, int]] = {axis: {} for axis in position}
+        least = 0 if self._by_rows else 1
         done = True
-        for ranks, stored in self._shards():
-            for node, size in zip(self.group.instance.axes.dims, stored[0].header.whole, strict=True):
-                form = linear(node, others)
-                if form is None:
-                    done = False
-                    continue
-                constant, factor, unknown = form
-                if unknown is None:
-                    if constant != size:
-                        self._differs(ranks, node, size, constant)
-                    continue
-                value, rest = divmod(size - constant, factor) if factor else (0, 1)
-                if rest or value < (0 if unknown in local else 1):  # a rank may hold nothing of a small axis
-                    known = _because(node, self.state).strip(" ()")
-                    got = f"{size} rows from {self._where(ranks)}"
-                    raise self._contradicts([ranks], unknown, got, f"a multiple of {factor}: `{node}` with {known}")
-                if unknown in local:
-                    before = local[unknown].setdefault(ranks[position[unknown]], value)
-                    if before != value:
-                        got = f"{value} from {self._where(ranks)}"
-                        raise self._contradicts([ranks], unknown, got, f"{before} as in its other ranks")
-                else:
-                    self._know(unknown, value, self._where(ranks))
-                    others[unknown] = value
+        for node, size, ranks in self._equations():
+            form = linear(node, others)
+            if form is None:
+                done = False
+                continue
+            constant, factor, unknown = form
+            if unknown is None:
+                if constant != size:
+                    expected = f"{constant}{_because(node, self.state)}"
+                    raise self._contradicts([ranks], str(node), f"{size} from {self._where(ranks)}", expected)
+                continue
+            value, rest = divmod(size - constant, factor) if factor else (0, 1)
+            if rest or value < (0 if unknown in local else least):  # a rank may hold nothing of a small axis
+                known = _because(node, self.state).strip(" ()")
+                got = f"{size} rows from {self._where(ranks)}"
+                raise self._contradicts([ranks], unknown, got, f"a multiple of {factor}: `{node}` with {known}")
+            if unknown not in local:
+                self._know(unknown, value, self._where(None if self._by_rows else ranks))
+                others[unknown] = value
+            elif ranks is not None:
+                before = local[unknown].setdefault(ranks[position[unknown]], value)
+                if before != value:
+                    got = f"{value} from {self._where(ranks)}"
+                    raise self._contradicts([ranks], unknown, got, f"{before} as in its other ranks")
         for axis, parts in local.items():
             if set(parts) == {ranks[position[axis]] for ranks in self.group.shards}:
                 self._sum(axis, sum(parts.values()))
@@ -178,7 +178,7 @@ class _Look:
                 done = False
         return done
 
-    def _shards(self) -> Sequence[tuple[tuple[int, ...], Sequence[Stored]]]:
+    def _shards(self) -> Sequence[tuple[Ranks, Sequence[Stored]]]:
         shards = list(self.group.shards.items())
         return shards[:1] if self.group.cut.boxes else shards  # with boxes all record the same whole
 
@@ -196,77 +196,59 @@ class _Look:
                     continue
                 raise self._contradicts([ranks], "shape", f"{shape_text(whole)} in {name}", expected)
 
-    def _rows(self) -> bool:
-        """Where storage rows are cut, wherever that falls: the shards' rows add up to the whole dimension."""
-        group, axes, at = self.group, self.group.instance.axes, self.group.cut.at
-        rows = sum(stored[0].header.shape[at] for stored in group.shards.values())
-        checks: list[tuple[Node, int, tuple[int, ...] | None]] = [(axes.dims[at], rows, None)]
-        checks += [
-            (node, size, ranks)
-            for ranks, stored in group.shards.items()
-            for other, (node, size) in enumerate(zip(axes.dims, stored[0].header.shape, strict=True))
-            if other != at
-        ]
-        done = True
-        for node, size, ranks in checks:
-            form = linear(node, self.state.values())
-            if form is None:
-                done = False
-                continue
-            constant, factor, unknown = form
-            value, rest = divmod(size - constant, factor) if factor else (size, size - constant)
-            if rest or value < 0 or (unknown is None and constant != size):
-                self._differs(ranks, node, size, constant)
-            if unknown is not None:
-                self._know(unknown, value, self._all())
-        return done
+    @property
+    def _by_rows(self) -> bool:
+        """Whether storage rows are cut, wherever that falls: then the shards' rows add up to the whole dimension."""
+        return self.group.cut.rows is not None and not self.group.cut.recorded
+
+    def _equations(self) -> Iterator[tuple[Node, int, Ranks | None]]:
+        """Each storage dimension, how long it is, and on which ranks; None for all together."""
+        dims, at = self.group.instance.axes.dims, self.group.cut.at
+        if self._by_rows:
+            yield dims[at], sum(stored[0].header.shape[at] for stored in self.group.shards.values()), None
+        for ranks, stored in self._shards():
+            for dim, (node, size) in enumerate(zip(dims, stored[0].header.whole, strict=True)):
+                if not (self._by_rows and dim == at):
+                    yield node, size, ranks
 
     def _sum(self, axis: str, value: int) -> None:
         known = self.state.facts.get(axis)
         if known is None:
-            self._know(axis, value, self._all())
+            self._know(axis, value, self._where(None))
         elif known.value != value:
-            got = f"{value} from {self._all()}"
+            got = f"{value} from {self._where(None)}"
             raise self._contradicts(self._odd(), axis, got, f"{known.value} from {known.why}")
 
     def _know(self, axis: str, value: int, why: str) -> None:
         self.state.facts[axis] = Fact(axis, value, why, self.group.instance.rule.place)
 
-    def _differs(self, ranks: tuple[int, ...] | None, node: Node, size: int, constant: int) -> NoReturn:
-        where = self._all() if ranks is None else self._where(ranks)
-        odd = [next(iter(self.group.shards)) if ranks is None else ranks]
-        expected = f"{constant}{_because(node, self.state)}"
-        raise self._contradicts(odd, str(node), f"{size} from {where}", expected)
-
-    def _contradicts(self, odd: Sequence[tuple[int, ...]], axis: str, got: str, expected: str) -> _Contradicts:
+    def _contradicts(self, odd: Sequence[Ranks | None], axis: str, got: str, expected: str) -> _Contradicts:
         group = self.group
         stored = group.first
         cut = ", ".join(f"cut on {a} over {d}" for d, a in group.cut.dims) or (
             f"rows cut over {group.cut.rows}" if group.cut.rows else "not cut"
         )
         rule = f"{stored.name} is `{group.instance.axes}`, {cut}"
-        told = " or ".join(self.files[group.shards[ranks][0].file].name for ranks in odd[:2])
+        some = [group.first if ranks is None else group.shards[ranks][0] for ranks in odd[:2]]
+        told = " or ".join(self.files[one.file].name for one in some)
         return _Contradicts(Contradiction(axis, got, expected, group.instance.rule.place, rule, told))
 
-    def _odd(self) -> list[tuple[int, ...]]:
+    def _odd(self) -> list[Ranks]:
         """The ranks whose shapes are rarest; none where all have the same."""
         shapes = {ranks: stored[0].header.whole for ranks, stored in self.group.shards.items()}
         counts = Counter(shapes.values())
         fewest = min(counts.values())
         return [ranks for ranks, shape in shapes.items() if counts[shape] == fewest] if len(counts) > 1 else []
 
-    def _where(self, ranks: tuple[int, ...]) -> str:
-        stored = self.group.shards[ranks][0]
-        return f"{stored.header.name} in {self.files[stored.file].name} ({shape_text(stored.header.whole)})"
-
-    def _all(self) -> str:
+    def _where(self, ranks: Ranks | None) -> str:
+        """The shards of some ranks, or of all, in words."""
         shards = self.group.shards
-        first = next(iter(shards.values()))[0]
-        if len(shards) == 1:
-            return self._where(next(iter(shards)))
+        if ranks is not None or len(shards) == 1:
+            stored = self.group.first if ranks is None else shards[ranks][0]
+            return f"{stored.header.name} in {self.files[stored.file].name} ({shape_text(stored.header.whole)})"
         shapes = [stored[0].header.whole for stored in shards.values()]
         told = shape_text(shapes[0]) + " each" if len(set(shapes)) == 1 else ", ".join(shape_text(s) for s in shapes)
-        return f"{first.name} in all {len(shards)} ranks ({told})"
+        return f"{self.group.name} in all {len(shards)} ranks ({told})"
 
 
 def _because(node: Node, state: Sizes) -> str:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place, printable
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
 from engine.language.transforms import TRANSFORMS
 from engine.planning.attempts import Checkpoint, Question, decide_by_shapes

@@ -8,8 +8,7 @@ from typing import Literal
 
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.axes import Axes
-from engine.language.model import Layout, Rule
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile, Rule
 from engine.language.names import PARAMS, Pattern, pattern
 
 End = Literal["training", "whole"]  # of a mapping: rank files, or a Hugging Face checkpoint
@@ -111,8 +110,4 @@ def without_prefix(name: str, layout: Layout) -> tuple[str, int]:
 def prefix_of(names: Sequence[str], layout: Layout) -> int | None:
     """Which of the layout's prefixes a checkpoint's names have: an index, or None when it has none."""
     prefixes = [pattern(p.prefix).regex for p in layout.prefixes]
-    for name in names:
-        for index, regex in enumerate(prefixes):
-            if regex.match(name) is not None:
-                return index
-    return None
+    return next((index for name in names for index, regex in enumerate(prefixes) if regex.match(name)), None)

@@ -6,24 +6,12 @@ from collections.abc import Mapping
 from itertools import product
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import TensorHeader
+from engine.formats.headers import TensorHeader, dense_strides
 from engine.language.axes import extent
 from engine.planning.groups import Cut, Group
 from engine.planning.pieces import Pieces, TargetSpec
 from engine.planning.sizes import check_known
 from engine.planning.stored import Instance, Stored
-
-
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a tensor without gaps.
-
-    >>> contiguous((2, 3, 4))
-    (12, 4, 1)
-    """
-    strides = [1] * len(shape)
-    for i in range(len(shape) - 2, -1, -1):
-        strides[i] = strides[i + 1] * shape[i + 1]
-    return tuple(strides)
 
 
 def whole_instances(pieces: Pieces) -> dict[str, Instance]:
@@ -49,7 +37,7 @@ def whole_groups(
         for values in product(*(range(sizes[p]) for p in spec.name.placeholders)):
             fixed = dict(zip(spec.name.placeholders, values, strict=True))
             name = spec.name.format(fixed)
-            held = Stored(0, TensorHeader(name, "", shape, contiguous(shape), 0), name, 0)
+            held = Stored(0, TensorHeader(name, "", shape, dense_strides(shape), 0), name, 0)
             group = Group(instances[spec.name.text], fixed, Cut(), {(): (held,)})
             listed.append(((stage, fixed.get("layer", -1), order, values), spec, group))
     listed.sort(key=lambda entry: entry[0])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine.checkpoint.ranks import whole_grid
-from engine.formats.headers import FileHeader, TensorHeader
+from engine.formats.headers import FileHeader, TensorHeader, dense_strides
 from engine.language.axes import Axes, Axis
 from engine.language.names import pattern
 from engine.planning.groups import Cut, Group
@@ -14,7 +13,6 @@ from engine.planning.pieces import Key, source_pieces
 from engine.planning.sides import Side
 from engine.planning.source import Source
 from engine.planning.stored import Instance, Stored
-from engine.planning.whole import contiguous
 from engine.storage.store import File
 from engine.storage.virtual import VirtualFile, VirtualState, VirtualStore
 
@@ -22,18 +20,13 @@ _FILE = VirtualFile("zeros", 1 << 62, "zeros")  # as long as is asked, and nothi
 ZEROS = FileHeader(File(VirtualStore("zeros", {"zeros": _FILE}), "zeros"), 0, (), "zeros", True, VirtualState.of(_FILE))
 
 
-def zero_groups(
-    used: Sequence[Instance], sizes: Mapping[str, int], file: int, dtypes: Mapping[str, str]
-) -> tuple[list[Group], dict[tuple[str, frozenset[str]], Key]]:
-    """What holds the padding of rules: groups, and the keys that they have on both sides.
-
-    Args:
-        file: the number of `ZEROS` among the files of the source.
-        dtypes: target name pattern → element type; padding has the type of what it is written beside.
-    """
+def padded(source: Source) -> Source:
+    """A source with the padding that rules write as zeros, in a file of its own, of the type beside it."""
+    checkpoint, side, sizes = source.checkpoint, source.side, source.side.sizes
+    dtypes = {one.instance.key: one.first.header.dtype for one in side.groups}
     groups: list[Group] = []
     keys: dict[tuple[str, frozenset[str]], Key] = {}
-    for one in used:
+    for one in source.used:
         for piece in source_pieces(one):
             if not any(axis in piece and sizes[axis] for axis in one.rule.zeros):
                 continue
@@ -42,19 +35,11 @@ def zero_groups(
             held = Instance(f"zeros.{one.key}.{'.'.join(names)}", one.rule, None, axes, (pattern("zeros"),), ())
             shape = tuple(sizes[axis] for axis in names)
             dtype = next(dtypes[name.text] for name, _ in one.targets if name.text in dtypes)
-            header = TensorHeader("zeros", dtype, shape, contiguous(shape), 0)
-            groups.append(Group(held, {}, Cut(), {(): (Stored(file, header, "zeros", 0),)}))
+            header = TensorHeader("zeros", dtype, shape, dense_strides(shape), 0)
+            groups.append(Group(held, {}, Cut(), {(): (Stored(len(checkpoint.files), header, "zeros", 0),)}))
             keys[held.key, piece] = (f"{one.rule.name}.{one.param}", piece)
-    return groups, keys
-
-
-def padded(source: Source) -> Source:
-    """A source with the padding that rules write as zeros, in a file of its own."""
-    checkpoint, side = source.checkpoint, source.side
-    types = {one.instance.key: one.first.header.dtype for one in side.groups}
-    groups, keys = zero_groups(source.used, side.sizes, len(checkpoint.files), types)
     if not groups:
         return source
     grid = replace(checkpoint.grid, files=(*checkpoint.grid.files, *whole_grid([ZEROS.name]).files))
     with_zeros = replace(checkpoint, files=(*checkpoint.files, ZEROS), grid=grid)
-    return replace(source, checkpoint=with_zeros, side=Side((*side.groups, *groups), {**side.keys, **keys}, side.sizes))
+    return replace(source, checkpoint=with_zeros, side=Side((*side.groups, *groups), {**side.keys, **keys}, sizes))

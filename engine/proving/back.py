@@ -8,10 +8,8 @@ from itertools import islice
 from operator import gt, lt
 from typing import Any
 
-from engine.language.declared import expressions_of
 from engine.language.expressions import OMIT
-from engine.language.model import Expression
-from engine.planning.config_keys import Side, as_declared, declared, leaves, target_side
+from engine.planning.config_keys import as_declared, declared, leaves, target_side
 from engine.proving.directions import Direction, value_of
 from engine.proving.forth import Forth
 from engine.proving.probes import Outcome, multiples_of, name_of, quotients_of
@@ -21,16 +19,9 @@ class Back(Direction):
     """The direction of `reverse`, of what the other gives."""
 
     def __init__(self, forth: Forth) -> None:
-        super().__init__(forth.mapping, forth.layout, forth.world)
+        mapping = forth.mapping
+        super().__init__(mapping, forth.layout, forth.world, target_side(mapping), mapping.training_config)
         self.forth = forth
-
-    @cached_property
-    def side(self) -> Side:
-        return target_side(self.mapping)
-
-    @cached_property
-    def expressions(self) -> list[Expression]:
-        return list(expressions_of(self.mapping.training_config))
 
     def closure(self, name: str) -> frozenset[str]:
         return frozenset([f"choice.{name}" if name in self.mapping.variants else name])

@@ -12,7 +12,7 @@ from itertools import islice, product
 from math import prod
 from typing import Any
 
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.planning.config_keys import leaves
 from engine.proving.holdings import parts_of
 from engine.proving.meaning import Meaning, meaning_of

@@ -1,4 +1,7 @@
-"""The checks of a proof: rules, round trips at tiny sizes, boxes at real ones, and the target's own model."""
+"""The checks of a proof: rules, round trips at tiny sizes, boxes at real ones, and the target's own model.
+
+Model classes whose tensors a mapping tells, so that transformers is not asked, are held against transformers itself.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.language.model import Layout, MappingFile
+from engine.planning.as_model import Wanted, told_by
 from engine.proving.counterexamples import counter_examples
-from engine.proving.finding import Finding
 from engine.proving.lint import lint
-from engine.proving.matrix import Case, Combination, Row, cases, real_cases, rows
-from engine.proving.meta_model import misfits, wanted
+from engine.proving.matrix import Combination, cases, real_cases, rows
+from engine.proving.meaning import usual_world
+from engine.proving.meta_model import asked, load_classes, misfits, wanted
 from engine.proving.proof import Check, Failure, check_of
-from engine.proving.roundtrip import Trip, compare_trip, plan_back, write_ranks, write_world
+from engine.proving.roundtrip import compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
-from engine.proving.tiny import DIVISIBLE, World, Worlds, guess_sizes
+from engine.proving.tiny import DIVISIBLE, World, Worlds, choices_text, guess_sizes
 
 RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
 _MOST_FAILURES = 5  # counter-examples told of one check
@@ -32,13 +37,12 @@ def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]])
     if errors:
         distinct = {tuple(rule.active(one) for rule in mapping.rules): one for one in combinations}
         failures += counter_examples(mapping, list(distinct.values()))[:_MOST_FAILURES]
-        failures += [_of_finding(finding) for finding in errors[:_MOST_FAILURES]]
+        failures += [
+            Failure(f"{one.code} {one.message}", None if one.place is None else str(one.place))
+            for one in errors[:_MOST_FAILURES]
+        ]
     told = f"{len(mapping.rules)} rules, each piece in exactly one place on either side"
     return check_of(RULES, told, failures)
-
-
-def _of_finding(finding: Finding) -> Failure:
-    return Failure(f"{finding.code} {finding.message}", None if finding.place is None else str(finding.place))
 
 
 def check_round_trip(
@@ -65,34 +69,30 @@ def check_round_trip(
             world = worlds.make(row.choices, free, most=row.most)
             if world is None:
                 continue
-            trip = _trip(mapping, layout, world, row.case, folder / str(number))
-            plan = plan_back(mapping, layout, trip)
-            failures += compare_trip(trip, plan, folder / str(number) / "back")
+            own = folder / str(number)
+            trip = write_ranks(mapping, layout, world, write_world(world, own / "hf"), row.case, own / "ranks")
+            failures += compare_trip(trip, plan_back(mapping, layout, trip), own / "back")
         except EngineError as error:
             if error.code == "E214":  # too many ranks for sizes so small
                 refused.add(row.case.label)
             else:
-                failures.append(Failure.of(error, f"{row.case.label}; {_told(row)}"))
+                failures.append(Failure.of(error, f"{row.case.label}; {choices_text(row.choices)}"))
             continue
         trips += 1
         ran.add(row.case.label)
         lossy |= set(world.lossy)
-    told = f"{trips} round trips of {free_of(free)} over {len(ran)} layouts, every element back at its place"
+    sizes = ", ".join(f"{axis} {size}" for axis, size in free.items())
+    told = f"{trips} round trips of {sizes} over {len(ran)} layouts, every element back at its place"
     if lossy:
         told += f"; totality only for {', '.join(sorted(lossy))}, which change or drop values"
-    missed = _never(mapping, possible)
+    reached = {one for choices, _ in possible for one in choices.items()}
+    every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
+    missed = [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
     if missed:
         told += f"; shown by no set of tensors: {', '.join(missed)}"
     if not trips and not failures:
         failures.append(Failure("no layout can hold a tiny model", str(mapping.place)))
     return check_of(ROUND_TRIP, told, failures)
-
-
-def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
-    """Choices that occur in no possible combination."""
-    reached = {(name, choice) for choices, _ in possible for name, choice in choices.items()}
-    every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
-    return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
 
 
 def _in_words(elements: int) -> str:
@@ -165,14 +165,44 @@ def neighbours(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combinat
     return found
 
 
-def _trip(mapping: MappingFile, layout: Layout, world: World, case: Case, folder: Path) -> Trip:
-    whole = write_world(world, folder / "hf")
-    return write_ranks(mapping, layout, world, whole, case, folder / "ranks")
+def check_told(told: MappingFile) -> list[Failure]:
+    """In what a told class differs from transformers' own, at a tiny size, with a head of its own and a tied one."""
+    layout = load_layout(told.layout, told.layout_place)
+    world = usual_world(told, Worlds(told))
+    if world is None:
+        return [Failure("no set of tensors shows any combination of choices", str(told.place))]
+    failures: list[Failure] = []
+    for ties in (False, True):
+        config = {**world.config, "tie_word_embeddings": ties}
+        known, model = told_by(told, layout, config), asked(config)
+        message = _difference(known, model)
+        if message:
+            failures.append(Failure(f"{told.architecture}: {message}", str(told.place), f"tie_word_embeddings: {ties}"))
+    return failures
 
 
-def _told(row: Row) -> str:
-    return ", ".join(f"{name}={choice}" for name, choice in row.choices.items())
+def check_classes(classes: Mapping[str, str]) -> list[Failure]:
+    """The same for every class that a mapping tells."""
+    load_classes()  # once, and not for each question
+    failures: list[Failure] = []
+    for name, file in classes.items():
+        told = load_mapping(file)
+        if told.architecture != name:
+            failures.append(Failure(f"{file} tells {told.architecture}, not {name}", str(told.place)))
+        failures += check_told(told)
+    return failures
 
 
-def free_of(sizes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+def _difference(known: Wanted | None, model: Wanted) -> str:
+    """The first thing in which they differ; empty where they are equal."""
+    if known is None:
+        return "it does not know a configuration of its own, so that it is never used"
+    sides: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = (
+        (known.shapes, model.shapes), (known.tied, model.tied),
+    )  # fmt: skip
+    for one, other in sides:
+        for name in (*one, *other):
+            if one.get(name) != other.get(name):
+                got, expected = one.get(name, "not there"), other.get(name, "not there")
+                return f"`{name}` is told as {got}, transformers has {expected}"
+    return ""

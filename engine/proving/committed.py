@@ -15,7 +15,7 @@ from engine.errors import EngineError
 from engine.language.documents import flat, plain, tree_of
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.search import find_file, search_folders
 from engine.proving.forth import LEAST
 from engine.proving.holdings import parts_of

@@ -12,15 +12,15 @@ from itertools import product
 import numpy as np
 
 from engine.errors import EngineError
+from engine.formats.headers import dense_strides
 from engine.language.axes import Axes, extent
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.names import Pattern
 from engine.planning.boxes import Part, Region, regions
 from engine.planning.copies import Copy, intersect
 from engine.planning.stored import Instance, instances
-from engine.planning.whole import contiguous
 from engine.proving.proof import Failure
-from engine.proving.tiny import guess_sizes, settle
+from engine.proving.tiny import choices_text, guess_sizes, settle
 
 # A claim of a tensor: its positions, and the tensor and positions that they are paired with.
 Claim = tuple["np.ndarray", str, "np.ndarray"]
@@ -37,9 +37,8 @@ def counter_examples(mapping: MappingFile, combinations: Sequence[Mapping[str, s
             told = list(_unpaired(active, sizes))
         except (EngineError, KeyError):
             continue
-        where = ", ".join(f"{name}={choice}" for name, choice in choices.items())
         for message, place in told:
-            found.setdefault(message, Failure(message, place, where or None))
+            found.setdefault(message, Failure(message, place, choices_text(choices) or None))
     return list(found.values())
 
 
@@ -74,7 +73,7 @@ def _tensors(
     counts = [range(1 if p == "layer" else sizes[p]) for p in name.placeholders]
     for values in product(*counts):
         fixed = dict(zip(name.placeholders, values, strict=True))
-        yield name.format(fixed), shape, regions(axes, sizes, contiguous(shape), fixed=fixed)
+        yield name.format(fixed), shape, regions(axes, sizes, dense_strides(shape), fixed=fixed)
 
 
 def _copies(held: Sequence[Region], others: Sequence[Region]) -> Iterator[Copy]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.language.documents import plain
 from engine.language.loader import load_text
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
 from engine.proving.committed import layout_facts
 

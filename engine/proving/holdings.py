@@ -18,8 +18,7 @@ from engine.errors import EngineError
 from engine.explaining.copy_text import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.expressions import evaluate
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.names import Pattern
 from engine.language.rules import STORED
 from engine.planning.copies import Copy, swap

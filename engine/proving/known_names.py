@@ -9,42 +9,38 @@ from typing import Any
 
 from jinja2 import nodes
 
-from engine.errors import Place
+from engine.errors import Place, meant
+from engine.language.allowed import dotted
 from engine.language.declared import every_expression
 from engine.language.documents import values_in
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import PARAMS, pattern
 from engine.planning.config_keys import declared, leaves
 from engine.proving import targets
-from engine.proving.finding import Finding
-from engine.proving.probes import dotted
+from engine.proving.proof import Finding
 
 _NEAR = 0.8
 _TOKENIZER = frozenset(("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "add_bos_token"))
 
 
-def check_names(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """Everything of this module, L010 to L013."""
+def check_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
+    """L010: keys that are written and that nothing knows."""
     yield from _config_keys(mapping)
     yield from _training_keys(mapping, layout)
     yield from _generation_keys(mapping)
-    yield from _names(mapping)
-    yield from _patterns(mapping)
-    yield from _comparisons(mapping)
 
 
 def _unknown(name: str, where: str, known: Iterable[str], place: Place, why: str) -> Finding:
-    """L010: an error where the name is almost a known one, else a warning."""
-    near = get_close_matches(name, sorted(known), 1, _NEAR)
+    """An error where the name is almost a known one, else a warning."""
+    near = meant(name, sorted(known), least=_NEAR)
     told = f"`{name}` of `{where}` is not read by any known program"
-    return Finding("L010", "error" if near else "warning", place, told, f"Did you mean `{near[0]}`?" if near else why)
+    return Finding(place, told, near or why, "warning" if near is None else "error")
 
 
 def _config_keys(mapping: MappingFile) -> Iterator[Finding]:
-    """L010 of `config`: keys that neither the target's class nor the mapping itself knows, nor any other class."""
+    """Of `config`: keys that neither the target's class nor the mapping itself knows, nor any other class."""
     known = targets.known_of(mapping.model_type)
     own = mapping.keys.get("target", {})
     every = {*targets.common_keys(), *own, *(known.keys if known is not None else ())}
@@ -56,7 +52,7 @@ def _config_keys(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _training_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """L010 of `training_config`: keys that nothing declares, a pattern for anything aside."""
+    """Of `training_config`: keys that nothing declares, a pattern for anything aside."""
     keys = {name: key for name, key in declared(mapping, layout, "source").items() if name != "*"}
     for path, _ in leaves(mapping.training_config) if keys else ():
         if find_key(keys, path) is None and not any(name.startswith(f"{path}.") for name in keys):
@@ -65,8 +61,8 @@ def _training_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
 
 
 def _generation_keys(mapping: MappingFile) -> Iterator[Finding]:
-    """L010 of `generation`; what is the tokenizer's is said to be."""
-    known = targets.generation_keys()
+    """Of `generation`; what is the tokenizer's is said to be."""
+    known = targets.listed("generation")
     for name in mapping.generation or ():
         if name in known:
             continue
@@ -78,14 +74,14 @@ def _generation_keys(mapping: MappingFile) -> Iterator[Finding]:
         yield found
 
 
-def _names(mapping: MappingFile) -> Iterator[Finding]:
+def check_models(mapping: MappingFile) -> Iterator[Finding]:
     """L011: models and types that do not exist or contradict each other, and activations."""
     if mapping.as_model:
         return
-    types, kind = targets.model_types(), mapping.model_type
-    near = get_close_matches(kind, sorted(types), 1, _NEAR) if kind not in types else []
+    types, kind = targets.listed("model types"), mapping.model_type
+    near = get_close_matches(kind, types, 1, _NEAR) if kind not in types else []
     if near and mapping.remote_code is None and not _same_word(kind, near[0]):
-        yield _wrong(
+        yield Finding(
             place_of(mapping, "target", "model_type"),
             f"there is no model type `{kind}` in transformers",
             f"Did you mean `{near[0]}`?",
@@ -93,7 +89,7 @@ def _names(mapping: MappingFile) -> Iterator[Finding]:
     written = mapping.config.get("model_type")
     if isinstance(written, str) and written != kind:
         told = f"`config` writes the model type `{written}`, `target` says `{kind}`"
-        yield _wrong(place_of(mapping, "config", "model_type"), told, "Write the same in both.")
+        yield Finding(place_of(mapping, "config", "model_type"), told, "Write the same in both.")
     known = targets.known_of(kind)
     classes = known.classes if known is not None else frozenset()
     listed = list(_texts(mapping.config.get("architectures")))
@@ -101,20 +97,19 @@ def _names(mapping: MappingFile) -> Iterator[Finding]:
     missing: set[str] = set()
     for name in dict.fromkeys([mapping.architecture, *listed]):
         if name not in {*classes, *_texts(mapping.remote_code)} and not _is_class(name, mapping.architecture, classes):
-            close = get_close_matches(name, sorted({*classes, mapping.architecture} - {name}), 1, _NEAR)
-            fix = f"Did you mean `{close[0]}`?" if close else "Name a class that computes the target."
+            others = sorted({*classes, mapping.architecture} - {name})
+            fix = meant(name, others, "Name a class that computes the target.", _NEAR)
             place = place_of(mapping, "target", "architecture") if name == mapping.architecture else at
-            yield _wrong(place, f"there is no model `{name}`", fix)
+            yield Finding(place, f"there is no model `{name}`", fix)
             missing.add(name)
     if listed and mapping.architecture not in {*listed, *missing}:
         told = f"`config` writes the architectures {', '.join(listed)}, `target` says `{mapping.architecture}`"
-        yield _wrong(at, told, "Write the same in both.")
+        yield Finding(at, told, "Write the same in both.")
     for name in ("hidden_act", "hidden_activation"):
         value = mapping.config.get(name)
-        if isinstance(value, str) and value not in targets.activations():
-            close = get_close_matches(value, sorted(targets.activations()), 1, 0.6)
-            fix = f"Did you mean `{close[0]}`?" if close else "Name one that transformers has."
-            yield _wrong(place_of(mapping, "config", name), f"there is no activation `{value}` in transformers", fix)
+        if isinstance(value, str) and value not in targets.listed("activations"):
+            fix = meant(value, targets.listed("activations"), "Name one that transformers has.")
+            yield Finding(place_of(mapping, "config", name), f"there is no activation `{value}` in transformers", fix)
 
 
 def _is_class(name: str, target: str, classes: frozenset[str]) -> bool:
@@ -125,10 +120,10 @@ def _is_class(name: str, target: str, classes: frozenset[str]) -> bool:
     >>> _is_class("InternLM3ForCausalLM", "InternLM3ForCausalLM", frozenset(["LlamaForCausalLM"]))
     True
     """
-    head = next((one for one in targets.heads() if name.endswith(one)), None)
+    head = next((one for one in targets.listed("heads") if name.endswith(one)), None)
     if head is None or get_close_matches(name, sorted(classes), 1, 0.9):
         return False
-    return name == target or any(target == name.removesuffix(head) + other for other in targets.heads())
+    return name == target or any(target == name.removesuffix(head) + other for other in targets.listed("heads"))
 
 
 def _same_word(one: str, other: str) -> bool:
@@ -140,11 +135,7 @@ def _same_word(one: str, other: str) -> bool:
     return one.rstrip("0123456789").split("_")[0] == other.rstrip("0123456789").split("_")[0] and one != other
 
 
-def _wrong(place: Place | None, message: str, fix: str) -> Finding:
-    return Finding("L011", "error", place, message, fix)
-
-
-def _patterns(mapping: MappingFile) -> Iterator[Finding]:
+def check_patterns(mapping: MappingFile) -> Iterator[Finding]:
     """L012: `present('…')` of a name that no rule and no entry has."""
     names = {source for rule in mapping.rules for source in rule.sources}
     names |= {e.pattern for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"}
@@ -153,12 +144,11 @@ def _patterns(mapping: MappingFile) -> Iterator[Finding]:
         for asked in compile_expression(expression).patterns:
             sample = pattern(asked).sample()
             if asked not in written and not any(pattern(name).match(sample) is not None for name in written):
-                near = get_close_matches(asked, sorted(written), 1, 0.6)
-                fix = f"Did you mean `{near[0]}`?" if near else "Ask for a tensor that some rule reads."
-                yield Finding("L012", "error", expression.place, f"no rule has a tensor `{asked}`", fix)
+                fix = meant(asked, sorted(written), "Ask for a tensor that some rule reads.")
+                yield Finding(expression.place, f"no rule has a tensor `{asked}`", fix)
 
 
-def _comparisons(mapping: MappingFile) -> Iterator[Finding]:
+def check_comparisons(mapping: MappingFile) -> Iterator[Finding]:
     """L013: a variant or option compared with a text that is none of its choices."""
     choices: dict[str, Sequence[Any]] = {name: list(v.choices) for name, v in mapping.variants.items()}
     choices |= {f"options.{name}": o.choices for name, o in mapping.options.items() if o.choices is not None}
@@ -169,13 +159,10 @@ def _comparisons(mapping: MappingFile) -> Iterator[Finding]:
                 for value in [c.value for side in sides for c in _constants(side) if isinstance(c.value, str)]:
                     if value not in choices[name]:
                         known = list(map(str, choices[name]))
-                        near = get_close_matches(value, known, 1)
                         yield Finding(
-                            "L013",
-                            "error",
                             expression.place,
                             f"`{name}` is compared with `{value}`, which is none of its choices",
-                            f"Did you mean `{near[0]}`?" if near else f"It is one of {', '.join(known)}.",
+                            meant(value, known, f"It is one of {', '.join(known)}."),
                         )
 
 

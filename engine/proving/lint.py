@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, product
 
+from engine.assets.chat import chat_template
 from engine.checkpoint.ranks import layout_dims
-from engine.errors import EngineError
+from engine.errors import EngineError, meant
 from engine.language.declared import axes_of, every_expression, expressions_of
 from engine.language.expressions import compile_expression, names_in
 from engine.language.keys import Key
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Expression, Layout, Mapping, Rule
+from engine.language.model import Expression, Layout, MappingFile, Rule
 from engine.language.names import PARAMS, pattern
 from engine.language.search import find_file, kind_of
 from engine.planning.config_keys import declared, prefixes
 from engine.planning.pieces import match_pieces
 from engine.planning.stored import instances
-from engine.proving.finding import Finding, finding_of
-from engine.proving.known_names import check_names
-from engine.proving.values import check_values
+from engine.proving.known_names import check_comparisons, check_keys, check_models, check_patterns, place_of
+from engine.proving.proof import Finding, finding_of
+from engine.proving.values import check_declared, check_options, check_spellings, check_tokens
 
 _MAX_COMBINATIONS = 4096
 
@@ -42,34 +43,32 @@ def _findings(error: EngineError) -> list[Finding]:
     return [finding_of(one) for one in error.errors]
 
 
-def lint(mapping: Mapping) -> list[Finding]:
+def lint(mapping: MappingFile) -> list[Finding]:
     """All findings of a loaded mapping, by place."""
-    found = [
-        *_overlaps(mapping),
-        *_unmatched(mapping),
-        *_gaps(mapping),
-        *_unused(mapping),
-        *_shadowed(mapping),
-    ]
-    found += [*_lonely_axes(mapping), *_unreachable(mapping)]
+    found = [replace(one, code=code) for code, check in _ALONE.items() for one in check(mapping)]
     try:
         layout = load_layout(mapping.layout, mapping.layout_place)
     except EngineError as error:
         found += _findings(error)
     else:
-        found += [*_undeclared(mapping, layout), *check_names(mapping, layout), *check_values(mapping, layout)]
+        found += [replace(one, code=code) for code, check in _IN_LAYOUT.items() for one in check(mapping, layout)]
+    if mapping.chat_template is not None:
+        try:
+            chat_template(mapping.chat_template)
+        except EngineError as error:
+            found.append(finding_of(error, place_of(mapping, "chat_template")))
     unique = {(f.code, str(f.place), f.message): f for f in found}
     return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
 
 
-def _choices(mapping: Mapping) -> Iterator[dict[str, str]]:
+def _choices(mapping: MappingFile) -> Iterator[dict[str, str]]:
     """Every combination of choices of the variants that rules name."""
     used = [v for v in mapping.variants.values() if any(v.name in rule.when for rule in mapping.rules)]
     for combination in islice(product(*(v.choices for v in used)), _MAX_COMBINATIONS):
         yield {v.name: choice for v, choice in zip(used, combination, strict=True)}
 
 
-def _overlaps(mapping: Mapping) -> Iterator[Finding]:
+def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
     """L001: two rules that one name can match, and that some choices make active together."""
     named = [(rule, name) for rule in mapping.rules for name in sorted(_expanded(rule))]
     for index, (rule, name) in enumerate(named):
@@ -79,8 +78,6 @@ def _overlaps(mapping: Mapping) -> Iterator[Finding]:
                 continue
             if pattern(other_name).match(sample) is not None:
                 yield Finding(
-                    "L001",
-                    "error",
                     rule.place,
                     f"rules `{other.name}` and `{rule.name}` both read `{name}`",
                     f"Give them different `when`, or remove one; the other is at {other.place}.",
@@ -92,14 +89,14 @@ def _together(one: Rule, two: Rule) -> bool:
     return all(set(one.when[name]) & set(two.when[name]) for name in one.when.keys() & two.when.keys())
 
 
-def _unmatched(mapping: Mapping) -> Iterator[Finding]:
+def _unmatched(mapping: MappingFile) -> Iterator[Finding]:
     """L005, under every combination of choices."""
     every = instances(mapping)
     for choices in _choices(mapping):
         try:
             match_pieces([one for one in every if one.rule.active(choices)])
         except EngineError as error:
-            yield Finding("L005", "error", error.place, error.message, error.fix, error.got, error.expected)
+            yield finding_of(error)
 
 
 def _expanded(rule: Rule) -> set[str]:
@@ -109,7 +106,7 @@ def _expanded(rule: Rule) -> set[str]:
     return {source.replace("{param}", param) for source in rule.sources for param in PARAMS}
 
 
-def _gaps(mapping: Mapping) -> Iterator[Finding]:
+def _gaps(mapping: MappingFile) -> Iterator[Finding]:
     """L002: where one variant changes its choice, a tensor that is no longer read and one that is no longer written.
 
     Of twins, as for two generations of names, one is missing then: alone, a tensor that is not read may be absent
@@ -129,8 +126,6 @@ def _gaps(mapping: Mapping) -> Iterator[Finding]:
                 for rule in rules if all(lost) else ():
                     if lost[0] & set(rule.sources):
                         yield Finding(
-                            "L002",
-                            "error",
                             rule.place,
                             f"`{rule.sources[0]}` is read by no rule under {name}: {choices[name]}, and nothing writes "
                             f"`{min(lost[1])}` then",
@@ -144,7 +139,7 @@ def _ends(rules: Sequence[Rule]) -> tuple[set[str], set[str]]:
     return {name for rule in rules for name in rule.sources}, written
 
 
-def _unused(mapping: Mapping) -> Iterator[Finding]:
+def _unused(mapping: MappingFile) -> Iterator[Finding]:
     """L003."""
     read: set[str] = set()
     for expression in every_expression(mapping):
@@ -152,20 +147,18 @@ def _unused(mapping: Mapping) -> Iterator[Finding]:
     axes = axes_of(mapping)
     for name, expression in mapping.dims.items():
         if name not in axes and name not in read:
-            yield Finding(
-                "L003", "warning", expression.place, f"dim `{name}` is never used", "Remove it, or use it in axes."
-            )
+            yield Finding(expression.place, f"dim `{name}` is never used", "Remove it, or use it in axes.", "warning")
     used = {name for rule in mapping.rules for name in rule.when}
     for variant in mapping.variants.values():
         if variant.name not in used and variant.name not in read:
-            yield Finding("L003", "warning", variant.place, f"variant `{variant.name}` is never used", "Remove it.")
+            yield Finding(variant.place, f"variant `{variant.name}` is never used", "Remove it.", "warning")
     paths = {path for expression in every_expression(mapping) for path in compile_expression(expression).paths}
     for option in mapping.options.values():
         if not any(path == f"options.{option.name}" or path.startswith(f"options.{option.name}.") for path in paths):
-            yield Finding("L003", "warning", option.place, f"option `{option.name}` is never used", "Remove it.")
+            yield Finding(option.place, f"option `{option.name}` is never used", "Remove it.", "warning")
 
 
-def _shadowed(mapping: Mapping) -> Iterator[Finding]:
+def _shadowed(mapping: MappingFile) -> Iterator[Finding]:
     """L004: sample names of every rule against the patterns of `ignore` and `refuse`."""
     entries = [e for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
     for rule, entry in product(mapping.rules, entries):
@@ -175,15 +168,13 @@ def _shadowed(mapping: Mapping) -> Iterator[Finding]:
         if taken:
             told = " and ".join(f"`{name}`" for name in taken)
             yield Finding(
-                "L004",
-                "error",
                 rule.place,
                 f"rule `{rule.name}` never sees {told}: `{entry.pattern}` at {entry.place} takes it",
                 "Narrow the entry, or remove the rule.",
             )
 
 
-def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
+def _lonely_axes(mapping: MappingFile) -> Iterator[Finding]:
     """L007: probably a misspelt axis."""
     seen: dict[str, list[Rule]] = {}
     for rule in mapping.rules:
@@ -192,15 +183,14 @@ def _lonely_axes(mapping: Mapping) -> Iterator[Finding]:
     for name, rules in seen.items():
         if len(rules) == 1 and name not in mapping.dims and name in rules[0].split:
             yield Finding(
-                "L007",
-                "warning",
                 rules[0].place,
                 f"axis `{name}` occurs in rule `{rules[0].name}` only and has no size in `dims`",
                 "Is it misspelt? Its size is taken from the tensors alone.",
+                "warning",
             )
 
 
-def _unreachable(mapping: Mapping) -> Iterator[Finding]:
+def _unreachable(mapping: MappingFile) -> Iterator[Finding]:
     """L008: choices that stand after `otherwise`, and rules that need one of them."""
     for variant in mapping.variants.values():
         if variant.decide != "expression":
@@ -212,24 +202,21 @@ def _unreachable(mapping: Mapping) -> Iterator[Finding]:
             told = f"choice `{choice}` of variant `{variant.name}` comes after `otherwise`, so only --set reaches it"
             told += f", and {', '.join(idle)} is never active" if len(idle) == 1 else ""
             told += f", and rules {', '.join(idle)} are never active" if len(idle) > 1 else ""
-            yield Finding("L008", "error", variant.place, told, "Put `otherwise` last.")
+            yield Finding(variant.place, told, "Put `otherwise` last.")
 
 
-def _undeclared(mapping: Mapping, layout: Layout) -> Iterator[Finding]:
+def _undeclared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
     """L009: what nothing says of a key, nothing checks: a text or a negative number would be taken for a size."""
     own = [*mapping.dims, *mapping.variants, *(f"options.{name}" for name in mapping.options)]
     for expression, side, path, known in _unknown_keys(mapping, layout):
-        near = get_close_matches(path, [*known, *own], 1)
         yield Finding(
-            "L009",
-            "error",
             expression.place,
             f"`{path}` is read, and `keys.{side}` does not say what it may be",
-            f"Did you mean `{near[0]}`?" if near else "Declare its type and range: `{type: integer, min: 1}`.",
+            meant(path, [*known, *own], "Declare its type and range: `{type: integer, min: 1}`."),
         )
 
 
-def _unknown_keys(mapping: Mapping, layout: Layout) -> Iterator[tuple[Expression, str, str, dict[str, Key]]]:
+def _unknown_keys(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expression, str, str, dict[str, Key]]]:
     """Keys that expressions read and nothing declares: expression, side, path, what is declared there."""
     own = {*axes_of(mapping), *mapping.dims, *mapping.variants, "options", "training", "given"}
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants}
@@ -251,3 +238,25 @@ def _unknown_keys(mapping: Mapping, layout: Layout) -> Iterator[tuple[Expression
                         yield expression, "training", rest, training
                 elif root not in known and not any(path in prefixes(name) for name in keys):
                     yield expression, side, path, keys
+
+
+_ALONE: dict[str, Callable[[MappingFile], Iterator[Finding]]] = {
+    "L001": _overlaps,
+    "L002": _gaps,
+    "L003": _unused,
+    "L004": _shadowed,
+    "L005": _unmatched,
+    "L007": _lonely_axes,
+    "L008": _unreachable,
+    "L011": check_models,
+    "L012": check_patterns,
+    "L013": check_comparisons,
+    "L015": check_tokens,
+    "L016": check_options,
+    "L017": check_spellings,
+}
+_IN_LAYOUT: dict[str, Callable[[MappingFile, Layout], Iterator[Finding]]] = {
+    "L009": _undeclared,
+    "L010": check_keys,
+    "L014": check_declared,
+}

@@ -14,8 +14,7 @@ from typing import Any
 
 from engine.checkpoint.ranks import stage_dims, written_dims
 from engine.language.expressions import names_in
-from engine.language.model import Layout, Mode
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile, Mode
 from engine.planning.request import Request
 
 _MAX_COMBINATIONS = 512

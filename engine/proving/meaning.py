@@ -19,8 +19,7 @@ from engine.errors import EngineError
 from engine.language.documents import flat, plain, tree_of
 from engine.language.keys import Key, Limits
 from engine.language.layout_file import load_layout
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.proving.holdings import holdings, origins
 from engine.proving.matrix import Combination, combinations_of
 from engine.proving.proof import Failure
@@ -53,24 +52,21 @@ _KNOWN: dict[str, dict[Path, Any]] = {}  # what several mappings share, by what 
 _MOST_KNOWN = 64
 
 
-def meaning_of(mapping: MappingFile, worlds: Worlds | None = None) -> Meaning:
+def meaning_of(mapping: MappingFile) -> Meaning:
     """The meaning of a mapping, plain data.
-
-    Args:
-        worlds: the mapping's, where it has them already.
 
     Raises:
         EngineError: for a layout that cannot be read. What the mapping itself cannot do is part of its meaning.
     """
-    found = tree_of(dict(facts_of(mapping, worlds)))
+    found = tree_of(dict(facts_of(mapping)))
     return {name: found[name] for name in _ORDER if found.get(name) not in ({}, [], None)}
 
 
-def facts_of(mapping: MappingFile, worlds: Worlds | None = None) -> Iterator[Fact]:
+def facts_of(mapping: MappingFile) -> Iterator[Fact]:
     """Every value of the meaning with its path, part by part, those that are quickly known first."""
     layout = load_layout(mapping.layout)
     data = mapping.resolved
-    worlds = worlds or Worlds(mapping)
+    worlds = Worlds(mapping)
     quick: Meaning = {
         "about": _about(mapping),
         "options": {name: _option(one) for name, one in (data.get("options") or {}).items()},

@@ -15,8 +15,7 @@ from typing import Any
 from engine.errors import EngineError, shape_text
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, told_by
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import combinations
 
 from engine.language.axes import Axes, Axis, Node, Product, Sum, parse_axes
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.proving.edits import Change, Data, Key, misspelt, plain, put, texts, without
 from engine.proving.value_mutants import of_values
 
@@ -16,9 +15,18 @@ from engine.proving.value_mutants import of_values
 def mutants_of(mapping: MappingFile) -> Iterator[Change]:
     """Every edit that changes one thing: moving an axis of size 1 is none."""
     data = plain(mapping.resolved)
+    data["rules"] = {name: _whole(rule) for name, rule in data["rules"].items()}
     ones = frozenset(name for name, e in mapping.dims.items() if e.text.strip() == "1")
     yield from _rules(data, ones)
     yield from of_values(data)
+
+
+def _whole(rule: Data) -> Data:
+    """A rule with `target`, which is short for one target with the source's axes, written out."""
+    if rule.get("target") is None:
+        return rule
+    rest = {key: value for key, value in rule.items() if key != "target"}
+    return {**rest, "targets": [{"name": rule["target"], "axes": rule["axes"]}]}
 
 
 def _rules(data: Data, ones: frozenset[str]) -> Iterator[Change]:
@@ -45,13 +53,12 @@ def _rules(data: Data, ones: frozenset[str]) -> Iterator[Change]:
             other = "first" if rule["stage"] == "last" else "last"
             yield Change("stage", name, f"stage {other}", put(data, (*at, "stage"), other))
         for changed in reordered(axes, ones):
-            yield Change("axis order", name, f"source as `{changed}`", _axes(data, name, str(changed), rule))
-        for number, target in enumerate(_targets(rule)):
+            yield Change("axis order", name, f"source as `{changed}`", put(data, (*at, "axes"), str(changed)))
+        for number, target in enumerate(rule["targets"]):
             own = parse_axes(target["axes"])
             for changed in [*reordered(own, ones), *turned(own)]:
-                listed = copy.deepcopy(_targets(rule))
-                listed[number]["axes"] = str(changed)
-                yield Change("axis order", name, f"`{_last(target['name'])}` as `{changed}`", _aim(data, name, listed))
+                edited = put(data, (*at, "targets", number, "axes"), str(changed))
+                yield Change("axis order", name, f"`{_last(target['name'])}` as `{changed}`", edited)
     yield from _exchanges(data)
 
 
@@ -64,54 +71,28 @@ def _names(data: Data, name: str, rule: Data) -> Iterator[Change]:
             yield Change("rule", name, f"without the name {source}", put(data, ("rules", name, "source"), left))
         named = [*sources[:number], misspelt(source), *sources[number + 1 :]]
         yield Change("rule", name, f"source {misspelt(source)}", put(data, ("rules", name, "source"), named))
-    for number, target in enumerate(_targets(rule)):
-        listed = copy.deepcopy(_targets(rule))
-        listed[number]["name"] = misspelt(target["name"])
-        yield Change("rule", name, f"target {listed[number]['name']}", _aim(data, name, listed))
+    for number, target in enumerate(rule["targets"]):
+        wrong = misspelt(target["name"])
+        yield Change("rule", name, f"target {wrong}", put(data, ("rules", name, "targets", number, "name"), wrong))
 
 
 def _exchanges(data: Data) -> Iterator[Change]:
     """Two targets of the same axes exchanged wherever they are written: gate and up, two norms."""
     written: dict[str, tuple[str, str]] = {}
     for name, rule in data["rules"].items():
-        for target in _targets(rule):
+        for target in rule["targets"]:
             written.setdefault(target["name"], (name, target["axes"]))
     for (one, (rule_name, first)), (two, (_, second)) in combinations(written.items(), 2):
         alike = parse_axes(first).dims == parse_axes(second).dims and _places(one) == _places(two)
         if not alike and rule_name != written[two][0]:
             continue
-        changed = copy.deepcopy(data)
         renamed = {one: two, two: one}
-        for rule in changed["rules"].values():
-            listed = _targets(rule)
-            for target in listed:
-                target["name"] = renamed.get(target["name"], target["name"])
-            _aimed(rule, listed)
-        yield Change("rule", rule_name, f"`{_last(one)}` and `{_last(two)}` exchanged", changed)
-
-
-def _targets(rule: Data) -> list[Data]:
-    if rule.get("target") is not None:
-        return [{"name": rule["target"], "axes": rule["axes"]}]
-    return list(rule.get("targets") or ())
-
-
-def _aim(data: Data, name: str, targets: Sequence[Data]) -> Data:
-    changed = copy.deepcopy(data)
-    _aimed(changed["rules"][name], targets)
-    return changed
-
-
-def _aimed(rule: Data, targets: Sequence[Data]) -> None:
-    rule.pop("target", None)
-    rule["targets"] = list(targets)
-
-
-def _axes(data: Data, name: str, axes: str, rule: Data) -> Data:
-    """Other axes of the source alone."""
-    changed = _aim(data, name, copy.deepcopy(_targets(rule)))
-    changed["rules"][name]["axes"] = axes
-    return changed
+        rules = {
+            name: {**rule, "targets": [{**t, "name": renamed.get(t["name"], t["name"])} for t in rule["targets"]]}
+            for name, rule in data["rules"].items()
+        }
+        exchanged = f"`{_last(one)}` and `{_last(two)}` exchanged"
+        yield Change("rule", rule_name, exchanged, put(data, ("rules",), rules))
 
 
 def _places(name: str) -> list[str]:

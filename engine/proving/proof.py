@@ -1,12 +1,39 @@
-"""What a proof says: checks that hold or not, counter-examples in words, mutants and what caught them."""
+"""What lint and proofs say: findings, checks that hold or not, counter-examples in words, and what caught mutants."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Place, in_words
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found: an error makes `engine lint` fail, a warning does not."""
+
+    place: Place | None
+    message: str
+    fix: str | None
+    severity: Literal["error", "warning"] = "error"
+    got: str | None = None
+    expected: str | None = None
+    code: str = ""  # of the check that says it
+
+    def in_words(self) -> str:
+        """The finding in the shape of an error."""
+        return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"code": self.code, **asdict(self), "place": None if self.place is None else self.place.as_dict()}
+
+
+def finding_of(error: EngineError, place: Place | None = None) -> Finding:
+    """An error as a finding."""
+    return Finding(
+        error.place or place, error.message, error.fix, got=error.got, expected=error.expected, code=error.code
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,12 @@ from pathlib import Path
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.proving.checks import (
     MODEL,
     REAL_SIZES,
     ROUND_TRIP,
+    check_classes,
     check_model,
     check_real_sizes,
     check_round_trip,
@@ -38,7 +39,6 @@ from engine.proving.meaning import usual_world
 from engine.proving.meta_model import load_classes
 from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.tiny import World, Worlds
-from engine.proving.told_classes import check_classes
 from engine.proving.trying import try_mutants
 from engine.run.meter import Listener, Meter
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.expressions import compile_expression
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.variants import decide
 from engine.proving.back import Back
 from engine.proving.directions import Direction
@@ -56,7 +55,7 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
         else:
             held: list[Any] = [{}] if any(other.startswith(f"{path}.") for other in base) else []
             held += [_GIVEN] if kind == "training" and not held else []
-            tried[path] = others(path, usual, side.keys, [*compared.get(path, ()), *side.edges(path), *held])
+            tried[path] = others(path, usual, side.side.keys, [*compared.get(path, ()), *side.edges(path), *held])
     few = {
         path: path.startswith(("tensors.", "choice.", "training."))
         or path in grid

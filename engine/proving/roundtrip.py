@@ -17,8 +17,7 @@ from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError, shape_text
 from engine.formats.configs import encode_config
 from engine.language.expressions import names_in
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan

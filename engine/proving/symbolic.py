@@ -9,35 +9,31 @@ directions must then be each other's copies with the sides exchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from engine.errors import shape_text
 from engine.explaining.lattice import Lattice
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
-from engine.language.model import Layout
-from engine.language.model import Mapping as MappingFile
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
-from engine.planning.boxes import Region
+from engine.planning.boxes import Box, Region, common
 from engine.planning.copies import Copy, swap
 from engine.planning.groups import Group
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
 from engine.planning.request import Request
 from engine.planning.sides import Side
-from engine.planning.whole import contiguous
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World
 from engine.storage.store import File
 from engine.storage.virtual import VirtualStore
 
-Interval = tuple[int, int]
 
-
-def invented(world: World, dtype: str = "BF16") -> Checkpoint:
+def invented(world: World) -> Checkpoint:
     """The headers of a Hugging Face checkpoint that does not exist."""
     tensors = [(name, shape) for name, shape in world.shapes.items() if name not in world.tied]
-    file = _file("model.safetensors", [(name, dtype, shape) for name, shape in tensors])
+    file = _file("model.safetensors", [(name, "BF16", shape) for name, shape in tensors])
     return whole_checkpoint("a checkpoint of these sizes", (file,), world.config)
 
 
@@ -45,7 +41,7 @@ def _file(name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Fil
     headers: list[TensorHeader] = []
     offset = 0
     for tensor, dtype, shape in tensors:
-        headers.append(TensorHeader(tensor, dtype, shape, contiguous(shape), offset))
+        headers.append(TensorHeader(tensor, dtype, shape, dense_strides(shape), offset))
         offset += math.prod(shape) * ITEM_SIZES[dtype]
     return FileHeader(File(VirtualStore("memory"), name), offset, tuple(headers), name)
 
@@ -129,8 +125,8 @@ def one_to_one(plan: Plan) -> Iterator[str]:
             yield from _overlaps(theirs.get(piece, []), f"what fills {group.name}")
 
 
-def _boxes(side: Side, groups: Sequence[Group]) -> dict[object, list[Mapping[str, Interval]]]:
-    found: dict[object, list[Mapping[str, Interval]]] = {}
+def _boxes(side: Side, groups: Sequence[Group]) -> dict[object, list[Box]]:
+    found: dict[object, list[Box]] = {}
     for group in groups:
         for held in side.place(group):
             for key, region in held:
@@ -138,16 +134,16 @@ def _boxes(side: Side, groups: Sequence[Group]) -> dict[object, list[Mapping[str
     return found
 
 
-def _overlaps(boxes: Sequence[Mapping[str, Interval]], name: str) -> Iterator[str]:
+def _overlaps(boxes: Sequence[Box], name: str) -> Iterator[str]:
     """Two boxes of one piece that share an element."""
     varying = [a for a in boxes[0] if len({box[a] for box in boxes}) > 1] if boxes else []
     first = varying[0] if varying else next(iter(boxes[0]), "") if boxes else ""
-    open_: list[Mapping[str, Interval]] = []  # boxes that reach the current start along one axis
+    open_: list[Box] = []  # boxes that reach the current start along one axis
     for box in sorted(boxes, key=lambda box: box[first][0]):
         open_ = [one for one in open_ if one[first][1] > box[first][0]]
         for one in open_:
-            shared = {a: (max(one[a][0], box[a][0]), min(one[a][1], box[a][1])) for a in box}
-            if all(low < high for low, high in shared.values()):
+            shared = common(box, one)
+            if shared is not None:
                 at = ", ".join(f"{axis} {low}" for axis, (low, _) in shared.items())
                 yield f"two shards of {name} hold the element {at}"
                 return

@@ -35,23 +35,14 @@ def _data() -> dict[str, Any]:
     return data
 
 
-def version() -> str:
-    """The transformers that it was taken from."""
-    return str(_data()["transformers"])
+def listed(part: str) -> tuple[str, ...]:
+    """What transformers knows of a kind.
 
-
-def model_types() -> frozenset[str]:
-    """Every model type that transformers has."""
-    return frozenset(_data()["model types"])
-
-
-def generation_keys() -> frozenset[str]:
-    return frozenset(_data()["generation"])
-
-
-def activations() -> frozenset[str]:
-    """What `hidden_act` may be."""
-    return frozenset(_data()["activations"])
+    Args:
+        part: `model types`, `generation` for the keys of generation_config.json, `activations` for `hidden_act`,
+            `heads` for what names of model classes end with, as `ForCausalLM`.
+    """
+    return tuple(_data()[part])
 
 
 def common_keys() -> frozenset[str]:
@@ -65,15 +56,10 @@ def every_key() -> frozenset[str]:
     return frozenset(key for found in data["configurations"].values() for key in found["keys"])
 
 
-def heads() -> tuple[str, ...]:
-    """What names of model classes end with: `ForCausalLM`."""
-    return tuple(_data()["heads"])
-
-
 def known_of(model_type: str) -> Known | None:
     """What is known of a model type; None when transformers has none, or is needed to tell and not installed."""
     found = _data()["configurations"].get(model_type)
-    if found is None and model_type in model_types() and find_spec("transformers") is not None:
+    if found is None and model_type in listed("model types") and find_spec("transformers") is not None:
         found = _of(model_type)
     return None if found is None else Known(frozenset(found["keys"]), frozenset(found["classes"]))
 

@@ -18,8 +18,7 @@ from jinja2 import nodes
 from engine.errors import EngineError
 from engine.language.declared import axes_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
-from engine.language.model import Expression
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, MappingFile
 from engine.planning.attempts import claims
 from engine.planning.facts import present_in, render_known
 from engine.planning.pieces import Pieces, match_pieces
@@ -32,6 +31,10 @@ DIVISIBLE = 6  # by 2 and by 3 ranks
 _APART = (36, 45, 28, 60, 52, 20, 44, 68)  # axes that nothing is known of
 EVEN = (36, 54, 30, 66, 42, 78, 90, 102)  # the same where two and three ranks are to divide them
 _MAX_OPTIONAL = 8
+
+
+def choices_text(choices: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={choice}" for name, choice in choices.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class World:
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{name}={choice}" for name, choice in self.choices.items()) or "no variants"
+        return choices_text(self.choices) or "no variants"
 
     @property
     def elements(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from engine.errors import EngineError
 from engine.language.documents import Document, flat
 from engine.language.mapping_file import build_mapping
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import MappingFile
 from engine.language.validation import check_schema
 from engine.proving.committed import GONE, committed, differences, read_meaning
 from engine.proving.edits import Change, Data, plain

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from engine.assets.chat import chat_template
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, find_key
-from engine.language.model import Expression, Layout
-from engine.language.model import Mapping as MappingFile
+from engine.language.model import Expression, Layout, MappingFile
 from engine.planning.config_keys import declared, leaves
 from engine.planning.variants import option_value
-from engine.proving.finding import Finding, finding_of
 from engine.proving.known_names import place_of
+from engine.proving.proof import Finding
 
 _BEGINS = frozenset(("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<|im_start|>"))
 _ENDS = frozenset(("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "<|im_end|>", "<|eot_id|>"))
@@ -23,20 +21,7 @@ _IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}  # of every SentencePiece model that is
 _TOKENS = ("bos", "eos", "pad", "unk")
 
 
-def check_values(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """Everything of this module, L014 to L017 and E002."""
-    yield from _declared(mapping, layout)
-    yield from _tokens(mapping)
-    yield from _options(mapping)
-    yield from _spellings(mapping)
-    if mapping.chat_template is not None:
-        try:
-            chat_template(mapping.chat_template)
-        except EngineError as error:
-            yield finding_of(error, place_of(mapping, "chat_template"))
-
-
-def _declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
+def check_declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
     """L014: a literal that what is declared of its key does not allow; `keys` that contradict themselves."""
     sides = (("config", mapping.config, mapping.keys.get("target", {})),
              ("training_config", mapping.training_config, declared(mapping, layout, "source")))  # fmt: skip
@@ -47,8 +32,6 @@ def _declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
                 continue
             if value is not None and not (key.limits.fits(value) and key.allows(value)):
                 yield Finding(
-                    "L014",
-                    "error",
                     place_of(mapping, part, path.split(".")[0]),
                     f"`{part}` writes `{path}: {_text(value)}`, and `keys` allows {_allowed(key)} ({key.place})",
                     f'Write an expression in braces: "{{{{ {value} }}}}".'
@@ -59,7 +42,7 @@ def _declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
         for key in side.values():
             if key.default is not None and not (key.limits.fits(key.default) and key.allows(key.default)):
                 told = f"the default of `{key.name}` is {_text(key.default)}, and `keys` allows {_allowed(key)}"
-                yield Finding("L014", "error", key.place, told, "Correct one of them.")
+                yield Finding(key.place, told, "Correct one of them.")
 
 
 def _allowed(key: Key) -> str:
@@ -70,7 +53,7 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _tokens(mapping: MappingFile) -> Iterator[Finding]:
+def check_tokens(mapping: MappingFile) -> Iterator[Finding]:
     """L015: tokens that begin where others end, and numbers that are not those of the tokens."""
     spec = mapping.tokenizer or {}
     wrong = [name for name, others in (("bos", _ENDS), ("eos", _BEGINS)) if spec.get(name) in others]
@@ -121,30 +104,30 @@ def _tokens(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _token(mapping: MappingFile, message: str, *path: str) -> Finding:
-    return Finding("L015", "error", place_of(mapping, *path), message, "Give each token its own id; see the tokenizer.")
+    return Finding(place_of(mapping, *path), message, "Give each token its own id; see the tokenizer.")
 
 
-def _options(mapping: MappingFile) -> Iterator[Finding]:
+def check_options(mapping: MappingFile) -> Iterator[Finding]:
     """L016: defaults and choices of another type or out of range."""
     for option in mapping.options.values():
         try:
             for value in option.choices or ():
                 if not option.limits.fits(value):
                     told = f"choice `{value}` of option `{option.name}` is not {option.limits}"
-                    yield Finding("L016", "error", option.place, told, "Correct the choice, or the type.")
+                    yield Finding(option.place, told, "Correct the choice, or the type.")
             if option.default is not None:
                 option_value(option, option.default)
         except EngineError as error:
             told = f"the default of option `{option.name}` is `{option.default}`, and it takes {error.expected}"
             at = place_of(mapping, "options", option.name, "default")
-            yield Finding("L016", "error", at, told, "Correct the default, or the type, range or choices.")
+            yield Finding(at, told, "Correct the default, or the type, range or choices.")
         limits = option.limits
         if limits.min is not None and limits.max is not None and limits.min > limits.max:
             told = f"option `{option.name}` can have no value: its `min` is above its `max`"
-            yield Finding("L016", "error", option.place, told, "Exchange them.")
+            yield Finding(option.place, told, "Exchange them.")
 
 
-def _spellings(mapping: MappingFile) -> Iterator[Finding]:
+def check_spellings(mapping: MappingFile) -> Iterator[Finding]:
     """L017: `config` writes two spellings of one key, and not the same in both."""
     written = dict(leaves(mapping.config))
     for name, key in mapping.keys.get("target", {}).items():
@@ -152,8 +135,6 @@ def _spellings(mapping: MappingFile) -> Iterator[Finding]:
             one, other = (written[path] for path in (name, key.same_as))
             if _tree(one) != _tree(other):
                 yield Finding(
-                    "L017",
-                    "error",
                     place_of(mapping, "config", name.split(".")[0]),
                     f"`{name}` and `{key.same_as}` are one key in two spellings, and `config` writes them differently",
                     "Write the same expression in both.",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 
 import xxhash
 
@@ -50,6 +51,33 @@ def digest_of(blocks: Iterable[memoryview | bytes]) -> str:
     for block in blocks:
         total.update(block)
     return total.hexdigest()
+
+
+_ZEROS = bytes(1 << 20)
+
+
+@cache
+def _of_zeros(nbytes: int) -> str:
+    return digest_of(_ZEROS[: nbytes - at] for at in range(0, nbytes, len(_ZEROS)))
+
+
+def only_zeros(tensors: Iterable[tuple[str, tuple[int, ...], int, str]]) -> str | None:
+    """The matrices that hold nothing but zeros, in words; None when none does. Biases may well be zeros.
+
+    Args:
+        tensors: the name, shape, bytes and digest of each.
+
+    >>> only_zeros([("w", (2, 4), 16, digest_of([bytes(16)])), ("b", (8,), 16, digest_of([bytes(16)]))])
+    'nothing but zeros: w'
+    """
+    found = [name for name, shape, nbytes, digest in tensors if len(shape) > 1 and digest == _of_zeros(nbytes)]
+    return listed("nothing but zeros", found)
+
+
+def listed(what: str, names: Collection[str]) -> str | None:
+    """Some of the tensors of which something is to be told; None when there is none."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{what}: {', '.join(list(names)[:4])}{more}" if names else None
 
 
 def content_id(tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:

@@ -79,6 +79,7 @@ def execute(
         started: when the command started, for the report.
         parts: take the weights that parts wrote, who know their work by this digest.
     """
+    from engine.run.digests import only_zeros
     from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, manifest
     from engine.run.parts import read_markers
@@ -124,6 +125,8 @@ def execute(
                 beside=[] if later is None else [make_later],
                 beside_memory=small.memory,
             ).done
+        told_of = [(o.name, o.shape, o.nbytes, done[n].digest) for n, o in enumerate(compiled.outputs)]
+        notices += filter(None, [only_zeros(told_of)])
         data = manifest(compiled, done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)

@@ -2,6 +2,9 @@
 
 It lies in the partial output. Its first line says what the run does; a run may only be resumed by
 one that does exactly the same. Each further line is one finished unit, written when its bytes are.
+
+Equal headers do not mean equal content. Of a file that holds a checksum of every tensor and that nothing has touched
+since, what was copied stands. Whatever was copied from others is read again and compared, or copied again.
 """
 
 from __future__ import annotations
@@ -12,16 +15,20 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from engine.errors import EngineError, Place
 from engine.language.version import __version__
-from engine.planning.digest import digest_of_plan
-from engine.planning.model import Plan
+from engine.move.reader import Reader
+from engine.planning.model import Plan, digest_of_plan
+from engine.run.schedule import Job
 from engine.storage.json_text import parse_json
+from engine.storage.sources import SourceFiles
 
 NAME = ".journal"
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -191,3 +198,56 @@ def _shown(before: Any, now: Any) -> str:
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         return ", ".join(sorted(names)[:4])
     return f"{now}"[:80] + f", then {before}"[:80]
+
+
+def split(plan: Plan, left: Interrupted, jobs: Iterable[Job]) -> tuple[dict[int, Begun], set[int]]:
+    """What of an interrupted run is kept, and the outputs among it that `compare_copied` must read again.
+
+    Of files that may have changed, only whole outputs are kept, and none that is filled from the source's side:
+    those are copied again.
+    """
+    now = states_of(plan)
+    changed = {
+        index
+        for index, file in enumerate(plan.files)
+        if not file.summed or left.states.get(file.name) != now.get(file.name)
+    }
+    unsure: set[int] = set()
+    if changed:
+        for output in left.begun:
+            copies = plan.copies(output) if output < len(plan.outputs) else ()
+            if any(plan.sources[copy.source].file in changed for copy in copies):
+                unsure.add(output)
+    scattered = {output for job in jobs for unit in job.units if unit.scattered for output in unit.outputs}
+    lost = {output for output in unsure if left.begun[output].end is not None or output in scattered}
+    return {output: one for output, one in left.begun.items() if output not in lost}, unsure - lost
+
+
+def compare_copied(
+    plan: Plan,
+    done: Mapping[int, Done],
+    outputs: Sequence[int],
+    advance: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> None:
+    """E407 unless the sources give the same bytes again for outputs that are done."""
+    with SourceFiles(plan.files) as files:
+        reader = Reader(plan, files)
+        for index in outputs:
+            total = xxhash.xxh3_128()
+            for _, data in reader.blocks(index):
+                if stopped():
+                    return
+                total.update(data)
+                advance(len(data))
+            if total.hexdigest() != done[index].digest:
+                sources = [plan.sources[copy.source] for copy in plan.copies(index)]
+                names = dict.fromkeys(plan.files[source.file].name for source in sources)
+                raise EngineError(
+                    "E407",
+                    "the interrupted run cannot be resumed: the source files changed",
+                    place=Place(", ".join(list(names)[:4]), tensor=sources[0].header.name),
+                    got=f"other bytes than those that `{plan.outputs[index].name}` was copied from",
+                    expected="the same as when it was started",
+                    fix="Run without --resume to start over, or put the files back that it was started with.",
+                )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES
+from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.move.blocks import BLOCK_BYTES, block_of, blocks
 from engine.move.gather import Gatherer
 from engine.move.values import elements, float_type
@@ -109,19 +109,16 @@ def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer
         limit = BLOCK_BYTES // item
         pairs = zip(*(blocks([_whole(plan, s)], size, limit) for s in (one, source)), strict=True)
         if all(_same(first.gather(x, header.dtype), other.gather(y, header.dtype)) for x, y in pairs):
-            raise _alike(plan, slices, one, source)
-
-
-def _alike(plan: Work, slices: Slices, one: int, source: int) -> EngineError:
-    file, other = (plan.files[plan.sources[s].file].name for s in (one, source))
-    return EngineError(
-        "E306",
-        f"`{other}` and `{file}` hold the same slice of `{slices.name}`",
-        place=Place(other, tensor=plan.sources[source].header.name),
-        got=f"slices of {' × '.join(map(str, plan.sources[source].header.shape))} that are equal to the last bit",
-        expected="another slice on each rank: this tensor is cut",
-        fix="The tensor, or its file, was copied from the other rank: copy the file again from the training run.",
-    )
+            name, twin = (plan.files[plan.sources[s].file].name for s in (one, source))
+            raise EngineError(
+                "E306",
+                f"`{twin}` and `{name}` hold the same slice of `{slices.name}`",
+                place=Place(twin, tensor=plan.sources[source].header.name),
+                got=f"slices of {' × '.join(map(str, header.shape))} that are equal to the last bit",
+                expected="another slice on each rank: this tensor is cut",
+                fix="The tensor, or its file, was copied from the other rank: copy the file again from the training "
+                "run.",
+            )
 
 
 def replica_bytes(plan: Work, some: Sequence[Check] | None = None) -> int:
@@ -194,12 +191,9 @@ def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
 def _whole(plan: Work, source: int) -> Copy:
     """A stored tensor copied to itself in row-major order."""
     header = plan.sources[source].header
-    axes = [(n, s) for n, s in zip(header.shape, header.strides, strict=True) if n > 1]
-    strides, step = [], 1
-    for n, _ in reversed(axes):
-        strides.append(step)
-        step *= n
-    return Copy(source, 0, 0, 0, tuple(n for n, _ in axes), tuple(s for _, s in axes), tuple(reversed(strides)))
+    axes = [a for a in zip(header.shape, header.strides, dense_strides(header.shape), strict=True) if a[0] > 1]
+    shape, strides, targets = (tuple(axis[part] for axis in axes) for part in range(3))
+    return Copy(source, 0, 0, 0, shape, strides, targets)
 
 
 def _differ(plan: Work, replicas: Replicas, source: int, told: str) -> EngineError:

@@ -11,14 +11,12 @@ from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
 from engine.planning.model import Plan, Work
 from engine.run.journal import NAME as JOURNAL
-from engine.run.journal import Begun, Interrupted, Journal, read_journal
+from engine.run.journal import Begun, Interrupted, Journal, compare_copied, read_journal, split
 from engine.run.memory import workers_of
 from engine.run.meter import Meter, Progress
 from engine.run.parts import MARKER, Span, Written, check_parts
 from engine.run.replicas import checks, compare_replicas, replica_bytes
-from engine.run.resume import compare_copied, split
-from engine.run.schedule import Job, layout_of, schedule
-from engine.run.sharing import Shares
+from engine.run.schedule import Job, Shares, layout_of, schedule
 from engine.run.writer import Writer
 from engine.storage.output import sweep
 from engine.storage.sources import check_unchanged

@@ -1,4 +1,4 @@
-"""Scheduling: which side drives which tensors, and which files are filled together.
+"""Scheduling: which side drives which tensors, which files are filled together, and which worker moves what.
 
 The target drives (gather) unless its blocks would touch more runs than the source's: whole tensors
 cut by columns into many ranks are scattered. Tensors that share sources are decided together.
@@ -6,16 +6,18 @@ cut by columns into many ranks are scattered. Tensors that share sources are dec
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import PurePosixPath
 
-from engine.formats.headers import ITEM_SIZES
+from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.formats.written import FORMATS, FileLayout
 from engine.move.runs import READ_THROUGH, runs
 from engine.planning.copies import Copy, swap
 from engine.planning.model import OutputFile, Work
-from engine.planning.whole import contiguous
 
 _RUN_COST = 8 * 1024  # bytes that could have been moved in the time a run takes to start
 _BLOCKS_TOGETHER = 8  # times the bytes read ahead: outputs that one worker gathers without a pause
@@ -57,14 +59,9 @@ class _Sets:
         return one
 
     def join(self, numbers: Iterable[int]) -> None:
-        first: int | None = None
-        for number in numbers:
-            root = self.find(number)
-            if first is None:
-                first = root
-            elif root != first:
-                self._parent[max(root, first)] = min(root, first)
-                first = min(root, first)
+        roots = {self.find(number) for number in numbers}
+        for root in roots:
+            self._parent[root] = min(roots)
 
 
 def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequence[int]] | None = None) -> list[Job]:
@@ -179,11 +176,8 @@ def _scatters(plan: Work, outputs: Sequence[int], copies: Sequence[Copy]) -> boo
         scattering += count * _RUN_COST + elements * item
     for source, volume in moved.items():
         header = plan.sources[source].header
-        whole = 1
-        for size in header.shape:
-            whole *= size
         # Elements that go to several outputs, or to none, have no one place in a source's block.
-        if volume != whole or header.strides != contiguous(header.shape):
+        if volume != prod(header.shape) or header.strides != dense_strides(header.shape):
             return False
     return scattering < _CLEARLY * gathering
 
@@ -197,3 +191,53 @@ def copies_from(plan: Work, unit: Unit) -> dict[int, list[Copy]]:
     for held in found.values():
         held.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
     return dict(sorted(found.items()))
+
+
+class Shares:
+    """Units handed out to workers, each of which fills a job of its own in order while there is one.
+
+    With none left a worker takes the largest unit of the job with most bytes left: several write to
+    one file then, which costs them some waiting, but nobody is idle and all end together.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._left = [OrderedDict(enumerate(job.units)) for job in jobs]
+        self._bytes = [job.nbytes for job in jobs]
+        self._unfinished = [len(job.units) for job in jobs]
+        self._new = deque(range(len(jobs)))
+        self._lock = threading.Lock()
+
+    def take(self, own: int | None) -> tuple[int, Unit] | None:
+        """A job and one of its units; None when nothing is left.
+
+        Args:
+            own: the job that the worker took first, if any.
+        """
+        with self._lock:
+            if own is not None and self._left[own]:
+                return self._give(own, next(iter(self._left[own])))
+            while self._new:
+                job = self._new.popleft()
+                if self._left[job]:
+                    return self._give(job, next(iter(self._left[job])))
+            job = max(range(len(self._jobs)), key=self._bytes.__getitem__, default=0)
+            if not any(self._left):
+                return None
+            if not self._left[job]:  # only units without bytes are left
+                job = next(i for i, left in enumerate(self._left) if left)
+            return self._give(job, max(self._left[job], key=self._jobs[job].sizes.__getitem__))
+
+    def _give(self, job: int, unit: int) -> tuple[int, Unit]:
+        self._bytes[job] -= self._jobs[job].sizes[unit]
+        return job, self._left[job].pop(unit)
+
+    def files(self, job: int) -> tuple[int, ...]:
+        """The files that a job fills."""
+        return self._jobs[job].files
+
+    def finish(self, job: int) -> bool:
+        """Count a unit of a job as done; True for its last."""
+        with self._lock:
+            self._unfinished[job] -= 1
+            return self._unfinished[job] == 0

@@ -17,8 +17,7 @@ from engine.planning.model import Work
 from engine.run.digests import Total
 from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
-from engine.run.schedule import Unit, copies_from, layout_of
-from engine.run.sharing import Shares
+from engine.run.schedule import Shares, Unit, copies_from, layout_of
 from engine.storage.sources import SourceFiles
 from engine.storage.store import Sinks, Store, write_error
 

@@ -101,9 +101,16 @@ Found = dict[str, tuple[str, tuple[int, ...], str]]  # type, shape and digest of
 
 
 def read_contents(
-    folder: Store, data: Mapping[str, Any], advance: Callable[[int], None] = lambda _: None
+    folder: Store,
+    data: Mapping[str, Any],
+    advance: Callable[[int], None] = lambda _: None,
+    look: Callable[[TensorHeader, memoryview], None] = lambda tensor, block: None,
 ) -> tuple[Found, int, int, list[str]]:
-    """Every file that the manifest names, read: tensors, their bytes, how many have digests, and what is wrong."""
+    """Every file that the manifest names, read: tensors, their bytes, how many have digests, and what is wrong.
+
+    Args:
+        look: called with every block of every tensor that has a digest.
+    """
     tensors: Mapping[str, Any] = data["tensors"]
     problems: list[str] = []
     for name, wanted in data["files"].items():
@@ -121,7 +128,7 @@ def read_contents(
                 if key is None or entry is None:
                     problems.append(f"{file}:{one.name} is not in the manifest")
                     continue
-                digest = digest_of(_blocks(sources, one, advance)) if "digest" in entry else ""
+                digest = digest_of(_blocks(sources, one, advance, look)) if "digest" in entry else ""
                 read += bool(digest)
                 nbytes += one.nbytes
                 found[key] = (one.dtype, one.shape, digest)
@@ -241,11 +248,17 @@ def _read(folder: Store, name: str) -> FileHeader:
     return header
 
 
-def _blocks(sources: SourceFiles, one: TensorHeader, advance: Callable[[int], None]) -> Any:
+def _blocks(
+    sources: SourceFiles,
+    one: TensorHeader,
+    advance: Callable[[int], None],
+    look: Callable[[TensorHeader, memoryview], None],
+) -> Iterator[memoryview]:
     """The bytes of a contiguous tensor."""
     buffer = memoryview(bytearray(min(_BLOCK, max(one.nbytes, 1))))
     for start in range(0, one.nbytes, _BLOCK):
         block = buffer[: min(_BLOCK, one.nbytes - start)]
         sources.read_into(0, one.offset + start, (block,))
         advance(len(block))
+        look(one, block)
         yield block

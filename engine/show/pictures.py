@@ -227,13 +227,14 @@ def _lookup(
     told_links = []
     for one, link in zip(drawn, found, strict=True):
         axes = []
-        start_here = [link.source.positions(d, link.box).start for d in range(len(link.source.bases))]
-        start_there = [link.target.positions(d, link.box).start for d in range(len(link.target.bases))]
+        here, there = link.source.dims, link.target.dims
+        start_here = [link.source.positions(d, link.box).start for d in range(len(here))]
+        start_there = [link.target.positions(d, link.box).start for d in range(len(there))]
         for axis, (low, high) in link.box.items():
             if high - low > 1:
-                s = next(d for d, strides in enumerate(link.source.strides) if axis in strides)
-                t = next(d for d, strides in enumerate(link.target.strides) if axis in strides)
-                axes.append([high - low, s, link.source.strides[s][axis], t, link.target.strides[t][axis]])
+                s = next(d for d, region in enumerate(here) if axis in region.strides)
+                t = next(d for d, region in enumerate(there) if axis in region.strides)
+                axes.append([high - low, s, here[s].strides[axis], t, there[t].strides[axis]])
         axes.sort(key=lambda entry: -entry[4])
         told_links.append([one.source, one.target, start_here, start_there, axes])
     return {

@@ -16,7 +16,7 @@ from engine.show.text import amount, duration, note, shown, shows, table, times,
 
 if TYPE_CHECKING:
     from engine.comparing.verify import Verified
-    from engine.language.model import Mapping as MappingFile
+    from engine.language.model import MappingFile
     from engine.run.execute import Report
 
 
@@ -179,7 +179,8 @@ def verified(found: Verified) -> str:
     if not found.manifest:
         lines = ["no manifest to compare with"]
     lines += [one.summary() for one in (found.source, found.model, found.logits) if one is not None]
-    notes = [f"{click.style('not checked', fg='yellow')} {one}" for one in found.unchecked]
+    notes = [f"{click.style('in the tensors', fg='yellow')} {one}" for one in found.values]
+    notes += [f"{click.style('not checked', fg='yellow')} {one}" for one in found.unchecked]
     if found.problems:
         more = lines[2:] if found.manifest and found.content_id else lines[1:]
         return "\n".join([*found.problems[:50], *more, *notes, f"{counted(len(found.problems), 'problem')} in {told}"])

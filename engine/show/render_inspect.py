@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.errors import counted
-from engine.show.text import amount, number, shown, table, title
+from engine.errors import counted, rounded
+from engine.show.text import amount, shown, table, title
 
 if TYPE_CHECKING:
     from engine.discover.fits import Fit
     from engine.discover.inspect import Inspection
-    from engine.language.model import Mapping as MappingFile
+    from engine.language.model import MappingFile
 
 _WORDS = {"layer": "layers", "groups": "key/value heads", "vocab": "vocabulary", "expert": "experts"}
 _CHOICE = {
@@ -161,7 +161,7 @@ def _weights(facts: Mapping[str, Any]) -> list[str]:
     held = f"{counted(facts['tensors'], 'tensor')} in {counted(facts['files'], 'file')}"
     told = f"{held}, {amount(facts['bytes'])} ({types})"
     known = facts["parameters"] is not None
-    return ([f"  parameters  {number(facts['parameters'])}"] if known else []) + [f"  weights     {told}"]
+    return ([f"  parameters  {rounded(facts['parameters'])}"] if known else []) + [f"  weights     {told}"]
 
 
 def sizes(found: Mapping[str, int]) -> str:

@@ -15,7 +15,7 @@ from engine.language.search import spelled
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
-    from engine.proving.finding import Finding
+    from engine.proving.proof import Finding
 
 _KINDS = {
     "release": "a release of {parent}, which fits",

@@ -80,18 +80,6 @@ def amount(nbytes: float) -> str:
     return f"{nbytes:.3g} {units[0]}"
 
 
-def number(value: float) -> str:
-    """A number of parameters as people say it.
-
-    >>> number(7_737_708_544), number(297_056), number(512)
-    ('7.74 billion', '297,056', '512')
-    """
-    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if value >= size:
-            return f"{value / size:.3g} {word}"
-    return f"{value:,.0f}"
-
-
 def duration(seconds: float) -> str:
     """
     >>> duration(0.42), duration(75), duration(3700)

@@ -15,7 +15,7 @@ import engine
 from engine import api
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
-from engine.run import resume, runner
+from engine.run import journal, runner
 from engine.storage.sinks import SinkFiles
 from tests.support.disk import Disk, contents, partials
 from tests.support.readers import read_rank_file, read_safetensors
@@ -205,7 +205,7 @@ def test_sources_with_checksums_that_nothing_touched_are_not_read_again(
 ) -> None:
     source, out = write(tmp_path / "step", "zip"), tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    monkeypatch.setattr(resume, "Reader", None)
+    monkeypatch.setattr(journal, "Reader", None)
     go(source, out, resume=True)
     assert not api.verify(out).problems
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
@@ -224,3 +225,24 @@ def test_generation_settings_and_templates_that_the_mapping_does_not_give_are_to
         (out / "chat_template.jinja").write_text("{{ messages }}")
     (out / "conversion.json").unlink()
     assert verify(out, "--src", str(made / "step"), "--mapping", MODEL.mapping).exit_code == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matrices_of_zeros_are_told_by_a_run_and_numbers_that_are_none_when_it_is_verified(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    save(MODEL, tmp_path / "step", tp=2)
+    for rank in range(2):
+        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
+        state = {name: tensor.to(dtype) for name, tensor in torch.load(path).items()}
+        state["layers.1.feed_forward.w1.weight"].zero_()
+        state["layers.0.attention_norm.weight"].zero_()
+        state["layers.1.ffn_norm.weight"][-1] = -torch.inf
+        state["layers.0.feed_forward.w1.weight"][1, 1] = torch.nan * rank
+        torch.save(state, path)
+    report = engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
+    zeros = "nothing but zeros: model.layers.1.mlp.gate_proj.weight"
+    assert [one for one in report.notices if "zeros" in one] == [zeros]
+    found = engine.api.verify(tmp_path / "hf")
+    wrong = "NaN or infinity: model.layers.0.mlp.gate_proj.weight, model.layers.1.post_attention_layernorm.weight"
+    assert not found.problems and found.values == (wrong, zeros)

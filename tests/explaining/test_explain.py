@@ -20,8 +20,7 @@ from engine.errors import EngineError
 from engine.explaining.explanation import Explained, Explanation
 from engine.explaining.lattice import Lattice, index_text, join_lattices
 from engine.explaining.selection import Selection, parse_selection
-from engine.explaining.sources import explain_source
-from engine.explaining.targets import explain
+from engine.explaining.tensors import explain, explain_source
 from engine.formats.headers import ITEM_SIZES
 from tests.language import test_features as words
 from tests.support.families import model_of, save_family

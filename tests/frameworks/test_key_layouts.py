@@ -19,8 +19,8 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
 from engine.planning.as_model import told_by
+from engine.proving.checks import check_classes
 from engine.proving.meta_model import asked
-from engine.proving.told_classes import check_classes
 from tests.support.frameworks import weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")

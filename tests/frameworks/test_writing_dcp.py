@@ -54,6 +54,13 @@ def test_torch_loads_what_is_written_and_it_converts_back_to_the_same_bytes(
     assert again.read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("ranks", "which"), [({"dp": 100_000}, "rows"), ({"dp": 2, "tp": 1 << 20}, "columns")])
+def test_ranks_that_would_hold_nothing_are_refused_at_once(ranks: dict[str, int], which: str, whole: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.plan_reverse("transformers", whole, ranks=ranks)
+    assert caught.value.code == "E214" and which in caught.value.message
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_boxes_are_cut_as_torch_cuts_them(whole: Path, tmp_path: Path) -> None:
     fixture = DCP / "fsdp2tp2-f32-model"

@@ -8,7 +8,7 @@ from jsonschema import Draft7Validator
 
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Expression, Mapping
+from engine.language.model import Expression, MappingFile
 from engine.language.search import bundled, find_file, list_names
 
 PARENT = """\
@@ -52,7 +52,7 @@ class Folder:
         (self.path / name).write_text(text)
         return str(self.path / name)
 
-    def load(self, text: str, name: str = "child.yaml") -> Mapping:
+    def load(self, text: str, name: str = "child.yaml") -> MappingFile:
         return load_mapping(self.write(name, text))
 
     def refused(self, code: str, text: str) -> EngineError:

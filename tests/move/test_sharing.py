@@ -19,8 +19,7 @@ from engine.move.runs import MOST_SPAN
 from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
 from engine.run.replicas import compare_replicas, replica_bytes
-from engine.run.schedule import Job, Unit
-from engine.run.sharing import Shares
+from engine.run.schedule import Job, Shares, Unit
 from engine.storage.sources import SourceFiles
 from tests.support.effort import beginnings
 from tests.support.shards import Model, save

@@ -297,7 +297,7 @@ def test_where_a_box_lies_is_told_with_its_axes(rules: Any) -> None:
     second = source.shards(group)[1]
     (gate, up) = spots(source, group, second)
     assert gate.box == {"layer": (0, 3), "expert": (0, 2), "gate": (0, 1), "ffn": (0, 3), "hidden": (2, 5)}
-    assert up.bases[3] == -2
+    assert up.dims[3].base == -2
 
 
 @pytest.mark.parametrize(("held", "code"), [(3, "E203"), (1, "E207")])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import engine
 from engine.errors import EngineError
@@ -47,14 +50,47 @@ def test_a_checkpoint_to_be_like_says_its_own_model_type(tmp_path: Path) -> None
 
 
 def renamed(path: Path) -> bytes:
-    import io
-
-    import torch
-
-    text = torch.load(path, weights_only=True).replace("INTERNLM2_PUBLIC", "INTERNLM2_FORKED")
+    text = read_text(path).replace("INTERNLM2_PUBLIC", "INTERNLM2_FORKED")
     buffer = io.BytesIO()
     torch.save(text, buffer)
     return buffer.getvalue()
+
+
+MOE = FIXTURES / "moe_tp2_pp2_dp1"
+
+
+@pytest.mark.parametrize("like", [False, True])
+def test_what_only_the_trainer_says_of_the_model_is_kept_by_reshard(like: bool, tmp_path: Path) -> None:
+    """Other experts were chosen once: `moe.top_k` was dropped, and every reader has a default of its own."""
+    other = tmp_path / "other"
+    shutil.copytree(MOE, other)
+    text = read_text(other / "config_file.pt").replace("top_k=2", "top_k=1")
+    torch.save(text, other / "config_file.pt")
+    for source, top_k in ((MOE, 2), (other, 1)):
+        out = tmp_path / str(top_k)
+        engine.reshard(
+            "families/internlm-moe", source, out / "ranks", tp=1, like=(MOE if top_k == 1 else other) if like else None
+        )
+        engine.convert("families/internlm-moe", out / "ranks", out / "hf")
+        assert json.loads((out / "hf" / "config.json").read_text())["num_experts_per_tok"] == top_k
+
+
+def test_a_layout_that_would_not_write_it_is_refused(tmp_path: Path) -> None:
+    layout, mapping = tmp_path / "layout.yaml", tmp_path / "mapping.yaml"
+    lines = (MAPPINGS / "layouts" / "internevo.yaml").read_text().splitlines(keepends=True)
+    layout.write_text("".join(line for line in lines if "training.moe |" not in line))
+    mapping.write_text(
+        f"mapping: 1\nname: mine\nversion: 1.0.0\nextends: families/internlm-moe.yaml\nsource: {{layout: {layout}}}\n"
+    )
+    with pytest.raises(EngineError) as caught:
+        engine.plan_reshard(mapping, MOE, tp=1)
+    assert caught.value.code == "E216" and "num_experts_per_tok" in caught.value.message
+
+
+def read_text(path: Path) -> str:
+    text = torch.load(path, weights_only=True)
+    assert isinstance(text, str)
+    return text
 
 
 @pytest.mark.parametrize("family", ["families/internlm2", "families/internlm2-official"])

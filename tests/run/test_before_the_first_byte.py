@@ -15,7 +15,7 @@ import engine
 from engine import api
 from engine.assets import bundle
 from engine.errors import EngineError
-from engine.language.model import Mapping
+from engine.language.model import MappingFile
 from engine.run import execute
 from engine.storage.sinks import SinkFiles
 from tests.support.disk import Disk, tree
@@ -61,11 +61,11 @@ def nothing_written(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(SinkFiles, name, written)
 
 
-def mapping(**changes: Any) -> Mapping:
+def mapping(**changes: Any) -> MappingFile:
     return replace(engine.load_mapping(MODEL.mapping), **{"tokenizer": SPEC, **changes})
 
 
-def refused(code: str, source: Path, out: Path, by: Mapping, **how: Any) -> EngineError:
+def refused(code: str, source: Path, out: Path, by: MappingFile, **how: Any) -> EngineError:
     """Refused with nothing made: no output, no parent folder, no lock."""
     before = tree(source.parent)
     with pytest.raises(EngineError) as caught:

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 import engine
 from engine.commands.main import cli
-from engine.explaining.targets import explain
+from engine.explaining.tensors import explain
 from engine.planning.model import Plan
 from engine.show.page import policy, view_page
 from engine.show.pictures import flat_shape, pictures
