@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import Place
 
 KeyPath = tuple[str | int, ...]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,14 @@ def tree_of(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
             at = at[name]
         at[path[-1]] = value
     return found
+
+
+def changed(before: Mapping[K, Any], after: Mapping[K, Any], missing: Any = None) -> Iterator[tuple[K, Any, Any]]:
+    """The keys under which two mappings have something else, with what each has."""
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key, missing), after.get(key, missing)
+        if old != new:
+            yield key, old, new
 
 
 def plain(data: Any) -> Any:

@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from engine.errors import EngineError
+from engine.language.documents import changed
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -197,12 +197,6 @@ def _difference(known: Wanted | None, model: Wanted) -> str:
     """The first thing in which they differ; empty where they are equal."""
     if known is None:
         return "it does not know a configuration of its own, so that it is never used"
-    sides: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = (
-        (known.shapes, model.shapes), (known.tied, model.tied),
-    )  # fmt: skip
-    for one, other in sides:
-        for name in (*one, *other):
-            if one.get(name) != other.get(name):
-                got, expected = one.get(name, "not there"), other.get(name, "not there")
-                return f"`{name}` is told as {got}, transformers has {expected}"
-    return ""
+    absent = "not there"
+    differ = [*changed(known.shapes, model.shapes, absent), *changed(known.tied, model.tied, absent)]
+    return "".join(f"`{name}` is told as {got}, transformers has {expected}" for name, got, expected in differ[:1])
