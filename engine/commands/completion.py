@@ -45,18 +45,14 @@ def script(shell: str, cli: click.Command) -> str:
     return kind(cli, {}, "engine", _VARIABLE).source()
 
 
-def _files(kind: str, incomplete: str) -> CompletionItem:
-    return CompletionItem(incomplete, type=kind)
-
-
 def paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Files and folders."""
-    return [_files("file", incomplete)]
+    return [CompletionItem(incomplete, type="file")]
 
 
 def folders(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Folders."""
-    return [_files("dir", incomplete)]
+    return [CompletionItem(incomplete, type="dir")]
 
 
 def mapping_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -64,7 +60,7 @@ def mapping_names(ctx: click.Context, param: click.Parameter, incomplete: str) -
     from engine.language.search import list_names, spelled
 
     names = [name for name in dict.fromkeys(map(spelled, list_names())) if name.startswith(incomplete)]
-    return [*map(CompletionItem, names), _files("file", incomplete)]
+    return [*map(CompletionItem, names), *paths(ctx, param, incomplete)]
 
 
 def codes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -187,11 +188,7 @@ def _renamed(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
 
 def _casts(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    casts: dict[tuple[str | None, str | None], int] = {}
-    for verdict in verdicts:
-        if verdict.kind == "cast":
-            types = verdict.out_dtype, verdict.ref_dtype
-            casts[types] = casts.get(types, 0) + 1
+    casts = Counter((verdict.out_dtype, verdict.ref_dtype) for verdict in verdicts if verdict.kind == "cast")
     for (one, two), count in casts.items():
         what = "tensors are" if count > 1 else "tensor is"
         yield f"{count} {what} {one} here and {two} in the reference, equal after casting"

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from engine.comparing.verdict import Kind, Verdict
-from engine.discover.changes import changes_of
 from engine.discover.geometry import geometry_of, is_number
 from engine.discover.levels import Relation
 from engine.discover.relate import Search
+from engine.discover.rows import changes_of
 from engine.discover.sides import Sides, as_matrix
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.move.tensors import Tensors

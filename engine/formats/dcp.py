@@ -19,9 +19,9 @@ from engine.errors import EngineError, Place
 from engine.formats.dcp_metadata import DIRECTORY, Directory, Entry, read_dcp_directory
 from engine.formats.headers import FileHeader, Part, TensorHeader
 from engine.formats.rank_files import tensor_header
-from engine.formats.sharded_safetensors import read_boxes
+from engine.formats.safetensors import read_boxes
 from engine.formats.standins import Tensor
-from engine.formats.unpickle import damaged, load_pickle
+from engine.formats.unpickle import Pickles, damaged, load_pickle
 from engine.storage.store import File, OpenFile, Store
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -60,7 +60,7 @@ def read_dcp(
             fix="Copy it from the training run; every file holds other parts of the tensors.",
         )
     by_file = {name: list(entries) for name, entries in groupby(directory.entries, lambda e: e.file)}
-    load = _Pickles()
+    load = Pickles(_KEPT)
     return tuple(_read_file(File(folder, name), by_file.get(name, []), wanted, load, directory) for name in names)
 
 
@@ -70,21 +70,6 @@ def read_dcp_value(folder: Store, name: str) -> Any:
     with folder.open(file) as opened:
         entry = _Small(opened, offset, length, file)
         return load_pickle(entry.pickle(), file)
-
-
-class _Pickles:
-    """Reads each pickle once: boxes of one shape and type have the same."""
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, Any] = {}
-
-    def __call__(self, data: bytes, name: str) -> Any:
-        found = self._known.get(data)
-        if found is None:
-            found = load_pickle(data, name)
-            if len(self._known) < _KEPT:
-                self._known[data] = found
-        return found
 
 
 def _read_file(

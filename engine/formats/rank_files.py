@@ -107,23 +107,20 @@ def _flat(value: Mapping[Any, Any], nested: Sequence[Pattern[str]], file: str) -
 def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:
     shards = ShardReader()
     for name, one in value.items():
-        if isinstance(one, Tensor):
-            yield tensor_header(name, one, payload, file)
-        elif isinstance(one, Distributed):
-            try:
-                local, place = read_distributed(one)
-            except Refused as refused:
-                raise error_of(refused, file, name) from None
-            yield replace(tensor_header(name, local, payload, file), part=place)
-        elif isinstance(one, Sharded):
-            try:
+        try:
+            if isinstance(one, Tensor):
+                yield tensor_header(name, one, payload, file)
+            elif isinstance(one, Distributed):
+                local, part = read_distributed(one)
+                yield replace(tensor_header(name, local, payload, file), part=part)
+            elif isinstance(one, Sharded):
                 tensor, dtype, part = shards.read(one)
-            except Refused as refused:
-                raise error_of(refused, file, name) from None
-            if tensor is not None:
-                yield replace(tensor_header(name, tensor, payload, file), part=part)
-            elif dtype in ITEM_SIZES:
-                yield TensorHeader(name, dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
+                if tensor is not None:
+                    yield replace(tensor_header(name, tensor, payload, file), part=part)
+                elif dtype in ITEM_SIZES:
+                    yield TensorHeader(name, dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
+        except Refused as refused:
+            raise error_of(refused, file, name) from None
 
 
 def _is_text(name: str) -> bool:

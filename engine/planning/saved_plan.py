@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.changed import told
+from engine.checkpoint.identity import told
 from engine.errors import EngineError, Place, holds_secret
 from engine.language.documents import changed
 from engine.language.model import Layout, MappingFile
