@@ -32,7 +32,7 @@ def inspect(as_json: bool, /, folder: str, every: bool, config: str | None) -> N
     from engine.show.render_inspect import inspection
 
     found = api.inspect(folder, config, every=every)
-    answer(as_json, found.as_dict(), lambda: inspection(found, every=every))
+    answer(as_json, found.as_dict(), lambda: inspection(found, config, every=every))
 
 
 @click.command()

@@ -142,6 +142,7 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
         "parameters": None,
         "sizes": {},
         "tokenizer": next((name for name in wanted if name in present), None),
+        "config_missing": layout.config_of_target and not checkpoint.config and not checkpoint.target_config,
         "files": len(checkpoint.files),
         "tensors": len(stored),
         "bytes": sum(file.size for file in checkpoint.files),

@@ -108,14 +108,7 @@ def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any], work: Mapp
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},
         "normal": dict(normal),
-        "outputs": [
-            {
-                "file": one.name,
-                "tensors": len(one.outputs),
-                "bytes": sum(plan.outputs[i].nbytes for i in one.outputs),
-            }
-            for one in plan.shards
-        ],
+        "outputs": plan.written_files(),
         "config": dict(sorted(plan.config.items())),
         "digest": digest_of_plan(plan),
         **({} if work is None else {"work": work}),
