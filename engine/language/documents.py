@@ -98,3 +98,18 @@ def plain(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [plain(value) for value in data]
     return data
+
+
+def text_of(value: Any) -> str:
+    """A value as a mapping file writes it, on one line.
+
+    >>> text_of({"rotary": ["pairs", "halves"]}), text_of(True), text_of("vocab hidden")
+    ('{rotary: [pairs, halves]}', 'true', 'vocab hidden')
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {text_of(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(text_of, value)) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -7,7 +7,7 @@ A placeholder stands for an integer (decimal, no leading zeros, or padded as in 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -63,6 +63,11 @@ class Pattern:
 
     def with_param(self, param: str) -> Pattern:
         return pattern(self.text.replace("{param}", param)) if self.has_param else self
+
+
+def spelled_out(names: Iterable[str]) -> set[str]:
+    """Name patterns with `{param}` written out."""
+    return {name.replace("{param}", param) for name in names for param in PARAMS}
 
 
 def check_file_name(text: str, place: Place, *, folders: bool = False) -> None:

@@ -93,9 +93,8 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
     options = {name: option_value(o, asked.settings.get(name, o.default)) for name, o in layout.options.items()}
     names: dict[str, Any] = {**counts_of(layout, sizes), "mode": mode.name, "chunks": chunks, "layers": layers}
     names |= {"options": options, "training": like.training}
-    kind = like.training.get("model_type")
-    for written in mapping.model_types[:1] if kind is None else (kind,):  # of historical names, the first is written
-        names["model_type"] = written
+    kind = like.training.get("model_type") or next(iter(mapping.model_types), None)  # of historical ones the first
+    names |= {} if kind is None else {"model_type": kind}
     given = {name: value for name, value in asked.settings.items() if name in layout.layers.variants}
     names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
     stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.changed import told
+from engine.checkpoint.identity import told
 from engine.errors import EngineError, Place, holds_secret
 from engine.language.documents import changed
 from engine.language.model import Layout, MappingFile
@@ -108,14 +108,7 @@ def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any], work: Mapp
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},
         "normal": dict(normal),
-        "outputs": [
-            {
-                "file": one.name,
-                "tensors": len(one.outputs),
-                "bytes": sum(plan.outputs[i].nbytes for i in one.outputs),
-            }
-            for one in plan.shards
-        ],
+        "outputs": plan.written_files(),
         "config": dict(sorted(plan.config.items())),
         "digest": digest_of_plan(plan),
         **({} if work is None else {"work": work}),

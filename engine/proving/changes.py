@@ -12,7 +12,7 @@ from itertools import islice, product
 from math import prod
 from typing import Any
 
-from engine.language.documents import changed
+from engine.language.documents import changed, text_of
 from engine.language.model import MappingFile
 from engine.planning.config_keys import leaves
 from engine.proving.holdings import parts_of
@@ -104,9 +104,13 @@ def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
                 file, _, key = name.partition(" ") if part in ("reading", "writing") else (part, "", name)
                 found.setdefault((file, key), []).append((given, old, new))
     return tuple(
-        ValueChange(file, key, given, _text(old), _text(new), len(held))
+        ValueChange(file, key, given, _told_value(old), _told_value(new), len(held))
         for (file, key), [(given, old, new), *held] in found.items()
     )
+
+
+def _told_value(value: Any) -> str | None:
+    return None if value is None else text_of(value)
 
 
 def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
@@ -128,12 +132,6 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
         # A size that nothing is written of says how tensors are read.
         for name, old, new in [one for one in differ if not one[0].startswith("size ")] or differ:
             yield name, given, old, new
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, list):
-        return "[" + ", ".join(map(str, value)) + "]"
-    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # -- tensors

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from engine.language.documents import changed, plain
+from engine.language.documents import changed, plain, text_of
 from engine.language.loader import load_text
 from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
@@ -155,21 +155,6 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
                 yield from _flat(item, f"{name}.{key}" if name else str(key))
     elif value is not None:
         yield name, text_of(value)
-
-
-def text_of(value: Any) -> str:
-    """A value as a mapping file writes it, on one line.
-
-    >>> text_of({"rotary": ["pairs", "halves"]}), text_of(True), text_of("vocab hidden")
-    ('{rotary: [pairs, halves]}', 'true', 'vocab hidden')
-    """
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {text_of(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(text_of, value)) + "]"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _whole_rules(changes: Sequence[Change]) -> tuple[Change, ...]:

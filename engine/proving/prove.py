@@ -146,7 +146,7 @@ def _prove(
     if not checks[0].holds:
         return checks[:1], [], ()
     worlds = Worlds(mapping)
-    possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
+    possible = [(choices, most) for choices, most in combinations if worlds.used(choices, most=most) is not None]
     tried: list[Mutant] = []
     key = shared_rules(mapping)
     if key in proven:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from engine import api
 from engine.commands.main import cli
 from engine.comparing.comparison import Comparison
-from engine.comparing.verdict import Verdict
+from engine.comparing.tensors import Verdict
 from engine.formats.safetensors import index_json
 from engine.move.views import tiles
 from engine.run.meter import Progress

@@ -221,7 +221,6 @@ def test_a_foreign_checkpoint_gets_a_rule_for_every_pattern(layout: dict[str, An
     save(model, tmp_path / "src", **layout)
     made = drafted(renamed(tmp_path / "src", FOREIGN), tmp_path / "x.yaml")
     assert made.kind == "own"
-    assert all(entry["rule"] for entry in made.patterns)
     asked = yaml.safe_load(made.text).get("variants", {})
     chosen = {name: next(c for c in ("rows_by_turns", "rows") if c in body["choices"]) for name, body in asked.items()}
     if chosen:
@@ -235,8 +234,6 @@ def test_shards_that_record_their_rows_are_read_as_what_they_are_part_of(tmp_pat
     made = api.new_mapping(tmp_path / "src", out=tmp_path / "x.yaml")
     assert (made.kind, made.state) == ("release", None)
     same(tensors(tmp_path / "x.yaml", tmp_path / "src"), expected)
-    gate = next(entry for entry in made.patterns if entry["pattern"].endswith("w1.weight"))
-    assert {"axes": ["ffn", "hidden"], "cut": 0} in gate["readings"]
 
 
 def test_a_foreign_cut_that_no_size_explains_is_refused_and_not_joined(tmp_path: Path) -> None:
@@ -385,9 +382,7 @@ def test_the_command_prints_writes_and_gives_data(source: Path, tmp_path: Path) 
     assert again.exit_code == 1 and "E401" in again.stderr
     data = json.loads(runner.invoke(cli, ["new", "--src", str(source), "--json"]).stdout)
     assert data["file"] is None and data["kind"] == "release" and data["state"] is None
-    qkv = next(entry for entry in data["patterns"] if entry["pattern"] == "blocks.{layer}.mixer.Wqkv.weight")
-    assert qkv["shapes"] == {"tp0": [24, 16], "tp1": [24, 16]}
-    assert 0 in {reading["cut"] for reading in qkv["readings"]}
+    assert yaml.safe_load(data["text"])["extends"] == "families/internlm.yaml"
 
 
 @pytest.mark.parametrize(

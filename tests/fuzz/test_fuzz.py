@@ -21,7 +21,7 @@ from engine.errors import CODES, EngineError, Place
 from engine.formats.checksums import check_files
 from engine.formats.dcp import read_dcp
 from engine.formats.python_source import literals
-from engine.formats.sharded_safetensors import read_sharded_safetensors
+from engine.formats.safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.axes import parse_axes
 from engine.language.expressions import evaluate, render_tree
