@@ -7,7 +7,7 @@ STAMP  := .venv/.ready
 
 unexport PYTHONDONTWRITEBYTECODE # else each process of the suite compiles the engine anew
 
-.PHONY: setup test lint format demo docs wheel bench plots fuzz soak clients meanings targets score lock
+.PHONY: setup test tests lint format demo docs wheel bench plots fuzz soak clients meanings targets score lock
 
 setup: $(STAMP)
 
@@ -22,9 +22,11 @@ $(STAMP): pyproject.toml requirements-dev.lock Makefile
 	touch $(STAMP)
 
 test: setup
+	@$(MAKE) --no-print-directory -j2 tests lint # side by side, so that no core waits
+
+# Among them is a proof of every mapping.
+tests: setup
 	$(BIN)/python -m pytest
-	$(BIN)/python -m engine prove --all
-	$(MAKE) --no-print-directory lint
 
 lint: setup
 	$(BIN)/ruff check .
@@ -77,13 +79,12 @@ FUZZ_MINUTES ?= 10
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ_MINUTES)
 
-# Every attack in every carrier; then kills runs at so many random moments, and sees that nothing is lost.
+# Every test at full depth, with its files on a disk; then kills runs at so many random moments, and sees that nothing
+# is lost.
 SOAK_KILLS ?= 200
 soak: setup
-	TMPDIR=$${TMPDIR:-/tmp} ALL_STORES=1 $(BIN)/python -m pytest -q tests/storage tests/run
+	TMPDIR=$${TMPDIR:-/tmp} SOAK=1 $(BIN)/python -m pytest -q --timeout 1200
 	$(BIN)/python -m tests.slurm
-	ALL_ATTACKS=1 $(BIN)/python -m pytest -q tests/attacks/test_attacks.py tests/commands/test_hostile_input.py
-	ALL_PEERS=1 ALL_MUTANTS=1 $(BIN)/python -m pytest -q tests/test_benchmarks.py tests/proving/test_mutations.py
 	$(BIN)/python -m tests.soak --kills $(SOAK_KILLS)
 	$(BIN)/python -m tests.score
 	$(BIN)/python -m tests.clients

@@ -1,12 +1,12 @@
 """The public Python functions. Each is what one command of the command line does."""
 
 from engine.api.authoring import lint, mapping_files, new_mapping, prove, write_meanings
+from engine.api.outputs import clean, environment, kept
 from engine.api.parts import commit, part
 from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_plan
 from engine.api.reviews import compare, describe_plan, explain, find_mapping, inspect, mappings, verify, view
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
 from engine.api.serving import Model, mount, open, serve, virtual
-from engine.api.upkeep import clean, environment, kept
 from engine.explaining.codes import explain_code
 from engine.language.format import format_mapping
 from engine.language.layout_file import load_layout

@@ -1,4 +1,4 @@
-"""What belongs to every output: where it goes, and the files beside the weights."""
+"""What belongs to every output: where it goes, the files beside the weights, and how to tidy up; and the system."""
 
 from __future__ import annotations
 
@@ -29,3 +29,75 @@ def default_out(src: str | Path) -> Path | str:
         return str(src).rstrip("/") + "-hf"
     real = Path(src).resolve()
     return real.with_name(real.name + "-hf")
+
+
+def clean(out: str | Path) -> list[Path | str]:
+    """Remove what interrupted runs left beside an output; returns what was removed.
+
+    In an object store that is uploads that are pending at the output's prefix, and objects that the engine wrote there,
+    unless they are a whole output. Other outputs below the prefix are left alone.
+    """
+    from engine.storage.objects import ObjectStore
+    from engine.storage.output import clean as remove
+    from engine.storage.pending import clean as remove_objects
+    from engine.storage.places import on_this_machine, store_at
+
+    store = store_at(out, "the output")
+    if isinstance(store, ObjectStore):
+        from engine.language.layout_file import load_layout
+        from engine.language.names import pattern
+        from engine.language.search import layout_names
+        from engine.run.manifest import NAME
+
+        modes = [mode for name in layout_names() for mode in load_layout(name).modes]
+        nested = [pattern(file.name) for mode in modes for file in mode.files if "/" in file.name]
+
+        def ours(name: str) -> bool:
+            return "/" not in name or any(one.match(name) is not None for one in nested)
+
+        return [*remove_objects(store, ours, NAME)]
+    return [*remove(on_this_machine(store, "the output"))]
+
+
+def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
+    """An output's path, and what interrupted runs left beside it: each folder with the bytes it takes.
+
+    Args:
+        out: as it was given to the run; without it, the default of `src`.
+    """
+    from engine.storage.output import leftovers
+
+    final = default_out(src or ".") if out is None else out
+    if is_url(final):
+        return str(final), []
+    final = Path(final)
+    found = [path for path in leftovers(final.absolute()) if path.is_dir()]
+    sizes = [sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in found]
+    return str(final), [(str(path), size) for path, size in zip(found, sizes, strict=True)]
+
+
+def environment() -> dict[str, str]:
+    """What a bug report needs: versions of the engine and of what it uses, Python and the system."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from engine.language.version import __version__
+
+    facts = {
+        "engine": __version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    try:
+        wanted = [text.split(";")[0] for text in requires("internlm-engine") or ()]
+    except PackageNotFoundError:
+        wanted = []
+    for name in sorted("".join(c if c.isalnum() or c in "-_" else " " for c in text).split()[0] for text in wanted):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    named = ("ENGINE_MAPPINGS", "ENGINE_DEBUG", "TMPDIR")
+    return facts | {name: os.environ[name] for name in named if name in os.environ}

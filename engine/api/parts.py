@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from engine.planning.saved_plan import SavedPlan
     from engine.run.schedule import Job
 
-__all__ = ["commit", "part", "part_of"]
-
 
 def part(path: str | Path, which: Part | str, out: str | Path | None = None, **options: Unpack[RunOptions]) -> int:
     """Write one part of what a saved plan writes; returns its bytes, 0 for one that was done already.
@@ -58,10 +56,10 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     if is_done(work, output.written, mine):
         return 0
     moved, jobs = loaded_part(saved, mine, positioned=output.written.positioned)
-    check_runnable(moved, how.workers, how.max_memory, 0, output.buffer)
+    check_runnable(moved, how, 0, output.buffer)
     store = output.join()
     try:
-        written = write_part(moved, jobs, store, workers=how.workers, max_memory=how.max_memory, listener=how.progress)
+        written = write_part(moved, jobs, store, how)
         if isinstance(store, Upload):
             store.complete()
         write_marker(work, store, mine, written)
@@ -85,7 +83,7 @@ def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work
     Raises:
         EngineError: as for `load_plan`.
     """
-    from engine.checkpoint.changed import check_files
+    from engine.checkpoint.identity import check_files
     from engine.planning.saved_plan import AGAIN, check_rules, unreadable
     from engine.planning.saved_work import saved_work
     from engine.run.parts import share

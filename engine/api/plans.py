@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from engine.planning.model import Plan
     from engine.planning.saved_plan import SavedPlan
 
-__all__ = ["load_plan", "plan", "plan_reshard", "plan_reverse", "read_whole", "save_plan"]
-
 
 @displayed
 def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack[WholeOptions]) -> Plan:
@@ -219,7 +217,7 @@ def load_plan(path: str | Path) -> Plan:
 
 def loaded_plan(saved: SavedPlan) -> Plan:
     """As `load_plan`, of a plan that is read."""
-    from engine.checkpoint.changed import check_files
+    from engine.checkpoint.identity import check_files
     from engine.explaining.normal import normal_form
     from engine.planning.saved_plan import AGAIN, check_plan, check_rules
 

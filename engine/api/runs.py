@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from engine.api.outputs import default_out, small_files
 from engine.api.plans import loaded_plan, planned, read_saved, saved_as
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
-from engine.planning.request import Request, ReshardOptions, ReverseOptions, WholeOptions, keywords, request_of
+from engine.planning.request import JOBS, keywords, request_of
 from engine.run.execute import Report, execute
 from engine.run.running import (
     ConvertOptions,
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import torch
 
     from engine.planning.model import Plan
-
-__all__ = ["convert", "iter_tensors", "reshard", "reverse", "run_plan"]
 
 
 @displayed
@@ -67,9 +65,7 @@ def convert(
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
     """
-    started = time.monotonic()
-    how = running_of(options, ConvertOptions)
-    return _write(request_of(mapping, src, keywords(options, WholeOptions), "run"), out, how, started)
+    return _write("run", mapping, src, out, options, ConvertOptions)
 
 
 @displayed
@@ -95,9 +91,7 @@ def reverse(
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
     """
-    started = time.monotonic()
-    how = running_of(options, ReverseRunOptions)
-    return _write(request_of(mapping, src, keywords(options, ReverseOptions), "reverse"), out, how, started)
+    return _write("reverse", mapping, src, out, options, ReverseRunOptions)
 
 
 @displayed
@@ -121,9 +115,7 @@ def reshard(
     Raises:
         EngineError: as for `reverse`.
     """
-    started = time.monotonic()
-    how = running_of(options, ReshardRunOptions)
-    return _write(request_of(mapping, src, keywords(options, ReshardOptions), "reshard"), out, how, started)
+    return _write("reshard", mapping, src, out, options, ReshardRunOptions)
 
 
 @displayed
@@ -141,8 +133,18 @@ def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[
     return _run(compiled, lambda: saved.raw, compiled.folder, out, how, started)
 
 
-def _write(asked: Request, out: str | Path | None, how: Running, started: float) -> Report:
-    """Plan and run what is asked for."""
+def _write(
+    job: str,
+    mapping: str | Path | MappingFile,
+    src: Source,
+    out: str | Path | None,
+    options: Mapping[str, Any],
+    takes: type,
+) -> Report:
+    """Plan and run a job."""
+    started = time.monotonic()
+    how = running_of(options, takes)
+    asked = request_of(mapping, src, keywords(options, JOBS[job].takes), job)
     compiled = planned(asked)
     return _run(compiled, lambda: saved_as(compiled, asked), str(asked.src), out, how, started)
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from engine.serve.tensors import Tensors
     from engine.serve.virtual import VirtualFolder
 
-__all__ = ["Model", "mount", "open", "serve", "virtual"]
-
 
 def open(src: Source | Plan = ".", mapping: str | Path | MappingFile = "", **options: Unpack[WholeOptions]) -> Tensors:
     """A training checkpoint as a lazy state dict of the Hugging Face model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +43,8 @@ def do_parts(saved: bytes, out: str, how: Running) -> str:
             with _lost():
                 for number in range(1, how.parts + 1):
                     waiting.append(executor.submit(_part, saved, f"{number}/{how.parts}", out, told, reached))
-            for done, one in enumerate(_finished(waiting), 1):
+            ours = all(isinstance(one, Future) for one in waiting)  # else in the order of parts
+            for done, one in enumerate(as_completed(waiting) if ours else waiting, 1):
                 with _lost():
                     mistake = one.result()
                 if mistake is not None:
@@ -68,11 +69,6 @@ def _lost() -> Iterator[None]:
             "E409", "the executor did not do all parts", got=f"{type(error).__name__}: {error}"[:300],
             fix="Run the same again: parts that are done stay, and it goes on with the others.",
         ) from error  # fmt: skip
-
-
-def _finished(waiting: list[Any]) -> Iterable[Any]:
-    """As they end; in their order where an executor has futures of its own kind."""
-    return as_completed(waiting) if all(isinstance(one, Future) for one in waiting) else waiting
 
 
 def _part(

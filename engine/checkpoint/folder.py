@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import translate
 from typing import Any
@@ -13,10 +12,8 @@ from engine.errors import EngineError, Place
 from engine.formats.configs import plain, read_config
 from engine.formats.dcp import read_dcp, read_dcp_value
 from engine.formats.headers import FileHeader
-from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import read_safetensors
-from engine.formats.sharded_safetensors import read_sharded_safetensors
-from engine.formats.unpickle import load_pickle
+from engine.formats.rank_files import Pickles, read_rank_file
+from engine.formats.safetensors import read_safetensors, read_sharded_safetensors
 from engine.language.model import Layout, Mode
 from engine.language.names import pattern
 from engine.storage.store import File, Store
@@ -83,73 +80,31 @@ def read_headers(
         says: what is kept of what files that torch saved hold beside tensors, by dotted keys.
         some: the checkpoint has more files than these.
     """
-    state = [pattern(text).regex for text in mode.state] if mode else []
-    return _FORMATS["torch" if mode is None else mode.format](folder, names, state, _Skip(skip), says, some)
+    left_out = re.compile("|".join(map(translate, skip))) if skip else None
 
+    def wanted(name: str) -> bool:
+        return left_out is None or left_out.match(name) is None
 
-class _Skip:
-    """Whether a tensor is of the model, by globs for names of those that are not."""
-
-    def __init__(self, globs: Sequence[str]) -> None:
-        self._regex = re.compile("|".join(map(translate, globs))) if globs else None
-
-    def __call__(self, name: str) -> bool:
-        return self._regex is None or self._regex.match(name) is None
+    headers: Iterable[FileHeader]
+    match "torch" if mode is None else mode.format:
+        case "dcp":
+            return read_dcp(folder, names, wanted, some=some)
+        case "safetensors":
+            headers = read_sharded_safetensors(folder, names)
+        case "whole":
+            headers = (read_safetensors(File(folder, name)) for name in names)
+        case _:
+            headers = _torch(folder, names, [pattern(text).regex for text in mode.state] if mode else [], says)
+    return tuple(header.only(wanted) for header in headers)
 
 
 def _torch(
-    folder: Store, names: Sequence[str], state: list[re.Pattern[str]], wanted: _Skip, says: Sequence[str], _: bool
-) -> tuple[FileHeader, ...]:
+    folder: Store, names: Sequence[str], state: list[re.Pattern[str]], says: Sequence[str]
+) -> Iterator[FileHeader]:
     """Files that torch saved, a few at a time."""
-    load = _Pickles()
-
-    def read(name: str) -> FileHeader:
-        return read_rank_file(File(folder, name), load, state, says).only(wanted)
-
-    if len(names) == 1:
-        return (read(names[0]),)
-    with ThreadPoolExecutor(_READERS) as pool:
-        return tuple(pool.map(read, names))
-
-
-def _dcp(
-    folder: Store, names: Sequence[str], state: object, wanted: _Skip, _: object, some: bool
-) -> tuple[FileHeader, ...]:
-    return read_dcp(folder, names, wanted, some=some)
-
-
-def _safetensors(
-    folder: Store, names: Sequence[str], state: object, wanted: _Skip, *_: object
-) -> tuple[FileHeader, ...]:
-    return tuple(header.only(wanted) for header in read_sharded_safetensors(folder, names))
-
-
-def _whole(folder: Store, names: Sequence[str], state: object, wanted: _Skip, *_: object) -> tuple[FileHeader, ...]:
-    return tuple(read_safetensors(File(folder, name)).only(wanted) for name in names)
-
-
-_FORMATS: Mapping[str, Callable[..., tuple[FileHeader, ...]]] = {
-    "torch": _torch,
-    "dcp": _dcp,
-    "safetensors": _safetensors,
-    "whole": _whole,
-}
-
-
-class _Pickles:
-    """Reads each pickle once: the ranks of a stage mostly have the same, but for the device they were on."""
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, Any] = {}
-
-    def __call__(self, data: bytes, name: str) -> Any:
-        key = hashlib.sha256(data).digest()
-        found = self._known.get(key)
-        if found is None:
-            found = load_pickle(data, name)
-            if len(self._known) < _KEPT:
-                self._known[key] = found  # which nobody changes
-        return found
+    load = Pickles(_KEPT)
+    with ThreadPoolExecutor(min(_READERS, len(names) or 1)) as pool:
+        yield from pool.map(lambda name: read_rank_file(File(folder, name), load, state, says), names)
 
 
 def read_configuration(

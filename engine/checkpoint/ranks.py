@@ -183,7 +183,7 @@ def read_grid(
     unknown = tuple(n for n in rest if n not in skipped)
     main = [f for f in files if f.pattern is mode.files[0]]
     sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
-    grid = RankGrid(mode, sizes, _ordered(files), skipped, unknown, stage_dims(layout))
+    grid = RankGrid(mode, sizes, tuple(sorted(files, key=_order)), skipped, unknown, stage_dims(layout))
     if not mode.files[0].boxes:  # else the boxes tell what is missing
         _complete(grid, layout, folder)
     return grid
@@ -226,8 +226,8 @@ def _known(name: str, layout: Layout) -> bool:
     return name in known or any(fnmatchcase(name, glob) for glob in layout.skip)
 
 
-def _ordered(files: list[RankFile]) -> tuple[RankFile, ...]:
-    return tuple(sorted(files, key=lambda f: (f.pattern.number is not None, tuple(f.ranks.values()), f.name)))
+def _order(file: RankFile) -> tuple[bool, tuple[int, ...], str]:
+    return file.pattern.number is not None, tuple(file.ranks.values()), file.name
 
 
 def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[str, Any]) -> Iterator[dict[str, int]]:

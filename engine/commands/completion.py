@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -10,53 +11,23 @@ from click.shell_completion import CompletionItem, get_completion_class
 SHELLS = ("bash", "zsh", "fish")
 _VARIABLE = "_ENGINE_COMPLETE"
 
-# Click's own for bash lets go of names where files are offered too, and of values after `=`.
-_BASH = """\
-_engine_completion() {
-    local IFS=$'\\n' line current prefix= words=() i
-    for ((i = 0; i <= COMP_CWORD; i++)); do  # bash takes `=` for a word of its own
-        if ((i > 1)) && [[ ${COMP_WORDS[i]} == = || ${COMP_WORDS[i - 1]} == = ]]; then
-            words[${#words[@]} - 1]+=${COMP_WORDS[i]}
-        else
-            words+=("${COMP_WORDS[i]}")
-        fi
-    done
-    i=$((${#words[@]} - 1))
-    current=${words[i]}
-    [[ $current == *=* ]] && prefix=${current%%=*}=
-    COMPREPLY=()
-    for line in $(env COMP_WORDS="${words[*]}" COMP_CWORD="$i" _ENGINE_COMPLETE=bash_complete engine); do
-        case $line in
-            file,*) compopt -o filenames; COMPREPLY+=($(compgen -f -- "${current#"$prefix"}")) ;;
-            dir,*) compopt -o filenames; COMPREPLY+=($(compgen -d -- "${current#"$prefix"}")) ;;
-            plain,*) line=${line#plain,}; COMPREPLY+=("${line#"$prefix"}") ;;
-        esac
-    done
-}
-complete -o nosort -F _engine_completion engine
-"""
-
 
 def script(shell: str, cli: click.Command) -> str:
     """The script that a shell evaluates to complete the command line."""
     kind = get_completion_class(shell)
-    if shell == "bash" or kind is None:
-        return _BASH
+    if shell == "bash" or kind is None:  # click's own lets go of names beside files, and of values after `=`
+        return Path(__file__).with_suffix(".bash").read_text("utf-8")
     return kind(cli, {}, "engine", _VARIABLE).source()
-
-
-def _files(kind: str, incomplete: str) -> CompletionItem:
-    return CompletionItem(incomplete, type=kind)
 
 
 def paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Files and folders."""
-    return [_files("file", incomplete)]
+    return [CompletionItem(incomplete, type="file")]
 
 
 def folders(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Folders."""
-    return [_files("dir", incomplete)]
+    return [CompletionItem(incomplete, type="dir")]
 
 
 def mapping_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -64,7 +35,7 @@ def mapping_names(ctx: click.Context, param: click.Parameter, incomplete: str) -
     from engine.language.search import list_names, spelled
 
     names = [name for name in dict.fromkeys(map(spelled, list_names())) if name.startswith(incomplete)]
-    return [*map(CompletionItem, names), _files("file", incomplete)]
+    return [*map(CompletionItem, names), *paths(ctx, param, incomplete)]
 
 
 def codes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -10,15 +10,16 @@ import click
 
 from engine.commands.completion import folders
 from engine.commands.options import (
+    CUT,
+    QUIET,
+    RANK_FLAGS,
     SAVED,
+    WRITING,
     asks,
     chosen,
     of_job,
     only_plan,
-    rank_flags,
-    rank_options,
     reports_errors,
-    writing_options,
 )
 from engine.commands.say import answer, say
 from engine.planning.request import JOBS
@@ -73,7 +74,7 @@ def write(
 @click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
 @asks("tokenizer", "code")
-@writing_options
+@WRITING
 @reports_errors
 @click.pass_context
 def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
@@ -111,7 +112,7 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
 @click.option(
     "--for", "job", type=click.Choice(list(JOBS)), default="run", show_default=True, help="The command to plan."
 )
-@rank_flags
+@RANK_FLAGS
 @asks("ranks", "chunks", "mode", "like", "lossy")
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
@@ -162,9 +163,9 @@ def plan(
 
 @click.command()
 @asks("mapping", "src", required=["mapping", "src"], src="The Hugging Face checkpoint.")
-@rank_options
+@CUT
 @asks("lossy")
-@writing_options
+@WRITING
 @reports_errors
 def reverse(as_json: bool, /, **options: Any) -> None:
     """Write a Hugging Face checkpoint as training rank files.
@@ -181,9 +182,9 @@ def reverse(as_json: bool, /, **options: Any) -> None:
 
 @click.command()
 @asks("mapping", "src", required=["mapping"])
-@rank_options
+@CUT
 @asks("to")
-@writing_options
+@WRITING
 @reports_errors
 def reshard(as_json: bool, /, **options: Any) -> None:
     """Write a training checkpoint for other ranks.
@@ -218,7 +219,6 @@ def clean(as_json: bool, /, out: str) -> None:
 
 _PLAN = click.option("--plan", "path", required=True, metavar="FILE", help="A plan that `engine plan -o` saved.")
 _OUT = click.option("--out", "-o", metavar="DIR", help="The output folder.  [default: SRC-hf]")
-_QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 
 
 @click.command()
@@ -226,7 +226,7 @@ _QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 @_PLAN
 @_OUT
 @asks("workers", "max_memory")
-@_QUIET
+@QUIET
 @reports_errors
 def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet: bool, **options: Any) -> None:
     """Write one of N parts of a saved plan.
@@ -254,7 +254,7 @@ def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet:
 @_PLAN
 @_OUT
 @asks("overwrite", "tokenizer", "code")
-@_QUIET
+@QUIET
 @reports_errors
 def commit(as_json: bool, /, path: str, out: str | None, quiet: bool, **options: Any) -> None:
     """Make the output from what all parts wrote.

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from engine.commands.completion import SHELLS, codes, folders, script
-from engine.commands.options import EXPLAINED, asks, chosen, reports_errors, verifying_options
+from engine.commands.options import EXPLAINED, QUIET, VERIFYING, asks, chosen, reports_errors
 from engine.commands.say import answer, say
 from engine.explaining.codes import page
 
@@ -32,7 +32,7 @@ def inspect(as_json: bool, /, folder: str, every: bool, config: str | None) -> N
     from engine.show.render_inspect import inspection
 
     found = api.inspect(folder, config, every=every)
-    answer(as_json, found.as_dict(), lambda: inspection(found, every=every))
+    answer(as_json, found.as_dict(), lambda: inspection(found, config, every=every))
 
 
 @click.command()
@@ -112,7 +112,7 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
 
 @click.command()
 @click.argument("out", metavar="OUT", shell_complete=folders)
-@verifying_options
+@VERIFYING
 @click.option("--quiet", "-q", is_flag=True, help="Print only problems.")
 @reports_errors
 @click.pass_context
@@ -145,7 +145,7 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
 @click.argument("ref", metavar="REF", shell_complete=folders)
 @asks("mapping", "settings", "dtype", mapping="How to read a side that is a training checkpoint.")
 @click.option("--allow-cast", is_flag=True, help="Exit with 0 even if tensors are equal only after casting.")
-@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@QUIET
 @reports_errors
 @click.pass_context
 def compare(

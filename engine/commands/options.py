@@ -199,12 +199,7 @@ def asks(*names: str, required: Sequence[str] = (), **helps: str) -> Callable[[C
         helps: other words for what a field is to this command; it has no default there.
     """
 
-    def add(command: Command) -> Command:
-        for name in reversed(names):
-            command = _option(_DECLARED[name], name in required, helps.get(name))(command)
-        return command
-
-    return add
+    return group(*(_option(_DECLARED[name], name in required, helps.get(name)) for name in names))
 
 
 def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Command], Command]:
@@ -261,14 +256,6 @@ def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: b
 
 EXPLAINED = ("mapping", "src", "config", "settings", "dtype")
 SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already says
-_WRITTEN = ("overwrite", "resume", "workers", "max_memory", "digests", "check_source", "executor", "parts")
-
-
-def rank_flags(command: Command) -> Command:
-    """Numbers of ranks of the dimensions that have options of their own."""
-    for name, told in reversed(RANK_OPTIONS.items()):
-        command = click.option(f"--{name}", type=Count(), metavar="N", help=told)(command)
-    return command
 
 
 def of_job(ctx: click.Context, job: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,35 +268,46 @@ def of_job(ctx: click.Context, job: str, options: Mapping[str, Any]) -> dict[str
     return {name: value for name, value in options.items() if name in takes}
 
 
-def rank_options(command: Command) -> Command:
-    """How `reverse` and `reshard` cut the model."""
-    command = asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype")(command)
-    command = rank_flags(command)
-    return click.option(
-        "--out", "-o", required=True, metavar="DIR", shell_complete=folders, help="The folder to write."
-    )(command)
+def group(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options of a command as one, in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def writing_options(command: Command) -> Command:
-    """What the commands share that write a checkpoint."""
-    command = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")(command)
-    command = click.option("--log-file", metavar="FILE", help="Append one JSON line per event to this file.")(command)
-    return asks(*_WRITTEN)(command)
-
-
-def verifying_options(command: Command) -> Command:
-    """What `verify` can compare an output with besides its manifest."""
-    for option in reversed(
-        (
-            asks("src", src="The training checkpoint it was made from."),
-            asks("mapping", "config", "settings", mapping="Compare tensors with what this mapping makes of --src."),
-            asks("dtype", dtype="Element type it was written in.  [default: as in the manifest]"),
-            click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
-            click.option("--load", is_flag=True,
-                         help="Load the model with transformers, without remote code, and run it once."),
-            click.option("--logits", is_flag=True,
-                         help="Compare its layers with a forward pass computed from the rank files of --src."),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+# Numbers of ranks of the dimensions that have options of their own.
+RANK_FLAGS = group(
+    *(click.option(f"--{name}", type=Count(), metavar="N", help=told) for name, told in RANK_OPTIONS.items())
+)
+# How `reverse` and `reshard` cut the model.
+CUT = group(
+    click.option("--out", "-o", required=True, metavar="DIR", shell_complete=folders, help="The folder to write."),
+    RANK_FLAGS,
+    asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype"),
+)
+# What the commands share that write a checkpoint.
+WRITING = group(
+    asks("overwrite", "resume", "workers", "max_memory", "digests", "check_source", "executor", "parts"),
+    click.option("--log-file", metavar="FILE", help="Append one JSON line per event to this file."),
+    QUIET,
+)
+# What `verify` can compare an output with besides its manifest.
+VERIFYING = group(
+    asks("src", src="The training checkpoint it was made from."),
+    asks("mapping", "config", "settings", mapping="Compare tensors with what this mapping makes of --src."),
+    asks("dtype", dtype="Element type it was written in.  [default: as in the manifest]"),
+    click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
+    click.option(
+        "--load", is_flag=True, help="Load the model with transformers, without remote code, and run it once."
+    ),
+    click.option(
+        "--logits",
+        is_flag=True,
+        help="Compare its layers with a forward pass computed from the rank files of --src.",
+    ),
+)

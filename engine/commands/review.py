@@ -94,7 +94,7 @@ def prove(
       engine prove --all
     """
     from engine import api
-    from engine.show import render_prove
+    from engine.show.render_review import proofs as shown
 
     if bool(mappings) == every:
         raise click.UsageError("Give mappings to prove, or --all.")
@@ -104,7 +104,7 @@ def prove(
         proofs = api.prove(mappings, mutants=mutants, progress=listener)
     holds = all(proof.holds for proof in proofs)
     data = {"holds": holds, "proofs": [proof.as_dict() for proof in proofs]}
-    answer(as_json, data, lambda: render_prove.proofs(proofs))
+    answer(as_json, data, lambda: shown(proofs))
     if not holds:
         ctx.exit(1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.commands.logs import logged
-from engine.commands.options import SAVED, asks, reports_errors
+from engine.commands.options import QUIET, SAVED, asks, reports_errors
 from engine.commands.say import say
 from engine.errors import EngineError, Place
 
@@ -39,7 +39,7 @@ _PLANNED = tuple(name for name in SAVED if name not in ("mapping", "src"))
 )
 @click.option("--token-file", metavar="FILE",
               help=f"A file with the secret that requests must carry as HF_TOKEN; or set {_TOKEN}.")  # fmt: skip
-@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@QUIET
 @click.option("--log-file", metavar="FILE", help="Append one JSON line per request to this file.")
 @reports_errors
 def serve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from engine.discover.geometry import is_number, numbers
 from engine.explaining.describe import fold
 
 if TYPE_CHECKING:
-    from engine.comparing.verdict import Verdict
+    from engine.comparing.tensors import Verdict
 
 # Names that `mlp_letters` exchanges, and names that only a mapping's own letters can.
 _LETTERS = ({"up_proj", "down_proj"}, {"w2", "w3"})
@@ -187,11 +188,7 @@ def _renamed(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
 
 def _casts(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    casts: dict[tuple[str | None, str | None], int] = {}
-    for verdict in verdicts:
-        if verdict.kind == "cast":
-            types = verdict.out_dtype, verdict.ref_dtype
-            casts[types] = casts.get(types, 0) + 1
+    casts = Counter((verdict.out_dtype, verdict.ref_dtype) for verdict in verdicts if verdict.kind == "cast")
     for (one, two), count in casts.items():
         what = "tensors are" if count > 1 else "tensor is"
         yield f"{count} {what} {one} here and {two} in the reference, equal after casting"

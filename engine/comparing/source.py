@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, pairwise
 
 import numpy as np
@@ -147,11 +148,13 @@ def verify_source(plan: Plan, folder: Store, sample: Sample, advance: Callable[[
             told = _header_differs(plan, index, place, files)
             if told is None and place is not None:
                 copies = plan.copies(index)
-                comparing = _Comparing(plan, output, copies, place[0], place[1], written)
-                for block in _chosen(output, copies, sample):
-                    comparing.compare(block, reader.convert(output, block))
-                nbytes += comparing.nbytes
-                told = comparing.result(files[place[0]].name)
+                blocks = ((block, reader.convert(output, block)) for block in _chosen(output, copies, sample))
+                count, first, compared = _unlike(blocks, ITEM_SIZES[output.dtype], written, *place)
+                nbytes += compared
+                if first is not None:
+                    what = f"differs from the source in {count} of {compared // ITEM_SIZES[output.dtype]} elements"
+                    at = tuple(int(i) for i in np.unravel_index(first, output.shape)) if output.shape else ()
+                    told = _differing(plan, index, what, files[place[0]].name, at, first)
             if told is not None:
                 differing, more = ([*differing, told], more) if len(differing) < LISTED else (differing, more + 1)
             advance(output.nbytes)
@@ -165,27 +168,26 @@ def _header_differs(
 ) -> Differing | None:
     """What of a tensor differs before any element is read."""
     output = plan.outputs[index]
-
-    def differing(what: str, file: str) -> Differing:
-        sources = _sources(plan, plan.copies(index))
-        return Differing(output.name, file, what, output.rule or None, output.place or None, source=sources)
-
     if place is None:
-        return differing("is missing", "")
+        return _differing(plan, index, "is missing", "")
     header, file = place[1], files[place[0]].name
     if header.shape != output.shape or header.dtype != output.dtype:
         wanted = f"{output.dtype} {list(output.shape)}"
-        return differing(f"is {header.dtype} {list(header.shape)}, the source gives {wanted}", file)
+        return _differing(plan, index, f"is {header.dtype} {list(header.shape)}, the source gives {wanted}", file)
     if header.strides != dense_strides(header.shape) and output.elements:
-        return differing("is not stored contiguously, and was not compared", file)
+        return _differing(plan, index, "is not stored contiguously, and was not compared", file)
     return None
 
 
-def _sources(plan: Plan, copies: list[Copy], at: int | None = None) -> tuple[str, ...]:
-    """The source tensors of copies as `file:tensor`, the one that fills element `at` first."""
-    ordered = sorted(copies, key=lambda copy: at is None or not _fills(copy, at))
+def _differing(
+    plan: Plan, index: int, what: str, file: str, at: tuple[int, ...] | None = None, element: int | None = None
+) -> Differing:
+    """What differs of an output, with its source tensors as `file:tensor`: the one that fills the element first."""
+    output = plan.outputs[index]
+    ordered = sorted(plan.copies(index), key=lambda copy: element is None or not _fills(copy, element))
     names = (f"{plan.files[s.file].name}:{s.header.name}" for s in (plan.sources[c.source] for c in ordered))
-    return tuple(islice(dict.fromkeys(names), 8))
+    sources = tuple(islice(dict.fromkeys(names), 8))
+    return Differing(output.name, file, what, output.rule or None, output.place or None, at, sources)
 
 
 def _fills(copy: Copy, at: int) -> bool:
@@ -208,63 +210,35 @@ def _chosen(output: Output, copies: list[Copy], sample: Sample) -> Iterator[Bloc
     Which one of a stretch depends on the tensor's name alone, so a sample is the same each time and
     another one in the next layer.
     """
-
-    def each() -> Iterator[Block]:
-        return output_blocks(output, copies)
-
+    blocks = partial(output_blocks, output, copies)
     if sample.full or not output.elements:
-        yield from each() if output.elements else ()
+        yield from blocks() if output.elements else ()
         return
-    count = sum(1 for _ in each())
+    count = sum(1 for _ in blocks())
+    parts = sample.of(count)
     chosen = set()
-    for low, high in stretches(count, sample.of(count)):
+    for low, high in pairwise(count * i // parts for i in range(parts + 1)):
         digest = hashlib.sha256(f"{output.name}\0{low}".encode()).digest()
         chosen.add(low + int.from_bytes(digest[:8], "big") % (high - low))
-    yield from (block for i, block in enumerate(each()) if i in chosen)
+    yield from (block for i, block in enumerate(blocks()) if i in chosen)
 
 
-def stretches(count: int, parts: int) -> list[tuple[int, int]]:
-    """
-    >>> stretches(10, 3)
-    [(0, 3), (3, 6), (6, 10)]
-    """
-    edges = [count * i // parts for i in range(parts + 1)]
-    return list(pairwise(edges))
-
-
-class _Comparing:
-    """One tensor of the output, compared with blocks of what it should be."""
-
-    def __init__(
-        self, plan: Plan, output: Output, copies: list[Copy], file: int, header: TensorHeader, written: SourceFiles
-    ) -> None:
-        self._plan, self._output, self._copies = plan, output, copies
-        self._file, self._header, self._written = file, header, written
-        self._buffer = np.empty(0, np.uint8)
-        self._count = self.nbytes = 0
-        self._first: int | None = None
-
-    def compare(self, block: Block, wanted: memoryview) -> None:
-        item = ITEM_SIZES[self._output.dtype]
-        size = (block.high - block.low) * item
-        if self._buffer.nbytes < size:
-            self._buffer = np.empty(size, np.uint8)
-        got = self._buffer[:size]
-        self._written.read_into(self._file, self._header.offset + block.low * item, (got.data,))
-        self.nbytes += size
-        raw = np.frombuffer(wanted, np.uint8)
-        if np.array_equal(got, raw):
-            return
-        unlike = (got != raw).reshape(-1, item).any(axis=1)
-        self._count += int(unlike.sum())
-        first = block.low + int(unlike.argmax())
-        self._first = first if self._first is None else min(self._first, first)
-
-    def result(self, file: str) -> Differing | None:
-        if self._first is None:
-            return None
-        output = self._output
-        index = tuple(int(i) for i in np.unravel_index(self._first, output.shape)) if output.shape else ()
-        what = f"differs from the source in {self._count} of {self.nbytes // ITEM_SIZES[output.dtype]} elements"
-        sources = _sources(self._plan, self._copies, self._first)
-        return Differing(output.name, file, what, output.rule or None, output.place or None, index, sources)
+def _unlike(
+    blocks: Iterable[tuple[Block, memoryview]], item: int, written: SourceFiles, file: int, header: TensorHeader
+) -> tuple[int, int | None, int]:
+    """How many elements of a written tensor are not as blocks of it should be, the first such, and bytes compared."""
+    buffer = np.empty(0, np.uint8)
+    count = nbytes = 0
+    first: int | None = None
+    for block, data in blocks:
+        wanted = np.frombuffer(data, np.uint8)
+        if buffer.nbytes < wanted.nbytes:
+            buffer = np.empty(wanted.nbytes, np.uint8)
+        got = buffer[: wanted.nbytes]
+        written.read_into(file, header.offset + block.low * item, (got.data,))
+        nbytes += wanted.nbytes
+        if not np.array_equal(got, wanted):
+            unlike = np.flatnonzero((got != wanted).reshape(-1, item).any(axis=1))
+            count += len(unlike)
+            first = min(block.low + int(unlike[0]), block.low + int(unlike[0]) if first is None else first)
+    return count, first, nbytes

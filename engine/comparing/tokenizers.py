@@ -6,8 +6,10 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from engine.comparing.corpus import texts
+import yaml
+
 from engine.comparing.effects import Difference, both
 from engine.comparing.loaded_tokenizer import Tokenizer, load_tokenizer
 from engine.planning.config_keys import shown
@@ -99,42 +101,62 @@ def _tokenizers(one: Tokenizer, two: Tokenizer, others: Sequence[str]) -> Iterat
         sizes = both(lambda side: f"{len(side.vocabulary):,} tokens", one, two)
         yield Difference("tokenizer", "the vocabulary", *sizes, "some ids exist on one side only")
     yield from _vocabularies(one, two)
-    for name in sorted(one.named.keys() | two.named.keys()):
-        if one.named.get(name) != two.named.get(name):
-            told = both(shown, one.named.get(name), two.named.get(name))
-            yield Difference("tokenizer", name, *told, "text begins, ends or is padded with a different token")
+    for setting in _set_otherwise(one.named, two.named):
+        yield Difference("tokenizer", *setting, "text begins, ends or is padded with a different token")
     special = [str(name) for side in (one, two) for value in (*side.named.values(), list(side.added))
                for name in (value if isinstance(value, list) else [value]) if name]  # fmt: skip
     with_special = [True, False] if one.whole and two.whole else [False]
     pieces = [*one.vocabulary, *two.vocabulary]
-    unlike: dict[str, tuple[str, list[int], list[int]]] = {}
-    counts: dict[str, int] = {}
-    for text in (*texts(list(dict.fromkeys(special)), pieces), *others):
+    unlike: dict[str, list[tuple[str, list[int], list[int]]]] = {}
+    for text in (*_texts(list(dict.fromkeys(special)), pieces), *others):
         for wrapped in with_special:
-            ids = one.encode(text, wrapped), two.encode(text, wrapped)
-            kind = "ids with special tokens" if wrapped else "ids"
-            if ids[0] != ids[1]:
-                counts[kind] = counts.get(kind, 0) + 1
-                unlike.setdefault(kind, (text, *ids))
-            elif not wrapped and one.decode(ids[0]) != two.decode(ids[1]):
-                counts["text from ids"] = counts.get("text from ids", 0) + 1
-                unlike.setdefault("text from ids", (text, *ids))
+            here, there = one.encode(text, wrapped), two.encode(text, wrapped)
+            if here != there:
+                unlike.setdefault("ids with special tokens" if wrapped else "ids", []).append((text, here, there))
+            elif not wrapped and one.decode(here) != two.decode(there):
+                unlike.setdefault("text from ids", []).append((text, here, there))
     if "ids" in unlike:
         unlike.pop("ids with special tokens", None)
-    for kind, (text, here, there) in unlike.items():
-        what = f"{kind} of {shown(text[:30])} and {counts[kind] - 1} more texts" if counts[kind] > 1 else (
-            f"{kind} of {shown(text[:30])}")  # fmt: skip
+    for kind, found in unlike.items():
+        text, here, there = found[0]
+        what = f"{kind} of {shown(text[:30])}" + (f" and {len(found) - 1} more texts" if len(found) > 1 else "")
+        told = str(here[:8]), str(there[:8])
         if kind == "text from ids":
             told = shown(one.decode(here)[:40]), shown(two.decode(there)[:40])
-            yield Difference("tokenizer", what, *told, "generated text is decoded differently")
+        yield Difference("tokenizer", what, *told, _EFFECTS[kind])
+    for name, ours, theirs in _set_otherwise(one.other, two.other):
+        if name == "model_max_length":
+            yield Difference("tokenizer", name, ours, theirs, "only a warning for long text changes", "told")
         else:
-            effect = "the model sees different tokens than in training" if kind == "ids" else (
-                "special tokens are added to text differently")  # fmt: skip
-            yield Difference("tokenizer", what, str(here[:8]), str(there[:8]), effect)
-    for name in sorted(one.other.keys() | two.other.keys()):
-        if one.other.get(name) != two.other.get(name):
-            told = both(shown, one.other.get(name), two.other.get(name))
-            if name == "model_max_length":
-                yield Difference("tokenizer", name, *told, "only a warning for long text changes", "told")
-            else:
-                yield Difference("tokenizer", name, *told, "batches or texts are assembled differently")
+            yield Difference("tokenizer", name, ours, theirs, "batches or texts are assembled differently")
+
+
+_EFFECTS = {
+    "ids": "the model sees different tokens than in training",
+    "ids with special tokens": "special tokens are added to text differently",
+    "text from ids": "generated text is decoded differently",
+}
+
+
+def _texts(names: Sequence[str], pieces: Sequence[str]) -> Iterator[str]:
+    """Texts of many kinds, the names of special tokens inside text, and joins of a vocabulary's own pieces.
+
+    Args:
+        names: of special tokens, of both sides.
+        pieces: a vocabulary.
+    """
+    yield from yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
+    for name in names:
+        yield from (name, f"a {name} b", f"a{name}b", f"{name}{name}")
+    step = max(1, len(pieces) // 500)
+    some = [piece.replace("▁", " ").replace("Ġ", " ") for piece in pieces[::step]]
+    for start in range(0, len(some), 20):
+        yield "".join(some[start : start + 20])
+        yield " ".join(some[start : start + 20])
+
+
+def _set_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Settings whose values differ, and both values in words."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            yield name, shown(ours.get(name)), shown(theirs.get(name))

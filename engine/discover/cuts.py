@@ -123,10 +123,8 @@ def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> R
 def _cutting(file: FilePattern, grid: RankGrid, stage: str) -> tuple[str | None, bool]:
     """The rank dimension with several ranks that cuts tensors of a stage, and whether it cuts rows."""
     for dim, role in file.cuts.get(stage, {}).items():
-        if grid.sizes.get(dim, 1) > 1 and role not in (
-            "recorded",
-            "runtime",
-        ):  # recorded shards say what they are part of
+        # recorded shards say what they are part of
+        if grid.sizes.get(dim, 1) > 1 and role not in ("recorded", "runtime"):
             return dim, role == "rows"
     return None, False
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.discover.alike import NARROWEST, Placed, find_alike
-from engine.discover.changes import changes_of, region_of, said
 from engine.discover.levels import Kind, Relation
-from engine.discover.rows import own_rows
+from engine.discover.rows import changes_of, own_rows, region_of, said
 from engine.discover.sides import Sides
 from engine.discover.values import closeness, relate_values
 from engine.errors import counted

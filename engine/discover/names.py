@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.checkpoint.ranks import RankGrid
 from engine.errors import EngineError
 from engine.language.names import PARAMS, WILD, pattern
 from engine.planning.stored import Stored
@@ -36,9 +35,6 @@ class Observed:
     @property
     def layered(self) -> bool:
         return "layer" in self.placeholders
-
-    def count(self) -> int:
-        return len({(one.name, one.chunk) for one in self.stored})
 
 
 def observe(stored: Sequence[Stored]) -> tuple[list[Observed], list[str]]:
@@ -111,15 +107,3 @@ def tail(text: str) -> tuple[str, ...]:
     if len(parts) > 1 and parts[-1] in (*PARAMS, "{param}"):
         parts.pop()
     return tuple(part for part in parts if not part.startswith("{")) or tuple(parts)
-
-
-def shapes_by_rank(observed: Observed, grid: RankGrid) -> dict[str, list[int]]:
-    """The shape in each file's ranks, for people: `{"tp0": [64, 32], "tp1": [64, 32]}`.
-
-    Pipeline ranks, layers and experts are left out: they hold other tensors, not other parts.
-    """
-    result: dict[str, list[int]] = {}
-    for one in observed.stored:
-        where = " ".join(f"{dim}{rank}" for dim, rank in grid.slices(one.file).items())
-        result.setdefault(where or "rank", list(one.header.shape))
-    return dict(sorted(result.items()))

@@ -1,40 +1,39 @@
-"""What a draft says to the person who reads it: sizes, doubts, and what no rule reads."""
+"""What a draft says: sizes, doubts, what no rule reads, and a family's rules under other names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.discover.near import Nearness, Pairing
-from engine.discover.renamed import renamed_rules
+from engine.discover.near import Nearness, Pairing, Slot
 from engine.discover.text import block, comment, flow, list_of, shown
+from engine.language.documents import plain
 from engine.language.expressions import names_in
 from engine.language.model import MappingFile
+from engine.language.names import PARAMS, pattern
+from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 
 _EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")
 _COMPUTED = re.compile(r"(.*\.)?(inv_freq|rope\.freqs|freqs_cis|cos_cached|sin_cached)")
 
 
-def silent(mapping: MappingFile, config: Mapping[str, Any]) -> list[str]:
-    """Variants that a default decides, because the configuration has none of the keys they read."""
-    notes: list[str] = []
+def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> list[str]:
+    """The family that is extended, and what of it the checkpoint's configuration leaves open."""
+    lines, kind = block("extends", reference), checkpoint.training.get("model_type")
+    if isinstance(kind, str) and kind and mapping.model_types and kind not in mapping.model_types:
+        text = f"the training config says model_type {shown(kind)}, which {mapping.name} is not for."
+        lines += [*comment(f"decide: {text}"), *block("source", {"model_types": [kind]})]
     for name, variant in mapping.variants.items():
         expressions = [e for e in variant.choices.values() if e is not None]
         read = {key for e in expressions for key in names_in(e)}
-        if not variant.default or not read or any("present(" in e.text for e in expressions) or read & config.keys():
-            continue
-        keys = list_of(sorted(read))
-        notes.append(f"{name} is the family's default; the config has none of {keys}: {variant.help}.")
-    return notes
-
-
-def model_types(mapping: MappingFile, kind: Any) -> list[str]:
-    if not isinstance(kind, str) or not kind or kind in mapping.model_types or not mapping.model_types:
-        return []
-    text = f"decide: the training config says model_type {shown(kind)}, which {mapping.name} is not for."
-    return [*comment(text), *block("source", {"model_types": [kind]})]
+        present = any("present(" in e.text for e in expressions)
+        if variant.default and read and not present and not read & checkpoint.config.keys():
+            keys = list_of(sorted(read))
+            text = f"{name} is the family's default; the config has none of {keys}: {variant.help}."
+            lines += comment(f"decide: {text}")
+    return lines
 
 
 def expect(mapping: MappingFile, plan: Plan) -> list[str]:
@@ -82,3 +81,60 @@ def left_over(near: Nearness) -> list[str]:
             lines += comment("decide: a buffer by its name; is it recomputed by the target's code?", "  ")
             lines.append(f"  - {flow({'source': one.text, 'why': 'recomputed from the configuration'})}")
     return lines
+
+
+def renamed_rules(slot: Slot, stem: str) -> list[dict[str, Any]]:
+    """The slot's rules, changed to read `stem`."""
+    first = slot.sources[0]
+    source = stem if pattern(first).has_param else stem.replace("{param}", first.rpartition(".")[2])
+    return [{"name": rule.name, "source": source} for rule in slot.rules]
+
+
+def overrides(near: Nearness) -> tuple[list[tuple[dict[str, Any], Pairing]], dict[str, Any]]:
+    """Rules with other sources, and whatever else of the family asks for tensors by their old names."""
+    renamed: dict[str, list[str]] = {}
+    rules: list[tuple[dict[str, Any], Pairing]] = []
+    for pairing in near.pairings:
+        changed = renamed_rules(pairing.slot, pairing.stem)
+        rules += [(rule, pairing) for rule in changed]
+        _rename(renamed, pairing.slot, changed[0]["source"])
+    for one, nearest in near.left:  # what a person may yet take
+        for slot, _ in nearest:
+            _rename(renamed, slot, renamed_rules(slot, one.stem)[0]["source"])
+    resolved = plain(near.mapping.resolved)
+    other: dict[str, Any] = {}
+    for key in ("variants", "dims", "config", "training_config"):
+        changed = _rewritten(resolved.get(key) or {}, renamed)
+        if changed:
+            other[key] = changed
+    return rules, other
+
+
+def _rename(renamed: dict[str, list[str]], slot: Slot, new: str) -> None:
+    for source in slot.sources:
+        for old, now in [(source, new)] + [(source.replace("{param}", p), new.replace("{param}", p)) for p in PARAMS]:
+            if now not in renamed.setdefault(old, []):
+                renamed[old].append(now)
+
+
+def _rewritten(value: Any, renamed: Mapping[str, Sequence[str]]) -> Any:
+    """Only what changes when `present('old')` is written with new names; choices and lists as a whole."""
+    if isinstance(value, dict):
+        changed = {key: new for key, item in value.items() if (new := _rewritten(item, renamed)) is not None}
+        if "choices" in changed:
+            changed["choices"] = {**value["choices"], **changed["choices"]}
+        return changed or None
+    if isinstance(value, list):
+        changes = [_rewritten(item, renamed) for item in value]
+        if all(change is None for change in changes):
+            return None
+        return [item if change is None else change for item, change in zip(value, changes, strict=True)]
+    if not isinstance(value, str) or "present(" not in value:
+        return None
+
+    def replaced(found: re.Match[str]) -> str:
+        asked = [f"present({found[1]}{name}{found[1]})" for name in renamed.get(found[2], [found[2]])]
+        return asked[0] if len(asked) == 1 else f"({' or '.join(asked)})"
+
+    new = re.sub(r"present\(\s*(['\"])(.*?)\1\s*\)", replaced, value)
+    return None if new == value else new

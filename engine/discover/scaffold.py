@@ -14,18 +14,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engine.discover.alone import stage_of, stand_alone
-from engine.discover.cuts import known_sizes, read_cuts
-from engine.discover.names import Observed, observe, shapes_by_rank
+from engine.discover.alone import stand_alone
+from engine.discover.names import Observed, observe
 from engine.discover.near import Pairing, Slot, compare_family, drop_contested
-from engine.discover.notes import doubt, expect, left_over, model_types, silent, told
-from engine.discover.renamed import overrides
+from engine.discover.notes import doubt, expect, extends, left_over, overrides, told
 from engine.discover.text import block, comment, flow, list_of, scalar, shown
 from engine.errors import EngineError, EngineErrors
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
-from engine.language.names import pattern
 from engine.language.search import spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
@@ -48,7 +45,6 @@ class Scaffold:
         kind: `release` of a family, `renamed` tensors of a family, or `own` rules for everything.
         parent: the family extended.
         decisions: (line, text) of everything marked `decide:`.
-        patterns: what was found, one entry per pattern, JSON-ready.
         state: what a plan with the draft says: None when it is complete, else code and message.
     """
 
@@ -57,7 +53,6 @@ class Scaffold:
     parent: str | None
     text: str
     decisions: tuple[tuple[int, str], ...]
-    patterns: tuple[Mapping[str, Any], ...]
     state: Mapping[str, str] | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,7 +85,7 @@ def draft(request: Request) -> Scaffold:
             fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
     attempts = [_release(request), _renamed(request, observed), _own(request, observed)]
-    kind, parent, body, readers = next(a for a in attempts if a is not None)
+    kind, parent, body = next(a for a in attempts if a is not None)
     head = [] if request.schema is None else [f"# yaml-language-server: $schema={request.schema}"]
     head += ["mapping: 1", *block("name", request.name), "version: 0.1.0"]
     tail: list[str] = []
@@ -100,11 +95,10 @@ def draft(request: Request) -> Scaffold:
     state, plan = _checked(text, request)
     if kind == "renamed" and plan is not None:
         text = format_mapping("\n".join([text, *expect(plan.mapping, plan)]) + "\n")
-    cuts = _patterns(request, observed, readers)
-    return Scaffold(request.name, kind, parent, text, _decisions(text), cuts, state)
+    return Scaffold(request.name, kind, parent, text, _decisions(text), state)
 
 
-Attempted = tuple[str, str | None, list[str], Mapping[str, str]]  # kind, parent, lines, source → rule
+Attempted = tuple[str, str | None, list[str]]  # kind, parent, lines
 
 
 def _release(request: Request) -> Attempted | None:
@@ -126,15 +120,11 @@ def _release(request: Request) -> Attempted | None:
         told_by = f"engine diff {spelled(reference)} {spelled(others[0])}"
         names = list_of([spelled(one) for one in others])
         body += comment(f"decide: the family. {names} {verb} as well; `{told_by}` tells the difference.")
-    body += block("extends", reference)
-    body += model_types(mapping, kind)
-    for note in silent(mapping, request.checkpoint.config):
-        body += comment(f"decide: {note}")
+    body += extends(reference, mapping, request.checkpoint)
     if question is not None:
         body += comment(f"decide: {question.message}. A run asks for it with --set.")
     body += expect(mapping, plan)
-    readers = {source: rule.name for rule in mapping.rules for source in rule.sources}
-    return "release", reference, body, readers
+    return "release", reference, body
 
 
 def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None:
@@ -149,15 +139,12 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
     best = max(compared, key=lambda near: near.share(), default=None)
     if best is None or best.share() < (0.01 if request.forced else _ENOUGH):
         return None
-    drop_contested(best, [n.mapping for n in compared if n is not best], request.layout, request.checkpoint)
+    drop_contested(best, [other for other in compared if other is not best])
     rules, other = overrides(best)
     body = block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
     share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and likeness."
     body += comment(share)
-    body += block("extends", best.reference)
-    body += model_types(best.mapping, kind)
-    for note in silent(best.mapping, request.checkpoint.config):
-        body += comment(f"decide: {note}")
+    body += extends(best.reference, best.mapping, request.checkpoint)
     for key in ("variants", "dims"):
         if other.get(key):
             body += ["", *comment("These ask for tensors by name: keep them in step with the rules."), f"{key}:"]
@@ -174,9 +161,7 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
     for key in ("config", "training_config"):
         if other.get(key):
             body += ["", f"{key}:", *(line for n, v in other[key].items() for line in block(n, v, "  "))]
-    readers = {source: rule.name for rule in best.mapping.rules for source in rule.sources}
-    readers |= {pairing.stem: pairing.slot.rules[0].name for pairing in best.pairings}
-    return "renamed", best.reference, body, readers
+    return "renamed", best.reference, body
 
 
 def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
@@ -187,7 +172,7 @@ def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
     ]
     body = block("description", f"a draft for a checkpoint of layout {request.layout.name}")
     body += stand_alone(request.checkpoint, request.layout, observed, slots)
-    return "own", None, body, {one.stem: one.stem for one in observed} | {o.text: o.text for o in observed}
+    return "own", None, body
 
 
 def _ordered(request: Request) -> list[tuple[str, MappingFile]]:
@@ -213,31 +198,6 @@ def _plan(request: Request, mapping: MappingFile) -> tuple[Plan | None, EngineEr
         except EngineError:
             continue
     return None, None
-
-
-def _patterns(
-    request: Request, observed: Sequence[Observed], readers: Mapping[str, str]
-) -> tuple[Mapping[str, Any], ...]:
-    """What was found, for `--json`: shapes over ranks, and which storage dimension they cut."""
-    known = known_sizes(request.checkpoint.config)
-    result = []
-    for one in observed:
-        stage = "layers" if one.layered else stage_of(one, request.checkpoint)[0]
-        readings = read_cuts(one, request.checkpoint.grid, known, stage)
-        name = one.stored[0].name
-        rule = next((r for s, r in readers.items() if s in (one.text, one.stem) or pattern(s).match(name)), None)
-        result.append(
-            {
-                "pattern": one.text,
-                "tensors": one.count(),
-                "dtypes": sorted({stored.header.dtype for stored in one.stored}),
-                "shapes": shapes_by_rank(one, request.checkpoint.grid),
-                "readings": [{"axes": list(r.axes), "cut": r.cut} for r in readings.listed],
-                "sure": readings.sure,
-                "rule": rule,
-            }
-        )
-    return tuple(result)
 
 
 def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Plan | None]:

@@ -7,7 +7,6 @@ summand, both, a factor for each row or column, and fewer bits than the referenc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,18 +33,8 @@ def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, in
     Args:
         sizes: sizes of the model by name, whose roots factors are compared with.
     """
-    boxes = list(tiles(out.shape, (out.strides, ref.strides), _TILE))
-    tried = [boxes[i * len(boxes) // _TRIED] for i in range(_TRIED)] if len(boxes) > _TRIED else boxes
-
-    def pairs(chosen: Iterable[Box] = boxes) -> Iterator[Pair]:
-        for box in chosen:
-            shape = tuple(high - low for low, high in box)
-            yield (
-                values_of(tensors.read(out, box), out.dtype).reshape(shape),
-                values_of(tensors.read(ref, box, 1), ref.dtype).reshape(shape),
-            )
-
-    some = [(x.copy(), y.copy()) for x, y in pairs(tried)]
+    boxes, tried = _boxes(out, ref)
+    some = [(x.copy(), y.copy()) for x, y in _pairs(tensors, out, ref, tried)]
     precision = 2.0 ** -min(BITS.get(out.dtype, 50), BITS.get(ref.dtype, 50))
     nearly: Relation | None = None
     for relation, fits in _relations(some, precision, out, ref, sizes):
@@ -53,13 +42,28 @@ def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, in
         if misfits > _STRAY * sum(x.size for x, _ in some):
             continue
         if len(tried) < len(boxes):
-            misfits = _misfits(fits, pairs(), _STRAY * out.elements)
+            misfits = _misfits(fits, _pairs(tensors, out, ref, boxes), _STRAY * out.elements)
         if misfits == 0:
             return relation
         if nearly is None and misfits <= _STRAY * out.elements:
             words = f"{relation.words}, but for {counted(misfits, 'element')}"
             nearly = Relation(relation.kind, words)
     return nearly
+
+
+def _boxes(out: View, ref: View) -> tuple[list[Box], list[Box]]:
+    """The tiles of two arrays of one shape, and some of them, spread over all."""
+    boxes = list(tiles(out.shape, (out.strides, ref.strides), _TILE))
+    return boxes, [boxes[i * len(boxes) // _TRIED] for i in range(_TRIED)] if len(boxes) > _TRIED else boxes
+
+
+def _pairs(tensors: Tensors, out: View, ref: View, boxes: Iterable[Box]) -> Iterator[Pair]:
+    for box in boxes:
+        shape = tuple(high - low for low, high in box)
+        yield (
+            values_of(tensors.read(out, box), out.dtype).reshape(shape),
+            values_of(tensors.read(ref, box, 1), ref.dtype).reshape(shape),
+        )
 
 
 def _misfits(fits: Fits, pairs: Iterable[Pair], most: float = np.inf) -> int:
@@ -115,10 +119,8 @@ def _functions(
     yield Relation("clipped", f"cut off {bounds}"), lambda x, y: bool(np.array_equal(x, np.clip(y, low, high)))
     lost = (x == 0) & (y != 0)
     if lost.mean() > _ZEROS:
-        yield (
-            Relation("changed", f"pruned: {lost.mean():.1%} of the elements are zero, the others as they were"),
-            _pruned,
-        )
+        words = f"pruned: {lost.mean():.1%} of the elements are zero, the others as they were"
+        yield Relation("changed", words), lambda x, y: bool(((x == 0) | (x == y)).all())
     if len(np.unique(y)) < _TELLING:
         return
     for words, function in (*_POWERS.items(), *_bits_read(types)):
@@ -164,10 +166,6 @@ def _viewed(values: np.ndarray, kind: np.dtype[Any], *, swapped: bool = False) -
     return (bits.byteswap() if swapped else bits).view(kind).astype(float)
 
 
-def _pruned(x: np.ndarray, y: np.ndarray) -> bool:
-    return bool(((x == 0) | (x == y)).all())
-
-
 def _rising(x: np.ndarray, y: np.ndarray) -> bool:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return False
@@ -194,14 +192,9 @@ def _constant(value: float, y: np.ndarray) -> Relation:
 
 def closeness(tensors: Tensors, out: View, ref: View) -> float | None:
     """How far apart two arrays are, relative to the reference's size, by some tiles; None for what is no number."""
-    boxes = list(tiles(out.shape, (out.strides, ref.strides), _TILE))
-    edges = [len(boxes) * i // _TRIED for i in range(_TRIED + 1)]
     apart = size = 0.0
-    for low, high in pairwise(edges):
-        for box in boxes[low : min(low + 1, high)]:
-            x = values_of(tensors.read(out, box), out.dtype)
-            y = values_of(tensors.read(ref, box, 1), ref.dtype)
-            apart += float(np.square(x - y).sum())
-            size += float(np.square(y).sum())
+    for x, y in _pairs(tensors, out, ref, _boxes(out, ref)[1]):
+        apart += float(np.square(x - y).sum())
+        size += float(np.square(y).sum())
     found = (apart / size) ** 0.5 if size else float("nan")
     return found if np.isfinite(found) else None

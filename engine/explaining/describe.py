@@ -61,10 +61,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "replicas": {"sets": len(plan.replicas), "tensors": sum(len(r.sources) for r in plan.replicas)},
         "ignored": dict(plan.ignored),
         "unread": dict(plan.noted),
-        "outputs": [
-            {"file": one.name, "tensors": len(one.outputs), "bytes": sum(plan.outputs[i].nbytes for i in one.outputs)}
-            for one in plan.shards
-        ],
+        "outputs": plan.written_files(),
         "bytes": plan.nbytes,
         "tensors": len(plan.outputs),
         "config": dict(plan.config),

@@ -109,10 +109,8 @@ def _check_md5(file: File, sidecar: File, advance: Callable[[int], None]) -> Non
         recorded = _MD5.search(opened.read(4096).lower())
     if recorded is None:
         return
-    total = hashlib.md5(usedforsecurity=False)
     with file.open() as opened:
-        while block := opened.read(_BLOCK):
-            total.update(block)
+        total = hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False))
     wanted = recorded[0].decode()
     if total.hexdigest() != wanted:
         raise _damaged(file, None, f"MD5 {total.hexdigest()}", f"{wanted}, as in {sidecar.name}")

@@ -18,10 +18,10 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.formats.dcp_metadata import DIRECTORY, Directory, Entry, read_dcp_directory
 from engine.formats.headers import FileHeader, Part, TensorHeader
-from engine.formats.rank_files import tensor_header
-from engine.formats.sharded_safetensors import read_boxes
+from engine.formats.rank_files import Pickles, tensor_header
+from engine.formats.safetensors import read_boxes
 from engine.formats.standins import Tensor
-from engine.formats.unpickle import damaged, load_pickle
+from engine.formats.unpickle import big_endian, damaged, load_pickle
 from engine.storage.store import File, OpenFile, Store
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -60,7 +60,7 @@ def read_dcp(
             fix="Copy it from the training run; every file holds other parts of the tensors.",
         )
     by_file = {name: list(entries) for name, entries in groupby(directory.entries, lambda e: e.file)}
-    load = _Pickles()
+    load = Pickles(_KEPT)
     return tuple(_read_file(File(folder, name), by_file.get(name, []), wanted, load, directory) for name in names)
 
 
@@ -70,21 +70,6 @@ def read_dcp_value(folder: Store, name: str) -> Any:
     with folder.open(file) as opened:
         entry = _Small(opened, offset, length, file)
         return load_pickle(entry.pickle(), file)
-
-
-class _Pickles:
-    """Reads each pickle once: boxes of one shape and type have the same."""
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, Any] = {}
-
-    def __call__(self, data: bytes, name: str) -> Any:
-        found = self._known.get(data)
-        if found is None:
-            found = load_pickle(data, name)
-            if len(self._known) < _KEPT:
-                self._known[data] = found
-        return found
 
 
 def _read_file(
@@ -153,13 +138,7 @@ class _Small:
         self._root = roots[0]
         order = self._members.get(self._root + "byteorder")
         if order is not None and self._read(*self._place(order)) != b"little":
-            raise EngineError(
-                "E303",
-                "the file was saved on a big-endian machine",
-                place=Place(name),
-                expected="little",
-                fix="Load and save it once with torch on a little-endian machine.",
-            )
+            raise big_endian(name)
 
     def pickle(self) -> bytes:
         """The pickle, checked against its CRC-32 where there is one."""

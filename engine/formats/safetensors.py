@@ -8,13 +8,14 @@ import math
 import struct
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
+from engine.formats.headers import ITEM_SIZES, FileHeader, Part, TensorHeader, dense_strides
+from engine.formats.unpickle import damaged
 from engine.storage.json_text import parse_json
-from engine.storage.store import File
+from engine.storage.store import File, Store
 
 _MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
@@ -131,7 +132,7 @@ def read_safetensors(where: File) -> FileHeader:
 def read_safetensors_metadata(where: File) -> tuple[FileHeader, Mapping[str, str]]:
     """The same with the file's `__metadata__`."""
 
-    def damaged(what: str, tensor: str | None = None) -> EngineError:
+    def wrong(what: str, tensor: str | None = None) -> EngineError:
         return EngineError(
             "E301",
             f"a safetensors file is damaged: {what}",
@@ -144,39 +145,103 @@ def read_safetensors_metadata(where: File) -> tuple[FileHeader, Mapping[str, str
         size = state.size
         start = file.read(8)
         if len(start) < 8:
-            raise damaged("shorter than 8 bytes")
+            raise wrong("shorter than 8 bytes")
         (length,) = struct.unpack("<Q", start)
         if length > _MAX_HEADER or 8 + length > size:
-            raise damaged(f"its header claims {length} bytes of {size}")
+            raise wrong(f"its header claims {length} bytes of {size}")
         text = file.read(length)
     try:
         entries = parse_json(text)
     except ValueError as error:
-        raise damaged(f"its header is not JSON: {error}") from None
+        raise wrong(f"its header is not JSON: {error}") from None
     if not isinstance(entries, dict):
-        raise damaged("its header is not an object")
+        raise wrong("its header is not an object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise damaged("its metadata is not text")
+        raise wrong("its metadata is not text")
     tensors: list[tuple[int, int, TensorHeader]] = []
     for name, entry in entries.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             integers = isinstance(entry["shape"], list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
-            raise damaged("an entry lacks dtype, shape or data_offsets", name) from None
+            raise wrong("an entry lacks dtype, shape or data_offsets", name) from None
         if not integers or not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-            raise damaged(f"dtype {dtype}, shape {list(shape)}"[:200], name)
+            raise wrong(f"dtype {dtype}, shape {list(shape)}"[:200], name)
         wanted = math.prod(shape) * ITEM_SIZES[dtype]
         if end - begin != wanted:
-            raise damaged(f"{end - begin} bytes for {list(shape)} of {dtype}, which needs {wanted}", name)
+            raise wrong(f"{end - begin} bytes for {list(shape)} of {dtype}, which needs {wanted}", name)
         tensors.append((begin, end, TensorHeader(name, dtype, shape, dense_strides(shape), 8 + length + begin)))
     position = 0
     for begin, end, header in sorted(tensors, key=lambda t: t[:2]):
         if begin != position:
-            raise damaged(f"its data starts at {begin}, the one before ends at {position}", header.name)
+            raise wrong(f"its data starts at {begin}, the one before ends at {position}", header.name)
         position = end
     if 8 + length + position != size:
-        raise damaged(f"{size} bytes, its header describes {8 + length + position}")
+        raise wrong(f"{size} bytes, its header describes {8 + length + position}")
     identity = hashlib.sha256(start + text).hexdigest()
     return FileHeader(where, size, tuple(h for _, _, h in tensors), identity, state=state), metadata
+
+
+# Files of tensors' boxes, as torch's Hugging Face writer saves them, one or more for each rank. This tells for each
+# tensor where it begins in the whole. The shape of the whole stands nowhere: it is where the last box ends. Boxes that
+# are missing in the middle leave a gap, those at the end cannot be seen.
+_INFO = "DCP_SHARDING_INFO"
+
+
+def read_boxes(where: File) -> FileHeader:
+    """Index a file; each tensor's part has where it begins, and an end as if it were the last.
+
+    Raises:
+        EngineError: E301 damaged, or with a record of boxes that does not fit its tensors, E303 without one, E305.
+    """
+    header, metadata = read_safetensors_metadata(where)
+    if _INFO not in metadata:
+        raise EngineError(
+            "E303",
+            "a safetensors file does not say which parts of tensors it holds",
+            place=Place(where.name),
+            got=", ".join(metadata) or "no metadata",
+            expected=_INFO,
+            fix="A file of whole tensors is no shard. Is it a Hugging Face checkpoint?",
+        )
+    try:
+        info = parse_json(metadata[_INFO].encode())
+    except ValueError as error:
+        raise damaged(where.name, f"{_INFO} is not JSON: {error}"[:200]) from None
+    if not isinstance(info, dict) or set(info) != {t.name for t in header.tensors}:
+        raise damaged(where.name, f"{_INFO} is not of the tensors that the file holds")
+    tensors = []
+    for tensor in header.tensors:
+        one = info[tensor.name]
+        starts = one.get("saved_offsets") if isinstance(one, dict) else None
+        if (
+            not isinstance(starts, list)
+            or len(starts) != len(tensor.shape)
+            or not all(type(at) is int and 0 <= at < 1 << 62 for at in starts)
+        ):
+            raise damaged(where.name, f"saved_offsets {starts!r}"[:200], tensor.name)
+        whole = tuple(at + size for at, size in zip(starts, tensor.shape, strict=True))
+        tensors.append(replace(tensor, part=Part(tuple(starts), whole)))
+    return replace(header, tensors=tuple(tensors))
+
+
+def read_sharded_safetensors(folder: Store, names: Sequence[str]) -> tuple[FileHeader, ...]:
+    """Index the files of a checkpoint; the shape of each whole is where the last of its boxes ends."""
+    headers = [read_boxes(File(folder, name)) for name in names]
+    wholes: dict[str, tuple[int, ...]] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            known = wholes.get(tensor.name, tensor.whole)
+            if len(known) != len(tensor.whole):
+                raise damaged(header.name, f"{len(tensor.whole)} dimensions, elsewhere {len(known)}", tensor.name)
+            wholes[tensor.name] = tuple(map(max, known, tensor.whole))
+    return tuple(
+        replace(
+            header,
+            tensors=tuple(
+                replace(t, part=Part(t.part.starts, wholes[t.name])) for t in header.tensors if t.part is not None
+            ),
+        )
+        for header in headers
+    )

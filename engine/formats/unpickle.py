@@ -32,7 +32,6 @@ from engine.formats.standins import (
 )
 
 MAX_PICKLE = 64 << 20  # bytes; a state dict of a hundred thousand tensors takes half of it
-
 # What the machine raises on bytes that are not a pickle of the kinds above.
 _MALFORMED = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, OverflowError, LookupError,
@@ -301,4 +300,16 @@ def damaged(name: str, what: str, tensor: str | None = None, *, expected: str | 
         got=what,
         expected=expected,
         fix="Copy the file again from the training run.",
+    )
+
+
+def big_endian(name: str, order: bytes = b"big") -> EngineError:
+    """E303, of a file whose numbers have their bytes in the other order."""
+    return EngineError(
+        "E303",
+        "the file was saved on a big-endian machine",
+        place=Place(name),
+        got=repr(order),
+        expected="little",
+        fix="Load and save it once with torch on a little-endian machine.",
     )

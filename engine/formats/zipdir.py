@@ -6,9 +6,11 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError
+from engine.formats.unpickle import damaged as file_damaged
 from engine.storage.store import OpenFile
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -24,17 +26,7 @@ def read_directory(file: OpenFile, name: str, size: int) -> tuple[dict[str, tupl
     Members must be stored uncompressed, lie inside the file, not overlap, and be named once. Those
     that describe the tensors, and are not payload, must have the bytes that were saved.
     """
-
-    def damaged(what: str) -> EngineError:
-        return EngineError(
-            "E301",
-            "a checkpoint file is damaged or truncated",
-            place=Place(name),
-            got=what,
-            expected="a zip as torch.save writes it",
-            fix="Copy the file again from the training run.",
-        )
-
+    damaged = partial(file_damaged, name, expected="a zip as torch.save writes it")
     try:
         archive = zipfile.ZipFile(file)
         infos = archive.infolist()

@@ -48,15 +48,13 @@ class Refused(Exception):
 class Compiled:
     """An expression that passed the allow-list, with the names it reads.
 
-    `names` are root names, `paths` whole dotted paths, `patterns` what `present` asks for,
-    `defaulted` the root names whose absence the expression handles.
+    `names` are root names, `paths` whole dotted paths, `patterns` what `present` asks for.
     """
 
     tree: nodes.Expr
     names: frozenset[str]
     paths: frozenset[str]
     patterns: tuple[str, ...]
-    defaulted: frozenset[str]
     calls: frozenset[str]
 
     def every(self, kind: type[_N]) -> list[_N]:
@@ -127,7 +125,6 @@ def _check(text: str) -> Compiled:
     names: set[str] = set()
     paths: set[str] = set()
     patterns: list[str] = []
-    defaulted: set[str] = set()
     calls: set[str] = set()
     stack: list[tuple[nodes.Node, int, bool]] = [(tree, 1, False)]
     while stack:
@@ -142,26 +139,19 @@ def _check(text: str) -> Compiled:
                 names.add(node.name)
             elif node.name != "omit":
                 raise Refused(f"`{node.name}` is a function", f"Write {node.name}(...).")
-        path = _path(node)
-        if path is not None and path[0] not in BUILTIN:
-            paths.add(".".join(path))
-        handled = _handled(node)
-        if handled is not None:
-            defaulted.add(handled)
-        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == "present":
-            if (
-                len(node.args) != 1
-                or not isinstance(node.args[0], nodes.Const)
-                or not isinstance(node.args[0].value, str)
-            ):
-                raise Refused(
-                    "`present` takes one quoted name pattern", "Write it like present('layers.{layer}.norm.weight')."
-                )
-            patterns.append(node.args[0].value)
+        path = dotted(node)
+        if path and path.split(".")[0] not in BUILTIN:
+            paths.add(path)
+        match node:
+            case nodes.Call(node=nodes.Name(name="present"), args=[nodes.Const(value=str(asked))]):
+                patterns.append(asked)
+            case nodes.Call(node=nodes.Name(name="present")):
+                told = "Write it like present('layers.{layer}.norm.weight')."
+                raise Refused("`present` takes one quoted name pattern", told)
         callee = node.node if isinstance(node, nodes.Call) else None
         stack.extend((child, depth + 1, child is callee) for child in node.iter_child_nodes())
     whole = frozenset(p for p in paths if not any(o.startswith(p + ".") for o in paths))
-    return Compiled(tree, frozenset(names), whole, tuple(patterns), frozenset(defaulted), frozenset(calls))
+    return Compiled(tree, frozenset(names), whole, tuple(patterns), frozenset(calls))
 
 
 def _allow(node: nodes.Node) -> None:
@@ -211,22 +201,9 @@ def _is_default(node: nodes.Filter | nodes.Call) -> bool:
     return isinstance(node.node, nodes.Name) and node.node.name == "default"
 
 
-def _path(node: nodes.Node | None) -> tuple[str, ...] | None:
-    """The dotted path that a name or a chain of attributes reads, root first."""
-    if isinstance(node, nodes.Name):
-        return (node.name,)
+def dotted(node: nodes.Node) -> str:
+    """A name and what is asked of it, `options.size`; empty for anything else."""
     if isinstance(node, nodes.Getattr):
-        below = _path(node.node)
-        return None if below is None else (*below, node.attr)
-    return None
-
-
-def _handled(node: nodes.Node) -> str | None:
-    """The root name whose absence this node handles, if it does."""
-    inner: nodes.Node | None = None
-    if isinstance(node, nodes.Filter | nodes.Call) and _is_default(node):
-        inner = node.node if isinstance(node, nodes.Filter) else node.args[0]
-    elif isinstance(node, nodes.Test) and node.name in ("defined", "undefined"):
-        inner = node.node
-    path = _path(inner)
-    return None if path is None else path[0]
+        above = dotted(node.node)
+        return f"{above}.{node.attr}" if above else ""
+    return node.name if isinstance(node, nodes.Name) else ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import Place
 
 KeyPath = tuple[str | int, ...]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,14 @@ def tree_of(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return found
 
 
+def changed(before: Mapping[K, Any], after: Mapping[K, Any], missing: Any = None) -> Iterator[tuple[K, Any, Any]]:
+    """The keys under which two mappings have something else, with what each has."""
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key, missing), after.get(key, missing)
+        if old != new:
+            yield key, old, new
+
+
 def plain(data: Any) -> Any:
     """Mappings and sequences of any kind as dicts and lists, as JSON can hold them."""
     if isinstance(data, Mapping):
@@ -89,3 +98,18 @@ def plain(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [plain(value) for value in data]
     return data
+
+
+def text_of(value: Any) -> str:
+    """A value as a mapping file writes it, on one line.
+
+    >>> text_of({"rotary": ["pairs", "halves"]}), text_of(True), text_of("vocab hidden")
+    ('{rotary: [pairs, halves]}', 'true', 'vocab hidden')
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {text_of(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(text_of, value)) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -7,7 +7,7 @@ A placeholder stands for an integer (decimal, no leading zeros, or padded as in 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -65,6 +65,11 @@ class Pattern:
         return pattern(self.text.replace("{param}", param)) if self.has_param else self
 
 
+def spelled_out(names: Iterable[str]) -> set[str]:
+    """Name patterns with `{param}` written out."""
+    return {name.replace("{param}", param) for name in names for param in PARAMS}
+
+
 def check_file_name(text: str, place: Place, *, folders: bool = False) -> None:
     """E104 unless a file of this name, or names of this pattern, can only lie in the folder itself.
 
@@ -110,20 +115,21 @@ def pattern(text: str, place: Place | None = None) -> Pattern:
     parts: list[str] = []
     placeholders: list[str] = []
     has_param = False
-    end = 0
-    for found in _PLACEHOLDER.finditer(text):
-        literal = text[end : found.start()]
-        if "{" in literal or "}" in literal:
-            raise fail("a brace is not closed")
-        if end and not literal:
-            raise fail("two placeholders touch, so names could be read in two ways")
-        inside = _INSIDE.match(found[1])
+    pieces = _PLACEHOLDER.split(text)  # a literal, and after each placeholder another
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
+            if "{" in piece or "}" in piece:
+                raise fail("a brace is not closed")
+            if not piece and 0 < index < len(pieces) - 1:
+                raise fail("two placeholders touch, so names could be read in two ways")
+            parts.append(re.escape(piece))
+            continue
+        inside = _INSIDE.match(piece)
         if inside is None:
-            raise fail(f"`{{{found[1]}}}` is not a placeholder")
+            raise fail(f"`{{{piece}}}` is not a placeholder")
         name, width = inside[1], inside[2]
         if name in placeholders or (name == "param" and has_param):
             raise fail(f"`{{{name}}}` occurs twice")
-        parts.append(re.escape(literal))
         if name == "param":
             has_param = True
             parts.append("(?P<param>weight|bias)")
@@ -131,9 +137,4 @@ def pattern(text: str, place: Place | None = None) -> Pattern:
             placeholders.append(name)
             digits = f"[0-9]{{{width}}}|[1-9][0-9]{{{width},17}}" if width else "0|[1-9][0-9]{0,17}"
             parts.append(f"(?P<{name}>{digits})")
-        end = found.end()
-    literal = text[end:]
-    if "{" in literal or "}" in literal:
-        raise fail("a brace is not closed")
-    parts.append(re.escape(literal))
     return Pattern(text, tuple(placeholders), has_param, re.compile("".join(parts)))

@@ -144,16 +144,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.getitem(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        key = argument
         if isinstance(obj, Undefined):
-            return _Missing(name=f"{obj._undefined_name}.{key}")
+            return _Missing(name=f"{obj._undefined_name}.{argument}")
         if isinstance(obj, Mapping):
-            return obj[key] if key in obj else _Missing(name=str(key))
-        if isinstance(obj, list | tuple | str) and isinstance(key, int):
-            return obj[key] if -len(obj) <= key < len(obj) else _Missing(name=f"[{key}]")
+            return obj[argument] if argument in obj else _Missing(name=str(argument))
+        if isinstance(obj, list | tuple | str) and isinstance(argument, int):
+            return obj[argument] if -len(obj) <= argument < len(obj) else _Missing(name=f"[{argument}]")
         if obj is None:
-            return _Missing(name=str(key))
-        raise SecurityError(f"`.{key}` of {kind_of(obj)}: only keys of mappings can be read")
+            return _Missing(name=str(argument))
+        raise SecurityError(f"`.{argument}` of {kind_of(obj)}: only keys of mappings can be read")
 
     def is_safe_callable(self, obj: Any) -> bool:
         return True  # only names of the allow-list can be called, and they are ours

@@ -19,6 +19,7 @@ _TYPES = {
 
 
 # Parts of a mapping whose entries have names, and what one is called.
+_LIKE = 20  # keys for which a known one of like spelling is sought; no more are told
 _NAMED = {"rules": "rule", "options": "option", "variants": "variant"}
 # What people write for types of `keys`.
 _PYTHON = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "dict": "mapping", "array": "list",
@@ -128,7 +129,11 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
     place: Place = document.place(*path)
     if error.validator == "additionalProperties":
         known = list(error.schema.get("properties", {}))
-        return [_extra(key, known, where, document.place(*path, key)) for key in error.instance if key not in known]
+        extra = [key for key in error.instance if key not in known]
+        return [
+            _extra(key, known, where, document.place(*path, key), like=number < _LIKE)
+            for number, key in enumerate(extra)
+        ]
     elif error.validator == "required":
         missing = _missing(error)
         message, expected = f"the key `{missing}` is missing in {where}", f"{missing}: …"
@@ -176,14 +181,14 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
     return [EngineError("E102", message, place=place, got=got, expected=expected, fix=fix)]
 
 
-def _extra(key: Any, known: list[str], where: str, place: Place) -> EngineError:
+def _extra(key: Any, known: list[str], where: str, place: Place, *, like: bool) -> EngineError:
     return EngineError(
         "E102",
         f"there is no key `{key}` in {where}",
         place=place,
         got=str(key),
         expected="one of " + ", ".join(known),
-        fix=meant(str(key), known, "Remove it, or correct its name."),
+        fix=meant(str(key), known if like else (), "Remove it, or correct its name."),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
@@ -20,7 +20,7 @@ class FloatTensors:
         self._headers = files
         self._files = SourceFiles(files)
 
-    def __enter__(self) -> FloatTensors:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *details: object) -> None:

@@ -6,9 +6,9 @@ Another framework is a module here that offers what `Forward` lists, and a line 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.checkpoint.folder import list_folder
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FORWARDS = {"internevo": "engine.oracle.internevo"}
 
 
-class Forward(Protocol):
+class Forward(AbstractContextManager["Forward", None], Protocol):
     """The layers of a training checkpoint as functions, in float32. Leaving the context closes its files.
 
     Attributes:
@@ -45,12 +45,6 @@ class Forward(Protocol):
 
     @property
     def numbers(self) -> Mapping[str, Any]: ...  # what config.json must say, by its keys, dotted where they are nested
-
-    def __enter__(self) -> Forward: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
     def vocab(self) -> int:
         """Rows of the embedding."""

@@ -64,8 +64,8 @@ class _File:
     tensors: Mapping[tuple[int, int, str], Stored]  # (chunk, layer, rest of the key)
 
 
-class Shards:
-    """The rank files of a step folder. Used as a context: leaving it closes the files.
+class Shards(FloatTensors):
+    """The rank files of a step folder.
 
     Attributes:
         config: the model's settings, as training was given them.
@@ -91,7 +91,7 @@ class Shards:
         self.training = read_folder_config(LocalStore(folder), "config_file.pt", "python_source", required=False)
         headers = read_headers(LocalStore(folder), [name for name, _ in ranked])
         check_identities([_claim(found, header) for (_, found), header in zip(ranked, headers, strict=True)])
-        self._tensors = FloatTensors(headers)
+        super().__init__(headers)
         self._stages: dict[int, list[_File]] = {}
         self.block = "blocks"
         self.dtypes = frozenset(tensor.dtype for header in headers for tensor in header.tensors)
@@ -111,12 +111,6 @@ class Shards:
         _check_complete(self._stages, [name for name, _ in ranked], folder)
         self.by_rows = ranked[0][1]["wp"] is not None  # isp: linears are cut on storage rows over wp
         self.spots = self._order()
-
-    def __enter__(self) -> Shards:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._tensors.__exit__(*details)
 
     def _order(self) -> list[Spot]:
         """Layers first to last: chunk by chunk, pipeline ranks in turn, in ZBV every second chunk turned round."""
@@ -181,7 +175,7 @@ class Shards:
         """Rows low..high of a part, as far as it has them."""
         import torch
 
-        found = [self._tensors.read(number, header, max(low - first, 0), max(high - first, 0))
+        found = [self.read(number, header, max(low - first, 0), max(high - first, 0))
                  for (number, header), first in zip(part.pieces, part.lows, strict=True)]  # fmt: skip
         return torch.cat(found) if len(found) > 1 else found[0]
 

@@ -18,8 +18,8 @@ from engine.oracle.load_model import auto_class
 from engine.storage.local import LocalStore
 
 
-class StreamedModel:
-    """A decoder of transformers in float32, streamed from its files. Used as a context.
+class StreamedModel(FloatTensors):
+    """A decoder of transformers in float32, streamed from its files.
 
     Attributes:
         model: the model; its modules may be hooked.
@@ -31,7 +31,7 @@ class StreamedModel:
         from transformers import AutoConfig
 
         headers = read_hf_folder(LocalStore(folder))
-        self._tensors = FloatTensors(headers)
+        super().__init__(headers)
         self._found = {tensor.name: (i, tensor) for i, file in enumerate(headers) for tensor in file.tensors}
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -43,12 +43,6 @@ class StreamedModel:
                     setattr(parent, name, type(child)(config=self.model.config))
         self.problems = tuple(self._stream())
         self.dtypes = frozenset(header.dtype for _, header in self._found.values())
-
-    def __enter__(self) -> StreamedModel:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._tensors.__exit__(*details)
 
     def _stream(self) -> list[str]:
         """Hook every module that has parameters of its own; says what is missing or misshapen."""
@@ -77,7 +71,7 @@ class StreamedModel:
 
         def load(module: Any, _: Any) -> None:
             for name, place in stored.items():
-                module._parameters[name] = parameter(self._tensors.read(*place), requires_grad=False)
+                module._parameters[name] = parameter(self.read(*place), requires_grad=False)
 
         def drop(module: Any, *_: Any) -> None:
             module._parameters.update(empty)
@@ -89,7 +83,7 @@ class StreamedModel:
         """Rows low..high of a module's weight; None for a module that has none."""
         name = next((path for path, one in self.model.named_modules() if one is module), None)
         found = self._found.get(f"{name}.weight")
-        return None if found is None else self._tensors.read(*found, low, high)
+        return None if found is None else self.read(*found, low, high)
 
     def parts(self) -> Sequence[Any] | None:
         """Embedding, layers, last norm and head, if it is built as Llama is; else None."""

@@ -180,6 +180,7 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
     held = set(names)
     first = next(iter(wanted.shapes))
     lacking: dict[str, str] = {}
+    fitting: list[tuple[str, str]] = []
     for own in ("", _first(first)):
         ending = first.removeprefix(own)
         candidates = {name[: -len(ending)] for name in held if name.endswith(ending)}
@@ -199,8 +200,9 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
                 expected="one",
                 fix="Such as an average beside the model itself: save the one that you want by itself.",
             )
-        if whole:
-            return whole[0], own
+        fitting += [(prefix, own) for prefix in whole]
+    if fitting:  # several where a tied head is all that would tell
+        return max(fitting, key=lambda one: sum(one[0] + name.removeprefix(one[1]) in held for name in wanted.tied))
     best = max(lacking, key=lambda p: list(wanted.shapes).index(lacking[p]), default="")
     raise EngineError(
         "E207",

@@ -11,7 +11,7 @@ from engine.checkpoint.ranks import counts_of, expected_files, points, stage_dim
 from engine.errors import EngineError
 from engine.language.axes import extent
 from engine.language.expressions import evaluate
-from engine.language.model import FilePattern, Layout, MappingFile, Mode
+from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import pattern
 from engine.language.rules import STORED
 from engine.planning.groups import cut_of
@@ -159,29 +159,6 @@ def asked(ranks: Mapping[str, int]) -> str:
 def flag(dim: str) -> str:
     """What stands before a number of ranks on the command line."""
     return f"--{dim} " if dim in RANK_OPTIONS else f"--ranks {dim}="
-
-
-def destination_names(
-    layout: Layout,
-    mapping: MappingFile,
-    mode: str,
-    sizes: Mapping[str, int],
-    chunks: int,
-    layers: int,
-    training: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What layout expressions and `training_config` see of a destination.
-
-    Every rank dimension that any mode of the layout has is there, as 1 where this mode lacks it.
-    """
-    names: dict[str, Any] = dict(counts_of(layout, sizes))
-    kind = training.get("model_type")
-    if kind is None and mapping.model_types:
-        kind = mapping.model_types[0]  # as of historical names, the first is the one written
-    if kind is not None:
-        names["model_type"] = kind
-    return {**names, "mode": mode, "chunks": chunks, "layers": layers, "options": options, "training": training}
 
 
 def check_cuts(

@@ -13,7 +13,7 @@ from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.model import Layout, MappingFile, Mode
 from engine.language.names import Pattern
-from engine.planning.destination import Destination, cut_layers, destination_names, mode_of, ranks_of
+from engine.planning.destination import Destination, cut_layers, mode_of, ranks_of
 from engine.planning.request import Request
 from engine.planning.source import Source
 from engine.planning.stages import Stages
@@ -91,7 +91,10 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
     if chunks < 1:
         raise EngineError("E001", "there must be at least one chunk", got=str(chunks), expected="1 or more")
     options = {name: option_value(o, asked.settings.get(name, o.default)) for name, o in layout.options.items()}
-    names = destination_names(layout, mapping, mode.name, sizes, chunks, layers, like.training, options)
+    names: dict[str, Any] = {**counts_of(layout, sizes), "mode": mode.name, "chunks": chunks, "layers": layers}
+    names |= {"options": options, "training": like.training}
+    kind = like.training.get("model_type") or next(iter(mapping.model_types), None)  # of historical ones the first
+    names |= {} if kind is None else {"model_type": kind}
     given = {name: value for name, value in asked.settings.items() if name in layout.layers.variants}
     names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
     stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)

@@ -123,6 +123,11 @@ class Work:
     def nbytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
 
+    def written_files(self) -> list[dict[str, Any]]:
+        """What each file that is written holds, as data."""
+        held = [(one, sum(self.outputs[i].nbytes for i in one.outputs)) for one in self.shards]
+        return [{"file": one.name, "tensors": len(one.outputs), "bytes": nbytes} for one, nbytes in held]
+
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Plan(Work):

@@ -37,8 +37,6 @@ class Pieces:
     """Which target each source piece goes to; proved one to one by `match_pieces`."""
 
     targets: Mapping[str, TargetSpec]
-    owners: Mapping[Key, Instance]
-    dropped: Mapping[tuple[str, frozenset[str]], str]
     by_source: Mapping[tuple[str, frozenset[str]], Key]
 
 
@@ -68,14 +66,11 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
     keys_of = {name: spec.piece_keys() for name, spec in targets.items()}
     owners: dict[Key, Instance] = {}
     by_source: dict[tuple[str, frozenset[str]], Key] = {}
-    dropped: dict[tuple[str, frozenset[str]], str] = {}
     for instance in active:
         wanted = {key for name, _ in instance.targets for key in keys_of[name.text]}
         for piece in source_pieces(instance):
-            reason = next((why for axis, why in instance.rule.drop.items() if axis in piece), None)
             keys = [key for key in wanted if key[1] == piece]
-            if reason is not None and not keys:
-                dropped[instance.key, piece] = reason
+            if not keys and not piece.isdisjoint(instance.rule.drop):
                 continue
             if len(keys) != 1:
                 told = "no target" if not keys else f"{len(keys)} targets"
@@ -94,7 +89,7 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
             if key not in owners:
                 told = f"target piece {_braces(key[1])} of `{text}` has no source"
                 raise _piece_error(targets[text].instances[0], told)
-    return Pieces(targets, owners, dropped, by_source)
+    return Pieces(targets, by_source)
 
 
 def _piece_error(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 
 from engine.checkpoint.ranks import RankFile
@@ -20,6 +20,8 @@ Order = tuple[int, ...]
 _Holder = tuple[
     Mapping[str, int], tuple[int, ...], tuple[int, ...], tuple[int, ...], Part | None
 ]  # ranks, cut, shape …
+_Share = tuple[tuple[int, ...], tuple[int, ...], Part | None]  # where in its group, shape, recorded box
+_Shares = Callable[[Mapping[str, int]], _Share | None]  # of a tensor, by ranks; None where they hold nothing of it
 Held = tuple[Order, Stored, Group, int]  # where it stands in its file, a tensor, its group and its shard's position
 
 
@@ -62,10 +64,9 @@ class RankGroups:
     def _add(self, position: int, instance: Instance, file: FilePattern) -> None:
         layout = self._destination.layout
         cut = cut_of(instance, file, layout)
-        boxes = _Boxes(instance, file, self._destination, self._sizes) if file.boxes else None
+        share = (_boxes if file.boxes else _shards)(instance, file, cut, self._destination, self._sizes)
         names = instance.axis_names()
         spelling = self._spellings.get(instance.key, instance.sources[0])
-        shape = _Shapes(instance, cut, self._destination, self._sizes)
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
         holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is bound to
         named = [p for p in pattern(file.name).placeholders if p in names or p == "number"]  # besides ranks
@@ -76,7 +77,7 @@ class RankGroups:
             key = self._destination.prefix(chunk) + spelling.format(local)
             bound = tuple(home.items())
             if bound not in holding:
-                holding[bound] = [*self._holders(file, cut, home, boxes or shape)]
+                holding[bound] = [*self._holders(file, cut, home, share)]
             shards: dict[tuple[int, ...], list[Stored]] = {}
             given = {**fixed, "number": self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)}
             which = (bound, *[given[p] for p in named])
@@ -94,25 +95,15 @@ class RankGroups:
                 for one in copies:
                     self.held[one.file].append((order, one, group, place))
 
-    def _holders(
-        self, file: FilePattern, cut: Cut, home: Mapping[str, int], shape: _Boxes | _Shapes
-    ) -> Iterator[_Holder]:
+    def _holders(self, file: FilePattern, cut: Cut, home: Mapping[str, int], share: _Shares) -> Iterator[_Holder]:
         """The ranks that hold a tensor that is bound to some, and what each holds of it."""
         lone = self._destination.layout.lone_rank if cut.lone else {}
-        dims = cut.rank_dims()
         for ranks in self._ranks[file.name]:
             if any(ranks.get(dim, rank) != rank for wanted in (home, lone) for dim, rank in wanted.items()):
                 continue
-            at, part = tuple(ranks[dim] for dim in dims), None
-            if isinstance(shape, _Boxes):
-                found = shape(ranks)
-                if found is None:
-                    continue
-                part, local = found
-                at = part.starts
-            else:
-                local = shape(at)
-            yield ranks, at, local, dense_strides(local), part
+            if (found := share(ranks)) is not None:
+                at, shape, part = found
+                yield ranks, at, shape, dense_strides(shape), part
 
     def _home(self, instance: Instance, fixed: Mapping[str, int]) -> tuple[int, dict[str, int], dict[str, int]]:
         """The chunk of a tensor, the ranks that it is bound to, and the numbers in its name there."""
@@ -167,42 +158,40 @@ class RankGroups:
         return result
 
 
-class _Boxes:
-    """The box of a tensor that each rank of a mesh stores: replicas once, by the first rank that holds one."""
+def _boxes(
+    instance: Instance, file: FilePattern, cut: Cut, destination: Destination, sizes: Mapping[str, int]
+) -> _Shares:
+    """Shares of a mesh, by torch's rule of chunks: replicas once, by the first rank that holds one."""
+    whole = tuple(extent(dim, sizes) for dim in instance.axes.dims)
 
-    def __init__(
-        self, instance: Instance, file: FilePattern, destination: Destination, sizes: Mapping[str, int]
-    ) -> None:
-        self._whole = tuple(extent(dim, sizes) for dim in instance.axes.dims)
-        self._mesh, self._counts = file.mesh, destination.sizes
-
-    def __call__(self, ranks: Mapping[str, int]) -> tuple[Part, tuple[int, ...]] | None:
-        """Where the box lies and its shape, by torch's rule of chunks; None for a rank that stores nothing."""
-        starts, shape = [0] * len(self._whole), list(self._whole)
-        for dim, at in self._mesh.items():
+    def share(ranks: Mapping[str, int]) -> _Share | None:
+        starts, shape = [0] * len(whole), list(whole)
+        for dim, at in file.mesh.items():
             if at >= len(shape):
                 if ranks[dim]:
                     return None
                 continue
-            step = -(-self._whole[at] // self._counts[dim])
-            low, high = min(ranks[dim] * step, self._whole[at]), min((ranks[dim] + 1) * step, self._whole[at])
+            step = -(-whole[at] // destination.sizes[dim])
+            low, high = min(ranks[dim] * step, whole[at]), min((ranks[dim] + 1) * step, whole[at])
             starts[at], shape[at] = low, high - low
-        return None if 0 in shape else (Part(tuple(starts), self._whole), tuple(shape))
+        return None if 0 in shape else (tuple(starts), tuple(shape), Part(tuple(starts), whole))
+
+    return share
 
 
-class _Shapes:
-    """Shapes of a tensor's shards, by rank coordinates along its cut."""
+def _shards(
+    instance: Instance, file: FilePattern, cut: Cut, destination: Destination, sizes: Mapping[str, int]
+) -> _Shares:
+    """Shares by rank coordinates along a cut."""
+    dims, extra = instance.axes.dims, destination.layout.uneven
+    parts = {axis: shares(sizes[axis], destination.sizes.get(dim, 1), extra) for dim, axis in cut.dims}
+    rows = [] if cut.rows is None else shares(extent(dims[cut.at], sizes), destination.sizes.get(cut.rows, 1), extra)
 
-    def __init__(self, instance: Instance, cut: Cut, destination: Destination, sizes: Mapping[str, int]) -> None:
-        self._axes, self._cut, self._sizes = instance.axes, cut, sizes
-        extra = destination.layout.uneven
-        self._shares = {axis: shares(sizes[axis], destination.sizes.get(dim, 1), extra) for dim, axis in cut.dims}
-        self._rows: list[int] = []
+    def share(ranks: Mapping[str, int]) -> _Share:
+        local = {**sizes, **{axis: parts[axis][ranks[dim]] for dim, axis in cut.dims}}
+        shape = [extent(dim, local) for dim in dims]
         if cut.rows is not None:
-            self._rows = shares(extent(self._axes.dims[cut.at], sizes), destination.sizes.get(cut.rows, 1), extra)
+            shape[cut.at] = rows[ranks[cut.rows]]
+        return tuple(ranks[dim] for dim in cut.rank_dims()), tuple(shape), None
 
-    def __call__(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        local = {axis: self._shares[axis][ranks[i]] for i, (_, axis) in enumerate(self._cut.dims)}
-        shape = tuple(extent(dim, {**self._sizes, **local}) for dim in self._axes.dims)
-        at = self._cut.at
-        return (*shape[:at], self._rows[ranks[0]], *shape[at + 1 :]) if self._rows else shape
+    return share

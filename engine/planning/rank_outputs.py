@@ -20,7 +20,6 @@ from engine.planning.attempts import claims
 from engine.planning.config_keys import declared, shown
 from engine.planning.destination import Destination
 from engine.planning.facts import present_in, render_known
-from engine.planning.groups import Group
 from engine.planning.likeness import Like, destination_of, spellings_of
 from engine.planning.model import Output, OutputFile
 from engine.planning.rank_groups import RankGroups
@@ -28,7 +27,6 @@ from engine.planning.request import Request
 from engine.planning.sides import training_keys
 from engine.planning.sizes import check_known
 from engine.planning.source import Source
-from engine.planning.stored import Stored
 from engine.planning.variants import decide
 from engine.planning.written import Wanted, Written, configuration, fill, main_dtype
 
@@ -48,7 +46,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     destination = destination_of(mapping, layout, asked, like, sizes.get("layer", 0))
     invented = RankGroups(destination, source.used, sizes, spellings_of(source.used, like))
     listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
-    wanted = [_wanted(one, group, position) for one, group, position in listed]
+    wanted = [Wanted(group, position, one, group.instance.rule.name) for one, group, position in listed]
     outputs, copies = fill(wanted, invented.groups, training_keys(source.used, source.pieces), source, asked.dtype)
     members: list[list[int]] = [[] for _ in invented.files]
     for index, ((one, _, _), output) in enumerate(zip(listed, outputs, strict=True)):
@@ -56,7 +54,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
             raise EngineError(
                 "E209",
                 f"rank files cannot hold `{output.name}`",
-                place=wanted[index].rule.place,
+                place=listed[index][1].instance.rule.place,
                 got=output.dtype,
                 expected=", ".join(sorted(WRITABLE)),
                 fix="Give --dtype bfloat16.",
@@ -88,11 +86,6 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     else:
         _check_kept(source, destination)
     return written
-
-
-def _wanted(one: Stored, group: Group, position: int) -> Wanted:
-    rule = group.instance.rule
-    return Wanted(group, position, one.name, one.header.shape, rule.name, rule, group.instance.sources[0].text)
 
 
 def directory_of(

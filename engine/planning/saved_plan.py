@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.changed import told
+from engine.checkpoint.identity import told
 from engine.errors import EngineError, Place, holds_secret
+from engine.language.documents import changed
 from engine.language.model import Layout, MappingFile
 from engine.language.validation import violations
 from engine.language.version import __version__
@@ -107,14 +108,7 @@ def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any], work: Mapp
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},
         "normal": dict(normal),
-        "outputs": [
-            {
-                "file": one.name,
-                "tensors": len(one.outputs),
-                "bytes": sum(plan.outputs[i].nbytes for i in one.outputs),
-            }
-            for one in plan.shards
-        ],
+        "outputs": plan.written_files(),
         "config": dict(sorted(plan.config.items())),
         "digest": digest_of_plan(plan),
         **({} if work is None else {"work": work}),
@@ -197,17 +191,15 @@ def check_plan(saved: SavedPlan, plan: Plan, normal: Mapping[str, Any], work: Ma
     """E217 unless planning again came out as the saved plan says."""
     now = json.loads(json.dumps(saved_plan(plan, saved.request, normal, work)))
     for key in ("variants", "sizes", "options", "config"):
-        for name in sorted({*now[key], *saved.data[key]}):
-            if now[key].get(name) != saved.data[key].get(name):
-                raise _differs(saved, f"`{name}` of {key}", now[key].get(name), saved.data[key].get(name))
+        for name, *both in changed(now[key], saved.data[key]):
+            raise _differs(saved, f"`{name}` of {key}", *both)
     for key in ("mode", "ranks", "stages", "ignored"):
         if now["normal"][key] != saved.data["normal"].get(key):
             raise _differs(saved, f"`{key}`", now["normal"][key], saved.data["normal"].get(key))
     then = {_row(row): row for row in saved.data["normal"]["tensors"]}
     rows = {_row(row): row for row in now["normal"]["tensors"]}
-    for name in rows.keys() | then.keys():
-        if rows.get(name) != then.get(name):
-            raise _differs(saved, f"`{name}`", *_first_difference(rows.get(name), then.get(name)))
+    for name, *both in changed(rows, then):
+        raise _differs(saved, f"`{name}`", *_first_difference(*both))
     if now["outputs"] != saved.data["outputs"]:
         raise _differs(saved, "what goes into which file", _counts(now["outputs"]), _counts(saved.data["outputs"]))
     if "work" in saved.data and now.get("work") != saved.data["work"]:

@@ -142,7 +142,7 @@ class Side:
 
     def shards(self, group: Group) -> list[Shard]:
         """Where each shard lies in the whole: offsets are running sums of what the ranks before hold."""
-        local = extents(group, self.sizes) or {}
+        local = extents(group, self.sizes)
         starts = {axis: _running(by_rank) for axis, by_rank in local.items()}
         row = 0
         result: list[Shard] = []

@@ -99,22 +99,17 @@ def _settled(look: _Look) -> bool:
         return True
 
 
-def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]] | None:
-    """Local extents of each cut axis by rank, read off the shards; None while they are unknown."""
-    result: dict[str, dict[int, int]] = {}
-    for position, (_, axis) in enumerate(group.cut.dims):
-        others = {name: size for name, size in sizes.items() if name not in {a for _, a in group.cut.dims}}
-        result[axis] = {}
-        for ranks, stored in group.shards.items():
-            for node, size in zip(group.instance.axes.dims, stored[0].header.whole, strict=False):
-                form = linear(node, others)
-                if form is not None and form[2] == axis and form[1]:
-                    local, rest = divmod(size - form[0], form[1])
-                    if rest or local < 0:
-                        return None
-                    result[axis].setdefault(ranks[position], local)
-            if ranks[position] not in result[axis]:
-                return None
+def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:
+    """Local extents of each cut axis by rank, read off the shards of a group whose sizes are solved."""
+    position = {axis: at for at, (_, axis) in reversed(list(enumerate(group.cut.dims)))}
+    others = {name: size for name, size in sizes.items() if name not in position}
+    forms = [linear(node, others) for node in group.instance.axes.dims]
+    result: dict[str, dict[int, int]] = {axis: {} for axis in position}
+    for ranks, stored in group.shards.items() if position else ():
+        for form, size in zip(forms, stored[0].header.whole, strict=True):
+            constant, factor, axis = form or (0, 0, None)
+            if axis is not None and axis in position and factor:
+                result[axis].setdefault(ranks[position[axis]], (size - constant) // factor)
     return result
 
 

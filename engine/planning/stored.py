@@ -110,8 +110,4 @@ def without_prefix(name: str, layout: Layout) -> tuple[str, int]:
 def prefix_of(names: Sequence[str], layout: Layout) -> int | None:
     """Which of the layout's prefixes a checkpoint's names have: an index, or None when it has none."""
     prefixes = [pattern(p.prefix).regex for p in layout.prefixes]
-    for name in names:
-        for index, regex in enumerate(prefixes):
-            if regex.match(name) is not None:
-                return index
-    return None
+    return next((index for name in names for index, regex in enumerate(prefixes) if regex.match(name)), None)

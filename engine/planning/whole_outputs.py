@@ -33,7 +33,7 @@ def whole_outputs(source: Source, asked: Request) -> Written:
     config = configuration(source, "whole", mapping.config, source.names, mapping.keys.get("target", {}), {})
     config = with_given(config, source.checkpoint.target_config, mapping, source.layout)
     ties = bool(config.get("tie_word_embeddings"))
-    tied_to = [one.rule.tied_to if ties else None for one in wanted]
+    tied_to = [group.instance.rule.tied_to if ties else None for _, group in listed]
     kept = [i for i, to in enumerate(tied_to) if to is None]
     outputs = tuple(every[i] for i in kept)
     tied = _tied([(every[i], table(i), to) for i, to in enumerate(tied_to) if to is not None], outputs)
@@ -51,9 +51,7 @@ def _wanted(spec: TargetSpec, group: Group, *, changes: bool) -> Wanted:
     rule = spec.instances[0].rule
     transform = rule.transform if changes else None
     dim = next(i for i, node in enumerate(spec.axes.dims) if str(node) == transform[1]) if transform else None
-    header = group.first.header
-    names = " + ".join(i.rule.name for i in spec.instances)
-    return Wanted(group, 0, header.name, header.shape, names, rule, spec.name.text, transform, dim)
+    return Wanted(group, 0, group.first, " + ".join(i.rule.name for i in spec.instances), transform, dim)
 
 
 def _tied(listed: Sequence[tuple[Output, list[Copy], str]], outputs: Sequence[Output]) -> tuple[Tied, ...]:

@@ -10,7 +10,7 @@ from engine.checkpoint.ranks import RankGrid
 from engine.formats.headers import FLOATS
 from engine.language.expressions import compile_expression, evaluate, render_tree
 from engine.language.keys import Key
-from engine.language.model import Expression, Rule
+from engine.language.model import Expression
 from engine.planning.classes import CopyTable
 from engine.planning.config_keys import as_declared
 from engine.planning.groups import Group
@@ -18,6 +18,7 @@ from engine.planning.model import Output, OutputFile, Tied
 from engine.planning.sides import Keys, Side
 from engine.planning.source import Source
 from engine.planning.stages import Stages
+from engine.planning.stored import Stored
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -28,11 +29,8 @@ class Wanted:
 
     group: Group
     position: int
-    name: str
-    shape: tuple[int, ...]
+    stored: Stored  # of that shard
     rules: str
-    rule: Rule
-    pattern: str
     transform: tuple[str, str] | None = None
     transform_dim: int | None = None
 
@@ -75,13 +73,13 @@ def fill(
     outputs: list[Output] = []
     files = source.files
     for index, one in enumerate(wanted):
-        read = copies.dtype(index, one.name, files, one.rule.place)
-        cast = dtype != "auto" and not one.rule.keep_dtype and read in FLOATS
-        place = str(one.rule.place)
+        name, rule, pattern = one.stored.name, one.group.instance.rule, one.group.instance.sources[0].text
+        read = copies.dtype(index, name, files, rule.place)
+        cast = dtype != "auto" and not rule.keep_dtype and read in FLOATS
         outputs.append(
             Output(
-                one.name, DTYPES[dtype] if cast else read, read, one.shape, one.rules, place, one.pattern,
-                one.transform, one.transform_dim,
+                name, DTYPES[dtype] if cast else read, read, one.stored.header.shape, one.rules, str(rule.place),
+                pattern, one.transform, one.transform_dim,
             )
         )  # fmt: skip
     return outputs, copies

@@ -12,6 +12,7 @@ from itertools import islice, product
 from math import prod
 from typing import Any
 
+from engine.language.documents import changed, text_of
 from engine.language.model import MappingFile
 from engine.planning.config_keys import leaves
 from engine.proving.holdings import parts_of
@@ -103,18 +104,20 @@ def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
                 file, _, key = name.partition(" ") if part in ("reading", "writing") else (part, "", name)
                 found.setdefault((file, key), []).append((given, old, new))
     return tuple(
-        ValueChange(file, key, given, _text(old), _text(new), len(held))
+        ValueChange(file, key, given, _told_value(old), _told_value(new), len(held))
         for (file, key), [(given, old, new), *held] in found.items()
     )
+
+
+def _told_value(value: Any) -> str | None:
+    return None if value is None else text_of(value)
 
 
 def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
     """Key, what is given, and its value on either side, at least where they differ."""
     if part not in ("reading", "writing"):
         both = [one if isinstance(one, Mapping) else {"": one} for one in (before, after)]
-        flats = [dict(leaves(one)) for one in both]
-        for name in dict.fromkeys([*flats[0], *flats[1]]):
-            old, new = flats[0].get(name), flats[1].get(name)
+        for name, old, new in changed(*(dict(leaves(one)) for one in both)):
             if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _MANY:
                 old, new = [one for one in old if one not in new], [one for one in new if one not in old]
             yield name, "", old, new
@@ -125,16 +128,10 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
     # What only one of them reads changes nothing in the other.
     for given in ["", *dict.fromkeys([*rows[0], *rows[1]])]:
         both = [{**usual[i], **(rows[i].get(given, {}) if given else {})} for i in (0, 1)]
-        differ = [name for name in dict.fromkeys([*both[0], *both[1]]) if both[0].get(name) != both[1].get(name)]
+        differ = list(changed(*both))
         # A size that nothing is written of says how tensors are read.
-        for name in [one for one in differ if not one.startswith("size ")] or differ:
-            yield name, given, both[0].get(name), both[1].get(name)
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, list):
-        return "[" + ", ".join(map(str, value)) + "]"
-    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        for name, old, new in [one for one in differ if not one[0].startswith("size ")] or differ:
+            yield name, given, old, new
 
 
 # -- tensors

@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from engine.errors import EngineError
+from engine.language.documents import changed
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -21,7 +21,7 @@ from engine.proving.lint import lint
 from engine.proving.matrix import Combination, cases, real_cases, rows
 from engine.proving.meaning import usual_world
 from engine.proving.meta_model import asked, load_classes, misfits, wanted
-from engine.proving.proof import Check, Failure, Finding, check_of
+from engine.proving.proof import Check, Failure, check_of
 from engine.proving.roundtrip import compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
 from engine.proving.tiny import DIVISIBLE, World, Worlds, choices_text, guess_sizes
@@ -37,13 +37,12 @@ def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]])
     if errors:
         distinct = {tuple(rule.active(one) for rule in mapping.rules): one for one in combinations}
         failures += counter_examples(mapping, list(distinct.values()))[:_MOST_FAILURES]
-        failures += [_of_finding(finding) for finding in errors[:_MOST_FAILURES]]
+        failures += [
+            Failure(f"{one.code} {one.message}", None if one.place is None else str(one.place))
+            for one in errors[:_MOST_FAILURES]
+        ]
     told = f"{len(mapping.rules)} rules, each piece in exactly one place on either side"
     return check_of(RULES, told, failures)
-
-
-def _of_finding(finding: Finding) -> Failure:
-    return Failure(f"{finding.code} {finding.message}", None if finding.place is None else str(finding.place))
 
 
 def check_round_trip(
@@ -86,19 +85,14 @@ def check_round_trip(
     told = f"{trips} round trips of {sizes} over {len(ran)} layouts, every element back at its place"
     if lossy:
         told += f"; totality only for {', '.join(sorted(lossy))}, which change or drop values"
-    missed = _never(mapping, possible)
+    reached = {one for choices, _ in possible for one in choices.items()}
+    every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
+    missed = [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
     if missed:
         told += f"; shown by no set of tensors: {', '.join(missed)}"
     if not trips and not failures:
         failures.append(Failure("no layout can hold a tiny model", str(mapping.place)))
     return check_of(ROUND_TRIP, told, failures)
-
-
-def _never(mapping: MappingFile, possible: Sequence[Combination]) -> list[str]:
-    """Choices that occur in no possible combination."""
-    reached = {(name, choice) for choices, _ in possible for name, choice in choices.items()}
-    every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
-    return [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]
 
 
 def _in_words(elements: int) -> str:
@@ -203,12 +197,6 @@ def _difference(known: Wanted | None, model: Wanted) -> str:
     """The first thing in which they differ; empty where they are equal."""
     if known is None:
         return "it does not know a configuration of its own, so that it is never used"
-    sides: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = (
-        (known.shapes, model.shapes), (known.tied, model.tied),
-    )  # fmt: skip
-    for one, other in sides:
-        for name in (*one, *other):
-            if one.get(name) != other.get(name):
-                got, expected = one.get(name, "not there"), other.get(name, "not there")
-                return f"`{name}` is told as {got}, transformers has {expected}"
-    return ""
+    absent = "not there"
+    differ = [*changed(known.shapes, model.shapes, absent), *changed(known.tied, model.tied, absent)]
+    return "".join(f"`{name}` is told as {got}, transformers has {expected}" for name, got, expected in differ[:1])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.documents import flat, plain, tree_of
+from engine.language.documents import changed, flat, plain, tree_of
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
@@ -91,11 +91,7 @@ def layout_failures(mapping: MappingFile) -> list[Failure]:
         return [Failure(told, str(file.name))]
     then = {p: v for p, v in flat(load_yaml(path_of(file)).data) if p[0] not in ("meaning", "layout")}
     now = layout_facts(plain(load_yaml(file).data))
-    return [
-        Failure(f"layout {mapping.layout}: {_generic(p, then.get(p, GONE), now.get(p, GONE))}", file.name)
-        for p in dict.fromkeys([*then, *now])
-        if then.get(p, GONE) != now.get(p, GONE)
-    ]
+    return [Failure(f"layout {mapping.layout}: {_generic(*one)}", file.name) for one in changed(then, now, GONE)]
 
 
 def is_meaning(start: bytes) -> bool:
@@ -222,9 +218,9 @@ def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[
         if message not in told:
             found.append(Failure(message, places.get((target, source))))
         told.add(message)
-    for path in dict.fromkeys([*then, *now]):
-        if path[0] not in ("tensors", "ranks") and then.get(path, GONE) != now.get(path, GONE):
-            found.append(Failure(_generic(path, then.get(path, GONE), now.get(path, GONE)), _place(mapping, path)))
+    for path, old, new in changed(then, now, GONE):
+        if path[0] not in ("tensors", "ranks"):
+            found.append(Failure(_generic(path, old, new), _place(mapping, path)))
     return found
 
 
@@ -248,10 +244,7 @@ def _tensors(then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Iterato
             was, comes = (by.get((target, when)) or _any(by, target) for by in sources)
             yield f"{target}{under} comes from {comes}; the committed meaning says {was}", key
             continue
-        for name in dict.fromkeys([*before[key], *after[key]]):
-            old, new = before[key].get(name, GONE), after[key].get(name, GONE)
-            if old == new:
-                continue
+        for name, old, new in changed(before[key], after[key], GONE):
             if name == "order":
                 yield (
                     (

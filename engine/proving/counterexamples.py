@@ -100,13 +100,9 @@ def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
     """Pieces that a rule drops on purpose count as claimed."""
     for region in held:
         if any(axis in region.box for axis in instance.rule.drop):
-            at, to = positions(_copies_of(region))
-            yield at, "", to
-
-
-def _copies_of(region: Region) -> Copy:
-    copy = intersect(Part(0, region), Part(0, region))
-    return copy if copy is not None else Copy(0, 0, 0, 0, (0,), (1,), (1,))
+            for copy in _copies([region], [region]):
+                at, to = positions(copy)
+                yield at, "", to
 
 
 def positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:

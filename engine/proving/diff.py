@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from engine.language.documents import plain
+from engine.language.documents import changed, plain, text_of
 from engine.language.loader import load_text
 from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
@@ -89,9 +89,7 @@ def diff_mappings(
     for section in SECTIONS:
         before = {} if old is None else dict(_entries(old.resolved, section))
         after = {} if new is None else dict(_entries(new.resolved, section))
-        for key in dict.fromkeys([*before, *after]):
-            if before.get(key) != after.get(key):
-                changes.append(Change(section, key, before.get(key), after.get(key)))
+        changes += [Change(section, key, was, now) for key, was, now in changed(before, after)]
     told = [None if one is None else f"{one.name} {one.version}" for one in (old, new)]
     alike = old is not None and new is not None and old.resolved == new.resolved
     tensors, values = ((), ()) if alike else compare_meanings(old, new)
@@ -105,13 +103,10 @@ def diff_layouts(name: str, old: str | None, new: str | None) -> MappingDiff:
         EngineError: E101 for a text that is no YAML.
     """
     said = [{} if text is None else plain(load_text(text, name).data) for text in (old, new)]
-    before, after = (layout_facts(one) if one else {} for one in said)
+    facts = [layout_facts(one) if one else {} for one in said]
+    before, after = ({path: text_of(value) for path, value in one.items()} for one in facts)
     told = [f"{one.get('name')} {one.get('version')}" if one else None for one in said]
-    values: list[ValueChange] = []
-    for path in dict.fromkeys([*before, *after]):
-        sides = [text_of(one[path]) if path in one else None for one in (before, after)]
-        if sides[0] != sides[1]:
-            values.append(ValueChange("layout", ".".join(path), "", sides[0], sides[1]))
+    values = [ValueChange("layout", ".".join(path), "", was, now) for path, was, now in changed(before, after)]
     return MappingDiff(name, told[0], told[1], (), (), tuple(values))
 
 
@@ -160,21 +155,6 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
                 yield from _flat(item, f"{name}.{key}" if name else str(key))
     elif value is not None:
         yield name, text_of(value)
-
-
-def text_of(value: Any) -> str:
-    """A value as a mapping file writes it, on one line.
-
-    >>> text_of({"rotary": ["pairs", "halves"]}), text_of(True), text_of("vocab hidden")
-    ('{rotary: [pairs, halves]}', 'true', 'vocab hidden')
-    """
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {text_of(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(text_of, value)) + "]"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _whole_rules(changes: Sequence[Change]) -> tuple[Change, ...]:

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.declared import expressions_of
 from engine.language.documents import tree_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, render_tree
-from engine.language.keys import Key
 from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern
 from engine.planning.config_keys import Side as Keys
@@ -22,31 +22,24 @@ _APART = ("options", "tensors", "there", "choice", "training", "given")  # what 
 
 
 class Direction:
-    """What is common to both directions; `world` gives sizes that agree."""
+    """What is common to both directions.
 
-    def __init__(self, mapping: MappingFile, layout: Layout, world: World) -> None:
-        self.mapping, self.layout, self.world = mapping, layout, world
+    Args:
+        world: gives sizes that agree.
+        side: what is declared of the configuration that is read.
+        reads: trees of the expressions that read it.
+    """
+
+    def __init__(self, mapping: MappingFile, layout: Layout, world: World, side: Keys, reads: Any) -> None:
+        self.mapping, self.layout, self.world, self.side = mapping, layout, world, side
+        self.expressions = list(expressions_of(reads))
         self.grid = grid_of(layout)
         self._ran: dict[str, Outcome] = {}
-
-    @cached_property
-    def side(self) -> Keys:
-        """What is declared of the configuration that is read."""
-        raise NotImplementedError
-
-    @cached_property
-    def expressions(self) -> list[Expression]:
-        """What reads it."""
-        raise NotImplementedError
 
     @cached_property
     def base(self) -> dict[str, Any]:
         """Every thing that is read, with its usual value."""
         raise NotImplementedError
-
-    @property
-    def keys(self) -> Mapping[str, Key]:
-        return self.side.keys
 
     @cached_property
     def paths(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import delitem, setitem
 from typing import Any
 
 Data = dict[str, Any]
@@ -63,17 +64,11 @@ def _changed(data: Data, at: Key, change: Callable[[Any, Any], None]) -> Data:
 
 
 def put(data: Data, at: Key, value: Any) -> Data:
-    def put(here: Any, key: Any) -> None:
-        here[key] = value
-
-    return _changed(data, at, put)
+    return _changed(data, at, lambda here, key: setitem(here, key, value))
 
 
 def without(data: Data, at: Key) -> Data:
-    def drop(here: Any, key: Any) -> None:
-        del here[key]
-
-    return _changed(data, at, drop)
+    return _changed(data, at, delitem)
 
 
 def shown(value: Any) -> str:

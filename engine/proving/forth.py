@@ -9,9 +9,9 @@ from typing import Any
 from engine.language.declared import expressions_of
 from engine.language.expressions import OMIT, compile_expression, names_in
 from engine.language.keys import find_key
-from engine.language.model import Expression, Layout, MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import claims
-from engine.planning.config_keys import Side, as_declared, leaves, source_side
+from engine.planning.config_keys import as_declared, leaves, source_side
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide
 from engine.proving.directions import Direction, nested, value_of
@@ -26,17 +26,9 @@ class Forth(Direction):
     """The direction of `run`."""
 
     def __init__(self, mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> None:
-        super().__init__(mapping, layout, world)
+        reads = [mapping.dims, [v.choices for v in mapping.variants.values()], mapping.config, mapping.remote_code]
+        super().__init__(mapping, layout, world, source_side(mapping, layout), reads)
         self.worlds = worlds
-
-    @cached_property
-    def side(self) -> Side:
-        return source_side(self.mapping, self.layout)
-
-    @cached_property
-    def expressions(self) -> list[Expression]:
-        variants = [v.choices for v in self.mapping.variants.values()]
-        return list(expressions_of([self.mapping.dims, variants, self.mapping.config, self.mapping.remote_code]))
 
     def closure(self, name: str) -> frozenset[str]:
         mapping = self.mapping
@@ -79,7 +71,7 @@ class Forth(Direction):
             if path in grid:
                 base[path] = grid[path]
                 continue
-            key = find_key(self.keys, path)
+            key = find_key(self.side.keys, path)
             types = () if key is None else key.limits.types
             fits = path in written and (key is None or key.limits.fits(written[path]))
             if path in direct:

@@ -10,15 +10,15 @@ from typing import Any
 from jinja2 import nodes
 
 from engine.errors import Place, meant
+from engine.language.allowed import dotted
 from engine.language.declared import every_expression
 from engine.language.documents import values_in
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout, MappingFile
-from engine.language.names import PARAMS, pattern
+from engine.language.names import pattern, spelled_out
 from engine.planning.config_keys import declared, leaves
 from engine.proving import targets
-from engine.proving.probes import dotted
 from engine.proving.proof import Finding
 
 _NEAR = 0.8
@@ -139,7 +139,7 @@ def check_patterns(mapping: MappingFile) -> Iterator[Finding]:
     """L012: `present('…')` of a name that no rule and no entry has."""
     names = {source for rule in mapping.rules for source in rule.sources}
     names |= {e.pattern for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"}
-    written = {n.replace("{param}", param) for n in names for param in PARAMS}
+    written = spelled_out(names)
     for expression in _own(mapping):
         for asked in compile_expression(expression).patterns:
             sample = pattern(asked).sample()

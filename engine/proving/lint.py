@@ -15,7 +15,7 @@ from engine.language.keys import Key
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Expression, Layout, MappingFile, Rule
-from engine.language.names import PARAMS, pattern
+from engine.language.names import pattern, spelled_out
 from engine.language.search import find_file, kind_of
 from engine.planning.config_keys import declared, prefixes
 from engine.planning.pieces import match_pieces
@@ -70,7 +70,7 @@ def _choices(mapping: MappingFile) -> Iterator[dict[str, str]]:
 
 def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
     """L001: two rules that one name can match, and that some choices make active together."""
-    named = [(rule, name) for rule in mapping.rules for name in sorted(_expanded(rule))]
+    named = [(rule, name) for rule in mapping.rules for name in sorted(spelled_out(rule.sources))]
     for index, (rule, name) in enumerate(named):
         sample = pattern(name).sample()
         for position, (other, other_name) in enumerate(named):
@@ -97,13 +97,6 @@ def _unmatched(mapping: MappingFile) -> Iterator[Finding]:
             match_pieces([one for one in every if one.rule.active(choices)])
         except EngineError as error:
             yield finding_of(error)
-
-
-def _expanded(rule: Rule) -> set[str]:
-    """The rule's source names with `{param}` written out."""
-    if "{param}" not in rule.sources[0]:
-        return set(rule.sources)
-    return {source.replace("{param}", param) for source in rule.sources for param in PARAMS}
 
 
 def _gaps(mapping: MappingFile) -> Iterator[Finding]:
@@ -162,9 +155,8 @@ def _shadowed(mapping: MappingFile) -> Iterator[Finding]:
     """L004: sample names of every rule against the patterns of `ignore` and `refuse`."""
     entries = [e for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
     for rule, entry in product(mapping.rules, entries):
-        taken = [
-            name for name in sorted(_expanded(rule)) if pattern(entry.pattern).match(pattern(name).sample()) is not None
-        ]
+        names, takes = sorted(spelled_out(rule.sources)), pattern(entry.pattern)
+        taken = [name for name in names if takes.match(pattern(name).sample()) is not None]
         if taken:
             told = " and ".join(f"`{name}`" for name in taken)
             yield Finding(

@@ -8,14 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
-from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
 
 if TYPE_CHECKING:
-    from engine.language.model import MappingFile
     from engine.proving.diff import MappingDiff
-    from engine.proving.revisions import Revision
+    from engine.proving.revisions import Revision, WorkingTree
 
 
 def diff(
@@ -42,18 +40,18 @@ def diff(
 
     if new is not None and not paths and not revisions:
         return gather([diff_mappings(str(new), load_mapping(old), load_mapping(new))])
-    from engine.proving.revisions import Revision, is_layout_path
+    from engine.proving.revisions import Revision, WorkingTree
 
     files = [_path_of(path) for path in paths]
     before = Revision(str(old), files[0].parent if files else Path.cwd())
-    after = None if new is None else Revision(str(new), before.top)
+    after = WorkingTree(before.top) if new is None else Revision(str(new), before.top)
     found: list[MappingDiff] = []
     for name in _names(before, after, files):
-        if is_layout_path(str(name)):
-            found.append(diff_layouts(str(name), before.read(name), _read(after, before.top, name)))
+        if name.is_relative_to("mappings/layouts"):
+            found.append(diff_layouts(str(name), before.read(name), after.read(name)))
             continue
-        was, now = before.load(name), _load(after, before.top, name)
-        parent = _parent(after, before.top, name) if was is None and now is not None else None
+        was, now = before.load(name), after.load(name)
+        parent = after.parent_of(name) if was is None and now is not None else None
         found.append(diff_mappings(str(name), was, now, parent))
     return gather(found)
 
@@ -69,7 +67,7 @@ def _path_of(path: str | Path) -> Path:
         return given
 
 
-def _names(before: Revision, after: Revision | None, files: Sequence[Path]) -> list[PurePosixPath]:
+def _names(before: Revision, after: Revision | WorkingTree, files: Sequence[Path]) -> list[PurePosixPath]:
     """Paths from the repository's top; layouts, then families, so that releases say they follow."""
     if files:
         names: list[PurePosixPath] = []
@@ -85,37 +83,9 @@ def _names(before: Revision, after: Revision | None, files: Sequence[Path]) -> l
                 )
             names.append(PurePosixPath(absolute.relative_to(before.top.resolve()).as_posix()))
         return list(dict.fromkeys(names))
-    listed = set(before.mappings())
-    if after is not None:
-        listed |= set(after.mappings())
-    else:
-        now = (before.top / "mappings").rglob("*.yaml")
-        listed |= {p.relative_to(before.top).as_posix() for p in now}
+    listed = {*before.mappings(), *after.mappings()}
     first = ("layouts", "families")
     return sorted(map(PurePosixPath, listed), key=lambda p: (p.parent.name not in first, str(p)))
-
-
-def _read(revision: Revision | None, top: Path, name: PurePosixPath) -> str | None:
-    if revision is not None:
-        return revision.read(name)
-    return (top / name).read_text("utf-8") if os.path.isfile(top / name) else None
-
-
-def _load(revision: Revision | None, top: Path, name: PurePosixPath) -> MappingFile | None:
-    if revision is not None:
-        return revision.load(name)
-    return load_mapping(top / name) if os.path.isfile(top / name) else None
-
-
-def _parent(revision: Revision | None, top: Path, name: PurePosixPath) -> MappingFile | None:
-    """What a new mapping extends."""
-    if revision is not None:
-        return revision.parent_of(name)
-    parent = load_yaml(top / name, str(name)).data.get("extends")
-    if not isinstance(parent, str):
-        return None
-    beside = (top / name).parent / parent
-    return load_mapping(beside if beside.is_file() else parent)
 
 
 def is_mapping(name: str) -> bool:

@@ -52,24 +52,21 @@ _KNOWN: dict[str, dict[Path, Any]] = {}  # what several mappings share, by what 
 _MOST_KNOWN = 64
 
 
-def meaning_of(mapping: MappingFile, worlds: Worlds | None = None) -> Meaning:
+def meaning_of(mapping: MappingFile) -> Meaning:
     """The meaning of a mapping, plain data.
-
-    Args:
-        worlds: the mapping's, where it has them already.
 
     Raises:
         EngineError: for a layout that cannot be read. What the mapping itself cannot do is part of its meaning.
     """
-    found = tree_of(dict(facts_of(mapping, worlds)))
+    found = tree_of(dict(facts_of(mapping)))
     return {name: found[name] for name in _ORDER if found.get(name) not in ({}, [], None)}
 
 
-def facts_of(mapping: MappingFile, worlds: Worlds | None = None) -> Iterator[Fact]:
+def facts_of(mapping: MappingFile) -> Iterator[Fact]:
     """Every value of the meaning with its path, part by part, those that are quickly known first."""
     layout = load_layout(mapping.layout)
     data = mapping.resolved
-    worlds = worlds or Worlds(mapping)
+    worlds = Worlds(mapping)
     quick: Meaning = {
         "about": _about(mapping),
         "options": {name: _option(one) for name, one in (data.get("options") or {}).items()},
@@ -138,7 +135,7 @@ def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] |
         return 2 * sum(choices[name] != choice for name, choice in default.items()) + most
 
     near = sorted(combinations_of(mapping), key=unusual)
-    found = next((one for one in near if worlds.shows(one[0], most=one[1])), None)
+    found = next((one for one in near if worlds.used(one[0], most=one[1]) is not None), None)
     return None if found is None else worlds.make(found[0], guess_sizes(mapping) | dict(sizes or {}), most=found[1])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import nodes
 
+from engine.language.allowed import dotted
 from engine.language.expressions import OMIT, compile_expression
 from engine.language.keys import Key, find_key
 from engine.language.model import Expression
@@ -79,14 +80,6 @@ def _paths(tree: nodes.Node) -> Iterator[str]:
     for node in [tree, *tree.find_all((nodes.Name, nodes.Getattr))]:
         if path := dotted(node):
             yield path
-
-
-def dotted(node: nodes.Node) -> str:
-    """A name and what is asked of it, `options.size`; empty for anything else."""
-    if isinstance(node, nodes.Getattr):
-        above = dotted(node.node)
-        return f"{above}.{node.attr}" if above else ""
-    return node.name if isinstance(node, nodes.Name) else ""
 
 
 def unusual(number: int, key: Key | None) -> float:

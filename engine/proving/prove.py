@@ -49,7 +49,7 @@ _ROOM = 1 << 30  # bytes that proofs side by side never need; a container's memo
 Begun = tuple[Proof, Sequence[World]]  # a proof, and the models that are still to be held against transformers' own
 
 
-def _shared(mapping: MappingFile) -> str:
+def shared_rules(mapping: MappingFile) -> str:
     """What a round trip depends on: mappings that say the same of it are proved together."""
     parts = ("rules", "dims", "variants", "ignore", "refuse", "config", "training_config", "source")
     return json.dumps([mapping.resolved.get(part) for part in parts], default=str, sort_keys=True)
@@ -68,7 +68,7 @@ def prove(
             failures = [Failure.of(one) for one in error.errors]
             found[number] = Proof(str(name), (check_of("loads", "the file is a mapping", failures),))
             continue
-        groups.setdefault(_shared(mapping), []).append((number, mapping))
+        groups.setdefault(shared_rules(mapping), []).append((number, mapping))
     meter = Meter(len(names), progress, "proving", "mappings")
     listed = sorted(groups.values(), key=_work, reverse=True)  # so that no long one is begun last
     members = [[mapping for _, mapping in group] for group in listed]
@@ -146,9 +146,9 @@ def _prove(
     if not checks[0].holds:
         return checks[:1], [], ()
     worlds = Worlds(mapping)
-    possible = [(choices, most) for choices, most in combinations if worlds.shows(choices, most=most)]
+    possible = [(choices, most) for choices, most in combinations if worlds.used(choices, most=most) is not None]
     tried: list[Mutant] = []
-    key = _shared(mapping)
+    key = shared_rules(mapping)
     if key in proven:
         checks.append(Check(ROUND_TRIP, True, f"the rules of {proven[key]}, proved there"))
     else:

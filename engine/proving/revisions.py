@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os.path
+import os
 import subprocess
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -120,9 +120,25 @@ class Revision:
         return None
 
 
-def is_layout_path(path: str) -> bool:
-    """Whether a path of the repository is a layout's."""
-    return path.startswith("mappings/layouts/")
+class WorkingTree:
+    """The files of a repository as they are now."""
+
+    def __init__(self, top: Path) -> None:
+        self._top = top
+
+    def read(self, path: PurePosixPath) -> str | None:
+        return (self._top / path).read_text("utf-8") if os.path.isfile(self._top / path) else None
+
+    def mappings(self) -> list[str]:
+        return [p.relative_to(self._top).as_posix() for p in (self._top / "mappings").rglob("*.yaml")]
+
+    def load(self, path: PurePosixPath) -> MappingFile | None:
+        return load_mapping(self._top / path) if os.path.isfile(self._top / path) else None
+
+    def parent_of(self, path: PurePosixPath) -> MappingFile | None:
+        parent = load_text(self.read(path) or "{}", str(path)).data.get("extends")
+        beside = self._top / path.parent / str(parent)
+        return load_mapping(beside if beside.is_file() else parent) if isinstance(parent, str) else None
 
 
 def _normal(path: Path | PurePosixPath) -> str:

@@ -27,6 +27,7 @@ from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World, of_files
 from engine.run.runner import write_weights
+from engine.run.running import Running
 from engine.storage.local import LocalStore
 
 
@@ -62,7 +63,7 @@ def write_ranks(
     """
     plan = make_plan(mapping, layout, whole, case.request(mapping, world.choices, world.lossy))
     folder.mkdir(parents=True)
-    write_weights(plan, LocalStore(folder), workers=1, digests=False)
+    write_weights(plan, LocalStore(folder), Running(workers=1, digests=False))
     for name, (kind, content) in plan.beside.items():
         (folder / name).write_bytes(encode_config(name, kind, content))
     checkpoint = read_checkpoint(folder, layout)
@@ -99,7 +100,7 @@ def convert(plan: Plan, out: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     out.mkdir(parents=True)
-    write_weights(plan, LocalStore(out), workers=1, digests=False)
+    write_weights(plan, LocalStore(out), Running(workers=1, digests=False))
     return {name: array for file in plan.shards for name, array in load_file(str(out / file.name)).items()}
 
 

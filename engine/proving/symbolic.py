@@ -30,10 +30,10 @@ from engine.storage.store import File
 from engine.storage.virtual import VirtualStore
 
 
-def invented(world: World, dtype: str = "BF16") -> Checkpoint:
+def invented(world: World) -> Checkpoint:
     """The headers of a Hugging Face checkpoint that does not exist."""
     tensors = [(name, shape) for name, shape in world.shapes.items() if name not in world.tied]
-    file = _file("model.safetensors", [(name, dtype, shape) for name, shape in tensors])
+    file = _file("model.safetensors", [(name, "BF16", shape) for name, shape in tensors])
     return whole_checkpoint("a checkpoint of these sizes", (file,), world.config)
 
 

@@ -154,10 +154,6 @@ class Worlds:
         self._shown = [mapping.variants[name] for name in of_files(mapping)]
         self._absent: dict[object, dict[tuple[str | None, ...], tuple[str, ...]]] = {}
 
-    def shows(self, choices: Mapping[str, str], *, most: bool) -> bool:
-        """Whether some set of tensors shows these choices."""
-        return self.used(choices, most=most) is not None
-
     def make(self, choices: Mapping[str, str], sizes: Mapping[str, int], *, most: bool = True) -> World | None:
         """The world of a combination of choices; None when no set of tensors shows them.
 
@@ -187,7 +183,7 @@ class Worlds:
         return World(dict(choices), solved, config, pieces, shapes, tied, tuple(lossy))
 
     def used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
-        """Active rules' tensors that together show the choices which names decide."""
+        """Active rules' tensors that together show the choices which names decide; None where no set of them does."""
         active = [one for one in self._instances if one.rule.active(choices)]
         loose = {one.sources[0].text: one for one in active if one.param == "bias" or one.rule.optional}
         key = tuple(one.sources[0].text for one in active), tuple(loose), most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -90,8 +91,9 @@ def execute(
     written = None if parts is None else read_markers(compiled, parts, output.written)
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
-    encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
-    check_runnable(compiled, how.workers, how.max_memory, small.memory, output.buffer)
+    # all of it that could not be written
+    json.dumps(manifest(replace(compiled, shards=()), {}, small.files), ensure_ascii=False).encode()
+    check_runnable(compiled, how, small.memory, output.buffer)
     check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]
     files = dict(small.files)
@@ -100,34 +102,18 @@ def execute(
     def make_later(stopped: threading.Event) -> None:
         files.update(later(stopped) if later is not None else {})
 
-    told: list[Progress] = []
-
-    def listen(state: Progress) -> None:
-        told[:] = [state]
-        if how.progress is not None:
-            how.progress(state)
-
     with output as store:
         if how.check_source:
             notices += check_source(compiled, how.progress)
         if written is not None:
-            done = take_parts(compiled, store, written).done
+            written = take_parts(compiled, store, written)
             make_later(threading.Event())
         else:
-            done = write_weights(
-                compiled,
-                store,
-                workers=how.workers,
-                max_memory=how.max_memory,
-                listener=listen,
-                digests=how.digests,
-                resume=how.resume,
-                beside=[] if later is None else [make_later],
-                beside_memory=small.memory,
-            ).done
-        told_of = [(o.name, o.shape, o.nbytes, done[n].digest) for n, o in enumerate(compiled.outputs)]
+            beside = [] if later is None else [make_later]
+            written = write_weights(compiled, store, how, beside=beside, beside_memory=small.memory)
+        told_of = [(o.name, o.shape, o.nbytes, written.done[n].digest) for n, o in enumerate(compiled.outputs)]
         notices += filter(None, [only_zeros(told_of)])
-        data = manifest(compiled, done, files)
+        data = manifest(compiled, written.done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)
         names = tuple(store.names())
@@ -138,7 +124,7 @@ def execute(
         seconds=time.monotonic() - started,
         variants={name: d.choice for name, d in compiled.decisions.items()},
         files=names,
-        kept=told[0].kept if told else 0,
+        kept=written.kept,
         content_id=data.get("content_id"),
         notices=tuple(notices),
     )

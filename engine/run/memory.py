@@ -35,7 +35,7 @@ def predicted_memory(plan: Work, workers: int, buffer: int = 0) -> int:
     return _BASE + _MAPPED + library + tables + workers * (max(worker, compared) + fetched + buffer)
 
 
-def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int = 0, buffer: int = 0) -> int:
+def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int, buffer: int) -> int:
     """How many workers a run has: as asked, else as many as cores, and no more than fit the memory.
 
     Args:

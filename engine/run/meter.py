@@ -35,7 +35,7 @@ class Meter:
 
     def __init__(self, total: int, listener: Listener | None, phase: str = "writing", unit: str = "bytes") -> None:
         self._total, self._listener, self._phase, self._unit = total, listener, phase, unit
-        self._done = self._told = self._kept = 0
+        self._done = self._told = self.kept = 0
         self._lock = threading.Lock()
         self.stopped = threading.Event()
 
@@ -55,7 +55,7 @@ class Meter:
     def keep(self, amount: int) -> None:
         """Count what an interrupted run had done."""
         with self._lock:
-            self._kept += amount
+            self.kept += amount
         self.advance(amount)
 
     def finish(self) -> None:
@@ -66,4 +66,4 @@ class Meter:
     def _tell(self) -> None:
         self._told = self._done
         if self._listener is not None:
-            self._listener(Progress(self._done, self._total, self._phase, self._unit, self._kept))
+            self._listener(Progress(self._done, self._total, self._phase, self._unit, self.kept))

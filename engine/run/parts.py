@@ -49,6 +49,7 @@ class Written:
 
     done: Mapping[int, Done]
     spans: Sequence[Span] = field(default=())
+    kept: int = 0  # bytes that an interrupted run had written
 
 
 def share(jobs: Sequence[Job], part: Part, *, cut: bool = False) -> list[Job]:

@@ -13,9 +13,10 @@ from engine.planning.model import Plan, Work
 from engine.run.journal import NAME as JOURNAL
 from engine.run.journal import Begun, Interrupted, Journal, compare_copied, read_journal, split
 from engine.run.memory import workers_of
-from engine.run.meter import Meter, Progress
+from engine.run.meter import Meter
 from engine.run.parts import MARKER, Span, Written, check_parts
 from engine.run.replicas import checks, compare_replicas, replica_bytes
+from engine.run.running import Running
 from engine.run.schedule import Job, Shares, layout_of, schedule
 from engine.run.writer import Writer
 from engine.storage.output import sweep
@@ -23,35 +24,24 @@ from engine.storage.sources import check_unchanged
 from engine.storage.store import Store
 
 
-def check_runnable(
-    plan: Work, workers: int | None, max_memory: int | None, beside_memory: int, buffer: int = 0
-) -> None:
+def check_runnable(plan: Work, how: Running, beside_memory: int, buffer: int) -> None:
     """E209 or E001 for what `write_weights` could not do, told before there is a folder to write to."""
     for output in plan.outputs:
         check_transform(output)
-    workers_of(plan, workers, max_memory, beside_memory, buffer)
+    workers_of(plan, how.workers, how.max_memory, beside_memory, buffer)
 
 
 def write_weights(
     plan: Plan,
     store: Store,
+    how: Running,
     *,
-    workers: int | None = None,
-    max_memory: int | None = None,
-    listener: Callable[[Progress], None] | None = None,
-    digests: bool = True,
-    resume: bool = False,
     beside: Sequence[Callable[[threading.Event], None]] = (),
     beside_memory: int = 0,
 ) -> Written:
     """Compare replicas, then write every weight file of a plan into `store`, to stable storage.
 
     Args:
-        workers: threads, each with output files of its own while there are enough; default: as many
-            as cores.
-        max_memory: bytes resident at most; fewer workers keep to it, and E001 refuses less than one needs.
-        digests: compute a digest of every tensor, which also lets the run be resumed.
-        resume: go on with what an interrupted run of the same plan left there.
         beside: called in threads of their own while tensors are written, with an event that is set when they
             should stop; an error of theirs ends the run.
         beside_memory: bytes that they take, which count in `max_memory`.
@@ -60,16 +50,17 @@ def write_weights(
         EngineError: E402 when replicas differ, E405 when a source changed meanwhile, E407 when there is another
             run to resume, or its sources changed.
     """
-    count = workers_of(plan, workers, max_memory, beside_memory, store.buffer)
+    count = workers_of(plan, how.workers, how.max_memory, beside_memory, store.buffer)
     folder = store.folder  # where a journal can lie
-    left = read_journal(folder, plan) if resume and folder is not None else Interrupted()
-    if resume and folder is not None:
+    left = Interrupted()
+    if how.resume and folder is not None:
+        left = read_journal(folder, plan)
         sweep(folder, {JOURNAL, *(file.name for file in plan.shards)})
     jobs = schedule(plan, positioned=store.positioned)
     known, unsure = split(plan, left, jobs)
     checked = sum(plan.outputs[o].nbytes for o in unsure)
-    meter = Meter(sum(job.nbytes for job in jobs) + checked + replica_bytes(plan), listener)
-    writer = Writer(plan, store, meter, range(len(plan.shards)), digests=digests, alone=count <= len(jobs))
+    meter = Meter(sum(job.nbytes for job in jobs) + checked + replica_bytes(plan), how.progress)
+    writer = Writer(plan, store, meter, range(len(plan.shards)), digests=how.digests, alone=count <= len(jobs))
     writer.take_over(known)
     again = sorted(unsure & writer.done.keys())
     meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
@@ -77,36 +68,27 @@ def write_weights(
     before = [partial(copied, again[first::count]) for first in range(min(count, len(again)))]
 
     def journal() -> None:
-        if digests and folder is not None:
+        if how.digests and folder is not None:
             writer.journal = Journal(folder, plan, writer.done)
 
     try:
-        _write(plan, jobs, store, writer, meter, count, resume=resume, before=before, ready=journal, beside=beside)
+        _write(plan, jobs, store, writer, meter, count, resume=how.resume, before=before, ready=journal, beside=beside)
     finally:
         if writer.journal is not None:
             writer.journal.close()
     _write_index(plan, store)
     if folder is not None:
         (folder / JOURNAL).unlink(missing_ok=True)
-    return Written(writer.done)
+    return Written(writer.done, kept=meter.kept)
 
 
-def write_part(
-    work: Work,
-    jobs: Sequence[Job],
-    store: Store,
-    *,
-    workers: int | None = None,
-    max_memory: int | None = None,
-    listener: Callable[[Progress], None] | None = None,
-) -> Written:
+def write_part(work: Work, jobs: Sequence[Job], store: Store, how: Running) -> Written:
     """Compare the replicas of a share of a plan, then write its jobs; files that others write to are not completed.
 
-    What an earlier try left whole in a store that takes whole files is kept. Arguments and errors else as for
-    `write_weights`.
+    What an earlier try left whole in a store that takes whole files is kept. Errors as for `write_weights`.
     """
-    count = workers_of(work, workers, max_memory, 0, store.buffer)
-    meter = Meter(sum(job.nbytes for job in jobs) + replica_bytes(work), listener)
+    count = workers_of(work, how.workers, how.max_memory, 0, store.buffer)
+    meter = Meter(sum(job.nbytes for job in jobs) + replica_bytes(work), how.progress)
     files = sorted({file for job in jobs for file in job.files})
     writer = Writer(work, store, meter, files, digests=True, alone=count <= len(jobs))
     _write(work, jobs, store, writer, meter, count, resume=not store.positioned)

@@ -15,21 +15,7 @@ from engine.run.meter import Progress
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """How a plan is run.
-
-    Attributes:
-        overwrite: replace the output once the new one is complete.
-        resume: go on with what an interrupted run of the same conversion left.
-        workers: threads that write; None: as many as cores and output files allow.
-        max_memory: bytes resident at most, or text like `2GB`, kept by fewer workers, or refused.
-        digests: record a digest of every tensor in `conversion.json`; resuming needs them.
-        check_source: read the source once before, and compare it with the checksums it holds.
-        tokenizer: a SentencePiece model for a Hugging Face checkpoint; None: the one beside the source, if any.
-        code: a folder with the official Python files of a Hugging Face model that is remote code.
-        executor: anything with the `submit` of `concurrent.futures`, or the name of one, which does it in parts.
-        parts: how many.
-        progress: called with bytes done and in all, a few times a second.
-    """
+    """How a plan is run; `engine.convert` says what each option is."""
 
     overwrite: bool = field(default=False, metadata=option("Replace the output once the new one is complete.", "flag"))
     resume: bool = field(default=False, metadata=option("Continue what an interrupted run left.", "flag"))

@@ -228,9 +228,7 @@ def _check_small(folder: Store, name: str, wanted: str) -> list[str]:
         return [f"{name!r} is not the name of an output file"]
     try:
         with folder.open(name) as file:
-            total = hashlib.sha256()
-            while block := file.read(_BLOCK):
-                total.update(block)
+            total = hashlib.file_digest(file, "sha256")
     except EngineError as error:
         return [f"{name}: {error.message}"]
     return [] if total.hexdigest() == wanted else [f"{name} was changed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.planning.stages import Stages
-from engine.show.pictures import Box, Picture, Tile, flat_shape
+from engine.show.pictures import Picture, Tile, flat_shape
 from engine.show.text import times
 
 LEFT, RIGHT = 600, 320  # widths of the sources' and the targets' half
@@ -78,7 +78,6 @@ def draw(picture: Picture) -> Drawing:
     vectors = all(columns == 1 for _, columns in shapes)
     scale_y = (HIGH / 3 if vectors else HIGH) / max(max(rows for rows, _ in shapes), 1)
     scale_x = 40.0 if vectors else WIDE / max(max(columns for _, columns in shapes), 1)
-    count = max(len(picture.sources) + picture.hidden, 1)
     frames: list[Frame] = []
     x = y = line = 0.0
     narrow = 0.45 if len(picture.sources) > 16 else 1.0
@@ -89,18 +88,16 @@ def draw(picture: Picture) -> Drawing:
             x, y, line = 0.0, y + line + GAP, 0.0
         more = f" and {tile.replicas - 1} equal" if tile.replicas > 1 else ""
         title = f"{tile.file}:{tile.name}, {times(tile.shape)}{more}"
-        rects = _rects(picture, tile, (x, y + LABEL), (width, height), count, target=False)
-        frames.append(Frame(x, y + LABEL, width, height, tile.label, title, None, rects))
+        frames.append(_frame(picture, tile, (x, y + LABEL), (width, height), tile.label, title, None))
         x += across + GAP
         line = max(line, height + LABEL)
     bottom = y + line
     y = 0.0
     for index, tile in enumerate(picture.targets):
         width, height = _size(tile, scale_x, scale_y)
-        x = LEFT + GAP * 2
         label = tile.name if len(tile.name) <= 42 else "…" + tile.name[-41:].lstrip(".")
-        rects = _rects(picture, tile, (x, y + LABEL), (width, height), count, target=True)
-        frames.append(Frame(x, y + LABEL, width, height, label, f"{tile.name}, {times(tile.shape)}", index, rects))
+        at, title = (LEFT + GAP * 2, y + LABEL), f"{tile.name}, {times(tile.shape)}"
+        frames.append(_frame(picture, tile, at, (width, height), label, title, index))
         y += height + LABEL + GAP
     return Drawing(LEFT + RIGHT, int(max(bottom, y)) + 4, tuple(frames))
 
@@ -110,34 +107,29 @@ def _size(tile: Tile, scale_x: float, scale_y: float) -> tuple[float, float]:
     return round(max(SMALLEST, columns * scale_x), 1), round(max(SMALLEST, rows * scale_y), 1)
 
 
-def _rects(
-    picture: Picture, tile: Tile, at: tuple[float, float], size: tuple[float, float], count: int, *, target: bool
-) -> tuple[Rect, ...]:
+def _frame(
+    picture: Picture,
+    tile: Tile,
+    at: tuple[float, float],
+    size: tuple[float, float],
+    label: str,
+    title: str,
+    target: int | None,
+) -> Frame:
     rows, columns = flat_shape(tile.shape)
-    scale = size[0] / max(columns, 1), size[1] / max(rows, 1)
-    return tuple(_rect(picture, box, at, scale, count, target=target) for box in tile.boxes)
-
-
-def _rect(
-    picture: Picture, box: Box, at: tuple[float, float], scale: tuple[float, float], count: int, *, target: bool
-) -> Rect:
-    (x, y), (across, down) = at, scale
-    drawn = picture.drawn[box.link]
-    width, height = (box.columns[1] - box.columns[0]) * across, (box.rows[1] - box.rows[0]) * down
-    text = drawn.comes if target else drawn.goes
-    label = text if height >= 11 and width >= 6 * len(text) + 4 else ""
-    return Rect(
-        round(x + box.columns[0] * across, 2),
-        round(y + box.rows[0] * down, 2),
-        round(width, 2),
-        round(height, 2),
-        colour(drawn.source, count, drawn.target),
-        box.link,
-        box.woven,
-        drawn.text,
-        label,
-        drawn.target % 3 > 0,
-    )
+    across, down = size[0] / max(columns, 1), size[1] / max(rows, 1)
+    count = max(len(picture.sources) + picture.hidden, 1)
+    rects = []
+    for box in tile.boxes:
+        drawn = picture.drawn[box.link]
+        x, y = at[0] + box.columns[0] * across, at[1] + box.rows[0] * down
+        width, height = (box.columns[1] - box.columns[0]) * across, (box.rows[1] - box.rows[0]) * down
+        text = drawn.goes if target is None else drawn.comes
+        shown = text if height >= 11 and width >= 6 * len(text) + 4 else ""
+        fill, dark = colour(drawn.source, count, drawn.target), drawn.target % 3 > 0
+        x, y, width, height = (round(number, 2) for number in (x, y, width, height))
+        rects.append(Rect(x, y, width, height, fill, box.link, box.woven, drawn.text, shown, dark))
+    return Frame(*at, *size, label, title, target, tuple(rects))
 
 
 def strip(stages: Stages, width: float) -> tuple[Band, ...]:

@@ -25,17 +25,20 @@ _CHOICE = {
 }
 
 
-def inspection(found: Inspection, *, every: bool = False) -> str:
+def inspection(found: Inspection, config: str | None = None, *, every: bool = False) -> str:
     """What a folder is, and what to do next.
 
     Args:
+        config: the file of the target's configuration, where one was given.
         every: also why each mapping does not fit.
     """
     kinds = {"training": _training, "whole": _whole, "steps": _steps}
-    return "\n".join(kinds[found.kind](shown(found), every))
+    return "\n".join(
+        kinds[found.kind](shown(found), "" if config is None else f" --config {shlex.quote(shown(config))}", every)
+    )
 
 
-def _training(found: Inspection, every: bool) -> list[str]:
+def _training(found: Inspection, given: str, every: bool) -> list[str]:
     facts = found.facts
     kind = f", {facts['model_type']}" if facts.get("model_type") else ""
     lines = [
@@ -48,6 +51,8 @@ def _training(found: Inspection, every: bool) -> list[str]:
     if facts["stages"]:
         lines.append("  stages      " + "; ".join(_stage(one, facts["chunks"] > 1) for one in facts["stages"]))
     lines.append("  tokenizer   " + (facts["tokenizer"] or "none here; give one to run with --tokenizer FILE"))
+    if facts["config_missing"]:
+        lines.append("  config      none here; which mapping fits is sure with the model's config.json")
     for label in ("uneven", "unknown"):
         if facts[label]:
             lines.append(f"  {label:<11} {', '.join(facts[label])}")
@@ -62,15 +67,17 @@ def _training(found: Inspection, every: bool) -> list[str]:
     elif others:
         lines += _reasons(others)
     source = shlex.quote(found.folder)
-    if len(found.fitting) == 1:
-        lines += ["", f"next: engine run --mapping {found.fitting[0].name} --src {source}"]
+    if facts["config_missing"]:
+        lines += ["", f"next: engine inspect --config config.json {source}"]
+    elif len(found.fitting) == 1:
+        lines += ["", f"next: engine run --mapping {found.fitting[0].name} --src {source}{given}"]
     elif found.fitting:
         lines += [f"  choose by {name}: {_CHOICE[name]}" for name in found.differences]
-        lines += ["", f"next: engine run --mapping NAME --src {source}"]
+        lines += ["", f"next: engine run --mapping NAME --src {source}{given}"]
     elif found.blocked:
         near = found.blocked[0]
         lines += [f"  {fit.name} would fit, but {fit.why} ({fit.code})" for fit in found.blocked]
-        lines += ["", f"next: engine plan --mapping {near.name} --src {source}   (says where)"]
+        lines += ["", f"next: engine plan --mapping {near.name} --src {source}{given}   (says where)"]
     else:
         lines += ["", f"next: engine new --src {source}   (drafts a mapping)"]
     return lines
@@ -80,9 +87,9 @@ def _fits(found: Inspection) -> list[str]:
     """The mappings that fit, with what tells them apart."""
     if not found.fitting:
         return [title("no mapping fits")]
-    differ = found.differences
+    differ, missing = found.differences, found.facts["config_missing"]
     rows = [(fit.name, *(fit.traits.get(name, "") for name in differ), fit.description) for fit in found.fitting]
-    lines = [title("fits" if len(rows) == 1 else f"{len(rows)} mappings fit")]
+    lines = [title("may fit" if missing else "fits" if len(rows) == 1 else f"{len(rows)} mappings fit")]
     lines += table(("mapping", *differ, "what it is"), rows)
     lines += [f"  {fit.name}: {fit.why}" for fit in found.fitting if fit.why]
     return lines
@@ -110,7 +117,7 @@ def _reasons(others: Sequence[Fit]) -> list[str]:
     return lines
 
 
-def _whole(found: Inspection, every: bool) -> list[str]:
+def _whole(found: Inspection, given: str, every: bool) -> list[str]:
     facts = found.facts
     folder = shlex.quote(found.folder)
     made = f", written by the engine with {facts['made_by']}" if facts["made_by"] else ""
@@ -136,7 +143,7 @@ def _whole(found: Inspection, every: bool) -> list[str]:
     return lines
 
 
-def _steps(found: Inspection, every: bool) -> list[str]:
+def _steps(found: Inspection, given: str, every: bool) -> list[str]:
     steps = found.facts["steps"]
     words = {
         True: click.style("complete", fg="green"),

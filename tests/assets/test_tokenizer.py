@@ -20,6 +20,7 @@ from engine.assets.tokenizer import convert_tokenizer
 from engine.assets.tokenizer_read import understand_tokenizer
 from engine.errors import EngineError
 from tests.support.chats import SPEC
+from tests.support.depth import examples
 from tests.support.sentencepiece_models import RESERVED, WORDS, train
 
 
@@ -42,7 +43,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
 ).map("".join)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXT.filter(unlike_specials))
 def test_ids_equal_sentencepieces_on_any_text(ours: Tokenizer, theirs: Any, text: str) -> None:
     ids = ours.encode(text, add_special_tokens=False).ids

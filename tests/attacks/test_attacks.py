@@ -17,6 +17,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from tests.attacks import Attack, canary, corpus
+from tests.support.depth import SOAK
 from tests.support.disk import Disk, contents, tree
 from tests.support.shards import Model, save
 
@@ -96,9 +97,9 @@ CARRIED = re.compile(r"(.*) in an? (rank file|old rank file|config|training conf
 
 
 def chosen(attack: Attack) -> bool:
-    """Of a value that comes in every carrier one in turn, by its name; all of them when `ALL_ATTACKS` is set."""
+    """Of a value that comes in every carrier one in turn, by its name; all of them in the soak."""
     found = CARRIED.fullmatch(attack.name)
-    if found is None or os.environ.get("ALL_ATTACKS"):
+    if found is None or SOAK:
         return True
     return CARRIERS[zlib.crc32(found[1].encode()) % len(CARRIERS)] == found[2]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from typing import Any
+
+from tests.support.depth import SOAK
 
 # As JSON text, since some of them cannot be written by Python's own encoder.
 VALUES: dict[str, str] = {
@@ -63,7 +64,7 @@ def without(data: Any, at: tuple[Any, ...]) -> Any:
     return data
 
 
-EVERY = 2 if os.environ.get("ALL_ATTACKS") else 6  # of so many values one, another in each place
+EVERY = 2 if SOAK else 10  # of so many values one, another in each place
 
 
 def mutated(data: Any) -> Iterator[tuple[str, bytes]]:

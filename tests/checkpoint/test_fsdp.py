@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import engine
 from engine.errors import EngineError
 from engine.formats.headers import Part
+from tests.support.depth import crossed
 from tests.support.fsdp import FIXTURE, save_fsdp
 from tests.support.readers import read_rank_file
 from tests.support.shards import Model, State, build, same, with_root
@@ -42,21 +43,23 @@ def test_files_that_fsdp_saved_give_the_unsharded_weights(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "ranks",
-    [
-        {"dp": 1},
-        {"dp": 3},
-        {"dp": 40},  # more ranks than rows: the last hold none
-        {"dp": 4, "zero": 2},  # two groups of ranks, each with the whole model
-        {"dp": 3, "tp": 2},
-        {"dp": 4, "tp": 2, "zero": 2},
-        {"dp": 2, "legacy": True},
-        {"dp": 2, "plain": "norm.weight"},
-    ],
+    ("ranks", "model"),
+    crossed(
+        [
+            {"dp": 1},
+            {"dp": 3},
+            {"dp": 40},  # more ranks than rows: the last hold none
+            {"dp": 4, "zero": 2},  # two groups of ranks, each with the whole model
+            {"dp": 3, "tp": 2},
+            {"dp": 4, "tp": 2, "zero": 2},
+            {"dp": 2, "legacy": True},
+            {"dp": 2, "plain": "norm.weight"},
+        ],
+        [V1, V2],
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("model", [V1, V2], ids=["v1", "v2"])
-def test_rows_cut_over_ranks_are_put_together(model: Model, ranks: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_cut_over_ranks_are_put_together(ranks: dict[str, Any], model: Model, tmp_path: Path) -> None:
     expected = save_fsdp(model, tmp_path / "step", **ranks)
     same(convert(tmp_path / "step", model.mapping), expected)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine import api
+from tests.support.depth import examples
 from tests.support.planted import FAULTS, SOURCES, Fault, convert, row, settings_table, told_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "compare-faults.md"
@@ -52,7 +53,7 @@ SHAPES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(SHAPES, st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.integers(0, 2**20), st.booleans())
 def test_random_tensors_are_different_and_nothing_else(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int, norm: bool
@@ -83,8 +84,8 @@ def _random_tensors(
 @pytest.mark.parametrize("kind", ["different", "permuted"])
 def test_a_search_in_large_tensors_takes_little_memory_and_time(kind: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    one = torch.randn(8192, 2048, generator=generator)
-    two = one[torch.randperm(8192, generator=generator)] if kind == "permuted" else torch.randn(8192, 2048)
+    one = torch.randn(4096, 2048, generator=generator)
+    two = one[torch.randperm(4096, generator=generator)] if kind == "permuted" else torch.randn(4096, 2048)
     save_file({"a.weight": one}, tmp_path / "one.safetensors")
     save_file({"a.weight": two.contiguous()}, tmp_path / "two.safetensors")
     del one, two
@@ -96,5 +97,5 @@ def test_a_search_in_large_tensors_takes_little_memory_and_time(kind: str, tmp_p
     finally:
         tracemalloc.stop()
     assert done.verdicts[0].kind == kind
-    assert peak < 24 << 20
-    assert time.process_time() - start < 20
+    assert peak < 24 << 20  # of 32 MiB
+    assert time.process_time() - start < 10

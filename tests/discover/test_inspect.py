@@ -116,3 +116,12 @@ def test_an_empty_folder_is_an_output(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "using mapping internlm, the only one that fits" in done.stderr
     assert (tmp_path / "hf" / "config.json").is_file() and "hf upload" in done.stdout
+
+
+def test_without_a_configuration_what_fits_is_unsure_and_one_that_is_given_goes_into_the_next_command() -> None:
+    fixture = FIXTURES.parent / "dcp" / "tt03_tied_fsdp4"
+    told = inspected(fixture / "step-10")
+    assert "may fit" in told and "next: engine inspect --config config.json" in told
+    config = fixture / "hf_config.json"
+    told = inspected(fixture / "step-10", "--config", config)
+    assert "next: engine run --mapping torchtitan-llama --src" in told and told.rstrip().endswith(f"--config {config}")

@@ -23,6 +23,7 @@ from engine.explaining.selection import Selection, parse_selection
 from engine.explaining.tensors import explain, explain_source
 from engine.formats.headers import ITEM_SIZES
 from tests.language import test_features as words
+from tests.support.depth import examples
 from tests.support.families import model_of, save_family
 from tests.support.shards import Model, save
 
@@ -87,7 +88,7 @@ def read(plan: Any, file: str, ranges: Any) -> bytes:
 # -- it is true
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_bytes_of_an_element_are_where_it_says(
     made: dict[str, tuple[Any, dict[str, torch.Tensor]]], data: st.DataObject
@@ -106,7 +107,7 @@ def test_the_bytes_of_an_element_are_where_it_says(
     assert (f"{output.name}", str(index)) in {(f.target.name, f.target.slice) for f in back.flows}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_bytes_of_a_slice_are_those_of_its_elements(
     made: dict[str, tuple[Any, dict[str, torch.Tensor]]], data: st.DataObject

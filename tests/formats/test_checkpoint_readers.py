@@ -22,6 +22,7 @@ from engine.errors import EngineError
 from engine.formats.configs import literals
 from engine.formats.headers import ITEM_SIZES
 from engine.formats.safetensors import encode_header, index_json, shard_names, split_shards
+from tests.support.depth import examples
 from tests.support.readers import read_config, read_python_source, read_rank_file, read_safetensors
 
 BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -99,7 +100,7 @@ SMALL = {zipped: _small(zipped) for zipped in (True, False)}  # storage keys dif
 
 
 @BOTH
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_a_flipped_byte_gives_tensors_or_one_of_our_errors(
     zipped: bool, tmp_path_factory: Any, data: st.DataObject

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ from engine.formats.headers import Part
 from engine.formats.rank_files import read_rank_file
 from engine.formats.standins import Instance, PlainClass, Refused, Storage, Tensor
 from engine.storage.local import local_file
+from tests.support.forked import run
 
 _SAVE = """
-import itertools, sys, torch, torch.distributed as dist
+import itertools, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -39,7 +38,7 @@ for kind, rank in itertools.product(("plain", "hsdp", "strided"), range(4)):
         local = chunks[rank] if rank < len(chunks) else whole[:0]
     sizes = {"shape": whole.size(), "stride": whole.stride()}
     one = DTensor.from_local(local.clone(), mesh, placements, run_check=False, **sizes)
-    torch.save({"w": one}, f"{sys.argv[1]}/{kind}_{rank}.pt")
+    torch.save({"w": one}, f"{kind}_{rank}.pt")
     dist.destroy_process_group()
 """
 
@@ -47,8 +46,8 @@ for kind, rank in itertools.product(("plain", "hsdp", "strided"), range(4)):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    (folder / "save.py").write_text(_SAVE)
-    subprocess.run([sys.executable, str(folder / "save.py"), str(folder)], check=True, capture_output=True)
+    done = run(lambda: exec(_SAVE, {}), folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

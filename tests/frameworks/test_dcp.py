@@ -314,7 +314,18 @@ def test_a_configuration_without_a_class_is_that_of_its_model_type(tmp_path: Pat
     assert any("auto_map" in notice for notice in report.notices)
 
 
-def test_torchtitans_names_and_rotary_order_give_its_logits(tmp_path: Path) -> None:
-    fixture = DCP / "tt03_fsdp4"
+@pytest.mark.parametrize("name", ["tt02_fsdp4", "tt03_fsdp4", "tt03_tied_fsdp4"])  # of torchtitan 0.2.2 and 0.3
+def test_torchtitans_names_and_rotary_order_give_its_logits(name: str, tmp_path: Path) -> None:
+    fixture = DCP / name
     engine.convert("torchtitan-llama", fixture / "step-10", tmp_path / "out", config=fixture / "hf_config.json")
+    assert logits_off(tmp_path / "out", fixture / "oracle.pt") < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "mapping"), [("xtuner_tied_fsdp4", "transformers"), ("xtuner_moe_fsdp4", "xtuner-moe")]
+)
+def test_what_xtuner_saved_gives_its_logits(name: str, mapping: str, tmp_path: Path) -> None:
+    """The tied head is there a second time, behind the prefix that stands in the place of the model's own."""
+    fixture = DCP / name
+    engine.convert(mapping, fixture / "step-10", tmp_path / "out", config=fixture / "hf_config.json")
     assert logits_off(tmp_path / "out", fixture / "oracle.pt") < 1e-4

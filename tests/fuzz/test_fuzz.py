@@ -21,7 +21,7 @@ from engine.errors import CODES, EngineError, Place
 from engine.formats.checksums import check_files
 from engine.formats.dcp import read_dcp
 from engine.formats.python_source import literals
-from engine.formats.sharded_safetensors import read_sharded_safetensors
+from engine.formats.safetensors import read_sharded_safetensors
 from engine.formats.unpickle import load_pickle
 from engine.language.axes import parse_axes
 from engine.language.expressions import evaluate, render_tree
@@ -45,16 +45,16 @@ from tests.support.readers import (
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = {path.name: path.read_bytes() for path in sorted((Path(__file__).parent / "seeds").iterdir())}
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 fuzzed = settings(
     max_examples=EXAMPLES,
     deadline=timedelta(seconds=5),
-    derandomize=EXAMPLES <= 100,  # `make test` tries the same each time, `make fuzz` others
+    derandomize=EXAMPLES <= 40,  # `make test` tries the same each time, `make fuzz` others
     database=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-pytestmark = pytest.mark.timeout(0 if EXAMPLES > 100 else 120)
+pytestmark = pytest.mark.timeout(0 if EXAMPLES > 40 else 120)
 
 
 @contextmanager

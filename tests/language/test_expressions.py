@@ -178,7 +178,6 @@ def test_names_and_patterns_are_known_without_evaluating() -> None:
     assert compiled.names == {"options", "b", "c"}
     assert compiled.paths == {"options.a", "b", "c"}
     assert compiled.patterns == ("n",)
-    assert compiled.defaulted == {"b"}
     assert names_in(Expression("b + 1", PLACE)) == {"b"}
 
 

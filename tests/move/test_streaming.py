@@ -33,10 +33,11 @@ from engine.run import replicas as comparing
 from engine.run import schedule as scheduling
 from engine.run.schedule import schedule
 from tests.support.cases import cases, layouts_of, rank_files, request, same_files, writable_cases
+from tests.support.depth import crossed, examples
 from tests.support.shards import Model, State, same, save
 
 LETTERS = {"mlp_letters": "w2_is_down"}
-common = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+common = settings(deadline=None, max_examples=examples(60), suppress_health_check=list(HealthCheck))
 
 
 def written(model: Model, source: Path, out: Path, **options: Any) -> State:
@@ -94,8 +95,7 @@ def test_tiny_blocks_write_the_unsharded_truth(case: tuple[Model, dict[str, Any]
         same(written(model, Path(folder) / "step", Path(folder) / "hf"), expected)
 
 
-@pytest.mark.parametrize("rotary", ["halves", "pairs"])
-@pytest.mark.parametrize("row", [1, 2048])
+@pytest.mark.parametrize(("rotary", "row"), crossed(["halves", "pairs"], [1, 2048]))
 def test_a_system_that_moves_little_at_a_time_changes_no_byte(rotary: str, row: int, tmp_path: Path) -> None:
     model = Model("v2", hidden=24, heads=6, groups=3, ffn=40, rotary=rotary)
     expected = save(model, tmp_path / "step", tp=3)
@@ -106,8 +106,7 @@ def test_a_system_that_moves_little_at_a_time_changes_no_byte(rotary: str, row: 
     same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "genuine"))
 
 
-@pytest.mark.parametrize("nbytes", [8, 64, 200])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("nbytes", "dtype"), crossed([8, 64, 200], ["float32", "float16", "bfloat16"]))
 def test_tiny_blocks_cast_and_normalise_alike(nbytes: int, dtype: str, tmp_path: Path) -> None:
     model = Model("v2", hidden=24, heads=6, groups=3, ffn=40, head="normalised", rotary="pairs")
     expected = save(model, tmp_path / "step", tp=3, pp=2)
@@ -134,9 +133,11 @@ def test_replicas_that_differ_in_a_late_block_are_found(tmp_path: Path) -> None:
     assert "1 of 16 elements" in str(caught.value)
 
 
-@pytest.mark.parametrize("rotary", ["halves", "pairs"])
-@pytest.mark.parametrize("layout", [{"tp": 4}, {"mode": "isp_wp", "wp": 3}, {"tp": 2, "pp": 2, "chunks": 2}])
-def test_tensors_of_several_real_blocks_are_exact(rotary: str, layout: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "rotary"),
+    crossed([{"tp": 4}, {"mode": "isp_wp", "wp": 3}, {"tp": 2, "pp": 2, "chunks": 2}], ["halves", "pairs"]),
+)
+def test_tensors_of_several_real_blocks_are_exact(layout: dict[str, Any], rotary: str, tmp_path: Path) -> None:
     model = Model("v2", layers=4, hidden=512, heads=8, groups=4, ffn=1408, vocab=1000, bias=False, rotary=rotary)
     expected = save(model, tmp_path / "step", **layout)
     assert max(t.nbytes for t in expected.values()) > 2 * 512 * 1024
@@ -159,7 +160,7 @@ def test_rows_shorter_than_one_are_normalised_too(tmp_path: Path) -> None:
     torch.testing.assert_close(lengths[lengths != 0], torch.ones(model.vocab - 1))
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(40), suppress_health_check=list(HealthCheck))
 @given(st.data(), st.sampled_from([8, 24, 64, 136, 520]), st.sampled_from([1, 8, 2048]))
 def test_tiny_blocks_write_the_rank_files_that_training_would_have_written(
     data: st.DataObject, nbytes: int, row: int
@@ -183,17 +184,18 @@ def test_tiny_blocks_write_the_rank_files_that_training_would_have_written(
                 assert archive.testzip() is None
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_columns_cut_into_many_ranks_are_scattered_and_come_out_right(workers: int, tmp_path: Path) -> None:
+def test_columns_cut_into_many_ranks_are_scattered_and_come_out_right(tmp_path: Path) -> None:
     """Real block sizes: rows of 16 KiB cut into 16 ranks would be read sixteen times over by gathering."""
     model = Model("v2", layers=2, hidden=512, heads=16, groups=16, ffn=8192, vocab=64, bias=False)
     expected = save(model, tmp_path / "whole")
     engine.convert(model.mapping, tmp_path / "whole", tmp_path / "hf", settings=LETTERS)
     plan = engine.plan_reverse(model.mapping, tmp_path / "hf", tp=16)
     assert any(unit.scattered for job in schedule(plan) for unit in job.units)
-    engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", tp=16, workers=workers)
     save(model, tmp_path / "genuine", tp=16)
-    same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "genuine"))
+    genuine = rank_files(tmp_path / "genuine")
+    for workers in (1, 5):
+        engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", tp=16, workers=workers, overwrite=True)
+        same_files(rank_files(tmp_path / "back"), genuine)
     same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "back", settings=LETTERS))), expected)
 
 

@@ -22,6 +22,7 @@ import engine
 from engine.errors import EngineError
 from tests.support import shards
 from tests.support.cases import cases
+from tests.support.depth import examples
 from tests.support.reference import forward, whole_training
 from tests.support.shards import Model, State, same, save
 
@@ -47,7 +48,7 @@ LAYOUTS: dict[str, tuple[Model, dict[str, Any]]] = {
     "e052_v2_tp2_pp1_mult64": (replace(V2, ffn=176, rotary="pairs"), {"tp": 2}),
 }
 ONE_MODEL = list(LAYOUTS)[:7]  # the same weights, laid out in seven ways
-modest = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+modest = settings(deadline=None, max_examples=examples(25), suppress_health_check=list(HealthCheck))
 
 
 def rank_files(folder: Path) -> dict[str, State]:

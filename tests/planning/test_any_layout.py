@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 
 import engine
 from tests.support.cases import cases
+from tests.support.depth import examples
 from tests.support.shards import Model, same, save
 
-common = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+common = settings(deadline=None, max_examples=examples(60), suppress_health_check=list(HealthCheck))
 
 
 @common

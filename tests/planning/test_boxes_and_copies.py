@@ -14,6 +14,7 @@ from engine.move.blocks import blocks
 from engine.move.runs import dense_parts, span, straight
 from engine.planning.boxes import Part, Region, cut, regions
 from engine.planning.copies import Copy, clip, intersect, swap
+from tests.support.depth import examples
 
 SIZES = {
     "groups": 3,
@@ -135,7 +136,7 @@ def test_dense_parts_copy_the_same_elements_in_runs_of_bounded_reach(copy: Copy,
     assert all(straight(part) or span(part.shape, part.source_strides) <= most for part in parts)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     st.sampled_from(AXES),
     st.sampled_from(["rows", "columns"]),

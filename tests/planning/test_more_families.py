@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
+from tests.support.depth import examples
 from tests.support.families import Experts, InternLM3, build_llama, expert_files, model_of, save_family
 from tests.support.family_cases import Case, llamas, metas, mixtures, told
 from tests.support.reference_families import forward_experts, forward_llama, whole_experts, whole_llama
 from tests.support.shards import Model, State, same, write
 
-common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+common = settings(deadline=None, max_examples=examples(25), suppress_health_check=list(HealthCheck))
 
 
 def converted(model: Model, folder: Path, mapping: str = "") -> State:

@@ -56,11 +56,12 @@ _WORKER = """
 import pickle, sys
 from pathlib import Path
 from engine.run.runner import write_weights
+from engine.run.running import Running
 from engine.storage.local import LocalStore
 plan = pickle.loads(Path(sys.argv[1]).read_bytes())
 out = Path(sys.argv[2])
 out.mkdir()
-write_weights(plan, LocalStore(out), workers=2, max_memory=None, listener=None, digests=True, resume=False)
+write_weights(plan, LocalStore(out), Running(workers=2))
 """
 
 

@@ -26,8 +26,9 @@ from engine.planning.parts import first_fault
 from engine.planning.planner import make_plan
 from engine.storage.store import File
 from engine.storage.virtual import VirtualStore
+from tests.support.depth import examples
 
-modest = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+modest = settings(deadline=None, max_examples=examples(60), suppress_health_check=list(HealthCheck))
 Box = tuple[tuple[int, int], ...]
 
 LAYOUT = """layout: 1

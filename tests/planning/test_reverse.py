@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 import engine
 from engine.errors import EngineError
 from tests.support.cases import layouts_of, rank_files, request, same_files, writable_cases
+from tests.support.depth import examples
 from tests.support.genuine import FIXTURES, GENUINE, family_of
 from tests.support.shards import Model, State, same, save
 
-common = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+common = settings(deadline=None, max_examples=examples(25), suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture

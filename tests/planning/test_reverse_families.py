@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
+from tests.support.depth import examples
 from tests.support.families import Experts, model_of, save_family
 from tests.support.family_cases import llamas, metas, mixtures, told
 from tests.support.genuine import FIXTURES
 from tests.support.reference_families import forward_experts
 from tests.support.shards import Model, State, same
 
-common = settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
+common = settings(deadline=None, max_examples=examples(24), suppress_health_check=list(HealthCheck))
 Case = tuple[Any, dict[str, Any]]
 
 

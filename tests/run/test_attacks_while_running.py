@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from engine.storage import output
+from tests.support.forked import run_engine
 from tests.support.old_output import old_output
 from tests.support.readers import read_rank_file, read_safetensors
 from tests.support.shards import Model, save
@@ -144,24 +144,14 @@ def test_a_disk_that_fails_to_read_is_told(source: Path, out: Path, monkeypatch:
     assert "Input/output" in str(fails(source, out, "E305"))
 
 
-def limited(command: list[str], limit: int) -> subprocess.CompletedProcess[str]:
-    """Run the engine where no file may be longer than so many bytes, as on a full disk."""
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
-        "from engine.commands.main import main; main()"
-    )
-    words = [sys.executable, "-c", code, str(limit), *command]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("limit", [0, 1000, 20_000])
 def test_files_that_may_not_grow_end_the_run_and_it_resumes(limit: int, source: Path, out: Path) -> None:
     convert(source, out.parent / "whole")
     command = ["run", "-m", V1.mapping, "-s", str(source), "-o", str(out), "--set", "mlp_letters=w2_is_down",
                "--overwrite", "-q"]  # fmt: skip
-    done = limited(command, limit)
+    done = run_engine(*command, cwd=ROOT, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 1
-    assert "E403" in done.stderr and "Traceback" not in done.stderr
+    assert b"E403" in done.stderr and b"Traceback" not in done.stderr
     assert contents(out) == OLD
     convert(source, out, resume=True)
     assert contents(out) == contents(out.parent / "whole")
@@ -220,14 +210,13 @@ def test_paths_may_have_any_name(name: bytes, tmp_path: Path) -> None:
     save(V1, folder / "step", tp=2, pp=2)
     for i, how in enumerate(([], ["--json"])):
         out = folder / f"hf{i}"
-        command = [sys.executable, "-m", "engine", "run", "-m", V1.mapping, "-s", folder / "step", "-o", out,
-                   "--set", "mlp_letters=w2_is_down", *how]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        command = ["run", "-m", V1.mapping, "-s", folder / "step", "-o", out, "--set", "mlp_letters=w2_is_down", *how]
+        done = run_engine(*command, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         if how:
             assert json.loads(done.stdout)["files"]
         assert not engine.api.verify(out).problems
-        failed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        failed = run_engine(*command, cwd=ROOT)
         assert failed.returncode == 1
         assert b"E401" in failed.stdout + failed.stderr and b"Traceback" not in failed.stderr
     assert sorted(os.listdir(folder)) == ["hf0", "hf1", "step"]

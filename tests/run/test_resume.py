@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from engine.run import writer
 from engine.storage.locks import OutputLock
 from engine.storage.sinks import SinkFiles
 from tests.support.disk import Disk, contents, partials
+from tests.support.forked import run_engine, start_engine
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
@@ -221,30 +220,25 @@ def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_
     engine.convert(model.mapping, tmp_path / "step", tmp_path / "whole", settings=LETTERS, max_shard_size=3_000_000)
     out = tmp_path / "out"
     old = old_output(out)
-    command = [sys.executable, "-m", "engine", "run", "-m", model.mapping, "-s", str(tmp_path / "step"), "-o", str(out)]
+    command = ["run", "-m", model.mapping, "-s", str(tmp_path / "step"), "-o", str(out)]
     command += ["--set", "mlp_letters=w2_is_down", "--overwrite", "--max-shard-size", "3MB", "--quiet"]
     dice = random.Random(number)
     lock = out.with_name(f".{out.name}.lock")  # held while a run writes
     for _ in range(3):
-        process = subprocess.Popen(
-            command,
-            stderr=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[2],
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # may be ignored here
-        )
+        process = start_engine(*command, cwd=Path(__file__).parents[2])
         deadline = time.monotonic() + 20
-        while process.poll() is None and not lock.exists() and time.monotonic() < deadline:
-            time.sleep(0.002)  # a signal before that meets the interpreter, which is not ours to test
+        while not lock.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
         time.sleep(dice.uniform(0, 0.05))
-        os.kill(process.pid, number)
-        process.wait(20)
-        if process.returncode == 0:
+        os.kill(process, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if code == 0:
             break  # it was done before the signal came
-        assert process.returncode in (-number, 128 + number)
+        assert code in (-number, 128 + number)
         assert contents(out) == old
         if "--resume" not in command:
             command.append("--resume")
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    assert run_engine(*command, cwd=Path(__file__).parents[2]).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
     assert not partials(out)
 

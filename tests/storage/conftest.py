@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from engine import api
 from engine.errors import EngineError
 from engine.storage.places import store_options
+from tests.support.depth import SOAK
 from tests.support.object_server import BUCKET, Proxy, options, proxy, server
 
 
@@ -63,10 +63,10 @@ def pending(bucket: Bucket, *names: str) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow ones run with ALL_STORES=1, as `make soak` sets it."""
-    for item in items if os.environ.get("ALL_STORES") != "1" else ():
+    """Slow ones run in the soak."""
+    for item in items if not SOAK else ():
         if "tests/storage/" in item.nodeid and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="ALL_STORES=1 runs it"))
+            item.add_marker(pytest.mark.skip(reason="takes long; `make soak` runs it"))
 
 
 @pytest.fixture(scope="session")

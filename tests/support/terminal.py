@@ -9,12 +9,13 @@ import re
 import select
 import signal
 import struct
-import sys
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.forked import become_engine
 
 _SEQUENCE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b[=>]|\x1b\][^\x07]*\x07")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -41,16 +42,20 @@ def run_in_terminal(
     """Run a command in a pseudo-terminal.
 
     Args:
-        command: `engine` is the one of this checkout.
+        command: `engine` is the one of this checkout, forked with all that the tests have loaded.
         meanwhile: called with what was written so far and the process, as often as something is written.
     """
-    words = [sys.executable, "-m", "engine", *command[1:]] if command[0] == "engine" else list(command)
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(cwd)
         kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         paths = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])
-        os.execvpe(words[0], words, {**kept, "TERM": "xterm", "PYTHONPATH": paths, **(environment or {})})
+        variables = {**kept, "TERM": "xterm", "PYTHONPATH": paths, **(environment or {})}
+        if command[0] != "engine":
+            os.execvpe(command[0], command, variables)
+        os.environ.clear()
+        os.environ.update(variables)
+        become_engine(command[1:])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     raw, deadline = b"", time.monotonic() + timeout
     while True:
