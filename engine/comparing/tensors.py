@@ -109,16 +109,9 @@ class _Comparer:
         return tuple(self.found[name] for name in sorted(self.found, key=_natural))
 
     def _verdict(self, name: str, kind: Kind, **more: Any) -> None:
-        one, two = self.out.get(name), self.ref.get(name)
-        self.found[name] = Verdict(
-            name,
-            kind,
-            None if one is None else one.dtype,
-            None if one is None else one.shape,
-            None if two is None else two.dtype,
-            None if two is None else two.shape,
-            **more,
-        )
+        views = self.out.get(name), self.ref.get(name)
+        sides: list[Any] = [getattr(view, what, None) for view in views for what in ("dtype", "shape")]
+        self.found[name] = Verdict(name, kind, *sides, **more)
 
     def _pair(self, name: str, one: View) -> None:
         """A tensor that both sides have alike; no verdict yet where it is another."""
