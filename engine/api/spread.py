@@ -116,7 +116,7 @@ def executor_at(place: Any) -> Iterator[Any]:
         from distributed import Client
     try:
         client = Client(f"tcp://{address}") if address else Client(dashboard_address=None, silence_logs=50)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no port
         raise EngineError(
             "E001",
             "no Dask scheduler answers",

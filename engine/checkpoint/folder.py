@@ -12,9 +12,8 @@ from engine.errors import EngineError, Place
 from engine.formats.configs import plain, read_config
 from engine.formats.dcp import read_dcp, read_dcp_value
 from engine.formats.headers import FileHeader
-from engine.formats.rank_files import read_rank_file
+from engine.formats.rank_files import Pickles, read_rank_file
 from engine.formats.safetensors import read_safetensors, read_sharded_safetensors
-from engine.formats.unpickle import Pickles
 from engine.language.model import Layout, Mode
 from engine.language.names import pattern
 from engine.storage.store import File, Store

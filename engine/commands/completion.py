@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -10,38 +11,12 @@ from click.shell_completion import CompletionItem, get_completion_class
 SHELLS = ("bash", "zsh", "fish")
 _VARIABLE = "_ENGINE_COMPLETE"
 
-# Click's own for bash lets go of names where files are offered too, and of values after `=`.
-_BASH = """\
-_engine_completion() {
-    local IFS=$'\\n' line current prefix= words=() i
-    for ((i = 0; i <= COMP_CWORD; i++)); do  # bash takes `=` for a word of its own
-        if ((i > 1)) && [[ ${COMP_WORDS[i]} == = || ${COMP_WORDS[i - 1]} == = ]]; then
-            words[${#words[@]} - 1]+=${COMP_WORDS[i]}
-        else
-            words+=("${COMP_WORDS[i]}")
-        fi
-    done
-    i=$((${#words[@]} - 1))
-    current=${words[i]}
-    [[ $current == *=* ]] && prefix=${current%%=*}=
-    COMPREPLY=()
-    for line in $(env COMP_WORDS="${words[*]}" COMP_CWORD="$i" _ENGINE_COMPLETE=bash_complete engine); do
-        case $line in
-            file,*) compopt -o filenames; COMPREPLY+=($(compgen -f -- "${current#"$prefix"}")) ;;
-            dir,*) compopt -o filenames; COMPREPLY+=($(compgen -d -- "${current#"$prefix"}")) ;;
-            plain,*) line=${line#plain,}; COMPREPLY+=("${line#"$prefix"}") ;;
-        esac
-    done
-}
-complete -o nosort -F _engine_completion engine
-"""
-
 
 def script(shell: str, cli: click.Command) -> str:
     """The script that a shell evaluates to complete the command line."""
     kind = get_completion_class(shell)
-    if shell == "bash" or kind is None:
-        return _BASH
+    if shell == "bash" or kind is None:  # click's own lets go of names beside files, and of values after `=`
+        return Path(__file__).with_suffix(".bash").read_text("utf-8")
     return kind(cli, {}, "engine", _VARIABLE).source()
 
 

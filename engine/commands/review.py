@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from engine.commands.completion import mapping_names, paths
 from engine.commands.options import asks, reports_errors
 from engine.commands.progress import progress
 from engine.commands.say import answer, say
+from engine.errors import EngineError, Place
 
 _PATHS = "engine.diff.paths"
 
@@ -198,18 +197,25 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
       engine format --diff mappings
     """
     from engine import api
+    from engine.language.search import kind_of
     from engine.show import render_review
     from engine.show.text import read_text
+    from engine.storage.replacing import write_file
 
     changed: dict[str, tuple[str, str]] = {}
     paths = api.mapping_files(files)
     for file in paths:
         before = read_text(file)
-        after = api.format_mapping(before)
+        after = api.format_mapping(before, str(file))
+        if not kind_of(file):
+            raise EngineError(
+                "E102", "this is neither a mapping nor a layout", place=Place(str(file)),
+                expected="a file with `mapping:` or `layout:`", fix="Files of others are left as they are.",
+            )  # fmt: skip
         if after != before:
             changed[str(file)] = before, after
             if not (check or differences):
-                Path(file).write_text(after, encoding="utf-8")
+                write_file(file.resolve(), after.encode(), overwrite=True, ours=lambda start: True)
     if as_json:
         answer(True, {"changed": list(changed), "checked": len(paths)}, str)
     elif differences:

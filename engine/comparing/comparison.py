@@ -11,8 +11,7 @@ from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
 from engine.comparing.diagnoses import diagnose, fold_verdicts
 from engine.comparing.effects import Difference
 from engine.comparing.settings import CONFIG, TOKENIZER, compare_settings, small_files
-from engine.comparing.tensors import compare_tensors
-from engine.comparing.verdict import Verdict
+from engine.comparing.tensors import Verdict, compare_tensors
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader
 from engine.planning.model import Plan

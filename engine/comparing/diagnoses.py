@@ -11,7 +11,7 @@ from engine.discover.geometry import is_number, numbers
 from engine.explaining.describe import fold
 
 if TYPE_CHECKING:
-    from engine.comparing.verdict import Verdict
+    from engine.comparing.tensors import Verdict
 
 # Names that `mlp_letters` exchanges, and names that only a mapping's own letters can.
 _LETTERS = ({"up_proj", "down_proj"}, {"w2", "w3"})

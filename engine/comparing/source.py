@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, pairwise
 
 import numpy as np
@@ -209,28 +210,17 @@ def _chosen(output: Output, copies: list[Copy], sample: Sample) -> Iterator[Bloc
     Which one of a stretch depends on the tensor's name alone, so a sample is the same each time and
     another one in the next layer.
     """
-
-    def each() -> Iterator[Block]:
-        return output_blocks(output, copies)
-
+    blocks = partial(output_blocks, output, copies)
     if sample.full or not output.elements:
-        yield from each() if output.elements else ()
+        yield from blocks() if output.elements else ()
         return
-    count = sum(1 for _ in each())
+    count = sum(1 for _ in blocks())
+    parts = sample.of(count)
     chosen = set()
-    for low, high in stretches(count, sample.of(count)):
+    for low, high in pairwise(count * i // parts for i in range(parts + 1)):
         digest = hashlib.sha256(f"{output.name}\0{low}".encode()).digest()
         chosen.add(low + int.from_bytes(digest[:8], "big") % (high - low))
-    yield from (block for i, block in enumerate(each()) if i in chosen)
-
-
-def stretches(count: int, parts: int) -> list[tuple[int, int]]:
-    """
-    >>> stretches(10, 3)
-    [(0, 3), (3, 6), (6, 10)]
-    """
-    edges = [count * i // parts for i in range(parts + 1)]
-    return list(pairwise(edges))
+    yield from (block for i, block in enumerate(blocks()) if i in chosen)
 
 
 def _unlike(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from engine.comparing.corpus import CONVERSATIONS
+import yaml
+
 from engine.comparing.effects import Difference, both
 from engine.comparing.loaded_tokenizer import TOKENS
 from engine.planning.config_keys import shown
@@ -33,21 +35,23 @@ def _rendered(
     called: str, one: tuple[str, Mapping[str, Any]], two: tuple[str, Mapping[str, Any]]
 ) -> Iterator[Difference]:
     unlike = []
-    for conversation in CONVERSATIONS:
+    loaded = yaml.safe_load(Path(__file__).with_name("conversations.yaml").read_text("utf-8"))
+    conversations: dict[str, dict[str, Any]] = loaded["conversations"]
+    for name, conversation in conversations.items():
         here, there = (_render(template, named, conversation) for template, named in (one, two))
         if here != there:
-            unlike.append((conversation, here, there))
+            unlike.append((name, here, there))
     if not unlike:
-        effect = f"it renders {len(CONVERSATIONS)} conversations alike all the same"
+        effect = f"it renders {len(conversations)} conversations alike all the same"
         yield Difference("chat template", called, "other text", "its own", effect, "told")
         return
-    conversation, here, there = unlike[0]
+    name, here, there = unlike[0]
     at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
     low = max(at - 10, 0)
     more = f" and {len(unlike) - 1} more conversations" if len(unlike) > 1 else ""
     effect = "the model sees prompts in a different form than in training"
     told = both(lambda text: shown(text[low : low + 50]), here, there)
-    yield Difference("chat template", f"what it renders of {conversation}{more}", *told, effect)
+    yield Difference("chat template", f"what it renders of {name}{more}", *told, effect)
 
 
 def _templates(files: Files) -> dict[str, str]:
@@ -78,13 +82,16 @@ def _named(files: Files) -> dict[str, Any]:
             for name in TOKENS if (token := settings.get(name)) is not None}  # fmt: skip
 
 
-def _render(template: str, named: Mapping[str, Any], conversation: str) -> str:
+def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, Any]) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    messages, tools, speaking = CONVERSATIONS[conversation]
     try:
         texts, _ = render_jinja_template(
-            [messages], tools=tools, chat_template=template, add_generation_prompt=speaking, **named
+            [conversation["messages"]],
+            tools=conversation["tools"],
+            chat_template=template,
+            add_generation_prompt=conversation["speaking"],
+            **named,
         )
     except Exception as error:  # a template refuses what it does not know in its own words
         return f"refused: {' '.join(str(error).split())[:120]}"

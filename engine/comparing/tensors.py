@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any, Literal
 
-from engine.comparing.verdict import Kind, Verdict
 from engine.discover.geometry import geometry_of, is_number
+from engine.discover.levels import Kind as RelationKind
 from engine.discover.levels import Relation
 from engine.discover.relate import Search
 from engine.discover.rows import changes_of
@@ -18,6 +19,54 @@ from engine.move.views import View
 from engine.planning.model import Plan
 
 _MEASURED = ("different", "changed")
+Kind = Literal[RelationKind, "equal", "cast", "swapped", "copied", "missing", "extra"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one tensor.
+
+    Attributes:
+        name: in the output, or in the reference when it is `missing`.
+        out_dtype, out_shape, ref_dtype, ref_shape: None on the side that lacks it.
+        other: the tensor it equals instead, where it equals one under another name.
+        note: in what way, for people.
+        rotary: for a permuted tensor, the choice of `rotary` that would have been right; `other`
+            where head_dim 4 does not tell the two apart.
+        count, largest, first: elements that differ, largest absolute deviation, first index.
+    """
+
+    name: str
+    kind: Kind
+    out_dtype: str | None = None
+    out_shape: tuple[int, ...] | None = None
+    ref_dtype: str | None = None
+    ref_shape: tuple[int, ...] | None = None
+    other: str | None = None
+    note: str = ""
+    rotary: str | None = None
+    count: int | None = None
+    largest: float | None = None
+    first: tuple[int, ...] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        largest = self.largest
+        return {
+            "name": self.name,
+            "verdict": self.kind,
+            "out": _side(self.out_dtype, self.out_shape),
+            "ref": _side(self.ref_dtype, self.ref_shape),
+            "other": self.other,
+            "note": self.note,
+            "rotary": self.rotary,
+            "differing": self.count,
+            "largest_deviation": largest if largest is None or isfinite(largest) else "infinite",
+            "first_difference": None if self.first is None else list(self.first),
+        }
+
+
+def _side(dtype: str | None, shape: tuple[int, ...] | None) -> dict[str, Any] | None:
+    return None if dtype is None or shape is None else {"dtype": dtype, "shape": list(shape)}
 
 
 def compare_tensors(
@@ -60,16 +109,9 @@ class _Comparer:
         return tuple(self.found[name] for name in sorted(self.found, key=_natural))
 
     def _verdict(self, name: str, kind: Kind, **more: Any) -> None:
-        one, two = self.out.get(name), self.ref.get(name)
-        self.found[name] = Verdict(
-            name,
-            kind,
-            None if one is None else one.dtype,
-            None if one is None else one.shape,
-            None if two is None else two.dtype,
-            None if two is None else two.shape,
-            **more,
-        )
+        views = self.out.get(name), self.ref.get(name)
+        sides: list[Any] = [getattr(view, what, None) for view in views for what in ("dtype", "shape")]
+        self.found[name] = Verdict(name, kind, *sides, **more)
 
     def _pair(self, name: str, one: View) -> None:
         """A tensor that both sides have alike; no verdict yet where it is another."""

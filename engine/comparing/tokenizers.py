@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.comparing.corpus import texts
+import yaml
+
 from engine.comparing.effects import Difference, both
 from engine.comparing.loaded_tokenizer import Tokenizer, load_tokenizer
 from engine.planning.config_keys import shown
@@ -107,7 +108,7 @@ def _tokenizers(one: Tokenizer, two: Tokenizer, others: Sequence[str]) -> Iterat
     with_special = [True, False] if one.whole and two.whole else [False]
     pieces = [*one.vocabulary, *two.vocabulary]
     unlike: dict[str, list[tuple[str, list[int], list[int]]]] = {}
-    for text in (*texts(list(dict.fromkeys(special)), pieces), *others):
+    for text in (*_texts(list(dict.fromkeys(special)), pieces), *others):
         for wrapped in with_special:
             here, there = one.encode(text, wrapped), two.encode(text, wrapped)
             if here != there:
@@ -135,6 +136,23 @@ _EFFECTS = {
     "ids with special tokens": "special tokens are added to text differently",
     "text from ids": "generated text is decoded differently",
 }
+
+
+def _texts(names: Sequence[str], pieces: Sequence[str]) -> Iterator[str]:
+    """Texts of many kinds, the names of special tokens inside text, and joins of a vocabulary's own pieces.
+
+    Args:
+        names: of special tokens, of both sides.
+        pieces: a vocabulary.
+    """
+    yield from yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
+    for name in names:
+        yield from (name, f"a {name} b", f"a{name}b", f"{name}{name}")
+    step = max(1, len(pieces) // 500)
+    some = [piece.replace("▁", " ").replace("Ġ", " ") for piece in pieces[::step]]
+    for start in range(0, len(some), 20):
+        yield "".join(some[start : start + 20])
+        yield " ".join(some[start : start + 20])
 
 
 def _set_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,9 +105,3 @@ def traits(mapping: MappingFile) -> dict[str, str]:
         "stops at": ", ".join(map(str, stops)) if isinstance(stops, list | tuple) else str(stops),
         "length": str(said) if isinstance(said, int | str) else "",
     }
-
-
-def differences(fits: Sequence[Fit]) -> tuple[str, ...]:
-    """The traits in which mappings that fit differ."""
-    names = dict.fromkeys(name for fit in fits for name in fit.traits)
-    return tuple(name for name in names if len({fit.traits.get(name) for fit in fits}) > 1)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import WEIGHTS, read_hf_config, read_hf_folder
 from engine.checkpoint.ranks import Stage
-from engine.discover.fits import Fit, differences, find_fits
+from engine.discover.fits import Fit, find_fits
 from engine.discover.steps import Reader, find_steps, has_weights, is_whole, read_any
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
@@ -62,7 +62,8 @@ class Inspection:
     @property
     def differences(self) -> tuple[str, ...]:
         """In which traits the mappings that fit differ."""
-        return differences(self.fitting)
+        names = dict.fromkeys(name for fit in self.fitting for name in fit.traits)
+        return tuple(name for name in names if len({fit.traits.get(name) for fit in self.fitting}) > 1)
 
     def as_dict(self) -> dict[str, Any]:
         """The same, JSON-ready."""

@@ -63,6 +63,8 @@ class Nearness:
 
     mapping: MappingFile
     reference: str
+    slots: list[Slot]
+    fits: _Fits
     matched: list[Observed] = field(default_factory=list)  # by the family's own names
     others: list[Observed] = field(default_factory=list)
     pairings: list[Pairing] = field(default_factory=list)
@@ -80,8 +82,8 @@ def compare_family(
     mapping: MappingFile, reference: str, layout: Layout, checkpoint: Checkpoint, observed: Sequence[Observed]
 ) -> Nearness:
     """Match what the family names itself, then pair the rest while a pair is clear."""
-    result = Nearness(mapping, reference)
-    slots = _slots(mapping)
+    slots, fits = _slots(mapping), _Fits(mapping, layout, checkpoint)
+    result = Nearness(mapping, reference, slots, fits)
     taken: set[tuple[str, ...]] = set()
     skipped = [pattern(e.pattern) for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
     rest: dict[str, list[Observed]] = {}
@@ -95,7 +97,6 @@ def compare_family(
             rest.setdefault(one.stem, []).append(one)
             result.others.append(one)
     free = [slot for slot in slots if slot.sources not in taken]
-    fits = _Fits(mapping, layout, checkpoint)
     pairs = {
         (stem, slot.sources): similarity(stem, slot)
         for stem, listed in rest.items()
@@ -230,12 +231,7 @@ class _Fits:
         return not any(map(any, places)) if stage == "first" else all(map(any, places))
 
 
-def drop_contested(
-    near: Nearness,
-    others: Sequence[MappingFile],
-    layout: Layout,
-    checkpoint: Checkpoint,
-) -> None:
+def drop_contested(near: Nearness, others: Sequence[Nearness]) -> None:
     """Unpair tensors that hold several things in one, where another family orders them otherwise.
 
     Both orders have the same shape and a model of the wrong one talks nonsense, so neither runs.
@@ -246,10 +242,10 @@ def drop_contested(
     for pairing in [p for p in near.pairings if p.slot.fused]:
         own = {str(rule.axes) for rule in pairing.slot.rules}
         contested: list[tuple[Slot, float]] = []
-        for mapping in others:
-            fits = _Fits(mapping, layout, checkpoint)
-            for slot in _slots(mapping):
-                if slot.fused and not own & {str(r.axes) for r in slot.rules} and fits(slot, by_stem[pairing.stem]):
+        for other in others:
+            for slot in other.slots:
+                unlike = slot.fused and not own & {str(rule.axes) for rule in slot.rules}
+                if unlike and other.fits(slot, by_stem[pairing.stem]):
                     contested.append((slot, similarity(pairing.stem, slot)))
         if contested:
             near.pairings.remove(pairing)

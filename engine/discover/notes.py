@@ -12,30 +12,28 @@ from engine.language.documents import plain
 from engine.language.expressions import names_in
 from engine.language.model import MappingFile
 from engine.language.names import PARAMS, pattern
+from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 
 _EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")
 _COMPUTED = re.compile(r"(.*\.)?(inv_freq|rope\.freqs|freqs_cis|cos_cached|sin_cached)")
 
 
-def silent(mapping: MappingFile, config: Mapping[str, Any]) -> list[str]:
-    """Variants that a default decides, because the configuration has none of the keys they read."""
-    notes: list[str] = []
+def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> list[str]:
+    """The family that is extended, and what of it the checkpoint's configuration leaves open."""
+    lines, kind = block("extends", reference), checkpoint.training.get("model_type")
+    if isinstance(kind, str) and kind and mapping.model_types and kind not in mapping.model_types:
+        text = f"the training config says model_type {shown(kind)}, which {mapping.name} is not for."
+        lines += [*comment(f"decide: {text}"), *block("source", {"model_types": [kind]})]
     for name, variant in mapping.variants.items():
         expressions = [e for e in variant.choices.values() if e is not None]
         read = {key for e in expressions for key in names_in(e)}
-        if not variant.default or not read or any("present(" in e.text for e in expressions) or read & config.keys():
-            continue
-        keys = list_of(sorted(read))
-        notes.append(f"{name} is the family's default; the config has none of {keys}: {variant.help}.")
-    return notes
-
-
-def model_types(mapping: MappingFile, kind: Any) -> list[str]:
-    if not isinstance(kind, str) or not kind or kind in mapping.model_types or not mapping.model_types:
-        return []
-    text = f"decide: the training config says model_type {shown(kind)}, which {mapping.name} is not for."
-    return [*comment(text), *block("source", {"model_types": [kind]})]
+        present = any("present(" in e.text for e in expressions)
+        if variant.default and read and not present and not read & checkpoint.config.keys():
+            keys = list_of(sorted(read))
+            text = f"{name} is the family's default; the config has none of {keys}: {variant.help}."
+            lines += comment(f"decide: {text}")
+    return lines
 
 
 def expect(mapping: MappingFile, plan: Plan) -> list[str]:

@@ -18,7 +18,7 @@ from engine.discover.levels import Relation
 from engine.discover.likeness import CLOSE, NEAR, close_by, relate_alike
 from engine.discover.mixes import mixed
 from engine.discover.orders import divisors, find_order, read_loops
-from engine.discover.prints import Prints64, take_prints, take_runs
+from engine.discover.prints import Prints64, find_stretches, take_prints, take_runs
 from engine.discover.rows import (
     MOST_NAMED,
     Changes,
@@ -33,7 +33,6 @@ from engine.discover.rows import (
     telling,
 )
 from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
-from engine.discover.stretches import find_stretches
 from engine.discover.values import closeness, relate_values
 from engine.move.tensors import common_types
 from engine.move.views import View

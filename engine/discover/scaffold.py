@@ -17,7 +17,7 @@ from typing import Any
 from engine.discover.alone import stand_alone
 from engine.discover.names import Observed, observe
 from engine.discover.near import Pairing, Slot, compare_family, drop_contested
-from engine.discover.notes import doubt, expect, left_over, model_types, overrides, silent, told
+from engine.discover.notes import doubt, expect, extends, left_over, overrides, told
 from engine.discover.text import block, comment, flow, list_of, scalar, shown
 from engine.errors import EngineError, EngineErrors
 from engine.language.format import format_mapping
@@ -120,10 +120,7 @@ def _release(request: Request) -> Attempted | None:
         told_by = f"engine diff {spelled(reference)} {spelled(others[0])}"
         names = list_of([spelled(one) for one in others])
         body += comment(f"decide: the family. {names} {verb} as well; `{told_by}` tells the difference.")
-    body += block("extends", reference)
-    body += model_types(mapping, kind)
-    for note in silent(mapping, request.checkpoint.config):
-        body += comment(f"decide: {note}")
+    body += extends(reference, mapping, request.checkpoint)
     if question is not None:
         body += comment(f"decide: {question.message}. A run asks for it with --set.")
     body += expect(mapping, plan)
@@ -142,15 +139,12 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
     best = max(compared, key=lambda near: near.share(), default=None)
     if best is None or best.share() < (0.01 if request.forced else _ENOUGH):
         return None
-    drop_contested(best, [n.mapping for n in compared if n is not best], request.layout, request.checkpoint)
+    drop_contested(best, [other for other in compared if other is not best])
     rules, other = overrides(best)
     body = block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
     share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and likeness."
     body += comment(share)
-    body += block("extends", best.reference)
-    body += model_types(best.mapping, kind)
-    for note in silent(best.mapping, request.checkpoint.config):
-        body += comment(f"decide: {note}")
+    body += extends(best.reference, best.mapping, request.checkpoint)
     for key in ("variants", "dims"):
         if other.get(key):
             body += ["", *comment("These ask for tensors by name: keep them in step with the rules."), f"{key}:"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
@@ -82,15 +83,8 @@ def block(key: str, value: Any, indent: str = "") -> list[str]:
 
 def comment(text: str, indent: str = "") -> list[str]:
     """Comment lines of bounded width; the words must be safe already."""
-    lines: list[str] = []
-    current = ""
-    for word in text.split(" "):
-        if current and len(indent) + len(current) + len(word) > _WIDTH:
-            lines.append(current)
-            current = word
-        else:
-            current = f"{current} {word}" if current else word
-    first, *rest = [*lines, current]
+    width = _WIDTH + 1 - len(indent)
+    first, *rest = wrap(text, width, break_long_words=False, break_on_hyphens=False)
     return [f"{indent}# {first}", *(f"{indent}#   {line}" for line in rest)]
 
 

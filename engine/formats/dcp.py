@@ -18,10 +18,10 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.formats.dcp_metadata import DIRECTORY, Directory, Entry, read_dcp_directory
 from engine.formats.headers import FileHeader, Part, TensorHeader
-from engine.formats.rank_files import tensor_header
+from engine.formats.rank_files import Pickles, tensor_header
 from engine.formats.safetensors import read_boxes
 from engine.formats.standins import Tensor
-from engine.formats.unpickle import Pickles, damaged, load_pickle
+from engine.formats.unpickle import big_endian, damaged, load_pickle
 from engine.storage.store import File, OpenFile, Store
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -138,13 +138,7 @@ class _Small:
         self._root = roots[0]
         order = self._members.get(self._root + "byteorder")
         if order is not None and self._read(*self._place(order)) != b"little":
-            raise EngineError(
-                "E303",
-                "the file was saved on a big-endian machine",
-                place=Place(name),
-                expected="little",
-                fix="Load and save it once with torch on a little-endian machine.",
-            )
+            raise big_endian(name)
 
     def pickle(self) -> bytes:
         """The pickle, checked against its CRC-32 where there is one."""

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES
-from engine.formats.unpickle import MAX_PICKLE, damaged, load_next
+from engine.formats.unpickle import MAX_PICKLE, big_endian, damaged, load_next
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _TAR = (b"ustar", 257)  # torch's very first format
@@ -43,12 +43,7 @@ def load_legacy(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tu
     load_next(file, name, limit)  # protocol version
     system, _ = load_next(file, name, limit)
     if isinstance(system, dict) and system.get("little_endian") is False:
-        raise EngineError(
-            "E303",
-            "the file was saved on a big-endian machine",
-            place=Place(name),
-            fix="Load and save it once with torch on a little-endian machine.",
-        )
+        raise big_endian(name)
     value, storages = load_next(file, name, limit)
     keys, _ = load_next(file, name, limit)
     if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):

@@ -13,13 +13,7 @@ from math import prod
 from typing import Any
 
 from engine.formats.headers import dense_strides
-
-_STORAGES = {
-    "BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage", "F64": "DoubleStorage",
-    "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage", "U8": "ByteStorage",
-    "BOOL": "BoolStorage",
-}  # fmt: skip
-WRITABLE = frozenset(_STORAGES)  # element types that have a storage class of their own
+from engine.formats.standins import STORAGES
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,8 @@ class _Pickler(_Base):  # type: ignore[misc]
 
 _ORDERED = Global("collections", "OrderedDict")
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
-_CLASSES = {dtype: Global("torch", name) for dtype, name in _STORAGES.items()}
+_CLASSES = {dtype: Global("torch", name) for name, dtype in STORAGES.items()}
+WRITABLE = frozenset(_CLASSES)  # element types that have a storage class of their own
 
 
 def dumps(value: Any) -> bytes:

@@ -20,11 +20,33 @@ from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, shared
 from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Instance, Refused, Storage, Tensor
-from engine.formats.unpickle import MAX_PICKLE, damaged, error_of, load_pickle
+from engine.formats.unpickle import MAX_PICKLE, big_endian, damaged, error_of, load_pickle
 from engine.formats.zipdir import read_directory
 from engine.storage.store import File, OpenFile
 
+_SHORT = 4096  # bytes of a pickle that is known by itself, and not by its digest
 LoadPickle = Callable[[bytes, str], Any]
+
+
+class Pickles:
+    """Reads each pickle once: ranks, and boxes of one shape, mostly have the same."""
+
+    def __init__(self, most: int) -> None:
+        """
+        Args:
+            most: how many are kept.
+        """
+        self._most = most
+        self._known: dict[bytes, Any] = {}
+
+    def __call__(self, data: bytes, name: str) -> Any:
+        key = data if len(data) < _SHORT else hashlib.sha256(data).digest()
+        found = self._known.get(key)
+        if found is None:
+            found = load_pickle(data, name)
+            if len(self._known) < self._most:
+                self._known[key] = found  # which nobody changes
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +190,7 @@ def _check_order(file: BinaryIO, members: Mapping[str, tuple[int, int]], root: s
         at, length = members[f"{root}/byteorder"]
         order = _read(file, at, min(length, 16), name)
         if order != b"little":
-            raise EngineError(
-                "E303",
-                "the file was saved on a big-endian machine",
-                place=Place(name),
-                got=repr(order),
-                expected="little",
-                fix="Load and save it once with torch on a little-endian machine.",
-            )
+            raise big_endian(name, order)
 
 
 def _read(file: BinaryIO, at: int, length: int, name: str) -> bytes:

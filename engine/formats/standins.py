@@ -17,7 +17,7 @@ DTYPES = {
     "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
     "uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
-_STORAGES = {
+STORAGES = {
     "BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL",
@@ -266,7 +266,7 @@ _KNOWN.update({key: opaque(key[1]) for key in _OPAQUE})
 _KNOWN.update({("torch._utils", name): function for name, function in _REBUILD.items()})
 _KNOWN.update({("torch", name): DType(name) for name in (*DTYPES, *_UNSUPPORTED_DTYPES)})
 for _module in ("torch", "torch.storage"):
-    _KNOWN.update({(_module, name): StorageType(dtype) for name, dtype in _STORAGES.items()})
+    _KNOWN.update({(_module, name): StorageType(dtype) for name, dtype in STORAGES.items()})
     _KNOWN.update({(_module, name): StorageType(name) for name in _UNSUPPORTED_STORAGES})
 
 

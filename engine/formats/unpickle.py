@@ -7,7 +7,6 @@ the next file is read, hang, or end the process.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import struct
@@ -33,8 +32,6 @@ from engine.formats.standins import (
 )
 
 MAX_PICKLE = 64 << 20  # bytes; a state dict of a hundred thousand tensors takes half of it
-_SHORT = 4096  # bytes of a pickle that is known by itself, and not by its digest
-
 # What the machine raises on bytes that are not a pickle of the kinds above.
 _MALFORMED = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, OverflowError, LookupError,
@@ -253,27 +250,6 @@ def load_pickle(data: bytes, name: str) -> Any:
     return _run(_Machine(_Memory(data)), name)
 
 
-class Pickles:
-    """Reads each pickle once: ranks, and boxes of one shape, mostly have the same."""
-
-    def __init__(self, most: int) -> None:
-        """
-        Args:
-            most: how many are kept.
-        """
-        self._most = most
-        self._known: dict[bytes, Any] = {}
-
-    def __call__(self, data: bytes, name: str) -> Any:
-        key = data if len(data) < _SHORT else hashlib.sha256(data).digest()
-        found = self._known.get(key)
-        if found is None:
-            found = load_pickle(data, name)
-            if len(self._known) < self._most:
-                self._known[key] = found  # which nobody changes
-        return found
-
-
 def load_next(file: BinaryIO, name: str, limit: int = MAX_PICKLE) -> tuple[Any, dict[str, Storage]]:
     """The pickle at the file's position, which moves behind it, and the storages it names."""
     machine = _Machine(_Lines(file, limit))
@@ -324,4 +300,16 @@ def damaged(name: str, what: str, tensor: str | None = None, *, expected: str | 
         got=what,
         expected=expected,
         fix="Copy the file again from the training run.",
+    )
+
+
+def big_endian(name: str, order: bytes = b"big") -> EngineError:
+    """E303, of a file whose numbers have their bytes in the other order."""
+    return EngineError(
+        "E303",
+        "the file was saved on a big-endian machine",
+        place=Place(name),
+        got=repr(order),
+        expected="little",
+        fix="Load and save it once with torch on a little-endian machine.",
     )

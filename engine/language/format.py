@@ -30,8 +30,11 @@ _RULE_ORDER = (
 _FLOW_KEYS = 3
 
 
-def format_mapping(text: str) -> str:
+def format_mapping(text: str, name: str = "text.yaml") -> str:
     """A mapping or layout file in its usual form; the data it loads to stays the same.
+
+    Args:
+        name: the file's, for errors.
 
     Raises:
         EngineError: E101 when the text cannot be read.
@@ -45,7 +48,7 @@ def format_mapping(text: str) -> str:
       axes: c
       split: c
     """
-    before = load_text(text)
+    before = load_text(text, name)
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     if any(c in text for c in "\r\x85\u2028\u2029"):
         return text  # line breaks to YAML and not to editors: positions would be off

@@ -230,7 +230,7 @@ class _Steps:
     def run(self, model: Any, parts: Sequence[Any], ids: torch.Tensor) -> list[Wrong]:
         """What is wrong, place after place."""
         embedding, layers, norm, head = parts
-        self._after(embedding, "embedding", "embedding", partial(self._wanted.__getitem__, 0))
+        self._hook(embedding, "embedding", "embedding", partial(self._wanted.__getitem__, 0), False)
         for i, layer in enumerate(layers):
             self._hooks.append(layer.register_forward_pre_hook(partial(self._enter, i)))
             for step, (path, inward) in STEPS.items():
@@ -238,10 +238,9 @@ class _Steps:
                 for name in path.split(".") if path else ():
                     module = getattr(module, name, None)
                 if module is not None:
-                    hook = self._before if inward else self._after
-                    hook(module, f"layer {i}", step, partial(self._traced, step))
-        self._after(norm, "head", "norm", partial(self._wanted.__getitem__, -2))
-        self._after(head, "head", "logits", partial(self._wanted.__getitem__, -1))
+                    self._hook(module, f"layer {i}", step, partial(self._traced, step), inward)
+        self._hook(norm, "head", "norm", partial(self._wanted.__getitem__, -2), False)
+        self._hook(head, "head", "logits", partial(self._wanted.__getitem__, -1), False)
         run_model(model, ids)
         self._leave("")
         for hook in self._hooks:
@@ -267,18 +266,14 @@ class _Steps:
         self._steps[step] = (deviation(got, wanted), got, wanted)
         return got.shape == wanted.shape
 
-    def _after(self, module: Any, place: str, step: str, wanted: Callable[[], torch.Tensor]) -> None:
-        def after(_: Any, __: Any, output: Any) -> Any:
-            value = wanted()
-            if not self._check(place, step, _tensor(output), value):
+    def _hook(self, module: Any, place: str, step: str, wanted: Callable[[], torch.Tensor], inward: bool) -> None:
+        """Compare what comes out of a module, or goes into it, and put training's in its place."""
+
+        def replaced(_: Any, inputs: Any, output: Any = None) -> Any:
+            held, value = inputs if inward else output, wanted()
+            if not self._check(place, step, _tensor(held), value):
                 return None
-            return (value, *output[1:]) if isinstance(output, tuple) else value
+            return (value, *held[1:]) if isinstance(held, tuple) else value
 
-        self._hooks.append(module.register_forward_hook(after))
-
-    def _before(self, module: Any, place: str, step: str, wanted: Callable[[], torch.Tensor]) -> None:
-        def before(_: Any, inputs: tuple[Any, ...]) -> Any:
-            value = wanted()
-            return (value, *inputs[1:]) if self._check(place, step, inputs[0], value) else None
-
-        self._hooks.append(module.register_forward_pre_hook(before))
+        register = module.register_forward_pre_hook if inward else module.register_forward_hook
+        self._hooks.append(register(replaced))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -90,7 +91,8 @@ def execute(
     written = None if parts is None else read_markers(compiled, parts, output.written)
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
-    encode_manifest(manifest(replace(compiled, shards=()), {}, small.files))  # all of it that could not be written
+    # all of it that could not be written
+    json.dumps(manifest(replace(compiled, shards=()), {}, small.files), ensure_ascii=False).encode()
     check_runnable(compiled, how, small.memory, output.buffer)
     check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]

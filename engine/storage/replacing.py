@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,8 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
         with partial.open("xb") as file:
             file.write(data)
         if overwrite:
+            if path.exists():
+                shutil.copymode(path, partial)
             os.replace(partial, path)
         else:
             os.link(partial, path)  # another file that came meanwhile is kept

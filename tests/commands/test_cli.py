@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -424,16 +425,32 @@ def test_a_resolved_mapping_is_itself_a_mapping(tmp_path: Path) -> None:
 def test_format_rewrites_only_what_differs_and_check_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "format_mapping", lambda text: text.replace("  ", " "))
+    monkeypatch.setattr(api, "format_mapping", lambda text, name: text.replace("  ", " "))
     tidy, untidy = tmp_path / "tidy.yaml", tmp_path / "untidy.yaml"
-    tidy.write_text("a: b\n")
-    untidy.write_text("a:  b\n")
+    tidy.write_text("mapping: b\n")
+    untidy.write_text("mapping:  b\n")
+    untidy.chmod(0o640)
     checked = invoke("format", "--check", tidy, untidy)
     assert (checked.exit_code, checked.stdout) == (1, f"would format {untidy}\n")
-    assert untidy.read_text() == "a:  b\n"
+    assert untidy.read_text() == "mapping:  b\n"
     assert invoke("format", tidy, untidy).exit_code == 0
-    assert untidy.read_text() == "a: b\n"
+    assert untidy.read_text() == "mapping: b\n" and untidy.stat().st_mode & 0o777 == 0o640
     assert invoke("format", "--check", tidy, untidy).exit_code == 0
+
+
+def test_format_leaves_files_of_others_and_those_it_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, mine = tmp_path / "compose.yaml", tmp_path / "mine.yaml"
+    other.write_text("version: '3'\nservices: {}\n")
+    refused = invoke("format", other)
+    assert refused.exit_code == 1 and "neither" in refused.stderr and "compose.yaml" in refused.stderr
+    assert other.read_text() == "version: '3'\nservices: {}\n"
+    mine.write_text(text := "mapping: 1\n\n\n\nname: x\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+        assert invoke("format", mine).exit_code == 1
+    assert mine.read_text() == text and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

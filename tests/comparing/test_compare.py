@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from engine import api
 from engine.commands.main import cli
 from engine.comparing.comparison import Comparison
-from engine.comparing.verdict import Verdict
+from engine.comparing.tensors import Verdict
 from engine.formats.safetensors import index_json
 from engine.move.views import tiles
 from engine.run.meter import Progress
@@ -437,8 +437,8 @@ def test_tiles_cover_every_element_once_and_stay_small(data: st.DataObject) -> N
 
 
 def big(path: Path, rows: int, change: tuple[int, int] | None = None, transpose: bool = False) -> Path:
-    """64 MiB of float32 in one tensor."""
-    tensor = torch.arange(16 << 20, dtype=torch.int32).view(torch.float32).view(rows, -1).clone()
+    """32 MiB of float32 in one tensor."""
+    tensor = torch.arange(8 << 20, dtype=torch.int32).view(torch.float32).view(rows, -1).clone()
     if change is not None:
         tensor[change] += 1
     torch.save({"a.weight": tensor.t() if transpose else tensor}, path)
@@ -446,7 +446,7 @@ def big(path: Path, rows: int, change: tuple[int, int] | None = None, transpose:
 
 
 @pytest.mark.parametrize("case", ["equal", "different", "transposed", "turned storage", "cast"])
-def test_a_tensor_of_64_mib_is_compared_in_small_buffers(case: str, tmp_path: Path) -> None:
+def test_a_tensor_of_32_mib_is_compared_in_small_buffers(case: str, tmp_path: Path) -> None:
     one, two = big(tmp_path / "one.bin", 4096), tmp_path / "two.bin"
     if case == "equal":
         big(two, 4096)

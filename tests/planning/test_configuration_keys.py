@@ -15,6 +15,7 @@ import engine
 from engine import api
 from engine.errors import EngineError
 from engine.proving.lint import lint_file
+from tests.support.genuine import family_of, settings_of
 from tests.support.shards import same
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
@@ -310,6 +311,17 @@ def test_what_model_config_says_and_the_target_cannot_have_is_refused(
     error = refused(engine.convert, FAMILY, source, tmp_path / "out")
     assert error.code == code and word in str(error) and "model_config.pt" in str(error), error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fixture", ["v1_tp1_pp1", "v2_tp2_pp2", "llama_tp2_pp1_default"])
+@pytest.mark.parametrize("change", [{"head_dim": 7}, {"head_dim": 16}, {"is_reward": True}], ids=told)
+def test_what_model_config_says_and_the_tensors_contradict_is_refused(
+    tmp_path: Path, change: dict[str, Any], fixture: str
+) -> None:
+    """A head over the vocabulary once became a reward model's, of as many labels."""
+    source = training(tmp_path / "ckpt", change, fixture)
+    error = refused(engine.convert, family_of(fixture), source, tmp_path / "out", settings=settings_of(fixture))
+    assert error.code in ("E203", "E402"), error
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 import engine
 from engine.checkpoint import folder as indexing
-from engine.formats import unpickle
+from engine.formats import rank_files
 from engine.formats.unpickle import load_pickle
 from engine.move import blocks as cutting
 from engine.run.memory import predicted_memory
@@ -189,7 +189,7 @@ def test_the_same_pickle_is_read_once() -> None:
 
     names = [f"model_tp{rank}_pp0.pt" for rank in range(4)]
     with (
-        mock.patch.object(unpickle, "load_pickle", reading),
+        mock.patch.object(rank_files, "load_pickle", reading),
         mock.patch.object(indexing, "_READERS", 1),
     ):
         together = read_headers(folder, names)
