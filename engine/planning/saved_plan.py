@@ -150,12 +150,8 @@ def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
     problem = next(iter(violations(data, "saved-plan")), None)
     if problem is not None:
         raise unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
-    return SavedPlan(str(path), _request(path, data["request"]), data, raw)
-
-
-def _request(path: Path, data: Mapping[str, Any]) -> Request:
     try:
-        return Request(**data)
+        return SavedPlan(str(path), Request(**data["request"]), data, raw)
     except EngineError as error:
         raise unreadable(path, error.message) from None
 

@@ -261,4 +261,5 @@ def _subsets(loose: Sequence[str], *, most: bool) -> Iterator[tuple[str, ...]]:
 
 
 def _first(choices: Mapping[str, Expression | None], names: Mapping[str, Any]) -> str | None:
+    """The first choice that holds."""
     return next((name for name, e in choices.items() if e is None or evaluate(e, names)), None)

@@ -160,7 +160,7 @@ def test_rows_shorter_than_one_are_normalised_too(tmp_path: Path) -> None:
     torch.testing.assert_close(lengths[lengths != 0], torch.ones(model.vocab - 1))
 
 
-@settings(deadline=None, max_examples=examples(40), suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(27), suppress_health_check=list(HealthCheck))
 @given(st.data(), st.sampled_from([8, 24, 64, 136, 520]), st.sampled_from([1, 8, 2048]))
 def test_tiny_blocks_write_the_rank_files_that_training_would_have_written(
     data: st.DataObject, nbytes: int, row: int

@@ -15,15 +15,15 @@ def examples(most: int) -> int:
     return most if SOAK else most // 3
 
 
-def crossed(*columns: Sequence[Any]) -> list[tuple[Any, ...]]:
+def crossed(*columns: Sequence[Any], every: bool = SOAK) -> list[tuple[Any, ...]]:
     """Cases for `parametrize`: all combinations in the soak, else enough that each value of each column occurs.
 
     For columns that act apart from each other. Rows are shifted, so that columns of one length do not march in step.
 
-    >>> crossed("abc", "xy")
-    [('a', 'x'), ('b', 'y'), ('c', 'x')]
+    >>> crossed("abc", "xy", every=False)
+    [('a', 'x'), ('b', 'y'), ('c', 'y')]
     """
-    if SOAK:
+    if every:
         return list(product(*columns))
     return [
         tuple(column[(row + row // len(column) * number) % len(column)] for number, column in enumerate(columns))
