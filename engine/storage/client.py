@@ -103,7 +103,7 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
-    _check_endpoints(url, dict(os.environ) | dict(options))
+    _check_given(url, dict(os.environ) | dict(options))
     given: dict[str, Any] = {name: value for name, value in options if name not in _CLIENT}
     client: dict[str, Any] = {"timeout": "60s", "connect_timeout": "10s"}
     client |= {name: value for name, value in options if name in _CLIENT}
@@ -122,23 +122,23 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
         raise no_store(url.partition("?")[0], _short(str(error))) from None
 
 
-def _check_endpoints(url: str, given: Mapping[str, str]) -> None:
-    """E001 for an endpoint that is no URL, at which the library would panic."""
+def _check_given(url: str, given: Mapping[str, str]) -> None:
+    """E001 for options and variables of the environment at which the library would panic."""
     for name, value in given.items():
         if re.fullmatch(r"((AWS|AZURE|GOOGLE)_.*)?ENDPOINT(_URL)?(_S3)?", name.upper()):
             try:
-                kind, host = urlsplit(value).scheme, urlsplit(value).hostname
+                sound = urlsplit(value).scheme in ("http", "https") and bool(urlsplit(value).hostname)
             except ValueError:
-                host = None
-            if not host or kind not in ("http", "https"):
-                raise EngineError(
-                    "E001",
-                    "the endpoint of a store is no URL",
-                    place=Place(url),
-                    got=f"{name}={value}",
-                    expected="such as http://minio:9000",
-                    fix="Write it with http:// or https:// in front.",
-                )
+                sound = False
+            got, fix = f"{name}={value}", "Write it as a URL, such as http://minio:9000."
+        else:
+            plain = re.fullmatch(
+                r"(AWS_)?((DEFAULT_)?REGION|ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|TOKEN)", name.upper()
+            )
+            sound = plain is None or (value.isascii() and value.isprintable())
+            got, fix = f"line breaks or letters beyond ASCII in {name}", "Copy it again; was it read from a file?"
+        if not sound:
+            raise EngineError("E001", "an option of a store cannot be used", place=Place(url), got=got, fix=fix)
 
 
 def no_store(url: str, why: str) -> EngineError:

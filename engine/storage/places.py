@@ -87,7 +87,8 @@ def store_at(place: Source, what: str) -> Store:
     url = str(place).rstrip("/")
     try:
         urlsplit(url)
-    except ValueError as error:
+        url.encode()
+    except ValueError as error:  # half characters are one too
         raise no_store(url, str(error)) from None
     bucket, *folders = url[found.end() :].split("/")
     if not found[1].startswith("http") and (not _BUCKET.fullmatch(bucket) or {"", ".", ".."}.intersection(folders)):

@@ -108,6 +108,9 @@ def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Pat
         {"quantization_config": {"quant_method": "gptq"}},
         {"architectures": ["LlamaForSequenceClassification"]},
         {"final_logit_softcapping": 30.0},
+        {"rms_norm_eps": -1e-5},
+        {"rope_theta": True},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ],
     ids=str,
 )
@@ -122,7 +125,7 @@ def test_a_model_that_torchtitan_cannot_have_is_refused_in_both_directions(
         (path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(EngineError) as caught:
             go("torchtitan-llama", path, tmp_path / "out")
-        assert caught.value.code in ("E209", "E212") and not (tmp_path / "out").exists()
+        assert caught.value.code in ("E209", "E212", "E218") and not (tmp_path / "out").exists()
 
 
 def test_torchtitan_02_without_its_scaled_angles_is_refused(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_password_in_a_url_is_neither_shown_nor_kept(web: str, tmp_path: Path)
     assert b"sekret" not in kept and not any("sekret" in one.output for one in (*shown, refused))
 
 
-@pytest.mark.parametrize("url", ["http://[", "s3://[/a", "az://]["])
+@pytest.mark.parametrize("url", ["http://[", "s3://[/a", "az://][", "s3://a/\udcff", "https://a/\ud800"])
 def test_an_address_that_is_none_is_wrong_usage(url: str, tmp_path: Path) -> None:
     for command in (("inspect", url), ("run", "-m", MAPPING, "-s", url), ("run", "-m", MAPPING, "-s", STEP, "-o", url)):
         done = invoke(*command)
