@@ -239,6 +239,6 @@ def _unlike(
         nbytes += wanted.nbytes
         if not np.array_equal(got, wanted):
             unlike = np.flatnonzero((got != wanted).reshape(-1, item).any(axis=1))
-            count += len(unlike)
-            first = min(block.low + int(unlike[0]), block.low + int(unlike[0]) if first is None else first)
+            count, at = count + len(unlike), block.low + int(unlike[0])
+            first = at if first is None else min(first, at)
     return count, first, nbytes

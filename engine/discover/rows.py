@@ -34,22 +34,20 @@ def own_rows(
     if len(here) != len(there):
         return _resized(order, here, there, noun, plain)
     known = order >= 0
-    found = int(known.sum())
+    found, missing = int(known.sum()), int((~known).sum())
+    also = f"; {counted(missing, noun)} from elsewhere"
     steps = np.unique((np.arange(len(order)) - order)[known])
     if len(steps) == 1:
-        by, left = int(steps[0]), len(order) - found
-        also = f"; {counted(left, noun)} from elsewhere" if left else ""
+        by = int(steps[0])
         first = f"{noun} {max(by, 0)} holds {noun} {max(-by, 0)}"
-        return Relation("permuted", f"{noun}s shifted by {abs(by)}: {first}{also}")
+        return Relation("permuted", f"{noun}s shifted by {abs(by)}: {first}{also if missing else ''}")
     filled = completed(order)
     if filled is not None:
         reading = read_order(filled, units)
-        missing = len(order) - found
-        also = f"; {counted(missing, noun)} from elsewhere" if found < telling else ""
-        return Relation("permuted", reading.words + also, rotary=reading.rotary)
+        return Relation("permuted", reading.words + (also if found < telling else ""), rotary=reading.rotary)
     repeated = len(np.unique(order[known])) < found
     what = f"{noun}s repeated" if repeated else f"{noun}s in other places"
-    rest = f"; {len(order) - found:,} are from elsewhere" if found < telling else ""
+    rest = f"; {missing:,} are from elsewhere" if found < telling else ""
     return Relation("permuted", f"{what}: {placed(order, noun)}{rest}")
 
 

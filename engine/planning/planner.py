@@ -152,12 +152,14 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     notices = overruled(source.decisions)
     tokenizer = (mapping.tokenizer or {}).get("file")
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
-    if unknown:
-        notices.append("not part of the checkpoint, left alone: " + ", ".join(map(printable, unknown)))
     left = sorted({name for file in checkpoint.files for name in file.left})
-    if left:
-        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
-        notices.append("not part of the model, not converted: " + ", ".join(map(printable, left[:4])) + more)
+    for what, names, most in (
+        ("not part of the checkpoint, left alone", unknown, 12),
+        ("not part of the model, not converted", left, 4),
+    ):
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        if names:
+            notices.append(f"{what}: {', '.join(map(printable, names[:most]))}{more}")
     if source.read.noted and crosses:
         told = ", ".join(f"{name} = {value}" for name, value in source.read.noted.items())
         notices.append(f"nothing reads these keys of {source.read.side.file}: {told}")

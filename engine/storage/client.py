@@ -6,12 +6,12 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from engine.errors import EngineError, Place, needs_extra
 
@@ -103,6 +103,7 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
+    _check_endpoints(url, dict(os.environ) | dict(options))
     given: dict[str, Any] = {name: value for name, value in options if name not in _CLIENT}
     client: dict[str, Any] = {"timeout": "60s", "connect_timeout": "10s"}
     client |= {name: value for name, value in options if name in _CLIENT}
@@ -119,6 +120,25 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
         return from_url(f"{kind}://{path}", client_options=client, retry_config=retry, **given)
     except (BaseError, ValueError, TypeError) as error:
         raise no_store(url.partition("?")[0], _short(str(error))) from None
+
+
+def _check_endpoints(url: str, given: Mapping[str, str]) -> None:
+    """E001 for an endpoint that is no URL, at which the library would panic."""
+    for name, value in given.items():
+        if re.fullmatch(r"((AWS|AZURE|GOOGLE)_.*)?ENDPOINT(_URL)?(_S3)?", name.upper()):
+            try:
+                kind, host = urlsplit(value).scheme, urlsplit(value).hostname
+            except ValueError:
+                host = None
+            if not host or kind not in ("http", "https"):
+                raise EngineError(
+                    "E001",
+                    "the endpoint of a store is no URL",
+                    place=Place(url),
+                    got=f"{name}={value}",
+                    expected="such as http://minio:9000",
+                    fix="Write it with http:// or https:// in front.",
+                )
 
 
 def no_store(url: str, why: str) -> EngineError:

@@ -575,3 +575,6 @@ def test_weight_files_that_are_no_part_of_the_model_are_told(whole: Path, tmp_pa
     shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
     plan = api.plan_reverse(FAMILY, folder)
     assert plan.notices == ("not part of the checkpoint, left alone: model-2.safetensors",)
+    for number in range(100, 200):
+        (folder / f"model-{number}.safetensors").touch()
+    assert api.plan_reverse(FAMILY, folder).notices[0].endswith("model-111.safetensors and 89 more")

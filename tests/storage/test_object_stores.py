@@ -334,6 +334,15 @@ def test_a_run_that_is_killed_while_files_become_visible_is_resumed_by_whole_fil
     assert len(begun) == 6 - len(there)
 
 
+@pytest.mark.parametrize("endpoint", ["", "minio:9000", "x", "http://", "http://[", "//minio"])
+def test_an_endpoint_that_is_no_url_is_wrong_usage(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `http://` the library panics, and tells so in forty lines."""
+    with store_options({"endpoint": endpoint, "region": "us-east-1"}):
+        assert "http://" in refused("E001", lambda: engine.plan(MAPPING, "s3://bucket/step")).fix
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    refused("E001", lambda: engine.plan(MAPPING, "s3://bucket/other"))
+
+
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     error = refused("E001", lambda: engine.plan(MAPPING, "s3://bucket/step"))
