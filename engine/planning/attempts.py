@@ -86,23 +86,21 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
             place=mapping.place,
             fix="Set some of them with --set.",
         )
+    told = "the only choice for which all sizes agree across all shards"
     attempts: list[Attempt] = []
     for combination in combinations:
-        chosen = dict(decisions)
-        for variant, choice in zip(open_variants, combination, strict=True):
-            told = "the only choice for which all sizes agree across all shards"
-            chosen[variant.name] = Decision(variant.name, choice, "shapes", told)
-        attempts.append(_attempt(question, chosen))
+        chosen = zip((variant.name for variant in open_variants), combination, strict=True)
+        by_shapes = {name: Decision(name, choice, "shapes", told) for name, choice in chosen}
+        attempts.append(_attempt(question, {**decisions, **by_shapes}))
     fitting = [a for a in attempts if not a.sizes.contradictions]
     if not fitting:
         return min(attempts, key=lambda a: len(a.sizes.contradictions))
-    distinct: list[Attempt] = []
+    distinct: dict[frozenset[tuple[object, ...]], Attempt] = {}
     for attempt in fitting:
-        if all(_reach(attempt) != _reach(other) for other in distinct):
-            distinct.append(attempt)
+        distinct.setdefault(_reach(attempt), attempt)
     if len(distinct) > 1:
-        raise _ambiguous(open_variants, distinct, mapping)
-    return distinct[0]
+        raise _ambiguous(open_variants, list(distinct.values()), mapping)
+    return fitting[0]
 
 
 def _reach(attempt: Attempt) -> frozenset[tuple[object, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import accumulate, product
 
 from engine.planning.boxes import Interval, Region, regions
 from engine.planning.groups import Group, GroupKey
@@ -162,8 +162,6 @@ class Side:
 
 
 def _running(by_rank: Mapping[int, int]) -> dict[int, int]:
-    result, total = {}, 0
-    for rank in sorted(by_rank):
-        result[rank] = total
-        total += by_rank[rank]
-    return result
+    """What the ranks before each hold together."""
+    ranks = sorted(by_rank)
+    return dict(zip(ranks, accumulate((by_rank[rank] for rank in ranks), initial=0), strict=False))

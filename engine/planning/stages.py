@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from math import prod
 from typing import Any
 
@@ -72,12 +72,8 @@ def in_order(
 
 def laid_out(counts: Iterable[tuple[Stage, int]], chunks: int, dims: tuple[str, ...]) -> Stages:
     """Stages end to end, given each one's layers in the order of the model."""
-    starts: dict[Stage, int] = {}
-    total = 0
     held = dict(counts)
-    for stage, count in held.items():
-        starts[stage] = total
-        total += count
+    starts = dict(zip(held, accumulate(held.values(), initial=0), strict=False))
     return Stages(starts, held, chunks, dims)
 
 
