@@ -16,10 +16,8 @@ _TYPES = {
     "object": "keys and values", "array": "a list", "string": "a text", "integer": "a whole number",
     "number": "a number", "boolean": "true or false", "null": "null",
 }  # fmt: skip
-
-
+_LIKE = 20  # unknown keys for which a known one of like spelling is sought: seeking takes long
 # Parts of a mapping whose entries have names, and what one is called.
-_LIKE = 20  # keys for which a known one of like spelling is sought; no more are told
 _NAMED = {"rules": "rule", "options": "option", "variants": "variant"}
 # What people write for types of `keys`.
 _PYTHON = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "dict": "mapping", "array": "list",

@@ -94,6 +94,9 @@ def _share_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
+_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # what those that the library reads begin with
+
+
 @cache
 def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     """The client of a store; E001 without the extra, and for an address or option that it does not know."""
@@ -103,17 +106,18 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
-    _check_given(url, dict(os.environ) | dict(options))
+    kind, _, path = url.partition("://")
+    variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES.get(kind, ()))}
+    _check_given(url, variables | dict(options))
     given: dict[str, Any] = {name: value for name, value in options if name not in _CLIENT}
     client: dict[str, Any] = {"timeout": "60s", "connect_timeout": "10s"}
     client |= {name: value for name, value in options if name in _CLIENT}
-    known = [value for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]
-    if any(one.startswith("http://") for one in (url, *dict(options).values(), *known)):  # which only the user can say
+    said = (url, *dict(options).values(), *variables.values())
+    if any(one.startswith("http://") for one in said):  # which only the user can say
         client.setdefault("allow_http", "true")
     client = {name: value == "true" if name.startswith("allow") else value for name, value in client.items()}
     backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=8), "base": 2}
     retry = {"max_retries": 6, "backoff": backoff, "retry_timeout": timedelta(seconds=120)}
-    kind, _, path = url.partition("://")
     if not kind.startswith("http"):  # names of objects are taken as they are
         path = quote(path, safe="/$")
     try:
@@ -125,7 +129,7 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
 def _check_given(url: str, given: Mapping[str, str]) -> None:
     """E001 for options and variables of the environment at which the library would panic."""
     for name, value in given.items():
-        if re.fullmatch(r"((AWS|AZURE|GOOGLE)_.*)?ENDPOINT(_URL)?(_S3)?", name.upper()):
+        if re.fullmatch(r"(AWS_|AZURE_(STORAGE_)?)?ENDPOINT(_URL(_S3)?)?", name.upper()):
             try:
                 sound = urlsplit(value).scheme in ("http", "https") and bool(urlsplit(value).hostname)
             except ValueError:

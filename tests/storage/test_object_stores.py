@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import engine
 from engine.checkpoint.folder import read_headers
+from engine.storage.client import client_of
 from engine.storage.places import store_at, store_options
 from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
 from tests.support.object_server import Asked, options
@@ -351,6 +352,20 @@ def test_an_option_at_which_the_library_panics_is_wrong_usage(
     if option != "token":
         monkeypatch.setenv(f"AWS_{option.upper()}", value)
         refused("E001", lambda: engine.plan(MAPPING, "s3://bucket/other"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_USE_FIPS_ENDPOINT", "true"), ("AWS_USE_DUALSTACK_ENDPOINT", "true"), ("ENDPOINT", "staging"),
+        ("AWS_S3_US_EAST_1_REGIONAL_ENDPOINT", "regional"), ("AZURE_ENDPOINT", "x"), ("TOKEN", "a\tb"),
+    ],
+)  # fmt: skip
+def test_a_variable_that_is_no_endpoint_of_this_store_is_left_alone(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert client_of(f"s3://bucket/{variable}", (("region", "us-east-1"),)) is not None
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
