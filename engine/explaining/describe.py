@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.language.names import pattern
-from engine.planning.model import Output, Plan
+from engine.planning.model import Plan
 from engine.run.memory import predicted_memory
 
 
@@ -72,19 +72,18 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 def _rules(plan: Plan) -> list[dict[str, Any]]:
     """One row per target pattern and shape, placeholders folded: `model.layers.{0…31}.…`."""
-    rows: dict[tuple[str, tuple[int, ...], str], list[Output]] = {}
-    for output in plan.outputs:
-        rows.setdefault((output.pattern, output.shape, output.dtype), []).append(output)
+    rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
+    for index, output in enumerate(plan.outputs):
+        rows.setdefault((output.pattern, output.shape, output.dtype), []).append(index)
     result: list[dict[str, Any]] = []
     for (text, shape, dtype), outputs in rows.items():
-        first = plan.outputs.index(outputs[0])
-        copies = plan.copies(first)
+        first, copies = plan.outputs[outputs[0]], plan.copies(outputs[0])
         sources = sorted({plan.files[plan.sources[c.source].file].name for c in copies})
         result.append(
             {
-                "rule": outputs[0].rule,
-                "place": outputs[0].place,
-                "target": folded(text, [pattern(text).match(o.name) or {} for o in outputs]),
+                "rule": first.rule,
+                "place": first.place,
+                "target": folded(text, [plan.copies.outputs[index][0].fixed for index in outputs]),
                 "shape": list(shape),
                 "dtype": dtype,
                 "count": len(outputs),
@@ -92,7 +91,7 @@ def _rules(plan: Plan) -> list[dict[str, Any]]:
                 "copies": len(copies),
                 "source": plan.sources[copies[0].source].header.name if copies else "",
                 "source_files": sources[:4],
-                "transform": None if outputs[0].transform is None else ":".join(outputs[0].transform),
+                "transform": None if first.transform is None else ":".join(first.transform),
             }
         )
     return result

@@ -137,8 +137,8 @@ class _Small:
             raise self._damaged("no torch file: it has no member data.pkl")
         self._root = roots[0]
         order = self._members.get(self._root + "byteorder")
-        if order is not None and self._read(*self._place(order)) != b"little":
-            raise big_endian(name)
+        if order is not None and (found := self._read(*self._place(order))) != b"little":
+            raise big_endian(name, found[:16])
 
     def pickle(self) -> bytes:
         """The pickle, checked against its CRC-32 where there is one."""

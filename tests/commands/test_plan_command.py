@@ -49,6 +49,15 @@ def test_layers_are_folded_and_bytes_add_up() -> None:
     assert all(o["bytes"] <= 200_000 for o in outputs)
 
 
+@pytest.mark.parametrize("more", [("--pp", "2", "--chunks", "3"), ("--tp", "4")])
+def test_tensors_whose_names_have_a_prefix_are_folded_by_the_layers_of_the_whole_model(more: tuple[str, ...]) -> None:
+    found = plan("v1_tp2_pp2_chunks2", "families/internlm.yaml", "--for", "reshard", *more)
+    jsonschema_rs.validator_for(SCHEMA).validate(found)
+    rules = found["rules"]
+    assert isinstance(rules, list)
+    assert "blocks.{0…5}.norm1.weight" in [row["target"] for row in rules]
+
+
 def test_planning_imports_neither_torch_nor_transformers_nor_numpy() -> None:
     source = FIXTURES / "v2_tp2_pp2"
     code = (
