@@ -154,7 +154,9 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
     }
     if plan is not None:
         facts["parameters"] = sum(output.elements for output in plan.outputs)
-        facts["sizes"] = {axis: plan.sizes[axis] for axis in _AXES if axis in plan.sizes}
+        used = {axis for group in plan.copies.target.groups for axis in group.instance.axes.names()}
+        unused = {axis for rule in plan.mapping.rules for axis in rule.axes.names()} - used  # as of a reward head
+        facts["sizes"] = {axis: plan.sizes[axis] for axis in _AXES if axis in plan.sizes.keys() - unused}
         facts["stages"] = [
             {"chunk": stage[0], **plan.stages.ranks(stage), "first": first, "layers": plan.stages.counts[stage]}
             for stage, first in sorted(plan.stages.starts.items(), key=lambda item: item[1])

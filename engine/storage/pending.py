@@ -36,6 +36,19 @@ def clean(store: ObjectStore, ours: Callable[[str], bool], whole: str) -> list[s
     Raises:
         EngineError: E001 for a store whose uploads cannot be listed so, E403 when the store refuses.
     """
+    removed: list[str] = []
+    try:
+        there = [] if store.has(whole) else [name for name, _ in walk(store) if ours(name)]
+    except FileNotFoundError:
+        there = []
+    for name in there:
+        if store.attribute(name, MARK) is not None:
+            store.delete(name)
+            removed.append(store.place(name))
+    return removed + ([] if removed and not store.url.startswith("s3:") else _end_uploads(store, ours))
+
+
+def _end_uploads(store: ObjectStore, ours: Callable[[str], bool]) -> list[str]:
     kind, _, place = store.url.partition("://")
     if kind != "s3":
         raise EngineError(
@@ -47,24 +60,16 @@ def clean(store: ObjectStore, ours: Callable[[str], bool], whole: str) -> list[s
     client = _client(store)
     bucket, _, prefix = place.partition("/")
     prefix += "/" if prefix else ""
-    removed: list[str] = []
+    ended: list[str] = []
     try:
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for one in page.get("Uploads", ()):
                 if ours(one["Key"].removeprefix(prefix)):
                     client.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
-                    removed.append(f"s3://{bucket}/{one['Key']}")
+                    ended.append(f"s3://{bucket}/{one['Key']}")
     except Exception as error:  # botocore's own kinds
         raise refused(store.place(), str(error), writing=True) from error
-    try:
-        there = [] if store.has(whole) else [name for name, _ in walk(store) if ours(name)]
-    except FileNotFoundError:
-        there = []
-    for name in there:
-        if store.attribute(name, MARK) is not None:
-            store.delete(name)
-            removed.append(store.place(name))
-    return removed
+    return ended
 
 
 def _client(store: ObjectStore) -> Any:

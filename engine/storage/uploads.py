@@ -136,6 +136,16 @@ class Uploads:
         upload.complete(last=self._name)
         for name in sorted(now - set(upload.names())):  # of the old output, and markers of parts
             self._store.delete(name)
+        gone = set(upload.names()) - {name for name, _ in walk(self._store)}
+        if gone:
+            self._store.delete(self._name)
+            raise EngineError(
+                "E403",
+                "files of the output were removed while it was written",
+                place=Place(self._store.place()),
+                got=", ".join(sorted(gone)[:4]),
+                fix="Did somebody clean there? Run again with --resume.",
+            )
 
 
 class Upload:

@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="takes long; `make soak` runs it"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # it takes processor time as long as it runs
 def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     pytest.importorskip("obstore", reason="the extra `store` is not installed")
     with server(tmp_path_factory.mktemp("weed")) as port:

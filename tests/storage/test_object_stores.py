@@ -304,6 +304,17 @@ def test_a_run_that_ends_while_it_writes_leaves_no_object(number: int, bucket: B
     assert bucket.contents("hf") == files(tmp_path / "hf")
 
 
+def test_an_output_that_is_cleaned_while_it_becomes_visible_is_no_output(bucket: Bucket) -> None:
+    def clean(one: Asked) -> None:
+        if one.method == "PUT" and one.path.endswith("/conversion.json"):
+            bucket.proxy.spoil = lambda _: None
+            engine.api.clean(f"{bucket.url}/hf")
+
+    bucket.proxy.spoil = clean
+    refused("E403", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/hf"))
+    assert not bucket.contents("hf")
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_files_become_visible_is_resumed_by_whole_files(
     bucket: Bucket, tmp_path: Path

@@ -59,6 +59,9 @@ def there_and_back(base: str, client: Any, folder: Path) -> None:
     client.delete("hf/conversion.json")
     engine.convert(MAPPING, f"{base}/step", f"{base}/hf", max_shard_size=200_000, resume=True)
     assert api.verify(f"{base}/hf").problems == ()
+    client.delete("hf/conversion.json")
+    assert f"{base}/hf/config.json" in api.clean(f"{base}/hf")
+    assert not client.list("hf").collect()
 
 
 def test_googles_store_is_read_and_written(s3_port: int, tmp_path: Path) -> None:
