@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.errors import EngineError
 from engine.run.execute import Small
 from engine.storage.places import is_url
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:
     """The files that belong beside the weights that a plan writes."""
     if compiled.written is not None:
+        for name, given in (("tokenizer", tokenizer), ("code", code)):
+            if given is not None:
+                raise EngineError("E001", f"--{name} has no use: the plan writes rank files", got=str(given),
+                                  fix=f"Leave --{name} out.")  # fmt: skip
         from engine.formats.configs import encode_config
 
         return Small({name: encode_config(name, kind, content) for name, (kind, content) in compiled.beside.items()})

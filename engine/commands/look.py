@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from engine.commands.completion import SHELLS, codes, folders, script
-from engine.commands.options import EXPLAINED, QUIET, VERIFYING, asks, chosen, reports_errors
+from engine.commands.options import EXPLAINED, QUIET, VERIFYING, asks, chosen, given, reports_errors
 from engine.commands.say import answer, say
 from engine.explaining.codes import page
 
@@ -57,8 +57,16 @@ def mappings(as_json: bool, /) -> None:
 @click.option("--from", "source", metavar="[FILE:]TENSOR", help="Explain where a training tensor goes.")
 @asks(*EXPLAINED)
 @reports_errors
+@click.pass_context
 def explain(
-    as_json: bool, /, what: str | None, source: str | None, mapping: str | None, src: str, **options: Any
+    ctx: click.Context,
+    as_json: bool,
+    /,
+    what: str | None,
+    source: str | None,
+    mapping: str | None,
+    src: str,
+    **options: Any,
 ) -> None:
     """Say where part of a tensor comes from, or what an error means.
 
@@ -74,6 +82,8 @@ def explain(
     if (what is None) == (source is None):
         raise click.UsageError("Give a tensor or a code to explain, or a source tensor with --from; one of them.")
     if what is not None and render_explain.is_code(what):
+        if said := next((flag for name, flag in given(ctx).items() if name in EXPLAINED), None):
+            raise click.UsageError(f"{said} has no effect on what a code means")
         text, where = api.explain_code(what), page(f"codes/{what.strip().upper()}")
         answer(as_json, {"code": what, "text": text, "page": where}, lambda: f"{text}\nDocumentation: {where}")
         return

@@ -161,6 +161,7 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
         if no_color or os.environ.get("NO_COLOR"):
             ctx.color = False
         check_text(ctx)
+        check_together(ctx)
         from engine.commands.progress import live
 
         waiting = nullcontext() if as_json or kwargs.get("quiet") or not sys.stderr.isatty() else live("working")
@@ -231,15 +232,36 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
     return click.option(*flags, one.name, **how)
 
 
+def given(ctx: click.Context) -> dict[str, str]:
+    """The options that were given: name → spelling."""
+    params = [(param.name or "", param.opts[0]) for param in ctx.command.params]
+    return {name: flag for name, flag in params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+
+
 def only_plan(ctx: click.Context, saved: str | None) -> None:
     """A usage error unless a saved plan is given alone."""
-    given = [
-        param
-        for param in ctx.command.params
-        if param.name in SAVED and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
-    ]
-    if saved is not None and given:
-        raise click.UsageError(f"--plan says all of {given[0].opts[0]} already; give one or the other", ctx)
+    said = next((flag for name, flag in given(ctx).items() if name in SAVED), None)
+    if saved is not None and said:
+        raise click.UsageError(f"--plan says all of {said} already; give one or the other", ctx)
+
+
+# Command and option → those of which one must be given with it: alone it would have no effect.
+_TOGETHER = {
+    **{(command, "parts"): ("--executor",) for command in ("run", "reverse", "reshard")},
+    **{(command, "overwrite"): ("--out",) for command in ("plan", "new")},
+    **{(command, name): ("--mapping",) for command in ("verify", "compare") for name in ("config", "dtype")},
+    ("verify", "settings"): ("--mapping", "--logits"),
+    ("compare", "settings"): ("--mapping",),
+}
+
+
+def check_together(ctx: click.Context) -> None:
+    """A usage error for an option that has no effect without another."""
+    said = given(ctx)
+    for name, flag in said.items():
+        needed = _TOGETHER.get((ctx.command.name or "", name))
+        if needed is not None and not set(needed) & set(said.values()):
+            raise click.UsageError(f"{flag} has no effect without {' or '.join(needed)}", ctx)
 
 
 def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: bool = False) -> str:
@@ -261,10 +283,9 @@ SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already sa
 def of_job(ctx: click.Context, job: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a job has; a usage error for one that was given and that it has not."""
     takes = JOBS[job].takes.__annotations__
-    for param in ctx.command.params:
-        given = ctx.get_parameter_source(str(param.name)) is not ParameterSource.DEFAULT
-        if param.name in options and param.name not in takes and given:
-            raise click.UsageError(f"{param.opts[0]} is no option of {job}", ctx)
+    for name, flag in given(ctx).items():
+        if name in options and name not in takes:
+            raise click.UsageError(f"{flag} is no option of {job}", ctx)
     return {name: value for name, value in options.items() if name in takes}
 
 

@@ -68,8 +68,10 @@ def quotients_of(expression: Expression) -> list[tuple[str, str]]:
 
 
 def plain_name(expression: Expression) -> str | None:
-    """The one name that an expression is, or is where it is there."""
+    """The one name that an expression is, or is where it is there, or where a condition holds."""
     tree: nodes.Node = compile_expression(expression).tree
+    if isinstance(tree, nodes.CondExpr):
+        tree = tree.expr1
     if isinstance(tree, nodes.Filter) and tree.name == "default" and tree.node is not None:
         tree = tree.node
     return tree.name if isinstance(tree, nodes.Name) else None

@@ -325,6 +325,33 @@ def test_what_model_config_says_and_the_tensors_contradict_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("fixture", "change", "code", "word"),
+    [
+        *[("moe_tp2_pp2_dp1", {"top_k": n}, "E218", "`expert`") for n in (5, 100_000)],
+        ("moe_tp2_pp2_dp1", {"moe_type": "MegaBlock"}, "E209", "moe_type"),
+        *[("v2_tp2_pp2", {"num_attention_heads": n, "head_dim": 8}, "E218", "`groups`") for n in (9, 11)],
+        ("v2_tp2_pp2", {"num_kv_attention_heads": 16}, "E218", "`groups`"),
+        ("llama_tp2_pp1_default", {"num_attention_heads": 9, "head_dim": 8}, "E218", "`groups`"),
+    ],
+    ids=str,
+)
+def test_sizes_of_model_config_that_contradict_each_other_are_refused(
+    tmp_path: Path, fixture: str, change: dict[str, Any], code: str, word: str
+) -> None:
+    """No tensor shows them: `config.json` once named as many heads, or experts for a token, as there are not."""
+    source = training(tmp_path / "ckpt", change, fixture)
+    (source / "config_file.pt").unlink(missing_ok=True)  # which would contradict as well
+    error = refused(engine.convert, family_of(fixture), source, tmp_path / "out")
+    assert error.code == code and word in str(error), error
+
+
+def test_a_token_goes_to_no_more_experts_than_there_are_in_reverse_either(tmp_path: Path) -> None:
+    engine.convert(family_of("moe"), FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "hf")
+    source = changed(tmp_path / "hf", tmp_path / "changed", {"num_experts_per_tok": 5})
+    assert refused(engine.reverse, family_of("moe"), source, tmp_path / "out").code == "E218"
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"drop_rate": 0.1, "attn_drop_rate": 0.1, "residual_in_fp32": True, "embed_grad_scale": 0.1, "checkpoint": 0.5},
