@@ -15,11 +15,11 @@ from engine.storage.client import T, asked, client_of, library, refused, request
 from engine.storage.listing import linked_names
 from engine.storage.object_files import ObjectBytes, ObjectRanges
 from engine.storage.positioned import Positioned
-from engine.storage.replacing import exists
 from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 WINDOW = 16 << 20  # bytes of a tensor that are read ahead at once
+LOCK = ".engine-lock"  # the object that a run has at its output while it writes; no listing shows it
 MARK = "enginework"  # the attribute of what the engine wrote, which says what it was made from
 
 
@@ -111,7 +111,8 @@ class ObjectStore:
         listed = self._listed[inside] = {one["path"]: ObjectState.of(one) for one in found["objects"]}
         entries: dict[str, State | None] = dict.fromkeys(one.rpartition("/")[2] for one in found["common_prefixes"])
         entries |= {name.removeprefix(below): state for name, state in listed.items()}
-        entries.pop("", None)
+        for hidden in ("", LOCK):
+            entries.pop(hidden, None)
         if not entries:
             raise FileNotFoundError(errno.ENOENT, "nothing is there", self.place(inside))
         return entries
@@ -180,16 +181,17 @@ class ObjectStore:
     def put(self, name: str, data: bytes) -> None:
         self.write(name, data)
 
-    def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> None:
-        """Put an object; E401 when it should be new and is there, E403 when it cannot be put."""
+    def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> bool:
+        """Put an object; False when it should be new and is there, E403 when it cannot be put."""
         obstore = library()
         from obstore.exceptions import AlreadyExistsError
 
         try:
             kept = {MARK: work} if work else None
             obstore.put(self.client, name, data, attributes=kept, mode="create" if new else "overwrite")
-        except (AlreadyExistsError, FileExistsError) as error:
-            raise exists(self.place(name), "Choose another --out.", "another run's, written in the meantime") from error
+            return True
+        except (AlreadyExistsError, FileExistsError):
+            return False
         except Exception as error:  # obstore's own kinds, and OSError
             raise refused(self.place(name), str(error), writing=True) from error
 
@@ -202,6 +204,16 @@ class ObjectStore:
             return
         except Exception as error:  # obstore's own kinds, and OSError
             raise refused(self.place(name), str(error), writing=True) from error
+
+    def content(self, name: str) -> bytes | None:
+        """A small object, as it is now; None where there is none."""
+        obstore = library()
+
+        try:
+            data: bytes = self._asked(name, lambda: obstore.get(self.client, name).bytes().to_bytes())
+        except FileNotFoundError:
+            return None
+        return data
 
     def attribute(self, name: str, key: str) -> str | None:
         """What was kept with an object under a name."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place, needs_extra
 from engine.storage.client import refused
-from engine.storage.objects import MARK, ObjectStore
+from engine.storage.objects import LOCK, MARK, ObjectStore
 from engine.storage.store import walk
 
 _KEYS = {
@@ -41,8 +41,8 @@ def clean(store: ObjectStore, ours: Callable[[str], bool], whole: str) -> list[s
         there = [] if store.has(whole) else [name for name, _ in walk(store) if ours(name)]
     except FileNotFoundError:
         there = []
-    for name in there:
-        if store.attribute(name, MARK) is not None:
+    for name in [*there, LOCK]:
+        if store.attribute(name, MARK) is not None or (name == LOCK and store.content(name) is not None):
             store.delete(name)
             removed.append(store.place(name))
     return removed + ([] if removed and not store.url.startswith("s3:") else _end_uploads(store, ours))

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.storage.client import library, refused, requests
+from engine.storage.locks import ObjectLock
 from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
 from engine.storage.store import OpenFile, Ranges, State, Store, walk
@@ -65,6 +66,7 @@ class Uploads:
         self._store, self._name, self._overwrite, self._resume = store, mark, overwrite, resume
         self._work, self._foreign = work, foreign
         self._upload: Upload | None = None
+        self._lock = ObjectLock(store, work)
         if not store.listable:
             raise EngineError(
                 "E001", "this store can only be read", place=Place(store.place()), expected="s3://, gs:// or az://",
@@ -113,6 +115,7 @@ class Uploads:
         if self._resume:
             for _ in requests().map(upload.is_left, sorted(self._before)):
                 pass
+        self._lock.take(resume=self._resume)
         self._upload = upload
         return upload
 
@@ -123,8 +126,11 @@ class Uploads:
                 self._commit(self._upload)
         finally:
             self._upload.abort()
+            self._lock.leave()
 
     def _commit(self, upload: Upload) -> None:
+        if not self._lock.held:
+            raise self._removed("the mark of this run")
         now = self._check_free()
         if now - self._before:  # somebody's, who came meanwhile
             raise exists(
@@ -139,13 +145,16 @@ class Uploads:
         gone = set(upload.names()) - {name for name, _ in walk(self._store)}
         if gone:
             self._store.delete(self._name)
-            raise EngineError(
-                "E403",
-                "files of the output were removed while it was written",
-                place=Place(self._store.place()),
-                got=", ".join(sorted(gone)[:4]),
-                fix="Did somebody clean there? Run again with --resume.",
-            )
+            raise self._removed(", ".join(sorted(gone)[:4]))
+
+    def _removed(self, what: str) -> EngineError:
+        return EngineError(
+            "E403",
+            "files of the output were removed while it was written",
+            place=Place(self._store.place()),
+            got=what,
+            fix="Did somebody clean there? Run again with --resume.",
+        )
 
 
 class Upload:
@@ -245,7 +254,8 @@ class Upload:
         for writer in self._writers.values():
             writer.close()
         for name in sorted(self._small, key=lambda name: name == last):
-            self._store.write(name, self._small[name], self._work, new=name == last)
+            if not self._store.write(name, self._small[name], self._work, new=name == last):
+                raise exists(self._store.place(name), "Choose another --out.", "another run's, written in the meantime")
         self._whole.update(self._writers, self._small)
         self._writers.clear()
         self._small.clear()

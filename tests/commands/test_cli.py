@@ -533,3 +533,23 @@ def test_the_command_line_and_the_api_write_files_of_the_same_size() -> None:
 
     option = next(param for param in cli.commands["run"].params if param.name == "max_shard_size")
     assert parse_size(option.default) == DEFAULT_SHARD_SIZE
+
+
+# Options that would have no effect: once nothing told so.
+ALONE = [
+    *[f"{command} -s x -o y -m internlm2 --parts 3" for command in ("run", "reverse", "reshard")],
+    "plan -m internlm2 --overwrite",
+    "new --overwrite",
+    "verify x --config y",
+    "verify x --dtype bf16",
+    "verify x --set rotary=halves",
+    "compare x y --dtype bf16",
+    "compare x y --set rotary=halves",
+    *[f"explain E203 {given}" for given in ("-m internlm2", "-s x", "--config x", "--dtype bf16", "--set a=b")],
+]
+
+
+@pytest.mark.parametrize("arguments", ALONE)
+def test_an_option_without_effect_is_wrong_usage(arguments: str) -> None:
+    done = invoke(*arguments.split())
+    assert done.exit_code == 2 and "has no effect" in done.output, done.output

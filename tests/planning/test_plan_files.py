@@ -180,6 +180,17 @@ def test_a_saved_plan_excludes_what_it_already_says(saved: Path, more: tuple[str
     assert "--plan" in done.output
 
 
+@pytest.mark.parametrize("option", ["--tokenizer", "--code"])
+def test_what_goes_beside_a_model_has_no_use_where_rank_files_are_written(
+    option: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan"
+    api.save_plan(plan, MAPPING, checkpoint, job="reshard")
+    done = invoke("run", "--plan", plan, "-o", tmp_path / "out", option, tmp_path)
+    assert done.exit_code == 2 and f"{option} has no use" in done.output, done.output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [

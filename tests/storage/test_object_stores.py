@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 import engine
+from engine import api
 from engine.checkpoint.folder import read_headers
+from engine.errors import EngineError
+from engine.run.journal import identity_of
 from engine.storage.client import client_of
 from engine.storage.places import store_at, store_options
 from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
@@ -296,11 +299,11 @@ def test_a_run_that_ends_while_it_writes_leaves_no_object(number: int, bucket: B
     os.kill(process.pid, number)
     process.wait()
     bucket.proxy.spoil = lambda _: None
-    assert bucket.contents("hf") == {}
+    assert bucket.contents("hf").keys() == ({".engine-lock"} if number == signal.SIGKILL else set())
     left = pending(bucket)
     assert (len(left) > 0) == (number == signal.SIGKILL), left
-    assert not pending(bucket)
-    engine.convert(MAPPING, step, out, resume=True, **SMALL)
+    assert not pending(bucket) and not bucket.contents("hf")
+    engine.convert(MAPPING, step, out, **SMALL)
     assert bucket.contents("hf") == files(tmp_path / "hf")
 
 
@@ -309,6 +312,48 @@ def test_an_output_that_is_cleaned_while_it_becomes_visible_is_no_output(bucket:
         if one.method == "PUT" and one.path.endswith("/conversion.json"):
             bucket.proxy.spoil = lambda _: None
             engine.api.clean(f"{bucket.url}/hf")
+
+    bucket.proxy.spoil = clean
+    refused("E403", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/hf"))
+    assert not bucket.contents("hf")
+
+
+def test_two_runs_into_one_prefix_are_not_mixed(bucket: Bucket) -> None:
+    """The second once completed its files among those of the first, before it was refused."""
+    out = f"{bucket.url}/hf"
+
+    def second(one: Asked) -> None:
+        if one.method == "PUT" and "partNumber" in one.path:
+            bucket.proxy.spoil = lambda _: None
+            for how in ("workers", "resume", "overwrite"):
+                with pytest.raises(EngineError, match=r"(?s)E408.*engine clean"):
+                    engine.convert(MAPPING, STEP, out, dtype="float32", **{how: 1 if how == "workers" else True})
+
+    bucket.proxy.spoil = second
+    engine.convert(MAPPING, STEP, out)
+    assert not api.verify(out).problems and not pending(bucket)
+    assert ".engine-lock" not in bucket.contents("hf")
+
+
+def test_the_lock_of_a_killed_run_is_taken_over_by_the_same_run_only(bucket: Bucket) -> None:
+    out, plan = f"{bucket.url}/hf", engine.plan(MAPPING, STEP)
+    left = f"{identity_of(plan)} 0123456789abcdef".encode()
+    bucket.client("hf").put(".engine-lock", left)
+    refused("E408", lambda: engine.convert(MAPPING, STEP, out))
+    refused("E408", lambda: engine.convert(MAPPING, STEP, out, dtype="float32", resume=True))
+    engine.convert(MAPPING, STEP, out, resume=True)
+    bucket.client("hf").put(".engine-lock", left)  # of one that was killed while it replaced the output
+    refused("E408", lambda: engine.convert(MAPPING, STEP, out, overwrite=True))
+    assert [str(one) for one in api.clean(out)] == [f"{out}/.engine-lock"]
+    engine.convert(MAPPING, STEP, out, overwrite=True)
+    assert not api.verify(out).problems
+
+
+def test_a_run_whose_lock_is_cleaned_away_leaves_no_output(bucket: Bucket) -> None:
+    def clean(one: Asked) -> None:
+        if one.method == "PUT" and "partNumber" in one.path:
+            bucket.proxy.spoil = lambda _: None
+            bucket.client("hf").delete(".engine-lock")
 
     bucket.proxy.spoil = clean
     refused("E403", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/hf"))
@@ -337,6 +382,7 @@ def test_a_run_that_is_killed_while_files_become_visible_is_resumed_by_whole_fil
     process.kill()
     process.wait()
     there = bucket.contents("hf")
+    assert there.pop(".engine-lock")
     assert 3 <= len(there) <= 4 and "conversion.json" not in there and "config.json" not in there
     refused("E401", lambda: engine.convert(MAPPING, step, out, **SMALL))
     begun: list[str] = []
