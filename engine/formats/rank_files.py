@@ -37,10 +37,10 @@ class Pickles:
             most: how many are kept.
         """
         self._most = most
-        self._known: dict[bytes, Any] = {}
+        self._known: dict[tuple[int, bytes], Any] = {}
 
     def __call__(self, data: bytes, name: str) -> Any:
-        key = data if len(data) < _SHORT else hashlib.sha256(data).digest()
+        key = len(data), data if len(data) < _SHORT else hashlib.sha256(data).digest()
         found = self._known.get(key)
         if found is None:
             found = load_pickle(data, name)

@@ -224,7 +224,7 @@ class _Merge:
         """The child's value, with its places in stead of the parent's."""
         own_path = path if own_path is None else own_path
         length, size = len(path), len(own_path)
-        for known in [p for p in self.places if p[:length] == path]:
+        for known in [p for p in self.places if p[:length] == path] if path in self.places else ():
             del self.places[known]
         self.places.update({(*path, *p[size:]): at for p, at in self.own.places.items() if p[:size] == own_path})
         return value

@@ -60,8 +60,9 @@ class _Sets:
 
     def join(self, numbers: Iterable[int]) -> None:
         roots = {self.find(number) for number in numbers}
+        first = min(roots, default=0)
         for root in roots:
-            self._parent[root] = min(roots)
+            self._parent[root] = first
 
 
 def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequence[int]] | None = None) -> list[Job]:

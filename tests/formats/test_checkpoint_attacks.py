@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from engine.errors import EngineError
 from engine.formats.configs import literals
+from engine.formats.rank_files import Pickles
 from engine.formats.unpickle import load_pickle
 from tests.support.readers import read_pickled_mapping, read_rank_file, read_safetensors
 
@@ -235,6 +237,13 @@ def test_a_storage_smaller_than_its_tensors_say_is_refused(tmp_path: Path) -> No
 def test_a_storage_described_in_two_ways_is_refused(tmp_path: Path) -> None:
     pickled = state_dict(after=text(b"b") + TENSOR.replace(b"FloatStorage", b"HalfStorage") + b"s")
     assert "two ways" in str(refusal(read_rank_file, rank_file(tmp_path, pickled)))
+
+
+def test_the_digest_of_a_pickle_that_was_read_is_no_pickle() -> None:
+    load, honest = Pickles(4), pickle.dumps("x" * 5000, 2)
+    assert load(honest, "honest") == "x" * 5000
+    with pytest.raises(EngineError):
+        load(hashlib.sha256(honest).digest(), "forged")
 
 
 def test_a_file_from_a_big_endian_machine_is_told(tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def test_the_quick_check_and_the_one_that_words_errors_give_one_verdict(data: st
     assert bool(violations(document, "mapping")) == (not Draft7Validator(SCHEMA).is_valid(document))
 
 
+@pytest.mark.parametrize("line", ["name: ", "version: ", "source: ", "target: "])
+def test_a_mapping_of_the_models_own_names_lacks_no_key_either(line: str, tmp_path: Path) -> None:
+    text = (ROOT / "mappings" / "families" / "transformers.yaml").read_text("utf-8")
+    path = tmp_path / "own.yaml"
+    path.write_text("\n".join(one for one in text.split("\n") if not one.startswith(line)), "utf-8")
+    with pytest.raises(engine.EngineError, match=f"the key `{line[:-2]}` is missing") as error:
+        engine.load_mapping(path)
+    assert error.value.code == "E102"
+
+
 def test_a_number_as_a_key_is_refused_as_an_error_with_a_place() -> None:
     with pytest.raises(engine.EngineError) as caught:
         check_schema(load_text("mapping: 1\nname: x\n1: 2\n", "x.yaml"), "mapping")

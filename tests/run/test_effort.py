@@ -22,6 +22,7 @@ from engine.formats.unpickle import load_pickle
 from engine.move import blocks as cutting
 from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
+from engine.run.schedule import _Sets
 from engine.storage.sinks import SinkFiles
 from engine.storage.sources import SourceFiles
 from tests.support.effort import beginnings
@@ -176,6 +177,20 @@ def test_an_output_has_as_many_copies_as_ranks_hold_of_it(sources: dict[int, Pat
         for part, count in wanted.items():
             if part in output.name:
                 assert len(plan.copies(index)) == count, output.name
+
+
+def test_outputs_that_share_a_source_are_joined_without_comparing_each_with_each() -> None:
+    class Number(int):
+        compared = 0
+
+        def __lt__(self, other: int) -> bool:
+            Number.compared += 1
+            return int(self) < int(other)
+
+    sets = _Sets(300)
+    sets.join(map(Number, range(299, 2, -1)))
+    assert {sets.find(number) for number in range(3, 300)} == {3}
+    assert Number.compared < 1000
 
 
 def test_the_same_pickle_is_read_once() -> None:
