@@ -101,6 +101,9 @@ def _direct(asked: Request) -> Request:
 
 def _read(asked: Request, layout: Layout) -> Checkpoint:
     if asked.reads == "whole":
+        if asked.config is not None and asked.like is None:
+            raise EngineError("E001", "--config has no effect without --like: `config.json` beside the weights counts",
+                              got=str(asked.config), fix="Leave it out, or put it beside the weights.")  # fmt: skip
         return read_whole(asked.src)
     return read_checkpoint(asked.src, layout, asked.config)
 

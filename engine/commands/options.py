@@ -140,6 +140,10 @@ def _in_words(error: OSError | ModuleNotFoundError) -> EngineError:
             fix="Install it with: pip install 'internlm-engine[model]'.",
         )
     if error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return EngineError("E001", "the current folder is not there any more", fix="Go to one that is, by `cd`.")
         raise error
     place = Place(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename))
     return EngineError(

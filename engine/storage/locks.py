@@ -73,6 +73,7 @@ class ObjectLock:
 
     @property
     def held(self) -> bool:
+        """Whether it is there and this run's."""
         return self._store.content(LOCK) == self._told
 
     def leave(self) -> None:

@@ -62,7 +62,13 @@ class OutputFolder:
         self._check_free()
 
     def _check_free(self) -> None:
-        if not os.path.lexists(self.final) or _is_empty(self.final):
+        if not os.path.lexists(self.final):
+            return
+        if _is_folder(self.final) and os.path.samefile(self.final, os.curdir):  # whoever is in it stays in the old one
+            raise EngineError(
+                "E001", "the current folder cannot be replaced", got=str(self._out), fix="Go to the one above first."
+            )
+        if _is_empty(self.final):
             return
         if not self._overwrite:
             raise exists(

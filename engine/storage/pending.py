@@ -6,6 +6,7 @@ Uploads are found and ended through botocore.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,8 @@ def clean(store: ObjectStore, ours: Callable[[str], bool], whole: str) -> list[s
     except FileNotFoundError:
         there = []
     for name in [*there, LOCK]:
-        if store.attribute(name, MARK) is not None or (name == LOCK and store.content(name) is not None):
+        marked = store.attribute(name, MARK) is not None
+        if marked or (name == LOCK and re.fullmatch(rb"[0-9a-f]+ [0-9a-f]{16}", store.content(name) or b"")):
             store.delete(name)
             removed.append(store.place(name))
     return removed + ([] if removed and not store.url.startswith("s3:") else _end_uploads(store, ours))

@@ -441,3 +441,18 @@ def test_a_path_that_no_file_system_takes_is_refused_from_python_too(path: str, 
             engine.convert("families/internlm2.yaml", src, out)
         assert caught.value.code == "E001"
         str(caught.value).encode()
+
+
+def test_the_current_folder_is_not_replaced_and_may_be_gone(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run once left the shell in a folder that was removed, where the next one ended in E901."""
+    run = ("run", "-m", V2.mapping, "-s", made / "step", *SET, "-o")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = invoke(*run, ".")
+    assert done.exit_code == 2 and "current folder" in done.output, done.output
+    (tmp_path / "here").rmdir()
+    for arguments in ((*run, "x"), ("clean", "x"), ("new", "-s", "x")):
+        done = invoke(*arguments)
+        assert done.exit_code == 2 and "the current folder is not there" in done.output, done.output

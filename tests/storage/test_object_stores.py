@@ -347,6 +347,8 @@ def test_the_lock_of_a_killed_run_is_taken_over_by_the_same_run_only(bucket: Buc
     assert [str(one) for one in api.clean(out)] == [f"{out}/.engine-lock"]
     engine.convert(MAPPING, STEP, out, overwrite=True)
     assert not api.verify(out).problems
+    bucket.client("hf").put(".engine-lock", b"somebody's notes")
+    assert not api.clean(out) and bucket.contents("hf")[".engine-lock"] == b"somebody's notes"
 
 
 def test_a_run_whose_lock_is_cleaned_away_leaves_no_output(bucket: Bucket) -> None:
