@@ -97,7 +97,13 @@ class Uploads:
                 raise exists(place, "Choose another --out: only an output of the engine is replaced.", found)
         elif whole or not self._resume:
             raise exists(place, "Choose another --out, or give --overwrite to replace an output of the engine.")
-        return {name for name, _ in walk(self._store)}
+        return self._there()
+
+    def _there(self) -> set[str]:
+        try:
+            return {name for name, _ in walk(self._store)}
+        except FileNotFoundError:
+            return set()
 
     @property
     def written(self) -> Store:
@@ -142,7 +148,7 @@ class Uploads:
         upload.complete(last=self._name)
         for name in sorted(now - set(upload.names())):  # of the old output, and markers of parts
             self._store.delete(name)
-        gone = set(upload.names()) - {name for name, _ in walk(self._store)}
+        gone = set(upload.names()) - self._there()
         if gone:
             self._store.delete(self._name)
             raise self._removed(", ".join(sorted(gone)[:4]))

@@ -317,6 +317,14 @@ def test_an_output_that_is_cleaned_while_it_becomes_visible_is_no_output(bucket:
     refused("E403", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/hf"))
     assert not bucket.contents("hf")
 
+    def empty(one: Asked) -> None:
+        for name in bucket.contents("hf") if "list-type" in one.path else ():
+            if "conversion.json" in bucket.contents("hf") or name != ".engine-lock":
+                bucket.client("hf").delete(name)
+
+    bucket.proxy.spoil = empty
+    refused("E403", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/hf"))
+
 
 def test_two_runs_into_one_prefix_are_not_mixed(bucket: Bucket) -> None:
     """The second once completed its files among those of the first, before it was refused."""
