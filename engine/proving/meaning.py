@@ -136,7 +136,7 @@ def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] |
 
     near = sorted(combinations_of(mapping), key=unusual)
     found = next((one for one in near if worlds.used(one[0], most=one[1]) is not None), None)
-    return None if found is None else worlds.make(found[0], guess_sizes(mapping) | dict(sizes or {}), most=found[1])
+    return None if found is None else worlds.make(found[0], guess_sizes(mapping, stated=sizes), most=found[1])
 
 
 def _about(mapping: MappingFile) -> Meaning:

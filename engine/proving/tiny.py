@@ -75,7 +75,9 @@ class World:
         return found
 
 
-def guess_sizes(mapping: MappingFile, even: int = _SHARED, apart: Sequence[int] = _APART) -> dict[str, int]:
+def guess_sizes(
+    mapping: MappingFile, even: int = _SHARED, apart: Sequence[int] = _APART, stated: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """A small size for every axis that the configuration or the tensors decide.
 
     What is divided becomes a multiple: `heads // groups` and `hidden // heads`, whose result is
@@ -84,6 +86,7 @@ def guess_sizes(mapping: MappingFile, even: int = _SHARED, apart: Sequence[int] 
     Args:
         even: the size of axes that training only divides evenly, where nothing else decides it.
         apart: sizes of axes that nothing is known of.
+        stated: sizes that are given, as a release's; what divides them does.
     """
     divisions = {name: _divisions(e) for name, e in mapping.dims.items()}
     pairs = [(a, b) for found in divisions.values() for a, b in found]
@@ -124,7 +127,13 @@ def guess_sizes(mapping: MappingFile, even: int = _SHARED, apart: Sequence[int] 
 
     for axis in free:
         value(axis)
-    return {axis: values[axis] for axis in free}
+    sizes = {axis: values[axis] for axis in free} | dict(stated or {})
+    follows = set(stated or ())
+    for a, b in 2 * pairs:  # twice, since what follows may be divided as well
+        if a in follows and b in sizes and b not in (stated or {}):
+            sizes[b] = math.gcd(sizes[a], sizes[b])
+            follows.add(b)
+    return sizes
 
 
 def _divisions(expression: Expression) -> list[tuple[str, str]]:
