@@ -21,16 +21,9 @@ def check_release(mapping: MappingFile, sizes: Mapping[str, int], *, strict: boo
         strict: refuse any difference.
 
     Raises:
-        EngineError: E001 for `strict` where the mapping is no release's;
-            E213 when another release of the family has exactly these sizes, or when `strict`;
+        EngineError: E213 when another release of the family has exactly these sizes, or when `strict`;
             E108 for an axis in `expect` that no rule has.
     """
-    if strict and not mapping.expect:
-        raise EngineError(
-            "E001",
-            f"--strict has no effect: mapping `{mapping.name}` states no sizes of a release",
-            fix="Leave it out, or give the mapping of a release; `engine mappings` lists them.",
-        )
     unknown = [axis for axis in mapping.expect if axis not in sizes]
     if unknown:
         raise EngineError(

@@ -555,9 +555,7 @@ def test_an_option_without_effect_is_wrong_usage(arguments: str) -> None:
     assert done.exit_code == 2 and "has no effect" in done.output, done.output
 
 
-def test_an_option_without_effect_for_this_mapping_or_source_is_wrong_usage(checkpoint: Path, tmp_path: Path) -> None:
-    done = invoke("run", "-m", MAPPING, "-s", checkpoint, "-o", tmp_path / "hf", "--strict")
-    assert done.exit_code == 2 and "--strict has no effect" in done.output
+def test_a_configuration_without_effect_on_what_is_read_is_wrong_usage(checkpoint: Path, tmp_path: Path) -> None:
     engine.convert(MAPPING, checkpoint, tmp_path / "hf")
     config = ("--config", tmp_path / "hf" / "config.json")
     done = invoke("reverse", "-m", MAPPING, "-s", tmp_path / "hf", "-o", tmp_path / "back", *config)
