@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from engine.commands.options import SETTING, SIZE
+from engine.commands.values import SETTING, SIZE
 
 _FOLDERS = {"src", "out", "like", "folder", "ref"}
 

@@ -12,33 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.storage.client import library, refused, requests
+from engine.storage.client import requests
+from engine.storage.in_order import InOrder, buffer_of
 from engine.storage.locks import ObjectLock
 from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
 from engine.storage.store import OpenFile, Ranges, State, Store, walk
 
-_LEAST, _MOST = 5 << 20, 8 << 20  # bytes of a part of an upload, about; S3 takes none smaller
-_COPIES = 3  # parts of a file in memory: one on its way, one that is filled, and what the library copies
-_MOST_PARTS = 9_000
-_AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
-_BLOCK = 4 << 20
-
-
-def about(store: ObjectStore) -> int:
-    """Bytes of a part, about: half of what is read ahead at once, so that a small window takes little here too."""
-    return min(max(store.block // 2, _LEAST), _MOST)
-
-
-def part_size(size: int, least: int = _MOST) -> int:
-    """Bytes of each part, such that next to nothing of a file is left over for the last one.
-
-    What is left over stays in memory until the upload is completed.
-
-    >>> part_size(20_000_003), part_size(1000), part_size(200 << 30) > 8 << 20
-    (10000001, 1000, True)
-    """
-    return max(size // max(min(size // least, _MOST_PARTS), 1), 1)
+_BLOCK = 4 << 20  # bytes of what is read again at once
 
 
 class Uploads:
@@ -62,7 +43,7 @@ class Uploads:
             foreign: what a store holds that the engine did not write, in words; None when nothing.
         """
         self.need = 0  # bytes that will be written; a store says nothing of its room
-        self.buffer = _COPIES * about(store)
+        self.buffer = buffer_of(store)
         self._store, self._name, self._overwrite, self._resume = store, mark, overwrite, resume
         self._work, self._foreign = work, foreign
         self._upload: Upload | None = None
@@ -178,7 +159,7 @@ class Upload:
             replaces: whether those that other runs made may be replaced.
         """
         self._store, self._work, self._there, self._replaces = store, work, there, replaces
-        self.buffer = _COPIES * about(store)
+        self.buffer = buffer_of(store)
         self._writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
         self._whole: set[str] = set()
@@ -304,62 +285,3 @@ class UploadSinks:
 
     def sync(self, file: int) -> None:
         pass
-
-
-class InOrder:
-    """One object that is uploaded from begin to end. Bytes that come early are kept until it is their turn."""
-
-    def __init__(self, store: ObjectStore, name: str, size: int, work: str) -> None:
-        self._place, self._size, self._end = store.place(name), size, 0
-        self._early: dict[int, bytes] = {}
-        self._closed = False
-        self._writer = library().open_writer(
-            store.client, name, buffer_size=part_size(size, about(store)), max_concurrency=_AT_ONCE,
-            attributes={MARK: work},
-        )  # fmt: skip
-
-    def write(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:
-        if offset != self._end:
-            self._early[offset] = b"".join(parts)
-            return
-        for part in parts:
-            self._append(part)
-        while (early := self._early.pop(self._end, None)) is not None:
-            self._append(early)
-
-    def _append(self, data: bytes | memoryview) -> None:
-        if len(data):
-            own = bytes(data)  # which the writer keeps, and the caller's buffer is used again
-            self._said(lambda: self._writer.write(own))
-            self._end += len(data)
-
-    def flush(self) -> None:
-        """Wait until all parts are uploaded; the file is whole then, and not visible."""
-        self.check_whole()
-        self._said(lambda: self._writer.write(b""))
-
-    def check_whole(self) -> None:
-        if self._end != self._size or self._early:
-            raise OSError(f"{self._end} of {self._size} bytes were written in order")
-
-    def close(self) -> None:
-        self.check_whole()
-        self._said(self._writer.close)
-        self._closed = True
-
-    def _said(self, ask: Callable[[], object]) -> None:
-        """E403 for what the store says to a request to write."""
-        try:
-            ask()
-        except Exception as error:  # obstore's own kinds, and OSError
-            raise refused(self._place, str(error), writing=True) from error
-
-    def abort(self) -> None:
-        """End the upload, so that nothing of it stays."""
-        if not self._closed:
-            self._closed = True
-            stop = InterruptedError("the upload is ended")
-            try:
-                self._writer.__exit__(InterruptedError, stop, None)
-            except Exception:  # what cannot be ended now, `engine clean` ends
-                return

@@ -19,7 +19,7 @@ import engine
 from engine import api
 from engine.commands import progress
 from engine.commands.main import cli
-from engine.commands.options import parse_size, parse_value
+from engine.commands.values import parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
 from engine.run.meter import Progress
 from engine.show import text

@@ -1,0 +1,106 @@
+"""Types of values on the command line: what text is read as which value, and which is wrong usage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from engine.planning.given import DTYPES, dtype_name, parse_size
+
+if TYPE_CHECKING:
+    from click import ParamType
+else:
+
+    class ParamType(click.ParamType):  # generic since click 8.4
+        def __class_getitem__(cls, _: object) -> type:
+            return cls
+
+
+_LONGEST_VALUE = 1000  # characters
+_LARGEST = 1e30
+
+
+class Count(click.IntRange):
+    """A number from one up to far more than anybody has; `--help` does not tell the limits."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1 << 20)
+
+    def _describe_range(self) -> str:
+        return ""
+
+
+def parse_value(text: str) -> int | float | bool | str:
+    """The value of `--set NAME=VALUE`: a whole number, a number, true or false, or text.
+
+    >>> parse_value("4096"), parse_value("1e-5"), parse_value("true"), parse_value("w2_is_up")
+    (4096, 1e-05, True, 'w2_is_up')
+    """
+    if text in ("true", "false"):
+        return text == "true"
+    if len(text) > _LONGEST_VALUE or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"a value of {len(text)} characters is too long, or is not text")
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        value: int | float = int(text)
+    elif re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        value = float(text)
+    else:
+        return text
+    if abs(value) > _LARGEST:
+        raise ValueError(f"the number {text[:40]} is larger than any setting")
+    return value
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """The name and the value of `--set`."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name:
+        raise ValueError(f"`{text}` has no name and value; write it like rotary=halves")
+    try:
+        return name, parse_value(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def parse_workers(text: str) -> int | None:
+    """A number of threads; None for `auto`."""
+    from engine.run.memory import MOST_WORKERS
+
+    if text == "auto":
+        return None
+    if re.fullmatch(r"[0-9]{1,9}", text) and 1 <= int(text) <= MOST_WORKERS:
+        return int(text)
+    raise ValueError(f"`{text}` is neither `auto` nor a number from 1 to {MOST_WORKERS}")
+
+
+class Parsed(ParamType[Any]):
+    """A value that a function reads; the ValueError that it raises is wrong usage."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any], known: Sequence[str] = ()) -> None:
+        self.name, self._parse, self._known = name, parse, known
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self._known if name.startswith(incomplete)]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE, SETTING = Parsed("size", parse_size), Parsed("name=value", parse_setting)
+WORKERS, DTYPE = Parsed("auto|n", parse_workers), Parsed("|".join(DTYPES), dtype_name, DTYPES)
+
+
+def settings_of(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Collect `--set`; a name given twice is a mistake that the last one should not hide."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.BadParameter(f"`{name}` is set twice", ctx, param)
+    return dict(pairs)
