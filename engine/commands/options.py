@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
 from engine.commands.values import DTYPE, SETTING, SIZE, WORKERS, Count, settings_of
-from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
+from engine.errors import RESUMABLE, EngineError, Place
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
 
@@ -81,7 +81,7 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
             from engine.show import render
 
-            errors = error.errors if isinstance(error, EngineErrors) else [error]
+            errors = error.errors
             if as_json:
                 answer(True, {"errors": [one.as_dict() for one in errors]}, str)
             else:
