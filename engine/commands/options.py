@@ -17,7 +17,7 @@ from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
 from engine.commands.stores import check_reaching
 from engine.commands.values import DTYPE, SETTING, SIZE, WORKERS, Count, settings_of
-from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
+from engine.errors import RESUMABLE, EngineError, Place
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
 
@@ -82,7 +82,7 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
             from engine.show import render
 
-            errors = error.errors if isinstance(error, EngineErrors) else [error]
+            errors = error.errors
             if as_json:
                 answer(True, {"errors": [one.as_dict() for one in errors]}, str)
             else:
