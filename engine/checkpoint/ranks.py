@@ -130,7 +130,8 @@ def read_grid(
             files of two modes, E201 naming the first missing rank file.
     """
     for refused in layout.refuse:
-        hit = next((n for n in sorted(names) if pattern(refused.pattern).match(n) is not None), None)
+        listed = [pattern(text) for text in refused.patterns]
+        hit = next((n for n in sorted(names) if any(one.match(n) is not None for one in listed)), None)
         if hit is not None and (refused.when is None or evaluate(refused.when, config())):
             raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
     found = [(mode, name) for mode in layout.modes if (name := _first(mode, names)) is not None]

@@ -100,7 +100,7 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
         skip_tensors=tuple(data.get("skip_tensors") or ()),
         refuse=tuple(
             RefusedFile(
-                r["file"],
+                (r["file"],) if isinstance(r["file"], str) else tuple(r["file"]),
                 r["why"],
                 r["fix"],
                 place("refuse", i),

@@ -210,7 +210,7 @@ class ConfigFile:
 
 @dataclass(frozen=True, slots=True)
 class RefusedFile:
-    pattern: str
+    patterns: tuple[str, ...]
     why: str
     fix: str
     place: Place

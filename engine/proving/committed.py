@@ -28,7 +28,7 @@ MEANING = "meaning"
 FOLDER = "meanings"
 GONE = "(not there)"
 _REASONS = ("help", "why", "fix", "ignored", "noted")
-_TITLE = ("layout", "name", "version", "description")
+_TITLE = ("layout", "mapping", "name", "version", "description")
 RANKS = "ranks of "
 _MODEL = ("tensors", "ranks", "layers", "reading", "writing", "variants", "divided evenly", "refused")
 _START = b"# What this mapping means"
@@ -50,12 +50,12 @@ def write_meaning(name: str | Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     mapping = load_mapping(file)
     write_file(path, committed_text(mapping).encode(), overwrite=True, ours=is_meaning)
-    layout = find_file(mapping.layout, "layout")
-    if layout.parent.parent in file.parents:  # the mapping's neighbour, and nobody else's
-        path_of(layout).parent.mkdir(exist_ok=True)
-        facts = tree_of(layout_facts(plain(load_yaml(layout).data)))
-        text = _HEAD + text_of({"meaning": VERSION, "layout": mapping.layout, **facts})
-        write_file(path_of(layout), text.encode(), overwrite=True, ours=is_meaning)
+    for kind, beside in _beside(mapping).items():
+        if beside.parent.parent in file.parents:  # the mapping's neighbour, and nobody else's
+            path_of(beside).parent.mkdir(exist_ok=True)
+            facts = tree_of(file_facts(plain(load_yaml(beside).data)))
+            text = _HEAD + text_of({"meaning": VERSION, kind.split()[0]: beside.stem, **facts})
+            write_file(path_of(beside), text.encode(), overwrite=True, ours=is_meaning)
     return path
 
 
@@ -74,24 +74,32 @@ def committed_text(mapping: MappingFile) -> str:
     return min(whole, beside, key=len)
 
 
-def layout_facts(data: Mapping[str, Any]) -> dict[KeyPath, Any]:
-    """What a layout file says, but for what only people read."""
+def _beside(mapping: MappingFile) -> dict[str, Path]:
+    """The files that a mapping reads beside those it extends, by what they are: its layout, and model classes."""
+    classes = {f"class {name}": find_file(file) for name, file in mapping.classes.items()}
+    return {f"layout {mapping.layout}": find_file(mapping.layout, "layout"), **classes}
+
+
+def file_facts(data: Mapping[str, Any]) -> dict[KeyPath, Any]:
+    """What a layout's or class's file says, but for what only people read."""
     found = {p: v for p, v in flat(data) if p[0] not in _TITLE and p[-1] not in _REASONS}
     found |= {p: True for p, _ in flat(data) if p[-1] in ("ignored", "noted")}
-    return found | {("order of modes",): list(data["modes"])}
+    return found | ({("order of modes",): list(data["modes"])} if "modes" in data else {})
 
 
-def layout_failures(mapping: MappingFile) -> list[Failure]:
-    """How the mapping's layout differs from what is committed of it, as in names of files or in what is refused."""
-    file = find_file(mapping.layout, "layout")
-    if not path_of(file).parent.is_dir():
-        return []
-    if not path_of(file).is_file():
-        told = f"no meaning of the layout {mapping.layout} is committed; --write-meaning writes it"
-        return [Failure(told, str(file.name))]
-    then = {p: v for p, v in flat(load_yaml(path_of(file)).data) if p[0] not in ("meaning", "layout")}
-    now = layout_facts(plain(load_yaml(file).data))
-    return [Failure(f"layout {mapping.layout}: {_generic(*one)}", file.name) for one in changed(then, now, GONE)]
+def failures_beside(mapping: MappingFile) -> list[Failure]:
+    """How files that a mapping reads differ from what is committed of them, as in names of files, or tensors."""
+    found: list[Failure] = []
+    for kind, file in _beside(mapping).items():
+        if not path_of(file).is_file():
+            told = f"no meaning of the {kind} is committed; --write-meaning writes it"
+            found += [Failure(told, file.name)] if path_of(file).parent.is_dir() else []
+            continue
+        said = flat(load_yaml(path_of(file)).data)
+        then = {p: v for p, v in said if p[0] not in ("meaning", kind.split()[0])}
+        now = file_facts(plain(load_yaml(file).data))
+        found += [Failure(f"{kind}: {_generic(*one)}", file.name) for one in changed(then, now, GONE)]
+    return found
 
 
 def is_meaning(start: bytes) -> bool:
@@ -159,10 +167,10 @@ def committed(mapping: MappingFile) -> tuple[str, Path] | None:
 
 
 def check_meaning(mapping: MappingFile) -> Check:
-    """Whether a mapping, and the layout it reads, mean what is committed of them."""
+    """Whether a mapping, and the layout and classes it reads, mean what is committed of them."""
     check = _check_mapping(mapping)
     try:
-        failures = layout_failures(mapping)
+        failures = failures_beside(mapping)
     except EngineError as error:
         failures = [Failure.of(error)]
     return check_of(MEANING, check.told, [*check.failures, *failures]) if failures else check

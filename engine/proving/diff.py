@@ -10,7 +10,7 @@ from engine.language.documents import changed, plain, text_of
 from engine.language.loader import load_text
 from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
-from engine.proving.committed import layout_facts
+from engine.proving.committed import file_facts
 
 # Section → what readers call it. `rules` by rule and key, the others by dotted path.
 SECTIONS = {
@@ -103,7 +103,7 @@ def diff_layouts(name: str, old: str | None, new: str | None) -> MappingDiff:
         EngineError: E101 for a text that is no YAML.
     """
     said = [{} if text is None else plain(load_text(text, name).data) for text in (old, new)]
-    facts = [layout_facts(one) if one else {} for one in said]
+    facts = [file_facts(one) if one else {} for one in said]
     before, after = ({path: text_of(value) for path, value in one.items()} for one in facts)
     told = [f"{one.get('name')} {one.get('version')}" if one else None for one in said]
     values = [ValueChange("layout", ".".join(path), "", was, now) for path, was, now in changed(before, after)]

@@ -30,7 +30,7 @@ def test_the_internevo_layout_holds_what_its_file_says() -> None:
 
 def test_files_that_a_layout_refuses_are_told_with_reason_and_fix() -> None:
     layout = load_layout("internevo")
-    refused = RefusedFile("model_{part}.bin", "it is of another kind", "save it anew", layout.place)
+    refused = RefusedFile(("other.pt", "model_{part}.bin"), "it is of another kind", "save it anew", layout.place)
     with pytest.raises(EngineError) as caught:
         read_grid(["model_tp0_pp0.pt", "model_3.bin"], replace(layout, refuse=(refused,)), "step")
     assert (caught.value.code, caught.value.message, caught.value.fix) == ("E303", refused.why, refused.fix)

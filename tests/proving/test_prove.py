@@ -20,7 +20,7 @@ from engine.language.axes import parse_axes
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
 from engine.proving import prove as proving
-from engine.proving.committed import check_meaning, committed_text, layout_failures, path_of, write_meaning
+from engine.proving.committed import check_meaning, committed_text, failures_beside, path_of, write_meaning
 from engine.proving.matrix import cases, combinations_of, rows
 from engine.proving.mutants import mutants_of, reordered
 from engine.proving.proof import Proof
@@ -334,10 +334,10 @@ def test_what_a_bundled_mapping_means_is_committed_to_the_letter(name: str) -> N
     assert path.read_text("utf-8") == committed_text(load_mapping(name)), "run `make meanings`, and read the diff"
 
 
-def test_every_committed_meaning_is_of_a_mapping_or_a_layout() -> None:
+def test_every_committed_meaning_is_of_a_mapping_a_layout_or_a_class() -> None:
     found = {path for path in (ROOT / "mappings").rglob("meanings/*.txt")}
-    layouts = {path_of(path) for path in (ROOT / "mappings" / "layouts").glob("*.yaml")}
-    assert found == {path_of(ROOT / "mappings" / name) for name in list_names()} | layouts
+    beside = {path_of(path) for of in ("layouts", "classes") for path in (ROOT / "mappings" / of).glob("*.yaml")}
+    assert found == {path_of(ROOT / "mappings" / name) for name in list_names()} | beside
 
 
 def invoke(*arguments: str) -> Any:
@@ -371,18 +371,21 @@ def test_the_command_takes_mappings_or_all_and_not_both() -> None:
         ("conversion.json, ", 'conversion.json, "model_tp1*", ', "skip"),
         ("rope_base: {type: number", "rope_base: {type: integer", "rope_base, type"),
         ("# the names that mappings see", "# a comment", ""),
+        ("axes: ffn hidden", "axes: hidden ffn", "class LlamaForCausalLM: rules"),
+        ("only: [default, llama3]", "only: [default, llama3, yarn]", "has also yarn"),
+        ("why: others may be unknown", "why: others may be none", ""),
     ],
 )
-def test_an_edit_of_a_layout_is_told_beside_what_is_committed_of_it(
+def test_an_edit_of_a_layout_or_class_is_told_beside_what_is_committed_of_it(
     old: str, new: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(ROOT / "mappings", tmp_path / "mappings")
-    layout = tmp_path / "mappings" / "layouts" / "internevo.yaml"
-    text = layout.read_text(encoding="utf-8")
-    assert old in text
-    layout.write_text(text.replace(old, new, 1), encoding="utf-8")
+    edited = {"internlm2": "layouts/internevo.yaml", "transformers": "classes/llama.yaml"}
+    texts = {name: (tmp_path / "mappings" / file).read_text(encoding="utf-8") for name, file in edited.items()}
+    name = next(name for name, text in texts.items() if old in text)
+    (tmp_path / "mappings" / edited[name]).write_text(texts[name].replace(old, new, 1), encoding="utf-8")
     monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path / "mappings"))
-    found = layout_failures(load_mapping(tmp_path / "mappings" / "families" / "internlm2.yaml"))
+    found = failures_beside(load_mapping(tmp_path / "mappings" / "families" / f"{name}.yaml"))
     assert [words in one.message for one in found] == ([True] if words else [])
 
 
@@ -395,10 +398,10 @@ def test_what_is_committed_of_a_layout_is_written_with_its_mapping_s(
     before = committed.read_bytes()
     committed.unlink()
     mapping = load_mapping(tmp_path / "mappings" / "families" / "meta-llama.yaml")
-    assert "--write-meaning" in layout_failures(mapping)[0].message
+    assert "--write-meaning" in failures_beside(mapping)[0].message
     write_meaning(tmp_path / "mappings" / "families" / "meta-llama.yaml")
     assert committed.read_bytes() == before
-    assert layout_failures(mapping) == []
+    assert failures_beside(mapping) == []
 
 
 def test_a_class_whose_file_is_missing_fails_the_proof_of_its_mapping_alone(tmp_path: Path) -> None:
