@@ -16,21 +16,10 @@ from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
 _MAX_PARENTS = 8
-_BY_KEY = frozenset(
-    (
-        "options",
-        "variants",
-        "dims",
-        "config",
-        "training_config",
-        "expect",
-        "tokenizer",
-        "generation",
-        "source",
-        "target",
-        "keys",
-    )
-)
+_BY_KEY = frozenset((
+    "options", "variants", "dims", "config", "training_config", "expect", "tokenizer", "generation", "source", "target",
+    "keys",
+))  # fmt: skip
 _APPENDED = frozenset(("ignore", "refuse"))
 _REMOVABLE = ("rules", "variants", "dims", "options")
 _WHOLE = frozenset(("choices",))  # the order of choices is their meaning: replaced as a whole
