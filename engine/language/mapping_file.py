@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
-from engine.language.documents import At, Document
+from engine.language.documents import Document
 from engine.language.expressions import compile_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import Kept, chain_of, merged
@@ -123,7 +123,6 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         layout_place=document.value_place("source", "layout"),
         keys=read_keys(document),
         expect_place=place("expect"),
-        places={(part, *path): at.key for (part, *path), at in _placed(document)},
         as_model=data.get("names") == "model",
         classes=data.get("classes") or {},
         remote_code=read(("target", "remote_code", "auto_map"), (target.get("remote_code") or {}).get("auto_map")),
@@ -133,12 +132,6 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         check_mapping(mapping, document, whole=not errors.found)
     errors.check()
     return mapping
-
-
-def _placed(document: Document) -> list[tuple[tuple[str, ...], At]]:
-    """Where parts of a mapping and their keys stand; rules know their own places."""
-    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 4)
-    return [(path, at) for path, at in listed if path[0] not in ("rules", "keys")]
 
 
 def digest_of(data: Any) -> str:
