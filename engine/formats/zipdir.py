@@ -210,7 +210,8 @@ def _wide(extra: bytes, size: int, header: int) -> tuple[int, int]:
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
         if kind == 1:
-            wide = iter(value for (value,) in struct.iter_unpack("<Q", extra[at + 4 : at + 4 + length - length % 8]))
+            fields = extra[at + 4 : at + 4 + length]
+            wide = iter(value for (value,) in struct.iter_unpack("<Q", fields[: len(fields) // 8 * 8]))
             if size == _LONG:  # the packed size, which is the same, comes second
                 size = next(wide, size)
                 next(wide, None)
