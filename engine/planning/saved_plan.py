@@ -147,8 +147,9 @@ def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
             expected=f"plan: {VERSION}",
             fix="Use an engine that knows it, or plan again.",
         )
-    for problem in violations(data, "saved-plan"):
-        raise unreadable(path, str(problem))
+    problem = next(iter(violations(data, "saved-plan")), None)
+    if problem is not None:
+        raise unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
     try:
         return SavedPlan(str(path), Request(**data["request"]), data, raw)
     except EngineError as error:
