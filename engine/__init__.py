@@ -12,32 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.language.version import __version__
 
 if TYPE_CHECKING:
-    from engine.api import (
-        Report,
-        compare,
-        convert,
-        diff,
-        explain,
-        find_mapping,
-        inspect,
-        iter_tensors,
-        lint,
-        load_mapping,
-        mappings,
-        new_mapping,
-        open,
-        plan,
-        plan_reshard,
-        plan_reverse,
-        prove,
-        reshard,
-        reverse,
-        run_plan,
-        save_plan,
-        verify,
-        virtual,
-    )
-    from engine.errors import EngineError, EngineErrors
+    from engine.api import *
 
 __all__ = [
     "EngineError",
@@ -68,22 +43,15 @@ __all__ = [
     "virtual",
 ]
 
-_FROM_ERRORS = frozenset({"EngineError", "EngineErrors"})
-_FROM_API = frozenset(__all__) - _FROM_ERRORS - {"__version__"}
+_FROM_API = frozenset(__all__) - {"__version__"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_API:
-        from engine import api
-
-        value = getattr(api, name)
-    elif name in _FROM_ERRORS:
-        from engine import errors
-
-        value = getattr(errors, name)
-    else:
+    if name not in _FROM_API:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    return value
+    from engine import api
+
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:

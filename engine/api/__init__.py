@@ -7,6 +7,7 @@ from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_p
 from engine.api.reviews import compare, describe_plan, explain, find_mapping, inspect, mappings, verify, view
 from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
 from engine.api.serving import Model, mount, open, serve, virtual
+from engine.errors import EngineError, EngineErrors
 from engine.explaining.codes import explain_code
 from engine.language.format import format_mapping
 from engine.language.layout_file import load_layout
@@ -16,6 +17,8 @@ from engine.proving.mapping_diff import diff
 from engine.run.execute import Report
 
 __all__ = [
+    "EngineError",
+    "EngineErrors",
     "Model",
     "Report",
     "clean",

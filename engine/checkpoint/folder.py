@@ -184,19 +184,3 @@ def _below(value: Any, keys: Sequence[str], file: str) -> dict[str, Any]:
             fix="Copy the file again from the training run.",
         )
     return value
-
-
-def read_folder_config(folder: Store, name: str, format: str, *, required: bool) -> dict[str, Any]:
-    """A configuration file of the folder; an empty mapping when it may be absent and is."""
-    file = File(folder, name)
-    if not file.exists:
-        if required:
-            raise EngineError(
-                "E304",
-                f"`{name}` is missing",
-                place=Place(folder.place()),
-                expected="the model's configuration beside the rank files",
-                fix="Copy it from the training run; sizes are checked against it.",
-            )
-        return {}
-    return read_config(file, format)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
+from engine.checkpoint.folder import list_folder
 from engine.errors import EngineError, Place
 from engine.formats.configs import read_json
 from engine.formats.headers import FileHeader
@@ -199,18 +200,8 @@ def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: 
 
 
 def _no_weights(folder: Store) -> EngineError:
-    try:
-        names = [name for name in folder.names() if not name.startswith(".")]
-    except FileNotFoundError:
-        return EngineError("E304", "there is no such checkpoint", place=Place(folder.place()), fix="Check the path.")
-    except OSError as error:
-        return EngineError(
-            "E305",
-            "the checkpoint folder cannot be read",
-            place=Place(folder.place()),
-            got=error.strerror,
-            fix="Check its permissions.",
-        )
+    """E304 for a folder without weights; E304 and E305 where it cannot be listed are raised."""
+    names = list_folder(folder)
     return EngineError(
         "E304",
         "the folder is not a Hugging Face checkpoint",

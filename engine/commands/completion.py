@@ -47,12 +47,12 @@ def codes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[C
 
 def settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`NAME=VALUE` of the variants and options of the mapping that was given before."""
-    from engine.errors import EngineError, EngineErrors
+    from engine.errors import EngineError
     from engine.language.mapping_file import load_mapping
 
     try:
         found = load_mapping(ctx.params.get("mapping") or "")
-    except (EngineError, EngineErrors, OSError):
+    except (EngineError, OSError):
         return []
 
     def pairs() -> Iterator[tuple[str, str]]:

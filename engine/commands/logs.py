@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, EngineErrors, Place, escaped_json
+from engine.errors import EngineError, Place, escaped_json
 from engine.storage.replacing import exists, given_path
 
 if TYPE_CHECKING:
@@ -81,10 +81,9 @@ def logged(path: str | None, command: str, asked: Mapping[str, Any]) -> Iterator
     try:
         log.event("started", command=command, **{name: value for name, value in asked.items() if value is not None})
         yield log
-    except (EngineError, EngineErrors) as error:
-        errors = error.errors if isinstance(error, EngineErrors) else [error]
+    except EngineError as error:
         with suppress(EngineError):  # the first error tells more than a log that cannot be written
-            log.event("failed", errors=[one.as_dict() for one in errors])
+            log.event("failed", errors=[one.as_dict() for one in error.errors])
         raise
     except BaseException as error:
         with suppress(EngineError):

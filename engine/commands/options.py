@@ -15,8 +15,9 @@ from click.core import ParameterSource
 
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
+from engine.commands.stores import check_reaching
 from engine.commands.values import DTYPE, SETTING, SIZE, WORKERS, Count, settings_of
-from engine.errors import RESUMABLE, EngineError, EngineErrors, Place
+from engine.errors import RESUMABLE, EngineError, Place
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
 
@@ -70,18 +71,18 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
         if no_color or os.environ.get("NO_COLOR"):
             ctx.color = False
         check_text(ctx)
-        check_together(ctx)
         from engine.commands.progress import live
 
         waiting = nullcontext() if as_json or kwargs.get("quiet") or not sys.stderr.isatty() else live("working")
         try:
+            check_together(ctx)
             with waiting:
                 command(as_json, *args, **kwargs)
         except (EngineError, OSError, ModuleNotFoundError) as raised:
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
             from engine.show import render
 
-            errors = error.errors if isinstance(error, EngineErrors) else [error]
+            errors = error.errors
             if as_json:
                 answer(True, {"errors": [one.as_dict() for one in errors]}, str)
             else:
@@ -171,6 +172,7 @@ def check_together(ctx: click.Context) -> None:
         needed = _TOGETHER.get((ctx.command.name or "", name))
         if needed is not None and not set(needed) & set(said.values()):
             raise click.UsageError(f"{flag} has no effect without {' or '.join(needed)}", ctx)
+    check_reaching(ctx, said)
 
 
 def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: bool = False) -> str:

@@ -19,7 +19,7 @@ from engine.discover.names import Observed, observe
 from engine.discover.near import Pairing, Slot, compare_family, drop_contested
 from engine.discover.notes import doubt, expect, extends, left_over, overrides, told
 from engine.discover.text import block, comment, flow, list_of, scalar, shown
-from engine.errors import EngineError, EngineErrors
+from engine.errors import EngineError
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -214,8 +214,6 @@ def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Pla
             raise EngineError("E901", "the drafted mapping does not lint clean", got=listed, fix="Please report it.")
         try:
             return None, make_plan(load_mapping(path), request.layout, request.checkpoint)
-        except EngineErrors as errors:
-            return {"code": errors.errors[0].code, "message": errors.errors[0].message}, None
         except EngineError as error:
             return {"code": error.code, "message": error.message}, None
 

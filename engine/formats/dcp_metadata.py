@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.standins import DTYPES, DType, Refused, attributes, ints
+from engine.formats.standins import Refused, attributes, element_type, ints
 from engine.formats.unpickle import damaged, error_of, load_pickle
 from engine.storage.store import File, Store
 
@@ -124,7 +124,7 @@ def _directory(value: Any, identity: str, most: int) -> Directory:
             values[name] = places[name, None]
             continue
         about = attributes(one, "TensorStorageMetadata")
-        dtype, whole, chunks = _dtype(about.get("properties")), ints(about.get("size")), about.get("chunks")
+        dtype, whole, chunks = element_type(about.get("properties")), ints(about.get("size")), about.get("chunks")
         if type(chunks) is not list:
             raise Refused("E301", f"`{name}` has no list of its boxes")
         most -= len(chunks)
@@ -177,12 +177,3 @@ def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None
         if places.setdefault(where, (file, offset, length)) != (file, offset, length):
             raise Refused("E301", f"`{name}` at {at} is listed twice")
     return places
-
-
-def _dtype(properties: Any) -> str:
-    """The element type among a tensor's properties: the first of a tuple, or an attribute."""
-    state = getattr(properties, "state", None)
-    dtype = state[0] if type(state) is tuple and state else None
-    if not isinstance(dtype, DType):
-        raise Refused("E301", "a tensor without an element type")
-    return DTYPES.get(dtype.name, dtype.name)

@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from engine.formats.headers import Part
-from engine.formats.standins import Instance, Refused, Tensor, attributes, ints
+from engine.formats.standins import Instance, Refused, Tensor, attributes, int_list, ints
 
 _MESH = "DeviceMesh"
 _SPLITS = ("Shard", "_StridedShard")
@@ -70,8 +70,7 @@ def _mesh(mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     told = attributes(mesh, _MESH)
     ranks = told.get("mesh", told.get("_mesh"))
     sizes = ranks.shape if isinstance(ranks, Tensor) else _axes(told.get("_layout"))
-    place = told.get("_coordinate_on_dim")
-    place = ints(tuple(place) if type(place) is list and len(place) <= len(sizes) else place)
+    place = int_list(told.get("_coordinate_on_dim"))
     if len(place) != len(sizes) or any(at >= size for at, size in zip(place, sizes, strict=True)):
         raise Refused("E301", f"place {place} on a mesh of {sizes}")
     return sizes, place

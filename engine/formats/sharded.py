@@ -21,15 +21,16 @@ from typing import Any
 from engine.formats.dtensor import Distributed
 from engine.formats.headers import Part
 from engine.formats.standins import (
-    DTYPES,
-    MOST_DIMENSIONS,
     DType,
     Function,
-    Instance,
+    Opaque,
     OtherClass,
     PlainClass,
     Refused,
     Tensor,
+    attributes,
+    element_type,
+    int_list,
     ints,
     rebuild_from_type,
 )
@@ -55,20 +56,6 @@ class Sharded:
 
 _SHARDED = OtherClass("ShardedTensor")  # never made by itself
 _GROUP = PlainClass("ProcessGroupState")
-_SHARD = PlainClass("Shard")
-_PLACE = PlainClass("ShardMetadata")
-_DEVICE = PlainClass("_remote_device")
-_METADATA = PlainClass("ShardedTensorMetadata")
-_PROPERTIES = PlainClass("TensorProperties")
-_CHUNKS = PlainClass("ChunkShardingSpec")
-_LISTED = PlainClass("EnumerableShardingSpec")
-
-
-@dataclass(frozen=True, slots=True)
-class _Word:
-    """A torch layout, device or memory format: of no meaning here."""
-
-    text: str
 
 
 def _getattr(*arguments: Any) -> PlainClass:
@@ -78,29 +65,23 @@ def _getattr(*arguments: Any) -> PlainClass:
     raise Refused("E302", "builtins.getattr")
 
 
-def _layout(*arguments: Any) -> _Word:
+def _layout(*arguments: Any) -> Opaque:
     if arguments != ("torch.strided",):
         raise Refused("E303", f"a tensor of layout {reprlib.repr(arguments)}")
-    return _Word("torch.strided")
+    return Opaque("layout")
 
 
-def _device(*arguments: Any) -> _Word:
+def _device(*arguments: Any) -> Opaque:
     if not 1 <= len(arguments) <= 2 or not all(type(a) in (str, int) for a in arguments):
         raise Refused("E301", f"a device {reprlib.repr(arguments)}")
-    return _Word("device")
-
-
-def _memory_format(*arguments: Any) -> _Word:
-    if len(arguments) != 1 or type(arguments[0]) is not int:
-        raise Refused("E301", f"a memory format {reprlib.repr(arguments)}")
-    return _Word("memory format")
+    return Opaque("device")
 
 
 def _empty(*arguments: Any) -> _Empty:
     """`_rebuild_wrapper_subclass`: class, type, shape, strides, offset, layout, device, requires_grad."""
     if len(arguments) != 8 or not _distributed(arguments[0]) or not isinstance(arguments[1], DType):
         raise Refused("E301", "an empty tensor that is not a sharded one")
-    return _Empty(DTYPES.get(arguments[1].name, arguments[1].name), ints(arguments[2]))
+    return _Empty(arguments[1].held, ints(arguments[2]))
 
 
 _EMPTY = Function(_empty)
@@ -121,7 +102,6 @@ def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor |
     return Sharded(_empty(*arguments), state)
 
 
-_PACKAGE = "torch.distributed._shard."
 _KNOWN: Mapping[tuple[str, str], Any] = {
     ("torch._tensor", "_rebuild_from_type_v2"): Function(_from_type),
     ("torch._utils", "_rebuild_wrapper_subclass"): _EMPTY,
@@ -129,22 +109,24 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
     ("torch", "device"): Function(_device),
     ("builtins", "getattr"): Function(_getattr),
     ("__builtin__", "getattr"): Function(_getattr),
-    ("torch.distributed.remote_device", "_remote_device"): _DEVICE,
-    (_PACKAGE + "metadata", "ShardMetadata"): _PLACE,
-    (_PACKAGE + "sharded_tensor.api", "ShardedTensor"): _SHARDED,
-    (_PACKAGE + "sharded_tensor.api", "ShardedTensor.ProcessGroupState"): _GROUP,
-    (_PACKAGE + "sharded_tensor.shard", "Shard"): _SHARD,
-    (_PACKAGE + "sharded_tensor.metadata", "ShardedTensorMetadata"): _METADATA,
-    (_PACKAGE + "sharded_tensor.metadata", "TensorProperties"): _PROPERTIES,
-    (_PACKAGE + "sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Function(_memory_format),
-    (_PACKAGE + "sharding_spec.chunk_sharding_spec", "ChunkShardingSpec"): _CHUNKS,
-    (_PACKAGE + "sharding_spec.api", "EnumerableShardingSpec"): _LISTED,
+    ("torch.distributed.remote_device", "_remote_device"): PlainClass("_remote_device"),
+}
+_PACKAGE = "torch.distributed._shard."
+_SPECS = ("ChunkShardingSpec", "EnumerableShardingSpec")
+_IN_PACKAGE: Mapping[str, Any] = {
+    "ShardedTensor": _SHARDED,
+    "ShardedTensor.ProcessGroupState": _GROUP,
+    "MEM_FORMAT_ENCODING": PlainClass("MEM_FORMAT_ENCODING", takes=True),
+    **{
+        name: PlainClass(name)
+        for name in ("Shard", "ShardMetadata", "ShardedTensorMetadata", "TensorProperties", *_SPECS)
+    },
 }
 
 
 def sharding_global(module: str, name: str) -> Any:
     """The stand-in of a global that sharded tensors are pickled with, or None."""
-    return _KNOWN.get((module, name))
+    return _IN_PACKAGE.get(name) if module.startswith(_PACKAGE) else _KNOWN.get((module, name))
 
 
 class ShardReader:
@@ -161,12 +143,13 @@ class ShardReader:
                 not rows in the order of ranks.
         """
         shards, metadata, group, spec, rrefs = sharded.state
-        if type(shards) is not list or type(rrefs) is not bool or not _is(spec, _CHUNKS, _LISTED):
+        if type(shards) is not list or type(rrefs) is not bool:
             raise Refused("E301", "a sharded tensor whose state is not of torch's form")
+        attributes(spec, *_SPECS)
         rank, ranks = _group(group)
-        listed, size, properties = _fields(metadata, _METADATA, "shards_metadata", "size", "tensor_properties")
-        whole, ends = ints(size), self._ends(listed)
-        if whole != sharded.empty.shape or _dtype(properties) != sharded.empty.dtype:
+        told = attributes(metadata, "ShardedTensorMetadata")
+        whole, ends = ints(told.get("size")), self._ends(told.get("shards_metadata"))
+        if whole != sharded.empty.shape or element_type(told.get("tensor_properties")) != sharded.empty.dtype:
             raise Refused("E301", f"a sharded tensor of shape {sharded.empty.shape}, in its metadata {whole}")
         if (ends[0][-1], *ends[1]) != whole or len(ends[0]) > ranks:
             raise Refused("E301", f"{len(ends[0])} shards on {ranks} ranks do not make up a tensor of shape {whole}")
@@ -199,28 +182,10 @@ class ShardReader:
         return known
 
 
-def _is(value: Any, *kinds: PlainClass) -> bool:
-    return isinstance(value, Instance) and any(value.kind is kind for kind in kinds)
-
-
-def _fields(value: Any, kind: PlainClass, *names: str) -> list[Any]:
-    """The fields of an object, which has these and no others; slots are pickled as (None, fields)."""
-    state = value.state if _is(value, kind) else None
-    if type(state) is tuple and len(state) == 2 and state[0] is None:
-        state = state[1]
-    if type(state) is not dict or len(state) != len(names) or not all(name in state for name in names):
-        raise Refused("E301", f"a {kind.name} that is not of torch's form")
-    return [state[name] for name in names]
-
-
-def _list(value: Any) -> tuple[int, ...]:
-    return ints(tuple(value)) if type(value) is list and len(value) <= MOST_DIMENSIONS else ints(value)
-
-
 def _place(value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Offsets and sizes of a shard; on which device it lay is not looked at."""
-    offsets, sizes, _ = _fields(value, _PLACE, "shard_offsets", "shard_sizes", "placement")
-    offsets, sizes = _list(offsets), _list(sizes)
+    told = attributes(value, "ShardMetadata")
+    offsets, sizes = int_list(told.get("shard_offsets")), int_list(told.get("shard_sizes"))
     if not sizes or len(offsets) != len(sizes):
         raise Refused("E301", f"a shard at {offsets} of shape {sizes}")
     return offsets, sizes
@@ -228,27 +193,17 @@ def _place(value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _group(value: Any) -> tuple[int, int]:
     """Rank and number of ranks that the tensor is cut over."""
-    names = ("local_rank", "global_rank", "local_world_size", "global_world_size")
-    rank, place, ranks, world = _fields(value, _GROUP, *names)
-    if not all(type(n) is int for n in (rank, place, ranks, world)) or not (
-        0 <= rank < ranks <= _MOST_RANKS and 0 <= place < world <= _MOST_RANKS
-    ):
+    told = attributes(value, "ProcessGroupState")
+    rank, ranks = told.get("local_rank"), told.get("local_world_size")
+    if type(rank) is not int or type(ranks) is not int or not 0 <= rank < ranks <= _MOST_RANKS:
         raise Refused("E301", f"rank {reprlib.repr(rank)} of {reprlib.repr(ranks)}")
     return rank, ranks
 
 
-def _dtype(value: Any) -> str:
-    """The element type among a tensor's properties, which are a tuple: type, layout and three flags."""
-    state = value.state if _is(value, _PROPERTIES) else None
-    if type(state) is not tuple or len(state) != 5 or not isinstance(state[0], DType):
-        raise Refused("E301", "a TensorProperties that is not of torch's form")
-    return DTYPES.get(state[0].name, state[0].name)
-
-
 def _local(value: Any, start: int, shape: tuple[int, ...], dtype: str) -> Tensor:
     """The tensor of the local shard, which is where the list of all shards has it."""
-    tensor, metadata = _fields(value, _SHARD, "tensor", "metadata")
-    offsets, sizes = _place(metadata)
+    told = attributes(value, "Shard")
+    tensor, (offsets, sizes) = told.get("tensor"), _place(told.get("metadata"))
     if offsets != (start, *(0,) * (len(shape) - 1)) or sizes != shape:
         raise Refused("E301", f"a local shard at {offsets} of shape {sizes}, listed at row {start} with {shape}")
     if not isinstance(tensor, Tensor) or tensor.shape != shape or (tensor.dtype or tensor.storage.dtype) != dtype:

@@ -48,6 +48,11 @@ class DType:
 
     name: str
 
+    @property
+    def held(self) -> str:
+        """Its safetensors name, or torch's where there is none."""
+        return DTYPES.get(self.name, self.name)
+
 
 @dataclass(frozen=True, slots=True)
 class StorageType:
@@ -163,6 +168,20 @@ def ints(value: Any) -> tuple[int, ...]:
     return value
 
 
+def int_list(value: Any) -> tuple[int, ...]:
+    """As `ints`, where a list may stand for a tuple."""
+    return ints(tuple(value) if type(value) is list and len(value) <= MOST_DIMENSIONS else value)
+
+
+def element_type(properties: Any) -> str:
+    """The element type in torch's `TensorProperties`: the first of a tuple."""
+    state = getattr(properties, "state", None)
+    dtype = state[0] if type(state) is tuple and state else None
+    if not isinstance(dtype, DType):
+        raise Refused("E301", "a tensor without an element type")
+    return dtype.held
+
+
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None, bits: Any = None
 ) -> Tensor:
@@ -183,7 +202,7 @@ def _rebuild_tensor_v3(
     plain = _rebuild_tensor(storage, offset, shape, strides)
     if not isinstance(dtype, DType):
         raise Refused("E301", "a tensor has no element type")
-    return Tensor(plain.storage, plain.offset, plain.shape, plain.strides, DTYPES.get(dtype.name, dtype.name))
+    return Tensor(plain.storage, plain.offset, plain.shape, plain.strides, dtype.held)
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Tensor:
@@ -215,10 +234,6 @@ def _record(*arguments: Any) -> Record:
     if arguments:
         raise Refused("E301", "a mapping with arguments")
     return Record()
-
-
-def _size(value: Any = ()) -> tuple[int, ...]:
-    return ints(tuple(value) if type(value) is list and len(value) <= MOST_DIMENSIONS else value)
 
 
 def _set(items: Any = ()) -> set[Any]:
@@ -253,7 +268,7 @@ _OPAQUE = (
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): RECORD,
     ("argparse", "Namespace"): PlainClass("Namespace"),
-    ("torch", "Size"): Function(_size),
+    ("torch", "Size"): Function(lambda value=(): int_list(value)),
     ("torch._tensor", "_rebuild_from_type_v2"): Function(rebuild_from_type),
     ("torch.storage", "UntypedStorage"): StorageType(None),
     ("torch", "UntypedStorage"): StorageType(None),

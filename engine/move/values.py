@@ -23,6 +23,7 @@ def float_type(dtype: str) -> np.dtype[Any]:
     return found
 
 
+_RANGES = ("F16", "BF16", "F32", "F64")  # each holds larger numbers than the one before
 _LARGEST = {"F16": ("float16", "65504"), "BF16": ("bfloat16", "3.39e+38"), "F32": ("float32", "3.40e+38")}
 
 
@@ -98,7 +99,9 @@ class Converter:
                 rows = values.astype(np.float32).reshape(-1, output.shape[-1])
                 values = FUNCTIONS[output.transform[0]](rows).reshape(-1)
             np.copyto(written, values, casting="unsafe")
-            self._check_overflow(output, values, written)
+            held = output.read_dtype if output.transform is None else "F32"
+            if _RANGES.index(output.dtype) < _RANGES.index(held) and not all_finite(data, output.dtype):
+                self._check_overflow(output, values, written)
         return data
 
     @staticmethod
@@ -106,8 +109,8 @@ class Converter:
         """E406 when numbers became infinite."""
         import numpy as np
 
-        lost = ~np.isfinite(written)
-        if lost.any() and (lost := lost & np.isfinite(values)).any():
+        lost = ~np.isfinite(written) & np.isfinite(values)
+        if lost.any():
             largest = float(np.abs(values[lost].astype(np.float64)).max())
             kind, most = _LARGEST.get(output.dtype, (output.dtype, "fewer"))
             raise EngineError(

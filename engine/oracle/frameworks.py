@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.checkpoint.folder import list_folder
-from engine.checkpoint.ranks import read_grid
 from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
+from engine.language.names import pattern
+from engine.planning.reading import read_checkpoint
 from engine.storage.local import LocalStore
 
 if TYPE_CHECKING:
@@ -74,14 +75,11 @@ def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
         EngineError: E304 when no known framework's rank files are there, else E2xx and E3xx of the checkpoint.
     """
     names = list_folder(LocalStore(folder))
-    for layout, module in FORWARDS.items():
-        try:
-            read_grid(names, load_layout(layout), str(folder))
-        except EngineError as error:
-            if error.code == "E304":
-                continue
-        made: Forward = import_module(module).Forward(folder, settings)
-        return made
+    for name, module in FORWARDS.items():
+        layout = load_layout(name)
+        if any(pattern(mode.files[0].name).match(one) is not None for mode in layout.modes for one in names):
+            made: Forward = import_module(module).Forward(read_checkpoint(folder, layout), settings)
+            return made
     raise EngineError(
         "E304",
         "there are no rank files here of a framework whose forward pass is known",

@@ -5,17 +5,17 @@ rows; what the ranks get is summed, and the bias that rank 0 alone holds is adde
 one after another, and only one rank's tensor at a time; everything is float32.
 
 What training computes is told here from InternEvo's model code: how q, k and v are packed, which
-MLP letter is which, what rotary pairs are. No mapping, layout or plan is read.
+MLP letter is which, what rotary pairs are. No mapping and no plan is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, Place
 from engine.oracle.internevo_shards import Shards, Spot, Stored, positive, setting
+from engine.planning.attempts import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Forward:
     as transformers has them, whichever way training stores them.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
         for name, choices in SETTINGS.items():
             if settings.get(name, choices[0]) not in choices:
                 raise EngineError(
@@ -44,8 +44,8 @@ class Forward:
                     expected=" or ".join(choices),
                     fix=f"For example --set {name}={choices[0]}.",
                 )
-        self._folder = folder
-        self._shards = Shards(folder)
+        self._folder = checkpoint.folder
+        self._shards = Shards(checkpoint)
         self.config = config = self._shards.config
         self._v1 = self._shards.block == "blocks"
         self.hidden, self._heads = (positive(config, key) for key in ("hidden_size", "num_attention_heads"))
@@ -113,7 +113,7 @@ class Forward:
             raise EngineError(
                 "E201",
                 "the rank files do not hold every layer",
-                place=Place(str(self._folder)),
+                place=Place(self._folder),
                 got=f"{len(self._spots)} layers",
                 expected=f"num_layers {claimed} of model_config.pt",
                 fix="Copy the missing files from the training run.",
@@ -131,7 +131,7 @@ class Forward:
                 raise EngineError(
                     "E303",
                     f"training's own forward pass is not known for {what}",
-                    place=Place(str(self._folder)),
+                    place=Place(self._folder),
                     fix="Leave --logits out; --src and --mapping compare every tensor all the same.",
                 )
 
@@ -298,7 +298,7 @@ class Forward:
                 raise EngineError(
                     "E202",
                     "shapes do not tell which of w2 and w3 is which",
-                    place=Place(str(self._folder), tensor=f"{name}.w2.weight"),
+                    place=Place(self._folder, tensor=f"{name}.w2.weight"),
                     got=f"w1 {w1[:1]}, w2 {w2[:1]}, w3 {w3[:1]}",
                     expected="exactly one of w2 and w3 to be w1 transposed",
                     fix="Say which one goes down: --set mlp_letters=w2_is_down (trained with code since 2024-03-15) "

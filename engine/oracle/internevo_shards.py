@@ -1,24 +1,21 @@
 """Where training left each tensor: InternEvo's rank files, told from their names alone.
 
 The facts are those of InternEvo's own save code: file names give the ranks, and a layer's number in
-a key counts within its pipeline stage and model chunk. Nothing here comes from a mapping or a
-layout, so that what is computed from these tensors can speak against both.
+a key counts within its pipeline stage and model chunk. The layout has only said which files there are:
+how they cut the tensors is told here, so that what is computed can speak against mapping and layout.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoint.folder import list_folder, read_folder_config, read_headers
-from engine.checkpoint.identity import Claim, check_identities
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.oracle.float_tensors import FloatTensors
-from engine.storage.local import LocalStore
+from engine.planning.attempts import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +62,7 @@ class _File:
 
 
 class Shards(FloatTensors):
-    """The rank files of a step folder.
+    """The rank files of a step folder, of which none is missing.
 
     Attributes:
         config: the model's settings, as training was given them.
@@ -75,28 +72,17 @@ class Shards(FloatTensors):
         dtypes: the element types of all tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        names = list_folder(LocalStore(folder))
-        _check_dense(names, folder)
-        ranked = [(name, found) for name in names if (found := _FILE.fullmatch(name)) and (found["tp"] or found["wp"])]
-        if not ranked:
-            raise EngineError(
-                "E304",
-                "there are no rank files of InternEvo in this folder",
-                place=Place(str(folder)),
-                expected="model_tp0_pp0.pt or model_wp0_pp0.pt",
-                fix="Training's own forward pass is known for InternEvo's checkpoints only; leave --logits out.",
-            )
-        self.config = read_folder_config(LocalStore(folder), "model_config.pt", "pickled_mapping", required=True)
-        self.training = read_folder_config(LocalStore(folder), "config_file.pt", "python_source", required=False)
-        headers = read_headers(LocalStore(folder), [name for name, _ in ranked])
-        check_identities([_claim(found, header) for (_, found), header in zip(ranked, headers, strict=True)])
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        headers = checkpoint.files
+        _check_dense(headers, checkpoint.folder)
+        ranked = [found for header in headers if (found := _FILE.fullmatch(header.name))]
+        self.config, self.training = checkpoint.config, checkpoint.training
         super().__init__(headers)
         self._stages: dict[int, list[_File]] = {}
         self.block = "blocks"
         self.dtypes = frozenset(tensor.dtype for header in headers for tensor in header.tensors)
         ranks: dict[tuple[int, int | None, int | None], dict[tuple[int, int, str], list[Piece]]] = {}
-        for number, ((_, found), header) in enumerate(zip(ranked, headers, strict=True)):
+        for number, (found, header) in enumerate(zip(ranked, headers, strict=True)):
             tp, wp = (None if found[word] is None else int(found[word]) for word in ("tp", "wp"))
             keys = ranks.setdefault((int(found["pp"]), tp, wp), {})
             for tensor in header.tensors:
@@ -108,8 +94,7 @@ class Shards(FloatTensors):
         for (pp, tp, wp), keys in ranks.items():
             whole = {key: _joined(pieces, key[2]) for key, pieces in keys.items()}
             self._stages.setdefault(pp, []).append(_File(tp, wp, whole))
-        _check_complete(self._stages, [name for name, _ in ranked], folder)
-        self.by_rows = ranked[0][1]["wp"] is not None  # isp: linears are cut on storage rows over wp
+        self.by_rows = ranked[0]["wp"] is not None  # isp: linears are cut on storage rows over wp
         self.spots = self._order()
 
     def _order(self) -> list[Spot]:
@@ -230,45 +215,18 @@ def _one_each(files: Sequence[_File], word: str) -> list[_File]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _claim(found: re.Match[str], header: FileHeader) -> Claim:
-    """What a rank file's name claims; with weight parallelism, ranks of tp alone may hold the same layers."""
-    root = header.root or ""
-    saved_as = next((name for name in (root, f"{root}.pt") if _FILE.fullmatch(name)), None)
-    return Claim(header, saved_as, (found["wp"] or found["tp"], found["pp"]))
-
-
-def _check_dense(names: Sequence[str], folder: Path) -> None:
-    hit = next((name for name in names if name.startswith("model_moe_")), None)
+def _check_dense(headers: Sequence[FileHeader], folder: str) -> None:
+    hit = next((header.name for header in headers if header.name.startswith("model_moe_")), None)
     if hit is not None:
         raise EngineError(
             "E303",
             "training's own forward pass is not known for a mixture of experts",
-            place=Place(str(folder)),
+            place=Place(folder),
             got=hit,
             expected="a dense model",
             fix="transformers has no model of it built in either, so there is nothing to run beside it. Leave --logits "
             "out; --src and --mapping compare every tensor all the same.",
         )
-
-
-def _check_complete(stages: Mapping[int, Sequence[_File]], names: Sequence[str], folder: Path) -> None:
-    """E201 unless pipeline ranks count from 0 and each has the ranks that the first has."""
-    first = [(file.tp, file.wp) for file in stages.get(0, ())]
-    same = all([(file.tp, file.wp) for file in files] == first for files in stages.values())
-    counted = all(_counts({pair[i] for pair in first} - {None}) for i in (0, 1))
-    if not first or not same or not counted or not _counts(set(stages)):
-        raise EngineError(
-            "E201",
-            "a rank file is missing",
-            place=Place(str(folder)),
-            got=", ".join(names[:8]) + (", …" if len(names) > 8 else ""),
-            expected="the same ranks in every pipeline stage",
-            fix="Copy the missing files from the training run; every rank holds a different slice.",
-        )
-
-
-def _counts(ranks: Collection[int | None]) -> bool:
-    return set(ranks) == set(range(len(ranks)))
 
 
 def setting(config: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -40,12 +40,11 @@ def read_checkpoint(
         list_folder,
         no_configuration,
         read_configuration,
-        read_folder_config,
         read_headers,
     )
     from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
     from engine.checkpoint.ranks import check_claims, folders_in, read_grid
-    from engine.formats.configs import read_json
+    from engine.formats.configs import read_config, read_json
     from engine.planning.attempts import Checkpoint
 
     folder = store_at(src, "the checkpoint")
@@ -59,7 +58,8 @@ def read_checkpoint(
         raise no_configuration(folder, layout)  # files of that name and nothing else may be another framework's
     training: dict[str, Any] = {}
     if layout.training_file is not None and layout.training_format is not None:
-        training = read_folder_config(folder, layout.training_file, layout.training_format, required=False)
+        beside = File(folder, layout.training_file)
+        training = read_config(beside, layout.training_format) if beside.exists else {}
         check_claims(grid, layout, training, folder.place())
     headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors, told_by(layout))
     check_alike(headers, layout)

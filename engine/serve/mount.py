@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, EngineErrors, Place
+from engine.errors import EngineError, Place
 from engine.serve.ahead import Ahead
 from engine.serve.virtual import VirtualFolder
 
@@ -53,7 +53,7 @@ class Files:
         """Fill the system's own buffer."""
         try:
             return self._ahead.read_into(self._file(path), offset, target)
-        except (EngineError, EngineErrors) as error:
+        except EngineError as error:
             self._log(str(error))
             raise OSError(errno.EIO, path) from error
 

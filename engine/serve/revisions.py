@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
-from engine.errors import EngineError, EngineErrors, Place
+from engine.errors import EngineError, Place
 from engine.serve.once import Once
 from engine.serve.virtual import VirtualFolder
 from engine.storage.store import Store, walk
@@ -65,13 +65,13 @@ class Revisions:
         self._told: Callable[[str], None] = lambda _: None  # nothing of a first look that fails
         self._lock = threading.Lock()
         self._folders: OrderedDict[str, tuple[Revision, VirtualFolder]] = OrderedDict()  # by commit
-        self._refused: OrderedDict[str, EngineError | EngineErrors] = OrderedDict()  # by commit
+        self._refused: OrderedDict[str, EngineError] = OrderedDict()  # by commit
         self._once = Once(self._plan)
         self._last: dict[str, str] = {}  # what was told of each step
         self._steps = False
         try:
             self._open(self._revision(*self._all()[0]))
-        except (EngineError, EngineErrors, OSError):
+        except (EngineError, OSError):
             self._steps = True
             if not self._all():
                 make(src)  # which says what is wrong
@@ -111,7 +111,7 @@ class Revisions:
                     if name == MAIN and len(alike) > 1:
                         raise _shared(_number(step[0]), alike)
                     return found
-            except (EngineError, EngineErrors, OSError) as error:
+            except (EngineError, OSError) as error:
                 reasons.append(f"{step[0]}: {_first_line(error)}")
                 if name != MAIN:
                     break
@@ -155,7 +155,7 @@ class Revisions:
                     "E405", "the step changed while it was planned", place=Place(one.store.place()),
                     fix="Ask again when training has finished writing it.",
                 )  # fmt: skip
-        except (EngineError, EngineErrors) as error:
+        except EngineError as error:
             self._tell(one.name, f"is not served: {_first_line(error)}")
             with self._lock:
                 self._refused[one.commit] = error
@@ -177,9 +177,8 @@ def _shared(number: str | None, steps: Sequence[tuple[str, Store]]) -> NoRevisio
     return NoRevision(f"{number} is the number of several steps: {', '.join(name for name, _ in steps[:4])}")
 
 
-def _first_line(error: EngineError | EngineErrors | OSError) -> str:
-    one = error.errors[0] if isinstance(error, EngineErrors) else error
-    return f"{one.code} {one.message}" if isinstance(one, EngineError) else str(one.strerror)
+def _first_line(error: EngineError | OSError) -> str:
+    return f"{error.code} {error.message}" if isinstance(error, EngineError) else str(error.strerror)
 
 
 def _steps(src: Store) -> Iterator[tuple[int, str]]:

@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from engine.errors import CODES, EngineError, EngineErrors, Place
+from engine.errors import CODES, EngineError, Place
 from engine.serve.hub import Hub, Request, Response, refusal
 
 _PIECE = 2 << 20  # bytes of a file that are read at a time
@@ -97,7 +97,7 @@ class App:
         except TimeoutError:
             problem = "the client accepts no data"
             scope["state"]["abort"]()
-        except (EngineError, EngineErrors) as error:
+        except EngineError as error:
             problem = str(error)
             scope["state"]["abort"]()  # what was sent is less than was announced, and so no whole file
         except asyncio.CancelledError:
@@ -113,10 +113,9 @@ class App:
         try:
             response, problem = refused or self._hub.answer(request), None
             piece = _piece(response, 0) if request.method != "HEAD" else b""
-        except (EngineError, EngineErrors, OSError) as raised:
-            error = raised.errors[0] if isinstance(raised, EngineErrors) else raised
+        except (EngineError, OSError) as error:
             told = f"{error.code} {error.message}" if isinstance(error, EngineError) else str(error.strerror)
-            response, problem = refusal(409, told), str(raised)
+            response, problem = refusal(409, told), str(error)
             piece = _piece(response, 0)
         except Exception as error:  # nobody foresaw it: one request fails, the server goes on
             response, problem = refusal(500, f"E901 {CODES['E901']}"), f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.formats.configs import read_pickled_mapping
-from engine.oracle.internevo import Forward
+from engine.oracle.frameworks import Forward, forward_of
 from engine.oracle.load_model import fixed_tokens
 from engine.storage.local import local_file
 from tests.support.families import InternLM3, Llama, save_family
@@ -96,7 +96,7 @@ def run(training: Forward, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_training_s_own_forward_pass_gives_internevo_s_own_logits(name: str) -> None:
     oracle = torch.load(FOLDER / name / "oracle.pt", weights_only=True)
-    with Forward(FOLDER / name, settings_of(name)) as training:
+    with forward_of(FOLDER / name, settings_of(name)) as training:
         torch.testing.assert_close(run(training, oracle["input_ids"]), oracle["logits"], atol=2e-5, rtol=0)
 
 
@@ -244,7 +244,7 @@ def test_null_is_false_for_adapt_hf_as_training_has_it(null: bool, made: Path, t
     config = read_pickled_mapping(local_file(tmp_path / "step" / "model_config.pt"))
     config = {key: value for key, value in config.items() if key not in ("qk_interleaved", "adapt_hf", "dtype")}
     torch.save({**config, **({"adapt_hf": None} if null else {})}, tmp_path / "step" / "model_config.pt")
-    with Forward(tmp_path / "step", {}) as training:
+    with forward_of(tmp_path / "step", {}) as training:
         assert training._pairs is null
 
 
@@ -265,10 +265,12 @@ def test_a_data_parallel_rank_that_is_missing_is_told(tmp_path: Path) -> None:
     model = Model("v2", groups=2, bias=False, layers=1)
     save_fsdp(model, tmp_path / "step", dp=3)
     engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
-    (tmp_path / "step" / "model_tp0_pp0_dp1.pt").unlink()
-    with pytest.raises(EngineError) as caught:
-        engine.api.verify(tmp_path / "hf", src=tmp_path / "step", logits=True)
-    assert caught.value.code == "E207"
+    for rank, code in ((2, "E207"), (1, "E201")):  # of the last, only the tensors tell that it is missing
+        (tmp_path / "step" / f"model_tp0_pp0_dp{rank}.pt").rename(tmp_path / "gone.pt")
+        with pytest.raises(EngineError) as caught:
+            engine.api.verify(tmp_path / "hf", src=tmp_path / "step", logits=True)
+        assert caught.value.code == code
+        (tmp_path / "gone.pt").rename(tmp_path / "step" / f"model_tp0_pp0_dp{rank}.pt")
 
 
 def test_layers_in_another_order_are_found(out: Path) -> None:

@@ -1,0 +1,25 @@
+"""Casts, held against torch's on every number of 16 bits."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from engine.move.values import Converter
+from engine.planning.model import Output
+
+KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+@pytest.mark.parametrize(("read", "wanted"), [*product(("BF16", "F16"), ("BF16", "F32", "F64"))])
+def test_every_number_becomes_what_torch_makes_of_it(read: str, wanted: str) -> None:
+    bits = torch.arange(1 << 16).to(torch.uint16)
+    output = Output("w", wanted, read, (1 << 16,), "rule", "", "w")
+    given = bits.view(KINDS[read])
+    data = Converter().convert(output, memoryview(bits.numpy()).cast("B"))
+    found, expected = torch.frombuffer(bytearray(data), dtype=KINDS[wanted]), given.to(KINDS[wanted])
+    numbers = ~expected.isnan()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found[numbers].view(torch.uint8), expected[numbers].view(torch.uint8))
