@@ -16,6 +16,7 @@ from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
 from engine.storage.regular import open_regular
 from engine.storage.replacing import check_file_free, given_path, write_file
+from engine.storage.store import File
 
 if TYPE_CHECKING:
     from engine.language.model import Layout
@@ -85,10 +86,7 @@ def _direct(asked: Request) -> Request:
     from engine.run.execute import Small
     from engine.serve.virtual import VirtualFolder
 
-    known = [
-        {*mapping.options, *mapping.variants, *layout.options, *layout.layers.variants}
-        for mapping, layout in (rules_of_request(asked), rules_of_request(replace(asked, mapping=asked.to)))
-    ]
+    known = [_known(asked), _known(replace(asked, mapping=asked.to))]
     first, second = (
         {name: value for name, value in asked.settings.items() if name in mine or name not in other}
         for mine, other in (known, known[::-1])
@@ -99,21 +97,37 @@ def _direct(asked: Request) -> Request:
     return replace(asked, mapping=asked.to, src=folder.store, reads="whole", config=None, settings=second, to=None)
 
 
+def _known(asked: Request) -> set[str]:
+    """What the mapping of a request and its layout can be set to."""
+    mapping, layout = rules_of_request(asked)
+    return {*mapping.options, *mapping.variants, *layout.options, *layout.layers.variants}
+
+
 def _read(asked: Request, layout: Layout) -> Checkpoint:
     if asked.reads == "whole":
         if asked.config is not None and asked.like is None:
-            raise EngineError("E001", "--config has no effect without --like: `config.json` beside the weights counts",
-                              got=str(asked.config), fix="Leave it out, or put it beside the weights.")  # fmt: skip
+            raise no_effect(asked.config, " without --like")
         return read_whole(asked.src)
     return read_checkpoint(asked.src, layout, asked.config)
 
 
+def no_effect(config: str | Path, without: str = "") -> EngineError:
+    """E001 for a configuration that is given of a Hugging Face checkpoint, which has its own."""
+    return EngineError("E001", f"--config has no effect{without}: `config.json` beside the weights counts",
+                       got=str(config), fix="Leave it out, or put it beside the weights.")  # fmt: skip
+
+
 def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
     """The plan of a request as it was given, and as one mapping can do it."""
+    from engine.planning.effects import check_effects
     from engine.planning.planner import make_plan
     from engine.proving.meta_model import fitted, written_as_model
 
-    like = None if asked.like is None else read_checkpoint(asked.like, layout, asked.config)
+    config: Path | str | File | None = asked.config
+    if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
+        found = found_at(asked.src, "the checkpoint")
+        config = found.beside("config.json") if isinstance(found, File) else File(found, "config.json")
+    like = None if asked.like is None else read_checkpoint(asked.like, layout, config)
     if asked.reads == "training":
         loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
     else:
@@ -121,7 +135,11 @@ def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layou
             loaded, layout, like = fitted(loaded, layout, like)
         loaded = written_as_model(loaded, checkpoint.config)
     made = make_plan(loaded, layout, checkpoint, asked, like=like)
-    return made if given is asked else replace(made, folder=str(given.src))
+    if given is asked:
+        check_effects(made, asked.settings)
+        return made
+    check_effects(made, set(asked.settings) - set(_known(given)))  # what both have may matter to the first alone
+    return replace(made, folder=str(given.src))
 
 
 def read_whole(src: Source) -> Checkpoint:

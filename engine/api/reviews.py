@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.api.plans import plan
+from engine.api.plans import no_effect, plan
 from engine.errors import EngineError
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
@@ -81,7 +81,10 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
     """
     from engine.discover.inspect import inspect as look
 
-    return look(src, partial(read_checkpoint, config=config, needed=False), every=every)
+    found = look(src, partial(read_checkpoint, config=config, needed=False), every=every)
+    if found.kind == "whole" and config is not None:
+        raise no_effect(config)
+    return found
 
 
 def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:

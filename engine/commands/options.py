@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.say import answer, say
+from engine.commands.stores import check_reaching
 from engine.commands.values import DTYPE, SETTING, SIZE, WORKERS, Count, settings_of
 from engine.errors import RESUMABLE, EngineError, Place
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
@@ -70,11 +71,11 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
         if no_color or os.environ.get("NO_COLOR"):
             ctx.color = False
         check_text(ctx)
-        check_together(ctx)
         from engine.commands.progress import live
 
         waiting = nullcontext() if as_json or kwargs.get("quiet") or not sys.stderr.isatty() else live("working")
         try:
+            check_together(ctx)
             with waiting:
                 command(as_json, *args, **kwargs)
         except (EngineError, OSError, ModuleNotFoundError) as raised:
@@ -171,6 +172,7 @@ def check_together(ctx: click.Context) -> None:
         needed = _TOGETHER.get((ctx.command.name or "", name))
         if needed is not None and not set(needed) & set(said.values()):
             raise click.UsageError(f"{flag} has no effect without {' or '.join(needed)}", ctx)
+    check_reaching(ctx, said)
 
 
 def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: bool = False) -> str:

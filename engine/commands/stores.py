@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -25,6 +25,23 @@ def add_store_options(command: click.Command) -> None:
             help="For URLs: how much to read ahead.  [default: 16MiB]",
         ),
     ]  # fmt: skip
+
+
+def check_reaching(ctx: click.Context, given: Mapping[str, str]) -> None:
+    """A usage error for an option of stores where no path that was given, or that a saved plan holds, is a URL."""
+    flag = given.get("store_option") or given.get("window")
+    if flag is None:
+        return
+    from engine.api.plans import read_saved
+    from engine.storage.places import is_url
+
+    plan = ctx.params.get("path") or ctx.params.get("saved")
+    asked = read_saved(plan).request if plan else None
+    places: list[object] = [] if asked is None else [asked.src, asked.like, asked.config]
+    for value in ctx.params.values():
+        places += value if isinstance(value, tuple) else [value]
+    if not any(is_url(one) for one in places if isinstance(one, str)):
+        raise click.UsageError(f"{flag} has no effect without a URL: all that is given lies in folders", ctx)
 
 
 def _reach(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, object]]) -> None:

@@ -17,6 +17,7 @@ from engine.explaining.describe import fold, folded
 from engine.explaining.words import shard_words
 from engine.language.names import pattern
 from engine.language.rules import STORED
+from engine.planning.classes import Template, template_of
 from engine.planning.copies import Copy
 from engine.planning.groups import Cut, Group
 from engine.planning.model import Output, Plan
@@ -64,17 +65,21 @@ class _Class:
 
 def normal_form(plan: Plan) -> dict[str, Any]:
     """What a plan does, JSON-ready and without machine paths."""
-    origins, steps = _origins(plan), _Steps(plan)
+    origins = _origins(plan)
     classes: dict[tuple[object, ...], _Class] = {}
+    alike: dict[tuple[Copy, ...], int] = {}
+    numbers: dict[int, int] = {}  # of templates, which the plan keeps: those of equal copies have one
 
-    def add(output: Output, group: Group, shard: str, used: Sequence[int], number: int, note: str = "") -> None:
+    def add(output: Output, group: Group, shard: str, template: Template, used: Sequence[int], note: str = "") -> None:
+        if id(template) not in numbers:
+            numbers[id(template)] = alike.setdefault(template.copies, len(alike))
         held = tuple(origins[source] for source in used)
         labels = tuple(one.label(group.fixed) for one in held)
         facts = (output.pattern, output.rule, output.shape, output.dtype, output.read_dtype, output.transform)
-        alike = tuple((o.source, o.axes, o.cut, o.shape, o.replicas) for o in held)
+        kinds = tuple((o.source, o.axes, o.cut, o.shape, o.replicas) for o in held)
         one = classes.setdefault(
-            (*facts, shard, note, alike, labels, number),
-            _Class(output, shard, note, held, labels, steps.known[number], [], []),
+            (*facts, shard, note, kinds, labels, numbers[id(template)]),
+            _Class(output, shard, note, held, labels, template.copies, [], []),
         )
         one.values.append(group.fixed)
         one.homes.append(tuple(dict.fromkeys((o.home, o.local) for o in held)))
@@ -86,11 +91,12 @@ def normal_form(plan: Plan) -> dict[str, Any]:
         place = (group.instance.key, position)
         if place not in words:
             words[place] = shard_words(group, target.shards(group)[position]) if len(group.shards) > 1 else ""
-        add(output, group, words[place], *steps.of(index))
+        add(output, group, words[place], *plan.copies.filled(index))
     groups = {group.name: group for group in target.groups}
-    for tied in plan.tied:
+    left_out = [template_of(tied.copies) for tied in plan.tied]
+    for tied, template in zip(plan.tied, left_out, strict=True):
         note = f"left out, as tied to {plan.outputs[tied.same_as].name}"
-        add(tied.output, groups[tied.output.name], "", *steps.canonical(tied.copies), note)
+        add(tied.output, groups[tied.output.name], "", template, template.used, note)
     return {
         "mode": plan.grid.mode.name,
         "ranks": dict(plan.grid.sizes),
@@ -98,37 +104,6 @@ def normal_form(plan: Plan) -> dict[str, Any]:
         "tensors": [_entry(plan, one) for one in classes.values()],
         "ignored": sorted({_ignored(plan, name) for name in plan.ignored}),
     }
-
-
-class _Steps:
-    """Copies with their sources counted from 0; equal ones have one number, of `known`."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.known: list[tuple[Copy, ...]] = []
-        self._plan = plan
-        self._numbers: dict[tuple[Copy, ...], int] = {}
-        self._made: dict[tuple[int, int], tuple[list[int], int]] = {}  # template and shard → used sources, number
-
-    def of(self, output: int) -> tuple[list[int], int]:
-        """The sources that an output reads, in the order of its elements, and the number of its copies."""
-        group, position = self._plan.copies.outputs[output]
-        template, numbers, _ = self._plan.copies.filled(group)
-        made = self._made.get((id(template), position))  # which the plan keeps
-        if made is None:
-            made = self._made[id(template), position] = self.canonical(template.copies[position])
-        return [numbers[source] for source in made[0]], made[1]
-
-    def canonical(self, copies: Sequence[Copy]) -> tuple[list[int], int]:
-        used = list(dict.fromkeys(c.source for c in copies))
-        steps = tuple(
-            Copy(used.index(c.source), 0, c.source_offset, c.target_offset, c.shape, c.source_strides,
-                 c.target_strides)
-            for c in copies
-        )  # fmt: skip
-        number = self._numbers.setdefault(steps, len(self.known))
-        if number == len(self.known):
-            self.known.append(steps)
-        return used, number
 
 
 def _origins(plan: Plan) -> list[_Origin]:

@@ -25,8 +25,11 @@ from engine.language.validation import check_schema
 _BRACES = re.compile(r"\{\{(.*)\}\}\Z", re.DOTALL)
 
 
-def load_mapping(name: str | Path) -> MappingFile:
+def load_mapping(name: str | Path, named: Path | None = None) -> MappingFile:
     """Load a mapping by path or bundled name, resolved over its parents and checked.
+
+    Args:
+        named: a folder of mappings where parents that are given by name are looked for first.
 
     >>> load_mapping("internlm2-7b").expect["hidden"]
     4096
@@ -42,7 +45,7 @@ def load_mapping(name: str | Path) -> MappingFile:
             expected="a name, a path, or a loaded mapping",
             fix="Give the name of a bundled mapping, like internlm2-7b, or the path of a file.",
         )
-    return _built(chain_of(find_file(str(name))))
+    return _built(chain_of(find_file(str(name)), named))
 
 
 @lru_cache(maxsize=64)

@@ -45,14 +45,17 @@ class Kept(NamedTuple):
     content: bytes
 
 
-def chain_of(path: Path) -> tuple[Kept, ...]:
+def chain_of(path: Path, named: Path | None = None) -> tuple[Kept, ...]:
     """The files that a mapping is merged of, family first.
+
+    Args:
+        named: a folder where parents that are given by name are looked for first.
 
     Raises:
         EngineError: E101, E102 for what cannot be read, E106 for parents that cannot be resolved.
     """
     chain: tuple[Kept, ...] = (_kept(path),)
-    while (parent := _parent(chain)) is not None:
+    while (parent := _parent(chain, named)) is not None:
         chain = (_kept(parent), *chain)
     return chain
 
@@ -68,7 +71,7 @@ def merged(chain: Sequence[Kept]) -> Document:
     return reduce(lambda base, own: _Merge(base, own).result(), (_read(*one) for one in chain))
 
 
-def _parent(chain: Sequence[Kept]) -> Path | None:
+def _parent(chain: Sequence[Kept], named: Path | None) -> Path | None:
     """The file that the first of a chain extends."""
     path, own = chain[0].path, _read(*chain[0])
     parent = own.data.get("extends")
@@ -85,7 +88,7 @@ def _parent(chain: Sequence[Kept]) -> Path | None:
     place = own.place("extends")
     try:
         beside = path.parent / parent
-        found = beside if os.path.isfile(beside) else find_file(parent)
+        found = beside if os.path.isfile(beside) else find_file(parent, first=named)
     except EngineError as error:
         raise EngineError(
             "E106",

@@ -158,11 +158,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         return True  # only names of the allow-list can be called, and they are ours
 
 
+_REMAINDERS: dict[str, Callable[..., bool]] = {  # Jinja's own would format a text with `%`
+    "odd": lambda value: _number(value, "odd") % 2 == 1,
+    "even": lambda value: _number(value, "even") % 2 == 0,
+    "divisibleby": lambda value, by: _number(value, "divisibleby") % _number(by, "divisibleby") == 0,
+}
+
+
 def _environment() -> _Environment:
     environment = _Environment(undefined=_Missing, autoescape=False, cache_size=0, optimized=False)
     environment.globals.clear()
     environment.filters = dict(FILTERS)
-    environment.tests = {name: test for name, test in environment.tests.items() if name in TESTS}
+    environment.tests = {name: test for name, test in environment.tests.items() if name in TESTS} | _REMAINDERS
     return environment
 
 

@@ -25,8 +25,11 @@ def search_folders() -> list[Path]:
     return [*extra, bundled("mappings")]
 
 
-def find_file(name: str, kind: str = "mapping") -> Path:
+def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) -> Path:
     """A path as given, or a name in the search folders with or without `.yaml`.
+
+    Args:
+        first: a folder that is searched before them.
 
     Raises:
         EngineError: E002 with names that are near.
@@ -35,7 +38,7 @@ def find_file(name: str, kind: str = "mapping") -> Path:
     if os.path.isfile(given):
         return given
     stems = (name, f"families/{name}") if kind == "mapping" else (f"layouts/{name}",)
-    for folder, stem in product(search_folders(), stems):
+    for folder, stem in product([*([first] if first is not None else []), *search_folders()], stems):
         for candidate in (folder / stem, folder / f"{stem}.yaml", folder / f"{stem}.yml"):
             if os.path.isfile(candidate) and candidate.resolve().is_relative_to(folder.resolve()):
                 return candidate

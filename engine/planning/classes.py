@@ -7,7 +7,7 @@ same shapes, strides and cuts on both sides are a class, and one template of cop
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -17,22 +17,28 @@ from engine.planning.boxes import Part
 from engine.planning.copies import Copy, intersect
 from engine.planning.groups import Group, GroupKey
 from engine.planning.sides import Side
+from engine.planning.stored import Stored
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
-    """The copies into each shard of a target group; sources count over the shards that reach it."""
+class Template(NamedTuple):
+    """What fills one shard: its copies, whose sources count over `used`, numbers of something from without."""
 
-    copies: tuple[tuple[Copy, ...], ...]
-    dtypes: tuple[frozenset[int], ...]  # per target shard: which sources it reads
+    copies: tuple[Copy, ...]
+    used: tuple[int, ...]
+
+    def put(self, sources: Sequence[int], target: int) -> list[Copy]:
+        """The copies of a target that is filled so from other sources."""
+        return [
+            Copy(sources[c.source], target, c.source_offset, c.target_offset, c.shape, c.source_strides,
+                 c.target_strides)
+            for c in self.copies
+        ]  # fmt: skip
 
 
-class Filled(NamedTuple):
-    """A group's template, the numbers of the tensors that its sources are, and their element type if it is one."""
-
-    template: Template
-    numbers: list[int]
-    dtype: str | None
+def template_of(copies: Sequence[Copy]) -> Template:
+    """Copies with their sources counted in the order in which they are used."""
+    order = {source: number for number, source in enumerate(dict.fromkeys(c.source for c in copies))}
+    return Template(tuple(replace(c, source=order[c.source], target=0) for c in copies), tuple(order))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +53,13 @@ class CopyTable:
     outputs: tuple[tuple[Group, int], ...]
     target: Side
     source: Side
-    _templates: dict[tuple[object, ...], Template] = field(default_factory=dict, compare=False, repr=False)
-    # of each group that was asked for, as rank files name its shards far apart
-    _filled: dict[GroupKey, Filled] = field(default_factory=dict, compare=False, repr=False)
+    _templates: dict[tuple[object, ...], list[Template]] = field(default_factory=dict, compare=False, repr=False)
+    # of each group that was asked for, as rank files name its shards far apart: templates, and what reaches it
+    _filled: dict[GroupKey, tuple[list[Template], list[int]]] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, output: int) -> list[Copy]:
-        group, shard = self.outputs[output]
-        template, numbers, _ = self.filled(group)
-        return [
-            Copy(
-                numbers[c.source], output, c.source_offset, c.target_offset, c.shape, c.source_strides, c.target_strides
-            )
-            for c in template.copies[shard]
-        ]
+        template, sources = self.filled(output)
+        return template.put(sources, output)
 
     def subset(self, kept: Sequence[int]) -> CopyTable:
         """The copies of some outputs, numbered anew; templates are shared."""
@@ -72,15 +72,10 @@ class CopyTable:
 
     def dtype(self, output: int, name: str, files: Sequence[str], place: Place | None) -> str:
         """The one element type of everything that is copied into an output; E210 when there are several."""
-        group, shard = self.outputs[output]
-        template, numbers, only = self.filled(group)
-        if only in FLOATS:
-            return only
-        seen: dict[str, int] = {}
-        for source in sorted(template.dtypes[shard]):
-            seen.setdefault(self.source.stored[numbers[source]].header.dtype, numbers[source])
-        if len(seen) > 1:
-            held = {dtype: self.source.stored[number] for dtype, number in seen.items()}
+        held: dict[str, Stored] = {}
+        for number in sorted(self.filled(output)[1]) or self._reached(output)[:1]:
+            held.setdefault(self.source.stored[number].header.dtype, self.source.stored[number])
+        if len(held) > 1:
             raise EngineError(
                 "E210",
                 f"element types differ inside `{name}`",
@@ -89,35 +84,37 @@ class CopyTable:
                 expected="one type",
                 fix="The files are of different runs or one was cast by hand.",
             )
-        dtype = next(iter(seen), self.source.stored[numbers[0]].header.dtype)
+        ((dtype, first),) = held.items()
         if dtype not in FLOATS:
             raise EngineError(
                 "E209",
                 f"`{name}` holds no floating-point weights",
                 place=place,
-                got=f"{dtype} in {files[self.source.stored[next(iter(seen.values()), numbers[0])].file]}",
+                got=f"{dtype} in {files[first.file]}",
                 expected=", ".join(FLOATS),
                 fix="Quantised weights mean something only with their scales, which no rule reads. Save the model "
                 "dequantised, with the library that quantised it.",
             )
         return dtype
 
-    def filled(self, group: Group) -> Filled:
-        """What fills the shards of a group."""
-        known = self._filled.get(group.key)
-        if known is not None:
-            return known
-        reaching = self.source.reaching(group, self.target)
-        numbers = [n[0] for one in reaching for n in self.source.numbers(one)]
-        key = _class_of(group, reaching)
-        template = self._templates.get(key)
-        if template is None:
-            template = self._templates[key] = self._make(group, reaching)
-        dtypes = {self.source.stored[number].header.dtype for number in numbers}
-        found = self._filled[group.key] = Filled(template, numbers, dtypes.pop() if len(dtypes) == 1 else None)
-        return found
+    def filled(self, output: int) -> tuple[Template, list[int]]:
+        """The template of an output, and the numbers of the tensors that its sources are."""
+        group, shard = self.outputs[output]
+        if group.key not in self._filled:
+            reaching = self.source.reaching(group, self.target)
+            key = _class_of(group, reaching)
+            if key not in self._templates:
+                self._templates[key] = self._make(group, reaching)
+            numbers = [n[0] for one in reaching for n in self.source.numbers(one)]
+            self._filled[group.key] = self._templates[key], numbers
+        templates, numbers = self._filled[group.key]
+        return templates[shard], [numbers[one] for one in templates[shard].used]
 
-    def _make(self, group: Group, reaching: Sequence[Group]) -> Template:
+    def _reached(self, output: int) -> list[int]:
+        """The numbers of all tensors that reach an output's group."""
+        return self._filled[self.outputs[output][0].key][1]
+
+    def _make(self, group: Group, reaching: Sequence[Group]) -> list[Template]:
         """Intersect every region of the group with every region of the groups that reach it."""
         sources: dict[object, list[Part]] = {}
         count = 0
@@ -126,7 +123,7 @@ class CopyTable:
                 for key, region in held:
                     sources.setdefault(key, []).append(Part(count, region))
                 count += 1
-        made: list[tuple[Copy, ...]] = []
+        made: list[Template] = []
         for (ranks, replicas), held in zip(group.shards.items(), self.target.place(group), strict=True):
             copies = [
                 copy
@@ -136,8 +133,8 @@ class CopyTable:
             ]
             copies.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
             prove_total(copies, replicas[0].header.shape, group, ranks)
-            made.append(tuple(copies))
-        return Template(tuple(made), tuple(frozenset(c.source for c in copies) for copies in made))
+            made.append(template_of(copies))
+        return made
 
 
 def prove_total(copies: Sequence[Copy], shape: tuple[int, ...], group: Group, ranks: tuple[int, ...] = ()) -> None:

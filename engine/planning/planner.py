@@ -19,7 +19,7 @@ from engine.planning.release import check_release, not_the_release
 from engine.planning.request import Request
 from engine.planning.source import Source, read_source
 from engine.planning.variants import Decision, check_settings, decide
-from engine.planning.whole_outputs import whole_outputs
+from engine.planning.whole_outputs import whole_configuration, whole_outputs
 from engine.planning.zeros import padded
 
 __all__ = ["Checkpoint", "make_plan"]
@@ -56,7 +56,7 @@ def make_plan(
             expected="a `training_config` block",
             fix="Write the keys of the training configuration as expressions over config.json.",
         )
-    other = Like() if like is None else like_of(read_source(mapping, layout, like, mine))
+    other = Like() if like is None else like_of(_held(read_source(mapping, layout, like, mine)))
     cut = cut_of_model(layout, asked, other) if asked.writes == "training" else None
     if crosses and cut is not None:
         mine |= only_written(layout, cut["mode"], mapping, mine)
@@ -66,7 +66,7 @@ def make_plan(
     if cut is not None:
         only_written(layout, cut["mode"], mapping, {name: d.choice for name, d in source.decisions.items()})
         if not crosses:
-            _check_stays(source, cut)
+            _check_stays(_held(source), cut)
     if asked.writes == "whole":
         written = whole_outputs(source, asked)
     else:
@@ -124,9 +124,17 @@ def only_written(layout: Layout, mode: str, mapping: MappingFile, choices: Mappi
                 place=mapping.variants[name].place,
                 got=f"{name}={choices[name]}",
                 expected=f"{name}={choice}",
-                fix="Choose another --mode, or write from a Hugging Face checkpoint without that setting.",
+                fix="Choose another --mode, or leave that setting out. A reshard decides it anew where --to names a "
+                "mapping, also the same one.",
             )
     return found
+
+
+def _held(source: Source) -> Source:
+    """A source whose ranks are written again, held against the target's configuration where one was given."""
+    if source.checkpoint.target_config and not source.layout.config_of_target:
+        whole_configuration(source)
+    return source
 
 
 def _check_stays(source: Source, cut: Mapping[str, Any]) -> None:

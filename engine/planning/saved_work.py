@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.formats.headers import FileHeader
+from engine.planning.classes import Template, template_of
 from engine.planning.copies import Copy
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Tied, Work
 from engine.planning.stored import SourceTensor
@@ -33,9 +34,9 @@ def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> d
     coded = _Coded(plan)
     homes: dict[int, int] = {}  # source → the first output that reads it
     outputs: list[Row] = []
-    for index in range(len(plan.outputs)):
-        row, sources = coded.output(index)
-        outputs.append(row)
+    for index, output in enumerate(plan.outputs):
+        template, sources = plan.copies.filled(index)
+        outputs.append(coded.output(output, template, sources, id(template)))
         for source in sources:
             homes.setdefault(source, index)
     compared = [(one.sources, one.name, one.rule) for one in plan.replicas]
@@ -44,10 +45,13 @@ def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> d
         [next((homes[s] for s in sources if s in homes), 0), coded.name(name), coded.name(rule), *coded.places(sources)]
         for sources, name, rule in compared
     ]
-    tied = [[one.same_as, coded.tied(one)] for one in plan.tied]
+    tied = [
+        [one.same_as, coded.output(one.output, left_out := template_of(one.copies), left_out.used, one.copies)]
+        for one in plan.tied
+    ]
     return {
         "names": list(coded.names),
-        "kinds": list(coded.kinds.values()),
+        "kinds": coded.kinds,
         "outputs": outputs,
         "files": [[file.name, file.format, list(file.outputs)] for file in plan.shards],
         "scattered": [list(one) for one in scattered()],
@@ -62,40 +66,23 @@ class _Coded:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self.names: dict[str, int] = {}
-        self.kinds: dict[tuple[Any, ...], Row] = {}
+        self.kinds: list[Row] = []
         self._numbers: dict[tuple[Any, ...], int] = {}
 
-    def output(self, index: int) -> tuple[Row, list[int]]:
-        """The row of an output, and its sources."""
-        table = self._plan.copies
-        group, shard = table.outputs[index]
-        template, numbers, _ = table.filled(group)
-        used = sorted(template.dtypes[shard])
-        kind = self._kind(self._plan.outputs[index], (id(template), shard), template.copies[shard], used)
-        sources = [numbers[one] for one in used]
-        return [self._plan.outputs[index].name, kind, *self.places(sources)], sources
-
-    def tied(self, tied: Tied) -> Row:
-        used = sorted({copy.source for copy in tied.copies})
-        return [tied.output.name, self._kind(tied.output, tied.copies, tied.copies, used), *self.places(used)]
-
-    def _kind(self, output: Output, key: Any, copies: Iterable[Copy], used: Sequence[int]) -> int:
+    def output(self, output: Output, template: Template, sources: Sequence[int], key: object) -> Row:
+        """The row of an output that is filled from sources; equal keys are of equal templates."""
         fixed = (
             output.dtype, output.read_dtype, output.shape, output.rule, output.pattern, output.transform,
             output.transform_dim,
         )  # fmt: skip
-        number = self._numbers.get((fixed, key))
-        if number is None:
-            number = self._numbers[fixed, key] = len(self.kinds)
-            order = {source: position for position, source in enumerate(used)}
-            self.kinds[fixed, key] = [
-                *fixed,
-                [
-                    [order[c.source], c.source_offset, c.target_offset, c.shape, c.source_strides, c.target_strides]
-                    for c in copies
-                ],
+        kind = self._numbers.setdefault((fixed, key), len(self.kinds))
+        if kind == len(self.kinds):
+            copies = [
+                [c.source, c.source_offset, c.target_offset, c.shape, c.source_strides, c.target_strides]
+                for c in template.copies
             ]
-        return number
+            self.kinds.append([*fixed, copies])
+        return [output.name, kind, *self.places(sources)]
 
     def places(self, sources: Iterable[int]) -> Places:
         """Where sources lie, in their order."""

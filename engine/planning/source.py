@@ -235,10 +235,14 @@ def _check_kind(
 
 def check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
     """E215 for the first rule that changes or drops values, unless `--lossy` names it."""
+    lossily: set[str] = set()
     for instance in used:
         rule = instance.rule
         dropped = {axis: why for axis, why in rule.drop.items() if axis not in rule.zeros}
-        if (rule.transform is None and not dropped) or rule.name in lossy:
+        if rule.transform is None and not dropped:
+            continue
+        lossily.add(rule.name)
+        if rule.name in lossy:
             continue
         lost = f"drop {', '.join(dropped)}: {'; '.join(dropped.values())}"
         if rule.transform is not None:
@@ -254,7 +258,11 @@ def check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
         )
     known = {instance.rule.name for instance in used}
     for name in lossy:
-        if name not in known:
+        if name not in lossily:
+            told = "a rule that inverts, and has no effect" if name in known else "no active rule"
             raise EngineError(
-                "E001", f"--lossy names `{name}`, which is no active rule", expected=", ".join(sorted(known))
+                "E001",
+                f"--lossy names `{name}`, which is {told}",
+                expected=", ".join(sorted(lossily)) or "no --lossy: every active rule inverts",
+                fix="Leave it out." if name in known else None,
             )

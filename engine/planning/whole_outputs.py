@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.safetensors import shard_names, split_shards
@@ -25,13 +26,12 @@ def whole_outputs(source: Source, asked: Request) -> Written:
         EngineError: E204 for an axis without a size, E206 for a name written twice, E209 for a tensor that cannot
             be tied, and as `fill`.
     """
-    mapping, whole = source.mapping, whole_instances(source.pieces)
+    whole = whole_instances(source.pieces)
     listed = whole_groups(source.pieces, whole, source.side.sizes, source.unread)
     changes = source.checkpoint.end == "training"  # values that a transform changes are so from then on
     wanted = [_wanted(spec, group, changes=changes) for spec, group in listed]
     every, table = fill(wanted, [group for _, group in listed], whole_keys(whole), source, asked.dtype)
-    config = configuration(source, "whole", mapping.config, source.names, mapping.keys.get("target", {}), {})
-    config = with_given(config, source.checkpoint.target_config, mapping, source.layout)
+    config = whole_configuration(source)
     ties = bool(config.get("tie_word_embeddings"))
     tied_to = [group.instance.rule.tied_to if ties else None for _, group in listed]
     kept = [i for i, to in enumerate(tied_to) if to is None]
@@ -45,6 +45,13 @@ def whole_outputs(source: Source, asked: Request) -> Written:
         for name, group in zip(shard_names(len(split)), split, strict=True)
     )
     return Written(outputs, table.subset(kept), files, config, source.names, tied, asked.max_shard_size)
+
+
+def whole_configuration(source: Source) -> dict[str, Any]:
+    """config.json of a source, completed by what was given of it; E218, E209 or E219 where that is another model's."""
+    mapping = source.mapping
+    config = configuration(source, "whole", mapping.config, source.names, mapping.keys.get("target", {}), {})
+    return with_given(config, source.checkpoint.target_config, mapping, source.layout)
 
 
 def _wanted(spec: TargetSpec, group: Group, *, changes: bool) -> Wanted:

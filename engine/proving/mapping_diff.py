@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from engine.language.search import find_file
 
 if TYPE_CHECKING:
     from engine.proving.diff import MappingDiff
-    from engine.proving.revisions import Revision, WorkingTree
 
 
 def diff(
@@ -40,19 +40,22 @@ def diff(
 
     if new is not None and not paths and not revisions:
         return gather([diff_mappings(str(new), load_mapping(old), load_mapping(new))])
-    from engine.proving.revisions import Revision, WorkingTree
+    from engine.proving.revisions import Tree, checked_out, top_of
 
-    files = [_path_of(path) for path in paths]
-    before = Revision(str(old), files[0].parent if files else Path.cwd())
-    after = WorkingTree(before.top) if new is None else Revision(str(new), before.top)
+    given = [_path_of(path) for path in paths]
+    top = top_of(given[0].parent if given else Path.cwd(), str(old))
+    files = _below(top, given)
     found: list[MappingDiff] = []
-    for name in _names(before, after, files):
-        if name.is_relative_to("mappings/layouts"):
-            found.append(diff_layouts(str(name), before.read(name), after.read(name)))
-            continue
-        was, now = before.load(name), after.load(name)
-        parent = after.parent_of(name) if was is None and now is not None else None
-        found.append(diff_mappings(str(name), was, now, parent))
+    with ExitStack() as opened:
+        before = opened.enter_context(checked_out(top, str(old), files))
+        after = Tree(top) if new is None else opened.enter_context(checked_out(top, str(new), files))
+        for name in files or _in_order({*before.mappings(), *after.mappings()}):
+            if name.is_relative_to("mappings/layouts"):
+                found.append(diff_layouts(str(name), before.read(name), after.read(name)))
+                continue
+            was, now = before.load(name), after.load(name)
+            parent = after.parent_of(name) if was is None and now is not None else None
+            found.append(diff_mappings(str(name), was, now, parent))
     return gather(found)
 
 
@@ -67,25 +70,27 @@ def _path_of(path: str | Path) -> Path:
         return given
 
 
-def _names(before: Revision, after: Revision | WorkingTree, files: Sequence[Path]) -> list[PurePosixPath]:
-    """Paths from the repository's top; layouts, then families, so that releases say they follow."""
-    if files:
-        names: list[PurePosixPath] = []
-        for file in files:
-            absolute = file.parent.resolve() / file.name
-            if not absolute.is_relative_to(before.top.resolve()):
-                raise EngineError(
-                    "E001",
-                    f"`{file}` is not in the repository of the revision",
-                    got=str(file),
-                    expected=f"a file below {before.top}",
-                    fix="Run it in the checkout that has the file.",
-                )
-            names.append(PurePosixPath(absolute.relative_to(before.top.resolve()).as_posix()))
-        return list(dict.fromkeys(names))
-    listed = {*before.mappings(), *after.mappings()}
+def _below(top: Path, files: Sequence[Path]) -> list[PurePosixPath]:
+    """Paths from a repository's top, each once; E001 for a file that is not below it."""
+    names: list[PurePosixPath] = []
+    for file in files:
+        absolute = file.parent.resolve() / file.name
+        if not absolute.is_relative_to(top.resolve()):
+            raise EngineError(
+                "E001",
+                f"`{file}` is not in the repository of the revision",
+                got=str(file),
+                expected=f"a file below {top}",
+                fix="Run it in the checkout that has the file.",
+            )
+        names.append(PurePosixPath(absolute.relative_to(top.resolve()).as_posix()))
+    return list(dict.fromkeys(names))
+
+
+def _in_order(names: Iterable[str]) -> list[PurePosixPath]:
+    """Layouts, then families, so that releases say they follow."""
     first = ("layouts", "families")
-    return sorted(map(PurePosixPath, listed), key=lambda p: (p.parent.name not in first, str(p)))
+    return sorted(map(PurePosixPath, names), key=lambda p: (p.parent.name not in first, str(p)))
 
 
 def is_mapping(name: str) -> bool:

@@ -545,6 +545,9 @@ ALONE = [
     "verify x --set rotary=halves",
     "compare x y --dtype bf16",
     "compare x y --set rotary=halves",
+    *[f"{command} -m internlm2 -s x -o y --window 1MB" for command in ("run", "reverse", "reshard")],
+    "inspect x --store-option region=here",
+    "verify x --window 1MB",
     *[f"explain E203 {given}" for given in ("-m internlm2", "-s x", "--config x", "--dtype bf16", "--set a=b")],
 ]
 
@@ -555,8 +558,32 @@ def test_an_option_without_effect_is_wrong_usage(arguments: str) -> None:
     assert done.exit_code == 2 and "has no effect" in done.output, done.output
 
 
-def test_a_configuration_without_effect_on_what_is_read_is_wrong_usage(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_setting_without_effect_on_what_is_read_is_wrong_usage(checkpoint: Path, tmp_path: Path) -> None:
     engine.convert(MAPPING, checkpoint, tmp_path / "hf")
-    config = ("--config", tmp_path / "hf" / "config.json")
-    done = invoke("reverse", "-m", MAPPING, "-s", tmp_path / "hf", "-o", tmp_path / "back", *config)
+    config, hf, ranks = tmp_path / "hf" / "config.json", ("-s", tmp_path / "hf"), ("-s", checkpoint)
+    for command, flag in (
+        (("reverse", *hf, "--config", config), "--config has no effect"),
+        (("reverse", *hf, "--lossy", "norm.weight"), "has no effect"),
+        (("reverse", *hf, "--set", "max_position_embeddings=99"), "max_position_embeddings has no effect"),
+        (("run", *ranks, "--set", "rope_factor=4"), "rope_factor has no effect"),
+        (("reshard", *ranks, "--set", "rope_scaling=linear"), "rope_scaling has no effect"),
+    ):
+        done = invoke(*command, "-m", MAPPING, "-o", tmp_path / "out")
+        assert done.exit_code == 2 and flag in done.output, done.output
+    done = invoke("inspect", tmp_path / "hf", "--config", config)
     assert done.exit_code == 2 and "--config has no effect" in done.output
+    assert invoke("run", *ranks, "-m", MAPPING, "--set", "rope_factor=4", "--set", "rope_scaling=linear").exit_code == 0
+
+
+def test_a_configuration_given_to_reshard_is_held_against_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    engine.convert(MAPPING, checkpoint, tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    options = ("-m", MAPPING, "-s", checkpoint, "--tp", 1, "--config", config)
+    assert invoke("reshard", *options, "-o", tmp_path / "one").exit_code == 0
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"rms_norm_eps": 0.5e-3}), "utf-8")
+    done = invoke("reshard", *options, "-o", tmp_path / "two")
+    assert done.exit_code == 1 and "E218" in done.output and "rms_norm_eps" in done.output
+    like = ("--like", checkpoint, "--config", config)
+    back = invoke("reverse", "-m", MAPPING, "-s", engine.convert(MAPPING, checkpoint, tmp_path / "hf2").out, *like,
+                  "-o", tmp_path / "two")  # fmt: skip
+    assert back.exit_code == 1 and "E218" in back.output

@@ -1,0 +1,65 @@
+"""Options without effect: what nothing reads of a mapping's options, as the other settings are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from engine.errors import EngineError
+from engine.language.declared import expressions_of
+from engine.language.expressions import compile_expression, evaluate
+from engine.language.keys import find_key
+from engine.language.model import Expression, Option
+from engine.planning.config_keys import leaves
+from engine.planning.model import Plan
+
+# Values that are as good as any other to see whether one matters.
+_OTHERS: Mapping[str, tuple[Any, ...]] = {
+    "integer": (2, 3),
+    "number": (2.5, 3.5),
+    "boolean": (False, True),
+    "string": ("a", "b"),
+}
+
+
+def check_effects(plan: Plan, settings: Iterable[str]) -> None:
+    """E001 for the first option among settings that changes nothing that is written, whatever its value."""
+    options, read = plan.mapping.options, list(_read(plan))
+    for name in settings:
+        if name in options and not any(_changes(one, options[name], plan) for one in read):
+            raise EngineError(
+                "E001",
+                f"--set {name} has no effect: nothing that is written reads it",
+                place=options[name].place,
+                got=f"{name}={plan.options[name]}",
+                expected="options that change what is written",
+                fix=f"Leave it out, or also set what it goes with. It says: {options[name].help}.",
+            )
+
+
+def _read(plan: Plan) -> Iterator[Expression]:
+    """The expressions by which a plan decides, and writes a configuration or holds it against what was read."""
+    mapping, known = plan.mapping, plan.mapping.keys.get("target", {})
+    held: list[Any] = [mapping.dims, *(variant.choices for variant in mapping.variants.values())]
+    if plan.written is None:
+        held += [mapping.config, mapping.remote_code, mapping.transformers]
+    elif plan.reads == "whole":
+        ignored = {path for path, _ in leaves(mapping.config) if (k := find_key(known, path)) is not None and k.ignored}
+        held += [mapping.training_config, [one for path, one in leaves(mapping.config) if path not in ignored]]
+    return expressions_of(held)
+
+
+def _changes(expression: Expression, option: Option, plan: Plan) -> bool:
+    """Whether another value of an option changes what an expression comes to, or none can be told."""
+    if f"options.{option.name}" not in compile_expression(expression).paths:
+        return False
+    names, value = {**plan.config, **plan.names}, plan.options[option.name]
+    others = option.choices or _OTHERS[option.type]
+    try:
+        found = [
+            evaluate(expression, {**names, "options": {**plan.options, option.name: other}})
+            for other in (value, *others)
+        ]
+    except EngineError:
+        return True
+    return any(one != found[0] for one in found)
