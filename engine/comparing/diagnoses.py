@@ -39,8 +39,8 @@ def _row(group: Sequence[Verdict]) -> dict[str, Any]:
         "name": _folded([v.name for v in group]),
         "tensors": len(group),
         "verdict": first.kind,
-        "out": _told(first.out_dtype, first.out_shape if len(shapes) == 1 else None),
-        "ref": _told(first.ref_dtype, first.ref_shape if len(shapes) == 1 else None),
+        "out": _type_and_shape(first.out_dtype, first.out_shape if len(shapes) == 1 else None),
+        "ref": _type_and_shape(first.ref_dtype, first.ref_shape if len(shapes) == 1 else None),
         "note": _folded([v.note for v in group]) + (f", as rotary={first.rotary}" if first.rotary else ""),
         "differing": sum(counts) if counts else None,
         "elements": sum(math.prod(v.out_shape or ()) for v in group) if counts else None,
@@ -49,7 +49,7 @@ def _row(group: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def _told(dtype: str | None, shape: tuple[int, ...] | None) -> str:
+def _type_and_shape(dtype: str | None, shape: tuple[int, ...] | None) -> str:
     if dtype is None:
         return "-"
     return dtype if shape is None else f"{dtype} {' × '.join(map(str, shape)) or 'scalar'}"
@@ -151,19 +151,19 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
         held = ", ".join(f"{here} holds {there}" for here, there in list(pairs.items())[:8])
         yield f"{what} are in another order: {held}{', …' if len(pairs) > 8 else ''}"
     told = {name for names in single.values() for name in names}
-    also = [v for v in swapped.values() if v.name not in told and _also(v) and "cut the other way" not in v.note]
-    for more, names in grouped((_also(verdict), verdict.name) for verdict in also).items():
+    also = [v for v in swapped.values() if v.name not in told and _besides(v) and "cut the other way" not in v.note]
+    for more, names in grouped((_besides(verdict), verdict.name) for verdict in also).items():
         yield f"{_leaves(names)}{_layers(names)}: besides, {more}"
     for group_names in single.values():
         first = swapped[group_names[0]]
         what = "is a copy of" if first.kind == "copied" else "equals"
-        more = _also(first)
+        more = _besides(first)
         yield f"{_leaves(group_names)}{_layers(group_names)} {what} {_leaf(first.other or '')} of the reference" + (
             f"{_layers([swapped[name].other or '' for name in group_names])}{f', {more}' if more else ''}"
         )
 
 
-def _also(verdict: Verdict) -> str:
+def _besides(verdict: Verdict) -> str:
     """What else became of a tensor that is another one's."""
     more = verdict.note.partition(" of the reference, ")[2]
     return more + (f": `rotary` should be {'the other choice' if verdict.rotary == 'other' else f'`{verdict.rotary}`'}"

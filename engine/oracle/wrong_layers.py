@@ -137,12 +137,12 @@ def _largest(one: torch.Tensor, two: torch.Tensor) -> float:
     return off if off == off else float("inf")
 
 
-def told_once(wrong: Sequence[Wrong]) -> tuple[str, ...]:
+def in_lines(wrong: Sequence[Wrong]) -> tuple[str, ...]:
     """A line per thing that is wrong, however many layers have it.
 
     >>> both = [Wrong(f"layer {i}", "the MLP differs", 0.93, "model.layers.0.mlp.up_proj", "up_proj is wrong", {})
     ...         for i in (0, 1)]
-    >>> told_once(both)
+    >>> in_lines(both)
     ('layer 0: the MLP differs (max 0.93): up_proj is wrong; first model.layers.0.mlp.up_proj; so in 1 more layer',)
     """
     lines = []
