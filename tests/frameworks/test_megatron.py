@@ -16,7 +16,7 @@ import engine
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.planning.config_keys import read_config, source_side
+from engine.planning.config_keys import read_config, source_side, target_side
 from tests.support.frameworks import FIXTURES, logits_off, source_of
 
 MEGATRON = FIXTURES / "megatron"
@@ -210,6 +210,7 @@ SILENT: dict[str, Any] = {  # what changes the model and no tensor's name, as Me
     "moe_shared_expert_intermediate_size": 24, "mtp_num_layers": 1, "position_embedding_type": "none",
     "qk_l2_norm": True, "quick_geglu": True, "rotary_seq_len_interpolation_factor": 2, "softmax_scale": 0.5,
     "softmax_type": "learnable", "squared_relu": True, "use_mup": True, "window_size": [128, 0],
+    "moe_router_topk_limited_devices": 2, "rope_scaling_type": "yarn", "scale_emb": 12, "geglu": True,
 }  # fmt: skip
 
 
@@ -219,6 +220,20 @@ def test_a_setting_that_no_name_shows_is_refused_by_its_own(key: str) -> None:
     with pytest.raises(EngineError, match=key) as caught:
         read_config({key: SILENT[key]}, source_side(mapping, layout))
     assert caught.value.code == "E209"
+
+
+def test_code_of_its_own_beside_a_model_is_refused() -> None:
+    with pytest.raises(EngineError, match="auto_map") as caught:
+        read_config({"auto_map": {"AutoModel": "own.X"}}, target_side(load_mapping("megatron-qwen3")))
+    assert caught.value.code == "E209"
+
+
+def test_both_forms_of_a_checkpoint_in_one_folder_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    for name in ("torch-tp1pp1-tied", "dist-tp2pp2"):
+        shutil.copytree(source_of(MEGATRON / name), folder, dirs_exist_ok=True)
+    with pytest.raises(EngineError, match="two parallel modes"):
+        convert("dist-tp2pp2", tmp_path / "out", folder)
 
 
 def test_an_old_order_of_queries_keys_and_values_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
