@@ -16,6 +16,7 @@ from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
 from engine.storage.regular import open_regular
 from engine.storage.replacing import check_file_free, given_path, write_file
+from engine.storage.store import File
 
 if TYPE_CHECKING:
     from engine.language.model import Layout
@@ -122,7 +123,11 @@ def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layou
     from engine.planning.planner import make_plan
     from engine.proving.meta_model import fitted, written_as_model
 
-    like = None if asked.like is None else read_checkpoint(asked.like, layout, asked.config)
+    config: Path | str | File | None = asked.config
+    if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
+        found = found_at(asked.src, "the checkpoint")
+        config = found.beside("config.json") if isinstance(found, File) else File(found, "config.json")
+    like = None if asked.like is None else read_checkpoint(asked.like, layout, config)
     if asked.reads == "training":
         loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
     else:

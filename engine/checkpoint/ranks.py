@@ -135,7 +135,7 @@ def read_grid(
         if hit is not None and (refused.when is None or evaluate(refused.when, config())):
             raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
     found = [(mode, name) for mode in layout.modes if (name := _first(mode, names)) is not None]
-    modes = [mode for mode, name in found if not _known(name, layout)]
+    modes = [mode for mode, name in found if not _skipped(name, layout)]
     if not modes and layout.config_file not in names:  # files that others may have beside them, and nothing else
         modes = [mode for mode, _ in found]
     if not modes:
@@ -148,7 +148,8 @@ def read_grid(
             expected=f"files named {wanted}",
             fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
-    if any(mode.when is not None for mode in modes):
+    held = {name: mode for mode, name in found if mode in modes}
+    if len(held) == 1 and any(mode.when is not None for mode in modes):  # which tells modes of the same names apart
         facts = config()
         modes = [m for m in modes if m.when is None or evaluate(m.when, facts)]
         if not modes:
@@ -222,9 +223,12 @@ def _first(mode: Mode, names: Sequence[str]) -> str | None:
     return next((name for name in names if pattern(mode.files[0].name).match(name) is not None), None)
 
 
+def _skipped(name: str, layout: Layout) -> bool:
+    return any(fnmatchcase(name, glob) for glob in layout.skip)
+
+
 def _known(name: str, layout: Layout) -> bool:
-    known = (*(place.file for place in layout.configs), layout.training_file)
-    return name in known or any(fnmatchcase(name, glob) for glob in layout.skip)
+    return name in (*(place.file for place in layout.configs), layout.training_file) or _skipped(name, layout)
 
 
 def _order(file: RankFile) -> tuple[bool, tuple[int, ...], str]:

@@ -8,6 +8,7 @@ from engine.explaining.describe import fold
 from engine.explaining.lattice import Lattice, index_text, words
 from engine.explaining.links import Link, Spot
 from engine.language.axes import Axis, leaves
+from engine.language.documents import grouped
 from engine.planning.boxes import Interval
 from engine.planning.groups import Group
 from engine.planning.parts import told_box
@@ -122,9 +123,7 @@ def _shares(held: Mapping[int, int]) -> str:
     >>> _shares({0: 3, 1: 3, 2: 2})
     'ranks 0…1 hold 3 each, rank 2 holds 2'
     """
-    by_size: dict[int, list[int]] = {}
-    for rank, size in held.items():
-        by_size.setdefault(size, []).append(rank)
+    by_size = grouped((size, rank) for rank, size in held.items())
     return ", ".join(
         f"ranks {fold(ranks)} hold {size} each" if len(ranks) > 1 else f"rank {ranks[0]} holds {size}"
         for size, ranks in by_size.items()

@@ -10,6 +10,7 @@ from engine.errors import Place
 
 KeyPath = tuple[str | int, ...]  # `("rules", 3, "axes")`
 K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,18 @@ def changed(before: Mapping[K, Any], after: Mapping[K, Any], missing: Any = None
         old, new = before.get(key, missing), after.get(key, missing)
         if old != new:
             yield key, old, new
+
+
+def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """The values that come under each key, in order.
+
+    >>> grouped((len(word), word) for word in ("a", "to", "i"))
+    {1: ['a', 'i'], 2: ['to']}
+    """
+    found: dict[K, list[V]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def plain(data: Any) -> Any:

@@ -104,7 +104,8 @@ class Key:
     """What is declared of one configuration key, or of all that a pattern with `*` matches.
 
     Attributes:
-        only: the values that can be expressed; any other is refused because of `why`.
+        only: the values that can be expressed; any other is refused because of `why`. A list of such values, as of one
+            for each layer, is as good.
         ignored: why any value is as good as any other.
         noted: why the key is only told to the user.
         default: what an absent key means.
@@ -127,7 +128,10 @@ class Key:
         return self.only is not None or self.ignored is not None or self.noted is not None
 
     def allows(self, value: Any) -> bool:
-        return self.only is None or any(_same(value, one) for one in self.only)
+        if self.only is None or any(_same(value, one) for one in self.only):
+            return True
+        listed = isinstance(value, list | tuple) and bool(value) and None not in value
+        return listed and all(map(self.allows, value))
 
 
 def _same(one: Any, other: Any) -> bool:

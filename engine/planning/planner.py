@@ -118,7 +118,8 @@ def only_written(layout: Layout, mode: str, mapping: MappingFile, choices: Mappi
                 place=mapping.variants[name].place,
                 got=f"{name}={choices[name]}",
                 expected=f"{name}={choice}",
-                fix="Choose another --mode, or write from a Hugging Face checkpoint without that setting.",
+                fix="Choose another --mode, or leave that setting out. A reshard decides it anew where --to names a "
+                "mapping, also the same one.",
             )
     return found
 

@@ -26,7 +26,7 @@ def read_some(src: Source, layout: Layout, mode: str, names: Sequence[str]) -> t
 
 
 def read_checkpoint(
-    src: Source, layout: Layout, config: Path | str | None = None, *, needed: bool = True
+    src: Source, layout: Layout, config: Path | str | File | None = None, *, needed: bool = True
 ) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
@@ -48,7 +48,7 @@ def read_checkpoint(
     from engine.planning.attempts import Checkpoint
 
     folder = store_at(src, "the checkpoint")
-    file = None if config is None else file_at(config, "the configuration")
+    file = config if config is None or isinstance(config, File) else file_at(config, "the configuration")
     target = {} if file is None else read_json(file)
     read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
     grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), lambda: read()[1])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.identity import told
+from engine.checkpoint.identity import marks_of
 from engine.errors import EngineError, Place, holds_secret
 from engine.language.documents import changed
 from engine.language.model import Layout, MappingFile
@@ -103,7 +103,7 @@ def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any], work: Mapp
         "request": request_data(asked),
         "mapping": {"name": plan.mapping.name, "version": plan.mapping.version, "digest": plan.mapping.digest},
         "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
-        "files": [told(file) for file in plan.files],
+        "files": [marks_of(file) for file in plan.files],
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},
@@ -147,8 +147,9 @@ def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
             expected=f"plan: {VERSION}",
             fix="Use an engine that knows it, or plan again.",
         )
-    for problem in violations(data, "saved-plan"):
-        raise unreadable(path, str(problem))
+    problem = next(iter(violations(data, "saved-plan")), None)
+    if problem is not None:
+        raise unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
     try:
         return SavedPlan(str(path), Request(**data["request"]), data, raw)
     except EngineError as error:

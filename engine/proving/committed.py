@@ -69,7 +69,8 @@ def committed_text(mapping: MappingFile) -> str:
     before, after = dict(flat(meaning_of(load_mapping(_file(mapping.files[-2]))))), dict(flat(now))
     changed = {p: v for p, v in after.items() if p not in before or before[p] != v}
     inside = {p[:end] for p in after for end in range(1, len(p))}  # what holds more now than one value
-    changed |= {p: GONE for p in before if p not in after and p not in inside}
+    lost = (p for p in before if p not in inside and not any(p[:end] in after for end in range(1, len(p) + 1)))
+    changed |= dict.fromkeys(lost, GONE)
     beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree_of(changed)})
     return min(whole, beside, key=len)
 

@@ -10,6 +10,7 @@ from engine.assets.chat import chat_template
 from engine.checkpoint.ranks import layout_dims
 from engine.errors import EngineError, meant
 from engine.language.declared import axes_of, every_expression, expressions_of
+from engine.language.documents import grouped
 from engine.language.expressions import compile_expression, names_in
 from engine.language.keys import Key
 from engine.language.layout_file import load_layout
@@ -168,11 +169,7 @@ def _shadowed(mapping: MappingFile) -> Iterator[Finding]:
 
 def _lonely_axes(mapping: MappingFile) -> Iterator[Finding]:
     """L007: probably a misspelt axis."""
-    seen: dict[str, list[Rule]] = {}
-    for rule in mapping.rules:
-        for name in rule.axes.names():
-            seen.setdefault(name, []).append(rule)
-    for name, rules in seen.items():
+    for name, rules in grouped((name, rule) for rule in mapping.rules for name in rule.axes.names()).items():
         if len(rules) == 1 and name not in mapping.dims and name in rules[0].split:
             yield Finding(
                 rules[0].place,

@@ -98,11 +98,11 @@ def read_manifest(folder: Store) -> dict[str, Any]:
         raw = file.read(_MOST)
     try:
         data: dict[str, Any] = parse_json(raw, own=True)
-        wrong = next(violations(data, "conversion"), None)
+        wrong = next(iter(violations(data, "conversion")), None)
     except ValueError as error:
         raise _unreadable(place, str(error)) from None
     if wrong is not None:
-        raise _unreadable(place, str(wrong))
+        raise _unreadable(place, f"{'.'.join(map(str, wrong.absolute_path)) or 'the file'}: {wrong.message[:160]}")
     return data
 
 

@@ -16,7 +16,7 @@ import engine
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.planning.config_keys import read_config, source_side
+from engine.planning.config_keys import read_config, source_side, target_side
 from tests.support.frameworks import FIXTURES, logits_off, source_of
 
 MEGATRON = FIXTURES / "megatron"
@@ -94,6 +94,30 @@ def test_names_behind_nemos_prefix_are_the_same_tensors(tmp_path: Path) -> None:
     shutil.copy(source / "metadata.json", tmp_path / "nemo")
     convert("dist-tp2pp2", tmp_path / "out", tmp_path / "nemo", settings={"rotary": "halves"})
     convert("dist-tp2pp2", tmp_path / "known")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "known"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("alone", [False, True], ids=["--moe-layer-freq [1,1,1,1]", "singleton_local_shards"])
+def test_layers_of_experts_that_are_not_stacked_are_the_same_tensors(alone: bool, tmp_path: Path) -> None:
+    source = source_of(MEGATRON / "dist-ep2-moe")
+    listed = dcp.FileSystemReader(str(source)).read_metadata().state_dict_metadata
+    state = {name: torch.empty(one.size) for name, one in listed.items() if hasattr(one, "size")}
+    dcp.load(state, checkpoint_id=str(source), no_dist=True)
+    for name in [name for name in state if name.startswith("decoder.layers.")]:
+        for layer, whole in enumerate(state.pop(name)):
+            own = name.replace("layers.", f"layers.{layer}.")
+            experts = enumerate(whole) if alone and ".experts." in name else ()
+            for e, one in experts:
+                each = own.replace("experts.experts", f"experts.experts.{e}")
+                state |= {f"{each}_w": one.chunk(2)[0], f"{each}_v": one.chunk(2)[1]} if "fc1" in name else {each: one}
+            state |= {} if alone and ".experts." in name else {own: whole}
+    shutil.copytree(source, tmp_path / "step", ignore=shutil.ignore_patterns("__*", ".metadata"))
+    dcp.save({name: one.clone() for name, one in state.items()}, checkpoint_id=str(tmp_path / "step"), no_dist=True)
+    rewritten(tmp_path / "step", lambda args: args.update(moe_layer_freq=[1] * 4))
+    convert("dist-ep2-moe", tmp_path / "out", tmp_path / "step")
+    convert("dist-ep2-moe", tmp_path / "known")
     one, other = (tmp_path / name / "model.safetensors" for name in ("out", "known"))
     assert one.read_bytes() == other.read_bytes()
 
@@ -186,6 +210,7 @@ SILENT: dict[str, Any] = {  # what changes the model and no tensor's name, as Me
     "moe_shared_expert_intermediate_size": 24, "mtp_num_layers": 1, "position_embedding_type": "none",
     "qk_l2_norm": True, "quick_geglu": True, "rotary_seq_len_interpolation_factor": 2, "softmax_scale": 0.5,
     "softmax_type": "learnable", "squared_relu": True, "use_mup": True, "window_size": [128, 0],
+    "moe_router_topk_limited_devices": 2, "rope_scaling_type": "yarn", "scale_emb": 12, "geglu": True,
 }  # fmt: skip
 
 
@@ -195,6 +220,20 @@ def test_a_setting_that_no_name_shows_is_refused_by_its_own(key: str) -> None:
     with pytest.raises(EngineError, match=key) as caught:
         read_config({key: SILENT[key]}, source_side(mapping, layout))
     assert caught.value.code == "E209"
+
+
+def test_code_of_its_own_beside_a_model_is_refused() -> None:
+    with pytest.raises(EngineError, match="auto_map") as caught:
+        read_config({"auto_map": {"AutoModel": "own.X"}}, target_side(load_mapping("megatron-qwen3")))
+    assert caught.value.code == "E209"
+
+
+def test_both_forms_of_a_checkpoint_in_one_folder_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    for name in ("torch-tp1pp1-tied", "dist-tp2pp2"):
+        shutil.copytree(source_of(MEGATRON / name), folder, dirs_exist_ok=True)
+    with pytest.raises(EngineError, match="two parallel modes"):
+        convert("dist-tp2pp2", tmp_path / "out", folder)
 
 
 def test_an_old_order_of_queries_keys_and_values_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:

@@ -79,9 +79,7 @@ def test_boxes_are_cut_as_torch_cuts_them(whole: Path, tmp_path: Path) -> None:
 
 def test_names_are_those_of_another_checkpoint(whole: Path, tmp_path: Path) -> None:
     like = DCP / "fsdp4-bf16-threads2"
-    engine.reverse(
-        "transformers", whole, tmp_path / "dcp", ranks="dp=2", like=source_of(like), config=like / "hf_config.json"
-    )
+    engine.reverse("transformers", whole, tmp_path / "dcp", ranks="dp=2", like=source_of(like))
     names = dcp.FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata
     assert all(name.startswith(("model.model.", "model.lm_head.")) for name in names)
 

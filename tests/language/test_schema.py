@@ -39,11 +39,11 @@ def paths(data: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @given(st.data())
-def test_another_validator_gives_the_same_verdict(data: st.DataObject) -> None:
+def test_the_quick_check_and_the_one_that_words_errors_give_one_verdict(data: st.DataObject) -> None:
     document = load_text(data.draw(st.sampled_from(FILES)).read_text("utf-8"), "x.yaml").data
     path = data.draw(st.sampled_from(paths(document)))
     document = changed(document, list(path), data.draw(VALUES))
-    assert any(violations(document, "mapping")) == (not Draft7Validator(SCHEMA).is_valid(document))
+    assert bool(violations(document, "mapping")) == (not Draft7Validator(SCHEMA).is_valid(document))
 
 
 @pytest.mark.parametrize("line", ["name: ", "version: ", "source: ", "target: "])
@@ -63,7 +63,7 @@ def test_a_number_as_a_key_is_refused_as_an_error_with_a_place() -> None:
 
 
 def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
-    """`jsonschema` is for tests; `rich`, `torch` and the tokenizer libraries are for those who need them."""
+    """`jsonschema` words errors; `rich`, `torch` and the tokenizer libraries are for those who need them."""
     folder = ROOT / "tests" / "fixtures" / "internevo" / "llama_tp2_pp1_default"
     code = """
 import sys
