@@ -78,11 +78,11 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
             Prefix(p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None)
             for i, p in enumerate(data["prefixes"])
         ),
-        options={n: read_option(document, n, o, ("options", n)) for n, o in (data.get("options") or {}).items()},
+        options={n: read_option(document, ("options", n), o) for n, o in (data.get("options") or {}).items()},
         layers=LayerCut(
             stage=expression(document, ("layers", "stage"), layers["stage"]),
             variants={
-                n: read_variant(document, n, v, ("layers", "variants", n))
+                n: read_variant(document, ("layers", "variants", n), v)
                 for n, v in (layers.get("variants") or {}).items()
             },
             divides=None if divides is None else expression(document, ("layers", "divides"), divides),
