@@ -8,7 +8,6 @@ the parser's own composer crashes the process at 200,000 brackets.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,30 +27,11 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "": None}
 
 
-def content_of(path: Path) -> bytes:
-    """What a file holds now, which tells whether what was made of it still holds; nothing where it cannot be read."""
+def content_of(path: Path, name: str) -> bytes:
+    """What a file holds now, of one that is too large a byte more than is allowed; E101 when it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
-    except OSError:
-        return b""  # loading it tells why
-
-
-def _display(path: Path) -> str:
-    """A path as messages show it: relative when it lies below the current folder."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except (ValueError, OSError):
-        return str(path)
-
-
-def load_yaml(path: str | os.PathLike[str], shown: str | None = None) -> Document:
-    """Read one YAML file; E101 with file (as `shown`), line and column when it cannot be read."""
-    path = Path(path)
-    name = _display(path) if shown is None else shown
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise EngineError(
             "E101",
@@ -60,6 +40,19 @@ def load_yaml(path: str | os.PathLike[str], shown: str | None = None) -> Documen
             got=error.strerror or str(error),
             fix="Check the path and its permissions.",
         ) from None
+
+
+def load_yaml(path: Path) -> Document:
+    """Read one YAML file, which goes by its path from the current folder; E101 as below."""
+    try:
+        name = str(path.resolve().relative_to(Path.cwd().resolve()))
+    except (ValueError, OSError):
+        name = str(path)
+    return load_bytes(content_of(path, name), name)
+
+
+def load_bytes(raw: bytes, name: str) -> Document:
+    """The data of a YAML file's content; E101 with file, line and column when it cannot be read."""
     if len(raw) > MAX_BYTES:
         raise _too_large(name)
     try:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from engine.errors import EngineError, Place, meant
 from engine.language.documents import Document, Items, KeyPath, Table
 from engine.language.keys import apart
-from engine.language.loader import content_of, load_yaml
+from engine.language.loader import content_of, load_bytes
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
@@ -57,12 +57,12 @@ def merged(chain: Sequence[Kept]) -> Document:
     Raises:
         EngineError: E106 for what does not fit its parent.
     """
-    return reduce(_over, (_read(*one) for one in chain))
+    return reduce(_over, map(_read, chain))
 
 
 def _parent(chain: Sequence[Kept], named: Path | None) -> Path | None:
     """The file that the first of a chain extends."""
-    path, own = chain[0].path, _read(*chain[0])
+    path, own = chain[0].path, _read(chain[0])
     parent = own.data.get("extends")
     if parent is None:
         if own.data.get("remove"):
@@ -103,13 +103,13 @@ def _parent(chain: Sequence[Kept], named: Path | None) -> Path | None:
 
 
 def _kept(path: Path) -> Kept:
-    return Kept(path, shown(path), content_of(path))
+    return Kept(path, shown(path), content_of(path, shown(path)))
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, name: str, content: bytes) -> Document:
+def _read(kept: Kept) -> Document:
     """One file by itself. A family is read once for all its releases, unless it changed."""
-    document = load_yaml(path, name)
+    document = load_bytes(kept.content, kept.name)
     check_schema(document, "mapping")
     return _named(apart(document))
 
