@@ -8,7 +8,7 @@ from functools import lru_cache
 from engine.errors import EngineError, Place
 from engine.language.declared import check_layout
 from engine.language.documents import Document
-from engine.language.keys import apart, read_keys
+from engine.language.keys import names_apart, read_keys
 from engine.language.loader import content_of, load_bytes
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import (
@@ -48,7 +48,7 @@ def _read(name: str, content: bytes) -> Layout:
     """The layout of a file, made anew when it holds something else."""
     document = load_bytes(content, name)
     check_schema(document, "layout")
-    document = apart(document)
+    document = names_apart(document)
     data, place = document.data, document.place
     configs = [document.part("config"), *document.parts("config", "or").values()]
     for one in configs:
