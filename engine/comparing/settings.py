@@ -53,25 +53,25 @@ def compare_settings(
     found: list[Difference] = []
     if None in configs and configs != [None, None]:
         effect = "without it transformers does not load the model"
-        found.append(Difference("config", CONFIG, *_there(ours, theirs, CONFIG), effect))
+        found.append(Difference("config", CONFIG, *_presence(ours, theirs, CONFIG), effect))
     one, two = (config or {} for config in configs)
     if None not in configs:
         found += _configs(one, two, dtypes)
-        found += _elsewhere("config", CONFIG, one, two, found)
+        found += _for_other_programs("config", CONFIG, one, two, found)
     found += _generations(generations[0], generations[1], one, two)
     found += compare_tokenizers(ours, theirs, TOKENIZER)
     if all(SETTINGS in files for files in (ours, theirs)):
         here, there = (_read(files, SETTINGS) or {} for files in (ours, theirs))
-        found += _elsewhere("tokenizer", SETTINGS, here, there, found)
+        found += _for_other_programs("tokenizer", SETTINGS, here, there, found)
     found += compare_templates(ours, theirs)
     for name in sorted(name for name in ours.keys() | theirs.keys() if name.endswith(".py")):
         if ours.get(name) != theirs.get(name):
             effect = "with trust_remote_code, different code runs the weights"
-            found.append(Difference("code", name, *_there(ours, theirs, name, "another content"), effect))
+            found.append(Difference("code", name, *_presence(ours, theirs, name, "another content"), effect))
     return tuple(found)
 
 
-def _there(ours: Files, theirs: Files, name: str, both: str = "there") -> tuple[str, str]:
+def _presence(ours: Files, theirs: Files, name: str, both: str = "there") -> tuple[str, str]:
     one, two = ("absent" if name not in files else "there" for files in (ours, theirs))
     return (both, "its own") if one == two == "there" else (one, two)
 
@@ -95,7 +95,7 @@ _LABELS = ("id2label", "label2id", "transformers_version", "_name_or_path", "_co
 _OWN_WORDS = ("chat_template", "model_max_length", "tokenizer_class", "added_tokens_decoder", "tokenizer_file")
 
 
-def _elsewhere(
+def _for_other_programs(
     part: str, file: str, one: Mapping[str, Any], two: Mapping[str, Any], found: Sequence[Difference]
 ) -> list[Difference]:
     """Keys of a file that differ though what transformers makes of it does not: another place or program reads them.

@@ -145,13 +145,13 @@ class _Comparer:
         search = Search(Sides(self.tensors, self.out, self.ref, geometry_of(self.configs)))
         relations = {name: search.relate(name, first) for name in left}
         for name, relation in relations.items():
-            self._told(name, relation, relations, search)
+            self._relate_one(name, relation, relations, search)
         for name, relation in relations.items():
             other = None if relation is None or relation.kind != "other" else relation.other
             if other is not None and name not in self.ref and other not in self.found:
                 self._verdict(other, "missing", other=name, note=f"equals {name} of the output")
 
-    def _told(
+    def _relate_one(
         self, name: str, relation: Relation | None, all_of: Mapping[str, Relation | None], search: Search
     ) -> None:
         one, two = self.out[name], self.ref.get(name)

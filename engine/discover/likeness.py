@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.discover.alike import NARROWEST, Placed, find_alike
 from engine.discover.levels import Kind, Relation
-from engine.discover.rows import changes_of, own_rows, region_of, said
+from engine.discover.rows import changes_of, own_rows, region_in_words, region_of
 from engine.discover.sides import Sides
 from engine.discover.values import closeness, relate_values
 from engine.errors import counted
@@ -29,13 +29,13 @@ def relate_alike(sides: Sides, name: str, one: View, own: View | None, others: S
             if mine is None or theirs is None:
                 continue
             order = find_alike(mine[axis], theirs[there])
-            found = None if order is None else _placed(sides, name, one, other, view, order, axis, turned=turned)
+            found = None if order is None else _relate_rows(sides, name, one, other, view, order, axis, turned=turned)
             if found is not None:
                 return found
     return None
 
 
-def _placed(
+def _relate_rows(
     sides: Sides, name: str, one: View, other: str, view: View, order: np.ndarray, axis: int, *, turned: bool
 ) -> Relation | None:
     """What is to be said of rows or columns whose places are known."""
@@ -44,7 +44,7 @@ def _placed(
     if straight and other == name and not turned:
         return None
     placed = Placed(sides.tensors, here, there, order)
-    values = _apart(
+    values = _difference(
         sides.sizes, placed, *placed.views, near=CLOSE if other != name else NEAR, whole=bool((order >= 0).all())
     )
     if values is None:
@@ -65,7 +65,9 @@ def _placed(
     return Relation("transposed" if turned else kind, ", ".join(told), rotary=rotary)
 
 
-def _apart(sizes: dict[str, int], tensors: Placed, one: View, two: View, *, near: float, whole: bool) -> str | None:
+def _difference(
+    sizes: dict[str, int], tensors: Placed, one: View, two: View, *, near: float, whole: bool
+) -> str | None:
     """How two arrays differ whose rows are alike; None where they do in no way that is known."""
     if tensors.match(one, two):
         return ""
@@ -75,14 +77,14 @@ def _apart(sizes: dict[str, int], tensors: Placed, one: View, two: View, *, near
     changes = changes_of(tensors, one, two)
     region = None if changes is None else region_of(changes, one.shape)
     if changes is not None and region is not None and whole:
-        return said(region, changes)
+        return region_in_words(region, changes)
     apart = closeness(tensors, one, two)
-    return None if apart is None or apart >= near else close_by(apart)
+    return None if apart is None or apart >= near else closeness_in_words(apart)
 
 
-def close_by(apart: float) -> str:
+def closeness_in_words(apart: float) -> str:
     """
-    >>> close_by(0.0123)
+    >>> closeness_in_words(0.0123)
     'close: off by 1.2% of its size'
     """
     return f"close: off by {100 * apart:.2g}% of its size"

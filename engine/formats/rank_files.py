@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from re import Pattern
 from sys import intern
-from typing import Any, BinaryIO
+from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.dtensor import Distributed, read_distributed
@@ -20,8 +20,8 @@ from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, shared
 from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Instance, Refused, Storage, Tensor
-from engine.formats.unpickle import MAX_PICKLE, big_endian, damaged, error_of, load_pickle
-from engine.formats.zipdir import read_directory
+from engine.formats.unpickle import damaged, error_of, load_pickle
+from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile
 
 _SHORT = 4096  # bytes of a pickle that is known by itself, and not by its digest
@@ -155,50 +155,13 @@ def read_torch_file(file: OpenFile, name: str, load: LoadPickle = load_pickle) -
     size = file.state.size
     start = file.read(4)
     if start == b"PK\x03\x04":
-        members, directory, summed = read_directory(file, name, size)
-        root = _root(members, name)
-        _check_order(file, members, root, name)
-        at, length = members[f"{root}/data.pkl"]
-        if length > MAX_PICKLE:
-            raise damaged(name, f"data.pkl of {length} bytes")
-        pickle = _read(file, at, length, name)
-        value = load(pickle, name)
-        prefix = f"{root}/data/"
-        payload = {k[len(prefix) :]: v for k, v in members.items() if k.startswith(prefix)}
-        described = struct.pack("<Q", size) + directory + (b"" if summed else pickle)
-        return Saved(value, payload, hashlib.sha256(described).hexdigest(), summed, root)
+        archive = TorchZip(file, name, 0, size)
+        pickle = archive.pickle()
+        described = struct.pack("<Q", size) + archive.entries + archive.ends + (b"" if archive.summed else pickle)
+        identity = hashlib.sha256(described).hexdigest()
+        return Saved(load(pickle, name), archive.payload(), identity, archive.summed, archive.root)
     file.seek(0)
     return Saved(*load_legacy(file, name, size))
-
-
-def _root(members: Mapping[str, tuple[int, int]], name: str) -> str:
-    roots = [m[: -len("/data.pkl")] for m in members if m.endswith("/data.pkl") and m.count("/") == 1]
-    if len(roots) != 1:
-        raise EngineError(
-            "E303",
-            "a zip, but not one that torch saved",
-            place=Place(name),
-            got=", ".join(list(members)[:5]),
-            expected="one member NAME/data.pkl",
-            fix="TorchScript archives and other zips are not checkpoints.",
-        )
-    return roots[0]
-
-
-def _check_order(file: BinaryIO, members: Mapping[str, tuple[int, int]], root: str, name: str) -> None:
-    if f"{root}/byteorder" in members:
-        at, length = members[f"{root}/byteorder"]
-        order = _read(file, at, min(length, 16), name)
-        if order != b"little":
-            raise big_endian(name, order)
-
-
-def _read(file: BinaryIO, at: int, length: int, name: str) -> bytes:
-    file.seek(at)
-    data = file.read(length)
-    if len(data) != length:
-        raise damaged(name, f"{at + len(data)} bytes where {at + length} are needed")
-    return data
 
 
 def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:

@@ -1,115 +1,232 @@
-"""The zip directory of a torch-saved file: where each member's payload lies, distrusting all of it."""
+"""A zip as torch saves it: where the payload of each storage lies, distrusting all of it.
+
+A rank file is one, and a file of a distributed checkpoint is a row of them.
+"""
 
 from __future__ import annotations
 
 import struct
-import zipfile
 import zlib
-from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
+from typing import NamedTuple
 
-from engine.errors import EngineError
-from engine.formats.unpickle import damaged as file_damaged
+from engine.errors import EngineError, Place
+from engine.formats.unpickle import MAX_PICKLE, big_endian, damaged
 from engine.storage.store import OpenFile
 
 _LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END, _LOCATOR, _RECORD = 22, 20, 56  # bytes of what ends a zip; the latter two where numbers are of 64 bits
 _ALIGNMENT = 64  # of payloads, as torch writes them
+_HEAD, _TAIL = 2048, 1536  # bytes at either end that are read at once: all that describes a small zip
 _NEAR = 256  # bytes behind the fixed part of a local header, in which the rest of most ends
-_MOST_DIRECTORY = 64 << 20  # bytes of a directory that an identity is taken over
-_SMALL = 64 << 20  # bytes of a member that is checked against its CRC-32; torch may leave that out, as zero
+_MOST_DIRECTORY = 64 << 20  # bytes of a directory
+_LONG = 0xFFFFFFFF  # stands for a number that is in the extra field
 
 
-def read_directory(file: OpenFile, name: str, size: int) -> tuple[dict[str, tuple[int, int]], bytes, bool]:
-    """Member name → (absolute payload offset, bytes), the directory's bytes, and whether it has all checksums.
+class _Member(NamedTuple):  # of which there can be a hundred thousand
+    """What the directory says of a member: `header` is where its local header begins."""
 
-    Members must be stored uncompressed, lie inside the file, not overlap, and be named once. Those
-    that describe the tensors, and are not payload, must have the bytes that were saved.
+    name: str
+    raw: bytes
+    header: int
+    size: int
+    crc: int
+    recorded: bool  # a record behind its payload tells its CRC-32
+
+
+class TorchZip:
+    """The members of a zip: stored uncompressed, inside the zip, not overlapping, and named once.
+
+    Attributes:
+        root: the folder inside it.
+        entries: the bytes of its directory; `ends`, of the records behind it.
+        summed: whether the directory has the checksums of all members.
     """
-    damaged = partial(file_damaged, name, expected="a zip as torch.save writes it")
-    try:
-        archive = zipfile.ZipFile(file)
-        infos = archive.infolist()
-        start = archive.start_dir
-    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error, RuntimeError) as error:
-        raise damaged(f"{size} bytes; {error}") from None
-    headers = sorted({info.header_offset for info in infos})
-    ends = dict(zip(headers, [*headers[1:], start], strict=False))  # of members, by where they begin
-    members: dict[str, tuple[int, int]] = {}
-    spans: list[tuple[int, int, str]] = []
-    for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise damaged(f"member {info.filename} is compressed")
-        if info.flag_bits & 0x1:
-            raise damaged(f"member {info.filename} is encrypted")
-        if info.filename in members:
-            raise damaged(f"member {info.filename} occurs twice")
-        if not 0 <= info.header_offset <= size - _LOCAL.size:
-            raise damaged(f"member {info.filename} lies outside the file")
-        at = _payload(file, info, ends[info.header_offset], damaged)
-        if at + info.file_size > min(size, start):
-            raise damaged(f"member {info.filename} ends at {at + info.file_size}, the file's directory is at {start}")
-        end = at + info.file_size
+
+    def __init__(self, file: OpenFile, name: str, offset: int, length: int) -> None:
+        """Args: offset, length: where it lies in the file; `name` is the file's, for people.
+
+        Raises:
+            EngineError: E301 for a zip that is damaged, E303 for one that torch did not save.
+        """
+        if length < _END or offset + length > file.state.size:
+            raise damaged(name, f"bytes {offset} to {offset + length} of a file of {file.state.size}")
+        self._file, self._name, self._offset, self._length = file, name, offset, length
+        self._head, self._tail = b"", b""
+        self._head = self._read(0, min(length, _HEAD))
+        self._tail = self._read(max(length - _TAIL, 0), min(length, _TAIL))
+        self._start, self.entries, self.ends, count = self._directory()
+        members = self._listed(count)
+        headers = sorted(one.header for one in members.values())
+        if headers and headers[0] != 0:
+            raise self._damaged(f"its first member is at {headers[0]}: there is something else before")
+        self._next = dict(zip(headers, [*headers[1:], self._start], strict=False))
+        if len(self._next) != len(headers):
+            raise self._damaged("two of its members begin at one place")
+        self._members = members
+        self.summed = all(one.crc for one in members.values() if one.size)
+        self.root = self._root()
+        if f"{self.root}/byteorder" in members and (order := self._content("byteorder")) != b"little":
+            raise big_endian(name, order[:16])
+
+    def pickle(self) -> bytes:
+        """The pickle, which must have the bytes that were saved."""
+        return self._content("data.pkl")
+
+    def payload(self) -> dict[str, tuple[int, int]]:
+        """Storage key → (offset in the file, bytes)."""
+        prefix = f"{self.root}/data/"
+        listed = {name: one for name, one in self._members.items() if name.startswith(prefix)}
+        return {name[len(prefix) :]: (self._offset + self._place(one), one.size) for name, one in listed.items()}
+
+    def _damaged(self, what: str) -> EngineError:
+        where = f"the zip at byte {self._offset}: " if self._offset else ""
+        return damaged(self._name, where + what, expected="a zip as torch.save writes it")
+
+    def _read(self, at: int, size: int) -> bytes:
+        """Bytes of the zip; all of those asked for."""
+        if at + size <= len(self._head):
+            return self._head[at : at + size]
+        tail = self._length - len(self._tail)
+        if at >= tail and at + size <= self._length:
+            return self._tail[at - tail : at - tail + size]
+        self._file.seek(self._offset + at)
+        data = self._file.read(size) if at + size <= self._length else b""
+        if len(data) != size:
+            raise self._damaged(f"bytes {at} to {at + size} of {self._length} cannot be read")
+        return data
+
+    def _root(self) -> str:
+        roots = [m[: -len("/data.pkl")] for m in self._members if m.endswith("/data.pkl") and m.count("/") == 1]
+        if len(roots) != 1:
+            raise EngineError(
+                "E303",
+                "a zip, but not one that torch saved",
+                place=Place(self._name),
+                got=", ".join(list(self._members)[:5]),
+                expected="one member NAME/data.pkl",
+                fix="TorchScript archives and other zips are not checkpoints.",
+            )
+        return roots[0]
+
+    def _content(self, name: str) -> bytes:
+        """The bytes of a member that describes the tensors, against their CRC-32; torch may leave that out, as zero."""
+        one = self._members[f"{self.root}/{name}"]
+        if one.size > MAX_PICKLE:
+            raise self._damaged(f"{name} of {one.size} bytes")
+        data = self._read(self._place(one), one.size)
+        if one.crc and zlib.crc32(data) != one.crc:
+            raise self._damaged(f"member {one.name} has other bytes than were saved")
+        return data
+
+    def _directory(self) -> tuple[int, bytes, bytes, int]:
+        """Where the directory begins, its bytes, those of the records that end it, and how many members it has."""
+        begin = self._length - _END
+        end = self._read(begin, _END)
+        if not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):
+            raise self._damaged(f"{self._length} bytes that do not end as a zip without a comment does")
+        count, length, at = struct.unpack("<H2I", end[10:20])
+        locator = self._read(begin - _LOCATOR, _LOCATOR) if begin >= _LOCATOR + _RECORD else b""
+        if locator.startswith(b"PK\x06\x07"):
+            begin -= _LOCATOR + _RECORD
+            record = self._read(begin, _RECORD)
+            if not record.startswith(b"PK\x06\x06") or locator[8:16] != begin.to_bytes(8, "little"):
+                raise self._damaged(
+                    "its record of 64-bit numbers is not where its end says, or there is something else before"
+                )
+            count, length, at = struct.unpack("<3Q", record[32:])
+        if count == 0:
+            return begin, b"", b"", 0
+        if at + length != begin or length > _MOST_DIRECTORY:
+            before = " there is something else before, or" if at + length < begin else ""
+            raise self._damaged(
+                f"its directory of {length} bytes at {at} does not end at {begin}:{before} it is damaged"
+            )
+        both = self._read(at, self._length - at)
+        return at, both[:length], both[length:], count
+
+    def _listed(self, count: int) -> dict[str, _Member]:
+        """What the directory's entries say of each member."""
+        entries, found = self.entries, dict[str, _Member]()
+        at = 0
+        while at + _CENTRAL.size <= len(entries):
+            fields = _CENTRAL.unpack_from(entries, at)
+            flags, size, header = fields[3], fields[9], fields[16]
+            at += _CENTRAL.size
+            raw, extra = entries[at : at + fields[10]], entries[at + fields[10] : at + fields[10] + fields[11]]
+            at += sum(fields[10:13])
+            name = raw.decode("utf-8" if flags & 0x800 else "cp437", "replace")
+            if fields[0] != b"PK\x01\x02":
+                raise self._damaged(f"an entry of its directory begins with {fields[0]!r}")
+            if fields[4] or fields[8] != size:
+                raise self._damaged(f"member {name} is compressed")
+            if flags & 0x1:
+                raise self._damaged(f"member {name} is encrypted")
+            if name in found:
+                raise self._damaged(f"member {name} occurs twice")
+            if _LONG in (size, header):
+                size, header = _wide(extra, size, header)
+            found[name] = _Member(name, raw, header, size, fields[7], bool(flags & 0x8))
+        if at != len(entries) or len(found) != count:
+            raise self._damaged(f"{len(found)} of {count} members in its directory")
+        return found
+
+    def _place(self, one: _Member) -> int:
+        """Where a member's payload begins: as its local header says, or where that is not at hand, as torch has it.
+
+        torch pads the local header such that the payload lies at a multiple of 64 bytes, and begins the next member
+        right behind the payload and its record, which has 16 or 24 bytes. Both must give the same place.
+        """
+        fixed, after = one.header + _LOCAL.size, self._next[one.header]
+        close = min(fixed + _NEAR, after)
+        if close > len(self._head) and not self._file.at_hand(self._offset + one.header, self._offset + close):
+            least = fixed + len(one.raw)
+            for record in (16, 24) if one.recorded else (0,):
+                at = after - record - one.size
+                if at % _ALIGNMENT == 0 and least <= at < least + 2 * _ALIGNMENT:
+                    return at
+        local = _LOCAL.unpack(self._read(one.header, _LOCAL.size))
+        if local[0] != b"PK\x03\x04":
+            raise self._damaged(f"member {one.name} has no local header")
+        rest = self._read(fixed, local[9] + local[10])
+        if local[3] or rest[: local[9]] != one.raw:
+            raise self._damaged(f"member {one.name} differs between its local header and the directory")
+        if not _records_fill(rest[local[9] :]):
+            raise self._damaged(f"member {one.name} has a local header of unclear length")
+        begin = fixed + len(rest)
+        end = begin + one.size
+        if end > after:
+            raise self._damaged(f"member {one.name} ends at {end}, what follows it is at {after}: they overlap")
         # torch writes a record behind each payload: it proves where that ends
-        if info.flag_bits & 0x8 and file.at_hand(end, end + 4):
-            file.seek(end)
-            if file.read(4) != b"PK\x07\x08":
-                raise damaged(f"member {info.filename} has no record at its end, {end}")
-        members[info.filename] = (at, info.file_size)
-        spans.append((info.header_offset, at + info.file_size, info.filename))
-    spans.sort()
-    if spans and spans[0][0] != 0:
-        raise damaged(f"its first member is at {spans[0][0]}: there is something else before")
-    for (_, end, one), (begin, _, two) in pairwise(spans):
-        if begin < end:
-            raise damaged(f"members {one} and {two} overlap")
-    for info in infos:
-        at, length = members[info.filename]
-        if info.CRC and length <= _SMALL and not info.filename.rpartition("/")[0].endswith("/data"):
-            file.seek(at)
-            if zlib.crc32(file.read(length)) != info.CRC:
-                raise damaged(f"member {info.filename} has other bytes than were saved")
-    file.seek(start)
-    summed = size - start <= _MOST_DIRECTORY and all(info.CRC for info in infos if info.file_size)
-    return members, file.read(min(size - start, _MOST_DIRECTORY)), summed
+        near = one.recorded and self._file.at_hand(self._offset + end, self._offset + end + 4)
+        if near and self._read(end, 4) != b"PK\x07\x08":
+            raise self._damaged(f"member {one.name} has no record at its end, {end}")
+        return begin
 
 
-def _payload(file: OpenFile, info: zipfile.ZipInfo, end: int, damaged: Callable[[str], EngineError]) -> int:
-    """Where a member's payload begins: as its local header says, or where that is not at hand, as torch lays it out.
-
-    torch pads the local header such that the payload lies at a multiple of 64 bytes, and begins the next member
-    right behind the payload and its record, which has 16 or 24 bytes. Both must give the same place.
-    """
-    fixed = info.header_offset + _LOCAL.size
-    if not file.at_hand(info.header_offset, min(fixed + _NEAR, end)):
-        least = fixed + len(info.orig_filename.encode())
-        for record in (16, 24) if info.flag_bits & 0x8 else (0,):
-            at = end - record - info.file_size
-            if at % _ALIGNMENT == 0 and least <= at < least + 2 * _ALIGNMENT:
-                return at
-    file.seek(info.header_offset)
-    local = _LOCAL.unpack(file.read(_LOCAL.size))
-    if local[0] != b"PK\x03\x04":
-        raise damaged(f"member {info.filename} has no local header")
-    if local[3] != zipfile.ZIP_STORED or not _names_alike(file.read(local[9]), info):
-        raise damaged(f"member {info.filename} differs between its local header and the directory")
-    if not _records_fill(file.read(local[10]), local[10]):
-        raise damaged(f"member {info.filename} has a local header of unclear length")
-    begin: int = fixed + local[9] + local[10]
-    return begin
+def _wide(extra: bytes, size: int, header: int) -> tuple[int, int]:
+    """A member's size and offset, which stand in an extra field where they do not fit 32 bits."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        if kind == 1:
+            fields = extra[at + 4 : at + 4 + length]
+            wide = iter(value for (value,) in struct.iter_unpack("<Q", fields[: len(fields) // 8 * 8]))
+            if size == _LONG:  # the packed size, which is the same, comes second
+                size = next(wide, size)
+                next(wide, None)
+            header = next(wide, header) if header == _LONG else header
+        at += 4 + length
+    return size, header
 
 
-def _names_alike(raw: bytes, info: zipfile.ZipInfo) -> bool:
-    return raw.decode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace") == info.orig_filename
+def _records_fill(extra: bytes) -> bool:
+    """Whether an extra field is whole records: one wrong length byte would shift the payload.
 
-
-def _records_fill(extra: bytes, length: int) -> bool:
-    """Whether the extra field is whole records: one wrong length byte would shift the payload.
-
-    >>> _records_fill(b"FB\\x02\\x00ZZ", 6), _records_fill(b"FB\\x02\\x00Z", 5)
+    >>> _records_fill(b"FB\\x02\\x00ZZ"), _records_fill(b"FB\\x02\\x00Z")
     (True, False)
     """
     at = 0
     while at + 4 <= len(extra):
         at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
-    return at == len(extra) == length
+    return at == len(extra)

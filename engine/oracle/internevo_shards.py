@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import FileHeader, TensorHeader
+from engine.formats.headers import TensorHeader
 from engine.oracle.float_tensors import FloatTensors
 from engine.planning.attempts import Checkpoint
 
@@ -52,13 +52,7 @@ class Stored:
         return [0 if header.part is None else header.part.starts[0] for _, header in self.pieces]
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """What one rank holds, in one file or in those of its data-parallel ranks."""
-
-    tp: int | None
-    wp: int | None
-    tensors: Mapping[tuple[int, int, str], Stored]  # (chunk, layer, rest of the key)
+Rank = tuple[int, int]  # of tp and of wp; -1 where files have no such dimension
 
 
 class Shards(FloatTensors):
@@ -74,87 +68,84 @@ class Shards(FloatTensors):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         headers = checkpoint.files
-        _check_dense(headers, checkpoint.folder)
-        ranked = [found for header in headers if (found := _FILE.fullmatch(header.name))]
         self.config, self.training = checkpoint.config, checkpoint.training
         super().__init__(headers)
-        self._stages: dict[int, list[_File]] = {}
         self.block = "blocks"
         self.dtypes = frozenset(tensor.dtype for header in headers for tensor in header.tensors)
-        ranks: dict[tuple[int, int | None, int | None], dict[tuple[int, int, str], list[Piece]]] = {}
-        for number, (found, header) in enumerate(zip(ranked, headers, strict=True)):
-            tp, wp = (None if found[word] is None else int(found[word]) for word in ("tp", "wp"))
-            keys = ranks.setdefault((int(found["pp"]), tp, wp), {})
+        pieces: dict[tuple[Spot, str], dict[Rank, list[Piece]]] = {}
+        for number, header in enumerate(headers):
+            named = _FILE.fullmatch(header.name)
+            if named is None:
+                raise EngineError(
+                    "E303",
+                    "training's own forward pass is not known for these files",
+                    place=Place(checkpoint.folder),
+                    got=header.name,
+                    expected="a dense model's, such as model_tp0_pp0.pt",
+                    fix="Of a mixture of experts transformers has no model built in to run beside it. Leave --logits "
+                    "out; --src and --mapping compare every tensor all the same.",
+                )
+            rank = int(named["tp"] or -1), int(named["wp"] or -1)
             for tensor in header.tensors:
                 key = _KEY.fullmatch(tensor.name)
                 if key is not None:
                     self.block = key["block"] or self.block
-                    place = int(key["chunk"] or 0), int(key["layer"] or -1), key["rest"]
-                    keys.setdefault(place, []).append((number, tensor))
-        for (pp, tp, wp), keys in ranks.items():
-            whole = {key: _joined(pieces, key[2]) for key, pieces in keys.items()}
-            self._stages.setdefault(pp, []).append(_File(tp, wp, whole))
-        self.by_rows = ranked[0]["wp"] is not None  # isp: linears are cut on storage rows over wp
+                    spot = Spot(int(named["pp"]), int(key["chunk"] or 0), int(key["layer"] or -1))
+                    pieces.setdefault((spot, key["rest"]), {}).setdefault(rank, []).append((number, tensor))
+        self._held = {
+            (spot, key): {rank: _joined(found, key) for rank, found in ranks.items()}
+            for (spot, key), ranks in pieces.items()
+        }
+        self._ranks = sorted({rank for ranks in pieces.values() for rank in ranks})
         self.spots = self._order()
 
     def _order(self) -> list[Spot]:
         """Layers first to last: chunk by chunk, pipeline ranks in turn, in ZBV every second chunk turned round."""
-        counts: dict[tuple[int, int], int] = {}
-        for pp, files in self._stages.items():
-            for chunk, layer, _ in files[0].tensors:
-                counts[chunk, pp] = max(counts.get((chunk, pp), 0), layer + 1)
         parallel = self.training.get("parallel")
         pipeline = parallel.get("pipeline") if isinstance(parallel, Mapping) else None
         mode = pipeline.get("mode") if isinstance(pipeline, Mapping) else None
         zbv = isinstance(mode, str) and mode.upper() == "ZBV"
-        spots: list[Spot] = []
-        for chunk in range(1 + max((chunk for chunk, _ in counts), default=0)):
-            ranks = sorted(self._stages, reverse=zbv and chunk % 2 == 1)
-            spots += [Spot(pp, chunk, i) for pp in ranks for i in range(counts.get((chunk, pp), 0))]
-        return spots
+        spots = {spot for spot, _ in self._held if spot.layer >= 0}
+        return sorted(spots, key=lambda one: (one.chunk, -one.pp if zbv and one.chunk % 2 else one.pp, one.layer))
 
     def has(self, spot: Spot, *keys: str) -> str | None:
         """The first of these keys that some rank holds at a spot."""
-        held = {key for f in self._stages[spot.pp] for c, i, key in f.tensors if (c, i) == (spot.chunk, spot.layer)}
-        return next((key for key in keys if key in held), None)
+        return next((key for key in keys if (spot, key) in self._held), None)
 
     def edge(self, *keys: str) -> tuple[Spot, str]:
         """Where the embedding, the last norm or the head lies, and under which of these keys; E207."""
-        for pp, files in self._stages.items():
-            for chunk in sorted({chunk for chunk, _, _ in files[0].tensors}):
-                key = self.has(Spot(pp, chunk), *keys)
-                if key is not None:
-                    return Spot(pp, chunk), key
-        raise EngineError(
-            "E207",
-            f"no rank file holds `{keys[0]}`",
-            expected=", ".join(keys),
-            fix="Training's own forward pass needs it; is a file missing?",
-        )
+        found = next((one for one in self._held if one[0].layer < 0 and one[1] in keys), None)
+        if found is None:
+            raise EngineError(
+                "E207",
+                f"no rank file holds `{keys[0]}`",
+                expected=", ".join(keys),
+                fix="Training's own forward pass needs it; is a file missing?",
+            )
+        return found
 
     def replicated(self, spot: Spot, key: str) -> torch.Tensor:
         """A tensor that every rank holds whole, as the first rank has it."""
-        return self._read(self._stages[spot.pp][0], spot, key)
+        return self._read(self._part(spot, key, self._ranks[0]))
 
     def linear(self, spot: Spot, key: str) -> list[torch.Tensor | None]:
         """A layer's weight or bias per tensor rank, None on ranks without it.
 
         With weight parallelism the rows of all ranks are put together, and there is one rank.
         """
-        files = _one_each(self._stages[spot.pp], "wp" if self.by_rows else "tp")
-        found = [self._read(f, spot, key) if (spot.chunk, spot.layer, key) in f.tensors else None for f in files]
-        if not self.by_rows:
-            return found
         import torch
 
+        by_rows = self._ranks[0][1] >= 0  # isp: linears are cut on storage rows over wp
+        held = self._held.get((spot, key), {})
+        found = [self._read(held[rank]) if rank in held else None for rank in self._one_each(by_rows)]
+        if not by_rows:
+            return found
         rows = [part for part in found if part is not None]
         return [torch.cat(rows) if rows else None]
 
     def edges(self, spot: Spot, key: str) -> list[Stored]:
         """The parts of the embedding or the head, cut over tp where there is tp, else over wp."""
-        files = self._stages[spot.pp]
-        files = _one_each(files, "wp" if files[0].tp is None else "tp")
-        return [self._stored(f, spot, key) for f in files]
+        return [self._part(spot, key, rank) for rank in self._one_each(self._ranks[0][0] < 0)]
 
     def rows(self, part: Stored, low: int, high: int) -> torch.Tensor:
         """Rows low..high of a part, as far as it has them."""
@@ -164,21 +155,27 @@ class Shards(FloatTensors):
                  for (number, header), first in zip(part.pieces, part.lows, strict=True)]  # fmt: skip
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    def _read(self, file: _File, spot: Spot, key: str) -> torch.Tensor:
-        stored = self._stored(file, spot, key)
-        return self.rows(stored, 0, stored.shape[0])
+    def _read(self, part: Stored) -> torch.Tensor:
+        return self.rows(part, 0, part.shape[0])
 
-    def _stored(self, file: _File, spot: Spot, key: str) -> Stored:
-        stored = file.tensors.get((spot.chunk, spot.layer, key))
-        if stored is None:
+    def _one_each(self, wp: bool) -> list[Rank]:
+        """One rank for each of tp, or of wp, in order; in isp several share either."""
+        found: dict[int, Rank] = {}
+        for rank in self._ranks:
+            found.setdefault(rank[1] if wp else rank[0], rank)
+        return [found[number] for number in sorted(found)]
+
+    def _part(self, spot: Spot, key: str, rank: Rank) -> Stored:
+        held = self._held.get((spot, key), {})
+        if rank not in held:
             layer = f" of layer {spot.layer}" if spot.layer >= 0 else ""
             raise EngineError(
                 "E207",
                 f"a rank lacks `{key}`{layer}",
-                got=f"pipeline rank {spot.pp}, tp {file.tp}, wp {file.wp}",
+                got=f"pipeline rank {spot.pp}, tp {rank[0]}, wp {rank[1]}".replace(" -1", " none"),
                 fix="Training's own forward pass needs it; is the file of this run?",
             )
-        return stored
+        return held[rank]
 
 
 def _joined(pieces: Sequence[Piece], key: str) -> Stored:
@@ -204,29 +201,6 @@ def _joined(pieces: Sequence[Piece], key: str) -> Stored:
             fix="Copy the files of all data-parallel ranks.",
         )
     return Stored(tuple(at[low] for low in sorted(at)) or (pieces[0],))
-
-
-def _one_each(files: Sequence[_File], word: str) -> list[_File]:
-    """One file per rank of `tp` or `wp`, in order; in isp several files share either."""
-    found: dict[int, _File] = {}
-    for file in files:
-        rank = file.tp if word == "tp" else file.wp
-        found.setdefault(rank or 0, file)
-    return [found[rank] for rank in sorted(found)]
-
-
-def _check_dense(headers: Sequence[FileHeader], folder: str) -> None:
-    hit = next((header.name for header in headers if header.name.startswith("model_moe_")), None)
-    if hit is not None:
-        raise EngineError(
-            "E303",
-            "training's own forward pass is not known for a mixture of experts",
-            place=Place(folder),
-            got=hit,
-            expected="a dense model",
-            fix="transformers has no model of it built in either, so there is nothing to run beside it. Leave --logits "
-            "out; --src and --mapping compare every tensor all the same.",
-        )
 
 
 def setting(config: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -14,6 +14,7 @@ from math import prod
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place, shape_text
+from engine.language.documents import grouped
 from engine.planning.stored import Stored
 
 _MOST_STEPS = 1 << 24  # a hundred thousand boxes in a grid take a few of them each
@@ -35,9 +36,7 @@ def fold_replicas(shards: Shards, files: Sequence[RankFile]) -> dict[Ranks, tupl
     Raises:
         EngineError: E208 when the recorded rows do not follow each other in the order of ranks.
     """
-    lines: dict[Ranks, list[tuple[Stored, ...]]] = {}
-    for ranks in sorted(shards):
-        lines.setdefault(ranks[:-1], []).append(shards[ranks])
+    lines = grouped((ranks[:-1], shards[ranks]) for ranks in sorted(shards))
     result: dict[Ranks, tuple[Stored, ...]] = {}
     for others, line in lines.items():
         rows, end, position = line[0][0].header.whole[0], 0, 0

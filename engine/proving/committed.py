@@ -69,7 +69,8 @@ def committed_text(mapping: MappingFile) -> str:
     before, after = dict(flat(meaning_of(load_mapping(_file(mapping.files[-2]))))), dict(flat(now))
     changed = {p: v for p, v in after.items() if p not in before or before[p] != v}
     inside = {p[:end] for p in after for end in range(1, len(p))}  # what holds more now than one value
-    changed |= {p: GONE for p in before if p not in after and p not in inside}
+    lost = (p for p in before if p not in inside and not any(p[:end] in after for end in range(1, len(p) + 1)))
+    changed |= dict.fromkeys(lost, GONE)
     beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree_of(changed)})
     return min(whole, beside, key=len)
 
@@ -253,22 +254,13 @@ def _tensors(then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Iterato
             yield f"{target}{under} comes from {comes}; the committed meaning says {was}", key
             continue
         for name, old, new in changed(before[key], after[key], GONE):
+            said = f"{_short(new)} instead of {_short(old)}"
             if name == "order":
-                yield (
-                    (
-                        f"{target}{under} takes the elements of {source} in another order than the committed meaning "
-                        f"says: {_short(new)} instead of {_short(old)}"
-                    ),
-                    key,
-                )
+                told = f"takes the elements of {source} in another order than the committed meaning says: {said}"
+                yield f"{target}{under} {told}", key
             elif name.startswith(RANKS):
-                yield (
-                    (
-                        f"{source}{under} is cut differently than the committed meaning says: of {target} "
-                        f"{name.removeprefix(RANKS) or 'the ranks'} hold {_short(new)} instead of {_short(old)}"
-                    ),
-                    key,
-                )
+                held = f"of {target} {name.removeprefix(RANKS) or 'the ranks'} hold {said}"
+                yield f"{source}{under} is cut differently than the committed meaning says: {held}", key
             else:
                 yield f"{name} of {target}{under} is {_short(new)}; the committed meaning says {_short(old)}", key
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from engine.language.documents import changed, plain, text_of
+from engine.language.documents import changed, grouped, plain, text_of
 from engine.language.loader import load_text
 from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
@@ -115,11 +115,11 @@ def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
 
     A release that only follows its family says what the family says, whatever its own name is.
     """
-    found: dict[tuple[object, ...], list[MappingDiff]] = {}
-    for one in diffs:
-        if not one.equal:
-            key = (one.old is None, one.new is None, one.parent, one.changes, one.tensors, one.values)
-            found.setdefault(key, []).append(one)
+    found = grouped(
+        ((one.old is None, one.new is None, one.parent, one.changes, one.tensors, one.values), one)
+        for one in diffs
+        if not one.equal
+    )
     return [
         replace(first, same_in=tuple(one.name for one in rest))
         for first, *rest in found.values()

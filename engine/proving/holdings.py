@@ -48,9 +48,10 @@ def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, 
     free = guess_sizes(mapping, DIVISIBLE, EVEN)
     grids: dict[str, str] = {}
     ranks: dict[str, dict[str, str]] = {key: {} for key, *_ in _targets(mapping)}
-    for world in _covering(mapping, worlds, free):
+    listed = small_cases(layout)
+    for world in _covering(mapping, worlds, free, listed):
         known = _zeroth(mapping, world)
-        for case in small_cases(layout):
+        for case in listed:
             if not case.takes(world.choices):
                 continue
             try:
@@ -131,10 +132,11 @@ def key_of(target: str, source: str, when: Mapping[str, Sequence[str]]) -> str:
     return f"{target} ← {source}" + (f" ({told})" if told else "")
 
 
-def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int]) -> Iterator[World]:
-    """Worlds in which every rule is at work, as few as greed finds."""
+def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int], listed: Sequence[Case]) -> Iterator[World]:
+    """Worlds in which every rule that some case writes is at work, as few as greed finds."""
     left = {one.key for one in instances(mapping)}
-    possible = [choices for choices, most in combinations_of(mapping) if most]
+    found = [choices for choices, most in combinations_of(mapping) if most]
+    possible = [choices for choices in found if any(case.takes(choices) for case in listed)]
     every = [(choices, {one.key for one in worlds.used(choices, most=True) or ()}) for choices in possible]
     while every:
         choices, keys = max(every, key=lambda one: len(one[1] & left))

@@ -114,6 +114,18 @@ def sizes_of_64_bits_that_are_absurd(folder: Path) -> None:
 
 
 @attack("training", "E301", "")
+def sizes_of_64_bits_that_are_cut_short(folder: Path) -> None:
+    listed = members(folder / RANK)
+    with zipfile.ZipFile(folder / RANK, "w") as archive:
+        for name, data in listed:
+            info = zipfile.ZipInfo(name)
+            if "/data/" in name:
+                info.extra = struct.pack("<2HQI", 1, 24, len(data), 0)
+            archive.writestr(info, data)
+    patch(folder / RANK, lambda raw: struct.pack_into("<II", raw, entry_of(raw, "/data/0") + 20, *[0xFFFFFFFF] * 2))
+
+
+@attack("training", "E301", "")
 def a_header_offset_beyond_the_file(folder: Path) -> None:
     patch(folder / RANK, lambda raw: struct.pack_into("<I", raw, entry_of(raw, "/data/0") + 42, 0xFFFFFF00))
 

@@ -98,6 +98,30 @@ def test_names_behind_nemos_prefix_are_the_same_tensors(tmp_path: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("alone", [False, True], ids=["--moe-layer-freq [1,1,1,1]", "singleton_local_shards"])
+def test_layers_of_experts_that_are_not_stacked_are_the_same_tensors(alone: bool, tmp_path: Path) -> None:
+    source = source_of(MEGATRON / "dist-ep2-moe")
+    listed = dcp.FileSystemReader(str(source)).read_metadata().state_dict_metadata
+    state = {name: torch.empty(one.size) for name, one in listed.items() if hasattr(one, "size")}
+    dcp.load(state, checkpoint_id=str(source), no_dist=True)
+    for name in [name for name in state if name.startswith("decoder.layers.")]:
+        for layer, whole in enumerate(state.pop(name)):
+            own = name.replace("layers.", f"layers.{layer}.")
+            experts = enumerate(whole) if alone and ".experts." in name else ()
+            for e, one in experts:
+                each = own.replace("experts.experts", f"experts.experts.{e}")
+                state |= {f"{each}_w": one.chunk(2)[0], f"{each}_v": one.chunk(2)[1]} if "fc1" in name else {each: one}
+            state |= {} if alone and ".experts." in name else {own: whole}
+    shutil.copytree(source, tmp_path / "step", ignore=shutil.ignore_patterns("__*", ".metadata"))
+    dcp.save({name: one.clone() for name, one in state.items()}, checkpoint_id=str(tmp_path / "step"), no_dist=True)
+    rewritten(tmp_path / "step", lambda args: args.update(moe_layer_freq=[1] * 4))
+    convert("dist-ep2-moe", tmp_path / "out", tmp_path / "step")
+    convert("dist-ep2-moe", tmp_path / "known")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "known"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_without_arguments_a_second_number_of_a_folder_is_not_guessed(
     copy: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -17,10 +17,19 @@ import engine
 from engine.commands.main import cli
 from engine.language import search
 from engine.language.axes import parse_axes
+from engine.language.documents import flat
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
+from engine.proving import committed as committed_module
 from engine.proving import prove as proving
-from engine.proving.committed import check_meaning, committed_text, failures_beside, path_of, write_meaning
+from engine.proving.committed import (
+    check_meaning,
+    committed_text,
+    failures_beside,
+    path_of,
+    read_meaning,
+    write_meaning,
+)
 from engine.proving.matrix import cases, combinations_of, rows
 from engine.proving.mutants import mutants_of, reordered
 from engine.proving.proof import Proof
@@ -317,6 +326,22 @@ def test_a_child_that_is_another_model_fails_until_its_own_meaning_is_committed(
     assert not check.holds and any("config.json rms_norm_eps: 0.001" in f.message for f in check.failures)
     write_meaning(path)
     assert check_meaning(load_mapping(path)).holds
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_fact_that_takes_the_place_of_several_is_read_as_it_was_committed(
+    swapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alike = {f"v{n}": {"tp1": "all"} for n in range(30)}  # so that what differs is shorter than the whole
+    many: dict[str, Any] = {"ranks": {"w": {"torch tp1": "all", "torch tp2": "tp0 [0:2]"}, **alike}}
+    one: dict[str, Any] = {"ranks": {"w": "in no plan", **alike}}
+    said = [many, one][:: -1 if swapped else 1]
+    mapping = load_mapping(child(tmp_path, ""))
+    monkeypatch.setattr(committed_module, "meaning_of", lambda m: said[m.name == "mine"])
+    monkeypatch.setattr(committed_module, "path_of", lambda file: tmp_path / "none.txt")
+    text = committed_text(mapping)
+    (tmp_path / "mine.txt").write_text(text)
+    assert "extends" in text and read_meaning(tmp_path / "mine.txt") == dict(flat(said[1]))
 
 
 def test_a_meaning_is_written_beside_a_mapping_and_then_holds(tmp_path: Path) -> None:
