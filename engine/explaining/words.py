@@ -88,16 +88,14 @@ def slice_sentences(group: Group, window: Sequence[Interval], found: Iterable[Sp
     for dim, node in enumerate(dims):
         if isinstance(node, Axis):
             continue
-        ranges = list(dict.fromkeys(_ranges(one.box, list(leaves(node))) for one in listed))
+        axes = list(leaves(node))
+        told = (", ".join(f"{axis} {span(one.box[axis])}" for axis in axes if axis in one.box) for one in listed)
+        ranges = list(dict.fromkeys(told))
         shown = "; ".join(ranges[:4]) + (f"; … ({len(ranges)} boxes)" if len(ranges) > 4 else "")
         positions = span(window[dim])
         verb = "is" if positions.isdecimal() else "are"
         result.append(f"{named(dim, len(dims), positions)} {verb} {shown}")
     return result
-
-
-def _ranges(box: Mapping[str, Interval], names: Sequence[str]) -> str:
-    return ", ".join(f"{axis} {span(box[axis])}" for axis in names if axis in box)
 
 
 def cut_sentence(side: Side, group: Group) -> str:

@@ -1,4 +1,4 @@
-"""Documents: plain data with places by path, as merging and building need them."""
+"""Documents: data whose keys and items know where they stand, so that places follow values wherever these go."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from engine.errors import Place
 
-KeyPath = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]  # `("rules", 3, "axes")`
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -21,20 +21,50 @@ class At:
     value: Place
 
 
+class Table(dict[Any, Any]):
+    """Keys and values; `at` says where each stands."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, values: Mapping[Any, Any] | None = None, at: Mapping[Any, At] | None = None) -> None:
+        super().__init__(values or {})
+        self.at: dict[Any, At] = dict(at or {})
+
+    def put(self, key: Any, value: Any, at: At) -> None:
+        self[key], self.at[key] = value, at
+
+
+class Items(list[Any]):
+    """A list; `at` says where each item stands."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, values: Iterable[Any] = (), at: Mapping[int, At] | None = None) -> None:
+        super().__init__(values)
+        self.at: dict[int, At] = dict(at or {})
+
+
+def nearest(tree: Any, path: Iterable[Any], otherwise: At) -> At:
+    """The nearest known place at or above a path; `otherwise` where none is."""
+    for key in path:
+        if not isinstance(tree, Table | Items) or key not in tree.at:
+            break
+        otherwise = tree.at[key]
+        tree = tree.get(key) if isinstance(tree, Table) else tree[key]
+    return otherwise
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain data of one file, or of several merged; `places` is by path: `("rules", 3, "axes")`."""
+    """Data of one file, or of several merged; `start` is where it begins, in the last of them."""
 
     file: str
     data: Any
-    places: dict[KeyPath, At]
+    start: At | None = None
 
     def at(self, *path: str | int) -> At:
         """The nearest known place at or above a path."""
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.places:
-                return self.places[path[:end]]
-        return At(Place(self.file), Place(self.file))
+        return nearest(self.data, path, self.start or At(Place(self.file), Place(self.file)))
 
     def place(self, *path: str | int) -> Place:
         """The place of a key, or of a list's item."""

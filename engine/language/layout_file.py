@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.declared import check_layout
 from engine.language.documents import Document, KeyPath
 from engine.language.keys import apart, read_keys
-from engine.language.loader import content_of, load_yaml
+from engine.language.loader import content_of, load_bytes
 from engine.language.mapping_file import digest_of, expression, read_option, read_tree, read_variant
 from engine.language.model import (
     Beside,
@@ -41,13 +40,13 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
     except EngineError as error:
         error.place = error.place or named_at
         raise
-    return _read(path, shown(path), content_of(path))
+    return _read(shown(path), content_of(path, shown(path)))
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, name: str, content: bytes) -> Layout:
-    """The layout of a file, read anew when it holds something else."""
-    document = load_yaml(path, name)
+def _read(name: str, content: bytes) -> Layout:
+    """The layout of a file, made anew when it holds something else."""
+    document = load_bytes(content, name)
     check_schema(document, "layout")
     document = apart(document)
     data, place = document.data, document.place
@@ -78,11 +77,11 @@ def _read(path: Path, name: str, content: bytes) -> Layout:
             Prefix(p["prefix"], expression(document, ("prefixes", i, "when"), p["when"]) if "when" in p else None)
             for i, p in enumerate(data["prefixes"])
         ),
-        options={n: read_option(document, n, o, ("options", n)) for n, o in (data.get("options") or {}).items()},
+        options={n: read_option(document, ("options", n), o) for n, o in (data.get("options") or {}).items()},
         layers=LayerCut(
             stage=expression(document, ("layers", "stage"), layers["stage"]),
             variants={
-                n: read_variant(document, n, v, ("layers", "variants", n))
+                n: read_variant(document, ("layers", "variants", n), v)
                 for n, v in (layers.get("variants") or {}).items()
             },
             divides=None if divides is None else expression(document, ("layers", "divides"), divides),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
-from engine.language.documents import At, Document
+from engine.language.documents import Document, KeyPath
 from engine.language.expressions import compile_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import Kept, chain_of, merged
@@ -64,34 +64,26 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
     """
     data, place = document.data, document.place
     errors = Errors()
-    variants: dict[str, Variant] = {}
-    for name, body in (data.get("variants") or {}).items():
-        # What rules say of its choices can be checked all the same.
-        variants[name] = Variant(name, "", dict.fromkeys(map(str, body["choices"])), "shapes", None, place(name))
-        with errors.caught():
-            variants[name] = read_variant(document, name, body, ("variants", name))
 
-    def table(part: str, read: Callable[..., Any], *more: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, body in (data.get(part) or {}).items():
+    def each(part: str, read: Callable[..., Any], *more: Any) -> dict[Any, Any]:
+        held, found = data.get(part) or {}, dict[Any, Any]()
+        for key, body in held.items() if isinstance(held, dict) else enumerate(held):
             with errors.caught():
-                found[name] = read(document, name, body, *more)
+                found[key] = read(document, (part, key), body, *more)
         return found
 
-    def exclusions(part: str) -> tuple[Exclusion, ...]:
-        found: list[Exclusion] = []
-        for index, entry in enumerate(data.get(part) or []):
-            with errors.caught():
-                found.append(_exclusion(document, part, index, entry))
-        return tuple(found)
-
-    def read(path: tuple[str, ...], value: Any) -> Any:
+    def tree(path: tuple[str, ...], value: Any) -> Any:
         result: Any = {}
         with errors.caught():
             result = read_tree(document, path, value)
         return result
 
     source, target = data["source"], data["target"]
+    variants = {
+        # What rules say of the choices of one that is wrong can be checked all the same.
+        name: Variant(name, "", dict.fromkeys(map(str, body["choices"])), "shapes", None, place("variants", name))
+        for name, body in (data.get("variants") or {}).items()
+    } | each("variants", read_variant)
     if "file" in (data.get("tokenizer") or {}):
         with errors.caught():
             check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
@@ -104,15 +96,15 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         model_types=tuple(source.get("model_types", ())),
         model_type=target["model_type"],
         architecture=target["architecture"],
-        options=table("options", lambda d, name, body: read_option(d, name, body, ("options", name))),
+        options=each("options", read_option),
         variants=variants,
-        dims=table("dims", _dim),
+        dims=each("dims", _dim),
         even=tuple(data.get("even") or ()),
-        rules=tuple(table("rules", read_rule, variants).values()),
-        ignore=exclusions("ignore"),
-        refuse=exclusions("refuse"),
-        config=read(("config",), data.get("config") or {}),
-        training_config=read(("training_config",), data.get("training_config") or {}),
+        rules=tuple(each("rules", read_rule, variants).values()),
+        ignore=tuple(each("ignore", _exclusion).values()),
+        refuse=tuple(each("refuse", _exclusion).values()),
+        config=tree(("config",), data.get("config") or {}),
+        training_config=tree(("training_config",), data.get("training_config") or {}),
         tokenizer=data.get("tokenizer"),
         generation=data.get("generation"),
         chat_template=data.get("chat_template"),
@@ -123,22 +115,15 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         layout_place=document.value_place("source", "layout"),
         keys=read_keys(document),
         expect_place=place("expect"),
-        places={(part, *path): at.key for (part, *path), at in _placed(document)},
         as_model=data.get("names") == "model",
         classes=data.get("classes") or {},
-        remote_code=read(("target", "remote_code", "auto_map"), (target.get("remote_code") or {}).get("auto_map")),
-        transformers=read(("target", "transformers"), target.get("transformers")),
+        remote_code=tree(("target", "remote_code", "auto_map"), (target.get("remote_code") or {}).get("auto_map")),
+        transformers=tree(("target", "transformers"), target.get("transformers")),
     )
     with errors.caught():
         check_mapping(mapping, document, whole=not errors.found)
     errors.check()
     return mapping
-
-
-def _placed(document: Document) -> list[tuple[tuple[str, ...], At]]:
-    """Where parts of a mapping and their keys stand; rules know their own places."""
-    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 4)
-    return [(path, at) for path, at in listed if path[0] not in ("rules", "keys")]
 
 
 def digest_of(data: Any) -> str:
@@ -154,20 +139,20 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def expression(document: Document, path: tuple[str | int, ...], text: Any) -> Expression:
+def expression(document: Document, path: KeyPath, text: Any) -> Expression:
     """An expression at its place, compiled once so that mistakes show at loading."""
     result = Expression(str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path))
     compile_expression(result)
     return result
 
 
-def _dim(document: Document, name: str, text: Any) -> Expression:
+def _dim(document: Document, path: KeyPath, text: Any) -> Expression:
     """The expression of a size; E105 for a quotient, which is no whole number even where it divides."""
-    found = expression(document, ("dims", name), text)
+    found = expression(document, path, text)
     if is_quotient(found):
         raise EngineError(
             "E105",
-            f"dim `{name}` is a quotient, which is not a whole number even where it divides",
+            f"dim `{path[-1]}` is a quotient, which is not a whole number even where it divides",
             place=found.place,
             got=found.text,
             expected="a whole number",
@@ -176,8 +161,8 @@ def _dim(document: Document, name: str, text: Any) -> Expression:
     return found
 
 
-def read_variant(document: Document, name: str, body: dict[str, Any], path: tuple[str | int, ...]) -> Variant:
-    raw = body["choices"]
+def read_variant(document: Document, path: KeyPath, body: dict[str, Any]) -> Variant:
+    name, raw = str(path[-1]), body["choices"]
     choices: dict[str, Expression | None]
     if isinstance(raw, list):
         choices = {str(choice): None for choice in raw}
@@ -210,10 +195,10 @@ def read_variant(document: Document, name: str, body: dict[str, Any], path: tupl
     return Variant(name, body.get("help", ""), choices, decide, default, document.place(*path))
 
 
-def read_option(document: Document, name: str, body: dict[str, Any], path: tuple[str | int, ...]) -> Option:
+def read_option(document: Document, path: KeyPath, body: dict[str, Any]) -> Option:
     choices = body.get("choices")
     return Option(
-        name,
+        str(path[-1]),
         body["type"],
         body.get("default"),
         body.get("help", ""),
@@ -223,7 +208,7 @@ def read_option(document: Document, name: str, body: dict[str, Any], path: tuple
     )
 
 
-def read_tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
+def read_tree(document: Document, path: KeyPath, value: Any) -> Any:
     """A tree of literals with its expressions read; every expression that cannot be is told."""
     if isinstance(value, dict | list):
         errors = Errors()
@@ -248,8 +233,7 @@ def read_tree(document: Document, path: tuple[str | int, ...], value: Any) -> An
     return value
 
 
-def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:
+def _exclusion(document: Document, path: KeyPath, entry: dict[str, Any]) -> Exclusion:
     side: Literal["source", "target"] = "source" if "source" in entry else "target"
-    place = document.place(key, index)
-    pattern(entry[side], document.value_place(key, index, side))
-    return Exclusion(side, entry[side], entry["why"], place)
+    pattern(entry[side], document.value_place(*path, side))
+    return Exclusion(side, entry[side], entry["why"], document.place(*path))

@@ -15,9 +15,9 @@ from engine.language.names import Pattern, pattern
 STORED = ("rows", "columns")  # storage dimensions that `split` may name in an axis' stead
 
 
-def read_rule(document: Document, name: str, body: dict[str, Any], variants: Mapping[str, Variant]) -> Rule:
-    """The rule at `rules` → `name`; E103, E104 and E108 for what it says wrongly."""
-    base: KeyPath = ("rules", name)
+def read_rule(document: Document, base: KeyPath, body: dict[str, Any], variants: Mapping[str, Variant]) -> Rule:
+    """The rule at a path; E103, E104 and E108 for what it says wrongly."""
+    name = str(base[-1])
     errors = Errors()
     axes = Axes(())
     patterns: list[Pattern] = []

@@ -45,7 +45,9 @@ def make_plan(
         EngineError: E2xx, with the first thing that keeps the plan from being total and exact.
     """
     asked = asked or Request(mapping)
-    mine = _settings(mapping, layout, asked)
+    theirs = {*layout.options, *layout.layers.variants} if asked.writes == "training" else ()
+    mine = {name: value for name, value in asked.settings.items() if name not in theirs}
+    check_settings(mapping, mine)
     crosses = checkpoint.end != asked.writes
     lossy = asked.lossy if crosses and asked.writes == "training" else None
     if lossy is not None and not mapping.training_config and not layout.config_of_target:
@@ -102,14 +104,6 @@ def make_plan(
         beside=written.beside,
         departures=departures,
     )
-
-
-def _settings(mapping: MappingFile, layout: Layout, asked: Request) -> dict[str, Any]:
-    """The settings that are the mapping's; where rank files are written, the rest must be the layout's."""
-    theirs = {*layout.options, *layout.layers.variants} if asked.writes == "training" else ()
-    mine = {name: value for name, value in asked.settings.items() if name not in theirs}
-    check_settings(mapping, mine)
-    return mine
 
 
 def only_written(layout: Layout, mode: str, mapping: MappingFile, choices: Mapping[str, Any]) -> dict[str, str]:

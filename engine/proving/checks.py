@@ -143,8 +143,8 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
             break
         if isinstance(model, str):
             return Check(MODEL, None, model)
-        counted[key] = len(model)
-        told = misfits(world.shapes, model, world.pieces, mapping.model_type)
+        counted[key] = len(model.shapes)
+        told = misfits(world.shapes, model.shapes, world.pieces, mapping.model_type)
         failures += [replace(failure, where=world.label) for failure in told]
         if told:
             break
