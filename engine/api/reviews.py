@@ -204,7 +204,7 @@ def verify(
             for arguments that do not go together, E2xx and E3xx when either side cannot be read.
     """
     from engine.assets.bundle import make_assets
-    from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
+    from engine.comparing.verify import check_asked, verify_output, written_dtype
     from engine.storage.places import on_this_machine, store_at
 
     check_type("sample", sample, str | None)
@@ -215,7 +215,9 @@ def verify(
         compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
         small = make_assets(compiled, None).whole()
     source = on_this_machine(store_at(src, "the checkpoint"), "--logits") if src is not None and logits else None
-    return verify_output(written, Asked(compiled, small, sample, load, source, settings or {}), progress)
+    return verify_output(
+        written, progress, plan=compiled, small=small, sample=sample, load=load, source=source, settings=settings or {}
+    )
 
 
 def view(
