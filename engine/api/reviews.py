@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from engine.api.plans import no_effect, plan
 from engine.errors import EngineError
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
-from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
@@ -81,7 +79,7 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
     """
     from engine.discover.inspect import inspect as look
 
-    found = look(src, partial(read_checkpoint, config=config, needed=False), every=every)
+    found = look(src, config, every=every)
     if found.kind == "whole" and config is not None:
         raise no_effect(config)
     return found
@@ -99,7 +97,7 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
     from engine.discover.inspect import choose, describe_training
     from engine.discover.steps import read_any
 
-    layout, checkpoint = read_any(src, partial(read_checkpoint, config=config, needed=False))
+    layout, checkpoint = read_any(src, config=config)
     return choose(describe_training(checkpoint, layout))
 
 
