@@ -34,9 +34,9 @@ def say(text: str, *, err: bool = False, nl: bool = True, raw: bool = False) -> 
     click.echo("".join(p if _STYLE.fullmatch(p) else visible(p, "\n\t") for p in parts), err=err, nl=nl)
 
 
-def answer(json: bool, data: object, text: Callable[[], str]) -> None:
-    """Print the result of a command: its data with `--json`, else its text."""
+def answer(json: bool, data: object, text: Callable[[], str], *, quiet: bool = False) -> None:
+    """Print the result of a command: its data with `--json`, else its text, unless that is not wanted."""
     if json:
         say(as_json(data), raw=True)
-    else:
+    elif not quiet:
         say(text())

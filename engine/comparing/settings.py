@@ -8,9 +8,8 @@ from typing import Any
 from engine.comparing.effects import Difference, Grade, differing, effect_of, worded
 from engine.comparing.templates import compare_templates
 from engine.comparing.tokenizers import compare_tokenizers
-from engine.errors import EngineError, Place
+from engine.formats.configs import json_object
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
-from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
 
 CONFIG, GENERATION, SETTINGS = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -77,17 +76,7 @@ def _presence(ours: Files, theirs: Files, name: str, both: str = "there") -> tup
 
 
 def _read(files: Files, name: str) -> dict[str, Any] | None:
-    if name not in files:
-        return None
-    try:
-        data = parse_json(files[name])
-    except ValueError as error:
-        raise EngineError("E301", "the file is not JSON", place=Place(name), got=str(error)[:200],
-                          fix="Copy the file again.") from None  # fmt: skip
-    if not isinstance(data, dict):
-        raise EngineError("E303", "the file is not an object", place=Place(name), got=type(data).__name__,
-                          fix="Copy the file again.")  # fmt: skip
-    return data
+    return json_object(files[name], name) if name in files else None
 
 
 # Keys that only label, and whose values say nothing of what is computed.

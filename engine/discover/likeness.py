@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from engine.discover.alike import NARROWEST, Placed, find_alike
-from engine.discover.levels import Kind, Relation
+from engine.discover.levels import Relation
 from engine.discover.rows import changes_of, own_rows, region_in_words, region_of
 from engine.discover.sides import Sides
 from engine.discover.values import closeness, relate_values
@@ -49,20 +50,17 @@ def _relate_rows(
     )
     if values is None:
         return None
-    words, rotary = "", None
-    kind: Kind = "permuted"
     noun = ("row", "column")[axis]
-    if not straight:
+    if straight:
+        missing = int((order < 0).sum())
+        found = Relation("permuted", f"{counted(missing, noun)} from elsewhere" if missing else "")
+    else:
         plain = np.zeros(there.shape[0], bool)
-        units = sides.units(name, axis)
-        found = own_rows(order, order, np.arange(there.shape[0]), plain, len(order), units)
-        words, kind, rotary = found.words, found.kind, found.rotary
-    missing = int((order < 0).sum()) if straight else 0
-    words = words or (f"{counted(missing, noun)} from elsewhere" if missing else "")
-    told = [one for one in ("rows are columns" if turned else "", words, values) if one]
+        found = own_rows(order, order, np.arange(there.shape[0]), plain, len(order), sides.units(name, axis))
+    words = ", ".join(one for one in ("rows are columns" if turned else "", found.words, values) if one)
     if other != name:
-        return Relation("other", ", ".join(told), other=other, rotary=rotary)
-    return Relation("transposed" if turned else kind, ", ".join(told), rotary=rotary)
+        return replace(found, kind="other", words=words, other=other)
+    return replace(found, kind="transposed" if turned else found.kind, words=words)
 
 
 def _difference(

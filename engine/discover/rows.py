@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -44,7 +44,7 @@ def own_rows(
     filled = completed(order)
     if filled is not None:
         reading = read_order(filled, units)
-        return Relation("permuted", reading.words + (also if found < telling else ""), rotary=reading.rotary)
+        return replace(reading, words=reading.words + (also if found < telling else ""))
     repeated = len(np.unique(order[known])) < found
     what = f"{noun}s repeated" if repeated else f"{noun}s in other places"
     rest = f"; {missing:,} are from elsewhere" if found < telling else ""

@@ -11,7 +11,7 @@ from engine.language.axes import Axis, leaves
 from engine.language.documents import grouped
 from engine.planning.boxes import Interval
 from engine.planning.groups import Group
-from engine.planning.parts import told_box
+from engine.planning.parts import box_text
 from engine.planning.sides import Shard, Side
 from engine.planning.stages import Stages
 
@@ -135,7 +135,7 @@ def shard_words(group: Group, shard: Shard) -> str:
     `tp1`, or `[0:65, 32:64]` where shards record their boxes, or nothing for a tensor that is not cut.
     """
     if group.cut.boxes:
-        return told_box(shard.window) if len(group.shards) > 1 else ""
+        return box_text(shard.window) if len(group.shards) > 1 else ""
     return ", ".join(f"{dim}{rank}" for dim, rank in zip(group.cut.rank_dims(), shard.ranks, strict=True))
 
 

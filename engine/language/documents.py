@@ -66,6 +66,19 @@ class Document:
         """The nearest known place at or above a path."""
         return nearest(self.data, path, self.start or At(Place(self.file), Place(self.file)))
 
+    def part(self, *path: str | int) -> Document:
+        """What stands at a path, with its places; None as data where nothing does."""
+        data = self.data
+        for key in path:
+            data = data[int(key)] if isinstance(data, list) else data.get(key) if isinstance(data, dict) else None
+        return Document(self.file, data, self.at(*path))
+
+    def parts(self, *path: str | int) -> dict[Any, Document]:
+        """Every value or item of what stands at a path, by its key or number."""
+        held = self.part(*path)
+        keys = held.data if isinstance(held.data, dict) else range(len(held.data or ()))
+        return {key: held.part(key) for key in keys}
+
     def place(self, *path: str | int) -> Place:
         """The place of a key, or of a list's item."""
         return self.at(*path).key

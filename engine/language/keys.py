@@ -174,7 +174,7 @@ def read_keys(document: Document) -> dict[str, dict[str, Key]]:
     }
 
 
-def apart(document: Document) -> Document:
+def names_apart(document: Document) -> Document:
     """The document with every name of `keys` on its own; E102 for one that is declared twice."""
     data: Table = document.data
     sides = Table(at=data["keys"].at) if data.get("keys") else Table()

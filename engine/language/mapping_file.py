@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
-from engine.language.documents import Document, KeyPath
+from engine.language.documents import Document
 from engine.language.expressions import compile_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import Kept, chain_of, merged
@@ -66,17 +67,17 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
     errors = Errors()
 
     def each(part: str, read: Callable[..., Any], *more: Any) -> dict[Any, Any]:
-        held, found = data.get(part) or {}, dict[Any, Any]()
-        for key, body in held.items() if isinstance(held, dict) else enumerate(held):
+        found: dict[Any, Any] = {}
+        for key, one in document.parts(part).items():
             with errors.caught():
-                found[key] = read(document, (part, key), body, *more)
+                found[key] = read(key, one, *more)
         return found
 
-    def tree(path: tuple[str, ...], value: Any) -> Any:
-        result: Any = {}
+    def tree(*path: str) -> Any:
+        found: list[Any] = []
         with errors.caught():
-            result = read_tree(document, path, value)
-        return result
+            found.append(read_tree(document.part(*path)))
+        return found[0] if found else None
 
     source, target = data["source"], data["target"]
     variants = {
@@ -103,8 +104,8 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         rules=tuple(each("rules", read_rule, variants).values()),
         ignore=tuple(each("ignore", _exclusion).values()),
         refuse=tuple(each("refuse", _exclusion).values()),
-        config=tree(("config",), data.get("config") or {}),
-        training_config=tree(("training_config",), data.get("training_config") or {}),
+        config=tree("config") or {},
+        training_config=tree("training_config") or {},
         tokenizer=data.get("tokenizer"),
         generation=data.get("generation"),
         chat_template=data.get("chat_template"),
@@ -117,8 +118,8 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         expect_place=place("expect"),
         as_model=data.get("names") == "model",
         classes=data.get("classes") or {},
-        remote_code=tree(("target", "remote_code", "auto_map"), (target.get("remote_code") or {}).get("auto_map")),
-        transformers=tree(("target", "transformers"), target.get("transformers")),
+        remote_code=tree("target", "remote_code", "auto_map"),
+        transformers=tree("target", "transformers"),
     )
     with errors.caught():
         check_mapping(mapping, document, whole=not errors.found)
@@ -139,20 +140,21 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def expression(document: Document, path: KeyPath, text: Any) -> Expression:
+def expression(part: Document) -> Expression:
     """An expression at its place, compiled once so that mistakes show at loading."""
-    result = Expression(str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path))
+    text = str(part.data).lower() if isinstance(part.data, bool) else str(part.data)
+    result = Expression(text, part.value_place())
     compile_expression(result)
     return result
 
 
-def _dim(document: Document, path: KeyPath, text: Any) -> Expression:
+def _dim(name: str, part: Document) -> Expression:
     """The expression of a size; E105 for a quotient, which is no whole number even where it divides."""
-    found = expression(document, path, text)
+    found = expression(part)
     if is_quotient(found):
         raise EngineError(
             "E105",
-            f"dim `{path[-1]}` is a quotient, which is not a whole number even where it divides",
+            f"dim `{name}` is a quotient, which is not a whole number even where it divides",
             place=found.place,
             got=found.text,
             expected="a whole number",
@@ -161,22 +163,20 @@ def _dim(document: Document, path: KeyPath, text: Any) -> Expression:
     return found
 
 
-def read_variant(document: Document, path: KeyPath, body: dict[str, Any]) -> Variant:
-    name, raw = str(path[-1]), body["choices"]
+def read_variant(name: str, variant: Document) -> Variant:
+    body, raw = variant.data, variant.data["choices"]
     choices: dict[str, Expression | None]
     if isinstance(raw, list):
         choices = {str(choice): None for choice in raw}
     else:
-        choices = {
-            choice: None if text == "otherwise" else expression(document, (*path, "choices", choice), text)
-            for choice, text in raw.items()
-        }
+        listed = variant.parts("choices").items()
+        choices = {choice: None if one.data == "otherwise" else expression(one) for choice, one in listed}
     decide = body.get("decide", "expression")
     if decide == "expression" and isinstance(raw, list):
         raise EngineError(
             "E102",
             f"variant `{name}` has choices without expressions",
-            place=document.place(*path, "choices"),
+            place=variant.place("choices"),
             expected="an expression for each choice, or `decide: shapes`",
             fix="Write when each choice holds; the last may be `otherwise`.",
         )
@@ -184,38 +184,39 @@ def read_variant(document: Document, path: KeyPath, body: dict[str, Any]) -> Var
         raise EngineError(
             "E102",
             f"variant `{name}` is decided by shapes, but its choices have expressions",
-            place=document.place(*path, "choices"),
+            place=variant.place("choices"),
             expected="a list of choices, or no `decide: shapes`",
             fix="List the choices: [a, b].",
         )
     default = body.get("default")
     if default is not None and default not in choices:
-        at = document.value_place(*path, "default")
+        at = variant.value_place("default")
         raise undeclared(f"variant `{name}` has no choice `{default}`", default, choices, at)
-    return Variant(name, body.get("help", ""), choices, decide, default, document.place(*path))
+    return Variant(name, body.get("help", ""), choices, decide, default, variant.place())
 
 
-def read_option(document: Document, path: KeyPath, body: dict[str, Any]) -> Option:
-    choices = body.get("choices")
+def read_option(name: str, option: Document) -> Option:
+    body, choices = option.data, option.data.get("choices")
     return Option(
-        str(path[-1]),
+        name,
         body["type"],
         body.get("default"),
         body.get("help", ""),
         None if choices is None else tuple(choices),
-        document.place(*path),
+        option.place(),
         read_limits(body),
     )
 
 
-def read_tree(document: Document, path: KeyPath, value: Any) -> Any:
+def read_tree(part: Document) -> Any:
     """A tree of literals with its expressions read; every expression that cannot be is told."""
+    value = part.data
     if isinstance(value, dict | list):
         errors = Errors()
         items: dict[Any, Any] = {}
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        for key, one in part.parts().items():
             with errors.caught():
-                items[key] = read_tree(document, (*path, key), item)
+                items[key] = read_tree(one)
         errors.check()
         return items if isinstance(value, dict) else tuple(items.values())
     if isinstance(value, str) and ("{{" in value or "}}" in value):
@@ -224,16 +225,16 @@ def read_tree(document: Document, path: KeyPath, value: Any) -> Any:
             raise EngineError(
                 "E105",
                 "an expression does not stand alone between {{ and }}",
-                place=document.value_place(*path),
+                place=part.value_place(),
                 got=value,
                 expected="{{ expression }} and nothing around it",
                 fix="Write text and value as one expression: {{ 'v' + (layers | string) }}.",
             )
-        return expression(document, path, found[1].strip())
+        return expression(replace(part, data=found[1].strip()))
     return value
 
 
-def _exclusion(document: Document, path: KeyPath, entry: dict[str, Any]) -> Exclusion:
-    side: Literal["source", "target"] = "source" if "source" in entry else "target"
-    pattern(entry[side], document.value_place(*path, side))
-    return Exclusion(side, entry[side], entry["why"], document.place(*path))
+def _exclusion(number: int, entry: Document) -> Exclusion:
+    side: Literal["source", "target"] = "source" if "source" in entry.data else "target"
+    pattern(entry.data[side], entry.value_place(side))
+    return Exclusion(side, entry.data[side], entry.data["why"], entry.place())

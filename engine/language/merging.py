@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from engine.errors import EngineError, Place, meant
 from engine.language.documents import Document, Items, KeyPath, Table
-from engine.language.keys import apart
+from engine.language.keys import names_apart
 from engine.language.loader import content_of, load_bytes
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
@@ -111,7 +111,7 @@ def _read(kept: Kept) -> Document:
     """One file by itself. A family is read once for all its releases, unless it changed."""
     document = load_bytes(kept.content, kept.name)
     check_schema(document, "mapping")
-    return _named(apart(document))
+    return _named(names_apart(document))
 
 
 def _named(document: Document) -> Document:

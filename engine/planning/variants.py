@@ -121,16 +121,16 @@ def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called:
     said = Decision(variant.name, choice, "set", f"--set {variant.name}={choice}")
     if variant.decide != "expression":
         return said
-    of_files = not any(names_in(e) for e in variant.choices.values() if e is not None)
+    decided_by_names = not any(names_in(e) for e in variant.choices.values() if e is not None)
     try:
         found = _by_expression(variant, names, called) if known else _shown(variant, names)
     except EngineError:
-        if of_files:
+        if decided_by_names:
             raise
         return said  # the configuration does not say: the setting does
     if found is None or found.choice == choice:
         return said
-    if of_files:
+    if decided_by_names:
         raise EngineError(
             "E202",
             f"`{said.evidence}` contradicts the files",

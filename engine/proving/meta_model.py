@@ -16,7 +16,7 @@ from engine.errors import EngineError, shape_text
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
-from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, told_by
+from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, wanted_by_mapping
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
@@ -66,7 +66,7 @@ def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
     name = named[0] if isinstance(named, list) and len(named) == 1 else None
     told = load_mapping(mapping.classes[name]) if isinstance(name, str) and name in mapping.classes else None
     if told is not None and told.model_type == config.get("model_type"):
-        known = told_by(told, load_layout(told.layout, told.layout_place), config)
+        known = wanted_by_mapping(told, load_layout(told.layout, told.layout_place), config)
         if known is not None:
             return known
     return asked(config)

@@ -9,7 +9,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.search import bundled
-from engine.planning.as_model import class_named, told_by
+from engine.planning.as_model import class_named, wanted_by_mapping
 from engine.planning.model import Plan
 from engine.proving.lint import lint
 
@@ -53,7 +53,7 @@ def _check_class(plan: Plan) -> None:
     if plan.written is not None or named not in classes:
         return
     told = load_mapping(classes[named])
-    wanted = told_by(told, load_layout(told.layout, told.layout_place), plan.config)
+    wanted = wanted_by_mapping(told, load_layout(told.layout, told.layout_place), plan.config)
     shapes = {one.name: one.shape for one in plan.outputs}
     if wanted is None or wanted.shapes == shapes:
         return

@@ -25,7 +25,7 @@ from engine.planning.reading import read_checkpoint
 from engine.planning.request import Request
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
-from engine.proving.tiny import World, of_files
+from engine.proving.tiny import World, decided_by_names
 from engine.run.runner import write_weights
 from engine.run.running import Running
 from engine.storage.local import LocalStore
@@ -82,7 +82,7 @@ def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
     given = {
         n: c
         for n, c in trip.world.choices.items()
-        if n not in of_files(mapping) and mapping.variants[n].decide == "shapes"
+        if n not in decided_by_names(mapping) and mapping.variants[n].decide == "shapes"
     }
     return make_plan(mapping, layout, trip.checkpoint, Request(mapping, settings=given))
 
