@@ -270,11 +270,17 @@ def _stubs() -> Any:
     return types.SimpleNamespace(__name__="stubs", Unpickler=Unpickler, load=pickle.load)
 
 
-def test_a_missing_rank_is_refused_by_its_name(copy: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = copy("torch-tp2pp2-vpp2")
-    shutil.rmtree(folder / "mp_rank_01_000")
-    with pytest.raises(EngineError, match="mp_rank_01_000") as caught:
-        convert("torch-tp2pp2-vpp2", tmp_path / "out", folder)
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("torch-tp2pp2-vpp2", "mp_rank_01_000"), ("torch-ep2-moe", "mp_rank_00_001"), ("leg_t4_g2", "mp_rank_03")],
+)
+def test_a_missing_rank_is_refused_by_its_name(
+    name: str, lost: str, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy(name)
+    shutil.rmtree(folder / lost)
+    with pytest.raises(EngineError, match=lost) as caught:
+        convert(name, tmp_path / "out", folder)
     assert caught.value.code == "E201"
 
 
