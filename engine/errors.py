@@ -29,6 +29,7 @@ CODES: dict[str, str] = {
     "E106": "inheritance cannot be resolved",
     "E107": "the source and target pieces of a rule do not match",
     "E108": "a name used in a mapping is not declared",
+    "E109": "a mapping contradicts what is known of its target",
     # planning
     "E201": "a rank file is missing",
     "E202": "a variant cannot be decided",

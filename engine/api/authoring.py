@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
-from engine.planning.reading import read_checkpoint
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
@@ -103,7 +102,7 @@ def new_mapping(
 
     check_type("name", name, str | None)
     check_type("like", like, str | Path | None)
-    return make(src, read_checkpoint, name=name, like=like, out=out, overwrite=overwrite)
+    return make(src, name=name, like=like, out=out, overwrite=overwrite)
 
 
 def mapping_files(paths: Sequence[str | Path]) -> list[Path]:

@@ -122,6 +122,7 @@ def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layou
     from engine.planning.effects import check_effects
     from engine.planning.planner import make_plan
     from engine.proving.meta_model import fitted, written_as_model
+    from engine.proving.own import checked
 
     config: Path | str | File | None = asked.config
     if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
@@ -134,7 +135,7 @@ def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layou
         if like is not None:
             loaded, layout, like = fitted(loaded, layout, like)
         loaded = written_as_model(loaded, checkpoint.config)
-    made = make_plan(loaded, layout, checkpoint, asked, like=like)
+    made = checked(make_plan(loaded, layout, checkpoint, asked, like=like))
     if given is asked:
         check_effects(made, asked.settings)
         return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from engine.api.plans import no_effect, plan
 from engine.errors import EngineError
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
-from engine.planning.reading import read_checkpoint
 from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
@@ -81,7 +79,7 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
     """
     from engine.discover.inspect import inspect as look
 
-    found = look(src, partial(read_checkpoint, config=config, needed=False), every=every)
+    found = look(src, config, every=every)
     if found.kind == "whole" and config is not None:
         raise no_effect(config)
     return found
@@ -99,7 +97,7 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
     from engine.discover.inspect import choose, describe_training
     from engine.discover.steps import read_any
 
-    layout, checkpoint = read_any(src, partial(read_checkpoint, config=config, needed=False))
+    layout, checkpoint = read_any(src, config=config)
     return choose(describe_training(checkpoint, layout))
 
 
@@ -204,7 +202,7 @@ def verify(
             for arguments that do not go together, E2xx and E3xx when either side cannot be read.
     """
     from engine.assets.bundle import make_assets
-    from engine.comparing.verify import Asked, check_asked, verify_output, written_dtype
+    from engine.comparing.verify import check_asked, verify_output, written_dtype
     from engine.storage.places import on_this_machine, store_at
 
     check_type("sample", sample, str | None)
@@ -215,7 +213,9 @@ def verify(
         compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
         small = make_assets(compiled, None).whole()
     source = on_this_machine(store_at(src, "the checkpoint"), "--logits") if src is not None and logits else None
-    return verify_output(written, Asked(compiled, small, sample, load, source, settings or {}), progress)
+    return verify_output(
+        written, progress, plan=compiled, small=small, sample=sample, load=load, source=source, settings=settings or {}
+    )
 
 
 def view(

@@ -14,6 +14,8 @@ import heapq
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 
+from engine.language.documents import grouped
+
 Pair = tuple[str, str]
 
 
@@ -44,9 +46,7 @@ def _leftmost_first(pairs: list[Pair]) -> Iterator[Pair]:
     longest left part comes first: in a run of one character the left end is longer.
     """
     pairs = sorted(pairs, key=lambda pair: (-len(pair[0]), pair))
-    by_left: dict[str, list[int]] = {}
-    for index, (left, _) in enumerate(pairs):
-        by_left.setdefault(left, []).append(index)
+    by_left = grouped((left, index) for index, (left, _) in enumerate(pairs))
     after = [[other for other in by_left.get(right, ()) if other != index] for index, (_, right) in enumerate(pairs)]
     waiting = [0] * len(pairs)
     for followers in after:

@@ -212,10 +212,10 @@ def _refused(message: str, claim: Claim, got: str, expected: str, fix: str) -> E
     return EngineError("E306", message, place=Place(claim.name), got=got, expected=expected, fix=fix)
 
 
-Told = Mapping[str, Any]  # of a file: what tells it from others
+Marks = Mapping[str, Any]  # of a file: what tells it from others
 
 
-def told(header: FileHeader) -> dict[str, Any]:
+def marks_of(header: FileHeader) -> dict[str, Any]:
     """What tells a file from others. Where no checksums tell its content, only the file itself will do, untouched."""
     found: dict[str, Any] = {"name": header.name, "size": header.size, "identity": header.identity}
     if not header.summed and header.state is not None:
@@ -223,7 +223,7 @@ def told(header: FileHeader) -> dict[str, Any]:
     return found
 
 
-def check_files(then: Sequence[Told], files: Sequence[FileHeader], folder: str, saved: str, again: str) -> None:
+def check_files(then: Sequence[Marks], files: Sequence[FileHeader], folder: str, saved: str, again: str) -> None:
     """E405 for the first file that is not as it was.
 
     Args:
@@ -232,7 +232,7 @@ def check_files(then: Sequence[Told], files: Sequence[FileHeader], folder: str, 
         again: what to do about it.
     """
     before = {one["name"]: one for one in then}
-    now = {header.name: told(header) for header in files}
+    now = {header.name: marks_of(header) for header in files}
     for name in sorted({*before, *now}):
         if before.get(name) == now.get(name):
             continue
@@ -244,7 +244,7 @@ def check_files(then: Sequence[Told], files: Sequence[FileHeader], folder: str, 
                 f"{one['size']} bytes, headers {one['identity'][:12]}" for one in (now[name], before[name])
             )
         else:
-            got, expected = (_state(one.get("state", {})) for one in (now[name], before[name]))
+            got, expected = (_state_in_words(one.get("state", {})) for one in (now[name], before[name]))
             fix = (
                 f"The headers are the same, but the file holds no checksums that tell whether its tensors are. {again}"
             )
@@ -258,5 +258,5 @@ def check_files(then: Sequence[Told], files: Sequence[FileHeader], folder: str, 
         )
 
 
-def _state(state: Mapping[str, int]) -> str:
+def _state_in_words(state: Mapping[str, int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in state.items()) or "nothing told of the file itself"

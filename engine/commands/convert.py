@@ -21,7 +21,7 @@ from engine.commands.options import (
     only_plan,
     reports_errors,
 )
-from engine.commands.say import answer, say
+from engine.commands.say import answer
 from engine.planning.request import JOBS
 
 if TYPE_CHECKING:
@@ -63,10 +63,8 @@ def write(
                 log.event("finished", **report.as_dict())
     except KeyboardInterrupt:
         raise click.Abort(f"interrupted: {render.kept(*api.kept(asked.get('out'), asked.get('src')))}") from None
-    if as_json:
-        answer(True, report.as_dict(), str)
-    elif not quiet:
-        say(f"{render.report(report)}\nnext: {then(shlex.quote(str(report.out)))}")
+    next_one = then(shlex.quote(str(report.out)))
+    answer(as_json, report.as_dict(), lambda: f"{render.report(report)}\nnext: {next_one}", quiet=quiet)
 
 
 @click.command()
@@ -246,8 +244,8 @@ def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet:
     with progress.progress(show=not (quiet or as_json), also=None) as listener:
         nbytes = api.part(path, which or "", out, progress=listener, **options)
     told = f"wrote {nbytes:,} bytes" if nbytes else "this part was done already"
-    if as_json or not quiet:
-        answer(as_json, {"bytes": nbytes}, lambda: f"{told}\nnext: engine commit, when all parts are done")
+    text = f"{told}\nnext: engine commit, when all parts are done"
+    answer(as_json, {"bytes": nbytes}, lambda: text, quiet=quiet)
 
 
 @click.command()
@@ -269,7 +267,5 @@ def commit(as_json: bool, /, path: str, out: str | None, quiet: bool, **options:
     from engine.show import render
 
     report = api.commit(path, out, **options)
-    if as_json:
-        answer(True, report.as_dict(), str)
-    elif not quiet:
-        say(f"{render.report(report)}\nnext: engine verify {shlex.quote(str(report.out))}")
+    verify = f"engine verify {shlex.quote(str(report.out))}"
+    answer(as_json, report.as_dict(), lambda: f"{render.report(report)}\nnext: {verify}", quiet=quiet)

@@ -144,8 +144,7 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
 
     with progress.progress(show=not (quiet or as_json), doing="verifying") as listener:
         found = api.verify(out, progress=listener, **options)
-    if as_json or found.problems or not quiet:
-        answer(as_json, found.as_dict(), lambda: render.verified(found))
+    answer(as_json, found.as_dict(), lambda: render.verified(found), quiet=quiet and not found.problems)
     if found.problems:
         ctx.exit(1)
 
@@ -178,8 +177,7 @@ def compare(
 
     with progress.progress(show=not (quiet or as_json), doing="comparing") as listener:
         done = api.compare(out, ref, progress=listener, **options)
-    if as_json or not quiet:
-        answer(as_json, done.as_dict(), lambda: render.comparison(done.as_dict()))
+    answer(as_json, done.as_dict(), lambda: render.comparison(done.as_dict()), quiet=quiet)
     if not done.same(allow_cast=allow_cast):
         ctx.exit(1)
 

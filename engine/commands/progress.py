@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.commands.say import LIVE, hush, say
+from engine.commands.say import LIVE, clear_progress, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 _SILENT = 1.0  # seconds before anything is shown
 
 
-class Told:
+class InWords:
     """Progress in words, with the rate of the phase that is on.
 
     >>> from engine.run.meter import Progress
     >>> now = [0.0]
-    >>> told = Told(lambda: now[0])
+    >>> told = InWords(lambda: now[0])
     >>> told(Progress(0, 8 * 10**9))
     '0 %  0 B of 8 GB'
     >>> now[0] = 2.0
@@ -87,7 +87,7 @@ class Live:
 
     def __init__(self, doing: str) -> None:
         self._doing, self._no_color = doing, click.get_current_context().color is False
-        self._told = Told(time.monotonic)
+        self._told = InWords(time.monotonic)
         self._lock, self._ended = threading.Lock(), False
         self._bar: Bar | None = None
         self._waiting = threading.Timer(_SILENT, self._start)
@@ -131,7 +131,7 @@ class Live:
 @contextmanager
 def live(doing: str) -> Iterator[Live]:
     """Show that something goes on, until it ends or something is printed; rich is only loaded where it is shown."""
-    hush()
+    clear_progress()
     shown = click.get_current_context().meta[LIVE] = Live(doing)
     try:
         yield shown
@@ -141,7 +141,7 @@ def live(doing: str) -> Iterator[Live]:
 
 def plain_progress(write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Listener:
     """A line at every tenth of the way and for every phase, and after five seconds without one; none at first."""
-    told = Told(clock)
+    told = InWords(clock)
     started = last = clock()
     reached: tuple[str, int] = ("", 0)
 

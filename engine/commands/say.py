@@ -16,7 +16,7 @@ _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")  # what `click.style` writes, and nothi
 LIVE = "engine.live"  # where a command's context holds the progress that is on the terminal
 
 
-def hush() -> None:
+def clear_progress() -> None:
     """Take progress off the terminal, where something is to be printed."""
     context = click.get_current_context(silent=True)
     shown = None if context is None else context.meta.pop(LIVE, None)
@@ -29,14 +29,14 @@ def say(text: str, *, err: bool = False, nl: bool = True, raw: bool = False) -> 
 
     Lines are fitted to the terminal, unless they are `raw`: JSON, YAML, a script.
     """
-    hush()
+    clear_progress()
     parts = _STYLE.split(text if raw else fit(text, terminal_width(err)))
     click.echo("".join(p if _STYLE.fullmatch(p) else visible(p, "\n\t") for p in parts), err=err, nl=nl)
 
 
-def answer(json: bool, data: object, text: Callable[[], str]) -> None:
-    """Print the result of a command: its data with `--json`, else its text."""
+def answer(json: bool, data: object, text: Callable[[], str], *, quiet: bool = False) -> None:
+    """Print the result of a command: its data with `--json`, else its text, unless that is not wanted."""
     if json:
         say(as_json(data), raw=True)
-    else:
+    elif not quiet:
         say(text())

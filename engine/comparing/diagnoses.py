@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.discover.geometry import is_number, numbers
 from engine.explaining.describe import fold
+from engine.language.documents import grouped
 
 if TYPE_CHECKING:
     from engine.comparing.tensors import Verdict
@@ -25,11 +26,8 @@ def diagnose(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
 
 def fold_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """One row per name pattern and verdict, JSON-ready: `model.layers.{0…31}.mlp.up_proj.weight`."""
-    rows: dict[tuple[object, ...], list[Verdict]] = {}
-    for verdict in verdicts:
-        note = _pattern(verdict.note)
-        key = (_pattern(verdict.name), verdict.kind, verdict.out_dtype, verdict.ref_dtype, note, verdict.rotary)
-        rows.setdefault(key, []).append(verdict)
+    rows = grouped(((_pattern(v.name), v.kind, v.out_dtype, v.ref_dtype, _pattern(v.note), v.rotary), v)
+                   for v in verdicts)  # fmt: skip
     return [_row(group) for group in rows.values()]
 
 
@@ -41,8 +39,8 @@ def _row(group: Sequence[Verdict]) -> dict[str, Any]:
         "name": _folded([v.name for v in group]),
         "tensors": len(group),
         "verdict": first.kind,
-        "out": _told(first.out_dtype, first.out_shape if len(shapes) == 1 else None),
-        "ref": _told(first.ref_dtype, first.ref_shape if len(shapes) == 1 else None),
+        "out": _type_and_shape(first.out_dtype, first.out_shape if len(shapes) == 1 else None),
+        "ref": _type_and_shape(first.ref_dtype, first.ref_shape if len(shapes) == 1 else None),
         "note": _folded([v.note for v in group]) + (f", as rotary={first.rotary}" if first.rotary else ""),
         "differing": sum(counts) if counts else None,
         "elements": sum(math.prod(v.out_shape or ()) for v in group) if counts else None,
@@ -51,7 +49,7 @@ def _row(group: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def _told(dtype: str | None, shape: tuple[int, ...] | None) -> str:
+def _type_and_shape(dtype: str | None, shape: tuple[int, ...] | None) -> str:
     if dtype is None:
         return "-"
     return dtype if shape is None else f"{dtype} {' × '.join(map(str, shape)) or 'scalar'}"
@@ -118,10 +116,8 @@ def _rotary(verdicts: Sequence[Verdict]) -> Iterator[str]:
         ("halves", "after interleaving rotary pairs: `rotary` should be `halves`"),
         ("other", "with the rows of each rotary pair exchanged: `rotary` should be the other choice"),
     ):
-        notes: dict[str, list[str]] = {}
-        for verdict in verdicts:
-            if verdict.kind == "permuted" and verdict.rotary == rotary:
-                notes.setdefault("" if verdict.note in _WHOLE else f" ({verdict.note})", []).append(verdict.name)
+        permuted = [verdict for verdict in verdicts if verdict.kind == "permuted" and verdict.rotary == rotary]
+        notes = grouped(("" if one.note in _WHOLE else f" ({one.note})", one.name) for one in permuted)
         for note, names in notes.items():
             yield f"{_leaves(names)}{_layers(names)} equal the reference {said}{note}"
 
@@ -155,22 +151,19 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
         held = ", ".join(f"{here} holds {there}" for here, there in list(pairs.items())[:8])
         yield f"{what} are in another order: {held}{', …' if len(pairs) > 8 else ''}"
     told = {name for names in single.values() for name in names}
-    also: dict[str, list[str]] = {}
-    for verdict in swapped.values():
-        if verdict.name not in told and _also(verdict) and "cut the other way" not in verdict.note:
-            also.setdefault(_also(verdict), []).append(verdict.name)
-    for more, names in also.items():
+    also = [v for v in swapped.values() if v.name not in told and _besides(v) and "cut the other way" not in v.note]
+    for more, names in grouped((_besides(verdict), verdict.name) for verdict in also).items():
         yield f"{_leaves(names)}{_layers(names)}: besides, {more}"
     for group_names in single.values():
         first = swapped[group_names[0]]
         what = "is a copy of" if first.kind == "copied" else "equals"
-        more = _also(first)
+        more = _besides(first)
         yield f"{_leaves(group_names)}{_layers(group_names)} {what} {_leaf(first.other or '')} of the reference" + (
             f"{_layers([swapped[name].other or '' for name in group_names])}{f', {more}' if more else ''}"
         )
 
 
-def _also(verdict: Verdict) -> str:
+def _besides(verdict: Verdict) -> str:
     """What else became of a tensor that is another one's."""
     more = verdict.note.partition(" of the reference, ")[2]
     return more + (f": `rotary` should be {'the other choice' if verdict.rotary == 'other' else f'`{verdict.rotary}`'}"
@@ -178,12 +171,9 @@ def _also(verdict: Verdict) -> str:
 
 
 def _renamed(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    groups: dict[tuple[str, str], list[Verdict]] = {}
-    for verdict in verdicts:
-        if verdict.kind == "extra" and verdict.other is not None:
-            groups.setdefault((_pattern(verdict.name), _pattern(verdict.other)), []).append(verdict)
-    for group in groups.values():
-        here, there = _folded([v.name for v in group]), _folded([v.other or "" for v in group])
+    pairs = [(v.name, v.other) for v in verdicts if v.kind == "extra" and v.other is not None]
+    for group in grouped((tuple(map(_pattern, pair)), pair) for pair in pairs).values():
+        here, there = (_folded(names) for names in zip(*group, strict=True))
         yield f"{here} is {there} in the reference"
 
 
@@ -204,12 +194,9 @@ _ROWS_OF_TOKENS = ("embed_tokens", "lm_head", "tok_embeddings", "output")
 
 def _others(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Relations alike in several tensors, once."""
-    groups: dict[tuple[str, str], list[Verdict]] = {}
-    for verdict in verdicts:
-        named = verdict.kind not in ("equal", "cast", "swapped", "copied", "shape", "missing", "extra")
-        if named and verdict.note and not (verdict.kind == "permuted" and verdict.rotary):
-            groups.setdefault((verdict.kind, _pattern(verdict.note)), []).append(verdict)
-    for (kind, _), group in groups.items():
+    elsewhere = ("equal", "cast", "swapped", "copied", "shape", "missing", "extra")
+    others = [v for v in verdicts if v.kind not in elsewhere and v.note and not (v.kind == "permuted" and v.rotary)]
+    for (kind, _), group in grouped(((v.kind, _pattern(v.note)), v) for v in others).items():
         names = [v.name for v in group]
         means = _MEANS.get(kind, "")
         if kind == "transposed" and all(v.note == "rows are columns" for v in group):

@@ -8,9 +8,8 @@ from typing import Any
 from engine.comparing.effects import Difference, Grade, differing, effect_of, worded
 from engine.comparing.templates import compare_templates
 from engine.comparing.tokenizers import compare_tokenizers
-from engine.errors import EngineError, Place
+from engine.formats.configs import json_object
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
-from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
 
 CONFIG, GENERATION, SETTINGS = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -53,41 +52,31 @@ def compare_settings(
     found: list[Difference] = []
     if None in configs and configs != [None, None]:
         effect = "without it transformers does not load the model"
-        found.append(Difference("config", CONFIG, *_there(ours, theirs, CONFIG), effect))
+        found.append(Difference("config", CONFIG, *_presence(ours, theirs, CONFIG), effect))
     one, two = (config or {} for config in configs)
     if None not in configs:
         found += _configs(one, two, dtypes)
-        found += _elsewhere("config", CONFIG, one, two, found)
+        found += _for_other_programs("config", CONFIG, one, two, found)
     found += _generations(generations[0], generations[1], one, two)
     found += compare_tokenizers(ours, theirs, TOKENIZER)
     if all(SETTINGS in files for files in (ours, theirs)):
         here, there = (_read(files, SETTINGS) or {} for files in (ours, theirs))
-        found += _elsewhere("tokenizer", SETTINGS, here, there, found)
+        found += _for_other_programs("tokenizer", SETTINGS, here, there, found)
     found += compare_templates(ours, theirs)
     for name in sorted(name for name in ours.keys() | theirs.keys() if name.endswith(".py")):
         if ours.get(name) != theirs.get(name):
             effect = "with trust_remote_code, different code runs the weights"
-            found.append(Difference("code", name, *_there(ours, theirs, name, "another content"), effect))
+            found.append(Difference("code", name, *_presence(ours, theirs, name, "another content"), effect))
     return tuple(found)
 
 
-def _there(ours: Files, theirs: Files, name: str, both: str = "there") -> tuple[str, str]:
+def _presence(ours: Files, theirs: Files, name: str, both: str = "there") -> tuple[str, str]:
     one, two = ("absent" if name not in files else "there" for files in (ours, theirs))
     return (both, "its own") if one == two == "there" else (one, two)
 
 
 def _read(files: Files, name: str) -> dict[str, Any] | None:
-    if name not in files:
-        return None
-    try:
-        data = parse_json(files[name])
-    except ValueError as error:
-        raise EngineError("E301", "the file is not JSON", place=Place(name), got=str(error)[:200],
-                          fix="Copy the file again.") from None  # fmt: skip
-    if not isinstance(data, dict):
-        raise EngineError("E303", "the file is not an object", place=Place(name), got=type(data).__name__,
-                          fix="Copy the file again.")  # fmt: skip
-    return data
+    return json_object(files[name], name) if name in files else None
 
 
 # Keys that only label, and whose values say nothing of what is computed.
@@ -95,7 +84,7 @@ _LABELS = ("id2label", "label2id", "transformers_version", "_name_or_path", "_co
 _OWN_WORDS = ("chat_template", "model_max_length", "tokenizer_class", "added_tokens_decoder", "tokenizer_file")
 
 
-def _elsewhere(
+def _for_other_programs(
     part: str, file: str, one: Mapping[str, Any], two: Mapping[str, Any], found: Sequence[Difference]
 ) -> list[Difference]:
     """Keys of a file that differ though what transformers makes of it does not: another place or program reads them.

@@ -145,13 +145,13 @@ class _Comparer:
         search = Search(Sides(self.tensors, self.out, self.ref, geometry_of(self.configs)))
         relations = {name: search.relate(name, first) for name in left}
         for name, relation in relations.items():
-            self._told(name, relation, relations, search)
+            self._relate_one(name, relation, relations, search)
         for name, relation in relations.items():
             other = None if relation is None or relation.kind != "other" else relation.other
             if other is not None and name not in self.ref and other not in self.found:
                 self._verdict(other, "missing", other=name, note=f"equals {name} of the output")
 
-    def _told(
+    def _relate_one(
         self, name: str, relation: Relation | None, all_of: Mapping[str, Relation | None], search: Search
     ) -> None:
         one, two = self.out[name], self.ref.get(name)
@@ -162,17 +162,13 @@ class _Comparer:
             words = f", {relation.words}" if relation.words else ""
             note = f"equals {relation.other} of the reference{words}"
             self._verdict(name, kind, other=relation.other, note=note, rotary=relation.rotary)
-            return
-        if two is None:
-            note = "" if relation is None else f"holds {relation.words} of the reference"
-            self._verdict(name, "extra", note=note)
-            return
-        fallback: Kind = "shape" if one.shape != two.shape else "different"
-        kind = fallback if relation is None else relation.kind
-        words = "" if relation is None else relation.words
-        self._verdict(name, kind, note=words, rotary=None if relation is None else relation.rotary)
-        if kind in _MEASURED:
-            self._measure(name, one, two, search)
+        elif two is None:
+            self._verdict(name, "extra", note="" if relation is None else f"holds {relation.words} of the reference")
+        else:
+            held = relation or Relation("shape" if one.shape != two.shape else "different")
+            self._verdict(name, held.kind, note=held.words, rotary=held.rotary)
+            if held.kind in _MEASURED:
+                self._measure(name, one, two, search)
 
     def _measure(self, name: str, one: View, two: View, search: Search) -> None:
         """How many elements differ, how far, and the first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,31 +74,28 @@ class Verified:
         return replace(self, problems=(*self.problems, *problems), unchecked=(*self.unchecked, *unchecked), **more)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What to verify besides the manifest.
+def verify_output(
+    folder: Store,
+    progress: Callable[[Progress], None] | None,
+    *,
+    plan: Plan | None,
+    small: Mapping[str, bytes],
+    sample: str | None,
+    load: bool,
+    source: Path | None,
+    settings: Mapping[str, Any],
+) -> Verified:
+    """Verify an output against its manifest, and in every other way that is asked for.
 
-    Attributes:
+    Without a manifest the other ways still serve, whatever program wrote the output. Where no tensor's content was
+    checked in any way, that is a problem.
+
+    Args:
         plan: compare with what this plan makes of its source, in the blocks of `sample` (all if None).
         small: the files beside the weights that are made of the source, by name.
         load: load the model with transformers and run it.
         source: compare the model's forward pass with training's own, run from this checkpoint.
         settings: variants as `--set` gives them; the forward pass of training knows some of them.
-    """
-
-    plan: Plan | None = None
-    small: Mapping[str, bytes] = field(default_factory=dict)
-    sample: str | None = None
-    load: bool = False
-    source: Path | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], None] | None = None) -> Verified:
-    """Verify an output against its manifest, and in every other way that is asked for.
-
-    Without a manifest the other ways still serve, whatever program wrote the output. Where no tensor's content was
-    checked in any way, that is a problem.
 
     Raises:
         EngineError: E304 or E301 when there is no manifest and nothing else is asked for, E2xx and
@@ -107,33 +104,33 @@ def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], No
     from engine.comparing.source import parse_sample, source_bytes, verify_source
     from engine.run.meter import Meter
 
-    if asked.plan is None:
-        _check_settings(asked.settings)
-    needed = asked.plan is None and asked.source is None and not asked.load
+    if plan is None:
+        _check_settings(settings)
+    needed = plan is None and source is None and not load
     known = read_manifest(folder) if needed or folder.has(NAME) else None
-    sample = parse_sample(asked.sample or "100%")
+    blocks = parse_sample(sample or "100%")
     named = {str(entry.get("file")) for entry in (known or {"tensors": {}})["tensors"].values()}
     total = sum(state.size for state in folder.states([name for name in named if folder.has(name)]).values())
-    meter = Meter(total + (source_bytes(asked.plan, sample) if asked.plan is not None else 0), progress, "verifying")
-    found = _of_manifest(folder, known, asked, meter.advance)
-    if asked.plan is not None:
+    meter = Meter(total + (source_bytes(plan, blocks) if plan is not None else 0), progress, "verifying")
+    found = _of_manifest(folder, known, None if plan is None else small, meter.advance)
+    if plan is not None:
         meter.begin("comparing with the source")
-        source = verify_source(asked.plan, folder, sample, meter.advance)
-        problems, unchecked = _settings(folder, asked.plan, asked.small)
-        found = found.and_also(*source.problems, *problems, unchecked=unchecked, source=source)
+        against = verify_source(plan, folder, blocks, meter.advance)
+        problems, unchecked = _settings(folder, plan, small)
+        found = found.and_also(*against.problems, *problems, unchecked=unchecked, source=against)
     meter.finish()  # files are counted whole, their headers are not read again
-    if asked.load:
+    if load:
         from engine.oracle.load_model import load_model
 
         Meter(1, progress, "loading and running the model", "models").begin("loading and running the model")
         model = load_model(on_this_machine(folder, "--load"))
         found = found.and_also(*model.problems, model=model)
-    if asked.source is not None:
+    if source is not None:
         from engine.oracle.logits import compare_logits
 
-        logits = compare_logits(on_this_machine(folder, "--logits"), asked.source, asked.settings, progress)
+        logits = compare_logits(on_this_machine(folder, "--logits"), source, settings, progress)
         found = found.and_also(*logits.problems, logits=logits)
-    if found.read or found.source is not None or found.logits is not None or asked.load or found.problems:
+    if found.read or found.source is not None or found.logits is not None or load or found.problems:
         return found
     return found.and_also(
         "no tensor's content was checked: there are no digests to compare with. Give --src and --mapping to compare "
@@ -142,15 +139,16 @@ def verify_output(folder: Store, asked: Asked, progress: Callable[[Progress], No
 
 
 def _of_manifest(
-    folder: Store, known: Mapping[str, Any] | None, asked: Asked, advance: Callable[[int], None]
+    folder: Store, known: Mapping[str, Any] | None, small: Mapping[str, bytes] | None, advance: Callable[[int], None]
 ) -> Verified:
+    """What was checked of the manifest; without one, of a plan's output by the names of its `small` files."""
     if known is not None:
         return _check_written(folder, known, advance)
     unchecked = [f"{NAME}: there is none, so files were not compared with what was written"]
     strangers: list[str] = []
-    if asked.plan is not None:
+    if small is not None:
         files = [file.name for file in read_hf_folder(folder)]
-        strangers, beside = extra_files(folder, {*files, *asked.small})
+        strangers, beside = extra_files(folder, {*files, *small})
         unchecked += beside
     return Verified(0, 0, 0, "", tuple(strangers), unchecked=tuple(unchecked), manifest=False)
 

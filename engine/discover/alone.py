@@ -9,6 +9,7 @@ from engine.discover.cuts import Known, Reading, Readings, known_sizes, read_cut
 from engine.discover.names import Observed
 from engine.discover.near import Slot, similarity
 from engine.discover.text import block, comment, flow
+from engine.language.documents import grouped
 from engine.language.model import Layout
 from engine.planning.attempts import Checkpoint
 
@@ -93,11 +94,8 @@ def _read(one: Observed, checkpoint: Checkpoint, known: Known) -> tuple[Readings
 
 def _paired(observed: Sequence[Observed], checkpoint: Checkpoint, known: Known) -> dict[str, list[Observed]]:
     """Source pattern → what it reads: weight and bias together where one rule can read both."""
-    by_stem: dict[str, list[Observed]] = {}
-    for one in observed:
-        by_stem.setdefault(one.stem, []).append(one)
     result: dict[str, list[Observed]] = {}
-    for stem, listed in by_stem.items():
+    for stem, listed in grouped((one.stem, one) for one in observed).items():
         both = sorted(listed, key=lambda one: one.param != "weight")
         if len(both) == 2 and _together(both[0], both[1], checkpoint, known):
             result[stem] = both

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.discover.scaffold import Request, Scaffold, draft
-from engine.discover.steps import Reader, read_any
+from engine.discover.steps import read_any
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
@@ -21,7 +21,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def new_mapping(
-    src: str | Path, read: Reader, *, name: str | None, like: str | None, out: str | Path | None, overwrite: bool
+    src: str | Path, *, name: str | None, like: str | None, out: str | Path | None, overwrite: bool
 ) -> Scaffold:
     """Draft a mapping for the folder, and write it when `out` names a file."""
     file = None if out is None else given_path(out, "the mapping")
@@ -30,7 +30,7 @@ def new_mapping(
     called = _name(name, file, Path(str(src)))
     families = _families(like, file)
     only = families[0][1].layout if like is not None else None
-    layout, checkpoint = read_any(src, read, [] if only is None else [only])
+    layout, checkpoint = read_any(src, [] if only is None else [only], needed=True)
     paths = {} if like is None else {families[0][0]: find_file(like)}
     made = draft(Request(checkpoint, layout, families, called, _schema(file), like is not None, paths))
     made = replace(made, text=_signed(made.text))

@@ -13,7 +13,7 @@ from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import WEIGHTS, read_hf_config, read_hf_folder
 from engine.checkpoint.ranks import Stage
 from engine.discover.fits import Fit, find_fits
-from engine.discover.steps import Reader, find_steps, has_weights, is_whole, read_any
+from engine.discover.steps import find_steps, has_weights, is_whole, read_any
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
@@ -76,17 +76,18 @@ class Inspection:
         }
 
 
-def inspect(src: str | Path, read: Reader, *, every: bool = False) -> Inspection:
+def inspect(src: str | Path, config: str | Path | None, *, every: bool = False) -> Inspection:
     """What a folder is; headers and configurations only.
 
     Args:
+        config: a file of the target's configuration, for what a checkpoint does not say.
         every: look at every step of a folder of steps, not only at the newest.
 
     Raises:
         EngineError: E304 when it is none of these; E2xx and E3xx for a checkpoint that is not whole.
     """
     try:
-        layout, checkpoint = read_any(src, read)
+        layout, checkpoint = read_any(src, config=config)
     except EngineError as error:
         folder = store_at(src, "the checkpoint")
         if error.code != "E304":
@@ -94,7 +95,7 @@ def inspect(src: str | Path, read: Reader, *, every: bool = False) -> Inspection
         names = list_folder(folder)
         if is_whole(names):
             return describe_whole(folder, names)
-        steps = find_steps(folder, read, every=every)
+        steps = find_steps(folder, config, every=every)
         if steps is None:
             raise error if has_weights(error) else _nothing(folder, names) from None
         return Inspection(str(src), "steps", steps)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from engine.discover.alike import NARROWEST, Placed, find_alike
-from engine.discover.levels import Kind, Relation
-from engine.discover.rows import changes_of, own_rows, region_of, said
+from engine.discover.levels import Relation
+from engine.discover.rows import changes_of, own_rows, region_in_words, region_of
 from engine.discover.sides import Sides
 from engine.discover.values import closeness, relate_values
 from engine.errors import counted
@@ -29,13 +30,13 @@ def relate_alike(sides: Sides, name: str, one: View, own: View | None, others: S
             if mine is None or theirs is None:
                 continue
             order = find_alike(mine[axis], theirs[there])
-            found = None if order is None else _placed(sides, name, one, other, view, order, axis, turned=turned)
+            found = None if order is None else _relate_rows(sides, name, one, other, view, order, axis, turned=turned)
             if found is not None:
                 return found
     return None
 
 
-def _placed(
+def _relate_rows(
     sides: Sides, name: str, one: View, other: str, view: View, order: np.ndarray, axis: int, *, turned: bool
 ) -> Relation | None:
     """What is to be said of rows or columns whose places are known."""
@@ -44,28 +45,27 @@ def _placed(
     if straight and other == name and not turned:
         return None
     placed = Placed(sides.tensors, here, there, order)
-    values = _apart(
+    values = _difference(
         sides.sizes, placed, *placed.views, near=CLOSE if other != name else NEAR, whole=bool((order >= 0).all())
     )
     if values is None:
         return None
-    words, rotary = "", None
-    kind: Kind = "permuted"
     noun = ("row", "column")[axis]
-    if not straight:
+    if straight:
+        missing = int((order < 0).sum())
+        found = Relation("permuted", f"{counted(missing, noun)} from elsewhere" if missing else "")
+    else:
         plain = np.zeros(there.shape[0], bool)
-        units = sides.units(name, axis)
-        found = own_rows(order, order, np.arange(there.shape[0]), plain, len(order), units)
-        words, kind, rotary = found.words, found.kind, found.rotary
-    missing = int((order < 0).sum()) if straight else 0
-    words = words or (f"{counted(missing, noun)} from elsewhere" if missing else "")
-    told = [one for one in ("rows are columns" if turned else "", words, values) if one]
+        found = own_rows(order, order, np.arange(there.shape[0]), plain, len(order), sides.units(name, axis))
+    words = ", ".join(one for one in ("rows are columns" if turned else "", found.words, values) if one)
     if other != name:
-        return Relation("other", ", ".join(told), other=other, rotary=rotary)
-    return Relation("transposed" if turned else kind, ", ".join(told), rotary=rotary)
+        return replace(found, kind="other", words=words, other=other)
+    return replace(found, kind="transposed" if turned else found.kind, words=words)
 
 
-def _apart(sizes: dict[str, int], tensors: Placed, one: View, two: View, *, near: float, whole: bool) -> str | None:
+def _difference(
+    sizes: dict[str, int], tensors: Placed, one: View, two: View, *, near: float, whole: bool
+) -> str | None:
     """How two arrays differ whose rows are alike; None where they do in no way that is known."""
     if tensors.match(one, two):
         return ""
@@ -75,14 +75,14 @@ def _apart(sizes: dict[str, int], tensors: Placed, one: View, two: View, *, near
     changes = changes_of(tensors, one, two)
     region = None if changes is None else region_of(changes, one.shape)
     if changes is not None and region is not None and whole:
-        return said(region, changes)
+        return region_in_words(region, changes)
     apart = closeness(tensors, one, two)
-    return None if apart is None or apart >= near else close_by(apart)
+    return None if apart is None or apart >= near else closeness_in_words(apart)
 
 
-def close_by(apart: float) -> str:
+def closeness_in_words(apart: float) -> str:
     """
-    >>> close_by(0.0123)
+    >>> closeness_in_words(0.0123)
     'close: off by 1.2% of its size'
     """
     return f"close: off by {100 * apart:.2g}% of its size"

@@ -146,12 +146,12 @@ def by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Relation, Fi
                 continue
             own = np.concatenate([one.reshape(-1) for one in owns])
             yield (
-                Relation(kind, f"{kind}: each {noun} by {told} of its own{_told(own, some, noun, kind, precision)}"),
+                Relation(kind, f"{kind}: each {noun} by {told} of its own{_factors(own, some, noun, kind, precision)}"),
                 fits,
             )
 
 
-def _told(own: np.ndarray, some: list[Pair], noun: str, kind: str, precision: float) -> str:
+def _factors(own: np.ndarray, some: list[Pair], noun: str, kind: str, precision: float) -> str:
     if kind == "shifted":
         return f", {own.min():.4g} to {own.max():.4g}"
     lengths = np.concatenate([np.sqrt((x * x).sum(axis=1)) for x, _ in some])

@@ -11,6 +11,7 @@ from typing import Any
 from engine.checkpoint.ranks import Stage
 from engine.discover.names import Observed, tail
 from engine.errors import EngineError
+from engine.language.documents import grouped
 from engine.language.model import Layout, MappingFile, Rule
 from engine.language.names import pattern
 from engine.planning.attempts import Checkpoint, claims
@@ -125,12 +126,9 @@ def _slots(mapping: MappingFile) -> list[Slot]:
         defaults = {name: mapping.variants[name].default for name in rule.when}
         return all(defaults[name] in (None, *allowed) for name, allowed in rule.when.items())
 
-    found: dict[tuple[str, ...], list[Rule]] = {}
-    for rule in mapping.rules:
-        found.setdefault(rule.sources, []).append(rule)
     return [
         Slot(sources, tuple(rules), tuple(r.targets[0].name for r in rules if len(r.targets) == 1 and usual(r)))
-        for sources, rules in found.items()
+        for sources, rules in grouped((rule.sources, rule) for rule in mapping.rules).items()
     ]
 
 
@@ -180,9 +178,7 @@ class _Fits:
 
     def __init__(self, mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> None:
         self.layout, self.checkpoint = layout, checkpoint
-        self.instances: dict[tuple[str, ...], list[Instance]] = {}
-        for instance in instances(mapping):
-            self.instances.setdefault(instance.rule.sources, []).append(instance)
+        self.instances = grouped((instance.rule.sources, instance) for instance in instances(mapping))
         names: dict[str, Any] = {
             **checkpoint.config,
             "training": checkpoint.training,
@@ -236,9 +232,7 @@ def drop_contested(near: Nearness, others: Sequence[Nearness]) -> None:
 
     Both orders have the same shape and a model of the wrong one talks nonsense, so neither runs.
     """
-    by_stem: dict[str, list[Observed]] = {}
-    for one in near.others:
-        by_stem.setdefault(one.stem, []).append(one)
+    by_stem = grouped((one.stem, one) for one in near.others)
     for pairing in [p for p in near.pairings if p.slot.fused]:
         own = {str(rule.axes) for rule in pairing.slot.rules}
         contested: list[tuple[Slot, float]] = []

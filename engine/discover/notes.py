@@ -41,7 +41,7 @@ def expect(mapping: MappingFile, plan: Plan) -> list[str]:
     return block("expect", known) if known else []
 
 
-def told(sizes: Mapping[str, int]) -> str:
+def size_in_words(sizes: Mapping[str, int]) -> str:
     return ", ".join(
         f"{sizes[axis]} {word}" for axis, word in (("layer", "layers"), ("hidden", "wide")) if axis in sizes
     )

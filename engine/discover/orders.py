@@ -8,30 +8,18 @@ size, which permutation, within what.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from engine.discover.geometry import Units
+from engine.discover.levels import Relation
 from engine.discover.prints import Prints64, joined
 
 _OTHER = "in another order"
 _MOST_NAMED = 6  # blocks that are named one by one
 _RANKS = 64  # so many slices may be those of tensor ranks
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """An order in words.
-
-    Attributes:
-        words: without a verb: `heads 0 and 2 exchanged`.
-        rotary: the choice of `rotary` that would have been right, where rotary pairs lie otherwise.
-    """
-
-    words: str
-    rotary: str | None = None
 
 
 def find_order(ours: Prints64, theirs: Prints64) -> np.ndarray | None:
@@ -117,20 +105,20 @@ def block_size(order: np.ndarray) -> int:
     return int(np.gcd.reduce(edges))
 
 
-def read_order(order: np.ndarray, units: Units) -> Reading:
-    """An order that is not the identity, in words."""
+def read_order(order: np.ndarray, units: Units) -> Relation:
+    """An order that is not the identity, in words without a verb: `heads 0 and 2 exchanged`."""
     size = block_size(order)
     blocks = order[::size] // size
     period = _period(blocks, size, units)
     if period is None:
         plain = _words(blocks, size, units)
-        return (_twofold(blocks, size, units) if f"s {_OTHER}" in plain else None) or Reading(plain)
+        return (_twofold(blocks, size, units) if f"s {_OTHER}" in plain else None) or Relation("permuted", plain)
     local = blocks.reshape(-1, period) - np.arange(0, len(blocks), period)[:, None]
     moved = np.flatnonzero((local != np.arange(period)).any(axis=1))
     patterns = np.unique(local[moved], axis=0)
     span = period * size
     if len(moved) < len(local) and span not in (units.head, *units.sizes.values()):
-        return Reading(_words(blocks, size, units))  # that the rest stays is no period
+        return Relation("permuted", _words(blocks, size, units))  # that the rest stays is no period
     noun = units.block_noun(span) if span != units.head else "head"
     which = f"in every {noun}" if len(moved) == len(local) else f"in {noun} {', '.join(map(str, moved.tolist()))}"
     if _MOST_NAMED < len(moved) < len(local):
@@ -140,12 +128,12 @@ def read_order(order: np.ndarray, units: Units) -> Reading:
     if len(patterns) == 1:
         turned = _rotary(patterns[0], size, span, units)
         if turned is not None:
-            return Reading(f"rotary pairs {which}", turned)
-        return Reading(f"{_words(patterns[0], size, units, joined=False)}, {which}")
-    return Reading(f"{units.noun}s in another order {which}, not the same in each")
+            return Relation("permuted", f"rotary pairs {which}", rotary=turned)
+        return Relation("permuted", f"{_words(patterns[0], size, units, joined=False)}, {which}")
+    return Relation("permuted", f"{units.noun}s in another order {which}, not the same in each")
 
 
-def _twofold(blocks: np.ndarray, size: int, units: Units) -> Reading | None:
+def _twofold(blocks: np.ndarray, size: int, units: Units) -> Relation | None:
     """Heads or groups in another order, and within each of them another order, the same in all."""
     for span in sorted({*units.sizes.values(), units.head or 0}):
         count = span // size
@@ -157,7 +145,7 @@ def _twofold(blocks: np.ndarray, size: int, units: Units) -> Reading | None:
             continue
         within = read_order((inner + np.arange(len(held))[:, None] * count).repeat(size) * size
                             + np.tile(np.arange(size), len(blocks)), units)  # fmt: skip
-        return Reading(f"{within.words}; {_words(outer[:, 0], span, units)}", within.rotary)
+        return replace(within, words=f"{within.words}; {_words(outer[:, 0], span, units)}")
     return None
 
 

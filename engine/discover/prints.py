@@ -145,7 +145,7 @@ def find_stretches(tensors: Tensors, one: View, own: View) -> str | None:
     offsets = (found - places)[known]
     if 2 * int(known.sum()) < len(places) or not offsets.any() or len(np.unique(ours)) * 2 < len(ours):
         return None
-    return _told(places[known], offsets)
+    return _pieces_in_words(places[known], offsets)
 
 
 def _windows(tensors: Tensors, view: View, low: int, high: int, reader: int) -> Prints64:
@@ -157,7 +157,7 @@ def _windows(tensors: Tensors, view: View, low: int, high: int, reader: int) -> 
     return found
 
 
-def _told(places: np.ndarray, offsets: np.ndarray) -> str | None:
+def _pieces_in_words(places: np.ndarray, offsets: np.ndarray) -> str | None:
     edges = [0, *(np.flatnonzero(np.diff(offsets)) + 1).tolist()]
     pieces = [(int(places[edge]), int(offsets[edge])) for edge in edges]
     if 4 * len(pieces) > len(places):

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.discover.geometry import numbers
 from engine.discover.levels import Relation
-from engine.discover.likeness import CLOSE, NEAR, close_by, relate_alike
+from engine.discover.likeness import CLOSE, NEAR, closeness_in_words, relate_alike
 from engine.discover.mixes import mixed
 from engine.discover.orders import divisors, find_order, read_loops
 from engine.discover.prints import Prints64, find_stretches, take_prints, take_runs
@@ -23,14 +23,14 @@ from engine.discover.rows import (
     MOST_NAMED,
     Changes,
     Region,
+    are_different,
     changes_of,
     lookup,
+    moves,
     own_rows,
-    placed,
+    ranges,
+    region_in_words,
     region_of,
-    said,
-    spans,
-    telling,
 )
 from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
 from engine.discover.values import closeness, relate_values
@@ -91,7 +91,7 @@ class Search:
         if values is not None:
             return values
         if changes is not None and region is not None:
-            return Relation("changed", said(region, changes))
+            return Relation("changed", region_in_words(region, changes))
         return self._blocks(one, own)
 
     def _blocks(self, one: View, own: View) -> Relation | None:
@@ -141,7 +141,7 @@ class Search:
                 if view is not None and view.dtype == one.dtype and view.shape[1 - axis] == across:
                     order = lookup(part, self._sides.take(view, kind).units[axis], low if other == name else None)
                     if (order >= 0).all():
-                        return f"holds {spans(order, noun)} of {'the reference' if other == name else other}"
+                        return f"holds {ranges(order, noun)} of {'the reference' if other == name else other}"
         return ""
 
     # -- the same elements
@@ -157,7 +157,7 @@ class Search:
             return Relation("recut", f"the same elements in a row, as {' × '.join(map(str, self._out[name].shape))}")
         if one.shape == two.shape:
             for axis, (here, there) in enumerate(zip(ours.units, theirs.units, strict=True)):
-                order = find_order(here, there) if telling(here) else None
+                order = find_order(here, there) if are_different(here) else None
                 if order is not None:
                     return self._sides.reading(name, axis, order)
         if one.shape == two.shape[::-1] and 1 not in one.shape:
@@ -166,7 +166,7 @@ class Search:
             order = find_order(ours.units[0], theirs.units[1])
             if order is not None:
                 return Relation("transposed", f"rows are columns, and {self._sides.reading(name, 0, order).words}")
-        if one.shape == two.shape and all(map(telling, ours.bags)):
+        if one.shape == two.shape and all(map(are_different, ours.bags)):
             rows, cols = map(find_order, ours.bags, theirs.bags)
             if rows is not None and cols is not None:
                 again = take_prints(self._tensors, one, kind, cols)
@@ -181,7 +181,7 @@ class Search:
             if length < _SHORTEST or one.elements // length > MOST_UNITS:
                 break
             runs = [take_runs(self._tensors, view, kind, length) for view in (one, two)]
-            order = find_order(*runs) if telling(runs[0]) else None
+            order = find_order(*runs) if are_different(runs[0]) else None
             if order is None:
                 continue
             loops = read_loops((order[:, None] * length + np.arange(length)).reshape(-1))
@@ -195,7 +195,7 @@ class Search:
                 f"interleaved: ({held}) lies as ({sizes}), as slices of {parts[0]} tensor ranks joined along the "
                 "wrong axis",
             )
-        if not telling(self._sides.take(one, kind).units[0]):
+        if not are_different(self._sides.take(one, kind).units[0]):
             return None
         return Relation("permuted", self._stretches(one, two) or _SHUFFLED)
 
@@ -248,7 +248,7 @@ class Search:
         counts = () if self._sides.geometry is None else (self._sides.geometry.heads, self._sides.geometry.groups)
         words = mixed(self._tensors, one, own, alike, counts)
         if apart is not None and apart < CLOSE:
-            words = ", ".join([close_by(apart), *([words] if words and "correlation" not in words else [])])
+            words = ", ".join([closeness_in_words(apart), *([words] if words and "correlation" not in words else [])])
         return None if words is None else Relation("different", words)
 
     def _gathered(
@@ -292,14 +292,14 @@ class Search:
         missing = int(left.sum())
         rest = f"; {missing:,} {noun}s are from elsewhere" if missing else ""
         if len(told) == 1:
-            return Relation("part", f"{spans(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0]), missing
-        words = ", ".join(f"{placed(order, noun, every=True)} of {other}" for other, order in told[:MOST_NAMED])
+            return Relation("part", f"{ranges(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0]), missing
+        words = ", ".join(f"{moves(order, noun, every=True)} of {other}" for other, order in told[:MOST_NAMED])
         return Relation("part", words + (", …" if len(told) > MOST_NAMED else "") + rest), missing
 
     @staticmethod
     def _stretch(other: str, here: Prints64, there: Prints64) -> Relation | None:
         """Elements that lie in a row in another vector."""
-        if not telling(here):
+        if not are_different(here):
             return None
         if len(here) > len(there):
             if np.array_equal(here[: len(there)], there):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -44,11 +44,11 @@ def own_rows(
     filled = completed(order)
     if filled is not None:
         reading = read_order(filled, units)
-        return Relation("permuted", reading.words + (also if found < telling else ""), rotary=reading.rotary)
+        return replace(reading, words=reading.words + (also if found < telling else ""))
     repeated = len(np.unique(order[known])) < found
     what = f"{noun}s repeated" if repeated else f"{noun}s in other places"
     rest = f"; {missing:,} are from elsewhere" if found < telling else ""
-    return Relation("permuted", f"{what}: {placed(order, noun)}{rest}")
+    return Relation("permuted", f"{what}: {moves(order, noun)}{rest}")
 
 
 def completed(order: np.ndarray) -> np.ndarray | None:
@@ -101,10 +101,10 @@ def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plai
     rising = bool((np.diff(order[known]) > 0).all())
     what = "in order" if rising else "in another order"
     kind: Kind = "padded" if by > 0 and rising else "truncated" if by < 0 and rising else "shape"
-    return Relation(kind, f"{told}, the others {what}: {placed(order, noun)}")
+    return Relation(kind, f"{told}, the others {what}: {moves(order, noun)}")
 
 
-def telling(prints: Prints64) -> bool:
+def are_different(prints: Prints64) -> bool:
     return len(prints) >= 2 and len(np.unique(prints)) >= min(_FEWEST_UNITS, len(prints))
 
 
@@ -136,17 +136,17 @@ def listed(noun: str, runs: Sequence[Interval]) -> str:
     return f"{noun}{'' if alone else 's'} {told}"
 
 
-def spans(order: np.ndarray, noun: str) -> str:
+def ranges(order: np.ndarray, noun: str) -> str:
     """
-    >>> spans(np.array([4, 5, 6, -1, 0]), "row")
+    >>> ranges(np.array([4, 5, 6, -1, 0]), "row")
     'rows 4…6, 0'
     """
     return listed(noun, [(start, start + high - low) for low, high, start in runs_of(order) if start >= 0])
 
 
-def placed(order: np.ndarray, noun: str, *, every: bool = False) -> str:
+def moves(order: np.ndarray, noun: str, *, every: bool = False) -> str:
     """
-    >>> placed(np.array([0, 1, 0, 1]), "row")
+    >>> moves(np.array([0, 1, 0, 1]), "row")
     'rows 2…3 hold 0…1'
     """
     moved = [(low, high, start) for low, high, start in runs_of(order) if start >= 0 and (every or start != low)]
@@ -242,7 +242,7 @@ def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
     return None
 
 
-def said(region: Region, changes: Changes) -> str:
+def region_in_words(region: Region, changes: Changes) -> str:
     """A region in words, and whether it holds no number."""
     return region.words + (", all of them NaN" if changes.nans == changes.count else "")
 

@@ -17,7 +17,7 @@ from typing import Any
 from engine.discover.alone import stand_alone
 from engine.discover.names import Observed, observe
 from engine.discover.near import Pairing, Slot, compare_family, drop_contested
-from engine.discover.notes import doubt, expect, extends, left_over, overrides, told
+from engine.discover.notes import doubt, expect, extends, left_over, overrides, size_in_words
 from engine.discover.text import block, comment, flow, list_of, scalar, shown
 from engine.errors import EngineError
 from engine.language.format import format_mapping
@@ -113,7 +113,7 @@ def _release(request: Request) -> Attempted | None:
         return None
     reference, mapping, plan, question = fitting[0]
     target = f"{mapping.architecture}"
-    body = block("description", f"{told(plan.sizes)}, to {target}")
+    body = block("description", f"{size_in_words(plan.sizes)}, to {target}")
     others = [r for r, m, _, _ in fitting[1:] if not (kind in mapping.model_types and kind not in m.model_types)]
     if others:
         verb = "fits" if len(others) == 1 else "fit"

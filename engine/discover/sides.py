@@ -76,8 +76,7 @@ class Sides:
 
     def reading(self, name: str, axis: int, order: np.ndarray) -> Relation:
         """An order of rows or columns, in words."""
-        reading = read_order(order, self.units(name, axis))
-        return Relation("permuted", reading.words, rotary=reading.rotary)
+        return read_order(order, self.units(name, axis))
 
 
 def flat(view: View) -> View:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import list_folder
@@ -13,18 +14,21 @@ from engine.language.layout_file import load_layout
 from engine.language.model import Layout
 from engine.language.search import layout_names
 from engine.planning.attempts import Checkpoint
+from engine.planning.reading import read_checkpoint
 from engine.storage.places import Source
 from engine.storage.store import Store
 
-Reader = Callable[[Source, Layout], Checkpoint]
 _MOST_STEPS = 20  # steps whose files are read, the newest first; older ones are only named
 
 
-def read_any(src: Source, read: Reader, layouts: Sequence[str] = ()) -> tuple[Layout, Checkpoint]:
+def read_any(
+    src: Source, layouts: Sequence[str] = (), *, config: str | Path | None = None, needed: bool = False
+) -> tuple[Layout, Checkpoint]:
     """A training checkpoint by the first layout whose files are there.
 
     Args:
         layouts: the names to try; all there are when it is empty.
+        config, needed: as for `read_checkpoint`.
 
     Raises:
         EngineError: E304 when no layout knows the files, else what the one that does says is wrong.
@@ -33,7 +37,7 @@ def read_any(src: Source, read: Reader, layouts: Sequence[str] = ()) -> tuple[La
     for name in layouts or layout_names():
         layout = load_layout(name)
         try:
-            return layout, read(src, layout)
+            return layout, read_checkpoint(src, layout, config, needed=needed)
         except EngineError as error:
             if error.code != "E304":  # this layout knows the files and says what is wrong
                 raise
@@ -51,13 +55,13 @@ def has_weights(error: EngineError) -> bool:
     return not error.message.startswith("no weight files")
 
 
-def find_steps(folder: Store, read: Reader, *, every: bool = False) -> dict[str, Any] | None:
+def find_steps(folder: Store, config: str | Path | None, *, every: bool = False) -> dict[str, Any] | None:
     """The checkpoints below a folder, oldest first, and which of them are complete; None when there are none."""
     names = sorted((n for n, state in folder.entries().items() if state is None and not n.startswith(".")), key=_number)
     steps: dict[str, dict[str, Any] | None] = {}
     for name in reversed(names):
         look = every or len(steps) < _MOST_STEPS
-        steps[name] = _step(folder.inside(name), read) if look else _NOT_LOOKED_AT
+        steps[name] = _step(folder.inside(name), config) if look else _NOT_LOOKED_AT
     shapes = {_shape(name) for name, step in steps.items() if step is not None and step["complete"] is not None}
     found = [{"name": n, **step} for n in names if (step := steps[n]) is not None and _shape(n) in shapes]
     if not found:
@@ -76,10 +80,10 @@ def _shape(name: str) -> str:
     return re.sub("[0-9]+", "0", name)
 
 
-def _step(folder: Store, read: Reader) -> dict[str, Any] | None:
+def _step(folder: Store, config: str | Path | None) -> dict[str, Any] | None:
     """Whether one folder is a complete checkpoint; None when it is none at all."""
     try:
-        layout, checkpoint = read_any(folder, read)
+        layout, checkpoint = read_any(folder, config=config)
     except EngineError as error:
         if error.code == "E304" and not has_weights(error):
             if not is_whole(list_folder(folder)):

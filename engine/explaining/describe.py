@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.language.documents import grouped
 from engine.language.names import pattern
 from engine.planning.model import Plan
 from engine.run.memory import predicted_memory
@@ -72,9 +73,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 def _rules(plan: Plan) -> list[dict[str, Any]]:
     """One row per target pattern and shape, placeholders folded: `model.layers.{0…31}.…`."""
-    rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
-    for index, output in enumerate(plan.outputs):
-        rows.setdefault((output.pattern, output.shape, output.dtype), []).append(index)
+    rows = grouped(((one.pattern, one.shape, one.dtype), index) for index, one in enumerate(plan.outputs))
     result: list[dict[str, Any]] = []
     for (text, shape, dtype), outputs in rows.items():
         first, copies = plan.outputs[outputs[0]], plan.copies(outputs[0])

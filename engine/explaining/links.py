@@ -13,6 +13,7 @@ from itertools import product
 from engine.explaining.lattice import Lattice
 from engine.formats.headers import ITEM_SIZES, TensorHeader
 from engine.language.axes import Axes
+from engine.language.documents import grouped
 from engine.planning.boxes import Box, Interval, Region, common, regions
 from engine.planning.groups import Group
 from engine.planning.pieces import Key
@@ -75,9 +76,7 @@ class Link:
 
 def links(sources: Sequence[Spot], targets: Sequence[Spot]) -> Iterator[Link]:
     """Every link, in the order of the target."""
-    by_key: dict[Key, list[Spot]] = {}
-    for one in sources:
-        by_key.setdefault(one.key, []).append(one)
+    by_key = grouped((one.key, one) for one in sources)
     for target in targets:
         for one in by_key.get(target.key, ()):
             box = common(target.box, one.box)

@@ -8,9 +8,10 @@ from engine.explaining.describe import fold
 from engine.explaining.lattice import Lattice, index_text, words
 from engine.explaining.links import Link, Spot
 from engine.language.axes import Axis, leaves
+from engine.language.documents import grouped
 from engine.planning.boxes import Interval
 from engine.planning.groups import Group
-from engine.planning.parts import told_box
+from engine.planning.parts import box_text
 from engine.planning.sides import Shard, Side
 from engine.planning.stages import Stages
 
@@ -87,16 +88,14 @@ def slice_sentences(group: Group, window: Sequence[Interval], found: Iterable[Sp
     for dim, node in enumerate(dims):
         if isinstance(node, Axis):
             continue
-        ranges = list(dict.fromkeys(_ranges(one.box, list(leaves(node))) for one in listed))
+        axes = list(leaves(node))
+        told = (", ".join(f"{axis} {span(one.box[axis])}" for axis in axes if axis in one.box) for one in listed)
+        ranges = list(dict.fromkeys(told))
         shown = "; ".join(ranges[:4]) + (f"; … ({len(ranges)} boxes)" if len(ranges) > 4 else "")
         positions = span(window[dim])
         verb = "is" if positions.isdecimal() else "are"
         result.append(f"{named(dim, len(dims), positions)} {verb} {shown}")
     return result
-
-
-def _ranges(box: Mapping[str, Interval], names: Sequence[str]) -> str:
-    return ", ".join(f"{axis} {span(box[axis])}" for axis in names if axis in box)
 
 
 def cut_sentence(side: Side, group: Group) -> str:
@@ -124,9 +123,7 @@ def _shares(held: Mapping[int, int]) -> str:
     >>> _shares({0: 3, 1: 3, 2: 2})
     'ranks 0…1 hold 3 each, rank 2 holds 2'
     """
-    by_size: dict[int, list[int]] = {}
-    for rank, size in held.items():
-        by_size.setdefault(size, []).append(rank)
+    by_size = grouped((size, rank) for rank, size in held.items())
     return ", ".join(
         f"ranks {fold(ranks)} hold {size} each" if len(ranks) > 1 else f"rank {ranks[0]} holds {size}"
         for size, ranks in by_size.items()
@@ -138,7 +135,7 @@ def shard_words(group: Group, shard: Shard) -> str:
     `tp1`, or `[0:65, 32:64]` where shards record their boxes, or nothing for a tensor that is not cut.
     """
     if group.cut.boxes:
-        return told_box(shard.window) if len(group.shards) > 1 else ""
+        return box_text(shard.window) if len(group.shards) > 1 else ""
     return ", ".join(f"{dim}{rank}" for dim, rank in zip(group.cut.rank_dims(), shard.ranks, strict=True))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import struct
 import zipfile
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable
 from isal import isal_zlib
 
 from engine.errors import EngineError, Place
+from engine.storage.positioned import Positioned
 from engine.storage.store import File, OpenFile
 
 _BLOCK = 1 << 20
@@ -50,7 +50,7 @@ def _check_members(file: File, advance: Callable[[int], None]) -> bool:
         end = opened.state.size
         while end:
             try:
-                infos = zipfile.ZipFile(_Front(opened, end)).infolist()
+                infos = zipfile.ZipFile(_front(opened, end)).infolist()
             except zipfile.BadZipFile:
                 if end == opened.state.size:
                     raise
@@ -63,27 +63,14 @@ def _check_members(file: File, advance: Callable[[int], None]) -> bool:
     return checked
 
 
-class _Front:
-    """The bytes of a file up to an end, as a file that `zipfile` reads."""
+def _front(file: OpenFile, end: int) -> OpenFile:
+    """The bytes of a file up to an end, as a file of their own."""
 
-    def __init__(self, file: OpenFile, end: int) -> None:
-        self._file, self._end, self._at = file, end, 0
+    def read(at: int, target: memoryview) -> int:
+        file.seek(at)
+        return file.readinto(target)
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = (0, self._at, self._end)[whence] + offset
-        if self._at < 0:
-            raise OSError("before the start")  # which zipfile takes for no zip
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._end - self._at, 0)
-        self._file.seek(self._at)
-        data = self._file.read(left if size < 0 else min(size, left))
-        self._at += len(data)
-        return data
+    return OpenFile(Positioned(end, read), file.state)
 
 
 def _check_member(file: File, opened: OpenFile, info: zipfile.ZipInfo, advance: Callable[[int], None]) -> None:

@@ -53,21 +53,26 @@ def read_pickled_mapping(file: File) -> dict[str, Any]:
 
 def read_json(file: File) -> dict[str, Any]:
     with file.open() as opened:
-        raw = opened.read(MAX_SOURCE + 1)
+        return json_object(opened.read(MAX_SOURCE + 1), file.name)
+
+
+def json_object(raw: bytes, name: str) -> dict[str, Any]:
+    """The settings in a JSON file of this name; E301 when it is not JSON, E303 when it is not an object."""
     try:
         value = parse_json(raw)
     except ValueError as error:
         raise EngineError(
             "E301",
             "the configuration is not JSON",
-            place=Place(file.name),
+            place=Place(name),
             got=str(error)[:100],
             fix="Copy the file again.",
         ) from None
     if not isinstance(value, dict):
         raise EngineError(
-            "E303", "the configuration is not an object", place=Place(file.name), fix="Is it the right file?"
-        )
+            "E303", "the configuration is not an object", place=Place(name), got=type(value).__name__,
+            fix="Is it the right file?",
+        )  # fmt: skip
     return value
 
 

@@ -13,6 +13,7 @@ from engine.formats.headers import Part
 from engine.formats.pickling import Call, Global, Made, Pairs, dumps, tensor
 from engine.formats.standins import DTYPES
 from engine.formats.torch_files import TorchFile, laid_out
+from engine.language.documents import grouped
 
 Shape = tuple[int, ...]
 _ROOT = "archive"
@@ -80,9 +81,6 @@ _NAMES = {name: torch for torch, name in reversed(DTYPES.items())}
 
 def encode_directory(saved: Iterable[Saved]) -> bytes:
     """`.metadata` of boxes, which lie in their files in the order given."""
-    by_file: dict[str, list[Saved]] = {}
-    for one in saved:
-        by_file.setdefault(one.file, []).append(one)
     kinds = {
         name: Global(_METADATA, name)
         for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex")
@@ -96,7 +94,7 @@ def encode_directory(saved: Iterable[Saved]) -> bytes:
 
     tensors: dict[str, tuple[Saved, list[Made]]] = {}
     stored: list[tuple[Made, Made]] = []
-    for file, boxes in by_file.items():
+    for file, boxes in grouped((one.file, one) for one in saved).items():
         laid = dcp_file([(one.name, one.dtype, one.shape) for one in boxes], file)
         ends = (*laid.starts[1:], laid.size)
         for one, start, end in zip(boxes, laid.starts, ends, strict=True):

@@ -36,11 +36,6 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Ordered:
-    items: tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
 class Made:
     """An object of a class, made without arguments, and its state as `__setstate__` or `__dict__` takes it."""
 
@@ -55,9 +50,10 @@ def namespace(values: Mapping[str, Any]) -> Made:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A dict by its items, whose keys may be stand-ins."""
+    """A dict, or what `made` makes, by its items, whose keys may be stand-ins."""
 
     items: tuple[tuple[Any, Any], ...]
+    made: Call | None = None
 
 
 _Base: Any = pickle._Pickler
@@ -82,16 +78,16 @@ class _Pickler(_Base):  # type: ignore[misc]
             self.save(obj.state)
             self.write(pickle.BUILD)
         elif isinstance(obj, Pairs):
-            self.write(pickle.EMPTY_DICT)
-            self._batch_setitems(iter(obj.items))
-        elif isinstance(obj, _Ordered):
-            self.save(Call(_ORDERED, ()))
+            if obj.made is None:
+                self.write(pickle.EMPTY_DICT)
+            else:
+                self.save(obj.made)
             self._batch_setitems(iter(obj.items))
         else:
             super().save(obj, save_persistent_id)
 
 
-_ORDERED = Global("collections", "OrderedDict")
+_ORDERED = Call(Global("collections", "OrderedDict"), ())
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _CLASSES = {dtype: Global("torch", name) for name, dtype in STORAGES.items()}
 WRITABLE = frozenset(_CLASSES)  # element types that have a storage class of their own
@@ -113,12 +109,12 @@ def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]], around: Mapp
     """
     made = [(name, tensor(dtype, shape, index)) for index, (name, dtype, shape) in enumerate(tensors)]
     if around is None:
-        return dumps(_Ordered(tuple(made)))
+        return dumps(Pairs(tuple(made), _ORDERED))
     below: dict[str, list[tuple[str, Any]]] = {}
     for name, one in made:
         key, _, inside = name.partition(".")
         below.setdefault(key, []).append((inside, one))
-    states = {key: _Ordered(tuple(items)) for key, items in below.items()}
+    states = {key: Pairs(tuple(items), _ORDERED) for key, items in below.items()}
     return dumps(Pairs(tuple({**around, **states}.items())))
 
 
@@ -126,7 +122,7 @@ def tensor(dtype: str, shape: tuple[int, ...], index: int = 0) -> Call:
     """A contiguous tensor that is all of a storage, whose key is its number."""
     storage = _Storage(("storage", _CLASSES[dtype], str(index), "cpu", prod(shape)))
     own = tuple([*shape])  # a pickle refers back to an object that it held before: equal plans shall write equal bytes
-    return Call(_REBUILD, (storage, 0, own, dense_strides(shape), False, Call(_ORDERED, ())))
+    return Call(_REBUILD, (storage, 0, own, dense_strides(shape), False, _ORDERED))
 
 
 def with_dtypes(value: Any) -> Any:

@@ -266,8 +266,7 @@ def _run(machine: _Machine, name: str) -> Any:
     except MemoryError:
         raise damaged(name, "a pickle that claims more memory than there is") from None
     except _MALFORMED as error:
-        why = f"{type(error).__name__}: {error}" if data[:1] == b"\x80" else f"it begins with {data[:12]!r}"
-        raise damaged(name, f"its pickle cannot be read: {why}"[:200]) from None
+        raise damaged(name, f"its pickle cannot be read: {type(error).__name__}: {error}"[:200]) from None
 
 
 def error_of(refused: Refused, name: str, tensor: str | None = None) -> EngineError:

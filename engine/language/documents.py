@@ -1,15 +1,16 @@
-"""Documents: plain data with places by path, as merging and building need them."""
+"""Documents: data whose keys and items know where they stand, so that places follow values wherever these go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from engine.errors import Place
 
-KeyPath = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]  # `("rules", 3, "axes")`
 K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +21,63 @@ class At:
     value: Place
 
 
+class Table(dict[Any, Any]):
+    """Keys and values; `at` says where each stands."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, values: Mapping[Any, Any] | None = None, at: Mapping[Any, At] | None = None) -> None:
+        super().__init__(values or {})
+        self.at: dict[Any, At] = dict(at or {})
+
+    def put(self, key: Any, value: Any, at: At) -> None:
+        self[key], self.at[key] = value, at
+
+
+class Items(list[Any]):
+    """A list; `at` says where each item stands."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, values: Iterable[Any] = (), at: Mapping[int, At] | None = None) -> None:
+        super().__init__(values)
+        self.at: dict[int, At] = dict(at or {})
+
+
+def nearest(tree: Any, path: Iterable[Any], otherwise: At) -> At:
+    """The nearest known place at or above a path; `otherwise` where none is."""
+    for key in path:
+        if not isinstance(tree, Table | Items) or key not in tree.at:
+            break
+        otherwise = tree.at[key]
+        tree = tree.get(key) if isinstance(tree, Table) else tree[key]
+    return otherwise
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain data of one file, or of several merged; `places` is by path: `("rules", 3, "axes")`."""
+    """Data of one file, or of several merged; `start` is where it begins, in the last of them."""
 
     file: str
     data: Any
-    places: dict[KeyPath, At]
+    start: At | None = None
 
     def at(self, *path: str | int) -> At:
         """The nearest known place at or above a path."""
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.places:
-                return self.places[path[:end]]
-        return At(Place(self.file), Place(self.file))
+        return nearest(self.data, path, self.start or At(Place(self.file), Place(self.file)))
+
+    def part(self, *path: str | int) -> Document:
+        """What stands at a path, with its places; None as data where nothing does."""
+        data = self.data
+        for key in path:
+            data = data[int(key)] if isinstance(data, list) else data.get(key) if isinstance(data, dict) else None
+        return Document(self.file, data, self.at(*path))
+
+    def parts(self, *path: str | int) -> dict[Any, Document]:
+        """Every value or item of what stands at a path, by its key or number."""
+        held = self.part(*path)
+        keys = held.data if isinstance(held.data, dict) else range(len(held.data or ()))
+        return {key: held.part(key) for key in keys}
 
     def place(self, *path: str | int) -> Place:
         """The place of a key, or of a list's item."""
@@ -89,6 +133,18 @@ def changed(before: Mapping[K, Any], after: Mapping[K, Any], missing: Any = None
         old, new = before.get(key, missing), after.get(key, missing)
         if old != new:
             yield key, old, new
+
+
+def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """The values that come under each key, in order.
+
+    >>> grouped((len(word), word) for word in ("a", "to", "i"))
+    {1: ['a', 'i'], 2: ['to']}
+    """
+    found: dict[K, list[V]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def plain(data: Any) -> Any:

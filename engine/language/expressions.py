@@ -17,15 +17,7 @@ from engine.language.allowed import BUILTIN, MAX_DEPTH, Compiled, Refused, read_
 from engine.language.model import Expression
 from engine.language.sandbox import OMIT, Omit, defined, kind_of
 
-__all__ = [
-    "OMIT",
-    "Compiled",
-    "compile_expression",
-    "evaluate",
-    "is_quotient",
-    "names_in",
-    "render_tree",
-]
+__all__ = ["OMIT", "Compiled", "compile_expression", "evaluate", "is_quotient", "names_in", "render_tree"]
 
 # What evaluating raises. Jinja writes constants that it folds into Python, and infinity as a name.
 _EVALUATION = (
@@ -76,11 +68,13 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
     except UndefinedError as error:
         _fail_missing(expression, str(error.message), compiled, names)
     except _EVALUATION as error:
+        reason = "division by zero" if isinstance(error, ZeroDivisionError) else str(error) or type(error).__name__
+        read = [f"{name} = {_shown(repr(names[name]), 80)}" for name in sorted(compiled.names) if name in names]
         raise EngineError(
             "E105",
-            f"an expression cannot be evaluated: {_reason(error)}",
+            f"an expression cannot be evaluated: {reason}",
             place=expression.place,
-            got="\n".join([_shown(expression.text), *_seen(compiled, names)]),
+            got="\n".join([_shown(expression.text), *read[:8]]),
             fix="Check the types of the values it reads.",
         ) from None
 
@@ -134,17 +128,6 @@ def _fail_missing(expression: Expression, missing: str, compiled: Compiled, name
         if calls_present
         else f"Give `{full}` a value in the configuration, or write `{full} | default(...)`.",
     )
-
-
-def _seen(compiled: Compiled, names: Mapping[str, Any]) -> list[str]:
-    shown = [(n, names[n]) for n in sorted(compiled.names) if n in names]
-    return [f"{name} = {_shown(repr(value), 80)}" for name, value in shown[:8]]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ZeroDivisionError):
-        return "division by zero"
-    return str(error) or type(error).__name__
 
 
 def _shown(text: str, limit: int = 300) -> str:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.language.documents import Document, KeyPath
+from engine.language.documents import Document, Table
 
 _AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as")
 
@@ -174,25 +174,21 @@ def read_keys(document: Document) -> dict[str, dict[str, Key]]:
     }
 
 
-def apart(document: Document) -> Document:
+def names_apart(document: Document) -> Document:
     """The document with every name of `keys` on its own; E102 for one that is declared twice."""
-    if not document.data.get("keys"):
-        return document
-    places = {path: at for path, at in document.places.items() if path[:1] != ("keys",) or len(path) < 3}
-    data: dict[str, dict[str, Any]] = {}
-    for side, entries in document.data["keys"].items():
-        data[side] = {}
+    data: Table = document.data
+    sides = Table(at=data["keys"].at) if data.get("keys") else Table()
+    for side, entries in (data.get("keys") or {}).items():
+        sides[side] = found = Table()
         for names, body in (entries or {}).items():
-            below: dict[KeyPath, Any] = {p: at for p, at in document.places.items() if p[:3] == ("keys", side, names)}
             for name in str(names).split():
-                if name in data[side]:
+                if name in found:
                     raise EngineError(
                         "E102",
                         f"key `{name}` of `keys.{side}` is declared twice",
                         place=document.place("keys", side, names),
-                        got=f"also at {places['keys', side, name].key}",
+                        got=f"also at {found.at[name].key}",
                         fix="Keep one of them.",
                     )
-                data[side][name] = body
-                places.update({("keys", side, name, *path[3:]): at for path, at in below.items()})
-    return Document(document.file, {**document.data, "keys": data}, places)
+                found.put(name, body, entries.at[names])
+    return Document(document.file, Table({**data, "keys": sides}, data.at), document.start) if sides else document

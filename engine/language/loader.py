@@ -8,7 +8,6 @@ the parser's own composer crashes the process at 200,000 brackets.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from engine.errors import EngineError, Errors, Place
-from engine.language.documents import At, Document, KeyPath
+from engine.language.documents import At, Document, Items, Table
 from engine.language.yaml_words import in_rule, unreadable, wrong_entries
 
 MAX_BYTES = 1 << 20
@@ -28,30 +27,11 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "": None}
 
 
-def content_of(path: Path) -> bytes:
-    """What a file holds now, which tells whether what was made of it still holds; nothing where it cannot be read."""
+def content_of(path: Path, name: str) -> bytes:
+    """What a file holds now, of one that is too large a byte more than is allowed; E101 when it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
-    except OSError:
-        return b""  # loading it tells why
-
-
-def _display(path: Path) -> str:
-    """A path as messages show it: relative when it lies below the current folder."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except (ValueError, OSError):
-        return str(path)
-
-
-def load_yaml(path: str | os.PathLike[str], shown: str | None = None) -> Document:
-    """Read one YAML file; E101 with file (as `shown`), line and column when it cannot be read."""
-    path = Path(path)
-    name = _display(path) if shown is None else shown
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise EngineError(
             "E101",
@@ -60,6 +40,19 @@ def load_yaml(path: str | os.PathLike[str], shown: str | None = None) -> Documen
             got=error.strerror or str(error),
             fix="Check the path and its permissions.",
         ) from None
+
+
+def load_yaml(path: Path) -> Document:
+    """Read one YAML file, which goes by its path from the current folder; E101 as below."""
+    try:
+        name = str(path.resolve().relative_to(Path.cwd().resolve()))
+    except (ValueError, OSError):
+        name = str(path)
+    return load_bytes(content_of(path, name), name)
+
+
+def load_bytes(raw: bytes, name: str) -> Document:
+    """The data of a YAML file's content; E101 with file, line and column when it cannot be read."""
     if len(raw) > MAX_BYTES:
         raise _too_large(name)
     try:
@@ -145,35 +138,35 @@ class _Walk:
         self.loader = yaml.CSafeLoader(text)
         self.name = name
         self.text = whole
-        self.places: dict[KeyPath, At] = {}
 
-    def entry(self) -> Any:
-        """Read what may be an entry of a file; None where there is nothing."""
+    def entry(self) -> tuple[Any, Place] | None:
+        """What may be an entry of a file, and where it begins; None where there is nothing."""
         self._next(yaml.StreamStartEvent)
         if isinstance(self._peek(), yaml.StreamEndEvent):
             return None
         self._next(yaml.DocumentStartEvent)
-        root = self._value(())
+        root = self._node(0)
         self._next(yaml.DocumentEndEvent)
         return root
 
     def document(self) -> Document:
-        root = self.entry()
-        if not self.places:
+        found = self.entry()
+        if found is None:
             raise EngineError(
                 "E101", "the file is empty", place=Place(self.name), expected="a mapping of keys to values"
             )
         if not isinstance(self._peek(), yaml.StreamEndEvent):
             self._refuse(self._peek(), "a second document starts here", "Keep one document per file.")
+        root, place = found
         if not isinstance(root, dict):
             raise EngineError(
                 "E101",
                 "the file does not hold keys and values",
-                place=self.places[()].value,
+                place=place,
                 got="a list" if isinstance(root, list) else repr(root)[:80],
                 expected="a mapping of keys to values",
             )
-        return Document(self.name, root, self.places)
+        return Document(self.name, root, At(place, place))
 
     def _peek(self) -> Any:
         return self.loader.peek_event()
@@ -193,14 +186,8 @@ class _Walk:
             "E101", message, place=self._place(event), got=_line(self.text, event.start_mark.line), fix=fix
         )
 
-    def _value(self, path: KeyPath, key_place: Place | None = None) -> Any:
-        """The value that comes next, its place and its key's kept."""
-        value, place = self._node(path)
-        self.places[path] = At(key_place or place, place)
-        return value
-
-    def _node(self, path: KeyPath) -> tuple[Any, Place]:
-        """What comes next, and where it begins; what is in it stands below `path`."""
+    def _node(self, depth: int) -> tuple[Any, Place]:
+        """What comes next, and where it begins."""
         event = self._next()
         if isinstance(event, yaml.AliasEvent):
             self._refuse(event, f"aliases (`*{event.anchor}`) are not part of the language", "Write the value out.")
@@ -211,19 +198,21 @@ class _Walk:
         place = self._place(event)
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event), place
-        if len(path) >= MAX_DEPTH:
+        if depth >= MAX_DEPTH:
             self._refuse(event, f"nested deeper than {MAX_DEPTH} levels", "A mapping needs about six levels.")
         if isinstance(event, yaml.SequenceStartEvent):
-            items: list[Any] = []
+            items = Items()
             while not isinstance(self._peek(), yaml.SequenceEndEvent):
-                items.append(self._value((*path, len(items))))
+                item, at = self._node(depth + 1)
+                items.at[len(items)] = At(at, at)
+                items.append(item)
             self._next()
             return items, place
-        entries: dict[str | int, Any] = {}
+        entries = Table()
         seen: dict[str, Place] = {}
         while not isinstance(self._peek(), yaml.MappingEndEvent):
             key_event = self._peek()
-            word, at = self._node((*path, ""))
+            word, at = self._node(depth + 1)
             key = self._key(key_event, word)
             if str(key) in seen:
                 raise EngineError(
@@ -235,7 +224,8 @@ class _Walk:
                     fix="Remove or rename one of them.",
                 )
             seen[str(key)] = at
-            entries[key] = self._value((*path, key), at)
+            value, value_at = self._node(depth + 1)
+            entries.put(key, value, At(at, value_at))
         self._next()
         return entries, place
 

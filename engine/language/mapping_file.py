@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
-from engine.language.documents import At, Document
+from engine.language.documents import Document
 from engine.language.expressions import compile_expression, is_quotient
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import Kept, chain_of, merged
@@ -64,34 +65,26 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
     """
     data, place = document.data, document.place
     errors = Errors()
-    variants: dict[str, Variant] = {}
-    for name, body in (data.get("variants") or {}).items():
-        # What rules say of its choices can be checked all the same.
-        variants[name] = Variant(name, "", dict.fromkeys(map(str, body["choices"])), "shapes", None, place(name))
-        with errors.caught():
-            variants[name] = read_variant(document, name, body, ("variants", name))
 
-    def table(part: str, read: Callable[..., Any], *more: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, body in (data.get(part) or {}).items():
+    def each(part: str, read: Callable[..., Any], *more: Any) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for key, one in document.parts(part).items():
             with errors.caught():
-                found[name] = read(document, name, body, *more)
+                found[key] = read(key, one, *more)
         return found
 
-    def exclusions(part: str) -> tuple[Exclusion, ...]:
-        found: list[Exclusion] = []
-        for index, entry in enumerate(data.get(part) or []):
-            with errors.caught():
-                found.append(_exclusion(document, part, index, entry))
-        return tuple(found)
-
-    def read(path: tuple[str, ...], value: Any) -> Any:
-        result: Any = {}
+    def tree(*path: str) -> Any:
+        found: list[Any] = []
         with errors.caught():
-            result = read_tree(document, path, value)
-        return result
+            found.append(read_tree(document.part(*path)))
+        return found[0] if found else None
 
     source, target = data["source"], data["target"]
+    variants = {
+        # What rules say of the choices of one that is wrong can be checked all the same.
+        name: Variant(name, "", dict.fromkeys(map(str, body["choices"])), "shapes", None, place("variants", name))
+        for name, body in (data.get("variants") or {}).items()
+    } | each("variants", read_variant)
     if "file" in (data.get("tokenizer") or {}):
         with errors.caught():
             check_file_name(data["tokenizer"]["file"], document.value_place("tokenizer", "file"))
@@ -104,15 +97,15 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         model_types=tuple(source.get("model_types", ())),
         model_type=target["model_type"],
         architecture=target["architecture"],
-        options=table("options", lambda d, name, body: read_option(d, name, body, ("options", name))),
+        options=each("options", read_option),
         variants=variants,
-        dims=table("dims", _dim),
+        dims=each("dims", _dim),
         even=tuple(data.get("even") or ()),
-        rules=tuple(table("rules", read_rule, variants).values()),
-        ignore=exclusions("ignore"),
-        refuse=exclusions("refuse"),
-        config=read(("config",), data.get("config") or {}),
-        training_config=read(("training_config",), data.get("training_config") or {}),
+        rules=tuple(each("rules", read_rule, variants).values()),
+        ignore=tuple(each("ignore", _exclusion).values()),
+        refuse=tuple(each("refuse", _exclusion).values()),
+        config=tree("config") or {},
+        training_config=tree("training_config") or {},
         tokenizer=data.get("tokenizer"),
         generation=data.get("generation"),
         chat_template=data.get("chat_template"),
@@ -123,22 +116,15 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         layout_place=document.value_place("source", "layout"),
         keys=read_keys(document),
         expect_place=place("expect"),
-        places={(part, *path): at.key for (part, *path), at in _placed(document)},
         as_model=data.get("names") == "model",
         classes=data.get("classes") or {},
-        remote_code=read(("target", "remote_code", "auto_map"), (target.get("remote_code") or {}).get("auto_map")),
-        transformers=read(("target", "transformers"), target.get("transformers")),
+        remote_code=tree("target", "remote_code", "auto_map"),
+        transformers=tree("target", "transformers"),
     )
     with errors.caught():
         check_mapping(mapping, document, whole=not errors.found)
     errors.check()
     return mapping
-
-
-def _placed(document: Document) -> list[tuple[tuple[str, ...], At]]:
-    """Where parts of a mapping and their keys stand; rules know their own places."""
-    listed = ((tuple(map(str, path)), at) for path, at in document.places.items() if 0 < len(path) < 4)
-    return [(path, at) for path, at in listed if path[0] not in ("rules", "keys")]
 
 
 def digest_of(data: Any) -> str:
@@ -154,16 +140,17 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def expression(document: Document, path: tuple[str | int, ...], text: Any) -> Expression:
+def expression(part: Document) -> Expression:
     """An expression at its place, compiled once so that mistakes show at loading."""
-    result = Expression(str(text).lower() if isinstance(text, bool) else str(text), document.value_place(*path))
+    text = str(part.data).lower() if isinstance(part.data, bool) else str(part.data)
+    result = Expression(text, part.value_place())
     compile_expression(result)
     return result
 
 
-def _dim(document: Document, name: str, text: Any) -> Expression:
+def _dim(name: str, part: Document) -> Expression:
     """The expression of a size; E105 for a quotient, which is no whole number even where it divides."""
-    found = expression(document, ("dims", name), text)
+    found = expression(part)
     if is_quotient(found):
         raise EngineError(
             "E105",
@@ -176,22 +163,20 @@ def _dim(document: Document, name: str, text: Any) -> Expression:
     return found
 
 
-def read_variant(document: Document, name: str, body: dict[str, Any], path: tuple[str | int, ...]) -> Variant:
-    raw = body["choices"]
+def read_variant(name: str, variant: Document) -> Variant:
+    body, raw = variant.data, variant.data["choices"]
     choices: dict[str, Expression | None]
     if isinstance(raw, list):
         choices = {str(choice): None for choice in raw}
     else:
-        choices = {
-            choice: None if text == "otherwise" else expression(document, (*path, "choices", choice), text)
-            for choice, text in raw.items()
-        }
+        listed = variant.parts("choices").items()
+        choices = {choice: None if one.data == "otherwise" else expression(one) for choice, one in listed}
     decide = body.get("decide", "expression")
     if decide == "expression" and isinstance(raw, list):
         raise EngineError(
             "E102",
             f"variant `{name}` has choices without expressions",
-            place=document.place(*path, "choices"),
+            place=variant.place("choices"),
             expected="an expression for each choice, or `decide: shapes`",
             fix="Write when each choice holds; the last may be `otherwise`.",
         )
@@ -199,38 +184,39 @@ def read_variant(document: Document, name: str, body: dict[str, Any], path: tupl
         raise EngineError(
             "E102",
             f"variant `{name}` is decided by shapes, but its choices have expressions",
-            place=document.place(*path, "choices"),
+            place=variant.place("choices"),
             expected="a list of choices, or no `decide: shapes`",
             fix="List the choices: [a, b].",
         )
     default = body.get("default")
     if default is not None and default not in choices:
-        at = document.value_place(*path, "default")
+        at = variant.value_place("default")
         raise undeclared(f"variant `{name}` has no choice `{default}`", default, choices, at)
-    return Variant(name, body.get("help", ""), choices, decide, default, document.place(*path))
+    return Variant(name, body.get("help", ""), choices, decide, default, variant.place())
 
 
-def read_option(document: Document, name: str, body: dict[str, Any], path: tuple[str | int, ...]) -> Option:
-    choices = body.get("choices")
+def read_option(name: str, option: Document) -> Option:
+    body, choices = option.data, option.data.get("choices")
     return Option(
         name,
         body["type"],
         body.get("default"),
         body.get("help", ""),
         None if choices is None else tuple(choices),
-        document.place(*path),
+        option.place(),
         read_limits(body),
     )
 
 
-def read_tree(document: Document, path: tuple[str | int, ...], value: Any) -> Any:
+def read_tree(part: Document) -> Any:
     """A tree of literals with its expressions read; every expression that cannot be is told."""
+    value = part.data
     if isinstance(value, dict | list):
         errors = Errors()
         items: dict[Any, Any] = {}
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        for key, one in part.parts().items():
             with errors.caught():
-                items[key] = read_tree(document, (*path, key), item)
+                items[key] = read_tree(one)
         errors.check()
         return items if isinstance(value, dict) else tuple(items.values())
     if isinstance(value, str) and ("{{" in value or "}}" in value):
@@ -239,17 +225,16 @@ def read_tree(document: Document, path: tuple[str | int, ...], value: Any) -> An
             raise EngineError(
                 "E105",
                 "an expression does not stand alone between {{ and }}",
-                place=document.value_place(*path),
+                place=part.value_place(),
                 got=value,
                 expected="{{ expression }} and nothing around it",
                 fix="Write text and value as one expression: {{ 'v' + (layers | string) }}.",
             )
-        return expression(document, path, found[1].strip())
+        return expression(replace(part, data=found[1].strip()))
     return value
 
 
-def _exclusion(document: Document, key: str, index: int, entry: dict[str, Any]) -> Exclusion:
-    side: Literal["source", "target"] = "source" if "source" in entry else "target"
-    place = document.place(key, index)
-    pattern(entry[side], document.value_place(key, index, side))
-    return Exclusion(side, entry[side], entry["why"], place)
+def _exclusion(number: int, entry: Document) -> Exclusion:
+    side: Literal["source", "target"] = "source" if "source" in entry.data else "target"
+    pattern(entry.data[side], entry.value_place(side))
+    return Exclusion(side, entry.data[side], entry.data["why"], entry.place())

@@ -6,31 +6,20 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from engine.errors import EngineError, Place, meant
-from engine.language.documents import At, Document, KeyPath
-from engine.language.keys import apart
-from engine.language.loader import content_of, load_yaml
+from engine.language.documents import Document, Items, KeyPath, Table
+from engine.language.keys import names_apart
+from engine.language.loader import content_of, load_bytes
 from engine.language.search import find_file, shown
 from engine.language.validation import check_schema
 
 _MAX_PARENTS = 8
-_BY_KEY = frozenset(
-    (
-        "options",
-        "variants",
-        "dims",
-        "config",
-        "training_config",
-        "expect",
-        "tokenizer",
-        "generation",
-        "source",
-        "target",
-        "keys",
-    )
-)
+_BY_KEY = frozenset((
+    "options", "variants", "dims", "config", "training_config", "expect", "tokenizer", "generation", "source", "target",
+    "keys",
+))  # fmt: skip
 _APPENDED = frozenset(("ignore", "refuse"))
 _REMOVABLE = ("rules", "variants", "dims", "options")
 _WHOLE = frozenset(("choices",))  # the order of choices is their meaning: replaced as a whole
@@ -68,12 +57,12 @@ def merged(chain: Sequence[Kept]) -> Document:
     Raises:
         EngineError: E106 for what does not fit its parent.
     """
-    return reduce(lambda base, own: _Merge(base, own).result(), (_read(*one) for one in chain))
+    return reduce(_over, map(_read, chain))
 
 
 def _parent(chain: Sequence[Kept], named: Path | None) -> Path | None:
     """The file that the first of a chain extends."""
-    path, own = chain[0].path, _read(*chain[0])
+    path, own = chain[0].path, _read(chain[0])
     parent = own.data.get("extends")
     if parent is None:
         if own.data.get("remove"):
@@ -114,25 +103,21 @@ def _parent(chain: Sequence[Kept], named: Path | None) -> Path | None:
 
 
 def _kept(path: Path) -> Kept:
-    return Kept(path, shown(path), content_of(path))
+    return Kept(path, shown(path), content_of(path, shown(path)))
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, name: str, content: bytes) -> Document:
+def _read(kept: Kept) -> Document:
     """One file by itself. A family is read once for all its releases, unless it changed."""
-    document = load_yaml(path, name)
+    document = load_bytes(kept.content, kept.name)
     check_schema(document, "mapping")
-    return _named(apart(document))
+    return _named(names_apart(document))
 
 
 def _named(document: Document) -> Document:
     """Give unnamed rules the name of their first source, and `rules` the form name → rule."""
-    data = dict(document.data)
-    places = {p: at for p, at in document.places.items() if p[:1] != ("rules",)}
-    places["rules",] = document.at("rules")
-    named: dict[str, Any] = {}
-    names: list[str] = []
-    for index, rule in enumerate(data.get("rules", [])):
+    rules, named = document.data.get("rules", Items()), Table()
+    for index, rule in enumerate(rules):
         source = rule.get("source")
         name = rule.get("name") or (source[0] if isinstance(source, list) else source)
         place = document.place("rules", index)
@@ -150,114 +135,97 @@ def _named(document: Document) -> Document:
                 "E102",
                 f"two rules are named `{name}`",
                 place=place,
-                got=f"the first is at {places['rules', name].key}",
+                got=f"the first is at {named.at[name].key}",
                 expected="every rule its own name; unnamed rules are named after their first source",
                 fix="Give one of them a `name`.",
             )
-        named[name] = {**rule, "name": name}
-        names.append(name)
-        places["rules", name] = document.at("rules", index)
-    for path, at in document.places.items():
-        if path[:1] == ("rules",) and len(path) > 2:
-            places["rules", names[int(path[1])], *path[2:]] = at
-    if "rules" in data:
-        data["rules"] = named
-    return Document(document.file, data, places)
+        named.put(name, Table({**rule, "name": name}, rule.at), rules.at[index])
+    if "rules" not in document.data:
+        return document
+    return Document(document.file, Table({**document.data, "rules": named}, document.data.at), document.start)
 
 
-class _Merge:
-    """One child over its resolved parent; places follow their values."""
+def _over(base: Document, own: Document) -> Document:
+    """One child over its resolved parent."""
+    data = Table(base.data, base.data.at)
+    for index, name in enumerate(own.data.get("remove") or []):
+        _remove(data, name, own.place("remove", index))
+    for key, value in own.data.items():
+        below = data.get(key)
+        if key in ("extends", "remove"):
+            continue
+        if key == "rules" and below:
+            data[key] = _rules(below, value)
+        elif key in _BY_KEY and isinstance(below, Table) and isinstance(value, Table):
+            data[key] = _by_key(below, value, (key,))
+        elif key in _APPENDED and below:
+            data[key] = _appended(below, value)
+        else:
+            data.put(key, value, own.data.at[key])
+    return Document(own.file, data, own.start)
 
-    def __init__(self, base: Document, own: Document) -> None:
-        self.own = own
-        self.data: dict[str, Any] = dict(base.data)
-        self.places: dict[KeyPath, At] = dict(base.places)
 
-    def result(self) -> Document:
-        for index, name in enumerate(self.own.data.get("remove") or []):
-            self._remove(name, self.own.place("remove", index))
-        for key, value in self.own.data.items():
-            if key in ("extends", "remove"):
-                continue
-            if key == "rules":
-                self.data[key] = self._rules(self.data.get(key) or {}, value)
-            elif key in _BY_KEY:
-                self.data[key] = self._keys(self.data.get(key), value, (key,))
-            elif key in _APPENDED:
-                self.data[key] = self._append(self.data.get(key) or [], value, key)
-            else:
-                self.data[key] = self._take((key,), value)
-        self.places[()] = self.own.at()
-        return Document(self.own.file, self.data, self.places)
+def _by_key(base: Table, own: Table, path: KeyPath) -> Table:
+    """Keys merged all the way down; anything else is the child's."""
+    found = Table(base, base.at)
+    for key, value in own.items():
+        whole = key in _WHOLE or (path[0] == "keys" and len(path) + 1 == _WHOLE_KEY)
+        if isinstance(base.get(key), Table) and isinstance(value, Table) and not whole:
+            found[key] = _by_key(base[key], value, (*path, key))
+        else:
+            found.put(key, value, own.at[key])
+    return found
 
-    def _keys(self, base: Any, own: Any, path: KeyPath) -> Any:
-        """Merge mappings by key, all the way down; anything else is the child's."""
-        whole = path[-1] in _WHOLE or (path[0] == "keys" and len(path) == _WHOLE_KEY)
-        if not isinstance(base, dict) or not isinstance(own, dict) or whole:
-            return self._take(path, own)
-        merged = dict(base)
-        for key, value in own.items():
-            merged[key] = self._keys(base.get(key), value, (*path, key))
-        return merged
 
-    def _rules(self, base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        merged = dict(base)
-        for name, rule in own.items():
-            if name not in base:
-                merged[name] = self._take(("rules", name), rule)
-                continue
-            replaced = {"target", "targets"} if rule.keys() & {"target", "targets"} else set()
-            merged[name] = {k: v for k, v in base[name].items() if k not in replaced}
-            for key, value in rule.items():
-                merged[name][key] = self._take(("rules", name, key), value)
-            self.places["rules", name] = self.own.at("rules", name)
-        return merged
+def _rules(base: Table, own: Table) -> Table:
+    """The parent's rules, changed in the keys that the child writes, then the child's own."""
+    found = Table(base, base.at)
+    for name, rule in own.items():
+        before = base.get(name, Table())
+        replaced = {"target", "targets"} if rule.keys() & {"target", "targets"} else set()
+        kept = {key: value for key, value in before.items() if key not in replaced}
+        found.put(name, Table({**kept, **rule}, {**before.at, **rule.at}), own.at[name])
+    return found
 
-    def _append(self, base: list[Any], own: list[Any], key: str) -> list[Any]:
-        """The parent's entries, then the child's; an entry for the same names replaces the parent's."""
-        merged = list(base)
-        for index, entry in enumerate(own):
-            same = [i for i, e in enumerate(merged) if all(e.get(s) == entry.get(s) for s in ("source", "target"))]
-            at = same[0] if same else len(merged)
-            merged[at : at + 1] = [entry]
-            self._take((key, at), entry, (key, index))
-        return merged
 
-    def _take(self, path: KeyPath, value: Any, own_path: KeyPath | None = None) -> Any:
-        """The child's value, with its places in stead of the parent's."""
-        own_path = path if own_path is None else own_path
-        length, size = len(path), len(own_path)
-        for known in [p for p in self.places if p[:length] == path] if path in self.places else ():
-            del self.places[known]
-        self.places.update({(*path, *p[size:]): at for p, at in self.own.places.items() if p[:size] == own_path})
-        return value
+def _appended(base: Items, own: Items) -> Items:
+    """The parent's entries, then the child's; an entry for the same names replaces the parent's."""
+    found = Items(base, base.at)
+    for index, entry in enumerate(own):
+        same = [i for i, e in enumerate(found) if all(e.get(s) == entry.get(s) for s in ("source", "target"))]
+        at = same[0] if same else len(found)
+        found[at : at + 1] = [entry]
+        found.at[at] = own.at[index]
+    return found
 
-    def _remove(self, name: str, place: Place) -> None:
-        """`name`, or `rules.name` and the like where a rule and a variant share a name."""
-        kind, _, rest = name.partition(".")
-        known = {k: list(self.data.get(k) or ()) for k in _REMOVABLE}
-        found = [(k, name) for k in _REMOVABLE if name in known[k]]
-        if not found and kind in _REMOVABLE and rest in known[kind]:
-            found = [(kind, rest)]
-        if not found:
-            names = [n for k in _REMOVABLE for n in known[k]]
-            raise EngineError(
-                "E106",
-                f"`remove` names `{name}`, which the parent does not have",
-                place=place,
-                got=name,
-                expected="a rule, variant, dim or option of the parent",
-                fix=meant(name, names, "Delete the entry."),
-            )
-        if len(found) > 1:
-            kinds = [k for k, _ in found]
-            raise EngineError(
-                "E106",
-                f"`remove` names `{name}`, which is more than one thing",
-                place=place,
-                got=f"`{name}` in {' and '.join(kinds)}",
-                expected=" or ".join(f"`{k}.{name}`" for k in kinds),
-                fix="Say which one, or both.",
-            )
-        table, entry = found[0]
-        self.data[table] = {k: v for k, v in self.data[table].items() if k != entry}
+
+def _remove(data: Table, name: str, place: Place) -> None:
+    """Without `name`, or `rules.name` and the like where a rule and a variant share a name."""
+    kind, _, rest = name.partition(".")
+    known = {k: list(data.get(k) or ()) for k in _REMOVABLE}
+    found = [(k, name) for k in _REMOVABLE if name in known[k]]
+    if not found and kind in _REMOVABLE and rest in known[kind]:
+        found = [(kind, rest)]
+    if not found:
+        names = [n for k in _REMOVABLE for n in known[k]]
+        raise EngineError(
+            "E106",
+            f"`remove` names `{name}`, which the parent does not have",
+            place=place,
+            got=name,
+            expected="a rule, variant, dim or option of the parent",
+            fix=meant(name, names, "Delete the entry."),
+        )
+    if len(found) > 1:
+        kinds = [k for k, _ in found]
+        raise EngineError(
+            "E106",
+            f"`remove` names `{name}`, which is more than one thing",
+            place=place,
+            got=f"`{name}` in {' and '.join(kinds)}",
+            expected=" or ".join(f"`{k}.{name}`" for k in kinds),
+            fix="Say which one, or both.",
+        )
+    table, entry = found[0]
+    data[table] = Table(data[table], data[table].at)
+    del data[table][entry]

@@ -92,7 +92,8 @@ class MappingFile:
 
     `config`, `training_config` and `remote_code` are trees of literals with `Expression` leaves.
     `transformers` says, as a string or an `Expression`, in which of its versions the target is the same model.
-    `files` are the YAML files it came from, family first; `resolved` is the merged YAML data.
+    `files` are the YAML files it came from, family first; `resolved` is the merged YAML data, which
+    knows its places.
     """
 
     name: str
@@ -124,7 +125,6 @@ class MappingFile:
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
     classes: Mapping[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
-    places: Mapping[tuple[str, ...], Place] = field(default_factory=dict, compare=False)  # of parts and their keys
     remote_code: Mapping[str, Any] | None = None  # `auto_map`, where transformers lacks the target's classes
     transformers: Any = None
 

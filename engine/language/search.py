@@ -45,7 +45,14 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
     if kind == "mapping" and (os.sep in name or name.endswith((".yaml", ".yml"))) and not _bundled_form(name):
         raise _no_file(given)
     if kind != "mapping":
-        raise _no_layout(name)
+        known = layout_names()
+        raise EngineError(
+            "E002",
+            f"there is no layout `{name}`",
+            got=name,
+            expected=f"one of {', '.join(known)}",
+            fix=meant(name, known, "Correct `layout` in `source` of the mapping."),
+        )
     same, others = near_names(name, list(map(spelled, list_names())))
     raise EngineError(
         "E002",
@@ -55,17 +62,6 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
         if same
         else (f"Names that are near are of other models: {', '.join(others)}. " if others else "")
         + "`engine mappings` lists them all; a file is given by its path.",
-    )
-
-
-def _no_layout(name: str) -> EngineError:
-    known = layout_names()
-    return EngineError(
-        "E002",
-        f"there is no layout `{name}`",
-        got=name,
-        expected=f"one of {', '.join(known)}",
-        fix=meant(name, known, "Correct `layout` in `source` of the mapping."),
     )
 
 

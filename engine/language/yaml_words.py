@@ -59,7 +59,7 @@ def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
         "E101",
         words + in_rule(lines, row),
         place=Place(name, row + 1, column + 1),
-        got=_shown(lines[row]),
+        got=lines[row].strip().replace("\t", " ")[:_LONGEST] or None,
         expected=expected,
         fix=fix,
     )
@@ -99,7 +99,7 @@ def _of_line(lines: list[str], row: int) -> tuple[str, str | None, str] | None:
     value = (found[3] or "").strip() if found is not None else ""
     if value[:1] in ("{", "[") and not value.startswith("{{"):
         return _of_flow(value)
-    if value[:1] and value[0] in _OPENS and not _is_flow(value):
+    if value[:1] and value[0] in _OPENS and not re.fullmatch("[|>].?", value):  # not a text in the next lines
         quoted = value.split(" #")[0].strip().replace("\\", "\\\\").replace('"', '\\"')
         return (
             f"the text begins with `{value[0]}`, which means something else in YAML",
@@ -141,11 +141,6 @@ def _of_flow(value: str) -> tuple[str, str | None, str] | None:
                 "Put it in quotes.",
             )
     return None
-
-
-def _is_flow(value: str) -> bool:
-    """Whether a text goes on in the next lines."""
-    return value[0] in "|>" and len(value) <= 2
 
 
 def _is_indented_otherwise(lines: list[str], row: int, before: int) -> bool:
@@ -223,7 +218,3 @@ def in_rule(lines: list[str], row: int) -> str:
         if i < row and re.match(r"\w", lines[i]):
             break  # a key of the file itself
     return ""
-
-
-def _shown(line: str) -> str | None:
-    return line.strip().replace("\t", " ")[:_LONGEST] or None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.formats.headers import ITEM_SIZES
+from engine.language.documents import grouped
 from engine.move.blocks import Block, output_blocks
 from engine.move.runs import MOST_SPAN, dense_parts, span
 from engine.planning.copies import Copy
@@ -50,12 +51,8 @@ def windows(plan: Work, wanted: Iterable[tuple[int, int]], nbytes: int) -> Itera
 
 def needed(plan: Work, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
     """For each file, the byte ranges that blocks of an output are gathered from."""
-    found: dict[int, list[Range]] = {}
     needs = _Needs(plan)
-    for block in blocks:
-        for file, begin, end in needs.of(index, block):
-            found.setdefault(file, []).append((begin, end))
-    return found
+    return grouped((file, (begin, end)) for block in blocks for file, begin, end in needs.of(index, block))
 
 
 class _Needs:

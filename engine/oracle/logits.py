@@ -18,7 +18,7 @@ from engine.oracle.frameworks import Forward, forward_of
 from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
 from engine.oracle.meaning import plain_config
 from engine.oracle.streamed_model import StreamedModel
-from engine.oracle.wrong_layers import STEPS, Wrong, explain, told_once
+from engine.oracle.wrong_layers import STEPS, Wrong, explain, in_lines
 from engine.run.meter import Listener, Meter
 from engine.storage.json_text import as_data
 
@@ -169,7 +169,7 @@ def _compare(training: Forward, streamed: StreamedModel, parts: Sequence[Any], p
     wrong = tuple(steps.run(model, parts, ids))
     # A hidden state gathers what rounding the weights does to each layer before it, so it proves nothing then.
     rounded = bounds[first] > _EXACT
-    problems = told_once(wrong) or (
+    problems = in_lines(wrong) or (
         ()
         if rounded
         else (

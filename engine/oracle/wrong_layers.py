@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.errors import counted
+from engine.language.documents import grouped
 
 if TYPE_CHECKING:
     import torch
@@ -136,19 +137,16 @@ def _largest(one: torch.Tensor, two: torch.Tensor) -> float:
     return off if off == off else float("inf")
 
 
-def told_once(wrong: Sequence[Wrong]) -> tuple[str, ...]:
+def in_lines(wrong: Sequence[Wrong]) -> tuple[str, ...]:
     """A line per thing that is wrong, however many layers have it.
 
     >>> both = [Wrong(f"layer {i}", "the MLP differs", 0.93, "model.layers.0.mlp.up_proj", "up_proj is wrong", {})
     ...         for i in (0, 1)]
-    >>> told_once(both)
+    >>> in_lines(both)
     ('layer 0: the MLP differs (max 0.93): up_proj is wrong; first model.layers.0.mlp.up_proj; so in 1 more layer',)
     """
-    alike: dict[tuple[str, str], list[Wrong]] = {}
-    for one in wrong:
-        alike.setdefault((one.part, one.why), []).append(one)
     lines = []
-    for first, *more in alike.values():
+    for first, *more in grouped(((one.part, one.why), one) for one in wrong).values():
         layers = f"; so in {counted(len(more), 'more layer')}" if more else ""
         tensor = f"; first {first.tensor}" if first.tensor and first.place.startswith("layer") else ""
         lines.append(f"{first.place}: {first.part} (max {first.largest:.3g}): {first.why}{tensor}{layers}")

@@ -11,7 +11,7 @@ from engine.language.documents import plain
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Layout, MappingFile
-from engine.planning.config_keys import Read, Side, copied, leaves, prefixes, read_config, shown, value_at, whole_side
+from engine.planning.config_keys import Read, Side, leaves, merged, prefixes, read_config, shown, value_at, whole_side
 
 
 def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
@@ -89,13 +89,4 @@ def with_given(
                 expected=f"{shown(value)}, as mapping `{mapping.name}` reads the checkpoint",
                 fix="Give the configuration of this model, or correct that key in it.",
             )
-    return _over(given, config)
-
-
-def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees in one; what the second says counts."""
-    result = copied(under)
-    for name, value in over.items():
-        below = result.get(name)
-        result[name] = _over(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-    return result
+    return merged(given, config)

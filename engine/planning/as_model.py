@@ -69,7 +69,7 @@ def fit_to_model(
     return fitted, replace(layout, prefixes=(Prefix(prefix, None),)), replace(checkpoint, files=files)
 
 
-def told_by(told: MappingFile, layout: Layout, config: Mapping[str, Any]) -> Wanted | None:
+def wanted_by_mapping(told: MappingFile, layout: Layout, config: Mapping[str, Any]) -> Wanted | None:
     """What a model class wants by the mapping that tells its tensors; None where that does not know the configuration.
 
     It knows one of which it declares every key, and every value fits.

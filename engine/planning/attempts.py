@@ -67,7 +67,6 @@ class Attempt:
     active: tuple[Instance, ...]
     groups: Mapping[GroupKey, Group]
     sizes: Sizes
-    names: Mapping[str, Any]
     unread: Mapping[str, EngineError]
 
 
@@ -182,7 +181,7 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
         if fact is not None and fact.value < count:
             got, expected = f"{count} from {why}", f"{fact.value} from {fact.why}"
             sizes.contradictions.append(Contradiction(axis, got, expected, fact.place, axis, "a file"))
-    return Attempt(decisions, active, groups, sizes, scope, unread)
+    return Attempt(decisions, active, groups, sizes, unread)
 
 
 def claims(

@@ -7,6 +7,7 @@ from itertools import product
 
 from engine.checkpoint.ranks import points
 from engine.errors import EngineError
+from engine.language.documents import grouped
 from engine.language.names import pattern
 from engine.planning.attempts import Attempt, Checkpoint
 from engine.planning.groups import Group
@@ -25,9 +26,7 @@ def used_rules(
     Raises:
         EngineError: E207 for a rule that is not optional and has none, or has only some.
     """
-    found: dict[str, list[Group]] = {}
-    for group in attempt.groups.values():
-        found.setdefault(group.instance.key, []).append(group)
+    found = grouped((group.instance.key, group) for group in attempt.groups.values())
     used: list[Instance] = []
     sizes = attempt.sizes.values()
     for rule in rules:

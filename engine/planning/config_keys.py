@@ -114,7 +114,7 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
 
 def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) -> dict[str, Any]:
     """The configuration with every other spelling of a key moved to it; E218 where the two disagree."""
-    result = copied(config)
+    result = merged(config)
     for path, key in side.keys.items():
         *above, name = path.split(".")
         holder = value_at(result, ".".join(above)) if above else result
@@ -150,9 +150,17 @@ def _put(tree: dict[str, Any], to: str, value: Any, path: str, key: Key, side: S
         raise _misfit(path, value, f"{shown(tree[last])}, as `{to}` says", side, key)
 
 
-def copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of its own with the same values."""
-    return {name: copied(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
+def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Trees in one, of its own; what the last says counts.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4})
+    {'a': {'b': 1, 'c': 3}, 'd': 4}
+    """
+    result: dict[str, Any] = {}
+    for name, value in (entry for tree in trees for entry in tree.items()):
+        below = result.get(name, {})
+        result[name] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return result
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""Options without effect: what nothing reads of a mapping's options, as the other settings are."""
+"""Settings without effect: options that nothing reads, and choices that what is written contradicts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,22 @@ _OTHERS: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_effects(plan: Plan, settings: Iterable[str]) -> None:
-    """E001 for the first option among settings that changes nothing that is written, whatever its value."""
+    """E001 for the first option among settings that changes nothing that is written, whatever its value.
+
+    So is a choice against the configuration, where ranks become other ranks: the configuration stays as it is.
+    """
     options, read = plan.mapping.options, list(_read(plan))
     for name in settings:
+        choice = plan.decisions.get(name)
+        if plan.reads == "training" and plan.written is not None and choice is not None and choice.instead_of:
+            raise EngineError(
+                "E001",
+                f"--set {name} has no effect: the configuration is written as it was read",
+                place=plan.mapping.variants[name].place,
+                got=f"{name}={choice.choice}",
+                expected=choice.instead_of,
+                fix="Leave it out: tensors only move to other ranks. If the configuration is wrong, correct it.",
+            )
         if name in options and not any(_changes(one, options[name], plan) for one in read):
             raise EngineError(
                 "E001",
@@ -54,6 +67,7 @@ def _changes(expression: Expression, option: Option, plan: Plan) -> bool:
     if f"options.{option.name}" not in compile_expression(expression).paths:
         return False
     names, value = {**plan.config, **plan.names}, plan.options[option.name]
+    names.setdefault("given", names)  # of a Hugging Face checkpoint its own configuration
     others = option.choices or _OTHERS[option.type]
     try:
         found = [

@@ -14,6 +14,7 @@ from math import prod
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place, shape_text
+from engine.language.documents import grouped
 from engine.planning.stored import Stored
 
 _MOST_STEPS = 1 << 24  # a hundred thousand boxes in a grid take a few of them each
@@ -35,9 +36,7 @@ def fold_replicas(shards: Shards, files: Sequence[RankFile]) -> dict[Ranks, tupl
     Raises:
         EngineError: E208 when the recorded rows do not follow each other in the order of ranks.
     """
-    lines: dict[Ranks, list[tuple[Stored, ...]]] = {}
-    for ranks in sorted(shards):
-        lines.setdefault(ranks[:-1], []).append(shards[ranks])
+    lines = grouped((ranks[:-1], shards[ranks]) for ranks in sorted(shards))
     result: dict[Ranks, tuple[Stored, ...]] = {}
     for others, line in lines.items():
         rows, end, position = line[0][0].header.whole[0], 0, 0
@@ -73,7 +72,7 @@ def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, t
             raise _bad_box(
                 one,
                 files,
-                f"{told_box(box)} of {shape_text(header.whole)}",
+                f"{box_text(box)} of {shape_text(header.whole)}",
                 f"a box of {shape_text(whole)}, as in other files",
             )
         if prod(header.shape) or not prod(whole):
@@ -83,14 +82,14 @@ def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, t
     if fault is not None:
         missing, sharing = fault
         one = found[sharing[0]][0] if sharing else held[0]
-        got = " and ".join(f"{told_box(b)} in {files[found[b][0].file].name}" for b in sharing)
+        got = " and ".join(f"{box_text(b)} in {files[found[b][0].file].name}" for b in sharing)
         if len(sharing) == 1:
             got = f"{len(boxes)} boxes that cross each other in more ways than can be looked at"
         raise _bad_box(
             one,
             files,
-            got or f"no shard holds {told_box(missing)} of {shape_text(whole)}",
-            f"one shard for {told_box(missing)}" if sharing else f"{shape_text(whole)}, every element in one shard",
+            got or f"no shard holds {box_text(missing)} of {shape_text(whole)}",
+            f"one shard for {box_text(missing)}" if sharing else f"{shape_text(whole)}, every element in one shard",
         )
     return {tuple(low for low, _ in box): tuple(found[box]) for box in boxes}
 
@@ -134,7 +133,7 @@ def first_fault(boxes: Sequence[Box], whole: Sequence[int]) -> tuple[Box, tuple[
     return look(boxes, 0)
 
 
-def told_box(box: Box) -> str:
+def box_text(box: Box) -> str:
     """A box as it is read: `[0:65, 32:64]`."""
     return f"[{', '.join(f'{low}:{high}' for low, high in box)}]"
 

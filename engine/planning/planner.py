@@ -45,7 +45,9 @@ def make_plan(
         EngineError: E2xx, with the first thing that keeps the plan from being total and exact.
     """
     asked = asked or Request(mapping)
-    mine = _settings(mapping, layout, asked)
+    theirs = {*layout.options, *layout.layers.variants} if asked.writes == "training" else ()
+    mine = {name: value for name, value in asked.settings.items() if name not in theirs}
+    check_settings(mapping, mine)
     crosses = checkpoint.end != asked.writes
     lossy = asked.lossy if crosses and asked.writes == "training" else None
     if lossy is not None and not mapping.training_config and not layout.config_of_target:
@@ -59,12 +61,12 @@ def make_plan(
     other = Like() if like is None else like_of(_held(read_source(mapping, layout, like, mine)))
     cut = cut_of_model(layout, asked, other) if asked.writes == "training" else None
     if crosses and cut is not None:
-        mine |= only_written(layout, cut["mode"], mapping, mine)
+        mine |= choices_of_mode(layout, cut["mode"], mapping, mine)
     source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy, cut=cut)
     if lossy is not None:
         source = padded(source)
     if cut is not None:
-        only_written(layout, cut["mode"], mapping, {name: d.choice for name, d in source.decisions.items()})
+        choices_of_mode(layout, cut["mode"], mapping, {name: d.choice for name, d in source.decisions.items()})
         if not crosses:
             _check_stays(_held(source), cut)
     if asked.writes == "whole":
@@ -104,15 +106,7 @@ def make_plan(
     )
 
 
-def _settings(mapping: MappingFile, layout: Layout, asked: Request) -> dict[str, Any]:
-    """The settings that are the mapping's; where rank files are written, the rest must be the layout's."""
-    theirs = {*layout.options, *layout.layers.variants} if asked.writes == "training" else ()
-    mine = {name: value for name, value in asked.settings.items() if name not in theirs}
-    check_settings(mapping, mine)
-    return mine
-
-
-def only_written(layout: Layout, mode: str, mapping: MappingFile, choices: Mapping[str, Any]) -> dict[str, str]:
+def choices_of_mode(layout: Layout, mode: str, mapping: MappingFile, choices: Mapping[str, Any]) -> dict[str, str]:
     """The choices of a mapping's variants that alone are written in a mode; E214 where another is to be."""
     held = next(one.choices for one in layout.modes if one.name == mode)
     found = {name: choice for name, choice in held.items() if name in mapping.variants}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.identity import told
+from engine.checkpoint.identity import marks_of
 from engine.errors import EngineError, Place, holds_secret
 from engine.language.documents import changed
 from engine.language.model import Layout, MappingFile
@@ -103,7 +103,7 @@ def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any], work: Mapp
         "request": request_data(asked),
         "mapping": {"name": plan.mapping.name, "version": plan.mapping.version, "digest": plan.mapping.digest},
         "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
-        "files": [told(file) for file in plan.files],
+        "files": [marks_of(file) for file in plan.files],
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},

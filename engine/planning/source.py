@@ -14,14 +14,7 @@ from engine.planning.attempts import Checkpoint, Question, decide_by_shapes
 from engine.planning.completeness import check_repeated, check_slices, used_rules
 from engine.planning.config_keys import Read, shown
 from engine.planning.facts import facts_of
-from engine.planning.matching import (
-    Matches,
-    check_names,
-    check_refused,
-    check_spellings,
-    find_candidates,
-    stages_of,
-)
+from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Replicas, Slices
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.sides import Side, training_keys, whole_keys

@@ -150,12 +150,13 @@ class Indices:
         for axis, expression in layout.indices.items():
             numbers = sorted(self.homes(axis))
             total = local[axis] * prod(self._sizes[dim] for dim in self._dims[axis])
+            first = ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
             if numbers != list(range(total)):
                 raise EngineError(
                     "E105",
                     f"`indices` does not number axis `{axis}`",
                     place=expression.place,
-                    got=f"{_sample(numbers)} for {local[axis]} on each rank",
+                    got=f"{first} for {local[axis]} on each rank",
                     expected=f"each of 0…{total - 1} once",
                     fix=f"With {self._dims[axis][0] if self._dims[axis] else 'rank'} the rank and `count` the number "
                     "on each, write it as `rank * count + number` or the like.",
@@ -183,10 +184,6 @@ class Indices:
             for number in range(self._local[axis]):
                 found[self.whole({axis: number}, here)[axis]] = here, number
         return found
-
-
-def _sample(numbers: Sequence[object]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
 
 
 def local_indices(layout: Layout, seen: Mapping[str, Mapping[int, int]], files: Sequence[RankFile]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -68,30 +68,20 @@ def option_value(option: Option, value: Any) -> Any:
             fix=option.help or None,
         )
     if option.choices is not None and value not in option.choices:
-        raise EngineError(
-            "E001",
-            f"option `{option.name}` has no choice `{value}`",
-            place=option.place,
-            got=str(value),
-            expected=", ".join(map(str, option.choices)),
-            fix=option.help or None,
-        )
+        raise _no_choice("option", option, value, option.choices)
     return option.limits.written(value)
 
 
 def choice_of(variant: Variant, value: Any) -> str:
     """What `--set` says of a variant; E001 when it is none of its choices."""
-    choice = str(value)
-    if choice not in variant.choices:
-        raise EngineError(
-            "E001",
-            f"variant `{variant.name}` has no choice `{choice}`",
-            place=variant.place,
-            got=choice,
-            expected=", ".join(variant.choices),
-            fix=variant.help or None,
-        )
-    return choice
+    if str(value) not in variant.choices:
+        raise _no_choice("variant", variant, value, variant.choices)
+    return str(value)
+
+
+def _no_choice(kind: str, of: Variant | Option, value: Any, choices: Iterable[Any]) -> EngineError:
+    told, known = f"{kind} `{of.name}` has no choice `{value}`", ", ".join(map(str, choices))
+    return EngineError("E001", told, place=of.place, got=str(value), expected=known, fix=of.help or None)
 
 
 def decide(
@@ -131,16 +121,16 @@ def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called:
     said = Decision(variant.name, choice, "set", f"--set {variant.name}={choice}")
     if variant.decide != "expression":
         return said
-    of_files = not any(names_in(e) for e in variant.choices.values() if e is not None)
+    decided_by_names = not any(names_in(e) for e in variant.choices.values() if e is not None)
     try:
         found = _by_expression(variant, names, called) if known else _shown(variant, names)
     except EngineError:
-        if of_files:
+        if decided_by_names:
             raise
         return said  # the configuration does not say: the setting does
     if found is None or found.choice == choice:
         return said
-    if of_files:
+    if decided_by_names:
         raise EngineError(
             "E202",
             f"`{said.evidence}` contradicts the files",

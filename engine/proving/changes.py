@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
 from math import prod
 from typing import Any
 
@@ -16,6 +15,7 @@ from engine.language.documents import changed, text_of
 from engine.language.model import MappingFile
 from engine.planning.config_keys import leaves
 from engine.proving.holdings import parts_of
+from engine.proving.matrix import choices_named
 from engine.proving.meaning import Meaning, meaning_of
 
 KINDS = {
@@ -35,7 +35,6 @@ _ASPECTS = {
     "cut": ("split", "stage", "ranks"),
     "treated": ("own dtype", "optional", "tied to", "written as zeros"),
 }
-_MAX_COMBINATIONS = 4096
 _MANY = 4  # of longer lists only what came and went is told
 _PARAMS = (".weight", ".bias")
 # Parts of a meaning whose values say what is written, and what is taken and refused.
@@ -142,7 +141,7 @@ Route = tuple[dict[str, Any], ...]  # the entries that fill one target
 
 def tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingFile]) -> tuple[TensorChange, ...]:
     """Tensors that come out differently, under the choices of any of the mappings."""
-    combinations = list(_combinations(mappings))
+    combinations = choices_named(mappings)
     found: dict[_Key, dict[str, list[Mapping[str, str]]]] = {}
     texts: dict[tuple[_Key, str], tuple[str | None, str | None]] = {}
     listed = [list(_entries(one)) for one in (before, after)]
@@ -178,16 +177,6 @@ def _entries(meaning: Meaning) -> Iterator[dict[str, Any]]:
             "source": source,
             "when": {n: c.split("|") for n, c in allowed.items()},
         }
-
-
-def _combinations(mappings: Sequence[MappingFile]) -> Iterator[dict[str, str]]:
-    """Choices of the variants that rules of either mapping name."""
-    choices: dict[str, dict[str, None]] = {}
-    for mapping in mappings:
-        for name in dict.fromkeys(name for rule in mapping.rules for name in rule.when):
-            choices.setdefault(name, {}).update(dict.fromkeys(mapping.variants[name].choices))
-    for combination in islice(product(*choices.values()), _MAX_COMBINATIONS):
-        yield dict(zip(choices, combination, strict=True))
 
 
 def _routes(entries: Sequence[dict[str, Any]], choices: Mapping[str, str]) -> dict[str, Route]:

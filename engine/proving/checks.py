@@ -15,7 +15,7 @@ from engine.language.documents import changed
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
-from engine.planning.as_model import Wanted, told_by
+from engine.planning.as_model import Wanted, wanted_by_mapping
 from engine.proving.counterexamples import counter_examples
 from engine.proving.lint import lint
 from engine.proving.matrix import Combination, cases, real_cases, rows
@@ -143,8 +143,8 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
             break
         if isinstance(model, str):
             return Check(MODEL, None, model)
-        counted[key] = len(model)
-        told = misfits(world.shapes, model, world.pieces, mapping.model_type)
+        counted[key] = len(model.shapes)
+        told = misfits(world.shapes, model.shapes, world.pieces, mapping.model_type)
         failures += [replace(failure, where=world.label) for failure in told]
         if told:
             break
@@ -174,7 +174,7 @@ def check_told(told: MappingFile) -> list[Failure]:
     failures: list[Failure] = []
     for ties in (False, True):
         config = {**world.config, "tie_word_embeddings": ties}
-        known, model = told_by(told, layout, config), asked(config)
+        known, model = wanted_by_mapping(told, layout, config), asked(config)
         message = _difference(known, model)
         if message:
             failures.append(Failure(f"{told.architecture}: {message}", str(told.place), f"tie_word_embeddings: {ties}"))

@@ -254,22 +254,13 @@ def _tensors(then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Iterato
             yield f"{target}{under} comes from {comes}; the committed meaning says {was}", key
             continue
         for name, old, new in changed(before[key], after[key], GONE):
+            said = f"{_short(new)} instead of {_short(old)}"
             if name == "order":
-                yield (
-                    (
-                        f"{target}{under} takes the elements of {source} in another order than the committed meaning "
-                        f"says: {_short(new)} instead of {_short(old)}"
-                    ),
-                    key,
-                )
+                told = f"takes the elements of {source} in another order than the committed meaning says: {said}"
+                yield f"{target}{under} {told}", key
             elif name.startswith(RANKS):
-                yield (
-                    (
-                        f"{source}{under} is cut differently than the committed meaning says: of {target} "
-                        f"{name.removeprefix(RANKS) or 'the ranks'} hold {_short(new)} instead of {_short(old)}"
-                    ),
-                    key,
-                )
+                held = f"of {target} {name.removeprefix(RANKS) or 'the ranks'} hold {said}"
+                yield f"{source}{under} is cut differently than the committed meaning says: {held}", key
             else:
                 yield f"{name} of {target}{under} is {_short(new)}; the committed meaning says {_short(old)}", key
 

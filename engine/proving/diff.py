@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from engine.language.documents import changed, plain, text_of
+from engine.language.documents import changed, grouped, plain, text_of
 from engine.language.loader import load_text
 from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
@@ -85,15 +85,12 @@ def diff_mappings(
     if old is None and parent is not None:
         found = diff_mappings(name, parent, new)
         return replace(found, old=None, parent=f"{parent.name} {parent.version}")
-    changes: list[Change] = []
-    for section in SECTIONS:
-        before = {} if old is None else dict(_entries(old.resolved, section))
-        after = {} if new is None else dict(_entries(new.resolved, section))
-        changes += [Change(section, key, was, now) for key, was, now in changed(before, after)]
+    both = [{} if one is None else one.resolved for one in (old, new)]
+    changes = [change for section in SECTIONS for change in _changes(section, *both)]
     told = [None if one is None else f"{one.name} {one.version}" for one in (old, new)]
     alike = old is not None and new is not None and old.resolved == new.resolved
     tensors, values = ((), ()) if alike else compare_meanings(old, new)
-    return MappingDiff(name, told[0], told[1], _whole_rules(changes), tensors, values)
+    return MappingDiff(name, told[0], told[1], tuple(changes), tensors, values)
 
 
 def diff_layouts(name: str, old: str | None, new: str | None) -> MappingDiff:
@@ -115,30 +112,36 @@ def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
 
     A release that only follows its family says what the family says, whatever its own name is.
     """
-    found: dict[tuple[object, ...], list[MappingDiff]] = {}
-    for one in diffs:
-        if not one.equal:
-            key = (one.old is None, one.new is None, one.parent, one.changes, one.tensors, one.values)
-            found.setdefault(key, []).append(one)
+    found = grouped(
+        ((one.old is None, one.new is None, one.parent, one.changes, one.tensors, one.values), one)
+        for one in diffs
+        if not one.equal
+    )
     return [
         replace(first, same_in=tuple(one.name for one in rest))
         for first, *rest in found.values()
     ]  # fmt: skip
 
 
+def _changes(section: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
+    """What a section says differently, by key; a rule that came or went is one change."""
+    if section != "rules":
+        for key, was, now in changed(*(dict(_entries(data, section)) for data in (before, after))):
+            yield Change(section, key, was, now)
+        return
+    for name, old, new in changed(*(data.get("rules") or {} for data in (before, after))):
+        keys = [{k: text_of(item) for k, item in rule.items() if k != "name"} for rule in (old or {}, new or {})]
+        if old is None or new is None:
+            told = [", ".join(f"{key}: {text}" for key, text in one.items()) or None for one in keys]
+            yield Change(section, name, *told)
+        else:
+            yield from (Change(section, f"{name}: {key}", was, now) for key, was, now in changed(*keys))
+
+
 def _entries(data: Mapping[str, Any], section: str) -> Iterator[tuple[str, str]]:
     """(dotted name, value as text) of everything a section says."""
-    if section == "about":
-        for key in _ABOUT:
-            yield from _flat(data.get(key), key)
-        return
-    value = data.get(section)
-    if section == "rules":
-        for name, rule in (value or {}).items():
-            for key, item in rule.items():
-                if key != "name":
-                    yield f"{name}: {key}", text_of(item)
-    elif section in ("ignore", "refuse"):
+    value: Any = {key: data.get(key) for key in _ABOUT} if section == "about" else data.get(section)
+    if section in ("ignore", "refuse"):
         for entry in value or []:
             side = "source" if "source" in entry else "target"
             yield f"{side} {entry[side]}", text_of(entry["why"])
@@ -155,29 +158,3 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
                 yield from _flat(item, f"{name}.{key}" if name else str(key))
     elif value is not None:
         yield name, text_of(value)
-
-
-def _whole_rules(changes: Sequence[Change]) -> tuple[Change, ...]:
-    """A rule all of whose keys came or went is one change."""
-    result: list[Change] = []
-    rules: dict[str, list[Change]] = {}
-    for one in changes:
-        if one.section == "rules":
-            rules.setdefault(one.name.rpartition(": ")[0], []).append(one)
-        else:
-            result.append(one)
-    at = next((i for i, one in enumerate(result) if list(SECTIONS).index(one.section) > 1), len(result))
-    listed: list[Change] = []
-    for name, keys in rules.items():
-        kinds = {key.kind for key in keys}
-        said = {key.name.rpartition(": ")[2]: key for key in keys}
-        if "source" in said and len(kinds) == 1 and kinds != {"changed"}:  # every rule has a source
-            text = [
-                None if all(getattr(k, side) is None for k in keys)
-                else ", ".join(f"{n}: {getattr(k, side)}" for n, k in said.items())
-                for side in ("old", "new")
-            ]  # fmt: skip
-            listed.append(Change("rules", name, text[0], text[1]))
-        else:
-            listed += keys
-    return (*result[:at], *listed, *result[at:])

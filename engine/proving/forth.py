@@ -16,7 +16,7 @@ from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide
 from engine.proving.directions import Direction, nested, value_of
 from engine.proving.probes import Outcome, divisors_of, plain_name, unusual
-from engine.proving.tiny import World, Worlds, of_files, training_names
+from engine.proving.tiny import World, Worlds, decided_by_names, training_names
 
 LEAST = "nothing but what is needed, and no option set"
 _WORSE = ("refused", "no value", "read off")
@@ -38,7 +38,7 @@ class Forth(Direction):
             itself = frozenset([name]) & read  # a key of the same name
         elif name in mapping.variants:
             variant = mapping.variants[name]
-            if name in of_files(mapping):
+            if name in decided_by_names(mapping):
                 return frozenset([f"tensors.{name}"])
             asked = [compile_expression(one) for one in expressions_of(dict(variant.choices))]
             read = frozenset(path for one in asked for path in one.paths)
@@ -95,13 +95,13 @@ class Forth(Direction):
                 value = unusual(number + 3, None) if option.limits.fits(unusual(number + 3, None)) else 6.5
             base[f"options.{option.name}"] = value
         base |= dict.fromkeys((holder for path in base for holder in _holders(path)), OMIT)
-        base |= {f"tensors.{name}": self.world.choices[name] for name in of_files(self.mapping)}
+        base |= {f"tensors.{name}": self.world.choices[name] for name in decided_by_names(self.mapping)}
         there = present_in(training_names(self.worlds.used(self.world.choices, most=True) or ()))
         return base | {f"there.{name}": there(name) for name in self._asked()}
 
     def _asked(self) -> list[str]:
         """Tensors that variants ask for which are decided by keys as well."""
-        both = [v for name, v in self.mapping.variants.items() if name not in of_files(self.mapping)]
+        both = [v for name, v in self.mapping.variants.items() if name not in decided_by_names(self.mapping)]
         return sorted(
             {n for v in both for e in expressions_of(dict(v.choices)) for n in compile_expression(e).patterns}
         )

@@ -50,7 +50,7 @@ def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, 
     ranks: dict[str, dict[str, str]] = {key: {} for key, *_ in _targets(mapping)}
     listed = small_cases(layout)
     for world in _covering(mapping, worlds, free, listed):
-        known = _zeroth(mapping, world)
+        known = _first_tensors(mapping, world)
         for case in listed:
             if not case.takes(world.choices):
                 continue
@@ -148,7 +148,7 @@ def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int], lis
             yield world
 
 
-def _zeroth(mapping: MappingFile, world: World) -> dict[str, dict[str, tuple[Instance, str]]]:
+def _first_tensors(mapping: MappingFile, world: World) -> dict[str, dict[str, tuple[Instance, str]]]:
     """Source pattern → the target tensors with 0 for every placeholder → the rule, and the target's pattern."""
     found: dict[str, dict[str, tuple[Instance, str]]] = defaultdict(dict)
     for one in instances(mapping):

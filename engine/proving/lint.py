@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, product
+from itertools import product
 
 from engine.assets.chat import chat_template
 from engine.checkpoint.ranks import layout_dims
 from engine.errors import EngineError, meant
 from engine.language.declared import axes_of, every_expression, expressions_of
+from engine.language.documents import grouped
 from engine.language.expressions import compile_expression, names_in
 from engine.language.keys import Key
 from engine.language.layout_file import load_layout
@@ -21,10 +22,9 @@ from engine.planning.config_keys import declared, prefixes
 from engine.planning.pieces import match_pieces
 from engine.planning.stored import instances
 from engine.proving.known_names import check_comparisons, check_keys, check_models, check_patterns, place_of
+from engine.proving.matrix import choices_named
 from engine.proving.proof import Finding, finding_of
 from engine.proving.values import check_declared, check_options, check_spellings, check_tokens
-
-_MAX_COMBINATIONS = 4096
 
 
 def lint_file(name: str) -> list[Finding]:
@@ -61,13 +61,6 @@ def lint(mapping: MappingFile) -> list[Finding]:
     return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
 
 
-def _choices(mapping: MappingFile) -> Iterator[dict[str, str]]:
-    """Every combination of choices of the variants that rules name."""
-    used = [v for v in mapping.variants.values() if any(v.name in rule.when for rule in mapping.rules)]
-    for combination in islice(product(*(v.choices for v in used)), _MAX_COMBINATIONS):
-        yield {v.name: choice for v, choice in zip(used, combination, strict=True)}
-
-
 def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
     """L001: two rules that one name can match, and that some choices make active together."""
     named = [(rule, name) for rule in mapping.rules for name in sorted(spelled_out(rule.sources))]
@@ -92,7 +85,7 @@ def _together(one: Rule, two: Rule) -> bool:
 def _unmatched(mapping: MappingFile) -> Iterator[Finding]:
     """L005, under every combination of choices."""
     every = instances(mapping)
-    for choices in _choices(mapping):
+    for choices in choices_named([mapping]):
         try:
             match_pieces([one for one in every if one.rule.active(choices)])
         except EngineError as error:
@@ -105,15 +98,12 @@ def _gaps(mapping: MappingFile) -> Iterator[Finding]:
     Of twins, as for two generations of names, one is missing then: alone, a tensor that is not read may be absent
     under that choice, and one that is not written may have another in its place.
     """
-    used = {name: variant for name, variant in mapping.variants.items() if any(name in r.when for r in mapping.rules)}
-    held: dict[tuple[str, ...], list[Rule]] = {}
-    for choices in _choices(mapping):
-        held[tuple(choices.values())] = [rule for rule in mapping.rules if rule.active(choices)]
-    for key, active in held.items():
-        choices = dict(zip(used, key, strict=True))
+    every = choices_named([mapping])
+    held = {tuple(one.values()): [rule for rule in mapping.rules if rule.active(one)] for one in every}
+    for choices, (key, active) in zip(every, held.items(), strict=True):
         read, written = _ends(active)
-        for position, (name, variant) in enumerate(used.items()):
-            for other in variant.choices:
+        for position, name in enumerate(choices):
+            for other in mapping.variants[name].choices:
                 rules = held.get((*key[:position], other, *key[position + 1 :]), [])
                 lost = [set(there) - set(here) for there, here in zip(_ends(rules), (read, written), strict=True)]
                 for rule in rules if all(lost) else ():
@@ -168,11 +158,7 @@ def _shadowed(mapping: MappingFile) -> Iterator[Finding]:
 
 def _lonely_axes(mapping: MappingFile) -> Iterator[Finding]:
     """L007: probably a misspelt axis."""
-    seen: dict[str, list[Rule]] = {}
-    for rule in mapping.rules:
-        for name in rule.axes.names():
-            seen.setdefault(name, []).append(rule)
-    for name, rules in seen.items():
+    for name, rules in grouped((name, rule) for rule in mapping.rules for name in rule.axes.names()).items():
         if len(rules) == 1 and name not in mapping.dims and name in rules[0].split:
             yield Finding(
                 rules[0].place,

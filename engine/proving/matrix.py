@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from random import Random
 from typing import Any
 
@@ -18,6 +18,7 @@ from engine.language.model import Layout, MappingFile, Mode
 from engine.planning.request import Request
 
 _MAX_COMBINATIONS = 512
+_MOST_NAMED = 4096
 _SAMPLE = 60  # candidates looked at for each row
 # At real sizes: ranks that cut an axis, and ranks that cut rows, also inside heads.
 _REAL = ((8, 32), (4, 32), (2, 32), (2, 16), (2, 2), (1, 1))
@@ -139,6 +140,16 @@ def rows(
         if best.case.label not in refused:
             seen.update(_pairs(best))
             left.difference_update(_pairs(best))
+
+
+def choices_named(mappings: Sequence[MappingFile]) -> list[dict[str, str]]:
+    """Every combination of choices of the variants that rules name; of mappings that share them, of both's choices."""
+    choices: dict[str, dict[str, None]] = {}
+    for mapping in mappings:
+        for name in dict.fromkeys(name for rule in mapping.rules for name in rule.when):
+            choices.setdefault(name, {}).update(dict.fromkeys(mapping.variants[name].choices))
+    every = islice(product(*choices.values()), _MOST_NAMED)
+    return [dict(zip(choices, combination, strict=True)) for combination in every]
 
 
 def combinations_of(mapping: MappingFile) -> list[Combination]:

@@ -16,15 +16,15 @@ from engine.errors import EngineError, shape_text
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
-from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, told_by
+from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, wanted_by_mapping
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
 from engine.proving.proof import Failure
 from engine.proving.targets import known_of
 
 
-def wanted(config: Mapping[str, Any], architecture: str) -> dict[str, tuple[int, ...]] | str:
-    """Name → shape of every parameter and saved buffer, ties counted once; or why it cannot be told.
+def wanted(config: Mapping[str, Any], architecture: str = "") -> Wanted | str:
+    """Name → shape of every parameter and saved buffer, ties apart; or why it cannot be told.
 
     Raises:
         EngineError: E502 when transformers refuses the configuration.
@@ -33,8 +33,17 @@ def wanted(config: Mapping[str, Any], architecture: str) -> dict[str, tuple[int,
     if isinstance(found, str):
         return found
     model, ties = found
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if ties else set()
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    owners: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False) if ties else ():
+        first = owners.setdefault(id(parameter), name)
+        if first != name:
+            tied[name] = first
+    listed = getattr(model, "_tied_weights_keys", None) if ties else {}
+    if isinstance(listed, Mapping):
+        tied |= {name: to for name, to in listed.items() if name in shapes and to in shapes}
+    return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
 
 
 def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
@@ -57,7 +66,7 @@ def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
     name = named[0] if isinstance(named, list) and len(named) == 1 else None
     told = load_mapping(mapping.classes[name]) if isinstance(name, str) and name in mapping.classes else None
     if told is not None and told.model_type == config.get("model_type"):
-        known = told_by(told, load_layout(told.layout, told.layout_place), config)
+        known = wanted_by_mapping(told, load_layout(told.layout, told.layout_place), config)
         if known is not None:
             return known
     return asked(config)
@@ -96,7 +105,7 @@ def tell() -> None:
 
 
 def _wanted_here(config: Mapping[str, Any]) -> Wanted:
-    found = built(config, "")
+    found = wanted(config)
     if isinstance(found, str):
         raise EngineError(
             "E209",
@@ -105,20 +114,7 @@ def _wanted_here(config: Mapping[str, Any]) -> Wanted:
             expected="a config.json of a model that transformers has",
             fix="Use a mapping of the model's family: its rules say what the model needs.",
         )
-    model, ties = found
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    if not ties:
-        return Wanted(shapes, {})
-    owners: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = owners.setdefault(id(parameter), name)
-        if first != name:
-            tied[name] = first
-    listed = getattr(model, "_tied_weights_keys", None) or {}
-    if isinstance(listed, Mapping):
-        tied |= {name: to for name, to in listed.items() if name in shapes and to in shapes}
-    return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
+    return found
 
 
 def written_as_model(mapping: MappingFile, config: Mapping[str, Any]) -> MappingFile:

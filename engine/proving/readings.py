@@ -20,7 +20,7 @@ from engine.planning.variants import decide
 from engine.proving.directions import Direction, value_of
 from engine.proving.forth import Forth
 from engine.proving.probes import Outcome, constants, multiples_of, name_of, others, quotients_of, rows, scenarios
-from engine.proving.tiny import World, Worlds, of_files
+from engine.proving.tiny import World, Worlds, decided_by_names
 
 _GIVEN = 40  # a size that a user's config.json gives
 
@@ -76,7 +76,7 @@ def _presence(mapping: MappingFile, asked: Sequence[str]) -> dict[str, dict[str,
     sets = [("all", set(asked)), *((f"without {p}", set(asked) - {p}) for p in asked)]
     for name, there in [*sets, *((f"only {p}", {p}) for p in asked)]:
         shown: dict[str, str] = {}
-        for variant in of_files(mapping):
+        for variant in decided_by_names(mapping):
             try:
                 names = {"present": there.__contains__}
                 shown[variant] = decide({variant: mapping.variants[variant]}, {}, names)[variant].choice

@@ -97,12 +97,21 @@ def checked_out(top: Path, revision: str, files: Sequence[PurePosixPath]) -> Ite
     with tempfile.TemporaryDirectory(prefix="engine-diff-") as name:
         folder = Path(name).resolve() / "tree"
         index = Path(name).resolve() / "index"
-        listed = (_git(top, "ls-tree", "-r", "--name-only", "-z", commit.strip()) or "").split("\0")
-        wanted = [p for p in listed if p.endswith((".yaml", ".yml")) or PurePosixPath(p) in files]
-        _git(top, "read-tree", commit.strip(), index=index)
+        listed = _git(top, "ls-tree", "-r", "--name-only", "-z", commit.strip()) or ""
+        wanted = [p for p in listed.split("\0") if p.endswith((".yaml", ".yml")) or PurePosixPath(p) in files]
         # A link is written as a file that names its target: it is not followed out of the revision.
         write = ("-c", "core.symlinks=false", "checkout-index", f"--prefix={folder}/", "-z", "--stdin")
-        _git(top, *write, index=index, given="\0".join(wanted))
+        done = [
+            _git(top, "read-tree", commit.strip(), index=index),
+            _git(top, *write, index=index, given="\0".join(wanted)),
+        ]
+        if None in done:
+            raise EngineError(
+                "E001",
+                f"git cannot read the files of revision `{revision}`",
+                got=f"`git read-tree` or `git checkout-index` failed in {top}",
+                fix="`git fsck` tells what is missing; fetch it again.",
+            )
         yield Tree(folder, revision)
 
 

@@ -25,7 +25,7 @@ from engine.planning.reading import read_checkpoint
 from engine.planning.request import Request
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
-from engine.proving.tiny import World, of_files
+from engine.proving.tiny import World, decided_by_names
 from engine.run.runner import write_weights
 from engine.run.running import Running
 from engine.storage.local import LocalStore
@@ -82,7 +82,7 @@ def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
     given = {
         n: c
         for n, c in trip.world.choices.items()
-        if n not in of_files(mapping) and mapping.variants[n].decide == "shapes"
+        if n not in decided_by_names(mapping) and mapping.variants[n].decide == "shapes"
     }
     return make_plan(mapping, layout, trip.checkpoint, Request(mapping, settings=given))
 
@@ -166,7 +166,7 @@ def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: 
     """Tensors that did not come back, each with its first element that is another."""
     wanted = world.arrays()
     changed = {output.name for output in plan.outputs if output.transform is not None}
-    places = {output.name: (number, output) for number, output in enumerate(plan.outputs)}
+    outputs = {output.name: output for output in plan.outputs}
     for name in wanted.keys() | got.keys():
         if name not in got or name not in wanted:
             yield Failure(
@@ -174,28 +174,11 @@ def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: 
             )
     for name in wanted.keys() & got.keys():
         there, array = wanted[name], got[name]
-        output = places[name][1]
+        output = outputs[name]
         if array.shape != there.shape:
             told = f"`{name}` is {shape_text(array.shape)}, not {shape_text(there.shape)}"
             yield Failure(told, output.place, where)
         elif name not in changed and array.tobytes() != there.tobytes():
             at = np.unravel_index(int(np.flatnonzero(array.ravel() != there.ravel())[0]), there.shape)
-            came = _origin(plan, places[name][0], int(np.ravel_multi_index(at, there.shape)))
             claimed = element_of(wanted, float(array[at]))
-            yield Failure(f"{name}{index(at)} comes from {came}, which {claimed} claims too", output.place, where)
-
-
-def _origin(plan: Plan, output: int, position: int) -> str:
-    """Where a plan takes an element from: `tp1_pp0 layers.0.attention.wqkv.weight[2,3]`."""
-    from engine.planning.copies import clip
-
-    for copy in plan.copies(output):
-        for part in clip(copy, position, position + 1):
-            source = plan.sources[part.source]
-            offset, at = part.source_offset, []
-            for stride in source.header.strides:
-                at.append(offset // stride if stride else 0)
-                offset -= at[-1] * stride
-            file = plan.files[source.file].name.removesuffix(".pt").removeprefix("model_")
-            return f"{file} {source.header.name}{index(np.array(at))}"
-    return "nowhere"
+            yield Failure(f"{name}{index(at)} comes back as {claimed}", output.place, where)

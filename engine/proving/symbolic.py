@@ -80,7 +80,9 @@ def prove_boxes(mapping: MappingFile, layout: Layout, world: World, case: Case) 
 def inverse(forth: Plan, back: Plan) -> Iterator[str]:
     """Where the copies of one direction are not those of the other with the sides exchanged."""
     replicas = {_name(forth, s) for one in forth.replicas for s in one.sources[1:]}
-    names = [_output_names(plan) for plan in (forth, back)]
+    names = [
+        {i: (file.name, plan.outputs[i].name) for file in plan.shards for i in file.outputs} for plan in (forth, back)
+    ]
     ahead = {
         (_name(forth, c.source), names[0][i][1], _shape(c)) for i in range(len(forth.outputs)) for c in forth.copies(i)
     }
@@ -92,10 +94,6 @@ def inverse(forth: Plan, back: Plan) -> Iterator[str]:
     }
     for (file, name), target, _ in sorted(ahead ^ behind, key=repr)[:1]:
         yield f"reading {file} {name} into {target} is not the inverse of writing it"
-
-
-def _output_names(plan: Plan) -> dict[int, tuple[str, str]]:
-    return {i: (file.name, plan.outputs[i].name) for file in plan.shards for i in file.outputs}
 
 
 def _name(plan: Plan, source: int) -> tuple[str, str]:

@@ -160,7 +160,7 @@ class Worlds:
     def __init__(self, mapping: MappingFile) -> None:
         self._mapping = mapping
         self._instances = instances(mapping)
-        self._shown = [mapping.variants[name] for name in of_files(mapping)]
+        self._shown = [mapping.variants[name] for name in decided_by_names(mapping)]
         self._absent: dict[object, dict[tuple[str | None, ...], tuple[str, ...]]] = {}
 
     def make(self, choices: Mapping[str, str], sizes: Mapping[str, int], *, most: bool = True) -> World | None:
@@ -253,7 +253,7 @@ def training_names(used: Sequence[Instance]) -> set[str]:
     return {one.sources[0].sample() for one in used}
 
 
-def of_files(mapping: MappingFile) -> tuple[str, ...]:
+def decided_by_names(mapping: MappingFile) -> tuple[str, ...]:
     """Variants that the tensors' names decide and nothing else."""
     return tuple(
         name

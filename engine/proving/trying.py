@@ -98,6 +98,6 @@ def rebuilt(mapping: MappingFile, data: Data) -> MappingFile:
     Raises:
         EngineError: what loading it would raise.
     """
-    document = Document(mapping.files[-1], data, {})
+    document = Document(mapping.files[-1], data)
     check_schema(document, "mapping", merged=True)
     return build_mapping(document, mapping.files)

@@ -29,7 +29,11 @@ def of_values(data: Data) -> Iterator[Change]:
             yield Change(part, part, f"without {shown(entry)}", without(data, (part, number)))
     for side, keys in (data.get("keys") or {}).items():
         yield from _keys(data, side, keys)
-    yield from _about(data)
+    for at in (("target", "model_type"), ("target", "architecture"), ("source", "layout"), ("source", "model_types"),
+               ("target", "remote_code")):  # fmt: skip
+        yield from _tree(data, "about", at)
+    yield from _tree(data, "chat template", ("chat_template",))
+    yield from _tree(data, "expected size", ("expect",))
 
 
 def _tree(data: Data, kind: str, at: Key) -> Iterator[Change]:
@@ -168,13 +172,3 @@ def _limits(key: str, value: Any) -> list[Any]:
     if key == "only":
         return [[*value, "another"]]
     return list(_others(value))
-
-
-def _about(data: Data) -> Iterator[Change]:
-    yield from _tree(data, "about", ("target", "model_type"))
-    yield from _tree(data, "about", ("target", "architecture"))
-    yield from _tree(data, "about", ("source", "layout"))
-    yield from _tree(data, "about", ("source", "model_types"))
-    yield from _tree(data, "about", ("target", "remote_code"))
-    yield from _tree(data, "chat template", ("chat_template",))
-    yield from _tree(data, "expected size", ("expect",))

@@ -58,9 +58,8 @@ def check_tokens(mapping: MappingFile) -> Iterator[Finding]:
     spec = mapping.tokenizer or {}
     wrong = [name for name, others in (("bos", _ENDS), ("eos", _BEGINS)) if spec.get(name) in others]
     if len(wrong) == 2:
-        yield _token(
-            mapping, f"`bos` and `eos` of the tokenizer are exchanged: `{spec['bos']}` ends a text", "tokenizer", "bos"
-        )
+        told = f"`bos` and `eos` of the tokenizer are exchanged: `{spec['bos']}` ends a text"
+        yield _token(mapping, told, "tokenizer", "bos")
     for name in wrong if len(wrong) == 1 else ():
         word = "ends" if name == "bos" else "begins"
         yield _token(mapping, f"`{name}` of the tokenizer is `{spec[name]}`, which {word} a text", "tokenizer", name)
@@ -68,12 +67,8 @@ def check_tokens(mapping: MappingFile) -> Iterator[Finding]:
     for name, number in ids.items():
         known = _IDS.get(str(spec.get(name)))
         if known is not None and isinstance(number, int) and number != known and name not in wrong:
-            yield _token(
-                mapping,
-                f"`{name}_token_id` of `config` is {number}; `{spec[name]}` is {known}",
-                "config",
-                f"{name}_token_id",
-            )
+            told = f"`{name}_token_id` of `config` is {number}; `{spec[name]}` is {known}"
+            yield _token(mapping, told, "config", f"{name}_token_id")
     if not spec and (ids["bos"], ids["eos"]) == (_IDS["</s>"], _IDS["<s>"]):
         yield _token(mapping, "`bos_token_id` and `eos_token_id` of `config` are exchanged", "config", "bos_token_id")
     generation = mapping.generation or {}
@@ -87,20 +82,12 @@ def check_tokens(mapping: MappingFile) -> Iterator[Finding]:
             yield _token(mapping, told, "generation", f"{name}_token_id")
         for one in listed:
             if rows is not None and isinstance(one, int) and not 0 <= one < rows:
-                yield _token(
-                    mapping,
-                    f"`{name}_token_id` of `generation` is {one}; the vocabulary has {rows} rows",
-                    "generation",
-                    f"{name}_token_id",
-                )
+                told = f"`{name}_token_id` of `generation` is {one}; the vocabulary has {rows} rows"
+                yield _token(mapping, told, "generation", f"{name}_token_id")
     for number, name in (spec.get("rename") or {}).items():
         if rows is not None and str(number).isdecimal() and int(number) >= rows:
-            yield _token(
-                mapping,
-                f"`rename` of the tokenizer names {number} `{name}`; the vocabulary has {rows} rows",
-                "tokenizer",
-                "rename",
-            )
+            told = f"`rename` of the tokenizer names {number} `{name}`; the vocabulary has {rows} rows"
+            yield _token(mapping, told, "tokenizer", "rename")
 
 
 def _token(mapping: MappingFile, message: str, *path: str) -> Finding:

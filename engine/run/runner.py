@@ -8,13 +8,14 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 
 from engine.formats.safetensors import INDEX, index_json
+from engine.language.documents import grouped
 from engine.move.values import check_transform
 from engine.planning.model import Plan, Work
 from engine.run.journal import NAME as JOURNAL
 from engine.run.journal import Begun, Interrupted, Journal, compare_copied, read_journal, split
 from engine.run.memory import workers_of
 from engine.run.meter import Meter
-from engine.run.parts import MARKER, Span, Written, check_parts
+from engine.run.parts import MARKER, Written, check_parts
 from engine.run.replicas import checks, compare_replicas, replica_bytes
 from engine.run.running import Running
 from engine.run.schedule import Job, Shares, layout_of, schedule
@@ -153,9 +154,7 @@ def take_parts(plan: Plan, store: Store, written: Written) -> Written:
             sweep(store.folder, {*(name for name in store.names() if name.startswith(MARKER)),
                                  *(file.name for file in plan.shards)})  # fmt: skip
         told = [{o: Begun(written.done[o].digest, None) for o in f.outputs if o in written.done} for f in plan.shards]
-        shared: dict[int, list[Span]] = {}
-        for span in written.spans:
-            shared.setdefault(span[0], []).append(span)
+        shared = grouped((span[0], span) for span in written.spans)
         with ThreadPoolExecutor(workers_of(plan, None, None, 0, store.buffer)) as pool:
             list(pool.map(writer.take_over, told))
             list(pool.map(writer.take_spans, shared.values()))

@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 
 from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.formats.written import FORMATS, FileLayout
+from engine.language.documents import grouped
 from engine.move.runs import READ_THROUGH, runs
 from engine.planning.copies import Copy, swap
 from engine.planning.model import OutputFile, Work
@@ -88,9 +89,7 @@ def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequenc
     for unit in units:
         if unit.scattered:
             files.join(file_of[output] for output in unit.outputs)
-    members: dict[int, list[int]] = {}
-    for index in range(len(plan.shards)):
-        members.setdefault(files.find(index), []).append(index)
+    members = grouped((files.find(index), index) for index in range(len(plan.shards)))
     filled: dict[int, list[Unit]] = {root: [] for root in members}
     order = {output: n for n, output in enumerate(o for file in plan.shards for o in file.outputs)}
     for unit in sorted(units, key=lambda unit: order[unit.outputs[0]]):
@@ -140,19 +139,13 @@ def scattered_outputs(plan: Work) -> list[list[int]]:
     wide = {i for i, held in enumerate(copies) if any(_skips(c, plan) for c in held)}
     if not wide:
         return []
-    by_source: dict[int, list[int]] = {}
-    for i, held in enumerate(copies):
-        for source in {c.source for c in held}:
-            by_source.setdefault(source, []).append(i)
+    by_source = grouped((source, i) for i, held in enumerate(copies) for source in {c.source for c in held})
     sets = _Sets(len(plan.outputs))
     for outputs in by_source.values():
         sets.join(outputs)
-    together: dict[int, list[int]] = {}
-    for i in range(len(plan.outputs)):
-        together.setdefault(sets.find(i), []).append(i)
     return [
         outputs
-        for outputs in together.values()
+        for outputs in grouped((sets.find(i), i) for i in range(len(plan.outputs))).values()
         if wide.intersection(outputs) and _scatters(plan, outputs, [c for i in outputs for c in copies[i]])
     ]
 
@@ -185,10 +178,7 @@ def _scatters(plan: Work, outputs: Sequence[int], copies: Sequence[Copy]) -> boo
 
 def copies_from(plan: Work, unit: Unit) -> dict[int, list[Copy]]:
     """For each source of a scattered unit, its copies with the sides exchanged."""
-    found: dict[int, list[Copy]] = {}
-    for output in unit.outputs:
-        for copy in plan.copies(output):
-            found.setdefault(copy.source, []).append(swap(copy))
+    found = grouped((copy.source, swap(copy)) for output in unit.outputs for copy in plan.copies(output))
     for held in found.values():
         held.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
     return dict(sorted(found.items()))

@@ -1,33 +1,17 @@
-"""Drawings: pictures as rectangles with coordinates and colours, ready for SVG. No text is escaped here."""
+"""Drawings: where the tensors of a picture and their boxes lie, and in which colours. No text is escaped here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from engine.planning.stages import Stages
-from engine.show.pictures import Picture, Tile, flat_shape
+from engine.show.pictures import Box, Picture, Tile, flat_shape
 from engine.show.text import times
 
 LEFT, RIGHT = 600, 320  # widths of the sources' and the targets' half
 WIDE, HIGH = 250, 260  # the largest tensor as it is drawn
 SMALLEST = 14
 GAP, LABEL = 12, 14
-
-
-@dataclass(frozen=True, slots=True)
-class Rect:
-    """A coloured box; `link` joins it with its other end."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    fill: str
-    link: int
-    woven: bool
-    title: str
-    label: str
-    dark: bool  # text on it is dark
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +25,25 @@ class Frame:
     label: str
     title: str
     target: int | None
-    rects: tuple[Rect, ...]
+    tile: Tile
+
+    def place(self, box: Box) -> tuple[float, float, float, float]:
+        """Left, top, width and height of a box of it."""
+        rows, columns = flat_shape(self.tile.shape)
+        across, down = self.width / max(columns, 1), self.height / max(rows, 1)
+        left, top = self.x + box.columns[0] * across, self.y + box.rows[0] * down
+        width, height = (box.columns[1] - box.columns[0]) * across, (box.rows[1] - box.rows[0]) * down
+        return round(left, 2), round(top, 2), round(width, 2), round(height, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
+    """The tensors of a picture; `colours` is how many its sources have."""
+
     width: int
     height: int
     frames: tuple[Frame, ...]
+    colours: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +83,7 @@ def draw(picture: Picture) -> Drawing:
             x, y, line = 0.0, y + line + GAP, 0.0
         more = f" and {tile.replicas - 1} equal" if tile.replicas > 1 else ""
         title = f"{tile.file}:{tile.name}, {times(tile.shape)}{more}"
-        frames.append(_frame(picture, tile, (x, y + LABEL), (width, height), tile.label, title, None))
+        frames.append(Frame(x, y + LABEL, width, height, tile.label, title, None, tile))
         x += across + GAP
         line = max(line, height + LABEL)
     bottom = y + line
@@ -96,40 +91,16 @@ def draw(picture: Picture) -> Drawing:
     for index, tile in enumerate(picture.targets):
         width, height = _size(tile, scale_x, scale_y)
         label = tile.name if len(tile.name) <= 42 else "…" + tile.name[-41:].lstrip(".")
-        at, title = (LEFT + GAP * 2, y + LABEL), f"{tile.name}, {times(tile.shape)}"
-        frames.append(_frame(picture, tile, at, (width, height), label, title, index))
+        title = f"{tile.name}, {times(tile.shape)}"
+        frames.append(Frame(LEFT + GAP * 2, y + LABEL, width, height, label, title, index, tile))
         y += height + LABEL + GAP
-    return Drawing(LEFT + RIGHT, int(max(bottom, y)) + 4, tuple(frames))
+    colours = max(len(picture.sources) + picture.hidden, 1)
+    return Drawing(LEFT + RIGHT, int(max(bottom, y)) + 4, tuple(frames), colours)
 
 
 def _size(tile: Tile, scale_x: float, scale_y: float) -> tuple[float, float]:
     rows, columns = flat_shape(tile.shape)
     return round(max(SMALLEST, columns * scale_x), 1), round(max(SMALLEST, rows * scale_y), 1)
-
-
-def _frame(
-    picture: Picture,
-    tile: Tile,
-    at: tuple[float, float],
-    size: tuple[float, float],
-    label: str,
-    title: str,
-    target: int | None,
-) -> Frame:
-    rows, columns = flat_shape(tile.shape)
-    across, down = size[0] / max(columns, 1), size[1] / max(rows, 1)
-    count = max(len(picture.sources) + picture.hidden, 1)
-    rects = []
-    for box in tile.boxes:
-        drawn = picture.drawn[box.link]
-        x, y = at[0] + box.columns[0] * across, at[1] + box.rows[0] * down
-        width, height = (box.columns[1] - box.columns[0]) * across, (box.rows[1] - box.rows[0]) * down
-        text = drawn.goes if target is None else drawn.comes
-        shown = text if height >= 11 and width >= 6 * len(text) + 4 else ""
-        fill, dark = colour(drawn.source, count, drawn.target), drawn.target % 3 > 0
-        x, y, width, height = (round(number, 2) for number in (x, y, width, height))
-        rects.append(Rect(x, y, width, height, fill, box.link, box.woven, drawn.text, shown, dark))
-    return Frame(*at, *size, label, title, target, tuple(rects))
 
 
 def strip(stages: Stages, width: float) -> tuple[Band, ...]:

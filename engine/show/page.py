@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import visible
 from engine.explaining.describe import describe_plan
 from engine.planning.model import Plan
-from engine.show.drawing import draw, strip
+from engine.show.drawing import colour, draw, strip
 from engine.show.pictures import pictures
 from engine.show.text import amount, times
 
@@ -60,7 +60,7 @@ def template(path: Path) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(times=times, size=amount)
+    environment.filters.update(times=times, size=amount, colour=colour)
     return environment.get_template(path.name)
 
 

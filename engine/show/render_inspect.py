@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.errors import counted, rounded
+from engine.language.documents import grouped
 from engine.show.text import amount, shown, table, title
 
 if TYPE_CHECKING:
@@ -101,18 +102,13 @@ def _reasons(others: Sequence[Fit]) -> list[str]:
     sized = [fit for fit in others if fit.differing]
     if sized:
         axes = list(dict.fromkeys(axis for fit in sized for axis in fit.differing))
-        grouped: dict[tuple[str, ...], list[str]] = {}
-        for fit in sized:
-            row = tuple(str(fit.differing.get(axis, ("", "same"))[1]) for axis in axes)
-            grouped.setdefault(row, []).append(fit.name)
+        alike = grouped((tuple(str(fit.differing.get(axis, ("", "same"))[1]) for axis in axes), fit.name)
+                        for fit in sized)  # fmt: skip
         here = {axis: str(got) for fit in sized for axis, (got, _) in fit.differing.items()}
         rows = [("(this checkpoint)", *(here[axis] for axis in axes))]
-        rows += [(", ".join(names), *row) for row, names in grouped.items()]
+        rows += [(", ".join(names), *row) for row, names in alike.items()]
         lines += table(("other sizes", *axes), rows)
-    reasons: dict[str, list[str]] = {}
-    for fit in others:
-        if not fit.differing:
-            reasons.setdefault(fit.why, []).append(fit.name)
+    reasons = grouped((fit.why, fit.name) for fit in others if not fit.differing)
     lines += table(("others", "why"), [(", ".join(names), why) for why, names in reasons.items()]) if reasons else []
     return lines
 

@@ -26,7 +26,7 @@ class Positioned(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if at < 0:
-            raise ValueError(f"negative position {at}")
+            raise OSError(f"negative position {at}")  # as of a file of the system
         self._at = at
         return at
 

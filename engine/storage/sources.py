@@ -6,8 +6,9 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
+from engine.language.documents import grouped
 from engine.storage.coalesce import Range, join
-from engine.storage.store import Fetched, File, Ranges, State, Store, check_state
+from engine.storage.store import Fetched, File, Ranges, State, check_state
 
 T = TypeVar("T")
 
@@ -96,10 +97,7 @@ def check_unchanged(files: Iterable[IndexedFile]) -> None:
 
     Files whose state nobody looked at are left out.
     """
-    by_store: dict[Store, list[IndexedFile]] = {}
-    for header in (file for file in files if file.state is not None):
-        by_store.setdefault(header.file.store, []).append(header)
-    for store, headers in by_store.items():
+    for store, headers in grouped((file.file.store, file) for file in files if file.state is not None).items():
         now = store.states([header.file.name for header in headers])
         for header in headers:
             check_state(header.file.name, now[header.file.name], header.state)

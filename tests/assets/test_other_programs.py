@@ -33,7 +33,8 @@ SCALED = {
 
 
 def config(folder: str, mapping: str, scaling: str, out: Path) -> dict[str, Any]:
-    settings = {"rope_scaling": scaling, "rope_factor": 4, "max_position_embeddings": 512}
+    settings = {"rope_scaling": scaling, "max_position_embeddings": 512}
+    settings |= {} if scaling == "none" else {"rope_factor": 4}
     engine.convert(mapping, FIXTURES / folder, out, settings=settings)
     read: dict[str, Any] = json.loads((out / "config.json").read_text())
     return read

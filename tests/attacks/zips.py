@@ -207,6 +207,16 @@ def text_before_a_zip(folder: Path) -> None:
     (folder / RANK).write_bytes(b"#!/bin/sh\n" + (folder / RANK).read_bytes())
 
 
+@attack("training", "E301", "something else before")
+def a_zip_that_knows_of_what_is_before_it(folder: Path) -> None:
+    """Its offsets are right, and a reader that begins at the first byte finds something else."""
+    listed = members(folder / RANK)
+    (folder / RANK).write_bytes(_LOCAL + b"of a member that no directory has")
+    with zipfile.ZipFile(folder / RANK, "a") as archive:
+        for name, data in listed:
+            archive.writestr(name, data)
+
+
 @attack("training", None)
 def a_zip_behind_an_old_rank_file(folder: Path) -> None:
     """The first bytes decide what a file is, as for torch.load: the rest is never looked at."""

@@ -567,6 +567,7 @@ def test_a_setting_without_effect_on_what_is_read_is_wrong_usage(checkpoint: Pat
         (("reverse", *hf, "--set", "max_position_embeddings=99"), "max_position_embeddings has no effect"),
         (("run", *ranks, "--set", "rope_factor=4"), "rope_factor has no effect"),
         (("reshard", *ranks, "--set", "rope_scaling=linear"), "rope_scaling has no effect"),
+        (("reshard", *ranks, "--set", "rotary=pairs"), "rotary has no effect"),
     ):
         done = invoke(*command, "-m", MAPPING, "-o", tmp_path / "out")
         assert done.exit_code == 2 and flag in done.output, done.output

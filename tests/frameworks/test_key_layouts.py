@@ -18,7 +18,7 @@ from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
-from engine.planning.as_model import told_by
+from engine.planning.as_model import wanted_by_mapping
 from engine.proving.checks import check_classes
 from engine.proving.meta_model import asked
 from tests.support.frameworks import weights
@@ -198,12 +198,12 @@ def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> No
     whole = [json.loads(AutoConfig.for_model(**plain, dtype="float32").to_json_string(use_diff=False))]
     whole[0]["architectures"] = [architecture]
     for config in (*whole, *({**plain, **one} for one in changes)):
-        assert told_by(told, layout, config) == asked(config)
+        assert wanted_by_mapping(told, layout, config) == asked(config)
     unknown: list[dict[str, Any]] = [
         {"attention_bias": True}, {"mlp_bias": True}, {"num_experts": 4}, {"hidden_size": 18}, {"hidden_act": "swoosh"},
         {"vocab_size": "40"}, {"rope_scaling": {"rope_type": "llama3"}}, {"quantization_config": {}},
     ]  # fmt: skip
-    assert {told_by(told, layout, {**plain, **one}) for one in unknown} == {None}
+    assert {wanted_by_mapping(told, layout, {**plain, **one}) for one in unknown} == {None}
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,8 @@ def test_ranks_that_megatron_cannot_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         engine.reverse("megatron-llama", first, tmp_path / "back", ranks="tp=5")
     assert caught.value.code == "E214"
+    with pytest.raises(EngineError, match="vocab_size has no effect"):  # config.json says it
+        engine.reverse("megatron-llama", first, tmp_path / "back", settings={"vocab_size": 99})
     assert not (tmp_path / "back").exists()
 
 

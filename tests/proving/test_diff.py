@@ -75,6 +75,14 @@ def edit_family(repository: Path, before: str, after: str) -> None:
     path.write_text(text.replace(before, after), encoding="utf-8")
 
 
+def test_a_revision_that_git_cannot_read_is_no_revision_without_files(repository: Path) -> None:
+    named = ["git", "-C", str(repository), "rev-parse", "first:mappings/family.yaml"]
+    blob = subprocess.run(named, check=True, capture_output=True, text=True).stdout.strip()
+    (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    with pytest.raises(EngineError, match="git cannot read the files of revision `first`"):
+        api.diff("first", None, [repository / "mappings" / "child.yaml"])
+
+
 # -- what it comes to
 
 

@@ -1,0 +1,69 @@
+"""Mappings of a user's own, which no test of ours has seen: what is wrong with them must not become a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.errors import EngineError, EngineErrors, shape_text
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.language.model import MappingFile
+from engine.language.search import bundled
+from engine.planning.as_model import class_named, wanted_by_mapping
+from engine.planning.model import Plan
+from engine.proving.lint import lint
+
+# What lint finds that changes what is decided or written; the rest, planning itself refuses or cannot go wrong.
+_OF_THE_TARGET = ("L010", "L012", "L013", "L014", "L015", "L017")
+
+
+def checked(plan: Plan) -> Plan:
+    """A plan whose mapping is bundled, or passes `engine lint`, whose warnings it tells, and the target's class.
+
+    Raises:
+        EngineError: E109 for what lint calls an error, and for tensors that the model class does not load.
+    """
+    mapping = plan.mapping
+    if _is_bundled(mapping):
+        return plan
+    found = lint(mapping)
+    wrong = [
+        EngineError(
+            "E109", f"{one.code}: {one.message}", place=one.place, got=one.got, expected=one.expected, fix=one.fix
+        )
+        for one in found
+        if one.severity == "error" and one.code in _OF_THE_TARGET
+    ]
+    if wrong:
+        raise EngineErrors(wrong)
+    _check_class(plan)
+    told = [f"`engine lint` says of the mapping: {one.message} ({one.place})" for one in found]
+    return replace(plan, notices=(*plan.notices, *told))
+
+
+def _is_bundled(mapping: MappingFile) -> bool:
+    """Whether a mapping says what the bundled one of its name does."""
+    paths = [bundled("mappings") / folder / f"{mapping.name}.yaml" for folder in ("", "families")]
+    return any(path.is_file() and load_mapping(path).digest == mapping.digest for path in paths)
+
+
+def _check_class(plan: Plan) -> None:
+    """E109 where the tensors that are written are not those of the model class, as far as a file tells these."""
+    classes, named = load_mapping("transformers").classes, class_named(plan.config)
+    if plan.written is not None or named not in classes:
+        return
+    told = load_mapping(classes[named])
+    wanted = wanted_by_mapping(told, load_layout(told.layout, told.layout_place), plan.config)
+    shapes = {one.name: one.shape for one in plan.outputs}
+    if wanted is None or wanted.shapes == shapes:
+        return
+    name = min(name for name in {*wanted.shapes, *shapes} if wanted.shapes.get(name) != shapes.get(name))
+    got, expected = (shape_text(held[name]) if name in held else "no such tensor" for held in (shapes, wanted.shapes))
+    raise EngineError(
+        "E109",
+        f"{named} does not load what the mapping writes: `{name}`",
+        place=plan.mapping.place,
+        got=got,
+        expected=expected,
+        fix="Correct the rule's target, or `config`. transformers would put random numbers where a tensor is missing.",
+    )

@@ -1,0 +1,47 @@
+"""Mappings that users copied and edited: what would give a wrong model is refused by the run itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import engine
+from engine.errors import EngineError
+from engine.language.search import bundled
+
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
+FAMILY = (bundled("mappings") / "families" / "internlm2.yaml").read_text("utf-8")
+
+
+def edited(folder: Path, old: str = "", new: str = "") -> Path:
+    assert not old or FAMILY.count(old) == 1, old
+    path = folder / "internlm2.yaml"
+    path.write_text(FAMILY.replace(old, new) if old else FAMILY, "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ("  rms_norm_eps: \"{{", "  rmsn_orm_eps: \"{{", "rms_norm_eps"),
+        ("  tie_word_embeddings: false\n", "  tie_wrod_embeddings: false\n", "tie_word_embeddings"),
+        ("attention_biases == 'all' }}", "attention_biases == 'al' }}", "none of its choices"),
+        ("target: model.norm.weight", "target: model.nrom.weight", "model.norm.weight"),
+        ("input_layernorm.weight", "input_layer_norm.weight", "input_layer"),
+    ],
+)  # fmt: skip
+def test_an_edited_copy_that_writes_another_model_is_refused(old: str, new: str, word: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=word) as caught:
+        engine.convert(edited(tmp_path, old, new), CHECKPOINT, tmp_path / "out")
+    assert caught.value.errors[0].code == "E109"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_converts_as_the_bundled_one_and_tells_what_lint_warns_of(tmp_path: Path) -> None:
+    engine.convert("internlm2", CHECKPOINT, tmp_path / "bundled")
+    engine.convert(edited(tmp_path), CHECKPOINT, tmp_path / "copy")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "bundled" / name).read_bytes()
+    mine = edited(tmp_path, "  pad_token_id: 2\n", "  pad_token_id: 2\n  of_my_own: 1\n")
+    assert any("of_my_own" in one for one in engine.plan(mine, CHECKPOINT).notices)
