@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import translate
 from typing import Any
@@ -140,10 +140,31 @@ def read_configuration(
             keys = inside.split(".") if inside else []
         extra = _below(value, keys[:-1], place.file) if place.beside else {}
         told = {key: extra[key] for key in place.beside if key in extra}
+        if layout.config_of_target:
+            _check_alone(folder, layout, place.file, value)
         return place.file, {**_below(value, keys, place.file), **told}
     if (layout.config_of_target and not needed) or (layout.config_from_target and (given is not None or not needed)):
         return layout.config_file if given is None else given.name, {}
     raise no_configuration(folder, layout)
+
+
+def _check_alone(folder: Store, layout: Layout, first: str, value: Mapping[str, Any]) -> None:
+    """E218 where another of the layout's places has another configuration: which of them is the model's?"""
+    for place in layout.configs:
+        file = File(folder, place.file)
+        if place.file == first or not file.exists:
+            continue
+        other = read_config(file, place.format)
+        differ = sorted(key for key in {*value, *other} if value.get(key) != other.get(key))
+        if differ:
+            raise EngineError(
+                "E218",
+                f"`{differ[0]}` is not the same in {first} and {place.file}",
+                place=Place(place.file),
+                got=repr(other.get(differ[0]))[:100],
+                expected=f"{value.get(differ[0])!r:.100}, as in {first}",
+                fix="Both are the model's configuration. Give the right one with --config, or move the other away.",
+            )
 
 
 def no_configuration(folder: Store, layout: Layout) -> EngineError:

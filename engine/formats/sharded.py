@@ -38,19 +38,12 @@ from engine.formats.standins import (
 _MOST_RANKS = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Empty:
-    """What is called to make a sharded tensor, before its state."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Sharded:
     """A sharded tensor with its state as it stands in the file."""
 
-    empty: _Empty
+    dtype: str
+    shape: tuple[int, ...]
     state: tuple[Any, ...]
 
 
@@ -77,11 +70,11 @@ def _device(*arguments: Any) -> Opaque:
     return Opaque("device")
 
 
-def _empty(*arguments: Any) -> _Empty:
+def _empty(*arguments: Any) -> tuple[str, tuple[int, ...]]:
     """`_rebuild_wrapper_subclass`: class, type, shape, strides, offset, layout, device, requires_grad."""
     if len(arguments) != 8 or not _distributed(arguments[0]) or not isinstance(arguments[1], DType):
         raise Refused("E301", "an empty tensor that is not a sharded one")
-    return _Empty(arguments[1].held, ints(arguments[2]))
+    return arguments[1].held, ints(arguments[2])
 
 
 _EMPTY = Function(_empty)
@@ -95,11 +88,10 @@ def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor |
     if function is not _EMPTY:
         return rebuild_from_type(function, kind, arguments, state)
     if isinstance(kind, PlainClass) and _distributed(kind) and type(arguments) is tuple:
-        empty = _empty(*arguments)
-        return Distributed(empty.dtype, empty.shape, state)
+        return Distributed(*_empty(*arguments), state)
     if kind is not _SHARDED or type(arguments) is not tuple or type(state) is not tuple or len(state) != 5:
         raise Refused("E301", "a sharded tensor of another form than torch's")
-    return Sharded(_empty(*arguments), state)
+    return Sharded(*_empty(*arguments), state)
 
 
 _KNOWN: Mapping[tuple[str, str], Any] = {
@@ -149,8 +141,8 @@ class ShardReader:
         rank, ranks = _group(group)
         told = attributes(metadata, "ShardedTensorMetadata")
         whole, ends = ints(told.get("size")), self._ends(told.get("shards_metadata"))
-        if whole != sharded.empty.shape or element_type(told.get("tensor_properties")) != sharded.empty.dtype:
-            raise Refused("E301", f"a sharded tensor of shape {sharded.empty.shape}, in its metadata {whole}")
+        if whole != sharded.shape or element_type(told.get("tensor_properties")) != sharded.dtype:
+            raise Refused("E301", f"a sharded tensor of shape {sharded.shape}, in its metadata {whole}")
         if (ends[0][-1], *ends[1]) != whole or len(ends[0]) > ranks:
             raise Refused("E301", f"{len(ends[0])} shards on {ranks} ranks do not make up a tensor of shape {whole}")
         start, end = ((0, *ends[0])[rank], ends[0][rank]) if rank < len(ends[0]) else (whole[0], whole[0])
@@ -158,8 +150,8 @@ class ShardReader:
             raise Refused(
                 "E301", f"{len(shards)} local shards on rank {rank} of a tensor cut over {len(ends[0])} ranks"
             )
-        tensor = _local(shards[0], start, (end - start, *whole[1:]), sharded.empty.dtype) if shards else None
-        return tensor, sharded.empty.dtype, Part((start, *(0,) * (len(whole) - 1)), whole)
+        tensor = _local(shards[0], start, (end - start, *whole[1:]), sharded.dtype) if shards else None
+        return tensor, sharded.dtype, Part((start, *(0,) * (len(whole) - 1)), whole)
 
     def _ends(self, listed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where each rank's rows end, and the other dimensions; rows follow each other in the order of ranks."""

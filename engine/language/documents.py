@@ -44,16 +44,6 @@ class Items(list[Any]):
         self.at: dict[int, At] = dict(at or {})
 
 
-def nearest(tree: Any, path: Iterable[Any], otherwise: At) -> At:
-    """The nearest known place at or above a path; `otherwise` where none is."""
-    for key in path:
-        if not isinstance(tree, Table | Items) or key not in tree.at:
-            break
-        otherwise = tree.at[key]
-        tree = tree.get(key) if isinstance(tree, Table) else tree[key]
-    return otherwise
-
-
 @dataclass(frozen=True, slots=True)
 class Document:
     """Data of one file, or of several merged; `start` is where it begins, in the last of them."""
@@ -62,16 +52,13 @@ class Document:
     data: Any
     start: At | None = None
 
-    def at(self, *path: str | int) -> At:
-        """The nearest known place at or above a path."""
-        return nearest(self.data, path, self.start or At(Place(self.file), Place(self.file)))
-
     def part(self, *path: str | int) -> Document:
-        """What stands at a path, with its places; None as data where nothing does."""
-        data = self.data
+        """What stands at a path, with the nearest known place at or above it; None as data where nothing does."""
+        data, start = self.data, self.start
         for key in path:
+            start = getattr(data, "at", {}).get(key, start)
             data = data[int(key)] if isinstance(data, list) else data.get(key) if isinstance(data, dict) else None
-        return Document(self.file, data, self.at(*path))
+        return Document(self.file, data, start)
 
     def parts(self, *path: str | int) -> dict[Any, Document]:
         """Every value or item of what stands at a path, by its key or number."""
@@ -81,11 +68,13 @@ class Document:
 
     def place(self, *path: str | int) -> Place:
         """The place of a key, or of a list's item."""
-        return self.at(*path).key
+        start = self.part(*path).start
+        return Place(self.file) if start is None else start.key
 
     def value_place(self, *path: str | int) -> Place:
         """The place where the text of a value begins."""
-        return self.at(*path).value
+        start = self.part(*path).start
+        return Place(self.file) if start is None else start.value
 
 
 def values_in(tree: Any) -> Iterator[Any]:

@@ -95,10 +95,10 @@ def check_schema(document: Document, kind: str, *, merged: bool = False) -> None
     missing: list[tuple[str, EngineError]] = []
     near: set[str] = set()
     broken = violations(data, kind)
-    incomplete = [error.absolute_path for error in broken if error.validator == "required"]
+    told_already = [error.absolute_path for error in broken if error.validator in ("required", "type")]
     for error in broken:
-        if error.validator == "oneOf" and error.absolute_path in incomplete:
-            continue  # what it lacks first is told
+        if error.validator == "oneOf" and error.absolute_path in told_already:
+            continue  # what it lacks, or that it is no mapping
         path: list[str | int] = list(error.absolute_path)
         if names is not None and path[:1] == ["rules"] and len(path) > 1:
             path[1] = names[int(path[1])]

@@ -10,7 +10,7 @@ from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression, evaluate
 from engine.language.keys import find_key
 from engine.language.model import Expression, Option
-from engine.planning.config_keys import leaves
+from engine.planning.config_keys import leaves, value_at
 from engine.planning.model import Plan
 
 # Values that are as good as any other to see whether one matters.
@@ -52,13 +52,16 @@ def check_effects(plan: Plan, settings: Iterable[str]) -> None:
 
 def _read(plan: Plan) -> Iterator[Expression]:
     """The expressions by which a plan decides, and writes a configuration or holds it against what was read."""
-    mapping, known = plan.mapping, plan.mapping.keys.get("target", {})
+    mapping = plan.mapping
     held: list[Any] = [mapping.dims, *(variant.choices for variant in mapping.variants.values())]
     if plan.written is None:
         held += [mapping.config, mapping.remote_code, mapping.transformers]
-    elif plan.reads == "whole":
-        ignored = {path for path, _ in leaves(mapping.config) if (k := find_key(known, path)) is not None and k.ignored}
-        held += [mapping.training_config, [one for path, one in leaves(mapping.config) if path not in ignored]]
+    elif plan.reads == "whole":  # of what config.json says, the options are held against it
+        lines = dict(leaves(mapping.config))
+        said = [path for path in lines if value_at(plan.names, path) is not None]
+        keys = {path: find_key(mapping.keys.get("target", {}), path) for path in said}
+        counts = [lines[path] for path, key in keys.items() if key is None or key.ignored is None]
+        held += [mapping.training_config, counts]
     return expressions_of(held)
 
 

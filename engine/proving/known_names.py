@@ -12,7 +12,7 @@ from jinja2 import nodes
 from engine.errors import Place, meant
 from engine.language.allowed import dotted
 from engine.language.declared import every_expression
-from engine.language.documents import At, nearest, values_in
+from engine.language.documents import At, Document, values_in
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout, MappingFile
@@ -202,4 +202,4 @@ def _results(node: nodes.Node) -> Iterator[str]:
 
 def place_of(mapping: MappingFile, *path: str) -> Place:
     """Where a part or a key of it stands."""
-    return nearest(mapping.resolved, path, At(mapping.place, mapping.place)).key
+    return Document(mapping.place.file, mapping.resolved, At(mapping.place, mapping.place)).place(*path)

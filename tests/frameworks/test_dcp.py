@@ -305,6 +305,21 @@ def test_a_configuration_that_contradicts_itself_or_the_tensors_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_two_configurations_beside_the_weights_that_disagree_are_refused(tmp_path: Path) -> None:
+    fixture, folder = DCP / "hf_verl_fsdp4", tmp_path / "step"
+    shutil.copytree(source_of(fixture), folder)
+    (folder / "huggingface").mkdir()
+    text = (fixture / "hf_config.json").read_text()
+    (folder / "huggingface" / "config.json").write_text(text)
+    (folder / "config.json").write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(EngineError, match="rms_norm_eps") as caught:
+        engine.convert("transformers", folder, tmp_path / "out")
+    assert caught.value.code == "E218"
+    (folder / "config.json").write_text(text)
+    report = engine.convert("transformers", folder, tmp_path / "out")
+    assert not any("huggingface" in notice for notice in report.notices)
+
+
 def test_a_configuration_without_a_class_is_that_of_its_model_type(tmp_path: Path) -> None:
     fixture = DCP / "fsdp4-f32-hf"
     config = json.loads((fixture / "hf_config.json").read_text()) | {"architectures": None, "auto_map": {"A": "b.C"}}

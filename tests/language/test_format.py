@@ -93,9 +93,6 @@ def test_text_that_is_not_yaml_is_refused() -> None:
         format_mapping("a: [")
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "mappings").glob("**/*.yaml")), ids=lambda p: p.stem
-)
-def test_bundled_mappings_are_in_their_usual_form(path: Path) -> None:
-    if path.parent.name != "layouts":
-        assert format_mapping(path.read_text()) == path.read_text()
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_bundled_files_are_in_their_usual_form(path: Path) -> None:
+    assert format_mapping(path.read_text()) == path.read_text()

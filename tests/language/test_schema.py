@@ -46,6 +46,13 @@ def test_the_quick_check_and_the_one_that_words_errors_give_one_verdict(data: st
     assert bool(violations(document, "mapping")) == (not Draft7Validator(SCHEMA).is_valid(document))
 
 
+@pytest.mark.parametrize("part", ["ignore: [1]", "refuse: [true]", "rules: [1.5]", "ignore: [null]", "refuse: [[]]"])
+def test_an_entry_that_is_no_mapping_is_told_once_with_its_place(part: str) -> None:
+    with pytest.raises(engine.EngineError, match="not keys and values") as error:
+        check_schema(load_text(f"mapping: 1\nname: x\nversion: 1\nextends: y\n{part}\n", "x.yaml"), "mapping")
+    assert [one.code for one in error.value.errors] == ["E102"] and error.value.place.line == 5
+
+
 @pytest.mark.parametrize("line", ["name: ", "version: ", "source: ", "target: "])
 def test_a_mapping_of_the_models_own_names_lacks_no_key_either(line: str, tmp_path: Path) -> None:
     text = (ROOT / "mappings" / "families" / "transformers.yaml").read_text("utf-8")

@@ -206,6 +206,12 @@ def test_scaling_for_serving_comes_back_only_where_it_is_given_again(tmp_path: P
     assert api.plan_reverse(FAMILY, tmp_path / "hf", settings=given).config["rope_base"] == 10000
 
 
+def test_scaling_that_config_json_does_not_have_cannot_be_given_again(whole: Path, tmp_path: Path) -> None:
+    plain = changed(whole, tmp_path / "hf", {}, ("rope_parameters", "rope_theta"))
+    error = refused(api.plan_reverse, FAMILY, plain, settings={"rope_scaling": "linear", "rope_factor": 2})
+    assert error.code == "E001" and "no effect" in error.message
+
+
 def with_weights(whole: Path, folder: Path, change: Any, config: dict[str, Any] | None = None) -> Path:
     changed(whole, folder, config or {})
     state = load_file(folder / "model.safetensors")
