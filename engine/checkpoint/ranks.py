@@ -191,16 +191,19 @@ def read_grid(
     return grid
 
 
-def check_claims(grid: RankGrid, layout: Layout, training: Mapping[str, Any], folder: str) -> None:
+def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: str, folder: str) -> None:
     """Compare the grid with the ranks that the training configuration claims.
 
     The files alone cannot tell that the last ranks are missing altogether.
+
+    Args:
+        said: the configuration, and as `training` that of training; `file` is where the claims stand.
 
     Raises:
         EngineError: E201 naming the first rank that has no file.
     """
     for dim, expression in layout.sizes.items():
-        claimed = evaluate(expression, {"training": training})
+        claimed = evaluate(expression, said)
         if dim not in grid.sizes or isinstance(claimed, bool) or not isinstance(claimed, int) or claimed < 1:
             continue
         if claimed != grid.sizes[dim]:
@@ -212,7 +215,7 @@ def check_claims(grid: RankGrid, layout: Layout, training: Mapping[str, Any], fo
                 f"rank file `{name}` is missing" if more else f"`{name}` does not belong to this training run",
                 place=Place(folder),
                 got=f"{dim} {grid.sizes[dim]}, counted over the files",
-                expected=f"{dim} {claimed}: `{expression.text}` in {layout.training_file}",
+                expected=f"{dim} {claimed}: `{expression.text}` in {file}",
                 fix="Copy the missing files from the training run; every rank holds a different slice."
                 if more
                 else "Files of two checkpoints seem to be mixed; keep those of one.",

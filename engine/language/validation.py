@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -54,18 +55,18 @@ def _as_json(data: Any) -> Any:
     return [_as_json(value) for value in data] if isinstance(data, list) else data
 
 
-def violations(data: Any, kind: str) -> list[Any]:
-    """Where data breaks the schema of its kind, as errors of `jsonschema`; none when it is valid.
+def violations(data: Any, kind: str) -> Iterator[Any]:
+    """Where data breaks the schema of its kind, as errors of `jsonschema`, each found when it is asked for.
 
     The check itself is `jsonschema_rs`, which is imported three times as fast and checks a hundred
     times as fast; only errors are found again and worded by `jsonschema`.
     """
     try:
         if _checker(kind).is_valid(_as_json(data)):
-            return []
+            return
     except ValueError:  # what JSON cannot hold
         pass
-    return list(_validator(kind).iter_errors(data))
+    yield from _validator(kind).iter_errors(data)
 
 
 def check_schema(document: Document, kind: str, *, merged: bool = False) -> None:
@@ -94,7 +95,7 @@ def check_schema(document: Document, kind: str, *, merged: bool = False) -> None
     found = Errors()
     missing: list[tuple[str, EngineError]] = []
     near: set[str] = set()
-    broken = violations(data, kind)
+    broken = list(violations(data, kind))
     told_already = [error.absolute_path for error in broken if error.validator in ("required", "type")]
     for error in broken:
         if error.validator == "oneOf" and error.absolute_path in told_already:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from engine.checkpoint.ranks import counts_of, stage_dims
+from engine.checkpoint.ranks import counts_of, stage_dims, written_dims
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
@@ -65,12 +65,17 @@ def laid_out_as(other: Like, own: Like, mapping: MappingFile) -> Like:
 
 
 def grid_of(layout: Layout, asked: Request, like: Like) -> tuple[Mode, dict[str, int]]:
-    """The mode that is written and its ranks: what is asked for, else as in `like`, else one rank."""
-    mode = mode_of(layout, asked.mode if asked.mode is not None else like.mode, asked.ranks)
-    known = {d: n for d, n in like.sizes.items() if d not in asked.ranks} if mode.name == like.mode else {}
+    """The mode that is written and its ranks: what is asked for, else as in `like`, else one rank.
+
+    Of modes that the configuration tells apart, the ranks say which it is.
+    """
+    told = any(mode.name == like.mode and mode.when is not None for mode in layout.modes)
+    name = asked.mode if asked.mode is not None or told else like.mode
+    mode = mode_of(layout, name, {**like.sizes, **asked.ranks} if told else asked.ranks)
     staged = stage_dims(layout)  # stages are what modes share
-    shared = {d: n for d, n in like.sizes.items() if d in staged and d not in asked.ranks}
-    return mode, ranks_of(layout, mode, {**shared, **known, **asked.ranks})
+    alike = mode.name == like.mode or (told and mode.when is not None)
+    shared = {d: n for d, n in like.sizes.items() if (alike or d in staged) and d in written_dims(mode.files[0])}
+    return mode, ranks_of(layout, mode, {**shared, **asked.ranks})
 
 
 def cut_of_model(layout: Layout, asked: Request, like: Like) -> dict[str, Any]:

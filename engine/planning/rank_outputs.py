@@ -12,7 +12,7 @@ from engine.formats.dcp_files import Saved
 from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
 from engine.formats.pickling import WRITABLE, namespace
-from engine.language.expressions import render_tree
+from engine.language.expressions import evaluate, render_tree
 from engine.language.model import ConfigFile
 from engine.language.names import pattern
 from engine.planning.agreement import check_returns
@@ -70,6 +70,16 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     config = configuration(source, "training", mapping.training_config, names, keys, destination.grid_names())
     if layout.config_of_target:  # what is written is what was read
         config = dict(source.checkpoint.config)
+    when = destination.mode.when
+    if when is not None and not evaluate(when, config):
+        raise EngineError(
+            "E214",
+            f"mode `{destination.mode.name}` is not that of these ranks",
+            place=when.place,
+            got=", ".join(f"{dim} {count}" for dim, count in destination.sizes.items()),
+            expected=when.text,
+            fix="Leave --mode out: the ranks say which it is.",
+        )
     parts = [one.header.part for one, _, _ in listed]
     written = Written(
         tuple(outputs),

@@ -60,7 +60,8 @@ def read_checkpoint(
     if layout.training_file is not None and layout.training_format is not None:
         beside = File(folder, layout.training_file)
         training = read_config(beside, layout.training_format) if beside.exists else {}
-        check_claims(grid, layout, training, folder.place())
+    configured = {**configuration, "training": training}
+    check_claims(grid, layout, configured, layout.training_file or name, folder.place())
     headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors, told_by(layout))
     check_alike(headers, layout)
     files = list(zip(grid.files, headers, strict=True))

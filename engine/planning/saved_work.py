@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.formats.headers import FileHeader
+from engine.language.transforms import TRANSFORMS
 from engine.planning.classes import Template, template_of
 from engine.planning.copies import Copy
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Tied, Work
@@ -146,6 +147,8 @@ class SavedWork:
                 copies.rows[-1] = row[1], found.numbers(row[2:])
                 tied.append(Tied(self._output(row), tuple(copies(-1)), home))
         names = self._data["names"]
+        if any(sum(len(place) - 1 for place in at) < 2 for _, _, _, *at in self._data["checks"]):
+            raise ValueError("a tensor is compared with nothing")
         checks = [
             (found.numbers(at), names[name], names[rule])
             for home, name, rule, *at in self._data["checks"]
@@ -243,6 +246,8 @@ def saved_work(
         dtype, read_dtype, shape, rule, pattern, transform, dim, _ = kinds[row[1]]
         place = places.get(rule.partition(" + ")[0], "")
         change = None if transform is None else tuple(transform)
+        if change is not None and (change[0] not in TRANSFORMS or dim is None or dim >= len(shape)):
+            raise ValueError(f"{row[0]} is changed in no known way")
         return Output(row[0], dtype, read_dtype, tuple(shape), rule, place, pattern, change, dim)
 
     def nothing(index: int) -> list[Copy]:

@@ -35,7 +35,7 @@ def check_declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
                     place_of(mapping, part, path.split(".")[0]),
                     f"`{part}` writes `{path}: {_text(value)}`, and `keys` allows {_allowed(key)} ({key.place})",
                     f'Write an expression in braces: "{{{{ {value} }}}}".'
-                    if value in mapping.dims or value in mapping.variants
+                    if isinstance(value, str) and value in {*mapping.dims, *mapping.variants}
                     else "Correct the value, or what `keys` says of it.",
                 )
     for side in mapping.keys.values():

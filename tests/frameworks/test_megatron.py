@@ -247,12 +247,12 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], object], **beside
     """Save every rank file of a folder again, with the arguments changed; without them where none are left."""
     import argparse
 
-    for path in folder.glob("mp_rank_*/model_optim_rng.pt"):
+    for path in (*folder.glob("mp_rank_*/model_optim_rng.pt"), *folder.glob("common.pt")):
         value = torch.load(path, weights_only=False, pickle_module=_stubs())
         args = {k: v for k, v in vars(value["args"]).items() if type(v).__module__ in ("builtins", "torch")}
         change(args)
-        model = {name: one.clone() for name, one in value["model"].items() if one is not None}
-        saved = {"checkpoint_version": 3.0, "iteration": 10, "model": model, **beside}
+        model = {name: one.clone() for name, one in value.get("model", {}).items() if one is not None}
+        saved = {"checkpoint_version": 3.0, "iteration": 10, **({"model": model} if model else {}), **beside}
         torch.save({**saved, **({"args": argparse.Namespace(**args)} if args else {})}, path)
 
 
@@ -270,11 +270,17 @@ def _stubs() -> Any:
     return types.SimpleNamespace(__name__="stubs", Unpickler=Unpickler, load=pickle.load)
 
 
-def test_a_missing_rank_is_refused_by_its_name(copy: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = copy("torch-tp2pp2-vpp2")
-    shutil.rmtree(folder / "mp_rank_01_000")
-    with pytest.raises(EngineError, match="mp_rank_01_000") as caught:
-        convert("torch-tp2pp2-vpp2", tmp_path / "out", folder)
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("torch-tp2pp2-vpp2", "mp_rank_01_000"), ("torch-ep2-moe", "mp_rank_00_001"), ("leg_t4_g2", "mp_rank_03")],
+)
+def test_a_missing_rank_is_refused_by_its_name(
+    name: str, lost: str, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy(name)
+    shutil.rmtree(folder / lost)
+    with pytest.raises(EngineError, match=lost) as caught:
+        convert(name, tmp_path / "out", folder)
     assert caught.value.code == "E201"
 
 
@@ -330,6 +336,20 @@ def test_dense_copies_that_differ_between_expert_ranks_are_refused(copy: Callabl
     assert caught.value.code == "E402"
 
 
+def test_experts_in_one_transposed_tensor_are_refused_with_what_to_do(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy("torch-ep2-moe")
+    rewritten(folder, lambda args: None)
+    for path in folder.glob("mp_rank_*/model_optim_rng.pt"):
+        saved = torch.load(path, weights_only=False)
+        saved["model"]["decoder.layers.0.mlp.experts.weight1"] = torch.zeros(64, 8)
+        torch.save(saved, path)
+    with pytest.raises(EngineError, match="torch_dist") as caught:
+        convert("torch-ep2-moe", tmp_path / "out", folder)
+    assert caught.value.code == "E209"
+
+
 @pytest.mark.parametrize("files", [{}, {"mp_rank_00_000": "mp_rank_00", "mp_rank_01_001": ""}])
 def test_experts_that_are_cut_over_other_ranks_than_the_rest_are_refused_by_that_name(
     files: dict[str, str], tmp_path: Path
@@ -337,7 +357,7 @@ def test_experts_that_are_cut_over_other_ranks_than_the_rest_are_refused_by_that
     fixture = MEGATRON / "torch-ep2-etp1"
     if files:  # as Megatron names them of one expert rank, and then saves the first of two
         fixture = Path(shutil.copytree(fixture, tmp_path / "copy"))
-        rewritten(fixture, lambda args: args.update(expert_model_parallel_size=1))
+        rewritten(source_of(fixture), lambda args: args.update(expert_model_parallel_size=1))
     for old, new in files.items():
         folder = next(fixture.rglob(old))
         folder.rename(folder.with_name(new)) if new else shutil.rmtree(folder)

@@ -108,6 +108,34 @@ def test_what_is_written_in_any_form_converts_back_to_the_same_bytes(
     assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("asked", "folders"),
+    [
+        ({"ranks": "pp=1"}, ["mp_rank_00", "mp_rank_01"]),
+        ({"ranks": "tp=1"}, ["mp_rank_00_000", "mp_rank_00_001"]),
+        ({"mode": "torch", "ranks": "tp=1"}, ["mp_rank_00"]),
+        ({"ranks": "tp=1,pp=1"}, ["mp_rank_00"]),
+    ],
+)
+def test_folders_are_named_by_the_ranks_that_are_written_and_not_by_those_that_were_read(
+    asked: dict[str, Any], folders: list[str], tmp_path: Path
+) -> None:
+    fixture = MEGATRON / "torch-tp2pp2-vpp2"
+    told = {"config": fixture / "hf_config.json"}
+    first = whole("torch-tp2pp2-vpp2", "megatron-llama", tmp_path / "hf")
+    engine.reshard("megatron-llama", source_of(fixture), tmp_path / "back", **asked, **told)
+    assert sorted(path.name for path in (tmp_path / "back").glob("mp_rank_*")) == folders
+    engine.convert("megatron-llama", tmp_path / "back", tmp_path / "again", **told)
+    assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_a_mode_of_other_ranks_than_are_written_is_refused(tmp_path: Path) -> None:
+    first = whole("leg_t4_g2", "megatron-llama", tmp_path / "hf")
+    with pytest.raises(EngineError, match="not that of these ranks") as caught:
+        engine.reverse("megatron-llama", first, tmp_path / "back", mode="torch_pp", ranks="tp=2")
+    assert caught.value.code == "E214" and not (tmp_path / "back").exists()
+
+
 def test_ranks_that_megatron_cannot_have_are_refused(tmp_path: Path) -> None:
     first = whole("leg_t4_g2", "megatron-llama", tmp_path / "hf")
     with pytest.raises(EngineError) as caught:

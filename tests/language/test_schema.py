@@ -43,7 +43,7 @@ def test_the_quick_check_and_the_one_that_words_errors_give_one_verdict(data: st
     document = load_text(data.draw(st.sampled_from(FILES)).read_text("utf-8"), "x.yaml").data
     path = data.draw(st.sampled_from(paths(document)))
     document = changed(document, list(path), data.draw(VALUES))
-    assert bool(violations(document, "mapping")) == (not Draft7Validator(SCHEMA).is_valid(document))
+    assert any(violations(document, "mapping")) == (not Draft7Validator(SCHEMA).is_valid(document))
 
 
 @pytest.mark.parametrize("part", ["ignore: [1]", "refuse: [true]", "rules: [1.5]", "ignore: [null]", "refuse: [[]]"])

@@ -180,6 +180,12 @@ MISTAKES = {
         "silu",
     ),
     "another activation": (INTERNLM2, ('  mlp_bias: "', '  hidden_act: gelu\n  mlp_bias: "'), "L014", "silu or swish"),
+    "a list where keys want a text": (
+        INTERNLM2,
+        ('  mlp_bias: "', '  hidden_act: [silu]\n  mlp_bias: "'),
+        "L014",
+        "hidden_act",
+    ),
     "a value that keys forbid": (
         INTERNLM2,
         ("tie_word_embeddings: false", "tie_word_embeddings: true"),

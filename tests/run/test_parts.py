@@ -118,6 +118,31 @@ def test_no_copies_of_a_saved_plan_break_a_part(plan: Path, tmp_path: Path) -> N
             assert error.code == "E102", (name, error)
 
 
+@pytest.mark.parametrize(
+    ("part", "at", "value"),
+    [
+        ("files", 0, [0]),
+        ("files", 1, "zip"),
+        ("kinds", 5, ["normalize"]),
+        ("kinds", 5, ["normalize", "vocab"]),
+        ("outputs", 0, {}),
+        ("checks", 3, []),
+        ("checks", 3, [0, 0]),
+    ],
+)
+def test_what_a_part_would_stumble_over_while_it_writes_is_no_saved_plan(
+    plan: Path, tmp_path: Path, part: str, at: int, value: Any
+) -> None:
+    data = json.loads(plan.read_text())
+    del data["work"][part][0][at + 1 if part == "checks" else len(data["work"][part][0]) :]
+    data["work"][part][0][at] = value
+    plan.write_text(json.dumps(data))
+    with pytest.raises(EngineError) as caught:
+        api.part(plan, "1/1", tmp_path / "out")
+    assert caught.value.code == "E102"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plan_that_was_saved_without_its_copies_is_planned_by_each_part(
     plan: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
