@@ -11,6 +11,7 @@ from engine.language.names import pattern
 from engine.planning.groups import Cut, Group
 from engine.planning.pieces import Key, source_pieces
 from engine.planning.sides import Side
+from engine.planning.sizes import check_known
 from engine.planning.source import Source
 from engine.planning.stored import Instance, Stored
 from engine.storage.store import File
@@ -21,8 +22,13 @@ ZEROS = FileHeader(File(VirtualStore("zeros", {"zeros": _FILE}), "zeros"), 0, ()
 
 
 def padded(source: Source) -> Source:
-    """A source with the padding that rules write as zeros, in a file of its own, of the type beside it."""
+    """A source with the padding that rules write as zeros, in a file of its own, of the type beside it.
+
+    Raises:
+        EngineError: E204 for padding of which nothing tells the size.
+    """
     checkpoint, side, sizes = source.checkpoint, source.side, source.side.sizes
+    check_known([one for one in source.used if one.rule.zeros], sizes, source.unread)
     dtypes = {one.instance.key: one.first.header.dtype for one in side.groups}
     groups: list[Group] = []
     keys: dict[tuple[str, frozenset[str]], Key] = {}

@@ -24,7 +24,8 @@ def checked(plan: Plan) -> Plan:
         EngineError: E109 for what lint calls an error, and for tensors that the model class does not load.
     """
     mapping = plan.mapping
-    if _is_bundled(mapping):
+    named = _of_its_name(mapping)
+    if any(one.digest == mapping.digest for one in named):
         return plan
     found = lint(mapping)
     wrong = [
@@ -38,13 +39,16 @@ def checked(plan: Plan) -> Plan:
         raise EngineErrors(wrong)
     _check_class(plan)
     told = [f"`engine lint` says of the mapping: {one.message} ({one.place})" for one in found]
+    if named:
+        other = f"`engine diff {mapping.name} {mapping.files[-1]}` shows in what"
+        told.insert(0, f"the mapping has the name of the bundled {mapping.name}, and is another: {other}")
     return replace(plan, notices=(*plan.notices, *told))
 
 
-def _is_bundled(mapping: MappingFile) -> bool:
-    """Whether a mapping says what the bundled one of its name does."""
-    paths = [bundled("mappings") / folder / f"{mapping.name}.yaml" for folder in ("", "families")]
-    return any(path.is_file() and load_mapping(path).digest == mapping.digest for path in paths)
+def _of_its_name(mapping: MappingFile) -> list[MappingFile]:
+    """The bundled mappings of a mapping's name: it may be one of them, or an edited copy."""
+    paths = (bundled("mappings") / folder / f"{mapping.name}.yaml" for folder in ("", "families"))
+    return [load_mapping(path) for path in paths if path.is_file()]
 
 
 def _check_class(plan: Plan) -> None:

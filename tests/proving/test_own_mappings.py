@@ -9,6 +9,7 @@ import pytest
 import engine
 from engine.errors import EngineError
 from engine.language.search import bundled
+from tests.support.frameworks import FIXTURES, source_of
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
 FAMILY = (bundled("mappings") / "families" / "internlm2.yaml").read_text("utf-8")
@@ -44,4 +45,18 @@ def test_a_copy_converts_as_the_bundled_one_and_tells_what_lint_warns_of(tmp_pat
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "bundled" / name).read_bytes()
     mine = edited(tmp_path, "  pad_token_id: 2\n", "  pad_token_id: 2\n  of_my_own: 1\n")
-    assert any("of_my_own" in one for one in engine.plan(mine, CHECKPOINT).notices)
+    told = " ".join(engine.plan(mine, CHECKPOINT).notices)
+    assert "of_my_own" in told and "name of the bundled internlm2" in told
+
+
+def test_padding_of_which_nothing_tells_the_size_is_refused(tmp_path: Path) -> None:
+    source = source_of(FIXTURES / "megatron" / "torch-tp1pp1-tied")
+    engine.convert("megatron-llama", source, tmp_path / "hf", settings={"vocab_size": 259})
+    text = (bundled("mappings") / "families" / "megatron-llama.yaml").read_text("utf-8")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "\n".join(line for line in text.split("\n") if not line.startswith("  padded_vocab_size:")), "utf-8"
+    )
+    with pytest.raises(EngineError) as caught:
+        engine.reverse(mine, tmp_path / "hf", tmp_path / "ranks")
+    assert caught.value.code in ("E105", "E204")
