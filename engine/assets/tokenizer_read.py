@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.storage.regular import open_regular
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # what a piece is
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
@@ -120,17 +121,8 @@ def _read(model_file: Path) -> tuple[Any, bytes]:
     from sentencepiece import sentencepiece_model_pb2
 
     place = Place(str(model_file))
-    try:
-        with model_file.open("rb") as file:
-            data = file.read(_LARGEST)
-    except OSError as error:
-        raise EngineError(
-            "E501",
-            "the tokenizer file cannot be read",
-            place=place,
-            got=error.strerror or str(error),
-            fix="Check the path and its permissions.",
-        ) from error
+    with open_regular(model_file) as file:
+        data = file.read(_LARGEST)
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(data)

@@ -93,14 +93,31 @@ def _failed(path: Path, why: str | None) -> EngineError:
     )
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file of some 130 bytes begins
+_MOST_POINTER = 1024
+
+
 def open_regular(path: Path) -> OpenFile:
-    """Open a regular file for reading; E305 for anything else, without blocking on a fifo."""
+    """Open a regular file for reading; E305 for anything else, without blocking on a fifo.
+
+    A pointer of Git LFS, as a clone has it whose large files were not fetched, is E305 too.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # a name may hold NUL
         raise _failed(path, error.strerror if isinstance(error, OSError) else str(error)) from error
     check_regular(descriptor, path)
-    return OpenFile(_Reading(descriptor, path), FileState.of(os.fstat(descriptor)))
+    file = OpenFile(_Reading(descriptor, path), FileState.of(os.fstat(descriptor)))
+    if file.state.size <= _MOST_POINTER and file.peek(len(_POINTER)).startswith(_POINTER):
+        file.close()
+        raise EngineError(
+            "E305",
+            "a pointer of Git LFS stands in place of the file",
+            place=Place(str(path)),
+            got=f"{file.state.size} bytes",
+            fix="Fetch the file itself: `git lfs pull` in the clone that it is from.",
+        )
+    return file
 
 
 def check_regular(descriptor: int, path: Path) -> None:
