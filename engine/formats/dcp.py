@@ -93,16 +93,16 @@ def _tensor(small: TorchZip, entry: Entry, file: str, load: LoadPickle) -> Tenso
     value = load(small.pickle(), file)
     if not isinstance(value, Tensor):
         raise damaged(file, f"a {type(value).__name__} where its directory has a tensor", entry.name)
-    if value.shape != entry.shape or (value.dtype or value.storage.dtype) != entry.dtype:
+    header = tensor_header(entry.name, value, small.payload(), file)
+    if header.shape != entry.shape or header.dtype != entry.dtype:
         raise EngineError(
             "E301",
             "a file does not match its `.metadata`",
             place=Place(file, tensor=entry.name),
-            got=f"{' × '.join(map(str, value.shape))} {value.dtype or value.storage.dtype} at byte {entry.offset}",
+            got=f"{' × '.join(map(str, header.shape))} {header.dtype} at byte {entry.offset}",
             expected=f"{' × '.join(map(str, entry.shape))} {entry.dtype}, from {DIRECTORY}",
             fix="The file is from another save or another rank: copy the folder again.",
         )
-    header = tensor_header(entry.name, value, small.payload(), file)
     return replace(header, part=Part(entry.starts, entry.whole))
 
 

@@ -93,6 +93,7 @@ def equal(out: Path, truth: dict[str, torch.Tensor]) -> bool:
 def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Path) -> None:
     state = model(LLAMA)
     saved = {**titan(state, old=old), "optimizer.state.norm.weight.exp_avg": torch.ones(16), "train_state": {"step": 3}}
+    saved |= {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))} if old else {}  # of its first releases
     folder = save(saved, tmp_path / "step-3", LLAMA | ({"rope_scaling": SCALED} if old else {}))
     engine.convert("torchtitan-llama", folder, tmp_path / "out")
     assert equal(tmp_path / "out", state)
@@ -144,6 +145,14 @@ def test_the_prefix_of_names_is_found(prefix: str, tmp_path: Path) -> None:
     folder = save({**{prefix + name: one for name, one in state.items()}, **extra}, tmp_path / "step", LLAMA)
     engine.convert("transformers", folder, tmp_path / "out")
     assert equal(tmp_path / "out", state)
+
+
+def test_a_tensor_of_a_type_that_is_not_read_is_refused_by_its_type(tmp_path: Path) -> None:
+    state = model(LLAMA)
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.complex64)
+    with pytest.raises(EngineError, match="element type") as caught:
+        engine.convert("transformers", save(state, tmp_path / "step", LLAMA), tmp_path / "out")
+    assert caught.value.code == "E303"
 
 
 def test_two_models_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
