@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -69,38 +70,47 @@ def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpa
 
 def planned(asked: Request) -> Plan:
     """The plan of a request, whatever it reads and writes."""
-    made = _direct(asked)
+    made, told = _direct(asked)
     loaded, layout = rules_of_request(made)
-    return _compiled(asked, made, loaded, layout, _read(made, layout))
+    return _compiled(asked, made, loaded, layout, _read(made, layout), told)
 
 
-def _direct(asked: Request) -> Request:
-    """The request as one mapping can do it.
+def _direct(asked: Request) -> tuple[Request, tuple[str, ...]]:
+    """The request as one mapping can do it, and what is to be told of what is read.
 
     What is read by one mapping and written by another has the files as source that a run of the first would write.
-    Settings go to the mapping that has them, and to both where both do.
+    Settings go to the mapping that has them, and to both where both do; a choice against the checkpoint's own
+    configuration says how it is to be written.
     """
     if asked.to is None:
-        return asked
+        return asked, ()
     from engine.assets.bundle import as_json
     from engine.run.execute import Small
     from engine.serve.virtual import VirtualFolder
 
-    known = [_known(asked), _known(replace(asked, mapping=asked.to))]
-    first, second = (
-        {name: value for name, value in asked.settings.items() if name in mine or name not in other}
-        for mine, other in (known, known[::-1])
-    )
-    whole = planned(Request(asked.mapping, asked.src, config=asked.config, settings=first))
+    ends = (asked, replace(asked, mapping=asked.to, to=None))
+    mine, other = ({name: value for name, value in asked.settings.items() if _takes(one, name, value)} for one in ends)
+    mine |= {name: value for name, value in asked.settings.items() if name not in other}
+
+    def read(settings: Mapping[str, Any]) -> Plan:
+        return planned(Request(asked.mapping, asked.src, config=asked.config, settings=settings))
+
+    whole = read(mine)
+    against = {name for name, one in whole.decisions.items() if name in other and one.instead_of is not None}
+    if against:
+        whole = read({name: value for name, value in mine.items() if name not in against})
     folder = VirtualFolder(whole, lambda: Small({"config.json": as_json(whole.config)}))
-    second = {name: value for name, value in second.items() if name in known[1]}
-    return replace(asked, mapping=asked.to, src=folder.store, reads="whole", config=None, settings=second, to=None)
+    made = replace(asked, mapping=asked.to, src=folder.store, reads="whole", config=None, settings=other, to=None)
+    return made, whole.notices
 
 
-def _known(asked: Request) -> set[str]:
-    """What the mapping of a request and its layout can be set to."""
+def _takes(asked: Request, name: str, value: Any) -> bool:
+    """Whether the mapping of a request can be set so, or its layout where this mapping writes."""
     mapping, layout = rules_of_request(asked)
-    return {*mapping.options, *mapping.variants, *layout.options, *layout.layers.variants}
+    variants, options = {**mapping.variants}, {*mapping.options}
+    if asked.to is None:
+        variants, options = {**layout.layers.variants, **variants}, options | {*layout.options}
+    return name in options or (name in variants and str(value) in variants[name].choices)
 
 
 def _read(asked: Request, layout: Layout) -> Checkpoint:
@@ -117,8 +127,10 @@ def no_effect(config: str | Path, without: str = "") -> EngineError:
                        got=str(config), fix="Leave it out, or put it beside the weights.")  # fmt: skip
 
 
-def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan:
-    """The plan of a request as it was given, and as one mapping can do it."""
+def _compiled(
+    given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint, told: tuple[str, ...]
+) -> Plan:
+    """The plan of a request as it was given, and as one mapping can do it; `told` are notices of what is read."""
     from engine.planning.effects import check_effects
     from engine.planning.planner import make_plan
     from engine.proving.meta_model import fitted, written_as_model
@@ -139,8 +151,9 @@ def _compiled(given: Request, asked: Request, loaded: MappingFile, layout: Layou
     if given is asked:
         check_effects(made, asked.settings)
         return made
-    check_effects(made, set(asked.settings) - set(_known(given)))  # what both have may matter to the first alone
-    return replace(made, folder=str(given.src))
+    alone = [name for name, value in asked.settings.items() if not _takes(given, name, value)]
+    check_effects(made, alone)  # what both have may matter to the first alone
+    return replace(made, folder=str(given.src), notices=(*told, *made.notices))
 
 
 def read_whole(src: Source) -> Checkpoint:
@@ -243,11 +256,11 @@ def loaded_plan(saved: SavedPlan) -> Plan:
     from engine.explaining.normal import normal_form
     from engine.planning.saved_plan import AGAIN, check_plan, check_rules
 
-    asked = _direct(saved.request)
+    asked, told = _direct(saved.request)
     loaded, layout = rules_of_request(asked)
     check_rules(saved, loaded, layout)
     checkpoint = _read(asked, layout)
     check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
-    compiled = _compiled(saved.request, asked, loaded, layout, checkpoint)
+    compiled = _compiled(saved.request, asked, loaded, layout, checkpoint, told)
     check_plan(saved, compiled, normal_form(compiled), _work_data(compiled))
     return compiled

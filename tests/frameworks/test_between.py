@@ -45,6 +45,23 @@ def test_settings_go_to_the_mapping_that_has_them(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("to", "settings"), [("internlm2", {"rotary": "pairs"}), ("megatron-llama", {"rotary": "neighbours"})]
+)
+def test_a_choice_against_the_checkpoint_says_how_it_is_written(
+    to: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(FIXTURES / "v2_tp2_pp2", tmp_path / "source"))
+    (source / "of_nobody.pt").write_bytes(b"")
+    engine.convert("internlm2", source, tmp_path / "direct")
+    report = engine.reshard("internlm2", source, tmp_path / "made", to=to, settings=settings)
+    assert any("of_nobody" in notice for notice in report.notices)  # what is told of the one that is read
+    back = engine.convert(
+        to, tmp_path / "made", tmp_path / "hf", settings={} if to == "internlm2" else {"vocab_size": 256}
+    )
+    same(load_file(back.out / "model.safetensors"), load_file(tmp_path / "direct" / "model.safetensors"))
+
+
 def test_a_plan_of_two_mappings_is_saved_and_gives_the_same_bytes_or_nothing(tmp_path: Path) -> None:
     source = Path(shutil.copytree(FIXTURES / "v2_tp2_pp2", tmp_path / "source"))
     asked: dict[str, Any] = {"to": "transformers", "ranks": {"dp": 3}}
