@@ -102,6 +102,8 @@ def test_names_from_checkpoints_and_mappings_cannot_become_markup(tmp_path: Path
     data["description"] = "<b onclick='x'>InternLM2</b>"
     (norm,) = [rule for rule in data["rules"] if rule["source"] == "norm.weight"]
     norm |= {"name": f"r{HOSTILE}", "source": HOSTILE, "target": f"n{HOSTILE}"}
+    data["target"]["architecture"] = "HostileForCausalLM"  # of which nothing is known: any name may be a target's
+    data["config"]["architectures"] = ["HostileForCausalLM"]
     mapping = tmp_path / "hostile.yaml"
     mapping.write_text(json.dumps(data))
     page = view_page(engine.plan(str(mapping), folder))
