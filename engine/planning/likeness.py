@@ -105,7 +105,16 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
     stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)
     told = any(name in asked.settings for name in layout.options)  # then the layout's `when` picks the prefix
     prefix = like.prefix if (stages.chunks > 1) == (like.chunks > 1) and not told else None
-    return Destination(layout, mode, sizes, stages, names, mapping.even, prefix)
+    found = Destination(layout, mode, sizes, stages, names, mapping.even, prefix)
+    if chunks > 1 and found.prefix(0) == found.prefix(1):
+        raise EngineError(
+            "E001",
+            f"mode `{mode.name}` of layout `{layout.name}` has no chunks",
+            got=f"{chunks} chunks",
+            expected="1: names there do not say the chunk",
+            fix="Leave --chunks out.",
+        )
+    return found
 
 
 def spellings_of(used: Sequence[Instance], like: Like) -> dict[str, Pattern]:

@@ -97,8 +97,10 @@ class OutputFolder:
 
     def __enter__(self) -> Store:
         try:
-            self._held.callback(_remove_empty, [p for p in self.final.parents if not os.path.lexists(p)])
-            self.final.parent.mkdir(parents=True, exist_ok=True)
+            missing = [p for p in self.final.parents if not os.path.lexists(p)]
+            self._held.callback(_remove_empty, missing)
+            for folder in reversed(missing):  # mkdir(parents=True) calls itself for each
+                folder.mkdir(exist_ok=True)
             self._held.enter_context(OutputLock(self.final))
             try:
                 found = _put_back(self.final)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,9 +93,16 @@ def test_another_number_of_ranks_is_written_without_a_detour(whole: Path, tmp_pa
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
 
 
-def test_ranks_that_the_mesh_does_not_have_are_refused(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mapping", "asked"),
+    [("transformers", {"ranks": "pp=2"}), ("transformers", {"chunks": 2}), ("meta-llama", {"chunks": 2}),
+     ("megatron-llama", {"chunks": 2, "mode": "torch_dist"})],
+)  # fmt: skip
+def test_ranks_and_chunks_that_a_layout_does_not_have_are_refused(
+    mapping: str, asked: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
     with pytest.raises(EngineError) as caught:
-        engine.reverse("transformers", whole, tmp_path / "dcp", ranks="pp=2")
+        engine.reverse(mapping, whole, tmp_path / "dcp", **asked)
     assert caught.value.code == "E001"
     assert not (tmp_path / "dcp").exists()
 
