@@ -47,7 +47,7 @@ class OutputFolder:
             shared: for an output that several processes write parts of: a digest that they all know it by.
             foreign: what a folder holds that the engine did not write, in words; None when nothing.
         """
-        self.final = Path(os.path.abspath(out))
+        self.final = located(out)
         if not self.final.name:
             raise EngineError("E001", "this cannot be an output", got=str(out), fix="Name a folder to write.")
         self._foreign = foreign
@@ -171,9 +171,16 @@ class OutputFolder:
         return old
 
 
+def located(out: Path) -> Path:
+    """The output by its real folder: `..` after a link leads out of what is linked, not back to the link."""
+    if out.name in ("", ".."):
+        return Path(os.path.realpath(out))
+    return Path(os.path.realpath(out.parent), out.name)
+
+
 def leftovers(out: Path) -> list[Path]:
     """What interrupted runs left beside an output."""
-    final = Path(os.path.abspath(out))
+    final = located(out)
     if not final.name:
         return []
     start = f".{final.name}."
@@ -198,8 +205,8 @@ def clean(out: Path) -> list[Path]:
     found = leftovers(out)
     if found:
         try:
-            with OutputLock(Path(os.path.abspath(out))):
-                found = _put_back(Path(os.path.abspath(out)))
+            with OutputLock(located(out)):
+                found = _put_back(located(out))
                 for path in found:
                     _remove(path)
         except OSError as error:

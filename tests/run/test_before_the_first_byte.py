@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,20 @@ def test_a_refusal_once_the_folder_is_made_removes_it_again_with_its_parents(
     path = source / "model_tp1_pp0.pt"
     torch.save({k: v + 1 if "norm" in k else v for k, v in torch.load(path, weights_only=True).items()}, path)
     refused("E402", source, tmp_path / "a" / "b" / "hf", mapping(tokenizer=None))
+
+
+@pytest.mark.parametrize("out", ["x/" * 1800 + "hf", "link/../hf"])
+def test_an_output_lies_where_the_system_finds_its_path(
+    out: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However deep; and what is beside a link is not what is beside the folder that it leads to."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there" / "linked").mkdir(parents=True)
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there" / "linked")
+    monkeypatch.chdir(tmp_path / "here")
+    engine.convert(mapping(tokenizer=None), source, out, settings=LETTERS)
+    assert os.path.exists(f"{out}/config.json") and not os.path.exists("hf")
+    subprocess.run(["rm", "-r", "--", out.split("/")[0]], check=True)  # Python's own calls itself for each folder
 
 
 def test_text_that_cannot_be_written_is_refused_before_a_rank_file_is(
