@@ -198,7 +198,7 @@ class TorchZip:
         end = begin + one.size
         if end > after:
             raise self._damaged(f"member {one.name} ends at {end}, what follows it is at {after}: they overlap")
-        # torch writes a record behind each payload: it proves where that ends, or its place does where it costs a request
+        # torch writes a record behind each payload: it proves where that ends, or its place where it is far
         near = after - end not in _RECORDS or self._file.at_hand(self._offset + end, self._offset + end + 4)
         if one.recorded and near and self._read(end, 4) != b"PK\x07\x08":
             raise self._damaged(f"member {one.name} has no record at its end, {end}")
