@@ -8,7 +8,7 @@ import click
 
 from engine.commands.values import SETTING, SIZE
 
-_FOLDERS = {"src", "out", "like", "folder", "ref"}
+_FOLDERS = {"src", "sources", "out", "like", "folder", "ref"}
 
 
 def add_store_options(command: click.Command) -> None:

@@ -16,6 +16,7 @@ from engine.storage.store import OpenFile
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END, _LOCATOR, _RECORD = 22, 20, 56  # bytes of what ends a zip; the latter two where numbers are of 64 bits
+_RECORDS = (16, 24)  # bytes of a record behind a payload
 _ALIGNMENT = 64  # of payloads, as torch writes them
 _HEAD, _TAIL = 2048, 1536  # bytes at either end that are read at once: all that describes a small zip
 _NEAR = 256  # bytes behind the fixed part of a local header, in which the rest of most ends
@@ -181,7 +182,7 @@ class TorchZip:
         close = min(fixed + _NEAR, after)
         if close > len(self._head) and not self._file.at_hand(self._offset + one.header, self._offset + close):
             least = fixed + len(one.raw)
-            for record in (16, 24) if one.recorded else (0,):
+            for record in _RECORDS if one.recorded else (0,):
                 at = after - record - one.size
                 if at % _ALIGNMENT == 0 and least <= at < least + 2 * _ALIGNMENT:
                     return at
@@ -197,9 +198,9 @@ class TorchZip:
         end = begin + one.size
         if end > after:
             raise self._damaged(f"member {one.name} ends at {end}, what follows it is at {after}: they overlap")
-        # torch writes a record behind each payload: it proves where that ends
-        near = one.recorded and self._file.at_hand(self._offset + end, self._offset + end + 4)
-        if near and self._read(end, 4) != b"PK\x07\x08":
+        # torch writes a record behind each payload: it proves where that ends, or its place where it is far
+        near = after - end not in _RECORDS or self._file.at_hand(self._offset + end, self._offset + end + 4)
+        if one.recorded and near and self._read(end, 4) != b"PK\x07\x08":
             raise self._damaged(f"member {one.name} has no record at its end, {end}")
         return begin
 

@@ -46,10 +46,11 @@ class Tree:
         try:
             return load_mapping(self.folder / path, self._named)
         except EngineError as error:
-            place = error.place
-            if self.revision and place is not None and Path(place.file).is_relative_to(self.folder):
-                shown = f"{self.revision}:{Path(place.file).relative_to(self.folder)}"
-                error.place = Place(shown, place.line, place.column, place.tensor)
+            for one in (error, *error.errors):
+                place = one.place
+                if self.revision and place is not None and Path(place.file).is_relative_to(self.folder):
+                    shown = f"{self.revision}:{Path(place.file).relative_to(self.folder)}"
+                    one.place = Place(shown, place.line, place.column, place.tensor)
             raise
 
     def parent_of(self, path: PurePosixPath) -> MappingFile | None:
@@ -123,6 +124,7 @@ def _git(folder: Path, *arguments: str, index: Path | None = None, given: str | 
             capture_output=True,
             text=True,
             encoding="utf-8",
+            errors="surrogateescape",  # names of files are bytes
             input=given,
             env=None if index is None else {**os.environ, "GIT_INDEX_FILE": str(index)},
         )

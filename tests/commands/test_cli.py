@@ -547,6 +547,7 @@ ALONE = [
     "compare x y --set rotary=halves",
     *[f"{command} -m internlm2 -s x -o y --window 1MB" for command in ("run", "reverse", "reshard")],
     "inspect x --store-option region=here",
+    "serve -m internlm2 -s x --store-option region=here",
     "verify x --window 1MB",
     *[f"explain E203 {given}" for given in ("-m internlm2", "-s x", "--config x", "--dtype bf16", "--set a=b")],
 ]

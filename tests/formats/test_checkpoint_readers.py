@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from engine.errors import EngineError
 from engine.formats.configs import literals
 from engine.formats.headers import ITEM_SIZES
+from engine.formats.rank_files import read_torch_file
 from engine.formats.safetensors import encode_header, index_json, shard_names, split_shards
+from engine.storage.local import local_file
 from tests.support.depth import examples
 from tests.support.readers import read_config, read_python_source, read_rank_file, read_safetensors
 
@@ -75,6 +77,17 @@ def test_members_that_are_not_aligned_are_read_where_they_are(tmp_path: Path) ->
     (header,) = read_rank_file(tmp_path / "y.pt").tensors
     raw = (tmp_path / "y.pt").read_bytes()
     assert struct.unpack("<6f", raw[header.offset : header.offset + 24]) == (0, 1, 2, 3, 4, 5)
+
+
+def test_a_payload_whose_end_is_not_at_hand_must_end_where_what_follows_begins(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(4096)}, tmp_path / "x.pt")
+    raw = bytearray((tmp_path / "x.pt").read_bytes())
+    struct.pack_into("<H", raw, raw.index(b"x/data/0") - 2, 0)  # of its padding, which payload begins behind
+    (tmp_path / "x.pt").write_bytes(raw)
+    with local_file(tmp_path / "x.pt").open() as opened:
+        opened.at_hand = lambda start, end: end <= 2048  # as of an object, whose begin was fetched
+        with pytest.raises(EngineError, match="E301"):
+            read_torch_file(opened, "x.pt")
 
 
 @BOTH
