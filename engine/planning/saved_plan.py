@@ -21,6 +21,7 @@ from engine.language.validation import violations
 from engine.language.version import __version__
 from engine.planning.model import Plan, digest_of_plan
 from engine.planning.request import Request
+from engine.planning.zeros import ZEROS
 from engine.storage.json_text import compact_json, parse_json
 
 VERSION = 1
@@ -103,7 +104,7 @@ def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any], work: Mapp
         "request": request_data(asked),
         "mapping": {"name": plan.mapping.name, "version": plan.mapping.version, "digest": plan.mapping.digest},
         "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
-        "files": [marks_of(file) for file in plan.files],
+        "files": [marks_of(file) for file in plan.files if file is not ZEROS],  # which nobody saved
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},
