@@ -21,6 +21,7 @@ from engine.storage.store import Store, write_error
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
 _AT_CWD = -100
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 class OutputFolder:
@@ -68,6 +69,8 @@ class OutputFolder:
             raise EngineError(
                 "E001", "the current folder cannot be replaced", got=str(self._out), fix="Go to the one above first."
             )
+        if _is_mount(self.final):
+            raise exists(self._out, "Name a folder in it.", "a mount point, in whose place nothing can be put")
         if _is_empty(self.final):
             return
         if not self._overwrite:
@@ -268,6 +271,18 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
+def _is_mount(path: Path) -> bool:
+    """Whether something is mounted there: also a folder of the same disk, which `os.path.ismount` does not see."""
+    try:
+        told = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return os.path.ismount(path)
+    name = os.fsencode(path)
+    for one, code in ((b"\\", b"\\134"), (b" ", b"\\040"), (b"\t", b"\\011"), (b"\n", b"\\012")):
+        name = name.replace(one, code)
+    return any(line.split(b" ")[4:5] == [name] for line in told)
+
+
 def _is_empty(path: Path) -> bool:
     """Whether it is a folder with nothing in it, as `mkdir` makes one for an output."""
     if not _is_folder(path):
@@ -285,12 +300,14 @@ def _remove(path: Path) -> None:
 
 def _check_apart(out: Path, source: Path) -> None:
     real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-    if real_out == real_source or real_source in real_out.parents or real_out in real_source.parents:
+    linked = (os.path.realpath(file) for file in real_source.glob("*") if file.is_symlink() and file.is_file())
+    read = (real_source, *map(Path, linked))
+    if real_source in real_out.parents or any(real_out in (one, *one.parents) for one in read):
         raise EngineError(
             "E404",
             "source and output overlap",
             place=Place(str(out)),
-            got=f"output inside or around {source}",
+            got=f"output inside or around {source}, or around a file that it links to",
             expected="two folders apart",
             fix="Choose an --out beside the checkpoint, not in it.",
         )

@@ -200,6 +200,29 @@ def test_an_output_inside_the_source_is_refused(source: Path) -> None:
     assert caught.value.code == "E404"
 
 
+def test_an_output_that_holds_a_file_which_the_source_links_to_is_refused(source: Path) -> None:
+    out = source.parent / "hf"
+    out.mkdir()
+    name = "model_tp1_pp0.pt"
+    (source / name).rename(out / name)
+    (source / name).symlink_to(out / name)
+    refuse(source, "E404", overwrite=True)
+    assert (out / name).exists()
+
+
+@pytest.mark.parametrize("name", ["hf", "a \\ b"])
+def test_a_mount_point_is_refused_before_anything_is_written(
+    name: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, mounts = source.parent / name, source.parent / "mounts"
+    told = str(out).replace("\\", r"\134").replace(" ", r"\040")
+    mounts.write_text(f"36 35 98:0 /mnt1 {told} rw,noatime master:1 - ext3 /dev/root rw\n")
+    out.mkdir()
+    monkeypatch.setattr(output, "_MOUNTS", mounts)
+    with pytest.raises(EngineError, match="a mount point"):
+        engine.convert(V1.mapping, source, out, settings={"mlp_letters": "w2_is_down"})
+
+
 def test_a_file_that_changes_after_planning_is_refused(source: Path) -> None:
     plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
     with (source / "model_tp0_pp0.pt").open("ab") as file:

@@ -246,9 +246,11 @@ def test_an_output_lies_where_the_system_finds_its_path(
     (tmp_path / "there" / "linked").mkdir(parents=True)
     (tmp_path / "here" / "link").symlink_to(tmp_path / "there" / "linked")
     monkeypatch.chdir(tmp_path / "here")
-    engine.convert(mapping(tokenizer=None), source, out, settings=LETTERS)
-    assert os.path.exists(f"{out}/config.json") and not os.path.exists("hf")
-    subprocess.run(["rm", "-r", "--", out.split("/")[0]], check=True)  # Python's own calls itself for each folder
+    try:
+        engine.convert(mapping(tokenizer=None), source, out, settings=LETTERS)
+        assert os.path.exists(f"{out}/config.json") and not os.path.exists("hf")
+    finally:  # Python's own calls itself for each folder
+        subprocess.run(["rm", "-rf", "--", out.split("/")[0]], check=True)
 
 
 def test_text_that_cannot_be_written_is_refused_before_a_rank_file_is(
