@@ -148,6 +148,10 @@ def read_configuration(
     raise no_configuration(folder, layout)
 
 
+# Of a configuration of transformers: who wrote it, and the type that weights are loaded in, which every tensor has.
+_NO_MATTER = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype")
+
+
 def _check_alone(folder: Store, layout: Layout, first: str, value: Mapping[str, Any]) -> None:
     """E218 where another of the layout's places has another configuration: which of them is the model's?"""
     for place in layout.configs:
@@ -155,7 +159,8 @@ def _check_alone(folder: Store, layout: Layout, first: str, value: Mapping[str, 
         if place.file == first or not file.exists:
             continue
         other = read_config(file, place.format)
-        differ = sorted(key for key in {*value, *other} if value.get(key) != other.get(key))
+        keys = {*value, *other}.difference(_NO_MATTER)
+        differ = sorted(key for key in keys if value.get(key) != other.get(key))
         if differ:
             raise EngineError(
                 "E218",
