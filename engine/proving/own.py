@@ -11,7 +11,6 @@ from engine.language.model import MappingFile
 from engine.language.search import bundled
 from engine.planning.as_model import class_named, wanted_by_mapping
 from engine.planning.model import Plan
-from engine.proving.lint import lint
 
 # What lint finds that changes what is decided or written; the rest, planning itself refuses or cannot go wrong.
 _OF_THE_TARGET = ("L010", "L012", "L013", "L014", "L015", "L017")
@@ -27,6 +26,8 @@ def checked(plan: Plan) -> Plan:
     named = _of_its_name(mapping)
     if any(one.digest == mapping.digest for one in named):
         return plan
+    from engine.proving.lint import lint  # late, since most runs are of bundled mappings
+
     found = lint(mapping)
     wrong = [
         EngineError(
