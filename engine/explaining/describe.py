@@ -58,7 +58,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
             for name, d in plan.decisions.items()
         },
         "options": dict(plan.options),
-        "rules": _rules(plan),
+        "rules": describe_rules(plan),
         "replicas": {"sets": len(plan.replicas), "tensors": sum(len(r.sources) for r in plan.replicas)},
         "ignored": dict(plan.ignored),
         "unread": dict(plan.noted),
@@ -71,7 +71,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _rules(plan: Plan) -> list[dict[str, Any]]:
+def describe_rules(plan: Plan) -> list[dict[str, Any]]:
     """One row per target pattern and shape, placeholders folded: `model.layers.{0…31}.…`."""
     rows = grouped(((one.pattern, one.shape, one.dtype), index) for index, one in enumerate(plan.outputs))
     result: list[dict[str, Any]] = []
