@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
+import yaml
+
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _PROSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ,._/-]* [A-Za-z0-9_-]+")
 _AXES = re.compile(r"[a-z(][a-z0-9_ ()|+]* [a-z0-9_()]+")
@@ -14,32 +16,26 @@ _WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n",
 _WIDTH = 108
 
 
-def scalar(value: Any) -> str:
-    r"""A value in one line of ASCII; text is quoted unless it is a plain word.
+class _Line(yaml.SafeDumper):
+    """YAML in one line of ASCII; text is quoted unless it is a plain word."""
 
-    >>> print(scalar("norm.weight"), scalar("a: b\n# c"), scalar("layers.{layer}.w1.{param}"), scalar("ö"), scalar(3))
-    norm.weight "a: b\n# c" "layers.{layer}.w1.{param}" "\xf6" 3
+
+def _represent(dumper: _Line, text: str) -> yaml.Node:
+    plain = (_PLAIN.fullmatch(text) and text.lower() not in _WORDS) or _AXES.fullmatch(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if plain else '"')
+
+
+_Line.add_representer(str, _represent)
+
+
+def flow(value: Any) -> str:
+    r"""A value in flow style.
+
+    >>> print(flow({"mlp_letters": ["a b", "c: d\n# e"], "source": "layers.{layer}.w1.{param}", "of": [3, None]}))
+    {mlp_letters: [a b, "c: d\n# e"], source: "layers.{layer}.w1.{param}", of: [3, null]}
     """
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, int):
-        return str(value)
-    text = str(value)
-    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
-        return text
-    if _AXES.fullmatch(text):
-        return text
-    return f'"{"".join(_escaped(c) for c in text)}"'
-
-
-def _escaped(char: str) -> str:
-    if char in '"\\':
-        return "\\" + char
-    if " " <= char <= "~":
-        return char
-    code = ord(char)
-    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(char)
-    return known or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}")
+    text: str = yaml.dump(value, Dumper=_Line, default_flow_style=True, sort_keys=False, width=1 << 30)
+    return text.removesuffix("...\n").removesuffix("\n")
 
 
 def shown(text: str) -> str:
@@ -48,31 +44,18 @@ def shown(text: str) -> str:
     >>> print(shown("evil\nmapping: 2"))
     evil\nmapping: 2
     """
-    escaped = "".join("\\" if c == "\\" else '"' if c == '"' else _escaped(c) for c in text)
+    escaped = text.encode("unicode_escape").decode().replace("\\\\", "\\")
     return escaped if len(escaped) <= 200 else escaped[:199] + "…"
-
-
-def flow(value: Any) -> str:
-    """A value in flow style.
-
-    >>> flow({"mlp_letters": ["a", "b"]})
-    '{mlp_letters: [a, b]}'
-    """
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{scalar(k)}: {flow(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(flow, value)) + "]"
-    return scalar(value)
 
 
 def block(key: str, value: Any, indent: str = "") -> list[str]:
     """`key: value`, in flow style where it is short, else as a block."""
     if isinstance(value, str) and _PROSE.fullmatch(value):
-        return [f"{indent}{scalar(key)}: {value}"]
-    line = f"{indent}{scalar(key)}: {flow(value)}"
+        return [f"{indent}{flow(key)}: {value}"]
+    line = f"{indent}{flow(key)}: {flow(value)}"
     if len(line) <= _WIDTH or not isinstance(value, (Mapping, list, tuple)):
         return [line]
-    lines = [f"{indent}{scalar(key)}:"]
+    lines = [f"{indent}{flow(key)}:"]
     if isinstance(value, Mapping):
         for name, item in value.items():
             lines += block(name, item, indent + "  ")
