@@ -17,8 +17,19 @@ from typing import Any
 from engine.discover.alone import stand_alone
 from engine.discover.names import Observed, observe
 from engine.discover.near import Pairing, Slot, compare_family, drop_contested
-from engine.discover.notes import doubt, expect, extends, left_over, overrides, size_in_words
-from engine.discover.text import block, comment, flow, list_of, shown
+from engine.discover.notes import (
+    block,
+    comment,
+    doubt,
+    expect,
+    extends,
+    flow,
+    left_over,
+    list_of,
+    overrides,
+    shown,
+    size_in_words,
+)
 from engine.errors import EngineError
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import engine
 from engine import api
 from engine.commands.main import cli
+from engine.discover.notes import block, comment, flow, shown
 from engine.discover.scaffold import DECIDED_LATER, Scaffold
-from engine.discover.text import block, comment, flow, shown
 from engine.errors import EngineError
 from tests.support.depth import crossed, examples
 from tests.support.families import model_of, save_family
