@@ -7,7 +7,6 @@ is handed out; a tokenizer that would give other ids is refused, because wrong i
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator, Mapping
 from itertools import compress
@@ -175,7 +174,7 @@ def _backend(
                 "special": index in special,
             }
             for index, kind in enumerate(pieces.types)
-            if index in special or kind == USER_DEFINED
+            if (index in special or kind == USER_DEFINED) and index not in unused
         ],
         "normalizer": _normalizer(model.normalizer_spec),
         "pre_tokenizer": None,
@@ -202,17 +201,16 @@ def written_merges(merges: list[tuple[str, str]]) -> list[str] | list[tuple[str,
     return joined if all(text.count(" ") == 1 for text in joined) else merges
 
 
-def _normalizer(spec: Any) -> dict[str, Any] | None:
+def _normalizer(spec: Any) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
-    if spec.precompiled_charsmap:
-        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
         steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    if spec.remove_extra_whitespaces:  # a text's own signs for a space are cut off too, with the prefix before them
+        steps.append({"type": "Replace", "pattern": {"Regex": rf"{SPACE}+\z"}, "content": ""})
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "normalizers": steps}
 
 
@@ -232,7 +230,8 @@ def _post_processor(bos: str | None, bos_id: int | None) -> dict[str, Any]:
 
 def _probes(pieces: Pieces) -> Iterator[str]:
     """Texts on which converted tokenizers are known to go wrong, and runs and joins of the model's own pieces."""
-    yield from ("Hello", " Hello", "Hello  world ", "   ", "\n\n\t x\r\n", "1234567890", "a\x00b\x1f\x7f", "▁a ▁▁b")
+    yield from ("Hello", " Hello", "Hello  world ", "   ", "\n\n\t x\r\n", "1234567890", "a\x00b\x1f\x7f")
+    yield from ("▁a ▁▁b", "a▁▁", "▁")
     yield from (
         "你好，世界！ 書生·浦语",
         "naïve café e\u0301",

@@ -98,7 +98,8 @@ def read_rank_file(
     if not tensors:
         raise _not_a_state_dict(where.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
     said = {path: one for path in says if isinstance(one := _value_at(saved.value, path), int | float | str)}
-    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, says=said)
+    left = tuple(name for name, one in value.items() if isinstance(one, Mapping) and one)  # mappings among tensors
+    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, left=left, says=said)
 
 
 def _value_at(value: Any, path: str) -> Any:

@@ -131,7 +131,7 @@ def read_source(
     choices = {n: d.choice for n, d in attempt.decisions.items()}
     check_names(stored, matches, choices, files)
     check_spellings(stored, attempt.active)
-    check_slices(attempt, checkpoint, layout.lone_rank)
+    check_slices(attempt, checkpoint, layout)
     active = [one for one in rules if one.rule.active(choices)]
     if lossy is not None:
         used = used_rules(attempt, active, checkpoint, each=False)

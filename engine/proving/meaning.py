@@ -158,6 +158,7 @@ def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
         told = [] if key.limits == Limits() else [str(key.limits)]
         told += [f"only {json.dumps(list(key.only))}"] if key.only is not None else []
         told += ["ignored"] if key.ignored is not None else ["noted"] if key.noted is not None else []
+        told += [f"counts where {json.dumps(key.unless)}"] if key.unless else []
         told += [f"default {json.dumps(key.default)}"] if key.default is not None else []
         told += [f"another name of {key.same_as}"] if key.same_as is not None else []
         found.setdefault(", ".join(told) or "anything", []).append(name)

@@ -86,6 +86,20 @@ def test_a_revision_that_git_cannot_read_is_no_revision_without_files(repository
         api.diff("first", None, [repository / "mappings" / "child.yaml"])
 
 
+def test_files_of_a_revision_are_read_as_they_are_whatever_git_makes_of_them(repository: Path) -> None:
+    attributes = repository / ".git" / "info" / "attributes"
+    attributes.parent.mkdir(exist_ok=True)
+    attributes.write_text("*.yaml filter=other text eol=crlf working-tree-encoding=UTF-16\n", encoding="utf-8")
+    git(repository, "config", "filter.other.smudge", "sed s/norm/other/")
+    git(repository, "config", "filter.other.required", "true")
+    assert api.diff("first", None, [repository / "mappings" / "child.yaml"]) == []
+    (repository / "child.yaml").write_text(CHILD.replace("family.yaml", "mappings/family.yaml"), encoding="utf-8")
+    attributes.unlink()
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "one at the top")
+    assert api.diff("HEAD", None, [repository / "child.yaml"]) == []
+
+
 # -- what it comes to
 
 
