@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from engine.comparing.effects import Difference, both
-from engine.comparing.loaded_tokenizer import TOKENS
+from engine.comparing.tokenizers import TOKENS
 from engine.planning.config_keys import shown
 
 Files = Mapping[str, bytes]
