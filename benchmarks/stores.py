@@ -1,9 +1,10 @@
 """A conversion between prefixes of a real object store on this machine, beside a plain copy through the same library.
 
-    python -m benchmarks.stores [--gb 0.6] [--windows 16,8]
+    python -m benchmarks.stores [--gb 0.6] [--windows 16,8] [--milliseconds 40 --rate 10]
 
 Each way runs in a process of its own, against the same server, one after the other. Only ratios mean anything: the
-server shares the processor, and is slower than the engine.
+server shares the processor, and is slower than the engine. A store far away is slow for another reason: each answer
+takes a while, and each connection carries so much and no more. `--milliseconds` and `--rate` make this one like it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from benchmarks.bench import memory
 from benchmarks.generate import generate
 from benchmarks.shapes import Spec, slice_of
+from benchmarks.slow_link import link
 from tests.support.object_server import BUCKET, options, server
 
 MAPPING = "families/internlm2.yaml"
@@ -61,7 +63,7 @@ def convert(port: int, window: int, shard: str) -> int:
 
     ObjectStore.get = counting  # type: ignore[method-assign]
     with store_options(options(port), window=window):
-        engine.convert(MAPPING, SOURCE, f"s3://{BUCKET}/hf", overwrite=True, max_shard_size=int(shard))
+        engine.convert(MAPPING, SOURCE, f"s3://{BUCKET}/hf-{window}-{shard}", max_shard_size=int(shard))
     return read[0]
 
 
@@ -83,6 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=0.6)
     parser.add_argument("--windows", default="16,8", help="in MiB (default: %(default)s)")
+    parser.add_argument("--milliseconds", type=float, default=0, help="that each answer takes longer")
+    parser.add_argument("--rate", type=float, default=0, help="MB/s that a connection carries; 0: as much as it can")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -93,8 +97,8 @@ def main() -> None:
         generate(folder / "step", Spec(slice_of(given.gb * 1e9)))
         size = sum(path.stat().st_size for path in (folder / "step").iterdir())
         (folder / "server").mkdir()
-        with server(folder / "server") as port:
-            store = client(SOURCE, port)
+        with server(folder / "server") as near, link(near, given.milliseconds, given.rate) as port:
+            store = client(SOURCE, near)
             for path in sorted((folder / "step").iterdir()):
                 store.put(path.name, path)
             plain = measured("copy", port)

@@ -108,7 +108,7 @@ def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work
         outputs = {output for unit in units for output in unit.outputs}
         begun = {output for unit in units if not (unit.span and unit.span[0]) for output in unit.outputs}
         needed = held.files_of(outputs, begun)
-        headers = _headers(asked, layout, saved.data["normal"]["mode"], [then[n]["name"] for n in needed])
+        headers = _headers(asked, layout, saved.data["mode"], [then[n]["name"] for n in needed])
         check_files([then[n] for n in needed], headers, str(asked.src), saved.path, AGAIN)
         return held.of(outputs, begun, dict(zip(needed, headers, strict=True))), jobs
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

@@ -218,10 +218,10 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
     Raises:
         EngineError: E001 for what another process could not plan again: a loaded mapping, a store.
     """
-    from engine.explaining.normal import normal_form
+    from engine.explaining.describe import describe_rules
     from engine.planning.saved_plan import encode, saved_plan
 
-    return encode(saved_plan(compiled, asked, normal_form(compiled), _work_data(compiled)))
+    return encode(saved_plan(compiled, asked, describe_rules(compiled), _work_data(compiled)))
 
 
 def _work_data(compiled: Plan) -> dict[str, Any] | None:
@@ -253,7 +253,7 @@ def load_plan(path: str | Path) -> Plan:
 def loaded_plan(saved: SavedPlan) -> Plan:
     """As `load_plan`, of a plan that is read."""
     from engine.checkpoint.identity import check_files
-    from engine.explaining.normal import normal_form
+    from engine.explaining.describe import describe_rules
     from engine.planning.saved_plan import AGAIN, check_plan, check_rules
 
     asked, told = _direct(saved.request)
@@ -262,5 +262,5 @@ def loaded_plan(saved: SavedPlan) -> Plan:
     checkpoint = _read(asked, layout)
     check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
     compiled = _compiled(saved.request, asked, loaded, layout, checkpoint, told)
-    check_plan(saved, compiled, normal_form(compiled), _work_data(compiled))
+    check_plan(saved, compiled, describe_rules(compiled), _work_data(compiled))
     return compiled

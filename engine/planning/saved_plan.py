@@ -24,7 +24,7 @@ from engine.planning.request import Request
 from engine.planning.zeros import ZEROS
 from engine.storage.json_text import compact_json, parse_json
 
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 64 << 20
 AGAIN = "Plan again with `engine plan -o`, and look at what differs before running it."
 _ALWAYS = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
@@ -91,24 +91,29 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
-def saved_plan(plan: Plan, asked: Request, normal: Mapping[str, Any], work: Mapping[str, Any] | None) -> dict[str, Any]:
+def saved_plan(
+    plan: Plan, asked: Request, rules: Sequence[Mapping[str, Any]], work: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The content of a saved plan; the shape is `schemas/saved-plan.schema.json`.
 
     Args:
-        normal: what goes where, to be reviewed.
+        rules: what goes where, to be reviewed, as `describe_rules` gives it.
         work: the same in full, for parts, as `work_data` gives it.
     """
+    layout = plan.layout
     return {
         "plan": VERSION,
         "engine": __version__,
         "request": request_data(asked),
         "mapping": {"name": plan.mapping.name, "version": plan.mapping.version, "digest": plan.mapping.digest},
-        "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
+        "layout": {"name": layout.name, "version": layout.version, "digest": layout.digest},
         "files": [marks_of(file) for file in plan.files if file is not ZEROS],  # which nobody saved
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},
-        "normal": dict(normal),
+        "mode": plan.grid.mode.name,
+        "ranks": dict(plan.grid.sizes),
+        "rules": [{key: value for key, value in row.items() if key != "place"} for row in rules],
         "outputs": plan.written_files(),
         "config": dict(sorted(plan.config.items())),
         "digest": digest_of_plan(plan),
@@ -184,18 +189,21 @@ def check_rules(saved: SavedPlan, mapping: MappingFile, layout: Layout) -> None:
             )
 
 
-def check_plan(saved: SavedPlan, plan: Plan, normal: Mapping[str, Any], work: Mapping[str, Any] | None) -> None:
+def check_plan(
+    saved: SavedPlan, plan: Plan, rules: Sequence[Mapping[str, Any]], work: Mapping[str, Any] | None
+) -> None:
     """E217 unless planning again came out as the saved plan says."""
-    now = json.loads(json.dumps(saved_plan(plan, saved.request, normal, work)))
+    now = json.loads(json.dumps(saved_plan(plan, saved.request, rules, work)))
     for key in ("variants", "sizes", "options", "config"):
         for name, *both in changed(now[key], saved.data[key]):
             raise _differs(saved, f"`{name}` of {key}", *both)
-    for key in ("mode", "ranks", "stages", "ignored"):
-        if now["normal"][key] != saved.data["normal"].get(key):
-            raise _differs(saved, f"`{key}`", now["normal"][key], saved.data["normal"].get(key))
-    then = {_row(row): row for row in saved.data["normal"]["tensors"]}
-    rows = {_row(row): row for row in now["normal"]["tensors"]}
-    for name, *both in changed(rows, then):
+    for key in ("mode", "ranks"):
+        if now[key] != saved.data[key]:
+            raise _differs(saved, f"`{key}`", now[key], saved.data[key])
+    rows = [
+        {f"{row['target']} {row['shape']} ({row['rule']})": row for row in one["rules"]} for one in (now, saved.data)
+    ]
+    for name, *both in changed(*rows):
         raise _differs(saved, f"`{name}`", *_first_difference(*both))
     if now["outputs"] != saved.data["outputs"]:
         raise _differs(saved, "what goes into which file", _counts(now["outputs"]), _counts(saved.data["outputs"]))
@@ -203,10 +211,6 @@ def check_plan(saved: SavedPlan, plan: Plan, normal: Mapping[str, Any], work: Ma
         raise _differs(saved, "what parts copy", "other copies", "those under `work`")
     if now["digest"] != saved.data["digest"]:
         raise _differs(saved, "what is copied", f"digest {now['digest'][:12]}", f"digest {saved.data['digest'][:12]}")
-
-
-def _row(row: Mapping[str, Any]) -> str:
-    return " ".join(filter(None, (row["target"], row.get("shard"), f"({row['rule']})")))
 
 
 def _counts(outputs: Sequence[Mapping[str, Any]]) -> str:

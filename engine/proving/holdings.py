@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import EngineError
-from engine.explaining.copy_text import copy_texts
+from engine.explaining.describe import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.expressions import evaluate
 from engine.language.model import Layout, MappingFile

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from engine.errors import shape_text
-from engine.explaining.lattice import Lattice
+from engine.explaining.links import Lattice
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint

@@ -25,7 +25,7 @@ from engine.planning.facts import present_in, render_known
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
-from engine.planning.whole import whole_groups, whole_instances
+from engine.planning.whole_outputs import whole_groups
 
 _LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and the like; an axis that others are divided by
 DIVISIBLE = 6  # by 2 and by 3 ranks
@@ -185,11 +185,11 @@ class Worlds:
         pieces = match_pieces(used)
         fixed = {**sizes, **{axis: 0 for one in used for axis in one.rule.drop}}
         solved, config = settle(self._mapping, choices, used, fixed)
-        listed = whole_groups(pieces, whole_instances(pieces), solved, {})
-        shapes = {group.name: group.first.header.shape for _, group in listed}
+        listed = whole_groups(pieces, solved, {})
+        shapes = {group.name: group.first.header.shape for group in listed}
         tied: dict[str, str] = {}
-        for spec, group in listed:
-            to = spec.instances[0].rule.tied_to
+        for group in listed:
+            to = group.instance.rule.tied_to
             if to in shapes and config.get("tie_word_embeddings"):
                 tied[group.name] = str(to)
         lossy = dict.fromkeys(

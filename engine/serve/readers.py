@@ -18,6 +18,7 @@ from engine.run.digests import Total
 from engine.run.journal import Done
 from engine.run.replicas import Check, checks, compare_replicas
 from engine.serve.once import Once
+from engine.storage.client import check_process
 from engine.storage.sources import SourceFiles, check_unchanged
 
 PART_BYTES = 16 << 20  # of one output that one thread reads at a time
@@ -45,7 +46,7 @@ class Readers:
             self._opened.append(SourceFiles(plan.files))
             self._idle.put(Reader(plan, self._opened[-1]))
         self._closing = weakref.finalize(self, _close, self._opened)
-        self._users, self._open = 0, True
+        self._users, self._open, self._process = 0, True, os.getpid()
         self._changed = threading.Condition()
         self._compared, self._ready = Once(self._compare), Once(self._prepare)
         self.done = Once(self._done)  # output → digest and checksum; all of it is read for them
@@ -101,6 +102,7 @@ class Readers:
 
     @contextmanager
     def _using(self) -> Iterator[None]:
+        check_process(self._process, "tensors")
         with self._changed:
             if not self._open:
                 raise EngineError(

@@ -80,11 +80,30 @@ def _short(told: str) -> str:
 
 
 def library() -> Any:
-    """The module obstore; E001 without the extra that brings it."""
+    """The module obstore; E001 without the extra that brings it, and in a fork of a process that used it."""
+    check_process(_first_process(), "stores")
     with needs_extra("store", "URLs need"):
         import obstore
     _share_memory()
     return obstore
+
+
+_first_process = cache(os.getpid)
+
+
+def check_process(opened: int, what: str) -> None:
+    """E001 in a process that was forked from the one that opened something: a fork lacks its threads, and would wait.
+
+    Args:
+        opened: the number of that process.
+        what: what was opened, in words.
+    """
+    if opened != os.getpid():
+        raise EngineError(
+            "E001", f"{what} cannot be used in a fork of the process that opened them",
+            got=f"process {os.getpid()}, forked from {opened}",
+            fix='Start processes anew, as with multiprocessing.get_context("spawn"), or open in each process.',
+        )  # fmt: skip
 
 
 @cache
@@ -155,7 +174,12 @@ def no_store(url: str, why: str) -> EngineError:
     )
 
 
-@cache
 def requests() -> ThreadPoolExecutor:
     """The threads that wait for answers."""
+    check_process(_first_process(), "stores")
+    return _requests()
+
+
+@cache
+def _requests() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_REQUESTS, thread_name_prefix="request")

@@ -8,19 +8,25 @@ from engine.storage.client import library, refused
 from engine.storage.objects import MARK, ObjectStore
 
 _LEAST, _MOST = 5 << 20, 8 << 20  # bytes of a part of an upload, about; S3 takes none smaller
-_COPIES = 3  # parts of a file in memory: one on its way, one that is filled, and what the library copies
+_COPIES = 2  # parts of a file in memory beside those on their way: one that is filled, and what the library copies
 _MOST_PARTS = 9_000
-_AT_ONCE = 1  # part of a file on its way: what is written next waits for it, and meets its error
+_LEAST_WINDOW = 4 << 20  # bytes read ahead for each part on its way
+_MOST_AT_ONCE = 4  # parts of a file on their way: one connection to a store is slow
 
 
 def buffer_of(store: ObjectStore) -> int:
     """Bytes that writing one file keeps in memory."""
-    return _COPIES * about(store)
+    return (at_once(store) + _COPIES) * about(store)
 
 
 def about(store: ObjectStore) -> int:
     """Bytes of a part, about: half of what is read ahead at once, so that a small window takes little here too."""
     return min(max(store.block // 2, _LEAST), _MOST)
+
+
+def at_once(store: ObjectStore) -> int:
+    """Parts of a file that are on their way at the same time: fewer with a small window, as memory is short then."""
+    return min(max(store.block // _LEAST_WINDOW, 1), _MOST_AT_ONCE)
 
 
 def part_size(size: int, least: int = _MOST) -> int:
@@ -37,12 +43,17 @@ def part_size(size: int, least: int = _MOST) -> int:
 class InOrder:
     """One object that is uploaded from begin to end. Bytes that come early are kept until it is their turn."""
 
-    def __init__(self, store: ObjectStore, name: str, size: int, work: str) -> None:
+    def __init__(self, store: ObjectStore, name: str, size: int, work: str, parts: int) -> None:
+        """
+        Args:
+            work: what is kept with the object.
+            parts: that may be on their way; with one, all have arrived when `flush` returns.
+        """
         self._place, self._size, self._end = store.place(name), size, 0
         self._early: dict[int, bytes] = {}
         self._closed = False
         self._writer = library().open_writer(
-            store.client, name, buffer_size=part_size(size, about(store)), max_concurrency=_AT_ONCE,
+            store.client, name, buffer_size=part_size(size, about(store)), max_concurrency=parts,
             attributes={MARK: work},
         )  # fmt: skip
 
@@ -62,7 +73,7 @@ class InOrder:
             self._end += len(data)
 
     def flush(self) -> None:
-        """Wait until all parts are uploaded; the file is whole then, and not visible."""
+        """Wait until fewer parts are on their way than may be: none, where it is one. The file is not visible yet."""
         self.check_whole()
         self._said(lambda: self._writer.write(b""))
 

@@ -8,12 +8,13 @@ ends its uploads. After SIGKILL they stay pending, unseen, until `engine clean` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.storage.client import requests
-from engine.storage.in_order import InOrder, buffer_of
+from engine.storage.in_order import InOrder, at_once, buffer_of
 from engine.storage.locks import ObjectLock
 from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
@@ -98,7 +99,8 @@ class Uploads:
         return Upload(self._store, self._work, self._before)
 
     def __enter__(self) -> Upload:
-        upload = Upload(self._store, self._work, self._before if self._resume else set(), replaces=self._overwrite)
+        left, replaces = self._before if self._resume else set(), self._overwrite and bool(self._before)
+        upload = Upload(self._store, self._work, left, replaces=replaces)
         if self._resume:
             for _ in requests().map(upload.is_left, sorted(self._before)):
                 pass
@@ -160,6 +162,7 @@ class Upload:
         """
         self._store, self._work, self._there, self._replaces = store, work, there, replaces
         self.buffer = buffer_of(store)
+        self._parts = 1 if replaces else at_once(store)  # what is replaced stays until all parts have arrived
         self._writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
         self._whole: set[str] = set()
@@ -195,7 +198,7 @@ class Upload:
         return UploadSinks(self, names)
 
     def begin(self, name: str, size: int) -> None:
-        self._writers[name] = InOrder(self._store, name, size, self._work)
+        self._writers[name] = InOrder(self._store, name, size, self._work, self._parts)
 
     def writer(self, name: str) -> InOrder:
         return self._writers[name]
@@ -237,15 +240,35 @@ class Upload:
             yield self._store.get(name, state, at, min(at + _BLOCK, offset + nbytes))
 
     def complete(self, last: str = "") -> None:
-        """Make all files visible, the one named `last` after all others and only if it is not there."""
-        for writer in self._writers.values():
-            writer.close()
-        for name in sorted(self._small, key=lambda name: name == last):
-            if not self._store.write(name, self._small[name], self._work, new=name == last):
-                raise exists(self._store.place(name), "Choose another --out.", "another run's, written in the meantime")
-        self._whole.update(self._writers, self._small)
+        """Make all files visible, the one named `last` after all others and only if it is not there.
+
+        The last parts of files may still be on their way, unless old files are replaced. If one fails, what became
+        visible is removed.
+        """
+        visible: list[str] = []
+        try:
+            for name, writer in reversed(self._writers.items()):  # the last parts of those begun last may fail
+                writer.close()
+                visible.append(name)
+            for name in sorted(self._small, key=lambda name: name == last):
+                if not self._store.write(name, self._small[name], self._work, new=name == last):
+                    raise exists(
+                        self._store.place(name), "Choose another --out.", "another run's, written in the meantime"
+                    )
+                visible.append(name)
+        except BaseException:
+            self._take_back(visible)
+            raise
+        self._whole.update(visible)
         self._writers.clear()
         self._small.clear()
+
+    def _take_back(self, names: Sequence[str]) -> None:
+        """Remove what this run made visible, as far as the store lets it."""
+        for name in names:
+            with suppress(EngineError):
+                if self._store.attribute(name, MARK) == self._work:
+                    self._store.delete(name)
 
     def abort(self) -> None:
         """End uploads that were not completed."""

@@ -145,8 +145,8 @@ def test_a_training_configuration_that_changed_is_refused_by_what_it_changes(che
     ("keys", "to", "told"),
     [
         (("variants", "rotary"), "pairs", "`rotary` of variants"),
-        (("normal", "stages"), [], "`stages`"),
-        (("normal", "tensors", 1, "copies"), ["other"], "self_attn.q_proj.weight"),
+        (("ranks", "tp"), 4, "`ranks`"),
+        (("rules", 1, "copies"), 1, "self_attn.q_proj.weight"),
         (("outputs", 0, "tensors"), 1, "what goes into which file"),
         (("digest",), "ab", "what is copied"),
     ],
@@ -159,7 +159,7 @@ def test_a_plan_that_comes_out_differently_is_refused_and_the_difference_named(
     assert error.code == "E217" and told in error.message
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": 1}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": 2}', "[" * 100_000])
 def test_a_file_that_is_no_saved_plan_is_refused_plainly(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text, encoding="utf-8")
     error = refused(tmp_path / "plan.json")
@@ -167,8 +167,8 @@ def test_a_file_that_is_no_saved_plan_is_refused_plainly(tmp_path: Path, text: s
 
 
 def test_a_saved_plan_of_a_later_format_is_refused_as_such(saved: Path) -> None:
-    change(saved, "plan", to=2)
-    assert "version 2" in refused(saved).message
+    change(saved, "plan", to=3)
+    assert "version 3" in refused(saved).message
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import engine
 from engine.formats.headers import ITEM_SIZES
 from engine.serve.tensors import Tensors, torch_types
+from tests.support.forked import run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 GENUINE = [
@@ -162,6 +163,12 @@ def test_a_checkpoint_that_changes_or_is_closed_is_not_read(tmp_path: Path) -> N
         assert tensors["model.embed_tokens.weight"].numel()  # of files that did not change
     with pytest.raises(engine.EngineError, match="closed"):
         tensors["model.embed_tokens.weight"]
+
+
+def test_a_fork_is_told_that_it_lacks_the_threads_that_read(opened: Tensors, tmp_path: Path) -> None:
+    """Where large tensors once were waited for without end."""
+    ended = run(lambda: opened["lm_head.weight"], tmp_path)
+    assert ended.returncode == 1 and b"E001 tensors cannot be used in a fork" in ended.stderr
 
 
 def test_a_plan_can_be_opened_and_rank_files_have_their_files_names(tmp_path: Path) -> None:

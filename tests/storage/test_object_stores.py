@@ -171,6 +171,19 @@ def test_an_output_that_is_there_is_kept_and_replaced_only_whole(bucket: Bucket,
     assert "thesis.txt" in str(refused("E401", lambda: engine.convert(MAPPING, step, out, overwrite=True)))
 
 
+def test_a_file_that_cannot_be_completed_takes_those_back_that_are_visible(bucket: Bucket) -> None:
+    completed: list[str] = []
+
+    def refuse(one: Asked) -> str | None:
+        if one.method == "POST" and "uploadId" in one.path:
+            completed.append(one.path)
+        return "refuse" if "partNumber" in one.path and "model-00001" in one.path else None
+
+    bucket.proxy.spoil = refuse
+    refused("E403", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/hf", **SMALL))
+    assert completed and not bucket.contents("hf") and not pending(bucket)
+
+
 FOREIGN = {"model.safetensors": b"weights of somebody else", "config.json": b"{}", "thesis.txt": b"a thesis"}
 
 

@@ -9,6 +9,7 @@ import pytest
 import engine
 from engine import api
 from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
+from tests.support.forked import run
 from tests.support.object_server import Asked
 
 
@@ -32,6 +33,13 @@ def test_parts_in_a_store_give_the_bytes_of_one_run(bucket: Bucket, tmp_path: Pa
     api.commit(plan, out)
     assert bucket.contents("hf") == files(tmp_path / "hf") and not pending(bucket)
     refused("E401", lambda: api.part(plan, "1/3", out))
+
+
+def test_a_fork_of_a_process_that_used_a_store_does_not_wait_without_end(bucket: Bucket, tmp_path: Path) -> None:
+    step = bucket.upload(STEP, "step")
+    engine.plan(MAPPING, step)
+    ended = run(lambda: engine.plan(MAPPING, step), tmp_path)
+    assert ended.returncode == 1 and b"E001 stores cannot be used in a fork" in ended.stderr
 
 
 @pytest.mark.parametrize("of_another_plan", [False, True])

@@ -99,7 +99,11 @@ class Asked:
     sent: int = 0  # bytes of the answer
 
 
-Spoil = Callable[[Asked], str | None]  # "slow down", "cut", "wait" or None
+Spoil = Callable[[Asked], str | None]  # "slow down", "refuse", "cut", "wait" or None
+_ANSWERS = {
+    "slow down": (503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"),
+    "refuse": (403, b"<Error><Code>AccessDenied</Code><Message>Access denied.</Message></Error>"),
+}
 
 
 @dataclass
@@ -158,9 +162,9 @@ def proxy(port: int, *, google: bool = False) -> Iterator[Proxy]:
 
         def answer(self, one: Asked, harm: str | None) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if harm == "slow down":
-                data = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
-                self.send_response(503)
+            if harm in _ANSWERS:
+                status, data = _ANSWERS[harm]
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
