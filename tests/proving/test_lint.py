@@ -313,7 +313,8 @@ def test_all_words_that_a_file_does_not_know_are_told_at_once(tmp_path: Path) ->
 
 
 def test_what_is_known_of_targets_is_what_transformers_has() -> None:
-    from engine.proving.targets import _data, taken
+    from engine.proving.targets import _data
+    from tests.support.targets import taken
 
     now = taken()
     assert _data() == now, "run `make targets`"
