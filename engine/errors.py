@@ -1,8 +1,8 @@
 """Every error a user can meet: a stable code, a place, got against expected, and what to do.
 
-A code is explained by its page in `docs/codes`, and nowhere else. Codes are grouped by where the trouble lies: E0 usage,
-E1 mapping and layout files, E2 planning (ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5
-assets, E9 the engine itself; L0 what `engine lint` finds.
+A code is explained by its page in `docs/codes` alone. Codes are grouped by where the trouble lies: E0 usage, E1 mapping
+and layout files, E2 planning (ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5 assets, E9 the
+engine itself; L0 what `engine lint` finds.
 """
 
 from __future__ import annotations
