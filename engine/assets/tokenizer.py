@@ -8,6 +8,8 @@ is handed out; a tokenizer that would give other ids is refused, because wrong i
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import compress
 from pathlib import Path
@@ -144,10 +146,9 @@ def _backend(
     # can reach (joins make pieces, and this is none), which the decoder spells out again
     spelled = {index: f"<unused {index}>" for index in sorted(unused)}
     vocab = {spelled.get(index, name): index for index, name in enumerate(names)}
-    scored = [piece.score for piece in model.pieces]
     scores = {
         text: score
-        for index, (text, score, kind) in enumerate(zip(pieces.texts, scored, pieces.types, strict=True))
+        for index, (text, score, kind) in enumerate(zip(pieces.texts, pieces.scores, pieces.types, strict=True))
         if kind == NORMAL and index not in unused
     }
     dummy = model.normalizer_spec.add_dummy_prefix
@@ -243,6 +244,17 @@ def _probes(pieces: Pieces) -> Iterator[str]:
     some = [text.replace(SPACE, " ") for text in texts[::step]]
     yield "".join(some)
     yield "".join(left + right for left, right in zip(some, reversed(some), strict=True))
+    # of equal scores the place in a text counts, for which ranks have no word: joins of many find where that matters
+    count = Counter(pieces.scores)
+    alike = [
+        text.replace(SPACE, " ")
+        for text, kind, score in zip(pieces.texts, pieces.types, pieces.scores, strict=True)
+        if kind == NORMAL and count[score] > 1
+    ]
+    draw = random.Random(0)
+    if alike:
+        yield from ("".join(draw.choices(alike, k=9) + draw.choices(some, k=9)) for _ in range(500))
+        yield from ("".join(draw.choice(draw.choice((alike, some))) for _ in range(9)) for _ in range(2000))
     for char in " -=\nae哈":
         yield from (char * count for count in (2, 3, 5, 7, 11, 23, 100, 301))
 

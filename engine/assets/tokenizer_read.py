@@ -25,11 +25,12 @@ class Pieces:
 
     texts: list[str]
     types: list[int]
+    scores: list[float]
 
     @classmethod
     def of(cls, model: Any) -> Pieces:
         """The pieces of a parsed `ModelProto`."""
-        return cls([piece.piece for piece in model.pieces], [piece.type for piece in model.pieces])
+        return cls(*map(list, zip(*((piece.piece, piece.type, piece.score) for piece in model.pieces), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,9 @@ class Tree:
         return (self.folder / path).read_text("utf-8") if os.path.isfile(self.folder / path) else None
 
     def mappings(self) -> list[str]:
-        """Paths of the mapping and layout files below the top's `mappings` folder."""
-        return [p.relative_to(self.folder).as_posix() for p in (self.folder / "mappings").rglob("*.yaml")]
+        """Paths of the mapping, layout and template files below the top's `mappings` folder."""
+        found = (path for kind in ("*.yaml", "*.jinja") for path in (self.folder / "mappings").rglob(kind))
+        return [path.relative_to(self.folder).as_posix() for path in found]
 
     def load(self, path: PurePosixPath) -> MappingFile | None:
         """The mapping resolved over its parents, which are of the same revision; None when it is not there.
@@ -102,7 +103,7 @@ def checked_out(top: Path, revision: str, files: Sequence[PurePosixPath]) -> Ite
         blobs = {
             path: about.split()[2]  # of a line like `100644 blob 1f5c…<tab>path`
             for about, _, path in (line.partition("\t") for line in listed.split("\0"))
-            if " blob " in about and (path.endswith((".yaml", ".yml")) or PurePosixPath(path) in files)
+            if " blob " in about and (path.endswith((".yaml", ".yml", ".jinja")) or PurePosixPath(path) in files)
         }
         content = _git(top, "cat-file", "--batch", given="".join(f"{blob}\n" for blob in blobs.values())) or ""
         data = content.encode("utf-8", "surrogateescape")

@@ -228,6 +228,17 @@ def test_what_cannot_be_expressed_exactly_is_refused(tmp_path: Path, flag: str) 
     assert "user-defined symbols" in str(caught.value.got)
 
 
+def test_equal_scores_whose_order_no_ranks_express_are_refused(tmp_path: Path) -> None:
+    """Which once were converted, since no text that was tried showed it."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(train())
+    for piece in model.pieces:
+        piece.score = 0
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match="other ids than SentencePiece"):
+        convert_tokenizer(path, SPEC)
+
+
 def test_a_conversion_that_gives_other_ids_is_never_handed_out(
     model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,26 @@ def test_a_layout_that_changes_is_told_with_the_mappings(repository: Path, monke
     assert api.diff("HEAD") == []
 
 
+def test_a_chat_template_that_changes_is_told_by_what_it_makes_of_a_conversation(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    template = repository / "mappings" / "chat_templates" / "mine.jinja"
+    template.parent.mkdir()
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", encoding="utf-8")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "second")
+    assert api.diff("HEAD") == []
+    template.write_text(template.read_text("utf-8").replace("<{{", "[{{"), encoding="utf-8")
+    (diff,) = api.diff("HEAD")
+    assert (
+        diff.name == "mappings/chat_templates/mine.jinja"
+        and diff.values[0].name == "written"
+        and "<user>" in str(diff.values[0].old)
+    )
+    assert "[user>" in str(diff.values[0].new) and api.diff("HEAD", None, [template]) == [diff]
+
+
 def test_a_mapping_that_is_new_or_gone_is_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
     (repository / "mappings" / "child.yaml").unlink()
