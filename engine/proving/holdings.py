@@ -188,7 +188,7 @@ def _order(moves: Sequence[tuple[str, str, Copy]]) -> str | list[str]:
     first = min((target for _, target, _ in moves), default="")
     listed = [(source, copy) for source, target, copy in moves if target == first]
     names = list(dict.fromkeys(source for source, _ in listed))
-    copies = [replace(copy, source=names.index(source)) for source, copy in listed]
+    copies = [copy._replace(source=names.index(source)) for source, copy in listed]
     labels = [(("tensor", n),) if len(names) > 1 else () for n in range(len(names))]
     told = copy_texts(copies, labels, [""] * len(names))
     return told[0] if len(told) == 1 else told
