@@ -6,6 +6,7 @@ same shapes, strides and cuts on both sides are a class, and one template of cop
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -55,7 +56,7 @@ class CopyTable:
     source: Side
     _templates: dict[tuple[object, ...], list[Template]] = field(default_factory=dict, compare=False, repr=False)
     # of each group that was asked for, as rank files name its shards far apart: templates, and what reaches it
-    _filled: dict[GroupKey, tuple[list[Template], list[int]]] = field(default_factory=dict, compare=False, repr=False)
+    _filled: dict[GroupKey, tuple[list[Template], array[int]]] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, output: int) -> list[Copy]:
         template, sources = self.filled(output)
@@ -105,12 +106,12 @@ class CopyTable:
             key = _class_of(group, reaching)
             if key not in self._templates:
                 self._templates[key] = self._make(group, reaching)
-            numbers = [n[0] for one in reaching for n in self.source.numbers(one)]
+            numbers = array("q", [n[0] for one in reaching for n in self.source.numbers(one)])
             self._filled[group.key] = self._templates[key], numbers
         templates, numbers = self._filled[group.key]
         return templates[shard], [numbers[one] for one in templates[shard].used]
 
-    def _reached(self, output: int) -> list[int]:
+    def _reached(self, output: int) -> array[int]:
         """The numbers of all tensors that reach an output's group."""
         return self._filled[self.outputs[output][0].key][1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -204,9 +204,8 @@ def assign(
     grid: RankGrid,
     layout: Layout,
     stages: Stages,
-) -> list[Match]:
+) -> Iterator[Match]:
     """Pair each tensor with its first candidate and its placeholder values in the whole model."""
-    result: list[Match] = []
     positions: dict[int, dict[int, set[int]]] = {}  # of each expert file: local layer → whole-model layers that fit
     cache: dict[tuple[str, Stage, tuple[int, ...]], tuple[Instance, Mapping[str, int]]] = {}
     indices, dims = indices_of(stored, matches, grid, layout), layout_dims(layout) if layout.indices else ()
@@ -222,7 +221,7 @@ def assign(
                 for stage, local, number in file_numbers(file.pattern, stages, counts_of(layout, grid.sizes)):
                     if number == file.ranks["number"]:
                         positions[one.file].setdefault(local, set()).add(stages.starts[stage] + local)
-            result.append((one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}))
+            yield one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}
             continue
         key = (one.name, grid.stage(one.file, one.chunk), tuple(file.ranks.get(dim, 0) for dim in dims))
         if key not in cache:
@@ -230,8 +229,7 @@ def assign(
             if "layer" in values:
                 values = {**values, "layer": values["layer"] + stages.starts[key[1]]}
             cache[key] = (instance, indices.whole(values, file.ranks))
-        result.append((one, *cache[key]))
-    return result
+        yield one, *cache[key]
 
 
 def _expert_layer(

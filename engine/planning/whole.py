@@ -30,14 +30,17 @@ def whole_groups(
         EngineError: E204 for an axis whose size stays unknown, E206 for a name written twice.
     """
     listed: list[tuple[tuple[object, ...], TargetSpec, Group]] = []
+    once: dict[object, dict[str, int]] = {}  # placeholder values that all tensors of a layer share
     for order, spec in enumerate(pieces.targets.values()):
         check_known([instances[spec.name.text]], sizes, unread)
         stage = {"first": 0, "layers": 1, "last": 2}[spec.instances[0].stage_class]
         shape = tuple(extent(dim, sizes) for dim in spec.axes.dims)
+        strides = dense_strides(shape)
         for values in product(*(range(sizes[p]) for p in spec.name.placeholders)):
             fixed = dict(zip(spec.name.placeholders, values, strict=True))
+            fixed = once.setdefault(tuple(fixed.items()), fixed)
             name = spec.name.format(fixed)
-            held = Stored(0, TensorHeader(name, "", shape, dense_strides(shape), 0), name, 0)
+            held = Stored(0, TensorHeader(name, "", shape, strides, 0), name, 0)
             group = Group(instances[spec.name.text], fixed, Cut(), {(): (held,)})
             listed.append(((stage, fixed.get("layer", -1), order, values), spec, group))
     listed.sort(key=lambda entry: entry[0])
