@@ -7,8 +7,9 @@ is handed out; a tokenizer that would give other ids is refused, because wrong i
 
 from __future__ import annotations
 
-import base64
 import json
+import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import compress
 from pathlib import Path
@@ -145,10 +146,9 @@ def _backend(
     # can reach (joins make pieces, and this is none), which the decoder spells out again
     spelled = {index: f"<unused {index}>" for index in sorted(unused)}
     vocab = {spelled.get(index, name): index for index, name in enumerate(names)}
-    scored = [piece.score for piece in model.pieces]
     scores = {
         text: score
-        for index, (text, score, kind) in enumerate(zip(pieces.texts, scored, pieces.types, strict=True))
+        for index, (text, score, kind) in enumerate(zip(pieces.texts, pieces.scores, pieces.types, strict=True))
         if kind == NORMAL and index not in unused
     }
     dummy = model.normalizer_spec.add_dummy_prefix
@@ -175,7 +175,7 @@ def _backend(
                 "special": index in special,
             }
             for index, kind in enumerate(pieces.types)
-            if index in special or kind == USER_DEFINED
+            if (index in special or kind == USER_DEFINED) and index not in unused
         ],
         "normalizer": _normalizer(model.normalizer_spec),
         "pre_tokenizer": None,
@@ -202,17 +202,16 @@ def written_merges(merges: list[tuple[str, str]]) -> list[str] | list[tuple[str,
     return joined if all(text.count(" ") == 1 for text in joined) else merges
 
 
-def _normalizer(spec: Any) -> dict[str, Any] | None:
+def _normalizer(spec: Any) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
-    if spec.precompiled_charsmap:
-        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
         steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    if spec.remove_extra_whitespaces:  # a text's own signs for a space are cut off too, with the prefix before them
+        steps.append({"type": "Replace", "pattern": {"Regex": rf"{SPACE}+\z"}, "content": ""})
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "normalizers": steps}
 
 
@@ -232,7 +231,8 @@ def _post_processor(bos: str | None, bos_id: int | None) -> dict[str, Any]:
 
 def _probes(pieces: Pieces) -> Iterator[str]:
     """Texts on which converted tokenizers are known to go wrong, and runs and joins of the model's own pieces."""
-    yield from ("Hello", " Hello", "Hello  world ", "   ", "\n\n\t x\r\n", "1234567890", "a\x00b\x1f\x7f", "▁a ▁▁b")
+    yield from ("Hello", " Hello", "Hello  world ", "   ", "\n\n\t x\r\n", "1234567890", "a\x00b\x1f\x7f")
+    yield from ("▁a ▁▁b", "a▁▁", "▁")
     yield from (
         "你好，世界！ 書生·浦语",
         "naïve café e\u0301",
@@ -244,6 +244,17 @@ def _probes(pieces: Pieces) -> Iterator[str]:
     some = [text.replace(SPACE, " ") for text in texts[::step]]
     yield "".join(some)
     yield "".join(left + right for left, right in zip(some, reversed(some), strict=True))
+    # of equal scores the place in a text counts, for which ranks have no word: joins of many find where that matters
+    count = Counter(pieces.scores)
+    alike = [
+        text.replace(SPACE, " ")
+        for text, kind, score in zip(pieces.texts, pieces.types, pieces.scores, strict=True)
+        if kind == NORMAL and count[score] > 1
+    ]
+    draw = random.Random(0)
+    if alike:
+        yield from ("".join(draw.choices(alike, k=9) + draw.choices(some, k=9)) for _ in range(500))
+        yield from ("".join(draw.choice(draw.choice((alike, some))) for _ in range(9)) for _ in range(2000))
     for char in " -=\nae哈":
         yield from (char * count for count in (2, 3, 5, 7, 11, 23, 100, 301))
 

@@ -25,11 +25,12 @@ class Pieces:
 
     texts: list[str]
     types: list[int]
+    scores: list[float]
 
     @classmethod
     def of(cls, model: Any) -> Pieces:
         """The pieces of a parsed `ModelProto`."""
-        return cls([piece.piece for piece in model.pieces], [piece.type for piece in model.pieces])
+        return cls(*map(list, zip(*((piece.piece, piece.type, piece.score) for piece in model.pieces), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +162,12 @@ def _reason(model: Any, pieces: Pieces) -> str | None:
         found = f"pieces with characters that are no pieces themselves: {' '.join(sorted(spelled - characters)[:8])}"
     elif trainer.treat_whitespace_as_suffix and normalizer.add_dummy_prefix:
         found = "a dummy suffix"
-    elif USER_DEFINED in types and (
-        normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
-    ):
+    elif normalizer.precompiled_charsmap:
+        # `tokenizers` looks its entries up by letter: those of several letters, and marks after one, would be lost
+        found = f"characters that the normaliser {normalizer.name} replaces"
+    elif USER_DEFINED in types and (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces):
         # `tokenizers` would normalise the symbols' own names too
-        found = f"user-defined symbols in a model that changes text first (normaliser {normalizer.name})"
+        found = "user-defined symbols in a model that changes text first"
     elif not normalizer.escape_whitespaces:
         found = "spaces that are not escaped"
     return found

@@ -56,7 +56,14 @@ def saved_as(root: str | None, layout: Layout) -> str | None:
 def told_by(layout: Layout) -> tuple[str, ...]:
     """What of each rank file's content says which one it is, as dotted keys."""
     paths = [path for one in layout.says_ranks.values() for path in sorted(compile_expression(one).paths)]
-    return tuple(dict.fromkeys([*layout.says_alike, *paths]))
+    return tuple(dict.fromkeys([*_alike(layout), *paths]))
+
+
+def _alike(layout: Layout) -> Iterator[str]:
+    """What all files must say alike, by dotted keys: below `args.*`, every key that is declared and counts."""
+    counting = [name for name, key in layout.keys.get("source", {}).items() if "*" not in name and key.ignored is None]
+    for path in layout.says_alike:
+        yield from (path.replace("*", name) for name in counting) if path.endswith(".*") else (path,)
 
 
 def said_rank(header: FileHeader, file: FilePattern, layout: Layout) -> str | None:
@@ -76,8 +83,8 @@ def said_rank(header: FileHeader, file: FilePattern, layout: Layout) -> str | No
 
 
 def check_alike(headers: Sequence[FileHeader], layout: Layout) -> None:
-    """E306 for a file that says another step, or the like, than the first."""
-    for path in layout.says_alike:
+    """E306 for a file that says another step, or another model, than the first."""
+    for path in _alike(layout):
         told = [(header, header.says[path]) for header in headers if path in header.says]
         for header, value in told[1:]:
             if value != told[0][1]:

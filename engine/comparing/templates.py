@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from engine.comparing.effects import Difference, both
-from engine.comparing.loaded_tokenizer import TOKENS
+from engine.comparing.tokenizers import TOKENS
 from engine.planning.config_keys import shown
 
 Files = Mapping[str, bytes]
-_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+_TEMPLATE, _JSON, _SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 
 
 def compare_templates(ours: Files, theirs: Files) -> list[Difference]:
@@ -23,6 +23,8 @@ def compare_templates(ours: Files, theirs: Files) -> list[Difference]:
     found: list[Difference] = []
     for name in sorted(one.keys() | two.keys()):
         called = "the template" if name == "default" else f"template `{name}`"
+        if name in (_SETTINGS, _JSON):  # where it is that of all places, it stands once
+            one, two = ({name: side["default"], **side} if "default" in side else side for side in (one, two))
         if name not in one or name not in two:
             told = both(lambda side: "there" if side is not None else "absent", one.get(name), two.get(name))
             found.append(Difference("chat template", called, *told, "chat() works on one side only"))
@@ -50,21 +52,23 @@ def _rendered(
     low = max(at - 10, 0)
     more = f" and {len(unlike) - 1} more conversations" if len(unlike) > 1 else ""
     effect = "the model sees prompts in a different form than in training"
+    it = "it" if called == "the template" else called
     told = both(lambda text: shown(text[low : low + 50]), here, there)
-    yield Difference("chat template", f"what it renders of {name}{more}", *told, effect)
+    yield Difference("chat template", f"what {it} renders of {name}{more}", *told, effect)
 
 
 def _templates(files: Files) -> dict[str, str]:
-    """A folder's templates by name, as transformers finds them."""
+    """A folder's templates by name, as transformers finds them; by its file one that other programs find instead."""
+    templates: dict[str, str] = {}
     if _TEMPLATE in files:
-        return {"default": files[_TEMPLATE].decode("utf-8", "replace")}
-    for name in ("chat_template.json", _SETTINGS):
+        templates["default"] = files[_TEMPLATE].decode("utf-8", "replace")
+    for name in (_JSON, _SETTINGS):
         found = _settings(files, name).get("chat_template")
-        if isinstance(found, str):
-            return {"default": found}
-        if isinstance(found, list):
-            return {str(one.get("name")): str(one.get("template")) for one in found if isinstance(one, dict)}
-    return {}
+        if isinstance(found, str) and templates.setdefault("default", found) != found:
+            templates[name] = found
+        elif isinstance(found, list) and not templates:
+            templates = {str(one.get("name")): str(one.get("template")) for one in found if isinstance(one, dict)}
+    return templates
 
 
 def _settings(files: Files, name: str) -> dict[str, Any]:

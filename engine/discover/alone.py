@@ -8,7 +8,7 @@ from typing import Any
 from engine.discover.cuts import Known, Reading, Readings, known_sizes, read_cuts
 from engine.discover.names import Observed
 from engine.discover.near import Slot, similarity
-from engine.discover.text import block, comment, flow
+from engine.discover.notes import block, comment, flow
 from engine.language.documents import grouped
 from engine.language.model import Layout
 from engine.planning.attempts import Checkpoint

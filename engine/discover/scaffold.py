@@ -17,8 +17,19 @@ from typing import Any
 from engine.discover.alone import stand_alone
 from engine.discover.names import Observed, observe
 from engine.discover.near import Pairing, Slot, compare_family, drop_contested
-from engine.discover.notes import doubt, expect, extends, left_over, overrides, size_in_words
-from engine.discover.text import block, comment, flow, list_of, scalar, shown
+from engine.discover.notes import (
+    block,
+    comment,
+    doubt,
+    expect,
+    extends,
+    flow,
+    left_over,
+    list_of,
+    overrides,
+    shown,
+    size_in_words,
+)
 from engine.errors import EngineError
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping
@@ -205,8 +216,8 @@ def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Pla
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "draft.yaml"
         for reference, parent in request.paths.items():
-            line = f"extends: {scalar(reference)}\n"
-            text = text.replace(line, f"extends: {scalar(str(parent.resolve()))}\n", 1)
+            line = f"extends: {flow(reference)}\n"
+            text = text.replace(line, f"extends: {flow(str(parent.resolve()))}\n", 1)
         path.write_text(text, encoding="utf-8")
         findings = [one for one in lint_file(str(path)) if one.code not in DECIDED_LATER]
         if findings:

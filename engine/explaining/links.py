@@ -1,16 +1,16 @@
 """Links: which elements of one stored tensor are which elements of another, by named axes.
 
-A spot is a box of a stored tensor with its storage positions; where a source spot and a target
+A spot is a box of a stored tensor with its storage positions, which are lattices; where a source spot and a target
 spot of the same piece meet is a link. It says what a plan's copy says, with the axes still named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
+from math import prod
 
-from engine.explaining.lattice import Lattice
 from engine.formats.headers import ITEM_SIZES, TensorHeader
 from engine.language.axes import Axes
 from engine.language.documents import grouped
@@ -18,6 +18,136 @@ from engine.planning.boxes import Box, Interval, Region, common, regions
 from engine.planning.groups import Group
 from engine.planning.pieces import Key
 from engine.planning.sides import Shard, Side
+
+MOST_RUNS = 200_000  # beyond this, runs are counted and not listed
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """Positions of nested loops, outermost first; `steps` are (stride, size), sizes above 1."""
+
+    start: int
+    steps: tuple[tuple[int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return prod(size for _, size in self.steps)
+
+    def __iter__(self) -> Iterator[int]:
+        """Positions in the order of the loops.
+
+        >>> list(Lattice(4, ((1, 2), (10, 2))))
+        [4, 14, 5, 15]
+        """
+        for indices in product(*(range(size) for _, size in self.steps)):
+            yield self.start + sum(stride * i for (stride, _), i in zip(self.steps, indices, strict=True))
+
+    def ascending(self) -> Lattice:
+        """The same positions from the first to the last, contiguous loops merged.
+
+        >>> Lattice(4, ((1, 8), (8, 3))).ascending()
+        Lattice(start=4, steps=((1, 24),))
+        """
+        merged: list[tuple[int, int]] = []
+        for stride, size in sorted(self.steps, reverse=True):
+            if merged and merged[-1][0] == stride * size:
+                merged[-1] = (stride, size * merged[-1][1])
+            else:
+                merged.append((stride, size))
+        return Lattice(self.start, tuple(merged))
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The positions as sorted intervals without gaps; an ascending lattice of disjoint loops."""
+        return join(self.first_runs(None))
+
+    def first_runs(self, keep: int | None) -> list[tuple[int, int]]:
+        flat = self.ascending()
+        inner = flat.steps[-1][1] if flat.steps and flat.steps[-1][0] == 1 else 1
+        outer = Lattice(flat.start, flat.steps[:-1] if inner > 1 else flat.steps)
+        return [(low, low + inner) for low in islice(outer, keep)]
+
+    def run_count(self) -> int:
+        flat = self.ascending()
+        return len(flat) // (flat.steps[-1][1] if flat.steps and flat.steps[-1][0] == 1 else 1)
+
+
+def join(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sort intervals and merge those that touch.
+
+    >>> join([(4, 6), (0, 2), (2, 3)])
+    [(0, 3), (4, 6)]
+    """
+    result: list[tuple[int, int]] = []
+    for low, high in sorted(intervals):
+        if result and low <= result[-1][1]:
+            result[-1] = (result[-1][0], max(high, result[-1][1]))
+        else:
+            result.append((low, high))
+    return result
+
+
+def join_lattices(lattices: Sequence[Lattice], keep: int) -> tuple[list[tuple[int, int]], int]:
+    """The first runs of all lattices together, and how many runs there are."""
+    total = sum(one.run_count() for one in lattices)
+    if total > MOST_RUNS:
+        return min(lattices, key=lambda one: one.start).first_runs(keep), total
+    runs = join(run for one in lattices for run in one.runs())
+    return runs[:keep], len(runs)
+
+
+def index_text(lattice: Lattice) -> str:
+    """Ascending positions as a slice: `3`, `0:4`, `0:64:2`, or the first few of several.
+
+    >>> index_text(Lattice(3)), index_text(Lattice(0, ((1, 4),))), index_text(Lattice(1, ((2, 32),)))
+    ('3', '0:4', '1:64:2')
+    >>> index_text(Lattice(0, ((96, 8), (1, 32))))
+    '0:32, 96:128, … 672:704 (8 runs)'
+    """
+    flat = lattice.ascending()
+    if not flat.steps:
+        return str(flat.start)
+    if len(flat.steps) == 1:
+        stride, size = flat.steps[0]
+        end = flat.start + stride * (size - 1) + 1
+        return f"{flat.start}:{end}" if stride == 1 else f"{flat.start}:{end}:{stride}"
+    if flat.run_count() > MOST_RUNS:
+        return f"from {flat.start}, {len(flat):,} positions"
+    runs = [f"{low}:{high}" if high - low > 1 else str(low) for low, high in flat.runs()]
+    if len(runs) <= 3:
+        return ", ".join(runs)
+    return f"{runs[0]}, {runs[1]}, … {runs[-1]} ({len(runs)} runs)"
+
+
+def words(positions: Sequence[int]) -> str:
+    """Positions in their order, progressions folded.
+
+    >>> words(range(8)), words([5]), words([0, 2, 4, 6, 8]), words([0, 2, 4, 6, 1, 3, 5, 7])
+    ('0…7', '5', '0, 2, 4, … 8', '0, 2, 4, 6, then 1, 3, 5, 7')
+    """
+    parts: list[tuple[int, int, int]] = []  # first, step, count
+    at = 0
+    while at < len(positions):
+        step = positions[at + 1] - positions[at] if at + 1 < len(positions) else 1
+        end = at + 1
+        while end < len(positions) and positions[end] - positions[end - 1] == step:
+            end += 1
+        parts.append((positions[at], step, end - at))
+        at = end
+    told = [_progression(*part) for part in parts]
+    if len(told) > 4:
+        told = [*told[:3], f"… (altogether {len(parts)} stretches)"]
+    return ", then ".join(told)
+
+
+def _progression(first: int, step: int, count: int) -> str:
+    last = first + step * (count - 1)
+    if count == 1:
+        return str(first)
+    if step == 1:
+        return f"{first}…{last}"
+    if count <= 4:
+        return ", ".join(str(first + step * i) for i in range(count))
+    return f"{first}, {first + step}, {first + 2 * step}, … {last}"
+
 
 Window = Sequence[Interval]  # an interval of positions per storage dimension
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.errors import EngineError
-from engine.explaining.explanation import Explained, Explanation, Flow, Stretch, Tensor
-from engine.explaining.lattice import join_lattices
-from engine.explaining.links import Link, Spot, Window, in_bytes, links, spots
-from engine.explaining.selection import parse_selection, unknown_name
+from engine.explaining.explanation import Explained, Explanation, Flow, Stretch, Tensor, parse_selection, unknown_name
+from engine.explaining.links import Link, Spot, Window, in_bytes, join_lattices, links, spots
 from engine.explaining.words import (
     axes_sentence,
     cut_sentence,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from engine.explaining.describe import fold
-from engine.explaining.lattice import Lattice, index_text, words
-from engine.explaining.links import Link, Spot
+from engine.explaining.links import Lattice, Link, Spot, index_text, words
 from engine.language.axes import Axis, leaves
 from engine.language.documents import grouped
 from engine.planning.boxes import Interval

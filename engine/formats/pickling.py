@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from engine.formats.headers import dense_strides
 from engine.formats.standins import STORAGES
@@ -63,28 +63,29 @@ class _Pickler(_Base):  # type: ignore[misc]
     def persistent_id(self, obj: Any) -> Any:
         return obj.identifier if isinstance(obj, _Storage) else None
 
-    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        known = self.memo.get(id(obj))
-        if isinstance(obj, Global) and known is None:
-            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
-            self.memoize(obj)
-        elif isinstance(obj, Call):
-            self.save(obj.function)
-            self.save(obj.arguments)
-            self.write(pickle.REDUCE)
-        elif isinstance(obj, Made):
-            self.save(obj.kind)
-            self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
-            self.save(obj.state)
-            self.write(pickle.BUILD)
-        elif isinstance(obj, Pairs):
-            if obj.made is None:
-                self.write(pickle.EMPTY_DICT)
-            else:
-                self.save(obj.made)
-            self._batch_setitems(iter(obj.items))
+    def _global(self, obj: Global) -> None:
+        self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+        self.memoize(obj)
+
+    def _call(self, obj: Call) -> None:
+        self.save(obj.function)
+        self.save(obj.arguments)
+        self.write(pickle.REDUCE)
+
+    def _made(self, obj: Made) -> None:
+        self.save(obj.kind)
+        self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+        self.save(obj.state)
+        self.write(pickle.BUILD)
+
+    def _pairs(self, obj: Pairs) -> None:
+        if obj.made is None:
+            self.write(pickle.EMPTY_DICT)
         else:
-            super().save(obj, save_persistent_id)
+            self.save(obj.made)
+        self._batch_setitems(iter(obj.items))
+
+    dispatch: ClassVar[Any] = {**_Base.dispatch, Global: _global, Call: _call, Made: _made, Pairs: _pairs}
 
 
 _ORDERED = Call(Global("collections", "OrderedDict"), ())

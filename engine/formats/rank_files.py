@@ -98,7 +98,9 @@ def read_rank_file(
     if not tensors:
         raise _not_a_state_dict(where.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
     said = {path: one for path in says if isinstance(one := _value_at(saved.value, path), int | float | str)}
-    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, says=said)
+    beside = {**value, **{str(key): one for key, one in saved.value.items() if nested and not _named(key, nested)}}
+    left = tuple(name for name, one in beside.items() if isinstance(one, Mapping) and _holds_tensors(one))
+    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, left=left, says=said)
 
 
 def _value_at(value: Any, path: str) -> Any:
@@ -109,11 +111,21 @@ def _value_at(value: Any, path: str) -> Any:
     return value
 
 
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, Mapping) and depth:
+        return any(_holds_tensors(one, depth - 1) for one in value.values())
+    return isinstance(value, Tensor | Distributed | Sharded)
+
+
+def _named(key: Any, nested: Sequence[Pattern[str]]) -> bool:
+    return isinstance(key, str) and any(one.fullmatch(key) for one in nested)
+
+
 def _flat(value: Mapping[Any, Any], nested: Sequence[Pattern[str]], file: str) -> Iterator[tuple[str, Any]]:
     """The items of the mappings that a file holds under some keys, by dotted names."""
     found = False
     for key, below in value.items():
-        if isinstance(key, str) and any(one.fullmatch(key) for one in nested):
+        if _named(key, nested):
             if not isinstance(below, Mapping):
                 raise _not_a_state_dict(file, f"{type(below).__name__} under the key {key}"[:100])
             found = True

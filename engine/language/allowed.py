@@ -7,16 +7,16 @@ of, how long, how deep, and with what numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import isfinite
 from typing import Any, TypeVar
 
 from jinja2 import nodes
-from jinja2.environment import TemplateExpression
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 
 from engine.language.sandbox import ENVIRONMENT, FILTERS, FUNCTIONS, MAX_BITS, TESTS
 
@@ -64,16 +64,19 @@ class Compiled:
     def run(self, names: Mapping[str, Any]) -> Any:
         if isinstance(self.tree, nodes.Name) and self.tree.name in names and self.tree.name not in BUILTIN:
             return names[self.tree.name]  # most are no more than a name, and Jinja takes long to say so
-        values = {name: names[name] for name in self.names | (self.calls & {"present"}) if name in names}
-        return self._function(**{**values, **FUNCTIONS})
+        read, root = self._compiled
+        context = Context(ENVIRONMENT, {**FUNCTIONS, **{name: names[name] for name in read if name in names}}, None, {})
+        for _ in root(context):  # it writes no text, and is done at its end
+            pass
+        return context.vars["result"]
 
     @cached_property
-    def _function(self) -> Callable[..., Any]:
-        """What `Environment.compile_expression` makes, of the tree that was checked instead of its text."""
+    def _compiled(self) -> tuple[frozenset[str], Callable[[Context], Iterable[str]]]:
+        """The names that are read, and what `Environment.compile_expression` makes, of the tree that was checked."""
         result = nodes.Assign(nodes.Name("result", "store", lineno=1), self.tree, lineno=1)
         template = nodes.Template([result], lineno=1)
         template.set_environment(ENVIRONMENT)
-        return TemplateExpression(ENVIRONMENT.from_string(template), undefined_to_none=False)
+        return self.names | (self.calls & {"present"}), ENVIRONMENT.from_string(template).root_render_func
 
 
 @lru_cache(maxsize=4096)

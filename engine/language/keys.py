@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.language.documents import Document, Table
+from engine.language.documents import Document, Table, flat
 
-_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as")
+_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "unless")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ class Key:
     Attributes:
         only: the values that can be expressed; any other is refused because of `why`. A list of such values, as of one
             for each layer, is as good.
-        ignored: why any value is as good as any other.
+        ignored: why any value is as good as any other; not so where one of the keys of `unless` has
+            one of its values.
         noted: why the key is only told to the user.
         default: what an absent key means.
         same_as: the key of which this is another spelling.
@@ -121,6 +122,13 @@ class Key:
     noted: str | None = None
     default: Any = None
     same_as: str | None = None
+    unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def ignores(self, config: Mapping[str, Any]) -> bool:
+        """Whether its value does not matter in a configuration."""
+        return self.ignored is not None and not any(
+            value in self.unless.get(".".join(path), ()) for path, value in flat(config)
+        )
 
     @property
     def decided(self) -> bool:

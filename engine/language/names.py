@@ -47,12 +47,7 @@ class Pattern:
         >>> pattern("consolidated.{tp:02}.pth").format({"tp": 3})
         'consolidated.03.pth'
         """
-
-        def put(found: re.Match[str]) -> str:
-            name, _, width = found[1].partition(":")
-            return f"{values[name]:0{int(width)}d}" if width else str(values[name])
-
-        return _PLACEHOLDER.sub(put, self.text)
+        return self.text.format_map(values)  # which `pattern` has read: there are only such placeholders
 
     def sample(self) -> str:
         """The name with 0 for every placeholder."""

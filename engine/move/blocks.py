@@ -7,7 +7,7 @@ both sides, so one template serves every block of a band.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engine.formats.headers import ITEM_SIZES
 from engine.move.runs import span
@@ -107,7 +107,7 @@ def block_of(copies: Sequence[Copy], low: int, high: int) -> Block:
 
 
 def _one(copies: list[Copy], low: int, high: int) -> Block:
-    template = tuple(replace(c, target_offset=c.target_offset - low) for c in copies)
+    template = tuple(c._replace(target_offset=c.target_offset - low) for c in copies)
     return Block(low, high, template, (0,) * len(copies), 0)
 
 
@@ -149,7 +149,7 @@ def _interleaves(copy: Copy) -> bool:
 
 
 def _head(copy: Copy, rows: int, low: int) -> Copy:
-    return replace(copy, target_offset=copy.target_offset - low, shape=(rows, *copy.shape[1:]))
+    return copy._replace(target_offset=copy.target_offset - low, shape=(rows, *copy.shape[1:]))
 
 
 def _disjoint(copies: list[Copy], low: int, high: int, quantum: int) -> list[tuple[list[Copy], int, int]]:

@@ -96,23 +96,26 @@ class Converter:
         written = np.frombuffer(data, target)
         with np.errstate(all="ignore"):  # what is not a number stays so; what becomes infinite is refused
             if output.transform is not None:
-                rows = values.astype(np.float32).reshape(-1, output.shape[-1])
-                values = FUNCTIONS[output.transform[0]](rows).reshape(-1)
+                rows = values.astype(np.float32)
+                self._check_overflow(output, values, rows, output.read_dtype, "F32")
+                values = FUNCTIONS[output.transform[0]](rows.reshape(-1, output.shape[-1])).reshape(-1)
             np.copyto(written, values, casting="unsafe")
             held = output.read_dtype if output.transform is None else "F32"
-            if _RANGES.index(output.dtype) < _RANGES.index(held) and not all_finite(data, output.dtype):
-                self._check_overflow(output, values, written)
+            self._check_overflow(output, values, written, held, output.dtype)
         return data
 
     @staticmethod
-    def _check_overflow(output: Output, values: np.ndarray, written: np.ndarray) -> None:
-        """E406 when numbers became infinite."""
+    def _check_overflow(output: Output, values: np.ndarray, written: np.ndarray, held: str, dtype: str) -> None:
+        """E406 when numbers of type `held` became infinite as `dtype`."""
         import numpy as np
+
+        if _RANGES.index(dtype) >= _RANGES.index(held) or all_finite(written.view(f"u{written.itemsize}").data, dtype):
+            return
 
         lost = ~np.isfinite(written) & np.isfinite(values)
         if lost.any():
             largest = float(np.abs(values[lost].astype(np.float64)).max())
-            kind, most = _LARGEST.get(output.dtype, (output.dtype, "fewer"))
+            kind, most = _LARGEST.get(dtype, (dtype, "fewer"))
             raise EngineError(
                 "E406",
                 f"`{output.name}` does not fit {kind}",

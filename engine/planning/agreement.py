@@ -17,35 +17,45 @@ from engine.planning.config_keys import Read, Side, leaves, merged, prefixes, re
 def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
     """E209 for the first key of a configuration that the other side does not give back.
 
+    Below a key, as in `rope_parameters`, nothing may come back either that was not there: what programs take an absent
+    one for is not what is written. An ignored key counts where its `unless` holds.
+
     Args:
         read: the configuration as read.
         forth: what is made, by the same mapping and options, of what is to be written.
     """
     side, written = read.side, dict(leaves(mapping.config))
-    back = dict(leaves(forth))
-    for path, value in leaves(read.config):
+    back, there = dict(leaves(forth)), dict(leaves(read.config))
+    absent = [p for p in back if p not in there and isinstance(value_at(read.config, p.rpartition(".")[0]), Mapping)]
+    for path, value in (*there.items(), *dict.fromkeys(absent).items()):
         tree = next((written[p] for p in prefixes(path) if p in written), None)
         key = find_key(side.keys, path)
-        if tree is None or (key is not None and key.ignored is not None):
+        if tree is None or (key is not None and key.ignores(read.config)):
             continue
         found = back.get(path, value_at(forth, path))
         if found is None and key is not None:
             found = key.default
         if plain(found) == plain(value):
             continue
-        told = sorted({p.split(".")[1] for one in expressions_of(tree) for p in compile_expression(one).paths
-                       if p.startswith("options.")})  # fmt: skip
+        told = _options_in(tree)
         raise EngineError(
             "E209",
-            f"`{side.spelt.get(path, path)}` of {side.file} would be lost",
+            f"`{side.spelt.get(path, path)}` of {side.file} would be {'lost' if path in there else 'added'}",
             place=Place(side.file),
-            got=f"{side.spelt.get(path, path)}: {shown(value)}",
+            got="no such key" if value is None else f"{side.spelt.get(path, path)}: {shown(value)}",
             expected="no such key" if found is None else f"{shown(found)}, as what is written would be read",
-            fix=(f"Training files do not hold it. If it is only how the model is served, say so with --set: "
-                 f"{', '.join(told)}." if told else
+            fix=(f"Training files do not hold it. If it is only how the model is served, say so with --set: {told}."
+                 if told else
+                 "Write it into the file as the model has it: programs take an absent one for something else."
+                 if path not in there else
                  "The configuration contradicts itself or the weights, or training files cannot express it: it is "
                  "another model's, or the mapping is not the one for it."),
         )  # fmt: skip
+
+
+def _options_in(tree: Any) -> str:
+    paths = (path for one in expressions_of(tree) for path in compile_expression(one).paths)
+    return ", ".join(sorted({path.split(".")[1] for path in paths if path.startswith("options.")}))
 
 
 def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str | None) -> None:
@@ -77,7 +87,7 @@ def with_given(
         EngineError: E218 for the first key that the checkpoint and the given configuration say differently; E209 and
             E219 for one that training cannot have, or that nothing is known of.
     """
-    read = read_config(given, whole_side(mapping, layout))
+    read, written = read_config(given, whole_side(mapping, layout)), dict(leaves(mapping.config))
     for path, value in leaves(config):
         other = value_at(read.config if path in read.side.spelt else given, path)
         if other is not None and value is not None and plain(other) != plain(value):
@@ -87,6 +97,7 @@ def with_given(
                 place=Place("config.json"),
                 got=f"{path}: {shown(other)}",
                 expected=f"{shown(value)}, as mapping `{mapping.name}` reads the checkpoint",
-                fix="Give the configuration of this model, or correct that key in it.",
+                fix="Give the configuration of this model, or correct that key in it"
+                + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
             )
     return merged(given, config)

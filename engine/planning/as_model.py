@@ -22,7 +22,7 @@ from engine.planning.config_keys import read_config, source_side
 from engine.planning.pieces import match_pieces
 from engine.planning.stored import instances
 from engine.planning.variants import decide
-from engine.planning.whole import whole_groups, whole_instances
+from engine.planning.whole_outputs import whole_groups
 
 Shape = tuple[int, ...]
 
@@ -80,11 +80,11 @@ def wanted_by_mapping(told: MappingFile, layout: Layout, config: Mapping[str, An
         facts, unread = claims(told, dict(read.config), "config.json")
         pieces = match_pieces(instances(told))
         sizes = {name: fact.value for name, fact in facts.items()}
-        listed = whole_groups(pieces, whole_instances(pieces), sizes, unread)
+        listed = whole_groups(pieces, sizes, unread)
     except EngineError:
         return None
-    shapes = {group.name: group.first.header.shape for _, group in listed}
-    ties = {group.name: spec.instances[0].rule.tied_to for spec, group in listed if read.config["tie_word_embeddings"]}
+    shapes = {group.name: group.first.header.shape for group in listed}
+    ties = {group.name: group.instance.rule.tied_to for group in listed if read.config["tie_word_embeddings"]}
     tied = {name: to for name, to in ties.items() if to is not None}
     return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
 

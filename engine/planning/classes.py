@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
@@ -36,10 +36,15 @@ class Template(NamedTuple):
         ]  # fmt: skip
 
 
+_Filled = tuple[
+    list[Template], array[int], str | None
+]  # of a group's shards; what reaches it, and its one element type
+
+
 def template_of(copies: Sequence[Copy]) -> Template:
     """Copies with their sources counted in the order in which they are used."""
     order = {source: number for number, source in enumerate(dict.fromkeys(c.source for c in copies))}
-    return Template(tuple(replace(c, source=order[c.source], target=0) for c in copies), tuple(order))
+    return Template(tuple(c._replace(source=order[c.source], target=0) for c in copies), tuple(order))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,8 @@ class CopyTable:
     target: Side
     source: Side
     _templates: dict[tuple[object, ...], list[Template]] = field(default_factory=dict, compare=False, repr=False)
-    # of each group that was asked for, as rank files name its shards far apart: templates, and what reaches it
-    _filled: dict[GroupKey, tuple[list[Template], array[int]]] = field(default_factory=dict, compare=False, repr=False)
+    # of each group that was asked for, as rank files name its shards far apart
+    _filled: dict[GroupKey, _Filled] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, output: int) -> list[Copy]:
         template, sources = self.filled(output)
@@ -73,8 +78,11 @@ class CopyTable:
 
     def dtype(self, output: int, name: str, files: Sequence[str], place: Place | None) -> str:
         """The one element type of everything that is copied into an output; E210 when there are several."""
+        _, numbers, every = self._group(output)
+        if every in FLOATS:
+            return every
         held: dict[str, Stored] = {}
-        for number in sorted(self.filled(output)[1]) or self._reached(output)[:1]:
+        for number in sorted(self.filled(output)[1]) or numbers[:1]:
             held.setdefault(self.source.stored[number].header.dtype, self.source.stored[number])
         if len(held) > 1:
             raise EngineError(
@@ -100,20 +108,22 @@ class CopyTable:
 
     def filled(self, output: int) -> tuple[Template, list[int]]:
         """The template of an output, and the numbers of the tensors that its sources are."""
-        group, shard = self.outputs[output]
+        templates, numbers, _ = self._group(output)
+        template = templates[self.outputs[output][1]]
+        return template, [numbers[one] for one in template.used]
+
+    def _group(self, output: int) -> _Filled:
+        """What is known of an output's group."""
+        group, _ = self.outputs[output]
         if group.key not in self._filled:
             reaching = self.source.reaching(group, self.target)
             key = _class_of(group, reaching)
             if key not in self._templates:
                 self._templates[key] = self._make(group, reaching)
             numbers = array("q", [n[0] for one in reaching for n in self.source.numbers(one)])
-            self._filled[group.key] = self._templates[key], numbers
-        templates, numbers = self._filled[group.key]
-        return templates[shard], [numbers[one] for one in templates[shard].used]
-
-    def _reached(self, output: int) -> array[int]:
-        """The numbers of all tensors that reach an output's group."""
-        return self._filled[self.outputs[output][0].key][1]
+            dtypes = {self.source.stored[number].header.dtype for number in numbers}
+            self._filled[group.key] = self._templates[key], numbers, dtypes.pop() if len(dtypes) == 1 else None
+        return self._filled[group.key]
 
     def _make(self, group: Group, reaching: Sequence[Group]) -> list[Template]:
         """Intersect every region of the group with every region of the groups that reach it."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from engine.checkpoint.ranks import points
+from engine.checkpoint.ranks import RankFile, RankGrid, index_dims, points, rank_dims
 from engine.errors import EngineError
 from engine.language.documents import grouped
+from engine.language.model import Layout
 from engine.language.names import pattern
 from engine.planning.attempts import Attempt, Checkpoint
 from engine.planning.groups import Group
@@ -67,15 +68,12 @@ def _check_each(one: Instance, groups: Sequence[Group], attempt: Attempt, sizes:
             )
 
 
-def check_slices(attempt: Attempt, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
-    """E207 naming the first tensor that lacks a slice on some rank.
-
-    Args:
-        lone_rank: where the layout says that an undivided tensor of a split rule is.
-    """
+def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> None:
+    """E207 naming the first tensor that lacks a slice on some rank, or is on some of the ranks that have it alike."""
+    holding: dict[tuple[str, ...], dict[tuple[int, ...], list[RankFile]]] = {}
     for group in attempt.groups.values():
         if group.cut.lone:
-            _check_lone(group, checkpoint, lone_rank)
+            _check_lone(group, checkpoint, layout.lone_rank)
         dims = group.cut.rank_dims()
         if group.cut.recorded:
             dims = dims[:-1]  # recorded rows are known to be all there
@@ -96,6 +94,40 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, lone_rank: Mapping[st
                 fix=f"`{name}` is from another run or damaged."
                 if there
                 else f"Copy `{name}` from the training run; it is not in the folder.",
+            )
+        if not group.cut.lone and not group.cut.recorded:
+            _check_alike(group, checkpoint.grid, layout, holding)
+
+
+def _check_alike(
+    group: Group, grid: RankGrid, layout: Layout, holding: dict[tuple[str, ...], dict[tuple[int, ...], list[RankFile]]]
+) -> None:
+    """Every rank that should have a copy of a slice has one.
+
+    Args:
+        holding: found before: rank dimensions that tell slices, stages and experts apart → ranks → files.
+    """
+    of = grid.files[group.first.file].pattern
+    if of.number is not None or any("recorded" in cuts.values() for cuts in of.cuts.values()):
+        return  # a file for each expert; ranks that say what they hold
+    indexed = (dim for axis in group.fixed if axis in layout.indices for dim in index_dims(layout, axis))
+    dims = tuple(dim for dim in (*group.cut.rank_dims(), *grid.staged, *indexed) if dim in rank_dims(of))
+    if (of.name, *dims) not in holding:
+        alike = (file for file in grid.files if file.pattern.name == of.name)
+        holding[(of.name, *dims)] = grouped((tuple(file.ranks[d] for d in dims), file) for file in alike)
+    for stored in group.shards.values():
+        held = {grid.files[one.file].name for one in stored}
+        places = {tuple(grid.files[one.file].ranks[d] for d in dims) for one in stored}
+        files = [file for ranks in places for file in holding[(of.name, *dims)][ranks]]
+        if len(held) < len(files):
+            lacks = next(file.name for file in files if file.name not in held)
+            raise EngineError(
+                "E207",
+                f"tensor `{group.name}` is missing in {lacks}",
+                place=group.instance.rule.place,
+                got=f"a copy in {len(held)} of {len(files)} files, as in {min(held)}",
+                expected="in each of them, alike",
+                fix=f"`{lacks}` is from another run or damaged; copy it again.",
             )
 
 

@@ -107,8 +107,8 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     holding = frozenset(above for known in (*side.keys, *side.read) for above in prefixes(known) if above != known)
     read = _read(once, side, "", noted, expressed, holding)
     for name, key in side.keys.items():
-        if key.default is not None and name not in read and "." not in name:
-            read[name] = key.default
+        if key.default is not None and value_at(read, name) is None:
+            _put(read, name, key.default, name, key, side)
     return Read(read, noted, side)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from engine.planning.boxes import Part, common
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """One strided copy, in elements.
 
     Axes are sorted by target stride, largest first, and merged where they are contiguous on both
@@ -102,8 +101,7 @@ def row(copy: Copy, i: int) -> Copy:
 
 def _rows(copy: Copy, low: int, high: int) -> Copy:
     drop = 1 if high - low == 1 else 0
-    return replace(
-        copy,
+    return copy._replace(
         source_offset=copy.source_offset + low * copy.source_strides[0],
         target_offset=copy.target_offset + low * copy.target_strides[0],
         shape=copy.shape[1:] if drop else (high - low, *copy.shape[1:]),

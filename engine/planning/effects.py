@@ -25,7 +25,8 @@ _OTHERS: Mapping[str, tuple[Any, ...]] = {
 def check_effects(plan: Plan, settings: Iterable[str]) -> None:
     """E001 for the first option among settings that changes nothing that is written, whatever its value.
 
-    So is a choice against the configuration, where ranks become other ranks: the configuration stays as it is.
+    Where a configuration says the same, it may be said again; where it says something else, both are told. So is a
+    choice against the configuration, where ranks become other ranks: the configuration stays as it is.
     """
     options, read = plan.mapping.options, list(_read(plan))
     for name in settings:
@@ -39,15 +40,28 @@ def check_effects(plan: Plan, settings: Iterable[str]) -> None:
                 expected=choice.instead_of,
                 fix="Leave it out: tensors only move to other ranks. If the configuration is wrong, correct it.",
             )
-        if name in options and not any(_changes(one, options[name], plan) for one in read):
+        if name not in options or any(_changes(one, options[name], plan) for one in read):
+            continue
+        said = [one for one in _said(name, plan, read) if one is not None]
+        if plan.options[name] in said:
+            continue
+        if said:
             raise EngineError(
                 "E001",
-                f"--set {name} has no effect: nothing that is written reads it",
+                f"--set {name} contradicts the configuration",
                 place=options[name].place,
                 got=f"{name}={plan.options[name]}",
-                expected="options that change what is written",
-                fix=f"Leave it out, or also set what it goes with. It says: {options[name].help}.",
+                expected=f"{said[0]}, as the configuration says",
+                fix="Leave it out. If the configuration is wrong, correct it.",
             )
+        raise EngineError(
+            "E001",
+            f"--set {name} has no effect: nothing that is written reads it",
+            place=options[name].place,
+            got=f"{name}={plan.options[name]}",
+            expected="options that change what is written",
+            fix=f"Leave it out, or also set what it goes with. It says: {options[name].help}.",
+        )
 
 
 def _read(plan: Plan) -> Iterator[Expression]:
@@ -60,17 +74,38 @@ def _read(plan: Plan) -> Iterator[Expression]:
         lines = dict(leaves(mapping.config))
         said = [path for path in lines if value_at(plan.names, path) is not None]
         keys = {path: find_key(mapping.keys.get("target", {}), path) for path in said}
-        counts = [lines[path] for path, key in keys.items() if key is None or key.ignored is None]
+        counts = [lines[path] for path, key in keys.items() if key is None or not key.ignores(plan.names)]
         held += [mapping.training_config, counts]
     return expressions_of(held)
+
+
+def _said(name: str, plan: Plan, read: Iterable[Expression]) -> Iterator[Any]:
+    """What a configuration says in the place of an option, where it says anything."""
+    at: list[tuple[str | None, Expression]] = [(None, one) for one in read]
+    if plan.reads == "whole":
+        at += [(path, one) for path, one in leaves(plan.mapping.config) if isinstance(one, Expression)]
+    alone = {"given": {}, "training": {}, "options": plan.options}
+    for path, one in at:
+        if f"options.{name}" not in compile_expression(one).paths:
+            continue
+        try:
+            if evaluate(one, alone) == plan.options[name]:
+                yield evaluate(one, _names(plan)) if path is None else value_at(plan.names, path)
+        except EngineError:
+            continue
+
+
+def _names(plan: Plan) -> dict[str, Any]:
+    names = {**plan.config, **plan.names}
+    names.setdefault("given", names)  # of a Hugging Face checkpoint its own configuration
+    return names
 
 
 def _changes(expression: Expression, option: Option, plan: Plan) -> bool:
     """Whether another value of an option changes what an expression comes to, or none can be told."""
     if f"options.{option.name}" not in compile_expression(expression).paths:
         return False
-    names, value = {**plan.config, **plan.names}, plan.options[option.name]
-    names.setdefault("given", names)  # of a Hugging Face checkpoint its own configuration
+    names, value = _names(plan), plan.options[option.name]
     others = option.choices or _OTHERS[option.type]
     try:
         found = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from engine.errors import EngineError
@@ -98,6 +99,7 @@ def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]
 def present_in(names: Collection[str]) -> Callable[[str], bool]:
     """`present(pattern)`: whether some training tensor has a name of that pattern."""
 
+    @cache
     def present(text: str) -> bool:
         compiled = pattern(text)
         return any(compiled.match(name) is not None for name in names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, layout_dims
@@ -145,6 +146,7 @@ def stages_of(
 ) -> Stages:
     """Count each stage's layers, file by file, in the files that hold whole stages."""
     local: dict[Stage, dict[int, int]] = {}
+    stage_of = cache(grid.stage)
     for one in stored:
         file = grid.files[one.file]
         if file.pattern.number is not None or one.name not in matches.candidates:
@@ -152,7 +154,7 @@ def stages_of(
         layer = matches.candidates[one.name][0][1].get("layer")
         if layer is None:
             continue
-        counts = local.setdefault(grid.stage(one.file, one.chunk), {})
+        counts = local.setdefault(stage_of(one.file, one.chunk), {})
         seen_in = 0 if file.pattern.boxes else one.file  # files of boxes hold whatever was dealt to them
         counts[seen_in] = max(counts.get(seen_in, 0), layer + 1)
     stages = number_layers(local, grid, layout, names)
@@ -167,13 +169,12 @@ def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, sta
     """
     order = list(stages.starts)
     found: dict[tuple[str, str], list[tuple[int, Stored]]] = {}
+    ends = {name: kind for name, ((one, _), *_) in matches.candidates.items() if (kind := one.stage_class) != "layers"}
     for one in stored:
-        file = grid.files[one.file]
-        place = grid.stage(one.file, one.chunk)
-        if one.name in matches.candidates and file.pattern.number is None and place in stages.starts:
-            kind = matches.candidates[one.name][0][0].stage_class
-            if kind != "layers":
-                found.setdefault((kind, one.name), []).append((order.index(place), one))
+        if one.name in ends and grid.files[one.file].pattern.number is None:
+            place = grid.stage(one.file, one.chunk)
+            if place in stages.starts:
+                found.setdefault((ends[one.name], one.name), []).append((order.index(place), one))
     for (kind, name), places in found.items():
         wanted = 0 if kind == "first" else len(order) - 1
         if all(at != wanted for at, _ in places):
@@ -207,8 +208,9 @@ def assign(
 ) -> Iterator[Match]:
     """Pair each tensor with its first candidate and its placeholder values in the whole model."""
     positions: dict[int, dict[int, set[int]]] = {}  # of each expert file: local layer → whole-model layers that fit
-    cache: dict[tuple[str, Stage, tuple[int, ...]], tuple[Instance, Mapping[str, int]]] = {}
+    known: dict[tuple[str, Stage, tuple[int, ...]], tuple[Instance, Mapping[str, int]]] = {}
     indices, dims = indices_of(stored, matches, grid, layout), layout_dims(layout) if layout.indices else ()
+    stage_of = cache(grid.stage)
     for one in stored:
         found = matches.candidates.get(one.name)
         if found is None or one.name in matches.ignored:
@@ -223,13 +225,13 @@ def assign(
                         positions[one.file].setdefault(local, set()).add(stages.starts[stage] + local)
             yield one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}
             continue
-        key = (one.name, grid.stage(one.file, one.chunk), tuple(file.ranks.get(dim, 0) for dim in dims))
-        if key not in cache:
+        key = (one.name, stage_of(one.file, one.chunk), tuple(file.ranks.get(dim, 0) for dim in dims))
+        if key not in known:
             instance, values = found[0]
             if "layer" in values:
                 values = {**values, "layer": values["layer"] + stages.starts[key[1]]}
-            cache[key] = (instance, indices.whole(values, file.ranks))
-        yield one, *cache[key]
+            known[key] = (instance, indices.whole(values, file.ranks))
+        yield one, *known[key]
 
 
 def _expert_layer(

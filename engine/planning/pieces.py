@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import EngineError
-from engine.language.axes import Axes
 from engine.language.names import Pattern, pattern
 from engine.planning.stored import Instance
 
@@ -16,20 +15,14 @@ Key = tuple[str, frozenset[str]]
 
 @dataclass(frozen=True, slots=True)
 class TargetSpec:
-    """A target name pattern with its axes and the rules that write it."""
+    """A target as a tensor of its own, and the rules that write it."""
 
-    name: Pattern
-    axes: Axes
+    own: Instance
     instances: tuple[Instance, ...]
 
-    def instance(self) -> Instance:
-        """The target as a rule's tensor of its own: whole, under its own name."""
-        rule = self.instances[0].rule
-        return Instance(self.name.text, rule, None, self.axes, (self.name,), ())
-
-    def piece_keys(self) -> tuple[Key, ...]:
-        placeholders = frozenset(self.name.placeholders)
-        return tuple((self.name.text, frozenset(piece) | placeholders) for piece in self.axes.pieces())
+    @property
+    def name(self) -> Pattern:
+        return self.own.sources[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +47,14 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
     targets: dict[str, TargetSpec] = {}
     for instance in active:
         for name, axes in instance.targets:
-            known = targets.get(name.text)
-            if known is None:
-                targets[name.text] = TargetSpec(name, axes, (instance,))
-            elif known.axes.dims != axes.dims:
+            known = targets.setdefault(name.text, TargetSpec(instance.target(name, axes), ()))
+            if known.own.axes.dims != axes.dims:
                 raise _piece_error(
-                    instance, f"`{name.text}` is written with different axes: `{known.axes}` and `{axes}`"
+                    instance, f"`{name.text}` is written with different axes: `{known.own.axes}` and `{axes}`"
                 )
-            elif instance not in known.instances:
-                targets[name.text] = TargetSpec(name, axes, (*known.instances, instance))
-    keys_of = {name: spec.piece_keys() for name, spec in targets.items()}
+            if instance not in known.instances:
+                targets[name.text] = TargetSpec(known.own, (*known.instances, instance))
+    keys_of = {name: [(name, piece) for piece in source_pieces(spec.own)] for name, spec in targets.items()}
     owners: dict[Key, Instance] = {}
     by_source: dict[tuple[str, frozenset[str]], Key] = {}
     for instance in active:

@@ -44,6 +44,7 @@ class RankGroups:
         self.files: list[RankFile] = []
         self.held: list[list[Held]] = []  # of each file
         self._destination, self._sizes, self._spellings = destination, sizes, spellings
+        self._prefixes = [destination.prefix(chunk) for chunk in range(destination.stages.chunks)]
         self._numbers: dict[tuple[str | int, ...], int] = {}
         self._named: dict[str, int] = {}
         patterns = [(instance, file_of(instance, destination.mode)) for instance in used]
@@ -74,7 +75,7 @@ class RankGroups:
         for values in product(*(range(self._sizes[a]) for a in names)):
             fixed = dict(zip(names, values, strict=True))
             chunk, home, local = self._home(instance, fixed)
-            key = self._destination.prefix(chunk) + spelling.format(local)
+            key = self._prefixes[chunk] + spelling.format(local)
             bound = tuple(home.items())
             if bound not in holding:
                 holding[bound] = [*self._holders(file, cut, home, share)]

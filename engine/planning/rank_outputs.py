@@ -24,7 +24,7 @@ from engine.planning.likeness import Like, destination_of, spellings_of
 from engine.planning.model import Output, OutputFile
 from engine.planning.rank_groups import RankGroups
 from engine.planning.request import Request
-from engine.planning.sides import training_keys
+from engine.planning.sides import keys_at
 from engine.planning.sizes import check_known
 from engine.planning.source import Source
 from engine.planning.variants import decide
@@ -47,7 +47,9 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     invented = RankGroups(destination, source.used, sizes, spellings_of(source.used, like))
     listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
     wanted = [Wanted(group, position, one, group.instance.rule.name) for one, group, position in listed]
-    outputs, copies = fill(wanted, invented.groups, training_keys(source.used, source.pieces), source, asked.dtype)
+    outputs, copies = fill(
+        wanted, invented.groups, keys_at("training", source.used, source.pieces), source, asked.dtype
+    )
     members: list[list[int]] = [[] for _ in invented.files]
     for index, ((one, _, _), output) in enumerate(zip(listed, outputs, strict=True)):
         if output.dtype not in WRITABLE:
@@ -66,8 +68,8 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     )
     names = {**source.names, **destination.names, "dtype": f"torch.{main_dtype(outputs)}"}
     names["options"] = {**destination.names["options"], **source.options}
-    keys = declared(mapping, layout, "source")
-    config = configuration(source, "training", mapping.training_config, names, keys, destination.grid_names())
+    known = declared(mapping, layout, "source")
+    config = configuration(source, "training", mapping.training_config, names, known, destination.grid_names())
     if layout.config_of_target:  # what is written is what was read
         config = dict(source.checkpoint.config)
     when = destination.mode.when

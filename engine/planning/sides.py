@@ -14,24 +14,22 @@ from engine.planning.boxes import Interval, Region, regions
 from engine.planning.groups import Group, GroupKey
 from engine.planning.pieces import Key, Pieces, source_pieces
 from engine.planning.sizes import extents
-from engine.planning.stored import Instance, Stored
+from engine.planning.stored import End, Instance, Stored
 
 Holding = dict[tuple[int, ...], list[tuple[int, ...]]]
 Keys = Mapping[tuple[str, frozenset[str]], Key]  # (instance, piece) → what it is called on both sides
 
 
-def training_keys(used: Iterable[Instance], pieces: Pieces) -> dict[tuple[str, frozenset[str]], Key]:
-    """Keys of the training side. A dropped piece has no target: its rule and parameter name it."""
+def keys_at(end: End, used: Iterable[Instance], pieces: Pieces) -> Keys:
+    """The keys of an end's pieces. A dropped one of training tensors has no target: its rule and parameter name it."""
+    if end == "whole":
+        targets = (spec.own for spec in pieces.targets.values())
+        return {(one.key, piece): (one.key, piece) for one in targets for piece in source_pieces(one)}
     keys = dict(pieces.by_source)
     for instance in used:
         for piece in source_pieces(instance):
             keys.setdefault((instance.key, piece), (f"{instance.rule.name}.{instance.param}", piece))
     return keys
-
-
-def whole_keys(instances: Mapping[str, Instance]) -> dict[tuple[str, frozenset[str]], Key]:
-    """Keys of the Hugging Face side: target pattern → its instance."""
-    return {(one.key, piece): (text, piece) for text, one in instances.items() for piece in source_pieces(one)}
 
 
 @dataclass(frozen=True, slots=True)

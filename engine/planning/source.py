@@ -17,12 +17,11 @@ from engine.planning.facts import facts_of
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Replicas, Slices
 from engine.planning.pieces import Pieces, match_pieces
-from engine.planning.sides import Side, training_keys, whole_keys
+from engine.planning.sides import Side, keys_at
 from engine.planning.sizes import check_known, size_error
 from engine.planning.stages import Stages, laid_out
 from engine.planning.stored import Instance, Stored, at_end, instances, strip
 from engine.planning.variants import Decision, decide, options_of
-from engine.planning.whole import whole_instances
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +131,7 @@ def read_source(
     choices = {n: d.choice for n, d in attempt.decisions.items()}
     check_names(stored, matches, choices, files)
     check_spellings(stored, attempt.active)
-    check_slices(attempt, checkpoint, layout.lone_rank)
+    check_slices(attempt, checkpoint, layout)
     active = [one for one in rules if one.rule.active(choices)]
     if lossy is not None:
         used = used_rules(attempt, active, checkpoint, each=False)
@@ -145,14 +144,13 @@ def read_source(
     check_known(at_end(used, end), sizes, attempt.unread)
     if not stages.layers and len(stages.counts) == 1:  # no name has a layer's number: tensors stack them
         stages = laid_out([(stage, sizes.get("layer", 0)) for stage in stages.counts], stages.chunks, stages.dims)
-    keys = training_keys(used, pieces) if end == "training" else whole_keys(whole_instances(pieces))
     return Source(
         mapping=mapping,
         layout=layout,
         checkpoint=checkpoint,
         used=used,
         pieces=pieces,
-        side=Side(tuple(attempt.groups.values()), keys, sizes),
+        side=Side(tuple(attempt.groups.values()), keys_at(end, used, pieces), sizes),
         unread=attempt.unread,
         stages=stages,
         decisions=attempt.decisions,

@@ -48,6 +48,10 @@ class Instance:
         """The placeholders of the source name: axes of every piece."""
         return self.sources[0].placeholders
 
+    def target(self, name: Pattern, axes: Axes) -> Instance:
+        """A target as a tensor of its own: whole, under its own name."""
+        return Instance(name.text, self.rule, None, axes, (name,), ())
+
     @property
     def stage_class(self) -> str:
         return "layers" if self.rule.stage is None else self.rule.stage
@@ -82,7 +86,7 @@ def at_end(rules: Sequence[Instance], end: End) -> tuple[Instance, ...]:
     """The tensors that rules have at an end: what they read in training files, or each target as one of its own."""
     if end == "training":
         return tuple(rules)
-    return tuple(Instance(name.text, one.rule, None, axes, (name,), ()) for one in rules for name, axes in one.targets)
+    return tuple(one.target(name, axes) for one in rules for name, axes in one.targets)
 
 
 def strip(files: Sequence[FileHeader], layout: Layout | None) -> tuple[Stored, ...]:

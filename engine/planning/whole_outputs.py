@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.formats.headers import TensorHeader, dense_strides
 from engine.formats.safetensors import shard_names, split_shards
+from engine.language.axes import extent
 from engine.planning.agreement import with_given
 from engine.planning.copies import Copy
-from engine.planning.groups import Group
+from engine.planning.groups import Cut, Group
 from engine.planning.model import Output, OutputFile, Tied
-from engine.planning.pieces import TargetSpec
+from engine.planning.pieces import Pieces
 from engine.planning.request import Request
-from engine.planning.sides import whole_keys
+from engine.planning.sides import keys_at
+from engine.planning.sizes import check_known
 from engine.planning.source import Source
-from engine.planning.whole import whole_groups, whole_instances
+from engine.planning.stored import Stored
 from engine.planning.written import Wanted, Written, configuration, fill, main_dtype
 
 
@@ -26,14 +30,13 @@ def whole_outputs(source: Source, asked: Request) -> Written:
         EngineError: E204 for an axis without a size, E206 for a name written twice, E209 for a tensor that cannot
             be tied, and as `fill`.
     """
-    whole = whole_instances(source.pieces)
-    listed = whole_groups(source.pieces, whole, source.side.sizes, source.unread)
+    groups = whole_groups(source.pieces, source.side.sizes, source.unread)
     changes = source.checkpoint.end == "training"  # values that a transform changes are so from then on
-    wanted = [_wanted(spec, group, changes=changes) for spec, group in listed]
-    every, table = fill(wanted, [group for _, group in listed], whole_keys(whole), source, asked.dtype)
+    wanted = [_wanted(group, source.pieces, changes=changes) for group in groups]
+    every, table = fill(wanted, groups, keys_at("whole", source.used, source.pieces), source, asked.dtype)
     config = whole_configuration(source)
     ties = bool(config.get("tie_word_embeddings"))
-    tied_to = [group.instance.rule.tied_to if ties else None for _, group in listed]
+    tied_to = [group.instance.rule.tied_to if ties else None for group in groups]
     kept = [i for i, to in enumerate(tied_to) if to is None]
     outputs = tuple(every[i] for i in kept)
     tied = _tied([(every[i], table(i), to) for i, to in enumerate(tied_to) if to is not None], outputs)
@@ -54,11 +57,46 @@ def whole_configuration(source: Source) -> dict[str, Any]:
     return with_given(config, source.checkpoint.target_config, mapping, source.layout)
 
 
-def _wanted(spec: TargetSpec, group: Group, *, changes: bool) -> Wanted:
-    rule = spec.instances[0].rule
-    transform = rule.transform if changes else None
-    dim = next(i for i, node in enumerate(spec.axes.dims) if str(node) == transform[1]) if transform else None
-    return Wanted(group, 0, group.first, " + ".join(i.rule.name for i in spec.instances), transform, dim)
+def _wanted(group: Group, pieces: Pieces, *, changes: bool) -> Wanted:
+    transform = group.instance.rule.transform if changes else None
+    dims = [str(node) for node in group.instance.axes.dims]
+    rules = " + ".join(one.rule.name for one in pieces.targets[group.instance.key].instances)
+    return Wanted(group, 0, group.first, rules, transform, dims.index(transform[1]) if transform else None)
+
+
+def whole_groups(pieces: Pieces, sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> list[Group]:
+    """Every target tensor in the order of the model: first stage, layers, last stage.
+
+    Raises:
+        EngineError: E204 for an axis whose size stays unknown, E206 for a name written twice.
+    """
+    listed: list[tuple[tuple[object, ...], Group]] = []
+    once: dict[object, dict[str, int]] = {}  # placeholder values that all tensors of a layer share
+    for order, own in enumerate(spec.own for spec in pieces.targets.values()):
+        check_known([own], sizes, unread)
+        stage = {"first": 0, "layers": 1, "last": 2}[own.stage_class]
+        shape = tuple(extent(dim, sizes) for dim in own.axes.dims)
+        strides = dense_strides(shape)
+        for values in product(*(range(sizes[p]) for p in own.axis_names())):
+            fixed = dict(zip(own.axis_names(), values, strict=True))
+            fixed = once.setdefault(tuple(fixed.items()), fixed)
+            name = own.sources[0].format(fixed)
+            held = Stored(0, TensorHeader(name, "", shape, strides, 0), name, 0)
+            listed.append(((stage, fixed.get("layer", -1), order, values), Group(own, fixed, Cut(), {(): (held,)})))
+    listed.sort(key=lambda entry: entry[0])
+    seen: dict[str, Group] = {}
+    for _, group in listed:
+        other, rule = seen.setdefault(group.name, group), group.instance.rule
+        if other is not group:
+            raise EngineError(
+                "E206",
+                f"two rules write `{group.name}`",
+                place=Place(str(rule.place)),
+                got=f"{other.instance.rule.name} and {rule.name}",
+                expected="one",
+                fix="Change one target's name.",
+            )
+    return list(seen.values())
 
 
 def _tied(listed: Sequence[tuple[Output, list[Copy], str]], outputs: Sequence[Output]) -> tuple[Tied, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from engine.language.documents import changed, grouped, plain, text_of
@@ -11,6 +12,7 @@ from engine.language.loader import load_text
 from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
 from engine.proving.committed import file_facts
+from engine.proving.meaning import spoken
 
 # Section → what readers call it. `rules` by rule and key, the others by dotted path.
 SECTIONS = {
@@ -104,6 +106,14 @@ def diff_layouts(name: str, old: str | None, new: str | None) -> MappingDiff:
     before, after = ({path: text_of(value) for path, value in one.items()} for one in facts)
     told = [f"{one.get('name')} {one.get('version')}" if one else None for one in said]
     values = [ValueChange("layout", ".".join(path), "", was, now) for path, was, now in changed(before, after)]
+    return MappingDiff(name, told[0], told[1], (), (), tuple(values))
+
+
+def diff_templates(name: str, old: str | None, new: str | None) -> MappingDiff:
+    """Compare two texts of a chat template by what they make of a conversation; None stands for one that is not."""
+    both = [{} if text is None else spoken(text, {"bos_token": "<s>", "eos_token": "</s>"}) for text in (old, new)]
+    told = [None if text is None else PurePosixPath(name).stem for text in (old, new)]
+    values = [ValueChange("chat template", path, "", text_of(was), text_of(now)) for path, was, now in changed(*both)]
     return MappingDiff(name, told[0], told[1], (), (), tuple(values))
 
 

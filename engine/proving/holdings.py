@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import EngineError
-from engine.explaining.copy_text import copy_texts
+from engine.explaining.describe import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.expressions import evaluate
 from engine.language.model import Layout, MappingFile
@@ -188,7 +188,7 @@ def _order(moves: Sequence[tuple[str, str, Copy]]) -> str | list[str]:
     first = min((target for _, target, _ in moves), default="")
     listed = [(source, copy) for source, target, copy in moves if target == first]
     names = list(dict.fromkeys(source for source, _ in listed))
-    copies = [replace(copy, source=names.index(source)) for source, copy in listed]
+    copies = [copy._replace(source=names.index(source)) for source, copy in listed]
     labels = [(("tensor", n),) if len(names) > 1 else () for n in range(len(names))]
     told = copy_texts(copies, labels, [""] * len(names))
     return told[0] if len(told) == 1 else told

@@ -36,7 +36,7 @@ def diff(
     Raises:
         EngineError: E001 for what is neither mapping nor revision, E1xx for what cannot be read.
     """
-    from engine.proving.diff import diff_layouts, diff_mappings, gather
+    from engine.proving.diff import diff_layouts, diff_mappings, diff_templates, gather
 
     if new is not None and not paths and not revisions:
         return gather([diff_mappings(str(new), load_mapping(old), load_mapping(new))])
@@ -50,8 +50,9 @@ def diff(
         before = opened.enter_context(checked_out(top, str(old), files))
         after = Tree(top) if new is None else opened.enter_context(checked_out(top, str(new), files))
         for name in files or _in_order({*before.mappings(), *after.mappings()}):
-            if name.is_relative_to("mappings/layouts"):
-                found.append(diff_layouts(str(name), before.read(name), after.read(name)))
+            texts = before.read(name), after.read(name)
+            if name.is_relative_to("mappings/layouts") or name.suffix == ".jinja":
+                found.append((diff_templates if name.suffix == ".jinja" else diff_layouts)(str(name), *texts))
                 continue
             was, now = before.load(name), after.load(name)
             parent = after.parent_of(name) if was is None and now is not None else None
@@ -88,8 +89,8 @@ def _below(top: Path, files: Sequence[Path]) -> list[PurePosixPath]:
 
 
 def _in_order(names: Iterable[str]) -> list[PurePosixPath]:
-    """Layouts, then families, so that releases say they follow."""
-    first = ("layouts", "families")
+    """Layouts, families and templates first, so that releases say they follow."""
+    first = ("layouts", "families", "chat_templates")
     return sorted(map(PurePosixPath, names), key=lambda p: (p.parent.name not in first, str(p)))
 
 

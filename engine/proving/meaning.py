@@ -158,6 +158,7 @@ def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
         told = [] if key.limits == Limits() else [str(key.limits)]
         told += [f"only {json.dumps(list(key.only))}"] if key.only is not None else []
         told += ["ignored"] if key.ignored is not None else ["noted"] if key.noted is not None else []
+        told += [f"counts where {json.dumps(key.unless)}"] if key.unless else []
         told += [f"default {json.dumps(key.default)}"] if key.default is not None else []
         told += [f"another name of {key.same_as}"] if key.same_as is not None else []
         found.setdefault(", ".join(told) or "anything", []).append(name)
@@ -180,19 +181,28 @@ def _chat(mapping: MappingFile) -> Meaning:
     """A conversation as the template writes it, with and without a system's words."""
     if mapping.chat_template is None:
         return {}
+    tokens = {f"{name}_token": str((mapping.tokenizer or {}).get(name, "")) for name in ("bos", "eos")}
+    try:
+        text = chat_template(mapping.chat_template)
+    except EngineError as error:
+        return {"template": mapping.chat_template, "written": f"cannot be written: {error.message}"}
+    return {"template": mapping.chat_template, **spoken(text, tokens)}
+
+
+def spoken(text: str, tokens: Mapping[str, str]) -> Meaning:
+    """What a template makes of a conversation, line by line."""
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    found: Meaning = {"template": mapping.chat_template}
-    tokens = {f"{name}_token": str((mapping.tokenizer or {}).get(name, "")) for name in ("bos", "eos")}
+    found: Meaning = {}
     for name, talk in (("written", _TALK), ("written without a system", _TALK[1:])):
         try:
             environment = ImmutableSandboxedEnvironment(
                 trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]
             )
-            template = environment.from_string(unmarked(chat_template(mapping.chat_template)))
+            template = environment.from_string(unmarked(text))
             found[name] = template.render(messages=talk, add_generation_prompt=True, **tokens).split("\n")
-        except (EngineError, TemplateError, TypeError) as error:
+        except (TemplateError, TypeError) as error:
             found[name] = f"cannot be written: {' '.join(str(error).split())[:200]}"
     return found
 

@@ -17,8 +17,7 @@ from engine.language.expressions import OMIT, compile_expression
 from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import as_declared, declared, leaves, target_side
 from engine.planning.variants import decide
-from engine.proving.directions import Direction, value_of
-from engine.proving.forth import Forth
+from engine.proving.forth import Direction, Forth, value_of
 from engine.proving.probes import Outcome, constants, multiples_of, name_of, others, quotients_of, rows, scenarios
 from engine.proving.tiny import World, Worlds, decided_by_names
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, printable
 from engine.language.mapping_file import load_mapping
 from engine.language.merging import chain_of
 from engine.language.model import MappingFile
@@ -32,8 +32,9 @@ class Tree:
         return (self.folder / path).read_text("utf-8") if os.path.isfile(self.folder / path) else None
 
     def mappings(self) -> list[str]:
-        """Paths of the mapping and layout files below the top's `mappings` folder."""
-        return [p.relative_to(self.folder).as_posix() for p in (self.folder / "mappings").rglob("*.yaml")]
+        """Paths of the mapping, layout and template files below the top's `mappings` folder."""
+        found = (path for kind in ("*.yaml", "*.jinja") for path in (self.folder / "mappings").rglob(kind))
+        return [path.relative_to(self.folder).as_posix() for path in found]
 
     def load(self, path: PurePosixPath) -> MappingFile | None:
         """The mapping resolved over its parents, which are of the same revision; None when it is not there.
@@ -96,40 +97,43 @@ def checked_out(top: Path, revision: str, files: Sequence[PurePosixPath]) -> Ite
             fix="Fetch it first, if it is another repository's: `git fetch origin`.",
         )
     with tempfile.TemporaryDirectory(prefix="engine-diff-") as name:
-        folder = Path(name).resolve() / "tree"
-        index = Path(name).resolve() / "index"
-        listed = _git(top, "ls-tree", "-r", "--name-only", "-z", commit.strip()) or ""
-        wanted = [p for p in listed.split("\0") if p.endswith((".yaml", ".yml")) or PurePosixPath(p) in files]
-        # A link is written as a file that names its target: it is not followed out of the revision.
-        write = ("-c", "core.symlinks=false", "checkout-index", f"--prefix={folder}/", "-z", "--stdin")
-        done = [
-            _git(top, "read-tree", commit.strip(), index=index),
-            _git(top, *write, index=index, given="\0".join(wanted)),
-        ]
-        if None in done:
-            raise EngineError(
-                "E001",
-                f"git cannot read the files of revision `{revision}`",
-                got=f"`git read-tree` or `git checkout-index` failed in {top}",
-                fix="`git fsck` tells what is missing; fetch it again.",
-            )
+        folder = Path(name).resolve()
+        roots = {"mappings", *(path.parts[0] if len(path.parts) > 1 else "." for path in files)}
+        listed = _git(top, "ls-tree", "-r", "-z", "--full-tree", commit.strip(), "--", *roots) or ""
+        blobs = {
+            path: about.split()[2]  # of a line like `100644 blob 1f5c…<tab>path`
+            for about, _, path in (line.partition("\t") for line in listed.split("\0"))
+            if " blob " in about and (path.endswith((".yaml", ".yml", ".jinja")) or PurePosixPath(path) in files)
+        }
+        content = _git(top, "cat-file", "--batch", given="".join(f"{blob}\n" for blob in blobs.values())) or ""
+        data = content.encode("utf-8", "surrogateescape")
+        for path, blob in blobs.items():
+            head, _, data = data.partition(b"\n")
+            if head.split()[:2] != [blob.encode(), b"blob"] or ".." in PurePosixPath(path).parts:
+                raise EngineError(
+                    "E001",
+                    f"git cannot read the files of revision `{revision}`",
+                    place=Place(printable(path)),
+                    got=printable(head.decode("utf-8", "replace")) or f"`git cat-file` failed in {top}",
+                    fix="`git fsck` tells what is missing; fetch it again.",
+                )
+            size = int(head.split()[2])
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data[:size])  # as it is: a link is its target's name, and no filter runs
+            data = data[size + 1 :]
         yield Tree(folder, revision)
 
 
-def _git(folder: Path, *arguments: str, index: Path | None = None, given: str | None = None) -> str | None:
+def _git(folder: Path, *arguments: str, given: str | None = None) -> str | None:
     """What git prints, or None when it fails. No shell is involved."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
             capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="surrogateescape",  # names of files are bytes
-            input=given,
-            env=None if index is None else {**os.environ, "GIT_INDEX_FILE": str(index)},
+            input=None if given is None else given.encode(),
         )
     except OSError as error:
         raise EngineError(
             "E001", "git cannot be run", got=error.strerror, fix="Install git, or compare two files."
         ) from error
-    return done.stdout if done.returncode == 0 else None
+    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None  # bytes, line ends and all

@@ -12,12 +12,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 from engine.errors import shape_text
-from engine.explaining.lattice import Lattice
+from engine.explaining.links import Lattice
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.boxes import Box, Region, common
-from engine.planning.copies import Copy, swap
+from engine.planning.copies import swap
 from engine.planning.groups import Group
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
@@ -79,30 +79,20 @@ def prove_boxes(mapping: MappingFile, layout: Layout, world: World, case: Case) 
 
 def inverse(forth: Plan, back: Plan) -> Iterator[str]:
     """Where the copies of one direction are not those of the other with the sides exchanged."""
-    replicas = {_name(forth, s) for one in forth.replicas for s in one.sources[1:]}
+    read = [[(plan.files[one.file].name, one.header.name) for one in plan.sources] for plan in (forth, back)]
+    replicas = {read[0][s] for one in forth.replicas for s in one.sources[1:]}
     names = [
         {i: (file.name, plan.outputs[i].name) for file in plan.shards for i in file.outputs} for plan in (forth, back)
     ]
-    ahead = {
-        (_name(forth, c.source), names[0][i][1], _shape(c)) for i in range(len(forth.outputs)) for c in forth.copies(i)
-    }
+    ahead = {(read[0][c.source], names[0][i][1], c[2:]) for i in range(len(forth.outputs)) for c in forth.copies(i)}
     behind = {
-        (names[1][i], _name(back, c.source)[1], _shape(swap(c)))
+        (names[1][i], read[1][c.source][1], swap(c)[2:])
         for i in range(len(back.outputs))
         if names[1][i] not in replicas
         for c in back.copies(i)
     }
     for (file, name), target, _ in sorted(ahead ^ behind, key=repr)[:1]:
         yield f"reading {file} {name} into {target} is not the inverse of writing it"
-
-
-def _name(plan: Plan, source: int) -> tuple[str, str]:
-    tensor = plan.sources[source]
-    return plan.files[tensor.file].name, tensor.header.name
-
-
-def _shape(copy: Copy) -> tuple[object, ...]:
-    return copy.source_offset, copy.target_offset, copy.shape, copy.source_strides, copy.target_strides
 
 
 def one_to_one(plan: Plan) -> Iterator[str]:

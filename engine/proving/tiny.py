@@ -19,12 +19,13 @@ from engine.errors import EngineError
 from engine.language.declared import axes_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
 from engine.language.model import Expression, MappingFile
+from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.facts import present_in, render_known
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
-from engine.planning.whole import whole_groups, whole_instances
+from engine.planning.whole_outputs import whole_groups
 
 _LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and the like; an axis that others are divided by
 DIVISIBLE = 6  # by 2 and by 3 ranks
@@ -161,6 +162,11 @@ class Worlds:
         self._mapping = mapping
         self._instances = instances(mapping)
         self._shown = [mapping.variants[name] for name in decided_by_names(mapping)]
+        asked = {p for v in self._shown for e in v.choices.values() if e for p in compile_expression(e).patterns}
+        names = {one.sources[0] for one in self._instances}
+        # what `present` asks for → the source names that are such, and so whether each choice holds
+        self._asked = {p: {one.text for one in names if pattern(p).match(one.sample()) is not None} for p in asked}
+        self._known: dict[frozenset[str], tuple[str | None, ...]] = {}
         self._absent: dict[object, dict[tuple[str | None, ...], tuple[str, ...]]] = {}
 
     def make(self, choices: Mapping[str, str], sizes: Mapping[str, int], *, most: bool = True) -> World | None:
@@ -179,11 +185,11 @@ class Worlds:
         pieces = match_pieces(used)
         fixed = {**sizes, **{axis: 0 for one in used for axis in one.rule.drop}}
         solved, config = settle(self._mapping, choices, used, fixed)
-        listed = whole_groups(pieces, whole_instances(pieces), solved, {})
-        shapes = {group.name: group.first.header.shape for _, group in listed}
+        listed = whole_groups(pieces, solved, {})
+        shapes = {group.name: group.first.header.shape for group in listed}
         tied: dict[str, str] = {}
-        for spec, group in listed:
-            to = spec.instances[0].rule.tied_to
+        for group in listed:
+            to = group.instance.rule.tied_to
             if to in shapes and config.get("tie_word_embeddings"):
                 tied[group.name] = str(to)
         lossy = dict.fromkeys(
@@ -198,10 +204,13 @@ class Worlds:
         key = tuple(one.sources[0].text for one in active), tuple(loose), most
         if key not in self._absent:
             found: dict[tuple[str | None, ...], tuple[str, ...]] = {}
+            asked = {p: names.intersection(key[0]) for p, names in self._asked.items()}
             for absent in _subsets(tuple(loose), most=most):
-                names = training_names([one for one in active if one.sources[0].text not in absent])
-                present = {"present": present_in(names)}
-                found.setdefault(tuple(_first(v.choices, present) for v in self._shown), absent)
+                there = frozenset(p for p, names in asked.items() if not names.issubset(absent))
+                if there not in self._known:
+                    present = {"present": there.__contains__}
+                    self._known[there] = tuple(_first(v.choices, present) for v in self._shown)
+                found.setdefault(self._known[there], absent)
             self._absent[key] = found
         left = self._absent[key].get(tuple(choices[v.name] for v in self._shown))
         return None if left is None else [one for one in active if one.sources[0].text not in left]

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from engine.explaining.lattice import Lattice
-from engine.explaining.links import Link, Spot, links, spots
+from engine.explaining.links import Lattice, Link, Spot, links, spots
 from engine.explaining.words import cut_sentence, index_texts, shard_words, span
 from engine.formats.headers import ITEM_SIZES
 from engine.planning.boxes import Interval

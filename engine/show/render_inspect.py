@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -70,11 +71,12 @@ def _training(found: Inspection, given: str, every: bool) -> list[str]:
     source = shlex.quote(found.folder)
     if facts["config_missing"]:
         lines += ["", f"next: engine inspect --config config.json {source}"]
-    elif len(found.fitting) == 1:
-        lines += ["", f"next: engine run --mapping {found.fitting[0].name} --src {source}{given}"]
     elif found.fitting:
-        lines += [f"  choose by {name}: {_CHOICE[name]}" for name in found.differences]
-        lines += ["", f"next: engine run --mapping NAME --src {source}{given}"]
+        first, more = found.fitting[0], len(found.fitting) > 1
+        lines += [f"  choose by {name}: {_CHOICE[name]}" for name in found.differences if more]
+        asked = _asked(first)
+        told = "   (filled in as said above)" if asked else ""
+        lines += ["", f"next: engine run --mapping {'NAME' if more else first.name} --src {source}{given}{asked}{told}"]
     elif found.blocked:
         near = found.blocked[0]
         lines += [f"  {fit.name} would fit, but {fit.why} ({fit.code})" for fit in found.blocked]
@@ -82,6 +84,12 @@ def _training(found: Inspection, given: str, every: bool) -> list[str]:
     else:
         lines += ["", f"next: engine new --src {source}   (drafts a mapping)"]
     return lines
+
+
+def _asked(fit: Fit) -> str:
+    """What a person must add to a run with a mapping, and fill in: the first option that its fix names."""
+    named = re.search(r"--config FILE|--set \w+=", fit.why)
+    return "" if named is None else f" {named[0].replace('=', '=CHOICE')}"
 
 
 def _fits(found: Inspection) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.discover.text import shown as one_line
+from engine.discover.notes import shown as one_line
 from engine.errors import counted
 from engine.language.search import spelled
 from engine.show.text import shows

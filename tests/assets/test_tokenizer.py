@@ -101,7 +101,6 @@ def test_no_dummy_prefix_is_added(model_file: Path, ours: Tokenizer, theirs: Any
         {"add_dummy_prefix": True, "user_defined_symbols": []},
         {"remove_extra_whitespaces": True, "user_defined_symbols": []},
         {"byte_fallback": False, "vocab_size": 120},
-        {"normalization_rule_name": "nfkc", "user_defined_symbols": []},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -110,14 +109,15 @@ def test_the_models_own_flags_are_obeyed(tmp_path: Path, changes: dict[str, Any]
     path.write_bytes(train(**changes))
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
     ours = Tokenizer.from_str(convert_tokenizer(path, SPEC)["tokenizer.json"].decode())
-    for text in ["the cat", " the", "the  cat ", "ａ①", "🙂🙂 x", "banana\n\nx", ""]:
+    for text in ["the cat", " the", "the  cat ", "ａ①", "🙂🙂 x", "banana\n\nx", "", "the ▁▁", "▁"]:
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
 
 
-def test_a_nul_piece_keeps_its_id_and_is_not_encoded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [1, 4])
+def test_a_nul_piece_keeps_its_id_and_is_not_encoded(kind: int, tmp_path: Path) -> None:
     model = sentencepiece_model_pb2.ModelProto.FromString(train())
     at = next(i for i, piece in enumerate(model.pieces) if piece.piece == "世")
-    model.pieces[at].piece = "\0"
+    model.pieces[at].piece, model.pieces[at].type = "\0", kind
     for piece in model.pieces:
         if "世" in piece.piece:
             piece.piece, piece.type = f"[UNUSED_{piece.piece}]", 4
@@ -203,12 +203,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "gone.model" in str(caught.value)
 
 
-def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"model_type": "unigram"}, "a unigram model"),
+        # `tokenizers` leaves か\u3099 as it is, and loses the mark of \u3000\u0308
+        ({"normalization_rule_name": "nfkc"}, "characters that the normaliser nfkc replaces"),
+    ],
+)
+def test_another_kind_of_model_is_named(changes: dict[str, Any], kind: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(train(model_type="unigram"))
+    path.write_bytes(train(**changes))
     with pytest.raises(EngineError, match="converted exactly") as caught:
         convert_tokenizer(path, SPEC)
-    assert caught.value.got == "a unigram model"
+    assert caught.value.got == kind
 
 
 @pytest.mark.parametrize("flag", ["add_dummy_prefix", "remove_extra_whitespaces"])
@@ -218,6 +226,17 @@ def test_what_cannot_be_expressed_exactly_is_refused(tmp_path: Path, flag: str) 
     with pytest.raises(EngineError, match="converted exactly") as caught:
         convert_tokenizer(path, SPEC)
     assert "user-defined symbols" in str(caught.value.got)
+
+
+def test_equal_scores_whose_order_no_ranks_express_are_refused(tmp_path: Path) -> None:
+    """Which once were converted, since no text that was tried showed it."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(train())
+    for piece in model.pieces:
+        piece.score = 0
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match="other ids than SentencePiece"):
+        convert_tokenizer(path, SPEC)
 
 
 def test_a_conversion_that_gives_other_ids_is_never_handed_out(

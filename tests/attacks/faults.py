@@ -97,6 +97,11 @@ def every_name_with_and_without_prefix(folder: Path) -> None:
     edit(folder / RANK, lambda s: s.update({f"model.{k}": v for k, v in s.items()}))
 
 
+@attack("training", "E207", RANK)
+def a_replica_that_is_missing_on_one_rank(folder: Path) -> None:
+    edit(folder / RANK, lambda s: s.pop("blocks.0.norm1.weight"))
+
+
 @attack("training", "E402", "norm1.weight")
 def a_replica_that_is_not_a_number_on_one_rank(folder: Path) -> None:
     edit(folder / RANK, lambda s: s["blocks.0.norm1.weight"].__setitem__(3, float("nan")))

@@ -565,7 +565,7 @@ def test_a_setting_without_effect_on_what_is_read_is_wrong_usage(checkpoint: Pat
     for command, flag in (
         (("reverse", *hf, "--config", config), "--config has no effect"),
         (("reverse", *hf, "--lossy", "norm.weight"), "has no effect"),
-        (("reverse", *hf, "--set", "max_position_embeddings=99"), "max_position_embeddings has no effect"),
+        (("reverse", *hf, "--set", "max_position_embeddings=99"), "max_position_embeddings contradicts"),
         (("run", *ranks, "--set", "rope_factor=4"), "rope_factor has no effect"),
         (("reshard", *ranks, "--set", "rope_scaling=linear"), "rope_scaling has no effect"),
         (("reshard", *ranks, "--set", "rotary=pairs"), "rotary has no effect"),

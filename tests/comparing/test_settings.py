@@ -306,6 +306,13 @@ def test_another_text_that_renders_the_same_is_no_other_function(out: Path, made
     assert found.grade == "told" and compare(out, made).exit_code == 0
 
 
+def test_a_template_that_only_other_programs_find_is_told(out: Path, made: Path) -> None:
+    path = out / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "{{ messages[0].content }}"}))
+    (told,) = [what for part, what in differences(out, made) if part == "chat template"]
+    assert told.startswith("what template `tokenizer_config.json` renders of")
+
+
 def test_a_template_on_one_side_only_is_told(out: Path, made: Path) -> None:
     (out / "chat_template.jinja").unlink()
     assert differences(out, made)["chat template", "the template"].out == "absent"

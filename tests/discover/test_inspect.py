@@ -125,3 +125,8 @@ def test_without_a_configuration_what_fits_is_unsure_and_one_that_is_given_goes_
     config = fixture / "hf_config.json"
     told = inspected(fixture / "step-10", "--config", config)
     assert "next: engine run --mapping torchtitan-llama --src" in told and told.rstrip().endswith(f"--config {config}")
+
+
+def test_the_next_command_has_what_must_be_filled_in() -> None:
+    told = inspected(FIXTURES.parent / "megatron" / "leg_t4_g2" / "iter_0000010")
+    assert told.splitlines()[-1].endswith(" --config FILE   (filled in as said above)")

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import engine
 from engine import api
 from engine.commands.main import cli
+from engine.discover.notes import block, comment, flow, shown
 from engine.discover.scaffold import DECIDED_LATER, Scaffold
-from engine.discover.text import block, comment, scalar, shown
 from engine.errors import EngineError
 from tests.support.depth import crossed, examples
 from tests.support.families import model_of, save_family
@@ -300,7 +300,7 @@ def test_hostile_names_stay_names(tmp_path: Path) -> None:
 @given(st.text(max_size=40))
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_text_is_one_scalar_and_one_comment(text: str) -> None:
-    assert yaml.safe_load(scalar(text)) == text or "\ud800" <= max(text, default="") <= "\udfff"
+    assert yaml.safe_load(flow(text)) == text or "\ud800" <= max(text, default="") <= "\udfff"
     lines = comment(f"decide: {shown(text)} ends")
     assert yaml.safe_load("\n".join([*lines, "a: 1"])) == {"a": 1}
     if text.isascii():

@@ -17,9 +17,8 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.explaining.explanation import Explained, Explanation
-from engine.explaining.lattice import Lattice, index_text, join_lattices
-from engine.explaining.selection import Selection, parse_selection
+from engine.explaining.explanation import Explained, Explanation, Selection, parse_selection
+from engine.explaining.links import Lattice, index_text, join_lattices
 from engine.explaining.tensors import explain, explain_source
 from engine.formats.headers import ITEM_SIZES
 from tests.language import test_features as words

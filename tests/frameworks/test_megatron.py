@@ -322,6 +322,22 @@ def test_a_rank_of_another_step_is_refused(copy: Callable[[str], Path], tmp_path
     assert caught.value.code == "E306" and "iteration 10" in str(caught.value)
 
 
+def test_a_rank_whose_arguments_are_of_another_model_is_refused_and_what_lies_beside_the_model_told(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy("leg_t4_g2")
+    rewritten(folder, lambda args: None, ema={"weight": torch.zeros(2)}, optimizer={"exp_avg": torch.zeros(2)})
+    told = convert("leg_t4_g2", tmp_path / "out", folder).notices
+    assert "not part of the model, not converted: ema" in told
+    kept = (folder / "mp_rank_02" / "model_optim_rng.pt").read_bytes()
+    for told, change in (("args.rotary_base 500000", {"rotary_base": 500000}), ("", {"checkpoint_version": 1.0})):
+        rewritten(folder, lambda args, change=change: args.update(change), **change)
+        (folder / "mp_rank_02" / "model_optim_rng.pt").write_bytes(kept)
+        with pytest.raises(EngineError, match="not of the same save") as caught:
+            convert("leg_t4_g2", tmp_path / "out", folder)
+        assert caught.value.code == "E306" and told in str(caught.value)
+
+
 def test_dense_copies_that_differ_between_expert_ranks_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("torch-ep2-moe")
     path = folder / "mp_rank_00_001" / "model_optim_rng.pt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import types
 from pathlib import Path
@@ -141,8 +142,15 @@ def test_ranks_that_megatron_cannot_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         engine.reverse("megatron-llama", first, tmp_path / "back", ranks="tp=5")
     assert caught.value.code == "E214"
-    with pytest.raises(EngineError, match="vocab_size has no effect"):  # config.json says it
+    with pytest.raises(EngineError, match="vocab_size contradicts the configuration"):
         engine.reverse("megatron-llama", first, tmp_path / "back", settings={"vocab_size": 99})
+    config = json.loads((first / "config.json").read_text())
+    engine.plan_reverse("megatron-llama", first, settings={"vocab_size": config["vocab_size"]})  # says the same
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for scaled in ({"rope_scaling": scaling}, {"rope_parameters": {**scaling, "rope_theta": 10000.0}}):
+        with pytest.raises(EngineError, match="original_max_position_embeddings"):
+            (first / "config.json").write_text(json.dumps({**config, "rope_parameters": None, **scaled}))
+            engine.reverse("megatron-llama", first, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from engine.errors import EngineError
 from engine.move.values import Converter
 from engine.planning.model import Output
 
@@ -23,3 +24,12 @@ def test_every_number_becomes_what_torch_makes_of_it(read: str, wanted: str) -> 
     numbers = ~expected.isnan()
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found[numbers].view(torch.uint8), expected[numbers].view(torch.uint8))
+
+
+@pytest.mark.parametrize("transform", [None, ("normalize", "hidden")])
+def test_a_number_beyond_what_it_is_computed_or_written_in_is_refused(transform: tuple[str, str] | None) -> None:
+    output = Output("w", "F32", "F64", (1, 2), "rule", "", "w", transform, 1)
+    given = torch.tensor([[1e300, 1.0]], dtype=torch.float64)
+    with pytest.raises(EngineError, match="does not fit float32") as caught:
+        Converter().convert(output, memoryview(given.numpy()).cast("B"))
+    assert caught.value.code == "E406"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import engine
 from engine import api
 from engine.errors import EngineError
+from engine.planning.config_keys import value_at
 from engine.proving.lint import lint_file
 from tests.support.genuine import family_of, settings_of
 from tests.support.shards import same
@@ -206,10 +207,27 @@ def test_scaling_for_serving_comes_back_only_where_it_is_given_again(tmp_path: P
     assert api.plan_reverse(FAMILY, tmp_path / "hf", settings=given).config["rope_base"] == 10000
 
 
+def test_a_length_that_angles_depend_on_is_given_again_too(whole: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"rope_factor": 2.0}
+    for kind, length, refuses in (
+        ("dynamic", {}, "`max_position_embeddings` of config.json would be lost"),
+        ("dynamic", {"max_position_embeddings": 64}, None),
+        ("yarn", {}, "would be lost"),
+        ("yarn", {"max_position_embeddings": 32}, "original_max_position_embeddings` of config.json would be added"),
+    ):
+        scaling = {"rope_scaling": {"type": kind, "factor": 2.0}, "rope_theta": 1e4, "max_position_embeddings": 64}
+        hf = changed(whole, tmp_path / f"{kind}{len(length)}", scaling, ("rope_parameters",))
+        settings = {**given, **length, "rope_scaling": kind}
+        if refuses is None:
+            api.plan_reverse(FAMILY, hf, settings=settings)
+        else:
+            assert refuses in refused(api.plan_reverse, FAMILY, hf, settings=settings).message
+
+
 def test_scaling_that_config_json_does_not_have_cannot_be_given_again(whole: Path, tmp_path: Path) -> None:
     plain = changed(whole, tmp_path / "hf", {}, ("rope_parameters", "rope_theta"))
     error = refused(api.plan_reverse, FAMILY, plain, settings={"rope_scaling": "linear", "rope_factor": 2})
-    assert error.code == "E001" and "no effect" in error.message
+    assert error.code == "E209" and "rope_scaling" in str(error.fix)
 
 
 def with_weights(whole: Path, folder: Path, change: Any, config: dict[str, Any] | None = None) -> Path:
@@ -551,7 +569,11 @@ def test_llama_3_1_comes_back_as_metas_params_say(tmp_path: Path) -> None:
     save_family(model, tmp_path / "ckpt")
     params = json.loads((tmp_path / "ckpt" / "params.json").read_text()) | {"use_scaled_rope": True}
     (tmp_path / "ckpt" / "params.json").write_text(json.dumps(params))
-    engine.convert("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "hf")
+    error = refused(engine.convert, "families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "hf")
+    assert error.code == "E202" and "--set rope_factor=8 or --set rope_factor=32" in str(error.fix)
+    engine.convert("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "hf", settings={"rope_factor": 32})
+    given = api.plan("families/meta-llama.yaml", tmp_path / "ckpt", config=tmp_path / "hf" / "config.json")
+    assert given.config["rope_parameters"]["factor"] == given.config["rope_scaling"]["factor"] == 32
     engine.reverse("families/meta-llama.yaml", tmp_path / "hf", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "params.json").read_text())
     assert back["use_scaled_rope"] is True and back["rope_theta"] == 500000.0
@@ -591,15 +613,27 @@ def test_what_transformers_saves_of_the_same_model_is_understood_key_by_key(
         letters = {"mlp_letters": "w2_is_down"}
         engine.convert(name, source, tmp_path / "hf", settings=letters)
     ours = api.plan_reverse(name, tmp_path / "hf", settings=letters).config
-    held = json.loads((tmp_path / "hf" / "config.json").read_text())
-    for key, declared in api.load_mapping(name).keys["target"].items():  # what is absent means what it means there
-        if declared.default is not None:
-            assert getattr(AutoConfig.for_model(held["model_type"]), key) == declared.default, key
     config = AutoConfig.from_pretrained(tmp_path / "hf")
     config.save_pretrained(tmp_path / "hf")
     assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config.to_dict()))
     assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours
+
+
+def test_an_absent_key_means_what_transformers_takes_it_for() -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    families = [m for m in engine.mappings() if not m.expect and m.training_config and m.model_type in CONFIG_MAPPING]
+    for family in families:
+        keys: dict[str, Any] = {"rope_parameters.rope_theta": 10000.0}
+        keys |= {key: one.default for key, one in family.keys["target"].items() if one.default is not None}
+        config = AutoConfig.for_model(family.model_type)
+        for key, default in keys.items():
+            first, _, below = key.partition(".")
+            value = getattr(config, first)
+            assert (value_at(value, below) if below else value) == default, (family.name, key)
+    assert len(families) > 5
 
 
 def test_weight_files_that_are_no_part_of_the_model_are_told(whole: Path, tmp_path: Path) -> None:

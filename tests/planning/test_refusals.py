@@ -55,6 +55,13 @@ def test_a_missing_rank_file_is_named(source: Path) -> None:
     refuse(source, "E201", "`model_tp1_pp1.pt` is missing", "tp 2 × pp 2")
 
 
+def test_what_lies_among_the_tensors_of_a_rank_file_is_told(source: Path) -> None:
+    path = source / "model_tp1_pp0.pt"
+    torch.save({**torch.load(path, weights_only=True), "optimizer": {"exp_avg": torch.zeros(3)}}, path)
+    plan = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"})
+    assert "not part of the model, not converted: optimizer" in plan.notices
+
+
 def test_a_rank_whose_files_are_all_missing_is_named_from_the_training_config(source: Path) -> None:
     for pp in range(2):
         (source / f"model_tp1_pp{pp}.pt").unlink()

@@ -86,6 +86,20 @@ def test_a_revision_that_git_cannot_read_is_no_revision_without_files(repository
         api.diff("first", None, [repository / "mappings" / "child.yaml"])
 
 
+def test_files_of_a_revision_are_read_as_they_are_whatever_git_makes_of_them(repository: Path) -> None:
+    attributes = repository / ".git" / "info" / "attributes"
+    attributes.parent.mkdir(exist_ok=True)
+    attributes.write_text("*.yaml filter=other text eol=crlf working-tree-encoding=UTF-16\n", encoding="utf-8")
+    git(repository, "config", "filter.other.smudge", "sed s/norm/other/")
+    git(repository, "config", "filter.other.required", "true")
+    assert api.diff("first", None, [repository / "mappings" / "child.yaml"]) == []
+    (repository / "child.yaml").write_text(CHILD.replace("family.yaml", "mappings/family.yaml"), encoding="utf-8")
+    attributes.unlink()
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "one at the top")
+    assert api.diff("HEAD", None, [repository / "child.yaml"]) == []
+
+
 # -- what it comes to
 
 
@@ -223,6 +237,26 @@ def test_a_layout_that_changes_is_told_with_the_mappings(repository: Path, monke
     assert api.diff("HEAD", None, [layout]) == [diff]
     layout.write_text(text + "# a remark\n", encoding="utf-8")
     assert api.diff("HEAD") == []
+
+
+def test_a_chat_template_that_changes_is_told_by_what_it_makes_of_a_conversation(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    template = repository / "mappings" / "chat_templates" / "mine.jinja"
+    template.parent.mkdir()
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", encoding="utf-8")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "second")
+    assert api.diff("HEAD") == []
+    template.write_text(template.read_text("utf-8").replace("<{{", "[{{"), encoding="utf-8")
+    (diff,) = api.diff("HEAD")
+    assert (
+        diff.name == "mappings/chat_templates/mine.jinja"
+        and diff.values[0].name == "written"
+        and "<user>" in str(diff.values[0].old)
+    )
+    assert "[user>" in str(diff.values[0].new) and api.diff("HEAD", None, [template]) == [diff]
 
 
 def test_a_mapping_that_is_new_or_gone_is_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
