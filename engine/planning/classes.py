@@ -36,9 +36,7 @@ class Template(NamedTuple):
         ]  # fmt: skip
 
 
-_Filled = tuple[
-    list[Template], array[int], str | None
-]  # of a group's shards; what reaches it, and its one element type
+_Filled = tuple[list[Template], "array[int]", str | None]  # what fills each shard of a group, what reaches it, its type
 
 
 def template_of(copies: Sequence[Copy]) -> Template:
