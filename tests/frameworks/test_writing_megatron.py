@@ -139,6 +139,21 @@ def test_folders_are_named_by_the_ranks_that_are_written_and_not_by_those_that_w
     assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("ranks", [{}, {"ranks": {"dp": 2}}])
+def test_what_is_resharded_keeps_its_form_and_stages(ranks: dict[str, Any], tmp_path: Path) -> None:
+    told = {"config": MEGATRON / "dist-tp2pp2" / "hf_config.json"}
+    engine.reshard("megatron-llama", source_of(MEGATRON / "dist-tp2pp2"), tmp_path / "made", **told, **ranks)
+    assert len(list((tmp_path / "made").glob("__*_0.distcp"))) == max(2 * len(ranks), 1)
+    engine.convert("megatron-llama", tmp_path / "made", tmp_path / "back", **told)
+    first = whole("dist-tp2pp2", "megatron-llama", tmp_path / "hf")
+    assert (first / "model.safetensors").read_bytes() == (tmp_path / "back" / "model.safetensors").read_bytes()
+    tied = whole("torch-tp1pp1-tied", "megatron-llama", tmp_path / "tied")
+    told = {"config": tied / "config.json"}
+    engine.reverse("megatron-llama", tied, tmp_path / "ranks", pp=2)
+    engine.reshard("megatron-llama", tmp_path / "ranks", tmp_path / "more", tp=2, **told)
+    assert len(list((tmp_path / "more").glob("mp_rank_*_001"))) == 2
+
+
 def test_a_mode_of_other_ranks_than_are_written_is_refused(tmp_path: Path) -> None:
     first = whole("leg_t4_g2", "megatron-llama", tmp_path / "hf")
     with pytest.raises(EngineError, match="not that of these ranks") as caught:
