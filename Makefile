@@ -58,7 +58,7 @@ score: setup
 
 # Takes anew what transformers' classes know, which `engine lint` asks.
 targets: setup
-	$(BIN)/python -m engine.proving.targets
+	$(BIN)/python -m tests.support.targets
 
 # Writes anew what bundled mappings mean, into meanings/ beside them; review the diff.
 meanings: setup

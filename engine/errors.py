@@ -1,7 +1,8 @@
 """Every error a user can meet: a stable code, a place, got against expected, and what to do.
 
-Codes are grouped by where the trouble lies: E0 usage, E1 mapping and layout files, E2 planning
-(ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5 assets, E9 the engine itself.
+A code is explained by its page in `docs/codes` alone. Codes are grouped by where the trouble lies: E0 usage, E1 mapping
+and layout files, E2 planning (ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5 assets, E9 the
+engine itself; L0 what `engine lint` finds.
 """
 
 from __future__ import annotations
@@ -14,87 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
-
-CODES: dict[str, str] = {
-    # usage
-    "E001": "an argument or option cannot be used as given",
-    "E002": "a mapping or layout of that name cannot be found",
-    "E003": "no mapping was given, and the files do not decide which one to use",
-    # mapping and layout files
-    "E101": "the YAML cannot be read",
-    "E102": "the file does not fit its schema",
-    "E103": "axes cannot be read",
-    "E104": "a name pattern cannot be read",
-    "E105": "an expression cannot be read or evaluated",
-    "E106": "inheritance cannot be resolved",
-    "E107": "the source and target pieces of a rule do not match",
-    "E108": "a name used in a mapping is not declared",
-    "E109": "a mapping contradicts what is known of its target",
-    # planning
-    "E201": "a rank file is missing",
-    "E202": "a variant cannot be decided",
-    "E203": "sizes disagree",
-    "E204": "a size stays unknown",
-    "E205": "a tensor is matched by no rule",
-    "E206": "a tensor is matched by more than one rule",
-    "E207": "a tensor that a rule needs is missing",
-    "E208": "shards overlap or leave a gap",
-    "E209": "the target cannot express this model",
-    "E210": "element types differ inside one tensor",
-    "E211": "layers cannot be numbered",
-    "E212": "the mapping does not fit the checkpoint",
-    "E213": "the sizes are not those of the release",
-    "E214": "the model cannot be cut over these ranks",
-    "E215": "a rule does not invert",
-    "E216": "the written configuration would be read differently",
-    "E217": "a saved plan no longer holds",
-    "E218": "a configuration value is not valid",
-    "E219": "a configuration key is not known",
-    # checkpoint files
-    "E301": "a checkpoint file is damaged or truncated",
-    "E302": "a checkpoint file asks to run code",
-    "E303": "a checkpoint file is of an unsupported kind",
-    "E304": "the folder is not a checkpoint of this layout",
-    "E305": "a file cannot be read",
-    "E306": "a rank file is not the one its name says",
-    # running
-    "E401": "the output exists already",
-    "E402": "replicas differ between ranks",
-    "E403": "writing failed",
-    "E404": "source and output overlap",
-    "E405": "a source file changed while it was read",
-    "E406": "a value does not fit the type it is written in",
-    "E407": "an interrupted run cannot be resumed",
-    "E408": "another run is writing the output",
-    "E409": "parts of an output are missing or do not belong together",
-    # assets
-    "E501": "the tokenizer cannot be converted",
-    "E502": "a configuration cannot be written",
-    "E503": "the files of --code do not belong to the model",
-    # the engine itself
-    "E901": "internal error",
-}
-
-# What `engine lint` finds.
-LINTS: dict[str, str] = {
-    "L001": "two rules read the same tensor under the same variant choices",
-    "L002": "a rule's tensor is read under some choices of a variant and forgotten under others",
-    "L003": "a dim, variant or option is never used",
-    "L004": "a rule is shadowed by an `ignore` or `refuse` entry",
-    "L005": "source and target pieces do not match under some variant choices",
-    "L007": "an axis appears only once in the file and has no size in `dims`",
-    "L008": "a rule or choice can never be reached",
-    "L009": "a configuration key is read and not declared",
-    "L010": "a key is written that no known program reads",
-    "L011": "a model, a model type or an activation does not exist, or two contradict each other",
-    "L012": "an expression asks for a tensor that no rule reads",
-    "L013": "a variant or option is compared with something that is none of its choices",
-    "L014": "a value is written that `keys` does not allow",
-    "L015": "a special token does not match its name or id",
-    "L016": "an option's default or choice does not fit its type or range",
-    "L017": "two spellings of one key are written differently",
-}
-
 
 # What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
 RESUMABLE = ("E305", "E403", "E405")
@@ -239,7 +159,7 @@ class EngineError(Exception):
     """Something a user must know, ready to print.
 
     Args:
-        code: one of `CODES`; never changes its meaning.
+        code: that of a page in `docs/codes`; it never changes its meaning.
         message: what is wrong, one lower-case line without a full stop.
         place: where; a file and line, or a file and tensor.
         got: what was found, one line or several.
@@ -257,8 +177,6 @@ class EngineError(Exception):
         expected: str | None = None,
         fix: str | None = None,
     ) -> None:
-        if code not in CODES:
-            raise KeyError(f"unregistered error code {code}")
         super().__init__(message)
         self.code = code
         self.message = message

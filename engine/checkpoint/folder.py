@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import translate
 from typing import Any
 
@@ -95,6 +96,7 @@ def read_headers(
             headers = (read_safetensors(File(folder, name)) for name in names)
         case _:
             headers = _torch(folder, names, [pattern(text).regex for text in mode.state] if mode else [], says)
+            headers = (replace(one, left=tuple(n for n in one.left if wanted(f"{n}."))) for one in headers)
     return tuple(header.only(wanted) for header in headers)
 
 

@@ -40,9 +40,9 @@ def mapping_names(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 def codes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Error and lint codes, with what they mean."""
-    from engine.errors import CODES, LINTS
+    from engine.explaining.codes import list_codes
 
-    return [CompletionItem(code, help=text) for code, text in {**CODES, **LINTS}.items() if code.startswith(incomplete)]
+    return [CompletionItem(code, help=text) for code, text in list_codes().items() if code.startswith(incomplete)]
 
 
 def settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -21,7 +21,6 @@ import click
 from engine.commands import convert, look, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
-from engine.errors import CODES
 from engine.explaining.codes import page
 from engine.language.version import __version__
 
@@ -107,7 +106,7 @@ def internal_error(kind: type[BaseException], error: BaseException, trace: Trace
     where = "?" if trace is None else f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
     text = " ".join(str(error).split())
     say(
-        f"E901 {CODES['E901']}: {kind.__name__}: {text} ({where}, engine {__version__}); please report it, "
+        f"E901 internal error: {kind.__name__}: {text} ({where}, engine {__version__}); please report it, "
         "with what `engine env` and ENGINE_DEBUG=1 print",
         err=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
+from engine.planning.request import Request
 from engine.proving.meta_model import fitted
 from engine.storage.json_text import as_data
 
@@ -53,7 +55,7 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
     ranked = sorted(
         (m for m in mappings if m.layout == layout.name), key=lambda m: (not m.expect, len(m.files), m.name)
     )
-    plans: dict[str, Plan | EngineError] = {}
+    plans: dict[str, tuple[Plan | None, EngineError | None]] = {}
     found: list[Fit] = []
     for mapping in ranked:
         kind = checkpoint.training.get("model_type")
@@ -64,29 +66,36 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
         key = digest_of({k: v for k, v in mapping.resolved.items() if k not in _NO_TENSORS})
         if key not in plans:
             plans[key] = _planned(mapping, layout, checkpoint)
-        found.append(_fit(mapping, plans[key]))
-    ok = [plan for plan in plans.values() if isinstance(plan, Plan)]
+        found.append(_fit(mapping, *plans[key]))
+    ok = [plan for plan, error in plans.values() if plan is not None and error is None]
     return found, ok[0] if ok else None
 
 
-def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> Plan | EngineError:
+def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[Plan | None, EngineError | None]:
+    """A plan, or why there is none; both where a person must decide, and sizes are the same either way."""
     try:
         mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
-        return make_plan(mapping, layout, checkpoint)
+        return make_plan(mapping, layout, checkpoint), None
     except EngineError as error:
-        return error
+        either = re.search(r"--set (\w+)=(\w+) or ", error.fix or "") if error.code == "E202" else None
+        try:
+            asked = Request(mapping, settings={either[1]: either[2]}) if either else None
+            return make_plan(mapping, layout, checkpoint, asked) if asked else None, error
+        except EngineError:
+            return None, error
 
 
-def _fit(mapping: MappingFile, plan: Plan | EngineError) -> Fit:
-    if isinstance(plan, EngineError):
-        asks = plan.code == "E202"  # the mapping is the right one, once a person has decided
-        why = f"{plan.message}; {plan.fix}" if asks else plan.message
-        return Fit(
-            mapping.name, mapping.description, asks, plan.code, why, traits=traits(mapping), family=not mapping.expect
-        )
-    differing = {axis: (plan.sizes.get(axis), n) for axis, n in mapping.expect.items() if plan.sizes.get(axis) != n}
+def _fit(mapping: MappingFile, plan: Plan | None, error: EngineError | None) -> Fit:
+    sizes = {} if plan is None else plan.sizes
+    differing = {axis: (sizes.get(axis), n) for axis, n in mapping.expect.items() if plan and sizes.get(axis) != n}
     why = ", ".join(f"{axis} {got}, not {wanted}" for axis, (got, wanted) in differing.items())
-    return Fit(mapping.name, mapping.description, not differing, None, why, differing, traits(mapping))
+    if error is None or differing:
+        return Fit(mapping.name, mapping.description, not differing, None, why, differing, traits(mapping))
+    asks = error.code == "E202"  # the mapping is the right one, once a person has decided
+    why = f"{error.message}; {error.fix}" if asks else error.message
+    return Fit(
+        mapping.name, mapping.description, asks, error.code, why, traits=traits(mapping), family=not mapping.expect
+    )
 
 
 def traits(mapping: MappingFile) -> dict[str, str]:

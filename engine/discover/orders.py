@@ -46,15 +46,13 @@ def _same_bag(one: Prints64, two: Prints64) -> bool:
 
 
 def _order_of(one: Prints64, two: Prints64) -> np.ndarray:
-    """An order of units that are the same; where some are equal, the plainest that fits."""
-    if len(np.unique(two)) == len(two):
-        by_content = np.argsort(two)
-        found: np.ndarray = by_content[np.searchsorted(two[by_content], one)]
-        return found
-    for order in _plain_orders(len(one)):
+    """An order of units that are the same; where some are equal, the plainest that fits, else equal ones in turn."""
+    for order in _plain_orders(len(one)) if len(np.unique(two)) < len(two) else ():
         if np.array_equal(one, two[order]):
             return order
-    return _greedy(one, two)
+    found = np.empty(len(one), np.int64)
+    found[np.argsort(one, kind="stable")] = np.argsort(two, kind="stable")
+    return found
 
 
 def _plain_orders(count: int) -> Iterator[np.ndarray]:
@@ -68,21 +66,6 @@ def _plain_orders(count: int) -> Iterator[np.ndarray]:
                 b = inner // a
                 if a > 1 and b > 1:
                     yield places.reshape(-1, a, b, block).swapaxes(1, 2).reshape(-1)
-
-
-def _greedy(one: Prints64, two: Prints64) -> np.ndarray:
-    """Each unit from the place after or before its neighbour's, else its own place, else the first that is left."""
-    left: dict[int, dict[int, None]] = {}
-    for place, value in enumerate(two.tolist()):
-        left.setdefault(value, {})[place] = None
-    order = np.empty(len(one), np.int64)
-    last = -1
-    for place, value in enumerate(one.tolist()):
-        free = left[value]
-        last = next((at for at in (last + 1, last - 1, place) if at in free), next(iter(free)))
-        del free[last]
-        order[place] = last
-    return order
 
 
 def divisors(number: int) -> list[int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from engine.errors import CODES, LINTS, EngineError
+from engine.errors import EngineError
+from engine.language.search import bundled
 
 DOCUMENTATION = ""  # where the site that `make docs` builds can be reached; empty: pages are files of the repository
 
@@ -24,7 +25,8 @@ def list_codes() -> dict[str, str]:
     >>> list_codes()["E203"]
     'sizes disagree'
     """
-    return {**CODES, **LINTS}
+    pages = sorted((bundled("docs") / "codes").glob("*.md"))
+    return {one.stem: one.read_text("utf-8").partition("\n")[0].removeprefix(f"# {one.stem}: ") for one in pages}
 
 
 def explain_code(code: str) -> str:
@@ -36,8 +38,6 @@ def explain_code(code: str) -> str:
     Raises:
         EngineError: E001 with codes that are near.
     """
-    from engine.language.search import bundled
-
     known = list_codes()
     wanted = code.strip().upper()
     if wanted not in known:

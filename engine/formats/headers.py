@@ -113,10 +113,9 @@ class FileHeader:
     says: Mapping[str, Any] = field(default_factory=dict)  # what was asked for of what is saved beside the tensors
 
     def only(self, wanted: Callable[[str], bool]) -> FileHeader:
-        """The header without tensors that are not wanted, by name; these are `left`, and mappings that may be."""
+        """The header without tensors that are not wanted, by name; these are `left`."""
         left = tuple(t.name for t in self.tensors if not wanted(t.name))
-        known = tuple(name for name in self.left if wanted(f"{name}."))
-        return replace(self, tensors=tuple(t for t in self.tensors if wanted(t.name)), left=(*known, *left))
+        return replace(self, tensors=tuple(t for t in self.tensors if wanted(t.name)), left=(*self.left, *left))
 
     @property
     def name(self) -> str:

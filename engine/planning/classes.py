@@ -6,6 +6,7 @@ same shapes, strides and cuts on both sides are a class, and one template of cop
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -35,7 +36,7 @@ class Template(NamedTuple):
         ]  # fmt: skip
 
 
-_Filled = tuple[list[Template], list[int], str | None]  # of a group's shards; what reaches it, and its one element type
+_Filled = tuple[list[Template], "array[int]", str | None]  # what fills each shard of a group, what reaches it, its type
 
 
 def template_of(copies: Sequence[Copy]) -> Template:
@@ -117,7 +118,7 @@ class CopyTable:
             key = _class_of(group, reaching)
             if key not in self._templates:
                 self._templates[key] = self._make(group, reaching)
-            numbers = [n[0] for one in reaching for n in self.source.numbers(one)]
+            numbers = array("q", [n[0] for one in reaching for n in self.source.numbers(one)])
             dtypes = {self.source.stored[number].header.dtype for number in numbers}
             self._filled[group.key] = self._templates[key], numbers, dtypes.pop() if len(dtypes) == 1 else None
         return self._filled[group.key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.checkpoint.ranks import RankFile
@@ -107,7 +107,7 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
 
 
 def group_shards(
-    matched: Sequence[tuple[Stored, Instance, Mapping[str, int]]],
+    matched: Iterable[tuple[Stored, Instance, Mapping[str, int]]],
     files: Sequence[RankFile],
     layout: Layout,
 ) -> dict[GroupKey, Group]:
@@ -116,6 +116,7 @@ def group_shards(
     collected: dict[GroupKey, dict[tuple[int, ...], list[Stored]]] = {}
     facts: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut]] = {}
     once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
+    layers: dict[object, Mapping[str, int]] = {}  # placeholder values that all tensors of a layer share
     for stored, instance, fixed in matched:
         file = files[stored.file]
         part = stored.header.part is not None
@@ -125,7 +126,9 @@ def group_shards(
             cuts[cut_key] = cut, cut.rank_dims(), {}
         cut, dims, at = cuts[cut_key]
         key: GroupKey = (instance.key, *fixed.values())
-        if facts.setdefault(key, (instance, fixed, cut))[2].recorded != cut.recorded or (part and not cut.recorded):
+        if key not in facts:
+            facts[key] = instance, layers.setdefault(tuple(fixed.items()), fixed), cut
+        if facts[key][2].recorded != cut.recorded or (part and not cut.recorded):
             raise unexpected_part(stored, file)
         ranks = at.get(stored.file)
         if ranks is None:
@@ -133,7 +136,8 @@ def group_shards(
             ranks = at[stored.file] = once.setdefault(ranks, ranks)
         collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
     result: dict[GroupKey, Group] = {}
-    for key, shards in collected.items():
+    for key in facts:  # of a large checkpoint each is given up before the next is ordered
+        shards = collected.pop(key)
         instance, fixed, cut = facts[key]
         ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
         if cut.boxes:

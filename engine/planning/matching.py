@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -205,9 +205,8 @@ def assign(
     grid: RankGrid,
     layout: Layout,
     stages: Stages,
-) -> list[Match]:
+) -> Iterator[Match]:
     """Pair each tensor with its first candidate and its placeholder values in the whole model."""
-    result: list[Match] = []
     positions: dict[int, dict[int, set[int]]] = {}  # of each expert file: local layer → whole-model layers that fit
     known: dict[tuple[str, Stage, tuple[int, ...]], tuple[Instance, Mapping[str, int]]] = {}
     indices, dims = indices_of(stored, matches, grid, layout), layout_dims(layout) if layout.indices else ()
@@ -224,7 +223,7 @@ def assign(
                 for stage, local, number in file_numbers(file.pattern, stages, counts_of(layout, grid.sizes)):
                     if number == file.ranks["number"]:
                         positions[one.file].setdefault(local, set()).add(stages.starts[stage] + local)
-            result.append((one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}))
+            yield one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}
             continue
         key = (one.name, stage_of(one.file, one.chunk), tuple(file.ranks.get(dim, 0) for dim in dims))
         if key not in known:
@@ -232,8 +231,7 @@ def assign(
             if "layer" in values:
                 values = {**values, "layer": values["layer"] + stages.starts[key[1]]}
             known[key] = (instance, indices.whole(values, file.ranks))
-        result.append((one, *known[key]))
-    return result
+        yield one, *known[key]
 
 
 def _expert_layer(

@@ -59,21 +59,20 @@ def make_plan(
             fix="Write the keys of the training configuration as expressions over config.json.",
         )
     other = Like() if like is None else like_of(_held(read_source(mapping, layout, like, mine)))
-    cut = cut_of_model(layout, asked, other) if asked.writes == "training" else None
-    if crosses and cut is not None:
+    cut = cut_of_model(layout, asked, other) if crosses and asked.writes == "training" else None
+    if cut is not None:
         mine |= choices_of_mode(layout, cut["mode"], mapping, mine)
     source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy, cut=cut)
     if lossy is not None:
         source = padded(source)
-    if cut is not None:
+    own = like_of(source)
+    taken = own if like is None else laid_out_as(other, own, mapping)
+    if asked.writes == "training":
+        cut = cut or cut_of_model(layout, asked, taken)
         choices_of_mode(layout, cut["mode"], mapping, {name: d.choice for name, d in source.decisions.items()})
         if not crosses:
             _check_stays(_held(source), cut)
-    if asked.writes == "whole":
-        written = whole_outputs(source, asked)
-    else:
-        own = like_of(source)
-        written = rank_outputs(source, asked, own if like is None else laid_out_as(other, own, mapping))
+    written = whole_outputs(source, asked) if asked.writes == "whole" else rank_outputs(source, asked, taken)
     departures = check_release(mapping, source.side.sizes, strict=asked.strict)
     return Plan(
         mapping=mapping,

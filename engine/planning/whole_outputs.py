@@ -71,14 +71,17 @@ def whole_groups(pieces: Pieces, sizes: Mapping[str, int], unread: Mapping[str, 
         EngineError: E204 for an axis whose size stays unknown, E206 for a name written twice.
     """
     listed: list[tuple[tuple[object, ...], Group]] = []
+    once: dict[object, dict[str, int]] = {}  # placeholder values that all tensors of a layer share
     for order, own in enumerate(spec.own for spec in pieces.targets.values()):
         check_known([own], sizes, unread)
         stage = {"first": 0, "layers": 1, "last": 2}[own.stage_class]
         shape = tuple(extent(dim, sizes) for dim in own.axes.dims)
+        strides = dense_strides(shape)
         for values in product(*(range(sizes[p]) for p in own.axis_names())):
             fixed = dict(zip(own.axis_names(), values, strict=True))
+            fixed = once.setdefault(tuple(fixed.items()), fixed)
             name = own.sources[0].format(fixed)
-            held = Stored(0, TensorHeader(name, "", shape, dense_strides(shape), 0), name, 0)
+            held = Stored(0, TensorHeader(name, "", shape, strides, 0), name, 0)
             listed.append(((stage, fixed.get("layer", -1), order, values), Group(own, fixed, Cut(), {(): (held,)})))
     listed.sort(key=lambda entry: entry[0])
     seen: dict[str, Group] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from sys import intern
 from typing import Any
 
 from engine.checkpoint.ranks import RankGrid
@@ -74,11 +75,12 @@ def fill(
     files = source.files
     for index, one in enumerate(wanted):
         name, rule, pattern = one.stored.name, one.group.instance.rule, one.group.instance.sources[0].text
+        place = intern(str(rule.place))  # one text for all of a rule
         read = copies.dtype(index, name, files, rule.place)
         cast = dtype != "auto" and not rule.keep_dtype and read in FLOATS
         outputs.append(
             Output(
-                name, DTYPES[dtype] if cast else read, read, one.stored.header.shape, one.rules, str(rule.place),
+                name, DTYPES[dtype] if cast else read, read, one.stored.header.shape, one.rules, place,
                 pattern, one.transform, one.transform_dim,
             )
         )  # fmt: skip

@@ -7,13 +7,12 @@ not installed, and without its imports. A model type that is not there is looked
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from engine.language.search import bundled, list_names
+from engine.language.search import bundled
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,30 +63,6 @@ def known_of(model_type: str) -> Known | None:
     return None if found is None else Known(frozenset(found["keys"]), frozenset(found["classes"]))
 
 
-def taken() -> dict[str, Any]:
-    """The same from the transformers that is installed, for the model types that bundled mappings target."""
-    import transformers
-    from transformers.activations import ACT2CLS
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    from engine.language.mapping_file import load_mapping
-
-    mappings = [load_mapping(name) for name in list_names()]
-    told = [load_mapping(name) for one in mappings for name in one.classes.values()]
-    wanted = sorted({one.model_type for one in (*mappings, *told)} & set(CONFIG_MAPPING_NAMES))
-    names = {name for listed in _auto().values() for named in listed.values() for name in _texts(named)}
-    ends = {found[0] for name in names if (found := re.search(r"For[A-Z]\w*$", name)) is not None}
-    return {
-        "transformers": transformers.__version__,
-        "activations": sorted(ACT2CLS),
-        "generation": sorted(transformers.GenerationConfig().to_dict()),
-        "common": sorted(_keys(transformers.PretrainedConfig)),
-        "heads": sorted(ends),
-        "model types": sorted(CONFIG_MAPPING_NAMES),
-        "configurations": {name: _of(name) for name in wanted},
-    }
-
-
 def _of(model_type: str) -> dict[str, list[str]]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -114,13 +89,3 @@ def _keys(kind: Any) -> set[str]:
 
 def _texts(value: Any) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else [one for one in value if one]
-
-
-def write_targets() -> None:
-    """Take it anew."""
-    text = json.dumps(taken(), indent=1, ensure_ascii=False) + "\n"
-    (bundled("schemas") / "targets.json").write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_targets()

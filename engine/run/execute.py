@@ -111,7 +111,7 @@ def execute(
         else:
             beside = [] if later is None else [make_later]
             written = write_weights(compiled, store, how, beside=beside, beside_memory=small.memory)
-        told_of = [(o.name, o.shape, o.nbytes, written.done[n].digest) for n, o in enumerate(compiled.outputs)]
+        told_of = ((o.name, o.shape, o.nbytes, written.done[n].digest) for n, o in enumerate(compiled.outputs))
         notices += filter(None, [only_zeros(told_of)])
         data = manifest(compiled, written.done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):

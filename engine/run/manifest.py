@@ -80,7 +80,10 @@ def tensor_key(plan: Plan, file: str, name: str) -> str:
 
 
 def encode_manifest(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+    text = bytearray()  # grown piece by piece: all pieces together take several times the memory
+    for piece in json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(data):
+        text += piece.encode()
+    return bytes(text + b"\n")
 
 
 def read_manifest(folder: Store) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from engine.errors import CODES, EngineError, Place
+from engine.errors import EngineError, Place
 from engine.serve.hub import Hub, Request, Response, refusal
 
 _PIECE = 2 << 20  # bytes of a file that are read at a time
@@ -118,7 +118,7 @@ class App:
             response, problem = refusal(409, told), str(error)
             piece = _piece(response, 0)
         except Exception as error:  # nobody foresaw it: one request fails, the server goes on
-            response, problem = refusal(500, f"E901 {CODES['E901']}"), f"{type(error).__name__}: {error}"
+            response, problem = refusal(500, "E901 internal error"), f"{type(error).__name__}: {error}"
             piece = _piece(response, 0)
         return response, piece, problem
 

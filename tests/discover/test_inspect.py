@@ -130,3 +130,7 @@ def test_without_a_configuration_what_fits_is_unsure_and_one_that_is_given_goes_
 def test_the_next_command_has_what_must_be_filled_in() -> None:
     told = inspected(FIXTURES.parent / "megatron" / "leg_t4_g2" / "iter_0000010")
     assert told.splitlines()[-1].endswith(" --config FILE   (filled in as said above)")
+    told = inspected(FIXTURES / "v1_tp4_pp1")  # of no release's size
+    assert "--mapping internlm --src" in told and told.splitlines()[-1].endswith(
+        " --set mlp_letters=CHOICE   (filled in as said above)"
+    )

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import CODES, EngineError, Place
+from engine.errors import EngineError, Place
+from engine.explaining.codes import list_codes
 from engine.formats.checksums import check_files
 from engine.formats.dcp import read_dcp
 from engine.formats.python_source import literals
@@ -45,6 +46,7 @@ from tests.support.readers import (
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = {path.name: path.read_bytes() for path in sorted((Path(__file__).parent / "seeds").iterdir())}
+CODES = list_codes()
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 fuzzed = settings(
     max_examples=EXAMPLES,

@@ -569,7 +569,11 @@ def test_llama_3_1_comes_back_as_metas_params_say(tmp_path: Path) -> None:
     save_family(model, tmp_path / "ckpt")
     params = json.loads((tmp_path / "ckpt" / "params.json").read_text()) | {"use_scaled_rope": True}
     (tmp_path / "ckpt" / "params.json").write_text(json.dumps(params))
-    engine.convert("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "hf")
+    error = refused(engine.convert, "families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "hf")
+    assert error.code == "E202" and "--set rope_factor=8 or --set rope_factor=32" in str(error.fix)
+    engine.convert("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "hf", settings={"rope_factor": 32})
+    given = api.plan("families/meta-llama.yaml", tmp_path / "ckpt", config=tmp_path / "hf" / "config.json")
+    assert given.config["rope_parameters"]["factor"] == given.config["rope_scaling"]["factor"] == 32
     engine.reverse("families/meta-llama.yaml", tmp_path / "hf", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "params.json").read_text())
     assert back["use_scaled_rope"] is True and back["rope_theta"] == 500000.0

@@ -277,7 +277,9 @@ def config_of(model: Any, folder: Path, **more: Any) -> dict[str, Any]:
     save_family(model, folder)
     params = json.loads((folder / "params.json").read_text()) | more
     (folder / "params.json").write_text(json.dumps(params))
-    return dict(engine.plan(model.mapping, folder).config)
+    return dict(
+        engine.plan(model.mapping, folder, settings={"rope_factor": 8.0} if "use_scaled_rope" in more else {}).config
+    )
 
 
 TINY = {"layers": 1, "hidden": 8, "heads": 2, "groups": 1, "dtype": torch.bfloat16}
