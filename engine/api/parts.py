@@ -102,7 +102,8 @@ def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work
     store, then = _store(asked.src), saved.data["files"]
     files = tuple(FileHeader(File(store, one["name"]), one["size"], (), one["identity"]) for one in then)
     try:
-        held = saved_work(saved.data["work"], files, str(asked.src), {one.name: str(one.place) for one in loaded.rules})
+        places = {one.name: str(one.place) for one in loaded.rules}
+        held = saved_work(saved.data["work"], files, str(asked.src), places, layout)
         jobs = share(schedule(held.outline, positioned=positioned, scattered=held.scattered), part, cut=positioned)
         units = [unit for job in jobs for unit in job.units]
         outputs = {output for unit in units for output in unit.outputs}

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.discover.geometry import is_number, numbers
 from engine.explaining.describe import fold
 from engine.language.documents import grouped
+from engine.language.names import is_number, numbers_in, without_numbers
 
 if TYPE_CHECKING:
     from engine.comparing.tensors import Verdict
@@ -26,7 +26,7 @@ def diagnose(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
 
 def fold_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """One row per name pattern and verdict, JSON-ready: `model.layers.{0…31}.mlp.up_proj.weight`."""
-    rows = grouped(((_pattern(v.name), v.kind, v.out_dtype, v.ref_dtype, _pattern(v.note), v.rotary), v)
+    rows = grouped(((without_numbers(v.name), v.kind, v.out_dtype, v.ref_dtype, without_numbers(v.note), v.rotary), v)
                    for v in verdicts)  # fmt: skip
     return [_row(group) for group in rows.values()]
 
@@ -55,26 +55,16 @@ def _type_and_shape(dtype: str | None, shape: tuple[int, ...] | None) -> str:
     return dtype if shape is None else f"{dtype} {' × '.join(map(str, shape)) or 'scalar'}"
 
 
-def _pattern(name: str) -> str:
-    """
-    >>> _pattern("equals model.layers.3.mlp.up_proj.weight of the reference")
-    'equals model.layers.{}.mlp.up_proj.weight of the reference'
-    """
-    return ".".join("{}" if is_number(part) else part for part in name.split("."))
-
-
 def _folded(names: Sequence[str]) -> str:
     """Names of one pattern as one, their numbers folded.
 
     >>> _folded(["h.0.w", "h.1.w", "h.2.w", "h.7.w"])
     'h.{0…2,7}.w'
     """
-    places = zip(*(numbers(name) for name in names), strict=True)
-    folded = [fold(values) for values in places]
-    parts = []
-    for part in names[0].split("."):
-        parts.append(f"{{{folded.pop(0)}}}" if is_number(part) and len(set(names)) > 1 else part)
-    return ".".join(parts)
+    text = without_numbers(names[0]) if len(set(names)) > 1 else names[0]
+    for values in zip(*map(numbers_in, names), strict=True) if text != names[0] else ():
+        text = text.replace("{}", f"{{{fold(values)}}}", 1)
+    return text
 
 
 def _leaf(name: str) -> str:
@@ -101,7 +91,7 @@ def _layers(names: Sequence[str]) -> str:
     >>> _layers(["h.0.w", "h.1.w"]), _layers(["h.3.w"]), _layers(["w"])
     (' in layers {0…1}', ' in layer 3', '')
     """
-    layers = {numbers(name)[0] for name in names if numbers(name)}
+    layers = {numbers_in(name)[0] for name in names if numbers_in(name)}
     if not layers:
         return ""
     return f" in layers {{{fold(list(layers))}}}" if len(layers) > 1 else f" in layer {layers.pop()}"
@@ -130,13 +120,17 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
     for name, verdict in swapped.items():
         other = verdict.other or ""
         back = swapped.get(other)
-        if numbers(name) == numbers(other) and back is not None and back.other == name:
+        if numbers_in(name) == numbers_in(other) and back is not None and back.other == name:
             exchanged.setdefault(tuple(sorted((_leaf(name), _leaf(other)))), []).append(verdict)
-        elif verdict.kind == "swapped" and _pattern(name) == _pattern(other):
-            at = next(i for i, pair in enumerate(zip(numbers(name), numbers(other), strict=True)) if pair[0] != pair[1])
-            moved.setdefault("layers" if at == 0 else "experts", []).append((numbers(name)[at], numbers(other)[at]))
+        elif verdict.kind == "swapped" and without_numbers(name) == without_numbers(other):
+            at = next(
+                i for i, pair in enumerate(zip(numbers_in(name), numbers_in(other), strict=True)) if pair[0] != pair[1]
+            )
+            moved.setdefault("layers" if at == 0 else "experts", []).append(
+                (numbers_in(name)[at], numbers_in(other)[at])
+            )
         else:
-            single.setdefault((_pattern(name), _pattern(other)), []).append(name)
+            single.setdefault((without_numbers(name), without_numbers(other)), []).append(name)
     for leaves, group in exchanged.items():
         names = [v.name for v in group]
         hint = ""
@@ -147,9 +141,9 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
             hint = ": w1, w2 and w3 are assigned the wrong way; see `mlp_letters` and the mapping's rules"
         yield f"{_leaves(names)} are exchanged{_layers(names)}{hint}"
     for what, changed in moved.items():
-        pairs = dict(sorted(changed))
-        held = ", ".join(f"{here} holds {there}" for here, there in list(pairs.items())[:8])
-        yield f"{what} are in another order: {held}{', …' if len(pairs) > 8 else ''}"
+        order = dict(sorted(changed))
+        held = ", ".join(f"{here} holds {there}" for here, there in list(order.items())[:8])
+        yield f"{what} are in another order: {held}{', …' if len(order) > 8 else ''}"
     told = {name for names in single.values() for name in names}
     also = [v for v in swapped.values() if v.name not in told and _besides(v) and "cut the other way" not in v.note]
     for more, names in grouped((_besides(verdict), verdict.name) for verdict in also).items():
@@ -172,7 +166,7 @@ def _besides(verdict: Verdict) -> str:
 
 def _renamed(verdicts: Sequence[Verdict]) -> Iterator[str]:
     pairs = [(v.name, v.other) for v in verdicts if v.kind == "extra" and v.other is not None]
-    for group in grouped((tuple(map(_pattern, pair)), pair) for pair in pairs).values():
+    for group in grouped((tuple(map(without_numbers, pair)), pair) for pair in pairs).values():
         here, there = (_folded(names) for names in zip(*group, strict=True))
         yield f"{here} is {there} in the reference"
 
@@ -196,7 +190,7 @@ def _others(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Relations alike in several tensors, once."""
     elsewhere = ("equal", "cast", "swapped", "copied", "shape", "missing", "extra")
     others = [v for v in verdicts if v.kind not in elsewhere and v.note and not (v.kind == "permuted" and v.rotary)]
-    for (kind, _), group in grouped(((v.kind, _pattern(v.note)), v) for v in others).items():
+    for (kind, _), group in grouped(((v.kind, without_numbers(v.note)), v) for v in others).items():
         names = [v.name for v in group]
         means = _MEANS.get(kind, "")
         if kind == "transposed" and all(v.note == "rows are columns" for v in group):

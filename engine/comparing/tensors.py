@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Literal
 
-from engine.discover.geometry import geometry_of, is_number
+from engine.discover.geometry import geometry_of
 from engine.discover.levels import Kind as RelationKind
 from engine.discover.levels import Relation
 from engine.discover.relate import Search
 from engine.discover.rows import changes_of
 from engine.discover.sides import Sides, as_matrix
 from engine.formats.headers import ITEM_SIZES, FileHeader
+from engine.language.names import is_number
 from engine.move.tensors import Tensors
 from engine.move.views import View
 from engine.planning.model import Plan

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from engine.errors import counted
+from engine.language.names import numbers_in
 
 _ATTENTION = re.compile(r"attn|attention|mixer|qkv|(^|[._])w?[qkvo](_proj)?[._]")
 _OUT = re.compile(r"(^|\.)(o_proj|wo|out_proj|dense|c_proj|proj)(\.|$)")
@@ -119,22 +120,8 @@ def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | No
     return Units(noun, sizes if named else {}, geometry.head_dim, of_heads)
 
 
-def numbers(name: str) -> tuple[int, ...]:
-    """The integers of a name: its layer, and its expert if it has one.
-
-    >>> numbers("model.layers.3.mlp.experts.7.w1.weight")
-    (3, 7)
-    """
-    return tuple(int(part) for part in name.split(".") if is_number(part))
-
-
-def is_number(part: str) -> bool:
-    """Whether a part of a name counts layers or experts."""
-    return part.isascii() and part.isdecimal() and len(part) < 10
-
-
 def neighbours(name: str, candidates: Sequence[str]) -> list[str]:
     """Candidates other than the name itself, those of the same layer and expert first."""
-    own = numbers(name)
-    near = [other for other in candidates if other != name and numbers(other) == own]
-    return near + [other for other in candidates if other != name and numbers(other) != own]
+    own = numbers_in(name)
+    near = [other for other in candidates if other != name and numbers_in(other) == own]
+    return near + [other for other in candidates if other != name and numbers_in(other) != own]

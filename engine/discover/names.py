@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.errors import EngineError
-from engine.language.names import PARAMS, WILD, pattern
+from engine.language.names import PARAMS, WILD, is_number, pattern, without_numbers
 from engine.planning.stored import Stored
 
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _LAYERS = re.compile(r"h|.*(layer|block)s?")
 
 
@@ -45,14 +44,13 @@ def observe(stored: Sequence[Stored]) -> tuple[list[Observed], list[str]]:
 
         layers.0.mlp.experts.3.w1.weight  →  layers.{layer}.mlp.experts.{expert}.w1.weight
     """
-    by_skeleton: dict[tuple[str | None, ...], dict[str, list[Stored]]] = {}
+    by_skeleton: dict[str, dict[str, list[Stored]]] = {}
     hopeless: dict[str, None] = {}
     for one in stored:
         if not expressible(one.name) or not one.header.shape:
             hopeless[one.name] = None
             continue
-        parts = tuple(None if _NUMBER.fullmatch(part) else part for part in one.name.split("."))
-        by_skeleton.setdefault(parts, {}).setdefault(one.name, []).append(one)
+        by_skeleton.setdefault(without_numbers(one.name), {}).setdefault(one.name, []).append(one)
     found: dict[str, tuple[tuple[str, ...], list[Stored]]] = {}
     for names in by_skeleton.values():
         for name, text, placeholders in _patterns(list(names)):
@@ -77,7 +75,7 @@ def _patterns(names: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
     first = split[0]
     called: dict[int, str] = {}
     for at, part in enumerate(first):
-        if not _NUMBER.fullmatch(part) or at == 0:
+        if not is_number(part) or at == 0:
             continue
         before = first[at - 1].lower()
         varies = len({parts[at] for parts in split}) > 1

@@ -13,7 +13,6 @@ from math import gcd
 
 import numpy as np
 
-from engine.discover.geometry import numbers
 from engine.discover.levels import Relation
 from engine.discover.likeness import CLOSE, NEAR, closeness_in_words, relate_alike
 from engine.discover.mixes import mixed
@@ -34,6 +33,7 @@ from engine.discover.rows import (
 )
 from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
 from engine.discover.values import closeness, relate_values
+from engine.language.names import numbers_in
 from engine.move.tensors import common_types
 from engine.move.views import View
 
@@ -270,7 +270,7 @@ class Search:
                 if found is not None:
                     return found, 0
                 continue
-            if mine is not None and numbers(other) != numbers(name):
+            if mine is not None and numbers_in(other) != numbers_in(name):
                 break
             left = ~ours.plain[axis] if left is None else left
             order = np.where(left, lookup(here, there), -1)

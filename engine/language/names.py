@@ -19,6 +19,31 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _INSIDE = re.compile(r"([a-z_][a-z0-9_]*)(?::0([1-9]))?\Z")
 
 
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+def is_number(part: str) -> bool:
+    """Whether a part of a name counts layers or experts."""
+    return _NUMBER.fullmatch(part) is not None
+
+
+def numbers_in(name: str) -> tuple[int, ...]:
+    """The numbers among the parts of a name: its layer, and its expert if it has one.
+
+    >>> numbers_in("model.layers.3.mlp.experts.7.w1.weight")
+    (3, 7)
+    """
+    return tuple(int(part) for part in name.split(".") if is_number(part))
+
+
+def without_numbers(name: str) -> str:
+    """
+    >>> without_numbers("model.layers.3.mlp.experts.7.w1.weight")
+    'model.layers.{}.mlp.experts.{}.w1.weight'
+    """
+    return ".".join("{}" if is_number(part) else part for part in name.split("."))
+
+
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """A compiled name pattern. `placeholders` are its integer placeholders, in order."""

@@ -17,6 +17,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
 from engine.language.model import Expression, Layout, MappingFile, Prefix, Rule, Target
+from engine.language.names import numbers_in, without_numbers
 from engine.planning.attempts import Checkpoint, claims
 from engine.planning.config_keys import read_config, source_side
 from engine.planning.pieces import match_pieces
@@ -220,8 +221,8 @@ def _families(wanted: Wanted) -> list[_Family]:
     listed: dict[tuple[str, Shape, str | None], list[tuple[int, ...]]] = {}
     every = {**wanted.shapes, **{name: wanted.shapes[to] for name, to in wanted.tied.items() if to in wanted.shapes}}
     for name, shape in every.items():
-        text, numbers = _folded(name)
-        listed.setdefault((text, shape, wanted.tied.get(name)), []).append(numbers)
+        key = without_numbers(name), shape, wanted.tied.get(name)
+        listed.setdefault(key, []).append(numbers_in(name))
     full = {key: _counts(numbers) for key, numbers in listed.items()}
     layers = Counter(counts[0] for counts in full.values() if counts)
     layer = layers.most_common(1)[0][0] if layers else None
@@ -240,23 +241,9 @@ def _families(wanted: Wanted) -> list[_Family]:
     return families
 
 
-def _folded(name: str) -> tuple[str, tuple[int, ...]]:
-    """
-    >>> _folded("layers.3.mlp.w.weight")
-    ('layers.\\x00.mlp.w.weight', (3,))
-    """
-    parts = name.split(".")
-    numbers = tuple(int(p) for p in parts if _counts_as_number(p))
-    return ".".join("\0" if _counts_as_number(p) else p for p in parts), numbers
-
-
-def _counts_as_number(part: str) -> bool:
-    return part.isdecimal() and part.isascii() and str(int(part)) == part
-
-
 def _put(text: str, words: Sequence[str]) -> str:
     for word in words:
-        text = text.replace("\0", word, 1)
+        text = text.replace("{}", word, 1)
     return text
 
 

@@ -13,7 +13,7 @@ from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
 from engine.formats.pickling import WRITABLE, namespace
 from engine.language.expressions import evaluate, render_tree
-from engine.language.model import ConfigFile
+from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
 from engine.planning.agreement import check_returns
 from engine.planning.attempts import claims
@@ -21,7 +21,7 @@ from engine.planning.config_keys import declared, shown
 from engine.planning.destination import Destination
 from engine.planning.facts import present_in, render_known
 from engine.planning.likeness import Like, destination_of, spellings_of
-from engine.planning.model import Output, OutputFile
+from engine.planning.model import Output, OutputFile, Plan
 from engine.planning.rank_groups import RankGroups
 from engine.planning.request import Request
 from engine.planning.sides import keys_at
@@ -119,14 +119,25 @@ def with_configuration(
     destination: Destination, shards: Sequence[OutputFile], config: Mapping[str, Any]
 ) -> tuple[OutputFile, ...]:
     """The weight files with the configuration in each, where that is its place."""
-    place = _inside(destination)
+    place = _inside(destination.layout, destination.mode)
     return tuple(shards) if place is None else tuple(replace(one, around=_held(place, config)) for one in shards)
 
 
-def _inside(destination: Destination) -> ConfigFile | None:
+def around_data(plan: Plan) -> Any:
+    """What weight files hold beside their tensors, as JSON holds it: the number of its place, and the configuration."""
+    place = None if plan.written is None else _inside(plan.layout, plan.written.mode)
+    return None if place is None else [plan.layout.configs.index(place), dict(plan.config)]
+
+
+def around_of(layout: Layout, place: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`OutputFile.around` by its `around_data`."""
+    return _held(layout.configs[place], config)
+
+
+def _inside(layout: Layout, mode: Mode) -> ConfigFile | None:
     """The place of the configuration that is in the mode's weight files."""
-    first = pattern(destination.mode.files[0].name)
-    return next((place for place in destination.layout.configs if first.match(place.file) is not None), None)
+    first = pattern(mode.files[0].name)
+    return next((place for place in layout.configs if first.match(place.file) is not None), None)
 
 
 def _held(place: ConfigFile, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +155,7 @@ def small_files(
     """Name → (format, content) of the configurations and of what lies beside each rank file."""
     layout = destination.layout
     found: dict[str, tuple[str, Any]] = {}
-    if _inside(destination) is None:
+    if _inside(layout, destination.mode) is None:
         found[layout.config_file] = (layout.config_format, _held(layout.configs[0], config))
     if layout.training_file is not None and layout.training_write:
         found[layout.training_file] = ("python_source", training_text(destination))

@@ -6,16 +6,20 @@ All of it is numbers and names: no file is looked at before the part's own are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.formats.headers import FileHeader
+from engine.language.model import Layout
 from engine.language.transforms import TRANSFORMS
 from engine.planning.classes import Template, template_of
 from engine.planning.copies import Copy
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Tied, Work
+from engine.planning.rank_outputs import around_data, around_of
 from engine.planning.stored import SourceTensor
+from engine.planning.zeros import ZEROS, zeros_of
 from engine.storage.virtual import VirtualStore
 
 Row = list[Any]  # of an output: its name, the number of its kind, then its places
@@ -29,8 +33,9 @@ def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> d
         scattered: gives the outputs that are filled together from the sources' side.
     """
     named = [len({t.name for t in file.tensors}) == len(file.tensors) for file in plan.files]
-    virtual = any(isinstance(file.file.store, VirtualStore) for file in plan.files)
-    if virtual or not all(named) or any(file.around is not None for file in plan.shards):
+    virtual = any(isinstance(file.file.store, VirtualStore) for file in plan.files if file != ZEROS)
+    around = around_data(plan)
+    if virtual or not all(named) or json.loads(json.dumps(around)) != around:
         return None
     coded = _Coded(plan)
     homes: dict[int, int] = {}  # source → the first output that reads it
@@ -58,6 +63,7 @@ def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> d
         "scattered": [list(one) for one in scattered()],
         "checks": checks,
         "tied": tied,
+        **({} if around is None else {"around": around}),
     }
 
 
@@ -66,7 +72,7 @@ class _Coded:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self.names: dict[str, int] = {}
+        self.names: dict[object, int] = {}
         self.kinds: list[Row] = []
         self._numbers: dict[tuple[Any, ...], int] = {}
 
@@ -86,20 +92,21 @@ class _Coded:
         return [output.name, kind, *self.places(sources)]
 
     def places(self, sources: Iterable[int]) -> Places:
-        """Where sources lie, in their order."""
+        """Where sources lie, in their order; zeros are named by their type and shape."""
         found: Places = []
         for source in sources:
             one = self._plan.sources[source]
-            name = self.name(one.header.name)
+            zeros = self._plan.files[one.file] == ZEROS
+            name = self.name((one.header.dtype, one.header.shape) if zeros else one.header.name)
             if found and found[-1][0] == name:
                 found[-1].append(one.file)
             else:
                 found.append([name, one.file])
         return found
 
-    def name(self, text: str) -> int:
+    def name(self, name: object) -> int:
         """The number of a name."""
-        return self.names.setdefault(text, len(self.names))
+        return self.names.setdefault(name, len(self.names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,8 @@ class SavedWork:
         rows = [self._data["outputs"][output][2:] for output in outputs]
         rows += [row[2:] for home, row in self._data["tied"] if home in begun]
         rows += [places for home, _, _, *places in self._data["checks"] if home in begun]
-        return sorted({file for row in rows for _, *files in row for file in files})
+        zeros = len(self.outline.files) - 1
+        return sorted({file for row in rows for _, *files in row for file in files if file != zeros})
 
     def of(self, outputs: Collection[int], begun: Collection[int], headers: Mapping[int, FileHeader]) -> Work:
         """What moves some outputs, and compares what belongs to those that are begun.
@@ -136,7 +144,7 @@ class SavedWork:
         Raises:
             ValueError, LookupError, TypeError: for copies that are none of a plan.
         """
-        found = _Sources(self._data["names"], headers)
+        found = _Sources(self._data["names"], headers, len(self.outline.files) - 1)
         copies = _Copies(self._data["kinds"])
         for output in outputs:
             row = self._data["outputs"][output]
@@ -173,9 +181,10 @@ class SavedWork:
 class _Sources:
     """The stored tensors that are read, numbered as they are asked for."""
 
-    def __init__(self, names: Sequence[str], headers: Mapping[int, FileHeader]) -> None:
+    def __init__(self, names: Sequence[Any], headers: Mapping[int, FileHeader], zeros: int) -> None:
         self._names = names
         self._held = {file: {one.name: one for one in header.tensors} for file, header in headers.items()}
+        self._zeros = zeros
         self._numbers: dict[tuple[int, int], int] = {}
         self.tensors: list[SourceTensor] = []
 
@@ -186,7 +195,9 @@ class _Sources:
         found = self._numbers.get((file, name))
         if found is None:
             found = self._numbers[file, name] = len(self.tensors)
-            self.tensors.append(SourceTensor(file, self._held[file][self._names[name]]))
+            told = self._names[name]
+            header = zeros_of(told[0], tuple(told[1])) if file == self._zeros else self._held[file][told]
+            self.tensors.append(SourceTensor(file, header))
         return found
 
 
@@ -229,13 +240,14 @@ def _check(output: Output, copies: Sequence[Copy], sources: Sequence[SourceTenso
 
 
 def saved_work(
-    data: Mapping[str, Any], files: tuple[FileHeader, ...], folder: str, places: Mapping[str, str]
+    data: Mapping[str, Any], files: tuple[FileHeader, ...], folder: str, places: Mapping[str, str], layout: Layout
 ) -> SavedWork:
     """The work of a plan by its `work_data`.
 
     Args:
         files: the source's, without what they hold.
         places: of each rule, for errors.
+        layout: of what is written.
 
     Raises:
         ValueError, LookupError, TypeError: for what is none.
@@ -253,10 +265,11 @@ def saved_work(
     def nothing(index: int) -> list[Copy]:
         raise LookupError(index)
 
-    shards = tuple(OutputFile(name, kind, tuple(held)) for name, kind, held in data["files"])
+    around = around_of(layout, *data["around"]) if "around" in data else None
+    shards = tuple(OutputFile(name, kind, tuple(held), around) for name, kind, held in data["files"])
     outline = Work(
         folder=folder,
-        files=files,
+        files=(*files, ZEROS),
         sources=(),
         outputs=tuple(map(output, data["outputs"])),
         copies=nothing,

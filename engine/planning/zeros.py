@@ -21,6 +21,11 @@ _FILE = VirtualFile("zeros", 1 << 62, "zeros")  # as long as is asked, and nothi
 ZEROS = FileHeader(File(VirtualStore("zeros", {"zeros": _FILE}), "zeros"), 0, (), "zeros", True, VirtualState.of(_FILE))
 
 
+def zeros_of(dtype: str, shape: tuple[int, ...]) -> TensorHeader:
+    """Zeros of a type and shape, in `ZEROS`."""
+    return TensorHeader("zeros", dtype, shape, dense_strides(shape), 0)
+
+
 def padded(source: Source) -> Source:
     """A source with the padding that rules write as zeros, in a file of its own, of the type beside it.
 
@@ -41,7 +46,7 @@ def padded(source: Source) -> Source:
             held = Instance(f"zeros.{one.key}.{'.'.join(names)}", one.rule, None, axes, (pattern("zeros"),), ())
             shape = tuple(sizes[axis] for axis in names)
             dtype = next(dtypes[name.text] for name, _ in one.targets if name.text in dtypes)
-            header = TensorHeader("zeros", dtype, shape, dense_strides(shape), 0)
+            header = zeros_of(dtype, shape)
             groups.append(Group(held, {}, Cut(), {(): (Stored(len(checkpoint.files), header, "zeros", 0),)}))
             keys[held.key, piece] = (f"{one.rule.name}.{one.param}", piece)
     if not groups:

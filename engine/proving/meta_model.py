@@ -16,6 +16,7 @@ from engine.errors import EngineError, shape_text
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
+from engine.language.names import without_numbers
 from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, wanted_by_mapping
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
@@ -209,7 +210,7 @@ def misfits(
             add(f"*{text}", f"`{name}` is {shape_text(shape)}, the model's is {shape_text(model[name])}", place)
     for name, shape in model.items():
         if name not in shapes and name not in taken:
-            add(f"+{_folded(name)}", f"`{name}` ({shape_text(shape)}) is missing: no rule writes it", None)
+            add(f"+{without_numbers(name)}", f"`{name}` ({shape_text(shape)}) is missing: no rule writes it", None)
     return [
         Failure(one.message + (f", and {count - 1} like it" if count > 1 else ""), one.place)
         for one, count in found.values()
@@ -230,11 +231,3 @@ def loaded_into(name: str, kind: str, model: Mapping[str, tuple[int, ...]]) -> s
             parts = [re.escape(part) for part in one.split("*")]
             made = re.sub("[0-9]+".join(parts) + ("$" if len(parts) > 1 else ""), target, made)
     return made if made in model else name
-
-
-def _folded(name: str) -> str:
-    """
-    >>> _folded("model.layers.0.mlp.experts.3.weight")
-    'model.layers.N.mlp.experts.N.weight'
-    """
-    return ".".join("N" if part.isdecimal() else part for part in name.split("."))

@@ -34,7 +34,7 @@ MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -71,14 +71,30 @@ def test_any_number_of_parts_gives_the_bytes_of_one_run(
     assert not api.verify(tmp_path / "out").problems
 
 
-@pytest.mark.parametrize(("job", "options"), [("reverse", {"tp": 4}), ("reshard", {"tp": 1, "pp": 4})])
-def test_rank_files_are_written_in_parts_too(job: str, options: dict[str, Any], tmp_path: Path) -> None:
+MEGATRON = FIXTURES.parent / "megatron" / "leg_t4_g2"
+PADDED = {"settings": {"vocab_multiple": 8}}  # the vocabulary, with zeros that no file holds
+
+
+@pytest.mark.parametrize(
+    ("job", "mapping", "options"),
+    [
+        ("reverse", MAPPING, {"tp": 4}),
+        ("reshard", MAPPING, {"tp": 1, "pp": 4}),
+        ("reverse", "megatron-llama", {"tp": 4, **PADDED}),  # its files hold the configuration, too
+        ("reverse", "megatron-llama", {"ranks": {"dp": 2}, "mode": "torch_dist", **PADDED}),
+    ],
+)
+def test_rank_files_are_written_in_parts_too(job: str, mapping: str, options: dict[str, Any], tmp_path: Path) -> None:
     source = STEP
     if job == "reverse":
         source = tmp_path / "hf"
         engine.convert(MAPPING, STEP, source)
-    getattr(engine, job)(MAPPING, source, tmp_path / "once", **options)
-    api.save_plan(tmp_path / "plan.json", MAPPING, source, job=job, **options)
+    if mapping != MAPPING:
+        source = tmp_path / "hf-megatron"
+        engine.convert(mapping, MEGATRON / "iter_0000010", source, config=MEGATRON / "hf_config.json")
+    getattr(engine, job)(mapping, source, tmp_path / "once", **options)
+    api.save_plan(tmp_path / "plan.json", mapping, source, job=job, **options)
+    assert "work" in json.loads((tmp_path / "plan.json").read_text()), "parts need not plan again"
     for number in (2, 3, 1):
         api.part(tmp_path / "plan.json", f"{number}/3", tmp_path / "out")
     api.commit(tmp_path / "plan.json", tmp_path / "out")
