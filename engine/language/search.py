@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from engine.errors import EngineError, meant
 _MOST_ENTRIES = 20_000  # files and folders that are looked at for mappings
 
 
+@cache
 def bundled(folder: str) -> Path:
     """A data folder of the package; in a checkout it lies beside `engine/`."""
     inside = Path(__file__).resolve().parent.parent / folder
