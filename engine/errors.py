@@ -43,7 +43,8 @@ def visible(text: str, keep: str = "") -> str:
     text = _SECRET.sub("***@", text)
     if text.isprintable():
         return text
-    return "".join(c if _shows(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
+    hidden = [c for c in set(text) if not _shows(c) and c not in keep]
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in hidden})
 
 
 def escaped_json(text: str) -> str:
@@ -51,7 +52,8 @@ def escaped_json(text: str) -> str:
     text = _SECRET.sub("***@", text)
     if text.isprintable():
         return text
-    return "".join(c if _shows(c) or c == "\n" else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text)
+    hidden = [c for c in set(text) if not _shows(c) and c != "\n"]
+    return text.translate({ord(c): json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in hidden})
 
 
 def _shows(c: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.discover.cuts import Known, Reading, Readings, known_sizes, read_cuts
+from engine.discover.cuts import KEYS, Known, Reading, Readings, known_sizes, read_cuts
 from engine.discover.names import Observed
 from engine.discover.near import Slot, similarity
 from engine.discover.notes import block, comment, flow
@@ -13,16 +13,6 @@ from engine.language.documents import grouped
 from engine.language.model import Layout
 from engine.planning.attempts import Checkpoint
 
-_CONFIG = {
-    "layer": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "vocab": "vocab_size",
-    "heads": "num_attention_heads",
-    "groups": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "ffn": "intermediate_size",
-    "expert": "num_experts",
-}
 _ONES = ("q", "k", "v", "gate", "up")
 _ALIKE = 0.45
 
@@ -80,7 +70,7 @@ def stand_alone(
     if variants:
         lines += ["variants:", *(line for name, body in variants.items() for line in block(name, body, "  ")), ""]
     lines += ["dims:", *(line for name, text in _dims(known, used, own).items() for line in block(name, text, "  "))]
-    config = {_CONFIG[axis]: "{{ " + axis + " }}" for axis in known.dims if axis in _CONFIG}
+    config = {KEYS[axis][0]: "{{ " + axis + " }}" for axis in known.dims}
     lines += ["", "rules:", *rules, "", "config:", "  model_type: unknown", "  architectures: [Unknown]"]
     lines += [line for key, text in config.items() for line in block(key, text, "  ")]
     lines += comment("decide: the other keys of config.json, and `training_config`, which `engine reverse` needs", "  ")

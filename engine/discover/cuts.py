@@ -16,12 +16,13 @@ from engine.discover.names import Observed
 from engine.language.model import FilePattern
 from engine.planning.stored import Stored
 
-_KEYS = {
-    "layer": ("num_layers", "num_hidden_layers", "n_layers", "n_layer"),
+# Axis → the keys that name its size; the first is the one that Hugging Face's configurations have.
+KEYS = {
+    "layer": ("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
     "hidden": ("hidden_size", "dim", "d_model", "n_embd"),
     "vocab": ("vocab_size", "padded_vocab_size"),
     "heads": ("num_attention_heads", "n_heads", "n_head"),
-    "groups": ("num_kv_attention_heads", "num_key_value_heads", "n_kv_heads"),
+    "groups": ("num_key_value_heads", "num_kv_attention_heads", "n_kv_heads"),
     "head_dim": ("head_dim",),
     "ffn": ("intermediate_size", "ffn_hidden_size", "ffn_dim"),
     "expert": ("num_experts", "n_experts"),
@@ -72,7 +73,7 @@ def known_sizes(config: Mapping[str, Any]) -> Known:
     """
     sizes: dict[str, int] = {}
     dims: dict[str, str] = {}
-    for axis, keys in _KEYS.items():
+    for axis, keys in KEYS.items():
         key = next((k for k in keys if type(config.get(k)) is int and config[k] > 0), None)
         if key is not None:
             sizes[axis], dims[axis] = config[key], key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from engine.errors import EngineError
 from engine.language.names import PARAMS, WILD, is_number, pattern, without_numbers
@@ -95,6 +96,7 @@ def _patterns(names: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
     return result
 
 
+@lru_cache(maxsize=4096)
 def tail(text: str) -> tuple[str, ...]:
     """The parts of a pattern that tell tensors of a layer apart: after `{layer}`, without the parameter.
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Any
 
 from engine.checkpoint.ranks import Stage
@@ -163,7 +164,8 @@ def similarity(stem: str, slot: Slot) -> float:
     return max(weight * _alike(own, tail(name)) for name, weight in names)
 
 
-def _alike(one: Sequence[str], two: Sequence[str]) -> float:
+@lru_cache(maxsize=1 << 14)  # families and layers call their tensors alike
+def _alike(one: tuple[str, ...], two: tuple[str, ...]) -> float:
     def ratio(a: str, b: str) -> float:
         return SequenceMatcher(None, a.lower(), b.lower(), autojunk=False).ratio()
 

@@ -103,7 +103,8 @@ def _parent(chain: Sequence[Kept], named: Path | None) -> Path | None:
 
 
 def _kept(path: Path) -> Kept:
-    return Kept(path, shown(path), content_of(path, shown(path)))
+    name = shown(path)
+    return Kept(path, name, content_of(path, name))
 
 
 @lru_cache(maxsize=64)

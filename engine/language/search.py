@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from engine.errors import EngineError, meant
 _MOST_ENTRIES = 20_000  # files and folders that are looked at for mappings
 
 
+@cache
 def bundled(folder: str) -> Path:
     """A data folder of the package; in a checkout it lies beside `engine/`."""
     inside = Path(__file__).resolve().parent.parent / folder
@@ -77,6 +79,9 @@ def _no_file(path: Path) -> EngineError:
         inside = ", ".join(sorted(p.name for p in path.glob("*.yaml"))[:4])
         return EngineError("E002", f"`{path}` is a folder", got=inside or "no YAML files in it",
                            expected="a mapping file", fix="Give one of its files.")  # fmt: skip
+    if os.path.lexists(path):
+        return EngineError("E002", f"`{path}` is no file", got="a link to nothing, a pipe or a device",
+                           expected="a mapping file", fix="Check the path.")  # fmt: skip
     beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
     near = get_close_matches(path.name, beside, 1)
     where = path.parent if path.parent.is_dir() else f"{path.parent}, which is not there"
@@ -156,6 +161,8 @@ def rule_files(folder: Path) -> list[Path]:
 
 def kind_of(path: Path) -> str:
     """What a YAML file is, by its keys: `mapping` (however broken), `layout`, `meaning`, or nothing of these."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return ""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             text = file.read(1 << 16)

@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
+from engine.language.layout_file import load_layout
 from engine.language.model import Expression, Layout, MappingFile, Prefix, Rule, Target
 from engine.language.names import numbers_in, without_numbers
 from engine.planning.attempts import Checkpoint, claims
@@ -70,13 +71,14 @@ def fit_to_model(
     return fitted, replace(layout, prefixes=(Prefix(prefix, None),)), replace(checkpoint, files=files)
 
 
-def wanted_by_mapping(told: MappingFile, layout: Layout, config: Mapping[str, Any]) -> Wanted | None:
+def wanted_by_mapping(told: MappingFile, config: Mapping[str, Any]) -> Wanted | None:
     """What a model class wants by the mapping that tells its tensors; None where that does not know the configuration.
 
     It knows one of which it declares every key, and every value fits.
     """
+    layout = replace(load_layout(told.layout, told.layout_place), keys={})
     try:
-        read = read_config(config, source_side(told, replace(layout, keys={})))
+        read = read_config(config, source_side(told, layout))
         decide(told.variants, {}, read.config)
         facts, unread = claims(told, dict(read.config), "config.json")
         pieces = match_pieces(instances(told))

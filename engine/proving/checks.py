@@ -12,7 +12,6 @@ from pathlib import Path
 
 from engine.errors import EngineError
 from engine.language.documents import changed
-from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
 from engine.planning.as_model import Wanted, wanted_by_mapping
@@ -167,14 +166,13 @@ def neighbours(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combinat
 
 def check_told(told: MappingFile) -> list[Failure]:
     """In what a told class differs from transformers' own, at a tiny size, with a head of its own and a tied one."""
-    layout = load_layout(told.layout, told.layout_place)
     world = usual_world(told, Worlds(told))
     if world is None:
         return [Failure("no set of tensors shows any combination of choices", str(told.place))]
     failures: list[Failure] = []
     for ties in (False, True):
         config = {**world.config, "tie_word_embeddings": ties}
-        known, model = wanted_by_mapping(told, layout, config), asked(config)
+        known, model = wanted_by_mapping(told, config), asked(config)
         message = _difference(known, model)
         if message:
             failures.append(Failure(f"{told.architecture}: {message}", str(told.place), f"tie_word_embeddings: {ties}"))

@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import Any
 
 from engine.errors import EngineError, shape_text
-from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
 from engine.language.names import without_numbers
@@ -67,7 +66,7 @@ def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
     name = named[0] if isinstance(named, list) and len(named) == 1 else None
     told = load_mapping(mapping.classes[name]) if isinstance(name, str) and name in mapping.classes else None
     if told is not None and told.model_type == config.get("model_type"):
-        known = wanted_by_mapping(told, load_layout(told.layout, told.layout_place), config)
+        known = wanted_by_mapping(told, config)
         if known is not None:
             return known
     return asked(config)

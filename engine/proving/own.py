@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.errors import EngineError, EngineErrors, shape_text
-from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.search import bundled
@@ -58,7 +57,7 @@ def _check_class(plan: Plan) -> None:
     if plan.written is not None or named not in classes:
         return
     told = load_mapping(classes[named])
-    wanted = wanted_by_mapping(told, load_layout(told.layout, told.layout_place), plan.config)
+    wanted = wanted_by_mapping(told, plan.config)
     shapes = {one.name: one.shape for one in plan.outputs}
     if wanted is None or wanted.shapes == shapes:
         return

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
 from engine.errors import EngineError
-from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
 from engine.planning.as_model import wanted_by_mapping
@@ -198,7 +197,7 @@ def test_internlm3_is_read_as_its_own_code_and_as_transformers_name_it(named: st
 def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> None:
     """For one configuration after another; where a key is not declared, or a value does not fit, the class is asked."""
     generic = load_mapping("transformers")
-    told, layout = load_mapping(generic.classes[architecture]), load_layout("torch-dcp")
+    told = load_mapping(generic.classes[architecture])
     plain = {**LLAMA, "architectures": [architecture], "model_type": told.model_type}
     changes: list[dict[str, Any]] = [
         {}, {"head_dim": 6}, {"num_key_value_heads": 4}, {"num_hidden_layers": 3}, {"vocab_size": 51},
@@ -207,12 +206,12 @@ def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> No
     whole = [json.loads(AutoConfig.for_model(**plain, dtype="float32").to_json_string(use_diff=False))]
     whole[0]["architectures"] = [architecture]
     for config in (*whole, *({**plain, **one} for one in changes)):
-        assert wanted_by_mapping(told, layout, config) == asked(config)
+        assert wanted_by_mapping(told, config) == asked(config)
     unknown: list[dict[str, Any]] = [
         {"attention_bias": True}, {"mlp_bias": True}, {"num_experts": 4}, {"hidden_size": 18}, {"hidden_act": "swoosh"},
         {"vocab_size": "40"}, {"rope_scaling": {"rope_type": "llama3"}}, {"quantization_config": {}},
     ]  # fmt: skip
-    assert {wanted_by_mapping(told, layout, {**plain, **one}) for one in unknown} == {None}
+    assert {wanted_by_mapping(told, {**plain, **one}) for one in unknown} == {None}
 
 
 @pytest.mark.parametrize(
