@@ -79,6 +79,9 @@ def _no_file(path: Path) -> EngineError:
         inside = ", ".join(sorted(p.name for p in path.glob("*.yaml"))[:4])
         return EngineError("E002", f"`{path}` is a folder", got=inside or "no YAML files in it",
                            expected="a mapping file", fix="Give one of its files.")  # fmt: skip
+    if os.path.lexists(path):
+        return EngineError("E002", f"`{path}` is no file", got="a link to nothing, a pipe or a device",
+                           expected="a mapping file", fix="Check the path.")  # fmt: skip
     beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
     near = get_close_matches(path.name, beside, 1)
     where = path.parent if path.parent.is_dir() else f"{path.parent}, which is not there"
@@ -158,6 +161,8 @@ def rule_files(folder: Path) -> list[Path]:
 
 def kind_of(path: Path) -> str:
     """What a YAML file is, by its keys: `mapping` (however broken), `layout`, `meaning`, or nothing of these."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return ""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             text = file.read(1 << 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,3 +317,13 @@ def test_what_is_known_of_targets_is_what_transformers_has() -> None:
 
     now = taken()
     assert _data() == now, "run `make targets`"
+
+
+def test_a_pipe_among_the_mappings_of_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "my.yaml").write_text(
+        "mapping: 1\nname: my\nversion: 1.0.0\ndescription: x\nextends: internlm2\n", encoding="utf-8"
+    )
+    assert engine.api.mapping_files([tmp_path]) == [tmp_path / "my.yaml"]
+    with pytest.raises(engine.EngineError, match="is no file"):
+        engine.load_mapping(tmp_path / "pipe.yaml")
