@@ -38,7 +38,7 @@ _ASPECTS = {
 _MANY = 4  # of longer lists only what came and went is told
 _PARAMS = (".weight", ".bias")
 # Parts of a meaning whose values say what is written, and what is taken and refused.
-_VALUED = (
+VALUED = (
     "reading", "writing", "tensors there", "tokenizer", "generation_config.json", "chat", "options", "variants",
     "divided evenly", "ignored", "refused", "keys", "about",
 )  # fmt: skip
@@ -97,7 +97,7 @@ def compare_meanings(
 def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
     """What is written differently, each key once with the first given configuration that shows it."""
     found: dict[tuple[str, str], list[tuple[str, Any, Any]]] = {}
-    for part in _VALUED:
+    for part in VALUED:
         for name, given, old, new in _values(part, before.get(part, {}), after.get(part, {})):
             if old != new:
                 file, _, key = name.partition(" ") if part in ("reading", "writing") else (part, "", name)
@@ -252,7 +252,7 @@ def _told(route: Route, param: str, other: Route = ()) -> str:
         told += [f"tied to {one['tied to']}"] if one.get("tied to") else []
         if unlike and one["axes"] == unlike["axes"] and _unlike(unlike, one, ("order",)):
             told.append(str(one["order"]))
-        elif unlike and not _unlike(unlike, one, ("split", "stage", "axes")) and _unlike(unlike, one, ("ranks",)):
+        elif unlike and not _unlike(unlike, one, ("split", "stage")) and _unlike(unlike, one, ("ranks",)):
             told.append(_grid(one["ranks"], unlike["ranks"]))
         lines.append(", ".join(told))
     return " + ".join(lines)

@@ -6,7 +6,7 @@ extends commits only the differences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from engine.language.documents import changed, flat, plain, tree_of
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
+from engine.language.names import PARAMS
 from engine.language.search import find_file, search_folders
+from engine.proving.changes import KINDS, VALUED, tensor_changes, value_changes
 from engine.proving.forth import LEAST
-from engine.proving.holdings import parts_of
 from engine.proving.meaning import VERSION, meaning_of, text_of
 from engine.proving.meaning import Path as KeyPath
 from engine.proving.proof import Check, Failure, check_of
@@ -29,7 +30,6 @@ FOLDER = "meanings"
 GONE = "(not there)"
 _REASONS = ("help", "why", "fix", "ignored", "noted")
 _TITLE = ("layout", "mapping", "name", "version", "description")
-RANKS = "ranks of "
 _MODEL = ("tensors", "ranks", "layers", "reading", "writing", "variants", "divided evenly", "refused")
 _START = b"# What this mapping means"
 _HEAD = """\
@@ -216,78 +216,34 @@ def _is_model(path: KeyPath) -> bool:
 
 def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> list[Failure]:
     """How a meaning differs from a committed one, in words and with places; the tensors first."""
-    places = {
-        (target.name.replace("{param}", param), source.replace("{param}", param)): str(rule.place)
-        for rule in mapping.rules for target in rule.targets for source in rule.sources for param in ("weight", "bias")
-    }  # fmt: skip
+    if then == now:
+        return []
+    before, after = tree_of(then), tree_of(now)
+    names = [(target.name, rule) for rule in mapping.rules for target in rule.targets]
+    places = {name.replace("{param}", param): str(rule.place) for name, rule in names for param in ("{param}", *PARAMS)}
     found: list[Failure] = []
-    told: set[str] = set()
-    for message, key in _tensors(then, now):
-        target, source, _ = parts_of(key)
-        if message not in told:
-            found.append(Failure(message, places.get((target, source))))
-        told.add(message)
-    for path, old, new in changed(then, now, GONE):
-        if path[0] not in ("tensors", "ranks"):
-            found.append(Failure(_generic(path, old, new), _place(mapping, path)))
-    return found
+    for one in tensor_changes(before, after, [mapping]):
+        under = f" ({', '.join(one.when)})" if one.when else ""
+        told = f"{one.target}{under} is {KINDS[one.kind]}: {_said(one.new, one.old)}"
+        found.append(Failure(told, places.get(one.target)))
+    for value in value_changes(before, after):
+        told = f"{value.file} {value.name}{f' with {value.given}' if value.given else ''}"
+        found.append(Failure(f"{told}: {_said(value.new, value.old)}", _place(mapping, value.name)))
+    apart = [one for one in changed(then, now, GONE) if not found or one[0][0] not in ("tensors", "ranks", *VALUED)]
+    return found + [Failure(_generic(*one), _place(mapping, one[0][-1].partition(" ")[2])) for one in apart]
 
 
-def _place(mapping: MappingFile, path: KeyPath) -> str | None:
-    """The line of the expression that a value comes from, where it is one."""
-    last = path[-1].partition(" ")[2].split(".")[0]
+def _said(new: Any, old: Any) -> str:
+    return f"{_short(new)}; the committed meaning says {_short(old)}"
+
+
+def _place(mapping: MappingFile, name: str) -> str:
+    """The line of the expression that a key's value comes from, where it is one."""
     for part in (mapping.config, mapping.training_config, mapping.dims):
-        place = getattr(part.get(last), "place", None)
+        place = getattr(part.get(name.split(".")[0]), "place", None)
         if place is not None:
             return str(place)
     return str(mapping.place)
-
-
-def _tensors(then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Iterator[tuple[str, str]]:
-    before, after = entries(then), entries(now)
-    sources = [_sources(one) for one in (before, after)]
-    for key in dict.fromkeys([*before, *after]):
-        target, source, when = parts_of(key)
-        under = f" ({when})" if when else ""
-        if key not in before or key not in after:
-            was, comes = (by.get((target, when)) or _any(by, target) for by in sources)
-            yield f"{target}{under} comes from {comes}; the committed meaning says {was}", key
-            continue
-        for name, old, new in changed(before[key], after[key], GONE):
-            said = f"{_short(new)} instead of {_short(old)}"
-            if name == "order":
-                told = f"takes the elements of {source} in another order than the committed meaning says: {said}"
-                yield f"{target}{under} {told}", key
-            elif name.startswith(RANKS):
-                held = f"of {target} {name.removeprefix(RANKS) or 'the ranks'} hold {said}"
-                yield f"{source}{under} is cut differently than the committed meaning says: {held}", key
-            else:
-                yield f"{name} of {target}{under} is {_short(new)}; the committed meaning says {_short(old)}", key
-
-
-def entries(values: Mapping[KeyPath, Any]) -> dict[str, dict[str, Any]]:
-    """The tensors of a flat meaning: entry → what is said of it, and what ranks hold by grid."""
-    found: dict[str, dict[str, Any]] = {}
-    for path, value in values.items():
-        if path[0] == "tensors" and len(path) == 3:
-            found.setdefault(path[1], {})[path[2]] = value
-        elif path[0] == "ranks" and len(path) > 1:
-            for grid in path[2].split(", ") if len(path) > 2 else [""]:
-                found.setdefault(path[1], {})[f"{RANKS}{grid}"] = value
-    return found
-
-
-def _sources(listed: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    found: dict[tuple[str, str], list[str]] = {}
-    for key in listed:
-        target, source, when = parts_of(key)
-        found.setdefault((target, when), []).append(source)
-    return {key: " and ".join(sources) for key, sources in found.items()}
-
-
-def _any(by: Mapping[tuple[str, str], str], target: str) -> str:
-    told = [sources + (f" ({when})" if when else "") for (name, when), sources in by.items() if name == target]
-    return " or ".join(told) or "nowhere"
 
 
 def _generic(path: KeyPath, old: Any, new: Any) -> str:
@@ -299,9 +255,9 @@ def _generic(path: KeyPath, old: Any, new: Any) -> str:
             both = (("has no", lost), ("has also", more))
             told = " and ".join(f"{word} {', '.join(map(str, some))}" for word, some in both if some)
             return f"{where}: {told}, unlike the committed meaning"
-    return f"{where}: {_short(new)}; the committed meaning says {_short(old)}"
+    return f"{where}: {_said(new, old)}"
 
 
 def _short(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else GONE if value is None else str(value)
     return text if len(text) <= 200 else text[:199] + "…"

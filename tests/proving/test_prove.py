@@ -220,9 +220,9 @@ def test_mutants_are_of_every_kind_and_those_of_rules_and_values_are_caught() ->
     (swap,) = [m for m in found if m.what == "`gate_proj` and `up_proj` exchanged"]
     assert swap.caught_by == "the committed meaning"
     assert swap.told == (
-        "model.layers.{layer}.mlp.gate_proj.weight comes from layers.{layer}.feed_forward.w3.weight "
-        "(mlp_letters=w2_is_down) or layers.{layer}.feed_forward.w2.weight (mlp_letters=w2_is_up); "
-        "the committed meaning says layers.{layer}.feed_forward.w1.weight"
+        "model.layers.{layer}.mlp.gate_proj.{param} (mlp_letters=w2_is_down) is read from elsewhere: "
+        "layers.{layer}.feed_forward.w3.{param}, `ffn hidden`, split ffn; "
+        "the committed meaning says layers.{layer}.feed_forward.w1.{param}, `ffn hidden`, split ffn"
     )
 
 
@@ -273,15 +273,13 @@ def test_what_an_edit_comes_to_is_told_beside_what_is_committed(broken: Callable
     swap = (("gate_proj", "x_proj"), ("up_proj", "gate_proj"), ("x_proj", "up_proj"))
     assert "the committed meaning says layers.{layer}.feed_forward.w1.weight" in told(broken("meta-llama", *swap))
     turned = ("split: ffn", "split: hidden")
-    assert "split of model.layers.{layer}.mlp.up_proj.weight is hidden; the committed" in told(
-        broken("meta-llama", turned)
-    )
+    cut = "model.layers.{layer}.mlp.up_proj.weight is cut differently over ranks: layers.{layer}.feed_forward.w3.weight"
+    assert f"{cut}, `ffn hidden`, split hidden; the committed" in told(broken("meta-llama", turned))
     halves = ("(groups queries half pair)", "(groups queries pair half)")
-    assert "in another order than the committed meaning says" in told(broken("meta-llama", halves))
+    assert "self_attn.q_proj.weight is laid out differently: " in told(broken("meta-llama", halves))
     theta = ("rope_theta | default(10000) }}", "rope_theta | default(1000000) }}")
-    assert "rope_theta: (absent), config.json rope_theta: 1000000.0; the committed meaning says 10000.0" in told(
-        broken("meta-llama", theta)
-    )
+    said = "and no option set: 1000000.0; the committed meaning says 10000.0"
+    assert f"config.json rope_theta with nothing but what is needed, {said}" in told(broken("meta-llama", theta))
     assert broken("meta-llama").holds
 
 
@@ -290,15 +288,18 @@ def test_what_each_rank_holds_is_part_of_it(broken: Callable[..., Proof]) -> Non
     proof = broken(
         "internlm2", ("axes: hidden | (groups queries head_dim)", "axes: hidden | (queries groups head_dim)")
     )
-    assert "of model.layers.{layer}.self_attn.o_proj.weight tensor tp2 pp2 hold tp0 pp0 [:, 0:12+24:36]" in told(proof)
-    assert "instead of tp0 pp0 [:, 0:24]; tp1 pp0 [:, 24:48]" in told(proof)
+    assert "self_attn.o_proj.weight is cut differently over ranks" in told(proof)
+    assert "tensor tp2 pp2: tp0 pp0 [:, 0:12+24:36]" in told(proof)
+    assert "tensor tp2 pp2: tp0 pp0 [:, 0:24]; tp1 pp0 [:, 24:48]" in told(proof)
 
 
 def test_a_copy_of_a_bundled_mapping_is_held_against_what_is_committed_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "copy.yaml").write_text((ROOT / META).read_text().replace("stage: last", "stage: first"))
     check = check_meaning(load_mapping(tmp_path / "copy.yaml"))
     assert not check.holds and "the bundled meta-llama" in check.told
-    assert any(f.message.startswith("stage of lm_head.weight is first") for f in check.failures)
+    assert any(
+        f.message.startswith("lm_head.weight is cut differently") and "stage first" in f.message for f in check.failures
+    )
 
 
 def test_beside_committed_meanings_a_mapping_without_one_fails(tmp_path: Path) -> None:
@@ -317,7 +318,7 @@ def child(folder: Path, more: str) -> Path:
 def test_a_child_of_other_defaults_is_open_and_says_in_what(tmp_path: Path) -> None:
     check = check_meaning(load_mapping(child(tmp_path, "options: {max_position_embeddings: {default: 8192}}")))
     assert check.holds is None
-    assert any("max_position_embeddings: 8192" in failure.message for failure in check.failures)
+    assert any("default 8192" in failure.message for failure in check.failures)
 
 
 def test_a_child_that_is_another_model_fails_until_its_own_meaning_is_committed(tmp_path: Path) -> None:
