@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from engine.planning.config_keys import leaves
@@ -68,11 +69,19 @@ def full_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[st
         return None
     given = {key: value for key, value in config.items() if key not in ("auto_map", "transformers_version")}
     try:
-        made = CONFIG_MAPPING[kind]
-        full, own = made.from_dict(given).to_dict(), made().to_dict()
+        full, own = CONFIG_MAPPING[kind].from_dict(given).to_dict(), _own_keys(kind)
     except Exception:  # whatever a configuration makes transformers raise
         return None
-    return plain_config(full | {"model_type": kind}), frozenset(plain_config(own)) | frozenset(own)
+    return plain_config(full | {"model_type": kind}), own
+
+
+@lru_cache(maxsize=64)
+def _own_keys(kind: str) -> frozenset[str]:
+    """The keys that transformers' class for a model type has, in either spelling."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    own = CONFIG_MAPPING[kind]().to_dict()
+    return frozenset(plain_config(own)) | frozenset(own)
 
 
 def full_generation(generation: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
