@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.formats.python_source import parsed
 from engine.language.expressions import render_tree
 from engine.planning.model import Plan
 from engine.storage.regular import open_regular
@@ -127,7 +128,7 @@ def _parse(path: Path) -> _Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the user's file: unusual escapes and the like
-            body = ast.parse(raw).body
+            body = parsed(raw)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = error.lineno if isinstance(error, SyntaxError) else None
         raise EngineError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,18 @@ MAX_SOURCE = 1 << 20  # characters
 _DEEPEST = 50
 _MOST_VALUES = 100_000  # of one name, counted as if nothing were shared
 _LONGEST = 100_000  # characters of one text
+
+
+_PARSING = threading.Lock()
+
+
+def parsed(source: str | bytes) -> list[ast.stmt]:
+    """The statements of a source, for any number of threads; errors as of `ast.parse`.
+
+    Python 3.11 counts the depth of all trees that are made together, and ends in SystemError when two threads make one.
+    """
+    with _PARSING:
+        return ast.parse(source).body
 
 
 class _Unknown(Exception):
@@ -35,7 +48,7 @@ def literals(source: str) -> dict[str, Any]:
     if len(source) > MAX_SOURCE:
         return names
     try:
-        body = ast.parse(source).body
+        body = parsed(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return names
     for statement in body:

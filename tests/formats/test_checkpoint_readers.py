@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
 import pickle
 import struct
+import time
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -359,3 +362,21 @@ def test_file_names_and_the_index_are_what_transformers_expects() -> None:
     assert index_json({"b": "y", "a": "x"}, 7) == (
         b'{\n  "metadata": {\n    "total_size": 7\n  },\n  "weight_map": {\n    "a": "x",\n    "b": "y"\n  }\n}\n'
     )
+
+
+def test_threads_parse_python_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 ended in SystemError now and then, when a server planned several steps at once."""
+    parse, at_once, most = ast.parse, [0], [0]
+
+    def parses(*given: Any) -> Any:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.005)
+        found = parse(*given)
+        at_once[0] -= 1
+        return found
+
+    monkeypatch.setattr(ast, "parse", parses)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(literals, ["a = 1"] * 8)) == [{"a": 1}] * 8
+    assert most == [1]
