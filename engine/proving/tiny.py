@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -18,9 +19,12 @@ from jinja2 import nodes
 from engine.errors import EngineError
 from engine.language.declared import axes_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
+from engine.language.keys import Key, find_key
+from engine.language.layout_file import load_layout
 from engine.language.model import Expression, MappingFile
 from engine.language.names import pattern
 from engine.planning.attempts import claims
+from engine.planning.config_keys import declared, merged
 from engine.planning.facts import present_in, render_known
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.stored import Instance, instances
@@ -223,6 +227,7 @@ def settle(
     present = present_in(training_names(used))
     options = {name: value for name, value in options_of(mapping, {}).items() if value is not None}
     fixed = {"options": options, "present": present, "training": {}, "given": {}, **choices}
+    made_up = partial(_made_up, declared(mapping, load_layout(mapping.layout, mapping.layout_place), "source"))
     current = dict(sizes)
     config: dict[str, Any] = {}
     for _ in range(6):
@@ -235,7 +240,7 @@ def settle(
                 except EngineError:
                     continue
         derived = {a: n for a, n in scope.items() if a in mapping.dims and isinstance(n, int)}
-        config = render_tree(mapping.config, {**scope, **derived}, _made_up)
+        config = render_tree(mapping.config, {**scope, **derived}, made_up)
         training = render_known(mapping.training_config, {**config, **fixed, "dtype": "torch.float32", "chunks": 1})
         facts, _ = claims(mapping, {**training, **fixed}, "the training configuration")
         found = {**current, **derived, **{axis: fact.value for axis, fact in facts.items()}}
@@ -245,12 +250,19 @@ def settle(
     return current, config
 
 
-def _made_up(expression: Expression, names: Mapping[str, Any]) -> Any:
-    """An expression as far as names give it; a key of the training configuration that is missing stands as 0.01.
+def _made_up(keys: Mapping[str, Key], expression: Expression, names: Mapping[str, Any]) -> Any:
+    """An expression as far as names give it; a missing key of the training configuration stands as one that it may be.
 
-    Such a key is no size: an epsilon, say, which cannot be 1.
+    Such a key is no size: 0.01, say, for an epsilon, which cannot be 1.
     """
-    for more in ({}, dict.fromkeys(names_in(expression), 0.01)):
+    missing: dict[str, Any] = {}
+    for path in sorted(compile_expression(expression).paths):
+        key = find_key(keys, path)
+        value: Any = next((v for v in (0.01, 2, True) if key is None or key.limits.fits(v)), 0.01)
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        missing = merged(missing, value)
+    for more in ({}, missing):
         try:
             return evaluate(expression, {**more, **names})
         except EngineError:

@@ -345,3 +345,25 @@ def test_what_xtuner_saved_gives_its_logits(name: str, mapping: str, tmp_path: P
     fixture = DCP / name
     engine.convert(mapping, fixture / "step-10", tmp_path / "out", config=fixture / "hf_config.json")
     assert logits_off(tmp_path / "out", fixture / "oracle.pt") < 1e-4
+
+
+EPSILON_AND_BASE = ("rms_norm_eps", "rope_theta")
+
+
+@pytest.mark.parametrize(
+    ("name", "mapping", "keys"),
+    [
+        ("tt03_fsdp4", "torchtitan-llama", EPSILON_AND_BASE),
+        ("xtuner_moe_fsdp4", "xtuner-moe", (*EPSILON_AND_BASE, "num_experts_per_tok", "norm_topk_prob")),
+    ],
+)
+def test_what_trainer_and_transformers_take_an_absent_key_for_must_be_written_out(
+    name: str, mapping: str, keys: tuple[str, ...], tmp_path: Path
+) -> None:
+    """torchtitan has 1e-5 and 500000 where transformers has 1e-6 and 10000; XTuner makes experts' weights sum to 1."""
+    given = json.loads((DCP / name / "hf_config.json").read_text())
+    for key in keys:
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in given.items() if k != key}))
+        with pytest.raises(EngineError, match=f"{key}` has no value") as caught:
+            engine.plan(mapping, DCP / name / "step-10", config=tmp_path / "config.json")
+        assert caught.value.code == "E105"

@@ -130,6 +130,10 @@ ELSEWHERE: list[tuple[dict[str, Any], str, str]] = [
     *[({"hidden_size": v}, "E218", "hidden_size") for v in (64.0, NAN, False)],
     *[({"head_dim": v}, "E218", "head_dim") for v in (0, -8, "8", 8.0)],
     *[({"max_position_embeddings": v}, "E218", "max_position_embeddings") for v in (0, -1, "many", True, INF)],
+    # a model that transformers then refuses to load
+    *[({"attention_dropout": v}, "E218", "attention_dropout") for v in (True, "none", [0], 7)],
+    *[({"use_cache": v}, "E218", "use_cache") for v in (7, "yes")],
+    ({"id2label": ["a"]}, "E218", "id2label"),
     *[({"tie_word_embeddings": v}, "E218", "tie_word_embeddings") for v in ("False", "false", "", 2, [], None, 0.0)],
     *[({"attention_bias": v}, "E218", "attention_bias") for v in ("False", "no", 2)],
     ({"bos_token_id": "<s>"}, "E218", "bos_token_id"),

@@ -251,17 +251,23 @@ def test_a_reward_model_that_nothing_loads_is_refused(kind: str, of: str, tmp_pa
     assert caught.value.code == "E202"
 
 
-@pytest.mark.parametrize(("line", "said"), [("moe = dict(top_k=2)", 2), ("", None)])
+@pytest.mark.parametrize(("line", "said"), [("moe = dict(top_k=2)", 2), ("", 1)])
 def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
-    line: str, said: int | None, tmp_path: Path
+    line: str, said: int, tmp_path: Path
 ) -> None:
     model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
     save_family(model, tmp_path / "step")
     lines = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
     torch.save(f"{lines}{line}\n", tmp_path / "step" / "config_file.pt")
     config = engine.plan(model.mapping, tmp_path / "step").config
-    assert config.get("num_experts_per_tok") == said
+    assert config["num_experts_per_tok"] == said
     assert (config["num_experts"], config["num_shared_experts"], config["bias"]) == (3, 0, True)
+    (tmp_path / "step" / "config_file.pt").unlink()
+    with pytest.raises(EngineError, match="routing") as caught:  # every program has a default of its own
+        engine.plan(model.mapping, tmp_path / "step")
+    assert caught.value.code == "E202" and "num_experts_per_tok=N" in str(caught.value.fix)
+    config = engine.plan(model.mapping, tmp_path / "step", settings={"num_experts_per_tok": 2}).config
+    assert config["num_experts_per_tok"] == 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -292,12 +298,11 @@ def test_llama_3s_vocabulary_brings_its_own_first_and_last_token(tmp_path: Path)
     assert (third["bos_token_id"], third["eos_token_id"], third["vocab_size"]) == (128000, 128001, 128256)
     assert second["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000}
     assert third["rope_parameters"] == {"rope_type": "default", "rope_theta": 500000.0}
-    (tmp_path / "3" / "params.json").write_text(
-        json.dumps(
-            {k: v for k, v in json.loads((tmp_path / "3" / "params.json").read_text()).items() if k != "rope_theta"}
-        )
-    )  # which Meta's code then takes for its own
-    assert engine.plan("meta-llama", tmp_path / "3").config["rope_parameters"]["rope_theta"] == 500000
+    for key in ("rope_theta", "vocab_size"):  # which Meta's code takes for its own, and reads off the tokenizer
+        params = json.loads((tmp_path / "3" / "params.json").read_text())
+        (tmp_path / "3" / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k != key}))
+        config = engine.plan("meta-llama", tmp_path / "3").config
+        assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 500000
 
 
 def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:
