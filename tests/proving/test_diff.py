@@ -105,7 +105,8 @@ def test_a_parent_of_a_revision_may_lie_in_any_folder(repository: Path) -> None:
     (repository / "own").mkdir()
     (repository / "base").mkdir()
     (repository / "base" / "family.yaml").write_text(FAMILY, encoding="utf-8")
-    (repository / "own" / "child.yaml").write_text(CHILD.replace("family.yaml", "../base/family.yaml"), encoding="utf-8")
+    child = CHILD.replace("family.yaml", "../base/family.yaml")
+    (repository / "own" / "child.yaml").write_text(child, encoding="utf-8")
     git(repository, "add", "-A")
     git(repository, "commit", "-qm", "two folders")
     assert api.diff("HEAD", None, [repository / "own" / "child.yaml"]) == []
