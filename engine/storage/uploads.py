@@ -243,7 +243,7 @@ class Upload:
         """Make all files visible, the one named `last` after all others and only if it is not there.
 
         The last parts of files may still be on their way, unless old files are replaced. If one fails, what became
-        visible is removed.
+        visible is removed; but where `last` is there, the same run has made all of it elsewhere.
         """
         visible: list[str] = []
         try:
@@ -257,17 +257,17 @@ class Upload:
                     )
                 visible.append(name)
         except BaseException:
-            self._take_back(visible)
+            self._take_back(visible, last)
             raise
         self._whole.update(visible)
         self._writers.clear()
         self._small.clear()
 
-    def _take_back(self, names: Sequence[str]) -> None:
+    def _take_back(self, names: Sequence[str], last: str) -> None:
         """Remove what this run made visible, as far as the store lets it."""
         for name in names:
-            with suppress(EngineError):
-                if self._store.attribute(name, MARK) == self._work:
+            with suppress(EngineError, FileNotFoundError):
+                if last not in self._store.names() and self._store.attribute(name, MARK) == self._work:
                     self._store.delete(name)
 
     def abort(self) -> None:
