@@ -79,7 +79,8 @@ def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tu
     except EngineError as error:
         either = re.search(r"--set (\w+)=(\w+) or ", error.fix or "") if error.code == "E202" else None
         try:
-            asked = Request(mapping, settings={either[1]: either[2]}) if either else None
+            value = int(either[2]) if either and either[2].isdecimal() else either and either[2]
+            asked = Request(mapping, settings={either[1]: value}) if either else None
             return make_plan(mapping, layout, checkpoint, asked) if asked else None, error
         except EngineError:
             return None, error

@@ -84,7 +84,7 @@ def _said(name: str, plan: Plan, read: Iterable[Expression]) -> Iterator[Any]:
     at: list[tuple[str | None, Expression]] = [(None, one) for one in read]
     if plan.reads == "whole":
         at += [(path, one) for path, one in leaves(plan.mapping.config) if isinstance(one, Expression)]
-    alone = {"given": {}, "training": {}, "options": plan.options}
+    alone = {**_names(plan), "given": {}, "training": {}, "options": plan.options}
     for path, one in at:
         if f"options.{name}" not in compile_expression(one).paths:
             continue
@@ -106,7 +106,7 @@ def _changes(expression: Expression, option: Option, plan: Plan) -> bool:
     if f"options.{option.name}" not in compile_expression(expression).paths:
         return False
     names, value = _names(plan), plan.options[option.name]
-    others = option.choices or _OTHERS[option.type]
+    others = option.choices or (*_OTHERS[option.type], option.default)
     try:
         found = [
             evaluate(expression, {**names, "options": {**plan.options, option.name: other}})

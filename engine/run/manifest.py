@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from engine.errors import EngineError, Place
@@ -80,9 +81,10 @@ def tensor_key(plan: Plan, file: str, name: str) -> str:
 
 
 def encode_manifest(data: Mapping[str, Any]) -> bytes:
-    text = bytearray()  # grown piece by piece: all pieces together take several times the memory
-    for piece in json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(data):
-        text += piece.encode()
+    text = bytearray()  # grown bit by bit: all pieces together take several times the memory
+    pieces = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(data)
+    while some := "".join(islice(pieces, 4096)):
+        text += some.encode()
     return bytes(text + b"\n")
 
 

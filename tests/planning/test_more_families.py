@@ -292,6 +292,12 @@ def test_llama_3s_vocabulary_brings_its_own_first_and_last_token(tmp_path: Path)
     assert (third["bos_token_id"], third["eos_token_id"], third["vocab_size"]) == (128000, 128001, 128256)
     assert second["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000}
     assert third["rope_parameters"] == {"rope_type": "default", "rope_theta": 500000.0}
+    (tmp_path / "3" / "params.json").write_text(
+        json.dumps(
+            {k: v for k, v in json.loads((tmp_path / "3" / "params.json").read_text()).items() if k != "rope_theta"}
+        )
+    )  # which Meta's code then takes for its own
+    assert engine.plan("meta-llama", tmp_path / "3").config["rope_parameters"]["rope_theta"] == 500000
 
 
 def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:
