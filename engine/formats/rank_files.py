@@ -75,7 +75,7 @@ def read_rank_file(
     Args:
         load: reads a pickle, given its bytes and the file's name.
         nested: which of the file's keys hold the mappings of tensors, whose names begin with that key and a dot;
-            nothing beside them is looked at. Without any, the file itself is the mapping.
+            beside them only the names of mappings with tensors are told. Without any, the file itself is the mapping.
         says: dotted keys of numbers and texts that are kept, where they are there.
 
     Raises:
