@@ -61,7 +61,7 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     try:
         written = write_part(moved, jobs, store, how)
         if isinstance(store, Upload):
-            store.complete()
+            store.complete(last=mine.marker)
         write_marker(work, store, mine, written)
         if isinstance(store, Upload):
             store.complete()

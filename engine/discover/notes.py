@@ -152,6 +152,9 @@ _WIDTH = 108
 class _Line(yaml.SafeDumper):
     """YAML in one line of ASCII; text is quoted unless it is a plain word."""
 
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
 
 def _represent(dumper: _Line, text: str) -> yaml.Node:
     plain = (_PLAIN.fullmatch(text) and text.lower() not in _WORDS) or _AXES.fullmatch(text)
@@ -166,6 +169,8 @@ def flow(value: Any) -> str:
 
     >>> print(flow({"mlp_letters": ["a b", "c: d\n# e"], "source": "layers.{layer}.w1.{param}", "of": [3, None]}))
     {mlp_letters: [a b, "c: d\n# e"], source: "layers.{layer}.w1.{param}", of: [3, null]}
+    >>> flow([axes := ["heads", "hidden"], axes])  # mappings know no anchors
+    '[[heads, hidden], [heads, hidden]]'
     """
     text: str = yaml.dump(value, Dumper=_Line, default_flow_style=True, sort_keys=False, width=1 << 30)
     return text.removesuffix("...\n").removesuffix("\n")

@@ -75,7 +75,7 @@ def read_rank_file(
     Args:
         load: reads a pickle, given its bytes and the file's name.
         nested: which of the file's keys hold the mappings of tensors, whose names begin with that key and a dot;
-            nothing beside them is looked at. Without any, the file itself is the mapping.
+            beside them only the names of mappings with tensors are told. Without any, the file itself is the mapping.
         says: dotted keys of numbers and texts that are kept, where they are there.
 
     Raises:
@@ -99,7 +99,8 @@ def read_rank_file(
         raise _not_a_state_dict(where.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
     said = {path: one for path in says if isinstance(one := _value_at(saved.value, path), int | float | str)}
     beside = {**value, **{str(key): one for key, one in saved.value.items() if nested and not _named(key, nested)}}
-    left = tuple(name for name, one in beside.items() if isinstance(one, Mapping) and _holds_tensors(one))
+    known: dict[tuple[int, int], bool] = {}
+    left = tuple(name for name, one in beside.items() if isinstance(one, Mapping) and _holds_tensors(one, known))
     return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, left=left, says=said)
 
 
@@ -111,10 +112,14 @@ def _value_at(value: Any, path: str) -> Any:
     return value
 
 
-def _holds_tensors(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, Mapping) and depth:
-        return any(_holds_tensors(one, depth - 1) for one in value.values())
-    return isinstance(value, Tensor | Distributed | Sharded)
+def _holds_tensors(value: Any, known: dict[tuple[int, int], bool], depth: int = 3) -> bool:
+    """Whether tensors lie in a mapping, or in mappings below it; `known` keeps what one that occurs again holds."""
+    if not isinstance(value, Mapping) or not depth:
+        return isinstance(value, Tensor | Distributed | Sharded)
+    at = (id(value), depth)
+    if at not in known:
+        known[at] = any(_holds_tensors(one, known, depth - 1) for one in value.values())
+    return known[at]
 
 
 def _named(key: Any, nested: Sequence[Pattern[str]]) -> bool:

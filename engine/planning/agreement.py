@@ -26,8 +26,13 @@ def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) ->
     """
     side, written = read.side, dict(leaves(mapping.config))
     back, there = dict(leaves(forth)), dict(leaves(read.config))
-    absent = [p for p in back if p not in there and isinstance(value_at(read.config, p.rpartition(".")[0]), Mapping)]
-    for path, value in (*there.items(), *dict.fromkeys(absent).items()):
+    absent = [
+        path
+        for path in back.keys() - there.keys()
+        if isinstance(value_at(read.config, path.rpartition(".")[0]), Mapping)
+        and ((key := find_key(side.keys, path)) is None or key.same_as is None)  # else read as the other spelling
+    ]
+    for path, value in (*there.items(), *dict.fromkeys(sorted(absent)).items()):
         tree = next((written[p] for p in prefixes(path) if p in written), None)
         key = find_key(side.keys, path)
         if tree is None or (key is not None and key.ignores(read.config)):

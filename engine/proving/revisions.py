@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from engine.errors import EngineError, Place, printable
@@ -98,29 +99,27 @@ def checked_out(top: Path, revision: str, files: Sequence[PurePosixPath]) -> Ite
         )
     with tempfile.TemporaryDirectory(prefix="engine-diff-") as name:
         folder = Path(name).resolve()
-        roots = {"mappings", *(path.parts[0] if len(path.parts) > 1 else "." for path in files)}
-        listed = _git(top, "ls-tree", "-r", "-z", "--full-tree", commit.strip(), "--", *roots) or ""
+        listed = _git(top, "ls-tree", "-r", "-z", "--full-tree", commit.strip())
         blobs = {
             path: about.split()[2]  # of a line like `100644 blob 1f5c…<tab>path`
-            for about, _, path in (line.partition("\t") for line in listed.split("\0"))
+            for about, _, path in (line.partition("\t") for line in (listed or "").split("\0"))
             if " blob " in about and (path.endswith((".yaml", ".yml", ".jinja")) or PurePosixPath(path) in files)
         }
         content = _git(top, "cat-file", "--batch", given="".join(f"{blob}\n" for blob in blobs.values())) or ""
-        data = content.encode("utf-8", "surrogateescape")
-        for path, blob in blobs.items():
-            head, _, data = data.partition(b"\n")
-            if head.split()[:2] != [blob.encode(), b"blob"] or ".." in PurePosixPath(path).parts:
+        data = BytesIO(content.encode("utf-8", "surrogateescape"))
+        for path, blob in [("", "")] if listed is None else blobs.items():
+            head = data.readline().decode("utf-8", "replace").rstrip("\n")
+            if head.split()[:2] != [blob, "blob"] or ".." in PurePosixPath(path).parts:
                 raise EngineError(
                     "E001",
                     f"git cannot read the files of revision `{revision}`",
-                    place=Place(printable(path)),
-                    got=printable(head.decode("utf-8", "replace")) or f"`git cat-file` failed in {top}",
+                    place=Place(printable(path)) if path else None,
+                    got=printable(head) or f"`git {'ls-tree' if listed is None else 'cat-file'}` failed in {top}",
                     fix="`git fsck` tells what is missing; fetch it again.",
                 )
-            size = int(head.split()[2])
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(data[:size])  # as it is: a link is its target's name, and no filter runs
-            data = data[size + 1 :]
+            # as it is: a link is its target's name, and no filter runs
+            (folder / path).write_bytes(data.read(int(head.split()[2]) + 1)[:-1])
         yield Tree(folder, revision)
 
 

@@ -46,7 +46,8 @@ class Readers:
             self._opened.append(SourceFiles(plan.files))
             self._idle.put(Reader(plan, self._opened[-1]))
         self._closing = weakref.finalize(self, _close, self._opened)
-        self._users, self._open, self._process = 0, True, os.getpid()
+        self._users, self._open = 0, True
+        self._process = 0  # whose threads read: the first that does
         self._changed = threading.Condition()
         self._compared, self._ready = Once(self._compare), Once(self._prepare)
         self.done = Once(self._done)  # output → digest and checksum; all of it is read for them
@@ -102,6 +103,7 @@ class Readers:
 
     @contextmanager
     def _using(self) -> Iterator[None]:
+        self._process = self._process or os.getpid()
         check_process(self._process, "tensors")
         with self._changed:
             if not self._open:

@@ -91,17 +91,17 @@ def library() -> Any:
 _first_process = cache(os.getpid)
 
 
-def check_process(opened: int, what: str) -> None:
-    """E001 in a process that was forked from the one that opened something: a fork lacks its threads, and would wait.
+def check_process(used: int, what: str) -> None:
+    """E001 in a process that was forked from the one that used something: a fork lacks its threads, and would wait.
 
     Args:
-        opened: the number of that process.
-        what: what was opened, in words.
+        used: the number of that process.
+        what: what was used, in words.
     """
-    if opened != os.getpid():
+    if used != os.getpid():
         raise EngineError(
-            "E001", f"{what} cannot be used in a fork of the process that opened them",
-            got=f"process {os.getpid()}, forked from {opened}",
+            "E001", f"{what} cannot be used in a fork of the process that used them",
+            got=f"process {os.getpid()}, forked from {used}",
             fix='Start processes anew, as with multiprocessing.get_context("spawn"), or open in each process.',
         )  # fmt: skip
 

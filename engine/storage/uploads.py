@@ -118,8 +118,7 @@ class Uploads:
             self._lock.leave()
 
     def _commit(self, upload: Upload) -> None:
-        if not self._lock.held:
-            raise self._removed("the mark of this run")
+        self._check_lock()
         now = self._check_free()
         if now - self._before:  # somebody's, who came meanwhile
             raise exists(
@@ -128,13 +127,17 @@ class Uploads:
         for name in (self._name, "config.json"):  # what makes a checkpoint of the old files
             if name in now:
                 self._store.delete(name)
-        upload.complete(last=self._name)
+        upload.complete(last=self._name, check=self._check_lock)
         for name in sorted(now - set(upload.names())):  # of the old output, and markers of parts
             self._store.delete(name)
         gone = set(upload.names()) - self._there()
         if gone:
             self._store.delete(self._name)
             raise self._removed(", ".join(sorted(gone)[:4]))
+
+    def _check_lock(self) -> None:
+        if not self._lock.held:
+            raise self._removed("the mark of this run")
 
     def _removed(self, what: str) -> EngineError:
         return EngineError(
@@ -239,17 +242,18 @@ class Upload:
         for at in range(offset, offset + nbytes, _BLOCK):
             yield self._store.get(name, state, at, min(at + _BLOCK, offset + nbytes))
 
-    def complete(self, last: str = "") -> None:
+    def complete(self, last: str = "", check: Callable[[], None] = lambda: None) -> None:
         """Make all files visible, the one named `last` after all others and only if it is not there.
 
         The last parts of files may still be on their way, unless old files are replaced. If one fails, what became
-        visible is removed.
+        visible is removed; but where `last` is there, the same run has made all of it elsewhere.
         """
         visible: list[str] = []
         try:
             for name, writer in reversed(self._writers.items()):  # the last parts of those begun last may fail
                 writer.close()
                 visible.append(name)
+            check()
             for name in sorted(self._small, key=lambda name: name == last):
                 if not self._store.write(name, self._small[name], self._work, new=name == last):
                     raise exists(
@@ -257,17 +261,17 @@ class Upload:
                     )
                 visible.append(name)
         except BaseException:
-            self._take_back(visible)
+            self._take_back(visible, last)
             raise
         self._whole.update(visible)
         self._writers.clear()
         self._small.clear()
 
-    def _take_back(self, names: Sequence[str]) -> None:
+    def _take_back(self, names: Sequence[str], last: str) -> None:
         """Remove what this run made visible, as far as the store lets it."""
         for name in names:
-            with suppress(EngineError):
-                if self._store.attribute(name, MARK) == self._work:
+            with suppress(EngineError, FileNotFoundError):
+                if last not in self._store.names() and self._store.attribute(name, MARK) == self._work:
                     self._store.delete(name)
 
     def abort(self) -> None:

@@ -122,6 +122,15 @@ def test_a_short_pickle_of_many_values_is_refused_at_once(tmp_path: Path) -> Non
     assert refusal(read_rank_file, rank_file(tmp_path, state_dict(storage_key))).code == "E301"
 
 
+@pytest.mark.timeout(20)
+def test_what_lies_beside_tensors_is_looked_at_once_however_often_it_is_held(tmp_path: Path) -> None:
+    held: dict[int, Any] = dict.fromkeys(range(600), 1)
+    for _ in range(3):
+        held = dict.fromkeys(range(600), held)
+    beside = text(b"extra") + pickle.dumps(held, 2)[2:-1] + b"s"
+    assert read_rank_file(rank_file(tmp_path, state_dict(after=beside))).left == ()
+
+
 @pytest.mark.parametrize("value", [b"]q\x00h\x00a", b"]" * 10_000 + b"a" * 9_999], ids=["in itself", "deep"])
 def test_a_configuration_nested_without_end_is_refused(value: bytes, tmp_path: Path) -> None:
     error = refusal(read_pickled_mapping, rank_file(tmp_path, state_dict(value)))

@@ -228,6 +228,23 @@ def test_a_length_that_angles_depend_on_is_given_again_too(whole: Path, tmp_path
             assert refuses in refused(api.plan_reverse, FAMILY, hf, settings=settings).message
 
 
+def test_the_official_spelling_has_no_second_place_for_angles(tmp_path: Path) -> None:
+    name, settings = "internlm2-official", {"rope_scaling": "dynamic", "rope_factor": 2.0}
+    engine.convert(name, FIXTURES / "v2_tp2_pp2", tmp_path / "hf", settings=settings)
+    api.plan_reverse(name, tmp_path / "hf", settings=settings)
+    for number, (change, told) in enumerate(
+        [
+            ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.rope_theta"),
+            ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters.rope_type"),
+            ({"max_position_embeddings": 64}, "max_position_embeddings"),
+        ]
+    ):
+        hf = changed(tmp_path / "hf", tmp_path / str(number), change)
+        error = refused(api.plan_reverse, name, hf, settings=settings)
+        assert error.code == "E209" and told in error.message
+    api.plan_reverse(name, hf, settings={**settings, "max_position_embeddings": 64})
+
+
 def test_scaling_that_config_json_does_not_have_cannot_be_given_again(whole: Path, tmp_path: Path) -> None:
     plain = changed(whole, tmp_path / "hf", {}, ("rope_parameters", "rope_theta"))
     error = refused(api.plan_reverse, FAMILY, plain, settings={"rope_scaling": "linear", "rope_factor": 2})

@@ -78,8 +78,9 @@ def edit_family(repository: Path, before: str, after: str) -> None:
     path.write_text(text.replace(before, after), encoding="utf-8")
 
 
-def test_a_revision_that_git_cannot_read_is_no_revision_without_files(repository: Path) -> None:
-    named = ["git", "-C", str(repository), "rev-parse", "first:mappings/family.yaml"]
+@pytest.mark.parametrize("lost", ["mappings/family.yaml", "mappings"])
+def test_a_revision_that_git_cannot_read_is_no_revision_without_files(repository: Path, lost: str) -> None:
+    named = ["git", "-C", str(repository), "rev-parse", f"first:{lost}"]
     blob = subprocess.run(named, check=True, capture_output=True, text=True).stdout.strip()
     (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
     with pytest.raises(EngineError, match="git cannot read the files of revision `first`"):
@@ -98,6 +99,17 @@ def test_files_of_a_revision_are_read_as_they_are_whatever_git_makes_of_them(rep
     git(repository, "add", "-A")
     git(repository, "commit", "-qm", "one at the top")
     assert api.diff("HEAD", None, [repository / "child.yaml"]) == []
+
+
+def test_a_parent_of_a_revision_may_lie_in_any_folder(repository: Path) -> None:
+    (repository / "own").mkdir()
+    (repository / "base").mkdir()
+    (repository / "base" / "family.yaml").write_text(FAMILY, encoding="utf-8")
+    child = CHILD.replace("family.yaml", "../base/family.yaml")
+    (repository / "own" / "child.yaml").write_text(child, encoding="utf-8")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "two folders")
+    assert api.diff("HEAD", None, [repository / "own" / "child.yaml"]) == []
 
 
 # -- what it comes to

@@ -277,7 +277,7 @@ def test_what_an_edit_comes_to_is_told_beside_what_is_committed(broken: Callable
     assert f"{cut}, `ffn hidden`, split hidden; the committed" in told(broken("meta-llama", turned))
     halves = ("(groups queries half pair)", "(groups queries pair half)")
     assert "self_attn.q_proj.weight is laid out differently: " in told(broken("meta-llama", halves))
-    theta = ("rope_theta | default(10000) }}", "rope_theta | default(1000000) }}")
+    theta = ("> 100000 else 10000) }}", "> 100000 else 1000000) }}")
     said = "and no option set: 1000000.0; the committed meaning says 10000.0"
     assert f"config.json rope_theta with nothing but what is needed, {said}" in told(broken("meta-llama", theta))
     assert broken("meta-llama").holds

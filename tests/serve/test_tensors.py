@@ -167,8 +167,17 @@ def test_a_checkpoint_that_changes_or_is_closed_is_not_read(tmp_path: Path) -> N
 
 def test_a_fork_is_told_that_it_lacks_the_threads_that_read(opened: Tensors, tmp_path: Path) -> None:
     """Where large tensors once were waited for without end."""
+    assert opened["lm_head.weight"].numel()
     ended = run(lambda: opened["lm_head.weight"], tmp_path)
     assert ended.returncode == 1 and b"E001 tensors cannot be used in a fork" in ended.stderr
+
+
+def test_a_fork_of_a_process_that_has_read_nothing_yet_may_read(tmp_path: Path) -> None:
+    """As workers of a torch DataLoader do."""
+    with engine.open(FIXTURES / GENUINE[0][0], mapping=GENUINE[0][1]) as tensors:
+        ended = [run(lambda: tensors["lm_head.weight"].numel(), tmp_path) for _ in range(2)]
+        assert [one.returncode for one in ended] == [0, 0], ended[0].stderr
+        assert tensors["lm_head.weight"].numel()
 
 
 def test_a_plan_can_be_opened_and_rank_files_have_their_files_names(tmp_path: Path) -> None:

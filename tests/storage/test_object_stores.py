@@ -184,6 +184,19 @@ def test_a_file_that_cannot_be_completed_takes_those_back_that_are_visible(bucke
     assert completed and not bucket.contents("hf") and not pending(bucket)
 
 
+def test_what_the_same_run_resumed_made_whole_is_not_taken_back(bucket: Bucket) -> None:
+    out = f"{bucket.url}/hf"
+
+    def resume(one: Asked) -> None:
+        if one.method == "PUT" and one.path.endswith("/conversion.json"):
+            bucket.proxy.spoil = lambda _: None
+            engine.convert(MAPPING, STEP, out, resume=True)
+
+    bucket.proxy.spoil = resume
+    refused("E401", lambda: engine.convert(MAPPING, STEP, out))
+    assert not api.verify(out).problems and not pending(bucket)
+
+
 FOREIGN = {"model.safetensors": b"weights of somebody else", "config.json": b"{}", "thesis.txt": b"a thesis"}
 
 

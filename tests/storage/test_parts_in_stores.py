@@ -35,6 +35,24 @@ def test_parts_in_a_store_give_the_bytes_of_one_run(bucket: Bucket, tmp_path: Pa
     refused("E401", lambda: api.part(plan, "1/3", out))
 
 
+def test_a_part_that_fails_leaves_what_the_same_part_made_elsewhere(bucket: Bucket, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", f"{bucket.url}/hf"
+    api.save_plan(plan, MAPPING, bucket.upload(STEP, "step"), max_shard_size=100_000)
+
+    def twice(one: Asked) -> str | None:
+        if one.method == "POST" and "uploadId" in one.path:
+            bucket.proxy.spoil = lambda _: None
+            assert api.part(plan, "1/1", out)
+            bucket.proxy.spoil = lambda one: "refuse" if one.method == "POST" and "model-00001" in one.path else None
+        return None
+
+    bucket.proxy.spoil = twice
+    refused("E403", lambda: api.part(plan, "1/1", out))
+    bucket.proxy.spoil = lambda _: None
+    api.commit(plan, out)
+    assert not api.verify(out).problems
+
+
 def test_a_fork_of_a_process_that_used_a_store_does_not_wait_without_end(bucket: Bucket, tmp_path: Path) -> None:
     step = bucket.upload(STEP, "step")
     engine.plan(MAPPING, step)
