@@ -92,7 +92,7 @@ WORDS = (  # what is written for what in expressions
     ("rope_base | default(10000)", "10000"), ("rope_theta | default(10000)", "10000"), ("num_layers", "num_layers - 1"),
     ("not (", "("), (" and ", " or "), ("== 'all'", "!= 'all'"), ("== 'reward'", "== 'lm'"),
     ("default(8.0)", "default(4.0)"), ("'llama3'", "'linear'"), ("1.0 if", "2.0 if"), ("8192", "4096"),
-    ("default(4096)", "default(2048)"), ("rotary_base", "rope_theta"), ("layernorm_epsilon", "norm_epsilon"),
+    ("rotary_base", "rope_theta"), ("layernorm_epsilon", "norm_epsilon"),
     ("head_dim | default(hidden // heads)", "hidden // heads"), (" else heads", " else 1"),
     ("kv_channels | default(hidden // heads)", "hidden // heads"), ("num_query_groups", "num_attention_heads"),
     ("given.vocab_size | ", ""), ("not present(", "present("), ("default(false)", "default(true)"),

@@ -79,12 +79,6 @@ EQUAL = (
     ),
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
     (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
-    (
-        r"meta-llama",
-        r"dims\.vocab",
-        r"default\(\+1\) > 0",
-        "an absent size has no value, and is read off the tensors like one that is left out",
-    ),
 )
 # Of which families, which edits, and why the workflow or its comment is silent.
 SILENT = (
