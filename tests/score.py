@@ -77,6 +77,12 @@ EQUAL = (
         r"not \(tie_word_embeddings( \| default\(true\))?\)$",
         "`keys` gives the default false before an expression sees it",
     ),
+    (
+        r"internlm-moe",
+        r"routing",
+        r"^told: top_k is number or \(training \| length\) <= 0",
+        "whether a file lies beside the checkpoint is not among what is tried; a test of the family tries it",
+    ),
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
     (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
 )

@@ -39,7 +39,7 @@ MOE = {
     "moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 40, "rms_norm_eps": 1e-6,
     "hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 64, "attention_bias": False,
-    "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False, "rope_theta": 10000.0,
 }  # fmt: skip
 
 
