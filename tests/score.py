@@ -78,7 +78,7 @@ EQUAL = (
         "`keys` gives the default false before an expression sees it",
     ),
     (
-        r"internlm-moe",
+        r"internlm-moe|moe-.*",
         r"routing",
         r"^told: top_k is number or \(training \| length\) <= 0",
         "whether a file lies beside the checkpoint is not among what is tried; a test of the family tries it",
