@@ -1,8 +1,9 @@
-"""An output in an object store: uploaded in parts, and nothing of it visible before all of it is there.
+"""An output in an object store: uploaded in parts, and visible only when all of it was sent.
 
 Each file is an upload of its own that is completed at the end: weights first, then small files in the order they
 were put, and last the one that marks a whole output, which is only put where none is. What fails or is interrupted
-ends its uploads. After SIGKILL they stay pending, unseen, until `engine clean` or the bucket's own rule ends them.
+ends its uploads, and takes back what it made visible. After SIGKILL they stay pending, unseen, until `engine clean` or
+the bucket's own rule ends them.
 """
 
 from __future__ import annotations
