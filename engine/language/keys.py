@@ -15,7 +15,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.language.documents import Document, Table, flat
 
-_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "unless")
+_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "comes_with", "unless")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ class Key:
         noted: why the key is only told to the user.
         default: what an absent key means.
         same_as: the key of which this is another spelling.
+        comes_with: a key beside which this one is never absent.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Key:
     noted: str | None = None
     default: Any = None
     same_as: str | None = None
+    comes_with: str | None = None
     unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def ignores(self, config: Mapping[str, Any]) -> bool:
