@@ -55,17 +55,20 @@ class Limits:
 
     def taken(self, value: Any) -> Any:
         """The value as expressions see it: 0 and 1 are false and true where only those are meant."""
-        return bool(value) if "boolean" in self.types and _CHECKS["boolean"](value) else value
+        logical = "boolean" in self.types and "integer" not in self.types
+        return bool(value) if logical and _CHECKS["boolean"](value) else value
 
     def written(self, value: Any) -> Any:
-        """The value as files hold it: a whole number where any number may stand has its point, as some readers ask.
+        """The value as files hold it, which some readers ask: a whole number where any number may stand has its point.
 
         >>> number, either = Limits(("number", "null")), Limits(("number", "integer"))
         >>> number.written(10000), number.written(None), number.written(True), either.written(2)
         (10000.0, None, True, 2)
+        >>> Limits(("boolean",)).written(0)
+        False
         """
         numeric = "number" in self.types and "integer" not in self.types
-        return float(value) if numeric and _whole(value) and _finite(value) else value
+        return float(value) if numeric and _whole(value) and _finite(value) else self.taken(value)
 
 
 def _finite(value: Any) -> bool:

@@ -65,7 +65,8 @@ def facts_of(
         check_repeated(
             checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file
         )
-        given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
+        saved = [*names, *(name for file in checkpoint.files for name in file.left)]
+        given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
         return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
     same = layout.config_of_target  # then what is written is what was read
@@ -97,7 +98,7 @@ def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]
 
 
 def present_in(names: Collection[str]) -> Callable[[str], bool]:
-    """`present(pattern)`: whether some training tensor has a name of that pattern."""
+    """`present(pattern)`: whether something that training saved has a name of that pattern."""
 
     @cache
     def present(text: str) -> bool:
