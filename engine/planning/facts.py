@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.expressions import OMIT, evaluate, render_tree
-from engine.language.model import Expression, Layout, MappingFile
+from engine.language.expressions import OMIT, evaluate, names_in, render_tree
+from engine.language.model import Expression, Layout, MappingFile, Variant
 from engine.language.names import pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
@@ -68,7 +68,8 @@ def facts_of(
         saved = [*names, *(name for file in checkpoint.files for name in file.left)]
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
-        return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
+        asked = mapping.variants if expressed else _of_tensors(mapping)
+        return Facts(read, seen, seen, decide(asked, settings, seen, checkpoint.config_name))
     same = layout.config_of_target  # then what is written is what was read
     read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
@@ -79,6 +80,13 @@ def facts_of(
     choices = {n: d.choice for n, d in decisions.items()}
     made = read.config if same else render_known(mapping.training_config, {**seen, **choices})
     return Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
+
+
+def _of_tensors(mapping: MappingFile) -> dict[str, Variant]:
+    """The variants on which it depends which tensors there are and how large; others are about config.json."""
+    read = {name for rule in mapping.rules for name in rule.when}
+    read |= {name for size in mapping.dims.values() for name in names_in(size)}
+    return {name: variant for name, variant in mapping.variants.items() if name in read}
 
 
 def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]:
