@@ -8,9 +8,10 @@ from functools import cache
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.documents import grouped
 from engine.language.expressions import OMIT, evaluate, render_tree
 from engine.language.model import Expression, Layout, MappingFile
-from engine.language.names import pattern
+from engine.language.names import form, pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
 from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side, whole_side
@@ -86,9 +87,9 @@ def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]
     A placeholder that the target stacks stands as 0.
     """
     found: set[str] = set()
-    targets = [(one, name) for one in rules for name, _ in one.targets]
+    targets = grouped((form(name.sample()), (one, name)) for one in rules for name, _ in one.targets)
     for name in names:
-        for one, target in targets:
+        for one, target in targets.get(form(name), ()):
             values = target.match(name)
             if values is not None:
                 blank = dict.fromkeys(one.axis_names(), 0)
