@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -165,6 +165,7 @@ class EngineError(Exception):
         got: what was found, one line or several.
         expected: what should have been there.
         fix: what to do, one or more sentences.
+        answers: of a question: what to set, with values that may be meant; `config` is a file to give.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class EngineError(Exception):
         got: str | None = None,
         expected: str | None = None,
         fix: str | None = None,
+        answers: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -184,6 +186,7 @@ class EngineError(Exception):
         self.got = got
         self.expected = expected
         self.fix = fix
+        self.answers = answers or {}
 
     @property
     def errors(self) -> list[EngineError]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,9 +86,8 @@ def _training(found: Inspection, given: str, every: bool) -> list[str]:
 
 
 def _asked(fit: Fit) -> str:
-    """What a person must add to a run with a mapping, and fill in: the first option that its fix names."""
-    named = re.search(r"--config FILE|--set \w+=", fit.why)
-    return "" if named is None else f" {named[0].replace('=', '=CHOICE')}"
+    """What a person must add to a run with a mapping, and fill in: the first of what answers its question."""
+    return next((" --config FILE" if one == "config" else f" --set {one}=CHOICE" for one in fit.answers), "")
 
 
 def _fits(found: Inspection) -> list[str]:
