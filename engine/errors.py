@@ -88,6 +88,15 @@ def shape_text(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape)) or "a scalar"
 
 
+def span(interval: tuple[int, int]) -> str:
+    """
+    >>> span((4, 7)), span((3, 4))
+    ('4…6', '3')
+    """
+    low, high = interval
+    return str(low) if high == low + 1 else f"{low}…{high - 1}"
+
+
 def meant(name: str, known: Iterable[str], otherwise: str | None = None, least: float = 0.6) -> str | None:
     """The near name as what to do, or what else to do.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.assets.model_card import environment
 from engine.errors import visible
 from engine.explaining.describe import describe_plan
 from engine.planning.model import Plan
@@ -53,19 +54,9 @@ def view_page(plan: Plan) -> str:
 
 def template(path: Path) -> Template:
     """A page's template, which escapes all that is put into it."""
-    from jinja2 import FileSystemLoader, StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(path.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(times=times, size=amount, colour=colour)
-    return environment.get_template(path.name)
+    pages = environment(path.parent, escape=True)
+    pages.filters.update(times=times, size=amount, colour=colour)
+    return pages.get_template(path.name)
 
 
 def is_page(start: bytes) -> bool:

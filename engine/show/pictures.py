@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from engine.errors import span
 from engine.explaining.links import Lattice, Link, Spot, links, spots
-from engine.explaining.words import cut_sentence, index_texts, shard_words, span
+from engine.explaining.words import cut_sentence, index_texts, shard_words
 from engine.formats.headers import ITEM_SIZES
 from engine.planning.boxes import Interval
 from engine.planning.groups import Group, GroupKey
