@@ -65,7 +65,7 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
       engine lint mappings --format github
     """
     from engine import api
-    from engine.show.changes import beside_lines
+    from engine.show.findings import beside_lines
     from engine.show.render import render
 
     findings = api.lint(files)
@@ -206,7 +206,7 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
     """
     from engine import api
     from engine.language.search import kind_of
-    from engine.show.changes import unified
+    from engine.show.findings import unified
     from engine.show.text import read_text
     from engine.storage.replacing import write_file
 

@@ -1,20 +1,15 @@
-"""Mappings reviewed: their differences, and findings, for the terminal and for pull requests."""
+"""Differences of mappings as text, Markdown, a pull request's comment, or JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from difflib import unified_diff
 from html import escape
-from typing import TYPE_CHECKING
 
 from engine.errors import counted
 from engine.proving.changes import KINDS, ValueChange
 from engine.proving.diff import SECTIONS, Change, MappingDiff
 from engine.show.render import render
 from engine.show.text import as_json, shown
-
-if TYPE_CHECKING:
-    from engine.proving.proof import Finding
 
 _MAX_COMMENT = 60_000  # GitHub refuses comments of more than 65,536 characters
 
@@ -85,32 +80,3 @@ def _sections(one: MappingDiff) -> Iterator[tuple[str, list[Change]]]:
 def _given(value: ValueChange) -> str:
     more = f", and {value.others} more" if value.others else ""
     return (f" with {value.given}" if value.given else "") + more
-
-
-def beside_lines(found: Sequence[Finding]) -> str:
-    """Findings as a workflow's run shows them beside the lines of a pull request."""
-    lines = []
-    for finding in found:
-        parts = [finding.message]
-        parts += [f"{label}: {text}" for label, text in (("got", finding.got), ("expected", finding.expected)) if text]
-        parts += [finding.fix] if finding.fix else []
-        at = {} if finding.place is None else finding.place.as_dict()
-        where = {"file": at.get("file"), "line": at.get("line"), "col": at.get("column"), "title": finding.code}
-        told = ",".join(f"{name}={_escaped(str(value), ':,')}" for name, value in where.items() if value is not None)
-        lines.append(f"::{finding.severity} {told}::{_escaped(chr(10).join(parts))}")
-    return "\n".join(lines)
-
-
-def _escaped(text: str, also: str = "") -> str:
-    """Text in which nothing ends a workflow's command.
-
-    >>> _escaped("50 %\\nnext: x", ":,")
-    '50 %25%0Anext%3A x'
-    """
-    return "".join(f"%{ord(c):02X}" if c in "%\r\n" + also else c for c in text)
-
-
-def unified(file: str, before: str, after: str) -> str:
-    """What formatting would change of a file, as `diff -u` says it."""
-    lines = unified_diff(before.splitlines(True), after.splitlines(True), file, f"{file} (formatted)")
-    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
