@@ -45,7 +45,7 @@ def write(
     from engine import api
     from engine.commands import progress
     from engine.commands.logs import logged
-    from engine.show import render
+    from engine.show.render import render
 
     functions: dict[str, Callable[..., Report]] = {
         "run": api.convert,
@@ -62,9 +62,10 @@ def write(
             if log is not None:
                 log.event("finished", **report.as_dict())
     except KeyboardInterrupt:
-        raise click.Abort(f"interrupted: {render.kept(*api.kept(asked.get('out'), asked.get('src')))}") from None
+        left = api.kept(asked.get("out"), asked.get("src"))
+        raise click.Abort(f"interrupted: {render('kept.txt', out=left[0], partial=left[1])}") from None
     next_one = then(shlex.quote(str(report.out)))
-    answer(as_json, report.as_dict(), lambda: f"{render.report(report)}\nnext: {next_one}", quiet=quiet)
+    answer(as_json, report.as_dict(), lambda: f"{render('report.txt', done=report)}\nnext: {next_one}", quiet=quiet)
 
 
 @click.command()
@@ -140,7 +141,7 @@ def plan(
       engine plan --for reverse -m internlm2-7b -s hf --tp 4 -o plan.json
     """
     from engine import api
-    from engine.show import render
+    from engine.show.render import render
 
     options = of_job(ctx, job, options)
     if mapping is None and JOBS[job].reads != "training":
@@ -156,7 +157,7 @@ def plan(
         }
         made = plans[job](mapping, src, **options)
     facts = api.describe_plan(made)
-    answer(as_json, facts, lambda: render.plan(facts, why=why))
+    answer(as_json, facts, lambda: render("plan.txt", **facts, why=why))
 
 
 @click.command()
@@ -264,8 +265,8 @@ def commit(as_json: bool, /, path: str, out: str | None, quiet: bool, **options:
       engine commit --plan plan.json -o hf
     """
     from engine import api
-    from engine.show import render
+    from engine.show.render import render
 
     report = api.commit(path, out, **options)
     verify = f"engine verify {shlex.quote(str(report.out))}"
-    answer(as_json, report.as_dict(), lambda: f"{render.report(report)}\nnext: {verify}", quiet=quiet)
+    answer(as_json, report.as_dict(), lambda: f"{render('report.txt', done=report)}\nnext: {verify}", quiet=quiet)

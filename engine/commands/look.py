@@ -11,7 +11,7 @@ import click
 from engine.commands.completion import SHELLS, codes, folders, script
 from engine.commands.options import EXPLAINED, QUIET, VERIFYING, asks, chosen, given, reports_errors
 from engine.commands.say import answer, say
-from engine.explaining.codes import page
+from engine.explaining.codes import is_code, page
 
 
 @click.command()
@@ -29,7 +29,7 @@ def inspect(as_json: bool, /, folder: str, every: bool, config: str | None) -> N
       engine inspect ckpt/20000
     """
     from engine import api
-    from engine.show.render_inspect import inspection
+    from engine.show.render import inspection
 
     found = api.inspect(folder, config, every=every)
     answer(as_json, found.as_dict(), lambda: inspection(found, config, every=every))
@@ -43,13 +43,13 @@ def mappings(as_json: bool, /) -> None:
     A mapping is given by its name alone, or by the path of a file. `ENGINE_MAPPINGS` adds folders to search.
     """
     from engine import api
-    from engine.show import render_inspect
+    from engine.show.render import render
     from engine.storage.json_text import as_data
 
     found = api.mappings()
     told = ("name", "version", "layout", "description", "expect", "files")
     data = {"mappings": [{name: as_data(getattr(one, name)) for name in told} for one in found]}
-    answer(as_json, data, lambda: render_inspect.mappings(found))
+    answer(as_json, data, lambda: render("mappings.txt", found=found))
 
 
 @click.command()
@@ -77,11 +77,11 @@ def explain(
       engine explain E203
     """
     from engine import api
-    from engine.show import render_explain
+    from engine.show.render import render
 
     if (what is None) == (source is None):
         raise click.UsageError("Give a tensor or a code to explain, or a source tensor with --from; one of them.")
-    if what is not None and render_explain.is_code(what):
+    if what is not None and is_code(what):
         if said := next((flag for name, flag in given(ctx).items() if name in EXPLAINED), None):
             raise click.UsageError(f"{said} has no effect on what a code means")
         text, where = api.explain_code(what), page(f"codes/{what.strip().upper()}")
@@ -89,7 +89,7 @@ def explain(
         return
     mapping = chosen(mapping, src, options["config"], quiet=as_json)
     told = api.explain(what or source or "", mapping, src, backward=source is not None, **options).as_dict()
-    answer(as_json, told, lambda: render_explain.explanation(told))
+    answer(as_json, told, lambda: render("explanation.txt", **told))
 
 
 @click.command()
@@ -140,11 +140,11 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
     """
     from engine import api
     from engine.commands import progress
-    from engine.show import render
+    from engine.show.render import render
 
     with progress.progress(show=not (quiet or as_json), doing="verifying") as listener:
         found = api.verify(out, progress=listener, **options)
-    answer(as_json, found.as_dict(), lambda: render.verified(found), quiet=quiet and not found.problems)
+    answer(as_json, found.as_dict(), lambda: render("verified.txt", found=found), quiet=quiet and not found.problems)
     if found.problems:
         ctx.exit(1)
 
@@ -173,11 +173,11 @@ def compare(
     """
     from engine import api
     from engine.commands import progress
-    from engine.show import render
+    from engine.show.render import render
 
     with progress.progress(show=not (quiet or as_json), doing="comparing") as listener:
         done = api.compare(out, ref, progress=listener, **options)
-    answer(as_json, done.as_dict(), lambda: render.comparison(done.as_dict()), quiet=quiet)
+    answer(as_json, done.as_dict(), lambda: render("comparison.txt", **done.as_dict()), quiet=quiet)
     if not done.same(allow_cast=allow_cast):
         ctx.exit(1)
 
@@ -187,10 +187,10 @@ def compare(
 def env(as_json: bool, /) -> None:
     """Print what a bug report needs: versions and system."""
     from engine import api
-    from engine.show import render
+    from engine.show.render import render
 
     facts = api.environment()
-    answer(as_json, facts, lambda: render.environment(facts))
+    answer(as_json, facts, lambda: render("environment.txt", facts=facts))
 
 
 @click.command()

@@ -80,19 +80,20 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
                 command(as_json, *args, **kwargs)
         except (EngineError, OSError, ModuleNotFoundError) as raised:
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
-            from engine.show import render
+            from engine.show.render import error as in_red
+            from engine.show.render import render
 
             errors = error.errors
             if as_json:
                 answer(True, {"errors": [one.as_dict() for one in errors]}, str)
             else:
-                say("\n\n".join(render.error(one) for one in errors), err=True)
+                say("\n\n".join(in_red(one) for one in errors), err=True)
                 if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
                     from engine import api
 
                     given: dict[str, Any] = dict(kwargs)
                     left = api.kept(given.get("out"), given.get("src"))
-                    say(f"once that is fixed: {render.kept(*left)}", err=True)
+                    say(f"once that is fixed: {render('kept.txt', out=left[0], partial=left[1])}", err=True)
             ctx.exit(2 if all(one.code == "E001" for one in errors) else 1)
 
     return wrapped

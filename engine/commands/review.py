@@ -30,7 +30,8 @@ def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str
       engine new -s ckpt/20000 -o mappings/my-7b.yaml
     """
     from engine import api
-    from engine.show.render_review import draft
+    from engine.language.search import spelled
+    from engine.show.render import render
 
     found = api.new_mapping(src, name=name, like=like, out=out, overwrite=overwrite)
     if as_json:
@@ -38,7 +39,13 @@ def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str
         return
     if out is None:
         say(found.text, nl=False, raw=True)
-    say(draft(found, out, src), err=out is None)
+    kinds = {
+        "release": "a release of {parent}, which fits",
+        "renamed": "{parent} with other sources",
+        "own": "rules of its own, as no family is near",
+    }
+    parent = spelled(found.parent or "")
+    say(render("draft.txt", found=found, kinds=kinds, parent=parent, out=out, src=src), err=out is None)
 
 
 @click.command()
@@ -58,15 +65,16 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
       engine lint mappings --format github
     """
     from engine import api
-    from engine.show import render_review
+    from engine.show.findings import beside_lines
+    from engine.show.render import render
 
     findings = api.lint(files)
     if as_json or form == "json":
         answer(True, {"findings": [finding.as_dict() for finding in findings]}, str)
     elif form == "github":
-        say(render_review.github(findings), raw=True, nl=bool(findings))
+        say(beside_lines(findings), raw=True, nl=bool(findings))
     else:
-        say(render_review.findings(findings))
+        say(render("findings.txt", found=findings))
     if any(finding.severity == "error" for finding in findings):
         ctx.exit(1)
 
@@ -94,7 +102,7 @@ def prove(
       engine prove --all
     """
     from engine import api
-    from engine.show.render_review import proofs as shown
+    from engine.show.render import proofs as shown
 
     if bool(mappings) == every:
         raise click.UsageError("Give mappings to prove, or --all.")
@@ -143,7 +151,7 @@ def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: 
     """
     from engine import api
     from engine.proving.mapping_diff import is_mapping
-    from engine.show.render_diff import rendered
+    from engine.show.changes import rendered
 
     paths: tuple[str, ...] = ctx.meta.get(_PATHS, ())
     if new is not None and not paths and _PATHS not in ctx.meta and is_mapping(old):
@@ -198,7 +206,7 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
     """
     from engine import api
     from engine.language.search import kind_of
-    from engine.show import render_review
+    from engine.show.findings import unified
     from engine.show.text import read_text
     from engine.storage.replacing import write_file
 
@@ -219,7 +227,7 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
     if as_json:
         answer(True, {"changed": list(changed), "checked": len(paths)}, str)
     elif differences:
-        say("".join(render_review.unified(name, *texts) for name, texts in changed.items()), nl=False, raw=True)
+        say("".join(unified(name, *texts) for name, texts in changed.items()), nl=False, raw=True)
     else:
         for name in changed:
             say(f"{'would format' if check else 'formatted'} {name}")
