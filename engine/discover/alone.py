@@ -8,6 +8,7 @@ from typing import Any
 from engine.discover.cuts import KEYS, Known, Reading, Readings, known_sizes, read_cuts
 from engine.discover.names import Observed
 from engine.discover.near import Slot, similarity
+from engine.discover.notes import block, comment, flow
 from engine.language.documents import grouped
 from engine.language.model import Layout
 from engine.planning.attempts import Checkpoint
@@ -28,14 +29,14 @@ def stage_of(observed: Observed, checkpoint: Checkpoint) -> tuple[str, bool]:
 
 def stand_alone(
     checkpoint: Checkpoint, layout: Layout, observed: Sequence[Observed], slots: Sequence[tuple[str, Slot]]
-) -> dict[str, Any]:
-    """What the draft says from `source` on.
+) -> list[str]:
+    """The lines from `source` on.
 
     Every rule writes the tensor under its own name, whole. That is right as far as it goes, whatever
     the tensors mean; what they are called at the target is left to a person.
     """
     known = known_sizes(checkpoint.config)
-    rules: list[tuple[str, list[dict[str, Any]]]] = []
+    rules: list[str] = []
     variants: dict[str, Any] = {}
     used: set[str] = set()
     own: dict[str, int] = {}
@@ -49,24 +50,31 @@ def stand_alone(
                 "decide": "shapes",
                 "choices": [reading.label for reading in readings.listed],
             }
-        rules.append((_notes(one, readings, stage, checkpoint, slots), []))
+        rules += comment(f"decide: {_notes(one, readings, stage, checkpoint, slots)}", "  ")
         for reading in readings.listed:
             rule: dict[str, Any] = {"source": stem, "target": stem, "axes": _axes(reading, stem)}
-            rule |= {} if reading.split is None else {"split": reading.split}
-            rule |= {} if one.layered else {"stage": stage[0]}
+            if reading.split is not None:
+                rule["split"] = reading.split
+            if not one.layered:
+                rule["stage"] = stage[0]
             if variant is not None:
                 rule = {"name": f"{stem} {reading.label}", **rule, "when": {variant: reading.label}}
-            rules[-1][1].append(rule)
+            rules.append(f"  - {flow(rule)}")  # which formatting makes a block, if it is long
             used |= {word for text in reading.axes for word in text.replace("(", " ").replace(")", " ").split()}
             own |= reading.sizes or {}
     kind = checkpoint.training.get("model_type")
-    return {
-        "source": {"layout": layout.name} | ({"model_types": [kind]} if isinstance(kind, str) and kind else {}),
-        "variants": variants,
-        "dims": _dims(known, used, own),
-        "rules": rules,
-        "config": {KEYS[axis][0]: "{{ " + axis + " }}" for axis in known.dims},
-    }
+    source = {"layout": layout.name} | ({"model_types": [kind]} if isinstance(kind, str) and kind else {})
+    lines = block("source", source)
+    lines += comment("decide: the model class of the target. Until it is named, nothing loads the output.")
+    lines += ["target: {model_type: unknown, architecture: Unknown}", ""]
+    if variants:
+        lines += ["variants:", *(line for name, body in variants.items() for line in block(name, body, "  ")), ""]
+    lines += ["dims:", *(line for name, text in _dims(known, used, own).items() for line in block(name, text, "  "))]
+    config = {KEYS[axis][0]: "{{ " + axis + " }}" for axis in known.dims}
+    lines += ["", "rules:", *rules, "", "config:", "  model_type: unknown", "  architectures: [Unknown]"]
+    lines += [line for key, text in config.items() for line in block(key, text, "  ")]
+    lines += comment("decide: the other keys of config.json, and `training_config`, which `engine reverse` needs", "  ")
+    return lines
 
 
 def _read(one: Observed, checkpoint: Checkpoint, known: Known) -> tuple[Readings, tuple[str, bool]]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
 import yaml
 
-from engine.assets.model_card import environment
 from engine.discover.near import Nearness, Pairing, Slot
 from engine.language.documents import plain
 from engine.language.expressions import names_in
 from engine.language.model import MappingFile
 from engine.language.names import PARAMS, pattern
-from engine.language.search import spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 
@@ -24,29 +21,21 @@ _EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")
 _COMPUTED = re.compile(r"(.*\.)?(inv_freq|rope\.freqs|freqs_cis|cos_cached|sin_cached)")
 
 
-def written(kind: str, **facts: Any) -> str:
-    """The text of a draft, by the template of its kind."""
-    found = environment(Path(__file__).parent / "templates")
-    found.globals.update(block=_lines(block), block_of=_lines(block_of), decide=_lines(decide))
-    found.filters.update(doubt=doubt, flow=flow, list_of=list_of, shown=shown, spelled=spelled)
-    return found.get_template("draft.yaml.j2").render(kind=kind, **facts)
-
-
-def _lines(made: Callable[..., list[str]]) -> Callable[..., str]:
-    return lambda *given: "\n".join(made(*given))
-
-
-def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> dict[str, Any]:
+def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> list[str]:
     """The family that is extended, and what of it the checkpoint's configuration leaves open."""
-    unsaid = []
+    lines, kind = block("extends", reference), checkpoint.training.get("model_type")
+    if isinstance(kind, str) and kind and mapping.model_types and kind not in mapping.model_types:
+        text = f"the training config says model_type {shown(kind)}, which {mapping.name} is not for."
+        lines += [*comment(f"decide: {text}"), *block("source", {"model_types": [kind]})]
     for name, variant in mapping.variants.items():
         expressions = [e for e in variant.choices.values() if e is not None]
         read = {key for e in expressions for key in names_in(e)}
         present = any("present(" in e.text for e in expressions)
         if variant.default and read and not present and not read & checkpoint.config.keys():
-            unsaid.append((name, sorted(read)))
-    model_type = checkpoint.training.get("model_type")
-    return {"reference": reference, "mapping": mapping, "model_type": model_type, "unsaid": unsaid}
+            keys = list_of(sorted(read))
+            text = f"{name} is the family's default; the config has none of {keys}: {variant.help}."
+            lines += comment(f"decide: {text}")
+    return lines
 
 
 def expect(mapping: MappingFile, plan: Plan) -> list[str]:
@@ -70,12 +59,30 @@ def doubt(pairing: Pairing) -> str:
     return text
 
 
-def left_over(near: Nearness) -> dict[str, Any]:
-    """Tensors of no rule, each pattern once: a run refuses them by name. Buffers that are computed stand apart."""
+def left_over(near: Nearness) -> list[str]:
+    """Tensors of no rule and rules without a tensor, as comments: a run refuses them by name."""
+    lines: list[str] = []
     computed = [one for one, _ in near.left if _COMPUTED.fullmatch(one.text)]
-    left = list({one.stem: (one, nearest) for one, nearest in reversed(near.left) if one not in computed}.values())
-    first_near = next((one for one, nearest in reversed(left) if nearest), None)
-    return {"near": near, "left": left[::-1], "computed": computed, "first_near": first_near}
+    seen: set[str] = set()
+    for one, nearest in near.left:
+        if one in computed or one.stem in seen:
+            continue
+        seen.add(one.stem)
+        fits = ", ".join(f"{slot.sources[0]} ({score:.2f})" for slot, score in nearest)
+        fits = f"Its shape would fit {fits}." if fits else "No free rule of the family has its shape."
+        lines += comment(f"decide: no rule reads {shown(one.stem)}, so a run refuses. {fits}", "  ")
+        if nearest:  # the nearest, taken by deleting the #
+            if not near.pairings and "#rules:" not in lines:
+                lines += ["#rules:"]
+            lines += [f"#  - {flow(rule)}" for rule in renamed_rules(nearest[0][0], one.stem)]
+    for slot in near.empty:
+        lines += comment(f"decide: no tensor was found for {slot.sources[0]}.", "  ")
+    if computed:
+        lines += ["", "ignore:"]
+        for one in computed:
+            lines += comment("decide: a buffer by its name; is it recomputed by the target's code?", "  ")
+            lines.append(f"  - {flow({'source': one.text, 'why': 'recomputed from the configuration'})}")
+    return lines
 
 
 def renamed_rules(slot: Slot, stem: str) -> list[dict[str, Any]]:
@@ -97,8 +104,12 @@ def overrides(near: Nearness) -> tuple[list[tuple[dict[str, Any], Pairing]], dic
         for slot, _ in nearest:
             _rename(renamed, slot, renamed_rules(slot, one.stem)[0]["source"])
     resolved = plain(near.mapping.resolved)
-    parts = ("variants", "dims", "config", "training_config")
-    return rules, {key: _rewritten(resolved.get(key) or {}, renamed) for key in parts}
+    other: dict[str, Any] = {}
+    for key in ("variants", "dims", "config", "training_config"):
+        changed = _rewritten(resolved.get(key) or {}, renamed)
+        if changed:
+            other[key] = changed
+    return rules, other
 
 
 def _rename(renamed: dict[str, list[str]], slot: Slot, new: str) -> None:
@@ -191,20 +202,11 @@ def block(key: str, value: Any, indent: str = "") -> list[str]:
     return lines
 
 
-def block_of(key: str, values: Mapping[str, Any]) -> list[str]:
-    """`key:` and its values, each as a block of its own."""
-    return [f"{key}:", *(line for name, value in values.items() for line in block(name, value, "  "))]
-
-
 def comment(text: str, indent: str = "") -> list[str]:
     """Comment lines of bounded width; the words must be safe already."""
     width = _WIDTH + 1 - len(indent)
     first, *rest = wrap(text, width, break_long_words=False, break_on_hyphens=False)
     return [f"{indent}# {first}", *(f"{indent}#   {line}" for line in rest)]
-
-
-def decide(text: str, indent: str = "") -> list[str]:
-    return comment(f"decide: {text}", indent)
 
 
 def list_of(names: Sequence[str]) -> str:

@@ -16,17 +16,19 @@ from typing import Any
 
 from engine.discover.alone import stand_alone
 from engine.discover.names import Observed, observe
-from engine.discover.near import Slot, compare_family, drop_contested
+from engine.discover.near import Pairing, Slot, compare_family, drop_contested
 from engine.discover.notes import (
+    block,
+    comment,
+    doubt,
     expect,
     extends,
     flow,
     left_over,
     list_of,
     overrides,
-    renamed_rules,
+    shown,
     size_in_words,
-    written,
 )
 from engine.errors import EngineError
 from engine.language.format import format_mapping
@@ -94,16 +96,20 @@ def draft(request: Request) -> Scaffold:
             fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
     attempts = [_release(request), _renamed(request, observed), _own(request, observed)]
-    kind, parent, facts = next(a for a in attempts if a is not None)
-    text = written(kind, name=request.name, schema=request.schema, hopeless=hopeless, **facts)
-    text = format_mapping(text.rstrip("\n") + "\n")
+    kind, parent, body = next(a for a in attempts if a is not None)
+    head = [] if request.schema is None else [f"# yaml-language-server: $schema={request.schema}"]
+    head += ["mapping: 1", *block("name", request.name), "version: 0.1.0"]
+    tail: list[str] = []
+    for name in hopeless:
+        tail += comment(f"decide: no pattern can express the tensor `{shown(name)}`, so a run refuses this checkpoint.")
+    text = format_mapping("\n".join([*head, *body, *tail]) + "\n")
     state, plan = _checked(text, request)
     if kind == "renamed" and plan is not None:
         text = format_mapping("\n".join([text, *expect(plan.mapping, plan)]) + "\n")
     return Scaffold(request.name, kind, parent, text, _decisions(text), state)
 
 
-Attempted = tuple[str, str | None, dict[str, Any]]  # kind, parent, what its template says
+Attempted = tuple[str, str | None, list[str]]  # kind, parent, lines
 
 
 def _release(request: Request) -> Attempted | None:
@@ -117,15 +123,19 @@ def _release(request: Request) -> Attempted | None:
     if not fitting:
         return None
     reference, mapping, plan, question = fitting[0]
+    target = f"{mapping.architecture}"
+    body = block("description", f"{size_in_words(plan.sizes)}, to {target}")
     others = [r for r, m, _, _ in fitting[1:] if not (kind in mapping.model_types and kind not in m.model_types)]
-    facts = {
-        "description": f"{size_in_words(plan.sizes)}, to {mapping.architecture}",
-        "others": list(map(spelled, others)),
-        "question": question,
-        "expect": expect(mapping, plan),
-        **extends(reference, mapping, request.checkpoint),
-    }
-    return "release", reference, facts
+    if others:
+        verb = "fits" if len(others) == 1 else "fit"
+        told_by = f"engine diff {spelled(reference)} {spelled(others[0])}"
+        names = list_of([spelled(one) for one in others])
+        body += comment(f"decide: the family. {names} {verb} as well; `{told_by}` tells the difference.")
+    body += extends(reference, mapping, request.checkpoint)
+    if question is not None:
+        body += comment(f"decide: {question.message}. A run asks for it with --set.")
+    body += expect(mapping, plan)
+    return "release", reference, body
 
 
 def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None:
@@ -142,15 +152,27 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
         return None
     drop_contested(best, [other for other in compared if other is not best])
     rules, other = overrides(best)
-    facts = {
-        "description": f"a model near {best.mapping.name}, to {best.mapping.architecture}",
-        "rules": rules,
-        "other": other,
-        "renamed_rules": renamed_rules,
-        **extends(best.reference, best.mapping, request.checkpoint),
-        **left_over(best),
-    }
-    return "renamed", best.reference, facts
+    body = block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
+    share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and likeness."
+    body += comment(share)
+    body += extends(best.reference, best.mapping, request.checkpoint)
+    for key in ("variants", "dims"):
+        if other.get(key):
+            body += ["", *comment("These ask for tensors by name: keep them in step with the rules."), f"{key}:"]
+            body += [line for n, v in other[key].items() for line in block(n, v, "  ")]
+    if rules:
+        body += ["", "rules:"]
+    previous: Pairing | None = None
+    for rule, pairing in rules:
+        if pairing is not previous:
+            body += comment(f"decide: {doubt(pairing)}", "  ")
+        previous = pairing
+        body.append(f"  - {flow(rule)}")
+    body += left_over(best)
+    for key in ("config", "training_config"):
+        if other.get(key):
+            body += ["", f"{key}:", *(line for n, v in other[key].items() for line in block(n, v, "  "))]
+    return "renamed", best.reference, body
 
 
 def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
@@ -159,8 +181,9 @@ def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
         for reference, mapping in sorted(request.families, key=lambda family: len(family[1].files))
         for rule in mapping.rules
     ]
-    facts = stand_alone(request.checkpoint, request.layout, observed, slots)
-    return "own", None, {"description": f"a draft for a checkpoint of layout {request.layout.name}", **facts}
+    body = block("description", f"a draft for a checkpoint of layout {request.layout.name}")
+    body += stand_alone(request.checkpoint, request.layout, observed, slots)
+    return "own", None, body
 
 
 def _ordered(request: Request) -> list[tuple[str, MappingFile]]:
