@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from engine.api.plans import no_effect, plan
 from engine.errors import EngineError
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
+from engine.planning.request import PlanOptions
 from engine.show.notebook import displayed
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def explain(
     src: str | Path = ".",
     *,
     backward: bool = False,
-    config: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
+    **options: Unpack[PlanOptions],
 ) -> Explanation:
     """Where the elements of a tensor come from, or with `backward` where they go; reads headers only.
 
@@ -57,7 +56,7 @@ def explain(
     from engine.explaining.tensors import explain_source
 
     check_type("what", what, str)
-    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
+    compiled = plan(mapping, src, **options)
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
@@ -223,10 +222,8 @@ def view(
     src: str | Path,
     out: str | Path,
     *,
-    config: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
     overwrite: bool = False,
+    **options: Unpack[PlanOptions],
 ) -> dict[str, Any]:
     """Write one HTML page that shows what `convert` would do, and say how large it is; reads headers only.
 
@@ -240,6 +237,6 @@ def view(
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    page = view_page(plan(mapping, src, config=config, settings=settings, dtype=dtype)).encode()
+    page = view_page(plan(mapping, src, **options)).encode()
     write_file(file, page, overwrite=overwrite, ours=is_page)
     return {"out": str(file), "bytes": len(page)}

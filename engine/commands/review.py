@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import click
 
+import engine
 from engine.commands.completion import mapping_names, paths
 from engine.commands.options import asks, reports_errors
 from engine.commands.progress import progress
 from engine.commands.say import answer, say
 from engine.errors import EngineError, Place
+from engine.language.documents import plain
+from engine.language.search import find_file, kind_of, spelled
+from engine.show.findings import beside_lines, unified
+from engine.show.render import proofs as shown
+from engine.show.render import render
+from engine.show.render import resolved as as_resolved
+from engine.show.text import read_text
+from engine.storage.replacing import write_file
 
 _PATHS = "engine.diff.paths"
 
@@ -29,11 +38,7 @@ def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str
     Example:
       engine new -s ckpt/20000 -o mappings/my-7b.yaml
     """
-    from engine import api
-    from engine.language.search import spelled
-    from engine.show.render import render
-
-    found = api.new_mapping(src, name=name, like=like, out=out, overwrite=overwrite)
+    found = engine.api.new_mapping(src, name=name, like=like, out=out, overwrite=overwrite)
     if as_json:
         answer(True, {"file": out, **found.as_dict()}, str)
         return
@@ -64,11 +69,7 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
       engine lint mappings/my-7b.yaml
       engine lint mappings --format github
     """
-    from engine import api
-    from engine.show.findings import beside_lines
-    from engine.show.render import render
-
-    findings = api.lint(files)
+    findings = engine.api.lint(files)
     if as_json or form == "json":
         answer(True, {"findings": [finding.as_dict() for finding in findings]}, str)
     elif form == "github":
@@ -101,15 +102,12 @@ def prove(
       engine prove mappings/my-7b.yaml
       engine prove --all
     """
-    from engine import api
-    from engine.show.render import proofs as shown
-
     if bool(mappings) == every:
         raise click.UsageError("Give mappings to prove, or --all.")
     if write_meaning:
-        api.write_meanings(mappings)
+        engine.api.write_meanings(mappings)
     with progress(show=not as_json, doing="proving") as listener:
-        proofs = api.prove(mappings, mutants=mutants, progress=listener)
+        proofs = engine.api.prove(mappings, mutants=mutants, progress=listener)
     holds = all(proof.holds for proof in proofs)
     data = {"holds": holds, "proofs": [proof.as_dict() for proof in proofs]}
     answer(as_json, data, lambda: shown(proofs))
@@ -149,17 +147,16 @@ def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: 
       engine diff main -- mappings/my-7b.yaml
       engine diff v1 v2
     """
-    from engine import api
     from engine.proving.mapping_diff import is_mapping
     from engine.show.changes import rendered
 
     paths: tuple[str, ...] = ctx.meta.get(_PATHS, ())
     if new is not None and not paths and _PATHS not in ctx.meta and is_mapping(old):
-        found = api.diff(old, new)
+        found = engine.api.diff(old, new)
     elif new is not None and not paths and is_mapping(new):
-        found = api.diff(old, None, [new])  # `engine diff main x.yaml`
+        found = engine.api.diff(old, None, [new])  # `engine diff main x.yaml`
     else:
-        found = api.diff(old, new, paths, revisions=True)
+        found = engine.api.diff(old, new, paths, revisions=True)
     form = "json" if as_json else form
     say(rendered(found, form), raw=form != "text")
     if exit_code and found:
@@ -177,16 +174,10 @@ def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
     Example:
       engine show --resolved internlm2-chat-7b
     """
-    from engine import api
-    from engine.language.documents import plain
-    from engine.language.search import find_file
-    from engine.show import render
-    from engine.show.text import read_text
-
     if as_json:
-        answer(True, plain(api.load_mapping(mapping).resolved), str)
+        answer(True, plain(engine.api.load_mapping(mapping).resolved), str)
     elif resolved:
-        say(render.resolved(api.load_mapping(mapping)), nl=False, raw=True)
+        say(as_resolved(engine.api.load_mapping(mapping)), nl=False, raw=True)
     else:
         say(read_text(find_file(mapping)), nl=False, raw=True)
 
@@ -204,17 +195,11 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
     Example:
       engine format --diff mappings
     """
-    from engine import api
-    from engine.language.search import kind_of
-    from engine.show.findings import unified
-    from engine.show.text import read_text
-    from engine.storage.replacing import write_file
-
     changed: dict[str, tuple[str, str]] = {}
-    paths = api.mapping_files(files)
+    paths = engine.api.mapping_files(files)
     for file in paths:
         before = read_text(file)
-        after = api.format_mapping(before, str(file))
+        after = engine.api.format_mapping(before, str(file))
         if not kind_of(file):
             raise EngineError(
                 "E102", "this is neither a mapping nor a layout", place=Place(str(file)),
