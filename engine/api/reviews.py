@@ -10,8 +10,12 @@ from engine.api.plans import no_effect, plan
 from engine.errors import EngineError
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
+from engine.planning.model import Plan
 from engine.planning.request import PlanOptions
+from engine.run.meter import Meter, Progress
 from engine.show.notebook import displayed
+from engine.storage.places import found_at, on_this_machine, store_at
+from engine.storage.replacing import check_file_free, given_path, write_file
 
 if TYPE_CHECKING:
     from engine.comparing.comparison import Comparison
@@ -19,8 +23,6 @@ if TYPE_CHECKING:
     from engine.discover.fits import Fit
     from engine.discover.inspect import Inspection
     from engine.explaining.explanation import Explanation
-    from engine.planning.model import Plan
-    from engine.run.meter import Progress
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -144,9 +146,7 @@ def compare(
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.comparison import compare_sides, read_side
-    from engine.run.meter import Meter
     from engine.run.replicas import compare_replicas
-    from engine.storage.places import found_at
 
     def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
         def made() -> tuple[Plan, Mapping[str, bytes]]:
@@ -202,7 +202,6 @@ def verify(
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.verify import check_asked, verify_output, written_dtype
-    from engine.storage.places import on_this_machine, store_at
 
     check_type("sample", sample, str | None)
     check_asked(src is not None, mapping is not None, logits, sample is not None)
@@ -233,7 +232,6 @@ def view(
         EngineError: E401 when `out` exists, else as for `plan`.
     """
     from engine.show.page import is_page, view_page
-    from engine.storage.replacing import check_file_free, given_path, write_file
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)

@@ -13,6 +13,7 @@ from engine.commands.logs import logged
 from engine.commands.options import QUIET, SAVED, asks, reports_errors
 from engine.commands.say import say
 from engine.errors import EngineError, Place
+from engine.storage.places import last_name
 
 if TYPE_CHECKING:
     from engine.serve.server import Line
@@ -87,7 +88,6 @@ def serve(
 
 def _models(mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...]) -> list[Any]:
     from engine.api import Model
-    from engine.storage.places import last_name
 
     if len(mappings) not in (1, len(sources)) or (names and len(names) != len(sources)):
         raise click.UsageError("Give --mapping once or once for each --src, and --as once for each --src.")
