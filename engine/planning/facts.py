@@ -57,6 +57,7 @@ def facts_of(
                     "the training configuration is missing, so sizes and what no tensor tells are not known",
                     expected=f"{layout.config_file} beside the weights, or --config",
                     fix="Give the config.json of the model with --config FILE.",
+                    answers={"config": ()},
                 )
             target = read_config(checkpoint.target_config, target_side(mapping)).config
             config = render_known(mapping.training_config, {**target, "options": options})
