@@ -7,11 +7,13 @@ Report(out='internlm2-7b-hf', tensors=227, ...)
 Importing this is instant: what a name needs is imported when the name is first used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from engine.language.version import __version__
 
 if TYPE_CHECKING:
+    from engine import api as api
     from engine.api import *
 
 __all__ = [
@@ -47,11 +49,10 @@ _FROM_API = frozenset(__all__) - {"__version__"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FROM_API:
+    if name != "api" and name not in _FROM_API:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    from engine import api
-
-    return getattr(api, name)
+    api = import_module("engine.api")
+    return api if name == "api" else getattr(api, name)
 
 
 def __dir__() -> list[str]:

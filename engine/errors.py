@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -86,6 +86,15 @@ def shape_text(shape: Sequence[int]) -> str:
     ('4096 × 64', 'a scalar')
     """
     return " × ".join(map(str, shape)) or "a scalar"
+
+
+def span(interval: tuple[int, int]) -> str:
+    """
+    >>> span((4, 7)), span((3, 4))
+    ('4…6', '3')
+    """
+    low, high = interval
+    return str(low) if high == low + 1 else f"{low}…{high - 1}"
 
 
 def meant(name: str, known: Iterable[str], otherwise: str | None = None, least: float = 0.6) -> str | None:
@@ -165,6 +174,7 @@ class EngineError(Exception):
         got: what was found, one line or several.
         expected: what should have been there.
         fix: what to do, one or more sentences.
+        answers: of a question: what to set, with values that may be meant; `config` is a file to give.
     """
 
     def __init__(
@@ -176,6 +186,7 @@ class EngineError(Exception):
         got: str | None = None,
         expected: str | None = None,
         fix: str | None = None,
+        answers: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -184,6 +195,7 @@ class EngineError(Exception):
         self.got = got
         self.expected = expected
         self.fix = fix
+        self.answers = answers or {}
 
     @property
     def errors(self) -> list[EngineError]:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
+from engine.language.search import find_file, kind_of, list_names, rule_files
 from engine.planning.given import check_type
+from engine.run.meter import Progress
 
 if TYPE_CHECKING:
     from engine.discover.scaffold import Scaffold
     from engine.proving.proof import Finding, Proof
-    from engine.run.meter import Progress
 
 T = TypeVar("T")
 
@@ -23,7 +25,6 @@ def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
     >>> engine.lint("internlm2-7b")
     []
     """
-    from engine.language.search import kind_of, list_names
     from engine.proving.lint import lint_file
 
     names = [str(p) for p in mapping_files(_listed(paths)) if kind_of(p) != "meaning"] if paths else list_names()
@@ -50,7 +51,6 @@ def prove(
         mutants: also change the mapping in one place at a time, and say which check notices.
         progress: called before each mapping.
     """
-    from engine.language.search import list_names
     from engine.proving.prove import prove as prove_each
 
     bundled = sorted(list_names(), key=lambda name: not name.startswith("families/"))
@@ -65,8 +65,6 @@ def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
     Args:
         names: paths or names of bundled mappings; default: all bundled ones.
     """
-    from engine.language.mapping_file import load_mapping
-    from engine.language.search import list_names
     from engine.proving.committed import write_meaning as write
 
     every = [*names] or sorted(list_names(), key=lambda name: len(load_mapping(name).files))  # parents first
@@ -111,7 +109,6 @@ def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
     Raises:
         EngineError: E002 for a folder without any, or a path where nothing is.
     """
-    from engine.language.search import find_file, rule_files
 
     for path in paths:
         check_type("paths", path, str | Path)

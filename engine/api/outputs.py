@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
+from engine.language.layout_file import load_layout
+from engine.language.names import pattern
+from engine.language.search import layout_names
+from engine.language.version import __version__
+from engine.planning.model import Plan
 from engine.run.execute import Small
-from engine.storage.places import is_url
-
-if TYPE_CHECKING:
-    from engine.planning.model import Plan
+from engine.storage.objects import ObjectStore
+from engine.storage.places import is_url, on_this_machine, store_at
 
 
 def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:
@@ -42,16 +44,11 @@ def clean(out: str | Path) -> list[Path | str]:
     In an object store that is uploads that are pending at the output's prefix, and objects that the engine wrote there,
     unless they are a whole output. Other outputs below the prefix are left alone.
     """
-    from engine.storage.objects import ObjectStore
     from engine.storage.output import clean as remove
     from engine.storage.pending import clean as remove_objects
-    from engine.storage.places import on_this_machine, store_at
 
     store = store_at(out, "the output")
     if isinstance(store, ObjectStore):
-        from engine.language.layout_file import load_layout
-        from engine.language.names import pattern
-        from engine.language.search import layout_names
         from engine.run.manifest import NAME
 
         modes = [mode for name in layout_names() for mode in load_layout(name).modes]
@@ -86,8 +83,6 @@ def environment() -> dict[str, str]:
     import os
     import platform
     from importlib.metadata import PackageNotFoundError, requires, version
-
-    from engine.language.version import __version__
 
     facts = {
         "engine": __version__,

@@ -15,20 +15,20 @@ from engine.api.outputs import default_out, small_files
 from engine.api.plans import loaded_plan, read_saved, rules_of_request
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader
+from engine.language.model import Layout
 from engine.language.version import __version__
+from engine.planning.model import Work
 from engine.planning.reading import read_some
+from engine.planning.request import Request
 from engine.run.execute import Report, execute, output_at
-from engine.run.parts import Part, is_done, write_marker
+from engine.run.parts import Part, is_done, share, write_marker
 from engine.run.running import CommitOptions, RunOptions, running_of
+from engine.run.schedule import Job, schedule
 from engine.storage.places import Source, found_at
 from engine.storage.store import File, Store
 
 if TYPE_CHECKING:
-    from engine.language.model import Layout
-    from engine.planning.model import Work
-    from engine.planning.request import Request
     from engine.planning.saved_plan import SavedPlan
-    from engine.run.schedule import Job
 
 
 def part(path: str | Path, which: Part | str, out: str | Path | None = None, **options: Unpack[RunOptions]) -> int:
@@ -86,8 +86,6 @@ def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work
     from engine.checkpoint.identity import check_files
     from engine.planning.saved_plan import AGAIN, check_rules, unreadable
     from engine.planning.saved_work import saved_work
-    from engine.run.parts import share
-    from engine.run.schedule import schedule
 
     if "work" not in saved.data or saved.data["engine"] != __version__:
         compiled = loaded_plan(saved)

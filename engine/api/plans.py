@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import MappingFile
+from engine.language.model import Layout, MappingFile
+from engine.planning.model import Plan
 from engine.planning.reading import read_checkpoint
 from engine.planning.request import AnyOptions, Request, ReshardOptions, ReverseOptions, WholeOptions, request_of
+from engine.run.execute import Small
+from engine.run.schedule import scattered_outputs
 from engine.show.notebook import displayed
 from engine.storage.places import Source, found_at
 from engine.storage.regular import open_regular
@@ -20,9 +23,7 @@ from engine.storage.replacing import check_file_free, given_path, write_file
 from engine.storage.store import File
 
 if TYPE_CHECKING:
-    from engine.language.model import Layout
     from engine.planning.attempts import Checkpoint
-    from engine.planning.model import Plan
     from engine.planning.saved_plan import SavedPlan
 
 
@@ -85,7 +86,6 @@ def _direct(asked: Request) -> tuple[Request, tuple[str, ...]]:
     if asked.to is None:
         return asked, ()
     from engine.assets.bundle import as_json
-    from engine.run.execute import Small
     from engine.serve.virtual import VirtualFolder
 
     ends = (asked, replace(asked, mapping=asked.to, to=None))
@@ -226,7 +226,6 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
 
 def _work_data(compiled: Plan) -> dict[str, Any] | None:
     from engine.planning.saved_work import work_data
-    from engine.run.schedule import scattered_outputs
 
     return work_data(compiled, lambda: scattered_outputs(compiled))
 

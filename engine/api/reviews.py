@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from engine.api.plans import no_effect, plan
 from engine.errors import EngineError
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
+from engine.planning.model import Plan
+from engine.planning.request import PlanOptions
+from engine.run.meter import Meter, Progress
 from engine.show.notebook import displayed
+from engine.storage.places import found_at, on_this_machine, store_at
+from engine.storage.replacing import check_file_free, given_path, write_file
 
 if TYPE_CHECKING:
     from engine.comparing.comparison import Comparison
@@ -18,8 +23,6 @@ if TYPE_CHECKING:
     from engine.discover.fits import Fit
     from engine.discover.inspect import Inspection
     from engine.explaining.explanation import Explanation
-    from engine.planning.model import Plan
-    from engine.run.meter import Progress
 
 
 def describe_plan(compiled: Plan) -> dict[str, Any]:
@@ -35,9 +38,7 @@ def explain(
     src: str | Path = ".",
     *,
     backward: bool = False,
-    config: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
+    **options: Unpack[PlanOptions],
 ) -> Explanation:
     """Where the elements of a tensor come from, or with `backward` where they go; reads headers only.
 
@@ -57,7 +58,7 @@ def explain(
     from engine.explaining.tensors import explain_source
 
     check_type("what", what, str)
-    compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
+    compiled = plan(mapping, src, **options)
     return explain_source(compiled, what) if backward else forward(compiled, what)
 
 
@@ -145,9 +146,7 @@ def compare(
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.comparison import compare_sides, read_side
-    from engine.run.meter import Meter
     from engine.run.replicas import compare_replicas
-    from engine.storage.places import found_at
 
     def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
         def made() -> tuple[Plan, Mapping[str, bytes]]:
@@ -203,7 +202,6 @@ def verify(
     """
     from engine.assets.bundle import make_assets
     from engine.comparing.verify import check_asked, verify_output, written_dtype
-    from engine.storage.places import on_this_machine, store_at
 
     check_type("sample", sample, str | None)
     check_asked(src is not None, mapping is not None, logits, sample is not None)
@@ -223,10 +221,8 @@ def view(
     src: str | Path,
     out: str | Path,
     *,
-    config: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
     overwrite: bool = False,
+    **options: Unpack[PlanOptions],
 ) -> dict[str, Any]:
     """Write one HTML page that shows what `convert` would do, and say how large it is; reads headers only.
 
@@ -236,10 +232,9 @@ def view(
         EngineError: E401 when `out` exists, else as for `plan`.
     """
     from engine.show.page import is_page, view_page
-    from engine.storage.replacing import check_file_free, given_path, write_file
 
     file = given_path(out, "the page")
     check_file_free(file, overwrite, is_page)
-    page = view_page(plan(mapping, src, config=config, settings=settings, dtype=dtype)).encode()
+    page = view_page(plan(mapping, src, **options)).encode()
     write_file(file, page, overwrite=overwrite, ours=is_page)
     return {"out": str(file), "bytes": len(page)}

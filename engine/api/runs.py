@@ -12,6 +12,7 @@ from engine.api.outputs import default_out, small_files
 from engine.api.plans import loaded_plan, planned, read_saved, saved_as
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
+from engine.planning.model import Plan
 from engine.planning.request import JOBS, keywords, request_of
 from engine.run.execute import Report, execute
 from engine.run.running import (
@@ -27,8 +28,6 @@ from engine.storage.places import Source
 
 if TYPE_CHECKING:
     import torch
-
-    from engine.planning.model import Plan
 
 
 @displayed
@@ -174,7 +173,6 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     >>> tensors["model.norm.weight"].shape
     torch.Size([64])
     """
-    from engine.planning.model import Plan
     from engine.serve.tensors import Tensors
 
     check_type("compiled", compiled, Plan, "a plan, as `engine.plan` gives it")

@@ -15,13 +15,13 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.version import __version__
 from engine.planning.given import check_type
+from engine.planning.model import Plan
 from engine.planning.request import WholeOptions
 from engine.storage.places import Source, store_at
 from engine.storage.replacing import given_path
 from engine.storage.store import Store
 
 if TYPE_CHECKING:
-    from engine.planning.model import Plan
     from engine.serve.server import Line, Patience, Server
     from engine.serve.tensors import Tensors
     from engine.serve.virtual import VirtualFolder
@@ -41,7 +41,6 @@ def open(src: Source | Plan = ".", mapping: str | Path | MappingFile = "", **opt
     Raises:
         EngineError: as for `plan`. A tensor that is read: E402 when its replicas differ, E405 when a source changed.
     """
-    from engine.planning.model import Plan
     from engine.serve.tensors import Tensors
 
     return Tensors(src if isinstance(src, Plan) else plan(mapping, src, **options))
@@ -60,7 +59,6 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     Raises:
         EngineError: as for `convert`, of what can be told without reading tensors.
     """
-    from engine.planning.model import Plan
     from engine.serve.virtual import VirtualFolder
 
     check_type("compiled", compiled, Plan, "a plan, as `engine.plan` gives it")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import visible
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment
 
 UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -22,23 +22,31 @@ def model_card(facts: Mapping[str, Any]) -> bytes:
         facts: `mapping`, `mapping_version`, `layout`, `ranks`, `decisions` and so on, as
             `engine.assets.bundle.card_facts` collects them. A fact that is missing leaves its line out.
     """
-    return visible(_template().render(facts), "\n").encode()
+    card = environment(Path(__file__).parent / "templates", strict=False).get_template("model_card.md.j2")
+    return visible(card.render(facts), "\n").encode()
 
 
 @cache
-def _template() -> Template:
-    from jinja2 import FileSystemLoader
+def environment(folder: Path, *, escape: bool = False, strict: bool = True) -> Environment:
+    """The templates of a folder, in a sandbox.
+
+    Args:
+        escape: for HTML; in Markdown `cell` and `code` escape what would break out of a table or span.
+        strict: whether a name that is not given is an error.
+    """
+    from jinja2 import FileSystemLoader, StrictUndefined, Undefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    made = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(folder),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown; `cell` and `code` escape what would break out of a table or span
+        autoescape=escape,
+        undefined=StrictUndefined if strict else Undefined,
     )
-    environment.filters.update(cell=cell, code=code, size=size, count=lambda number: f"{number:,}")
-    return environment.get_template("model_card.md.j2")
+    made.filters.update(cell=cell, code=code, size=size, count=lambda number: f"{number:,}")
+    return made
 
 
 def cell(value: object) -> str:
@@ -59,6 +67,8 @@ def code(value: object) -> str:
     >>> code("w2_is_down"), code("a`b|c")
     ('`w2_is_down`', '`` a`b\\\\|c ``')
     """
+    if value is None:
+        return ""
     text = " ".join(str(value).split()).replace("|", "\\|")
     fence = "`"
     while fence in text:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import engine
+from engine.commands import progress
 from engine.commands.completion import folders
+from engine.commands.logs import logged
 from engine.commands.options import (
     CUT,
     QUIET,
@@ -23,6 +26,7 @@ from engine.commands.options import (
 )
 from engine.commands.say import answer
 from engine.planning.request import JOBS
+from engine.show.render import render
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
@@ -42,16 +46,11 @@ def write(
     Args:
         then: what to do next with an output, by its path.
     """
-    from engine import api
-    from engine.commands import progress
-    from engine.commands.logs import logged
-    from engine.show import render
-
     functions: dict[str, Callable[..., Report]] = {
-        "run": api.convert,
-        "run --plan": api.run_plan,
-        "reverse": api.reverse,
-        "reshard": api.reshard,
+        "run": engine.api.convert,
+        "run --plan": engine.api.run_plan,
+        "reverse": engine.api.reverse,
+        "reshard": engine.api.reshard,
     }
     try:
         with (
@@ -62,9 +61,10 @@ def write(
             if log is not None:
                 log.event("finished", **report.as_dict())
     except KeyboardInterrupt:
-        raise click.Abort(f"interrupted: {render.kept(*api.kept(asked.get('out'), asked.get('src')))}") from None
+        left = engine.api.kept(asked.get("out"), asked.get("src"))
+        raise click.Abort(f"interrupted: {render('kept.txt', out=left[0], partial=left[1])}") from None
     next_one = then(shlex.quote(str(report.out)))
-    answer(as_json, report.as_dict(), lambda: f"{render.report(report)}\nnext: {next_one}", quiet=quiet)
+    answer(as_json, report.as_dict(), lambda: f"{render('report.txt', done=report)}\nnext: {next_one}", quiet=quiet)
 
 
 @click.command()
@@ -139,24 +139,21 @@ def plan(
       engine plan -m internlm2-7b -s ckpt/20000 -o plan.json && engine run --plan plan.json
       engine plan --for reverse -m internlm2-7b -s hf --tp 4 -o plan.json
     """
-    from engine import api
-    from engine.show import render
-
     options = of_job(ctx, job, options)
     if mapping is None and JOBS[job].reads != "training":
         raise click.UsageError("Missing option '--mapping': only a training checkpoint tells which fits", ctx)
     mapping = chosen(mapping, src, options["config"], quiet=as_json)
     if out is not None:
-        made = api.save_plan(out, mapping, src, job=job, overwrite=overwrite, **options)
+        made = engine.api.save_plan(out, mapping, src, job=job, overwrite=overwrite, **options)
     else:
         plans: dict[str, Callable[..., Plan]] = {
-            "run": api.plan,
-            "reverse": api.plan_reverse,
-            "reshard": api.plan_reshard,
+            "run": engine.api.plan,
+            "reverse": engine.api.plan_reverse,
+            "reshard": engine.api.plan_reshard,
         }
         made = plans[job](mapping, src, **options)
-    facts = api.describe_plan(made)
-    answer(as_json, facts, lambda: render.plan(facts, why=why))
+    facts = engine.api.describe_plan(made)
+    answer(as_json, facts, lambda: render("plan.txt", **facts, why=why))
 
 
 @click.command()
@@ -208,9 +205,7 @@ def clean(as_json: bool, /, out: str) -> None:
     Example:
       engine clean hf
     """
-    from engine import api
-
-    removed = [str(path) for path in api.clean(out)]
+    removed = [str(path) for path in engine.api.clean(out)]
     told = "\n".join(f"removed {path}" for path in removed) or "nothing to remove"
     answer(as_json, {"removed": removed}, lambda: told)
 
@@ -238,11 +233,8 @@ def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet:
       engine part 3/8 --plan plan.json -o hf
       sbatch --array=1-8 --wrap "engine part --plan plan.json -o hf"
     """
-    from engine import api
-    from engine.commands import progress
-
     with progress.progress(show=not (quiet or as_json), also=None) as listener:
-        nbytes = api.part(path, which or "", out, progress=listener, **options)
+        nbytes = engine.api.part(path, which or "", out, progress=listener, **options)
     told = f"wrote {nbytes:,} bytes" if nbytes else "this part was done already"
     text = f"{told}\nnext: engine commit, when all parts are done"
     answer(as_json, {"bytes": nbytes}, lambda: text, quiet=quiet)
@@ -263,9 +255,6 @@ def commit(as_json: bool, /, path: str, out: str | None, quiet: bool, **options:
     Example:
       engine commit --plan plan.json -o hf
     """
-    from engine import api
-    from engine.show import render
-
-    report = api.commit(path, out, **options)
+    report = engine.api.commit(path, out, **options)
     verify = f"engine verify {shlex.quote(str(report.out))}"
-    answer(as_json, report.as_dict(), lambda: f"{render.report(report)}\nnext: {verify}", quiet=quiet)
+    answer(as_json, report.as_dict(), lambda: f"{render('report.txt', done=report)}\nnext: {verify}", quiet=quiet)

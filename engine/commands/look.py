@@ -8,10 +8,16 @@ from typing import Any
 
 import click
 
+import engine
+from engine.commands import progress
 from engine.commands.completion import SHELLS, codes, folders, script
 from engine.commands.options import EXPLAINED, QUIET, VERIFYING, asks, chosen, given, reports_errors
 from engine.commands.say import answer, say
-from engine.explaining.codes import page
+from engine.explaining.codes import is_code, page
+from engine.show.render import inspection, render
+from engine.show.text import amount
+from engine.storage.json_text import as_data
+from engine.storage.replacing import check_file_free, given_path
 
 
 @click.command()
@@ -28,10 +34,7 @@ def inspect(as_json: bool, /, folder: str, every: bool, config: str | None) -> N
     Example:
       engine inspect ckpt/20000
     """
-    from engine import api
-    from engine.show.render_inspect import inspection
-
-    found = api.inspect(folder, config, every=every)
+    found = engine.api.inspect(folder, config, every=every)
     answer(as_json, found.as_dict(), lambda: inspection(found, config, every=every))
 
 
@@ -42,14 +45,10 @@ def mappings(as_json: bool, /) -> None:
 
     A mapping is given by its name alone, or by the path of a file. `ENGINE_MAPPINGS` adds folders to search.
     """
-    from engine import api
-    from engine.show import render_inspect
-    from engine.storage.json_text import as_data
-
-    found = api.mappings()
+    found = engine.api.mappings()
     told = ("name", "version", "layout", "description", "expect", "files")
     data = {"mappings": [{name: as_data(getattr(one, name)) for name in told} for one in found]}
-    answer(as_json, data, lambda: render_inspect.mappings(found))
+    answer(as_json, data, lambda: render("mappings.txt", found=found))
 
 
 @click.command()
@@ -76,20 +75,17 @@ def explain(
       engine explain -m internlm2-7b -s DIR --from 'model_tp1_pp0.pt:layers.3.attention.wqkv.weight[0:4]'
       engine explain E203
     """
-    from engine import api
-    from engine.show import render_explain
-
     if (what is None) == (source is None):
         raise click.UsageError("Give a tensor or a code to explain, or a source tensor with --from; one of them.")
-    if what is not None and render_explain.is_code(what):
+    if what is not None and is_code(what):
         if said := next((flag for name, flag in given(ctx).items() if name in EXPLAINED), None):
             raise click.UsageError(f"{said} has no effect on what a code means")
-        text, where = api.explain_code(what), page(f"codes/{what.strip().upper()}")
+        text, where = engine.api.explain_code(what), page(f"codes/{what.strip().upper()}")
         answer(as_json, {"code": what, "text": text, "page": where}, lambda: f"{text}\nDocumentation: {where}")
         return
     mapping = chosen(mapping, src, options["config"], quiet=as_json)
-    told = api.explain(what or source or "", mapping, src, backward=source is not None, **options).as_dict()
-    answer(as_json, told, lambda: render_explain.explanation(told))
+    told = engine.api.explain(what or source or "", mapping, src, backward=source is not None, **options).as_dict()
+    answer(as_json, told, lambda: render("explanation.txt", **told))
 
 
 @click.command()
@@ -105,15 +101,12 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
     Example:
       engine view -m internlm2-7b -s ckpt/20000 -o view.html
     """
-    from engine import api
     from engine.show.screenshot import is_picture, screenshot
-    from engine.show.text import amount
-    from engine.storage.replacing import check_file_free, given_path
 
     mapping = chosen(mapping, src, options["config"], quiet=as_json)
     if png is not None:
         check_file_free(given_path(png, "the picture"), options["overwrite"], is_picture)
-    done = api.view(mapping, src, out, **options)
+    done = engine.api.view(mapping, src, out, **options)
     if png is not None:
         screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0, overwrite=options["overwrite"])
         done["png"] = png
@@ -138,13 +131,9 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
       engine verify hf
       engine verify hf -m internlm2-7b -s ckpt/20000 --logits
     """
-    from engine import api
-    from engine.commands import progress
-    from engine.show import render
-
     with progress.progress(show=not (quiet or as_json), doing="verifying") as listener:
-        found = api.verify(out, progress=listener, **options)
-    answer(as_json, found.as_dict(), lambda: render.verified(found), quiet=quiet and not found.problems)
+        found = engine.api.verify(out, progress=listener, **options)
+    answer(as_json, found.as_dict(), lambda: render("verified.txt", found=found), quiet=quiet and not found.problems)
     if found.problems:
         ctx.exit(1)
 
@@ -171,13 +160,9 @@ def compare(
       engine compare hf reference
       engine compare hf ckpt/20000 -m internlm2-7b
     """
-    from engine import api
-    from engine.commands import progress
-    from engine.show import render
-
     with progress.progress(show=not (quiet or as_json), doing="comparing") as listener:
-        done = api.compare(out, ref, progress=listener, **options)
-    answer(as_json, done.as_dict(), lambda: render.comparison(done.as_dict()), quiet=quiet)
+        done = engine.api.compare(out, ref, progress=listener, **options)
+    answer(as_json, done.as_dict(), lambda: render("comparison.txt", **done.as_dict()), quiet=quiet)
     if not done.same(allow_cast=allow_cast):
         ctx.exit(1)
 
@@ -186,11 +171,9 @@ def compare(
 @reports_errors
 def env(as_json: bool, /) -> None:
     """Print what a bug report needs: versions and system."""
-    from engine import api
-    from engine.show import render
 
-    facts = api.environment()
-    answer(as_json, facts, lambda: render.environment(facts))
+    facts = engine.api.environment()
+    answer(as_json, facts, lambda: render("environment.txt", facts=facts))
 
 
 @click.command()

@@ -13,13 +13,17 @@ from typing import Any, Concatenate, ParamSpec
 import click
 from click.core import ParameterSource
 
+import engine
 from engine.commands.completion import BY_METAVAR, folders
+from engine.commands.progress import live
 from engine.commands.say import answer, say
 from engine.commands.stores import check_reaching
 from engine.commands.values import DTYPE, SETTING, SIZE, WORKERS, Count, settings_of
 from engine.errors import RESUMABLE, EngineError, Place
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
+from engine.show.render import error as in_red
+from engine.show.render import render
 
 P = ParamSpec("P")
 
@@ -71,7 +75,6 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
         if no_color or os.environ.get("NO_COLOR"):
             ctx.color = False
         check_text(ctx)
-        from engine.commands.progress import live
 
         waiting = nullcontext() if as_json or kwargs.get("quiet") or not sys.stderr.isatty() else live("working")
         try:
@@ -80,19 +83,16 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
                 command(as_json, *args, **kwargs)
         except (EngineError, OSError, ModuleNotFoundError) as raised:
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
-            from engine.show import render
 
             errors = error.errors
             if as_json:
                 answer(True, {"errors": [one.as_dict() for one in errors]}, str)
             else:
-                say("\n\n".join(render.error(one) for one in errors), err=True)
+                say("\n\n".join(in_red(one) for one in errors), err=True)
                 if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
-                    from engine import api
-
                     given: dict[str, Any] = dict(kwargs)
-                    left = api.kept(given.get("out"), given.get("src"))
-                    say(f"once that is fixed: {render.kept(*left)}", err=True)
+                    left = engine.api.kept(given.get("out"), given.get("src"))
+                    say(f"once that is fixed: {render('kept.txt', out=left[0], partial=left[1])}", err=True)
             ctx.exit(2 if all(one.code == "E001" for one in errors) else 1)
 
     return wrapped
@@ -109,7 +109,6 @@ def asks(*names: str, required: Sequence[str] = (), **helps: str) -> Callable[[C
         required: those that must be given.
         helps: other words for what a field is to this command; it has no default there.
     """
-
     return group(*(_option(_DECLARED[name], name in required, helps.get(name)) for name in names))
 
 
@@ -179,9 +178,8 @@ def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: b
     """The mapping that was given, else the only one that fits, which is told; E003 where none or several fit."""
     if mapping is not None:
         return mapping
-    from engine import api
 
-    fit = api.find_mapping(src, config)
+    fit = engine.api.find_mapping(src, config)
     if not quiet:
         say(f"using mapping {fit.name}, the only one that fits: {fit.description}", err=True)
     return fit.name

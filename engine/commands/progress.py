@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from engine.commands.say import LIVE, clear_progress, say
+from engine.show.text import amount, duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -39,7 +40,6 @@ class InWords:
         self._phase, self._since, self._from = "", clock(), 0
 
     def __call__(self, state: Progress) -> str:
-        from engine.show.text import amount, duration
 
         if state.phase != self._phase:
             self._phase, self._since, self._from = state.phase, self._clock(), state.done

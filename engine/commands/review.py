@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import click
 
+import engine
 from engine.commands.completion import mapping_names, paths
 from engine.commands.options import asks, reports_errors
 from engine.commands.progress import progress
 from engine.commands.say import answer, say
 from engine.errors import EngineError, Place
+from engine.language.documents import plain
+from engine.language.search import find_file, kind_of, spelled
+from engine.show.findings import beside_lines, unified
+from engine.show.render import proofs as shown
+from engine.show.render import render
+from engine.show.render import resolved as as_resolved
+from engine.show.text import read_text
+from engine.storage.replacing import write_file
 
 _PATHS = "engine.diff.paths"
 
@@ -29,16 +38,19 @@ def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str
     Example:
       engine new -s ckpt/20000 -o mappings/my-7b.yaml
     """
-    from engine import api
-    from engine.show.render_review import draft
-
-    found = api.new_mapping(src, name=name, like=like, out=out, overwrite=overwrite)
+    found = engine.api.new_mapping(src, name=name, like=like, out=out, overwrite=overwrite)
     if as_json:
         answer(True, {"file": out, **found.as_dict()}, str)
         return
     if out is None:
         say(found.text, nl=False, raw=True)
-    say(draft(found, out, src), err=out is None)
+    kinds = {
+        "release": "a release of {parent}, which fits",
+        "renamed": "{parent} with other sources",
+        "own": "rules of its own, as no family is near",
+    }
+    parent = spelled(found.parent or "")
+    say(render("draft.txt", found=found, kinds=kinds, parent=parent, out=out, src=src), err=out is None)
 
 
 @click.command()
@@ -57,16 +69,13 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
       engine lint mappings/my-7b.yaml
       engine lint mappings --format github
     """
-    from engine import api
-    from engine.show import render_review
-
-    findings = api.lint(files)
+    findings = engine.api.lint(files)
     if as_json or form == "json":
         answer(True, {"findings": [finding.as_dict() for finding in findings]}, str)
     elif form == "github":
-        say(render_review.github(findings), raw=True, nl=bool(findings))
+        say(beside_lines(findings), raw=True, nl=bool(findings))
     else:
-        say(render_review.findings(findings))
+        say(render("findings.txt", found=findings))
     if any(finding.severity == "error" for finding in findings):
         ctx.exit(1)
 
@@ -93,15 +102,12 @@ def prove(
       engine prove mappings/my-7b.yaml
       engine prove --all
     """
-    from engine import api
-    from engine.show.render_review import proofs as shown
-
     if bool(mappings) == every:
         raise click.UsageError("Give mappings to prove, or --all.")
     if write_meaning:
-        api.write_meanings(mappings)
+        engine.api.write_meanings(mappings)
     with progress(show=not as_json, doing="proving") as listener:
-        proofs = api.prove(mappings, mutants=mutants, progress=listener)
+        proofs = engine.api.prove(mappings, mutants=mutants, progress=listener)
     holds = all(proof.holds for proof in proofs)
     data = {"holds": holds, "proofs": [proof.as_dict() for proof in proofs]}
     answer(as_json, data, lambda: shown(proofs))
@@ -141,17 +147,16 @@ def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: 
       engine diff main -- mappings/my-7b.yaml
       engine diff v1 v2
     """
-    from engine import api
     from engine.proving.mapping_diff import is_mapping
-    from engine.show.render_diff import rendered
+    from engine.show.changes import rendered
 
     paths: tuple[str, ...] = ctx.meta.get(_PATHS, ())
     if new is not None and not paths and _PATHS not in ctx.meta and is_mapping(old):
-        found = api.diff(old, new)
+        found = engine.api.diff(old, new)
     elif new is not None and not paths and is_mapping(new):
-        found = api.diff(old, None, [new])  # `engine diff main x.yaml`
+        found = engine.api.diff(old, None, [new])  # `engine diff main x.yaml`
     else:
-        found = api.diff(old, new, paths, revisions=True)
+        found = engine.api.diff(old, new, paths, revisions=True)
     form = "json" if as_json else form
     say(rendered(found, form), raw=form != "text")
     if exit_code and found:
@@ -169,16 +174,10 @@ def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
     Example:
       engine show --resolved internlm2-chat-7b
     """
-    from engine import api
-    from engine.language.documents import plain
-    from engine.language.search import find_file
-    from engine.show import render
-    from engine.show.text import read_text
-
     if as_json:
-        answer(True, plain(api.load_mapping(mapping).resolved), str)
+        answer(True, plain(engine.api.load_mapping(mapping).resolved), str)
     elif resolved:
-        say(render.resolved(api.load_mapping(mapping)), nl=False, raw=True)
+        say(as_resolved(engine.api.load_mapping(mapping)), nl=False, raw=True)
     else:
         say(read_text(find_file(mapping)), nl=False, raw=True)
 
@@ -196,17 +195,11 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
     Example:
       engine format --diff mappings
     """
-    from engine import api
-    from engine.language.search import kind_of
-    from engine.show import render_review
-    from engine.show.text import read_text
-    from engine.storage.replacing import write_file
-
     changed: dict[str, tuple[str, str]] = {}
-    paths = api.mapping_files(files)
+    paths = engine.api.mapping_files(files)
     for file in paths:
         before = read_text(file)
-        after = api.format_mapping(before, str(file))
+        after = engine.api.format_mapping(before, str(file))
         if not kind_of(file):
             raise EngineError(
                 "E102", "this is neither a mapping nor a layout", place=Place(str(file)),
@@ -219,7 +212,7 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
     if as_json:
         answer(True, {"changed": list(changed), "checked": len(paths)}, str)
     elif differences:
-        say("".join(render_review.unified(name, *texts) for name, texts in changed.items()), nl=False, raw=True)
+        say("".join(unified(name, *texts) for name, texts in changed.items()), nl=False, raw=True)
     else:
         for name in changed:
             say(f"{'would format' if check else 'formatted'} {name}")

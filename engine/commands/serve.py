@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import engine
 from engine.commands.logs import logged
 from engine.commands.options import QUIET, SAVED, asks, reports_errors
 from engine.commands.say import say
 from engine.errors import EngineError, Place
+from engine.storage.places import last_name
 
 if TYPE_CHECKING:
     from engine.serve.server import Line
@@ -56,8 +58,6 @@ def serve(
       engine serve -m internlm2-7b -s ckpt --as internlm/mine
       HF_ENDPOINT=http://127.0.0.1:8000 hf download internlm/mine
     """
-    from engine import api
-
     models = _models(mappings, sources, names)
     asked = {"mapping": mappings, "src": sources, "as": [one.name for one in models], "host": host, "port": port}
     with logged(log_file, "serve", asked) as log:
@@ -69,7 +69,7 @@ def serve(
                 told = f"{one.client} {one.method} {one.path} {one.status} {one.bytes} {one.seconds:.3f}s"
                 say(told + (f" {' '.join(one.problem.split())}" if one.problem else ""), err=True)
 
-        server = api.serve(
+        server = engine.api.serve(
             models, host=host, port=port, token=_token(token_file), log=line,
             told=lambda text: None if quiet else say(text, err=True), **options,
         )  # fmt: skip
@@ -88,7 +88,6 @@ def serve(
 
 def _models(mappings: tuple[str, ...], sources: tuple[str, ...], names: tuple[str, ...]) -> list[Any]:
     from engine.api import Model
-    from engine.storage.places import last_name
 
     if len(mappings) not in (1, len(sources)) or (names and len(names) != len(sources)):
         raise click.UsageError("Give --mapping once or once for each --src, and --as once for each --src.")
@@ -133,12 +132,11 @@ def mount(
       engine mount -m internlm2-7b -s ckpt/20000 model &
       vllm serve ./model
     """
-    from engine import api
 
     def ready() -> None:
         say(f"mounted at {at}; Ctrl-C ends it", err=True)
 
-    compiled = api.plan(mapping, src, **options)
-    with api.virtual(compiled, tokenizer=tokenizer, code=code) as folder:
-        api.mount(folder, at, log=lambda text: say(text, err=True), ready=ready)
+    compiled = engine.api.plan(mapping, src, **options)
+    with engine.api.virtual(compiled, tokenizer=tokenizer, code=code) as folder:
+        engine.api.mount(folder, at, log=lambda text: say(text, err=True), ready=ready)
     say("unmounted", err=True)

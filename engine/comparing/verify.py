@@ -12,6 +12,7 @@ from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES, TensorHeader
 from engine.move.values import all_finite
+from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id, listed, only_zeros
 from engine.run.manifest import NAME, read_manifest
 from engine.run.written import check_index, extra_files, read_contents
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from engine.comparing.source import AgainstSource
     from engine.oracle.load_model import Loaded
     from engine.oracle.logits import Logits
-    from engine.planning.model import Plan
     from engine.run.meter import Progress
 
 

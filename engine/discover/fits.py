@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,10 +39,11 @@ class Fit:
     differing: Mapping[str, tuple[int | None, int]] = field(default_factory=dict)
     traits: Mapping[str, str] = field(default_factory=dict)
     family: bool = False  # of any size
+    answers: tuple[str, ...] = ()  # what to set before it runs; `config` is a file to give
 
     def as_dict(self) -> dict[str, Any]:
         """The same, JSON-ready."""
-        return {name: value for name, value in as_data(self).items() if name != "family"}
+        return {name: value for name, value in as_data(self).items() if name not in ("family", "answers")}
 
 
 def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[MappingFile]) -> tuple[list[Fit], Plan | None]:
@@ -77,11 +77,10 @@ def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tu
         mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
         return make_plan(mapping, layout, checkpoint), None
     except EngineError as error:
-        either = re.search(r"--set (\w+)=(\w+) or ", error.fix or "") if error.code == "E202" else None
+        either = {name: choices[0] for name, choices in error.answers.items() if choices}
         try:
-            value = int(either[2]) if either and either[2].isdecimal() else either and either[2]
-            asked = Request(mapping, settings={either[1]: value}) if either else None
-            return make_plan(mapping, layout, checkpoint, asked) if asked else None, error
+            asked = Request(mapping, settings=either)
+            return make_plan(mapping, layout, checkpoint, asked) if either else None, error
         except EngineError:
             return None, error
 
@@ -94,9 +93,8 @@ def _fit(mapping: MappingFile, plan: Plan | None, error: EngineError | None) -> 
         return Fit(mapping.name, mapping.description, not differing, None, why, differing, traits(mapping))
     asks = error.code == "E202"  # the mapping is the right one, once a person has decided
     why = f"{error.message}; {error.fix}" if asks else error.message
-    return Fit(
-        mapping.name, mapping.description, asks, error.code, why, traits=traits(mapping), family=not mapping.expect
-    )
+    more: dict[str, Any] = {"traits": traits(mapping), "family": not mapping.expect, "answers": tuple(error.answers)}
+    return Fit(mapping.name, mapping.description, asks, error.code, why, **more)
 
 
 def traits(mapping: MappingFile) -> dict[str, str]:

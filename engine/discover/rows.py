@@ -12,8 +12,7 @@ from engine.discover.geometry import Units
 from engine.discover.levels import Kind, Relation
 from engine.discover.orders import divisors, read_order, runs_of
 from engine.discover.prints import Prints64
-from engine.errors import counted
-from engine.explaining.words import span
+from engine.errors import counted, span
 from engine.move.tensors import Tensors, common_types, deviation, unlike
 from engine.move.views import View, tiles
 from engine.planning.boxes import Interval

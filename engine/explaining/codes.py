@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 
 from engine.errors import EngineError
@@ -17,6 +18,14 @@ def page(name: str) -> str:
     'docs/codes/E203.md'
     """
     return f"{DOCUMENTATION.rstrip('/')}/{name}.html" if DOCUMENTATION else f"docs/{name}.md"
+
+
+def is_code(text: str) -> bool:
+    """
+    >>> is_code("E203"), is_code("L001"), is_code("E203.weight")
+    (True, True, False)
+    """
+    return re.fullmatch(r"[EL]\d{3}", text) is not None
 
 
 def list_codes() -> dict[str, str]:

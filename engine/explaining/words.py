@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from engine.errors import span
 from engine.explaining.describe import fold
 from engine.explaining.links import Lattice, Link, Spot, index_text, words
 from engine.language.axes import Axis, leaves
@@ -34,11 +35,6 @@ def named(dim: int, dims: int, positions: str) -> str:
     """
     name = dim_name(dim, dims)
     return f"{name.removesuffix('s') if positions.isdecimal() else name} {positions}"
-
-
-def span(interval: Interval) -> str:
-    low, high = interval
-    return str(low) if high == low + 1 else f"{low}…{high - 1}"
 
 
 def slice_text(window: Sequence[Interval], shape: Sequence[int]) -> str:

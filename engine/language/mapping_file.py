@@ -192,7 +192,7 @@ def read_variant(name: str, variant: Document) -> Variant:
     if default is not None and default not in choices:
         at = variant.value_place("default")
         raise undeclared(f"variant `{name}` has no choice `{default}`", default, choices, at)
-    return Variant(name, body.get("help", ""), choices, decide, default, variant.place())
+    return Variant(name, body.get("help", ""), choices, decide, default, variant.place(), body.get("answers", {}))
 
 
 def read_option(name: str, option: Document) -> Option:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,7 +65,11 @@ class Exclusion:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A named fact with finitely many choices; an expression of None means `otherwise`."""
+    """A named fact with finitely many choices; an expression of None means `otherwise`.
+
+    `answers` are what to set, with values that may be meant, where the checkpoint does not decide it; `config` is a
+    file to give.
+    """
 
     name: str
     help: str
@@ -73,6 +77,7 @@ class Variant:
     decide: Literal["expression", "shapes"]
     default: str | None
     place: Place
+    answers: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

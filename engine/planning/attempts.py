@@ -136,6 +136,7 @@ def _ambiguous(variants: Sequence[Variant], fitting: Sequence[Attempt], mapping:
         fix=f"{variant.help}. Say which: "
         + " or ".join(f"--set {variant.name}={c}" for c in variant.choices)
         + ". A wrong choice gives a model that loads and talks nonsense, so it is not guessed.",
+        answers={variant.name: tuple(variant.choices)},
     )
 
 

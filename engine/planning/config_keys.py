@@ -131,10 +131,32 @@ def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) ->
             continue
         if not key.limits.fits(value):
             raise _misfit(path, value, str(key.limits), side, key)
+        if isinstance(value, Mapping) and value:
+            _check_whole(path, value, key, side, result, spelt)
         for below, item in _below_or_itself(value):
             _put(result, f"{key.same_as}{below}", item, f"{path}{below}", key, side)
             spelt.setdefault(f"{key.same_as}{below}", spelt.get(f"{path}{below}", f"{path}{below}"))
     return result
+
+
+def _check_whole(
+    path: str, value: Mapping[str, Any], key: Key, side: Side, config: Mapping[str, Any], spelt: Mapping[str, str]
+) -> None:
+    """E218 for what stands only under another spelling than `path`: programs read `path` in its place, and no more."""
+    there = {_spelt_first(f"{key.same_as}.{name}", side) for name, item in leaves(value) if item is not None}
+    other = value_at(config, key.same_as or "")
+    for name, item in leaves(other if isinstance(other, Mapping) else {}):
+        first = _spelt_first(f"{key.same_as}.{name}", side)
+        known = side.keys.get(first)
+        if item is None or first in there or first in spelt or (known is not None and known.default == item):
+            continue
+        expected = f"the same in `{path}`, which programs read in place of `{key.same_as}`"
+        raise _misfit(f"{key.same_as}.{name}", item, expected, side, key)
+
+
+def _spelt_first(path: str, side: Side) -> str:
+    key = side.keys.get(path)
+    return key.same_as if key is not None and key.same_as is not None else path
 
 
 def _below_or_itself(value: Any) -> list[tuple[str, Any]]:

@@ -8,9 +8,10 @@ from functools import cache
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.documents import grouped
 from engine.language.expressions import OMIT, evaluate, names_in, render_tree
 from engine.language.model import Expression, Layout, MappingFile, Variant
-from engine.language.names import pattern
+from engine.language.names import form, pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
 from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side, whole_side
@@ -56,6 +57,7 @@ def facts_of(
                     "the training configuration is missing, so sizes and what no tensor tells are not known",
                     expected=f"{layout.config_file} beside the weights, or --config",
                     fix="Give the config.json of the model with --config FILE.",
+                    answers={"config": ()},
                 )
             target = read_config(checkpoint.target_config, target_side(mapping)).config
             config = render_known(mapping.training_config, {**target, "options": options})
@@ -95,9 +97,9 @@ def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]
     A placeholder that the target stacks stands as 0.
     """
     found: set[str] = set()
-    targets = [(one, name) for one in rules for name, _ in one.targets]
+    targets = grouped((form(name.sample()), (one, name)) for one in rules for name, _ in one.targets)
     for name in names:
-        for one, target in targets:
+        for one, target in targets.get(form(name), ()):
             values = target.match(name)
             if values is not None:
                 blank = dict.fromkeys(one.axis_names(), 0)

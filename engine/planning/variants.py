@@ -213,6 +213,7 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
         expected="one of " + ", ".join(variant.choices),
         fix=f"{variant.help[:1].upper()}{variant.help[1:]}. None of its choices describes this checkpoint: what they "
         "read is missing, or the mapping is not the one for it, and `engine inspect` tells which fit.",
+        answers=variant.answers,
     )
 
 

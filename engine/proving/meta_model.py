@@ -58,6 +58,7 @@ def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
             "the model's configuration is missing, so its tensors are not known",
             expected="config.json beside the weights, or --config",
             fix="Give the config.json of the model with --config FILE.",
+            answers={"config": ()},
         )
     beyond = beyond_building(config)
     if beyond is not None:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+from engine.run.meter import Meter, Progress
 from engine.run.running import Running
 from engine.storage.json_text import as_data
-from engine.storage.places import on_this_machine
+from engine.storage.objects import MARK, ObjectStore
+from engine.storage.places import on_this_machine, store_at
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
-    from engine.run.meter import Progress
     from engine.storage.output import OutputFolder
     from engine.storage.uploads import Uploads
 
@@ -138,9 +139,7 @@ def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: b
     """
     from engine.run.manifest import NAME
     from engine.run.written import Ours
-    from engine.storage.objects import MARK, ObjectStore
     from engine.storage.output import OutputFolder
-    from engine.storage.places import store_at
     from engine.storage.uploads import Uploads
 
     store = store_at(out, "the output")
@@ -172,7 +171,6 @@ def check_names(compiled: Plan, small: Iterable[str]) -> None:
 def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) -> list[str]:
     """Read the source files once and compare them with the checksums they hold; E301 when they differ."""
     from engine.formats.checksums import check_files
-    from engine.run.meter import Meter
 
     meter = Meter(sum(file.size for file in compiled.files), progress, "checking the source")
     unchecked = check_files([header.file for header in compiled.files], meter.advance)

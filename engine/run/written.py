@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.errors import EngineError, Place, printable
-from engine.formats.headers import FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
-from engine.formats.safetensors import INDEX, METADATA, read_safetensors_metadata
+from engine.formats.safetensors import INDEX, METADATA, index_json, read_safetensors_metadata
 from engine.language.layout_file import load_layout
 from engine.planning.reading import read_checkpoint
 from engine.run.digests import digest_of
@@ -212,11 +213,11 @@ def check_index(folder: Store, tensors: Mapping[str, Any]) -> list[str]:
         return [f"{INDEX} is missing"] if several else []
     try:
         with folder.open(INDEX) as file:
-            data = parse_json(file.read())
-        listed = data["weight_map"] if isinstance(data, dict) else None
-    except (EngineError, KeyError, ValueError):
-        listed = None
-    return [] if several and listed == files else [f"{INDEX} was changed"]
+            found = parse_json(file.read())
+    except (EngineError, ValueError):
+        found = None
+    size = sum(ITEM_SIZES.get(entry["dtype"], 0) * math.prod(entry["shape"]) for entry in tensors.values())
+    return [] if several and found == parse_json(index_json(files, size)) else [f"{INDEX} was changed"]
 
 
 def _inside(name: str) -> bool:

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from engine.errors import span
 from engine.explaining.links import Lattice, Link, Spot, links, spots
-from engine.explaining.words import cut_sentence, index_texts, shard_words, span
+from engine.explaining.words import cut_sentence, index_texts, shard_words
 from engine.formats.headers import ITEM_SIZES
 from engine.planning.boxes import Interval
 from engine.planning.groups import Group, GroupKey
 from engine.planning.model import Plan
 from engine.planning.sides import Shard
 
+WIDE, HIGH = 250, 260  # pixels of the largest tensor as it is drawn
 MOST_TILES = 64  # source shards that are drawn
 MOST_RUNS = 64  # rectangles along one dimension of a box; more are drawn as their hull
 
@@ -74,6 +76,14 @@ class Picture:
     targets: tuple[Tile, ...]
     drawn: tuple[Drawn, ...]
     lookup: Mapping[str, Any]
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Pixels of a column and of a row, the same for all of its tensors."""
+        shapes = [flat_shape(tile.shape) for tile in (*self.sources, *self.targets)]
+        vectors = all(columns == 1 for _, columns in shapes)
+        rows, columns = (max(max(sizes), 1) for sizes in zip(*shapes, strict=True))
+        return (40.0, HIGH / 3 / rows) if vectors else (WIDE / columns, HIGH / rows)
 
 
 def pictures(plan: Plan) -> tuple[Picture, ...]:

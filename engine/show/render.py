@@ -1,23 +1,89 @@
-"""What the terminal shows: facts of the API as text. No decisions are made here."""
+"""Facts of the API as text, by the templates of this room. No decisions are made here."""
 
 from __future__ import annotations
 
-import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.errors import EngineError, counted, visible
-from engine.language.documents import plain
-from engine.show.render_inspect import grid
-from engine.show.text import amount, duration, note, shown, shows, table, times, title
+from engine.assets.model_card import environment
+from engine.errors import EngineError, counted, rounded, span
+from engine.language.documents import grouped, plain
+from engine.show.text import amount, duration, note, shown, table, times, title
 
 if TYPE_CHECKING:
-    from engine.comparing.verify import Verified
+    from jinja2 import Environment
+
+    from engine.discover.inspect import Inspection
     from engine.language.model import MappingFile
-    from engine.run.execute import Report
+    from engine.proving.proof import Mutant
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(name: str, **facts: Any) -> str:
+    """The text that a template makes of facts, of which each is shown as one visible line."""
+    return _templates().get_template(f"{name}.j2").render(shown(facts)).removesuffix("\n")
+
+
+@cache
+def _templates() -> Environment:
+    made = environment(TEMPLATES)
+    made.globals.update(row=_row)
+    made.filters.update(
+        amount=amount, counted=counted, duration=duration, grid=_grid, note=note, pairs=_pairs, quoted=shlex.quote,
+        rounded=rounded, sizes=sizes, span=span, stage=_stage, style=click.style, table=_table, times=times,
+        title=title,
+    )  # fmt: skip
+    return made
+
+
+def _row(*cells: object) -> str:
+    """A row of a table, for the filter below; a cell holds no tab, as facts are shown in visible characters."""
+    return "\t".join(map(str, cells))
+
+
+def _table(rows: str) -> str:
+    """Rows, of which the first is the header, as a table that fits the terminal."""
+    header, *cells = (line.split("\t") for line in rows.removesuffix("\n").split("\n"))
+    return "".join(f"{line}\n" for line in table(header, cells))
+
+
+def _pairs(facts: Mapping[str, Any], between: str) -> str:
+    return ", ".join(f"{name}{between}{value}" for name, value in facts.items())
+
+
+def _grid(facts: Mapping[str, Any]) -> str:
+    text = " × ".join(f"{name} {size}" for name, size in facts["ranks"].items()) or "one rank"
+    return f"{text}, {facts['chunks']} chunks" if facts["chunks"] > 1 else text
+
+
+def sizes(found: Mapping[str, int]) -> str:
+    """
+    >>> sizes({"layer": 32, "hidden": 4096, "groups": 8})
+    '32 layers, hidden 4096, 8 key/value heads'
+    """
+    several = {"layer": "layers", "heads": "heads", "groups": "key/value heads", "expert": "experts"}
+    told = {"vocab": "vocabulary"}
+    return ", ".join(f"{n} {several[axis]}" if axis in several else f"{told.get(axis, axis)} {n}"
+                     for axis, n in found.items())  # fmt: skip
+
+
+def _stage(one: Mapping[str, Any], chunked: bool) -> str:
+    """
+    >>> _stage({"pp": 1, "chunk": 0, "first": 2, "layers": 3}, False)
+    'pp1: layers 2…4'
+    """
+    told = [f"{dim}{rank}" for dim, rank in one.items() if dim not in ("chunk", "first", "layers")]
+    told += [f"chunk {one['chunk']}"] if chunked else []
+    layers = span((one["first"], one["first"] + one["layers"])) if one["layers"] else ""
+    held = f"layer{'s' if one['layers'] > 1 else ''} {layers}" if layers else "no layer"
+    return f"{' '.join(told) or 'one stage'}: {held}"
 
 
 def error(problem: EngineError) -> str:
@@ -25,129 +91,43 @@ def error(problem: EngineError) -> str:
     return click.style(problem.code, fg="red", bold=True) + str(problem).removeprefix(problem.code)
 
 
-@shows
-def report(done: Report) -> str:
-    """What a run did."""
-    rate = f", {amount(done.bytes / done.seconds)}/s" if done.seconds > 0 else ""
-    lines = [
-        f"{click.style('converted', fg='green')} {counted(done.tensors, 'tensor')}, {amount(done.bytes)} "
-        f"in {duration(done.seconds)}{rate}",
-        f"  to {done.out}",
-    ]
-    if done.kept:
-        lines.append(f"  {amount(done.kept)} of it kept from the interrupted run")
-    if done.variants:
-        lines.append("  as " + ", ".join(f"{name}={choice}" for name, choice in done.variants.items()))
-    lines += [note(notice) for notice in done.notices]
-    return "\n".join(lines)
+_CHOICE = {
+    "target": "the architecture to load it as; remote code needs `trust_remote_code`",
+    "chat": "a base model has no chat template; no file of the checkpoint tells",
+    "stops at": "the tokens that end an answer",
+    "length": "the longest sequence to serve",
+}
 
 
-def plan(facts: Mapping[str, Any], *, why: bool = False) -> str:
-    """The plan: source, decisions with their evidence, rules with layers folded, outputs.
+def inspection(found: Inspection, config: str | None = None, *, every: bool = False) -> str:
+    """What a folder is, and what to do next.
 
     Args:
-        why: also the expressions that decided.
+        config: the file of the target's configuration, where one was given.
+        every: also why each mapping does not fit.
     """
-    facts = shown(facts)
-    mapping, layout, source = facts["mapping"], facts["layout"], facts["source"]
-    lines = [
-        f"{title(mapping['name'])} {mapping['version']}, layout {layout['name']} ({layout['mode']})",
-        f"  {source['folder']}: {grid(source['ranks'], source['chunks'])}, "
-        f"{counted(source['tensors'], 'tensor')} in {counted(source['files'], 'file')}, {amount(source['bytes'])}",
-        "  " + ", ".join(f"{axis} {size}" for axis, size in facts["sizes"].items()),
-    ]
-    if facts["variants"]:
-        lines += ["", title("decisions")]
-        lines += table(
-            ("variant", "choice", "by", "because"),
-            [(name, d["choice"], d["how"], d["evidence"] or "") for name, d in facts["variants"].items()],
-        )
-        if why:
-            lines += [f"    {name}: {d['expression']}" for name, d in facts["variants"].items() if d["expression"]]
-    if facts.get("options"):
-        lines += ["", title("options"), *(f"  {n} = {_scalar(v)}" for n, v in facts["options"].items())]
-    lines += ["", title("rules")]
-    lines += table(
-        ("target", "shape", "dtype", "tensors", "shards", "from", "rule"),
-        [
-            (
-                row["target"],
-                times(row["shape"]),
-                row["dtype"],
-                row["count"],
-                row["sources"],
-                row["source"],
-                _rule_label(row),
-            )
-            for row in facts["rules"]
-        ],
-    )
-    replicas = facts.get("replicas", {})
-    if replicas.get("sets"):
-        told = f"{counted(replicas['tensors'], 'replica')} in {counted(replicas['sets'], 'set')}"
-        lines.append(f"  {told} will be compared")
-    for name, why in facts.get("ignored", {}).items():
-        lines.append(f"  ignored {name}: {why}")
-    lines += ["", title("outputs")]
-    lines += table(
-        ("file", "tensors", "size"),
-        [(o["file"], str(o["tensors"]), amount(o["bytes"])) for o in facts["outputs"]],
-    )
-    lines.append(
-        f"  {counted(facts['tensors'], 'tensor')}, {amount(facts['bytes'])}; "
-        f"peak memory about {facts['predicted_memory'] / 2**20:.0f} MiB"
-    )
-    lines += [note(notice) for notice in facts.get("notices", ())]
-    return "\n".join(lines)
+    others = [fit for fit in found.fits if not fit.fits]
+    sized = [fit for fit in others if fit.differing]
+    axes = list(dict.fromkeys(axis for fit in sized for axis in fit.differing))
+    here = {axis: got for fit in sized for axis, (got, _) in fit.differing.items()}
+    alike = grouped((tuple(fit.differing.get(axis, ("", "same"))[1] for axis in axes), fit.name) for fit in sized)
+    rows = [("(this checkpoint)", *here.values()), *((", ".join(names), *row) for row, names in alike.items())]
+    reasons = grouped((fit.why, fit.name) for fit in others if not fit.differing)
+    given = "" if config is None else f" --config {shlex.quote(shown(config))}"
+    return render(f"{found.kind}.txt", found=found, given=given, every=every, others=others, axes=axes, sized=rows,
+                  reasons=reasons, choice=_CHOICE)  # fmt: skip
 
 
-@shows
-def comparison(facts: Mapping[str, Any]) -> str:
-    """Two checkpoints compared: verdicts with layers folded, what they mean, and a count."""
-    colours = {"equal": "green", "cast": "green", "padded": "yellow"}
-    rows = [
-        (row["name"], str(row["tensors"]), row["verdict"], row["out"], row["ref"], _deviation(row))
-        for row in facts["rows"]
-    ]
-    lines = [f"{title(facts['out'])} against {title(facts['ref'])}"]
-    lines += table(("tensor", "tensors", "verdict", "here", "reference", "how"), rows)
-    if facts["diagnoses"]:
-        lines += ["", *(f"{click.style('means', fg='yellow')} {text}" for text in facts["diagnoses"])]
-    if facts["differences"]:
-        lines += ["", *(_difference(one) for one in facts["differences"])]
-    if facts["unchecked"]:
-        lines += ["", *map(note, facts["unchecked"])]
-    counts = [click.style(f"{n:,} {kind}", fg=colours.get(kind, "red")) for kind, n in facts["counts"].items()]
-    return "\n".join([*lines, "", ", ".join(counts) or "no tensors"])
+def proofs(found: Sequence[Any]) -> str:
+    """Proofs one under another, and how many hold."""
 
+    def caught_by(mutants: Sequence[Mutant]) -> dict[str, Counter[str]]:
+        """What caught the mutants of each kind, and how many."""
+        pairs = grouped((one.kind, one.caught_by or "nothing") for one in mutants)
+        return {kind: Counter(by) for kind, by in pairs.items()}
 
-def _difference(one: Mapping[str, Any]) -> str:
-    """A difference in something other than tensors, and what it does."""
-    colour = "yellow" if one["grade"] == "told" else "red"
-    told = f"{one['what']} is {one['out']} here, {one['ref']} in the reference: {one['effect']}"
-    return f"{click.style(one['part'], fg=colour)} {told}"
-
-
-def _deviation(row: Mapping[str, Any]) -> str:
-    """How the tensors of a row differ; where elements were counted, how many and how far."""
-    if row["differing"] is None:
-        return str(row["note"])
-    note = f"{row['note']}; " if row["note"] else ""
-    largest = row["largest_deviation"]
-    by = largest if isinstance(largest, str) else f"{largest:.3g}"
-    first = row["first_difference"]
-    return f"{note}{row['differing']:,} of {row['elements']:,} elements, by up to {by}, first at {first['index']}"
-
-
-def _rule_label(row: Mapping[str, Any]) -> str:
-    """The rule's name if it has one, with its file and line, and what it does to values."""
-    place = ":".join(str(row["place"]).rsplit("/", 1)[-1].split(":")[:2])
-    name = "" if "." in row["rule"] else f"{row['rule']} "
-    return f"{name}{place}" + (f", {row['transform']}" if row.get("transform") else "")
-
-
-def _scalar(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    words = {True: ("proved", "green"), False: ("fails", "red"), None: ("open", "yellow")}
+    return render("proofs.txt", found=found, words=words, caught_by=caught_by)
 
 
 def resolved(mapping: MappingFile) -> str:
@@ -167,40 +147,3 @@ def _rule(name: str, rule: dict[str, Any]) -> dict[str, Any]:
     first = sources[0] if isinstance(sources, list) and sources else sources
     rest = {key: value for key, value in rule.items() if key != "name"}
     return rest if name == first else {"name": name, **rest}
-
-
-@shows
-def verified(found: Verified) -> str:
-    """What `engine verify` found."""
-    told = f"{found.tensors} tensors and {found.files} files, {amount(found.nbytes)}"
-    whole = found.read == found.tensors
-    lines = [f"{told}: {'' if whole else 'names, types and shapes '}as they were written"]
-    lines += [f"  content {found.content_id}"] if found.content_id else []
-    if not found.manifest:
-        lines = ["no manifest to compare with"]
-    lines += [one.summary() for one in (found.source, found.model, found.logits) if one is not None]
-    notes = [f"{click.style('in the tensors', fg='yellow')} {one}" for one in found.values]
-    notes += [f"{click.style('not checked', fg='yellow')} {one}" for one in found.unchecked]
-    if found.problems:
-        more = lines[2:] if found.manifest and found.content_id else lines[1:]
-        return "\n".join([*found.problems[:50], *more, *notes, f"{counted(len(found.problems), 'problem')} in {told}"])
-    return "\n".join([*lines, *notes])
-
-
-def kept(out: str, partial: Sequence[tuple[str, int]]) -> str:
-    """What an interrupted or failed run left, and what can be done with it."""
-    if not partial:
-        return "nothing was written"
-    folders = ", ".join(f"{visible(path)} ({amount(nbytes)})" for path, nbytes in partial)
-    return (
-        f"what was written is kept in {folders}\n"
-        "  continue  the same command with --resume\n"
-        f"  remove    engine clean {shlex.quote(visible(out))}"
-    )
-
-
-@shows
-def environment(facts: Mapping[str, Any]) -> str:
-    """Versions and system, a line each."""
-    widest = max(map(len, facts))
-    return "\n".join(f"{name:<{widest}}  {value}" for name, value in facts.items())

@@ -6,9 +6,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,16 +42,6 @@ def shown(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{one.name: shown(getattr(value, one.name)) for one in fields(value) if one.init})
     return value
-
-
-def shows(render: Callable[[T], str]) -> Callable[[T], str]:
-    """Make a function that turns facts into text show nothing of them but what is visible."""
-
-    @wraps(render)
-    def safe(facts: T) -> str:
-        return render(shown(facts))
-
-    return safe
 
 
 def read_text(path: str | Path) -> str:

@@ -42,10 +42,10 @@ def test_an_interruption_of_a_command_that_writes_nothing_speaks_of_no_output(mo
 
 
 def test_a_resumed_run_says_what_it_kept(tmp_path: Path) -> None:
-    from engine.show import render
+    from engine.show.render import render
 
     done = api.convert("internlm", STEP, tmp_path / "hf")
-    assert done.kept == 0 and "kept" not in render.report(done)
+    assert done.kept == 0 and "kept" not in render("report.txt", done=done)
     told: list[Progress] = []
     meter = Meter(100, told.append, "writing")
     meter.keep(40)

@@ -149,7 +149,7 @@ def test_files_that_no_program_reads_are_said_to_be_beside(out: Path) -> None:
     assert "not checked LICENSE, figure.png: not the engine's" in result.output
 
 
-@pytest.mark.parametrize("change", ["missing", "changed", "more", "not json"])
+@pytest.mark.parametrize("change", ["missing", "changed", "more", "total size", "metadata", "not json"])
 def test_an_index_that_says_otherwise_is_told(change: str, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "sharded", tmp_path / "sharded")
     index = tmp_path / "sharded" / "model.safetensors.index.json"
@@ -159,6 +159,9 @@ def test_an_index_that_says_otherwise_is_told(change: str, made: Path, tmp_path:
         index.unlink()
     elif change == "not json":
         index.write_bytes(b"{")
+    elif change in ("total size", "metadata"):
+        data["metadata"]["total_size" if change == "total size" else "more"] = 1
+        index.write_text(json.dumps(data))
     else:
         files = sorted(set(data["weight_map"].values()))
         name = "model.norm.weight" if change == "changed" else "more"

@@ -134,7 +134,7 @@ def test_a_model_that_torchtitan_cannot_have_is_refused_in_both_directions(
         assert caught.value.code in ("E209", "E212", "E218") and not (tmp_path / "out").exists()
 
 
-ANGLES = {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))}  # saved until August 2025, and plain until October
+ANGLES = {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))}  # until August 2025, and plain
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,20 @@ ELSEWHERE: list[tuple[dict[str, Any], str, str]] = [
     ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "E209", "rope_scaling.type"),
     ({"rope_parameters": None, "rope_scaling": "linear"}, "E218", "rope_scaling"),
     ({"rope_parameters": 5, "rope_scaling": {"type": "linear"}}, "E218", "rope_parameters"),
+    ({"rope_theta": None, "rope_parameters": 5, "rope_scaling": {"type": "linear"}}, "E218", "rope_parameters"),
     # two keys that disagree
     ({"rope_theta": 1e6}, "E218", "rope_theta"),
     ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5}}, "E218", "rope_theta"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "E218", "rope"),
     ({"rope_parameters": {"rope_type": "default", "type": "linear"}}, "E218", "rope_parameters.type"),
+    # programs read `rope_scaling`, where it is, in place of `rope_parameters`: the base would be 10000
+    (
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "default"}},
+        "E218",
+        "in place",
+    ),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"factor": 2.0}}, "E218", "in place"),
+    ({"rope_parameters": {"factor": 2.0}, "rope_scaling": {"type": "linear"}}, "E218", "in place"),
     # values that cannot be
     *[({"rms_norm_eps": v}, "E218", "rms_norm_eps") for v in (-1e-5, 0, "1e-5", None, True, NAN, INF, 1e30, [1e-5])],
     *[

@@ -17,7 +17,7 @@ from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.proving.diff import MappingDiff
-from engine.show.render_diff import rendered
+from engine.show.changes import rendered
 
 ROOT = Path(__file__).parents[2]
 FAMILY = (ROOT / "tests" / "fixtures" / "mappings" / "internlm2-one-line-rules.yaml").read_text("utf-8")

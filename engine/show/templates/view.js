@@ -39,14 +39,14 @@
     return position.every((at, dim) => at >= 0 && at < shape[dim]) ? position : null;
   }
 
-  function mark(svg, links) {
-    svg.classList.toggle("chosen", links.size > 0);
-    for (const box of svg.querySelectorAll(".box")) box.classList.toggle("on", links.has(Number(box.dataset.link)));
+  function mark(drawing, links) {
+    drawing.classList.toggle("chosen", links.size > 0);
+    for (const box of drawing.querySelectorAll(".box")) box.classList.toggle("on", links.has(Number(box.dataset.link)));
   }
 
   document.querySelectorAll("figure").forEach((figure) => {
     const picture = pictures[Number(figure.dataset.picture)];
-    const svg = figure.querySelector("svg");
+    const drawing = figure.querySelector(".drawing");
     const form = figure.querySelector(".asking");
     const [which, where, answer] = ["select", "input", "output"].map((tag) => form.querySelector(tag));
     form.hidden = false;
@@ -61,17 +61,17 @@
       answer.textContent = found
         ? `${found.file}:${found.name}[${found.index.join(", ")}], bytes ${found.byte}…${found.byte + found.item - 1}`
         : `an index has ${shape.length} numbers, below ${shape.join(", ")}`;
-      mark(svg, kept);
+      mark(drawing, kept);
     }
 
     which.addEventListener("change", ask);
     where.addEventListener("input", ask);
-    svg.addEventListener("pointerover", (event) => {
+    drawing.addEventListener("pointerover", (event) => {
       const link = event.target.dataset.link;
-      mark(svg, link === undefined ? kept : new Set([Number(link)]));
+      mark(drawing, link === undefined ? kept : new Set([Number(link)]));
     });
-    svg.addEventListener("pointerleave", () => mark(svg, kept));
-    svg.addEventListener("click", (event) => {
+    drawing.addEventListener("pointerleave", () => mark(drawing, kept));
+    drawing.addEventListener("click", (event) => {
       const group = event.target.closest("[data-target]");
       if (!group) return;
       const frame = group.querySelector(".frame").getBoundingClientRect();
