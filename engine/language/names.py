@@ -17,8 +17,7 @@ PARAMS = ("weight", "bias")
 WILD = "*?|\\^$"  # what stands for other characters elsewhere
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _INSIDE = re.compile(r"([a-z_][a-z0-9_]*)(?::0([1-9]))?\Z")
-
-
+_DIGITS = re.compile(r"[0-9]+")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
@@ -42,6 +41,15 @@ def without_numbers(name: str) -> str:
     'model.layers.{}.mlp.experts.{}.w1.weight'
     """
     return ".".join("{}" if is_number(part) else part for part in name.split("."))
+
+
+def form(name: str) -> str:
+    """A name with 0 for every number; what a pattern matches has the form of its sample.
+
+    >>> form("model.layers.13.mlp.w1.weight")
+    'model.layers.0.mlp.w0.weight'
+    """
+    return _DIGITS.sub("0", name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,18 @@ from engine.language.documents import plain
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Layout, MappingFile
-from engine.planning.config_keys import Read, Side, leaves, merged, prefixes, read_config, shown, value_at, whole_side
+from engine.planning.config_keys import (
+    Read,
+    Side,
+    as_declared,
+    leaves,
+    merged,
+    prefixes,
+    read_config,
+    shown,
+    value_at,
+    whole_side,
+)
 
 
 def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
@@ -105,4 +116,4 @@ def with_given(
                 fix="Give the configuration of this model, or correct that key in it"
                 + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
             )
-    return merged(given, config)
+    return as_declared(merged(given, config), read.side.keys)

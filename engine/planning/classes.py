@@ -113,15 +113,19 @@ class CopyTable:
     def _group(self, output: int) -> _Filled:
         """What is known of an output's group."""
         group, _ = self.outputs[output]
-        if group.key not in self._filled:
-            reaching = self.source.reaching(group, self.target)
-            key = _class_of(group, reaching)
-            if key not in self._templates:
-                self._templates[key] = self._make(group, reaching)
-            numbers = array("q", [n[0] for one in reaching for n in self.source.numbers(one)])
-            dtypes = {self.source.stored[number].header.dtype for number in numbers}
-            self._filled[group.key] = self._templates[key], numbers, dtypes.pop() if len(dtypes) == 1 else None
-        return self._filled[group.key]
+        found = self._filled.get(group.key)
+        if found is None:
+            found = self._filled[group.key] = self._fill(group)
+        return found
+
+    def _fill(self, group: Group) -> _Filled:
+        reaching = self.source.reaching(group, self.target)
+        key = _class_of(group, reaching)
+        if key not in self._templates:
+            self._templates[key] = self._make(group, reaching)
+        numbers = array("q", [n[0] for one in reaching for n in self.source.numbers(one)])
+        dtypes = {self.source.stored[number].header.dtype for number in numbers}
+        return self._templates[key], numbers, dtypes.pop() if len(dtypes) == 1 else None
 
     def _make(self, group: Group, reaching: Sequence[Group]) -> list[Template]:
         """Intersect every region of the group with every region of the groups that reach it."""

@@ -8,9 +8,10 @@ from functools import cache
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.expressions import OMIT, evaluate, render_tree
-from engine.language.model import Expression, Layout, MappingFile
-from engine.language.names import pattern
+from engine.language.documents import grouped
+from engine.language.expressions import OMIT, evaluate, names_in, render_tree
+from engine.language.model import Expression, Layout, MappingFile, Variant
+from engine.language.names import form, pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
 from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side, whole_side
@@ -66,9 +67,11 @@ def facts_of(
         check_repeated(
             checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file
         )
-        given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
+        saved = [*names, *(name for file in checkpoint.files for name in file.left)]
+        given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
-        return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
+        asked = mapping.variants if expressed else _of_tensors(mapping)
+        return Facts(read, seen, seen, decide(asked, settings, seen, checkpoint.config_name))
     same = layout.config_of_target  # then what is written is what was read
     read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
@@ -81,15 +84,22 @@ def facts_of(
     return Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
 
 
+def _of_tensors(mapping: MappingFile) -> dict[str, Variant]:
+    """The variants on which it depends which tensors there are and how large; others are about config.json."""
+    read = {name for rule in mapping.rules for name in rule.when}
+    read |= {name for size in mapping.dims.values() for name in names_in(size)}
+    return {name: variant for name, variant in mapping.variants.items() if name in read}
+
+
 def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]:
     """Training names that some rule, active or not, would write from target tensors.
 
     A placeholder that the target stacks stands as 0.
     """
     found: set[str] = set()
-    targets = [(one, name) for one in rules for name, _ in one.targets]
+    targets = grouped((form(name.sample()), (one, name)) for one in rules for name, _ in one.targets)
     for name in names:
-        for one, target in targets:
+        for one, target in targets.get(form(name), ()):
             values = target.match(name)
             if values is not None:
                 blank = dict.fromkeys(one.axis_names(), 0)
@@ -98,7 +108,7 @@ def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]
 
 
 def present_in(names: Collection[str]) -> Callable[[str], bool]:
-    """`present(pattern)`: whether some training tensor has a name of that pattern."""
+    """`present(pattern)`: whether something that training saved has a name of that pattern."""
 
     @cache
     def present(text: str) -> bool:

@@ -112,33 +112,35 @@ def group_shards(
     layout: Layout,
 ) -> dict[GroupKey, Group]:
     """Collect shards of the same rule, parameter and placeholder values, replicas together."""
-    cuts: dict[tuple[str, str, bool], tuple[Cut, tuple[str, ...], dict[int, tuple[int, ...]]]] = {}
-    collected: dict[GroupKey, dict[tuple[int, ...], list[Stored]]] = {}
-    facts: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut]] = {}
+    cuts: dict[tuple[str, str, bool], tuple[Cut, tuple[str, ...]]] = {}
+    places: dict[tuple[str, int, bool], tuple[Cut, tuple[int, ...]]] = {}  # where a file's tensors of a rule belong
     once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
     layers: dict[object, Mapping[str, int]] = {}  # placeholder values that all tensors of a layer share
+    found: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut, dict[tuple[int, ...], list[Stored]]]] = {}
     for stored, instance, fixed in matched:
-        file = files[stored.file]
         part = stored.header.part is not None
-        cut_key = (instance.key, file.pattern.name, part)
-        if cut_key not in cuts:
-            cut = cut_of(instance, file.pattern, layout, part=part)
-            cuts[cut_key] = cut, cut.rank_dims(), {}
-        cut, dims, at = cuts[cut_key]
-        key: GroupKey = (instance.key, *fixed.values())
-        if key not in facts:
-            facts[key] = instance, layers.setdefault(tuple(fixed.items()), fixed), cut
-        if facts[key][2].recorded != cut.recorded or (part and not cut.recorded):
-            raise unexpected_part(stored, file)
-        ranks = at.get(stored.file)
-        if ranks is None:
+        place = instance.key, stored.file, part
+        at = places.get(place)
+        if at is None:
+            file = files[stored.file]
+            cut_key = (instance.key, file.pattern.name, part)
+            if cut_key not in cuts:
+                cut = cut_of(instance, file.pattern, layout, part=part)
+                cuts[cut_key] = cut, cut.rank_dims()
+            cut, dims = cuts[cut_key]
             ranks = tuple([file.ranks[dim] for dim in dims])
-            ranks = at[stored.file] = once.setdefault(ranks, ranks)
-        collected.setdefault(key, {}).setdefault(ranks, []).append(stored)
+            at = places[place] = cut, once.setdefault(ranks, ranks)
+        cut, ranks = at
+        key: GroupKey = (instance.key, *fixed.values())
+        group = found.get(key)
+        if group is None:
+            group = found[key] = instance, layers.setdefault(tuple(fixed.items()), fixed), cut, {}
+        if group[2].recorded != cut.recorded or (part and not cut.recorded):
+            raise unexpected_part(stored, files[stored.file])
+        group[3].setdefault(ranks, []).append(stored)
     result: dict[GroupKey, Group] = {}
-    for key in facts:  # of a large checkpoint each is given up before the next is ordered
-        shards = collected.pop(key)
-        instance, fixed, cut = facts[key]
+    for key in [*found]:  # of a large checkpoint each is given up before the next is ordered
+        instance, fixed, cut, shards = found.pop(key)
         ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
         if cut.boxes:
             ordered = by_boxes(ordered[()], files)

@@ -10,8 +10,9 @@ from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, layout_dims
 from engine.errors import EngineError, Place, shape_text
+from engine.language.documents import grouped
 from engine.language.model import Exclusion, Layout, MappingFile
-from engine.language.names import pattern
+from engine.language.names import form, pattern
 from engine.planning.stages import Indices, Stages, file_numbers, local_indices, number_layers
 from engine.planning.stored import End, Instance, Stored
 
@@ -34,10 +35,11 @@ _CANNOT = {"training": "the target cannot express this model", "whole": "trainin
 def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], mapping: MappingFile, end: End) -> Matches:
     """Match each distinct name once against every rule's tensors at an end, whatever the variants."""
     distinct = dict.fromkeys(names)
-    compiled = [(instance, source) for instance in all_instances for source in instance.sources]
+    compiled = grouped((form(source.sample()), (one, source)) for one in all_instances for source in one.sources)
     candidates: dict[str, tuple[tuple[Instance, Mapping[str, int]], ...]] = {}
     for name in distinct:
-        found = tuple((one, values) for one, source in compiled if (values := source.match(name)) is not None)
+        alike = compiled.get(form(name), ())
+        found = tuple((one, values) for one, source in alike if (values := source.match(name)) is not None)
         if found:
             candidates[name] = found
 
@@ -208,9 +210,9 @@ def assign(
 ) -> Iterator[Match]:
     """Pair each tensor with its first candidate and its placeholder values in the whole model."""
     positions: dict[int, dict[int, set[int]]] = {}  # of each expert file: local layer → whole-model layers that fit
-    known: dict[tuple[str, Stage, tuple[int, ...]], tuple[Instance, Mapping[str, int]]] = {}
+    known: dict[tuple[Stage, tuple[int, ...]], dict[str, tuple[Instance, Mapping[str, int]]]] = {}
     indices, dims = indices_of(stored, matches, grid, layout), layout_dims(layout) if layout.indices else ()
-    stage_of = cache(grid.stage)
+    at: tuple[int, int] | None = None  # the file and chunk of `stage` and `here`, the names that are known there
     for one in stored:
         found = matches.candidates.get(one.name)
         if found is None or one.name in matches.ignored:
@@ -225,13 +227,15 @@ def assign(
                         positions[one.file].setdefault(local, set()).add(stages.starts[stage] + local)
             yield one, instance, {**values, "layer": _expert_layer(one, values, positions[one.file], file)}
             continue
-        key = (one.name, stage_of(one.file, one.chunk), tuple(file.ranks.get(dim, 0) for dim in dims))
-        if key not in known:
+        if at != (one.file, one.chunk):
+            at, stage = (one.file, one.chunk), grid.stage(one.file, one.chunk)
+            here = known.setdefault((stage, tuple(file.ranks.get(dim, 0) for dim in dims)), {})
+        if one.name not in here:
             instance, values = found[0]
             if "layer" in values:
-                values = {**values, "layer": values["layer"] + stages.starts[key[1]]}
-            known[key] = (instance, indices.whole(values, file.ranks))
-        yield one, *known[key]
+                values = {**values, "layer": values["layer"] + stages.starts[stage]}
+            here[one.name] = (instance, indices.whole(values, file.ranks))
+        yield one, *here[one.name]
 
 
 def _expert_layer(

@@ -85,6 +85,8 @@ class Source:
         """
         result: list[Slices] = []
         for group in self.side.groups:
+            if len(group.shards) < 2:
+                continue
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
             found: dict[tuple[object, ...], list[int]] = {}
             for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):

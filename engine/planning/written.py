@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from sys import intern
 from typing import Any
 
 from engine.checkpoint.ranks import RankGrid
@@ -73,15 +72,19 @@ def fill(
     copies = CopyTable(tuple((one.group, one.position) for one in wanted), side, source.side)
     outputs: list[Output] = []
     files = source.files
+    alike: dict[str, tuple[str, str, bool]] = {}  # of each rule: its place and pattern as one text, whether it is cast
     for index, one in enumerate(wanted):
-        name, rule, pattern = one.stored.name, one.group.instance.rule, one.group.instance.sources[0].text
-        place = intern(str(rule.place))  # one text for all of a rule
-        read = copies.dtype(index, name, files, rule.place)
-        cast = dtype != "auto" and not rule.keep_dtype and read in FLOATS
+        instance = one.group.instance
+        if instance.key not in alike:
+            rule = instance.rule
+            alike[instance.key] = str(rule.place), instance.sources[0].text, dtype != "auto" and not rule.keep_dtype
+        place, pattern, cast = alike[instance.key]
+        name = one.stored.name
+        read = copies.dtype(index, name, files, instance.rule.place)
         outputs.append(
             Output(
-                name, DTYPES[dtype] if cast else read, read, one.stored.header.shape, one.rules, place,
-                pattern, one.transform, one.transform_dim,
+                name, DTYPES[dtype] if cast and read in FLOATS else read, read, one.stored.header.shape, one.rules,
+                place, pattern, one.transform, one.transform_dim,
             )
         )  # fmt: skip
     return outputs, copies

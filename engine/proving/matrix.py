@@ -22,6 +22,7 @@ _MOST_NAMED = 4096
 _SAMPLE = 60  # candidates looked at for each row
 # At real sizes: ranks that cut an axis, and ranks that cut rows, also inside heads.
 _REAL = ((8, 32), (4, 32), (2, 32), (2, 16), (2, 2), (1, 1))
+STAGES = 4  # pipeline ranks of the first mode, or half of them
 # At tiny sizes: ranks that cut an axis, ranks that cut rows (4 cut inside a head), pipeline ranks; even and uneven.
 _TINY = ((2, 4, 2), (3, 3, 3))
 
@@ -188,7 +189,7 @@ def real_cases(layout: Layout) -> list[list[Case]]:
             continue
         in_files = {dim: role for dim, role in cuts.items() if role != "runtime"}
         again = in_files in stored
-        tried = [_ranks(layout, mode, few, few if again else wide, 2 if number else 4) for few, wide in _REAL]
+        tried = [_ranks(layout, mode, few, few if again else wide, 2 if number else STAGES) for few, wide in _REAL]
         seen.append(cuts)
         stored.append(in_files)
         found.append([_case(mode, sizes) for sizes in tried])

@@ -189,7 +189,7 @@ def _prove(
             checks.append(Check(REAL_SIZES, True, f"the sizes of {proven[told]}, proved there"))
         else:
             proven[told] = mapping.name
-            checks.append(check_real_sizes(mapping, layout, world))
+            checks.append(check_real_sizes(mapping, layout, worlds, world))
     return checks, tried, [world] if mapping.expect else neighbours(mapping, worlds, possible, world)
 
 

@@ -608,7 +608,7 @@ def test_llama_3_1_comes_back_as_metas_params_say(tmp_path: Path) -> None:
     assert api.plan("families/meta-llama.yaml", tmp_path / "ckpt", **again).config == given.config
     error = refused(api.plan, "families/meta-llama.yaml", tmp_path / "ckpt", **again | {"settings": {"rope_factor": 8}})
     assert error.code == "E001" and "contradicts" in error.message and "32" in str(error.expected)
-    engine.reshard("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "two", tp=2, settings={"rope_factor": 32})
+    engine.reshard("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "two", tp=2)  # the factor stays unwritten
     engine.reverse("families/meta-llama.yaml", tmp_path / "hf", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "params.json").read_text())
     assert back["use_scaled_rope"] is True and back["rope_theta"] == 500000.0
