@@ -64,7 +64,7 @@ def compare(
     if mapping is not None and not any(side.training for side in sides):
         raise EngineError("E001", "neither side is a training checkpoint, so a mapping has no use",
                           fix="Leave --mapping out.")  # fmt: skip
-    meter = Meter(sides[0].nbytes, progress, "comparing")
+    meter = Meter(sum(one.nbytes for one in sides[0].listed), progress, "comparing")
     return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
 
 
