@@ -59,13 +59,11 @@ class Limits:
         return bool(value) if logical and _CHECKS["boolean"](value) else value
 
     def written(self, value: Any) -> Any:
-        """The value as files hold it, which some readers ask: a whole number where any number may stand has its point.
+        """The value as files hold it, in the types that strict readers ask: 1.0 for a number, and true for a boolean.
 
         >>> number, either = Limits(("number", "null")), Limits(("number", "integer"))
-        >>> number.written(10000), number.written(None), number.written(True), either.written(2)
-        (10000.0, None, True, 2)
-        >>> Limits(("boolean",)).written(0)
-        False
+        >>> number.written(10000), number.written(None), either.written(2), Limits(("boolean",)).written(1)
+        (10000.0, None, 2, True)
         """
         numeric = "number" in self.types and "integer" not in self.types
         return float(value) if numeric and _whole(value) and _finite(value) else self.taken(value)
@@ -94,11 +92,12 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "mapping": lambda value: isinstance(value, Mapping),
     "list": lambda value: isinstance(value, list | tuple),
+    "integers": lambda value: isinstance(value, list | tuple) and all(map(_whole, value)),
     "null": lambda value: value is None,
 }
 _WORDS = {
     "integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a text",
-    "mapping": "keys and values", "list": "a list", "null": "null",
+    "mapping": "keys and values", "list": "a list", "integers": "a list of whole numbers", "null": "null",
 }  # fmt: skip
 
 
