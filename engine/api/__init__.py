@@ -1,20 +1,36 @@
-"""The public Python functions. Each is what one command of the command line does."""
+"""The public Python functions. Each is what one command of the command line does.
 
-from engine.api.authoring import lint, mapping_files, new_mapping, prove, write_meanings
-from engine.api.outputs import clean, environment, kept
-from engine.api.parts import commit, part
-from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_plan
-from engine.api.reviews import compare, describe_plan, explain, find_mapping, inspect, mappings, verify, view
-from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
-from engine.api.serving import Model, mount, open, serve, virtual
-from engine.errors import EngineError, EngineErrors
-from engine.explaining.codes import explain_code
-from engine.language.format import format_mapping
-from engine.language.layout_file import load_layout
-from engine.language.mapping_file import load_mapping
-from engine.planning.reading import read_checkpoint
-from engine.proving.mapping_diff import diff
-from engine.run.execute import Report
+What a name needs is imported when it is first used, from where type checkers read that it is.
+"""
+
+import ast
+import importlib
+import pathlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from engine.api.authoring import lint, mapping_files
+    from engine.api.looks import explain, inspect, mappings, view
+    from engine.api.outputs import clean, environment, kept
+    from engine.api.parts import commit, part
+    from engine.api.plans import load_plan, plan, plan_reshard, plan_reverse, save_plan
+    from engine.api.reviews import compare, verify
+    from engine.api.runs import convert, iter_tensors, reshard, reverse, run_plan
+    from engine.api.serving import Model, open, serve, virtual
+    from engine.discover.files import new_mapping
+    from engine.discover.inspect import find_mapping
+    from engine.errors import EngineError, EngineErrors
+    from engine.explaining.codes import explain_code
+    from engine.explaining.describe import describe_plan
+    from engine.language.format import format_mapping
+    from engine.language.layout_file import load_layout
+    from engine.language.mapping_file import load_mapping
+    from engine.planning.reading import read_checkpoint
+    from engine.proving.committed import write_meanings
+    from engine.proving.mapping_diff import diff
+    from engine.proving.prove import prove
+    from engine.run.execute import Report
+    from engine.serve.mount import mount
 
 __all__ = [
     "EngineError",
@@ -60,3 +76,13 @@ __all__ = [
     "virtual",
     "write_meanings",
 ]
+
+_NODES = ast.walk(ast.parse(pathlib.Path(__file__).read_text("utf-8")))
+_PLACES = {one.name: str(node.module) for node in _NODES if isinstance(node, ast.ImportFrom) for one in node.names}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'engine.api' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_PLACES[name]), name)
+    return found

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.assets.bundle import make_assets
 from engine.errors import EngineError
+from engine.formats.configs import encode_config
 from engine.language.layout_file import load_layout
 from engine.language.names import pattern
 from engine.language.search import layout_names
 from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.run.execute import Small
+from engine.run.manifest import NAME
 from engine.storage.objects import ObjectStore
+from engine.storage.output import clean as remove
+from engine.storage.output import leftovers
+from engine.storage.pending import clean as remove_objects
 from engine.storage.places import is_url, on_this_machine, store_at
 
 
@@ -22,10 +28,8 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
             if given is not None:
                 raise EngineError("E001", f"--{name} has no use: the plan writes rank files", got=str(given),
                                   fix=f"Leave --{name} out.")  # fmt: skip
-        from engine.formats.configs import encode_config
 
         return Small({name: encode_config(name, kind, content) for name, (kind, content) in compiled.beside.items()})
-    from engine.assets.bundle import make_assets
 
     return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
 
@@ -44,13 +48,8 @@ def clean(out: str | Path) -> list[Path | str]:
     In an object store that is uploads that are pending at the output's prefix, and objects that the engine wrote there,
     unless they are a whole output. Other outputs below the prefix are left alone.
     """
-    from engine.storage.output import clean as remove
-    from engine.storage.pending import clean as remove_objects
-
     store = store_at(out, "the output")
     if isinstance(store, ObjectStore):
-        from engine.run.manifest import NAME
-
         modes = [mode for name in layout_names() for mode in load_layout(name).modes]
         nested = [pattern(file.name) for mode in modes for file in mode.files if "/" in file.name]
 
@@ -67,8 +66,6 @@ def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, li
     Args:
         out: as it was given to the run; without it, the default of `src`.
     """
-    from engine.storage.output import leftovers
-
     final = default_out(src or ".") if out is None else out
     if is_url(final):
         return str(final), []

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from engine.api.outputs import default_out, small_files
 from engine.api.plans import loaded_plan, read_saved, rules_of_request
+from engine.checkpoint.hf_folder import read_hf_folder
+from engine.checkpoint.identity import check_files
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader
 from engine.language.model import Layout
@@ -20,15 +22,16 @@ from engine.language.version import __version__
 from engine.planning.model import Work
 from engine.planning.reading import read_some
 from engine.planning.request import Request
+from engine.planning.saved_plan import AGAIN, SavedPlan, check_rules, unreadable
+from engine.planning.saved_work import saved_work
 from engine.run.execute import Report, execute, output_at
 from engine.run.parts import Part, is_done, share, write_marker
+from engine.run.runner import check_runnable, write_part
 from engine.run.running import CommitOptions, RunOptions, running_of
 from engine.run.schedule import Job, schedule
 from engine.storage.places import Source, found_at
 from engine.storage.store import File, Store
-
-if TYPE_CHECKING:
-    from engine.planning.saved_plan import SavedPlan
+from engine.storage.uploads import Upload
 
 
 def part(path: str | Path, which: Part | str, out: str | Path | None = None, **options: Unpack[RunOptions]) -> int:
@@ -45,9 +48,6 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
     """
-    from engine.run.runner import check_runnable, write_part
-    from engine.storage.uploads import Upload
-
     how = running_of(options, RunOptions)
     mine = which if isinstance(which, Part) else part_of(which)
     saved = read_saved(path)
@@ -83,10 +83,6 @@ def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work
     Raises:
         EngineError: as for `load_plan`.
     """
-    from engine.checkpoint.identity import check_files
-    from engine.planning.saved_plan import AGAIN, check_rules, unreadable
-    from engine.planning.saved_work import saved_work
-
     if "work" not in saved.data or saved.data["engine"] != __version__:
         compiled = loaded_plan(saved)
         some = slice(part.number - 1, None, part.count)
@@ -121,7 +117,6 @@ def _store(src: Source) -> Store:
 
 def _headers(asked: Request, layout: Layout, mode: str, names: Sequence[str]) -> Sequence[FileHeader]:
     """The headers of some files of a source that was read before."""
-    from engine.checkpoint.hf_folder import read_hf_folder
 
     if asked.reads == "whole":
         store = _store(asked.src)

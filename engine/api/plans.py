@@ -5,15 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
+from engine.checkpoint.hf_folder import other_weights, read_hf_config, read_hf_folder
+from engine.checkpoint.identity import check_files
 from engine.errors import EngineError, Place
+from engine.explaining.describe import describe_rules
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
+from engine.planning.attempts import Checkpoint, whole_checkpoint
+from engine.planning.effects import check_effects
 from engine.planning.model import Plan
+from engine.planning.planner import make_plan
 from engine.planning.reading import read_checkpoint
 from engine.planning.request import AnyOptions, Request, ReshardOptions, ReverseOptions, WholeOptions, request_of
+from engine.planning.saved_plan import (
+    AGAIN,
+    MAX_BYTES,
+    SavedPlan,
+    check_plan,
+    check_rules,
+    encode,
+    is_saved_plan,
+    parse_saved_plan,
+    request_data,
+    saved_plan,
+)
+from engine.planning.saved_work import work_data
+from engine.proving.meta_model import fitted, written_as_model
+from engine.proving.own import checked
 from engine.run.execute import Small
 from engine.run.schedule import scattered_outputs
 from engine.show.notebook import displayed
@@ -21,10 +42,6 @@ from engine.storage.places import Source, found_at
 from engine.storage.regular import open_regular
 from engine.storage.replacing import check_file_free, given_path, write_file
 from engine.storage.store import File
-
-if TYPE_CHECKING:
-    from engine.planning.attempts import Checkpoint
-    from engine.planning.saved_plan import SavedPlan
 
 
 @displayed
@@ -131,10 +148,6 @@ def _compiled(
     given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint, told: tuple[str, ...]
 ) -> Plan:
     """The plan of a request as it was given, and as one mapping can do it; `told` are notices of what is read."""
-    from engine.planning.effects import check_effects
-    from engine.planning.planner import make_plan
-    from engine.proving.meta_model import fitted, written_as_model
-    from engine.proving.own import checked
 
     config: Path | str | File | None = asked.config
     if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
@@ -158,8 +171,6 @@ def _compiled(
 
 def read_whole(src: Source) -> Checkpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
-    from engine.checkpoint.hf_folder import other_weights, read_hf_config, read_hf_folder
-    from engine.planning.attempts import whole_checkpoint
 
     folder = found_at(src, "the checkpoint")
     files = read_hf_folder(folder)
@@ -201,8 +212,6 @@ def save_plan(
     Args:
         job: `run`, `reverse` or `reshard`; the other options are those of that function.
     """
-    from engine.planning.saved_plan import is_saved_plan, request_data
-
     file = given_path(path, "the plan")
     check_file_free(file, overwrite, is_saved_plan)
     asked = request_of(mapping, src, options, job)
@@ -218,21 +227,16 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
     Raises:
         EngineError: E001 for what another process could not plan again: a loaded mapping, a store.
     """
-    from engine.explaining.describe import describe_rules
-    from engine.planning.saved_plan import encode, saved_plan
-
     return encode(saved_plan(compiled, asked, describe_rules(compiled), _work_data(compiled)))
 
 
 def _work_data(compiled: Plan) -> dict[str, Any] | None:
-    from engine.planning.saved_work import work_data
 
     return work_data(compiled, lambda: scattered_outputs(compiled))
 
 
 def read_saved(path: str | Path) -> SavedPlan:
     """A saved plan as it was saved; E102 for any other file."""
-    from engine.planning.saved_plan import MAX_BYTES, parse_saved_plan
 
     file = given_path(path, "the plan")
     with open_regular(file) as opened:
@@ -251,9 +255,6 @@ def load_plan(path: str | Path) -> Plan:
 
 def loaded_plan(saved: SavedPlan) -> Plan:
     """As `load_plan`, of a plan that is read."""
-    from engine.checkpoint.identity import check_files
-    from engine.explaining.describe import describe_rules
-    from engine.planning.saved_plan import AGAIN, check_plan, check_rules
 
     asked, told = _direct(saved.request)
     loaded, layout = rules_of_request(asked)

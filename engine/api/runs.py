@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from engine.api.outputs import default_out, small_files
 from engine.api.plans import loaded_plan, planned, read_saved, saved_as
+from engine.api.spread import check_spread, do_parts
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.model import Plan
@@ -23,6 +24,7 @@ from engine.run.running import (
     WholeRunOptions,
     running_of,
 )
+from engine.serve.tensors import Tensors
 from engine.show.notebook import displayed
 from engine.storage.places import Source
 
@@ -157,8 +159,6 @@ def _run(
     small = partial(small_files, compiled, how.tokenizer, how.code)
     parts = None
     if how.executor is not None:
-        from engine.api.spread import check_spread, do_parts
-
         check_spread(how)
         parts = do_parts(saved(), str(out or ""), how)
     return execute(compiled, source, out or "", small, how, started, parts=parts)
@@ -173,8 +173,6 @@ def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     >>> tensors["model.norm.weight"].shape
     torch.Size([64])
     """
-    from engine.serve.tensors import Tensors
-
     check_type("compiled", compiled, Plan, "a plan, as `engine.plan` gives it")
     with Tensors(compiled) as tensors:
         tensors.compare_all()

@@ -17,14 +17,14 @@ from engine.language.version import __version__
 from engine.planning.given import check_type
 from engine.planning.model import Plan
 from engine.planning.request import WholeOptions
+from engine.serve.readers import reading_threads
+from engine.serve.tensors import Tensors
+from engine.serve.virtual import VirtualFolder
 from engine.storage.places import Source, store_at
-from engine.storage.replacing import given_path
 from engine.storage.store import Store
 
 if TYPE_CHECKING:
     from engine.serve.server import Line, Patience, Server
-    from engine.serve.tensors import Tensors
-    from engine.serve.virtual import VirtualFolder
 
 
 def open(src: Source | Plan = ".", mapping: str | Path | MappingFile = "", **options: Unpack[WholeOptions]) -> Tensors:
@@ -41,8 +41,6 @@ def open(src: Source | Plan = ".", mapping: str | Path | MappingFile = "", **opt
     Raises:
         EngineError: as for `plan`. A tensor that is read: E402 when its replicas differ, E405 when a source changed.
     """
-    from engine.serve.tensors import Tensors
-
     return Tensors(src if isinstance(src, Plan) else plan(mapping, src, **options))
 
 
@@ -59,32 +57,8 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     Raises:
         EngineError: as for `convert`, of what can be told without reading tensors.
     """
-    from engine.serve.virtual import VirtualFolder
-
     check_type("compiled", compiled, Plan, "a plan, as `engine.plan` gives it")
     return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code))
-
-
-def mount(
-    folder: VirtualFolder,
-    at: str | Path,
-    *,
-    log: Callable[[str], None] = lambda _: None,
-    ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Mount virtual files as a read-only folder until SIGINT, SIGTERM or an unmount; only from the main thread.
-
-    Args:
-        at: an empty folder, or none: it is made, and removed afterwards.
-        log: called with errors of reads, of which a program sees only that the input failed.
-        ready: called when it is mounted.
-
-    Raises:
-        EngineError: E001 where there is no FUSE, E401 when there is something at `at`.
-    """
-    from engine.serve.mount import mount as run
-
-    run(folder, given_path(at, "the folder to mount at"), log, ready)
 
 
 _NAME = re.compile(r"(?!api/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
@@ -126,10 +100,8 @@ def serve(
         EngineError: E001 for a name, an address or a missing token; else as for `plan`.
     """
     from engine.serve.hub import Hub, Served
-    from engine.serve.readers import reading_threads
     from engine.serve.revisions import Revisions
     from engine.serve.server import Server, is_loopback
-    from engine.serve.virtual import VirtualFolder
 
     names = [one.name for one in models]
     for name in names:

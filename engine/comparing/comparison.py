@@ -13,8 +13,8 @@ from engine.comparing.effects import Difference
 from engine.comparing.settings import CONFIG, TOKENIZER, compare_settings, small_files
 from engine.comparing.tensors import Verdict, compare_tensors
 from engine.errors import EngineError
-from engine.formats.headers import FileHeader
-from engine.planning.model import Plan
+from engine.formats.headers import FileHeader, TensorHeader
+from engine.planning.model import Output, Plan
 from engine.storage.json_text import as_data
 from engine.storage.store import File, Store
 
@@ -38,20 +38,16 @@ class Side:
         return isinstance(self.tensors, Plan)
 
     @property
-    def nbytes(self) -> int:
+    def listed(self) -> Sequence[TensorHeader | Output]:
         if isinstance(self.tensors, Plan):
-            return self.tensors.nbytes
-        return sum(tensor.nbytes for file in self.tensors for tensor in file.tensors)
+            return self.tensors.outputs
+        return [tensor for file in self.tensors for tensor in file.tensors]
 
     @property
     def dtype(self) -> str | None:
         """The element type of its first tensor, as configurations say it."""
         names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-        if isinstance(self.tensors, Plan):
-            types = [output.dtype for output in self.tensors.outputs]
-        else:
-            types = [tensor.dtype for file in self.tensors for tensor in file.tensors]
-        return next((names[dtype] for dtype in types if dtype in names), None)
+        return next((names[one.dtype] for one in self.listed if one.dtype in names), None)
 
 
 @dataclass(frozen=True, slots=True)

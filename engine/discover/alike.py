@@ -15,7 +15,7 @@ import numpy as np
 from engine.discover.orders import runs_of
 from engine.discover.prints import weights
 from engine.formats.headers import dense_strides
-from engine.move.tensors import Tensors, values_of
+from engine.move.tensors import Tensors
 from engine.move.views import Box, View, tiles
 
 _TILE = 1 << 15  # elements at a time
@@ -36,7 +36,7 @@ def take_sketch(tensors: Tensors, view: View) -> Sketch:
     of_rows, of_cols = np.zeros((rows, _SUMS), np.float32), np.zeros((cols, _SUMS), np.float32)
     for box in tiles(view.shape, (dense_strides(view.shape),), _TILE):
         (low, high), (left, right) = box
-        found = values_of(tensors.read(view, box), view.dtype).reshape(high - low, right - left)
+        found = tensors.values(view, box)
         found = np.where(np.isfinite(found), found, 0).astype(np.float32)
         of_rows[low:high] += found @ across[left:right]
         of_cols[left:right] += found.T @ down[low:high]

@@ -14,6 +14,7 @@ from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.search import bundled, find_file, list_names
+from engine.planning.given import check_type
 from engine.storage.replacing import check_file_free, given_path, write_error, write_file
 
 _DRAFTED = "# as drafted by engine new: "
@@ -21,9 +22,32 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def new_mapping(
-    src: str | Path, *, name: str | None, like: str | None, out: str | Path | None, overwrite: bool
+    src: str | Path = ".",
+    *,
+    name: str | None = None,
+    like: str | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Scaffold:
-    """Draft a mapping for the folder, and write it when `out` names a file."""
+    """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
+
+    >>> print(engine.new_mapping("ckpt/1000", name="mine-7b").text)
+    # yaml-language-server: ...
+    mapping: 1
+    name: mine-7b
+    ...
+
+    Args:
+        name: the mapping's; default: that of the file or of the folder.
+        like: the family to extend, by name or path; default: the nearest bundled one.
+        out: the file to write; without it the text is only returned.
+        overwrite: replace a file that exists.
+
+    Raises:
+        EngineError: E401 when the file exists; E2xx and E3xx for what cannot be read.
+    """
+    check_type("name", name, str | None)
+    check_type("like", like, str | Path | None)
     file = None if out is None else given_path(out, "the mapping")
     if file is not None:
         check_file_free(file, overwrite, is_draft)

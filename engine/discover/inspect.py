@@ -217,12 +217,17 @@ def _uneven(checkpoint: Checkpoint) -> list[str]:
     return sorted({name for (name, _), seen in shapes.items() if len(seen) > 1})
 
 
-def choose(found: Inspection) -> Fit:
-    """The only mapping that fits a training checkpoint.
+def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:
+    """The only bundled mapping that fits a training checkpoint.
+
+    >>> engine.find_mapping("ckpt/1000").name
+    'internlm'
 
     Raises:
-        EngineError: E003 when none fits or several do: these are listed with what tells them apart.
+        EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
     """
+    layout, checkpoint = read_any(src, config=config)
+    found = describe_training(checkpoint, layout)
     fitting = found.fitting
     if len(fitting) == 1:
         return fitting[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from engine.discover.levels import BITS
-from engine.move.tensors import Tensors, values_of
+from engine.move.tensors import Tensors
 from engine.move.views import View, tiles
 
 _SAMPLE = 1 << 14  # elements
@@ -55,7 +55,7 @@ def _sampler(tensors: Tensors, shape: View) -> Sampled:
     chosen = [boxes[i] for i in np.unique(np.linspace(0, len(boxes) - 1, _SAMPLE >> 10).astype(int))]
 
     def sample(view: View) -> np.ndarray:
-        found = np.concatenate([values_of(tensors.read(view, box), view.dtype) for box in chosen])
+        found = np.concatenate([tensors.values(view, box).reshape(-1) for box in chosen])
         return np.where(np.isfinite(found), found, 0)
 
     return sample
@@ -126,11 +126,7 @@ def _square(tensors: Tensors, view: View) -> np.ndarray | None:
     if min(view.shape) < _SIDE:
         return None
     rows, cols = (_stretches(size) for size in view.shape)
-    parts = [
-        [values_of(tensors.read(view, (down, across)), view.dtype).reshape(down[1] - down[0], -1) for across in cols]
-        for down in rows
-    ]
-    found = np.block(parts)
+    found = np.block([[tensors.values(view, (down, across)) for across in cols] for down in rows])
     return found if np.isfinite(found).all() else None
 
 
@@ -178,8 +174,7 @@ def _angles(tensors: Tensors, view: View) -> np.ndarray:
     some = min(_FEW, view.shape[0])
     found = np.zeros((some, some))
     for left in range(0, view.shape[1], _SQUARE):
-        box = ((0, some), (left, min(left + _SQUARE, view.shape[1])))
-        part = values_of(tensors.read(view, box), view.dtype).reshape(some, -1)
+        part = tensors.values(view, ((0, some), (left, min(left + _SQUARE, view.shape[1]))))
         found += part @ part.T
     return found
 

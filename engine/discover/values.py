@@ -15,7 +15,7 @@ from engine.discover.levels import BITS, Fits, Kind, Pair, Relation, quantised, 
 from engine.discover.lines import FEWEST, by_groups, line, lines, slack
 from engine.errors import counted
 from engine.formats.headers import FLOATS
-from engine.move.tensors import Tensors, values_of
+from engine.move.tensors import Tensors
 from engine.move.values import float_type
 from engine.move.views import Box, View, tiles
 
@@ -58,12 +58,7 @@ def _boxes(out: View, ref: View) -> tuple[list[Box], list[Box]]:
 
 
 def _pairs(tensors: Tensors, out: View, ref: View, boxes: Iterable[Box]) -> Iterator[Pair]:
-    for box in boxes:
-        shape = tuple(high - low for low, high in box)
-        yield (
-            values_of(tensors.read(out, box), out.dtype).reshape(shape),
-            values_of(tensors.read(ref, box, 1), ref.dtype).reshape(shape),
-        )
+    return ((tensors.values(out, box), tensors.values(ref, box, 1)) for box in boxes)
 
 
 def _misfits(fits: Fits, pairs: Iterable[Pair], most: float = np.inf) -> int:

@@ -36,7 +36,7 @@ def folded(text: str, values: Sequence[Mapping[str, int]]) -> str:
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    """What `run` would do, JSON-ready; the shape is `schemas/plan.schema.json`."""
+    """A plan as JSON-ready data, as `engine plan --json` prints it (`schemas/plan.schema.json`)."""
     return {
         "mapping": {
             "name": plan.mapping.name,

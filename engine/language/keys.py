@@ -15,7 +15,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.language.documents import Document, Table, flat
 
-_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "unless")
+_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "comes_with", "unless")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +55,18 @@ class Limits:
 
     def taken(self, value: Any) -> Any:
         """The value as expressions see it: 0 and 1 are false and true where only those are meant."""
-        return bool(value) if "boolean" in self.types and _CHECKS["boolean"](value) else value
+        logical = "boolean" in self.types and "integer" not in self.types
+        return bool(value) if logical and _CHECKS["boolean"](value) else value
 
     def written(self, value: Any) -> Any:
-        """The value as files hold it: a whole number where any number may stand has its point, as some readers ask.
+        """The value as files hold it, in the types that strict readers ask: 1.0 for a number, and true for a boolean.
 
         >>> number, either = Limits(("number", "null")), Limits(("number", "integer"))
-        >>> number.written(10000), number.written(None), number.written(True), either.written(2)
-        (10000.0, None, True, 2)
+        >>> number.written(10000), number.written(None), either.written(2), Limits(("boolean",)).written(1)
+        (10000.0, None, 2, True)
         """
         numeric = "number" in self.types and "integer" not in self.types
-        return float(value) if numeric and _whole(value) and _finite(value) else value
+        return float(value) if numeric and _whole(value) and _finite(value) else self.taken(value)
 
 
 def _finite(value: Any) -> bool:
@@ -91,11 +92,12 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "mapping": lambda value: isinstance(value, Mapping),
     "list": lambda value: isinstance(value, list | tuple),
+    "integers": lambda value: isinstance(value, list | tuple) and all(map(_whole, value)),
     "null": lambda value: value is None,
 }
 _WORDS = {
     "integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a text",
-    "mapping": "keys and values", "list": "a list", "null": "null",
+    "mapping": "keys and values", "list": "a list", "integers": "a list of whole numbers", "null": "null",
 }  # fmt: skip
 
 
@@ -111,6 +113,7 @@ class Key:
         noted: why the key is only told to the user.
         default: what an absent key means.
         same_as: the key of which this is another spelling.
+        comes_with: a key beside which this one is never absent.
     """
 
     name: str
@@ -122,6 +125,7 @@ class Key:
     noted: str | None = None
     default: Any = None
     same_as: str | None = None
+    comes_with: str | None = None
     unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def ignores(self, config: Mapping[str, Any]) -> bool:

@@ -72,6 +72,11 @@ class Tensors:
         readers, number = self._readers[view.source]
         return readers.read(number, view, box, reader)
 
+    def values(self, view: View, box: Box, reader: int = 0) -> np.ndarray:
+        """The elements of a box as float64, in its shape."""
+        found = values_of(self.read(view, box, reader), view.dtype)
+        return found.reshape([high - low for low, high in box])
+
     def match(self, one: View, two: View, advance: Callable[[int], None] | None = None) -> bool:
         """Whether two arrays of one shape are the same, cast if their types differ; stops where they are not.
 

@@ -34,22 +34,6 @@ class View:
     def elements(self) -> int:
         return prod(self.shape)
 
-    def split(self, axis: int, *sizes: int) -> View:
-        """One axis as several, outermost first.
-
-        >>> View(0, "F32", (6, 4), (4, 1)).split(0, 3, 2)
-        View(source=0, dtype='F32', shape=(3, 2, 4), strides=(8, 4, 1), start=0)
-        """
-        strides, step = [], self.strides[axis]
-        for size in reversed(sizes):
-            strides.append(step)
-            step *= size
-        return replace(
-            self,
-            shape=(*self.shape[:axis], *sizes, *self.shape[axis + 1 :]),
-            strides=(*self.strides[:axis], *reversed(strides), *self.strides[axis + 1 :]),
-        )
-
     def swap(self, one: int, two: int) -> View:
         """Two axes exchanged.
 

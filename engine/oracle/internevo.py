@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 # What a checkpoint may leave open, as the bundled mappings call it. What the checkpoint tells itself,
 # its shapes or its configuration, is never overruled: a wrong setting must not make two wrongs agree.
-SETTINGS = {"mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs")}
+SETTINGS = {
+    "mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs"), "head": ("plain", "normalised"),
+}  # fmt: skip
 _ROWS = 4096  # rows of the head that are read at a time
 
 
@@ -54,8 +56,7 @@ class Forward:
         self.eps = float(setting(config, "layer_norm_epsilon", 1e-5))
         self._base = float(setting(config, "rope_base", 10000))
         self.reward = bool(config.get("is_reward"))
-        # Normalised only by the code of 2024-03; the later code, which always writes qk_interleaved, does not.
-        self.normalised = bool(config.get("norm_head")) and "qk_interleaved" not in config
+        self.normalised = bool(config.get("norm_head")) and self._normalises(settings.get("head"))
         self._spots = self._shards.spots
         self._pairs = self._in_pairs(settings.get("rotary"))
         self._letters: str | None = None
@@ -90,6 +91,18 @@ class Forward:
         later = str(self._shards.training.get("model_type", "")).upper().startswith("INTERNLM3")
         fused = bool(self._spots) and self._shards.has(self._spots[0], "attention.wqkv.weight") is not None
         return told == "pairs" if told is not None else not (fused or later)
+
+    def _normalises(self, told: str | None) -> bool:
+        """Whether `norm_head` is at work: not in 0.5.0 to 0.5.2, which write `qk_interleaved` as later releases do."""
+        if "qk_interleaved" in self.config and told is None:
+            raise EngineError(
+                "E202",
+                "nothing tells whether training normalised its head",
+                place=Place(self._folder),
+                got="norm_head and qk_interleaved in model_config.pt",
+                fix="Trained with InternEvo 0.5.0 to 0.5.2: --set head=plain; with later code: --set head=normalised.",
+            )
+        return told == "normalised" if "qk_interleaved" in self.config else True
 
     @property
     def numbers(self) -> dict[str, Any]:

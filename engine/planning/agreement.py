@@ -9,9 +9,20 @@ from engine.errors import EngineError, Place
 from engine.language.declared import expressions_of
 from engine.language.documents import plain
 from engine.language.expressions import compile_expression
-from engine.language.keys import find_key
+from engine.language.keys import Key, find_key
 from engine.language.model import Layout, MappingFile
-from engine.planning.config_keys import Read, Side, leaves, merged, prefixes, read_config, shown, value_at, whole_side
+from engine.planning.config_keys import (
+    Read,
+    Side,
+    as_declared,
+    leaves,
+    merged,
+    prefixes,
+    read_config,
+    shown,
+    value_at,
+    whole_side,
+)
 
 
 def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
@@ -93,16 +104,34 @@ def with_given(
             E219 for one that training cannot have, or that nothing is known of.
     """
     read, written = read_config(given, whole_side(mapping, layout)), dict(leaves(mapping.config))
-    for path, value in leaves(config):
-        other = value_at(read.config if path in read.side.spelt else given, path)
-        if other is not None and value is not None and plain(other) != plain(value):
-            raise EngineError(
-                "E218",
-                f"the given configuration does not belong to this checkpoint: `{path}` is {shown(other)}",
-                place=Place("config.json"),
-                got=f"{path}: {shown(other)}",
-                expected=f"{shown(value)}, as mapping `{mapping.name}` reads the checkpoint",
-                fix="Give the configuration of this model, or correct that key in it"
-                + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
-            )
-    return merged(given, config)
+    left_out = {path: None for path in written if value_at(config, path) is None}
+    for path, value in (*leaves(config), *left_out.items()):
+        other = value_at(read.config if path in read.side.spelt or path in left_out else given, path)
+        key = read.side.keys.get(path)
+        as_good = key is not None and (key.ignores(read.config) or plain(other) == plain(key.default))
+        if other is None or plain(other) == plain(value) or (as_good if path in left_out else value is None):
+            continue
+        raise EngineError(
+            "E218",
+            f"the given configuration does not belong to this checkpoint: `{path}` is {shown(other)}",
+            place=Place("config.json"),
+            got=f"{path}: {shown(other)}",
+            expected=f"{'no such key' if value is None else shown(value)}, as mapping `{mapping.name}` reads the "
+            "checkpoint",
+            fix="Give the configuration of this model, or correct that key in it"
+            + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
+        )
+    held = _as_files_hold_it(given, read.side.keys)
+    return merged({name: value for name, value in held.items() if name not in left_out}, config)
+
+
+def _as_files_hold_it(given: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
+    """A given configuration in the types that are declared, without the nulls that none of these is."""
+    result: dict[str, Any] = {}
+    for name, value in as_declared(given, keys, prefix).items():
+        key = keys.get(f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            result[name] = _as_files_hold_it(value, keys, f"{prefix}{name}.")
+        elif value is not None or key is None or "null" in key.limits.types:
+            result[name] = value
+    return result

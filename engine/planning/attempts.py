@@ -10,7 +10,7 @@ from typing import Any
 from engine.checkpoint.ranks import RankGrid, whole_grid
 from engine.errors import EngineError, shape_text
 from engine.formats.headers import FileHeader
-from engine.language.expressions import OMIT, evaluate
+from engine.language.expressions import OMIT, evaluate, names_in
 from engine.language.model import Layout, MappingFile, Variant
 from engine.planning.groups import Group, GroupKey, group_shards
 from engine.planning.matching import Matches, assign
@@ -195,7 +195,8 @@ def claims(
         try:
             value = evaluate(expression, scope)
         except EngineError as error:
-            unread[axis] = error  # a key the config lacks: the size may still be read off the tensors
+            # a key the config lacks: the size may still be read off the tensors
+            unread[axis] = next((unread[name] for name in names_in(expression) if name in unread), error)
             continue
         if value is OMIT:
             continue

@@ -108,7 +108,13 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     holding = frozenset(above for known in deep for above in prefixes(known) if above != known)
     read = _read(once, side, "", noted, expressed, holding)
     for name, key in side.keys.items():
-        if key.default is not None and value_at(read, name) is None:
+        if value_at(read, name) is not None:
+            continue
+        if expressed and key.comes_with is not None and value_at(once, key.comes_with) is not None:
+            raise _missing(name, key, side)
+        if key.default is not None:
+            if expressed and not key.allows(key.default):
+                raise _inexpressible(name, key.default, key, side, absent=True)
             _put(read, name, key.default, name, key, side)
     return Read(read, noted, side)
 
@@ -237,11 +243,13 @@ def _must_be(key: Key | None, path: str, side: Side, inner: bool) -> bool:
 
 
 def as_declared(config: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
-    """A configuration to be written, each value in the type that is declared of its key."""
+    """A configuration to be written, each value in the type that is declared of its key; no null where none may be."""
     result: dict[str, Any] = {}
     for name, value in config.items():
         path = f"{prefix}{name}"
         key = find_key(keys, path)
+        if value is None and key is not None and key.limits.types and "null" not in key.limits.types:
+            continue
         if isinstance(value, Mapping):
             result[name] = as_declared(value, keys, f"{path}.")
         else:
@@ -273,13 +281,25 @@ def _misfit(path: str, value: Any, expected: str, side: Side, key: Key | None) -
     )
 
 
-def _inexpressible(path: str, value: Any, key: Key, side: Side) -> EngineError:
+def _missing(path: str, key: Key, side: Side) -> EngineError:
+    spellings = " or ".join(f"`{name}`" for name in (path, *(n for n, k in side.keys.items() if k.same_as == path)))
+    return EngineError(
+        "E218",
+        f"{spellings} is missing in {side.file}",
+        place=Place(side.file),
+        got=f"`{key.comes_with}` without it",
+        expected=f"both, as training writes them ({key.place})",
+        fix="Copy the configuration that belongs to the weights again.",
+    )
+
+
+def _inexpressible(path: str, value: Any, key: Key, side: Side, *, absent: bool = False) -> EngineError:
     path, file = side.spelt.get(path, path), side.file
     return EngineError(
         "E209",
         f"what `{path}` of {file} says cannot be expressed: {key.why}",
         place=Place(file),
-        got=f"{path}: {shown(value)}",
+        got=f"no {path}, which means {shown(value)}" if absent else f"{path}: {shown(value)}",
         expected=" or ".join(map(shown, key.only or ())) + f" ({key.place})",
         fix="Use a mapping that can express it. Where it does not change the model, a mapping that extends this one "
         f"can say so under `keys`: `{path}: {{ignored: why}}`.",

@@ -9,8 +9,8 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.documents import grouped
-from engine.language.expressions import OMIT, evaluate, render_tree
-from engine.language.model import Expression, Layout, MappingFile
+from engine.language.expressions import OMIT, evaluate, names_in, render_tree
+from engine.language.model import Expression, Layout, MappingFile, Variant
 from engine.language.names import form, pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
@@ -67,9 +67,11 @@ def facts_of(
         check_repeated(
             checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file
         )
-        given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(names)}
+        saved = [*names, *(name for file in checkpoint.files for name in file.left)]
+        given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
-        return Facts(read, seen, seen, decide(mapping.variants, settings, seen, checkpoint.config_name))
+        asked = mapping.variants if expressed else _of_tensors(mapping)
+        return Facts(read, seen, seen, decide(asked, settings, seen, checkpoint.config_name))
     same = layout.config_of_target  # then what is written is what was read
     read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
@@ -80,6 +82,13 @@ def facts_of(
     choices = {n: d.choice for n, d in decisions.items()}
     made = read.config if same else render_known(mapping.training_config, {**seen, **choices})
     return Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
+
+
+def _of_tensors(mapping: MappingFile) -> dict[str, Variant]:
+    """The variants on which it depends which tensors there are and how large; others are about config.json."""
+    read = {name for rule in mapping.rules for name in rule.when}
+    read |= {name for size in mapping.dims.values() for name in names_in(size)}
+    return {name: variant for name, variant in mapping.variants.items() if name in read}
 
 
 def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]:
@@ -99,7 +108,7 @@ def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]
 
 
 def present_in(names: Collection[str]) -> Callable[[str], bool]:
-    """`present(pattern)`: whether some training tensor has a name of that pattern."""
+    """`present(pattern)`: whether something that training saved has a name of that pattern."""
 
     @cache
     def present(text: str) -> bool:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from engine.errors import EngineError
 
+T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _ALSO = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32",
          "f32": "float32", "float": "float32"}  # fmt: skip
@@ -91,6 +92,11 @@ def check_types(options: Mapping[str, Any], takes: type) -> None:
     for name, value in options.items():
         if value is not None and name not in _PARSED:
             check_type(name, value, hints[name], _WANTED.get(name))
+
+
+def listed(names: T | Sequence[T]) -> list[T]:
+    """Several names, or one by itself."""
+    return list(names) if isinstance(names, list | tuple | set | frozenset) else [cast(T, names)]
 
 
 def check_type(name: str, value: object, hint: Any, wanted: str | None = None) -> None:

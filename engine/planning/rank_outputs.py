@@ -206,7 +206,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         names.add(output.name[len(prefix) :])
     scope = {**config, "options": source.options, "training": {}, "present": present_in(names)}
     scope |= {"given": source.read.config, "mode": destination.mode.name}
-    for name, decision in decide(mapping.variants, {}, scope).items():
+    for name, decision in decide({n: mapping.variants[n] for n in choices}, {}, scope).items():
         if decision.choice != choices[name]:
             variant = mapping.variants[name]
             raise EngineError(

@@ -6,7 +6,7 @@ extends commits only the differences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.names import PARAMS
-from engine.language.search import find_file, search_folders
+from engine.language.search import find_file, list_names, search_folders
 from engine.proving.changes import KINDS, VALUED, tensor_changes, value_changes
 from engine.proving.forth import LEAST
 from engine.proving.meaning import VERSION, meaning_of, text_of
@@ -41,6 +41,16 @@ _HEAD = """\
 def path_of(file: Path) -> Path:
     """Where the meaning of a mapping file is committed."""
     return file.parent / FOLDER / f"{file.stem}.txt"
+
+
+def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
+    """Write what mapping files mean into `meanings/` beside them, for `prove` to compare with later.
+
+    Args:
+        names: paths or names of bundled mappings; default: all bundled ones.
+    """
+    every = [*names] or sorted(list_names(), key=lambda name: len(load_mapping(name).files))  # parents first
+    return [write_meaning(name) for name in every]
 
 
 def write_meaning(name: str | Path) -> Path:

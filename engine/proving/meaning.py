@@ -161,6 +161,7 @@ def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
         told += [f"counts where {json.dumps(key.unless)}"] if key.unless else []
         told += [f"default {json.dumps(key.default)}"] if key.default is not None else []
         told += [f"another name of {key.same_as}"] if key.same_as is not None else []
+        told += [f"never absent beside {key.comes_with}"] if key.comes_with is not None else []
         found.setdefault(", ".join(told) or "anything", []).append(name)
     return {told: sorted(names) for told, names in sorted(found.items())}
 

@@ -22,6 +22,8 @@ from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
+from engine.language.search import list_names
+from engine.planning.given import check_type, listed
 from engine.proving.checks import (
     MODEL,
     REAL_SIZES,
@@ -56,9 +58,28 @@ def shared_rules(mapping: MappingFile) -> str:
 
 
 def prove(
-    names: Sequence[str | Path | MappingFile], *, mutants: bool = False, progress: Listener | None = None
+    names: str | Path | MappingFile | Sequence[str | Path | MappingFile] = (),
+    *,
+    mutants: bool = False,
+    progress: Listener | None = None,
 ) -> list[Proof]:
-    """Prove mappings, many of them in several processes; rules that several share are run once."""
+    """Prove mappings: complete, one-to-one, invertible, and equal in every layout; without names, all bundled ones.
+
+    Runs the real planner and runner on tiny tensors of numbered elements in a temporary folder, checks a
+    release's own sizes by arithmetic, and compares names and shapes with transformers' model. Many mappings are
+    proved in several processes; rules that several share are run once.
+
+    >>> [proof.holds for proof in engine.prove("internlm")]  # doctest: +SKIP
+    [True]
+
+    Args:
+        names: paths, names of bundled mappings, or loaded ones.
+        mutants: also change the mapping in one place at a time, and say which check notices.
+        progress: called before each mapping.
+    """
+    names = listed(names) or sorted(list_names(), key=lambda name: not str(name).startswith("families/"))
+    for name in names:
+        check_type("names", name, str | Path | MappingFile, "names, paths or loaded mappings")
     found: dict[int, Proof] = {}
     groups: dict[str, list[tuple[int, MappingFile]]] = {}
     for number, name in enumerate(names):
@@ -70,11 +91,11 @@ def prove(
             continue
         groups.setdefault(shared_rules(mapping), []).append((number, mapping))
     meter = Meter(len(names), progress, "proving", "mappings")
-    listed = sorted(groups.values(), key=_work, reverse=True)  # so that no long one is begun last
-    members = [[mapping for _, mapping in group] for group in listed]
-    alone = len(names) <= _FEW or len(listed) < 2 or (os.cpu_count() or 1) < 2
+    ordered = sorted(groups.values(), key=_work, reverse=True)  # so that no long one is begun last
+    members = [[mapping for _, mapping in group] for group in ordered]
+    alone = len(names) <= _FEW or len(ordered) < 2 or (os.cpu_count() or 1) < 2
     for number, proofs in _alone(members, mutants, meter) if alone else _together(members, mutants):
-        for (i, mapping), begun in zip(listed[number], proofs, strict=True):
+        for (i, mapping), begun in zip(ordered[number], proofs, strict=True):
             found[i] = _with_model(mapping, *begun)
             meter.advance(1)
     return [found[i] for i in range(len(names))]

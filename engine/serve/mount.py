@@ -16,6 +16,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.serve.ahead import Ahead
 from engine.serve.virtual import VirtualFolder
+from engine.storage.replacing import given_path
 
 _FOREVER = 3600  # seconds that the system may remember what never changes
 
@@ -69,8 +70,14 @@ class Files:
         return file
 
 
-def mount(folder: VirtualFolder, at: Path, log: Callable[[str], None], ready: Callable[[], None]) -> None:
-    """Mount a folder until SIGINT or SIGTERM, or until it is unmounted; only from the main thread.
+def mount(
+    folder: VirtualFolder,
+    at: str | Path,
+    *,
+    log: Callable[[str], None] = lambda _: None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Mount virtual files as a read-only folder until SIGINT, SIGTERM or an unmount; only from the main thread.
 
     Args:
         at: an empty folder, or none: it is made, and removed afterwards.
@@ -80,7 +87,7 @@ def mount(folder: VirtualFolder, at: Path, log: Callable[[str], None], ready: Ca
     Raises:
         EngineError: E001 where there is no FUSE, E401 when there is something at `at`.
     """
-    fuse = _fuse()
+    at, fuse = given_path(at, "the folder to mount at"), _fuse()
     with _mount_point(at), Ahead() as ahead, _default(signal.SIGTERM, signal.SIGHUP):
         files = Files(folder, ahead, log, ready)
         try:

@@ -92,7 +92,6 @@ def equal(out: Path, truth: dict[str, torch.Tensor]) -> bool:
 def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Path) -> None:
     state = model(LLAMA)
     saved = {**titan(state, old=old), "optimizer.state.norm.weight.exp_avg": torch.ones(16), "train_state": {"step": 3}}
-    saved |= {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))} if old else {}  # of its first releases
     folder = save(saved, tmp_path / "step-3", LLAMA | ({"rope_scaling": SCALED} if old else {}))
     engine.convert("torchtitan-llama", folder, tmp_path / "out")
     assert equal(tmp_path / "out", state)
@@ -111,6 +110,13 @@ def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Pat
         {"rms_norm_eps": -1e-5},
         {"rope_theta": True},
         {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {"is_causal": False},
+        {"per_layer_config": {"0": {"head_dim": 2}}},
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        {"transformers_weights": "other.safetensors"},
+        {"return_dict": False},
+        {"initializer_range": "0.02"},
+        {"bos_token_id": [1, 2]},
     ],
     ids=str,
 )
@@ -128,13 +134,27 @@ def test_a_model_that_torchtitan_cannot_have_is_refused_in_both_directions(
         assert caught.value.code in ("E209", "E212", "E218") and not (tmp_path / "out").exists()
 
 
-def test_torchtitan_02_without_its_scaled_angles_is_refused(tmp_path: Path) -> None:
-    folder = save(titan(model(LLAMA), old=True), tmp_path / "step-3", LLAMA)
-    with pytest.raises(EngineError, match="rotary") as caught:
-        engine.convert("torchtitan-llama", folder, tmp_path / "out")
-    assert caught.value.code == "E202"
-    report = engine.convert("torchtitan-llama", folder, tmp_path / "out", settings={"rotary": "as_configured"})
-    assert report.tensors == 21
+ANGLES = {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))}  # until August 2025, and plain
+
+
+@pytest.mark.parametrize(
+    ("old", "angles", "scaled", "known"),
+    [
+        (True, {}, None, False), (True, {}, SCALED, True), (True, {}, SCALED | {"factor": 32.0}, False),
+        (True, ANGLES, None, True), (True, ANGLES, SCALED, False),
+        (False, {}, None, True), (False, {}, SCALED, True), (False, {}, SCALED | {"factor": 32.0}, False),
+    ],
+)  # fmt: skip
+def test_the_angles_that_torchtitan_trained_are_those_of_the_configuration_or_asked_for(
+    old: bool, angles: dict[str, torch.Tensor], scaled: dict[str, Any] | None, known: bool, tmp_path: Path
+) -> None:
+    folder = save({**titan(model(LLAMA), old=old), **angles}, tmp_path / "step-3", LLAMA | {"rope_scaling": scaled})
+    if not known:
+        with pytest.raises(EngineError, match="rotary") as caught:
+            engine.convert("torchtitan-llama", folder, tmp_path / "out")
+        assert caught.value.code == "E202"
+    told = {} if known else {"rotary": "as_configured"}
+    assert engine.convert("torchtitan-llama", folder, tmp_path / "out", settings=told).tensors == 21
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "app.model.", "module.", "_orig_mod.", "any.thing."])
@@ -255,6 +275,34 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
     assert equal(tmp_path / "out", truth)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], one) for name, one in state.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"num_local_experts": 2}, "E218"),  # which transformers takes for num_experts
+        ({"use_sliding_window": True, "sliding_window": 8}, "E209"),
+        ({"num_experts_per_tok": 4}, "E218"),
+        ({"is_causal": False}, "E209"),
+        ({"output_router_logits": 2}, "E218"),
+    ],
+    ids=str,
+)
+def test_a_model_that_xtuner_cannot_have_is_refused(change: dict[str, Any], code: str, tmp_path: Path) -> None:
+    folder = save({"embed_tokens.weight": torch.ones(40, 16)}, tmp_path / "weights", MOE | change)
+    with pytest.raises(EngineError, match=next(iter(change))) as caught:
+        engine.convert("xtuner-moe", folder, tmp_path / "out")
+    assert caught.value.code == code
+
+
+def test_what_is_copied_of_a_given_configuration_is_written_as_transformers_takes_it(tmp_path: Path) -> None:
+    odd = {"use_cache": None, "attention_bias": 0, "initializer_range": 0, "rope_theta": 10000}
+    folder = save(titan(model(LLAMA), old=False), tmp_path / "step-3", LLAMA | odd)
+    engine.convert("torchtitan-llama", folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "use_cache" not in written and written["attention_bias"] is False
+    assert [repr(written[key]) for key in ("initializer_range", "rope_theta")] == ["0.0", "10000.0"]
+    AutoConfig.from_pretrained(tmp_path / "out")
 
 
 def test_a_payload_of_safetensors_is_read_by_its_own_header(tmp_path: Path) -> None:

@@ -222,6 +222,54 @@ def test_a_setting_that_no_name_shows_is_refused_by_its_own(key: str) -> None:
     assert caught.value.code == "E209"
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "rotary_base", "rotary_percent", "rotary_interleaved", "use_rope_scaling",
+        "swiglu", "normalization", "position_embedding_type", "add_bias_linear", "moe_router_topk",
+        "moe_router_pre_softmax", "num_attention_heads", "layernorm_epsilon",
+    ],
+)  # fmt: skip
+def test_an_argument_that_no_tensor_shows_is_not_assumed_where_it_is_absent(
+    key: str, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """All of a run's arguments are written together: one that is not there was lost, or means Megatron's default."""
+    folder = copy("torch-ep2-moe")
+    rewritten(folder, lambda args: args.pop(key))
+    with pytest.raises(EngineError, match=key) as caught:
+        convert("torch-ep2-moe", tmp_path / "out", folder)
+    assert caught.value.code in ("E105", "E209", "E218") and not (tmp_path / "out").exists()
+
+
+def test_a_factor_of_scaled_angles_that_megatron_does_not_pass_to_its_model_is_asked_for(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """GPTModel is built with `rope_scaling=args.use_rope_scaling` alone (0.10 to 0.19), and has 8."""
+    source, told = copy("leg_t4_g2"), {"vocab_size": 131}
+    rewritten(source, lambda args: args.update(use_rope_scaling=True, rope_scaling_factor=32.0))
+    with pytest.raises(EngineError, match="rope_factor") as caught:
+        convert("leg_t4_g2", tmp_path / "out", source, config=None, settings=told)
+    assert caught.value.code == "E202"
+    convert("leg_t4_g2", tmp_path / "out", source, config=None, settings={**told, "rope_factor": 8})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 8
+    engine.reverse("megatron-llama", tmp_path / "out", tmp_path / "back", tp=1, pp=1)
+    for path, part in ((config, "rope_parameters"), (config, "rope_scaling")):
+        path[part]["factor"] = 32.0
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match="rope_factor"):
+        engine.reverse("megatron-llama", tmp_path / "out", tmp_path / "again", tp=1, pp=1)
+    told = {"rope_factor": 32}
+    engine.reverse("megatron-llama", tmp_path / "out", tmp_path / "again", tp=1, pp=1, settings=told)
+
+
+@pytest.mark.parametrize("name", ["rope_theta_local", "use_moe_gate_norm", "embedding_scale"])
+def test_an_argument_of_a_fork_that_sounds_like_the_model_is_told(name: str) -> None:
+    side = source_side(load_mapping("megatron-llama"), load_layout("megatron"))
+    args = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope", "add_bias_linear": False}
+    assert set(read_config({**args, name: 2, "lr": 1.0}, side).noted) == {name}
+
+
 def test_code_of_its_own_beside_a_model_is_refused() -> None:
     with pytest.raises(EngineError, match="auto_map") as caught:
         read_config({"auto_map": {"AutoModel": "own.X"}}, target_side(load_mapping("megatron-qwen3")))

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 import engine
 from engine import api
 from engine.errors import EngineError
-from engine.planning.config_keys import value_at
 from engine.proving.lint import lint_file
 from tests.support.genuine import family_of, settings_of
-from tests.support.shards import same
+from tests.support.shards import Model, same, save
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 FAMILY = "families/internlm2.yaml"
@@ -146,6 +145,10 @@ ELSEWHERE: list[tuple[dict[str, Any], str, str]] = [
     *[({"tie_word_embeddings": v}, "E218", "tie_word_embeddings") for v in ("False", "false", "", 2, [], None, 0.0)],
     *[({"attention_bias": v}, "E218", "attention_bias") for v in ("False", "no", 2)],
     ({"bos_token_id": "<s>"}, "E218", "bos_token_id"),
+    ({"bos_token_id": [1]}, "E218", "bos_token_id"),
+    ({"eos_token_id": ["</s>"]}, "E218", "eos_token_id"),
+    ({"id2label": {"a": 1}}, "E219", "id2label.a"),
+    ({"num_labels": "two"}, "E218", "num_labels"),
 ]
 
 
@@ -252,6 +255,18 @@ def test_the_official_spelling_has_no_second_place_for_angles(tmp_path: Path) ->
         error = refused(api.plan_reverse, name, hf, settings=settings)
         assert error.code == "E209" and told in error.message
     api.plan_reverse(name, hf, settings={**settings, "max_position_embeddings": 64})
+
+
+def test_the_token_that_an_official_reward_model_reads_is_given_and_comes_back(tmp_path: Path) -> None:
+    """The official class takes `reward_token_id` from `config.json`, which no training file holds."""
+    name, model = "internlm2-official", Model("v2", layers=1, hidden=32, heads=4, groups=2, ffn=64, head="reward")
+    save(model, tmp_path / "ckpt")
+    assert "reward_token_id" not in api.plan(name, tmp_path / "ckpt").config
+    engine.convert(name, tmp_path / "ckpt", tmp_path / "hf", settings={"reward_token_id": 5})
+    given = tmp_path / "hf" / "config.json"
+    assert json.loads(given.read_text())["reward_token_id"] == 5
+    assert api.plan(name, tmp_path / "ckpt", config=given).config["reward_token_id"] == 5
+    assert "reward_token_id" not in api.plan_reverse(name, tmp_path / "hf").config
 
 
 def test_scaling_that_config_json_does_not_have_cannot_be_given_again(whole: Path, tmp_path: Path) -> None:
@@ -455,6 +470,18 @@ def test_a_configuration_of_another_run_beside_the_training_file_is_refused(
     api.plan(FAMILY, source)
 
 
+@pytest.mark.parametrize(
+    "change", [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"attention_bias": True}], ids=told
+)
+def test_what_the_mapping_leaves_out_is_not_taken_from_a_given_configuration(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    engine.convert("internlm2-official", FIXTURES / "v2_tp2_pp2", tmp_path / "hf")
+    given = changed(tmp_path / "hf", tmp_path / "given", change) / "config.json"
+    error = refused(api.plan, "internlm2-official", FIXTURES / "v2_tp2_pp2", config=given)
+    assert error.code == "E218" and next(iter(change)) in error.message
+
+
 def test_a_model_type_of_another_model_is_refused_though_all_tensors_fit(tmp_path: Path) -> None:
     source = with_source(tmp_path / "ckpt", "INTERNLM2_PUBLIC", "BAICHUAN2")
     for call in (engine.convert, engine.reshard):
@@ -515,6 +542,18 @@ def test_what_is_read_of_the_training_configuration_has_its_type_and_range(tmp_p
     torch.save(f"moe = dict(top_k={value!r})", tmp_path / "ckpt" / "config_file.pt")
     error = refused(api.plan, "families/internlm-moe.yaml", tmp_path / "ckpt")
     assert error.code == "E218" and "moe.top_k" in error.message and "config_file.pt" in error.message
+
+
+def test_whether_later_code_normalises_the_head_is_asked(tmp_path: Path) -> None:
+    """InternEvo 0.5.0 to 0.5.2 computed a normalised head and did not use it; code since does, and says the same."""
+    source = training(tmp_path / "ckpt", {"norm_head": True}, "e052_v2_tp2_pp1_mult64")
+    (source / "config_file.pt").unlink(missing_ok=True)
+    error = refused(api.plan, FAMILY, source)
+    assert error.code == "E202" and "norm_head" in str(error) and "head=normalised" in str(error)
+    for head, transform in (("plain", None), ("normalised", ("normalize", "hidden"))):
+        plan = api.plan(FAMILY, source, settings={"head": head})
+        (output,) = [one for one in plan.outputs if one.name == "lm_head.weight"]
+        assert output.transform == transform
 
 
 def test_internlm_has_no_head_that_is_normalised(tmp_path: Path) -> None:
@@ -608,7 +647,7 @@ def test_llama_3_1_comes_back_as_metas_params_say(tmp_path: Path) -> None:
     assert api.plan("families/meta-llama.yaml", tmp_path / "ckpt", **again).config == given.config
     error = refused(api.plan, "families/meta-llama.yaml", tmp_path / "ckpt", **again | {"settings": {"rope_factor": 8}})
     assert error.code == "E001" and "contradicts" in error.message and "32" in str(error.expected)
-    engine.reshard("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "two", tp=2, settings={"rope_factor": 32})
+    engine.reshard("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "two", tp=2)  # the factor stays unwritten
     engine.reverse("families/meta-llama.yaml", tmp_path / "hf", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "params.json").read_text())
     assert back["use_scaled_rope"] is True and back["rope_theta"] == 500000.0
@@ -653,22 +692,6 @@ def test_what_transformers_saves_of_the_same_model_is_understood_key_by_key(
     assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config.to_dict()))
     assert api.plan_reverse(name, tmp_path / "hf", settings=letters).config == ours
-
-
-def test_an_absent_key_means_what_transformers_takes_it_for() -> None:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    families = [m for m in engine.mappings() if not m.expect and m.training_config and m.model_type in CONFIG_MAPPING]
-    for family in families:
-        keys: dict[str, Any] = {"rope_parameters.rope_theta": 10000.0}
-        keys |= {key: one.default for key, one in family.keys["target"].items() if one.default is not None}
-        config = AutoConfig.for_model(family.model_type)
-        for key, default in keys.items():
-            first, _, below = key.partition(".")
-            value = getattr(config, first)
-            assert (value_at(value, below) if below else value) == default, (family.name, key)
-    assert len(families) > 5
 
 
 def test_weight_files_that_are_no_part_of_the_model_are_told(whole: Path, tmp_path: Path) -> None:

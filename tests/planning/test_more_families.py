@@ -298,11 +298,23 @@ def test_llama_3s_vocabulary_brings_its_own_first_and_last_token(tmp_path: Path)
     assert (third["bos_token_id"], third["eos_token_id"], third["vocab_size"]) == (128000, 128001, 128256)
     assert second["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000}
     assert third["rope_parameters"] == {"rope_type": "default", "rope_theta": 500000.0}
-    for key in ("rope_theta", "vocab_size"):  # which Meta's code takes for its own, and reads off the tokenizer
-        params = json.loads((tmp_path / "3" / "params.json").read_text())
-        (tmp_path / "3" / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k != key}))
-        config = engine.plan("meta-llama", tmp_path / "3").config
-        assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 500000
+
+
+def test_a_rotary_base_that_params_json_does_not_have_is_of_the_code_that_wrote_the_files_or_asked_for(
+    tmp_path: Path,
+) -> None:
+    """The code of Llama 1 and 2 has 10000, and saved `rope.freqs`; that of Llama 3 has 500000."""
+    for name, more in (("2", {}), ("3", THIRD)):
+        save_family(model_of("meta", **TINY, **more, vocab=16), tmp_path / name)
+        params = json.loads((tmp_path / name / "params.json").read_text())
+        (tmp_path / name / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k != "rope_theta"}))
+    assert engine.plan("meta-llama", tmp_path / "2").config["rope_theta"] == 10000
+    with pytest.raises(EngineError, match="rope_theta") as caught:
+        engine.plan("meta-llama", tmp_path / "3")
+    assert caught.value.code == "E202"
+    assert engine.plan("meta-llama", tmp_path / "3", settings={"rope_theta": 1e6}).config["rope_theta"] == 1e6
+    assert engine.plan("meta-llama-3-8b", tmp_path / "3").config["rope_theta"] == 500000
+    engine.reshard("meta-llama", tmp_path / "3", tmp_path / "again", tp=1)  # which needs to know no base
 
 
 def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from click.testing import CliRunner
 
 import engine
 from engine.commands.main import cli
-from engine.language import search
 from engine.language.axes import parse_axes
 from engine.language.documents import flat
 from engine.language.mapping_file import load_mapping
@@ -69,7 +68,7 @@ def test_all_are_proved_side_by_side_releases_at_their_own_sizes_and_shared_rule
     """`tests/proving/test_bundled.py` proves all that there are; here some in processes of their own."""
     releases = ["meta-llama-2-7b.yaml", "meta-llama-3-8b.yaml", "meta-llama-3_1-8b.yaml"]
     few = ["families/moe-grouped.yaml", *releases, "families/meta-llama.yaml"]
-    monkeypatch.setattr(search, "list_names", lambda: few)
+    monkeypatch.setattr(proving, "list_names", lambda: few)
     data = json.loads(invoke("--all", "--json").output)
     assert data["holds"] is True
     found = {one["mapping"]: {check["name"]: check for check in one["checks"]} for one in data["proofs"]}
