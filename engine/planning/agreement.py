@@ -9,7 +9,7 @@ from engine.errors import EngineError, Place
 from engine.language.declared import expressions_of
 from engine.language.documents import plain
 from engine.language.expressions import compile_expression
-from engine.language.keys import Key, find_key
+from engine.language.keys import find_key
 from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import (
     Read,
@@ -121,17 +121,5 @@ def with_given(
             fix="Give the configuration of this model, or correct that key in it"
             + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
         )
-    held = _as_files_hold_it(given, read.side.keys)
-    return merged({name: value for name, value in held.items() if name not in left_out}, config)
-
-
-def _as_files_hold_it(given: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
-    """A given configuration in the types that are declared, without the nulls that none of these is."""
-    result: dict[str, Any] = {}
-    for name, value in as_declared(given, keys, prefix).items():
-        key = keys.get(f"{prefix}{name}")
-        if isinstance(value, Mapping):
-            result[name] = _as_files_hold_it(value, keys, f"{prefix}{name}.")
-        elif value is not None or key is None or "null" in key.limits.types:
-            result[name] = value
-    return result
+    kept = {name: value for name, value in given.items() if name not in left_out}
+    return as_declared(merged(kept, config), read.side.keys)
