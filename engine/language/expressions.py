@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from jinja2 import nodes
@@ -116,7 +117,7 @@ def _result(value: Any, depth: int) -> Any:
 def _fail_missing(expression: Expression, missing: str, compiled: Compiled, names: Mapping[str, Any]) -> NoReturn:
     known = [n for n in names if n != "present"] + sorted(BUILTIN)
     full = next((p for p in sorted(compiled.paths) if p == missing or p.endswith("." + missing)), missing)
-    near = [] if "." in missing else get_close_matches(missing, known, 3, 0.6)
+    near = [] if "." in missing else _near(missing, tuple(known))
     calls_present = missing == "present"
     raise EngineError(
         "E105",
@@ -128,6 +129,11 @@ def _fail_missing(expression: Expression, missing: str, compiled: Compiled, name
         if calls_present
         else f"Give `{full}` a value in the configuration, or write `{full} | default(...)`.",
     )
+
+
+@lru_cache(maxsize=1024)  # proofs ask for what is missing again and again
+def _near(name: str, known: tuple[str, ...]) -> list[str]:
+    return get_close_matches(name, known, 3, 0.6)
 
 
 def _shown(text: str, limit: int = 300) -> str:

@@ -104,7 +104,8 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     spelt: dict[str, str] = {}
     once = _spelt_once(config, side, spelt)
     side = replace(side, spelt=spelt)
-    holding = frozenset(above for known in (*side.keys, *side.read) for above in prefixes(known) if above != known)
+    deep = (known for known in (*side.keys, *side.read) if "." in known)
+    holding = frozenset(above for known in deep for above in prefixes(known) if above != known)
     read = _read(once, side, "", noted, expressed, holding)
     for name, key in side.keys.items():
         if value_at(read, name) is not None:

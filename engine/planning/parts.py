@@ -63,6 +63,8 @@ def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, t
     Raises:
         EngineError: E208 naming the first box that no shard holds, or that two hold in part.
     """
+    if len(held) == 1 and held[0].header.part is None:  # as in a checkpoint without ranks
+        return {held[0].header.starts: (held[0],)}
     whole = held[0].header.whole
     found: dict[Box, list[Stored]] = {}
     for one in held:

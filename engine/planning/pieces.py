@@ -33,11 +33,6 @@ class Pieces:
     by_source: Mapping[tuple[str, frozenset[str]], Key]
 
 
-def source_pieces(instance: Instance) -> tuple[frozenset[str], ...]:
-    placeholders = frozenset(instance.axis_names())
-    return tuple(frozenset(piece) | placeholders for piece in instance.axes.pieces())
-
-
 def match_pieces(active: Sequence[Instance]) -> Pieces:
     """Pair source pieces with target pieces; every piece must occur exactly once on either side.
 
@@ -46,20 +41,20 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
     """
     targets: dict[str, TargetSpec] = {}
     for instance in active:
-        for name, axes in instance.targets:
-            known = targets.setdefault(name.text, TargetSpec(instance.target(name, axes), ()))
-            if known.own.axes.dims != axes.dims:
+        for own in instance.wholes:
+            known = targets.get(own.key, TargetSpec(own, ()))
+            if known.own.axes.dims != own.axes.dims:
                 raise _piece_error(
-                    instance, f"`{name.text}` is written with different axes: `{known.own.axes}` and `{axes}`"
+                    instance, f"`{own.key}` is written with different axes: `{known.own.axes}` and `{own.axes}`"
                 )
             if instance not in known.instances:
-                targets[name.text] = TargetSpec(known.own, (*known.instances, instance))
-    keys_of = {name: [(name, piece) for piece in source_pieces(spec.own)] for name, spec in targets.items()}
+                targets[own.key] = TargetSpec(known.own, (*known.instances, instance))
+    keys_of = {name: [(name, piece) for piece in spec.own.pieces] for name, spec in targets.items()}
     owners: dict[Key, Instance] = {}
     by_source: dict[tuple[str, frozenset[str]], Key] = {}
     for instance in active:
         wanted = {key for name, _ in instance.targets for key in keys_of[name.text]}
-        for piece in source_pieces(instance):
+        for piece in instance.pieces:
             keys = [key for key in wanted if key[1] == piece]
             if not keys and not piece.isdisjoint(instance.rule.drop):
                 continue
@@ -100,7 +95,7 @@ def _piece_error(
 
 def _other_axes(instance: Instance, piece: frozenset[str]) -> str | None:
     """The target that a source piece was nearly matched with, and the axes in which they differ."""
-    sources = source_pieces(instance)
+    sources = instance.pieces
     held = [
         (name, frozenset(p) | frozenset(name.placeholders)) for name, axes in instance.targets for p in axes.pieces()
     ]

@@ -12,7 +12,7 @@ from itertools import accumulate, product
 
 from engine.planning.boxes import Interval, Region, regions
 from engine.planning.groups import Group, GroupKey
-from engine.planning.pieces import Key, Pieces, source_pieces
+from engine.planning.pieces import Key, Pieces
 from engine.planning.sizes import extents
 from engine.planning.stored import End, Instance, Stored
 
@@ -24,10 +24,10 @@ def keys_at(end: End, used: Iterable[Instance], pieces: Pieces) -> Keys:
     """The keys of an end's pieces. A dropped one of training tensors has no target: its rule and parameter name it."""
     if end == "whole":
         targets = (spec.own for spec in pieces.targets.values())
-        return {(one.key, piece): (one.key, piece) for one in targets for piece in source_pieces(one)}
+        return {(one.key, piece): (one.key, piece) for one in targets for piece in one.pieces}
     keys = dict(pieces.by_source)
     for instance in used:
-        for piece in source_pieces(instance):
+        for piece in instance.pieces:
             keys.setdefault((instance.key, piece), (f"{instance.rule.name}.{instance.param}", piece))
     return keys
 
@@ -95,7 +95,7 @@ class Side:
     def reaching(self, group: Group, other: Side) -> list[Group]:
         """Groups of this side that hold pieces of a group of the other side, without shards that hold none of it."""
         result: dict[GroupKey, Group] = {}
-        for piece in source_pieces(group.instance):
+        for piece in group.instance.pieces:
             owner = self._owners.get(other.keys[group.instance.key, piece])
             if owner is None:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from engine.formats.headers import FileHeader, TensorHeader
@@ -30,7 +31,7 @@ class Stored(SourceTensor):
     chunk: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Instance:
     """A rule for one parameter (weight, bias, or the whole when its names have no `{param}`).
 
@@ -48,9 +49,15 @@ class Instance:
         """The placeholders of the source name: axes of every piece."""
         return self.sources[0].placeholders
 
-    def target(self, name: Pattern, axes: Axes) -> Instance:
-        """A target as a tensor of its own: whole, under its own name."""
-        return Instance(name.text, self.rule, None, axes, (name,), ())
+    @cached_property
+    def pieces(self) -> tuple[frozenset[str], ...]:
+        """The axes of each piece."""
+        return tuple(frozenset((*piece, *self.axis_names())) for piece in self.axes.pieces())
+
+    @cached_property
+    def wholes(self) -> tuple[Instance, ...]:
+        """Each target as a tensor of its own: whole, under its own name."""
+        return tuple(Instance(name.text, self.rule, None, axes, (name,), ()) for name, axes in self.targets)
 
     @property
     def stage_class(self) -> str:
@@ -86,7 +93,7 @@ def at_end(rules: Sequence[Instance], end: End) -> tuple[Instance, ...]:
     """The tensors that rules have at an end: what they read in training files, or each target as one of its own."""
     if end == "training":
         return tuple(rules)
-    return tuple(one.target(name, axes) for one in rules for name, axes in one.targets)
+    return tuple(whole for one in rules for whole in one.wholes)
 
 
 def strip(files: Sequence[FileHeader], layout: Layout | None) -> tuple[Stored, ...]:

@@ -9,7 +9,7 @@ from engine.formats.headers import FileHeader, TensorHeader, dense_strides
 from engine.language.axes import Axes, Axis
 from engine.language.names import pattern
 from engine.planning.groups import Cut, Group
-from engine.planning.pieces import Key, source_pieces
+from engine.planning.pieces import Key
 from engine.planning.sides import Side
 from engine.planning.sizes import check_known
 from engine.planning.source import Source
@@ -38,7 +38,7 @@ def padded(source: Source) -> Source:
     groups: list[Group] = []
     keys: dict[tuple[str, frozenset[str]], Key] = {}
     for one in source.used:
-        for piece in source_pieces(one):
+        for piece in one.pieces:
             if not any(axis in piece and sizes[axis] for axis in one.rule.zeros):
                 continue
             names = tuple(axis for axis in (*one.axis_names(), *one.axes.names()) if axis in piece)

@@ -16,7 +16,7 @@ from engine import api
 from engine.errors import EngineError
 from engine.proving.lint import lint_file
 from tests.support.genuine import family_of, settings_of
-from tests.support.shards import same
+from tests.support.shards import Model, same, save
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 FAMILY = "families/internlm2.yaml"
@@ -255,6 +255,18 @@ def test_the_official_spelling_has_no_second_place_for_angles(tmp_path: Path) ->
         error = refused(api.plan_reverse, name, hf, settings=settings)
         assert error.code == "E209" and told in error.message
     api.plan_reverse(name, hf, settings={**settings, "max_position_embeddings": 64})
+
+
+def test_the_token_that_an_official_reward_model_reads_is_given_and_comes_back(tmp_path: Path) -> None:
+    """The official class takes `reward_token_id` from `config.json`, which no training file holds."""
+    name, model = "internlm2-official", Model("v2", layers=1, hidden=32, heads=4, groups=2, ffn=64, head="reward")
+    save(model, tmp_path / "ckpt")
+    assert "reward_token_id" not in api.plan(name, tmp_path / "ckpt").config
+    engine.convert(name, tmp_path / "ckpt", tmp_path / "hf", settings={"reward_token_id": 5})
+    given = tmp_path / "hf" / "config.json"
+    assert json.loads(given.read_text())["reward_token_id"] == 5
+    assert api.plan(name, tmp_path / "ckpt", config=given).config["reward_token_id"] == 5
+    assert "reward_token_id" not in api.plan_reverse(name, tmp_path / "hf").config
 
 
 def test_scaling_that_config_json_does_not_have_cannot_be_given_again(whole: Path, tmp_path: Path) -> None:

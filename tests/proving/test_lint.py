@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Callable
@@ -12,13 +11,14 @@ from typing import Any
 import pytest
 
 import engine.api
+from engine.language.documents import plain
 from engine.proving.lint import lint_file
 
 Data = dict[str, Any]
 
 
 def base() -> Data:
-    return copy.deepcopy(dict(engine.api.load_mapping("families/internlm.yaml").resolved))
+    return dict(plain(engine.api.load_mapping("families/internlm.yaml").resolved))
 
 
 def findings(data: Data, tmp_path: Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ split moved, a permutation dropped, a sum reordered. The truth is the independen
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
+from engine.language.documents import plain
 from tests.support.depth import SOAK
 from tests.support.families import model_of, save_family
 from tests.support.shards import Model, State, save
@@ -49,7 +49,7 @@ def mutants(data: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     names = list(rules)
 
     def changed(name: str, **keys: Any) -> dict[str, Any]:
-        mutant = copy.deepcopy(data)
+        mutant = plain(data)
         mutant["rules"][name].update(keys)
         return mutant
 
@@ -59,7 +59,7 @@ def mutants(data: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
             other = "hidden" if split != "hidden" else "vocab"
             if other in rule["axes"]:
                 yield name, f"split on {other}", changed(name, split=other)
-            mutant = copy.deepcopy(data)
+            mutant = plain(data)
             del mutant["rules"][name]["split"]
             yield name, "no split", mutant
         else:
@@ -67,16 +67,16 @@ def mutants(data: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield name, f"split on {axis}", changed(name, split=axis)
         targets = rule.get("targets", [])
         if len(targets) >= 2:
-            swapped = copy.deepcopy(targets)
+            swapped = plain(targets)
             for one, two in ((0, 1), (1, 2), (0, 2)):
                 if one < len(targets) and two < len(targets):
-                    again = copy.deepcopy(swapped)
+                    again = plain(swapped)
                     again[one]["name"], again[two]["name"] = targets[two]["name"], targets[one]["name"]
                     yield name, f"targets {one} and {two} exchanged", changed(name, targets=again)
             yield name, "sum reordered", changed(name, axes=rule["axes"].replace("+ k + v", "+ v + k"))
         for index, target in enumerate(targets):
             if other_axes := turned(target["axes"]):
-                again = copy.deepcopy(targets)
+                again = plain(targets)
                 again[index]["axes"] = other_axes
                 yield name, f"target {index} turned", changed(name, targets=again)
         if "target" in rule:

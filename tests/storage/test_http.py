@@ -54,7 +54,7 @@ class Ranges(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(STEP.parent))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 

@@ -213,7 +213,7 @@ def proxy(port: int, *, google: bool = False) -> Iterator[Proxy]:
 
     with Quiet(("127.0.0.1", 0), Handler) as listening:
         seen = Proxy(listening.server_address[1])
-        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield seen
         listening.shutdown()
