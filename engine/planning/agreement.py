@@ -121,5 +121,22 @@ def with_given(
             fix="Give the configuration of this model, or correct that key in it"
             + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
         )
+<<<<<<< HEAD
     kept = {name: value for name, value in given.items() if name not in left_out}
     return as_declared(merged(kept, config), read.side.keys)
+=======
+    taken = _without_nulls({name: value for name, value in given.items() if name not in left_out}, read.side.keys)
+    return as_declared(merged(taken, config), read.side.keys)
+
+
+def _without_nulls(given: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
+    """A given configuration without the nulls that are of no type which its key may have."""
+    result: dict[str, Any] = {}
+    for name, value in given.items():
+        key = keys.get(f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            result[name] = _without_nulls(value, keys, f"{prefix}{name}.")
+        elif value is not None or key is None or "null" in key.limits.types:
+            result[name] = value
+    return result
+>>>>>>> main
