@@ -9,7 +9,7 @@ from engine.errors import EngineError, Place
 from engine.language.declared import expressions_of
 from engine.language.documents import plain
 from engine.language.expressions import compile_expression
-from engine.language.keys import find_key
+from engine.language.keys import Key, find_key
 from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import (
     Read,
@@ -121,10 +121,6 @@ def with_given(
             fix="Give the configuration of this model, or correct that key in it"
             + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
         )
-<<<<<<< HEAD
-    kept = {name: value for name, value in given.items() if name not in left_out}
-    return as_declared(merged(kept, config), read.side.keys)
-=======
     taken = _without_nulls({name: value for name, value in given.items() if name not in left_out}, read.side.keys)
     return as_declared(merged(taken, config), read.side.keys)
 
@@ -139,4 +135,3 @@ def _without_nulls(given: Mapping[str, Any], keys: Mapping[str, Key], prefix: st
         elif value is not None or key is None or "null" in key.limits.types:
             result[name] = value
     return result
->>>>>>> main
