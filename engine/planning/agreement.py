@@ -121,17 +121,17 @@ def with_given(
             fix="Give the configuration of this model, or correct that key in it"
             + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
         )
-    held = _as_files_hold_it(given, read.side.keys)
-    return merged({name: value for name, value in held.items() if name not in left_out}, config)
+    taken = _without_nulls({name: value for name, value in given.items() if name not in left_out}, read.side.keys)
+    return as_declared(merged(taken, config), read.side.keys)
 
 
-def _as_files_hold_it(given: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
-    """A given configuration in the types that are declared, without the nulls that none of these is."""
+def _without_nulls(given: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
+    """A given configuration without the nulls that are of no type which its key may have."""
     result: dict[str, Any] = {}
-    for name, value in as_declared(given, keys, prefix).items():
+    for name, value in given.items():
         key = keys.get(f"{prefix}{name}")
         if isinstance(value, Mapping):
-            result[name] = _as_files_hold_it(value, keys, f"{prefix}{name}.")
+            result[name] = _without_nulls(value, keys, f"{prefix}{name}.")
         elif value is not None or key is None or "null" in key.limits.types:
             result[name] = value
     return result

@@ -91,7 +91,8 @@ def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = 
 
 def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, int]:
     """Ranks for every dimension of a mode's files; E001 for a dimension it does not have."""
-    dims = written_dims(mode.files[0])
+    dims, cut = written_dims(mode.files[0]), {dim for dim, count in sizes.items() if count > 1}
+    others = [m.name for m in layout.modes if m.only_read is None and cut <= set(written_dims(m.files[0]))]
     for dim, count in sizes.items():
         if count < 1:
             raise EngineError("E001", f"there must be at least one {dim} rank", got=str(count), expected="1 or more")
@@ -101,9 +102,7 @@ def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, 
                 f"mode `{mode.name}` of layout `{layout.name}` has no {dim} ranks",
                 got=f"{dim} {count}",
                 expected=", ".join(dims),
-                fix=f"Leave {dim} out, or choose another --mode: "
-                + ", ".join(m.name for m in layout.modes if m.only_read is None)
-                + ".",
+                fix=f"Leave {dim} out" + (f", or give --mode {' or --mode '.join(others)}." if others else "."),
             )
     return {dim: sizes.get(dim, 1) for dim in dims}
 

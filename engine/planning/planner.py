@@ -61,7 +61,7 @@ def make_plan(
     other = Like() if like is None else like_of(_held(read_source(mapping, layout, like, mine)))
     cut = cut_of_model(layout, asked, other) if crosses and asked.writes == "training" else None
     if cut is not None:
-        mine |= choices_of_mode(layout, cut["mode"], mapping, mine)
+        mine |= choices_of_mode(layout, cut["mode"], mapping, mine, "Leave that out, or choose another --mode.")
     source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy, cut=cut)
     if lossy is not None:
         source = padded(source)
@@ -69,7 +69,8 @@ def make_plan(
     taken = own if like is None else laid_out_as(other, own, mapping)
     if asked.writes == "training":
         cut = cut or cut_of_model(layout, asked, taken)
-        choices_of_mode(layout, cut["mode"], mapping, {name: d.choice for name, d in source.decisions.items()})
+        made = {name: decision.choice for name, decision in source.decisions.items()}
+        choices_of_mode(layout, cut["mode"], mapping, made, f"Give --to {mapping.name}: then it is decided anew.")
         if not crosses:
             _check_stays(_held(source), cut)
     written = whole_outputs(source, asked) if asked.writes == "whole" else rank_outputs(source, asked, taken)
@@ -105,7 +106,9 @@ def make_plan(
     )
 
 
-def choices_of_mode(layout: Layout, mode: str, mapping: MappingFile, choices: Mapping[str, Any]) -> dict[str, str]:
+def choices_of_mode(
+    layout: Layout, mode: str, mapping: MappingFile, choices: Mapping[str, Any], fix: str
+) -> dict[str, str]:
     """The choices of a mapping's variants that alone are written in a mode; E214 where another is to be."""
     held = next(one.choices for one in layout.modes if one.name == mode)
     found = {name: choice for name, choice in held.items() if name in mapping.variants}
@@ -117,8 +120,7 @@ def choices_of_mode(layout: Layout, mode: str, mapping: MappingFile, choices: Ma
                 place=mapping.variants[name].place,
                 got=f"{name}={choices[name]}",
                 expected=f"{name}={choice}",
-                fix="Choose another --mode, or leave that setting out. A reshard decides it anew where --to names a "
-                "mapping, also the same one.",
+                fix=fix,
             )
     return found
 

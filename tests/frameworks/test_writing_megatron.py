@@ -154,6 +154,21 @@ def test_what_is_resharded_keeps_its_form_and_stages(ranks: dict[str, Any], tmp_
     assert len(list((tmp_path / "more").glob("mp_rank_*_001"))) == 2
 
 
+def test_what_a_reshard_of_torch_dist_to_ranks_is_told_to_do_works(tmp_path: Path) -> None:
+    source, told = source_of(MEGATRON / "dist-tp2pp2"), {"config": MEGATRON / "dist-tp2pp2" / "hf_config.json"}
+    asked: dict[str, Any] = {"tp": 2, "pp": 2}
+    for code, fix, more in (
+        ("E001", "--mode torch_pp or --mode torch_pp_ep", {"mode": "torch_pp"}),
+        ("E214", "Give --to megatron-llama", {"to": "megatron-llama"}),
+    ):
+        with pytest.raises(EngineError) as caught:
+            engine.reshard("megatron-llama", source, tmp_path / "made", **asked, **told)
+        assert caught.value.code == code and fix in str(caught.value.fix)
+        asked |= more
+    engine.reshard("megatron-llama", source, tmp_path / "made", **asked, **told)
+    assert len(list((tmp_path / "made").glob("mp_rank_*_*"))) == 4
+
+
 def test_a_mode_of_other_ranks_than_are_written_is_refused(tmp_path: Path) -> None:
     first = whole("leg_t4_g2", "megatron-llama", tmp_path / "hf")
     with pytest.raises(EngineError, match="not that of these ranks") as caught:
