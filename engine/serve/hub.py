@@ -14,19 +14,21 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from engine.assets.bundle import card_facts
 from engine.errors import visible
-from engine.serve.page import page
 from engine.serve.ranges import part_of
 from engine.serve.revisions import MAIN, NoRevision, Revision, Revisions
 from engine.serve.virtual import VirtualFolder
+from engine.show import page
 from engine.storage.virtual import VirtualFile
 
 _TYPES = {".json": "application/json", ".md": "text/plain; charset=utf-8", ".jinja": "text/plain; charset=utf-8"}
 _LONGEST = 400  # characters of a reason
+_TEMPLATE = Path(__file__).parent / "templates" / "models.html.j2"  # which escapes all that it is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +146,9 @@ class Hub:
 
     def _page(self, models: Sequence[Served], revision: str = MAIN) -> Response:
         told = [_told(one, revision, files=len(models) < len(self._models) or len(self._models) == 1) for one in models]
-        text, policy = page(told)
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+        style = (page.TEMPLATES / "view.css").read_text("utf-8")
+        text = visible(page.template(_TEMPLATE).render(models=told, style=style), "\n\t")
+        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": page.policy(style, "")}
         return _response(200 if any("facts" in one for one in told) or len(told) != 1 else 404, text.encode(), headers)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES
+from engine.formats.standins import DTYPES
 from engine.move.values import check_transform
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
@@ -207,9 +208,4 @@ def torch_types() -> dict[str, torch.dtype]:
     """Torch's element types by their safetensors names."""
     import torch
 
-    return {
-        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
-        "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    }  # fmt: skip
+    return {held: getattr(torch, name) for name, held in DTYPES.items()}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(name: str, **facts: Any) -> str:
+def render(name: str, /, **facts: Any) -> str:
     """The text that a template makes of facts, of which each is shown as one visible line."""
     return _templates().get_template(f"{name}.j2").render(shown(facts)).removesuffix("\n")
 

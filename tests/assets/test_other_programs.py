@@ -72,7 +72,7 @@ def test_llama_3_scaling_stands_in_the_old_form_too() -> None:
     from engine.language.expressions import render_tree
 
     mapping = engine.load_mapping("families/meta-llama.yaml")
-    names = {"use_scaled_rope": True, "rope_theta": 500000.0, "theta": "told", "vocab": 128256}
+    names = {"use_scaled_rope": True, "rope_theta": 500000.0, "theta": "told", "scaling": "told", "vocab": 128256}
     names |= {"options": {"rope_factor": 8.0}, "given": {}}
     wanted = {name: mapping.config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters")}
     read = render_tree(wanted, names)
