@@ -24,6 +24,7 @@ from engine.assets.tokenizer_read import (
     USER_DEFINED,
     Pieces,
     Understood,
+    no_model,
     refuse_kind,
     understand_tokenizer,
 )
@@ -105,14 +106,7 @@ def _processor(data: bytes, place: Place) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-        raise EngineError(
-            "E501",
-            "SentencePiece refuses the tokenizer",
-            place=place,
-            got=str(error)[:200],
-            expected="a tokenizer.model as SentencePiece writes it",
-            fix="Give the model's own tokenizer.model; check that it was copied whole.",
-        ) from None
+        raise no_model(place, str(error)[:200], "SentencePiece refuses the tokenizer") from None
 
 
 def _reason_of_unused(model: Any, pieces: Pieces, unused: set[int]) -> str | None:

@@ -63,7 +63,7 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
     place = Place(str(model_file))
     pieces = Pieces.of(model)
     if not all(isinstance(text, str) for text in pieces.texts):  # protobuf leaves what is not UTF-8 as bytes
-        raise _no_model(place, "a piece that is not text")
+        raise no_model(place, "a piece that is not text")
     refuse_kind(_reason(model, pieces), place)
     names = _renamed(pieces, spec, place)
     bos, eos, pad = (_named(spec, key, names, place) for key in ("bos", "eos", "pad"))
@@ -131,14 +131,14 @@ def _read(model_file: Path) -> tuple[Any, bytes]:
     except DecodeError:
         found = f"{len(data)} bytes that start with {data[:12]!r}"
     if not model.HasField("trainer_spec") or all(piece.type != UNKNOWN for piece in model.pieces):
-        raise _no_model(place, found)
+        raise no_model(place, found)
     return model, data
 
 
-def _no_model(place: Place, found: str) -> EngineError:
+def no_model(place: Place, found: str, message: str = "the file is not a SentencePiece model") -> EngineError:
     return EngineError(
         "E501",
-        "the file is not a SentencePiece model",
+        message,
         place=place,
         got=found,
         expected="a tokenizer.model as SentencePiece writes it",

@@ -15,7 +15,8 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.search import bundled, find_file, list_names
 from engine.planning.given import check_type
-from engine.storage.replacing import check_file_free, given_path, write_error, write_file
+from engine.storage.replacing import check_file_free, given_path, write_file
+from engine.storage.store import write_error
 
 _DRAFTED = "# as drafted by engine new: "
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -62,7 +63,7 @@ def new_mapping(
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise write_error(file, error) from error
+            raise write_error(file, error, "there") from error
         write_file(file, made.text.encode(), overwrite=overwrite, ours=is_draft)
     return made
 

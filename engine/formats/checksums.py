@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 
 from isal import isal_zlib
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError
+from engine.formats.unpickle import damaged
 from engine.storage.positioned import Positioned
 from engine.storage.store import File, OpenFile
 
@@ -104,11 +105,4 @@ def _check_md5(file: File, sidecar: File, advance: Callable[[int], None]) -> Non
 
 
 def _damaged(file: File, member: str | None, got: str, expected: str) -> EngineError:
-    return EngineError(
-        "E301",
-        "a checkpoint file is damaged: its bytes are not those that were saved",
-        place=Place(file.name, tensor=member),
-        got=got,
-        expected=expected,
-        fix="Copy the file again from the training run.",
-    )
+    return damaged(file.name, got, member, expected=expected, how=": its bytes are not those that were saved")

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES
-from engine.formats.unpickle import MAX_PICKLE, big_endian, damaged, load_next
+from engine.formats.unpickle import MAX_PICKLE, big_endian, damaged, load_next, unsupported
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _TAR = (b"ustar", 257)  # torch's very first format
@@ -61,14 +61,7 @@ def load_legacy(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tu
             raise damaged(name, f"storage {key[:40]} of {count} elements, its tensors say {storage.count}")
         nbytes = count * ITEM_SIZES.get(storage.dtype or "U8", 0)
         if nbytes == 0 < count:
-            raise EngineError(
-                "E303",
-                "a storage's element type is not supported",
-                place=Place(name),
-                got=str(storage.dtype),
-                expected=", ".join(ITEM_SIZES),
-                fix="Quantised and complex tensors are not converted.",
-            )
+            raise unsupported("storage", storage.dtype, Place(name))
         if position + 8 + nbytes > size:
             raise damaged(name, f"storage {key[:40]} ends outside the file of {size} bytes")
         payload[key] = (position + 8, nbytes)

@@ -20,7 +20,7 @@ from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, shared
 from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Instance, Refused, Storage, Tensor
-from engine.formats.unpickle import damaged, error_of, load_pickle
+from engine.formats.unpickle import damaged, error_of, load_pickle, unsupported
 from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile
 
@@ -189,14 +189,7 @@ def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, in
         raise damaged(file, f"storage {storage.key} is not in the file", name)
     dtype = tensor.dtype or storage.dtype
     if dtype is None or dtype not in ITEM_SIZES or (storage.dtype or dtype) not in ITEM_SIZES:
-        raise EngineError(
-            "E303",
-            "a tensor's element type is not supported",
-            place=Place(file, tensor=name),
-            got=str(dtype),
-            expected=", ".join(ITEM_SIZES),
-            fix="Quantised and complex tensors are not converted.",
-        )
+        raise unsupported("tensor", dtype, Place(file, tensor=name))
     item = ITEM_SIZES[dtype]
     nbytes = storage.count * (1 if storage.dtype is None else ITEM_SIZES[storage.dtype])
     if nbytes > place[1]:

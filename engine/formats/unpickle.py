@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, ClassVar
 
 from engine.errors import EngineError, Place
+from engine.formats.headers import ITEM_SIZES
 from engine.formats.sharded import sharding_global
 from engine.formats.standins import (
     RECORD,
@@ -291,15 +292,29 @@ def error_of(refused: Refused, name: str, tensor: str | None = None) -> EngineEr
     return damaged(name, str(refused)[:400], tensor)
 
 
-def damaged(name: str, what: str, tensor: str | None = None, *, expected: str | None = None) -> EngineError:
+def damaged(
+    name: str, what: str, tensor: str | None = None, *, expected: str | None = None, how: str = " or truncated"
+) -> EngineError:
     """E301, with what was found."""
     return EngineError(
         "E301",
-        "a checkpoint file is damaged or truncated",
+        f"a checkpoint file is damaged{how}",
         place=Place(name, tensor=tensor),
         got=what,
         expected=expected,
         fix="Copy the file again from the training run.",
+    )
+
+
+def unsupported(whose: str, dtype: str | None, place: Place) -> EngineError:
+    """E303 for the element type of a tensor or a storage."""
+    return EngineError(
+        "E303",
+        f"a {whose}'s element type is not supported",
+        place=place,
+        got=str(dtype),
+        expected=", ".join(ITEM_SIZES),
+        fix="Quantised and complex tensors are not converted.",
     )
 
 

@@ -19,7 +19,6 @@ T = TypeVar("T")
 
 _NARROWEST = 40  # columns; a terminal that claims less is not one
 _LEAST = 16  # columns that a wide column of a table keeps; with fewer, each row is told in lines of its own
-_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _SPACES = re.compile(r"(?<=\s)(?=\S)")
 # Where a word that is too long for the rest of a line may go on in the next one, and where it has none of these.
 _INSIDE = (re.compile(r"(?<=[,;/.…×|&=:])(?=[^\s,;/.…×|&=:])"), re.compile(r"(?<=[_-])(?=[^\s_-])"))
@@ -127,7 +126,7 @@ def fit(text: str, width: int | None) -> str:
 
 
 def _fit_line(line: str, width: int) -> list[str]:
-    plain = _STYLE.sub("", line)
+    plain = click.unstyle(line)
     if len(plain) <= width or plain.lstrip().startswith(("next: ", "$ ", "hf upload ")):
         return [line]
     found = _HANGING.match(plain)
@@ -160,7 +159,7 @@ def wrap(text: str, first: int, rest: int | None = None) -> list[str]:
 
 
 def _columns(text: str) -> int:
-    return len(_STYLE.sub("", text))
+    return len(click.unstyle(text))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, indent: str = "  ") -> list[str]:

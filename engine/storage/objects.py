@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from engine.errors import EngineError, Place
 from engine.storage.client import T, asked, client_of, library, refused, requests
 from engine.storage.listing import linked_names
 from engine.storage.object_files import ObjectBytes, ObjectRanges
 from engine.storage.positioned import Positioned
-from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
+from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, has_changed, unreadable
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 WINDOW = 16 << 20  # bytes of a tensor that are read ahead at once
@@ -245,7 +244,8 @@ class ObjectStore:
         except FileNotFoundError as error:
             raise unreadable(self.place(name), "no such object") from error
         except PermissionError:
-            raise _changed(self.place(name), state) from None
+            told = ", ".join(f"{name} {value}" for name, value in state.told().items())
+            raise has_changed(self.place(name), "another ETag", told) from None
         check_state(name, ObjectState.of(meta), wanted)
         if len(data) != end - start:
             raise ends_early(name, start + len(data), end)
@@ -253,14 +253,3 @@ class ObjectStore:
 
     def _asked(self, name: str, ask: Callable[[], T]) -> T:
         return asked(self.place(name), ask)
-
-
-def _changed(place: str, state: State) -> EngineError:
-    return EngineError(
-        "E405",
-        "a source file changed since it was planned",
-        place=Place(place),
-        got="another ETag",
-        expected=", ".join(f"{name} {value}" for name, value in state.told().items()),
-        fix="Wait until training has finished writing the checkpoint and nothing else touches it, then run again.",
-    )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine.errors import EngineError, Place
 from engine.storage.regular import open_regular
+from engine.storage.store import write_error
 
 _LOOKED_AT = 1 << 20  # bytes at the start of a file, which tell what it is
 
@@ -43,16 +44,6 @@ def _encodes(path: str) -> bool:
 
 def exists(path: Path | str, fix: str, got: str | None = None) -> EngineError:
     return EngineError("E401", "the output exists already", place=Place(str(path)), got=got, fix=fix)
-
-
-def write_error(path: Path, error: OSError) -> EngineError:
-    return EngineError(
-        "E403",
-        "writing failed",
-        place=Place(str(path)),
-        got=error.strerror or str(error),
-        fix="Check free space and permissions there; what was there before is untouched.",
-    )
 
 
 def check_file_free(path: Path, overwrite: bool, ours: Callable[[bytes], bool]) -> None:
@@ -90,6 +81,6 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
         check_file_free(path, overwrite, ours)
         raise
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error, "there") from error
     finally:
         partial.unlink(missing_ok=True)

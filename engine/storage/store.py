@@ -174,15 +174,18 @@ def walk(store: Store, inside: str = "") -> Iterator[tuple[str, State]]:
 def check_state(name: str, now: State, then: State | None) -> None:
     """E405 unless a file is still the one that was planned."""
     if then is not None and now != then:
-        got, expected = now.unlike(then)
-        raise EngineError(
-            "E405",
-            "a source file changed since it was planned",
-            place=Place(name),
-            got=got,
-            expected=expected,
-            fix="Wait until training has finished writing the checkpoint and nothing else touches it, then run again.",
-        )
+        raise has_changed(name, *now.unlike(then))
+
+
+def has_changed(name: str, got: str, expected: str) -> EngineError:
+    return EngineError(
+        "E405",
+        "a source file changed since it was planned",
+        place=Place(name),
+        got=got,
+        expected=expected,
+        fix="Wait until training has finished writing the checkpoint and nothing else touches it, then run again.",
+    )
 
 
 def ends_early(name: str, got: int, expected: int) -> EngineError:
@@ -206,12 +209,8 @@ def unreadable(place: str, why: str) -> EngineError:
     )
 
 
-def write_error(path: Path | str, error: OSError) -> EngineError:
-    return EngineError(
-        "E403",
-        "writing failed",
-        place=Place(str(path)),
-        got=error.strerror or str(error),
-        fix="Check free space and permissions at the output, then run again with --resume; "
-        "what was there before is untouched.",
-    )
+def write_error(
+    path: Path | str, error: OSError, then: str = "at the output, then run again with --resume"
+) -> EngineError:
+    fix = f"Check free space and permissions {then}; what was there before is untouched."
+    return EngineError("E403", "writing failed", place=Place(str(path)), got=error.strerror or str(error), fix=fix)
