@@ -7,7 +7,7 @@ spot of the same piece meet is a link. It says what a plan's copy says, with the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, product
 from math import prod
 
@@ -176,7 +176,7 @@ def spots(side: Side, group: Group, shard: Shard, window: Window | None = None) 
     for node, (first, end), (low, high) in zip(group.instance.axes.dims, shard.window, asked, strict=True):
         part = (low + first, min(high + first, end))
         found = regions(Axes((node,)), shard.sizes, (1,), window=(part,), starts=shard.starts)
-        per_dim.append([replace(one, base=one.base + low) for one in found])
+        per_dim.append([one._replace(base=one.base + low) for one in found])
     result: list[Spot] = []
     for dims in product(*per_dim):
         box: dict[str, Interval] = {axis: (value, value + 1) for axis, value in group.fixed.items()}

@@ -7,8 +7,8 @@ middle of a group), and inside a box the address is affine: a base plus one stri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from engine.language.axes import Axes, Axis, Node, Sum, extent
 
@@ -32,8 +32,7 @@ def common(one: Box, other: Box) -> dict[str, Interval] | None:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """A box with its affine address: `address(index) = base + sum(stride * index)`.
 
     `box` and `strides` are by axis name, in the rule's global indices.
@@ -48,8 +47,7 @@ class Region:
         return frozenset(self.box)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A region that one tensor of a plan holds; `tensor` indexes the plan's tensor table."""
 
     tensor: int

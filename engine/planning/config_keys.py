@@ -243,13 +243,11 @@ def _must_be(key: Key | None, path: str, side: Side, inner: bool) -> bool:
 
 
 def as_declared(config: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
-    """A configuration to be written, each value in the type that is declared of its key; no null where none may be."""
+    """A configuration to be written, each value in the type that is declared of its key."""
     result: dict[str, Any] = {}
     for name, value in config.items():
         path = f"{prefix}{name}"
         key = find_key(keys, path)
-        if value is None and key is not None and key.limits.types and "null" not in key.limits.types:
-            continue
         if isinstance(value, Mapping):
             result[name] = as_declared(value, keys, f"{path}.")
         else:

@@ -61,6 +61,16 @@ class Direction:
         single = (f"there.{name}" for name in read.patterns)
         return frozenset(p for name in read.paths for p in self.closure(name)).union(single)
 
+    def required(self, written: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys that are refused where they are absent, even if nothing reads them, as the other side writes them."""
+        found: dict[str, Any] = {}
+        for name, key in self.side.keys.items():
+            if (key.default is not None and not key.allows(key.default)) or key.comes_with is not None:
+                values = (written.get(name), key.default, *(key.only or ()))
+                fitting = [value for value in values if value is not None and key.allows(value)]
+                found |= dict.fromkeys([name] if fitting else [], *fitting[:1])
+        return found
+
     def edges(self, path: str) -> list[Any]:
         """More values to try of what is read."""
         return []
@@ -175,6 +185,7 @@ class Forth(Direction):
         own = {*self.mapping.dims, *self.mapping.variants, *self.world.sizes, *axes}
         own -= {axis for axis, one in self.mapping.dims.items() if axis in names_in(one)}  # a key of the same name
         number = 0
+        made_up: list[str] = []  # numbers that sizes depend on, and may not be so large
         for path in self.paths:
             root = path.split(".")[0]
             if root in own or root == "options":
@@ -194,6 +205,7 @@ class Forth(Direction):
                 base[path] = written[path]
             elif "integer" in types and not fits:
                 base[path] = 8192 + number
+                made_up += [path] if path in sized else []
             elif "number" in types and path not in sized:
                 base[path] = unusual(number, key)
             elif fits:
@@ -208,10 +220,14 @@ class Forth(Direction):
             elif option.type == "number":
                 value = unusual(number + 3, None) if option.limits.fits(unusual(number + 3, None)) else 6.5
             base[f"options.{option.name}"] = value
+        base = {**self.required(written), **base}
         base |= dict.fromkeys((holder for path in base for holder in _holders(path)), OMIT)
         base |= {f"tensors.{name}": self.world.choices[name] for name in decided_by_names(self.mapping)}
         there = present_in(training_names(self.worlds.used(self.world.choices, most=True) or ()))
-        return base | {f"there.{name}": there(name) for name in self._asked()}
+        base |= {f"there.{name}": there(name) for name in self._asked()}
+        for path in made_up:
+            base[path] = 1 if "refused" in self.run(base) else base[path]
+        return base
 
     def _asked(self) -> list[str]:
         """Tensors that variants ask for which are decided by keys as well."""

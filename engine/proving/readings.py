@@ -100,7 +100,7 @@ class Back(Direction):
     def base(self) -> dict[str, Any]:
         made = self.forth.run(self.forth.base)
         config = {p.removeprefix("config.json "): v for p, v in made.items() if p.startswith("config.json ")}
-        base: dict[str, Any] = {}
+        base = self.required(config)
         for path in self.paths:
             root = path.split(".")[0]
             if root in self.mapping.variants:

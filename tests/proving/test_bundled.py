@@ -9,6 +9,7 @@ import pytest
 import engine
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
+from engine.proving.committed import committed, read_meaning
 from engine.proving.prove import shared_rules
 
 
@@ -18,6 +19,14 @@ def proved_together() -> list[list[str]]:
     for name in sorted(list_names(), key=lambda name: not name.startswith("families/")):
         found[shared_rules(load_mapping(name))].append(name)
     return list(found.values())
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(list_names()) if name.startswith("families/")])
+def test_what_is_proved_of_configurations_is_of_one_that_is_not_refused(name: str) -> None:
+    known = committed(load_mapping(name))
+    assert known is not None
+    for direction in ("reading", "writing"):
+        assert (direction, "gives", "refused") not in read_meaning(known[1])
 
 
 def changes(name: str) -> set[str]:

@@ -143,7 +143,7 @@ def test_a_configuration_that_is_not_read_back_alike_fails_the_round_trip(broken
 
 
 def test_a_configuration_that_transformers_refuses_is_told(broken: Callable[..., Proof]) -> None:
-    proof = broken("meta-llama", ("attention_bias: false", "attention_bias: false\n  pad_token_id: [1]"))
+    proof = broken("meta-llama", ("attention_bias: false", "attention_bias: false\n  layer_types: [odd]"))
     assert "E502 transformers refuses the configuration" in told(proof)
 
 
@@ -231,10 +231,8 @@ def test_mutants_are_of_every_kind_and_those_of_rules_and_values_are_caught() ->
         (
             "megatron-llama",
             [
-                (
-                    "config.rope_parameters.factor",
-                    "`{{ rope_scaling_factor if use_rope_scaling",
-                ),  # a switch, one absent
+                ("config.rope_parameters.factor", "if use_rope_scaling else"),  # a switch, absent
+                ("config.rope_parameters.factor", "left out"),
                 ("training_config.padded_vocab_size", "* tps + 1) //"),  # rounded up, from a multiple
                 ("training_config.padded_vocab_size", "* tps - 2) //"),  # and from one more
                 ("training_config.virtual_pipeline_model_parallel_size", "chunks > 2"),
@@ -276,9 +274,9 @@ def test_what_an_edit_comes_to_is_told_beside_what_is_committed(broken: Callable
     assert f"{cut}, `ffn hidden`, split hidden; the committed" in told(broken("meta-llama", turned))
     halves = ("(groups queries half pair)", "(groups queries pair half)")
     assert "self_attn.q_proj.weight is laid out differently: " in told(broken("meta-llama", halves))
-    theta = ("> 100000 else 10000) }}", "> 100000 else 1000000) }}")
-    said = "and no option set: 1000000.0; the committed meaning says 10000.0"
-    assert f"config.json rope_theta with nothing but what is needed, {said}" in told(broken("meta-llama", theta))
+    begins = ("128000 if vocab == 128256 else 1 }}", "128000 if vocab == 128256 else 2 }}")
+    said = "config.json bos_token_id: 2; the committed meaning says 1"
+    assert said in told(broken("meta-llama", begins))
     assert broken("meta-llama").holds
 
 
