@@ -70,8 +70,7 @@ def facts_of(
         saved = [*names, *(name for file in checkpoint.files for name in file.left)]
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
-        asked = mapping.variants if expressed else _of_tensors(mapping)
-        return Facts(read, seen, seen, decide(asked, settings, seen, checkpoint.config_name))
+        return Facts(read, seen, seen, _decided(mapping, settings, seen, checkpoint.config_name, expressed))
     same = layout.config_of_target  # then what is written is what was read
     read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
@@ -82,6 +81,21 @@ def facts_of(
     choices = {n: d.choice for n, d in decisions.items()}
     made = read.config if same else render_known(mapping.training_config, {**seen, **choices})
     return Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
+
+
+def _decided(
+    mapping: MappingFile, settings: Mapping[str, Any], seen: Mapping[str, Any], called: str, expressed: bool
+) -> dict[str, Decision]:
+    """What settings and expressions decide; of what only config.json needs, no answer is asked for without one."""
+    needed = mapping.variants if expressed else _of_tensors(mapping)
+    found: dict[str, Decision] = {}
+    for name, variant in mapping.variants.items():
+        try:
+            found |= decide({name: variant}, settings, seen, called)
+        except EngineError:
+            if name in needed:
+                raise
+    return found
 
 
 def _of_tensors(mapping: MappingFile) -> dict[str, Variant]:
