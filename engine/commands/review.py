@@ -13,6 +13,7 @@ from engine.errors import EngineError, Place
 from engine.language.documents import plain
 from engine.language.search import find_file, kind_of, spelled
 from engine.show.findings import beside_lines, unified
+from engine.show.findings import findings as in_words
 from engine.show.render import proofs as shown
 from engine.show.render import render
 from engine.show.render import resolved as as_resolved
@@ -75,7 +76,7 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
     elif form == "github":
         say(beside_lines(findings), raw=True, nl=bool(findings))
     else:
-        say(render("findings.txt", found=findings))
+        say(in_words(findings))
     if any(finding.severity == "error" for finding in findings):
         ctx.exit(1)
 

@@ -10,13 +10,15 @@ from typing import Any
 from engine.errors import EngineError
 from engine.language.documents import grouped
 from engine.language.expressions import OMIT, evaluate, names_in, render_tree
-from engine.language.model import Expression, Layout, MappingFile, Variant
+from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import form, pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
 from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side, whole_side
 from engine.planning.stored import Instance, Stored
 from engine.planning.variants import Decision, decide
+
+UNASKED = "only config.json depends on it, which is not written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,9 @@ def facts_of(
         saved = [*names, *(name for file in checkpoint.files for name in file.left)]
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
-        asked = mapping.variants if expressed else _of_tensors(mapping)
-        return Facts(read, seen, seen, decide(asked, settings, seen, checkpoint.config_name))
+        free = {} if expressed else _unasked(mapping, settings)
+        asked = {name: variant for name, variant in mapping.variants.items() if name not in free}
+        return Facts(read, seen, seen, {**decide(asked, settings, seen, checkpoint.config_name), **free})
     same = layout.config_of_target  # then what is written is what was read
     read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
@@ -84,11 +87,12 @@ def facts_of(
     return Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
 
 
-def _of_tensors(mapping: MappingFile) -> dict[str, Variant]:
-    """The variants on which it depends which tensors there are and how large; others are about config.json."""
+def _unasked(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Decision]:
+    """Questions that only config.json asks: variants of one choice on which no tensor depends."""
     read = {name for rule in mapping.rules for name in rule.when}
-    read |= {name for size in mapping.dims.values() for name in names_in(size)}
-    return {name: variant for name, variant in mapping.variants.items() if name in read}
+    read |= {name for size in mapping.dims.values() for name in names_in(size)} | {*settings}
+    only = {v.name: next(iter(v.choices)) for v in mapping.variants.values() if len(v.choices) == 1}
+    return {name: Decision(name, one, "default", UNASKED) for name, one in only.items() if name not in read}
 
 
 def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]:

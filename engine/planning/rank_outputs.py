@@ -19,7 +19,7 @@ from engine.planning.agreement import check_returns
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared, shown
 from engine.planning.destination import Destination
-from engine.planning.facts import present_in, render_known
+from engine.planning.facts import UNASKED, present_in, render_known
 from engine.planning.likeness import Like, destination_of, spellings_of
 from engine.planning.model import Output, OutputFile, Plan
 from engine.planning.rank_groups import RankGroups
@@ -206,7 +206,8 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         names.add(output.name[len(prefix) :])
     scope = {**config, "options": source.options, "training": {}, "present": present_in(names)}
     scope |= {"given": source.read.config, "mode": destination.mode.name}
-    for name, decision in decide({n: mapping.variants[n] for n in choices}, {}, scope).items():
+    asked = {n: mapping.variants[n] for n, one in source.decisions.items() if one.evidence != UNASKED}
+    for name, decision in decide(asked, {}, scope).items():
         if decision.choice != choices[name]:
             variant = mapping.variants[name]
             raise EngineError(

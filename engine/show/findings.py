@@ -1,4 +1,4 @@
-"""Findings beside the lines of files: of `engine lint` in a pull request, of `engine format` as a diff."""
+"""Findings of `engine lint`, also beside the lines of a pull request, and what `engine format` would change."""
 
 from __future__ import annotations
 
@@ -6,8 +6,25 @@ from collections.abc import Sequence
 from difflib import unified_diff
 from typing import TYPE_CHECKING
 
+import click
+
+from engine.errors import counted
+
 if TYPE_CHECKING:
     from engine.proving.proof import Finding
+
+
+def findings(found: Sequence[Finding]) -> str:
+    """Lint findings one under another, in the shape of errors, and how many."""
+    lines: list[str] = []
+    for finding in found:
+        colour = "red" if finding.severity == "error" else "yellow"
+        told = finding.in_words().removeprefix(finding.code)
+        lines += [click.style(finding.code, fg=colour, bold=True) + told, ""]
+    errors = sum(f.severity == "error" for f in found)
+    if not found:
+        return click.style("no findings", fg="green")
+    return "\n".join([*lines, f"{counted(errors, 'error')}, {counted(len(found) - errors, 'warning')}"])
 
 
 def beside_lines(found: Sequence[Finding]) -> str:

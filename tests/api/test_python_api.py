@@ -30,18 +30,17 @@ def test_a_function_is_typed_and_has_an_example(name: str) -> None:
 
 
 def test_every_public_name_is_known_to_type_checkers() -> None:
-    """They read `from engine.api import *` by the list in there, and know only what is imported for each name of it."""
-    nodes = [
-        [
-            node
-            for node in ast.walk(ast.parse(Path(module.__file__ or "").read_text()))
-            if isinstance(node, ast.ImportFrom)
-        ]
-        for module in (engine, api)
-    ]
-    assert ["*"] in [[alias.name for alias in node.names] for node in nodes[0] if node.module == "engine.api"]
-    imported = {alias.name for node in nodes[1] for alias in node.names}
-    assert set(engine.__all__) - {"__version__"} <= set(api.__all__) == imported
+    """They read `from engine.api import *`, and what is imported beside it in a stub."""
+    folder = Path(engine.__file__).parent
+    top, stub = (
+        [node for node in ast.walk(ast.parse((folder / name).read_text())) if isinstance(node, ast.ImportFrom)]
+        for name in ("__init__.py", "api/__init__.pyi")
+    )
+    assert ["*"] in [[alias.name for alias in node.names] for node in top if node.module == "engine.api"]
+    told = {alias.asname: (node.module, alias.name) for node in stub for alias in node.names}
+    assert told == {name: (module, name) for name, module in api._MODULES.items()}
+    assert set(engine.__all__) - {"__version__"} <= set(api.__all__)
+    assert all(getattr(api, name).__name__ for name in api.__all__)
 
 
 def test_a_plan_is_one_line_and_a_table_in_a_notebook() -> None:

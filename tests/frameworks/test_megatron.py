@@ -257,6 +257,9 @@ def test_a_factor_of_scaled_angles_that_megatron_does_not_pass_to_its_model_is_a
 ) -> None:
     """GPTModel is built with `rope_scaling=args.use_rope_scaling` alone (0.10 to 0.19), and has 8."""
     source, told = copy("leg_t4_g2"), {"vocab_size": 131}
+    rewritten(source, lambda args: args.update(use_rope_scaling=True))
+    config = engine.plan("megatron-llama", source, settings=told).config
+    assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 8
     rewritten(source, lambda args: args.update(use_rope_scaling=True, rope_scaling_factor=32.0))
     with pytest.raises(EngineError, match="rope_factor") as caught:
         convert("leg_t4_g2", tmp_path / "out", source, config=None, settings=told)
