@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,8 +25,10 @@ from engine.commands.options import (
     reports_errors,
 )
 from engine.commands.say import answer
+from engine.errors import visible
 from engine.planning.request import JOBS
 from engine.show.render import render
+from engine.show.text import quoted
 
 if TYPE_CHECKING:
     from engine.planning.model import Plan
@@ -38,13 +40,13 @@ def write(
     command: str,
     quiet: bool,
     log_file: str | None,
-    then: Callable[[str], str] = lambda out: f"engine inspect {out}",
+    then: Callable[[str], Sequence[str]] = lambda out: (f"engine inspect {out}",),
     **asked: Any,
 ) -> None:
     """Run an API function that writes a checkpoint, with progress and a log, and say what it did.
 
     Args:
-        then: what to do next with an output, by its path.
+        then: commands to go on with, of an output's path.
     """
     functions: dict[str, Callable[..., Report]] = {
         "run": engine.api.convert,
@@ -62,9 +64,9 @@ def write(
                 log.event("finished", **report.as_dict())
     except KeyboardInterrupt:
         left = engine.api.kept(asked.get("out"), asked.get("src"))
-        raise click.Abort(f"interrupted: {render('kept.txt', out=left[0], partial=left[1])}") from None
-    next_one = then(shlex.quote(str(report.out)))
-    answer(as_json, report.as_dict(), lambda: f"{render('report.txt', done=report)}\nnext: {next_one}", quiet=quiet)
+        raise click.Abort(f"interrupted: {render('kept.txt', out=quoted(left[0]), partial=left[1])}") from None
+    text = partial(render, "report.txt", done=report, then=then(quoted(report.out)))
+    answer(as_json, report.as_dict(), text, quiet=quiet)
 
 
 @click.command()
@@ -92,14 +94,14 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
         return
     silent = options["quiet"] or as_json
     options["mapping"] = chosen(options["mapping"], options["src"], options["config"], quiet=silent)
-    same = "".join(f" --{name} {shlex.quote(options[name])}" for name in ("mapping", "src", "config") if options[name])
-    same += "".join(f" --set {shlex.quote(f'{name}={value}')}" for name, value in options["settings"].items())
+    same = "".join(f" --{name} {quoted(options[name])}" for name in ("mapping", "src", "config") if options[name])
+    same += "".join(f" --set {quoted(f'{name}={value}')}" for name, value in options["settings"].items())
     write(
         as_json,
         "run",
         then=lambda out: (
-            f"engine verify {out}{same}   (every tensor against the checkpoint)\n"
-            f"      hf upload ORG/NAME {out}   (publishes it)"
+            f"engine verify {out}{same}   (every tensor against the checkpoint)",
+            f"hf upload ORG/NAME {out}   (publishes it)",
         ),
         **options,
     )
@@ -206,7 +208,7 @@ def clean(as_json: bool, /, out: str) -> None:
       engine clean hf
     """
     removed = [str(path) for path in engine.api.clean(out)]
-    told = "\n".join(f"removed {path}" for path in removed) or "nothing to remove"
+    told = "\n".join(f"removed {visible(path)}" for path in removed) or "nothing to remove"
     answer(as_json, {"removed": removed}, lambda: told)
 
 
@@ -256,5 +258,5 @@ def commit(as_json: bool, /, path: str, out: str | None, quiet: bool, **options:
       engine commit --plan plan.json -o hf
     """
     report = engine.api.commit(path, out, **options)
-    verify = f"engine verify {shlex.quote(str(report.out))}"
-    answer(as_json, report.as_dict(), lambda: f"{render('report.txt', done=report)}\nnext: {verify}", quiet=quiet)
+    text = partial(render, "report.txt", done=report, then=[f"engine verify {quoted(report.out)}"])
+    answer(as_json, report.as_dict(), text, quiet=quiet)

@@ -13,6 +13,7 @@ from engine.commands import progress
 from engine.commands.completion import SHELLS, codes, folders, script
 from engine.commands.options import EXPLAINED, QUIET, VERIFYING, asks, chosen, given, reports_errors
 from engine.commands.say import answer, say
+from engine.errors import visible
 from engine.explaining.codes import is_code, page
 from engine.show.render import inspection, render
 from engine.show.text import amount
@@ -110,7 +111,7 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
     if png is not None:
         screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0, overwrite=options["overwrite"])
         done["png"] = png
-    answer(as_json, done, lambda: f"wrote {done['out']}, {amount(done['bytes'])}")
+    answer(as_json, done, lambda: f"wrote {visible(done['out'])}, {amount(done['bytes'])}")
 
 
 @click.command()

@@ -21,6 +21,7 @@ import click
 from engine.commands import convert, look, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
+from engine.errors import visible
 from engine.explaining.codes import page
 from engine.language.version import __version__
 
@@ -78,7 +79,7 @@ class Commands(click.Group):
             sys.exit(143 if _terminated else 130)
         except click.ClickException as error:
             error.show(shown := io.StringIO())
-            say(shown.getvalue(), err=True, nl=False)
+            say(shown.getvalue().replace(error.message, visible(error.message)), err=True, nl=False)
             sys.exit(error.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
 

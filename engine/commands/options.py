@@ -24,6 +24,7 @@ from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
 from engine.show.render import error as in_red
 from engine.show.render import render
+from engine.show.text import Styled, quoted
 
 P = ParamSpec("P")
 
@@ -88,11 +89,11 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
             if as_json:
                 answer(True, {"errors": [one.as_dict() for one in errors]}, str)
             else:
-                say("\n\n".join(in_red(one) for one in errors), err=True)
+                say(Styled("\n\n".join(in_red(one) for one in errors)), err=True)
                 if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
                     given: dict[str, Any] = dict(kwargs)
                     left = engine.api.kept(given.get("out"), given.get("src"))
-                    say(f"once that is fixed: {render('kept.txt', out=left[0], partial=left[1])}", err=True)
+                    say(f"once that is fixed: {render('kept.txt', out=quoted(left[0]), partial=left[1])}", err=True)
             ctx.exit(2 if all(one.code == "E001" for one in errors) else 1)
 
     return wrapped

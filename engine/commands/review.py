@@ -9,7 +9,7 @@ from engine.commands.completion import mapping_names, paths
 from engine.commands.options import asks, reports_errors
 from engine.commands.progress import progress
 from engine.commands.say import answer, say
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, visible
 from engine.language.documents import plain
 from engine.language.search import find_file, kind_of, spelled
 from engine.show.findings import beside_lines, unified
@@ -17,7 +17,7 @@ from engine.show.findings import findings as in_words
 from engine.show.render import proofs as shown
 from engine.show.render import render
 from engine.show.render import resolved as as_resolved
-from engine.show.text import read_text
+from engine.show.text import quoted, read_text
 from engine.storage.replacing import write_file
 
 _PATHS = "engine.diff.paths"
@@ -51,7 +51,10 @@ def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str
         "own": "rules of its own, as no family is near",
     }
     parent = spelled(found.parent or "")
-    say(render("draft.txt", found=found, kinds=kinds, parent=parent, out=out, src=src), err=out is None)
+    say(
+        render("draft.txt", found=found, kinds=kinds, parent=parent, out=out, file=quoted(out or ""), src=quoted(src)),
+        err=out is None,
+    )
 
 
 @click.command()
@@ -216,6 +219,6 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
         say("".join(unified(name, *texts) for name, texts in changed.items()), nl=False, raw=True)
     else:
         for name in changed:
-            say(f"{'would format' if check else 'formatted'} {name}")
+            say(f"{'would format' if check else 'formatted'} {visible(name)}")
     if check and changed:
         ctx.exit(1)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 
 from engine.errors import visible
-from engine.show.text import as_json, fit, terminal_width
+from engine.show.text import Styled, as_json, fit, terminal_width
 
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")  # what `click.style` writes, and nothing else of a terminal's
 
@@ -25,12 +25,13 @@ def clear_progress() -> None:
 
 
 def say(text: str, *, err: bool = False, nl: bool = True, raw: bool = False) -> None:
-    """Print text that cannot steer the terminal: what is not a line's end or a colour is shown as an escape.
+    """Print text that cannot steer the terminal: what is not a line's end or a style of ours is shown as an escape.
 
     Lines are fitted to the terminal, unless they are `raw`: JSON, YAML, a script.
     """
     clear_progress()
-    parts = _STYLE.split(text if raw else fit(text, terminal_width(err)))
+    fitted = text if raw else fit(text, terminal_width(err))
+    parts = _STYLE.split(fitted) if isinstance(text, Styled) else [fitted]
     click.echo("".join(p if _STYLE.fullmatch(p) else visible(p, "\n\t") for p in parts), err=err, nl=nl)
 
 

@@ -12,7 +12,7 @@ import engine
 from engine.commands.logs import logged
 from engine.commands.options import QUIET, SAVED, asks, reports_errors
 from engine.commands.say import say
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, visible
 from engine.storage.places import last_name
 
 if TYPE_CHECKING:
@@ -67,15 +67,15 @@ def serve(
                 log.event("request", **{name: getattr(one, name) for name in one.__slots__})
             if not quiet:
                 told = f"{one.client} {one.method} {one.path} {one.status} {one.bytes} {one.seconds:.3f}s"
-                say(told + (f" {' '.join(one.problem.split())}" if one.problem else ""), err=True)
+                say(visible(told + (f" {' '.join(one.problem.split())}" if one.problem else "")), err=True)
 
         server = engine.api.serve(
             models, host=host, port=port, token=_token(token_file), log=line,
-            told=lambda text: None if quiet else say(text, err=True), **options,
+            told=lambda text: None if quiet else say(visible(text), err=True), **options,
         )  # fmt: skip
         if not quiet:
             served = ", ".join(one.name for one in models)
-            say(f"serving {served}\n  HF_ENDPOINT={server.url}\nCtrl-C ends it", err=True)
+            say(f"serving {visible(served)}\n  HF_ENDPOINT={server.url}\nCtrl-C ends it", err=True)
         if log is not None:
             log.event("serving", url=server.url)
         with suppress(KeyboardInterrupt):  # which is how it ends
@@ -134,9 +134,9 @@ def mount(
     """
 
     def ready() -> None:
-        say(f"mounted at {at}; Ctrl-C ends it", err=True)
+        say(f"mounted at {visible(at)}; Ctrl-C ends it", err=True)
 
     compiled = engine.api.plan(mapping, src, **options)
     with engine.api.virtual(compiled, tokenizer=tokenizer, code=code) as folder:
-        engine.api.mount(folder, at, log=lambda text: say(text, err=True), ready=ready)
+        engine.api.mount(folder, at, log=lambda text: say(visible(text), err=True), ready=ready)
     say("unmounted", err=True)

@@ -9,7 +9,7 @@ from engine.errors import counted
 from engine.proving.changes import KINDS, ValueChange
 from engine.proving.diff import SECTIONS, Change, MappingDiff
 from engine.show.render import render
-from engine.show.text import as_json, shown
+from engine.show.text import Styled, as_json, shown
 
 _MAX_COMMENT = 60_000  # GitHub refuses comments of more than 65,536 characters
 
@@ -23,7 +23,7 @@ def rendered(diffs: Sequence[MappingDiff], form: str) -> str:
         return github(diffs)
     if not diffs:
         return "no differences"
-    return "\n\n".join(_told(one, "diff.md" if form == "markdown" else "diff.txt") for one in diffs)
+    return Styled("\n\n".join(_told(one, "diff.md" if form == "markdown" else "diff.txt") for one in diffs))
 
 
 def _told(one: MappingDiff, template: str, level: int = 3) -> str:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from engine.errors import counted
+from engine.show.text import Styled
 
 if TYPE_CHECKING:
     from engine.proving.proof import Finding
 
 
-def findings(found: Sequence[Finding]) -> str:
+def findings(found: Sequence[Finding]) -> Styled:
     """Lint findings one under another, in the shape of errors, and how many."""
     lines: list[str] = []
     for finding in found:
@@ -23,8 +24,8 @@ def findings(found: Sequence[Finding]) -> str:
         lines += [click.style(finding.code, fg=colour, bold=True) + told, ""]
     errors = sum(f.severity == "error" for f in found)
     if not found:
-        return click.style("no findings", fg="green")
-    return "\n".join([*lines, f"{counted(errors, 'error')}, {counted(len(found) - errors, 'warning')}"])
+        return Styled(click.style("no findings", fg="green"))
+    return Styled("\n".join([*lines, f"{counted(errors, 'error')}, {counted(len(found) - errors, 'warning')}"]))
 
 
 def beside_lines(found: Sequence[Finding]) -> str:

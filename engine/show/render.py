@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,7 +13,7 @@ import click
 from engine.assets.model_card import environment
 from engine.errors import EngineError, counted, rounded, span
 from engine.language.documents import grouped, plain
-from engine.show.text import amount, duration, note, shown, table, times, title
+from engine.show.text import Styled, amount, duration, note, quoted, shown, table, times, title
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(name: str, /, **facts: Any) -> str:
+def render(name: str, /, **facts: Any) -> Styled:
     """The text that a template makes of facts, of which each is shown as one visible line."""
-    return _templates().get_template(f"{name}.j2").render(shown(facts)).removesuffix("\n")
+    return Styled(_templates().get_template(f"{name}.j2").render(shown(facts)).removesuffix("\n"))
 
 
 @cache
@@ -36,7 +35,7 @@ def _templates() -> Environment:
     made = environment(TEMPLATES)
     made.globals.update(row=_row)
     made.filters.update(
-        amount=amount, counted=counted, duration=duration, grid=_grid, note=note, pairs=_pairs, quoted=shlex.quote,
+        amount=amount, counted=counted, duration=duration, grid=_grid, note=note, pairs=_pairs,
         rounded=rounded, sizes=sizes, span=span, stage=_stage, style=click.style, table=_table, times=times,
         title=title,
     )  # fmt: skip
@@ -86,9 +85,9 @@ def _stage(one: Mapping[str, Any], chunked: bool) -> str:
     return f"{' '.join(told) or 'one stage'}: {held}"
 
 
-def error(problem: EngineError) -> str:
+def error(problem: EngineError) -> Styled:
     """An error as it prints itself, its code in red."""
-    return click.style(problem.code, fg="red", bold=True) + str(problem).removeprefix(problem.code)
+    return Styled(click.style(problem.code, fg="red", bold=True) + str(problem).removeprefix(problem.code))
 
 
 _CHOICE = {
@@ -99,7 +98,7 @@ _CHOICE = {
 }
 
 
-def inspection(found: Inspection, config: str | None = None, *, every: bool = False) -> str:
+def inspection(found: Inspection, config: str | None = None, *, every: bool = False) -> Styled:
     """What a folder is, and what to do next.
 
     Args:
@@ -113,12 +112,13 @@ def inspection(found: Inspection, config: str | None = None, *, every: bool = Fa
     alike = grouped((tuple(fit.differing.get(axis, ("", "same"))[1] for axis in axes), fit.name) for fit in sized)
     rows = [("(this checkpoint)", *here.values()), *((", ".join(names), *row) for row, names in alike.items())]
     reasons = grouped((fit.why, fit.name) for fit in others if not fit.differing)
-    given = "" if config is None else f" --config {shlex.quote(shown(config))}"
-    return render(f"{found.kind}.txt", found=found, given=given, every=every, others=others, axes=axes, sized=rows,
-                  reasons=reasons, choice=_CHOICE)  # fmt: skip
+    given = "" if config is None else f" --config {quoted(config)}"
+    step = quoted(f"{found.folder.rstrip('/')}/{found.facts['newest']}") if found.kind == "steps" else ""
+    return render(f"{found.kind}.txt", found=found, folder=quoted(found.folder), step=step, given=given, every=every,
+                  others=others, axes=axes, sized=rows, reasons=reasons, choice=_CHOICE)  # fmt: skip
 
 
-def proofs(found: Sequence[Any]) -> str:
+def proofs(found: Sequence[Any]) -> Styled:
     """Proofs one under another, and how many hold."""
 
     def caught_by(mutants: Sequence[Mutant]) -> dict[str, Counter[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +25,24 @@ _SPACES = re.compile(r"(?<=\s)(?=\S)")
 # Where a word that is too long for the rest of a line may go on in the next one, and where it has none of these.
 _INSIDE = (re.compile(r"(?<=[,;/.…×|&=:])(?=[^\s,;/.…×|&=:])"), re.compile(r"(?<=[_-])(?=[^\s_-])"))
 _HANGING = re.compile(r"\s*(?:[-+~] |\S{1,12} {2,}|(?:note|means) )?")
+
+
+class Styled(str):
+    """Text in which every style is the engine's own: what it was made of was shown as visible lines before."""
+
+
+def quoted(name: str | Path) -> str:
+    r"""A name as bash and zsh take it in a command, in one visible line.
+
+    >>> print(quoted("my model"), quoted("-o"), quoted("two\nlines"))
+    'my model' ./-o $'two\x0alines'
+    """
+    text = f"./{name}" if str(name).startswith("-") else str(name)
+    hidden = {c for c in text if visible(c) != c}
+    if not hidden:
+        return shlex.quote(visible(text))
+    escapes = {c: "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in hidden} | {"\\": r"\\", "'": r"\'"}
+    return visible(f"$'{text.translate({ord(c): escape for c, escape in escapes.items()})}'")
 
 
 def as_json(data: Any) -> str:

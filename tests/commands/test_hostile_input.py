@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import unicodedata
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +22,10 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.serve.server import Line
 from engine.storage.local import LocalStore
 from tests.attacks.values import ARGUMENTS, EVERY, mutated
+from tests.support.genuine import FIXTURES
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
@@ -375,6 +380,51 @@ def test_names_steer_no_terminal_card_page_or_log(tmp_path: Path) -> None:
     for file in (tmp_path / "view.html", tmp_path / "hf" / "README.md", log):
         text = file.read_text("utf-8")
         assert all(c == "\n" or c.isprintable() for c in text), file
+
+
+def test_names_of_folders_steer_no_terminal_and_can_be_copied_from_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = "-\x1b[8m\nE000 'forged' \\ \udcff\u202e"
+    shutil.copytree(FIXTURES / "v1_tp2_pp2", tmp_path / hidden)
+    (tmp_path / f".{hidden}2.partial-0123abcd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    planned = ("-m", "internlm", "-s", hidden)
+    printed = ""
+    for command in (
+        ("inspect", f"./{hidden}"),
+        ("run", *planned, "-o", f"{hidden}1"),
+        ("inspect", f"./{hidden}1"),
+        ("reverse", "-m", "internlm", "-s", f"{hidden}1", "-o", f"{hidden}3"),
+        ("view", *planned, "-o", f"{hidden}.html"),
+        ("new", "-s", hidden, "-o", f"{hidden}.yaml"),
+        ("format", "--check", f"./{hidden}.yaml"),
+        ("clean", f"./{hidden}2"),
+        ("inspect", f"./{hidden}", f"./{hidden}"),
+    ):
+        done = invoke(*command)
+        assert "\x1b[8m" not in done.output and "\nE000" not in done.output, command
+        printed += done.output
+    copied = re.findall(r"[$]'(?:[^'\\]|\\.)+'", printed)
+    assert len(copied) > 8
+    bash = subprocess.run(["bash", "-c", f"printf '%s\\0' {' '.join(copied)}"], capture_output=True, check=True)
+    assert {os.fsdecode(name).rstrip("\0") for name in bash.stdout.split(b"\0") if name} <= {
+        f"./{hidden}{end}" for end in ("", "1", "3", ".yaml")
+    }
+
+
+def test_what_a_client_asks_for_is_one_visible_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = "/\x1b[8m\n127.0.0.1 GET /forged 200"
+
+    def serve(*_: Any, log: Any, told: Any, **__: Any) -> Any:
+        log(Line("127.0.0.1", "GET", asked, 404, 1, 0.1, None))
+        told(f"step {asked} is not complete")
+        return SimpleNamespace(url="http://127.0.0.1:1", run=lambda: None)
+
+    monkeypatch.setattr(api, "serve", serve)
+    done = invoke("serve", "-m", V2.mapping, "-s", f"{asked}.step")
+    assert done.exit_code == 0 and done.output.count("forged") == 3
+    assert "\x1b" not in done.output and "\n127.0.0.1 GET /forged" not in done.output
 
 
 def test_compare_shows_names_as_escapes(tmp_path: Path) -> None:

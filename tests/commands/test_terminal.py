@@ -45,7 +45,7 @@ def test_a_resumed_run_says_what_it_kept(tmp_path: Path) -> None:
     from engine.show.render import render
 
     done = api.convert("internlm", STEP, tmp_path / "hf")
-    assert done.kept == 0 and "kept" not in render("report.txt", done=done)
+    assert done.kept == 0 and "kept" not in render("report.txt", done=done, then=())
     told: list[Progress] = []
     meter = Meter(100, told.append, "writing")
     meter.keep(40)
