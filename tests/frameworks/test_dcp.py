@@ -333,7 +333,7 @@ def test_a_configuration_without_a_class_is_that_of_its_model_type(tmp_path: Pat
 @pytest.mark.parametrize(
     "change", [{"rope_theta": 5.0}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}], ids=str
 )
-def test_angles_that_versions_of_transformers_read_otherwise_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+def test_angles_that_transformers_4_and_5_read_otherwise_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     """Version 4 reads these keys, and 5 rope_parameters, which says something else."""
     fixture = DCP / "fsdp4-f32-hf"
     config = json.loads((fixture / "hf_config.json").read_text()) | change
