@@ -15,6 +15,7 @@ import engine
 from engine import api
 from engine.errors import EngineError
 from engine.proving.lint import lint_file
+from tests.support.families import model_of, save_family
 from tests.support.genuine import family_of, settings_of
 from tests.support.shards import Model, same, save
 
@@ -549,11 +550,21 @@ def test_whether_later_code_normalises_the_head_is_asked(tmp_path: Path) -> None
     source = training(tmp_path / "ckpt", {"norm_head": True}, "e052_v2_tp2_pp1_mult64")
     (source / "config_file.pt").unlink(missing_ok=True)
     error = refused(api.plan, FAMILY, source)
-    assert error.code == "E202" and "norm_head" in str(error) and "head=normalised" in str(error)
+    assert error.code == "E202" and "norm_head" in str(error) and str(error).endswith("or --set head=normalised.")
     for head, transform in (("plain", None), ("normalised", ("normalize", "hidden"))):
         plan = api.plan(FAMILY, source, settings={"head": head})
         (output,) = [one for one in plan.outputs if one.name == "lm_head.weight"]
         assert output.transform == transform
+
+
+def test_an_internlm3_with_a_head_that_may_be_normalised_is_asked_about(tmp_path: Path) -> None:
+    """No InternLM3 of transformers has such a head, and nothing says whether training normalised it."""
+    save_family(model_of("internlm3", layers=1, hidden=32, heads=4, groups=2, ffn=64, vocab=32), tmp_path / "ckpt")
+    config = dict(api.read_checkpoint(tmp_path / "ckpt", api.load_layout("internevo")).config)
+    torch.save(config | {"norm_head": True}, tmp_path / "ckpt" / "model_config.pt")
+    error = refused(api.plan, "families/internlm3.yaml", tmp_path / "ckpt")
+    assert error.code == "E202" and "norm_head" in str(error) and error.answers == {"head": ["plain"]}
+    api.plan("families/internlm3.yaml", tmp_path / "ckpt", settings={"head": "plain"})
 
 
 def test_internlm_has_no_head_that_is_normalised(tmp_path: Path) -> None:
