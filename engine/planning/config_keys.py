@@ -49,7 +49,8 @@ class Read:
 def source_side(mapping: MappingFile, layout: Layout) -> Side:
     """The training configuration, as dims, variants and config.json read it."""
     variants = [dict(v.choices) for v in mapping.variants.values()]
-    own = {*mapping.dims, *mapping.variants, *_OTHERS}
+    dims = {name for name, size in mapping.dims.items() if name not in _paths(size)}  # else a key of the same name
+    own = {*dims, *mapping.variants, *_OTHERS}
     read = {path for path in _paths([dict(mapping.dims), variants, mapping.config]) if path.split(".")[0] not in own}
     return Side(declared(mapping, layout, "source"), frozenset(read), layout.config_file)
 

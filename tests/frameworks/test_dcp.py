@@ -330,6 +330,19 @@ def test_a_configuration_without_a_class_is_that_of_its_model_type(tmp_path: Pat
     assert any("auto_map" in notice for notice in report.notices)
 
 
+@pytest.mark.parametrize(
+    "change", [{"rope_theta": 5.0}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}], ids=str
+)
+def test_angles_that_transformers_4_and_5_read_otherwise_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    """Version 4 reads these keys, and 5 rope_parameters, which says something else."""
+    fixture = DCP / "fsdp4-f32-hf"
+    config = json.loads((fixture / "hf_config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=next(iter(change))) as caught:
+        engine.plan("transformers", source_of(fixture), config=tmp_path / "config.json")
+    assert caught.value.code == "E218"
+
+
 @pytest.mark.parametrize("name", ["tt02_fsdp4", "tt03_fsdp4", "tt03_tied_fsdp4"])  # of torchtitan 0.2.2 and 0.3
 def test_torchtitans_names_and_rotary_order_give_its_logits(name: str, tmp_path: Path) -> None:
     fixture = DCP / name

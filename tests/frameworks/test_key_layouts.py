@@ -285,6 +285,10 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
         ({"num_experts_per_tok": 4}, "E218"),
         ({"is_causal": False}, "E209"),
         ({"output_router_logits": 2}, "E218"),
+        # angles that it may not have been trained with, or cannot
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "E209"),
+        ({"rope_scaling": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 10000.0}, "E218"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "E202"),
     ],
     ids=str,
 )

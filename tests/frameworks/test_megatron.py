@@ -146,6 +146,17 @@ def test_a_vocabulary_larger_than_the_padded_one_is_refused(tmp_path: Path) -> N
     assert caught.value.code in ("E203", "E218")
 
 
+@pytest.mark.parametrize("name", ["leg_t4_g2", "dist-ep2-moe"])
+def test_a_vocabulary_that_megatron_would_not_pad_so_far_is_asked_for(name: str, tmp_path: Path) -> None:
+    """Tokens would be dropped as padding: of a model that was extended, by the configuration from before."""
+    told: dict[str, Any] = json.loads((MEGATRON / name / "hf_config.json").read_text()) | {"vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    for options in ({"config": None, "settings": {"vocab_size": 100}}, {"config": tmp_path / "config.json"}):
+        with pytest.raises(EngineError, match="vocabulary") as caught:
+            convert(name, tmp_path / "out", **options)
+        assert caught.value.code == "E202"
+
+
 def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         convert("leg_t2_distopt", tmp_path / "out", config=MEGATRON / "torch-tp1pp1-tied" / "hf_config.json")

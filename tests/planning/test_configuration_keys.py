@@ -15,7 +15,6 @@ import engine
 from engine import api
 from engine.errors import EngineError
 from engine.proving.lint import lint_file
-from tests.support.families import model_of, save_family
 from tests.support.genuine import family_of, settings_of
 from tests.support.shards import Model, same, save
 
@@ -369,6 +368,7 @@ HOMEGROWN: list[tuple[dict[str, Any], str, str]] = [
     *[({"adapt_hf": v}, "E218", "adapt_hf") for v in ("False", "True", None, 2, 0.0, [])],
     *[({"is_reward": v}, "E218", "is_reward") for v in ("False", "no", "")],
     *[({"norm_head": v}, "E218", "norm_head") for v in ("False", 5)],
+    *[({"head_dim": v}, "E218", "head_dim") for v in ("8", 8.0, True, [8])],
     *[({"apply_post_layer_norm": v}, "E218", "apply_post_layer_norm") for v in ("False", None)],
 ]
 
@@ -557,19 +557,19 @@ def test_whether_later_code_normalises_the_head_is_asked(tmp_path: Path) -> None
         assert output.transform == transform
 
 
-def test_an_internlm3_with_a_head_that_may_be_normalised_is_asked_about(tmp_path: Path) -> None:
-    """No InternLM3 of transformers has such a head, and nothing says whether training normalised it."""
-    save_family(model_of("internlm3", layers=1, hidden=32, heads=4, groups=2, ffn=64, vocab=32), tmp_path / "ckpt")
-    config = dict(api.read_checkpoint(tmp_path / "ckpt", api.load_layout("internevo")).config)
-    torch.save(config | {"norm_head": True}, tmp_path / "ckpt" / "model_config.pt")
-    error = refused(api.plan, "families/internlm3.yaml", tmp_path / "ckpt")
-    assert error.code == "E202" and "norm_head" in str(error) and error.answers == {"head": ["plain"]}
-    api.plan("families/internlm3.yaml", tmp_path / "ckpt", settings={"head": "plain"})
+@pytest.mark.parametrize(
+    ("mapping", "fixture"), [("internlm", "v1_tp2_pp2"), ("internlm3", "llama_tp2_pp1_default")], ids=str
+)
+def test_a_family_without_a_head_that_is_normalised_refuses_it(mapping: str, fixture: str, tmp_path: Path) -> None:
+    source = training(tmp_path / "ckpt", {"norm_head": True}, fixture)
+    (source / "config_file.pt").unlink(missing_ok=True)
+    error = refused(api.plan, f"families/{mapping}.yaml", source)
+    assert error.code == "E209" and "norm_head" in error.message
 
 
-def test_internlm_has_no_head_that_is_normalised(tmp_path: Path) -> None:
-    source = training(tmp_path / "ckpt", {"norm_head": True}, "v1_tp2_pp2")
-    assert refused(api.plan, "families/internlm.yaml", source).code == "E209"
+def test_a_key_that_only_a_dim_of_its_name_reads_is_not_told_as_unread(tmp_path: Path) -> None:
+    source = training(tmp_path / "ckpt", {"head_dim": 8})
+    assert not any("head_dim" in notice for notice in api.plan(FAMILY, source).notices)
 
 
 @pytest.mark.parametrize(
