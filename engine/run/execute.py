@@ -84,7 +84,7 @@ def execute(
     from engine.run.digests import only_zeros
     from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, manifest
-    from engine.run.parts import MARKER, read_markers
+    from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
     from engine.run.runner import check_runnable, take_parts, write_weights
 
     work = parts or identity_of(compiled)
@@ -108,6 +108,8 @@ def execute(
             notices += check_source(compiled, how.progress)
         if written is not None:
             written = take_parts(compiled, store, written)
+            if parts is not None and store.folder is not None:
+                write_marker(parts, store, WHOLE, written)
             make_later(threading.Event())
         else:
             beside = [] if later is None else [make_later]

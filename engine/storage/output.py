@@ -155,7 +155,7 @@ class OutputFolder:
         for folder in (*(path for path in self.partial.iterdir() if path.is_dir()), self.partial):
             sync_folder(folder)
         self._check_free()  # what somebody put there meanwhile is kept, and so is the new output beside it
-        for path in self.partial.glob(f"{self._spare}*") if self._spare else ():
+        for path in sorted(self.partial.glob(f"{self._spare}*"), reverse=True) if self._spare else ():
             path.unlink()
         if os.path.lexists(self.final):
             old = self.partial if _exchange(self.partial, self.final) else self._swap()
