@@ -220,7 +220,7 @@ def _check_mapping(mapping: MappingFile) -> Check:
 def _is_model(path: KeyPath) -> bool:
     """Whether a fact says what the model is, whatever its release, options and neighbours."""
     row = path[2] if len(path) > 2 else ""
-    of_options = row == LEAST or row.startswith("options.") or path[1:] == ("no difference",)
+    of_options = row.startswith((LEAST, "options.")) or path[1:] == ("no difference",)
     return path[0] in _MODEL and not of_options
 
 

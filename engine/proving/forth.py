@@ -144,7 +144,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree_of({tuple(path.split(".")): value for path, value in flat.items() if value is not OMIT})
 
 
-LEAST = "nothing but what is needed, and no option set"
+LEAST = "nothing but what is needed"
 _WORSE = ("refused", "no value", "read off")
 
 
@@ -247,21 +247,24 @@ class Forth(Direction):
         return [max(self.world.sizes.values())] if rounded and (direct or path in divisors) else []
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
-        """Everything that may be absent absent at once, with the options' own defaults."""
-        needed = self._needed()
-        free = {path: OMIT for path in self.base if path not in needed and "." not in path}
-        free |= {f"options.{name}": option.default for name, option in self.mapping.options.items()}
-        return [(LEAST, free)]
-
-    def _needed(self) -> set[str]:
-        """Keys without which something has no value, or is read off the tensors."""
-        usual = self.run(self.base)
-        found: set[str] = set()
-        for path in self.base:
-            after = self.run({**self.base, path: OMIT}) if "." not in path else usual
-            worse = (p for p, v in after.items() if str(v).startswith(_WORSE) and usual.get(p) != v)
-            if any(p not in after for p in usual) or any(worse):
-                found.add(path)
+        """All that may be absent together absent, with the options' own defaults; the same with one switch on."""
+        defaults = {f"options.{name}": option.default for name, option in self.mapping.options.items()}
+        left = [path for path in self.base if path in defaults or "." not in path]
+        usual, least, before = self.run(self.base), dict[str, Any](), -1
+        while before < (before := len(least)):  # what one key asks for may be absent when that one is
+            for path in [path for path in left if path not in least]:
+                fewer = {**least, path: defaults.get(path, OMIT)}
+                after = self.run({**self.base, **fewer})
+                worse = (p for p, v in after.items() if str(v).startswith(_WORSE) and usual.get(p) != v)
+                if "refused" not in after and not any(worse):
+                    least = fewer
+        found = [(LEAST, least)]
+        plain = self.run({**self.base, **least})
+        for path in least:
+            key = find_key(self.side.keys, path)
+            if key and key.limits.types == ("boolean",) and key.allows(True):
+                on = {**least, path: True}
+                found += [(f"{LEAST}, but {path}", on)] if self.run({**self.base, **on}) != plain else []
         return found
 
     def outcome(self, names: Mapping[str, Any], apart: Mapping[str, Mapping[str, Any]]) -> Outcome:
