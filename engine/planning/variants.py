@@ -11,7 +11,7 @@ from typing import Any, Literal
 from engine.errors import EngineError
 from engine.language.expressions import compile_expression, evaluate, names_in
 from engine.language.model import Expression, MappingFile, Option, Variant
-from engine.planning.config_keys import value_at
+from engine.planning.config_trees import value_at
 
 _LONGEST = 60  # characters of a value that is told
 _MISSING = object()

@@ -18,7 +18,8 @@ from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.config_keys import Side as Keys
-from engine.planning.config_keys import as_declared, leaves, read_config, source_side
+from engine.planning.config_keys import as_declared, read_config, source_side
+from engine.planning.config_trees import leaves
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
 from engine.proving.probes import Given, Outcome, divisors_of, plain_name, unusual
