@@ -117,7 +117,6 @@ def _store(src: Source) -> Store:
 
 def _headers(asked: Request, layout: Layout, mode: str, names: Sequence[str]) -> Sequence[FileHeader]:
     """The headers of some files of a source that was read before."""
-
     if asked.reads == "whole":
         store = _store(asked.src)
         return [header for name in names for header in read_hf_folder(File(store, name))]

@@ -148,7 +148,6 @@ def _compiled(
     given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint, told: tuple[str, ...]
 ) -> Plan:
     """The plan of a request as it was given, and as one mapping can do it; `told` are notices of what is read."""
-
     config: Path | str | File | None = asked.config
     if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
         found = found_at(asked.src, "the checkpoint")
@@ -171,7 +170,6 @@ def _compiled(
 
 def read_whole(src: Source) -> Checkpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
-
     folder = found_at(src, "the checkpoint")
     files = read_hf_folder(folder)
     checkpoint = whole_checkpoint(str(src), files, read_hf_config(folder), other_weights(folder, files))
@@ -231,13 +229,11 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
 
 
 def _work_data(compiled: Plan) -> dict[str, Any] | None:
-
     return work_data(compiled, lambda: scattered_outputs(compiled))
 
 
 def read_saved(path: str | Path) -> SavedPlan:
     """A saved plan as it was saved; E102 for any other file."""
-
     file = given_path(path, "the plan")
     with open_regular(file) as opened:
         return parse_saved_plan(file, opened.read(MAX_BYTES + 1))
@@ -255,7 +251,6 @@ def load_plan(path: str | Path) -> Plan:
 
 def loaded_plan(saved: SavedPlan) -> Plan:
     """As `load_plan`, of a plan that is read."""
-
     asked, told = _direct(saved.request)
     loaded, layout = rules_of_request(asked)
     check_rules(saved, loaded, layout)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import visible
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Environment, Template
 
 UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -22,11 +22,14 @@ def model_card(facts: Mapping[str, Any]) -> bytes:
         facts: `mapping`, `mapping_version`, `layout`, `ranks`, `decisions` and so on, as
             `engine.assets.bundle.card_facts` collects them. A fact that is missing leaves its line out.
     """
-    card = environment(Path(__file__).parent / "templates", strict=False).get_template("model_card.md.j2")
-    return visible(card.render(facts), "\n").encode()
+    return visible(_card().render(facts), "\n").encode()
 
 
 @cache
+def _card() -> Template:
+    return environment(Path(__file__).parent / "templates", strict=False).get_template("model_card.md.j2")
+
+
 def environment(folder: Path, *, escape: bool = False, strict: bool = True) -> Environment:
     """The templates of a folder, in a sandbox.
 

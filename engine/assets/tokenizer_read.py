@@ -136,6 +136,7 @@ def _read(model_file: Path) -> tuple[Any, bytes]:
 
 
 def no_model(place: Place, found: str, message: str = "the file is not a SentencePiece model") -> EngineError:
+    """E501 for a file that SentencePiece did not write, or cannot read."""
     return EngineError(
         "E501",
         message,

@@ -172,7 +172,6 @@ def compare(
 @reports_errors
 def env(as_json: bool, /) -> None:
     """Print what a bug report needs: versions and system."""
-
     facts = engine.api.environment()
     answer(as_json, facts, lambda: render("environment.txt", facts=facts))
 

@@ -40,7 +40,6 @@ class InWords:
         self._phase, self._since, self._from = "", clock(), 0
 
     def __call__(self, state: Progress) -> str:
-
         if state.phase != self._phase:
             self._phase, self._since, self._from = state.phase, self._clock(), state.done
         bytes_ = state.unit == "bytes"

@@ -39,6 +39,7 @@ class Side:
 
     @property
     def listed(self) -> Sequence[TensorHeader | Output]:
+        """Its tensors, as they are stored or would be written."""
         if isinstance(self.tensors, Plan):
             return self.tensors.outputs
         return [tensor for file in self.tensors for tensor in file.tensors]

@@ -60,6 +60,18 @@ _Base: Any = pickle._Pickler
 
 
 class _Pickler(_Base):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, 2)
+        self._texts: dict[str, str] = {}
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        """A pickle refers back to an object that it held before: to equal texts, and to no list or dict."""
+        if type(obj) is str:
+            obj = self._texts.setdefault(obj, obj)
+        elif type(obj) in (list, dict):
+            obj = obj.copy()
+        super().save(obj, save_persistent_id)
+
     def persistent_id(self, obj: Any) -> Any:
         return obj.identifier if isinstance(obj, _Storage) else None
 
@@ -95,9 +107,13 @@ WRITABLE = frozenset(_CLASSES)  # element types that have a storage class of the
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle plain values and the stand-ins of this module, in torch's protocol 2."""
+    """Pickle plain values and the stand-ins of this module, in torch's protocol 2; equal values have equal bytes.
+
+    >>> dumps(["two words", "two words", [], []]) == dumps(["".join(["two", " words"]) for _ in "12"] + [[]] * 2)
+    True
+    """
     buffer = io.BytesIO()
-    _Pickler(buffer, 2).dump(value)
+    _Pickler(buffer).dump(value)
     return buffer.getvalue()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import EngineError, Errors, Place
 from engine.language.documents import Document, values_in
 from engine.language.expressions import compile_expression
-from engine.language.model import Expression, Layout, MappingFile
+from engine.language.model import Expression, Layout, MappingFile, Variant
 from engine.language.names import pattern
 
 # What expressions of a layout see beside ranks (`pp`), their numbers (`pps`) and the layout's own variants.
@@ -51,7 +51,7 @@ def axes_of(mapping: MappingFile) -> list[str]:
 
 
 def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = True) -> None:
-    """Options, dropped and expected axes, and tied targets of a mapping exist; all that do not are told.
+    """Options, dropped and expected axes, tied targets and answers of a mapping exist; all that do not are told.
 
     Args:
         whole: whether every rule could be read; else what only some of them declare is not asked for.
@@ -72,12 +72,27 @@ def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = Tru
         if whole and rule.tied_to is not None and rule.tied_to not in targets:
             told = f"rule `{rule.name}` is tied to `{rule.tied_to}`, which no rule writes"
             errors.found.append(undeclared(told, rule.tied_to, targets, document.place("rules", rule.name, "tied_to")))
+    for variant in mapping.variants.values():
+        errors.found += _check_answers(variant, mapping, document.place("variants", variant.name, "answers"))
     named = [("even", axis, document.place("even")) for axis in mapping.even]
     named += [("expect", axis, document.place("expect", axis)) for axis in mapping.expect]
     for part, axis, at in named if whole else ():
         if axis not in axes:
             errors.found.append(undeclared(f"`{part}` names `{axis}`, which is no axis", axis, axes, at))
     errors.check()
+
+
+def _check_answers(variant: Variant, mapping: MappingFile, place: Place) -> Iterator[EngineError]:
+    known = ["config", *mapping.options, *mapping.variants]
+    for name, values in variant.answers.items():
+        if name not in known:
+            yield undeclared(
+                f"`answers` of variant `{variant.name}` names `{name}`, which is nothing to set", name, known, place
+            )
+        choices = mapping.variants[name].choices if name in mapping.variants else values
+        for value in values:
+            if value not in choices:
+                yield undeclared(f"variant `{name}` has no choice `{value}`", value, choices, place)
 
 
 def check_layout(layout: Layout, document: Document) -> None:

@@ -22,7 +22,7 @@ _BY_KEY = frozenset((
 ))  # fmt: skip
 _APPENDED = frozenset(("ignore", "refuse"))
 _REMOVABLE = ("rules", "variants", "dims", "options")
-_WHOLE = frozenset(("choices",))  # the order of choices is their meaning: replaced as a whole
+_WHOLE = frozenset(("choices", "answers"))  # the order of choices is their meaning: replaced as a whole
 _WHOLE_KEY = 3  # length of a path to what `keys` declares of one key: one statement
 
 

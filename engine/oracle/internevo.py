@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # What a checkpoint may leave open, as the bundled mappings call it. What the checkpoint tells itself,
 # its shapes or its configuration, is never overruled: a wrong setting must not make two wrongs agree.
 SETTINGS = {
-    "mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs"), "head": ("plain", "normalised"),
+    "mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs"),
+    "head": ("plain", "normalised", "lm", "reward"),
 }  # fmt: skip
 _ROWS = 4096  # rows of the head that are read at a time
 
@@ -94,7 +95,7 @@ class Forward:
 
     def _normalises(self, told: str | None) -> bool:
         """Whether `norm_head` is at work: not in 0.5.0 to 0.5.2, which write `qk_interleaved` as later releases do."""
-        if "qk_interleaved" in self.config and told is None:
+        if "qk_interleaved" in self.config and told not in ("plain", "normalised"):
             raise EngineError(
                 "E202",
                 "nothing tells whether training normalised its head",

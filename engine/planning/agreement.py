@@ -11,18 +11,8 @@ from engine.language.documents import plain
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, find_key
 from engine.language.model import Layout, MappingFile
-from engine.planning.config_keys import (
-    Read,
-    Side,
-    as_declared,
-    leaves,
-    merged,
-    prefixes,
-    read_config,
-    shown,
-    value_at,
-    whole_side,
-)
+from engine.planning.config_keys import Read, Side, as_declared, read_config, shown, whole_side
+from engine.planning.config_trees import leaves, merged, prefixes, value_at
 
 
 def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:

@@ -6,7 +6,7 @@ Whether what is written says the same again is in `agreement.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 from engine.errors import EngineError, Place, printable
 from engine.formats.python_source import OTHERS, UNTOLD
 from engine.language.declared import expressions_of
-from engine.language.documents import flat
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, Limits, find_key, find_pattern
 from engine.language.model import Layout, MappingFile
+from engine.planning.config_trees import leaves, merged, prefixes, value_at
 
 _FINITE = Limits()
 _OTHERS = ("options", "training", "given")  # names that stand for something else than a key
@@ -89,15 +89,6 @@ def declared(mapping: MappingFile, layout: Layout, side: str) -> dict[str, Key]:
 
 def _paths(tree: Any) -> frozenset[str]:
     return frozenset(path for one in expressions_of(tree) for path in compile_expression(one).paths)
-
-
-def leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything that is not a mapping, empty ones aside.
-
-    >>> list(leaves({"a": {"b": 1}, "c": 2}))
-    [('a.b', 1), ('c', 2)]
-    """
-    return ((".".join(path), value) for path, value in flat(tree))
 
 
 def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True) -> Read:
@@ -187,19 +178,6 @@ def _put(tree: dict[str, Any], to: str, value: Any, path: str, key: Key, side: S
         tree[last] = value
     elif tree[last] != value:
         raise _misfit(path, value, f"{shown(tree[last])}, as `{to}` says", side, key)
-
-
-def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Trees in one, of its own; what the last says counts.
-
-    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4})
-    {'a': {'b': 1, 'c': 3}, 'd': 4}
-    """
-    result: dict[str, Any] = {}
-    for name, value in (entry for tree in trees for entry in tree.items()):
-        below = result.get(name, {})
-        result[name] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-    return result
 
 
 def _read(
@@ -328,19 +306,3 @@ def _unknown(path: str, value: Any, side: Side) -> EngineError:
         + "It may change what the model computes, so it is not dropped. If it does not, a mapping that extends this "
         f"one can say so under `keys`: `{path}: {{ignored: why}}`.",
     )
-
-
-def prefixes(path: str) -> Iterator[str]:
-    """The path and those it lies below, longest first."""
-    parts = path.split(".")
-    for end in range(len(parts), 0, -1):
-        yield ".".join(parts[:end])
-
-
-def value_at(tree: Any, path: str, otherwise: Any = None) -> Any:
-    """What a tree has at a dotted path; `otherwise` where it has nothing."""
-    for part in path.split("."):
-        if not isinstance(tree, Mapping) or part not in tree:
-            return otherwise
-        tree = tree[part]
-    return tree

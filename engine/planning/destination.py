@@ -126,7 +126,7 @@ def cut_layers(
     if like is not None and as_many and list(like.starts) == in_order(layout, sizes, dims, chunks, names):
         return like
     step = evaluate(layout.layers.divides, facts) if layout.layers.divides is not None else chunks
-    if layers % step:
+    if layers % step and layers >= ranks:
         fits = [str(n) for n in range(1, layers + 1) if layers % n == 0 and layers // n >= ranks]
         raise _uncut(
             f"{layers} layers do not divide into {chunks} chunks",
@@ -134,12 +134,13 @@ def cut_layers(
             f"chunks that divide {layers}: {', '.join(fits)}",
             f"Give one of these to --chunks, with {given}.",
         )
-    if layers // chunks < ranks:
+    held = layers // chunks if layers >= ranks else layers
+    if held < ranks:
         raise _uncut(
-            f"{layers // chunks} layers{' of a chunk' if chunks > 1 else ''} are too few for {ranks} pipeline ranks",
+            f"{held} layers{' of a chunk' if held < layers else ''} are too few for {ranks} pipeline ranks",
             given,
-            f"at most {layers // chunks}",
-            "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if chunks > 1 else "."),
+            f"at most {held}",
+            "Every stage needs a layer: give fewer pipeline ranks" + (" or chunks." if held < layers else "."),
         )
     order = in_order(layout, sizes, dims, chunks, names)
     share = shares(layers // chunks, ranks, layout.layers.uneven)

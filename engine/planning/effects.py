@@ -10,7 +10,7 @@ from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression, evaluate
 from engine.language.keys import find_key, same
 from engine.language.model import Expression, Option
-from engine.planning.config_keys import leaves, value_at
+from engine.planning.config_trees import leaves, value_at
 from engine.planning.model import Plan
 
 # Values that are as good as any other to see whether one matters.

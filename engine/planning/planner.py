@@ -61,7 +61,7 @@ def make_plan(
     other = Like() if like is None else like_of(_held(read_source(mapping, layout, like, mine)))
     cut = cut_of_model(layout, asked, other) if crosses and asked.writes == "training" else None
     if cut is not None:
-        mine |= choices_of_mode(layout, cut["mode"], mapping, mine, "Leave that out, or choose another --mode.")
+        mine |= choices_of_mode(layout, cut["mode"], mapping, mine, "Leave that setting out, or choose another --mode.")
     source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy, cut=cut)
     if lossy is not None:
         source = padded(source)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from engine.errors import EngineError
 from engine.language.expressions import compile_expression, evaluate, names_in
 from engine.language.model import Expression, MappingFile, Option, Variant
-from engine.planning.config_keys import value_at
+from engine.planning.config_trees import value_at
 
 _LONGEST = 60  # characters of a value that is told
 _MISSING = object()
@@ -205,14 +205,18 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
                 variant.name, choice, "expression", because(tried[-1:], names, called), expression=expression.text
             )
     named = zip(variant.choices, tried, strict=True)
+    asked = f"{variant.help[:1].upper()}{variant.help[1:]}."
+    otherwise = (
+        "None of its choices describes this checkpoint: what they read is missing, or the mapping is not the one for "
+        "it, and `engine inspect` tells which fit."
+    )
     raise EngineError(
         "E202",
         f"variant `{variant.name}` cannot be decided: no choice holds",
         place=variant.place,
         got="\n".join([because(tried, names, called), *(f"not {c}: {e.text}" for c, e in named)]),
         expected="one of " + ", ".join(variant.choices),
-        fix=f"{variant.help[:1].upper()}{variant.help[1:]}. None of its choices describes this checkpoint: what they "
-        "read is missing, or the mapping is not the one for it, and `engine inspect` tells which fit.",
+        fix=asked if variant.answers else f"{asked} {otherwise}",
         answers=variant.answers,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.language.documents import changed, text_of
 from engine.language.model import MappingFile
-from engine.planning.config_keys import leaves
+from engine.planning.config_trees import leaves
 from engine.proving.holdings import parts_of
 from engine.proving.matrix import choices_named
 from engine.proving.meaning import Meaning, meaning_of

@@ -18,7 +18,8 @@ from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.config_keys import Side as Keys
-from engine.planning.config_keys import as_declared, leaves, read_config, source_side
+from engine.planning.config_keys import as_declared, read_config, source_side
+from engine.planning.config_trees import leaves
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
 from engine.proving.probes import Given, Outcome, divisors_of, plain_name, unusual
@@ -65,10 +66,12 @@ class Direction:
         """Keys that are refused where they are absent, even if nothing reads them, as the other side writes them."""
         found: dict[str, Any] = {}
         for name, key in self.side.keys.items():
-            if (key.default is not None and not key.allows(key.default)) or key.comes_with is not None:
-                values = (written.get(name), key.default, *(key.only or ()))
-                fitting = [value for value in values if value is not None and key.allows(value)]
-                found |= dict.fromkeys([name] if fitting else [], *fitting[:1])
+            if (key.default is None or key.allows(key.default)) and key.comes_with is None:
+                continue
+            for value in (written.get(name), key.default, *(key.only or ())):
+                if value is not None and key.allows(value):
+                    found[name] = value
+                    break
         return found
 
     def edges(self, path: str) -> list[Any]:

@@ -17,7 +17,8 @@ from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern, spelled_out
-from engine.planning.config_keys import declared, leaves
+from engine.planning.config_keys import declared
+from engine.planning.config_trees import leaves
 from engine.proving import targets
 from engine.proving.proof import Finding
 

@@ -18,7 +18,8 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Expression, Layout, MappingFile, Rule
 from engine.language.names import pattern, spelled_out
 from engine.language.search import find_file, kind_of
-from engine.planning.config_keys import declared, prefixes
+from engine.planning.config_keys import declared
+from engine.planning.config_trees import prefixes
 from engine.planning.pieces import match_pieces
 from engine.planning.stored import instances
 from engine.proving.known_names import check_comparisons, check_keys, check_models, check_patterns, place_of

@@ -24,7 +24,8 @@ from engine.language.layout_file import load_layout
 from engine.language.model import Expression, MappingFile
 from engine.language.names import pattern
 from engine.planning.attempts import claims
-from engine.planning.config_keys import declared, merged
+from engine.planning.config_keys import declared
+from engine.planning.config_trees import merged
 from engine.planning.facts import present_in, render_known
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.stored import Instance, instances

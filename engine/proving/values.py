@@ -10,7 +10,8 @@ from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, find_key
 from engine.language.model import Expression, Layout, MappingFile
-from engine.planning.config_keys import declared, leaves
+from engine.planning.config_keys import declared
+from engine.planning.config_trees import leaves
 from engine.planning.variants import option_value
 from engine.proving.known_names import place_of
 from engine.proving.proof import Finding

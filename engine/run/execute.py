@@ -84,7 +84,7 @@ def execute(
     from engine.run.digests import only_zeros
     from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, manifest
-    from engine.run.parts import read_markers
+    from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
     from engine.run.runner import check_runnable, take_parts, write_weights
 
     work = parts or identity_of(compiled)
@@ -108,6 +108,8 @@ def execute(
             notices += check_source(compiled, how.progress)
         if written is not None:
             written = take_parts(compiled, store, written)
+            if parts is not None and store.folder is not None:
+                write_marker(parts, store, WHOLE, written)
             make_later(threading.Event())
         else:
             beside = [] if later is None else [make_later]
@@ -117,7 +119,7 @@ def execute(
         data = manifest(compiled, written.done, files)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)
-        names = tuple(store.names())
+        names = tuple(name for name in store.names() if not name.startswith(MARKER))
     return Report(
         out=out,
         tensors=len(compiled.outputs),
@@ -138,6 +140,7 @@ def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: b
         work: a digest of all that the bytes of the output depend on.
     """
     from engine.run.manifest import NAME
+    from engine.run.parts import MARKER
     from engine.run.written import Ours
     from engine.storage.output import OutputFolder
     from engine.storage.uploads import Uploads
@@ -146,7 +149,7 @@ def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: b
     if isinstance(store, ObjectStore):
         kept, foreign = how.resume or parts, Ours(lambda name: store.attribute(name, MARK) is not None)
         return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=kept, foreign=foreign)
-    path, shared = on_this_machine(store, "the output"), work if parts else None
+    path, shared = on_this_machine(store, "the output"), (work, MARKER) if parts else None
     return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=Ours(), shared=shared)
 
 

@@ -43,6 +43,9 @@ class Part:
         return f"{MARKER}{self.number:05d}-of-{self.count:05d}"
 
 
+WHOLE = Part(1, 1)  # its marker also says of all parts what they wrote, when they are put together
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """What was written: outputs that are whole, and spans of those that several parts share."""
@@ -119,6 +122,7 @@ def read_markers(plan: Plan, work: str, store: Store) -> Written:
     """
     try:
         names = [name for name in store.names() if name.startswith(MARKER)]
+        names = [WHOLE.marker] if WHOLE.marker in names else names
     except FileNotFoundError:
         names = []
     found = {name: _read(store, name) for name in names}

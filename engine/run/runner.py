@@ -164,9 +164,6 @@ def take_parts(plan: Plan, store: Store, written: Written) -> Written:
             writer.start(index)
             writer.complete(index)
             writer.sync(index)
-        for name in store.names():
-            if name.startswith(MARKER) and store.folder is not None:
-                (store.folder / name).unlink()
     else:
         with store.sinks([file.name for file in plan.shards]) as sinks:
             whole = [f for n, f in enumerate(plan.shards) if sinks.whole(n, layout_of(plan, f).size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def view_page(plan: Plan) -> str:
     return visible(page, "\n\t")
 
 
+@cache
 def template(path: Path) -> Template:
     """A page's template, which escapes all that is put into it."""
     pages = environment(path.parent, escape=True)

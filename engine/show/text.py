@@ -52,8 +52,8 @@ def as_json(data: Any) -> str:
 
 def shown(value: Any) -> Any:
     """Data in which every text is one visible line, whatever a checkpoint, a mapping or a file's name holds."""
-    if isinstance(value, str):
-        return visible(value)
+    if isinstance(value, str | Path):
+        return visible(str(value))
     if isinstance(value, Mapping):
         return {shown(key): shown(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

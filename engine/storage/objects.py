@@ -244,7 +244,7 @@ class ObjectStore:
         except FileNotFoundError as error:
             raise unreadable(self.place(name), "no such object") from error
         except PermissionError:
-            told = ", ".join(f"{name} {value}" for name, value in state.told().items())
+            told = ", ".join(f"{fact} {value}" for fact, value in state.told().items())
             raise has_changed(self.place(name), "another ETag", told) from None
         check_state(name, ObjectState.of(meta), wanted)
         if len(data) != end - start:

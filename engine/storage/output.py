@@ -41,11 +41,12 @@ class OutputFolder:
         overwrite: bool,
         resume: bool = False,
         foreign: Callable[[Store], str | None] = lambda _: "a folder that the engine cannot read",
-        shared: str | None = None,
+        shared: tuple[str, str] | None = None,
     ) -> None:
         """
         Args:
-            shared: for an output that several processes write parts of: a digest that they all know it by.
+            shared: for an output that several processes write parts of: a digest that they all know it by, and how
+                the names of files begin that only tell of the parts, which stay until the output is put in place.
             foreign: what a folder holds that the engine did not write, in words; None when nothing.
         """
         self.final = located(out)
@@ -53,8 +54,8 @@ class OutputFolder:
             raise EngineError("E001", "this cannot be an output", got=str(out), fix="Name a folder to write.")
         self._foreign = foreign
         self._shared = shared is not None
-        name = secrets.token_hex(4) if shared is None else shared[:8]
-        self.partial = self.final.with_name(f".{self.final.name}.partial-{name}")
+        work, self._spare = shared or (secrets.token_hex(4), "")
+        self.partial = self.final.with_name(f".{self.final.name}.partial-{work[:8]}")
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes that will be written: entering refuses with E403 when there is no room for them
         self.buffer = 0  # bytes that writing one file keeps in memory
@@ -154,6 +155,8 @@ class OutputFolder:
         for folder in (*(path for path in self.partial.iterdir() if path.is_dir()), self.partial):
             sync_folder(folder)
         self._check_free()  # what somebody put there meanwhile is kept, and so is the new output beside it
+        for path in sorted(self.partial.glob(f"{self._spare}*"), reverse=True) if self._spare else ():
+            path.unlink()
         if os.path.lexists(self.final):
             old = self.partial if _exchange(self.partial, self.final) else self._swap()
             sync_folder(self.final.parent)

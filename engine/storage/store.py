@@ -178,6 +178,7 @@ def check_state(name: str, now: State, then: State | None) -> None:
 
 
 def has_changed(name: str, got: str, expected: str) -> EngineError:
+    """E405 for a file that is not the one that was planned."""
     return EngineError(
         "E405",
         "a source file changed since it was planned",
@@ -212,5 +213,6 @@ def unreadable(place: str, why: str) -> EngineError:
 def write_error(
     path: Path | str, error: OSError, then: str = "at the output, then run again with --resume"
 ) -> EngineError:
+    """E403; `then` says where to look, and what to do."""
     fix = f"Check free space and permissions {then}; what was there before is untouched."
     return EngineError("E403", "writing failed", place=Place(str(path)), got=error.strerror or str(error), fix=fix)

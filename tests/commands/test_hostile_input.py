@@ -394,6 +394,7 @@ def test_names_of_folders_steer_no_terminal_and_can_be_copied_from_what_is_print
     for command in (
         ("inspect", f"./{hidden}"),
         ("run", *planned, "-o", f"{hidden}1"),
+        ("run", *planned),
         ("inspect", f"./{hidden}1"),
         ("reverse", "-m", "internlm", "-s", f"{hidden}1", "-o", f"{hidden}3"),
         ("view", *planned, "-o", f"{hidden}.html"),
@@ -410,7 +411,7 @@ def test_names_of_folders_steer_no_terminal_and_can_be_copied_from_what_is_print
     bash = subprocess.run(["bash", "-c", f"printf '%s\\0' {' '.join(copied)}"], capture_output=True, check=True)
     assert {os.fsdecode(name).rstrip("\0") for name in bash.stdout.split(b"\0") if name} <= {
         f"./{hidden}{end}" for end in ("", "1", "3", ".yaml")
-    }
+    } | {str(tmp_path / f"{hidden}-hf")}
 
 
 def test_what_a_client_asks_for_is_one_visible_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def test_a_mapping_holds_what_its_file_says(folder: Folder) -> None:
         ("when: {head: plain}", "when: {haed: plain}", "E108", "Did you mean `head`"),
         ("default: halves", "default: halfs", "E108", "Did you mean `halves`"),
         ("{{ hidden }}", "{{ options.longst }}", "E108", "Did you mean `longest`"),
+        ("default: halves", "answers: {config: [], longst: [8]}", "E108", "Did you mean `longest`"),
+        ("default: halves", "answers: {rotary: [pair]}", "E108", "Did you mean `pairs`"),
         ("when: {head: plain}", "tied_to: model.embd.weight", "E108", "Did you mean `model.embed.weight`"),
         ("when: {head: plain}", "drop: {paddin: rows added}", "E108", "paddin"),
         ("when: {head: plain}", "transform: {normalize: hiden}", "E108", "Did you mean `hidden`"),
@@ -159,6 +162,13 @@ def test_a_mistake_is_refused_with_its_place(folder: Folder, old: str, new: str,
     assert old in PARENT
     error = folder.refused(code, PARENT.replace(old, new, 1))
     assert says in str(error), str(error)
+
+
+@pytest.mark.parametrize("name", [name for name in list_names() if name.startswith("families/")])
+def test_what_the_help_of_a_variant_says_to_give_is_in_its_answers(name: str) -> None:
+    for variant in load_mapping(name).variants.values():
+        told = re.findall(r"--set (\w+)=", variant.help) + ["config"] * ("--config" in variant.help)
+        assert set(told) == set(variant.answers)
 
 
 def test_the_place_of_a_mistake_is_the_key_or_the_text(folder: Folder) -> None:

@@ -369,6 +369,12 @@ def test_settings_that_only_a_mapping_knows_need_one(made: Path) -> None:
     assert caught.value.code == "E001"
 
 
+def test_a_setting_of_the_mapping_that_training_does_not_leave_open_is_taken(tmp_path: Path) -> None:
+    engine.convert("internlm", FOLDER / "v1_tp1_pp1", tmp_path / "hf")
+    told: dict[str, Any] = {"mapping": "internlm", "settings": {"head": "lm"}}
+    assert not engine.api.verify(tmp_path / "hf", src=FOLDER / "v1_tp1_pp1", logits=True, **told).problems
+
+
 def test_a_mixture_of_experts_and_folders_without_rank_files_are_refused(made: Path) -> None:
     for source, code in ((FOLDER / "moe_tp2_pp2_dp1", "E303"), (made, "E304")):
         with pytest.raises(EngineError) as caught:

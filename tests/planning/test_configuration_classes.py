@@ -22,7 +22,7 @@ from engine.errors import EngineError
 from engine.language.keys import find_key
 from engine.language.model import MappingFile
 from engine.planning.agreement import with_given
-from engine.planning.config_keys import leaves, prefixes, value_at
+from engine.planning.config_trees import leaves, prefixes, value_at
 from tests.support.shards import same
 
 FAMILIES = [

@@ -338,12 +338,16 @@ def test_a_rotary_base_that_params_json_does_not_have_is_of_the_code_that_wrote_
     """The code of Llama 1 and 2 has 10000, and saved `rope.freqs`; that of Llama 3 has 500000."""
     for name, more in (("2", {}), ("3", THIRD)):
         save_family(model_of("meta", **TINY, **more, vocab=16), tmp_path / name)
-        params = json.loads((tmp_path / name / "params.json").read_text())
-        (tmp_path / name / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k != "rope_theta"}))
-    assert engine.plan("meta-llama", tmp_path / "2").config["rope_theta"] == 10000
-    with pytest.raises(EngineError, match="rope_theta") as caught:
-        engine.plan("meta-llama", tmp_path / "3")
-    assert caught.value.code == "E202"
+    for lost in ("vocab_size", "rope_theta"), ("rope_theta",):  # -1 is Llama 1's and 2's, an absent number is not
+        for name in ("2", "3"):
+            params = json.loads((tmp_path / name / "params.json").read_text()) | {
+                "vocab_size": -1 if name == "2" else 16
+            }
+            (tmp_path / name / "params.json").write_text(json.dumps({k: params[k] for k in params if k not in lost}))
+        assert engine.plan("meta-llama", tmp_path / "2").config["rope_theta"] == 10000
+        with pytest.raises(EngineError, match="rope_theta") as caught:
+            engine.plan("meta-llama", tmp_path / "3")
+        assert caught.value.code == "E202"
     assert engine.plan("meta-llama", tmp_path / "3", settings={"rope_theta": 1e6}).config["rope_theta"] == 1e6
     assert engine.plan("meta-llama-3-8b", tmp_path / "3").config["rope_theta"] == 500000
     engine.reshard("meta-llama", tmp_path / "3", tmp_path / "again", tp=1)  # which needs to know no base

@@ -72,6 +72,7 @@ def test_any_number_of_parts_gives_the_bytes_of_one_run(
 
 
 MEGATRON = FIXTURES.parent / "megatron" / "leg_t4_g2"
+CHUNKED = FIXTURES.parent / "megatron" / "torch-tp2pp2-vpp2"
 PADDED = {"settings": {"vocab_multiple": 8}}  # the vocabulary, with zeros that no file holds
 
 
@@ -82,6 +83,7 @@ PADDED = {"settings": {"vocab_multiple": 8}}  # the vocabulary, with zeros that 
         ("reshard", MAPPING, {"tp": 1, "pp": 4}),
         ("reverse", "megatron-llama", {"tp": 4, **PADDED}),  # its files hold the configuration, too
         ("reverse", "megatron-llama", {"ranks": {"dp": 2}, "mode": "torch_dist", **PADDED}),
+        ("reshard", "megatron-llama", {"tp": 1, "config": CHUNKED / "hf_config.json"}),  # it has a text twice
     ],
 )
 def test_rank_files_are_written_in_parts_too(job: str, mapping: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -89,7 +91,9 @@ def test_rank_files_are_written_in_parts_too(job: str, mapping: str, options: di
     if job == "reverse":
         source = tmp_path / "hf"
         engine.convert(MAPPING, STEP, source)
-    if mapping != MAPPING:
+    if "config" in options:
+        source = CHUNKED / "ckpt" / "iter_0000010"
+    elif mapping != MAPPING:
         source = tmp_path / "hf-megatron"
         engine.convert(mapping, MEGATRON / "iter_0000010", source, config=MEGATRON / "hf_config.json")
     getattr(engine, job)(mapping, source, tmp_path / "once", **options)
@@ -195,6 +199,27 @@ def test_a_part_is_done_once_and_a_commit_names_what_is_missing(
     assert api.part(plan, "2/3", out) > 0
     api.commit(plan, out)
     assert files(out) == whole
+
+
+def test_a_commit_that_is_interrupted_is_repeated(
+    plan: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2, 3):
+        api.part(plan, f"{number}/3", tmp_path / "out")
+    put = LocalStore.put
+
+    def interrupted(store: LocalStore, name: str, data: bytes) -> None:
+        if name == "conversion.json":
+            raise KeyboardInterrupt
+        put(store, name, data)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(LocalStore, "put", interrupted)
+        api.commit(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    next(tmp_path.glob(".out.partial-*/.part-00002-of-00003")).unlink()  # as when it ends while they are removed
+    assert ".part" not in str(api.commit(plan, tmp_path / "out").files)
+    assert files(tmp_path / "out") == whole
 
 
 def test_parts_of_different_numbers_or_plans_are_not_put_together(plan: Path, tmp_path: Path) -> None:
