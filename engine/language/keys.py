@@ -140,13 +140,14 @@ class Key:
         return self.only is not None or self.ignored is not None or self.noted is not None
 
     def allows(self, value: Any) -> bool:
-        if self.only is None or any(_same(value, one) for one in self.only):
+        if self.only is None or any(same(value, one) for one in self.only):
             return True
         listed = isinstance(value, list | tuple) and bool(value) and None not in value
         return listed and all(map(self.allows, value))
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, true and 1 aside."""
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from engine.errors import EngineError, Place, printable
+from engine.formats.python_source import OTHERS, UNTOLD
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, Limits, find_key, find_pattern
@@ -55,10 +56,18 @@ def source_side(mapping: MappingFile, layout: Layout) -> Side:
     return Side(declared(mapping, layout, "source"), frozenset(read), layout.config_file)
 
 
-def training_side(mapping: MappingFile, layout: Layout) -> Side:
-    """What expressions see as `training`; only what is declared is looked at."""
+def read_training(mapping: MappingFile, layout: Layout, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What expressions see as `training`; only what is declared is looked at.
+
+    An absent key means its default if there is a configuration, and its text leaves nothing of the kind untold.
+    """
+    untold = config.get(UNTOLD, {})
     keys = declared(mapping, layout, "training")
-    return Side(keys, frozenset(keys), layout.training_file or "the training config")
+    for name, key in keys.items():
+        if not config or untold.get(name.split(".")[0], untold.get(OTHERS, False)):
+            keys[name] = replace(key, default=None)
+    side = Side(keys, frozenset(keys), layout.training_file or "the training config")
+    return read_config(config, side, expressed=False).config
 
 
 def target_side(mapping: MappingFile) -> Side:

@@ -8,7 +8,7 @@ from typing import Any
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression, evaluate
-from engine.language.keys import find_key
+from engine.language.keys import find_key, same
 from engine.language.model import Expression, Option
 from engine.planning.config_trees import leaves, value_at
 from engine.planning.model import Plan
@@ -43,7 +43,7 @@ def check_effects(plan: Plan, settings: Iterable[str]) -> None:
         if name not in options or any(_changes(one, options[name], plan) for one in read):
             continue
         said = [one for one in _said(name, plan, read) if one is not None]
-        if plan.options[name] in said:
+        if any(same(plan.options[name], one) for one in said):
             continue
         if said:
             raise EngineError(
@@ -89,7 +89,7 @@ def _said(name: str, plan: Plan, read: Iterable[Expression]) -> Iterator[Any]:
         if f"options.{name}" not in compile_expression(one).paths:
             continue
         try:
-            if evaluate(one, alone) == plan.options[name]:
+            if same(evaluate(one, alone), plan.options[name]):
                 yield evaluate(one, _names(plan)) if path is None else value_at(plan.names, path)
         except EngineError:
             continue

@@ -14,7 +14,7 @@ from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import form, pattern
 from engine.planning.agreement import check_repeated
 from engine.planning.attempts import Checkpoint
-from engine.planning.config_keys import Read, read_config, source_side, target_side, training_side, whole_side
+from engine.planning.config_keys import Read, read_config, read_training, source_side, target_side, whole_side
 from engine.planning.stored import Instance, Stored
 from engine.planning.variants import Decision, decide
 
@@ -65,7 +65,7 @@ def facts_of(
             config = render_known(mapping.training_config, {**target, "options": options})
         side = replace(source_side(mapping, layout), file=checkpoint.config_name)
         read = read_config(config, side, expressed=expressed)
-        training = read_config(checkpoint.training, training_side(mapping, layout), expressed=False).config
+        training = read_training(mapping, layout, checkpoint.training)
         check_repeated(
             checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file
         )

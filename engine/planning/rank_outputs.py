@@ -17,7 +17,7 @@ from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
 from engine.planning.agreement import check_returns
 from engine.planning.attempts import claims
-from engine.planning.config_keys import declared, shown
+from engine.planning.config_keys import declared, read_training, shown
 from engine.planning.destination import Destination
 from engine.planning.facts import UNASKED, present_in, render_known
 from engine.planning.likeness import Like, destination_of, spellings_of
@@ -173,10 +173,15 @@ def training_text(destination: Destination) -> dict[str, Any]:
     return rendered
 
 
+def _training_again(source: Source, destination: Destination) -> dict[str, Any]:
+    """What is written of the training configuration, as it will be read."""
+    return read_training(source.mapping, destination.layout, training_text(destination))
+
+
 def _check_kept(source: Source, destination: Destination) -> None:
     """E216 for the first key of the model's configuration that the training configuration says and would not again."""
     before = render_known(source.mapping.config, source.names)
-    after = render_known(source.mapping.config, {**source.names, "training": training_text(destination)})
+    after = render_known(source.mapping.config, {**source.names, "training": _training_again(source, destination)})
     lost = next((key for key in {**before, **after} if before.get(key) != after.get(key)), None)
     if lost is not None:
         raise EngineError(
@@ -231,5 +236,5 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
             )
     if source.layout.config_of_target:
         return
-    names_then = {**scope, **choices, **sizes, "training": training_text(destination)}
+    names_then = {**scope, **choices, **sizes, "training": _training_again(source, destination)}
     check_returns(source.read, render_known(mapping.config, names_then), mapping)

@@ -251,6 +251,38 @@ def test_a_reward_model_that_nothing_loads_is_refused(kind: str, of: str, tmp_pa
     assert caught.value.code == "E202"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "moe = dict(top_k=int(K))", "moe = Moe(top_k=2)", "if K:\n    moe = dict(top_k=2)", "from base import *",
+        "from base import moe", "moe = dict(top_k=1)\nm = moe\nm.update(top_k=2)", "moe = dict(top_k=1)\nfix(moe)",
+    ],
+)  # fmt: skip
+def test_how_many_experts_serve_a_token_is_asked_where_the_text_leaves_it_open(line: str, tmp_path: Path) -> None:
+    """The trainer's default counts only where the text is sure not to say another."""
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
+    save_family(model, tmp_path / "step")
+    lines = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
+    torch.save(f"{lines}{line}\n", tmp_path / "step" / "config_file.pt")
+    with pytest.raises(EngineError, match="routing") as caught:
+        engine.plan(model.mapping, tmp_path / "step")
+    assert caught.value.code == "E202"
+    with pytest.raises(EngineError, match="num_experts_per_tok") as caught:  # it would be the default then
+        engine.plan_reshard(model.mapping, tmp_path / "step", settings={"num_experts_per_tok": 2})
+    assert caught.value.code == "E216"
+
+
+def test_a_choice_of_one_is_held_against_the_configuration(tmp_path: Path) -> None:
+    """1 is not true, to which an expression that reads it comes."""
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
+    save_family(model, tmp_path / "step")
+    lines = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
+    torch.save(f"{lines}moe = dict(top_k=2)\n", tmp_path / "step" / "config_file.pt")
+    with pytest.raises(EngineError, match="contradicts the configuration") as caught:
+        engine.plan(model.mapping, tmp_path / "step", settings={"num_experts_per_tok": 1})
+    assert caught.value.code == "E001"
+
+
 @pytest.mark.parametrize(("line", "said"), [("moe = dict(top_k=2)", 2), ("", 1)])
 def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
     line: str, said: int, tmp_path: Path
