@@ -84,6 +84,19 @@ EQUAL = (
         "whether a file lies beside the checkpoint is not among what is tried; a test of the family tries it",
     ),
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
+    (r"megatron-mixtral", r"dims\.expert", r"`num_experts if moe_router_topk <=", "the axis `chosen` is that key"),
+    (
+        r"meta-llama",
+        r"theta",
+        r"or \(vocab_size\) < 0 ",
+        "where that number is absent, the base is asked for either way",
+    ),
+    (
+        r"megatron-llama",
+        r"scaling",
+        r"^told: not \((use_rope_scaling \| default\(true\)|options\.rope_factor \| default\(false\))\)",
+        "no Megatron writes the factor without the switch",
+    ),
     (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
 )
 # Of which families, which edits, and why the workflow or its comment is silent.

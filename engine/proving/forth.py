@@ -249,24 +249,31 @@ class Forth(Direction):
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
         """All that may be absent together absent, with the options' own defaults; the same with one switch on."""
-        defaults = {f"options.{name}": option.default for name, option in self.mapping.options.items()}
-        left = [path for path in self.base if path in defaults or "." not in path]
-        usual, least, before = self.run(self.base), dict[str, Any](), -1
-        while before < (before := len(least)):  # what one key asks for may be absent when that one is
-            for path in [path for path in left if path not in least]:
-                fewer = {**least, path: defaults.get(path, OMIT)}
-                after = self.run({**self.base, **fewer})
-                worse = (p for p, v in after.items() if str(v).startswith(_WORSE) and usual.get(p) != v)
-                if "refused" not in after and not any(worse):
-                    least = fewer
-        found = [(LEAST, least)]
-        plain = self.run({**self.base, **least})
-        for path in least:
+        plain = self._least({})
+        found = [(LEAST, plain)]
+        for path, usual in self.base.items():
             key = find_key(self.side.keys, path)
-            if key and key.limits.types == ("boolean",) and key.allows(True):
-                on = {**least, path: True}
-                found += [(f"{LEAST}, but {path}", on)] if self.run({**self.base, **on}) != plain else []
+            logical = key is not None and key.limits.types == ("boolean",) and key.allows(True)
+            if (logical and plain.get(path) is OMIT) or (path.startswith("there.") and usual is False):
+                on = self._least({path: True})
+                if self.run({**self.base, **on}) != self.run({**self.base, **plain}):
+                    found.append((f"{LEAST}, and {path}", on))
         return found
+
+    def _least(self, given: Given) -> dict[str, Any]:
+        """What to leave out beside what is given, or to give otherwise: nothing is then refused or read off tensors."""
+        defaults = {f"options.{name}": option.default for name, option in self.mapping.options.items()}
+        least, before = dict(given), -1
+        usual = self.run({**self.base, **given})
+        while before < (before := len(least)):  # what one key asks for may be absent when that one is
+            for path in self.base:
+                if path not in least and (path in defaults or "." not in path):
+                    fewer = {**least, path: defaults.get(path, OMIT)}
+                    after = self.run({**self.base, **fewer})
+                    worse = (p for p, v in after.items() if str(v).startswith(_WORSE) and usual.get(p) != v)
+                    if "refused" not in after and not any(worse):
+                        least = fewer
+        return least
 
     def outcome(self, names: Mapping[str, Any], apart: Mapping[str, Mapping[str, Any]]) -> Outcome:
         mapping = self.mapping
