@@ -20,6 +20,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
 from engine.language.search import layout_names, list_names, spelled
+from engine.planning.as_model import class_named
 from engine.planning.attempts import Checkpoint
 from engine.planning.stored import strip
 from engine.run.manifest import read_manifest
@@ -169,7 +170,6 @@ def describe_whole(folder: Store, names: Sequence[str]) -> Inspection:
     """Facts of a Hugging Face checkpoint, and which mappings write its kind back as rank files."""
     files, config = read_hf_folder(folder), read_hf_config(folder)
     kind = config.get("model_type")
-    architecture = next(iter(config.get("architectures") or ()), None)
     fits = [
         Fit(m.name, m.description, True)
         for m in load_all()[0]
@@ -177,7 +177,7 @@ def describe_whole(folder: Store, names: Sequence[str]) -> Inspection:
     ]
     facts = {
         "model_type": kind,
-        "architecture": architecture,
+        "architecture": class_named(config) or None,
         "parameters": sum(prod(tensor.shape) for file in files for tensor in file.tensors),
         "tokenizer": next((n for n in ("tokenizer.json", "tokenizer.model") if n in names), None),
         "chat_template": "chat_template.jinja" in names,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
 from engine.errors import EngineError
-from engine.planning.as_model import beyond_building
+from engine.planning.as_model import beyond_building, class_named
 from engine.storage.local import LocalStore
 
 if TYPE_CHECKING:
@@ -103,9 +103,8 @@ def auto_class(folder: Path) -> Any:
     """The class that loads what `architectures` of the config names."""
     import transformers
 
-    named = read_hf_config(LocalStore(folder)).get("architectures")
-    first = str(named[0]) if isinstance(named, list) and named else ""
-    kind = "AutoModelForSequenceClassification" if first.endswith(_REWARD) else "AutoModelForCausalLM"
+    named = class_named(read_hf_config(LocalStore(folder)))
+    kind = "AutoModelForSequenceClassification" if named.endswith(_REWARD) else "AutoModelForCausalLM"
     return getattr(transformers, kind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def test_a_hugging_face_folder_is_told_what_can_be_done_with_it(tmp_path: Path) 
     told = inspected(tmp_path / "hf")
     assert "Hugging Face checkpoint, LlamaForCausalLM, written by the engine with internlm" in told
     assert all(f"engine {command}" in told for command in ("verify", "compare", "reverse -m internlm"))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for wrong in (5, True, {"a": 1}, [[1]], "x"):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "architectures": wrong}))
+        assert "Hugging Face checkpoint, llama, written" in inspected(tmp_path / "hf")
 
 
 def test_a_folder_of_steps_says_which_are_complete(tmp_path: Path) -> None:
