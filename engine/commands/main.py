@@ -79,7 +79,8 @@ class Commands(click.Group):
             sys.exit(143 if _terminated else 130)
         except click.ClickException as error:
             error.show(shown := io.StringIO())
-            say(shown.getvalue().replace(error.message, visible(error.message)), err=True, nl=False)
+            usage = shown.getvalue().partition("Error: ")[0]
+            say(f"{usage}Error: {visible(error.format_message())}", err=True)
             sys.exit(error.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -406,6 +406,8 @@ def test_names_of_folders_steer_no_terminal_and_can_be_copied_from_what_is_print
         done = invoke(*command)
         assert "\x1b[8m" not in done.output and "\nE000" not in done.output, command
         printed += done.output
+    for wrong in (("run", *planned, "--set", hidden), ("env", hidden[1:])):  # where no colours are wanted, too
+        assert "\nE000" not in CliRunner().invoke(cli, wrong).output
     copied = re.findall(r"[$]'(?:[^'\\]|\\.)+'", printed)
     assert len(copied) > 8
     bash = subprocess.run(["bash", "-c", f"printf '%s\\0' {' '.join(copied)}"], capture_output=True, check=True)

@@ -30,7 +30,7 @@ LLAMA = {
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 64,
     "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0,
 }  # fmt: skip
-SCALED = {
+SCALED: dict[str, Any] = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
@@ -142,7 +142,8 @@ ANGLES = {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))}  # until
     [
         (True, {}, None, False), (True, {}, SCALED, True), (True, {}, SCALED | {"factor": 32.0}, False),
         (True, ANGLES, None, True), (True, ANGLES, SCALED, False),
-        (False, {}, None, True), (False, {}, SCALED, True), (False, {}, SCALED | {"factor": 32.0}, False),
+        (False, {}, None, True), (False, {}, SCALED, True), (False, ANGLES, SCALED, False),
+        *[(False, {}, SCALED | {key: 2 * SCALED[key]}, False) for key in SCALED if key != "rope_type"],
     ],
 )  # fmt: skip
 def test_the_angles_that_torchtitan_trained_are_those_of_the_configuration_or_asked_for(

@@ -225,6 +225,7 @@ def test_scaling_for_serving_comes_back_only_where_it_is_given_again(tmp_path: P
 
 def test_a_length_that_angles_depend_on_is_given_again_too(whole: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"rope_factor": 2.0}
+    absent = ("rope_parameters", "max_position_embeddings")
     for kind, length, refuses in (
         ("dynamic", {}, "`max_position_embeddings` of config.json would be lost"),
         ("dynamic", {"max_position_embeddings": 64}, None),
@@ -238,6 +239,10 @@ def test_a_length_that_angles_depend_on_is_given_again_too(whole: Path, tmp_path
             api.plan_reverse(FAMILY, hf, settings=settings)
         else:
             assert refuses in refused(api.plan_reverse, FAMILY, hf, settings=settings).message
+    hf = changed(whole, tmp_path / "absent", scaling | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, absent)
+    error = refused(api.plan_reverse, FAMILY, hf, settings=given | {"rope_scaling": "dynamic"})
+    assert "`max_position_embeddings` of config.json would be lost" in error.message  # it is 2048 then
+    api.plan_reverse(FAMILY, hf, settings=given | {"rope_scaling": "dynamic", "max_position_embeddings": 2048})
 
 
 def test_the_official_spelling_has_no_second_place_for_angles(tmp_path: Path) -> None:
@@ -654,6 +659,11 @@ def test_llama_3_1_comes_back_as_metas_params_say(tmp_path: Path) -> None:
     engine.convert("families/meta-llama.yaml", tmp_path / "ckpt", tmp_path / "hf", settings={"rope_factor": 32})
     given = api.plan("families/meta-llama.yaml", tmp_path / "ckpt", config=tmp_path / "hf" / "config.json")
     assert given.config["rope_parameters"]["factor"] == given.config["rope_scaling"]["factor"] == 32
+    old = json.loads((tmp_path / "hf" / "config.json").read_text())  # as transformers 4, and Meta's own, have it
+    del old["rope_parameters"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    kept = api.plan("families/meta-llama.yaml", tmp_path / "ckpt", config=tmp_path / "old.json").config
+    assert kept == given.config
     again = {"config": tmp_path / "hf" / "config.json", "settings": {"rope_factor": 32}}
     assert api.plan("families/meta-llama.yaml", tmp_path / "ckpt", **again).config == given.config
     error = refused(api.plan, "families/meta-llama.yaml", tmp_path / "ckpt", **again | {"settings": {"rope_factor": 8}})
