@@ -47,6 +47,7 @@ EQUAL = (
         r"",
         "`keys` refuses `use_rope_scaling`, which alone leads there",
     ),
+    (_UNSCALED, r"scaling", r"", "`keys` refuses `use_rope_scaling`, which alone leads there"),
     (
         r"megatron-.*",
         r"training_config\.num_query_groups",
