@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 import engine
 from engine.errors import EngineError
+from engine.language.expressions import evaluate
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning.config_keys import read_config, source_side, target_side
@@ -155,6 +156,25 @@ def test_a_vocabulary_that_megatron_would_not_pad_so_far_is_asked_for(name: str,
         with pytest.raises(EngineError, match="vocabulary") as caught:
             convert(name, tmp_path / "out", **options)
         assert caught.value.code == "E202"
+
+
+@pytest.mark.parametrize("began", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("tokens", [259, 5000, 92544])
+def test_a_vocabulary_padded_for_the_ranks_that_training_began_with_is_as_megatron_keeps_it(
+    began: int, tokens: int
+) -> None:
+    """`--use-checkpoint-args` takes the padded size of the files, on however few ranks it goes on."""
+    told = load_mapping("megatron-llama").variants["vocabulary"].choices["told"]
+    assert told is not None
+    padded = -(-tokens // (128 * began)) * 128 * began
+    names = {
+        "make_vocab_size_divisible_by": 128,
+        "tensor_model_parallel_size": 1,
+        "given": {"vocab_size": tokens},
+        "options": {"vocab_size": None},
+    }
+    for size, expected in ((padded, True), (padded + 8192, False)):
+        assert evaluate(told, {**names, "padded_vocab_size": size}) is expected, size
 
 
 def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
