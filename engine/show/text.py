@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -41,7 +40,8 @@ def quoted(name: str | Path) -> str:
     hidden = {c for c in text if visible(c) != c}
     if not hidden:
         return shlex.quote(visible(text))
-    escapes = {c: "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in hidden} | {"\\": r"\\", "'": r"\'"}
+    raw = {c: c.encode(errors="surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass") for c in hidden}
+    escapes = {c: "".join(f"\\x{byte:02x}" for byte in raw[c]) for c in hidden} | {"\\": r"\\", "'": r"\'"}
     return visible(f"$'{text.translate({ord(c): escape for c, escape in escapes.items()})}'")
 
 
