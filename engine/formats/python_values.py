@@ -126,7 +126,7 @@ def _bounded(text: str) -> str:
 
 
 def arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
-    """What an operator makes of two numbers or texts, if it is of bounded size; Unknown or what Python raises if not."""
+    """What an operator makes of two numbers or texts, of bounded size; Unknown, or what Python raises, if nothing."""
     if isinstance(left, str) and isinstance(right, str) and isinstance(op, ast.Add):
         return _bounded(left + right)
     if not all(isinstance(side, int | float) and abs(side) < 1 << 64 for side in (left, right)):
