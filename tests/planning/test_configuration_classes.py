@@ -11,10 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pytest
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, cache_utils, masking_utils, modeling_rope_utils
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import engine
 from engine import api
@@ -25,11 +22,6 @@ from engine.planning.agreement import with_given
 from engine.planning.config_trees import leaves, prefixes, value_at
 from tests.support.shards import same
 
-FAMILIES = [
-    m
-    for m in engine.mappings()
-    if not m.expect and m.training_config and m.model_type in CONFIG_MAPPING and "*" not in m.keys["target"]
-]
 # What transformers reads of configurations and no bundled mapping knows: it is refused by its name (E219).
 UNKNOWN = {
     "is_causal", "layer_types", "kv_sharing_modes", "number_of_conv_states", "per_layer_config", "num_mtp_layers",
@@ -41,8 +33,12 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-def family(one: MappingFile) -> str:
-    return one.name
+@cache  # not while tests are collected, which every worker does
+def families() -> tuple[list[MappingFile], Any]:
+    """Families for a class of transformers, and its classes of configurations by model type."""
+    known = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    found = [one for one in engine.mappings() if not one.expect and one.training_config and one.model_type in known]
+    return [one for one in found if "*" not in one.keys["target"]], known
 
 
 @cache
@@ -60,41 +56,41 @@ def read_by(module: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-@pytest.mark.parametrize("mapping", FAMILIES, ids=family)
-def test_every_key_that_a_class_has_or_its_code_reads_is_told_of(mapping: MappingFile) -> None:
+def test_every_key_that_a_class_has_or_its_code_reads_is_told_of() -> None:
     """A new transformers with a new key is red here: the mapping must read, ignore or refuse it by name."""
-    kind = str(mapping.model_type)
-    code = "llama" if kind == "internlm3" else kind
-    modules = [
-        import_module(f"transformers.models.{code}.modeling_{code}"),
-        cache_utils,
-        masking_utils,
-        modeling_rope_utils,
-    ]
-    keys = {field.name for field in dataclasses.fields(CONFIG_MAPPING[kind])}.union(*map(read_by, modules))
-    written = {above for path, _ in leaves(mapping.config) for above in prefixes(path)}
-    known = {above for path in mapping.keys["target"] for above in prefixes(path)}
-    untold = {one for one in keys - written - known - UNKNOWN if find_key(mapping.keys["target"], one) is None}
-    assert len(keys) > 30 and not untold
+    listed, classes = families()
+    shared = ["cache_utils", "masking_utils", "modeling_rope_utils"]
+    for mapping in listed:
+        kind = str(mapping.model_type)
+        code = "llama" if kind == "internlm3" else kind
+        modules = [import_module(f"transformers.{name}") for name in (f"models.{code}.modeling_{code}", *shared)]
+        keys = {field.name for field in dataclasses.fields(classes[kind])}.union(*map(read_by, modules))
+        written = {above for path, _ in leaves(mapping.config) for above in prefixes(path)}
+        known = {above for path in mapping.keys["target"] for above in prefixes(path)}
+        untold = {one for one in keys - written - known - UNKNOWN if find_key(mapping.keys["target"], one) is None}
+        assert len(keys) > 30 and not untold, mapping.name
+    assert len(listed) > 5
 
 
 def test_an_absent_key_means_what_transformers_takes_it_for() -> None:
-    for mapping in FAMILIES:
+    listed, classes = families()
+    for mapping in listed:
         keys: dict[str, Any] = {"rope_parameters.rope_theta": 10000.0}
         keys |= {key: one.default for key, one in mapping.keys["target"].items() if one.default is not None}
-        config = AutoConfig.for_model(mapping.model_type)
+        config = classes[mapping.model_type]()
         for key, default in keys.items():
             first, _, below = key.partition(".")
             value = getattr(config, first)
             assert (value_at(value, below) if below else value) == default, (mapping.name, key)
-    assert len(FAMILIES) > 5
+    assert len(listed) > 5
 
 
 def test_whatever_is_taken_over_of_a_given_configuration_loads() -> None:
     """`run --config` writes what it is given of keys that do not matter, and transformers is strict about types."""
     tried: set[tuple[Any, ...]] = set()
-    for mapping in FAMILIES:
-        layout, kind = api.load_layout(mapping.layout), CONFIG_MAPPING[str(mapping.model_type)]
+    listed, classes = families()
+    for mapping in listed:
+        layout, kind = api.load_layout(mapping.layout), classes[str(mapping.model_type)]
         written = {"dtype", "torch_dtype", *(path.partition(".")[0] for path, _ in leaves(mapping.config))}
         for path, key in mapping.keys["target"].items():
             name, _, below = path.replace("[0-9]*", "0").replace("*", "x").partition(".")
@@ -111,7 +107,9 @@ def test_whatever_is_taken_over_of_a_given_configuration_loads() -> None:
 
 def test_what_transformers_saves_of_an_internlm3_with_biases_comes_back(tmp_path: Path) -> None:
     """It saves other names for the biases, and the class whose code it uses."""
-    kind = CONFIG_MAPPING["internlm3"](
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = families()[1]["internlm3"](
         vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, attention_bias=True, mlp_bias=True,
     )  # fmt: skip
