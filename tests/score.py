@@ -131,7 +131,8 @@ SILENT = (
     ),
     (
         _UNSCALED,
-        r"(config|variants): (rope_(scaling|parameters).*|`default\(4\.0\)` .*|`'linear'` .*|`2\.0 if` .*|`4096` for `8192`)",
+        r"(config|variants): (rope_(scaling|parameters).*|`default\(4\.0\)` .*|`'linear'` .*|`2\.0 if` .*"
+        r"|`4096` for `8192`)",
         "`keys` refuses `use_rope_scaling`, which alone leads there",
     ),
 )
