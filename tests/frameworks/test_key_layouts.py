@@ -158,6 +158,15 @@ def test_the_angles_that_torchtitan_trained_are_those_of_the_configuration_or_as
     assert engine.convert("torchtitan-llama", folder, tmp_path / "out", settings=told).tensors == 21
 
 
+@pytest.mark.parametrize("key", [key for key in SCALED if key != "rope_type"])
+def test_scaled_angles_of_which_a_number_is_absent_are_asked_for(key: str, tmp_path: Path) -> None:
+    lacking = {name: value for name, value in SCALED.items() if name != key}
+    folder = save(titan(model(LLAMA), old=False), tmp_path / "step-3", LLAMA | {"rope_scaling": lacking})
+    with pytest.raises(EngineError, match="rotary") as caught:
+        engine.convert("torchtitan-llama", folder, tmp_path / "out")
+    assert caught.value.code == "E202" and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "app.model.", "module.", "_orig_mod.", "any.thing."])
 def test_the_prefix_of_names_is_found(prefix: str, tmp_path: Path) -> None:
     state = model(LLAMA)
