@@ -204,7 +204,8 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
             return Decision(
                 variant.name, choice, "expression", because(tried[-1:], names, called), expression=expression.text
             )
-    named = zip(variant.choices, tried, strict=True)
+    # where the help says what to answer, how the mapping asks for it is no help
+    named = () if variant.answers else zip(variant.choices, tried, strict=True)
     asked = f"{variant.help[:1].upper()}{variant.help[1:]}."
     otherwise = (
         "None of its choices describes this checkpoint: what they read is missing, or the mapping is not the one for "
@@ -215,7 +216,7 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
         f"variant `{variant.name}` cannot be decided: no choice holds",
         place=variant.place,
         got="\n".join([because(tried, names, called), *(f"not {c}: {e.text}" for c, e in named)]),
-        expected="one of " + ", ".join(variant.choices),
+        expected="one of " + ", ".join(variant.choices) if len(variant.choices) > 1 else None,
         fix=asked if variant.answers else f"{asked} {otherwise}",
         answers=variant.answers,
     )
