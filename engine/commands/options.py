@@ -40,9 +40,16 @@ def check_text(ctx: click.Context) -> None:
                 raise click.BadParameter("it is empty" if not text else "it holds a NUL", ctx, param)
 
 
-def _in_words(error: OSError | ModuleNotFoundError) -> EngineError:
-    """A library that is not installed, or what the system says of a path that was given; raises anything else again."""
-    if isinstance(error, ModuleNotFoundError):
+def _in_words(error: OSError | ImportError | MemoryError) -> EngineError:
+    """A library that is not there, no memory, or what the system says of a path; raises anything else again."""
+    if isinstance(error, MemoryError):
+        fix = "Raise the limit (`ulimit -v`, or that of the job)."
+        return EngineError("E305", "there is not enough memory to go on", got=str(error) or None, fix=fix)
+    if isinstance(error, ImportError):
+        if not isinstance(error, ModuleNotFoundError):
+            *_, why = str(error).strip().splitlines()
+            fix = "Raise the limit of memory, if there is one (`ulimit -v`); else install it again."
+            return EngineError("E305", "a library cannot be loaded", got=why, fix=fix)
         if error.name not in _OPTIONAL:
             raise error
         return EngineError(
@@ -82,7 +89,7 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
             check_together(ctx)
             with waiting:
                 command(as_json, *args, **kwargs)
-        except (EngineError, OSError, ModuleNotFoundError) as raised:
+        except (EngineError, OSError, ImportError, MemoryError) as raised:
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
 
             errors = error.errors
