@@ -53,10 +53,10 @@ def _in_words(error: OSError | ImportError | MemoryError) -> EngineError:
             f"this needs {error.name}, which is not installed",
             fix="Install it with: pip install 'internlm-engine[model]'.",
         )
-    if isinstance(error, ImportError) or (error.errno is None and str(error)):  # which the loader of torch's raises
-        *_, why = str(error).strip().splitlines()
+    if isinstance(error, ImportError) or (error.filename is None and ".so" in str(error)):  # torch raises either
+        why = str(error).strip().rpartition("\n")[2]
         fix = "Raise the limit of memory, if there is one (`ulimit -v`); else install it again."
-        return EngineError("E305", "a library cannot be loaded", got=why, fix=fix)
+        return EngineError("E305", "a library cannot be loaded", got=why or None, fix=fix)
     if error.filename is None:
         try:
             os.getcwd()
