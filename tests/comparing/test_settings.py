@@ -236,6 +236,19 @@ def test_what_few_texts_show_of_a_tokenizer_is_told(key: str, value: Any, told: 
     assert any(what.startswith(told) for what in tokenizer_parts(out, made))
 
 
+@pytest.mark.parametrize(("key", "value"), (("special", False), ("lstrip", True), ("single_word", True)))
+def test_a_token_that_programs_without_transformers_read_otherwise_is_told(
+    key: str, value: Any, out: Path, made: Path
+) -> None:
+    """transformers takes flags of tokens from tokenizer_config.json; others read tokenizer.json alone."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["added_tokens"][2][key] = value
+
+    edit(out, "tokenizer.json", change)
+    assert [one.grade for what, one in tokenizer_parts(out, made).items() if "alone" in what] == ["function"]
+
+
 def _exchanged(vocabulary: dict[str, int]) -> dict[str, int]:
     """The ids of the last two tokens exchanged."""
     *_, one, two = sorted(vocabulary, key=lambda token: vocabulary[token])
