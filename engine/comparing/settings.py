@@ -10,6 +10,7 @@ from engine.comparing.templates import compare_templates
 from engine.comparing.tokenizers import compare_tokenizers
 from engine.formats.configs import json_object
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
+from engine.planning.config_keys import shown
 from engine.storage.store import File, Store
 
 CONFIG, GENERATION, SETTINGS = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -62,6 +63,7 @@ def compare_settings(
     if all(SETTINGS in files for files in (ours, theirs)):
         here, there = (_read(files, SETTINGS) or {} for files in (ours, theirs))
         found += _for_other_programs("tokenizer", SETTINGS, here, there, found)
+        found += _added_tokens(here, there)
     found += compare_templates(ours, theirs)
     for name in sorted(name for name in ours.keys() | theirs.keys() if name.endswith(".py")):
         if ours.get(name) != theirs.get(name):
@@ -104,6 +106,31 @@ def _for_other_programs(
             grade: Grade = effect_of(names[-1])[1] if part == "config" else "function"
             more.append(Difference(part, f"{key} of {file}", worded(here[key]), worded(there[key]), effect, grade))
     return more
+
+
+def _added_tokens(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Difference]:
+    """The tokens that both sides name in tokenizer_config.json under another id, or of which one alone is special."""
+    (here, here_at), (there, there_at) = (_named_tokens(side.get("added_tokens_decoder")) for side in (one, two))
+    moved = sorted(token for token in here_at.keys() & there_at.keys() if here_at[token] != there_at[token])
+    other = sorted(number for number in here.keys() & there.keys() if here[number] != there[number])
+    effect = "other programs, such as llama.cpp, take tokens from here"
+    if moved:
+        told = worded(here_at[moved[0]]), worded(there_at[moved[0]])
+        return [Difference("tokenizer", f"the id of {shown(moved[0])} in {SETTINGS}", *told, effect)]
+    if other:
+        told = worded(here[other[0]]), worded(there[other[0]])
+        return [Difference("tokenizer", f"added_tokens_decoder.{other[0]} of {SETTINGS}", *told, effect)]
+    return []
+
+
+def _named_tokens(listed: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Id → text and whether it is special; and text → id."""
+    tokens = {k: v for k, v in listed.items() if isinstance(v, dict)} if isinstance(listed, dict) else {}
+    said = {
+        number: {"content": str(one.get("content")), "special": bool(one.get("special"))}
+        for number, one in tokens.items()
+    }
+    return said, {str(one["content"]): number for number, one in said.items()}
 
 
 def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str | None, str | None]) -> list[Difference]:

@@ -249,6 +249,20 @@ def test_a_token_that_programs_without_transformers_read_otherwise_is_told(
     assert [one.grade for what, one in tokenizer_parts(out, made).items() if "alone" in what] == ["function"]
 
 
+@pytest.mark.parametrize("key", ("content", "special", "id"))
+def test_tokens_that_llama_cpp_takes_from_the_settings_are_compared(key: str, out: Path, made: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        tokens = data["added_tokens_decoder"]
+        tokens["3"] |= {"special": True} if key == "special" else {"content": "<x>"} if key == "content" else {}
+        if key == "id":
+            tokens["9"] = tokens.pop("3")
+
+    edit(out, "tokenizer_config.json", change)
+    assert [one.grade for what, one in tokenizer_parts(out, made).items() if "tokenizer_config.json" in what][-1:] == [
+        "function"
+    ]
+
+
 def _exchanged(vocabulary: dict[str, int]) -> dict[str, int]:
     """The ids of the last two tokens exchanged."""
     *_, one, two = sorted(vocabulary, key=lambda token: vocabulary[token])
@@ -304,7 +318,16 @@ def test_a_damaged_tokenizer_is_told_and_nothing_raises(out: Path, made: Path) -
     assert "not loadable" in tokenizer_parts(out, made)["a tokenizer"].out
 
 
-@pytest.mark.parametrize("change", [("{{ m.role }}\n", "{{ m.role }} "), ("<s>assistant\n", "<s>"), ("</s>\n", "\n")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("{{ m.role }}\n", "{{ m.role }} "),
+        ("<s>assistant\n", "<s>"),
+        ("</s>\n", "\n"),
+        ("{{ m.content }}", "{{ m.content if m.content is string else '' }}"),
+        ("{{ m.content }}", "{{ m.content if loop.index < 10 else '' }}"),
+    ],
+)
 def test_a_template_that_renders_otherwise_is_told(change: tuple[str, str], out: Path, made: Path) -> None:
     path = out / "chat_template.jinja"
     path.write_text(path.read_text().replace(*change))
