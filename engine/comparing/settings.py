@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.comparing.effects import Difference, Grade, differing, effect_of, worded
+from engine.comparing.effects import Difference, Grade, differing, effect_of, same, worded
 from engine.comparing.templates import compare_templates
 from engine.comparing.tokenizers import compare_tokenizers
 from engine.formats.configs import json_object
@@ -101,7 +101,7 @@ def _for_other_programs(
         here, there = ({key: side.get(key)} for side in (one, two))
         plain = plain_config(here), plain_config(there)
         names = [*(plain[0] | plain[1])]  # as transformers 5 spells it
-        if plain[0] != plain[1] and not told.intersection(names):
+        if not same(*plain) and not told.intersection(names):
             effect = "other programs, or other versions of transformers, read it here"
             grade: Grade = effect_of(names[-1])[1] if part == "config" else "function"
             more.append(Difference(part, f"{key} of {file}", worded(here[key]), worded(there[key]), effect, grade))
@@ -136,7 +136,7 @@ def _named_tokens(listed: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str
 def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str | None, str | None]) -> list[Difference]:
     """Two configurations, by what they mean."""
     ours, theirs = plain_config(one), plain_config(two)
-    if ours == theirs:
+    if same(ours, theirs):
         return []
     full = [full_config(config) for config in (one, two)]
     own: frozenset[str] | None = None
@@ -158,7 +158,7 @@ def _generations(
     ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, one: Mapping[str, Any], two: Mapping[str, Any]
 ) -> list[Difference]:
     here, there = full_generation(ours, one), full_generation(theirs, two)
-    if here == there or (ours is None and theirs is None):
+    if same(here, there) or (ours is None and theirs is None):
         return []
     defaults = default_generation()
     return differing("generation", here, there, _generating, defaults=defaults)

@@ -95,6 +95,16 @@ def test_a_length_takes_part_where_angles_are_scaled(out: Path, made: Path, tmp_
     assert differences(out, tmp_path / "ref")["config", "max_position_embeddings"].grade == "function"
 
 
+@pytest.mark.parametrize("name", ("config.json", "generation_config.json"))
+def test_true_in_the_place_of_1_is_told(name: str, out: Path, tmp_path: Path) -> None:
+    """It is 1 to Python, and no number to programs of other languages."""
+    ids: list[Any] = [1, True] if name == "config.json" else [[1, 2], [True, 2]]
+    shutil.copytree(out, tmp_path / "other")
+    for folder, value in zip((out, tmp_path / "other"), ids, strict=True):
+        edit(folder, name, lambda data, value=value: data.update(bos_token_id=value))
+    assert [one for one in api.compare(out, tmp_path / "other").differences if one.what == "bos_token_id"]
+
+
 def test_a_type_is_a_matter_of_precision(out: Path, made: Path) -> None:
     edit(out, "config.json", lambda config: config.update(dtype="float16", torch_dtype="float16"))
     assert differences(out, made)["config", "dtype"].grade == "cast"
