@@ -123,8 +123,22 @@ def terminate(number: int, _: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def open_streams() -> None:
+    """Streams that take everything a command prints.
+
+    One that whoever started the program closed becomes a sink: else the next file that is opened would have its
+    number, and what a library prints would be written into it. What a stream's encoding lacks is shown as an escape.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main() -> NoReturn:
     """The console script."""
+    open_streams()
     signal.signal(signal.SIGTERM, terminate)
     gc.set_threshold(100_000, 20, 100)  # plans are large and hold hardly any cycles to look for
     if os.environ.get("ENGINE_DEBUG") != "1":

@@ -40,8 +40,11 @@ def check_text(ctx: click.Context) -> None:
                 raise click.BadParameter("it is empty" if not text else "it holds a NUL", ctx, param)
 
 
-def _in_words(error: OSError | ModuleNotFoundError) -> EngineError:
-    """A library that is not installed, or what the system says of a path that was given; raises anything else again."""
+def _in_words(error: OSError | ImportError | MemoryError) -> EngineError:
+    """A library that is not there, no memory, or what the system says of a path; raises anything else again."""
+    if isinstance(error, MemoryError):
+        fix = "Raise the limit (`ulimit -v`, or that of the job)."
+        return EngineError("E305", "there is not enough memory to go on", got=str(error) or None, fix=fix)
     if isinstance(error, ModuleNotFoundError):
         if error.name not in _OPTIONAL:
             raise error
@@ -50,6 +53,10 @@ def _in_words(error: OSError | ModuleNotFoundError) -> EngineError:
             f"this needs {error.name}, which is not installed",
             fix="Install it with: pip install 'internlm-engine[model]'.",
         )
+    if isinstance(error, ImportError) or (error.filename is None and ".so" in str(error)):  # torch raises either
+        why = str(error).strip().rpartition("\n")[2]
+        fix = "Raise the limit of memory, if there is one (`ulimit -v`); else install it again."
+        return EngineError("E305", "a library cannot be loaded", got=why or None, fix=fix)
     if error.filename is None:
         try:
             os.getcwd()
@@ -82,7 +89,7 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
             check_together(ctx)
             with waiting:
                 command(as_json, *args, **kwargs)
-        except (EngineError, OSError, ModuleNotFoundError) as raised:
+        except (EngineError, OSError, ImportError, MemoryError) as raised:
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
 
             errors = error.errors

@@ -40,7 +40,9 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
     if os.path.isfile(given):
         return given
     stems = (name, f"families/{name}") if kind == "mapping" else (f"layouts/{name}",)
-    for folder, stem in product([*([first] if first is not None else []), *search_folders()], stems):
+    placed = {".", ".."} & set(name.split(os.sep))  # it says where the file lies, so no other of its name is meant
+    searched = [] if placed else [*([first] if first is not None else []), *search_folders()]
+    for folder, stem in product(searched, stems):
         for candidate in (folder / stem, folder / f"{stem}.yaml", folder / f"{stem}.yml"):
             if os.path.isfile(candidate) and candidate.resolve().is_relative_to(folder.resolve()):
                 return candidate

@@ -101,11 +101,11 @@ class Uploads:
         """Where a part is uploaded to; its files become visible by `complete`, before the whole is marked."""
         if self._overwrite and self._before:
             raise exists(self._store.place(), "Choose an --out where nothing is: parts cannot replace an output.")
-        return Upload(self._store, self._work, self._before)
+        return Upload(self._store, self._work, self._before, mark=self._name)
 
     def __enter__(self) -> Upload:
         left, replaces = self._before if self._resume else set(), self._overwrite and bool(self._before)
-        upload = Upload(self._store, self._work, left, replaces=replaces)
+        upload = Upload(self._store, self._work, left, mark=self._name, replaces=replaces)
         if self._resume:
             for _ in requests().map(upload.is_left, sorted(self._before)):
                 pass
@@ -161,14 +161,15 @@ class Upload:
     positioned = False
     block = 0
 
-    def __init__(self, store: ObjectStore, work: str, there: set[str], *, replaces: bool = False) -> None:
+    def __init__(self, store: ObjectStore, work: str, there: set[str], *, mark: str, replaces: bool = False) -> None:
         """
         Args:
             work: what is kept with each object, to tell by it what it was made from.
             there: objects that an interrupted run may have left whole.
+            mark: the file that marks a whole output.
             replaces: whether those that other runs made may be replaced.
         """
-        self._store, self._work, self._there, self._replaces = store, work, there, replaces
+        self._store, self._work, self._there, self._mark, self._replaces = store, work, there, mark, replaces
         give_back_memory()
         self._writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
@@ -254,8 +255,14 @@ class Upload:
         """Make all files visible, the one named `last` after all others and only if it is not there.
 
         The last parts of files may still be on their way, unless old files are replaced. If one fails, what became
-        visible is removed; but where `last` is there, the same run has made all of it elsewhere.
+        visible is removed; but where `last` is there, or the output is whole, the same run has made all of it
+        elsewhere.
+
+        Raises:
+            EngineError: E401 when the output that a part belongs to is whole already.
         """
+        if last != self._mark and self._store.attribute(self._mark, MARK) is not None:
+            raise exists(self._store.place(), "Choose another --out.", "an output that was made whole in the meantime")
         visible: list[str] = []
         try:
             for name, writer in reversed(self._writers.items()):  # the last parts of those begun last may fail
@@ -279,7 +286,9 @@ class Upload:
         """Remove what this run made visible, as far as the store lets it."""
         for name in names:
             with suppress(EngineError, FileNotFoundError):
-                if last not in self._store.names() and self._store.attribute(name, MARK) == self._work:
+                if {last, self._mark}.isdisjoint(self._store.names()) and self._store.attribute(
+                    name, MARK
+                ) == self._work:
                     self._store.delete(name)
 
     def abort(self) -> None:

@@ -350,6 +350,35 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 # -- inspect and plan
 
 
+@pytest.mark.parametrize(
+    ("streams", "code", "told"),
+    (
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 1, "E403 what is printed cannot be written"),
+        ("| cat", 0, "tp 2 \\xd7 pp 2"),
+    ),
+    ids=("closed", "all closed", "full", "an encoding without that sign"),
+)
+def test_a_stream_that_is_closed_or_takes_not_all_is_no_internal_error(streams: str, code: int, told: str) -> None:
+    command = f"exec {sys.executable} -m engine inspect {CHECKPOINT} {streams}"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1251"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, errors="replace")
+    assert done.returncode == code and told in done.stdout + done.stderr
+    assert "E901" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", (MemoryError(), ImportError("PLEASE READ\nx.so: failed to map segment"), OSError("x.so: cannot open"))
+)
+def test_too_little_memory_and_a_library_that_does_not_load_are_told_as_such(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.api, "inspect", lambda *_, **__: (_ for _ in ()).throw(error))
+    done = CliRunner().invoke(cli, ["inspect", "x"])
+    assert done.exit_code == 1 and "E305" in done.stderr and "ulimit -v" in done.stderr
+
+
 def test_inspect_names_the_grid_the_layers_and_the_mapping_that_fits() -> None:
     done = invoke("inspect", CHECKPOINT)
     assert done.exit_code == 0, done.stderr

@@ -201,6 +201,24 @@ def test_xtuners_prefix_stands_in_the_place_of_the_models_own(tmp_path: Path) ->
     assert equal(tmp_path / "out", state)
 
 
+def test_another_epsilon_than_xtuners_queries_and_keys_have_is_asked_for(tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAMA.items() if key != "mlp_bias"}
+    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    state = model(config)
+    engine.convert("transformers", save(state, tmp_path / "of transformers", config), tmp_path / "out")
+    saved = {f"model.{name.removeprefix('model.')}": one for name, one in state.items()}
+    folder = save(saved, tmp_path / "weights", config)
+    for again in ({}, {"like": folder}):
+        with pytest.raises(EngineError) as caught:
+            if again:
+                engine.reverse("transformers", tmp_path / "out", tmp_path / "no", **again)
+            else:
+                engine.convert("transformers", folder, tmp_path / "no")
+        assert caught.value.code == "E202" and "--set norms=as_configured" in str(caught.value.fix)
+    engine.convert("transformers", folder, tmp_path / "trained so", settings={"norms": "as_configured"})
+    assert equal(tmp_path / "trained so", state)
+
+
 def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path) -> None:
     state = model(LLAMA)
     few = {name: one for name, one in state.items() if name != "model.layers.1.mlp.up_proj.weight"}
@@ -299,6 +317,7 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "E209"),
         ({"rope_scaling": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 10000.0}, "E218"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "E202"),
+        ({"rms_norm_eps": 1e-5}, "E202"),  # its queries and keys have 1e-6
     ],
     ids=str,
 )

@@ -286,6 +286,12 @@ def test_mappings_are_found_by_path_name_and_search_folder(folder: Folder, monke
     assert load_mapping("families/internlm2.yaml").name == "mine"
 
 
+@pytest.mark.parametrize("name", ("./internlm2.yaml", "./internlm2", "x/../internlm2.yaml", "families/./internlm2"))
+def test_a_path_that_says_where_is_never_the_bundled_mapping_of_that_name(name: str) -> None:
+    with pytest.raises(EngineError, match="there is no mapping file"):
+        find_file(name)
+
+
 def test_a_name_cannot_leave_the_search_folders(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     inside = folder.path / "inside"
     inside.mkdir()

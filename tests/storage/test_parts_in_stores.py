@@ -35,7 +35,11 @@ def test_parts_in_a_store_give_the_bytes_of_one_run(bucket: Bucket, tmp_path: Pa
     refused("E401", lambda: api.part(plan, "1/3", out))
 
 
-def test_a_part_that_fails_leaves_what_the_same_part_made_elsewhere(bucket: Bucket, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("committed", "fails"), [(False, True), (True, True), (True, False)])
+def test_a_part_that_runs_twice_leaves_what_the_same_part_made_elsewhere(
+    committed: bool, fails: bool, bucket: Bucket, tmp_path: Path
+) -> None:
+    """As where a machine that was lost comes back; once it took weights away that were committed."""
     plan, out = tmp_path / "plan.json", f"{bucket.url}/hf"
     api.save_plan(plan, MAPPING, bucket.upload(STEP, "step"), max_shard_size=100_000)
 
@@ -43,14 +47,20 @@ def test_a_part_that_fails_leaves_what_the_same_part_made_elsewhere(bucket: Buck
         if one.method == "POST" and "uploadId" in one.path:
             bucket.proxy.spoil = lambda _: None
             assert api.part(plan, "1/1", out)
-            bucket.proxy.spoil = lambda one: "refuse" if one.method == "POST" and "model-00001" in one.path else None
+            if committed:
+                api.commit(plan, out)
+            bucket.proxy.spoil = lambda one: (
+                "refuse" if fails and one.method == "POST" and "00001" in one.path else None
+            )
         return None
 
     bucket.proxy.spoil = twice
-    refused("E403", lambda: api.part(plan, "1/1", out))
+    refused("E403" if fails else "E401", lambda: api.part(plan, "1/1", out))
     bucket.proxy.spoil = lambda _: None
-    api.commit(plan, out)
+    if not committed:
+        api.commit(plan, out)
     assert not api.verify(out).problems
+    assert not [name for name in bucket.contents("hf") if name.startswith(".")]
 
 
 def test_a_fork_of_a_process_that_used_a_store_does_not_wait_without_end(bucket: Bucket, tmp_path: Path) -> None:
