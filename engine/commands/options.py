@@ -45,11 +45,7 @@ def _in_words(error: OSError | ImportError | MemoryError) -> EngineError:
     if isinstance(error, MemoryError):
         fix = "Raise the limit (`ulimit -v`, or that of the job)."
         return EngineError("E305", "there is not enough memory to go on", got=str(error) or None, fix=fix)
-    if isinstance(error, ImportError):
-        if not isinstance(error, ModuleNotFoundError):
-            *_, why = str(error).strip().splitlines()
-            fix = "Raise the limit of memory, if there is one (`ulimit -v`); else install it again."
-            return EngineError("E305", "a library cannot be loaded", got=why, fix=fix)
+    if isinstance(error, ModuleNotFoundError):
         if error.name not in _OPTIONAL:
             raise error
         return EngineError(
@@ -57,6 +53,10 @@ def _in_words(error: OSError | ImportError | MemoryError) -> EngineError:
             f"this needs {error.name}, which is not installed",
             fix="Install it with: pip install 'internlm-engine[model]'.",
         )
+    if isinstance(error, ImportError) or (error.filename is None and ".so" in str(error)):  # torch raises either
+        why = str(error).strip().rpartition("\n")[2]
+        fix = "Raise the limit of memory, if there is one (`ulimit -v`); else install it again."
+        return EngineError("E305", "a library cannot be loaded", got=why or None, fix=fix)
     if error.filename is None:
         try:
             os.getcwd()

@@ -62,6 +62,19 @@ def effect_of(key: str, *, scaled: bool = False, own: frozenset[str] | None = No
     return "it may change what the model computes", "function"
 
 
+def same(one: Any, two: Any) -> bool:
+    """Whether two values are equal as JSON, where true is not 1.
+
+    >>> same([1, 2], [1.0, 2]), same({"a": [1]}, {"a": [True]})
+    (True, False)
+    """
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    return one == two and isinstance(one, bool) == isinstance(two, bool)
+
+
 def differing(
     part: str,
     ours: Mapping[str, Any],
@@ -79,7 +92,7 @@ def differing(
     found = []
     for key in sorted(ours.keys() | theirs.keys()):
         one, two = ((defaults or {}).get(key) if key not in side else side[key] for side in (ours, theirs))
-        if one != two or (type(one) is not type(two) and bool in (type(one), type(two))):
+        if not same(one, two):
             effect, grade = said(key)
             found.append(Difference(part, key, worded(one), worded(two), effect, grade))
     return found

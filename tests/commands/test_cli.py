@@ -368,8 +368,12 @@ def test_a_stream_that_is_closed_or_takes_not_all_is_no_internal_error(streams: 
     assert "E901" not in done.stderr
 
 
-@pytest.mark.parametrize("error", (MemoryError(), ImportError("PLEASE READ\nx.so: failed to map segment")))
-def test_too_little_memory_is_told_as_such(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", (MemoryError(), ImportError("PLEASE READ\nx.so: failed to map segment"), OSError("x.so: cannot open"))
+)
+def test_too_little_memory_and_a_library_that_does_not_load_are_told_as_such(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine.api, "inspect", lambda *_, **__: (_ for _ in ()).throw(error))
     done = CliRunner().invoke(cli, ["inspect", "x"])
     assert done.exit_code == 1 and "E305" in done.stderr and "ulimit -v" in done.stderr
