@@ -58,7 +58,6 @@ class OutputFolder:
         self.partial = self.final.with_name(f".{self.final.name}.partial-{work[:8]}")
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes that will be written: entering refuses with E403 when there is no room for them
-        self.buffer = 0  # bytes that writing one file keeps in memory
         self._held = ExitStack()
         _check_apart(self.final, source)
         self._check_free()
@@ -85,6 +84,10 @@ class OutputFolder:
                 "Choose another --out, or move it away: only an output of the engine or an empty folder is replaced.",
                 found,
             )
+
+    def buffer(self, files: int) -> int:
+        """As a store has it."""
+        return self.written.buffer(files)
 
     @property
     def written(self) -> Store:
