@@ -285,6 +285,24 @@ def test_a_tied_head_that_differs_is_refused_and_an_equal_one_left_out(tmp_path:
     assert equal(tmp_path / "out", state)
 
 
+@pytest.mark.parametrize("mapping", ["transformers", "torchtitan-llama"])
+@pytest.mark.parametrize("angles", [{"rope_type": "default"}, SCALED], ids=["plain", "scaled"])
+def test_angles_are_also_written_where_transformers_before_5_has_them(
+    mapping: str, angles: dict[str, Any], tmp_path: Path
+) -> None:
+    """A `config.json` that transformers 5 saved has them in `rope_parameters` only, which older ones do not read."""
+    config = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    config["rope_parameters"] = {**angles, "rope_theta": 5e5}
+    state = model(config)
+    saved = state if mapping == "transformers" else titan(state, old=False)
+    engine.convert(mapping, save(saved, tmp_path / "step", config), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == 5e5 and written["rope_parameters"] == config["rope_parameters"]
+    assert written.get("rope_scaling") == (config["rope_parameters"] if angles is SCALED else None)
+    again = AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
+    assert {key: again[key] for key in config["rope_parameters"]} == config["rope_parameters"]
+
+
 @pytest.mark.parametrize(("config", "since"), [(LLAMA, False), (MOE, True)], ids=["llama", "mixture"])
 def test_stacked_experts_are_said_to_need_a_transformers_that_stacks_them(
     config: dict[str, Any], since: bool, tmp_path: Path
