@@ -245,7 +245,7 @@ def _set(data: Data, path: tuple[str, ...], value: Any) -> None:
     *above, last = path
     for key in above:
         data = data[key]
-    if last not in data:
+    if last not in data or (value is None and data[last] == "{{ omit }}"):
         raise KeyError(last)
     if value is None:
         del data[last]
@@ -318,12 +318,19 @@ class Known:
     mapping: MappingFile
     meaning: Meaning
     committed: dict[KeyPath, Any]
+    errors: frozenset[str]  # of lint, when a mapping is written out whole: what its parent alone needs is not excused
 
 
 def known_of(mapping: MappingFile) -> Known:
-    rebuilt(mapping, _plain(mapping.resolved))  # else every edit would seem to be told by loading
+    whole = rebuilt(mapping, _plain(mapping.resolved))  # else every edit would seem to be told by loading
     found = committed(mapping)
-    return Known(mapping, meaning_of(mapping), {} if found is None else read_meaning(found[1]))
+    known = Known(mapping, meaning_of(mapping), {} if found is None else read_meaning(found[1]), _errors(whole))
+    assert outcome(known, Edit("none", _plain(mapping.resolved))).red is None, f"{mapping.name} is red as it is"
+    return known
+
+
+def _errors(mapping: MappingFile) -> frozenset[str]:
+    return frozenset(f"{one.code} {one.message}" for one in lint(mapping) if one.severity == "error")
 
 
 def outcome(known: Known, edit: Edit) -> Outcome:
@@ -333,8 +340,7 @@ def outcome(known: Known, edit: Edit) -> Outcome:
     except EngineError as error:
         told = f"{error.code} {error.message}"
         return Outcome(edit.what, told, told)
-    errors = [f"{one.code} {one.message}" for one in lint(edited) if one.severity == "error"]
-    if errors:
+    if errors := sorted(_errors(edited) - known.errors):
         return Outcome(edit.what, errors[0], errors[0])
     red: str | None = None
     comment: str | None = None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from engine.language.documents import same
 from engine.planning.config_keys import shown
 
 Grade = Literal["function", "cast", "told"]  # changes what is computed; only its precision; neither
@@ -79,7 +80,7 @@ def differing(
     found = []
     for key in sorted(ours.keys() | theirs.keys()):
         one, two = ((defaults or {}).get(key) if key not in side else side[key] for side in (ours, theirs))
-        if one != two or (type(one) is not type(two) and bool in (type(one), type(two))):
+        if not same(one, two):
             effect, grade = said(key)
             found.append(Difference(part, key, worded(one), worded(two), effect, grade))
     return found

@@ -9,7 +9,9 @@ from engine.comparing.effects import Difference, Grade, differing, effect_of, wo
 from engine.comparing.templates import compare_templates
 from engine.comparing.tokenizers import compare_tokenizers
 from engine.formats.configs import json_object
+from engine.language.documents import same
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
+from engine.planning.config_keys import shown
 from engine.storage.store import File, Store
 
 CONFIG, GENERATION, SETTINGS = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -62,6 +64,7 @@ def compare_settings(
     if all(SETTINGS in files for files in (ours, theirs)):
         here, there = (_read(files, SETTINGS) or {} for files in (ours, theirs))
         found += _for_other_programs("tokenizer", SETTINGS, here, there, found)
+        found += _added_tokens(here, there)
     found += compare_templates(ours, theirs)
     for name in sorted(name for name in ours.keys() | theirs.keys() if name.endswith(".py")):
         if ours.get(name) != theirs.get(name):
@@ -99,17 +102,42 @@ def _for_other_programs(
         here, there = ({key: side.get(key)} for side in (one, two))
         plain = plain_config(here), plain_config(there)
         names = [*(plain[0] | plain[1])]  # as transformers 5 spells it
-        if plain[0] != plain[1] and not told.intersection(names):
+        if not same(*plain) and not told.intersection(names):
             effect = "other programs, or other versions of transformers, read it here"
             grade: Grade = effect_of(names[-1])[1] if part == "config" else "function"
             more.append(Difference(part, f"{key} of {file}", worded(here[key]), worded(there[key]), effect, grade))
     return more
 
 
+def _added_tokens(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Difference]:
+    """The tokens that both sides name in tokenizer_config.json under another id, or of which one alone is special."""
+    (here, here_at), (there, there_at) = (_named_tokens(side.get("added_tokens_decoder")) for side in (one, two))
+    moved = sorted(token for token in here_at.keys() & there_at.keys() if here_at[token] != there_at[token])
+    other = sorted(number for number in here.keys() & there.keys() if here[number] != there[number])
+    effect = "other programs, such as llama.cpp, take tokens from here"
+    if moved:
+        told = worded(here_at[moved[0]]), worded(there_at[moved[0]])
+        return [Difference("tokenizer", f"the id of {shown(moved[0])} in {SETTINGS}", *told, effect)]
+    if other:
+        told = worded(here[other[0]]), worded(there[other[0]])
+        return [Difference("tokenizer", f"added_tokens_decoder.{other[0]} of {SETTINGS}", *told, effect)]
+    return []
+
+
+def _named_tokens(listed: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Id → text and whether it is special; and text → id."""
+    tokens = {k: v for k, v in listed.items() if isinstance(v, dict)} if isinstance(listed, dict) else {}
+    said = {
+        number: {"content": str(one.get("content")), "special": bool(one.get("special"))}
+        for number, one in tokens.items()
+    }
+    return said, {str(one["content"]): number for number, one in said.items()}
+
+
 def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str | None, str | None]) -> list[Difference]:
     """Two configurations, by what they mean."""
     ours, theirs = plain_config(one), plain_config(two)
-    if ours == theirs:
+    if same(ours, theirs):
         return []
     full = [full_config(config) for config in (one, two)]
     own: frozenset[str] | None = None
@@ -131,7 +159,7 @@ def _generations(
     ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, one: Mapping[str, Any], two: Mapping[str, Any]
 ) -> list[Difference]:
     here, there = full_generation(ours, one), full_generation(theirs, two)
-    if here == there or (ours is None and theirs is None):
+    if same(here, there) or (ours is None and theirs is None):
         return []
     defaults = default_generation()
     return differing("generation", here, there, _generating, defaults=defaults)

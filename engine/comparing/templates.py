@@ -14,6 +14,7 @@ from engine.comparing.tokenizers import TOKENS
 from engine.planning.config_keys import shown
 
 Files = Mapping[str, bytes]
+_REFUSED = "refused: "
 _TEMPLATE, _JSON, _SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 
 
@@ -41,7 +42,9 @@ def _rendered(
     conversations: dict[str, dict[str, Any]] = loaded["conversations"]
     for name, conversation in conversations.items():
         here, there = (_render(template, named, conversation) for template, named in (one, two))
-        if here != there:
+        if here != there and not (
+            conversation.get("optional") and _REFUSED in (here[: len(_REFUSED)], there[: len(_REFUSED)])
+        ):
             unlike.append((name, here, there))
     if not unlike:
         effect = f"it renders {len(conversations)} conversations alike all the same"
@@ -98,5 +101,5 @@ def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, 
             **named,
         )
     except Exception as error:  # a template refuses what it does not know in its own words
-        return f"refused: {' '.join(str(error).split())[:120]}"
+        return f"{_REFUSED}{' '.join(str(error).split())[:120]}"
     return str(texts[0])

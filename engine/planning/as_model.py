@@ -21,6 +21,7 @@ from engine.language.model import Expression, Layout, MappingFile, Prefix, Rule,
 from engine.language.names import numbers_in, without_numbers
 from engine.planning.attempts import Checkpoint, claims
 from engine.planning.config_keys import read_config, source_side
+from engine.planning.facts import present_in
 from engine.planning.pieces import match_pieces
 from engine.planning.stored import instances
 from engine.planning.variants import decide
@@ -36,10 +37,12 @@ class Wanted:
     Attributes:
         shapes: name → shape, in the order of the model.
         tied: names that are stored or not, and equal another: name → that one.
+        versions: of transformers, those that load these names; None for all.
     """
 
     shapes: Mapping[str, Shape]
     tied: Mapping[str, str]
+    versions: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,15 @@ def fit_to_model(
     Raises:
         EngineError: E207 when the checkpoint lacks a tensor of the class under every prefix.
     """
-    prefix, own = _prefix(wanted, {tensor.name for file in checkpoint.files for tensor in file.tensors})
+    names = {tensor.name for file in checkpoint.files for tensor in file.tensors}
+    prefix, own = _prefix(wanted, names)
+    held = present_in(names)
 
     begins = tuple({prefix + _first(name.removeprefix(own)) for name in (*wanted.shapes, *wanted.tied)})
     files = tuple(file.only(lambda name: name.startswith(begins)) for file in checkpoint.files)
-    fitted = rules_of(mapping, wanted, checkpoint.target_config, lambda name: name.removeprefix(own))
+    fitted = rules_of(
+        mapping, wanted, checkpoint.target_config, lambda name: name.removeprefix(own), lambda name: held(prefix + name)
+    )
     return fitted, replace(layout, prefixes=(Prefix(prefix, None),)), replace(checkpoint, files=files)
 
 
@@ -93,13 +100,18 @@ def wanted_by_mapping(told: MappingFile, config: Mapping[str, Any]) -> Wanted | 
 
 
 def rules_of(
-    mapping: MappingFile, wanted: Wanted, config: Mapping[str, Any], stored: Callable[[str], str] = str
+    mapping: MappingFile,
+    wanted: Wanted,
+    config: Mapping[str, Any],
+    stored: Callable[[str], str] = str,
+    held: Callable[[str], bool] = bool,
 ) -> MappingFile:
     """The mapping with rules for every tensor that a model class wants.
 
     Args:
         config: the target's configuration.
         stored: the name in training files, without their prefix.
+        held: whether training files have a tied tensor of that name. Those that are written do: trainers load them all.
     """
     families = _families(wanted)
     counted = next((f.counts["layer"] for f in families if "layer" in f.counts), None)
@@ -119,7 +131,7 @@ def rules_of(
                 targets=(Target(family.name, axes, mapping.place),),
                 place=mapping.place,
                 stage=None if "layer" in family.counts else "last" if seen or counted is None else "first",
-                optional=family.tied_to is not None,
+                optional=family.tied_to is not None and not held(stored(family.name)),
                 tied_to=family.tied_to,
             )
         )
@@ -129,6 +141,7 @@ def rules_of(
         dims={name: Expression(str(size), mapping.place) for name, size in dims.items()},
         model_type=str(config.get("model_type")),
         architecture=class_named(config) or "the model class of config.json",
+        transformers=wanted.versions,
     )
 
 

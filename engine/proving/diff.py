@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import ndiff
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -110,8 +111,14 @@ def diff_layouts(name: str, old: str | None, new: str | None) -> MappingDiff:
 
 
 def diff_templates(name: str, old: str | None, new: str | None) -> MappingDiff:
-    """Compare two texts of a chat template by what they make of a conversation; None stands for one that is not."""
+    """Compare two texts of a chat template by what they make of a conversation; None stands for one that is not.
+
+    Of two that make the same of it, the lines that differ are told.
+    """
     both = [{} if text is None else spoken(text, {"bos_token": "<s>", "eos_token": "</s>"}) for text in (old, new)]
+    if both[0] == both[1]:
+        lines = [line for line in ndiff((old or "").split("\n"), (new or "").split("\n")) if line[0] in "-+"]
+        both = [{"its text": [line[2:] for line in lines if line[0] == sign]} for sign in "-+"]
     told = [None if text is None else PurePosixPath(name).stem for text in (old, new)]
     values = [ValueChange("chat template", path, "", text_of(was), text_of(now)) for path, was, now in changed(*both)]
     return MappingDiff(name, told[0], told[1], (), (), tuple(values))

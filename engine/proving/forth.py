@@ -22,7 +22,7 @@ from engine.planning.config_keys import as_declared, read_config, source_side
 from engine.planning.config_trees import leaves
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
-from engine.proving.probes import Given, Outcome, divisors_of, plain_name, unusual
+from engine.proving.probes import Given, Outcome, constants, divisors_of, plain_name, unusual
 from engine.proving.tiny import World, Worlds, decided_by_names, training_names
 
 _APART = ("options", "tensors", "there", "choice", "training", "given")  # what is given besides the configuration
@@ -188,7 +188,7 @@ class Forth(Direction):
         own = {*self.mapping.dims, *self.mapping.variants, *self.world.sizes, *axes}
         own -= {axis for axis, one in self.mapping.dims.items() if axis in names_in(one)}  # a key of the same name
         number = 0
-        made_up: list[str] = []  # numbers that sizes depend on, and may not be so large
+        made_up: list[str] = []  # whole numbers that may not be so large
         for path in self.paths:
             root = path.split(".")[0]
             if root in own or root == "options":
@@ -208,7 +208,7 @@ class Forth(Direction):
                 base[path] = written[path]
             elif "integer" in types and not fits:
                 base[path] = 8192 + number
-                made_up += [path] if path in sized else []
+                made_up.append(path)
             elif "number" in types and path not in sized:
                 base[path] = unusual(number, key)
             elif fits:
@@ -230,6 +230,9 @@ class Forth(Direction):
         base |= {f"there.{name}": there(name) for name in self._asked()}
         for path in made_up:
             base[path] = 1 if "refused" in self.run(base) else base[path]
+        for path, values in constants(self.expressions, self.closure).items():
+            if values and isinstance(base.get(path), float) and "refused" in self.run(base):
+                base[path] = values[-1]  # a question that a number answers
         return base
 
     def _asked(self) -> list[str]:

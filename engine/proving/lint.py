@@ -134,7 +134,7 @@ def _unused(mapping: MappingFile) -> Iterator[Finding]:
             yield Finding(expression.place, f"dim `{name}` is never used", "Remove it, or use it in axes.", "warning")
     used = {name for rule in mapping.rules for name in rule.when}
     for variant in mapping.variants.values():
-        if variant.name not in used and variant.name not in read:
+        if variant.name not in used and variant.name not in read and len(variant.choices) > 1:  # one is a question
             yield Finding(variant.place, f"variant `{variant.name}` is never used", "Remove it.", "warning")
     paths = {path for expression in every_expression(mapping) for path in compile_expression(expression).paths}
     for option in mapping.options.values():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from typing import Any
 
 import yaml
@@ -142,6 +143,8 @@ def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] |
 def _about(mapping: MappingFile) -> Meaning:
     about: Meaning = {"layout": mapping.layout, "source model types": list(mapping.model_types)}
     about |= {"target": f"{mapping.architecture}, model type {mapping.model_type}"}
+    versions = mapping.resolved["target"].get("transformers")
+    about |= {} if versions is None else {"transformers": versions}
     about |= {key: value for key, value in mapping.resolved.items() if key not in (*_SAID, "source", "target")}
     return about
 
@@ -179,7 +182,7 @@ def _generation(mapping: MappingFile, gives: Mapping[str, Any]) -> Meaning:
 
 
 def _chat(mapping: MappingFile) -> Meaning:
-    """A conversation as the template writes it, with and without a system's words."""
+    """A conversation as the template writes it, with and without a system's words, and the digest of all it says."""
     if mapping.chat_template is None:
         return {}
     tokens = {f"{name}_token": str((mapping.tokenizer or {}).get(name, "")) for name in ("bos", "eos")}
@@ -187,7 +190,7 @@ def _chat(mapping: MappingFile) -> Meaning:
         text = chat_template(mapping.chat_template)
     except EngineError as error:
         return {"template": mapping.chat_template, "written": f"cannot be written: {error.message}"}
-    return {"template": mapping.chat_template, **spoken(text, tokens)}
+    return {"template": mapping.chat_template, "its SHA-256": sha256(text.encode()).hexdigest(), **spoken(text, tokens)}
 
 
 def spoken(text: str, tokens: Mapping[str, str]) -> Meaning:

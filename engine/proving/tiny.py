@@ -254,12 +254,12 @@ def settle(
 def _made_up(keys: Mapping[str, Key], expression: Expression, names: Mapping[str, Any]) -> Any:
     """An expression as far as names give it; a missing key of the training configuration stands as one that it may be.
 
-    Such a key is no size: 0.01, say, for an epsilon, which cannot be 1.
+    Such a key is no size: 1e-6, say, for an epsilon, which cannot be 1.
     """
     missing: dict[str, Any] = {}
     for path in sorted(compile_expression(expression).paths):
         key = find_key(keys, path)
-        value: Any = next((v for v in (0.01, 2, True) if key is None or key.limits.fits(v)), 0.01)
+        value: Any = next((v for v in (1e-6, 2, True) if key is None or key.limits.fits(v)), 1e-6)
         for part in reversed(path.split(".")):
             value = {part: value}
         missing = merged(missing, value)

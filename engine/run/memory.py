@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from engine.errors import EngineError
 from engine.move.blocks import LARGE_BLOCK_BYTES
 from engine.move.runs import MOST_SPAN
 from engine.planning.model import Work
+from engine.storage.coalesce import LEAST_WINDOW, WINDOW, share
 from engine.storage.sources import AHEAD
 
 MOST_WORKERS = 256  # threads: disks have no use for more, and each has buffers of its own
@@ -17,11 +19,11 @@ _CLIENT = 32 << 20  # obstore, with its connections
 _MAPPED = 8 << 20  # what the allocator keeps beyond what is asked for
 
 
-def predicted_memory(plan: Work, workers: int, buffer: int = 0) -> int:
+def predicted_memory(plan: Work, workers: int, buffer: Callable[[int], int] = lambda files: 0) -> int:
     """Bytes resident at the peak of a run with so many workers; the model's size does not count.
 
     Args:
-        buffer: what writing one file keeps in memory, as the store says.
+        buffer: what writing so many files at once keeps in memory for each, as the store says.
     """
     widest = max((2 * 4 * o.shape[-1] for o in plan.outputs if o.transform is not None and o.shape), default=0)
     casts = not all(output.unchanged for output in plan.outputs)
@@ -29,13 +31,17 @@ def predicted_memory(plan: Work, workers: int, buffer: int = 0) -> int:
     worker = LARGE_BLOCK_BYTES + MOST_SPAN + (4 * LARGE_BLOCK_BYTES if casts else 0) + widest
     compared = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN) if plan.replicas or plan.tied else 0
     tables = _PER_TENSOR * (len(plan.sources) + len(plan.outputs))
-    block = max((file.file.store.block for file in plan.files), default=0)
-    fetched = (AHEAD + 2) * block  # windows on their way, one that is moved, and one more that is freed late
-    library = _CLIENT if block or buffer else 0
-    return _BASE + _MAPPED + library + tables + workers * (max(worker, compared) + fetched + buffer)
+    window, written = _window(plan), buffer(workers)
+    fetched = (AHEAD + 1) * share(window, workers)  # windows on their way, and one that is moved
+    library = _CLIENT if window or written else 0
+    return _BASE + _MAPPED + library + tables + workers * (max(worker, compared) + fetched + written)
 
 
-def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int, buffer: int) -> int:
+def _window(plan: Work) -> int:
+    return max((file.file.store.block for file in plan.files), default=0)
+
+
+def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int, buffer: Callable[[int], int]) -> int:
     """How many workers a run has: as asked, else as many as cores, and no more than fit the memory.
 
     Args:
@@ -50,7 +56,9 @@ def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int, bu
             "E001", "this is not a number of workers", got=str(asked)[:40], expected=f"auto, or 1 to {MOST_WORKERS}",
             fix="More threads than cores rarely help.",
         )  # fmt: skip
-    wanted = asked or min(os.cpu_count() or 1, MOST_WORKERS)
+    window = _window(plan)
+    most = max(window // LEAST_WINDOW, 1) if 0 < window < WINDOW else MOST_WORKERS  # each has enough of a small one
+    wanted = asked or min(os.cpu_count() or 1, most)
     if limit is None:
         return wanted
     least = predicted_memory(plan, 1, buffer) + beside

@@ -32,6 +32,7 @@ def compare_replicas(
     advance: Callable[[int], None],
     some: Sequence[Check] | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    users: int = 1,
 ) -> None:
     """Compare every set of replicas block by block with the first of the set.
 
@@ -39,13 +40,14 @@ def compare_replicas(
         advance: called with bytes, `replica_bytes` in all.
         some: of the plan's `checks`; default: all.
         stopped: asked at every block; True ends the comparing early, with no result.
+        users: how many compare at the same time.
 
     Raises:
         EngineError: E402 naming the ranks that differ and the largest deviation, E306 for slices that are equal.
     """
-    with SourceFiles(plan.files) as files:
+    with SourceFiles(plan.files, users) as files:
         first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
-        for batch in files.ahead(_batches(plan, checks(plan) if some is None else some)):
+        for batch in files.ahead(_batches(plan, checks(plan) if some is None else some, files.block)):
             for check in batch:
                 if isinstance(check, Tied):
                     _compare_tied(plan, check, first, other, stopped)
@@ -55,17 +57,27 @@ def compare_replicas(
                     _compare(plan, check, first, other, advance, stopped)
 
 
-def _batches(plan: Work, some: Sequence[Check]) -> Iterator[tuple[Sequence[Check], Mapping[int, list[Range]]]]:
+def _batches(
+    plan: Work, some: Sequence[Check], window: int
+) -> Iterator[tuple[Sequence[Check], Mapping[int, list[Range]]]]:
     """Checks that are made one after the other, with the bytes that all of them begin with in each file."""
-    for at in range(0, len(some), _TOGETHER):
-        ranges: dict[int, list[Range]] = {}
-        for check in some[at : at + _TOGETHER]:
-            for source in () if isinstance(check, Tied) else check.sources:
-                tensor = plan.sources[source]
-                begin = tensor.header.offset
-                most = _SAMPLE if isinstance(check, Slices) else _FETCHED
-                ranges.setdefault(tensor.file, []).append((begin, begin + min(_nbytes(plan, source), most)))
-        yield some[at : at + _TOGETHER], ranges
+    held: list[Check] = []
+    ranges: dict[int, list[Range]] = {}
+    total = 0
+    for check in some:
+        most = _SAMPLE if isinstance(check, Slices) else _FETCHED
+        sources = () if isinstance(check, Tied) else check.sources
+        sizes = [min(_nbytes(plan, source), most) for source in sources]
+        if held and (len(held) == _TOGETHER or total + sum(sizes) > window):
+            yield held, ranges
+            held, ranges, total = [], {}, 0
+        held.append(check)
+        total += sum(sizes)
+        for source, size in zip(sources, sizes, strict=True):
+            tensor = plan.sources[source]
+            ranges.setdefault(tensor.file, []).append((tensor.header.offset, tensor.header.offset + size))
+    if held:
+        yield held, ranges
 
 
 def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:

@@ -25,7 +25,7 @@ from engine.storage.sources import check_unchanged
 from engine.storage.store import Store
 
 
-def check_runnable(plan: Work, how: Running, beside_memory: int, buffer: int) -> None:
+def check_runnable(plan: Work, how: Running, beside_memory: int, buffer: Callable[[int], int]) -> None:
     """E209 or E001 for what `write_weights` could not do, told before there is a folder to write to."""
     for output in plan.outputs:
         check_transform(output)
@@ -61,7 +61,8 @@ def write_weights(
     known, unsure = split(plan, left, jobs)
     checked = sum(plan.outputs[o].nbytes for o in unsure)
     meter = Meter(sum(job.nbytes for job in jobs) + checked + replica_bytes(plan), how.progress)
-    writer = Writer(plan, store, meter, range(len(plan.shards)), digests=how.digests, alone=count <= len(jobs))
+    files = range(len(plan.shards))
+    writer = Writer(plan, store, meter, files, digests=how.digests, workers=count, jobs=len(jobs))
     writer.take_over(known)
     again = sorted(unsure & writer.done.keys())
     meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
@@ -91,7 +92,7 @@ def write_part(work: Work, jobs: Sequence[Job], store: Store, how: Running) -> W
     count = workers_of(work, how.workers, how.max_memory, 0, store.buffer)
     meter = Meter(sum(job.nbytes for job in jobs) + replica_bytes(work), how.progress)
     files = sorted({file for job in jobs for file in job.files})
-    writer = Writer(work, store, meter, files, digests=True, alone=count <= len(jobs))
+    writer = Writer(work, store, meter, files, digests=True, workers=count, jobs=len(jobs))
     _write(work, jobs, store, writer, meter, count, resume=not store.positioned)
     return Written(writer.done, sorted(writer.spans))
 
@@ -125,7 +126,7 @@ def _write(
                 meter.begin("checking what is kept")
             _run(pool, meter, before)
             dealt = [compared[first::count] for first in range(count)]
-            comparing = partial(compare_replicas, work, meter.advance, stopped=meter.stopped.is_set)
+            comparing = partial(compare_replicas, work, meter.advance, stopped=meter.stopped.is_set, users=count)
             if any(dealt):
                 meter.begin("comparing replicas")
             _run(pool, meter, [partial(comparing, some) for some in dealt if some])
@@ -149,7 +150,7 @@ def take_parts(plan: Plan, store: Store, written: Written) -> Written:
         EngineError: E409 when what is there now is not what they wrote.
     """
     if store.positioned:
-        writer = Writer(plan, store, Meter(0, None), range(len(plan.shards)), digests=True, alone=True)
+        writer = Writer(plan, store, Meter(0, None), range(len(plan.shards)), digests=True)
         if store.folder is not None:
             sweep(store.folder, {*(name for name in store.names() if name.startswith(MARKER)),
                                  *(file.name for file in plan.shards)})  # fmt: skip

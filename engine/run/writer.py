@@ -29,15 +29,24 @@ class Writer:
     """Writes the files of a plan; shared by the workers."""
 
     def __init__(
-        self, plan: Work, store: Store, meter: Meter, files: Iterable[int], *, digests: bool, alone: bool
+        self,
+        plan: Work,
+        store: Store,
+        meter: Meter,
+        files: Iterable[int],
+        *,
+        digests: bool,
+        workers: int = 1,
+        jobs: int = 1,
     ) -> None:
         """
         Args:
             files: those of the plan that are written to.
-            alone: whether each of them is mostly written by one worker at a time.
+            workers, jobs: how many write, and how many jobs they share.
         """
         self._plan, self._meter = plan, meter
         self._store, self._names = store, [file.name for file in plan.shards]
+        self._users = workers if store.positioned else min(workers, jobs)  # that read and write at the same time
         self._layouts: dict[int, FileLayout] = {}
         self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
         self._numbers: dict[int, int] = {}  # output → the how manieth of its file
@@ -51,7 +60,7 @@ class Writer:
         self._digests = digests
         self._totals: dict[int, Total] = {}  # of outputs that are begun, each changed by the worker that writes it
         # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
-        self._direct = alone and not digests
+        self._direct = workers <= jobs and not digests
         self.done: dict[int, Done] = {}
         self.spans: list[tuple[int, int, int, str]] = []  # of outputs that others write as well, with digests
         self._whole: set[int] = set()  # files that need not be written
@@ -102,7 +111,7 @@ class Writer:
     def start(self, index: int) -> None:
         """Create a file, with what is known before its payload, and behind outputs that are done."""
         layout = self._layouts[index]
-        with self._store.sinks(self._names) as sinks, self._errors(index):
+        with self._store.sinks(self._names, self._users) as sinks, self._errors(index):
             sinks.create(index, layout.size)
             for offset, data in layout.start():
                 sinks.write(index, offset, (data,))
@@ -117,7 +126,7 @@ class Writer:
     def work(self, shares: Shares) -> None:
         """Write units until none is left. Each output is written by one worker."""
         plan = self._plan
-        with self._store.sinks(self._names) as sinks, SourceFiles(plan.files) as files:
+        with self._store.sinks(self._names) as sinks, SourceFiles(plan.files, self._users) as files:
 
             def write(output: int, offset: int, parts: Sequence[memoryview]) -> None:
                 total, end = self._total(output), offset

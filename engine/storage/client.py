@@ -17,7 +17,8 @@ from engine.errors import EngineError, Place, needs_extra
 
 T = TypeVar("T")
 
-_M_ARENA_MAX = -8  # of mallopt
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt
+_GIVEN_BACK = 256 << 10  # bytes
 _REQUESTS = 16  # at the same time
 _TRIES = 4  # of a request whose answer was cut off; obstore itself tries again what failed before
 _CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
@@ -111,6 +112,13 @@ def _share_memory() -> None:
     """Have threads share what they freed, of which each would keep some; where the C library is glibc."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+
+
+@cache
+def give_back_memory() -> None:
+    """Have large buffers go back to the system once freed, where they would leave gaps that others do not fit."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK)
 
 
 _VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # what those that the library reads begin with

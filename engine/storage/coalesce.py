@@ -8,6 +8,8 @@ from itertools import pairwise
 Range = tuple[int, int]  # begin and end
 
 GAP = 64 << 10  # bytes that are rather read than asked around
+WINDOW = 16 << 20  # bytes of a tensor that are read ahead at once
+LEAST_WINDOW = 4 << 20
 
 
 def join(ranges: Iterable[Range], gap: int = GAP) -> list[Range]:
@@ -23,6 +25,15 @@ def join(ranges: Iterable[Range], gap: int = GAP) -> list[Range]:
         else:
             found.append((start, end))
     return found
+
+
+def share(window: int, users: int) -> int:
+    """Bytes that each of several users reads ahead at once: they share a window that is smaller than the usual one.
+
+    >>> share(16 << 20, 4) >> 20, share(8 << 20, 2) >> 20, share(8 << 20, 4) >> 20, share(1 << 20, 2) >> 20
+    (16, 4, 4, 1)
+    """
+    return window if window >= WINDOW else max(window // users, min(window, LEAST_WINDOW))
 
 
 def split(ranges: Sequence[Range], most: int) -> Iterator[Range]:

@@ -8,25 +8,24 @@ from engine.storage.client import library, refused
 from engine.storage.objects import MARK, ObjectStore
 
 _LEAST, _MOST = 5 << 20, 8 << 20  # bytes of a part of an upload, about; S3 takes none smaller
-_COPIES = 2  # parts of a file in memory beside those on their way: one that is filled, and what the library copies
 _MOST_PARTS = 9_000
-_LEAST_WINDOW = 4 << 20  # bytes read ahead for each part on its way
+_FOR_A_PART = 2 << 20  # bytes read ahead for each part on its way
 _MOST_AT_ONCE = 4  # parts of a file on their way: one connection to a store is slow
 
 
-def buffer_of(store: ObjectStore) -> int:
-    """Bytes that writing one file keeps in memory."""
-    return (at_once(store) + _COPIES) * about(store)
+def buffer_of(window: int) -> int:
+    """Bytes that writing one file keeps in memory: parts on their way, one that is filled, and one of another."""
+    return (at_once(window) + 2) * about(window)
 
 
-def about(store: ObjectStore) -> int:
+def about(window: int) -> int:
     """Bytes of a part, about: half of what is read ahead at once, so that a small window takes little here too."""
-    return min(max(store.block // 2, _LEAST), _MOST)
+    return min(max(window // 2, _LEAST), _MOST)
 
 
-def at_once(store: ObjectStore) -> int:
+def at_once(window: int) -> int:
     """Parts of a file that are on their way at the same time: fewer with a small window, as memory is short then."""
-    return min(max(store.block // _LEAST_WINDOW, 1), _MOST_AT_ONCE)
+    return min(max(window // _FOR_A_PART, 1), _MOST_AT_ONCE)
 
 
 def part_size(size: int, least: int = _MOST) -> int:
@@ -43,17 +42,18 @@ def part_size(size: int, least: int = _MOST) -> int:
 class InOrder:
     """One object that is uploaded from begin to end. Bytes that come early are kept until it is their turn."""
 
-    def __init__(self, store: ObjectStore, name: str, size: int, work: str, parts: int) -> None:
+    def __init__(self, store: ObjectStore, name: str, size: int, work: str, window: int, parts: int) -> None:
         """
         Args:
             work: what is kept with the object.
+            window: bytes that are read ahead at once for it.
             parts: that may be on their way; with one, all have arrived when `flush` returns.
         """
         self._place, self._size, self._end = store.place(name), size, 0
         self._early: dict[int, bytes] = {}
         self._closed = False
         self._writer = library().open_writer(
-            store.client, name, buffer_size=part_size(size, about(store)), max_concurrency=parts,
+            store.client, name, buffer_size=part_size(size, about(window)), max_concurrency=parts,
             attributes={MARK: work},
         )  # fmt: skip
 

@@ -33,7 +33,6 @@ class LocalStore:
     path: Path
     positioned = True
     block = 0
-    buffer = 0
 
     @property
     def folder(self) -> Path:
@@ -89,7 +88,10 @@ class LocalStore:
                 raise unreadable(self.place(name), error.strerror or str(error)) from error
         return found
 
-    def sinks(self, names: Sequence[str]) -> SinkFiles:
+    def buffer(self, files: int) -> int:
+        return 0
+
+    def sinks(self, names: Sequence[str], users: int = 1) -> SinkFiles:
         return SinkFiles([self.path / name for name in names])
 
     def put(self, name: str, data: bytes) -> None:

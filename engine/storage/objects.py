@@ -11,13 +11,13 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from engine.storage.client import T, asked, client_of, library, refused, requests
+from engine.storage.coalesce import WINDOW
 from engine.storage.listing import linked_names
 from engine.storage.object_files import ObjectBytes, ObjectRanges
 from engine.storage.positioned import Positioned
 from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, has_changed, unreadable
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
-WINDOW = 16 << 20  # bytes of a tensor that are read ahead at once
 LOCK = ".engine-lock"  # the object that a run has at its output while it writes; no listing shows it
 MARK = "enginework"  # the attribute of what the engine wrote, which says what it was made from
 
@@ -75,8 +75,7 @@ class ObjectStore:
     def positioned(self) -> bool:
         return False
 
-    @property
-    def buffer(self) -> int:
+    def buffer(self, files: int) -> int:
         return 0
 
     @property
@@ -174,7 +173,7 @@ class ObjectStore:
                 raise unreadable(self.place(name), "no such object")
         return {name: state for name, state in found.items() if state is not None}
 
-    def sinks(self, names: Sequence[str]) -> Sinks:
+    def sinks(self, names: Sequence[str], users: int = 1) -> Sinks:
         raise NotImplementedError("files are written through `uploads`")
 
     def put(self, name: str, data: bytes) -> None:

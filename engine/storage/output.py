@@ -58,7 +58,6 @@ class OutputFolder:
         self.partial = self.final.with_name(f".{self.final.name}.partial-{work[:8]}")
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes that will be written: entering refuses with E403 when there is no room for them
-        self.buffer = 0  # bytes that writing one file keeps in memory
         self._held = ExitStack()
         _check_apart(self.final, source)
         self._check_free()
@@ -74,17 +73,20 @@ class OutputFolder:
             raise exists(self._out, "Name a folder in it.", "a mount point, in whose place nothing can be put")
         if _is_empty(self.final):
             return
-        if not self._overwrite:
-            raise exists(
-                self._out, "Choose another --out, or give --overwrite to replace it once the new one is complete."
-            )
-        found = self._foreign(LocalStore(self.final)) if _is_folder(self.final) else "no folder"
+        found = None if _is_folder(self.final) else "no folder"
+        if found is None and not self._overwrite:
+            raise exists(self._out, "Choose another --out, or replace an output of the engine by --overwrite.")
+        found = found or self._foreign(LocalStore(self.final))
         if found is not None:
             raise exists(
                 self._out,
                 "Choose another --out, or move it away: only an output of the engine or an empty folder is replaced.",
                 found,
             )
+
+    def buffer(self, files: int) -> int:
+        """As a store has it."""
+        return self.written.buffer(files)
 
     @property
     def written(self) -> Store:

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 from engine.errors import EngineError, Place
 from engine.storage.client import no_store
+from engine.storage.coalesce import WINDOW
 from engine.storage.local import LocalStore
-from engine.storage.objects import SCHEMES, WINDOW, ObjectStore
+from engine.storage.objects import SCHEMES, ObjectStore
 from engine.storage.replacing import given_path
 from engine.storage.store import File, Store
 

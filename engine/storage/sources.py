@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from engine.language.documents import grouped
-from engine.storage.coalesce import Range, join
+from engine.storage.coalesce import Range, join, share
 from engine.storage.store import Fetched, File, Ranges, State, check_state
 
 T = TypeVar("T")
@@ -29,10 +29,11 @@ class IndexedFile(Protocol):
 class SourceFiles:
     """The files of one plan. Not shared between threads."""
 
-    def __init__(self, files: Sequence[IndexedFile]) -> None:
+    def __init__(self, files: Sequence[IndexedFile], users: int = 1) -> None:
+        """Args: users: how many read such files at the same time, each by its own."""
         self._files = files
         self._open: OrderedDict[int, Ranges] = OrderedDict()
-        self._block = max((header.file.store.block for header in files), default=0)
+        self._block = share(max((header.file.store.block for header in files), default=0), users)
         self._holding: set[int] = set()
 
     def __enter__(self) -> SourceFiles:
@@ -72,6 +73,7 @@ class SourceFiles:
         """
         coming: deque[tuple[T, Mapping[int, Fetched]]] = deque()
         for item, ranges in items:
+            self._let_go()
             wanted = ranges if self._block else {}
             coming.append((item, {file: self.opened(file).fetch(join(r)) for file, r in wanted.items()}))
             if len(coming) > AHEAD:
@@ -80,12 +82,17 @@ class SourceFiles:
             yield self._hold(*coming.popleft())
 
     def _hold(self, item: T, fetched: Mapping[int, Fetched]) -> T:
-        for file in self._holding - fetched.keys():
-            self.opened(file).hold(())
+        self._let_go()
         for file, one in fetched.items():
             self.opened(file).hold(one)
         self._holding = set(fetched)
         return item
+
+    def _let_go(self) -> None:
+        """Hold nothing, before more is waited for."""
+        for file in self._holding:
+            self.opened(file).hold(())
+        self._holding = set()
 
     def read_into(self, file: int, offset: int, parts: Sequence[memoryview]) -> None:
         """Fill buffers one after the other with the bytes at `offset`; E301 when the file ends before."""

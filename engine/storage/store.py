@@ -101,8 +101,8 @@ class Store(Protocol):
     @property
     def block(self) -> int: ...  # bytes that are worth reading ahead at once; 0 where reading costs no request
 
-    @property
-    def buffer(self) -> int: ...  # bytes that writing one file keeps in memory
+    def buffer(self, files: int) -> int:
+        """Bytes that writing so many files at the same time keeps in memory, for each of them."""
 
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
@@ -128,8 +128,8 @@ class Store(Protocol):
     def states(self, names: Sequence[str]) -> Mapping[str, State]:
         """The states of files; E305 when one cannot be read."""
 
-    def sinks(self, names: Sequence[str]) -> Sinks:
-        """Files to write, numbered in this order."""
+    def sinks(self, names: Sequence[str], users: int = 1) -> Sinks:
+        """Files to write, numbered in this order; `users` write to some at the same time."""
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small file whole, to stable storage; E403 when that fails."""

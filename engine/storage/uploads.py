@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.storage.client import requests
+from engine.storage.client import give_back_memory, requests
+from engine.storage.coalesce import share
 from engine.storage.in_order import InOrder, at_once, buffer_of
 from engine.storage.locks import ObjectLock
 from engine.storage.objects import MARK, ObjectStore
@@ -45,7 +46,6 @@ class Uploads:
             foreign: what a store holds that the engine did not write, in words; None when nothing.
         """
         self.need = 0  # bytes that will be written; a store says nothing of its room
-        self.buffer = buffer_of(store)
         self._store, self._name, self._overwrite, self._resume = store, mark, overwrite, resume
         self._work, self._foreign = work, foreign
         self._upload: Upload | None = None
@@ -87,6 +87,10 @@ class Uploads:
             return {name for name, _ in walk(self._store)}
         except FileNotFoundError:
             return set()
+
+    def buffer(self, files: int) -> int:
+        """As a store has it."""
+        return buffer_of(share(self._store.block, files))
 
     @property
     def written(self) -> Store:
@@ -166,11 +170,13 @@ class Upload:
             replaces: whether those that other runs made may be replaced.
         """
         self._store, self._work, self._there, self._mark, self._replaces = store, work, there, mark, replaces
-        self.buffer = buffer_of(store)
-        self._parts = 1 if replaces else at_once(store)  # what is replaced stays until all parts have arrived
+        give_back_memory()
         self._writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
         self._whole: set[str] = set()
+
+    def buffer(self, files: int) -> int:
+        return buffer_of(share(self._store.block, files))
 
     def place(self, name: str = "") -> str:
         return self._store.place(name)
@@ -199,11 +205,12 @@ class Upload:
     def put(self, name: str, data: bytes) -> None:
         self._small[name] = data
 
-    def sinks(self, names: Sequence[str]) -> UploadSinks:
-        return UploadSinks(self, names)
+    def sinks(self, names: Sequence[str], users: int = 1) -> UploadSinks:
+        return UploadSinks(self, names, share(self._store.block, users))
 
-    def begin(self, name: str, size: int) -> None:
-        self._writers[name] = InOrder(self._store, name, size, self._work, self._parts)
+    def begin(self, name: str, size: int, window: int) -> None:
+        parts = 1 if self._replaces else at_once(window)  # what is replaced stays until all parts have arrived
+        self._writers[name] = InOrder(self._store, name, size, self._work, window, parts)
 
     def writer(self, name: str) -> InOrder:
         return self._writers[name]
@@ -293,8 +300,8 @@ class Upload:
 class UploadSinks:
     """The files of an upload, by number."""
 
-    def __init__(self, upload: Upload, names: Sequence[str]) -> None:
-        self._upload, self._names = upload, names
+    def __init__(self, upload: Upload, names: Sequence[str], window: int) -> None:
+        self._upload, self._names, self._window = upload, names, window
 
     def __enter__(self) -> UploadSinks:
         return self
@@ -303,7 +310,7 @@ class UploadSinks:
         pass
 
     def create(self, file: int, size: int) -> None:
-        self._upload.begin(self._names[file], size)
+        self._upload.begin(self._names[file], size, self._window)
 
     def whole(self, file: int, size: int) -> bool:
         return self._upload.whole(self._names[file], size) is not None

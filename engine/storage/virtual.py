@@ -131,7 +131,6 @@ class VirtualStore:
     folder: Path | None = None
     positioned: bool = True
     block: int = 0
-    buffer: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -170,7 +169,10 @@ class VirtualStore:
     def states(self, names: Sequence[str]) -> Mapping[str, State]:
         return {name: VirtualState.of(self._file(name)) for name in names}
 
-    def sinks(self, names: Sequence[str]) -> Sinks:
+    def buffer(self, files: int) -> int:
+        return 0
+
+    def sinks(self, names: Sequence[str], users: int = 1) -> Sinks:
         raise self._read_only()
 
     def put(self, name: str, data: bytes) -> None:

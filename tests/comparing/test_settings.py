@@ -95,6 +95,16 @@ def test_a_length_takes_part_where_angles_are_scaled(out: Path, made: Path, tmp_
     assert differences(out, tmp_path / "ref")["config", "max_position_embeddings"].grade == "function"
 
 
+@pytest.mark.parametrize("name", ("config.json", "generation_config.json"))
+def test_true_in_the_place_of_1_is_told(name: str, out: Path, tmp_path: Path) -> None:
+    """It is 1 to Python, and no number to programs of other languages."""
+    ids: list[Any] = [1, True] if name == "config.json" else [[1, 2], [True, 2]]
+    shutil.copytree(out, tmp_path / "other")
+    for folder, value in zip((out, tmp_path / "other"), ids, strict=True):
+        edit(folder, name, lambda data, value=value: data.update(bos_token_id=value))
+    assert [one for one in api.compare(out, tmp_path / "other").differences if one.what == "bos_token_id"]
+
+
 def test_a_type_is_a_matter_of_precision(out: Path, made: Path) -> None:
     edit(out, "config.json", lambda config: config.update(dtype="float16", torch_dtype="float16"))
     assert differences(out, made)["config", "dtype"].grade == "cast"
@@ -236,6 +246,33 @@ def test_what_few_texts_show_of_a_tokenizer_is_told(key: str, value: Any, told: 
     assert any(what.startswith(told) for what in tokenizer_parts(out, made))
 
 
+@pytest.mark.parametrize(("key", "value"), (("special", False), ("lstrip", True), ("single_word", True)))
+def test_a_token_that_programs_without_transformers_read_otherwise_is_told(
+    key: str, value: Any, out: Path, made: Path
+) -> None:
+    """transformers takes flags of tokens from tokenizer_config.json; others read tokenizer.json alone."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["added_tokens"][2][key] = value
+
+    edit(out, "tokenizer.json", change)
+    assert [one.grade for what, one in tokenizer_parts(out, made).items() if "alone" in what] == ["function"]
+
+
+@pytest.mark.parametrize("key", ("content", "special", "id"))
+def test_tokens_that_llama_cpp_takes_from_the_settings_are_compared(key: str, out: Path, made: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        tokens = data["added_tokens_decoder"]
+        tokens["3"] |= {"special": True} if key == "special" else {"content": "<x>"} if key == "content" else {}
+        if key == "id":
+            tokens["9"] = tokens.pop("3")
+
+    edit(out, "tokenizer_config.json", change)
+    assert [one.grade for what, one in tokenizer_parts(out, made).items() if "tokenizer_config.json" in what][-1:] == [
+        "function"
+    ]
+
+
 def _exchanged(vocabulary: dict[str, int]) -> dict[str, int]:
     """The ids of the last two tokens exchanged."""
     *_, one, two = sorted(vocabulary, key=lambda token: vocabulary[token])
@@ -291,7 +328,16 @@ def test_a_damaged_tokenizer_is_told_and_nothing_raises(out: Path, made: Path) -
     assert "not loadable" in tokenizer_parts(out, made)["a tokenizer"].out
 
 
-@pytest.mark.parametrize("change", [("{{ m.role }}\n", "{{ m.role }} "), ("<s>assistant\n", "<s>"), ("</s>\n", "\n")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("{{ m.role }}\n", "{{ m.role }} "),
+        ("<s>assistant\n", "<s>"),
+        ("</s>\n", "\n"),
+        ("{{ m.content }}", "{{ m.content if m.content is string else '' }}"),
+        ("{{ m.content }}", "{{ m.content if loop.index < 10 else '' }}"),
+    ],
+)
 def test_a_template_that_renders_otherwise_is_told(change: tuple[str, str], out: Path, made: Path) -> None:
     path = out / "chat_template.jinja"
     path.write_text(path.read_text().replace(*change))

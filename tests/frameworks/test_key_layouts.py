@@ -117,6 +117,7 @@ def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Pat
         {"return_dict": False},
         {"initializer_range": "0.02"},
         {"bos_token_id": [1, 2]},
+        {"pad_token_id": 40},
     ],
     ids=str,
 )
@@ -131,7 +132,7 @@ def test_a_model_that_torchtitan_cannot_have_is_refused_in_both_directions(
         (path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(EngineError) as caught:
             go("torchtitan-llama", path, tmp_path / "out")
-        assert caught.value.code in ("E209", "E212", "E218") and not (tmp_path / "out").exists()
+        assert caught.value.code in ("E202", "E209", "E212", "E218") and not (tmp_path / "out").exists()
 
 
 ANGLES = {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))}  # until August 2025, and plain
@@ -201,6 +202,24 @@ def test_xtuners_prefix_stands_in_the_place_of_the_models_own(tmp_path: Path) ->
     assert equal(tmp_path / "out", state)
 
 
+def test_another_epsilon_than_xtuners_queries_and_keys_have_is_asked_for(tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAMA.items() if key != "mlp_bias"}
+    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    state = model(config)
+    engine.convert("transformers", save(state, tmp_path / "of transformers", config), tmp_path / "out")
+    saved = {f"model.{name.removeprefix('model.')}": one for name, one in state.items()}
+    folder = save(saved, tmp_path / "weights", config)
+    for again in ({}, {"like": folder}):
+        with pytest.raises(EngineError) as caught:
+            if again:
+                engine.reverse("transformers", tmp_path / "out", tmp_path / "no", **again)
+            else:
+                engine.convert("transformers", folder, tmp_path / "no")
+        assert caught.value.code == "E202" and "--set norms=as_configured" in str(caught.value.fix)
+    engine.convert("transformers", folder, tmp_path / "trained so", settings={"norms": "as_configured"})
+    assert equal(tmp_path / "trained so", state)
+
+
 def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path) -> None:
     state = model(LLAMA)
     few = {name: one for name, one in state.items() if name != "model.layers.1.mlp.up_proj.weight"}
@@ -240,6 +259,7 @@ def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> No
     unknown: list[dict[str, Any]] = [
         {"attention_bias": True}, {"mlp_bias": True}, {"num_experts": 4}, {"hidden_size": 18}, {"hidden_act": "swoosh"},
         {"vocab_size": "40"}, {"rope_scaling": {"rope_type": "llama3"}}, {"quantization_config": {}},
+        {"pad_token_id": 40},
     ]  # fmt: skip
     assert {wanted_by_mapping(told, {**plain, **one}) for one in unknown} == {None}
 
@@ -263,6 +283,17 @@ def test_a_tied_head_that_differs_is_refused_and_an_equal_one_left_out(tmp_path:
     engine.convert("transformers", save(state, tmp_path / "two", config), tmp_path / "out")
     del state["lm_head.weight"]
     assert equal(tmp_path / "out", state)
+
+
+@pytest.mark.parametrize(("config", "since"), [(LLAMA, False), (MOE, True)], ids=["llama", "mixture"])
+def test_stacked_experts_are_said_to_need_a_transformers_that_stacks_them(
+    config: dict[str, Any], since: bool, tmp_path: Path
+) -> None:
+    """transformers 4 loads such a folder too, with experts at random."""
+    state = model(config)
+    engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+    assert ("transformers `>=5`" in (tmp_path / "out" / "README.md").read_text()) is since
 
 
 def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
@@ -299,6 +330,8 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "E209"),
         ({"rope_scaling": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 10000.0}, "E218"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "E202"),
+        ({"pad_token_id": 40}, "E202"),
+        ({"rms_norm_eps": 1e-5}, "E202"),  # its queries and keys have 1e-6
     ],
     ids=str,
 )

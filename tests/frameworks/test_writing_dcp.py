@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.multiprocessing import start_processes
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 import engine
 from engine.errors import EngineError
@@ -83,6 +85,27 @@ def test_names_are_those_of_another_checkpoint(whole: Path, tmp_path: Path) -> N
     engine.reverse("transformers", whole, tmp_path / "dcp", ranks="dp=2", like=source_of(like))
     names = dcp.FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata
     assert all(name.startswith(("model.model.", "model.lm_head.")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "config"),
+    [("transformers", LlamaConfig), ("torchtitan-llama", LlamaConfig), ("xtuner-moe", Qwen3MoeConfig)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_model_has_its_embedding_again_as_the_head_that_trainers_load(
+    mapping: str, config: Callable[..., PretrainedConfig], tmp_path: Path
+) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "head_dim": 8, "vocab_size": 24, "intermediate_size": 8, "tie_word_embeddings": True}  # fmt: skip
+    AutoModelForCausalLM.from_config(config(**small)).save_pretrained(tmp_path / "hf")
+    assert "lm_head.weight" not in weights(tmp_path / "hf")
+    engine.reverse(mapping, tmp_path / "hf", tmp_path / "dcp", ranks="dp=2")
+    engine.reverse(mapping, tmp_path / "hf", tmp_path / "like", like=tmp_path / "dcp")
+    for folder in (tmp_path / "dcp", tmp_path / "like"):
+        state = loaded(folder)
+        assert torch.equal(state["lm_head.weight"], next(one for name, one in state.items() if "embed" in name))
+    engine.convert(mapping, tmp_path / "dcp", tmp_path / "again")
+    assert {*weights(tmp_path / "again")} == {*weights(tmp_path / "hf")}
 
 
 def test_another_number_of_ranks_is_written_without_a_detour(whole: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import yaml
 from click.testing import CliRunner, Result
 
 from engine import api
+from engine.assets.chat import unmarked
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.language.mapping_file import load_mapping
 from engine.proving.diff import MappingDiff
+from engine.proving.meaning import facts_of
 from engine.show.changes import rendered
 
 ROOT = Path(__file__).parents[2]
@@ -269,6 +273,27 @@ def test_a_chat_template_that_changes_is_told_by_what_it_makes_of_a_conversation
         and "<user>" in str(diff.values[0].old)
     )
     assert "[user>" in str(diff.values[0].new) and api.diff("HEAD", None, [template]) == [diff]
+    git(repository, "commit", "-qam", "third")
+    template.write_text(template.read_text("utf-8") + "{% if messages | length > 9 %}!{% endif %}", encoding="utf-8")
+    ((told,),) = (diff.values for diff in api.diff("HEAD"))
+    assert told.name == "its text" and "length > 9" in str(told.new) and "length > 9" not in str(told.old)
+
+
+def test_an_edit_of_a_template_or_of_the_versions_that_load_the_model_is_another_meaning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path))
+    (tmp_path / "chat_templates").mkdir()
+    template = tmp_path / "chat_templates" / "mine.jinja"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("mapping: 1\nname: mine\nextends: internlm2\nchat_template: mine\n", encoding="utf-8")
+    text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    meanings = set()
+    for written, versions in ((text, ""), (unmarked(text), ""), (text, "target: {transformers: '>=4.30'}\n")):
+        template.write_text(written, encoding="utf-8")
+        mine.write_text(mine.read_text("utf-8") + versions, encoding="utf-8")
+        meanings.add(str([*takewhile(lambda fact: fact[0][0] != "tensors", facts_of(load_mapping(mine)))]))
+    assert len(meanings) == 3
 
 
 def test_a_mapping_that_is_new_or_gone_is_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
 from engine.run.schedule import _Sets
 from engine.storage.sinks import SinkFiles
-from engine.storage.sources import SourceFiles
+from engine.storage.sources import AHEAD, SourceFiles
 from tests.support.effort import beginnings
 from tests.support.readers import read_headers, read_rank_file
 from tests.support.shards import Model, save
@@ -236,3 +236,35 @@ def test_the_progress_of_verifying_ends_at_all(sources: dict[int, Path], tmp_pat
         seen: list[Progress] = []
         engine.api.verify(tmp_path / name, seen.append)
         assert seen[-1].done == seen[-1].total
+
+
+class _Counted:
+    """A store's file whose bytes are counted while they are on their way or at hand."""
+
+    place, name, file, state, block = "", "", property(lambda self: self), None, 8 << 20
+    store = property(lambda self: self)
+
+    def __init__(self) -> None:
+        self.live = self.most = 0
+        self.held: Any = ()
+
+    def ranges(self, name: str, state: None) -> Any:
+        return self
+
+    def fetch(self, ranges: Any) -> Any:
+        self.live += sum(end - start for start, end in ranges)
+        self.most = max(self.most, self.live)
+        return ranges
+
+    def hold(self, fetched: Any) -> None:
+        self.live -= sum(end - start for start, end in self.held)
+        self.held = fetched
+
+
+@pytest.mark.parametrize("users", [1, 2])
+def test_those_who_read_at_the_same_time_share_a_small_window(users: int) -> None:
+    file = _Counted()
+    files = SourceFiles([file], users)
+    for _ in files.ahead((n, {0: [(0, files.block)]}) for n in range(9)):
+        pass
+    assert users * file.most == (AHEAD + 1) * file.block
