@@ -285,6 +285,17 @@ def test_a_tied_head_that_differs_is_refused_and_an_equal_one_left_out(tmp_path:
     assert equal(tmp_path / "out", state)
 
 
+@pytest.mark.parametrize(("config", "since"), [(LLAMA, False), (MOE, True)], ids=["llama", "mixture"])
+def test_stacked_experts_are_said_to_need_a_transformers_that_stacks_them(
+    config: dict[str, Any], since: bool, tmp_path: Path
+) -> None:
+    """transformers 4 loads such a folder too, with experts at random."""
+    state = model(config)
+    engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+    assert ("transformers `>=5`" in (tmp_path / "out" / "README.md").read_text()) is since
+
+
 def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
     state = model(MOE)
     saved, truth = {}, {}
