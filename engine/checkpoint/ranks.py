@@ -146,7 +146,8 @@ def read_grid(
             place=Place(folder),
             got=_sample(names),
             expected=f"files named {wanted}",
-            fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
+            fix="Give the folder of one step, which holds the files under the names that training gave them; "
+            "`engine inspect DIR` says what DIR is.",
         )
     held = {name: mode for mode, name in found if mode in modes}
     if len(held) == 1 and any(mode.when is not None for mode in modes):  # which tells modes of the same names apart

@@ -18,7 +18,7 @@ from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.progress import live
 from engine.commands.say import answer, say
 from engine.commands.stores import check_reaching
-from engine.commands.values import DTYPE, SETTING, SIZE, WORKERS, Count, settings_of
+from engine.commands.values import COUNT, DTYPE, SETTING, SIZE, WORKERS, settings_of
 from engine.errors import RESUMABLE, EngineError, Place
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
@@ -135,7 +135,7 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         "text": {},
         "flag": {"is_flag": True},
         "no-flag": {"is_flag": True, "flag_value": False, "default": True},
-        "count": {"type": Count(), "metavar": "N"},
+        "count": {"type": COUNT, "metavar": "N"},
         "size": {"type": SIZE},
         "workers": {"type": WORKERS, "metavar": "auto|N", "default": "auto", "show_default": True},
         "dtype": {"type": DTYPE, "metavar": "TYPE"},
@@ -220,7 +220,7 @@ def group(*options: Callable[[Command], Command]) -> Callable[[Command], Command
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 # Numbers of ranks of the dimensions that have options of their own.
 RANK_FLAGS = group(
-    *(click.option(f"--{name}", type=Count(), metavar="N", help=told) for name, told in RANK_OPTIONS.items())
+    *(click.option(f"--{name}", type=COUNT, metavar="N", help=told) for name, told in RANK_OPTIONS.items())
 )
 # How `reverse` and `reshard` cut the model.
 CUT = group(

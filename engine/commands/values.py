@@ -22,16 +22,7 @@ else:
 
 _LONGEST_VALUE = 1000  # characters
 _LARGEST = 1e30
-
-
-class Count(click.IntRange):
-    """A number from one up to far more than anybody has; `--help` does not tell the limits."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 1 << 20)
-
-    def _describe_range(self) -> str:
-        return ""
+_MOST = 1 << 20
 
 
 def parse_value(text: str) -> int | float | bool | str:
@@ -77,6 +68,13 @@ def parse_workers(text: str) -> int | None:
     raise ValueError(f"`{text}` is neither `auto` nor a number from 1 to {MOST_WORKERS}")
 
 
+def parse_count(text: str) -> int:
+    """A number of ranks, chunks or parts: from one up to far more than anybody has."""
+    if re.fullmatch(r"[0-9]{1,9}", text) and 1 <= int(text) <= _MOST:
+        return int(text)
+    raise ValueError(f"{text[:80]!r} is not a whole number from 1 to {_MOST:,}")
+
+
 class Parsed(ParamType[Any]):
     """A value that a function reads; the ValueError that it raises is wrong usage."""
 
@@ -94,6 +92,7 @@ class Parsed(ParamType[Any]):
 
 
 SIZE, SETTING = Parsed("size", parse_size), Parsed("name=value", parse_setting)
+COUNT = Parsed("n", parse_count)
 WORKERS, DTYPE = Parsed("auto|n", parse_workers), Parsed("|".join(DTYPES), dtype_name, DTYPES)
 
 

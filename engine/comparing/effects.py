@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from engine.language.documents import same
 from engine.planning.config_keys import shown
 
 Grade = Literal["function", "cast", "told"]  # changes what is computed; only its precision; neither
@@ -60,19 +61,6 @@ def effect_of(key: str, *, scaled: bool = False, own: frozenset[str] | None = No
     if own is not None and key not in own and key.split(".")[0] not in own:
         return "transformers has no such key for this model, and does not read it", "told"
     return "it may change what the model computes", "function"
-
-
-def same(one: Any, two: Any) -> bool:
-    """Whether two values are equal as JSON, where true is not 1.
-
-    >>> same([1, 2], [1.0, 2]), same({"a": [1]}, {"a": [True]})
-    (True, False)
-    """
-    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    if isinstance(one, Mapping) and isinstance(two, Mapping):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    return one == two and isinstance(one, bool) == isinstance(two, bool)
 
 
 def differing(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.comparing.effects import Difference, Grade, differing, effect_of, same, worded
+from engine.comparing.effects import Difference, Grade, differing, effect_of, worded
 from engine.comparing.templates import compare_templates
 from engine.comparing.tokenizers import compare_tokenizers
 from engine.formats.configs import json_object
+from engine.language.documents import same
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
 from engine.planning.config_keys import shown
 from engine.storage.store import File, Store

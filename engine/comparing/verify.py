@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
+from engine.comparing.effects import worded
 from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES, TensorHeader
+from engine.language.documents import changed
 from engine.move.values import all_finite
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id, listed, only_zeros
-from engine.run.manifest import NAME, read_manifest
+from engine.run.manifest import NAME, making, read_manifest
 from engine.run.written import check_index, extra_files, read_contents
 from engine.storage.json_text import as_data
 from engine.storage.places import on_this_machine
@@ -117,7 +119,8 @@ def verify_output(
         meter.begin("comparing with the source")
         against = verify_source(plan, folder, blocks, meter.advance)
         problems, unchecked = _settings(folder, plan, small)
-        found = found.and_also(*against.problems, *problems, unchecked=unchecked, source=against)
+        told, other = ([], []) if known is None else _making(known, plan)
+        found = found.and_also(*against.problems, *problems, *told, unchecked=[*unchecked, *other], source=against)
     meter.finish()  # files are counted whole, their headers are not read again
     if load:
         from engine.oracle.load_model import load_model
@@ -202,6 +205,29 @@ def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[l
     ]
     told = [f"{one.part}: {one.what} is {one.out}, the mapping gives {one.ref}: {one.effect}" for one in found]
     return told, unchecked
+
+
+_DECIDED = ("variants", "options", "sizes", "unread")  # by a mapping and a source
+
+
+def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]:
+    """What the manifest says of its making that is not so; and why this was not checked, if another source made it."""
+    made = making(plan)
+    if known["sources"] != made["sources"]:
+        unlike = [name for name, _, _ in changed(known["sources"], made["sources"])]
+        return [], [f"{NAME}: {listed('what it says of its making: it was made from other files', unlike)}"]
+    same_mapping = any(known["mapping"][key] == as_data(made["mapping"][key]) for key in ("digest", "resolved"))
+    then, now = (
+        {
+            **{(part, name): value for part in _DECIDED for name, value in said[part].items()},
+            **{("mapping", key): as_data(said["mapping"].get(key)) for key in made["mapping"] if same_mapping},
+        }
+        for said in (known, made)
+    )
+    for said in (then, now):
+        said |= {at: value["choice"] for at, value in said.items() if at[0] == "variants"}
+    differ = [one for one in changed(then, now) if same_mapping or (one[0] in then and one[0] in now)]
+    return [f"{NAME}: {'.'.join(at)} is {worded(was)}, the source gives {worded(is_)}" for at, was, is_ in differ], []
 
 
 def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:

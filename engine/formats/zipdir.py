@@ -21,6 +21,7 @@ _ALIGNMENT = 64  # of payloads, as torch writes them
 _HEAD, _TAIL = 2048, 1536  # bytes at either end that are read at once: all that describes a small zip
 _NEAR = 256  # bytes behind the fixed part of a local header, in which the rest of most ends
 _MOST_DIRECTORY = 64 << 20  # bytes of a directory
+_CLOSED = 0x2061  # flags of members that are encrypted or patches, which torch does not read either
 _LONG = 0xFFFFFFFF  # stands for a number that is in the extra field
 
 
@@ -108,6 +109,8 @@ class TorchZip:
                 expected="one member NAME/data.pkl",
                 fix="TorchScript archives and other zips are not checkpoints.",
             )
+        if other := next((name for name in self._members if not name.startswith(f"{roots[0]}/")), None):
+            raise self._damaged(f"member {other} is not in {roots[0]}/, where all others are")
         return roots[0]
 
     def _content(self, name: str) -> bytes:
@@ -126,7 +129,7 @@ class TorchZip:
         end = self._read(begin, _END)
         if not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):
             raise self._damaged(f"{self._length} bytes, cut short or with something behind")
-        count, length, at = struct.unpack("<H2I", end[10:20])
+        disks, here, count, length, at = struct.unpack("<I2H2I", end[4:20])
         locator = self._read(begin - _LOCATOR, _LOCATOR) if begin >= _LOCATOR + _RECORD else b""
         if locator.startswith(b"PK\x06\x07"):
             begin -= _LOCATOR + _RECORD
@@ -135,7 +138,9 @@ class TorchZip:
                 raise self._damaged(
                     "its record of 64-bit numbers is not where its end says, or there is something else before"
                 )
-            count, length, at = struct.unpack("<3Q", record[32:])
+            disks, here, count, length, at = struct.unpack("<5Q", record[16:])
+        if disks or here != count:
+            raise self._damaged("a part of a zip of several")
         if count == 0:
             return begin, b"", b"", 0
         if at + length != begin or length > _MOST_DIRECTORY:
@@ -161,8 +166,10 @@ class TorchZip:
                 raise self._damaged(f"an entry of its directory begins with {fields[0]!r}")
             if fields[4] or fields[8] != size:
                 raise self._damaged(f"member {name} is compressed")
-            if flags & 0x1:
+            if flags & _CLOSED:
                 raise self._damaged(f"member {name} is encrypted")
+            if fields[13] > 1:
+                raise self._damaged(f"member {name} is on disk {fields[13]}")
             if name in found:
                 raise self._damaged(f"member {name} occurs twice")
             if _LONG in (size, header):

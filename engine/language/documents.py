@@ -116,11 +116,24 @@ def tree_of(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return found
 
 
+def same(one: Any, two: Any) -> bool:
+    """Whether two values are equal as JSON, where true is not 1.
+
+    >>> same([1, 2], [1.0, 2]), same({"a": [1]}, {"a": [True]})
+    (True, False)
+    """
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    return one == two and isinstance(one, bool) == isinstance(two, bool)
+
+
 def changed(before: Mapping[K, Any], after: Mapping[K, Any], missing: Any = None) -> Iterator[tuple[K, Any, Any]]:
     """The keys under which two mappings have something else, with what each has."""
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key, missing), after.get(key, missing)
-        if old != new:
+        if not same(old, new):
             yield key, old, new
 
 

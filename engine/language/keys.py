@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.language.documents import Document, Table, flat
+from engine.language.documents import Document, Table, flat, same
 
 _AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "comes_with", "unless")
 
@@ -144,11 +144,6 @@ class Key:
             return True
         listed = isinstance(value, list | tuple) and bool(value) and None not in value
         return listed and all(map(self.allows, value))
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, true and 1 aside."""
-    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def find_key(keys: Mapping[str, Key], path: str) -> Key | None:

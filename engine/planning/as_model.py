@@ -37,10 +37,12 @@ class Wanted:
     Attributes:
         shapes: name → shape, in the order of the model.
         tied: names that are stored or not, and equal another: name → that one.
+        versions: of transformers, those that load these names; None for all.
     """
 
     shapes: Mapping[str, Shape]
     tied: Mapping[str, str]
+    versions: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,7 @@ def rules_of(
         dims={name: Expression(str(size), mapping.place) for name, size in dims.items()},
         model_type=str(config.get("model_type")),
         architecture=class_named(config) or "the model class of config.json",
+        transformers=wanted.versions,
     )
 
 

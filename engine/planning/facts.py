@@ -52,7 +52,7 @@ def facts_of(
     names = list(dict.fromkeys(one.name for one in stored))
     if checkpoint.end == "training":
         config = checkpoint.config
-        if not config and layout.config_from_target:
+        if not config and (layout.config_from_target or layout.config_of_target):
             if not checkpoint.target_config:
                 raise EngineError(
                     "E202",

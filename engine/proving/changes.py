@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from engine.language.documents import changed, text_of
+from engine.language.documents import changed, same, text_of
 from engine.language.model import MappingFile
 from engine.planning.config_trees import leaves
 from engine.proving.holdings import parts_of
@@ -99,7 +99,7 @@ def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
     found: dict[tuple[str, str], list[tuple[str, Any, Any]]] = {}
     for part in VALUED:
         for name, given, old, new in _values(part, before.get(part, {}), after.get(part, {})):
-            if old != new:
+            if not same(old, new):
                 file, _, key = name.partition(" ") if part in ("reading", "writing") else (part, "", name)
                 found.setdefault((file, key), []).append((given, old, new))
     return tuple(

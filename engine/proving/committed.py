@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.documents import changed, flat, plain, tree_of
+from engine.language.documents import changed, flat, plain, same, tree_of
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
@@ -77,7 +77,7 @@ def committed_text(mapping: MappingFile) -> str:
     if len(mapping.files) < 2:
         return whole
     before, after = dict(flat(meaning_of(load_mapping(_file(mapping.files[-2]))))), dict(flat(now))
-    changed = {p: v for p, v in after.items() if p not in before or before[p] != v}
+    changed = {p: v for p, v in after.items() if p not in before or not same(before[p], v)}
     inside = {p[:end] for p in after for end in range(1, len(p))}  # what holds more now than one value
     lost = (p for p in before if p not in inside and not any(p[:end] in after for end in range(1, len(p) + 1)))
     changed |= dict.fromkeys(lost, GONE)
@@ -226,7 +226,7 @@ def _is_model(path: KeyPath) -> bool:
 
 def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> list[Failure]:
     """How a meaning differs from a committed one, in words and with places; the tensors first."""
-    if then == now:
+    if same(then, now):
         return []
     before, after = tree_of(then), tree_of(now)
     names = [(target.name, rule) for rule in mapping.rules for target in rule.targets]

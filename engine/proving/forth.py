@@ -188,7 +188,7 @@ class Forth(Direction):
         own = {*self.mapping.dims, *self.mapping.variants, *self.world.sizes, *axes}
         own -= {axis for axis, one in self.mapping.dims.items() if axis in names_in(one)}  # a key of the same name
         number = 0
-        made_up: list[str] = []  # numbers that sizes depend on, and may not be so large
+        made_up: list[str] = []  # whole numbers that may not be so large
         for path in self.paths:
             root = path.split(".")[0]
             if root in own or root == "options":
@@ -208,7 +208,7 @@ class Forth(Direction):
                 base[path] = written[path]
             elif "integer" in types and not fits:
                 base[path] = 8192 + number
-                made_up += [path] if path in sized else []
+                made_up.append(path)
             elif "number" in types and path not in sized:
                 base[path] = unusual(number, key)
             elif fits:

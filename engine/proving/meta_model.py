@@ -43,7 +43,18 @@ def wanted(config: Mapping[str, Any], architecture: str = "") -> Wanted | str:
     listed = getattr(model, "_tied_weights_keys", None) if ties else {}
     if isinstance(listed, Mapping):
         tied |= {name: to for name, to in listed.items() if name in shapes and to in shapes}
-    return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
+    kept = {name: shape for name, shape in shapes.items() if name not in tied}
+    return Wanted(kept, tied, None if {*shapes} <= _saved(model) else ">=5")
+
+
+def _saved(model: Any) -> set[str]:
+    """The names under which transformers saves a model. It stacks experts since 5, and saves them as it did before."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return {*revert_weight_conversion(model, model.state_dict())}
+    except Exception:  # not its public interface
+        return set()
 
 
 def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.documents import Document, flat
+from engine.language.documents import Document, flat, same
 from engine.language.mapping_file import build_mapping
 from engine.language.model import MappingFile
 from engine.language.validation import check_schema
@@ -79,9 +79,9 @@ def first_difference(mapping: MappingFile, then: Facts) -> Failure | None:
         now: dict[Path, Any] = {}
         for path, value in facts:
             now[path] = value
-            if part in _ROWS and was.get(path, GONE) != value:
+            if part in _ROWS and not same(was.get(path, GONE), value):
                 return _told(mapping, {path: was[path]} if path in was else {}, {path: value})
-        if now != was:
+        if not same(now, was):
             return _told(mapping, was, now)
     lost = {path: value for part in left.values() for path, value in part.items()}
     return _told(mapping, lost, {}) if lost else None

@@ -44,6 +44,21 @@ def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -
     result: dict[str, Any] = {
         "manifest": VERSION,
         "engine": __version__,
+        **making(plan),
+        "tensors": tensors,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(small.items())},
+    }
+    if all("digest" in entry for entry in tensors.values()):
+        result["digest"] = ALGORITHM
+        result["content_id"] = content_id(
+            {name: (entry["dtype"], tuple(entry["shape"]), entry["digest"]) for name, entry in tensors.items()}
+        )
+    return result
+
+
+def making(plan: Plan) -> dict[str, Any]:
+    """What a manifest says of what an output was made from, and how."""
+    result: dict[str, Any] = {
         "mapping": {
             "name": plan.mapping.name,
             "version": plan.mapping.version,
@@ -60,18 +75,11 @@ def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -
         "unread": dict(plan.noted),
         "dtype": plan.dtype,
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
-        "tensors": tensors,
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(small.items())},
     }
     if plan.departures:
         result["mapping"]["not_the_release"] = {
             one.key: {"got": one.got, "expected": one.expected} for one in plan.departures
         }
-    if all("digest" in entry for entry in tensors.values()):
-        result["digest"] = ALGORITHM
-        result["content_id"] = content_id(
-            {name: (entry["dtype"], tuple(entry["shape"]), entry["digest"]) for name, entry in tensors.items()}
-        )
     return result
 
 

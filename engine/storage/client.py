@@ -173,13 +173,12 @@ def _check_given(url: str, given: Mapping[str, str]) -> None:
 
 
 def no_store(url: str, why: str) -> EngineError:
-    return EngineError(
-        "E001",
-        "this URL is not a store",
-        place=Place(url),
-        got=why,
-        fix="Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1.",
-    )
+    fix = "Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1."
+    if "builder error" in why:  # of the client, which has not looked at the URL
+        what = "no client for this store can be made"
+        fix = "Install CA certificates (Debian: `ca-certificates`), which small images lack, or correct `proxy_url`."
+        return EngineError("E001", what, place=Place(url), got=why, fix=fix)
+    return EngineError("E001", "this URL is not a store", place=Place(url), got=why, fix=fix)
 
 
 def requests() -> ThreadPoolExecutor:

@@ -73,11 +73,10 @@ class OutputFolder:
             raise exists(self._out, "Name a folder in it.", "a mount point, in whose place nothing can be put")
         if _is_empty(self.final):
             return
-        if not self._overwrite:
-            raise exists(
-                self._out, "Choose another --out, or give --overwrite to replace it once the new one is complete."
-            )
-        found = self._foreign(LocalStore(self.final)) if _is_folder(self.final) else "no folder"
+        found = None if _is_folder(self.final) else "no folder"
+        if found is None and not self._overwrite:
+            raise exists(self._out, "Choose another --out, or replace an output of the engine by --overwrite.")
+        found = found or self._foreign(LocalStore(self.final))
         if found is not None:
             raise exists(
                 self._out,

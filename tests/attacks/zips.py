@@ -147,6 +147,31 @@ def a_member_that_claims_to_be_encrypted(folder: Path) -> None:
     patch(folder / RANK, change)
 
 
+@attack("training", "E301", "encrypted")
+def a_member_that_claims_to_be_a_patch(folder: Path) -> None:
+    def change(raw: bytearray) -> None:
+        raw[entry_of(raw, "/data/0") + 8] |= 0x20
+
+    patch(folder / RANK, change)
+
+
+@attack("training", "E301", "on disk 256")
+def a_member_on_another_disk(folder: Path) -> None:
+    patch(folder / RANK, lambda raw: raw.__setitem__(entry_of(raw, "/data/0") + 35, 1))
+
+
+@attack("training", "E301", "where all others are")
+def a_member_beside_the_folder_of_all_others(folder: Path) -> None:
+    """torch does not load such a file."""
+    patch(folder / RANK, lambda raw: raw.__setitem__(entry_of(raw, "/byteorder") + 46, ord("X")))
+
+
+@attack("training", "E301", "a part of a zip")
+def a_directory_that_is_a_part_of_one(folder: Path) -> None:
+    with_members(folder / RANK, lambda _, data: data)
+    patch(folder / RANK, lambda raw: raw.__setitem__(raw.rindex(_END) + 4, 1))
+
+
 @attack("training", "E301", "local header")
 def a_member_of_another_name_in_its_local_header(folder: Path) -> None:
     patch(folder / RANK, lambda raw: raw.__setitem__(raw.index(b"data.pkl"), ord("X")))

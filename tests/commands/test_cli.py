@@ -181,6 +181,8 @@ def test_set_takes_numbers_booleans_and_text(text: str, value: object) -> None:
         ["run", "--mapping", "x", "--set", "=halves"],
         ["run", "--mapping", "x", "--set", "rotary=halves", "--set", "rotary=pairs"],
         ["run", "--mapping", "x", "--workers", "0"],
+        ["reverse", "--mapping", "x", "--out", "y", "--tp", "0"],
+        ["reverse", "--mapping", "x", "--out", "y", "--tp", "two"],
         ["run", "--mapping", "x", "--workers", "many"],
         ["show"],
         ["format"],
@@ -190,7 +192,7 @@ def test_set_takes_numbers_booleans_and_text(text: str, value: object) -> None:
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str]) -> None:
     done = invoke(*arguments)
     assert done.exit_code == 2
-    assert "Error:" in done.stderr
+    assert ("Error:" in done.stderr and "--tp" not in arguments) or "from 1 to 1,048,576" in done.stderr
     assert done.stdout == ""
 
 
@@ -265,6 +267,13 @@ def test_an_output_that_exists_is_not_touched(checkpoint: Path, tmp_path: Path) 
     assert done.exit_code == 1
     assert "E401" in done.stderr
     assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_an_output_that_overwriting_would_not_replace_is_told_as_such_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    done = invoke("run", "-m", MAPPING, "-s", str(checkpoint), "-o", str(tmp_path / "out"))
+    assert done.exit_code == 1 and "no folder" in done.stderr and "--overwrite" not in done.stderr
 
 
 def test_an_error_goes_to_stderr_with_its_code_and_fix(tmp_path: Path) -> None:

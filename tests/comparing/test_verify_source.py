@@ -130,6 +130,35 @@ def test_tensors_that_are_missing_left_over_or_of_another_kind_are_told(damage: 
         assert word[damage] in differing["what"]
 
 
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (("variants", "rotary", "choice"), "pairs"),
+        (("options", "rope_factor"), 3.0),
+        (("sizes", "layer"), 4),
+        (("mapping", "name"), "internlm2-7b"),
+        (("mapping", "digest"), "0" * 64),
+        (("mapping", "resolved", "description"), "another"),
+    ],
+)
+def test_a_manifest_that_says_otherwise_how_it_was_made_is_told(at: tuple[str, ...], value: Any, both: Path) -> None:
+    path = both / "hf" / "conversion.json"
+    said = data = json.loads(path.read_text())
+    for key in at[:-1]:
+        said = said[key]
+    said[at[-1]] = value
+    path.write_text(json.dumps(data))
+    done = verify(both)
+    assert done.exit_code == 1 and f"conversion.json: {'.'.join(at[:2])} is " in done.output
+
+
+def test_an_output_of_other_files_with_the_same_tensors_is_told_as_such(both: Path) -> None:
+    shutil.rmtree(both / "step")
+    save(MODEL, both / "step", tp=1, pp=2)
+    done = verify(both)
+    assert done.exit_code == 0 and "it was made from other files: model_tp0_pp0.pt" in done.output
+
+
 def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "LISTED", 3)
     change(both, lambda state: [tensor.add_(1) for tensor in state.values()])

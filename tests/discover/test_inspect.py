@@ -127,6 +127,7 @@ def test_without_a_configuration_what_fits_is_unsure_and_one_that_is_given_goes_
     fixture = FIXTURES.parent / "dcp" / "tt03_tied_fsdp4"
     told = inspected(fixture / "step-10")
     assert "may fit" in told and "next: engine inspect --config config.json" in told
+    assert "torchtitan-llama: the training configuration is missing" in told
     config = fixture / "hf_config.json"
     told = inspected(fixture / "step-10", "--config", config)
     assert "next: engine run --mapping torchtitan-llama --src" in told and told.rstrip().endswith(f"--config {config}")

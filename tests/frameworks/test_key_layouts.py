@@ -117,6 +117,7 @@ def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Pat
         {"return_dict": False},
         {"initializer_range": "0.02"},
         {"bos_token_id": [1, 2]},
+        {"pad_token_id": 40},
     ],
     ids=str,
 )
@@ -131,7 +132,7 @@ def test_a_model_that_torchtitan_cannot_have_is_refused_in_both_directions(
         (path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(EngineError) as caught:
             go("torchtitan-llama", path, tmp_path / "out")
-        assert caught.value.code in ("E209", "E212", "E218") and not (tmp_path / "out").exists()
+        assert caught.value.code in ("E202", "E209", "E212", "E218") and not (tmp_path / "out").exists()
 
 
 ANGLES = {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))}  # until August 2025, and plain
@@ -258,6 +259,7 @@ def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> No
     unknown: list[dict[str, Any]] = [
         {"attention_bias": True}, {"mlp_bias": True}, {"num_experts": 4}, {"hidden_size": 18}, {"hidden_act": "swoosh"},
         {"vocab_size": "40"}, {"rope_scaling": {"rope_type": "llama3"}}, {"quantization_config": {}},
+        {"pad_token_id": 40},
     ]  # fmt: skip
     assert {wanted_by_mapping(told, {**plain, **one}) for one in unknown} == {None}
 
@@ -281,6 +283,35 @@ def test_a_tied_head_that_differs_is_refused_and_an_equal_one_left_out(tmp_path:
     engine.convert("transformers", save(state, tmp_path / "two", config), tmp_path / "out")
     del state["lm_head.weight"]
     assert equal(tmp_path / "out", state)
+
+
+@pytest.mark.parametrize("mapping", ["transformers", "torchtitan-llama"])
+@pytest.mark.parametrize("angles", [{"rope_type": "default"}, SCALED], ids=["plain", "scaled"])
+def test_angles_are_also_written_where_transformers_before_5_has_them(
+    mapping: str, angles: dict[str, Any], tmp_path: Path
+) -> None:
+    """A `config.json` that transformers 5 saved has them in `rope_parameters` only, which older ones do not read."""
+    config = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    config["rope_parameters"] = {**angles, "rope_theta": 5e5}
+    state = model(config)
+    saved = state if mapping == "transformers" else titan(state, old=False)
+    engine.convert(mapping, save(saved, tmp_path / "step", config), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == 5e5 and written["rope_parameters"] == config["rope_parameters"]
+    assert written.get("rope_scaling") == (config["rope_parameters"] if angles is SCALED else None)
+    again = AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
+    assert {key: again[key] for key in config["rope_parameters"]} == config["rope_parameters"]
+
+
+@pytest.mark.parametrize(("config", "since"), [(LLAMA, False), (MOE, True)], ids=["llama", "mixture"])
+def test_stacked_experts_are_said_to_need_a_transformers_that_stacks_them(
+    config: dict[str, Any], since: bool, tmp_path: Path
+) -> None:
+    """transformers 4 loads such a folder too, with experts at random."""
+    state = model(config)
+    engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+    assert ("transformers `>=5`" in (tmp_path / "out" / "README.md").read_text()) is since
 
 
 def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
@@ -317,6 +348,7 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "E209"),
         ({"rope_scaling": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 10000.0}, "E218"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "E202"),
+        ({"pad_token_id": 40}, "E202"),
         ({"rms_norm_eps": 1e-5}, "E202"),  # its queries and keys have 1e-6
     ],
     ids=str,

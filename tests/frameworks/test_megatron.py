@@ -189,7 +189,7 @@ def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     [
         ("hidden_act", "gelu", "E209"), ("sliding_window", 16, "E209"), ("partial_rotary_factor", 0.5, "E209"),
         ("quantization_config", {"quant_method": "fp8"}, "E209"), ("unheard_of", 1, "E219"),
-        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "E218"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "E218"), ("pad_token_id", 5000, "E202"),
     ],
 )  # fmt: skip
 def test_what_training_cannot_have_is_not_taken_from_a_given_configuration(

@@ -367,7 +367,7 @@ HOMEGROWN: list[tuple[dict[str, Any], str, str]] = [
     *[({"rope_base": v}, "E218", "rope_base") for v in (-1, 0, 1, "10000", None, True, NAN, INF, 1e300, [1e4])],
     *[({"layer_norm_epsilon": v}, "E218", "layer_norm_epsilon") for v in (-1e-5, 0, "x", None, True, NAN, INF, 5)],
     *[({"num_layers": v}, "E218", "num_layers") for v in (0, -4, "4", 4.0, True, None, INF)],
-    *[({"num_kv_attention_heads": v}, "E218", "num_kv_attention_heads") for v in (0, -4, "4", None)],
+    *[({"num_kv_attention_heads": v}, "E218", "num_kv_attention_heads") for v in (0, -4, "4")],
     *[({"mlp_ratio": v}, "E218", "mlp_ratio") for v in (0, -3.5, "3.5", NAN, 1e300)],
     *[({"multiple_of": v}, "E218", "multiple_of") for v in (0, -256, "256", 256.0)],
     *[({"adapt_hf": v}, "E218", "adapt_hf") for v in ("False", "True", None, 2, 0.0, [])],
@@ -386,6 +386,18 @@ def test_what_model_config_says_and_the_target_cannot_have_is_refused(
     error = refused(engine.convert, FAMILY, source, tmp_path / "out")
     assert error.code == code and word in str(error) and "model_config.pt" in str(error), error
     assert not (tmp_path / "out").exists()
+
+
+def test_no_number_of_key_value_heads_is_as_many_as_heads(tmp_path: Path) -> None:
+    """InternEvo asks only whether there is one."""
+    save(Model("v2", layers=1, hidden=32, heads=4, groups=4, ffn=64), tmp_path / "ckpt")
+    given = dict(api.read_checkpoint(tmp_path / "ckpt", api.load_layout("internevo")).config)
+    torch.save(given | {"num_kv_attention_heads": None}, tmp_path / "ckpt" / "model_config.pt")
+    assert api.plan("families/internlm2", tmp_path / "ckpt").config["num_key_value_heads"] == 4
+    grouped = training(tmp_path / "grouped", {"num_kv_attention_heads": None})
+    (grouped / "config_file.pt").unlink()  # which says how many there are
+    error = refused(api.plan, FAMILY, grouped)
+    assert error.code == "E203" and "groups" in error.message
 
 
 @pytest.mark.parametrize("fixture", ["v1_tp1_pp1", "v2_tp2_pp2", "llama_tp2_pp1_default"])

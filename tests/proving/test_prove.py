@@ -395,6 +395,7 @@ def test_the_command_takes_mappings_or_all_and_not_both() -> None:
         ("# the names that mappings see", "# a comment", ""),
         ("axes: ffn hidden", "axes: hidden ffn", "class LlamaForCausalLM: rules"),
         ("only: [default, llama3]", "only: [default, llama3, yarn]", "has also yarn"),
+        ("rope_percent: {only: [1, null]", "rope_percent: {only: [true, null]", "rope_percent, only: True, None"),
         ("why: others may be unknown", "why: others may be none", ""),
     ],
 )

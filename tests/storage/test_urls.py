@@ -93,3 +93,10 @@ def test_the_steps_of_a_run_in_a_store_are_served(bucket: Bucket, written: Path)
         assert hub.ask("/org/name/resolve/200/config.json")[0] == 404
         assert hub.ask("/org/name/resolve/main/config.json")[0] == 200  # of 100, which is complete
     refused("E304", lambda: api.serve([api.Model("org/name", MAPPING, f"{bucket.url}/nothing")], port=0))
+
+
+def test_an_image_without_certificates_is_not_told_that_its_url_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.setenv(name, "/nowhere")
+    found = refused("E001", lambda: engine.plan(MAPPING, "s3://bucket-without-certificates/step"))
+    assert "ca-certificates" in str(found.fix)
