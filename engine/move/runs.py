@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from engine.planning.copies import Copy
@@ -107,11 +106,11 @@ def rows(copy: Copy, item: int) -> list[tuple[int, int, int]] | None:
     most = MOST_ROWS // 2 if length * item >= LEAST_ROW else FEW_ROWS
     if outer != 1 or inner != 1 or count > most:
         return None
-    found, end = [], 0
-    for at in itertools.product(*(range(size) for _, _, size in axes)):
-        outside = sum(i * stride for i, (stride, _, _) in zip(at, axes, strict=True))
-        if outside < end:  # strides that overlap
+    found, reach = [(0, 0)], length
+    for stride, _, size in reversed(axes):
+        if stride < reach and size > 1:  # strides that overlap
             return None
-        found.append((outside, sum(i * stride for i, (_, stride, _) in zip(at, axes, strict=True)), length))
-        end = outside + length
-    return found
+        reach += stride * (size - 1)
+    for stride, step, size in axes:
+        found = [(at + i * stride, to + i * step) for at, to in found for i in range(size)]
+    return [(at, to, length) for at, to in found]
