@@ -6,13 +6,16 @@ Nothing heavy is imported here, so that `--help` and `--version` answer at once.
 
 from __future__ import annotations
 
+import codecs
 import gc
 import io
+import json
 import os
 import signal
 import sys
 import warnings
 from pathlib import Path
+from traceback import extract_tb
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -21,7 +24,7 @@ import click
 from engine.commands import convert, look, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
-from engine.errors import visible
+from engine.errors import EngineError, visible
 from engine.explaining.codes import page
 from engine.language.version import __version__
 
@@ -82,6 +85,13 @@ class Commands(click.Group):
             usage = shown.getvalue().partition("Error: ")[0]
             say(f"{usage}Error: {visible(error.format_message())}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if extract_tb(error.__traceback__)[-1].name != "echo":  # click's, by which all is printed
+                raise
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # else it is tried again at the end
+            what, fix = "what is printed cannot be written", "Free some space there."
+            say(str(EngineError("E403", what, got=error.strerror, fix=fix)), err=True)
+            sys.exit(1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -123,17 +133,24 @@ def terminate(number: int, _: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
 def open_streams() -> None:
     """Streams that take everything a command prints.
 
     One that whoever started the program closed becomes a sink: else the next file that is opened would have its
-    number, and what a library prints would be written into it. What a stream's encoding lacks is shown as an escape.
+    number, and what a library prints would be written into it. What a stream's encoding lacks is shown as an escape,
+    one that JSON has too.
     """
+    codecs.register_error("json", _escaped)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="json")
 
 
 def main() -> NoReturn:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Callable
-from errno import EPIPE
 
 import click
 
-from engine.errors import EngineError, visible
+from engine.errors import visible
 from engine.show.text import Styled, as_json, fit, terminal_width
 
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")  # what `click.style` writes, and nothing else of a terminal's
@@ -36,17 +33,7 @@ def say(text: str, *, err: bool = False, nl: bool = True, raw: bool = False) -> 
     fitted = text if raw else fit(text, terminal_width(err))
     parts = _STYLE.split(fitted) if isinstance(text, Styled) else [fitted]
     shown = "".join(p if _STYLE.fullmatch(p) else visible(p, "\n\t") for p in parts)
-    try:
-        click.echo(shown, err=err, nl=nl)
-    except OSError as error:
-        if err or error.errno == EPIPE:  # nothing can be told there, or whoever reads has seen enough
-            raise
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # else it is tried again at the end
-        told = EngineError(
-            "E403", "what is printed cannot be written", got=error.strerror, fix="Free some space there."
-        )
-        click.echo(str(told), err=True)
-        raise click.exceptions.Exit(1) from error
+    click.echo(shown, err=err, nl=nl)
 
 
 def answer(json: bool, data: object, text: Callable[[], str], *, quiet: bool = False) -> None:

@@ -360,17 +360,18 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("streams", "code", "told"),
+    ("rest", "code", "told"),
     (
         (">&-", 0, ""),
         ("<&- >&- 2>&-", 0, ""),
         (">/dev/full", 1, "E403 what is printed cannot be written"),
-        ("| cat", 0, "tp 2 \\xd7 pp 2"),
+        ("--help >/dev/full", 1, "E403 what is printed cannot be written"),
+        ("| cat", 0, "tp 2 \\u00d7 pp 2"),
     ),
-    ids=("closed", "all closed", "full", "an encoding without that sign"),
+    ids=("closed", "all closed", "full", "full for help", "an encoding without that sign"),
 )
-def test_a_stream_that_is_closed_or_takes_not_all_is_no_internal_error(streams: str, code: int, told: str) -> None:
-    command = f"exec {sys.executable} -m engine inspect {CHECKPOINT} {streams}"
+def test_a_stream_that_is_closed_or_takes_not_all_is_no_internal_error(rest: str, code: int, told: str) -> None:
+    command = f"exec {sys.executable} -m engine inspect {CHECKPOINT} {rest}"
     environment = {**os.environ, "PYTHONIOENCODING": "cp1251"}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, errors="replace")
     assert done.returncode == code and told in done.stdout + done.stderr
