@@ -52,15 +52,14 @@ def a_second_data_pkl_in_another_folder(folder: Path) -> None:
         archive.writestr("other/data.pkl", listed[0][1])
 
 
-@attack("training", None)
+@attack("training", "E301", "where all others are")
 def a_second_data_pkl_in_capitals(folder: Path) -> None:
     with zipfile.ZipFile(folder / RANK, "a") as archive:
         archive.writestr("MODEL_TP1_PP0/DATA.PKL", b"\x80\x02cos\nsystem\n)R.")
 
 
-@attack("training", None)
+@attack("training", "E301", "where all others are")
 def members_that_climb_out_of_the_folder(folder: Path) -> None:
-    """Nothing is ever extracted."""
     with zipfile.ZipFile(folder / RANK, "a") as archive:
         archive.writestr("../../../../../../evil/ran", b"x")
         archive.writestr("/etc/ran", b"x")
