@@ -303,17 +303,21 @@ def test_angles_are_also_written_where_transformers_before_5_has_them(
     assert {key: again[key] for key in config["rope_parameters"]} == config["rope_parameters"]
 
 
-def test_angles_of_two_kinds_of_layers_are_written_there_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "there"), [("gemma3_text", True), ("mellum", False)])
+def test_angles_of_two_kinds_of_layers_are_written_there_too_where_programs_read_them_so(
+    kind: str, there: bool, tmp_path: Path
+) -> None:
+    """transformers 5 would take them for the angles of all layers of Mellum or Gemma 4, whatever `rope_parameters` says."""
     angles = {
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 3e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
     }
     config = {key: value for key, value in LLAMA.items() if key not in ("rope_theta", "mlp_bias", "hidden_act")}
-    config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "rope_parameters": angles}
+    config |= {"model_type": kind, "architectures": [f"{kind[:6].title()}ForCausalLM"], "rope_parameters": angles}
     engine.convert("transformers", save(model(config), tmp_path / "step", config), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["rope_theta"], written["rope_local_base_freq"]) == (3e6, 2e4)
-    assert written["rope_scaling"] == angles["full_attention"]
+    assert written.get("rope_scaling") == (angles["full_attention"] if there else None)
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == angles
 
 
