@@ -307,7 +307,7 @@ def test_angles_are_also_written_where_transformers_before_5_has_them(
 def test_angles_of_two_kinds_of_layers_are_written_there_too_where_programs_read_them_so(
     kind: str, there: bool, tmp_path: Path
 ) -> None:
-    """transformers 5 would take them for the angles of all layers of Mellum or Gemma 4, whatever `rope_parameters` says."""
+    """Of Mellum and Gemma 4, transformers 5 takes them for those of all layers, beside `rope_parameters` too."""
     angles = {
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 3e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
