@@ -211,7 +211,7 @@ _DECIDED = ("variants", "options", "sizes", "unread")  # by a mapping and a sour
 
 
 def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]:
-    """What the manifest says of its making that is not so; and why this was not checked, if another source made it."""
+    """What the manifest says of its making that is not so; and what another source or mapping leaves open."""
     made = making(plan)
     if known["sources"] != made["sources"]:
         unlike = [name for name, _, _ in changed(known["sources"], made["sources"])]
@@ -227,7 +227,8 @@ def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]
     for said in (then, now):
         said |= {at: value["choice"] for at, value in said.items() if at[0] == "variants"}
     differ = [one for one in changed(then, now) if same_mapping or (one[0] in then and one[0] in now)]
-    return [f"{NAME}: {'.'.join(at)} is {worded(was)}, the source gives {worded(is_)}" for at, was, is_ in differ], []
+    told = [f"{NAME}: {'.'.join(at)} is {worded(was)}, the source gives {worded(is_)}" for at, was, is_ in differ]
+    return (told, []) if same_mapping else ([], [f"{one}, by another mapping" for one in told])
 
 
 def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:

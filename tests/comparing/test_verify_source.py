@@ -17,6 +17,7 @@ from engine.commands.main import cli
 from engine.comparing import source
 from engine.comparing.source import parse_sample
 from engine.errors import EngineError
+from engine.language.search import find_file
 from engine.move import blocks
 from tests.support.shards import Model, save
 
@@ -157,6 +158,17 @@ def test_an_output_of_other_files_with_the_same_tensors_is_told_as_such(both: Pa
     save(MODEL, both / "step", tp=1, pp=2)
     done = verify(both)
     assert done.exit_code == 0 and "it was made from other files: model_tp0_pp0.pt" in done.output
+
+
+def test_an_output_that_an_older_mapping_made_with_other_words_is_no_problem(both: Path) -> None:
+    text = find_file("families/internlm2").read_text()
+    mapping = both / "internlm2.yaml"
+    mapping.write_text(text.replace("halves", "half"))
+    shutil.rmtree(both / "hf")
+    engine.convert(mapping, both / "step", both / "hf")
+    mapping.write_text(text)
+    done = verify(both, mapping=str(mapping))
+    assert done.exit_code == 0 and 'rotary is "half", the source gives "halves"' in done.output
 
 
 def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
