@@ -219,7 +219,7 @@ def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]
     same_mapping = any(known["mapping"][key] == as_data(made["mapping"][key]) for key in ("digest", "resolved"))
     then, now = (
         {
-            **{(part, name): value for part in _DECIDED for name, value in said[part].items()},
+            **{(part, name): value for part in _DECIDED for name, value in said.get(part, {}).items()},
             **{("mapping", key): as_data(said["mapping"].get(key)) for key in made["mapping"] if same_mapping},
         }
         for said in (known, made)

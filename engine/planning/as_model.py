@@ -104,7 +104,7 @@ def rules_of(
     wanted: Wanted,
     config: Mapping[str, Any],
     stored: Callable[[str], str] = str,
-    held: Callable[[str], bool] = bool,
+    held: Callable[[str], bool] = lambda name: True,
 ) -> MappingFile:
     """The mapping with rules for every tensor that a model class wants.
 

@@ -138,6 +138,7 @@ def test_tensors_that_are_missing_left_over_or_of_another_kind_are_told(damage: 
         (("options", "rope_factor"), 3.0),
         (("sizes", "layer"), 4),
         (("mapping", "name"), "internlm2-7b"),
+        (("unread", "a_key"), 1),
         (("mapping", "digest"), "0" * 64),
         (("mapping", "resolved", "description"), "another"),
     ],
@@ -158,6 +159,12 @@ def test_an_output_of_other_files_with_the_same_tensors_is_told_as_such(both: Pa
     save(MODEL, both / "step", tp=1, pp=2)
     done = verify(both)
     assert done.exit_code == 0 and "it was made from other files: model_tp0_pp0.pt" in done.output
+
+
+def test_a_manifest_without_what_it_need_not_say_is_none_that_says_otherwise(both: Path) -> None:
+    path = both / "hf" / "conversion.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "unread"}))
+    assert verify(both).exit_code == 0
 
 
 def test_an_output_that_an_older_mapping_made_with_other_words_is_no_problem(both: Path) -> None:
