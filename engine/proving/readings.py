@@ -50,7 +50,7 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
         elif kind in ("tensors", "choice"):
             tried[path] = [choice for choice in side.mapping.variants[name].choices if choice != usual]
         elif path in grid:
-            near = [n for one in compared.get(path, ()) if type(one) is int for n in (one, one + 1)]
+            near = [n for one in compared.get(path, ()) for n in _near(one)]
             tried[path] = [one for one in dict.fromkeys([*grid[path][1:], *near]) if one != usual]
         elif kind == "given":
             tried[path] = [_GIVEN]
@@ -68,6 +68,11 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
     together = [side.closure_of(expression) & base.keys() for expression in every]
     listed = ((name_of(one), one) for one in scenarios(base, tried, together, few))
     return rows(base, side.run, chain(side.whole(), listed))
+
+
+def _near(compared: Any) -> Sequence[Any]:
+    """Values of the grid to try where one is compared with another: a number and the next one, or a text."""
+    return (compared, compared + 1) if type(compared) is int else (compared,) if isinstance(compared, str) else ()
 
 
 def _presence(mapping: MappingFile, asked: Sequence[str]) -> dict[str, dict[str, str]]:

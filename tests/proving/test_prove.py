@@ -277,6 +277,8 @@ def test_what_an_edit_comes_to_is_told_beside_what_is_committed(broken: Callable
     said = "config.json bos_token_id: 2; the committed meaning says 1"
     assert said in told(broken("meta-llama", begins))
     assert broken("meta-llama").holds
+    other = ("'gemma3n_text', 'olmo3'", "'gemma3n_text', 'olmo2'")  # a model type that an expression names
+    assert 'model_type: "olmo3"' in told(broken("transformers", other))
 
 
 def test_what_each_rank_holds_is_part_of_it(broken: Callable[..., Proof]) -> None:
