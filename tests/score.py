@@ -105,6 +105,12 @@ EQUAL = (
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
     (r"megatron-mixtral", r"dims\.expert", r"`num_experts if moe_router_topk <=", "the axis `chosen` is that key"),
     (
+        r"torchtitan-llama|xtuner-moe",
+        r"config\.rope_scaling",
+        r"left out",
+        "scaled angles are several keys together, or are asked about; a test of the family tries them",
+    ),
+    (
         r"meta-llama",
         r"theta",
         r"or \(vocab_size\) < 0 ",
@@ -129,6 +135,11 @@ SILENT = (
         r"internlm3",
         r"training_config: norm_head left out",
         "it has no head that is normalised, so nothing is written",
+    ),
+    (
+        r"torchtitan-llama|xtuner-moe",
+        r"config: (rope_scaling left out|rms_norm_eps: 1e-06)",
+        "scaled angles, and another epsilon than XTuner's, are asked about; a test of the family tries them",
     ),
     (
         r".*",

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -228,12 +228,17 @@ class Forth(Direction):
         base |= {f"tensors.{name}": self.world.choices[name] for name in decided_by_names(self.mapping)}
         there = present_in(training_names(self.worlds.used(self.world.choices, most=True) or ()))
         base |= {f"there.{name}": there(name) for name in self._asked()}
-        for path in made_up:
-            base[path] = 1 if "refused" in self.run(base) else base[path]
+        return base if "refused" not in self.run(base) else self._answered(base, made_up)
+
+    def _answered(self, base: dict[str, Any], made_up: Sequence[str]) -> dict[str, Any]:
+        """Values that are not refused: whole numbers as large as they may be, others as a question wants them."""
+        found = {**base, **dict.fromkeys(made_up, 1)}
         for path, values in constants(self.expressions, self.closure).items():
-            if values and isinstance(base.get(path), float) and "refused" in self.run(base):
-                base[path] = values[-1]  # a question that a number answers
-        return base
+            if values and isinstance(found.get(path), float) and "refused" in self.run(found):
+                found[path] = values[-1]
+        for path in made_up:
+            found[path] = 1 if "refused" in self.run({**found, path: base[path]}) else base[path]
+        return found
 
     def _asked(self) -> list[str]:
         """Tensors that variants ask for which are decided by keys as well."""

@@ -352,6 +352,14 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
     assert equal(tmp_path / "out", truth)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], one) for name, one in state.items())
+    angles = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    said = {key: value for key, value in MOE.items() if key != "rope_theta"}
+    said |= {"rms_norm_eps": 1e-5, "rope_parameters": angles}
+    folder = save({"model": saved}, tmp_path / "of another", said)
+    sure = {"rotary": "as_configured", "norms": "as_configured"}
+    engine.convert("xtuner-moe", folder, tmp_path / "as said", settings=sure)
+    written = json.loads((tmp_path / "as said" / "config.json").read_text())
+    assert (written["rms_norm_eps"], written["rope_theta"], written["rope_scaling"]) == (1e-5, 5e5, angles)
 
 
 @pytest.mark.parametrize(
