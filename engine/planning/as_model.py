@@ -232,19 +232,20 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
 
 
 def _families(wanted: Wanted) -> list[_Family]:
-    """Names folded by their numbers, where these count from 0 without gaps and shapes are equal."""
+    """Names folded by their numbers, where these count from 0 without gaps and all that are alike have one shape."""
     listed: dict[tuple[str, Shape, str | None], list[tuple[int, ...]]] = {}
     every = {**wanted.shapes, **{name: wanted.shapes[to] for name, to in wanted.tied.items() if to in wanted.shapes}}
     for name, shape in every.items():
         key = without_numbers(name), shape, wanted.tied.get(name)
         listed.setdefault(key, []).append(numbers_in(name))
     full = {key: _counts(numbers) for key, numbers in listed.items()}
+    alike = Counter(text for text, _, _ in full)
     layers = Counter(counts[0] for counts in full.values() if counts)
     layer = layers.most_common(1)[0][0] if layers else None
     families: list[_Family] = []
     for (text, shape, tied), every_number in listed.items():
         counts = full[text, shape, tied]
-        if counts is None:
+        if counts is None or alike[text] > 1:
             families += [_Family(_put(text, [str(number) for number in one]), {}, shape, tied) for one in every_number]
             continue
         words: list[str] = [f"i{count}" + "_" * counts[:i].count(count) for i, count in enumerate(counts)]

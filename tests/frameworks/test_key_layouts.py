@@ -321,6 +321,15 @@ def test_angles_of_two_kinds_of_layers_are_written_there_too_where_programs_read
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == angles
 
 
+def test_tensors_whose_shape_depends_on_a_number_in_their_name_are_each_their_own(tmp_path: Path) -> None:
+    """`ffn.0` and `ffn.2` of each layer."""
+    config = {"model_type": "ctrl", "architectures": ["CTRLLMHeadModel"], "n_layer": 2, "n_head": 4}
+    config |= {"n_embd": 32, "dff": 48, "vocab_size": 64, "n_positions": 32, "tie_word_embeddings": False}
+    state = model(config)
+    engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
 @pytest.mark.parametrize(("config", "since"), [(LLAMA, False), (MOE, True)], ids=["llama", "mixture"])
 def test_stacked_experts_are_said_to_need_a_transformers_that_stacks_them(
     config: dict[str, Any], since: bool, tmp_path: Path
