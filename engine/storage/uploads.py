@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.storage.client import give_back_memory, requests
-from engine.storage.coalesce import share
+from engine.storage.coalesce import WINDOW, share
 from engine.storage.in_order import InOrder, at_once, buffer_of
 from engine.storage.locks import ObjectLock
 from engine.storage.objects import MARK, ObjectStore
@@ -170,7 +170,8 @@ class Upload:
             replaces: whether those that other runs made may be replaced.
         """
         self._store, self._work, self._there, self._mark, self._replaces = store, work, there, mark, replaces
-        give_back_memory()
+        if store.block < WINDOW:  # it takes time, which a small window gives for memory
+            give_back_memory()
         self._writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
         self._whole: set[str] = set()
