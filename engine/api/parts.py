@@ -31,7 +31,7 @@ from engine.run.running import CommitOptions, RunOptions, running_of
 from engine.run.schedule import Job, schedule
 from engine.storage.places import Source, found_at
 from engine.storage.store import File, Store
-from engine.storage.uploads import Upload
+from engine.storage.upload import Upload
 
 
 def part(path: str | Path, which: Part | str, out: str | Path | None = None, **options: Unpack[RunOptions]) -> int:
