@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from engine.checkpoint.ranks import RankGrid
-from engine.discover.names import Observed
+from engine.discover.names import Observed, tail
 from engine.language.model import FilePattern
 from engine.planning.stored import Stored
 
@@ -98,7 +98,7 @@ def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> R
     if len({len(shape) for group in groups.values() for shape in group.values()}) > 1 or len(shapes) > 1:
         return Readings((_unnamed(next(iter(groups.values()))),), False, "its shape is not the same in every layer")
     parts = next(iter(groups.values()))
-    nodes = _nodes(known, layered=observed.layered)
+    nodes = _nodes(known, tail(observed.text)[-1].lower(), layered=observed.layered)
     found: list[Reading] = []
     whole = next(iter(parts.values()))
     if len(set(parts.values())) == 1:
@@ -141,8 +141,11 @@ def _groups(stored: Sequence[Stored], grid: RankGrid, dim: str | None) -> dict[o
     return result
 
 
-def _nodes(known: Known, *, layered: bool) -> list[tuple[str, int, str]]:
-    """(axes text, size, the axis that a cut means) of what a storage dimension may be."""
+def _nodes(known: Known, name: str, *, layered: bool) -> list[tuple[str, int, str]]:
+    """(axes text, size, the axis that a cut means) of what a storage dimension may be.
+
+    Keys and values together can be as large as the queries, so only a `name` with a q says that it is these.
+    """
     s = known.sizes
     if not layered:
         return [(axis, s[axis], axis) for axis in ("vocab", "hidden") if axis in s]
@@ -161,6 +164,10 @@ def _nodes(known: Known, *, layered: bool) -> list[tuple[str, int, str]]:
         elif heads % groups == 0:
             found.append(("(groups (queries + k + v) head_dim)", (heads + 2 * groups) * head_dim, "groups"))
             found.append(("((queries + k + v) groups head_dim)", (heads + 2 * groups) * head_dim, "groups"))
+        if "q" not in name:
+            both = "groups" if groups != heads else "heads"
+            found.append((f"((k + v) {both} head_dim)", 2 * groups * head_dim, both))
+            found.append((f"({both} (k + v) head_dim)", 2 * groups * head_dim, both))
     if "ffn" in s:
         found.append(("((gate + up) ffn)", 2 * s["ffn"], "ffn"))
         found.append(("(ffn (gate + up))", 2 * s["ffn"], "ffn"))

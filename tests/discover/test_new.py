@@ -228,6 +228,31 @@ def test_a_foreign_checkpoint_gets_a_rule_for_every_pattern(layout: dict[str, An
     same(tensors(tmp_path / "x.yaml", tmp_path / "src", **chosen), whole)
 
 
+def test_keys_and_values_in_one_tensor_of_the_size_of_the_queries_are_asked_for(tmp_path: Path) -> None:
+    save(Model(family="v2", hidden=48, heads=6, groups=3, ffn=56, vocab=64), tmp_path / "src", tp=3)
+
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        split = {}
+        for name, tensor in state.items():
+            if "wqkv" in name:  # one group on each rank: two heads of queries, one of keys, one of values
+                split[name.replace("attention.wqkv", "sa.askers")] = tensor[:16].clone()
+                split[name.replace("attention.wqkv", "sa.pack_kv")] = tensor[16:].clone()
+        return {name: tensor for name, tensor in state.items() if "wqkv" not in name} | split
+
+    parts = [torch.load(file, weights_only=True) for file in sorted((tmp_path / "src").glob("model_tp*.pt"))]
+    keys, values = (
+        torch.cat([part["layers.0.attention.wqkv.weight"][low : low + 8] for part in parts]) for low in (16, 24)
+    )
+    made = drafted(renamed(rewritten(tmp_path / "src", change), FOREIGN), tmp_path / "x.yaml")
+    assert made.state is not None and made.state["code"] == "E202"
+    asked = yaml.safe_load(made.text)["variants"]
+    choices = {tuple(body["choices"]) for body in asked.values() if "pack_kv" in body["help"]}
+    assert choices == {("rows", "rows_in_blocks", "rows_by_turns")}
+    chosen = {name: "rows_in_blocks" if "pack_kv" in body["help"] else "rows" for name, body in asked.items()}
+    got = tensors(tmp_path / "x.yaml", tmp_path / "src", **chosen)
+    assert torch.equal(got["trunk.layers.0.sa.pack_kv.weight"], torch.cat([keys, values]))
+
+
 def test_shards_that_record_their_rows_are_read_as_what_they_are_part_of(tmp_path: Path) -> None:
     model = Model(family="v2", hidden=48, heads=6, groups=3, ffn=56, vocab=64, layers=1)
     expected = save_fsdp(model, tmp_path / "src", dp=3, tp=2)
