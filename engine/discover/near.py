@@ -108,6 +108,7 @@ def compare_family(
     by_sources = {slot.sources: slot for slot in free}
     while (best := _clearest(pairs, by_sources)) is not None:
         (stem, sources), rivals = best
+        rivals += tuple(named.sources[0] for named in slots if named.sources in taken and fits(named, rest[stem]))
         result.pairings.append(Pairing(by_sources[sources], stem, pairs[best[0]], rivals))
         gone = {s for s, slot in by_sources.items() if s == sources or slot.instead_of(by_sources[sources])}
         pairs = {key: score for key, score in pairs.items() if key[0] != stem and key[1] not in gone}

@@ -177,6 +177,14 @@ def test_names_that_do_not_tell_are_left_to_a_person(names: Mapping[str, str], t
         assert any("no rule reads" in text and new in text for _, text in made.decisions)
 
 
+def test_a_name_that_the_family_has_too_is_told_beside_the_one_that_is_left(tmp_path: Path) -> None:
+    """The fork may call `up` what the family calls `gate`: who reads the doubt must see that name too."""
+    save_family(model_of("llama", ffn=40, heads=4, groups=4), tmp_path / "src")
+    made = drafted(renamed(tmp_path / "src", {"feed_forward.w3": "mlp.gate"}), tmp_path / "x.yaml")
+    (told,) = (text for _, text in made.decisions if "feed_forward.w3" in text)
+    assert "`layers.{layer}.feed_forward.w1.{param}`" in told
+
+
 def test_what_is_proposed_in_a_comment_can_be_taken_by_deleting_the_hash(tmp_path: Path) -> None:
     model = Model(family="v1", ffn=40)
     expected = save(model, tmp_path / "src", tp=2)
