@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.errors import EngineError, Place
 from engine.language.search import search_folders
 
-_MARK = re.compile(r"\{%\s*(?:end)?generation\s*%\}")
+_MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
 
 def chat_template(name: str) -> str:
@@ -30,17 +30,18 @@ def chat_template(name: str) -> str:
             "E002",
             f"there is no chat template `{name}`",
             expected=f"one of: {', '.join(known)}",
-            fix="Correct `chat_template` in the mapping, or add the file to chat_templates/.",
+            fix="Correct `chat_template` in the mapping, or add the file to chat_templates/ of a folder that "
+            "ENGINE_MAPPINGS names.",
         )
-    text = found.read_text(encoding="utf-8")
     try:
+        text = found.read_text(encoding="utf-8")
         Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(unmarked(text))
-    except TemplateSyntaxError as error:
+    except (TemplateSyntaxError, ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise EngineError(
             "E502",
             f"chat template `{name}` is not valid Jinja",
-            place=Place(found.name, error.lineno),
-            got=error.message,
+            place=Place(found.name, getattr(error, "lineno", None)),
+            got=str(getattr(error, "message", error)),
             fix="Correct the template.",
         ) from error
     return text
@@ -51,9 +52,16 @@ def unmarked(text: str) -> str:
 
     transformers reads `chat_template.jinja`, which has them: masks for training come from them. Programs that take
     `chat_template` of tokenizer_config.json, like llama.cpp's converter and old transformers, get it without:
-    a Jinja that does not know the tag `generation` would refuse the whole template.
+    a Jinja that does not know the tag `generation` would refuse the whole template. A mark that takes the space
+    around it away becomes a comment that does the same, as does one beside the end of a line: Jinja takes that away.
 
-    >>> unmarked("{{ a }}{% generation %}{{ b }}{% endgeneration %}")
-    '{{ a }}{{ b }}'
+    >>> unmarked("{{ a }}{% generation %}{{ b }}{%- endgeneration %}")
+    '{{ a }}{{ b }}{#- #}'
     """
-    return _MARK.sub("", text)
+
+    def plain(mark: re.Match[str]) -> str:
+        before, after = text[: mark.start()].rpartition("\n")[2], text[mark.end() : mark.end() + 1]
+        matters = mark[1] or mark[2] or after in ("\n", "") or not before.strip()
+        return f"{{#{mark[1]} {mark[2]}#}}" if matters else ""
+
+    return _MARK.sub(plain, text)

@@ -195,7 +195,6 @@ def _chat(mapping: MappingFile) -> Meaning:
 
 def spoken(text: str, tokens: Mapping[str, str]) -> Meaning:
     """What a template makes of a conversation, line by line."""
-    from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     found: Meaning = {}
@@ -206,7 +205,7 @@ def spoken(text: str, tokens: Mapping[str, str]) -> Meaning:
             )
             template = environment.from_string(unmarked(text))
             found[name] = template.render(messages=talk, add_generation_prompt=True, **tokens).split("\n")
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template refuses what it does not know in its own words
             found[name] = f"cannot be written: {' '.join(str(error).split())[:200]}"
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.assets.chat import chat_template
+from engine.assets.chat import chat_template, unmarked
 from engine.assets.generation import generation_config
 from engine.assets.model_card import model_card
 from engine.errors import EngineError
@@ -64,6 +64,35 @@ def test_a_template_that_is_no_jinja_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(EngineError, match="not valid Jinja") as caught:
         chat_template("mine")
     assert str(caught.value.place) == "mine.jinja:2"
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff{{ x }}", b"{{ " + b"(" * 3000 + b"1" + b")" * 3000 + b" }}", b"{{ " + b"9" * 5000 + b" }}"]
+)
+def test_a_template_that_cannot_be_read_or_parsed_is_refused(
+    text: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "chat_templates").mkdir()
+    (tmp_path / "chat_templates" / "mine.jinja").write_bytes(text)
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path))
+    with pytest.raises(EngineError, match="not valid Jinja") as caught:
+        chat_template("mine")
+    assert caught.value.code == "E502"
+
+
+@pytest.mark.parametrize(
+    "marks",
+    ["{%- generation %} X {%- endgeneration %}", "{% generation -%}\nX{% endgeneration -%}\n", "a {%generation%}\nX\n "
+     "{% endgeneration %}", "\n  {% generation %}\nX\n  {% endgeneration %}\n"],
+)  # fmt: skip
+def test_a_template_without_marks_says_what_it_says_with_them(marks: str) -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    text = "{% for m in messages %}" + marks.replace("X", "{{ m.content }}") + "{% endfor %}"
+    messages = [{"role": "assistant", "content": "yes\n"}]
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(unmarked(text))
+    assert plain.render(messages=messages) == render_jinja_template([messages], chat_template=text)[0][0]
 
 
 def test_generation_settings_load_in_transformers(tmp_path: Path) -> None:
