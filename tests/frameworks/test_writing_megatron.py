@@ -140,17 +140,18 @@ def test_folders_are_named_by_the_ranks_that_are_written_and_not_by_those_that_w
 
 
 @pytest.mark.parametrize("ranks", [{}, {"ranks": {"dp": 2}}])
-def test_what_is_resharded_keeps_its_form_and_stages(ranks: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_resharded_keeps_its_form_stages_and_padding_without_being_told_the_vocabulary(
+    ranks: dict[str, Any], tmp_path: Path
+) -> None:
     told = {"config": MEGATRON / "dist-tp2pp2" / "hf_config.json"}
-    engine.reshard("megatron-llama", source_of(MEGATRON / "dist-tp2pp2"), tmp_path / "made", **told, **ranks)
+    engine.reshard("megatron-llama", source_of(MEGATRON / "dist-tp2pp2"), tmp_path / "made", **ranks)
     assert len(list((tmp_path / "made").glob("__*_0.distcp"))) == max(2 * len(ranks), 1)
     engine.convert("megatron-llama", tmp_path / "made", tmp_path / "back", **told)
     first = whole("dist-tp2pp2", "megatron-llama", tmp_path / "hf")
     assert (first / "model.safetensors").read_bytes() == (tmp_path / "back" / "model.safetensors").read_bytes()
     tied = whole("torch-tp1pp1-tied", "megatron-llama", tmp_path / "tied")
-    told = {"config": tied / "config.json"}
     engine.reverse("megatron-llama", tied, tmp_path / "ranks", pp=2)
-    engine.reshard("megatron-llama", tmp_path / "ranks", tmp_path / "more", tp=2, **told)
+    engine.reshard("megatron-llama", tmp_path / "ranks", tmp_path / "more", tp=2)
     assert len(list((tmp_path / "more").glob("mp_rank_*_001"))) == 2
 
 
