@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.expressions import evaluate, names_in
-from engine.language.model import FilePattern, Layout, Mode
+from engine.language.model import FilePattern, Layout, Mode, RankMap
 from engine.language.names import Pattern, pattern
 
 _MOST_FILES = 10_000  # missing ones that are counted
@@ -248,11 +248,34 @@ def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[
         return
     mapped = file.ranks.dims
     others = [d for d in dims if d not in mapped]
-    count = evaluate(file.ranks.count, counts)
-    for rank in range(count):
+    said = _said(file.ranks, counts)
+    for rank in range(max(sizes[d] for d in mapped) if said is None else said):
         named = {d: int(evaluate(e, {**counts, "rank": rank})) for d, e in mapped.items()}
         for values in points([sizes[d] for d in others]):
             yield {**named, **dict(zip(others, values, strict=True))}
+
+
+def _said(ranks: RankMap, counts: Mapping[str, Any]) -> int | None:
+    """How many files a rank map says there are; None where nothing tells."""
+    count = evaluate(ranks.count, counts)
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 < count <= _MOST_FILES else None
+
+
+def sizes_in(file: FilePattern, grid: RankGrid, said: Mapping[str, Any]) -> Mapping[str, int]:
+    """Ranks per dimension that files of a pattern should have: their rank map may say others than the mode's first.
+
+    Where it does not tell, they are as many as there are files: shapes tell whether one is missing.
+
+    Args:
+        said: what expressions of a rank map see.
+    """
+    if file.ranks is None or file is grid.mode.files[0]:
+        return grid.sizes
+    held = [one.ranks for one in grid.files if one.pattern is file]
+    told = _said(file.ranks, said)
+    if told is not None:  # no more than would show that one is missing
+        held = [*islice(expected_files(file, grid.sizes, said), len(held) + 1)]
+    return {**grid.sizes, **{dim: 1 + max(ranks[dim] for ranks in held) for dim in file.ranks.dims}}
 
 
 def points(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:

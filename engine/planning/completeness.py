@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from engine.checkpoint.ranks import RankFile, RankGrid, index_dims, points, rank_dims
+from engine.checkpoint.ranks import RankFile, RankGrid, counts_of, index_dims, points, rank_dims, sizes_in
 from engine.errors import EngineError
 from engine.language.documents import grouped
 from engine.language.model import Layout
@@ -71,6 +71,10 @@ def _check_each(one: Instance, groups: Sequence[Group], attempt: Attempt, sizes:
 def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> None:
     """E207 naming the first tensor that lacks a slice on some rank, or is on some of the ranks that have it alike."""
     holding: dict[tuple[str, ...], dict[tuple[int, ...], list[RankFile]]] = {}
+    grid = checkpoint.grid
+    said = {**counts_of(layout, grid.sizes), "training": checkpoint.training}
+    patterns = {file.pattern.name: file.pattern for file in grid.files}
+    sizes = {name: sizes_in(file, grid, said) for name, file in patterns.items()}
     for group in attempt.groups.values():
         if group.cut.lone:
             _check_lone(group, checkpoint, layout.lone_rank)
@@ -78,13 +82,13 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
         if group.cut.recorded:
             dims = dims[:-1]  # recorded rows are known to be all there
         held = {ranks[: len(dims)] for ranks in group.shards}
-        wanted = list(product(*(range(checkpoint.grid.sizes.get(d, 1)) for d in dims)))
+        file = grid.files[group.first.file]
+        wanted = list(product(*(range(sizes[file.pattern.name].get(d, 1)) for d in dims)))
         missing = next((ranks for ranks in wanted if ranks not in held), None)
         if missing is not None:
             lacks = dict(zip(dims, missing, strict=True))
-            file = checkpoint.grid.files[group.first.file]
             name = pattern(file.pattern.name).format({**file.ranks, **lacks})
-            there = any(f.name == name for f in checkpoint.grid.files)
+            there = any(f.name == name for f in grid.files)
             raise EngineError(
                 "E207",
                 f"tensor `{group.name}` is missing on rank {', '.join(f'{d}{r}' for d, r in lacks.items())}",
@@ -96,7 +100,7 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
                 else f"Copy `{name}` from the training run; it is not in the folder.",
             )
         if not group.cut.lone and not group.cut.recorded:
-            _check_alike(group, checkpoint.grid, layout, holding)
+            _check_alike(group, grid, layout, holding)
 
 
 def _check_alike(

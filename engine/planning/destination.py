@@ -57,6 +57,12 @@ class Destination:
         every = points([self.sizes[dim] for dim in dims])
         return [{**plain, "rank": rank, **dict(zip(dims, at, strict=True))} for rank, at in enumerate(every)]
 
+    def sizes_of(self, file: FilePattern) -> Mapping[str, int]:
+        """Ranks per dimension in files of a pattern, whose rank map may say others than the mode's first."""
+        if file.ranks is None or file is self.mode.files[0]:
+            return self.sizes
+        return {**self.sizes, **{dim: 1 + max(one[dim] for one in self.ranks(file)) for dim in file.ranks.dims}}
+
 
 def shares(count: int, ranks: int, extra: str) -> list[int]:
     """How many units each rank holds; the `first` or `last` ranks hold one more.
@@ -178,7 +184,7 @@ def check_cuts(
     for instance, file in used:
         for division in _divisions(instance, file, destination):
             dim = division.dim
-            count = destination.sizes.get(dim, 1)
+            count = destination.sizes_of(file).get(dim, 1)
             why = division.misfit(count, sizes)
             if why is None:
                 continue

@@ -184,9 +184,9 @@ def _shards(
     instance: Instance, file: FilePattern, cut: Cut, destination: Destination, sizes: Mapping[str, int]
 ) -> _Shares:
     """Shares by rank coordinates along a cut."""
-    dims, extra = instance.axes.dims, destination.layout.uneven
-    parts = {axis: shares(sizes[axis], destination.sizes.get(dim, 1), extra) for dim, axis in cut.dims}
-    rows = [] if cut.rows is None else shares(extent(dims[cut.at], sizes), destination.sizes.get(cut.rows, 1), extra)
+    dims, extra, ranked = instance.axes.dims, destination.layout.uneven, destination.sizes_of(file)
+    parts = {axis: shares(sizes[axis], ranked.get(dim, 1), extra) for dim, axis in cut.dims}
+    rows = [] if cut.rows is None else shares(extent(dims[cut.at], sizes), ranked.get(cut.rows, 1), extra)
 
     def share(ranks: Mapping[str, int]) -> _Share:
         local = {**sizes, **{axis: parts[axis][ranks[dim]] for dim, axis in cut.dims}}

@@ -84,6 +84,30 @@ def test_stacked_experts_come_back_into_their_files(case: Case) -> None:
     there_and_back(model, layout, "families/moe-stacked.yaml")
 
 
+@pytest.mark.parametrize(
+    ("ranks", "own", "said"),
+    [
+        ({"tp": 2, "pp": 2}, 1, "expert=dict(size=-1, no_tp=True), "),
+        ({"mode": "isp_wp", "wp": 4}, 1, "expert_weight=dict(size=1, overlap=True), "),
+        ({"mode": "isp_wp", "wp": 4}, 1, ""),  # what is written then has as many as the rest
+        ({"mode": "isp_wp", "wp": 2, "pp": 2}, 4, "expert_weight=dict(size=4), "),
+    ],
+)
+def test_experts_on_ranks_of_their_own_convert_and_come_back(
+    ranks: dict[str, Any], own: int, said: str, tmp_path: Path
+) -> None:
+    model = model_of("moe", hidden=16, ffn=24)
+    if said:
+        there_and_back(model, {**ranks, "own": own, "said": said})
+    same_experts = save_family(model, tmp_path / "step", **ranks, own=own, said=said)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
+    same(load_file(tmp_path / "hf" / "model.safetensors"), same_experts)
+    (tmp_path / "step" / f"model_moe_layer0_expert0_{'wp' if 'wp' in ranks else 'tp'}{own - 1}.pt").unlink()
+    with pytest.raises(EngineError) as caught:
+        engine.plan(model.mapping, tmp_path / "step")
+    assert caught.value.code == "E207"
+
+
 def test_experts_of_uneven_stages_that_would_overwrite_each_other_are_refused(tmp_path: Path) -> None:
     model = model_of("moe", layers=5)
     save_family(model, tmp_path / "step", tp=1, pp=1)

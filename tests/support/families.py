@@ -247,8 +247,12 @@ def build_experts(m: Experts) -> tuple[list[list[Whole]], list[Whole], list[Whol
     return layers, first, last, experts, expected
 
 
-def save_experts(m: Experts, folder: Path, *, survivor: str = "later", **layout: Any) -> State:
+def save_experts(
+    m: Experts, folder: Path, *, survivor: str = "later", own: int | None = None, said: str = "", **layout: Any
+) -> State:
     """The dense tensors in rank files, a float32 gate with them, and every expert in files of its own.
+
+    Since there is `expert_weight`, or `no_tp`, experts have ranks of their `own`; `said` is what `parallel` says of it.
 
     A file's number counts the expert layers a pipeline rank writes, over its chunks, from
     rank · (layers // ranks) on. Where stages are uneven two ranks may write the same number: only
@@ -256,8 +260,10 @@ def save_experts(m: Experts, folder: Path, *, survivor: str = "later", **layout:
     """
     layers, first, last, experts, expected = build_experts(m)
     write(m, folder, layers, first, last, **layout)
+    text = torch.load(folder / "config_file.pt")
+    torch.save(text.replace("weight=", f"{said}weight=", 1), folder / "config_file.pt")
     for path, (layer, prefix, ranks, by_rows) in expert_files(m, survivor=survivor, **layout).items():
-        cut = wp_slice if by_rows else tp_slice
+        cut, ranks = wp_slice if by_rows else tp_slice, own or ranks
         for e, wholes in enumerate(experts[layer]):
             for r in range(ranks):
                 state = OrderedDict((prefix + whole.name, cut(whole, r, ranks)) for whole in wholes)
