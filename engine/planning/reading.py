@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.language.model import Layout
-from engine.storage.places import Source, file_at, store_at
-from engine.storage.store import File
+from engine.storage.places import Source, file_at, followed, store_at
+from engine.storage.store import File, has_changed
 
 if TYPE_CHECKING:
     from engine.formats.headers import FileHeader
@@ -47,22 +47,31 @@ def read_checkpoint(
     from engine.formats.configs import read_config, read_json
     from engine.planning.attempts import Checkpoint
 
-    folder = store_at(src, "the checkpoint")
+    given = store_at(src, "the checkpoint")
+    folder = followed(given)
     file = config if config is None or isinstance(config, File) else file_at(config, "the configuration")
     target = {} if file is None else read_json(file)
-    read = cache(lambda: read_configuration(folder, layout, file, needed=needed))
+
+    def configurations() -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """The model's, after the file that it is in, and the training's."""
+        name, configuration = read_configuration(folder, layout, file, needed=needed)
+        if layout.training_file is None or layout.training_format is None:
+            return name, configuration, {}
+        beside = File(folder, layout.training_file)
+        return name, configuration, read_config(beside, layout.training_format) if beside.exists else {}
+
+    read = cache(configurations)
     grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), lambda: read()[1])
-    name, configuration = read()
+    name, configuration, training = read()
     signs = [beside.file for beside in grid.mode.beside]
     if signs and layout.config_from_target and not configuration and not any(map(folder.has, signs)):
         raise no_configuration(folder, layout)  # files of that name and nothing else may be another framework's
-    training: dict[str, Any] = {}
-    if layout.training_file is not None and layout.training_format is not None:
-        beside = File(folder, layout.training_file)
-        training = read_config(beside, layout.training_format) if beside.exists else {}
     configured = {**configuration, "training": training}
     check_claims(grid, layout, configured, layout.training_file or name, folder.place())
     headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors, told_by(layout))
+    with_tensors = {header.name for header in headers} | {".metadata"}  # whose states are known
+    if name not in with_tensors and repr(configurations()) != repr(read()):
+        raise has_changed(name, "another configuration", "the one that was read before the headers")
     check_alike(headers, layout)
     files = list(zip(grid.files, headers, strict=True))
     said = [said_rank(h, f.pattern, layout) for f, h in files]
@@ -74,4 +83,4 @@ def read_checkpoint(
     check_identities(claims)
     if layout.config_of_target:
         target = configuration
-    return Checkpoint(folder.place(), grid, headers, configuration, training, name, target)
+    return Checkpoint(given.place(), grid, headers, configuration, training, name, target)

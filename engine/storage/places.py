@@ -97,6 +97,16 @@ def store_at(place: Source, what: str) -> Store:
     return ObjectStore(url, tuple(sorted(_options.items())), _window)
 
 
+def followed(store: Store) -> Store:
+    """The folder that a store is, without links on the way: one like `latest` may soon lead elsewhere."""
+    folder = store.folder
+    try:
+        real = None if folder is None else folder.resolve()
+    except (OSError, RuntimeError):  # links in a circle, which reading it will tell
+        return store
+    return store if folder is None or real is None or str(real) == os.path.abspath(folder) else LocalStore(real)
+
+
 def _given_store(place: Store, what: str) -> Store:
     """E001 for what is no store: a program gave it."""
     if hasattr(place, "names"):

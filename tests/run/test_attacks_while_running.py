@@ -136,6 +136,43 @@ def test_a_source_that_vanishes_after_it_was_listed_is_refused(
     fails(source, out, "E305", "E304")
 
 
+def before_headers(monkeypatch: pytest.MonkeyPatch, harm: Callable[[], object]) -> None:
+    """Do something when the configuration has been read."""
+    from engine.checkpoint import folder
+
+    read = folder.read_headers
+    monkeypatch.setattr(folder, "read_headers", lambda *what, **how: (harm(), read(*what, **how))[1])
+
+
+def other_step(folder: Path) -> Path:
+    """A step of another run: other tensors, and another epsilon."""
+    save(Model(seed=1), folder, tp=2, pp=2)
+    torch.save({**V1.config(1), "layer_norm_epsilon": 1e-6}, folder / "model_config.pt")
+    return folder
+
+
+def test_a_link_that_moves_on_while_training_saves_gives_the_step_it_led_to(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latest = tmp_path / "latest"
+    latest.symlink_to(source.name)
+    convert(latest, tmp_path / "still")
+    (tmp_path / "next").symlink_to(other_step(tmp_path / "step2").name)
+    before_headers(monkeypatch, lambda: (tmp_path / "next").replace(latest))
+    convert(latest, tmp_path / "moved")
+    assert os.readlink(latest) == "step2"
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "still" / name).read_bytes()
+
+
+def test_a_configuration_and_headers_of_two_steps_are_refused(
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = other_step(tmp_path / "step2")
+    before_headers(monkeypatch, lambda: [shutil.copy(file, source) for file in other.iterdir()])
+    assert "model_config.pt" in str(fails(source, out, "E405"))
+
+
 def test_a_disk_that_fails_to_read_is_told(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
