@@ -135,6 +135,8 @@ def read_grid(
         if hit is not None and (refused.when is None or evaluate(refused.when, config())):
             raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
     found = [(mode, name) for mode in layout.modes if (name := _first(mode, names)) is not None]
+    own = layout.config_from_target or layout.config_of_target or any(one.file in names for one in layout.configs)
+    found = [(mode, name) for mode, name in found if own or not mode.files[0].boxes]  # many save files of such names
     modes = [mode for mode, name in found if not _skipped(name, layout)]
     if not modes and layout.config_file not in names:  # files that others may have beside them, and nothing else
         modes = [mode for mode, _ in found]

@@ -20,7 +20,9 @@ from engine.language.search import find_file
 from engine.planning.as_model import wanted_by_mapping
 from engine.proving.checks import check_classes
 from engine.proving.meta_model import asked
+from tests.support import shards
 from tests.support.frameworks import weights
+from tests.support.shards import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -469,3 +471,26 @@ def test_a_model_that_is_not_tied_and_has_no_output_layer_is_refused(tmp_path: P
     (folder / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
     engine.convert("torchtitan-llama", folder, tmp_path / "hf")
     assert "lm_head.weight" not in weights(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_internevos_own_names_in_a_distributed_checkpoint_are_read_as_its_rank_files_are(
+    family: str, tmp_path: Path
+) -> None:
+    tiny = Model(family, groups=4 if family == "v1" else 2)
+    shards.save(tiny, tmp_path / "ranks")
+    state = torch.load(tmp_path / "ranks" / "model_tp0_pp0.pt")
+    step = tmp_path / "step"
+    dcp.save({f"model.{n}": one.clone() for n, one in state.items()}, checkpoint_id=str(step), no_dist=True)
+    for name in ("model_config.pt", "config_file.pt", "context.pt"):
+        (tmp_path / "ranks" / name).rename(step / name)
+    torch.save({}, step / "optimizer_fsdp0.pt")
+    found = engine.inspect(step)
+    assert found.facts["layout"] == "internevo" and not found.facts["unknown"]
+    report = engine.convert(tiny.mapping, step, tmp_path / "out")
+    assert all("no tokenizer" in notice for notice in report.notices)
+    shards.same(weights(tmp_path / "out"), shards.build(tiny)[3])
+    (step / "model_config.pt").unlink()  # then it may be of any trainer
+    with pytest.raises(EngineError, match="no weight files of layout `internevo`"):
+        engine.plan(tiny.mapping, step)
+    assert engine.inspect(step).facts["layout"] == "torch-dcp"
