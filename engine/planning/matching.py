@@ -193,11 +193,13 @@ def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, sta
 def indices_of(stored: Sequence[Stored], matches: Matches, grid: RankGrid, layout: Layout) -> Indices:
     """How numbers in names become those of the whole model, where the layout says that they are local to a rank."""
     seen: dict[str, dict[int, int]] = {}
+    first: dict[tuple[tuple[str, int], ...], int] = {}  # a rank's first file; a model without ranks may be in many
+    whose = [first.setdefault(tuple(file.ranks.items()), number) for number, file in enumerate(grid.files)]
     for one in stored if layout.indices else ():
         for axis, value in matches.candidates[one.name][0][1].items() if one.name in matches.candidates else ():
             if axis in layout.indices:
-                counts = seen.setdefault(axis, {})
-                counts[one.file] = max(counts.get(one.file, 0), value + 1)
+                counts, file = seen.setdefault(axis, {}), whose[one.file]
+                counts[file] = max(counts.get(file, 0), value + 1)
     return Indices(layout, grid.sizes, local_indices(layout, seen, grid.files))
 
 

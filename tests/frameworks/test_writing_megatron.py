@@ -97,6 +97,21 @@ def test_legacy_files_hold_what_megatron_saved(name: str, family: str, asked: di
         assert told.items() <= {k: v for k, v in vars(made["args"]).items() if v is not None}.items()
 
 
+def test_experts_of_one_layer_may_lie_in_several_files(tmp_path: Path) -> None:
+    fixture = MEGATRON / "torch-ep2-moe"
+    for size in ("2GB", "40kB"):
+        hf, back = tmp_path / f"hf-{size}", tmp_path / size
+        engine.convert(
+            "megatron-mixtral", source_of(fixture), hf, config=fixture / "hf_config.json", max_shard_size=size
+        )
+        engine.reverse("megatron-mixtral", hf, back, ranks="ep=2")
+    one, several = (
+        {str(p.relative_to(tmp_path / n)): p.read_bytes() for p in (tmp_path / n).rglob("*.pt")}
+        for n in ("2GB", "40kB")
+    )
+    assert len(list(hf.glob("*.safetensors"))) > 2 and one == several
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [
