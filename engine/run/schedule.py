@@ -104,12 +104,12 @@ def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequenc
 
 
 def _together(plan: Work, nbytes: int | None) -> list[Unit]:
-    """Outputs of each file that are gathered one after the other, up to so many bytes of them."""
+    """Outputs of each file that one worker gathers in the order of their places, up to so many bytes of them."""
     units: list[Unit] = []
     for file in plan.shards:
         held: list[int] = []
         total = 0
-        for output in in_order(plan, file):
+        for output in file.outputs:
             size = plan.outputs[output].nbytes
             if held and nbytes is not None and total + size > nbytes:
                 units.append(Unit(tuple(held)))
@@ -119,12 +119,6 @@ def _together(plan: Work, nbytes: int | None) -> list[Unit]:
         if held:
             units.append(Unit(tuple(held)))
     return units
-
-
-def in_order(plan: Work, file: OutputFile) -> list[int]:
-    """The outputs of a file in the order in which their bytes lie there."""
-    offsets = layout_of(plan, file).offsets
-    return [output for _, output in sorted(zip(offsets, file.outputs, strict=True))]
 
 
 def layout_of(plan: Work, file: OutputFile) -> FileLayout:

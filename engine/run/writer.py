@@ -142,7 +142,7 @@ class Writer:
             job = None
             while (taken := shares.take(job)) is not None:
                 job, unit = taken
-                left = [output for output in unit.outputs if output not in self.done]
+                left = sorted((o for o in unit.outputs if o not in self.done), key=self._places.__getitem__)
                 self._meter.keep(sum(plan.outputs[i].nbytes for i in unit.outputs if i in self.done))
                 with self._errors(self._places[unit.outputs[0]][0]):
                     if not self._store.positioned and left:
