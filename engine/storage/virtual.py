@@ -74,9 +74,13 @@ class VirtualFile:
             at = end
 
     def raw(self) -> Positioned:
-        """The file as Python's unbuffered files are."""
+        """The file as Python's unbuffered files are; a read ends where a stretch does, so a header costs no tensor."""
 
         def read(at: int, target: memoryview) -> int:
+            index = bisect_right(self.stretches, at, key=lambda one: one.end)
+            if index < len(self.stretches):
+                one = self.stretches[index]
+                target = target[: (one.start if at < one.start else one.end) - at]
             self.read_into(at, target)
             return len(target)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import engine
+from engine.checkpoint.hf_folder import read_hf_folder
 from engine.planning.model import Plan
 from engine.serve.virtual import VirtualFolder
 
@@ -70,6 +71,15 @@ def test_the_manifest_is_right_when_it_is_read_first_and_from_its_middle(tmp_pat
     for start in (len(data) - 30, len(data) // 2, 0):
         with engine.virtual(engine.plan(mapping, FIXTURES / folder, **options)) as virtual:
             assert virtual["conversion.json"].read(start) == data[start:]
+
+
+def test_headers_of_a_virtual_file_are_read_without_its_sources(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "v2_tp2_pp2", tmp_path / "copy")
+    plan = engine.plan("families/internlm2.yaml", tmp_path / "copy", max_shard_size=200_000)
+    shutil.rmtree(tmp_path / "copy")
+    with engine.virtual(plan) as virtual:
+        found = [tensor.name for file in read_hf_folder(virtual.store) for tensor in file.tensors]
+    assert sorted(found) == sorted(output.name for output in plan.outputs)
 
 
 def rank_files(make: Callable[[], Plan], write: Callable[[Path], object], out: Path) -> None:
