@@ -61,12 +61,16 @@ def violations(data: Any, kind: str) -> Iterator[Any]:
     The check itself is `jsonschema_rs`, which is imported three times as fast and checks a hundred
     times as fast; only errors are found again and worded by `jsonschema`.
     """
-    try:
-        if _checker(kind).is_valid(_as_json(data)):
-            return
-    except ValueError:  # what JSON cannot hold
-        pass
+    if _is_valid(data, kind) or _is_valid(_as_json(data), kind):  # most data is as JSON has it
+        return
     yield from _validator(kind).iter_errors(data)
+
+
+def _is_valid(data: Any, kind: str) -> bool:
+    try:
+        return bool(_checker(kind).is_valid(data))
+    except ValueError:  # what JSON cannot hold
+        return False
 
 
 def check_schema(document: Document, kind: str, *, merged: bool = False) -> None:
