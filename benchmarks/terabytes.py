@@ -23,6 +23,8 @@ from typing import Any
 MAPPING = "megatron-mixtral"
 HIDDEN, FFN, HEADS, GROUPS, VOCAB = 6144, 13312, 48, 8, 128_000
 MIB, WINDOW = 1 << 20, 16 << 20
+BETWEEN = " of two mappings"  # steps of a reshard that reads with one and writes with another, for these ranks
+RANKS = {"tp": 4, "pp": 16, "ep": 16}
 
 # Assumptions of the projection.
 LATENCY = 0.05  # seconds that a request takes besides its bytes
@@ -108,13 +110,14 @@ def step(work: Path, what: str, parts: int) -> dict[str, Any]:
     """One step, measured; what it counted."""
     from engine import api
 
-    source, saved = work / "step", work / "plan.json"
+    source, saved = work / "step", work / ("between.json" if what.endswith(BETWEEN) else "plan.json")
     if what == "inspect":
         return {"fits": len(api.inspect(source, work / "hf" / "config.json").fitting)}
     if what == "plan":
         return {"outputs": len(api.plan(MAPPING, source, config=work / "hf" / "config.json").outputs)}
-    if what == "save":
-        api.save_plan(saved, MAPPING, source, config=work / "hf" / "config.json", overwrite=True)
+    if what.startswith("save"):
+        other: Any = {"job": "reshard", "to": MAPPING, "ranks": RANKS} if what.endswith(BETWEEN) else {}
+        api.save_plan(saved, MAPPING, source, config=work / "hf" / "config.json", overwrite=True, **other)
         return {"bytes": saved.stat().st_size}
     if what == "load":
         return {"outputs": len(api.load_plan(saved).outputs)}
@@ -124,7 +127,7 @@ def step(work: Path, what: str, parts: int) -> dict[str, Any]:
 
     if what == "count":
         return counted(api.load_plan(saved), parts)
-    work, _ = loaded_part(read_saved(saved), Part(parts // 2, parts), positioned=what == "part")
+    work, _ = loaded_part(read_saved(saved), Part(parts // 2, parts), positioned=not what.startswith("store"))
     return {"files": sum(file.state is not None for file in work.files)}
 
 
@@ -196,7 +199,8 @@ def report(given: argparse.Namespace, work: Path) -> None:
     made = child("make") if not (work / "step").exists() else {"bytes": 0, "files": 0, "tensors": 0}
     print(f"{made['bytes'] / 1e12:.2f} TB, {made['files']:,} files, {made['tensors']:,} stored tensors\n")
     print("| step | seconds | of the processor | peak memory |\n|---|---|---|---|")
-    for what in ("inspect", "plan", "save", "load", "part", "store part", "count"):
+    plain = ("inspect", "plan", "save", "load", "part", "store part")
+    for what in (*plain, *(f"{one}{BETWEEN}" for one in ("save", "part", "store part")), "count"):
         found = child(what)
         print(f"| {what} | {found['seconds']:.1f} | {found['cpu']:.1f} | {found['peak']:.0f} MiB |", flush=True)
     balance = f"{found['file system']:.3f} on a file system, {found['store']:.3f} in a store"

@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from engine.api.outputs import default_out, small_files
-from engine.api.plans import loaded_plan, read_saved, rules_of_request
+from engine.api.plans import loaded_plan, of_second, read_saved, rules_of_request
 from engine.checkpoint.hf_folder import read_hf_folder
-from engine.checkpoint.identity import check_files
+from engine.checkpoint.identity import Marks, check_files
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader
 from engine.language.model import Layout
 from engine.language.version import __version__
 from engine.planning.model import Work
 from engine.planning.reading import read_some
-from engine.planning.request import Request
 from engine.planning.saved_plan import AGAIN, SavedPlan, check_rules, unreadable
-from engine.planning.saved_work import saved_work
+from engine.planning.saved_work import SavedWork, saved_work
 from engine.run.execute import Report, execute, output_at
 from engine.run.parts import Part, is_done, share, write_marker
 from engine.run.runner import check_runnable, write_part
@@ -83,31 +82,42 @@ def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work
     Raises:
         EngineError: as for `load_plan`.
     """
-    if "work" not in saved.data or saved.data["engine"] != __version__:
+    if any("work" not in one.data or one.data["engine"] != __version__ for one in (saved, saved.through or saved)):
         compiled = loaded_plan(saved)
         some = slice(part.number - 1, None, part.count)
         mine = replace(
             compiled, replicas=compiled.replicas[some], slices=compiled.slices[some], tied=compiled.tied[some]
         )
         return mine, share(schedule(compiled, positioned=positioned), part, cut=positioned)
-    asked = saved.request
-    loaded, layout = rules_of_request(asked)
-    check_rules(saved, loaded, layout)
-    store, then = _store(asked.src), saved.data["files"]
-    files = tuple(FileHeader(File(store, one["name"]), one["size"], (), one["identity"]) for one in then)
     try:
-        places = {one.name: str(one.place) for one in loaded.rules}
-        held = saved_work(saved.data["work"], files, str(asked.src), places, layout)
+        held, layout = _outlined(saved)
         jobs = share(schedule(held.outline, positioned=positioned, scattered=held.scattered), part, cut=positioned)
         units = [unit for job in jobs for unit in job.units]
         outputs = {output for unit in units for output in unit.outputs}
         begun = {output for unit in units if not (unit.span and unit.span[0]) for output in unit.outputs}
-        needed = held.files_of(outputs, begun)
-        headers = _headers(asked, layout, saved.data["mode"], [then[n]["name"] for n in needed])
-        check_files([then[n] for n in needed], headers, str(asked.src), saved.path, AGAIN)
-        return held.of(outputs, begun, dict(zip(needed, headers, strict=True))), jobs
+        return _some(saved, held, layout, outputs, begun), jobs
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise unreadable(saved.path, f"copies that are none: {error!r}"[:200]) from error
+
+
+def _outlined(saved: SavedPlan) -> tuple[SavedWork, Layout]:
+    """The work of a saved plan before anything that it reads is looked at, and the layout."""
+    asked = saved.request if saved.through is None else of_second(saved.request)
+    loaded, layout = rules_of_request(asked)
+    check_rules(saved, loaded, layout)
+    store = _store(asked.src)
+    files = tuple(FileHeader(File(store, one["name"]), one["size"], (), one["identity"]) for one in saved.data["files"])
+    places = {one.name: str(one.place) for one in loaded.rules}
+    return saved_work(saved.data["work"], files, str(asked.src), places, layout), layout
+
+
+def _some(saved: SavedPlan, held: SavedWork, layout: Layout, outputs: Collection[int], begun: Collection[int]) -> Work:
+    """What moves some outputs of a saved plan; the files that they are read from are those that were planned."""
+    wanted = held.read_for(outputs, begun)
+    then = [saved.data["files"][number] for number in wanted]
+    headers = _headers(saved, layout, then, {name for names in wanted.values() for name in names})
+    check_files(then, headers, str(saved.request.src), saved.path, AGAIN)
+    return held.of(outputs, begun, dict(zip(wanted, headers, strict=True)))
 
 
 def _store(src: Source) -> Store:
@@ -115,12 +125,25 @@ def _store(src: Source) -> Store:
     return found.store if isinstance(found, File) else found
 
 
-def _headers(asked: Request, layout: Layout, mode: str, names: Sequence[str]) -> Sequence[FileHeader]:
-    """The headers of some files of a source that was read before."""
-    if asked.reads == "whole":
-        store = _store(asked.src)
-        return [header for name in names for header in read_hf_folder(File(store, name))]
-    return read_some(asked.src, layout, mode, names)
+def _headers(saved: SavedPlan, layout: Layout, then: Sequence[Marks], tensors: Collection[str]) -> Sequence[FileHeader]:
+    """The headers of some files of a source that was read before, of which some tensors are wanted."""
+    names = [one["name"] for one in then]
+    if saved.through is not None:
+        store = _virtual(saved.through, tensors, {one["name"]: one["state"]["etag"] for one in then})
+    elif saved.request.reads == "whole":
+        store = _store(saved.request.src)
+    else:
+        return read_some(saved.request.src, layout, saved.data["mode"], names)
+    return [header for name in names for header in read_hf_folder(File(store, name))]
+
+
+def _virtual(saved: SavedPlan, tensors: Collection[str], etags: Mapping[str, str]) -> Store:
+    """Some files that a run of a saved plan would write, of which some tensors can be read."""
+    from engine.serve.virtual import weight_files
+
+    held, layout = _outlined(saved)
+    outputs = {number for number, output in enumerate(held.outline.outputs) if output.name in tensors}
+    return weight_files(_some(saved, held, layout, outputs, held.compared_with(outputs)), etags)
 
 
 def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[CommitOptions]) -> Report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -88,37 +87,44 @@ def plan_reshard(mapping: str | Path | MappingFile, src: Source, **options: Unpa
 
 def planned(asked: Request) -> Plan:
     """The plan of a request, whatever it reads and writes."""
-    made, told = _direct(asked)
+    through = None if asked.to is None else _read_by_first(asked)
+    made = asked if through is None else _by_second(asked, through[0])
     loaded, layout = rules_of_request(made)
-    return _compiled(asked, made, loaded, layout, _read(made, layout), told)
+    return _compiled(asked, made, loaded, layout, _read(made, layout), through)
 
 
-def _direct(asked: Request) -> tuple[Request, tuple[str, ...]]:
-    """The request as one mapping can do it, and what is to be told of what is read.
+def _read_by_first(asked: Request) -> tuple[Plan, Request]:
+    """What is read by one mapping and written by another: the plan of the first, and its request.
 
-    What is read by one mapping and written by another has the files as source that a run of the first would write.
     Settings go to the mapping that has them, and to both where both do; a choice against the checkpoint's own
     configuration says how it is to be written.
     """
-    if asked.to is None:
-        return asked, ()
+    other = _settings_of_second(asked)
+    mine = {name: value for name, value in asked.settings.items() if _takes(asked, name, value) or name not in other}
+    whole = planned(first := Request(asked.mapping, asked.src, config=asked.config, settings=mine))
+    against = {name for name, one in whole.decisions.items() if name in other and one.instead_of is not None}
+    if against:
+        first = replace(first, settings={name: value for name, value in mine.items() if name not in against})
+        whole = planned(first)
+    return whole, first
+
+
+def _by_second(asked: Request, whole: Plan) -> Request:
+    """A request of two mappings as the second can do it, from the files that a run of the first would write."""
     from engine.assets.bundle import as_json
     from engine.serve.virtual import VirtualFolder
 
-    ends = (asked, replace(asked, mapping=asked.to, to=None))
-    mine, other = ({name: value for name, value in asked.settings.items() if _takes(one, name, value)} for one in ends)
-    mine |= {name: value for name, value in asked.settings.items() if name not in other}
-
-    def read(settings: Mapping[str, Any]) -> Plan:
-        return planned(Request(asked.mapping, asked.src, config=asked.config, settings=settings))
-
-    whole = read(mine)
-    against = {name for name, one in whole.decisions.items() if name in other and one.instead_of is not None}
-    if against:
-        whole = read({name: value for name, value in mine.items() if name not in against})
     folder = VirtualFolder(whole, lambda: Small({"config.json": as_json(whole.config)}))
-    made = replace(asked, mapping=asked.to, src=folder.store, reads="whole", config=None, settings=other, to=None)
-    return made, whole.notices
+    return replace(of_second(asked), src=folder.store, reads="whole", config=None, settings=_settings_of_second(asked))
+
+
+def of_second(asked: Request) -> Request:
+    """The request of the second of two mappings, but for what it reads."""
+    return replace(asked, mapping=asked.to or "", to=None)
+
+
+def _settings_of_second(asked: Request) -> dict[str, Any]:
+    return {name: value for name, value in asked.settings.items() if _takes(of_second(asked), name, value)}
 
 
 def _takes(asked: Request, name: str, value: Any) -> bool:
@@ -145,9 +151,14 @@ def no_effect(config: str | Path, without: str = "") -> EngineError:
 
 
 def _compiled(
-    given: Request, asked: Request, loaded: MappingFile, layout: Layout, checkpoint: Checkpoint, told: tuple[str, ...]
+    given: Request,
+    asked: Request,
+    loaded: MappingFile,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    through: tuple[Plan, Request] | None,
 ) -> Plan:
-    """The plan of a request as it was given, and as one mapping can do it; `told` are notices of what is read."""
+    """The plan of a request as it was given, and as one mapping can do it; `through` is of what is read."""
     config: Path | str | File | None = asked.config
     if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
         found = found_at(asked.src, "the checkpoint")
@@ -160,12 +171,13 @@ def _compiled(
             loaded, layout, like = fitted(loaded, layout, like)
         loaded = written_as_model(loaded, checkpoint.config)
     made = checked(make_plan(loaded, layout, checkpoint, asked, like=like))
-    if given is asked:
+    if through is None:
         check_effects(made, asked.settings)
         return made
     alone = [name for name, value in asked.settings.items() if not _takes(given, name, value)]
     check_effects(made, alone)  # what both have may matter to the first alone
-    return replace(made, folder=str(given.src), notices=(*told, *made.notices))
+    told = (*through[0].notices, *made.notices)
+    return replace(made, folder=str(given.src), notices=told, through=through)
 
 
 def read_whole(src: Source) -> Checkpoint:
@@ -225,7 +237,12 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
     Raises:
         EngineError: E001 for what another process could not plan again: a loaded mapping, a store.
     """
-    return encode(saved_plan(compiled, asked, describe_rules(compiled), _work_data(compiled)))
+    return encode(_content(compiled, asked))
+
+
+def _content(compiled: Plan, asked: Request) -> dict[str, Any]:
+    through = None if compiled.through is None else _content(*compiled.through)
+    return saved_plan(compiled, asked, describe_rules(compiled), _work_data(compiled), through)
 
 
 def _work_data(compiled: Plan) -> dict[str, Any] | None:
@@ -251,11 +268,12 @@ def load_plan(path: str | Path) -> Plan:
 
 def loaded_plan(saved: SavedPlan) -> Plan:
     """As `load_plan`, of a plan that is read."""
-    asked, told = _direct(saved.request)
+    through = None if saved.through is None else (loaded_plan(saved.through), saved.through.request)
+    asked = saved.request if through is None else _by_second(saved.request, through[0])
     loaded, layout = rules_of_request(asked)
     check_rules(saved, loaded, layout)
     checkpoint = _read(asked, layout)
     check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
-    compiled = _compiled(saved.request, asked, loaded, layout, checkpoint, told)
+    compiled = _compiled(saved.request, asked, loaded, layout, checkpoint, through)
     check_plan(saved, compiled, describe_rules(compiled), _work_data(compiled))
     return compiled

@@ -14,6 +14,7 @@ from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.language.model import Layout, MappingFile
 from engine.planning.classes import CopyTable
 from engine.planning.copies import Copy
+from engine.planning.request import Request
 from engine.planning.stages import Stages
 from engine.planning.stored import End, SourceTensor
 from engine.planning.variants import Decision
@@ -155,6 +156,7 @@ class Plan(Work):
     noted: Mapping[str, Any] = field(default_factory=dict)  # keys of the source's configuration that nothing reads
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
     departures: tuple[Departure, ...] = ()  # in what the model is not the release of the mapping
+    through: tuple[Plan, Request] | None = None  # of what is read, where it is another plan's output, never written
 
     def __repr__(self) -> str:
         """One line: what of which checkpoint comes to what. Its fields are the whole plan."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,16 @@ _ALWAYS = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
 
 @dataclass(frozen=True, slots=True)
 class SavedPlan:
-    """A saved plan as read: its request, and the whole file, as data and as it is."""
+    """A saved plan as read: its request, and the whole file, as data and as it is.
+
+    A plan that reads with one mapping and writes with another has that of the first in it.
+    """
 
     path: str
     request: Request
     data: Mapping[str, Any]
     raw: bytes
+    through: SavedPlan | None = None  # the plan whose output is read, where it is never written
 
     @property
     def digest(self) -> str:
@@ -92,13 +96,18 @@ def _plain(value: Any) -> Any:
 
 
 def saved_plan(
-    plan: Plan, asked: Request, rules: Sequence[Mapping[str, Any]], work: Mapping[str, Any] | None
+    plan: Plan,
+    asked: Request,
+    rules: Sequence[Mapping[str, Any]],
+    work: Mapping[str, Any] | None,
+    through: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of a saved plan; the shape is `schemas/saved-plan.schema.json`.
 
     Args:
         rules: what goes where, to be reviewed, as `describe_rules` gives it.
         work: the same in full, for parts, as `work_data` gives it.
+        through: the content of `plan.through`.
     """
     layout = plan.layout
     return {
@@ -118,6 +127,7 @@ def saved_plan(
         "config": dict(sorted(plan.config.items())),
         "digest": digest_of_plan(plan),
         **({} if work is None else {"work": work}),
+        **({} if through is None else {"through": through}),
     }
 
 
@@ -153,13 +163,33 @@ def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
             expected=f"plan: {VERSION}",
             fix="Use an engine that knows it, or plan again.",
         )
-    problem = next(iter(violations(data, "saved-plan")), None)
+    through = data.get("through") if isinstance(data, dict) else None
+    read = _read(path, data, raw)
+    if (through is None) != (read.request.to is None):
+        raise unreadable(path, "two mappings with the plan of one, or two plans of one mapping")
+    if through is None:
+        return read
+    first = _read(path, through, raw)
+    if [getattr(first.request, name) for name in ("mapping", "src", "to")] != [
+        read.request.mapping,
+        read.request.src,
+        None,
+    ]:
+        raise unreadable(path, "`through` is another request's")
+    return replace(read, through=first)
+
+
+def _read(path: Path, data: Any, raw: bytes) -> SavedPlan:
+    """A plan, without the one that it goes through."""
+    own = {key: value for key, value in data.items() if key != "through"} if isinstance(data, dict) else data
+    problem = next(iter(violations(own, "saved-plan")), None)
     if problem is not None:
         raise unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
     try:
-        return SavedPlan(str(path), Request(**data["request"]), data, raw)
+        asked = Request(**own["request"])
     except EngineError as error:
         raise unreadable(path, error.message) from None
+    return SavedPlan(str(path), asked, own, raw)
 
 
 def unreadable(path: Path | str, why: str) -> EngineError:

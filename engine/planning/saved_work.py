@@ -20,7 +20,6 @@ from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Ti
 from engine.planning.rank_outputs import around_data, around_of
 from engine.planning.stored import SourceTensor
 from engine.planning.zeros import ZEROS, zeros_of
-from engine.storage.virtual import VirtualStore
 
 Row = list[Any]  # of an output: its name, the number of its kind, then its places
 Places = list[list[int]]  # sources of one name together: the number of the name, and the file of each
@@ -33,9 +32,8 @@ def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> d
         scattered: gives the outputs that are filled together from the sources' side.
     """
     named = [len({t.name for t in file.tensors}) == len(file.tensors) for file in plan.files]
-    virtual = any(isinstance(file.file.store, VirtualStore) for file in plan.files if file != ZEROS)
     around = around_data(plan)
-    if virtual or not all(named) or json.loads(json.dumps(around)) != around:
+    if not all(named) or json.loads(json.dumps(around)) != around:
         return None
     coded = _Coded(plan)
     homes: dict[int, int] = {}  # source → the first output that reads it
@@ -123,8 +121,8 @@ class SavedWork:
     _data: Mapping[str, Any]
     _output: Callable[[Row], Output]
 
-    def files_of(self, outputs: Collection[int], begun: Collection[int]) -> list[int]:
-        """The files that some outputs are read from, and those that are compared.
+    def read_for(self, outputs: Collection[int], begun: Collection[int]) -> dict[int, set[str]]:
+        """The files that some outputs are read from, and those that are compared; the tensors of each.
 
         Args:
             begun: those of the outputs with which what belongs to them is compared.
@@ -132,14 +130,27 @@ class SavedWork:
         rows = [self._data["outputs"][output][2:] for output in outputs]
         rows += [row[2:] for home, row in self._data["tied"] if home in begun]
         rows += [places for home, _, _, *places in self._data["checks"] if home in begun]
-        zeros = len(self.outline.files) - 1
-        return sorted({file for row in rows for _, *files in row for file in files if file != zeros})
+        zeros, names = len(self.outline.files) - 1, self._data["names"]
+        found: dict[int, set[str]] = {}
+        for name, file in {(name, file) for row in rows for name, *files in row for file in files if file != zeros}:
+            found.setdefault(file, set()).add(names[name])
+        return dict(sorted(found.items()))
+
+    def compared_with(self, outputs: Collection[int]) -> set[int]:
+        """Some outputs, and those to which what is compared of their sources belongs."""
+        held = {(name, file) for output in outputs for name, *files in self._data["outputs"][output][2:]
+                for file in files}  # fmt: skip
+        return {*outputs} | {
+            home
+            for home, _, _, *places in self._data["checks"]
+            if any((name, file) in held for name, *files in places for file in files)
+        }
 
     def of(self, outputs: Collection[int], begun: Collection[int], headers: Mapping[int, FileHeader]) -> Work:
         """What moves some outputs, and compares what belongs to those that are begun.
 
         Args:
-            headers: of `files_of` these.
+            headers: of the files of `read_for` these.
 
         Raises:
             ValueError, LookupError, TypeError: for copies that are none of a plan.
@@ -252,15 +263,19 @@ def saved_work(
     Raises:
         ValueError, LookupError, TypeError: for what is none.
     """
-    kinds: Sequence[Row] = data["kinds"]
 
-    def output(row: Row) -> Output:
-        dtype, read_dtype, shape, rule, pattern, transform, dim, _ = kinds[row[1]]
+    def facts(kind: Row) -> tuple[Any, ...]:
+        dtype, read_dtype, shape, rule, pattern, transform, dim, _ = kind
         place = places.get(rule.partition(" + ")[0], "")
         change = None if transform is None else tuple(transform)
         if change is not None and (change[0] not in TRANSFORMS or dim is None or dim >= len(shape)):
-            raise ValueError(f"{row[0]} is changed in no known way")
-        return Output(row[0], dtype, read_dtype, tuple(shape), rule, place, pattern, change, dim)
+            raise ValueError(f"{pattern} is changed in no known way")
+        return dtype, read_dtype, tuple(shape), rule, place, pattern, change, dim
+
+    kinds = list(map(facts, data["kinds"]))
+
+    def output(row: Row) -> Output:
+        return Output(row[0], *kinds[row[1]])
 
     def nothing(index: int) -> list[Copy]:
         raise LookupError(index)

@@ -13,7 +13,7 @@ from queue import LifoQueue
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.move.reader import Reader
-from engine.planning.model import Plan, Tied
+from engine.planning.model import Tied, Work
 from engine.run.digests import Total
 from engine.run.journal import Done
 from engine.run.replicas import Check, checks, compare_replicas
@@ -37,14 +37,14 @@ class Readers:
     source files: what was read of one that changed since it was planned is not handed out.
     """
 
-    def __init__(self, plan: Plan, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, work: Work, threads: ThreadPoolExecutor) -> None:
         """Args: threads: they read; whoever made them ends them."""
-        self.plan, self._threads = plan, threads
+        self.work, self._threads = work, threads
         self._opened: list[SourceFiles] = []
         self._idle: LifoQueue[Reader] = LifoQueue()  # the last one used first, which may hold what comes next
         for _ in range(THREADS):
-            self._opened.append(SourceFiles(plan.files))
-            self._idle.put(Reader(plan, self._opened[-1]))
+            self._opened.append(SourceFiles(work.files))
+            self._idle.put(Reader(work, self._opened[-1]))
         self._closing = weakref.finalize(self, _close, self._opened)
         self._users, self._open = 0, True
         self._process = 0  # whose threads read: the first that does
@@ -53,7 +53,7 @@ class Readers:
         self.done = Once(self._done)  # output → digest and checksum; all of it is read for them
         self._checks: dict[int, list[int]] = {}  # source → checks that it takes part in
         self._ties: dict[int, list[int]] = {}  # output → checks that compare another tensor with it
-        for index, check in enumerate(checks(plan)):
+        for index, check in enumerate(checks(work)):
             if isinstance(check, Tied):
                 self._ties.setdefault(check.same_as, []).append(index)
             else:
@@ -82,16 +82,16 @@ class Readers:
 
     def _prepare(self, output: int) -> list[FileHeader]:
         """Compare the replicas of a tensor; the files that it is read from."""
-        sources = {copy.source for copy in self.plan.copies(output)}
+        sources = {copy.source for copy in self.work.copies(output)}
         for check in sorted({*self._ties.get(output, ()), *(c for s in sources for c in self._checks.get(s, ()))}):
             self._compared(check)
-        files = [self.plan.files[file] for file in sorted({self.plan.sources[s].file for s in sources})]
+        files = [self.work.files[file] for file in sorted({self.work.sources[s].file for s in sources})]
         return [one for one in files if not one.file.store.block]  # objects are asked for by their state
 
     def compare_all(self) -> None:
         """Compare all replicas that have not been yet; E402 when some differ."""
         with self._using():
-            for index in range(len(checks(self.plan))):
+            for index in range(len(checks(self.work))):
                 self._compared(index)
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class Readers:
                 raise EngineError(
                     "E001",
                     "the checkpoint is closed",
-                    place=Place(self.plan.folder),
+                    place=Place(self.work.folder),
                     fix="Read it before it is closed, inside its `with` block.",
                 )
             self._users += 1
@@ -129,12 +129,12 @@ class Readers:
             self._idle.put(reader)
 
     def _compare(self, index: int) -> Check:
-        check = checks(self.plan)[index]
-        compare_replicas(self.plan, lambda _: None, [check])
+        check = checks(self.work)[index]
+        compare_replicas(self.work, lambda _: None, [check])
         return check
 
     def _done(self, output: int) -> Done:
-        total, nbytes = Total(digest=True, checksum=True), self.plan.outputs[output].nbytes
+        total, nbytes = Total(digest=True, checksum=True), self.work.outputs[output].nbytes
         buffer = memoryview(bytearray(min(nbytes, PART_BYTES)))
         for at in range(0, nbytes, max(len(buffer), 1)):
             data = buffer[: nbytes - at]

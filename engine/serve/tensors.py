@@ -127,7 +127,7 @@ class Slice:
 
     def __init__(self, readers: Readers, output: int) -> None:
         self._readers, self._index = readers, output
-        self._output = readers.plan.outputs[output]
+        self._output = readers.work.outputs[output]
 
     def get_shape(self) -> list[int]:
         return list(self._output.shape)

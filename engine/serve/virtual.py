@@ -17,7 +17,7 @@ from functools import partial
 
 from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
-from engine.planning.model import OutputFile, Plan
+from engine.planning.model import OutputFile, Plan, Work
 from engine.run.digests import content_id
 from engine.run.execute import Small, check_names
 from engine.run.journal import Done, identity_of
@@ -56,14 +56,14 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         self.plan, self.readers = plan, Readers(plan, threads or self._threads or reading_threads())
         self.notices = (*plan.notices, *small.notices)
         identity = identity_of(plan)
-        made = [_weights(self.readers, file, identity) for file in plan.shards]
+        made = [_weights(self.readers, file, _short(identity, file.name)[:40]) for file in plan.shards]
         made += [VirtualFile.of(name, data) for name, data in files.items()]
         if len(plan.shards) > 1 and plan.written is None:
             names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
             made.append(VirtualFile.of(INDEX, index_json(names, plan.nbytes)))
-        made.append(_manifest(self.readers, files, identity))
+        made.append(_manifest(plan, self.readers, files, identity))
         self._files = {one.name: one for one in sorted(made, key=lambda one: one.name)}
-        self.store = VirtualStore(f"virtual:{plan.folder}", self._files)
+        self.store = _store(plan, self._files)
         self.commit = _short(*((one.name, one.size, one.etag) for one in made))[:40]
 
     def __getitem__(self, name: str) -> VirtualFile:
@@ -88,6 +88,16 @@ class VirtualFolder(Mapping[str, VirtualFile]):
             self._threads.shutdown()
 
 
+def weight_files(work: Work, etags: Mapping[str, str]) -> VirtualStore:
+    """Some weight files that a run of some work would write, by their etags; only tensors of that work can be read."""
+    readers = Readers(work, reading_threads())
+    return _store(work, {one.name: _weights(readers, one, etags[one.name]) for one in work.shards if one.name in etags})
+
+
+def _store(work: Work, files: Mapping[str, VirtualFile]) -> VirtualStore:
+    return VirtualStore(f"virtual:{work.folder}", files)
+
+
 def _short(*values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -105,13 +115,13 @@ def _computed(start: int, size: int, make: Callable[[], bytes]) -> Stretch:
     return Stretch(start, start + size, fill)
 
 
-def _weights(readers: Readers, file: OutputFile, identity: str) -> VirtualFile:
+def _weights(readers: Readers, file: OutputFile, etag: str) -> VirtualFile:
     """A weight file: payloads from the sources, the rest as the format lays it out."""
-    plan, layout = readers.plan, layout_of(readers.plan, file)
+    work, layout = readers.work, layout_of(readers.work, file)
     stretches = [
-        Stretch(at, at + plan.outputs[i].nbytes, partial(readers.read_into, i))
+        Stretch(at, at + work.outputs[i].nbytes, partial(readers.read_into, i))
         for i, at in zip(file.outputs, layout.offsets, strict=True)
-        if plan.outputs[i].nbytes
+        if work.outputs[i].nbytes
     ]
     for start, data in layout.start():
         stretches += _bytes(start, data)
@@ -129,15 +139,15 @@ def _weights(readers: Readers, file: OutputFile, identity: str) -> VirtualFile:
     for index, (start, data) in enumerate(layout.finish([0] * len(file.outputs))):
         stretches.append(_computed(start, len(data), partial(finished, index)))
     stretches.sort(key=lambda one: one.start)
-    return VirtualFile(file.name, layout.size, _short(identity, file.name)[:40], tuple(stretches))
+    return VirtualFile(file.name, layout.size, etag, tuple(stretches))
 
 
 _DIGEST, _CONTENT = 32, 64  # hexadecimal digits of a tensor's digest and of the content id
 
 
-def _manifest(readers: Readers, small: Mapping[str, bytes], identity: str) -> VirtualFile:
+def _manifest(plan: Plan, readers: Readers, small: Mapping[str, bytes], identity: str) -> VirtualFile:
     """`conversion.json`, in which each digest is computed when its bytes are read."""
-    plan, mark = readers.plan, f"@{secrets.token_hex(8)}"  # which nothing else in the file holds
+    mark = f"@{secrets.token_hex(8)}"  # which nothing else in the file holds
     digits = _DIGEST - len(mark)
     data = manifest(plan, {i: Done(f"{mark}{i:0{digits}d}", 0) for i in range(len(plan.outputs))}, small)
     data["content_id"] = f"{mark}{'c' * (_CONTENT - len(mark))}"
@@ -146,7 +156,7 @@ def _manifest(readers: Readers, small: Mapping[str, bytes], identity: str) -> Vi
     end = 0
     for found in re.finditer(rb"%b(c+|[0-9]{%d})" % (mark.encode(), digits), text):
         stretches += _bytes(end, text[end : found.start()])
-        make = partial(_content_id, readers) if found[1][:1] == b"c" else partial(_digest, readers, int(found[1]))
+        make = partial(_content_id, plan, readers) if found[1][:1] == b"c" else partial(_digest, readers, int(found[1]))
         stretches.append(_computed(found.start(), len(found[0]), make))
         end = found.end()
     stretches += _bytes(end, text[end:])
@@ -158,10 +168,9 @@ def _digest(readers: Readers, output: int) -> bytes:
     return readers.done(output).digest.encode()
 
 
-def _content_id(readers: Readers) -> bytes:
+def _content_id(plan: Plan, readers: Readers) -> bytes:
     """Of a checkpoint whose replicas have all been compared."""
     readers.compare_all()
-    plan = readers.plan
     tensors = {
         tensor_key(plan, file.name, plan.outputs[i].name): (
             plan.outputs[i].dtype, plan.outputs[i].shape, readers.done(i).digest,

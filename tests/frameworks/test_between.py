@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,9 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 import engine
+from engine import api
 from tests.support.shards import same
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("fixture", ["v2_tp2_pp2", "e052_v2_tp2_pp1_mult64"])
@@ -77,8 +83,30 @@ def test_a_plan_of_two_mappings_is_saved_and_gives_the_same_bytes_or_nothing(
     assert len(os.listdir("/proc/self/fd")) == opened  # what lies between the two is closed
     for path in (one for kind in ("*.distcp", "*.pt") for one in (tmp_path / "direct").rglob(kind)):
         assert path.read_bytes() == (tmp_path / "planned" / path.relative_to(tmp_path / "direct")).read_bytes()
+    for number in (2, 3, 1):
+        api.part(tmp_path / "plan.json", f"{number}/3", tmp_path / "parts")
+    api.commit(tmp_path / "plan.json", tmp_path / "parts")
+    assert files(tmp_path / "parts") == files(tmp_path / "direct")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert "work" in data and "work" in data["through"], "parts need not plan again"
     path = next(source.glob("model_tp1*.pt"))
     torch.save({name: one + 1 for name, one in torch.load(path, weights_only=True).items()}, path)
     with pytest.raises(engine.EngineError) as caught:
         engine.run_plan(tmp_path / "plan.json", tmp_path / "again")
     assert caught.value.code == "E405" and not (tmp_path / "again").exists()
+
+
+def test_a_part_compares_the_replicas_of_what_it_reads(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(FIXTURES / "v2_tp2_pp2", tmp_path / "source"))
+    path = source / "model_tp1_pp0.pt"
+    state = torch.load(path, weights_only=True)
+    name = next(name for name in state if name.endswith("norm.weight"))
+    torch.save({**state, name: state[name] + 1}, path)
+    engine.save_plan(tmp_path / "plan.json", "families/internlm2.yaml", source, job="reshard", to="transformers")
+    found = []
+    for number in (1, 2, 3):
+        try:
+            api.part(tmp_path / "plan.json", f"{number}/3", tmp_path / "out")
+        except engine.EngineError as error:
+            found.append(error.code)
+    assert "E402" in found and not (tmp_path / "out").exists()

@@ -126,12 +126,17 @@ def test_a_part_looks_at_no_file_but_its_own(whole: dict[str, bytes], tmp_path: 
     assert weights and all((tmp_path / "out" / name).read_bytes() == whole[name] for name in weights)
 
 
-def test_no_copies_of_a_saved_plan_break_a_part(plan: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", [None, "transformers"])
+def test_no_copies_of_a_saved_plan_break_a_part(to: str | None, plan: Path) -> None:
+    """Of one that reads with one mapping and writes with another, those of the first."""
+    if to is not None:
+        api.save_plan(plan, MAPPING, STEP, job="reshard", to=to, overwrite=True)
     data = json.loads(plan.read_text())
-    work = data.pop("work")
+    work = (data if to is None else data["through"]).pop("work")
     assert work["checks"] and work["outputs"]
     for name, damage in mutated(work):
-        plan.write_bytes(json.dumps(data).encode()[:-1] + b', "work": ' + damage + b"}")
+        (data if to is None else data["through"])["work"] = "DAMAGE"
+        plan.write_bytes(json.dumps(data).encode().replace(b'"DAMAGE"', damage))
         try:
             loaded_part(read_saved(plan), Part(1, 2), positioned=True)
         except EngineError as error:
