@@ -169,7 +169,7 @@ def _compiled(
     else:
         if like is not None:
             loaded, layout, like = fitted(loaded, layout, like)
-        loaded = written_as_model(loaded, checkpoint.config)
+        loaded = written_as_model(loaded, checkpoint)
     made = checked(make_plan(loaded, layout, checkpoint, asked, like=like))
     if through is None:
         check_effects(made, asked.settings)

@@ -47,6 +47,7 @@ class Rule:
     drop: Mapping[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
     zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
     tied_to: str | None = None
+    dtype: str | None = None  # the element type of what is no weight, such as a counter
 
     def active(self, choices: Mapping[str, str]) -> bool:
         """Whether `when` holds; a variant that is still open does not exclude the rule."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
@@ -37,12 +38,29 @@ class Wanted:
     Attributes:
         shapes: name → shape, in the order of the model.
         tied: names that are stored or not, and equal another: name → that one.
+        types: element types of those that are no weights, such as counters: name → type.
         versions: of transformers, those that load these names; None for all.
+        others: the same under names that older releases gave the tensors, and that transformers loads too.
     """
 
     shapes: Mapping[str, Shape]
     tied: Mapping[str, str]
     versions: str | None = None
+    types: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[Wanted, ...] = ()
+
+    def named_as(self, names: Collection[str]) -> Wanted:
+        """It under the names of a Hugging Face checkpoint, or as it is where these are none of its own."""
+        forms = (self, *self.others)
+        return next((one for one in forms if all(name in names for name in one.shapes)), self)
+
+
+class _Kind(NamedTuple):
+    """What tensors of one family have in common."""
+
+    shape: Shape
+    tied_to: str | None
+    dtype: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +69,7 @@ class _Family:
 
     name: str
     counts: Mapping[str, int]
-    shape: Shape
-    tied_to: str | None
+    kind: _Kind
 
 
 def fit_to_model(
@@ -67,7 +84,7 @@ def fit_to_model(
         EngineError: E207 when the checkpoint lacks a tensor of the class under every prefix.
     """
     names = {tensor.name for file in checkpoint.files for tensor in file.tensors}
-    prefix, own = _prefix(wanted, names)
+    wanted, prefix, own = _named(wanted, names)
     held = present_in(names)
 
     begins = tuple({prefix + _first(name.removeprefix(own)) for name in (*wanted.shapes, *wanted.tied)})
@@ -120,8 +137,8 @@ def rules_of(
     seen = False
     for family in families:
         dims |= {name: count for name, count in family.counts.items()}
-        dims |= {f"n{size}": size for size in family.shape}
-        axes = Axes(tuple(map(Axis, _axes(family.shape, dims))))
+        dims |= {f"n{size}": size for size in family.kind.shape}
+        axes = Axes(tuple(map(Axis, _axes(family.kind.shape, dims))))
         seen = seen or "layer" in family.counts
         rules.append(
             Rule(
@@ -131,8 +148,9 @@ def rules_of(
                 targets=(Target(family.name, axes, mapping.place),),
                 place=mapping.place,
                 stage=None if "layer" in family.counts else "last" if seen or counted is None else "first",
-                optional=family.tied_to is not None and not held(stored(family.name)),
-                tied_to=family.tied_to,
+                optional=family.kind.tied_to is not None and not held(stored(family.name)),
+                tied_to=family.kind.tied_to,
+                dtype=family.kind.dtype,
             )
         )
     return replace(
@@ -191,6 +209,17 @@ def _first(name: str) -> str:
     return head + dot
 
 
+def _named(wanted: Wanted, names: Collection[str]) -> tuple[Wanted, str, str]:
+    """The class's tensors under the names by which the checkpoint has all of them, with their prefixes."""
+    try:
+        return wanted, *_prefix(wanted, names)
+    except EngineError as error:
+        for one in wanted.others if error.code == "E207" else ():
+            with suppress(EngineError):
+                return one, *_prefix(one, names)
+        raise
+
+
 def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
     """What stands before the class's names in the checkpoint's, and the class's own prefix that is not there."""
     held = set(names)
@@ -233,26 +262,26 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
 
 def _families(wanted: Wanted) -> list[_Family]:
     """Names folded by their numbers, where these count from 0 without gaps and all that are alike have one shape."""
-    listed: dict[tuple[str, Shape, str | None], list[tuple[int, ...]]] = {}
+    listed: dict[tuple[str, _Kind], list[tuple[int, ...]]] = {}
     every = {**wanted.shapes, **{name: wanted.shapes[to] for name, to in wanted.tied.items() if to in wanted.shapes}}
     for name, shape in every.items():
-        key = without_numbers(name), shape, wanted.tied.get(name)
+        key = without_numbers(name), _Kind(shape, wanted.tied.get(name), wanted.types.get(name))
         listed.setdefault(key, []).append(numbers_in(name))
     full = {key: _counts(numbers) for key, numbers in listed.items()}
-    alike = Counter(text for text, _, _ in full)
+    alike = Counter(text for text, _ in full)
     layers = Counter(counts[0] for counts in full.values() if counts)
     layer = layers.most_common(1)[0][0] if layers else None
     families: list[_Family] = []
-    for (text, shape, tied), every_number in listed.items():
-        counts = full[text, shape, tied]
+    for (text, kind), every_number in listed.items():
+        counts = full[text, kind]
         if counts is None or alike[text] > 1:
-            families += [_Family(_put(text, [str(number) for number in one]), {}, shape, tied) for one in every_number]
+            families += [_Family(_put(text, [str(number) for number in one]), {}, kind) for one in every_number]
             continue
         words: list[str] = [f"i{count}" + "_" * counts[:i].count(count) for i, count in enumerate(counts)]
         if counts and counts[0] == layer:
             words[0] = "layer"
         families.append(
-            _Family(_put(text, [f"{{{word}}}" for word in words]), dict(zip(words, counts, strict=True)), shape, tied)
+            _Family(_put(text, [f"{{{word}}}" for word in words]), dict(zip(words, counts, strict=True)), kind)
         )
     return families
 

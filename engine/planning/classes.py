@@ -77,7 +77,9 @@ class CopyTable:
     def dtype(self, output: int, name: str, files: Sequence[str], place: Place | None) -> str:
         """The one element type of everything that is copied into an output; E210 when there are several."""
         _, numbers, every = self._group(output)
-        if every in FLOATS:
+        own = self.outputs[output][0].instance.rule.dtype
+        allowed = FLOATS if own is None else (own,)
+        if every is not None and every in allowed:
             return every
         held: dict[str, Stored] = {}
         for number in sorted(self.filled(output)[1]) or numbers[:1]:
@@ -92,15 +94,17 @@ class CopyTable:
                 fix="The files are of different runs or one was cast by hand.",
             )
         ((dtype, first),) = held.items()
-        if dtype not in FLOATS:
+        if dtype not in allowed:
             raise EngineError(
                 "E209",
-                f"`{name}` holds no floating-point weights",
+                f"`{name}` {'holds no floating-point weights' if own is None else 'is no weight, but whole numbers'}",
                 place=place,
                 got=f"{dtype} in {files[first.file]}",
-                expected=", ".join(FLOATS),
+                expected=", ".join(allowed),
                 fix="Quantised weights mean something only with their scales, which no rule reads. Save the model "
-                "dequantised, with the library that quantised it.",
+                "dequantised, with the library that quantised it."
+                if own is None
+                else "Save it in the type that the model class has, as it was before a cast.",
             )
         return dtype
 

@@ -19,6 +19,7 @@ from engine.language.names import without_numbers
 from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, wanted_by_mapping
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
+from engine.proving.class_names import wanted_of
 from engine.proving.proof import Failure
 from engine.proving.targets import known_of
 
@@ -33,28 +34,7 @@ def wanted(config: Mapping[str, Any], architecture: str = "") -> Wanted | str:
     if isinstance(found, str):
         return found
     model, ties = found
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    owners: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False) if ties else ():
-        first = owners.setdefault(id(parameter), name)
-        if first != name:
-            tied[name] = first
-    listed = getattr(model, "_tied_weights_keys", None) if ties else {}
-    if isinstance(listed, Mapping):
-        tied |= {name: to for name, to in listed.items() if name in shapes and to in shapes}
-    kept = {name: shape for name, shape in shapes.items() if name not in tied}
-    return Wanted(kept, tied, None if {*shapes} <= _saved(model) else ">=5")
-
-
-def _saved(model: Any) -> set[str]:
-    """The names under which transformers saves a model. It stacks experts since 5, and saves them as it did before."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        return {*revert_weight_conversion(model, model.state_dict())}
-    except Exception:  # not its public interface
-        return set()
+    return wanted_of(model, ties=ties)
 
 
 def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
@@ -129,11 +109,12 @@ def _wanted_here(config: Mapping[str, Any]) -> Wanted:
     return found
 
 
-def written_as_model(mapping: MappingFile, config: Mapping[str, Any]) -> MappingFile:
+def written_as_model(mapping: MappingFile, checkpoint: Checkpoint) -> MappingFile:
     """A mapping with its rules for tensors to be written, also where these come from the model class."""
     if not mapping.as_model or mapping.rules:
         return mapping
-    return rules_of(mapping, wanted_by_class(mapping, config), config)
+    names = {tensor.name for file in checkpoint.files for tensor in file.tensors}
+    return rules_of(mapping, wanted_by_class(mapping, checkpoint.config).named_as(names), checkpoint.config)
 
 
 def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Layout, Checkpoint]:
@@ -165,7 +146,7 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
     named = class_named(config) or architecture
     found = getattr(transformers, named, None)
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)  # nothing else is called
-    made: Any = found if known else transformers.AutoModelForCausalLM.from_config
+    made: Any = found if known else _generating(CONFIG_MAPPING[kind]).from_config
     of_kind = known_of(kind)
     if known and made.config_class is not CONFIG_MAPPING[kind] and (of_kind is None or named not in of_kind.classes):
         raise EngineError(
@@ -178,7 +159,7 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
     quiet = logging.getLogger("transformers")
     level, quiet.level = quiet.level, logging.ERROR
     try:
-        loaded = transformers.AutoConfig.for_model(**{**config, "dtype": "bfloat16"})
+        loaded = transformers.AutoConfig.for_model(**{**_with_infinities(config), "dtype": "bfloat16"})
         with torch.device("meta"):
             model = made(loaded)
     except Exception as error:  # whatever their validation raises, it is this configuration that they refuse
@@ -191,6 +172,29 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
     finally:
         quiet.setLevel(level)
     return model, bool(getattr(loaded, "tie_word_embeddings", False))
+
+
+def _generating(kind: Any) -> Any:
+    """What makes the class that generates text by a configuration that names none, as 4 saved some of two parts."""
+    import transformers
+
+    listed = [getattr(transformers, f"AutoModelFor{task}") for task in ("CausalLM", "ImageTextToText", "Seq2SeqLM")]
+    return next((one for one in listed if kind in one._model_mapping), listed[0])
+
+
+def _with_infinities(value: Any) -> Any:
+    """A configuration with the infinities that transformers 5 writes as mappings.
+
+    >>> _with_infinities({"time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    {'time_step_limit': [0.0, inf]}
+    """
+    if isinstance(value, list):
+        return [_with_infinities(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    if {*value} == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: _with_infinities(one) for key, one in value.items()}
 
 
 def misfits(

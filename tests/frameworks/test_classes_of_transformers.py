@@ -1,0 +1,140 @@
+"""Distributed checkpoints of transformers' classes beside plain decoders: names, ties, counters, parts with angles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig
+
+import engine
+from engine.errors import EngineError
+from tests.support.distributed import LLAMA, MOE, equal, model, save
+from tests.support.frameworks import weights
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROBERTA = {
+    "model_type": "camembert", "architectures": ["CamembertForMaskedLM"], "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40, "max_position_embeddings": 16,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+TEXT = {key: value for key, value in LLAMA.items() if key != "architectures"}
+SEEING = {
+    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": TEXT,
+    "image_token_index": 39, "tie_word_embeddings": False, "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16,
+    },
+}  # fmt: skip
+
+
+def state_of(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    made = getattr(transformers, config["architectures"][0])(AutoConfig.for_model(**config))
+    return {k: torch.randn_like(v) if v.is_floating_point() else v + 3 for k, v in made.state_dict().items()}
+
+
+def loaded(out: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the class has of a folder; nothing is at random."""
+    kind = getattr(transformers, config["architectures"][0])
+    made, told = kind.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return made.state_dict()
+
+
+def test_a_head_that_the_class_names_before_the_embedding_is_tied_to_it(tmp_path: Path) -> None:
+    state = state_of(ROBERTA)
+    with pytest.raises(EngineError) as caught:
+        engine.convert("transformers", save(state, tmp_path / "other", ROBERTA), tmp_path / "out")
+    assert caught.value.code == "E402"
+    for head, to in (("weight", "roberta.embeddings.word_embeddings.weight"), ("bias", "lm_head.bias")):
+        state[f"lm_head.decoder.{head}"] = state[to]
+    engine.convert("transformers", save(state, tmp_path / "tied", ROBERTA), tmp_path / "out")
+    assert {*state} - {*weights(tmp_path / "out")} == {"lm_head.decoder.weight", "lm_head.decoder.bias"}
+    engine.reverse("transformers", tmp_path / "out", tmp_path / "back")
+    made = loaded(tmp_path / "out", ROBERTA)
+    assert all(torch.equal(made[name], one) for name, one in state.items())
+
+
+def test_counters_of_a_class_are_whole_numbers_in_both_directions(tmp_path: Path) -> None:
+    config = {"model_type": "levit", "architectures": ["LevitModel"], "hidden_sizes": [16, 16, 16], "image_size": 32}
+    config |= {"num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    state = state_of(config)
+    counters = [name for name, one in state.items() if one.dtype == torch.int64]
+    engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out", dtype="bfloat16")
+    made = weights(tmp_path / "out")
+    assert counters and all(torch.equal(made[name], state[name]) for name in counters)
+    engine.convert("transformers", tmp_path / "step", tmp_path / "own")
+    engine.reverse("transformers", tmp_path / "own", tmp_path / "back")
+    engine.convert("transformers", tmp_path / "back", tmp_path / "again", config=tmp_path / "own" / "config.json")
+    assert equal(tmp_path / "again", state)
+    state[counters[0]] = state[counters[0]].float()
+    with pytest.raises(EngineError, match="whole numbers") as caught:
+        engine.convert("transformers", save(state, tmp_path / "cast", config), tmp_path / "no")
+    assert caught.value.code == "E209"
+
+
+def older(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The tensors under the names that transformers 4 had in memory, or saved."""
+    made: dict[str, torch.Tensor] = {}
+    for name, one in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            for number, expert in enumerate(one):
+                base = name.replace("gate_up_proj", f"{number}")
+                made[f"{base}.gate_proj.weight"], made[f"{base}.up_proj.weight"] = expert.chunk(2)
+        elif name.endswith("experts.down_proj"):
+            made |= {name.replace("down_proj", f"{number}.down_proj.weight"): part for number, part in enumerate(one)}
+        else:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.")
+            if kind == "saved":
+                name = name.removeprefix("model.").replace("language_model.", "language_model.model.")
+                name = f"language_model.{name}" if name.startswith("lm_head") else name
+            made[name] = one
+    return made
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "prefix"), [(MOE, "in memory", ""), (SEEING, "in memory", "app.model."), (SEEING, "saved", "")]
+)
+def test_names_of_older_releases_are_kept_and_loaded(
+    config: dict[str, Any], kind: str, prefix: str, tmp_path: Path
+) -> None:
+    state = state_of(config)
+    named = older(state, kind)
+    folder = save({prefix + name: one for name, one in named.items()}, tmp_path / "step", config)
+    engine.convert("transformers", folder, tmp_path / "out")
+    assert equal(tmp_path / "out", named)
+    made = loaded(tmp_path / "out", config)
+    assert all(torch.equal(made[name], one) for name, one in state.items())
+    engine.reverse("transformers", tmp_path / "out", tmp_path / "back")
+    engine.convert("transformers", tmp_path / "back", tmp_path / "again", config=tmp_path / "out" / "config.json")
+    assert equal(tmp_path / "again", named)
+    del named[next(name for name in named if name.endswith("v_proj.weight"))]
+    with pytest.raises(EngineError) as caught:
+        engine.convert("transformers", save(named, tmp_path / "less", config), tmp_path / "no")
+    assert caught.value.code == "E207"
+
+
+def test_a_configuration_of_two_parts_that_names_no_class_is_of_the_one_that_writes_text(tmp_path: Path) -> None:
+    """transformers 4 put the class of some into `text_config`."""
+    state = state_of(SEEING)
+    config = {key: value for key, value in SEEING.items() if key != "architectures"}
+    engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"partial_rotary_factor": 0.5}, {"rope_local_base_freq": 5e3, "layer_types": ["full_attention"] * 2}],
+    ids=["part", "local"],
+)
+def test_angles_that_transformers_4_has_beside_the_base_are_as_given(change: dict[str, Any], tmp_path: Path) -> None:
+    kind = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_act": None}
+    config = {k: v for k, v in (LLAMA | change | kind).items() if k not in ("mlp_bias", "hidden_act")}
+    engine.convert("transformers", save(model(config), tmp_path / "step", config), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: written[key] for key in change} == change
