@@ -42,8 +42,8 @@ def read_checkpoint(
         read_configuration,
         read_headers,
     )
+    from engine.checkpoint.grid import check_claims, folders_in, read_grid
     from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
-    from engine.checkpoint.ranks import check_claims, folders_in, read_grid
     from engine.formats.configs import read_config, read_json
     from engine.planning.attempts import Checkpoint
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.ranks import read_grid
+from engine.checkpoint.grid import read_grid
 from engine.errors import EngineError
 from engine.language.expressions import evaluate
 from engine.language.layout_file import load_layout

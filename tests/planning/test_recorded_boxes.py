@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
-from engine.checkpoint.ranks import read_grid
+from engine.checkpoint.grid import read_grid
 from engine.errors import EngineError
 from engine.explaining.links import spots
 from engine.formats.headers import FileHeader, Part, TensorHeader
@@ -169,7 +169,7 @@ class Files:
 
     def checkpoint(self, layout: Any) -> Checkpoint:
         names = [f"shard_{i}.bin" for i in range(len(self.tensors))]
-        grid = read_grid(names, layout, "step")
+        grid = read_grid([*names, "config.json"], layout, "step")
         headers = {
             f"shard_{i}.bin": FileHeader(File(VirtualStore("memory"), f"shard_{i}.bin"), 0, tuple(held), str(i))
             for i, held in enumerate(self.tensors)

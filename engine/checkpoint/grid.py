@@ -1,0 +1,184 @@
+"""Which files of a folder are a checkpoint's, what each is, and which are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import Any
+
+from engine.checkpoint.ranks import MOST_FILES, RankFile, RankGrid, counts_of, expected_files, rank_dims, stage_dims
+from engine.errors import EngineError, Place
+from engine.language.expressions import evaluate
+from engine.language.model import Layout, Mode
+from engine.language.names import Pattern, pattern
+
+
+def folders_in(layout: Layout) -> list[str]:
+    """Names of the folders that a layout has files in, as patterns."""
+    files = (file.name for mode in layout.modes for file in mode.files)
+    return [name.split("/")[0] for name in files if "/" in name]
+
+
+def read_grid(
+    names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]] = dict
+) -> RankGrid:
+    """Sort a folder's file names into weight files, known files and unknown ones.
+
+    Args:
+        config: gives the configuration, which tells modes apart whose files have the same names.
+
+    Raises:
+        EngineError: E303 for files the layout refuses, E304 when there are no weight files or
+            files of two modes, E201 naming the first missing rank file.
+    """
+    for refused in layout.refuse:
+        listed = [pattern(text) for text in refused.patterns]
+        hit = next((n for n in sorted(names) if any(one.match(n) is not None for one in listed)), None)
+        if hit is not None and (refused.when is None or evaluate(refused.when, config())):
+            raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
+    found = [(mode, name) for mode in layout.modes if (name := _first(mode, names)) is not None]
+    own = layout.config_from_target or layout.config_of_target or any(one.file in names for one in layout.configs)
+    found = [(mode, name) for mode, name in found if own or not mode.files[0].boxes]  # many save files of such names
+    modes = [mode for mode, name in found if not _skipped(name, layout)]
+    if not modes and layout.config_file not in names:  # files that others may have beside them, and nothing else
+        modes = [mode for mode, _ in found]
+    if not modes:
+        wanted = ", ".join(m.files[0].name for m in layout.modes)
+        raise EngineError(
+            "E304",
+            f"no weight files of layout `{layout.name}` in this folder",
+            place=Place(folder),
+            got=_sample(names),
+            expected=f"files named {wanted}",
+            fix="Give the folder of one step, which holds the files under the names that training gave them; "
+            "`engine inspect DIR` says what DIR is.",
+        )
+    held = {name: mode for mode, name in found if mode in modes}
+    if len(held) == 1 and any(mode.when is not None for mode in modes):  # which tells modes of the same names apart
+        facts = config()
+        modes = [m for m in modes if m.when is None or evaluate(m.when, facts)]
+        if not modes:
+            raise EngineError(
+                "E304",
+                "the configuration is not of these files",
+                place=Place(folder),
+                got=_sample(names),
+                expected="files named as the configuration's numbers of ranks say",
+                fix="Copy the folder again from the training run, with its configuration.",
+            )
+    if len(modes) > 1:
+        raise EngineError(
+            "E304",
+            "files of two parallel modes lie in one folder",
+            place=Place(folder),
+            got=" and ".join(f"{m.files[0].name} ({m.name})" for m in modes),
+            expected="one mode",
+            fix="Keep the files of one checkpoint only.",
+        )
+    mode = modes[0]
+    files: list[RankFile] = []
+    rest: list[str] = []
+    for name in names:
+        for file in mode.files:
+            ranks = pattern(file.name).match(name)
+            if ranks is not None:
+                files.append(RankFile(name, file, ranks))
+                break
+        else:
+            rest.append(name)
+    skipped = tuple(n for n in rest if _known(n, layout))
+    unknown = tuple(n for n in rest if n not in skipped)
+    main = [f for f in files if f.pattern is mode.files[0]]
+    sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
+    grid = RankGrid(mode, sizes, tuple(sorted(files, key=_order)), skipped, unknown, stage_dims(layout))
+    if not mode.files[0].boxes:  # else the boxes tell what is missing
+        _complete(grid, layout, folder)
+    return grid
+
+
+def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: str, folder: str) -> None:
+    """Compare the grid with the ranks that the training configuration claims.
+
+    The files alone cannot tell that the last ranks are missing altogether.
+
+    Args:
+        said: the configuration, and as `training` that of training; `file` is where the claims stand.
+
+    Raises:
+        EngineError: E201 naming the first rank that has no file.
+    """
+    for dim, expression in layout.sizes.items():
+        claimed = evaluate(expression, said)
+        if dim not in grid.sizes or isinstance(claimed, bool) or not isinstance(claimed, int) or claimed < 1:
+            continue
+        if claimed != grid.sizes[dim]:
+            some = {**dict.fromkeys(grid.sizes, 0), dim: min(claimed, grid.sizes[dim])}
+            name = pattern(grid.mode.files[0].name).format(some)
+            more = claimed > grid.sizes[dim]
+            raise EngineError(
+                "E201",
+                f"rank file `{name}` is missing" if more else f"`{name}` does not belong to this training run",
+                place=Place(folder),
+                got=f"{dim} {grid.sizes[dim]}, counted over the files",
+                expected=f"{dim} {claimed}: `{expression.text}` in {file}",
+                fix="Copy the missing files from the training run; every rank holds a different slice."
+                if more
+                else "Files of two checkpoints seem to be mixed; keep those of one.",
+            )
+
+
+def _first(mode: Mode, names: Sequence[str]) -> str | None:
+    return next((name for name in names if pattern(mode.files[0].name).match(name) is not None), None)
+
+
+def _skipped(name: str, layout: Layout) -> bool:
+    return any(fnmatchcase(name, glob) for glob in layout.skip)
+
+
+def _known(name: str, layout: Layout) -> bool:
+    return name in (*(place.file for place in layout.configs), layout.training_file) or _skipped(name, layout)
+
+
+def _order(file: RankFile) -> tuple[bool, tuple[int, ...], str]:
+    return file.pattern.number is not None, tuple(file.ranks.values()), file.name
+
+
+def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
+    main = grid.mode.files[0]
+    compiled: Pattern = pattern(main.name)
+    present = {f.name for f in grid.files}
+    most = len(present) + MOST_FILES
+    wanted = [
+        compiled.format(ranks)
+        for ranks in islice(expected_files(main, grid.sizes, counts_of(layout, grid.sizes)), most)
+    ]
+    missing = [name for name in wanted if name not in present]
+    shape = " × ".join(f"{dim} {size}" for dim, size in grid.sizes.items())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise EngineError(
+            "E201",
+            f"rank file `{missing[0]}` is missing{more}",
+            place=Place(folder),
+            got=f"{len(wanted) - len(missing)} of {len(wanted)}{' or more' * (len(wanted) == most)} files "
+            f"of a grid of {shape}",
+            expected="\n".join(missing[:8]),
+            fix="Copy the missing files from the training run; every rank holds a different slice.",
+        )
+    foreign = [f.name for f in grid.files if f.pattern is main and f.name not in set(wanted)]
+    if foreign:
+        raise EngineError(
+            "E304",
+            f"`{foreign[0]}` does not belong to a grid of {shape}",
+            place=Place(folder),
+            got=f"{len(wanted) + len(foreign)} files",
+            expected=f"{len(wanted)} files: {_sample(wanted)}",
+            fix="Files of two checkpoints seem to be mixed; keep those of one.",
+        )
+
+
+def _sample(names: Sequence[str]) -> str:
+    shown = sorted(names)[:6]
+    more = f", and {len(names) - 6} more" if len(names) > 6 else ""
+    return (", ".join(shown) + more) if shown else "an empty folder"
