@@ -70,9 +70,9 @@ def asked(config: Mapping[str, Any]) -> Wanted:
         return _wanted_here(config)
     # Torch and transformers take ten times the memory of a conversion: a process that ends gives it back.
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", "from engine.proving.meta_model import tell; tell()"],
-        input=pickle.dumps(dict(config)), stdout=subprocess.PIPE, env=paths, check=False,
+    done = subprocess.run(  # -P: no module is taken from the current folder, which may be a checkpoint's
+        [sys.executable, "-P", "-c", "from engine.proving.meta_model import tell; tell()"],
+        input=pickle.dumps(dict(config)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=paths, check=False,
     )  # fmt: skip
     if done.returncode:
         return _wanted_here(config)  # which tells why

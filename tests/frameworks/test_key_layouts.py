@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +445,25 @@ def test_a_model_that_is_not_tied_and_has_no_output_layer_is_refused(tmp_path: P
     (folder / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
     engine.convert("torchtitan-llama", folder, tmp_path / "hf")
     assert "lm_head.weight" not in weights(tmp_path / "hf")
+
+
+def test_the_process_that_asks_transformers_takes_no_module_from_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may be a checkpoint's, and `torch.py` in it would be run."""
+    (tmp_path / "torch.py").write_text("print('run')")
+    run, seen = subprocess.run, []
+
+    def instead(command: list[str], **how: Any) -> Any:
+        done = run([*command[:-1], "import sys, importlib.util as u; print(u.find_spec('torch').origin)"], **how)
+        seen.append(done.stdout.decode())
+        return subprocess.CompletedProcess(command, 0, pickle.dumps("told"))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.setattr(subprocess, "run", instead)
+    assert asked({}) == "told" and len(seen) == 1 and str(tmp_path) not in seen[0]
 
 
 @pytest.mark.parametrize("family", ["v1", "v2"])
