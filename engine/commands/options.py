@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, fields
 from functools import wraps
+from traceback import walk_tb
 from typing import Any, Concatenate, ParamSpec
 
 import click
@@ -40,23 +41,38 @@ def check_text(ctx: click.Context) -> None:
                 raise click.BadParameter("it is empty" if not text else "it holds a NUL", ctx, param)
 
 
-def _in_words(error: OSError | ImportError | MemoryError) -> EngineError:
+def _loading(error: BaseException) -> str | None:
+    """The library that failed while it was loaded, with whatever error; None where none was being loaded."""
+    for one in (error, error.__cause__ or error.__context__):
+        frames = [] if one is None else [frame for frame, _ in walk_tb(one.__traceback__)]
+        names = [f.f_globals.get("__name__") or "" for f in frames if f.f_code.co_name == "<module>"]
+        library = next((name.partition(".")[0] for name in names if name.partition(".")[0] in _OPTIONAL), None)
+        if library is not None:
+            return library
+    return None
+
+
+def _in_words(error: Exception) -> EngineError:
     """A library that is not there, no memory, or what the system says of a path; raises anything else again."""
     if isinstance(error, MemoryError):
         fix = "Raise the limit (`ulimit -v`, or that of the job)."
         return EngineError("E305", "there is not enough memory to go on", got=str(error) or None, fix=fix)
-    if isinstance(error, ModuleNotFoundError):
-        if error.name not in _OPTIONAL:
-            raise error
+    library = _loading(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in _OPTIONAL:
         return EngineError(
             "E001",
             f"this needs {error.name}, which is not installed",
             fix="Install it with: pip install 'internlm-engine[model]'.",
         )
-    if isinstance(error, ImportError) or (error.filename is None and ".so" in str(error)):  # torch raises either
+    if isinstance(error, ModuleNotFoundError) and library is None:
+        raise error
+    mapped = isinstance(error, OSError) and error.filename is None and ".so" in str(error)  # torch raises it too
+    if library is not None or mapped or isinstance(error, ImportError):
         why = str(error).strip().rpartition("\n")[2]
         fix = "Raise the limit of memory, if there is one (`ulimit -v`); else install it again."
-        return EngineError("E305", "a library cannot be loaded", got=why or None, fix=fix)
+        return EngineError("E305", f"{library or 'a library'} cannot be loaded", got=why or None, fix=fix)
+    if not isinstance(error, OSError):
+        raise error
     if error.filename is None:
         try:
             os.getcwd()
@@ -89,7 +105,9 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
             check_together(ctx)
             with waiting:
                 command(as_json, *args, **kwargs)
-        except (EngineError, OSError, ImportError, MemoryError) as raised:
+        except Exception as raised:  # what is none of those that are told goes on as it is
+            if isinstance(raised, click.ClickException | click.Abort | click.exceptions.Exit):
+                raise
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
 
             errors = error.errors
