@@ -119,12 +119,12 @@ def first_fault(boxes: Sequence[Box], whole: Sequence[int]) -> tuple[Box, tuple[
             return None if len(held) == 1 else (around, tuple(held[:2]))
         edges = sorted({0, whole[dim], *(edge for box in held for edge in box[dim])})
         slabs: list[list[Box]] = [[] for _ in edges[1:]]  # of each interval between two edges, what reaches it
-        for box in held:
-            reached = range(bisect_left(edges, box[dim][0]), bisect_left(edges, box[dim][1]))
-            steps += len(reached)
-            if steps > _MOST_STEPS:
-                return tuple((0, size) for size in whole[dim:]), tuple(held[:1])
-            for index in reached:
+        reached = [range(bisect_left(edges, box[dim][0]), bisect_left(edges, box[dim][1])) for box in held]
+        steps += sum(map(len, reached))
+        if steps > _MOST_STEPS:
+            return tuple((0, size) for size in whole[dim:]), tuple(held[:1])
+        for box, indices in zip(held, reached, strict=True):
+            for index in indices:
                 slabs[index].append(box)
         for interval, slab in zip(pairwise(edges), slabs, strict=True):
             fault = look(slab, dim + 1)
