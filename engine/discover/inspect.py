@@ -226,8 +226,9 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
     Raises:
         EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
     """
-    layout, checkpoint = read_any(src, config=config)
-    found = describe_training(checkpoint, layout)
+    found = inspect(src, config)
+    if found.kind != "training":
+        raise _not_one(found)
     fitting = found.fitting
     if len(fitting) == 1:
         return fitting[0]
@@ -252,4 +253,21 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
         fix="`engine explain CODE` says what to do about that."
         if found.blocked
         else "`engine inspect --all` says why each does not fit; `engine new` drafts one.",
+    )
+
+
+def _not_one(found: Inspection) -> EngineError:
+    """E304 for a folder of steps, or of a Hugging Face checkpoint, where one step of a training run is wanted."""
+    place = Place(found.folder)
+    if found.kind != "steps":
+        told, fix = "this is a Hugging Face checkpoint", "`engine reverse` writes it as training files."
+        return EngineError("E304", told, place=place, expected="a training checkpoint", fix=fix)
+    names = [one["name"] for one in found.facts["steps"]]
+    return EngineError(
+        "E304",
+        "this folder holds checkpoints and is none itself",
+        place=place,
+        got=", ".join(names[-6:]),
+        expected="the folder of one step",
+        fix=f"Give it to --src: {found.folder.rstrip('/')}/{found.facts['newest'] or names[-1]}.",
     )

@@ -41,7 +41,8 @@ def read_any(
         except EngineError as error:
             if error.code != "E304":  # this layout knows the files and says what is wrong
                 raise
-            first = first or error
+            if first is None or has_weights(error):
+                first = error
     raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
 
 

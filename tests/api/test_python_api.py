@@ -113,6 +113,24 @@ def test_the_only_mapping_that_fits_is_found_and_several_are_listed() -> None:
     assert caught.value.code == "E003" and "internlm2-official: target internlm2, remote code" in str(caught.value)
 
 
+def test_what_is_not_one_step_is_said_where_no_mapping_names_a_layout(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "1000").symlink_to(STEP)
+    engine.convert("internlm", STEP, tmp_path / "hf")
+    for folder, told in (("run", "none itself"), ("hf", "is a Hugging Face checkpoint")):
+        with pytest.raises(engine.EngineError, match=told) as caught:
+            engine.find_mapping(tmp_path / folder)
+        assert caught.value.code == "E304" and "internevo" not in str(caught.value)
+        assert folder == "hf" or "run/1000" in str(caught.value.fix)
+
+
+def test_the_layout_that_knows_a_folders_files_says_what_is_wrong_with_them(tmp_path: Path) -> None:
+    for name in ("model_world_size_1_rank_0.pt", "__0_0.distcp"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(engine.EngineError, match="two parallel modes"):
+        engine.inspect(tmp_path)
+
+
 def test_one_name_stands_for_a_list_of_one() -> None:
     assert api.lint("internlm") == [] == api.lint(["internlm"])
 
