@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from engine.comparing.effects import Difference, Grade, differing, effect_of, worded
-from engine.comparing.templates import compare_templates
+from engine.comparing.templates import MORE, compare_templates
 from engine.comparing.tokenizers import compare_tokenizers
 from engine.formats.configs import json_object
 from engine.language.documents import same
@@ -30,6 +31,8 @@ def small_files(where: Store) -> dict[str, bytes]:
     names = {*where.names()}
     wanted = [name for name in (CONFIG, GENERATION, *TOKENIZER, *TEMPLATES) if name in names]
     wanted += sorted(name for name in names if name.endswith(".py"))
+    with suppress(OSError):  # of a file of that name
+        wanted += [f"{MORE}/{name}" for name in (where.names(MORE) if MORE in names else ()) if name.endswith(".jinja")]
     found = {}
     for name in wanted:
         with File(where, name).open() as file:

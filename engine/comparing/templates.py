@@ -15,6 +15,7 @@ from engine.planning.config_keys import shown
 
 Files = Mapping[str, bytes]
 _REFUSED = "refused: "
+MORE = "additional_chat_templates"  # a folder of templates by name, as of one for tools
 _TEMPLATE, _JSON, _SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 
 
@@ -71,7 +72,8 @@ def _templates(files: Files) -> dict[str, str]:
             templates[name] = found
         elif isinstance(found, list) and not templates:
             templates = {str(one.get("name")): str(one.get("template")) for one in found if isinstance(one, dict)}
-    return templates
+    named = {Path(name).stem: data.decode("utf-8", "replace") for name, data in files.items() if name.startswith(MORE)}
+    return templates | named
 
 
 def _settings(files: Files, name: str) -> dict[str, Any]:

@@ -165,12 +165,14 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
 
 
 def _alone(ours: Files, theirs: Files, made: Path, merges: Sequence[str]) -> Iterator[Difference]:
-    """What differs where `tokenizer.json` alone is read: transformers puts what other files say of tokens over it."""
-    texts = [files.get(_MODELS[0]) for files in (ours, theirs)]
-    if None not in texts and texts[0] != texts[1]:
-        with suppress(Exception):  # whatever the files make the library raise
-            for one in _tokenizers(_by_tokenizers(made / "0"), _by_tokenizers(made / "1"), merges):
-                yield replace(one, what=f"{one.what}, where {_MODELS[0]} alone is read")
+    """What differs where one file alone is read: transformers puts what other files say of tokens over
+    `tokenizer.json`, and does not read `tokenizer.model` beside it."""
+    for name, load in zip(_MODELS[:2], (_by_tokenizers, _by_sentencepiece), strict=True):
+        texts = [files.get(name) for files in (ours, theirs)]
+        if None not in texts and texts[0] != texts[1]:
+            with suppress(Exception):  # whatever the files make the library raise
+                for one in _tokenizers(load(made / "0"), load(made / "1"), merges):
+                    yield replace(one, what=f"{one.what}, where {name} alone is read")
 
 
 def _unlike_merges(ours: Files, theirs: Files) -> list[str]:

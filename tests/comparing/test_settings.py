@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from sentencepiece import sentencepiece_model_pb2
 
 import engine
 from engine import api
 from engine.assets.tokenizer import convert_tokenizer
 from engine.commands.main import cli
-from engine.comparing.effects import Difference
+from engine.comparing.effects import Difference, effect_of
 from engine.comparing.settings import compare_settings
 from tests.support.planted import SETTINGS
 from tests.support.sentencepiece_models import train
@@ -143,6 +144,14 @@ def test_a_key_that_transformers_does_not_read_is_told(out: Path, made: Path) ->
     assert "does not read it" in differences(out, made)["config", "rms_norm_epsilon"].effect
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["is_causal", "layer_types", "kv_sharing_modes", "number_of_conv_states", "per_layer_config", "num_mtp_layers"],
+)
+def test_a_key_that_only_shared_code_of_transformers_reads_is_not_said_to_be_unread(key: str) -> None:
+    assert effect_of(key, own=frozenset())[1] == "function"
+
+
 def test_remote_code_is_compared_key_by_key(out: Path, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "ref")
     for folder in (out, tmp_path / "ref"):
@@ -259,6 +268,14 @@ def test_a_token_that_programs_without_transformers_read_otherwise_is_told(
     assert [one.grade for what, one in tokenizer_parts(out, made).items() if "alone" in what] == ["function"]
 
 
+def test_a_model_of_pieces_that_transformers_does_not_read_beside_tokenizer_json_is_told(out: Path, made: Path) -> None:
+    pieces = sentencepiece_model_pb2.ModelProto.FromString((out / "tokenizer.model").read_bytes())
+    pieces.pieces[-1].piece, pieces.pieces[-2].piece = pieces.pieces[-2].piece, pieces.pieces[-1].piece
+    (out / "tokenizer.model").write_bytes(pieces.SerializeToString())
+    found = [one.grade for what, one in tokenizer_parts(out, made).items() if "tokenizer.model alone" in what]
+    assert found and set(found) == {"function"}
+
+
 @pytest.mark.parametrize("key", ("content", "special", "id"))
 def test_tokens_that_llama_cpp_takes_from_the_settings_are_compared(key: str, out: Path, made: Path) -> None:
     def change(data: dict[str, Any]) -> None:
@@ -357,6 +374,12 @@ def test_a_template_that_only_other_programs_find_is_told(out: Path, made: Path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "{{ messages[0].content }}"}))
     (told,) = [what for part, what in differences(out, made) if part == "chat template"]
     assert told.startswith("what template `tokenizer_config.json` renders of")
+
+
+def test_a_template_for_tools_on_one_side_only_is_told(out: Path, made: Path) -> None:
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0].content }}")
+    assert differences(out, made)["chat template", "template `tool_use`"].out == "there"
 
 
 def test_a_template_on_one_side_only_is_told(out: Path, made: Path) -> None:

@@ -465,6 +465,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "hidden": ({"hidden_size": 128}, "hidden_size", "do not fit"),
     "ffn": ({"intermediate_size": 512}, "intermediate_size", "do not fit"),
     "attention bias": ({"attention_bias": True}, "attention_bias", "biases"),
+    "sight": ({"is_causal": False}, "is_causal", "sees those behind it"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias", "biases"),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}},
                   "quantization_config.bits", "as quantised"),
