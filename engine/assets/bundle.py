@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template, unmarked
-from engine.assets.generation import generation_config
+from engine.assets.generation import generation_config, within
 from engine.assets.model_card import model_card
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
@@ -58,7 +58,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         spec = None if spec is None else {**spec, "chat_template": unmarked(template)}
     generation: dict[str, Any] = {}
     if plan.mapping.generation is not None:
-        generation, left_out = _within(plan.mapping.generation, rows)
+        generation, left_out = within(plan.mapping.generation, rows)
         notices += left_out
         files["generation_config.json"] = generation_config(generation, plan.config)
     if model is not None and spec is not None:
@@ -93,26 +93,6 @@ def _convert_later(
             fix="Wait until nothing writes to it, then run again.",
         )
     return files
-
-
-def _within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, Any], list[str]]:
-    """The generation settings without token ids that the embedding has no row for, and a notice of them."""
-    kept: dict[str, Any] = {}
-    lost: list[int] = []
-    for key, value in generation.items():
-        ids = [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, int)]
-        beyond = [t for t in ids if rows is not None and t >= rows] if key.endswith("_token_id") else []
-        lost += beyond
-        if not beyond:
-            kept[key] = value
-        elif left := [t for t in ids if t not in beyond]:
-            kept[key] = left
-    if not lost:
-        return kept, []
-    told = ", ".join(map(str, lost))
-    return kept, [
-        f"token ids {told} of the mapping's generation settings are beyond the vocabulary of {rows}; left out"
-    ]
 
 
 def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | None) -> Path | None:

@@ -40,5 +40,25 @@ def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> byt
     return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, Any], list[str]]:
+    """The generation settings without token ids that the embedding has no row for, and a notice of them."""
+    kept: dict[str, Any] = {}
+    lost: list[int] = []
+    for key, value in generation.items():
+        ids = [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, int)]
+        beyond = [t for t in ids if rows is not None and t >= rows] if key.endswith("_token_id") else []
+        lost += beyond
+        if not beyond:
+            kept[key] = value
+        elif left := [t for t in ids if t not in beyond]:
+            kept[key] = left
+    if not lost:
+        return kept, []
+    told = ", ".join(map(str, lost))
+    return kept, [
+        f"token ids {told} of the mapping's generation settings are beyond the vocabulary of {rows}; left out"
+    ]
+
+
 def _is_row(token: object, size: int | None) -> bool:
     return isinstance(token, int) and not isinstance(token, bool) and token >= 0 and (size is None or token < size)

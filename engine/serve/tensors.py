@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from engine.assets.generation import generation_config, within
 from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES
 from engine.formats.standins import DTYPES
@@ -84,6 +86,10 @@ class Tensors(_Names["torch.Tensor"]):
                 "E209", "transformers has no class for this model", got=named,
                 fix="Load the tensors into a class of your own: `load_state_dict(tensors, assign=True)`.",
             )  # fmt: skip
+        if self.plan.mapping.generation is not None:  # what a run would write beside the weights
+            settings, _ = within(self.plan.mapping.generation, self.plan.sizes.get("vocab"))
+            told = json.loads(generation_config(settings, self.plan.config))
+            options = {"generation_config": transformers.GenerationConfig.from_dict(told), **options}
         # The class itself: `AutoModelForCausalLM` of some versions insists on a path.
         made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
         return found.from_pretrained(None, config=made, state_dict=self.slices, **options)

@@ -52,6 +52,27 @@ def test_transformers_takes_it_as_a_state_dict_and_computes_the_trainers_logits(
         assert (model(oracle["input_ids"]).logits - oracle["logits"]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("mapping", ["internlm2", "a-chat"])
+def test_a_model_ends_its_answers_as_the_one_that_a_run_writes(
+    mapping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a-chat.yaml").write_text(
+        "mapping: 1\nname: a-chat\nversion: 1.0.0\ndescription: A chat model of its own\n"
+        "extends: families/internlm2.yaml\ngeneration: {eos_token_id: [2, 92], temperature: 0.5, do_sample: true}\n"
+    )
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path))
+    engine.convert(mapping, FIXTURES / GENUINE[1][0], tmp_path / "hf")
+    with engine.open(FIXTURES / GENUINE[1][0], mapping=mapping) as tensors:
+        opened = tensors.model()
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert opened.generation_config.to_dict() == written.generation_config.to_dict()
+
+
+def test_a_model_that_generates_nothing_opens_too() -> None:
+    with engine.open(FIXTURES / "v1_tp2_pp1_reward", mapping="internlm") as tensors:
+        assert type(tensors.model()).__name__ == "LlamaForSequenceClassification"
+
+
 def test_the_automatic_class_takes_it_as_soon_as_it_takes_any_state_dict() -> None:
     with engine.open(FIXTURES / GENUINE[1][0], mapping=GENUINE[1][1], dtype="float32") as tensors:
         config = config_of(tensors)
