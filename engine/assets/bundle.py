@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from engine.planning.model import Plan
 from engine.planning.release import family_of
 from engine.run.execute import Small
 from engine.storage.places import local_copy
+
+_BESIDE = re.compile(
+    r"tokenizer[^/]*\.(?:json|model)|generation_config\.json|chat_template\.(?:jinja|json)|vocab\.json"
+)
 
 
 def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) -> Small:
@@ -74,6 +80,9 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")
+    if spec is None and (beside := _left_beside(plan)):
+        told = f"{', '.join(beside[:4])}{', …' if len(beside) > 4 else ''}"
+        notices.append(f"not written: {told}; run `engine verify` first, then copy what is this model's to the output")
     versions = render_tree(plan.mapping.transformers, plan.names)
     facts = {"tokenizer": model is not None, "remote": remote_facts(plan, remote), "transformers": versions}
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})
@@ -93,6 +102,18 @@ def _convert_later(
             fix="Wait until nothing writes to it, then run again.",
         )
     return files
+
+
+def _left_beside(plan: Plan) -> list[str]:
+    """Files of a tokenizer and of chats, beside the weights or the configuration, which the mapping says nothing of."""
+    store = plan.files[0].file.store
+    found: list[str] = []
+    for folder in dict.fromkeys(
+        ["", *(one.file.rpartition("/")[0] for one in plan.layout.configs if one.format == "json")]
+    ):
+        with suppress(OSError, EngineError):  # nothing is there, or a web server does not list it
+            found += [f"{folder}/{name}".lstrip("/") for name in store.names(folder) if _BESIDE.fullmatch(name)]
+    return found
 
 
 def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | None) -> Path | None:

@@ -280,6 +280,16 @@ def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_that_is_not_written_with_the_model_is_told(tmp_path: Path) -> None:
+    step = shutil.copytree(source_of(DCP / "hf_verl_fsdp4"), tmp_path / "step")
+    (step / "huggingface").mkdir()
+    shutil.copy(DCP / "hf_verl_fsdp4" / "hf_config.json", step / "huggingface" / "config.json")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (step / "huggingface" / name).write_text("{}")
+    told = [one for one in engine.convert("transformers", step, tmp_path / "out").notices if "not written" in one]
+    assert len(told) == 1 and "huggingface/generation_config.json, huggingface/tokenizer_config.json" in told[0]
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
