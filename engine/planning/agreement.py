@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.declared import expressions_of
 from engine.language.documents import plain
-from engine.language.expressions import compile_expression
+from engine.language.expressions import compile_expression, render_tree
 from engine.language.keys import Key, find_key
 from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import Read, Side, as_declared, read_config, shown, whole_side
@@ -104,7 +105,7 @@ def with_given(
         raise EngineError(
             "E218",
             f"the given configuration does not belong to this checkpoint: `{path}` is {shown(other)}",
-            place=Place("config.json"),
+            place=Place(read.side.file),
             got=f"{path}: {shown(other)}",
             expected=f"{'no such key' if value is None else shown(value)}, as mapping `{mapping.name}` reads the "
             "checkpoint",
@@ -113,6 +114,18 @@ def with_given(
         )
     taken = _without_nulls({name: value for name, value in given.items() if name not in left_out}, read.side.keys)
     return as_declared(merged(taken, config), read.side.keys)
+
+
+def with_parts(config: Mapping[str, Any], mapping: MappingFile, layout: Layout) -> dict[str, Any]:
+    """A configuration in which that of each part, as `text_config`, is completed as one of a whole model is."""
+    result = dict(config)
+    for name, part in config.items():
+        if isinstance(part, Mapping) and isinstance(part.get("model_type"), str):
+            of_part = replace(layout, config_file=f"{layout.config_file} ({name})")
+            read = read_config(part, whole_side(mapping, of_part))
+            made = as_declared(render_tree(mapping.config, read.config), mapping.keys.get("target", {}))
+            result[name] = with_parts(with_given(made, part, mapping, of_part), mapping, of_part)
+    return result
 
 
 def _without_nulls(given: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:

@@ -10,49 +10,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
-from engine.language.layout_file import load_layout
 from engine.language.model import Expression, Layout, MappingFile, Prefix, Rule, Target
 from engine.language.names import numbers_in, without_numbers
-from engine.planning.attempts import Checkpoint, claims
-from engine.planning.config_keys import read_config, source_side
+from engine.planning.attempts import Checkpoint
 from engine.planning.facts import present_in
-from engine.planning.pieces import match_pieces
-from engine.planning.stored import instances
-from engine.planning.variants import decide
-from engine.planning.whole_outputs import whole_groups
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a model class wants to load.
-
-    Attributes:
-        shapes: name → shape, in the order of the model.
-        tied: names that are stored or not, and equal another: name → that one.
-        types: element types of those that are no weights, such as counters: name → type.
-        versions: of transformers, those that load these names; None for all.
-        others: the same under names that older releases gave the tensors, and that transformers loads too.
-    """
-
-    shapes: Mapping[str, Shape]
-    tied: Mapping[str, str]
-    versions: str | None = None
-    types: Mapping[str, str] = field(default_factory=dict)
-    others: tuple[Wanted, ...] = ()
-
-    def named_as(self, names: Collection[str]) -> Wanted:
-        """It under the names of a Hugging Face checkpoint, or as it is where these are none of its own."""
-        forms = (self, *self.others)
-        return next((one for one in forms if all(name in names for name in one.shapes)), self)
+from engine.planning.wanted import Shape, Wanted
 
 
 class _Kind(NamedTuple):
@@ -83,9 +51,8 @@ def fit_to_model(
     Raises:
         EngineError: E207 when the checkpoint lacks a tensor of the class under every prefix.
     """
-    names = {tensor.name for file in checkpoint.files for tensor in file.tensors}
-    wanted, prefix, own = _named(wanted, names)
-    held = present_in(names)
+    wanted, prefix, own = _named(wanted, shapes_of(checkpoint))
+    held = present_in({tensor.name for file in checkpoint.files for tensor in file.tensors})
 
     begins = tuple({prefix + _first(name.removeprefix(own)) for name in (*wanted.shapes, *wanted.tied)})
     files = tuple(file.only(lambda name: name.startswith(begins)) for file in checkpoint.files)
@@ -93,27 +60,6 @@ def fit_to_model(
         mapping, wanted, checkpoint.target_config, lambda name: name.removeprefix(own), lambda name: held(prefix + name)
     )
     return fitted, replace(layout, prefixes=(Prefix(prefix, None),)), replace(checkpoint, files=files)
-
-
-def wanted_by_mapping(told: MappingFile, config: Mapping[str, Any]) -> Wanted | None:
-    """What a model class wants by the mapping that tells its tensors; None where that does not know the configuration.
-
-    It knows one of which it declares every key, and every value fits.
-    """
-    layout = replace(load_layout(told.layout, told.layout_place), keys={})
-    try:
-        read = read_config(config, source_side(told, layout))
-        decide(told.variants, {}, read.config)
-        facts, unread = claims(told, dict(read.config), "config.json")
-        pieces = match_pieces(instances(told))
-        sizes = {name: fact.value for name, fact in facts.items()}
-        listed = whole_groups(pieces, sizes, unread)
-    except EngineError:
-        return None
-    shapes = {group.name: group.first.header.shape for group in listed}
-    ties = {group.name: group.instance.rule.tied_to for group in listed if read.config["tie_word_embeddings"]}
-    tied = {name: to for name, to in ties.items() if to is not None}
-    return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
 
 
 def rules_of(
@@ -131,6 +77,7 @@ def rules_of(
         held: whether training files have a tied tensor of that name. Those that are written do: trainers load them all.
     """
     families = _families(wanted)
+    tied = config.get("tie_word_embeddings") is not False  # else transformers 4 puts random numbers there
     counted = next((f.counts["layer"] for f in families if "layer" in f.counts), None)
     rules: list[Rule] = []
     dims: dict[str, int] = {}
@@ -148,7 +95,7 @@ def rules_of(
                 targets=(Target(family.name, axes, mapping.place),),
                 place=mapping.place,
                 stage=None if "layer" in family.counts else "last" if seen or counted is None else "first",
-                optional=family.kind.tied_to is not None and not held(stored(family.name)),
+                optional=tied and family.kind.tied_to is not None and not held(stored(family.name)),
                 tied_to=family.kind.tied_to,
                 dtype=family.kind.dtype,
             )
@@ -209,15 +156,30 @@ def _first(name: str) -> str:
     return head + dot
 
 
-def _named(wanted: Wanted, names: Collection[str]) -> tuple[Wanted, str, str]:
+def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
+    """The shapes of the tensors of a checkpoint, whole where its files hold parts that tell it."""
+    every = (tensor for file in checkpoint.files for tensor in file.tensors)
+    return {one.name: one.shape if one.part is None else one.part.whole for one in every}
+
+
+def _named(wanted: Wanted, held: Mapping[str, Shape]) -> tuple[Wanted, str, str]:
     """The class's tensors under the names by which the checkpoint has all of them, with their prefixes."""
-    try:
-        return wanted, *_prefix(wanted, names)
-    except EngineError as error:
-        for one in wanted.others if error.code == "E207" else ():
-            with suppress(EngineError):
-                return one, *_prefix(one, names)
-        raise
+    lacking: list[EngineError] = []
+    found: list[tuple[Wanted, str, str]] = []
+    for one in (wanted, *wanted.others):
+        try:
+            prefix, own = _prefix(one, held)
+        except EngineError as error:
+            if error.code != "E207":
+                raise
+            lacking.append(error)
+            continue
+        found.append((one, prefix, own))
+        if one.fits(held, lambda name, prefix=prefix, own=own: prefix + name.removeprefix(own)):  # type: ignore[misc]
+            return found[-1]
+    if not found:
+        raise lacking[0]
+    return found[0]
 
 
 def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from engine.errors import EngineError, Place
 from engine.formats.headers import TensorHeader, dense_strides
 from engine.formats.safetensors import shard_names, split_shards
 from engine.language.axes import extent
-from engine.planning.agreement import with_given
+from engine.planning.agreement import with_given, with_parts
 from engine.planning.copies import Copy
 from engine.planning.groups import Cut, Group
 from engine.planning.model import Output, OutputFile, Tied
@@ -35,7 +35,8 @@ def whole_outputs(source: Source, asked: Request) -> Written:
     wanted = [_wanted(group, source.pieces, changes=changes) for group in groups]
     every, table = fill(wanted, groups, keys_at("whole", source.used, source.pieces), source, asked.dtype)
     config = whole_configuration(source)
-    ties = bool(config.get("tie_word_embeddings"))
+    told = config.get("tie_word_embeddings")
+    ties = source.mapping.as_model if told is None else bool(told)  # rules made of a class tie what it does by default
     tied_to = [group.instance.rule.tied_to if ties else None for group in groups]
     kept = [i for i, to in enumerate(tied_to) if to is None]
     outputs = tuple(every[i] for i in kept)
@@ -54,7 +55,8 @@ def whole_configuration(source: Source) -> dict[str, Any]:
     """config.json of a source, completed by what was given of it; E218, E209 or E219 where that is another model's."""
     mapping = source.mapping
     config = configuration(source, "whole", mapping.config, source.names, mapping.keys.get("target", {}), {})
-    return with_given(config, source.checkpoint.target_config, mapping, source.layout)
+    config = with_given(config, source.checkpoint.target_config, mapping, source.layout)
+    return with_parts(config, mapping, source.layout) if mapping.as_model else config
 
 
 def _wanted(group: Group, pieces: Pieces, *, changes: bool) -> Wanted:

@@ -14,7 +14,7 @@ from engine.errors import EngineError
 from engine.language.documents import changed
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
-from engine.planning.as_model import Wanted, wanted_by_mapping
+from engine.planning.wanted import Wanted, wanted_by_mapping
 from engine.proving.counterexamples import counter_examples
 from engine.proving.lint import lint
 from engine.proving.matrix import STAGES, Combination, cases, real_cases, rows

@@ -6,15 +6,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from engine.planning.as_model import Wanted
+from engine.planning.wanted import Wanted
 
 
-def wanted_of(model: Any, *, ties: bool) -> Wanted:
+def wanted_of(model: Any, ties: bool) -> Wanted:
     """What a model without memory wants to load; `ties` says whether its configuration ties its head."""
     state = model.state_dict()
     tied = _ties(model, state) if ties else {}
     own, *others = (_wanted_as(one, state, tied) for one in _forms(model, state))
-    return replace(own, versions=None if others == [] else ">=5", others=tuple(others))
+    text = model.config.get_text_config(decoder=True)  # by which transformers 4 ties, and 5 by the whole
+    alike = bool(getattr(text, "tie_word_embeddings", ties)) == ties
+    return replace(own, versions=None if others == [] and alike else ">=5", others=tuple(others))
 
 
 def _wanted_as(named: Mapping[str, Any], state: Mapping[str, Any], tied: Mapping[str, str]) -> Wanted:
@@ -48,6 +50,10 @@ def _ties(model: Any, names: Collection[str]) -> dict[str, str]:
     return tied
 
 
+def _shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in named.items()}
+
+
 def _forms(model: Any, state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A class's tensors as it names them itself, and as older releases did, which transformers loads as well.
 
@@ -66,7 +72,7 @@ def _forms(model: Any, state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         ):
             model._weight_conversions = changes
             named = revert_weight_conversion(model, state) if changes else state
-            if all({*named} != {*other} for other in forms):
+            if all(_shapes(named) != _shapes(other) for other in forms):
                 forms.append(named)
     except ImportError:  # of transformers 4, which has one name for each
         return forms

@@ -16,9 +16,10 @@ from engine.errors import EngineError, shape_text
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
 from engine.language.names import without_numbers
-from engine.planning.as_model import Wanted, beyond_building, class_named, fit_to_model, rules_of, wanted_by_mapping
+from engine.planning.as_model import beyond_building, class_named, fit_to_model, rules_of, shapes_of
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
+from engine.planning.wanted import Wanted, wanted_by_mapping
 from engine.proving.class_names import wanted_of
 from engine.proving.proof import Failure
 from engine.proving.targets import known_of
@@ -33,8 +34,7 @@ def wanted(config: Mapping[str, Any], architecture: str = "") -> Wanted | str:
     found = built(config, architecture)
     if isinstance(found, str):
         return found
-    model, ties = found
-    return wanted_of(model, ties=ties)
+    return wanted_of(*found)
 
 
 def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
@@ -113,8 +113,9 @@ def written_as_model(mapping: MappingFile, checkpoint: Checkpoint) -> MappingFil
     """A mapping with its rules for tensors to be written, also where these come from the model class."""
     if not mapping.as_model or mapping.rules:
         return mapping
-    names = {tensor.name for file in checkpoint.files for tensor in file.tensors}
-    return rules_of(mapping, wanted_by_class(mapping, checkpoint.config).named_as(names), checkpoint.config)
+    wanted, held = wanted_by_class(mapping, checkpoint.config), shapes_of(checkpoint)
+    named = next((one for one in (wanted, *wanted.others) if one.fits(held)), wanted)
+    return rules_of(mapping, named, checkpoint.config)
 
 
 def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Layout, Checkpoint]:

@@ -8,8 +8,9 @@ from engine.errors import EngineError, EngineErrors, shape_text
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.search import bundled
-from engine.planning.as_model import class_named, wanted_by_mapping
+from engine.planning.as_model import class_named
 from engine.planning.model import Plan
+from engine.planning.wanted import wanted_by_mapping
 
 # What lint finds that changes what is decided or written; the rest, planning itself refuses or cannot go wrong.
 _OF_THE_TARGET = ("L010", "L012", "L013", "L014", "L015", "L017")

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 import engine
 from engine.errors import EngineError
+from engine.proving.meta_model import asked
 from tests.support.distributed import LLAMA, MOE, equal, model, save
 from tests.support.frameworks import weights
 
@@ -138,3 +139,48 @@ def test_angles_that_transformers_4_has_beside_the_base_are_as_given(change: dic
     engine.convert("transformers", save(model(config), tmp_path / "step", config), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {key: written[key] for key in change} == change
+
+
+@pytest.mark.parametrize(
+    ("angles", "written"),
+    [
+        ({"rope_type": "default"}, None),
+        ({"rope_type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}),
+        ({"rope_type": "default", "mrope_section": [1, 1, 0]}, {"mrope_section": [1, 1, 0]}),
+    ],
+    ids=["plain", "scaled", "of three axes"],
+)
+def test_angles_of_a_part_are_also_written_where_transformers_before_5_has_them(
+    angles: dict[str, Any], written: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    part = {key: value for key, value in TEXT.items() if key != "rope_theta"}
+    config = SEEING | {"text_config": part | {"rope_parameters": angles | {"rope_theta": 5e5}}}
+    folder = save(state_of(SEEING), tmp_path / "step", config)
+    engine.convert("transformers", folder, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert made["rope_theta"] == 5e5 and (made.get("rope_scaling") or {}).items() >= (written or {}).items()
+    assert ("rope_scaling" in made) is (written is not None)
+    again = AutoConfig.from_pretrained(tmp_path / "out").text_config.rope_parameters
+    assert {key: again[key] for key in angles} == angles and again["rope_theta"] == 5e5
+    config["text_config"]["rope_theta"] = 1e4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=r"rope_theta.*\(text_config\)") as caught:
+        engine.convert("transformers", folder, tmp_path / "no")
+    assert caught.value.code == "E218"
+
+
+def test_a_head_is_tied_as_the_class_ties_it_where_the_configuration_says_nothing(tmp_path: Path) -> None:
+    config = {k: v for k, v in LLAMA.items() if k not in ("mlp_bias", "hidden_act", "tie_word_embeddings")}
+    config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    with pytest.raises(EngineError) as caught:
+        engine.convert("transformers", save(state_of(config), tmp_path / "step", config), tmp_path / "out")
+    assert caught.value.code == "E402"
+
+
+@pytest.mark.parametrize(("part", "since"), [(True, False), (False, True)])
+def test_a_part_that_is_not_tied_as_the_whole_needs_a_transformers_that_ties_by_the_whole(
+    part: bool, since: bool
+) -> None:
+    config = {"model_type": "smolvlm", "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": part}}
+    found = asked(config | {"architectures": ["SmolVLMForConditionalGeneration"]})
+    assert (found.versions == ">=5") is since

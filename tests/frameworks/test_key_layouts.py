@@ -20,7 +20,7 @@ import engine
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
-from engine.planning.as_model import wanted_by_mapping
+from engine.planning.wanted import wanted_by_mapping
 from engine.proving.checks import check_classes
 from engine.proving.meta_model import asked
 from tests.support import shards
