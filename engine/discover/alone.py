@@ -9,8 +9,10 @@ from engine.discover.cuts import KEYS, Known, Reading, Readings, known_sizes, re
 from engine.discover.names import Observed
 from engine.discover.near import Slot, similarity
 from engine.discover.notes import block, comment, flow
+from engine.errors import Place
 from engine.language.documents import grouped
-from engine.language.model import Layout
+from engine.language.expressions import names_in
+from engine.language.model import Expression, Layout
 from engine.planning.attempts import Checkpoint
 
 _ONES = ("q", "k", "v", "gate", "up")
@@ -67,6 +69,7 @@ def stand_alone(
     lines = block("source", source)
     lines += comment("decide: the model class of the target. Until it is named, nothing loads the output.")
     lines += ["target: {model_type: unknown, architecture: Unknown}", ""]
+    lines += _declared(known, checkpoint, layout)
     if variants:
         lines += ["variants:", *(line for name, body in variants.items() for line in block(name, body, "  ")), ""]
     lines += ["dims:", *(line for name, text in _dims(known, used, own).items() for line in block(name, text, "  "))]
@@ -75,6 +78,16 @@ def stand_alone(
     lines += [line for key, text in config.items() for line in block(key, text, "  ")]
     lines += comment("decide: the other keys of config.json, and `training_config`, which `engine reverse` needs", "  ")
     return lines
+
+
+def _declared(known: Known, checkpoint: Checkpoint, layout: Layout) -> list[str]:
+    """`keys` of what sizes are computed from, where the layout does not say what these may be."""
+    read = {key for text in known.dims.values() for key in names_in(Expression(text, Place("the draft")))}
+    told = layout.keys.get("source", {})
+    untold = [key for key in checkpoint.config if key in read and key not in told]
+    size, ratio = {"type": "integer", "min": 1}, {"type": "number", "above": 0}
+    keys = {key: ratio if key == "mlp_ratio" else size for key in untold}
+    return [*block("keys", {"source": keys}), ""] if keys else []
 
 
 def _read(one: Observed, checkpoint: Checkpoint, known: Known) -> tuple[Readings, tuple[str, bool]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 import yaml
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
@@ -267,6 +268,16 @@ def test_shards_that_record_their_rows_are_read_as_what_they_are_part_of(tmp_pat
     made = api.new_mapping(tmp_path / "src", out=tmp_path / "x.yaml")
     assert (made.kind, made.state) == ("release", None)
     same(tensors(tmp_path / "x.yaml", tmp_path / "src"), expected)
+
+
+def test_a_distributed_checkpoint_of_an_unknown_class_gives_a_draft_too(tmp_path: Path) -> None:
+    """Its configuration is the target's, of which the layout says nothing that a size may be."""
+    tensors = {"trunk.layers.0.w.weight": torch.randn(8, 64), "entry.weight": torch.randn(32, 64)}
+    torch.distributed.checkpoint.save(tensors, checkpoint_id=tmp_path / "step", no_dist=True)
+    config = {"model_type": "unheard", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
+    (tmp_path / "step" / "config.json").write_text(json.dumps(config))
+    made = drafted(tmp_path / "step", tmp_path / "x.yaml")
+    assert made.kind == "own" and "num_hidden_layers: {type: integer, min: 1}" in made.text
 
 
 def test_a_foreign_cut_that_no_size_explains_is_refused_and_not_joined(tmp_path: Path) -> None:
