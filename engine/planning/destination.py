@@ -141,7 +141,7 @@ def cut_layers(
             f"Give one of these to --chunks, with {given}.",
         )
     held = layers // chunks if layers >= ranks else layers
-    if held < ranks:
+    if held < ranks and ranks * chunks > 1:  # one stage holds all, also of a model without a line of layers
         raise _uncut(
             f"{held} layers{' of a chunk' if held < layers else ''} are too few for {ranks} pipeline ranks",
             given,
