@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.bench import memory
 from benchmarks.generate import generate
-from benchmarks.shapes import Spec, slice_of
+from benchmarks.shapes import Shape, Spec
 from benchmarks.slow_link import link
 from tests.support.object_server import BUCKET, options, server
 
@@ -81,6 +81,12 @@ def measured(*arguments: object) -> dict[str, float]:
     return found
 
 
+def wide(nbytes: float) -> Shape:
+    """One layer as wide as a 7B model's, whose rows are long as there, and as much of a vocabulary as is left."""
+    layer = Shape(1, vocab=256)
+    return Shape(1, vocab=max(256, int(nbytes - layer.layer_bytes) // (4 * layer.hidden) // 256 * 256))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=0.6)
@@ -94,7 +100,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=memory()) as made:
         folder = Path(made)
-        generate(folder / "step", Spec(slice_of(given.gb * 1e9)))
+        generate(folder / "step", Spec(wide(given.gb * 1e9)))
         size = sum(path.stat().st_size for path in (folder / "step").iterdir())
         (folder / "server").mkdir()
         with server(folder / "server") as near, link(near, given.milliseconds, given.rate) as port:

@@ -18,7 +18,7 @@ from engine.errors import EngineError, Place, needs_extra
 T = TypeVar("T")
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt
-_GIVEN_BACK = 256 << 10  # bytes
+_GIVEN_BACK = 1 << 20  # bytes: more than a block, which would have its pages cleared for each
 _REQUESTS = 16  # at the same time
 _TRIES = 4  # of a request whose answer was cut off; obstore itself tries again what failed before
 _CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
