@@ -108,6 +108,15 @@ def test_experts_on_ranks_of_their_own_convert_and_come_back(
     assert caught.value.code == "E207"
 
 
+def test_the_weight_ranks_of_written_experts_are_what_the_configuration_says(tmp_path: Path) -> None:
+    model = model_of("moe", hidden=16, ffn=24)
+    save_family(model, tmp_path / "step", tp=1, pp=1)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=told(model))
+    engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", mode="isp_wp", wp=4)
+    assert "'expert_weight': {'size': 4}" in torch.load(tmp_path / "back" / "config_file.pt")
+    assert (tmp_path / "back" / "model_moe_layer0_expert0_wp3.pt").is_file()
+
+
 def test_experts_of_uneven_stages_that_would_overwrite_each_other_are_refused(tmp_path: Path) -> None:
     model = model_of("moe", layers=5)
     save_family(model, tmp_path / "step", tp=1, pp=1)
