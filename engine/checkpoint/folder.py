@@ -70,6 +70,7 @@ def read_headers(
     mode: Mode | None = None,
     skip: Sequence[str] = (),
     says: Sequence[str] = (),
+    wrappers: Sequence[str] = (),
     *,
     some: bool = False,
 ) -> tuple[FileHeader, ...]:
@@ -79,7 +80,11 @@ def read_headers(
         mode: says of what format they are; default: files that torch saved.
         skip: names of tensors that are left out, as globs.
         says: what is kept of what files that torch saved hold beside tensors, by dotted keys.
+        wrappers: words between the dots of names that are taken out.
         some: the checkpoint has more files than these.
+
+    Raises:
+        EngineError: E206 for two tensors that have one name without wrappers, E30x for files that cannot be read.
     """
     left_out = re.compile("|".join(map(translate, skip))) if skip else None
 
@@ -89,7 +94,7 @@ def read_headers(
     headers: Iterable[FileHeader]
     match "torch" if mode is None else mode.format:
         case "dcp":
-            return read_dcp(folder, names, wanted, some=some)
+            return _unwrapped(read_dcp(folder, names, wanted, some=some), wrappers)
         case "safetensors":
             headers = read_sharded_safetensors(folder, names)
         case "whole":
@@ -97,7 +102,29 @@ def read_headers(
         case _:
             headers = _torch(folder, names, [pattern(text).regex for text in mode.state] if mode else [], says)
             headers = (replace(one, left=tuple(n for n in one.left if wanted(f"{n}."))) for one in headers)
-    return tuple(header.only(wanted) for header in headers)
+    return _unwrapped(tuple(header.only(wanted) for header in headers), wrappers)
+
+
+def _unwrapped(headers: tuple[FileHeader, ...], wrappers: Sequence[str]) -> tuple[FileHeader, ...]:
+    names = {tensor.name for header in headers for tensor in header.tensors}
+    plain = {name: ".".join(word for word in name.split(".") if word not in wrappers) for name in names}
+    if all(name == without for name, without in plain.items()):
+        return headers
+    owners: dict[str, str] = {}
+    for name, without in plain.items():
+        if owners.setdefault(without, name) != name:
+            raise EngineError(
+                "E206",
+                f"the checkpoint holds `{without}` twice",
+                place=Place(headers[0].name),
+                got=" and ".join(sorted((name, owners[without]))),
+                expected="one",
+                fix="Save the model that you want by itself.",
+            )
+    return tuple(
+        replace(header, tensors=tuple(replace(one, name=plain[one.name]) for one in header.tensors))
+        for header in headers
+    )
 
 
 def _torch(

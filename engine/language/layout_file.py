@@ -91,6 +91,7 @@ def _read(name: str, content: bytes) -> Layout:
         modes=tuple(_mode(name, one) for name, one in document.parts("modes").items()),
         skip=tuple(data.get("skip") or ()),
         skip_tensors=tuple(data.get("skip_tensors") or ()),
+        wrappers=tuple(data.get("wrappers") or ()),
         refuse=tuple(map(_refused, document.parts("refuse").values())),
         files=(document.file,),
         digest=digest_of(data),

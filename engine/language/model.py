@@ -261,6 +261,7 @@ class Layout:
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]
     skip_tensors: tuple[str, ...]  # names of what is not of the model, as globs
+    wrappers: tuple[str, ...]  # words that a wrapper puts into names, which are read without
     refuse: tuple[RefusedFile, ...]
     files: tuple[str, ...]
     digest: str

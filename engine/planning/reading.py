@@ -22,7 +22,8 @@ def read_some(src: Source, layout: Layout, mode: str, names: Sequence[str]) -> t
     from engine.checkpoint.identity import told_by
 
     found = next(one for one in layout.modes if one.name == mode)
-    return read_headers(store_at(src, "the checkpoint"), names, found, layout.skip_tensors, told_by(layout), some=True)
+    folder, says = store_at(src, "the checkpoint"), told_by(layout)
+    return read_headers(folder, names, found, layout.skip_tensors, says, layout.wrappers, some=True)
 
 
 def read_checkpoint(
@@ -68,7 +69,8 @@ def read_checkpoint(
         raise no_configuration(folder, layout)  # files of that name and nothing else may be another framework's
     configured = {**configuration, "training": training}
     check_claims(grid, layout, configured, layout.training_file or name, folder.place())
-    headers = read_headers(folder, [f.name for f in grid.files], grid.mode, layout.skip_tensors, told_by(layout))
+    names = [f.name for f in grid.files]
+    headers = read_headers(folder, names, grid.mode, layout.skip_tensors, told_by(layout), layout.wrappers)
     with_tensors = {header.name for header in headers} | {".metadata"}  # whose states are known
     if name not in with_tensors and repr(configurations()) != repr(read()):
         raise has_changed(name, "another configuration", "the one that was read before the headers")

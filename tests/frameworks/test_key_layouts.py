@@ -153,6 +153,25 @@ def test_the_prefix_of_names_is_found(prefix: str, tmp_path: Path) -> None:
     assert equal(tmp_path / "out", state)
 
 
+def test_what_wraps_layers_is_no_part_of_names(tmp_path: Path) -> None:
+    state = model(LLAMA)
+
+    def wrapped(name: str) -> str:
+        for number, word in enumerate(("_orig_mod", "_checkpoint_wrapped_module._orig_mod")):
+            name = name.replace(f"layers.{number}.", f"layers.{number}.{word}.")
+        return name
+
+    saved = {f"_fsdp_wrapped_module.{wrapped(name)}": one for name, one in state.items()}
+    engine.convert("transformers", save(saved, tmp_path / "step", LLAMA), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+    theirs = {wrapped(name): one for name, one in titan(state, old=False).items()}
+    engine.convert("torchtitan-llama", save(theirs, tmp_path / "step-3", LLAMA), tmp_path / "titan")
+    assert equal(tmp_path / "titan", state)
+    with pytest.raises(EngineError, match="twice") as caught:
+        engine.convert("transformers", save(state | saved, tmp_path / "both", LLAMA), tmp_path / "no")
+    assert caught.value.code == "E206"
+
+
 def test_a_tensor_of_a_type_that_is_not_read_is_refused_by_its_type(tmp_path: Path) -> None:
     state = model(LLAMA)
     state["model.norm.weight"] = state["model.norm.weight"].to(torch.complex64)
