@@ -20,8 +20,9 @@ _MAPPING_ORDER = (
     "tokenizer", "generation", "chat_template", "expect",
 )  # fmt: skip
 _LAYOUT_ORDER = (
-    "layout", "name", "version", "description", "config", "training", "keys", "prefixes", "wrappers", "options", "layers",
-    "indices", "sizes", "uneven", "even", "lone_rank", "zip_root", "says", "modes", "skip", "skip_tensors", "refuse",
+    "layout", "name", "version", "description", "config", "training", "keys", "prefixes", "wrappers", "options",
+    "layers", "indices", "sizes", "uneven", "even", "lone_rank", "zip_root", "says", "modes", "skip", "skip_tensors",
+    "refuse",
 )  # fmt: skip
 _RULE_ORDER = (
     "name", "source", "target", "axes", "split", "stage", "when", "optional", "transform", "keep", "drop",
