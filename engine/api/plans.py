@@ -37,7 +37,7 @@ from engine.proving.own import checked
 from engine.run.execute import Small
 from engine.run.schedule import scattered_outputs
 from engine.show.notebook import displayed
-from engine.storage.places import Source, found_at
+from engine.storage.places import Source, followed, found_at
 from engine.storage.regular import open_regular
 from engine.storage.replacing import check_file_free, given_path, write_file
 from engine.storage.store import File
@@ -182,7 +182,8 @@ def _compiled(
 
 def read_whole(src: Source) -> Checkpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
-    folder = found_at(src, "the checkpoint")
+    found = found_at(src, "the checkpoint")
+    folder = found if isinstance(found, File) else followed(found)
     files = read_hf_folder(folder)
     checkpoint = whole_checkpoint(str(src), files, read_hf_config(folder), other_weights(folder, files))
     if not checkpoint.config:

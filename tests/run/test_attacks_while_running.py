@@ -165,6 +165,25 @@ def test_a_link_that_moves_on_while_training_saves_gives_the_step_it_led_to(
         assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "still" / name).read_bytes()
 
 
+def test_a_link_that_moves_on_while_its_model_is_written_for_ranks_gives_the_model_it_led_to(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.api import plans
+
+    convert(source, tmp_path / "first")
+    convert(other_step(tmp_path / "step2"), tmp_path / "second")
+    latest, settings = tmp_path / "latest", {"mlp_letters": "w2_is_down"}
+    latest.symlink_to("first")
+    engine.reverse(V1.mapping, latest, tmp_path / "still", tp=2, settings=settings)
+    (tmp_path / "next").symlink_to("second")
+    read = plans.read_hf_config
+    monkeypatch.setattr(plans, "read_hf_config", lambda found: ((tmp_path / "next").replace(latest), read(found))[1])
+    engine.reverse(V1.mapping, latest, tmp_path / "moved", tp=2, settings=settings)
+    assert os.readlink(latest) == "second"
+    for name in ("model_tp0_pp0.pt", "model_config.pt"):
+        assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "still" / name).read_bytes()
+
+
 def test_a_configuration_and_headers_of_two_steps_are_refused(
     source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
