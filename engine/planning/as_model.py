@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
+from engine.language.keys import Key, Limits
 from engine.language.model import Expression, Layout, MappingFile, Prefix, Rule, Target
 from engine.language.names import numbers_in, without_numbers
 from engine.planning.attempts import Checkpoint
@@ -100,8 +101,11 @@ def rules_of(
                 dtype=family.kind.dtype,
             )
         )
+    named, told = "tie_word_embeddings", mapping.keys.get("source", {})
+    default = {named: Key(named, Limits(("boolean", "null")), mapping.place, default=True)} if wanted.ties else {}
     return replace(
         mapping,
+        keys={**mapping.keys, "source": {**told, **default}},
         rules=tuple(rules),
         dims={name: Expression(str(size), mapping.place) for name, size in dims.items()},
         model_type=str(config.get("model_type")),

@@ -15,7 +15,7 @@ from engine.formats.pickling import WRITABLE, namespace
 from engine.language.expressions import evaluate, render_tree
 from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
-from engine.planning.agreement import check_returns
+from engine.planning.agreement import check_returns, with_parts
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared, read_training, shown
 from engine.planning.destination import Destination
@@ -235,6 +235,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
                 fix="Let `training_config` write values from which `dims` compute the sizes again.",
             )
     if source.layout.config_of_target:
+        with_parts(source.read.config, mapping, source.layout)  # whose own spellings must agree too
         return
     names_then = {**scope, **choices, **sizes, "training": _training_again(source, destination)}
     check_returns(source.read, render_known(mapping.config, names_then), mapping)

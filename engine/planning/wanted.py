@@ -27,12 +27,14 @@ class Wanted:
         shapes: name → shape, in the order of the model.
         tied: names that are stored or not, and equal another: name → that one.
         types: element types of those that are no weights, such as counters: name → type.
+        ties: whether every release ties what is tied, by what the configuration says or by default.
         versions: of transformers, those that load these names; None for all.
         others: the same under names that older releases gave the tensors, and that transformers loads too.
     """
 
     shapes: Mapping[str, Shape]
     tied: Mapping[str, str]
+    ties: bool = False
     versions: str | None = None
     types: Mapping[str, str] = field(default_factory=dict)
     others: tuple[Wanted, ...] = ()
@@ -58,6 +60,7 @@ def wanted_by_mapping(told: MappingFile, config: Mapping[str, Any]) -> Wanted | 
     except EngineError:
         return None
     shapes = {group.name: group.first.header.shape for group in listed}
-    ties = {group.name: group.instance.rule.tied_to for group in listed if read.config["tie_word_embeddings"]}
-    tied = {name: to for name, to in ties.items() if to is not None}
-    return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied)
+    ties = bool(read.config["tie_word_embeddings"])
+    listed_ties = {group.name: group.instance.rule.tied_to for group in listed if ties}
+    tied = {name: to for name, to in listed_ties.items() if to is not None}
+    return Wanted({name: shape for name, shape in shapes.items() if name not in tied}, tied, ties)

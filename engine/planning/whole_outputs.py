@@ -35,7 +35,7 @@ def whole_outputs(source: Source, asked: Request) -> Written:
     wanted = [_wanted(group, source.pieces, changes=changes) for group in groups]
     every, table = fill(wanted, groups, keys_at("whole", source.used, source.pieces), source, asked.dtype)
     config = whole_configuration(source)
-    ties = bool(config.get("tie_word_embeddings"))  # what a class does without it differs between releases
+    ties = bool(config.get("tie_word_embeddings", source.read.config.get("tie_word_embeddings")))  # or by default
     tied_to = [group.instance.rule.tied_to if ties else None for group in groups]
     kept = [i for i, to in enumerate(tied_to) if to is None]
     outputs = tuple(every[i] for i in kept)

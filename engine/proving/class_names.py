@@ -16,7 +16,8 @@ def wanted_of(model: Any, ties: bool) -> Wanted:
     own, *others = (_wanted_as(one, state, tied) for one in _forms(model, state))
     text = model.config.get_text_config(decoder=True)  # by which transformers 4 ties, and 5 by the whole
     alike = bool(getattr(text, "tie_word_embeddings", ties)) == ties
-    return replace(own, versions=None if others == [] and alike else ">=5", others=tuple(others))
+    others = [replace(one, ties=ties and alike, versions=None if alike else ">=5") for one in others]
+    return replace(own, ties=ties and alike, versions=None if others == [] and alike else ">=5", others=tuple(others))
 
 
 def _wanted_as(named: Mapping[str, Any], state: Mapping[str, Any], tied: Mapping[str, str]) -> Wanted:

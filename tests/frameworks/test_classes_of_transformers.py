@@ -25,12 +25,13 @@ ROBERTA = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 TEXT = {key: value for key, value in LLAMA.items() if key != "architectures"}
+VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16,
+}  # fmt: skip
 SEEING = {
     "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": TEXT,
-    "image_token_index": 39, "tie_word_embeddings": False, "vision_config": {
-        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16,
-    },
+    "image_token_index": 39, "tie_word_embeddings": False, "vision_config": VISION,
 }  # fmt: skip
 
 
@@ -177,15 +178,47 @@ def test_angles_of_a_part_are_also_written_where_transformers_before_5_has_them(
     with pytest.raises(EngineError, match=r"rope_theta.*\(text_config\)") as caught:
         engine.convert("transformers", folder, tmp_path / "no")
     assert caught.value.code == "E218"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=r"rope_theta.*\(text_config\)") as caught:
+        engine.reverse("transformers", tmp_path / "out", tmp_path / "back")
+    assert caught.value.code == "E218"
 
 
-def test_a_head_that_differs_is_kept_where_the_configuration_does_not_say_that_it_is_tied(tmp_path: Path) -> None:
-    """transformers 5 ties some models of two parts by default that 4 trained apart, and wrote nothing of it."""
-    config = {k: v for k, v in LLAMA.items() if k not in ("mlp_bias", "hidden_act", "tie_word_embeddings")}
-    config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-    state = model(config)
+def test_a_head_that_differs_is_kept_where_only_transformers_5_ties_the_class_by_default(tmp_path: Path) -> None:
+    """As some models of two parts, which 4 trained apart, and wrote nothing of it."""
+    unsaid = ("tie_word_embeddings", "mlp_bias")
+    text = {k: v for k, v in TEXT.items() if k not in unsaid} | {"model_type": "mistral"}
+    config = {k: v for k, v in SEEING.items() if k not in unsaid} | {"model_type": "mistral3", "text_config": text}
+    config["vision_config"] = {**VISION, "model_type": "pixtral"}
+    config["architectures"] = ["Mistral3ForConditionalGeneration"]
+    state = state_of(config | {"tie_word_embeddings": False})
     engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
     assert equal(tmp_path / "out", state)
+
+
+def test_a_head_that_the_class_ties_by_default_is_tied_in_both_directions(tmp_path: Path) -> None:
+    """transformers 4 ignores one that is stored."""
+    config = {k: v for k, v in LLAMA.items() if k not in ("mlp_bias", "hidden_act", "tie_word_embeddings")}
+    config |= {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+    state = model(config | {"tie_word_embeddings": False})
+    with pytest.raises(EngineError, match="lm_head") as caught:
+        engine.convert("transformers", save(state, tmp_path / "step", config), tmp_path / "out")
+    assert caught.value.code == "E402"
+    said = config | {"tie_word_embeddings": False}
+    engine.convert("transformers", save(state, tmp_path / "said", said), tmp_path / "said-out")
+    assert equal(tmp_path / "said-out", state)
+    head = state.pop("lm_head.weight")
+    state["model.embed_tokens.weight"] = head
+    both = save(state | {"lm_head.weight": head}, tmp_path / "both", config)
+    engine.convert("transformers", both, tmp_path / "tied")
+    assert equal(tmp_path / "tied", state)
+    engine.reverse("transformers", tmp_path / "tied", tmp_path / "back")
+    engine.convert("transformers", tmp_path / "back", tmp_path / "again", config=tmp_path / "tied" / "config.json")
+    assert equal(tmp_path / "again", state)
+    (tmp_path / "said-out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match="lm_head") as caught:
+        engine.reverse("transformers", tmp_path / "said-out", tmp_path / "no")
+    assert caught.value.code == "E402"
 
 
 @pytest.mark.parametrize(("part", "since"), [(True, False), (False, True)])

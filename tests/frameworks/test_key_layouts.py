@@ -213,6 +213,10 @@ def test_another_epsilon_than_xtuners_queries_and_keys_have_is_asked_for(tmp_pat
         assert caught.value.code == "E202" and "--set norms=as_configured" in str(caught.value.fix)
     engine.convert("transformers", folder, tmp_path / "trained so", settings={"norms": "as_configured"})
     assert equal(tmp_path / "trained so", state)
+    headless = {name.removeprefix("model."): one for name, one in state.items() if name != "lm_head.weight"}
+    folder = save(headless, tmp_path / "base", config | {"architectures": ["Qwen3Model"]})
+    engine.convert("transformers", folder, tmp_path / "base of transformers")  # XTuner's models have a head
+    assert equal(tmp_path / "base of transformers", headless)
 
 
 def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path) -> None:
