@@ -44,7 +44,8 @@ def read_grid(
     if not modes and layout.config_file not in names:  # files that others may have beside them, and nothing else
         modes = [mode for mode, _ in found]
     if not modes:
-        wanted = ", ".join(m.files[0].name for m in layout.modes)
+        beside = "" if own else f" beside {layout.config_file}"
+        wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
         raise EngineError(
             "E304",
             f"no weight files of layout `{layout.name}` in this folder",
