@@ -142,6 +142,34 @@ def test_angles_that_transformers_4_has_beside_the_base_are_as_given(change: dic
     assert {key: written[key] for key in change} == change
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "angles", "own"),
+    [
+        ("gpt_neox", "GPTNeoXModel", {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5},
+         {"rotary_emb_base": 5e4, "rotary_pct": 0.5}),
+        ("modernbert", "ModernBertModel", {kind: {"rope_type": "default", "rope_theta": base}
+         for kind, base in (("full_attention", 5e4), ("sliding_attention", 3e4))},
+         {"global_rope_theta": 5e4, "local_rope_theta": 3e4}),
+    ],
+)  # fmt: skip
+def test_angles_that_transformers_4_has_under_a_models_own_names_are_written_so_too(
+    kind: str, name: str, angles: dict[str, Any], own: dict[str, float], tmp_path: Path
+) -> None:
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    config = {key: LLAMA[key] for key in sizes} | {"model_type": kind, "architectures": [name], "pad_token_id": 0}
+    config |= {f"{name}_token_id": 1 for name in ("bos", "eos", "cls", "sep")}
+    folder = save(state_of(config), tmp_path / "step", config | {"rope_parameters": angles})
+    for told in ({"rope_parameters": angles}, own):  # as transformers 5 saves them, and as 4
+        (folder / "config.json").write_text(json.dumps(config | told))
+        engine.convert("transformers", folder, tmp_path / "out", overwrite=True)
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert {key: written[key] for key in own} == own and ("rope_parameters" in written) is (told is not own)
+    (folder / "config.json").write_text(json.dumps(config | own | {"rope_parameters": angles, min(own): 1e4}))
+    with pytest.raises(EngineError, match=min(own)) as caught:
+        engine.convert("transformers", folder, tmp_path / "no")
+    assert caught.value.code == "E218"
+
+
 def test_a_model_without_a_line_of_layers_is_written_for_ranks_too(tmp_path: Path) -> None:
     config: dict[str, Any] = {"model_type": "superpoint", "architectures": ["SuperPointForKeypointDetection"]}
     config |= {"encoder_hidden_sizes": [4, 6, 8, 10], "decoder_hidden_size": 8, "descriptor_decoder_dim": 8}
