@@ -174,7 +174,7 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """
     found = re.fullmatch(r"(?:([0-9]{1,7})/)?([0-9]{1,7})?", text.strip())
     number, count = (found[1], found[2]) if found else (None, None)
-    given: dict[str, Any] = {key: value for key, value in environment.items() if value.isdecimal()}
+    given: dict[str, Any] = {key: value for key, value in environment.items() if re.fullmatch("[0-9]{1,9}", value)}
     if number is None and "SLURM_ARRAY_TASK_ID" in given:
         number = int(given["SLURM_ARRAY_TASK_ID"]) - int(given.get("SLURM_ARRAY_TASK_MIN", 0)) + 1
         count = count or given.get("SLURM_ARRAY_TASK_COUNT")

@@ -128,7 +128,7 @@ def parse_selection(text: str, *, file: bool = False) -> Selection:
 
 
 def _interval(name: str, text: str, size: int) -> Interval:
-    found = re.fullmatch(r"(-?\d*)\s*(?:(:)\s*(-?\d*)\s*(?:(:)\s*(-?\d*))?)?", text)
+    found = re.fullmatch(r"(-?[0-9]{0,18})\s*(?:(:)\s*(-?[0-9]{0,18})\s*(?:(:)\s*(-?[0-9]{0,18}))?)?", text)
     if found is None or not text or text == "-":
         raise _error(name, "it is neither an index nor a slice", text)
     first, colon, last, second_colon, step = found.groups()

@@ -166,6 +166,12 @@ def test_a_slice_that_takes_every_second_row_says_so(pairs: Path) -> None:
     assert told.flows[0].range_count == 4
 
 
+@pytest.mark.parametrize("position", ["9" * 5000, "0:" + "9" * 5000, "0:4:" + "9" * 5000, "\uff10:2"])
+def test_a_position_that_no_tensor_has_is_refused(position: str, pairs: Path) -> None:
+    with pytest.raises(EngineError, match="E001"):
+        api.explain(f"model.layers.1.self_attn.q_proj.weight[{position}]", PAIRS.mapping, pairs)
+
+
 def test_a_source_tensor_of_every_rank_is_explained_without_a_file(pairs: Path) -> None:
     told = api.explain("layers.0.attention.wqkv.weight[0:4]", PAIRS.mapping, pairs, backward=True)
     assert [one.asked.file for one in told.tensors] == [f"model_tp{t}_pp{p}.pt" for t in (0, 1) for p in (0, 1)]

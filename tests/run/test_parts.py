@@ -318,6 +318,11 @@ def test_the_part_comes_from_slurm_or_kubernetes(monkeypatch: pytest.MonkeyPatch
     for text in ("", "x", "0/4", "5/4", "4"):
         with pytest.raises(EngineError, match="E001"):
             part_of(text, {})
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
+        with pytest.raises(EngineError, match="E001"):
+            part_of("", {**array, name: "9" * 5000})
+    with pytest.raises(EngineError, match="E001"):
+        part_of("4", {"JOB_COMPLETION_INDEX": "9" * 5000})
 
 
 @given(st.lists(st.lists(st.integers(0, 100), max_size=6), min_size=1, max_size=5), st.integers(1, 9), st.booleans())
