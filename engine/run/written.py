@@ -74,8 +74,19 @@ class Ours:
         tensors = {name: entry for name, entry in data["tensors"].items() if entry["file"] in read}
         *_, changed = read_contents(store, {**data, "files": here, "tensors": tensors})
         changed += check_index(store, data["tensors"]) if INDEX in names else []
+        undigested = {entry["file"] for entry in tensors.values() if "digest" not in entry}
+        changed += _written_later(dict(seen), undigested & {*names})
         self._seen = None if changed else seen
         return f"not what the engine wrote there: {changed[0]}" if changed else None
+
+
+def _written_later(told: Mapping[str, Mapping[str, Any]], undigested: Collection[str]) -> list[str]:
+    """Files whose content no digest tells, unless their times do: the manifest is written last."""
+    return [
+        f"{name}, of which {NAME} has no digests, was written to later, or does not tell when"
+        for name in sorted(undigested)
+        if not ("modified" in told[name] and told[name]["modified"] <= told[NAME].get("modified", 0))
+    ]
 
 
 def _below(store: Store, names: Sequence[str], folders: Collection[str]) -> Iterator[str]:
