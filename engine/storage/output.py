@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from engine.errors import KEPT, EngineError, Place
@@ -22,6 +22,7 @@ from engine.storage.store import Store, write_error
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
 _AT_CWD = -100
 _MOUNTS = Path("/proc/self/mountinfo")
+_LEFT = re.compile(r"\..*\.(partial|old)-[0-9a-f]{8}", re.DOTALL)  # what an interrupted run leaves
 
 
 class OutputFolder:
@@ -50,7 +51,7 @@ class OutputFolder:
             foreign: what a folder holds that the engine did not write, in words; None when nothing.
         """
         self.final = located(out)
-        if not self.final.name:
+        if not self.final.name or _LEFT.fullmatch(self.final.name):  # the next run beside it would remove the latter
             raise EngineError("E001", "this cannot be an output", got=str(out), fix="Name a folder to write.")
         self._foreign = foreign
         self._shared = shared is not None
@@ -97,9 +98,22 @@ class OutputFolder:
         """The partial folder, to write a part to; whoever enters the context puts it in place."""
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
+            self._let_in_as_before()
         except OSError as error:
             raise write_error(self.partial, error) from error
         return LocalStore(self.partial)
+
+    def _let_in_as_before(self) -> None:
+        """Give the partial folder the group and mode of the one that it will replace: that may be closed to others."""
+        if not _is_folder(self.final):
+            return
+        old, new = self.final.lstat(), self.partial.lstat()
+        if old.st_gid != new.st_gid:
+            with suppress(PermissionError):  # not a group of this user's
+                os.chown(self.partial, -1, old.st_gid)
+        mode = stat.S_IMODE(old.st_mode) | stat.S_IRWXU
+        if mode != stat.S_IMODE(new.st_mode):
+            self.partial.chmod(mode)
 
     def __enter__(self) -> Store:
         try:
@@ -119,6 +133,7 @@ class OutputFolder:
                         _remove(path)
                 self._check_room()
                 self.partial.mkdir(exist_ok=self._resume or self._shared)
+                self._let_in_as_before()
             except BaseException:
                 self._held.close()
                 raise
@@ -193,8 +208,7 @@ def leftovers(out: Path) -> list[Path]:
         return []
     start = f".{final.name}."
     names = os.listdir(final.parent) if final.parent.is_dir() else []
-    ends = re.compile(r"(partial|old)-[0-9a-f]{8}")
-    return [final.parent / n for n in sorted(names) if n.startswith(start) and ends.fullmatch(n[len(start) :])]
+    return [final.parent / n for n in sorted(names) if _LEFT.fullmatch(n) and n.rpartition(".")[0] + "." == start]
 
 
 def _put_back(final: Path) -> list[Path]:

@@ -233,6 +233,38 @@ def test_a_file_that_somebody_put_under_a_name_of_ours_is_not_replaced(made: Pat
         assert files(out) == files(made / "hf")
 
 
+def test_weights_without_digests_are_replaced_only_if_nobody_wrote_to_them(made: Path, tmp_path: Path) -> None:
+    def convert() -> None:
+        engine.convert(V2.mapping, made / "step", tmp_path / "hf", settings=SETTINGS, overwrite=True, digests=False)
+
+    convert()
+    convert()
+    weights = tmp_path / "hf" / "model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+    before = files(tmp_path)
+    with pytest.raises(EngineError) as caught:
+        convert()
+    assert caught.value.code == "E401" and "model.safetensors" in str(caught.value.got)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2775])
+def test_a_folder_that_is_replaced_keeps_who_may_read_it(mode: int, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    out.mkdir()
+    out.chmod(mode)
+    seen: set[int] = set()
+
+    def look(_: object) -> None:
+        seen.update(path.stat().st_mode & 0o7777 for path in tmp_path.iterdir() if path.is_dir())
+
+    for _ in range(2):
+        engine.convert(V2.mapping, made / "step", out, settings=SETTINGS, overwrite=True, progress=look)
+        assert out.stat().st_mode & 0o7777 == mode
+    assert seen == {mode}
+
+
 def test_rank_files_in_folders_are_replaced_too(tmp_path: Path) -> None:
     save(Model("v2", layers=2, groups=2, bias=False), tmp_path / "step", tp=2)
     engine.convert(V2.mapping, tmp_path / "step", tmp_path / "hf", settings=SETTINGS)
@@ -289,7 +321,7 @@ def test_what_comes_to_the_output_while_a_run_goes_on_is_kept(made: Path, tmp_pa
         shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("out", ["/", ".", "..", "", "in", "same"])
+@pytest.mark.parametrize("out", ["/", ".", "..", "", "in", "same", ".hf.partial-0a1b2c3d", ".hf.old-0a1b2c3d"])
 def test_an_output_that_is_no_place_of_its_own_is_refused(
     out: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +331,7 @@ def test_an_output_that_is_no_place_of_its_own_is_refused(
     place = {"in": "step/out", "same": "step"}.get(out, out)
     for command in ("run", "reshard"):
         done = invoke(command, "-m", V2.mapping, "-s", "step", "-o", place, *SET, "--overwrite")
-        assert done.exit_code == (2 if out in ("/", "") else 1), done.output
+        assert done.exit_code == (2 if out in ("/", "") or out.startswith(".hf.") else 1), done.output
     assert files(tmp_path) == before
 
 
