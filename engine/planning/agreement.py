@@ -112,8 +112,8 @@ def with_given(
             fix="Give the configuration of this model, or correct that key in it"
             + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
         )
-    taken = _without_nulls({name: value for name, value in given.items() if name not in left_out}, read.side.keys)
-    return as_declared(merged(taken, config), read.side.keys)
+    said = {name: value for name, value in given.items() if name not in left_out or value is None}
+    return as_declared(merged(_without_nulls(said, read.side.keys), config), read.side.keys)
 
 
 def with_parts(config: Mapping[str, Any], mapping: MappingFile, layout: Layout) -> dict[str, Any]:

@@ -131,8 +131,12 @@ def test_a_configuration_of_two_parts_that_names_no_class_is_of_the_one_that_wri
 
 @pytest.mark.parametrize(
     "change",
-    [{"partial_rotary_factor": 0.5}, {"rope_local_base_freq": 5e3, "layer_types": ["full_attention"] * 2}],
-    ids=["part", "local"],
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_local_base_freq": 5e3, "layer_types": ["full_attention"] * 2},
+        {"rope_scaling": None},  # without it gpt-oss scales them
+    ],
+    ids=["part", "local", "none"],
 )
 def test_angles_that_transformers_4_has_beside_the_base_are_as_given(change: dict[str, Any], tmp_path: Path) -> None:
     kind = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_act": None}
