@@ -154,6 +154,8 @@ def test_angles_that_transformers_4_has_beside_the_base_are_as_given(change: dic
         ("modernbert", "ModernBertModel", {kind: {"rope_type": "default", "rope_theta": base}
          for kind, base in (("full_attention", 5e4), ("sliding_attention", 3e4))},
          {"global_rope_theta": 5e4, "local_rope_theta": 3e4}),
+        ("llama", "LlamaModel", {"rope_type": "longrope", "rope_theta": 5e4, "factor": 4.0, "long_factor": [3.0, 2.0],
+         "short_factor": [2.0, 1.0], "original_max_position_embeddings": 16}, {"original_max_position_embeddings": 16}),
     ],
 )  # fmt: skip
 def test_angles_that_transformers_4_has_under_a_models_own_names_are_written_so_too(
@@ -161,7 +163,7 @@ def test_angles_that_transformers_4_has_under_a_models_own_names_are_written_so_
 ) -> None:
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     config = {key: LLAMA[key] for key in sizes} | {"model_type": kind, "architectures": [name], "pad_token_id": 0}
-    config |= {f"{name}_token_id": 1 for name in ("bos", "eos", "cls", "sep")}
+    config |= {f"{name}_token_id": 1 for name in ("bos", "eos", "cls", "sep")} | {"max_position_embeddings": 64}
     folder = save(state_of(config), tmp_path / "step", config | {"rope_parameters": angles})
     for told in ({"rope_parameters": angles}, own):  # as transformers 5 saves them, and as 4
         (folder / "config.json").write_text(json.dumps(config | told))
