@@ -110,7 +110,7 @@ def rules_of(
         dims={name: Expression(str(size), mapping.place) for name, size in dims.items()},
         model_type=str(config.get("model_type")),
         architecture=class_named(config) or "the model class of config.json",
-        transformers=wanted.versions,
+        transformers=wanted.versions or mapping.transformers,
     )
 
 

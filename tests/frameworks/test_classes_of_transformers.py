@@ -255,6 +255,25 @@ def test_a_head_that_the_class_ties_by_default_is_tied_in_both_directions(tmp_pa
     assert caught.value.code == "E402"
 
 
+@pytest.mark.parametrize(
+    ("sliding", "since"),
+    [({"rope_type": "linear", "factor": 2.0}, True), ({"rope_theta": 5e4}, True), ({}, False)],
+)
+def test_scaled_angles_of_sliding_layers_need_a_transformers_that_has_them(
+    sliding: dict[str, Any], since: bool, tmp_path: Path
+) -> None:
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    config = {k: v for k, v in LLAMA.items() if k not in ("mlp_bias", "hidden_act", "rope_theta", "head_dim")}
+    config |= {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "pad_token_id": 0, "eos_token_id": 1}
+    angles = {"full_attention": plain, "sliding_attention": plain | sliding}
+    folder = save(model(config), tmp_path / "step", config)
+    for told in ({"rope_parameters": angles}, {} if since else {"rope_theta": 1e4}):
+        (folder / "config.json").write_text(json.dumps(config | told))
+        engine.convert("transformers", folder, tmp_path / "out", overwrite=True)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert ("in transformers `>=5`" in card) is (since and bool(told))
+
+
 @pytest.mark.parametrize(("part", "since"), [(True, False), (False, True)])
 def test_a_part_that_is_not_tied_as_the_whole_needs_a_transformers_that_ties_by_the_whole(
     part: bool, since: bool
