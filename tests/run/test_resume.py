@@ -226,7 +226,7 @@ def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_
     lock = out.with_name(f".{out.name}.lock")  # held while a run writes
     for _ in range(3):
         process = start_engine(*command, cwd=Path(__file__).parents[2])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 8
         while not lock.exists() and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(dice.uniform(0, 0.05))
