@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from engine.errors import KEPT, EngineError, Place
+from engine.storage.folders import exchange, is_empty, is_folder, is_mount, remove, remove_empty, sync_folder
 from engine.storage.local import LocalStore
 from engine.storage.locks import OutputLock
 from engine.storage.replacing import exists
 from engine.storage.store import Store, write_error
 
-_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
-_AT_CWD = -100
-_MOUNTS = Path("/proc/self/mountinfo")
 _LEFT = re.compile(r"\..*\.(partial|old)-[0-9a-f]{8}", re.DOTALL)  # what an interrupted run leaves
 
 
@@ -66,15 +62,15 @@ class OutputFolder:
     def _check_free(self) -> None:
         if not os.path.lexists(self.final):
             return
-        if _is_folder(self.final) and os.path.samefile(self.final, os.curdir):  # whoever is in it stays in the old one
+        if is_folder(self.final) and os.path.samefile(self.final, os.curdir):  # whoever is in it stays in the old one
             raise EngineError(
                 "E001", "the current folder cannot be replaced", got=str(self._out), fix="Go to the one above first."
             )
-        if _is_mount(self.final):
+        if is_mount(self.final):
             raise exists(self._out, "Name a folder in it.", "a mount point, in whose place nothing can be put")
-        if _is_empty(self.final):
+        if is_empty(self.final):
             return
-        found = None if _is_folder(self.final) else "no folder"
+        found = None if is_folder(self.final) else "no folder"
         if found is None and not self._overwrite:
             raise exists(self._out, "Choose another --out, or replace an output of the engine by --overwrite.")
         found = found or self._foreign(LocalStore(self.final))
@@ -105,7 +101,7 @@ class OutputFolder:
 
     def _let_in_as_before(self) -> None:
         """Give the partial folder the group and mode of the one that it will replace: that may be closed to others."""
-        if not _is_folder(self.final):
+        if not is_folder(self.final):
             return
         old, new = self.final.lstat(), self.partial.lstat()
         if old.st_gid != new.st_gid:
@@ -118,7 +114,7 @@ class OutputFolder:
     def __enter__(self) -> Store:
         try:
             missing = [p for p in self.final.parents if not os.path.lexists(p)]
-            self._held.callback(_remove_empty, missing)
+            self._held.callback(remove_empty, missing)
             for folder in reversed(missing):  # mkdir(parents=True) calls itself for each
                 folder.mkdir(exist_ok=True)
             self._held.enter_context(OutputLock(self.final))
@@ -126,11 +122,11 @@ class OutputFolder:
                 found = _put_back(self.final)
                 self._check_free()  # a run that held the lock may just have finished
                 if self._resume and not self._shared:
-                    resumable = [path for path in found if ".partial-" in path.name and _is_folder(path)]
+                    resumable = [path for path in found if ".partial-" in path.name and is_folder(path)]
                     self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
                 for path in found:
                     if path != self.partial:
-                        _remove(path)
+                        remove(path)
                 self._check_room()
                 self.partial.mkdir(exist_ok=self._resume or self._shared)
                 self._let_in_as_before()
@@ -175,9 +171,9 @@ class OutputFolder:
         for path in sorted(self.partial.glob(f"{self._spare}*"), reverse=True) if self._spare else ():
             path.unlink()
         if os.path.lexists(self.final):
-            old = self.partial if _exchange(self.partial, self.final) else self._swap()
+            old = self.partial if exchange(self.partial, self.final) else self._swap()
             sync_folder(self.final.parent)
-            _remove(old)
+            remove(old)
         else:
             os.rename(self.partial, self.final)
             sync_folder(self.final.parent)
@@ -214,7 +210,7 @@ def leftovers(out: Path) -> list[Path]:
 def _put_back(final: Path) -> list[Path]:
     """`leftovers`, but for the old output of a run that was killed between two renames: that comes back."""
     found = leftovers(final)
-    old = [path for path in found if ".old-" in path.name and _is_folder(path)]
+    old = [path for path in found if ".old-" in path.name and is_folder(path)]
     if old and not os.path.lexists(final):
         newest = max(old, key=lambda path: path.lstat().st_ctime_ns)
         os.rename(newest, final)
@@ -230,7 +226,7 @@ def clean(out: Path) -> list[Path]:
             with OutputLock(located(out)):
                 found = _put_back(located(out))
                 for path in found:
-                    _remove(path)
+                    remove(path)
         except OSError as error:
             raise write_error(out, error) from error
     return found
@@ -248,73 +244,9 @@ def sweep(folder: Path, keep: Collection[str]) -> None:
             if below and stat.S_ISDIR(found.st_mode):
                 sweep(path, below)
             elif path.name not in keep or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-                _remove(path)
+                remove(path)
     except OSError as error:
         raise write_error(folder, error) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to stable storage."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS):  # some file systems cannot
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, so that neither is ever missing; False where it cannot be done."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    done: int = rename(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE)
-    return done == 0
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, innermost first, up to the first that holds anything."""
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _is_mount(path: Path) -> bool:
-    """Whether something is mounted there: also a folder of the same disk, which `os.path.ismount` does not see."""
-    try:
-        told = _MOUNTS.read_bytes().splitlines()
-    except OSError:
-        return os.path.ismount(path)
-    name = os.fsencode(path)
-    for one, code in ((b"\\", b"\\134"), (b" ", b"\\040"), (b"\t", b"\\011"), (b"\n", b"\\012")):
-        name = name.replace(one, code)
-    return any(line.split(b" ")[4:5] == [name] for line in told)
-
-
-def _is_empty(path: Path) -> bool:
-    """Whether it is a folder with nothing in it, as `mkdir` makes one for an output."""
-    if not _is_folder(path):
-        return False
-    with os.scandir(path) as entries:
-        return next(entries, None) is None
-
-
-def _remove(path: Path) -> None:
-    if _is_folder(path):
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _check_apart(out: Path, source: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
-from engine.storage import output
+from engine.storage import folders, output
 from tests.support.disk import contents
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
@@ -225,7 +225,7 @@ def test_a_mount_point_is_refused_before_anything_is_written(
     told = str(out).replace("\\", r"\134").replace(" ", r"\040")
     mounts.write_text(f"36 35 98:0 /mnt1 {told} rw,noatime master:1 - ext3 /dev/root rw\n")
     out.mkdir()
-    monkeypatch.setattr(output, "_MOUNTS", mounts)
+    monkeypatch.setattr(folders, "_MOUNTS", mounts)
     with pytest.raises(EngineError, match="a mount point"):
         engine.convert(V1.mapping, source, out, settings={"mlp_letters": "w2_is_down"})
 
@@ -327,7 +327,7 @@ def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch:
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", failing)
-    monkeypatch.setattr(output, "_exchange", lambda *_: False)  # a file system that cannot
+    monkeypatch.setattr(output, "exchange", lambda *_: False)  # a file system that cannot
     refuse(source, "E403", overwrite=True)
     assert (out / "mine.txt").read_text() == "keep"
 
