@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-gc.set_threshold(500_000, 20, 100)  # a fifth of the time is else spent looking for cycles
+gc.set_threshold(100_000, 20, 100)  # a fifth of the time is else spent looking for cycles
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: there are as many workers as cores
 

@@ -5,6 +5,7 @@ What starting Python itself may change, such as what is imported, needs a new in
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from engine.commands.main import main
 def become(work: Callable[[], object]) -> NoReturn:
     """In a process that was just forked: work on the streams 0, 1 and 2, and end as a program does."""
     code: object = 1
+    gc.freeze()  # what the tests left, such as a client of Dask, is not closed here, where its threads are not
     try:
         for number, (name, errors) in enumerate(
             {"stdin": "surrogateescape", "stdout": "strict", "stderr": "backslashreplace"}.items()
