@@ -179,7 +179,8 @@ def _named(wanted: Wanted, held: Mapping[str, Shape]) -> tuple[Wanted, str, str]
             lacking.append(error)
             continue
         found.append((one, prefix, own))
-        if one.fits(held, lambda name, prefix=prefix, own=own: prefix + name.removeprefix(own)):  # type: ignore[misc]
+        shapes = {name: held.get(prefix + name.removeprefix(own)) for name in one.shapes}
+        if shapes == one.shapes:
             return found[-1]
     if not found:
         raise lacking[0]
