@@ -8,9 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 gc.set_threshold(100_000, 20, 100)  # a fifth of the time is else spent looking for cycles
+
+hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)  # machines are of many speeds
+hypothesis.settings.load_profile("untimed")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: there are as many workers as cores
 

@@ -174,9 +174,10 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """
     found = re.fullmatch(r"(?:([0-9]{1,7})/)?([0-9]{1,7})?", text.strip())
     number, count = (found[1], found[2]) if found else (None, None)
-    given: dict[str, Any] = {key: value for key, value in environment.items() if re.fullmatch("[0-9]{1,9}", value)}
-    if number is None and "SLURM_ARRAY_TASK_ID" in given:
-        number = int(given["SLURM_ARRAY_TASK_ID"]) - int(given.get("SLURM_ARRAY_TASK_MIN", 0)) + 1
+    told = {"SLURM_ARRAY_TASK_MIN": "0", **environment}
+    given: dict[str, Any] = {key: value for key, value in told.items() if re.fullmatch("[0-9]{1,9}", value)}
+    if number is None and {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN"} <= given.keys():
+        number = int(given["SLURM_ARRAY_TASK_ID"]) - int(given["SLURM_ARRAY_TASK_MIN"]) + 1
         count = count or given.get("SLURM_ARRAY_TASK_COUNT")
     elif number is None and "JOB_COMPLETION_INDEX" in given:
         number = int(given["JOB_COMPLETION_INDEX"]) + 1

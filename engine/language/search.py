@@ -23,7 +23,20 @@ def bundled(folder: str) -> Path:
 
 
 def search_folders() -> list[Path]:
+    """The folders of `ENGINE_MAPPINGS`, then the bundled one.
+
+    Raises:
+        EngineError: E002 for one that is not there: a bundled mapping would be taken for one of its name in it.
+    """
     extra = [Path(p) for p in os.environ.get("ENGINE_MAPPINGS", "").split(os.pathsep) if p]
+    for folder in extra:
+        if not folder.is_dir():
+            raise EngineError(
+                "E002",
+                f"ENGINE_MAPPINGS names the folder `{folder}`, which is not there",
+                expected="folders with mappings, separated by `:`".replace(":", os.pathsep),
+                fix="Correct the variable, or unset it.",
+            )
     return [*extra, bundled("mappings")]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,9 +39,9 @@ class Wanted:
     types: Mapping[str, str] = field(default_factory=dict)
     others: tuple[Wanted, ...] = ()
 
-    def fits(self, held: Mapping[str, Shape], stored: Callable[[str], str] = str) -> bool:
-        """Whether a checkpoint holds it, in its shapes; `stored` is what the checkpoint calls a tensor."""
-        return all(held.get(stored(name)) == shape for name, shape in self.shapes.items())
+    def fits(self, held: Mapping[str, Shape]) -> bool:
+        """Whether a checkpoint holds it, in its shapes."""
+        return all(held.get(name) == shape for name, shape in self.shapes.items())
 
 
 def wanted_by_mapping(told: MappingFile, config: Mapping[str, Any]) -> Wanted | None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -540,3 +541,19 @@ def test_the_current_folder_is_not_replaced_and_may_be_gone(
     for arguments in ((*run, "x"), ("clean", "x"), ("new", "-s", "x")):
         done = invoke(*arguments)
         assert done.exit_code == 2 and "the current folder is not there" in done.output, done.output
+
+
+def test_no_module_of_the_current_folder_is_run(tmp_path: Path) -> None:
+    """It may be a checkpoint; `python -m` puts it before all that is installed."""
+    (tmp_path / "click.py").write_text("print('run')")
+    places = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parent.parent)}
+    command = [sys.executable, "-m", "engine", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, env=places, capture_output=True, text=True)
+    assert done.returncode == 0 and "run" not in done.stdout, done.stdout + done.stderr
+
+
+def test_a_folder_of_mappings_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundled mapping was taken silently for the edited one of its name."""
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path / "mapings"))
+    done = invoke("mappings")
+    assert done.exit_code == 1 and "E002" in done.output and "ENGINE_MAPPINGS" in done.output, done.output

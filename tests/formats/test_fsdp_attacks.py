@@ -127,10 +127,10 @@ def test_a_state_that_torch_would_not_write_is_refused(
     change: Callable[[Any], None], code: str, saved: Callable[..., Path]
 ) -> None:
     path = saved(change)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(EngineError) as caught:
         read_rank_file(path)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
     assert caught.value.code == code, str(caught.value)
     assert len(str(caught.value)) < 2000
 

@@ -154,9 +154,9 @@ def test_what_is_not_in_the_language_is_refused(text: str) -> None:
     ],
 )
 def test_work_and_depth_are_bounded(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     refused(text, x="abc", a=0)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("text", ["1 // 0", "'a' + 1", "true + 1", "-x", "'a' | int", "(-8) ** 0.5", "1 < 'a'"])

@@ -164,7 +164,7 @@ def test_one_mistake_is_told_once_whatever_it_does_to_the_lines_below() -> None:
 
 
 def test_a_long_file_that_is_no_yaml_is_refused_quickly() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(EngineError):
         load_text("".join(f"k{i}:\n" + "  a: [\n" * 50 for i in range(200)))
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2

@@ -321,6 +321,8 @@ def test_the_part_comes_from_slurm_or_kubernetes(monkeypatch: pytest.MonkeyPatch
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
         with pytest.raises(EngineError, match="E001"):
             part_of("", {**array, name: "9" * 5000})
+    with pytest.raises(EngineError, match="E001"):  # it is not 0 then
+        part_of("", {**array, "SLURM_ARRAY_TASK_MIN": "one"})
     with pytest.raises(EngineError, match="E001"):
         part_of("4", {"JOB_COMPLETION_INDEX": "9" * 5000})
 
