@@ -59,7 +59,7 @@ def read_dcp(
 
 def read_dcp_value(folder: Store, name: str) -> Any:
     """A Python object of the checkpoint, with inert stand-ins; KeyError when there is none of that name."""
-    file, offset, length = read_dcp_directory(folder).values[name]
+    file, offset, length = read_dcp_directory(folder, again=True).values[name]  # headers come next
     with folder.open(file) as opened:
         return load_pickle(TorchZip(opened, file, offset, length).pickle(), file)
 

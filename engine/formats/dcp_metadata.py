@@ -16,7 +16,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.formats.standins import Refused, attributes, element_type, ints
 from engine.formats.unpickle import damaged, error_of, load_pickle
-from engine.storage.store import File, Store
+from engine.storage.store import File, OpenFile, State, Store
 
 DIRECTORY = ".metadata"
 _OF_RANK = re.compile(r"__[0-9]{1,7}\.metadata")
@@ -63,15 +63,18 @@ class Directory:
         return tuple(sorted({e.file for e in self.entries} | {file for file, _, _ in self.values.values()}))
 
 
-def read_dcp_directory(folder: Store) -> Directory:
+def read_dcp_directory(folder: Store, *, again: bool = False) -> Directory:
     """Read `.metadata`, without torch; or the directories that ranks wrote, each for itself, without collectives.
+
+    Args:
+        again: it will be read again soon, and is kept until then.
 
     Raises:
         EngineError: E201 when there is none, E301 damaged or not of torch's form, E302 when it asks to run code,
             E303 for entries that are transformed, E305 unreadable.
     """
     if folder.has(DIRECTORY):
-        return _read(File(folder, DIRECTORY))
+        return _read(File(folder, DIRECTORY), again=again)
     every = [_read(File(folder, name)) for name in folder.names() if _OF_RANK.fullmatch(name)]
     if not every:
         raise unfinished(folder)
@@ -82,16 +85,27 @@ def read_dcp_directory(folder: Store) -> Directory:
     )
 
 
-def _read(where: File) -> Directory:
+_kept: dict[tuple[File, State], Directory] = {}  # at most one: a hundred thousand boxes take seconds to read
+
+
+def _read(where: File, *, again: bool = False) -> Directory:
     with where.open() as file:
-        data = file.read(_MOST_BYTES + 1)
+        found = _kept.pop((where, file.state), None) or _parsed(file, where.name)
+    _kept.clear()
+    if again:
+        _kept[where, file.state] = found
+    return found
+
+
+def _parsed(file: OpenFile, name: str) -> Directory:
+    data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
-        raise damaged(where.name, f"more than {_MOST_BYTES} bytes")
-    value = load_pickle(data, where.name)
+        raise damaged(name, f"more than {_MOST_BYTES} bytes")
+    value = load_pickle(data, name)
     try:
         return _directory(value, hashlib.sha256(data).hexdigest(), len(data) // _SHORTEST)
     except Refused as refused:
-        raise error_of(refused, where.name) from None
+        raise error_of(refused, name) from None
 
 
 def unfinished(folder: Store) -> EngineError:

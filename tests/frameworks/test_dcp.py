@@ -17,6 +17,10 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate
 
 import engine
 from engine.errors import EngineError
+from engine.formats import dcp_metadata
+from engine.formats.dcp import read_dcp_value
+from engine.formats.dcp_metadata import read_dcp_directory
+from engine.storage.local import LocalStore
 from tests.support.frameworks import FIXTURES, logits_off, source_of, weights
 
 DCP = FIXTURES / "dcp"
@@ -115,6 +119,21 @@ def refused(name: str, folder: Path, tmp_path: Path) -> EngineError:
     assert before == {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
     assert caught.value.place is not None and caught.value.fix
     return caught.value
+
+
+def test_a_directory_is_read_once_whatever_is_looked_for_in_it(
+    copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred thousand boxes take seconds to read. One that was written anew meanwhile is read anew."""
+    folder, read = copy("fsdp4-f32-optim"), []
+    load = dcp_metadata.load_pickle
+    monkeypatch.setattr(dcp_metadata, "load_pickle", lambda data, name: (read.append(name), load(data, name))[1])
+    engine.inspect(folder)
+    assert read == [".metadata"]
+    with pytest.raises(KeyError):
+        read_dcp_value(LocalStore(folder), "args")
+    changed(folder, lambda value: value.state_dict_metadata.clear())
+    assert read_dcp_directory(LocalStore(folder)).entries == ()
 
 
 def test_an_unfinished_save_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
