@@ -27,6 +27,7 @@ def checked(plan: Plan) -> Plan:
     if any(one.digest == mapping.digest for one in named):
         return plan
     from engine.proving.lint import lint  # late, since most runs are of bundled mappings
+    from engine.proving.values import contradiction, not_allowed
 
     found = lint(mapping)
     wrong = [
@@ -36,6 +37,16 @@ def checked(plan: Plan) -> Plan:
         for one in found
         if one.severity == "error" and one.code in _OF_THE_TARGET
     ]
+    if not wrong and plan.written is None:  # what lint sees of literals, of what expressions gave
+        wrong = [
+            EngineError(
+                "E109",
+                f"L014: {contradiction('config', path, value, key)}",
+                place=mapping.place,
+                fix="Correct the expression, or what `keys` says of it.",
+            )
+            for path, value, key in not_allowed(plan.config, mapping.keys.get("target", {}))
+        ]
     if wrong:
         raise EngineErrors(wrong)
     _check_class(plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine.errors import EngineError
@@ -11,7 +11,7 @@ from engine.language.expressions import compile_expression
 from engine.language.keys import Key, find_key
 from engine.language.model import Expression, Layout, MappingFile
 from engine.planning.config_keys import declared
-from engine.planning.config_trees import leaves
+from engine.planning.config_trees import leaves, prefixes, value_at
 from engine.planning.variants import option_value
 from engine.proving.known_names import place_of
 from engine.proving.proof import Finding
@@ -27,23 +27,34 @@ def check_declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
     sides = (("config", mapping.config, mapping.keys.get("target", {})),
              ("training_config", mapping.training_config, declared(mapping, layout, "source")))  # fmt: skip
     for part, tree, keys in sides:
-        for path, value in leaves(tree):
-            key = find_key(keys, path)
-            if key is None or isinstance(value, Expression) or list(expressions_of(value)):
-                continue
-            if value is not None and not (key.limits.fits(value) and key.allows(value)):
-                yield Finding(
-                    place_of(mapping, part, path.split(".")[0]),
-                    f"`{part}` writes `{path}: {_text(value)}`, and `keys` allows {_allowed(key)} ({key.place})",
-                    f'Write an expression in braces: "{{{{ {value} }}}}".'
-                    if isinstance(value, str) and value in {*mapping.dims, *mapping.variants}
-                    else "Correct the value, or what `keys` says of it.",
-                )
+        for path, value, key in not_allowed(tree, keys):
+            yield Finding(
+                place_of(mapping, part, path.split(".")[0]),
+                contradiction(part, path, value, key),
+                f'Write an expression in braces: "{{{{ {value} }}}}".'
+                if isinstance(value, str) and value in {*mapping.dims, *mapping.variants}
+                else "Correct the value, or what `keys` says of it.",
+            )
     for side in mapping.keys.values():
         for key in side.values():
             if key.default is not None and not (key.limits.fits(key.default) and key.allows(key.default)):
                 told = f"the default of `{key.name}` is {_text(key.default)}, and `keys` allows {_allowed(key)}"
                 yield Finding(key.place, told, "Correct one of them.")
+
+
+def not_allowed(tree: Mapping[str, Any], keys: Mapping[str, Key]) -> Iterator[tuple[str, Any, Key]]:
+    """What a configuration says that its keys do not allow, expressions aside: path, value and key."""
+    values = {above: value_at(tree, above) for path, _ in leaves(tree) for above in prefixes(path)} | dict(leaves(tree))
+    for path, value in values.items():
+        key = find_key(keys, path)
+        if key is None or value is None or list(expressions_of(value)):
+            continue
+        if not (key.limits.fits(value) and key.allows(value)):
+            yield path, value, key
+
+
+def contradiction(part: str, path: str, value: Any, key: Key) -> str:
+    return f"`{part}` writes `{path}: {_text(value)}`, and `keys` allows {_allowed(key)} ({key.place})"
 
 
 def _allowed(key: Key) -> str:

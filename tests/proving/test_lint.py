@@ -185,6 +185,12 @@ MISTAKES = {
         "L014",
         "hidden_act",
     ),
+    "keys and values where keys allow none": (
+        INTERNLM2,
+        ('  mlp_bias: "', '  quantization_config: {bits: 4, quant_method: gptq}\n  mlp_bias: "'),
+        "L014",
+        "quantization_config",
+    ),
     "a value that keys forbid": (
         INTERNLM2,
         ("tie_word_embeddings: false", "tie_word_embeddings: true"),

@@ -30,6 +30,9 @@ def edited(folder: Path, old: str = "", new: str = "") -> Path:
         ("attention_biases == 'all' }}", "attention_biases == 'al' }}", "none of its choices"),
         ("target: model.norm.weight", "target: model.nrom.weight", "model.norm.weight"),
         ("input_layernorm.weight", "input_layer_norm.weight", "input_layer"),
+        ("  tie_word_embeddings: false\n", "  tie_word_embeddings: \"{{ layer > 0 }}\"\n", "tie_word_embeddings"),
+        ("  mlp_bias: \"{{ mlp", "  hidden_act: \"{{ 'gelu' }}\"\n  mlp_bias: \"{{ mlp", "hidden_act"),
+        ("  pad_token_id: 2\n", "  quantization_config: {bits: 4, quant_method: gptq}\n", "quantization_config"),
     ],
 )  # fmt: skip
 def test_an_edited_copy_that_writes_another_model_is_refused(old: str, new: str, word: str, tmp_path: Path) -> None:
