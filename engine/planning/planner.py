@@ -15,7 +15,7 @@ from engine.planning.attempts import Checkpoint
 from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of
 from engine.planning.model import Plan
 from engine.planning.rank_outputs import rank_outputs
-from engine.planning.release import check_release, not_the_release
+from engine.planning.release import check_asked, check_release, not_the_release
 from engine.planning.request import Request
 from engine.planning.source import Source, read_source
 from engine.planning.variants import Decision, check_settings, decide
@@ -75,6 +75,8 @@ def make_plan(
             _check_stays(_held(source), cut)
     written = whole_outputs(source, asked) if asked.writes == "whole" else rank_outputs(source, asked, taken)
     departures = check_release(mapping, source.side.sizes, strict=asked.strict)
+    if crosses and checkpoint.end == "training":
+        check_asked(mapping, source.names, mine, departures)
     return Plan(
         mapping=mapping,
         layout=layout,

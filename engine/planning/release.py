@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePath
+from typing import Any
 
 from engine.errors import EngineError, meant
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.search import list_names
 from engine.planning.model import Departure
+from engine.planning.variants import decide
 
 _MOST_NAMES = 4
 
@@ -57,6 +59,33 @@ def not_the_release(mapping: MappingFile, found: tuple[Departure, ...]) -> tuple
         return ()
     told = "; ".join(f"{one.key}: got {one.got}, expected {one.expected}" for one in found)
     return (f"this is not release `{mapping.name}`: {told}",)
+
+
+def check_asked(
+    mapping: MappingFile, names: Mapping[str, Any], settings: Mapping[str, Any], found: tuple[Departure, ...]
+) -> None:
+    """E202 for a question that only the release answers, by a default of its own, where the model is not the release.
+
+    Args:
+        names: what expressions see.
+    """
+    defaults = {name: one.default for name, one in mapping.options.items() if name not in settings}
+    for variant in mapping.variants.values() if found else ():
+        taken = {name: defaults[name] for name in variant.answers if defaults.get(name) is not None}
+        try:
+            if taken and variant.name not in settings:
+                unsaid = {**names, "options": {**names["options"], **dict.fromkeys(taken)}}
+                decide({variant.name: variant}, settings, unsaid)
+        except EngineError as error:
+            raise EngineError(
+                "E202",
+                f"variant `{variant.name}` cannot be decided: this is not release `{mapping.name}`, which would say it",
+                place=variant.place,
+                got=not_the_release(mapping, found)[0],
+                expected=", ".join(f"--set {name}=VALUE" for name in taken),
+                fix=f"{error.fix} `{mapping.name}` has " + ", ".join(f"{n} {v}" for n, v in taken.items()) + ".",
+                answers=variant.answers,
+            ) from error
 
 
 def family_of(mapping: MappingFile) -> str:

@@ -326,6 +326,8 @@ TINY = {"layers": 1, "hidden": 8, "heads": 2, "groups": 1, "dtype": torch.bfloat
 def test_llama_3s_vocabulary_brings_its_own_first_and_last_token(tmp_path: Path) -> None:
     second = config_of(model_of("meta", **TINY, vocab=32000), tmp_path / "2")
     third = config_of(model_of("meta", **TINY, **THIRD, vocab=128256), tmp_path / "3")
+    more = config_of(model_of("meta", **TINY, **THIRD, vocab=128264), tmp_path / "more")  # a few tokens of one's own
+    assert (more["bos_token_id"], more["eos_token_id"]) == (128000, 128001)
     assert (second["bos_token_id"], second["eos_token_id"], second["vocab_size"]) == (1, 2, 32000)
     assert (third["bos_token_id"], third["eos_token_id"], third["vocab_size"]) == (128000, 128001, 128256)
     assert second["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000}
@@ -349,7 +351,8 @@ def test_a_rotary_base_that_params_json_does_not_have_is_of_the_code_that_wrote_
             engine.plan("meta-llama", tmp_path / "3")
         assert caught.value.code == "E202"
     assert engine.plan("meta-llama", tmp_path / "3", settings={"rope_theta": 1e6}).config["rope_theta"] == 1e6
-    assert engine.plan("meta-llama-3-8b", tmp_path / "3").config["rope_theta"] == 500000
+    with pytest.raises(EngineError, match="not release `meta-llama-3-8b`, which would say it"):  # it has other sizes
+        engine.plan("meta-llama-3-8b", tmp_path / "3")
     engine.reshard("meta-llama", tmp_path / "3", tmp_path / "again", tp=1)  # which needs to know no base
 
 
@@ -368,6 +371,17 @@ def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).rope_type == "llama3"
+
+
+def test_the_scaling_of_a_release_is_not_that_of_a_model_of_other_sizes(tmp_path: Path) -> None:
+    """Llama 3.2 has 32 where Llama 3.1 has 8, and no file says either."""
+    config_of(model_of("meta", **TINY, **THIRD, vocab=16), tmp_path / "3.2", use_scaled_rope=True)
+    with pytest.raises(EngineError, match="not release `meta-llama-3_1-8b`") as caught:
+        engine.plan("meta-llama-3_1-8b", tmp_path / "3.2")
+    assert caught.value.code == "E202" and caught.value.answers == {"rope_factor": (8, 32), "config": ()}
+    for factor in (8.0, 32.0):
+        plan = engine.plan("meta-llama-3_1-8b", tmp_path / "3.2", settings={"rope_factor": factor})
+        assert plan.config["rope_scaling"]["factor"] == factor
 
 
 @pytest.mark.parametrize(
