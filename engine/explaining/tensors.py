@@ -17,6 +17,7 @@ from engine.explaining.words import (
     slice_sentences,
     slice_text,
 )
+from engine.language.transforms import loses
 from engine.planning.boxes import Interval, volume
 from engine.planning.groups import Group
 from engine.planning.model import Output, Plan
@@ -182,8 +183,11 @@ def tensor_of(output: Output, window: Window) -> Tensor:
 def output_notes(output: Output) -> Iterator[str]:
     """What happens to values on the way."""
     if output.transform is not None:
-        operation, axis = output.transform
-        yield f"{operation} over {axis} changes the values afterwards: each depends on all of its {axis}"
+        operation, takes = output.transform
+        if loses(output.transform):
+            yield f"{operation} over {takes} changes the values afterwards: each depends on all of its {takes}"
+        else:
+            yield f"values are changed afterwards, in float32: {operation} {takes}"
     if output.dtype != output.read_dtype:
         yield f"values are cast from {output.read_dtype} to {output.dtype}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from engine.errors import Place
@@ -42,7 +42,8 @@ class Rule:
     stage: Literal["first", "last"] | None = None
     when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # variant → allowed choices
     optional: bool = False
-    transform: tuple[str, str] | None = None  # (operation, axis)
+    transform: tuple[str, str] | None = None  # (operation, its axis or number)
+    transform_when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keep_dtype: bool = False
     drop: Mapping[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
     zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
@@ -51,7 +52,23 @@ class Rule:
 
     def active(self, choices: Mapping[str, str]) -> bool:
         """Whether `when` holds; a variant that is still open does not exclude the rule."""
-        return all(choices.get(name, allowed[0]) in allowed for name, allowed in self.when.items())
+        return _holds(self.when, choices)
+
+    @property
+    def changes(self) -> tuple[object, ...]:
+        """How it changes values, and when."""
+        return self.transform, self.transform_when
+
+    def under(self, choices: Mapping[str, str]) -> Rule:
+        """The rule without a transform that these choices do not ask for."""
+        if not self.transform_when:
+            return self
+        kept = self.transform if _holds(self.transform_when, choices) else None
+        return replace(self, transform=kept, transform_when={})
+
+
+def _holds(when: Mapping[str, tuple[str, ...]], choices: Mapping[str, str]) -> bool:
+    return all(choices.get(name, allowed[0]) in allowed for name, allowed in when.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from engine.language.declared import undeclared
 from engine.language.documents import Document
 from engine.language.model import Rule, Target, Variant
 from engine.language.names import Pattern, pattern
+from engine.language.transforms import TRANSFORMS
 
 STORED = ("rows", "columns")  # storage dimensions that `split` may name in an axis' stead
 
@@ -27,6 +28,7 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
     sources = _texts(body["source"])
     when: dict[str, tuple[str, ...]] = {}
     transform: tuple[str, str] | None = None
+    changed: dict[str, tuple[str, ...]] = {}
     with errors.caught():
         axes = parse_axes(body["axes"], rule.value_place("axes"))
         _check_split(rule, name, split, axes)
@@ -37,7 +39,8 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
         targets = _targets(rule, body, axes)
         transform = _transform(rule, body.get("transform"), targets)
     with errors.caught():
-        when = _when(rule, body.get("when") or {}, variants)
+        when = _when(rule, ("when",), variants)
+        changed = _when(rule, ("transform", "when"), variants)
     with errors.caught():
         _check_param(name, sources, patterns, targets)
     errors.check()
@@ -52,6 +55,7 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
         when=when,
         optional=body.get("optional", False),
         transform=transform,
+        transform_when=changed,
         keep_dtype=body.get("keep") == "dtype",
         drop=dict(body.get("drop") or {}),
         zeros=_texts(body.get("zeros", [])),
@@ -125,29 +129,36 @@ def _targets(rule: Document, body: dict[str, Any], axes: Axes) -> tuple[Target, 
     return tuple(targets)
 
 
-def _when(rule: Document, when: dict[str, Any], variants: Mapping[str, Variant]) -> dict[str, tuple[str, ...]]:
+def _when(rule: Document, at: tuple[str, ...], variants: Mapping[str, Variant]) -> dict[str, tuple[str, ...]]:
     """Choices as tuples; each variant and choice is declared."""
-    result = {variant: _texts(choices) for variant, choices in when.items()}
+    said: Any = rule.data
+    for key in at:
+        said = said.get(key) or {}
+    result = {variant: _texts(choices) for variant, choices in said.items()}
     for variant, choices in result.items():
         if variant not in variants:
-            at = rule.place("when", variant)
-            raise undeclared(f"there is no variant `{variant}`", variant, variants, at)
+            place = rule.place(*at, variant)
+            raise undeclared(f"there is no variant `{variant}`", variant, variants, place)
         known = variants[variant].choices
         for choice in choices:
             if choice not in known:
-                at = rule.value_place("when", variant)
-                raise undeclared(f"variant `{variant}` has no choice `{choice}`", choice, known, at)
+                place = rule.value_place(*at, variant)
+                raise undeclared(f"variant `{variant}` has no choice `{choice}`", choice, known, place)
     return result
 
 
-def _transform(rule: Document, transform: dict[str, str] | None, targets: tuple[Target, ...]) -> tuple[str, str] | None:
-    if not transform:
+def _transform(rule: Document, said: Mapping[str, Any] | None, targets: tuple[Target, ...]) -> tuple[str, str] | None:
+    """What changes values: an operation, and the axis or the number that it takes."""
+    operation = next((one for one in TRANSFORMS if one in (said or {})), None)
+    if said is None or operation is None:
         return None
-    ((operation, axis),) = transform.items()
+    value = said[operation]
+    if not isinstance(value, str):
+        return operation, f"{value:g}"
     for target in targets:
-        if axis not in target.axes.names():
+        if value not in target.axes.names():
             at = rule.value_place("transform", operation)
             raise undeclared(
-                f"`{target.name}` has no axis `{axis}` to {operation} along", axis, target.axes.names(), at
+                f"`{target.name}` has no axis `{value}` to {operation} along", value, target.axes.names(), at
             )
-    return operation, axis
+    return operation, value

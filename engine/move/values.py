@@ -27,7 +27,7 @@ _RANGES = ("F16", "BF16", "F32", "F64")  # each holds larger numbers than the on
 _LARGEST = {"F16": ("float16", "65504"), "BF16": ("bfloat16", "3.39e+38"), "F32": ("float32", "3.40e+38")}
 
 
-def normalize(rows: np.ndarray) -> np.ndarray:
+def normalize(rows: np.ndarray, axis: str = "") -> np.ndarray:
     """Rows scaled to length 1 (L2), in float32, as InternEvo's norm_head does at run time.
 
     >>> import numpy as np
@@ -40,8 +40,15 @@ def normalize(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(length, np.float32(1e-12))
 
 
-# Operation of `language.transforms` → function on float32 rows along the last storage dimension.
-FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"normalize": normalize}
+def add(rows: np.ndarray, number: str) -> np.ndarray:
+    """Each value and a number, as Transformer Engine's norms add 1 in float32."""
+    import numpy as np
+
+    return rows + np.float32(number)
+
+
+# Operation of `language.transforms` → function on float32 rows along the last storage dimension, and what it takes.
+FUNCTIONS: dict[str, Callable[[np.ndarray, str], np.ndarray]] = {"normalize": normalize, "add": add}
 
 
 def check_transform(output: Output) -> None:
@@ -98,7 +105,8 @@ class Converter:
             if output.transform is not None:
                 rows = values.astype(np.float32)
                 self._check_overflow(output, values, rows, output.read_dtype, "F32")
-                values = FUNCTIONS[output.transform[0]](rows.reshape(-1, output.shape[-1])).reshape(-1)
+                operation, takes = output.transform
+                values = FUNCTIONS[operation](rows.reshape(-1, output.shape[-1]), takes).reshape(-1)
             np.copyto(written, values, casting="unsafe")
             held = output.read_dtype if output.transform is None else "F32"
             self._check_overflow(output, values, written, held, output.dtype)

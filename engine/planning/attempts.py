@@ -104,13 +104,14 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
 
 def _reach(attempt: Attempt) -> frozenset[tuple[object, ...]]:
     """What an attempt would copy where: source names, cuts and targets, without rule names."""
+    choices = {name: decision.choice for name, decision in attempt.decisions.items()}
     return frozenset(
         (
             group.name,
             group.instance.axes,
             group.cut if len(group.shards) > 1 else None,
             tuple((name.text, axes) for name, axes in group.instance.targets),
-            group.instance.rule.transform,
+            group.instance.rule.under(choices).transform,
         )
         for group in attempt.groups.values()
     )

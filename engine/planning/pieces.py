@@ -47,6 +47,12 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
                 raise _piece_error(
                     instance, f"`{own.key}` is written with different axes: `{known.own.axes}` and `{own.axes}`"
                 )
+            if any(one.rule.changes != instance.rule.changes for one in known.instances):
+                raise _piece_error(
+                    instance,
+                    f"`{own.key}` has values that another rule changes otherwise",
+                    fix="Write the same `transform` in every rule that fills this target.",
+                )
             if instance not in known.instances:
                 targets[own.key] = TargetSpec(known.own, (*known.instances, instance))
     keys_of = {name: [(name, piece) for piece in spec.own.pieces] for name, spec in targets.items()}

@@ -20,6 +20,7 @@ from engine.planning.request import Request
 from engine.planning.source import Source, read_source
 from engine.planning.variants import Decision, check_settings, decide
 from engine.planning.whole_outputs import whole_configuration, whole_outputs
+from engine.planning.written import summed
 from engine.planning.zeros import padded
 
 __all__ = ["Checkpoint", "make_plan"]
@@ -96,7 +97,7 @@ def make_plan(
         config=written.config,
         names={name: value for name, value in written.names.items() if name != "present"},  # its one function
         ignored=source.ignored,
-        notices=(*_notices(source, crosses=crosses), *not_the_release(mapping, departures)),
+        notices=(*_notices(source, crosses=crosses), *summed(written.outputs), *not_the_release(mapping, departures)),
         dtype=asked.dtype,
         max_shard_size=written.max_shard_size,
         shards=written.files,

@@ -15,6 +15,7 @@ from engine.formats.pickling import WRITABLE, namespace
 from engine.language.expressions import evaluate, render_tree
 from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
+from engine.language.transforms import undone
 from engine.planning.agreement import check_returns, with_parts
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared, read_training, shown
@@ -46,7 +47,12 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     destination = destination_of(mapping, layout, asked, like, sizes.get("layer", 0))
     invented = RankGroups(destination, source.used, sizes, spellings_of(source.used, like))
     listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
-    wanted = [Wanted(group, position, one, group.instance.rule.name) for one, group, position in listed]
+    back = source.checkpoint.end == "whole"
+    wanted = [
+        Wanted(group, position, one, rule.name, undone(rule.transform) if back and rule.transform else None)
+        for one, group, position in listed
+        for rule in (group.instance.rule,)
+    ]
     outputs, copies = fill(
         wanted, invented.groups, keys_at("training", source.used, source.pieces), source, asked.dtype
     )

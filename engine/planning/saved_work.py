@@ -7,6 +7,7 @@ All of it is numbers and names: no file is looked at before the part's own are.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -270,6 +271,8 @@ def saved_work(
         change = None if transform is None else tuple(transform)
         if change is not None and (change[0] not in TRANSFORMS or dim is None or dim >= len(shape)):
             raise ValueError(f"{pattern} is changed in no known way")
+        if change is not None and change[0] == "add" and not math.isfinite(float(change[1])):
+            raise ValueError(f"{pattern} is changed by no number")
         return dtype, read_dtype, tuple(shape), rule, place, pattern, change, dim
 
     kinds = list(map(facts, data["kinds"]))

@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import EngineError, Place, printable
 from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
-from engine.language.transforms import TRANSFORMS
+from engine.language.transforms import loses
 from engine.planning.attempts import Checkpoint, Question, decide_by_shapes
 from engine.planning.completeness import check_repeated, check_slices, used_rules
 from engine.planning.config_keys import Read, shown
@@ -134,7 +134,7 @@ def read_source(
     check_names(stored, matches, choices, files)
     check_spellings(stored, attempt.active)
     check_slices(attempt, checkpoint, layout)
-    active = [one for one in rules if one.rule.active(choices)]
+    active = [one.under(choices) for one in rules if one.rule.active(choices)]
     if lossy is not None:
         used = used_rules(attempt, active, checkpoint, each=False)
         check_invertible(used, lossy)
@@ -232,14 +232,15 @@ def check_invertible(used: Sequence[Instance], lossy: Sequence[str]) -> None:
     for instance in used:
         rule = instance.rule
         dropped = {axis: why for axis, why in rule.drop.items() if axis not in rule.zeros}
-        if rule.transform is None and not dropped:
+        gone = loses(rule.transform)
+        if gone is None and not dropped:
             continue
         lossily.add(rule.name)
         if rule.name in lossy:
             continue
         lost = f"drop {', '.join(dropped)}: {'; '.join(dropped.values())}"
-        if rule.transform is not None:
-            lost = f"transform {rule.transform[0]}, which loses {TRANSFORMS[rule.transform[0]]}"
+        if rule.transform is not None and gone is not None:
+            lost = f"transform {rule.transform[0]}, which loses {gone}"
         raise EngineError(
             "E215",
             f"rule `{rule.name}` does not invert",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -58,6 +58,10 @@ class Instance:
     def wholes(self) -> tuple[Instance, ...]:
         """Each target as a tensor of its own: whole, under its own name."""
         return tuple(Instance(name.text, self.rule, None, axes, (name,), ()) for name, axes in self.targets)
+
+    def under(self, choices: Mapping[str, str]) -> Instance:
+        """The instance as choices have it: whether values are changed may depend on them."""
+        return replace(self, rule=self.rule.under(choices)) if self.rule.transform_when else self
 
     @property
     def stage_class(self) -> str:

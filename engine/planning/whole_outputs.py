@@ -60,9 +60,8 @@ def whole_configuration(source: Source) -> dict[str, Any]:
 
 def _wanted(group: Group, pieces: Pieces, *, changes: bool) -> Wanted:
     transform = group.instance.rule.transform if changes else None
-    dims = [str(node) for node in group.instance.axes.dims]
     rules = " + ".join(one.rule.name for one in pieces.targets[group.instance.key].instances)
-    return Wanted(group, 0, group.first, rules, transform, dims.index(transform[1]) if transform else None)
+    return Wanted(group, 0, group.first, rules, transform)
 
 
 def whole_groups(pieces: Pieces, sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> list[Group]:

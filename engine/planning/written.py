@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.checkpoint.ranks import RankGrid
+from engine.errors import counted
 from engine.formats.headers import FLOATS
 from engine.language.expressions import compile_expression, evaluate, render_tree
 from engine.language.keys import Key
 from engine.language.model import Expression
+from engine.language.transforms import TRANSFORMS, loses
 from engine.planning.classes import CopyTable
 from engine.planning.config_keys import as_declared
 from engine.planning.groups import Group
@@ -32,7 +34,6 @@ class Wanted:
     stored: Stored  # of that shard
     rules: str
     transform: tuple[str, str] | None = None
-    transform_dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +82,38 @@ def fill(
         place, pattern, cast = alike[instance.key]
         name = one.stored.name
         read = copies.dtype(index, name, files, instance.rule.place)
+        kept = (TRANSFORMS[one.transform[0]].written if one.transform else None) or read
         outputs.append(
             Output(
-                name, DTYPES[dtype] if cast and read in FLOATS else read, read, one.stored.header.shape, one.rules,
-                place, pattern, one.transform, one.transform_dim,
+                name, DTYPES[dtype] if cast and read in FLOATS else kept, read, one.stored.header.shape, one.rules,
+                place, pattern, one.transform, _changed_along(one),
             )
         )  # fmt: skip
     return outputs, copies
+
+
+def _changed_along(one: Wanted) -> int | None:
+    """The storage dimension whose rows a transform needs whole; that of the last for one that needs none."""
+    if one.transform is None:
+        return None
+    dims = [str(node) for node in one.group.instance.axes.dims]
+    return dims.index(one.transform[1]) if one.transform[1] in dims else len(dims) - 1
+
+
+def summed(outputs: Sequence[Output]) -> list[str]:
+    """What to know of tensors whose values are sums: how exact they are. One sentence for each number and type."""
+    found: dict[tuple[str, str], int] = {}
+    for one in outputs:
+        if one.transform is not None and not loses(one.transform):
+            key = one.transform[1], {v: k for k, v in DTYPES.items()}.get(one.dtype, one.dtype)
+            found[key] = found.get(key, 0) + 1
+    exact = "which holds the sums: a program that loads them in a narrower type rounds them"
+    rounded = "which rounds the sums: what is stored does not come back exactly"
+    return [
+        f"values of {counted(count, 'tensor')}: {number} was added to what is stored, in {dtype}, "
+        f"{exact if dtype == 'float32' else rounded}"
+        for (number, dtype), count in found.items()
+    ]
 
 
 def configuration(

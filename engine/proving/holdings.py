@@ -18,9 +18,10 @@ from engine.errors import EngineError
 from engine.explaining.describe import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.expressions import evaluate
-from engine.language.model import Layout, MappingFile
+from engine.language.model import Layout, MappingFile, Rule
 from engine.language.names import Pattern
 from engine.language.rules import STORED
+from engine.language.transforms import said
 from engine.planning.copies import Copy, swap
 from engine.planning.model import Plan
 from engine.planning.stored import Instance, instances
@@ -105,7 +106,7 @@ def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int])
     if len(one.sources) > 1:
         told["also read as"] = [source.text for source in one.sources[1:]]
     if rule.transform is not None:
-        told["changed"] = f"{rule.transform[0]} along {rule.transform[1]}"
+        told["changed"] = change_text(rule)
     if rule.drop:
         told["dropped"] = sorted(rule.drop)
     told |= {"written as zeros": sorted(rule.zeros)} if rule.zeros else {}
@@ -113,6 +114,13 @@ def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int])
     told |= {"optional": True} if rule.optional else {}
     told |= {"tied to": rule.tied_to} if rule.tied_to else {}
     return told
+
+
+def change_text(rule: Rule) -> str:
+    """How a rule changes values, and under which choices."""
+    assert rule.transform is not None
+    under = ", ".join(f"{name}={'|'.join(allowed)}" for name, allowed in sorted(rule.transform_when.items()))
+    return f"{said(rule.transform)}{f' ({under})' if under else ''}"
 
 
 def small_cases(layout: Layout) -> list[Case]:

@@ -18,6 +18,7 @@ from engine.errors import EngineError, shape_text
 from engine.formats.configs import encode_config
 from engine.language.expressions import names_in
 from engine.language.model import Layout, MappingFile
+from engine.language.transforms import loses
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
@@ -107,7 +108,13 @@ def convert(plan: Plan, out: Path) -> dict[str, np.ndarray]:
 def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
     """Injective and total into the rank files: replicas aside, every number is there exactly once."""
     replicas = {source for one in plan.replicas for source in one.sources[1:]}
-    held = [stored_numbers(plan, i).ravel() for i in range(len(plan.sources)) if i not in replicas]
+    added = {
+        copy.source: np.float32(output.transform[1])
+        for i, output in enumerate(plan.outputs)
+        if output.transform is not None and not loses(output.transform)
+        for copy in plan.copies(i)
+    }
+    held = [stored_numbers(plan, i).ravel() + added.get(i, 0) for i in range(len(plan.sources)) if i not in replicas]
     numbers = np.concatenate(held) if held else np.empty(0)
     whole = (numbers >= 0) & (numbers < trip.world.elements)
     counts = np.bincount(numbers[whole].astype(np.int64), minlength=trip.world.elements)
@@ -165,7 +172,7 @@ def index(values: Any) -> str:
 def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: str) -> Iterator[Failure]:
     """Tensors that did not come back, each with its first element that is another."""
     wanted = world.arrays()
-    changed = {output.name for output in plan.outputs if output.transform is not None}
+    changed = {output.name for output in plan.outputs if loses(output.transform)}
     outputs = {output.name: output for output in plan.outputs}
     for name in wanted.keys() | got.keys():
         if name not in got or name not in wanted:

@@ -15,6 +15,7 @@ from engine.errors import shape_text
 from engine.explaining.links import Lattice
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.model import Layout, MappingFile
+from engine.language.transforms import undone
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.boxes import Box, Region, common
 from engine.planning.copies import swap
@@ -84,14 +85,18 @@ def inverse(forth: Plan, back: Plan) -> Iterator[str]:
     names = [
         {i: (file.name, plan.outputs[i].name) for file in plan.shards for i in file.outputs} for plan in (forth, back)
     ]
-    ahead = {(read[0][c.source], names[0][i][1], c[2:]) for i in range(len(forth.outputs)) for c in forth.copies(i)}
+    ahead = {
+        (read[0][c.source], names[0][i][1], c[2:], output.transform and undone(output.transform))
+        for i, output in enumerate(forth.outputs)
+        for c in forth.copies(i)
+    }
     behind = {
-        (names[1][i], read[1][c.source][1], swap(c)[2:])
+        (names[1][i], read[1][c.source][1], swap(c)[2:], back.outputs[i].transform)
         for i in range(len(back.outputs))
         if names[1][i] not in replicas
         for c in back.copies(i)
     }
-    for (file, name), target, _ in sorted(ahead ^ behind, key=repr)[:1]:
+    for (file, name), target, *_ in sorted(ahead ^ behind, key=repr)[:1]:
         yield f"reading {file} {name} into {target} is not the inverse of writing it"
 
 

@@ -23,6 +23,7 @@ from engine.language.keys import Key, find_key
 from engine.language.layout_file import load_layout
 from engine.language.model import Expression, MappingFile
 from engine.language.names import pattern
+from engine.language.transforms import loses
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared
 from engine.planning.config_trees import merged
@@ -198,13 +199,13 @@ class Worlds:
             if to in shapes and config.get("tie_word_embeddings"):
                 tied[group.name] = str(to)
         lossy = dict.fromkeys(
-            one.rule.name for one in used if one.rule.transform is not None or {*one.rule.drop} - {*one.rule.zeros}
+            one.rule.name for one in used if loses(one.rule.transform) or {*one.rule.drop} - {*one.rule.zeros}
         )
         return World(dict(choices), solved, config, pieces, shapes, tied, tuple(lossy))
 
     def used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
         """Active rules' tensors that together show the choices which names decide; None where no set of them does."""
-        active = [one for one in self._instances if one.rule.active(choices)]
+        active = [one.under(choices) for one in self._instances if one.rule.active(choices)]
         loose = {one.sources[0].text: one for one in active if one.param == "bias" or one.rule.optional}
         key = tuple(one.sources[0].text for one in active), tuple(loose), most
         if key not in self._absent:

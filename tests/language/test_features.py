@@ -214,6 +214,20 @@ def test_pieces_that_do_not_match_are_an_error_of_the_mapping(whole: dict[str, t
     assert code(changed, tmp_path) == "E107"
 
 
+def test_rules_that_fill_one_target_change_its_values_alike(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """Else the one's change would be made to the other's values too."""
+    both = [{"name": "both.weight", "axes": "((one + two) vocab) hidden"}]
+    made = rule("embed", axes="(one vocab) hidden", target=None, targets=both, transform={"add": 1})
+    head = {**made["rules"][-1], "axes": "(two vocab) hidden", "targets": both}
+    head.pop("target")
+    made |= {"dims": {**DATA["dims"], "one": "1", "two": "1"}, "rules": [*made["rules"][:-1], head]}
+    assert code(made, tmp_path) == "E107"
+    head["transform"] = {"add": 1}
+    assert torch.equal(
+        result(made, tmp_path)["both.weight"], torch.cat((whole["embed.weight"], whole["head.weight"])) + 1
+    )
+
+
 def test_two_rules_for_one_tensor_are_an_error(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     again = {
         "name": "again",

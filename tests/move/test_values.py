@@ -26,7 +26,23 @@ def test_every_number_becomes_what_torch_makes_of_it(read: str, wanted: str) -> 
     assert torch.equal(found[numbers].view(torch.uint8), expected[numbers].view(torch.uint8))
 
 
-@pytest.mark.parametrize("transform", [None, ("normalize", "hidden")])
+def test_one_is_added_in_float32_and_taken_off_again() -> None:
+    """To every number of 16 bits: the sum is torch's, and gives the number back where float32 holds the sum."""
+    bits = torch.arange(1 << 16).to(torch.uint16)
+    given = bits.view(torch.bfloat16)
+    add, back = (
+        Output("w", wanted, read, (1 << 16,), "rule", "", "w", ("add", number), 0)
+        for wanted, read, number in (("F32", "BF16", "1"), ("BF16", "F32", "-1"))
+    )
+    data = bytes(Converter().convert(add, memoryview(bits.numpy()).cast("B")))
+    found = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    again = torch.frombuffer(bytearray(Converter().convert(back, memoryview(data))), dtype=torch.bfloat16)
+    held = (given.abs() >= 2.0**-16) & (given.abs() < 2.0**16)
+    assert torch.equal(found[held], given[held].float() + 1)
+    assert torch.equal(again[held], given[held])
+
+
+@pytest.mark.parametrize("transform", [None, ("normalize", "hidden"), ("add", "1")])
 def test_a_number_beyond_what_it_is_computed_or_written_in_is_refused(transform: tuple[str, str] | None) -> None:
     output = Output("w", "F32", "F64", (1, 2), "rule", "", "w", transform, 1)
     given = torch.tensor([[1e300, 1.0]], dtype=torch.float64)
