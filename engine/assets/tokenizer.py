@@ -30,6 +30,8 @@ from engine.assets.tokenizer_read import (
 )
 from engine.errors import EngineError, Place
 
+_ALL = 1 << 30  # spaces, more than any text has
+
 
 def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, bytes]:
     """The tokenizer's files by name, whose ids equal SentencePiece's on any text.
@@ -145,14 +147,15 @@ def _backend(
         for index, (text, score, kind) in enumerate(zip(pieces.texts, pieces.scores, pieces.types, strict=True))
         if kind == NORMAL and index not in unused
     }
-    dummy = model.normalizer_spec.add_dummy_prefix
+    spec = model.normalizer_spec
     back: dict[str, str] = {SPACE: " ", **{name: names[index] for index, name in spelled.items()}}
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": name}, "content": content} for name, content in back.items()
     ]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if dummy:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:  # SentencePiece takes its prefix away, or all in front
+        start = _ALL if spec.remove_extra_whitespaces else 1
+        decoders.append({"type": "Strip", "content": " ", "start": start, "stop": 0})
     return {
         "version": "1.0",
         "truncation": None,

@@ -66,7 +66,7 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
         raise no_model(place, "a piece that is not text")
     refuse_kind(_reason(model, pieces), place)
     names = _renamed(pieces, spec, place)
-    bos, eos, pad = (_named(spec, key, names, place) for key in ("bos", "eos", "pad"))
+    bos, eos, pad = (_named(spec, key, pieces, names, place) for key in ("bos", "eos", "pad"))
     unk = names[pieces.types.index(UNKNOWN)]
     if spec.get("unk", unk) != unk:
         raise EngineError(
@@ -209,6 +209,15 @@ def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: Place) -> list[str]
                 expected="a reserved piece",
                 fix="Check the ids under `tokenizer.rename`.",
             )
+        if not name:
+            raise EngineError(
+                "E501",
+                f"id {index} is to have no name",
+                place=place,
+                got="an empty text",
+                expected="the token's name",
+                fix="Check the names under `tokenizer.rename`.",
+            )
         if name in names and names.index(name) != index:
             raise EngineError(
                 "E501",
@@ -222,7 +231,7 @@ def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: Place) -> list[str]
     return names
 
 
-def _named(spec: Mapping[str, Any], key: str, names: list[str], place: Place) -> str | None:
+def _named(spec: Mapping[str, Any], key: str, pieces: Pieces, names: list[str], place: Place) -> str | None:
     token = spec.get(key)
     if token is not None and token not in names:
         raise EngineError(
@@ -231,6 +240,15 @@ def _named(spec: Mapping[str, Any], key: str, names: list[str], place: Place) ->
             place=place,
             got=f"{len(names)} pieces, of which the first are {' '.join(names[:4])}",
             expected=f"a piece `{token}`",
+            fix=f"Correct `tokenizer.{key}` in the mapping.",
+        )
+    if token is not None and pieces.types[names.index(token)] == NORMAL:  # any text with it would hold that token
+        raise EngineError(
+            "E501",
+            f"the {key} token `{token}` is a piece of ordinary text",
+            place=place,
+            got=f"`{token}`, id {names.index(token)}",
+            expected="a piece that no text gives, such as a control piece",
             fix=f"Correct `tokenizer.{key}` in the mapping.",
         )
     return None if token is None else str(token)

@@ -111,6 +111,9 @@ def test_the_models_own_flags_are_obeyed(tmp_path: Path, changes: dict[str, Any]
     ours = Tokenizer.from_str(convert_tokenizer(path, SPEC)["tokenizer.json"].decode())
     for text in ["the cat", " the", "the  cat ", "ａ①", "🙂🙂 x", "banana\n\nx", "", "the ▁▁", "▁"]:
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
+    space = theirs.piece_to_id("▁")
+    for ids in [theirs.encode("the cat"), theirs.encode("▁the"), [space] * 3 + theirs.encode("cat  "), [space, space]]:
+        assert ours.decode(ids) == theirs.decode(ids), ids
 
 
 @pytest.mark.parametrize("kind", [1, 4])
@@ -254,7 +257,9 @@ def test_a_conversion_that_gives_other_ids_is_never_handed_out(
     [
         ({**SPEC, "rename": {99999: "<|x|>"}}, "ends before"),
         ({**SPEC, "rename": {300: "<|x|>"}}, "not a reserved piece"),
+        ({**SPEC, "rename": {3: ""}}, "no name"),
         ({**SPEC, "bos": "<bos>"}, "not a piece"),
+        ({**SPEC, "eos": "a"}, "ordinary text"),
         ({**SPEC, "rename": {3: "</s>"}}, "two ids"),
     ],
 )
