@@ -30,7 +30,8 @@ from engine.run.execute import Small
 from engine.storage.places import local_copy
 
 _BESIDE = re.compile(
-    r"tokenizer[^/]*\.(?:json|model)|generation_config\.json|chat_template\.(?:jinja|json)|vocab\.json"
+    r"tokenizer[^/]*\.(?:json|model)|(?:added_tokens|special_tokens_map|generation_config)\.json"
+    r"|chat_template\.(?:jinja|json)|vocab\.(?:json|txt)|merges\.txt"
 )
 
 
@@ -80,9 +81,14 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")
-    if spec is None and (beside := _left_beside(plan)):
+    taken = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
+    if beside := [name for name in _left_beside(plan) if name != taken]:
         told = f"{', '.join(beside[:4])}{', …' if len(beside) > 4 else ''}"
-        notices.append(f"not written: {told}; run `engine verify` first, then copy what is this model's to the output")
+        notices.append(
+            f"not written: {told}; run `engine verify` first, then copy what is this model's to the output"
+            if not taken
+            else f"beside the weights and not read: {told}; the tokenizer is of {taken} alone"
+        )
     versions = render_tree(plan.mapping.transformers, plan.names)
     facts = {"tokenizer": model is not None, "remote": remote_facts(plan, remote), "transformers": versions}
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})

@@ -225,6 +225,17 @@ def test_a_tokenizer_with_fewer_pieces_than_rows_is_told(source: Path, tmp_path:
     assert any("pieces" in notice and "512 rows" in notice for notice in report.notices)
 
 
+def test_other_files_of_a_tokenizer_beside_the_weights_are_told(source: Path, tmp_path: Path, tokenizers: Path) -> None:
+    (source / "tokenizer.model").write_bytes((tokenizers / "own.model").read_bytes())
+    others = ["added_tokens.json", "generation_config.json", "tokenizer.json"]
+    for names in ([], others):
+        for name in names:
+            (source / name).write_text("{}")
+        report = engine.convert(mapping(), source, tmp_path / f"hf{len(names)}", settings=LETTERS)
+        told = [notice for notice in report.notices if "tokenizer.model alone" in notice]
+        assert len(told) == bool(names) and all(name in told[0] for name in names)
+
+
 def test_a_refusal_once_the_folder_is_made_removes_it_again_with_its_parents(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_written: None
 ) -> None:
