@@ -25,6 +25,7 @@ from engine.planning.variants import options_of
 _CLEAR = 0.5  # how alike names are that need no other proof than an equal shape
 _FUSED = 0.3  # and where no other tensor has the shape, for rules that take a tensor apart
 _MARGIN = 0.05
+_COMPARED = 100  # characters of a name: the time grows by their square
 _SAFE = re.compile(r"[A-Za-z0-9_.{}-]+")
 
 
@@ -168,7 +169,7 @@ def similarity(stem: str, slot: Slot) -> float:
 @lru_cache(maxsize=1 << 14)  # families and layers call their tensors alike
 def _alike(one: tuple[str, ...], two: tuple[str, ...]) -> float:
     def ratio(a: str, b: str) -> float:
-        return SequenceMatcher(None, a.lower(), b.lower(), autojunk=False).ratio()
+        return SequenceMatcher(None, a[:_COMPARED].lower(), b[:_COMPARED].lower(), autojunk=False).ratio()
 
     last = ratio(one[-1], two[-1])
     if len(one) == 1 and len(two) == 1:

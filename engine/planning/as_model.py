@@ -114,18 +114,30 @@ def rules_of(
     )
 
 
-_MOST = {re.compile("(layers?|experts?)$"): 10_000, re.compile("labels$"): 1_000_000}  # at the end of a key's name
+_LAYERS, _EXPERTS = re.compile("layers?$"), re.compile("experts?$")  # at the end of a key's name
+_MOST = {_LAYERS: 2_000, _EXPERTS: 10_000, re.compile("labels$"): 1_000_000}
+_MOST_TOGETHER = 100_000  # layers times experts, each of which has names of its own in older releases
 
 
 def beyond_building(config: Mapping[str, Any]) -> str | None:
     """A count in a config.json of which transformers would build so much that it never ends; None without one.
 
-    >>> beyond_building({"num_hidden_layers": 10**7, "vocab_size": 10**7})
+    >>> beyond_building({"text_config": {"num_hidden_layers": 10**7, "vocab_size": 10**7}})
     '`num_hidden_layers` of config.json is 10000000'
+    >>> beyond_building({"num_hidden_layers": 61, "n_routed_experts": 1024, "num_experts_per_tok": 8})
+    >>> beyond_building({"num_hidden_layers": 200, "num_local_experts": 1024})
+    'config.json has 200 layers of 1024 experts'
     """
-    for key, value in config.items():
-        if isinstance(value, int | float) and any(value > n for name, n in _MOST.items() if name.search(key)):
-            return f"`{key}` of config.json is {value:.12g}"
+    parts = [config]
+    for part in parts:  # which grows by what lies in it, such as a model's for images
+        parts += [one for one in part.values() if isinstance(one, Mapping)]
+        counts = {key: value for key, value in part.items() if isinstance(value, int | float)}
+        for key, value in counts.items():
+            if any(value > most for name, most in _MOST.items() if name.search(key)):
+                return f"`{key}` of config.json is {value:.12g}"
+        layers, experts = (max((counts[k] for k in counts if n.search(k)), default=0) for n in (_LAYERS, _EXPERTS))
+        if layers * experts > _MOST_TOGETHER:
+            return f"config.json has {layers} layers of {experts} experts"
     return None
 
 

@@ -317,6 +317,8 @@ def test_a_tokenizer_that_is_not_written_with_the_model_is_told(tmp_path: Path) 
         ({"model_type": ["llama"]}, "E209"),
         ({"architectures": {"a": 1}}, "E218"),
         ({"num_hidden_layers": 10**9}, "E218"),
+        ({"text_config": {"num_hidden_layers": 10**6}}, "E218"),
+        ({"num_local_experts": 10**4, "num_hidden_layers": 10**3}, "E218"),
         ({"num_labels": 10**9}, "E218"),
         ({"quantization_config": {"quant_method": "fp8"}}, "E209"),
     ],
