@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,28 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer | str:
     for name, data in files.items():
         (folder / name).write_bytes(_without_code(name, data))
     why = ""
-    for load in (_by_transformers, _by_tokenizers, _by_sentencepiece):
+    # beside tokenizer.json nothing reads tokenizer.model in its place
+    for load in (_by_transformers, _by_tokenizers if _MODELS[0] in files else _by_sentencepiece):
         try:
-            return load(folder)
+            with _panics_caught():
+                loaded = load(folder)
+                for text in _texts([], []):
+                    loaded.encode(text, loaded.whole)
+                return loaded
         except Exception as error:  # whatever the files make these libraries raise
             why = why or " ".join(str(error).split())[:160] or type(error).__name__
     return why
+
+
+@contextmanager
+def _panics_caught() -> Iterator[None]:
+    """A panic of a library's Rust as an exception like any other, which it is not."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None
 
 
 def _without_code(name: str, data: bytes) -> bytes:
@@ -156,7 +172,12 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
             told = both(lambda side: f"not loadable: {side}" if isinstance(side, str) else "loadable", one, two)
             return [Difference("tokenizer", "a tokenizer", *told, "its ids could not be compared")]
         merges = _unlike_merges(ours, theirs)
-        found = list(_tokenizers(one, two, merges)) or list(_alone(ours, theirs, Path(made), merges))
+        try:
+            with _panics_caught():
+                found = list(_tokenizers(one, two, merges)) or list(_alone(ours, theirs, Path(made), merges))
+        except Exception as error:  # whatever a text makes these libraries raise
+            why = f"one of both fails on a text: {' '.join(str(error).split())[:160]}"
+            return [Difference("tokenizer", "a tokenizer", why, why, "its ids could not be compared")]
     if not found:
         unlike = [name for name in names if ours.get(name) != theirs.get(name)]
         effect = "ids, text and special tokens are still equal for all texts tried"
@@ -170,23 +191,29 @@ def _alone(ours: Files, theirs: Files, made: Path, merges: Sequence[str]) -> Ite
     for name, load in zip(_MODELS[:2], (_by_tokenizers, _by_sentencepiece), strict=True):
         texts = [files.get(name) for files in (ours, theirs)]
         if None not in texts and texts[0] != texts[1]:
-            with suppress(Exception):  # whatever the files make the library raise
+            with suppress(Exception), _panics_caught():  # whatever the files make the library raise
                 for one in _tokenizers(load(made / "0"), load(made / "1"), merges):
                     yield replace(one, what=f"{one.what}, where {name} alone is read")
 
 
 def _unlike_merges(ours: Files, theirs: Files) -> list[str]:
-    """Texts of the merges that differ, or stand in another order."""
+    """Texts of the merges that differ, or stand in another order, also where others compete with them."""
     sides = []
     for files in (ours, theirs):
         try:
             merges = json.loads(files[_MODELS[0]])["model"]["merges"]
-            sides.append(["".join(one if isinstance(one, list) else one.split(" ")) for one in merges])
+            split = (pair if isinstance(pair, list) else pair.split(" ") for pair in merges)
+            pairs = [(one, two) for one, two in split]
+            sides.append([*dict.fromkeys(reversed(pairs))][::-1])  # of a merge that is there twice, the last counts
         except (KeyError, ValueError, TypeError, AttributeError):
             return []
-    unlike = [piece for pair in zip(*sides, strict=False) if pair[0] != pair[1] for piece in pair]
-    unlike += [piece for side in sides for piece in side[min(map(len, sides)) :]]
-    words = [piece.replace("▁", " ").replace("Ġ", " ") for piece in dict.fromkeys(unlike[: 4 * _MOST])][:_MOST]
+    unlike = [pair for both in zip(*sides, strict=False) if both[0] != both[1] for pair in both]
+    unlike += [pair for side in sides for pair in side[min(map(len, sides)) :]]
+    pairs = [*dict.fromkeys(unlike[: 4 * _MOST])][:_MOST]
+    begins, ends = ({pair[at]: pair for pair in reversed(sides[0])} for at in (0, 1))
+    beside = [one + two + begins[two][1] for one, two in pairs if two in begins]
+    beside += [ends[one][0] + one + two for one, two in pairs if one in ends]
+    words = [text.replace("▁", " ").replace("Ġ", " ") for text in [*("".join(pair) for pair in pairs), *beside]]
     return [text for word in words for text in (word, f"a{word}", f"{word}{word}")] + ["".join(words)]
 
 

@@ -225,6 +225,11 @@ def test_a_merge_that_is_lost_gives_other_ids(out: Path, made: Path) -> None:
     assert any(what.startswith("ids of") for what in tokenizer_parts(out, made))
 
 
+def test_a_merge_that_another_rank_of_its_own_replaces_gives_other_ids(out: Path, made: Path) -> None:
+    edit(out, "tokenizer.json", lambda data: data["model"]["merges"].append(data["model"]["merges"][0]))
+    assert any(what.startswith("ids of") for what in tokenizer_parts(out, made))
+
+
 def test_a_dummy_prefix_gives_other_ids(out: Path, made: Path) -> None:
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}  # fmt: skip
@@ -339,10 +344,25 @@ def test_a_tokenizer_on_one_side_only_is_told(out: Path, made: Path) -> None:
     assert tokenizer_parts(out, made)["a tokenizer"].out == "absent"
 
 
-def test_a_damaged_tokenizer_is_told_and_nothing_raises(out: Path, made: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer.model"):
-        (out / name).write_bytes(b"{}")
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"tokenizer.json": b"{}", "tokenizer.model": b"{}"},
+        {"tokenizer.json": b"{}"},  # transformers does not go on to the other file
+        {"continuing_subword_prefix": "##"},  # at which `tokenizers` panics, which is no Exception
+        {"type": "WordLevel", "unk_token": "[UNK]"},  # loads, and raises when a word is unknown
+    ],
+    ids=["both files", "one file", "a panic", "a word"],
+)
+def test_a_damaged_tokenizer_is_told_and_nothing_raises(damaged: dict[str, Any], out: Path, made: Path) -> None:
+    for name, data in damaged.items():
+        if isinstance(data, bytes):
+            (out / name).write_bytes(data)
+    model = {name: value for name, value in damaged.items() if not isinstance(value, bytes)}
+    if model:
+        edit(out, "tokenizer.json", lambda data: data["model"].update(model))
     assert "not loadable" in tokenizer_parts(out, made)["a tokenizer"].out
+    assert compare(out, made).exit_code == 1
 
 
 @pytest.mark.parametrize(
