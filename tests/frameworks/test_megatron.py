@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from engine.language.expressions import evaluate
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning.config_keys import read_config, source_side, target_side
+from engine.planning.reading import read_checkpoint
 from tests.support.frameworks import logits_off, source_of
 from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten
 
@@ -76,6 +78,33 @@ def test_names_behind_nemos_prefix_are_the_same_tensors(tmp_path: Path) -> None:
     shutil.copy(source / "metadata.json", tmp_path / "nemo")
     convert("dist-tp2pp2", tmp_path / "out", tmp_path / "nemo", settings={"rotary": "halves"})
     convert("dist-tp2pp2", tmp_path / "known")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "known"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["dcp-tp1", "dist-ep2-moe"])
+def test_what_megatrons_own_fsdp_saves_is_the_same_tensors(name: str, tmp_path: Path) -> None:
+    """`--ckpt-format fsdp_dtensor`: behind its wrapper's name, gate and up apart, experts numbered over all ranks."""
+    source = source_of(MEGATRON / name)
+    listed = dcp.FileSystemReader(str(source)).read_metadata().state_dict_metadata
+    state = {n: torch.empty(one.size) for n, one in listed.items() if hasattr(one, "size") and "rng" not in n}
+    dcp.load(state, checkpoint_id=str(source), no_dist=True)
+    held_args = read_checkpoint(source, load_layout("megatron")).config
+    args = {key: value for key, value in held_args.items() if type(value).__module__ == "builtins"}
+    saved: dict[str, Any] = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 10}
+    for n, whole in ((n.removeprefix("model."), one) for n, one in state.items()):
+        stacked = n.startswith("decoder.layers.") and not n[15].isdigit()
+        for layer, one in enumerate(whole) if stacked else [(None, whole)]:
+            own = n.replace("layers.", f"layers.{layer}.") if stacked else n
+            each = enumerate(one) if ".experts.experts." in own else [("", one)]
+            for expert, held in each:
+                key = "model.module." + own.replace("experts.experts", "experts") + str(expert)
+                halves = zip(("_w", "_v"), held.chunk(2), strict=True) if "linear_fc1.weight" in key else [("", held)]
+                saved |= {key + half: part.clone() for half, part in halves}
+    dcp.save(saved, checkpoint_id=str(tmp_path / "step"), no_dist=True)
+    convert(name, tmp_path / "out", tmp_path / "step")
+    convert(name, tmp_path / "known")
     one, other = (tmp_path / name / "model.safetensors" for name in ("out", "known"))
     assert one.read_bytes() == other.read_bytes()
 
@@ -232,6 +261,15 @@ def test_a_setting_that_no_name_shows_is_refused_by_its_own(key: str) -> None:
     with pytest.raises(EngineError, match=key) as caught:
         read_config({key: SILENT[key]}, source_side(mapping, layout))
     assert caught.value.code == "E209"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rotary_seq_len_interpolation_factor", 1), ("heterogeneous_block_specs", False)]
+)
+def test_a_setting_that_changes_nothing_is_accepted(key: str, value: Any) -> None:
+    """As positions that are divided by one in Megatron-LM's example of Qwen3."""
+    config = dict(read_checkpoint(source_of(MEGATRON / "dist-tp2pp2"), load_layout("megatron")).config)
+    read_config(config | {key: value}, source_side(load_mapping("megatron-llama"), load_layout("megatron")))
 
 
 @pytest.mark.parametrize(
