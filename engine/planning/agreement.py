@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice, product
 from typing import Any
 
 from engine.errors import EngineError, Place
@@ -15,16 +16,54 @@ from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import Read, Side, as_declared, read_config, shown, whole_side
 from engine.planning.config_trees import leaves, merged, prefixes, value_at
 
+_MOST_TRIED = 2000  # combinations of values of options
 
-def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> None:
+
+def check_returns(
+    read: Read,
+    forth: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    mapping: MappingFile,
+    options: Mapping[str, Any],
+) -> None:
     """E209 for the first key of a configuration that the other side does not give back.
-
-    Below a key, as in `rope_parameters`, nothing may come back either that was not there: what programs take an absent
-    one for is not what is written. An ignored key counts where its `unless` holds.
 
     Args:
         read: the configuration as read.
-        forth: what is made, by the same mapping and options, of what is to be written.
+        forth: what is made, by the same mapping and by options, of what is to be written.
+    """
+    found = _lost(read, forth(options), mapping)
+    if found is None:
+        return
+    side, (path, value, other, tree) = read.side, found
+    named = _options_in(tree)
+    fit = (
+        fitting(mapping, read.config, options, lambda tried: _lost(read, forth(tried), mapping) is None)
+        if named
+        else {}
+    )
+    told = " ".join(f"--set {name}={one}" for name, one in fit.items()) or f"--set: {', '.join(named)}"
+    there = value_at(read.config, path) is not None
+    raise EngineError(
+        "E209",
+        f"`{side.spelt.get(path, path)}` of {side.file} would be {'lost' if there else 'added'}",
+        place=Place(side.file),
+        got="no such key" if value is None else f"{side.spelt.get(path, path)}: {shown(value)}",
+        expected="no such key" if other is None else f"{shown(other)}, as what is written would be read",
+        fix=(f"Training files do not hold it. If it is only how the model is served, say so with {told}."
+             if named else
+             "Write it into the file as the model has it: programs take an absent one for something else."
+             if not there else
+             "The configuration contradicts itself or the weights, or training files cannot express it: it is "
+             "another model's, or the mapping is not the one for it."),
+        answers={name: (one,) for name, one in fit.items()},
+    )  # fmt: skip
+
+
+def _lost(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> tuple[str, Any, Any, Any] | None:
+    """The first key that does not come back: its path and value, what comes back, and what makes that.
+
+    Below a key, as in `rope_parameters`, nothing may come back either that was not there: what programs take an absent
+    one for is not what is written. An ignored key counts where its `unless` holds.
     """
     side, written = read.side, dict(leaves(mapping.config))
     back, there = dict(leaves(forth)), dict(leaves(read.config))
@@ -44,25 +83,39 @@ def check_returns(read: Read, forth: Mapping[str, Any], mapping: MappingFile) ->
             found = key.default
         if plain(found) == plain(value):
             continue
-        told = _options_in(tree)
-        raise EngineError(
-            "E209",
-            f"`{side.spelt.get(path, path)}` of {side.file} would be {'lost' if path in there else 'added'}",
-            place=Place(side.file),
-            got="no such key" if value is None else f"{side.spelt.get(path, path)}: {shown(value)}",
-            expected="no such key" if found is None else f"{shown(found)}, as what is written would be read",
-            fix=(f"Training files do not hold it. If it is only how the model is served, say so with --set: {told}."
-                 if told else
-                 "Write it into the file as the model has it: programs take an absent one for something else."
-                 if path not in there else
-                 "The configuration contradicts itself or the weights, or training files cannot express it: it is "
-                 "another model's, or the mapping is not the one for it."),
-        )  # fmt: skip
+        return path, value, found, tree
+    return None
 
 
-def _options_in(tree: Any) -> str:
+def _options_in(tree: Any) -> list[str]:
     paths = (path for one in expressions_of(tree) for path in compile_expression(one).paths)
-    return ", ".join(sorted({path.split(".")[1] for path in paths if path.startswith("options.")}))
+    return sorted({path.split(".")[1] for path in paths if path.startswith("options.")})
+
+
+def fitting(
+    mapping: MappingFile, config: Mapping[str, Any], options: Mapping[str, Any], fits: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Values of as few options as can be with which a configuration is as it is; none where no values are found.
+
+    Tried are the choices of an option, and else the numbers, and quotients of two, in the keys that it is written to.
+    """
+    tried: dict[str, list[Any]] = {}
+    for name, option in mapping.options.items():
+        paths = [path for path, tree in leaves(mapping.config) if name in _options_in(tree)]
+        held = (dict(leaves(value if isinstance(value, Mapping) else {path: value})).values()
+                for path in paths for value in (value_at(config, path),))  # fmt: skip
+        numbers = [one for values in held for one in values if isinstance(one, int | float) and one > 0]
+        found = [*numbers, *(a // b for a in numbers for b in numbers if b and a % b == 0)]
+        listed = option.choices or [option.limits.written(one) for one in map(_whole, found) if option.limits.fits(one)]
+        tried[name] = list(dict.fromkeys((options.get(name), *(listed if paths else ()))))
+    every = islice(product(*tried.values()), _MOST_TRIED)
+    changes = ({n: v for n, v in zip(tried, one, strict=True) if v != options.get(n)} for one in every)
+    return next((one for one in sorted(changes, key=len) if one and fits({**options, **one})), {})
+
+
+def _whole(number: float) -> float:
+    """A number without a fraction as an integer, which every option of numbers takes."""
+    return int(number) if number == int(number) else number
 
 
 def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str | None) -> None:
@@ -110,7 +163,11 @@ def with_given(
             expected=f"{'no such key' if value is None else shown(value)}, as mapping `{mapping.name}` reads the "
             "checkpoint",
             fix="Give the configuration of this model, or correct that key in it"
-            + (f", or say otherwise with --set: {told}." if (told := _options_in(written.get(path))) else "."),
+            + (
+                f", or say otherwise with --set: {', '.join(told)}."
+                if (told := _options_in(written.get(path)))
+                else "."
+            ),
         )
     said = {name: value for name, value in given.items() if name not in left_out or value is None}
     return as_declared(merged(_without_nulls(said, read.side.keys), config), read.side.keys)

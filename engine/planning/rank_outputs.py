@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
@@ -13,7 +14,7 @@ from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
 from engine.formats.pickling import WRITABLE, namespace
 from engine.language.expressions import evaluate, render_tree
-from engine.language.model import ConfigFile, Layout, Mode
+from engine.language.model import ConfigFile, Layout, MappingFile, Mode
 from engine.language.names import pattern
 from engine.language.transforms import undone
 from engine.planning.agreement import check_returns, with_parts
@@ -244,4 +245,11 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         with_parts(source.read.config, mapping, source.layout)  # whose own spellings must agree too
         return
     names_then = {**scope, **choices, **sizes, "training": _training_again(source, destination)}
-    check_returns(source.read, render_known(mapping.config, names_then), mapping)
+    made = partial(_made_of, mapping, names_then)
+    check_returns(source.read, made, mapping, source.options)
+
+
+def _made_of(mapping: MappingFile, names: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that options make, as far as names give it."""
+    made: dict[str, Any] = render_known(mapping.config, {**names, "options": options})
+    return made

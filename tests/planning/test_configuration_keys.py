@@ -207,13 +207,20 @@ def test_a_key_in_any_of_its_places_is_read_as_transformers_reads_it(
     assert plan.config[key] == value
 
 
+def answered(error: EngineError) -> dict[str, Any]:
+    """The settings that a message names, with the values that it says would fit."""
+    return {name: values[0] for name, values in error.answers.items()}
+
+
 @pytest.mark.parametrize("scaling", ["dynamic", "linear", "yarn"])
 def test_scaling_for_serving_comes_back_only_where_it_is_given_again(tmp_path: Path, scaling: str) -> None:
     given = {"rope_scaling": scaling, "rope_factor": 3.0}
     engine.convert(FAMILY, FIXTURES / "v2_tp2_pp2", tmp_path / "hf", settings=given)
     error = refused(api.plan_reverse, FAMILY, tmp_path / "hf")
-    assert error.code == "E209" and "--set" in str(error.fix) and "rope_scaling" in str(error.fix)
-    assert refused(api.plan_reverse, FAMILY, tmp_path / "hf", settings={"rope_scaling": scaling}).code == "E209"
+    assert error.code == "E209" and f"--set rope_scaling={scaling} --set rope_factor=3" in str(error.fix)
+    api.plan_reverse(FAMILY, tmp_path / "hf", settings=answered(error))
+    error = refused(api.plan_reverse, FAMILY, tmp_path / "hf", settings={"rope_scaling": scaling})
+    assert error.code == "E209" and list(answered(error)) == ["rope_factor"]  # the other is given already
     assert api.plan_reverse(FAMILY, tmp_path / "hf", settings=given).config["rope_base"] == 10000
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     scaled = {k: v for k, v in config.pop("rope_parameters").items() if k not in ("rope_theta", "rope_type")}
@@ -238,7 +245,9 @@ def test_a_length_that_angles_depend_on_is_given_again_too(whole: Path, tmp_path
         if refuses is None:
             api.plan_reverse(FAMILY, hf, settings=settings)
         else:
-            assert refuses in refused(api.plan_reverse, FAMILY, hf, settings=settings).message
+            error = refused(api.plan_reverse, FAMILY, hf, settings=settings)
+            assert refuses in error.message
+            assert answered(error) == ({"max_position_embeddings": 64} if kind == "dynamic" else {})  # yarn's lacks it
     hf = changed(whole, tmp_path / "absent", scaling | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, absent)
     error = refused(api.plan_reverse, FAMILY, hf, settings=given | {"rope_scaling": "dynamic"})
     assert "`max_position_embeddings` of config.json would be lost" in error.message  # it is 2048 then
