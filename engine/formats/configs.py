@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,10 @@ def read_python_source(file: File) -> dict[str, Any]:
         source = _unpickle(file)
     if not isinstance(source, str) or len(source) > MAX_SOURCE:
         return {}
-    return literals(source)
+    return deepcopy(_literals(source))
+
+
+_literals = lru_cache(maxsize=4)(literals)  # a run reads a configuration again, to see that it is the same
 
 
 def _unpickle(file: File) -> Any:
