@@ -29,14 +29,20 @@ def always_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apart, "APART", 0)
 
 
+@pytest.fixture(scope="module")
+def wanted(model_file: Path) -> dict[str, bytes]:
+    """What it comes to in this process."""
+    return convert_tokenizer(model_file, SPEC)
+
+
 def convert(file: Path, spec: dict[str, Any] = SPEC) -> dict[str, bytes]:
     return apart.convert_apart(file, spec, threading.Event())
 
 
-def test_another_process_gives_the_same_files(model_file: Path) -> None:
+def test_another_process_gives_the_same_files(model_file: Path, wanted: dict[str, bytes]) -> None:
     with mock.patch.object(apart, "convert_tokenizer", side_effect=AssertionError("not in this process")):
         files = convert(model_file)
-    assert files == convert_tokenizer(model_file, SPEC)
+    assert files == wanted
 
 
 def test_an_error_of_the_other_process_is_told_as_if_it_were_ours(tmp_path: Path) -> None:
@@ -53,10 +59,11 @@ def test_an_error_of_the_other_process_is_told_as_if_it_were_ours(tmp_path: Path
 def test_without_another_process_it_is_converted_here(
     program: str,
     model_file: Path,
+    wanted: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "executable", program)
-    assert convert(model_file) == convert_tokenizer(model_file, SPEC)
+    assert convert(model_file) == wanted
 
 
 def test_a_run_that_stops_does_not_wait_for_it(model_file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ NAMES = ["<|im_start|>", "<|im_end|>", "<|plugin|>", "<|interpreter|>"]
 def load(folder: Path, model_file: Path, template: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    rename = {theirs.piece_to_id(f"[U{i}]"): name for i, name in enumerate(NAMES)}
-    for name, data in convert_tokenizer(model_file, {**SPEC, "rename": rename}).items():
+    files, theirs = converted(model_file)
+    for name, data in files.items():
         (folder / name).write_bytes(data)
     (folder / "chat_template.jinja").write_text(chat_template(template))
     return AutoTokenizer.from_pretrained(folder), theirs
+
+
+@cache  # a model is trained once for a module
+def converted(model_file: Path) -> tuple[dict[str, bytes], Any]:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    rename = {theirs.piece_to_id(f"[U{i}]"): name for i, name in enumerate(NAMES)}
+    return convert_tokenizer(model_file, {**SPEC, "rename": rename}), theirs
