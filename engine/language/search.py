@@ -191,8 +191,9 @@ def kind_of(path: Path) -> str:
 
 def shown(path: Path) -> str:
     """A path as errors show it: bundled files by their place in the project, others as given."""
-    root = bundled("mappings").parent
-    resolved = path.resolve()
+    folder = bundled("mappings")
+    root = folder.parent
+    resolved = path if path.is_relative_to(folder) and ".." not in path.parts else path.resolve()
     return str(resolved.relative_to(root)) if resolved.is_relative_to(root / "mappings") else str(path)
 
 

@@ -109,7 +109,7 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     holding = frozenset(above for known in deep for above in prefixes(known) if above != known)
     read = _read(once, side, "", noted, expressed, holding)
     for name, key in side.keys.items():
-        if value_at(read, name) is not None:
+        if (key.comes_with is None and key.default is None) or value_at(read, name) is not None:
             continue
         if expressed and key.comes_with is not None and value_at(once, key.comes_with) is not None:
             raise _missing(name, key, side)
@@ -124,9 +124,11 @@ def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) ->
     """The configuration with every other spelling of a key moved to it; E218 where the two disagree."""
     result = merged(config)
     for path, key in side.keys.items():
+        if key.same_as is None:
+            continue
         *above, name = path.split(".")
         holder = value_at(result, ".".join(above)) if above else result
-        if key.same_as is None or not isinstance(holder, dict) or name not in holder:
+        if not isinstance(holder, dict) or name not in holder:
             continue
         value = holder.pop(name)
         if value is None:

@@ -263,25 +263,35 @@ class Forth(Direction):
             key = find_key(self.side.keys, path)
             logical = key is not None and key.limits.types == ("boolean",) and key.allows(True)
             if (logical and plain.get(path) is OMIT) or (path.startswith("there.") and usual is False):
-                on = self._least({path: True})
+                on = self._least({path: True}, plain)
                 if self.run({**self.base, **on}) != self.run({**self.base, **plain}):
                     found.append((f"{LEAST}, and {path}", on))
         return found
 
-    def _least(self, given: Given) -> dict[str, Any]:
-        """What to leave out beside what is given, or to give otherwise: nothing is then refused or read off tensors."""
+    def _least(self, given: Given, guess: Given | None = None) -> dict[str, Any]:
+        """What to leave out beside what is given, or to give otherwise: nothing is then refused or read off tensors.
+
+        Args:
+            guess: what may be left out; where it can, no less is tried.
+        """
         defaults = {f"options.{name}": option.default for name, option in self.mapping.options.items()}
         least, before = dict(given), -1
         usual = self.run({**self.base, **given})
+        if guess is not None and self._fine(usual, fewer := {**guess, **given}):
+            least = fewer
         while before < (before := len(least)):  # what one key asks for may be absent when that one is
             for path in self.base:
                 if path not in least and (path in defaults or "." not in path):
                     fewer = {**least, path: defaults.get(path, OMIT)}
-                    after = self.run({**self.base, **fewer})
-                    worse = (p for p, v in after.items() if str(v).startswith(_WORSE) and usual.get(p) != v)
-                    if "refused" not in after and not any(worse):
+                    if self._fine(usual, fewer):
                         least = fewer
         return least
+
+    def _fine(self, usual: Outcome, given: Given) -> bool:
+        """Whether nothing is refused of what is given, and no more read off tensors than usual."""
+        after = self.run({**self.base, **given})
+        worse = (p for p, v in after.items() if str(v).startswith(_WORSE) and usual.get(p) != v)
+        return "refused" not in after and not any(worse)
 
     def outcome(self, names: Mapping[str, Any], apart: Mapping[str, Mapping[str, Any]]) -> Outcome:
         mapping = self.mapping
