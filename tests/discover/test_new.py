@@ -25,11 +25,11 @@ from engine.errors import EngineError
 from tests.support.depth import crossed, examples
 from tests.support.families import model_of, save_family
 from tests.support.fsdp import save_fsdp
+from tests.support.genuine import MODELS
 from tests.support.shards import Model, State, same, save
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "internevo"
 FAMILIES = {"moe": "internlm-moe", "v1": "internlm", "v2": "internlm2", "llama": "llama"}
-GENUINE = sorted(path.name for path in FOLDER.iterdir())
 ASKS = {"mlp_letters": "w2_is_down"}
 
 V1_NAMES = {
@@ -106,7 +106,7 @@ def tensors(mapping: Path | str, folder: Path, **chosen: str) -> State:
     return dict(engine.iter_tensors(engine.plan(mapping, folder, settings=chosen)))
 
 
-@pytest.mark.parametrize("name", GENUINE)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(name: str, tmp_path: Path) -> None:
     family = next(value for key, value in FAMILIES.items() if key in name)
     file = tmp_path / "release.yaml"

@@ -20,6 +20,7 @@ from engine.language.keys import find_key
 from engine.language.model import MappingFile
 from engine.planning.agreement import with_given
 from engine.planning.config_trees import leaves, prefixes, value_at
+from tests.support.depth import SOAK
 from tests.support.shards import same
 
 # What transformers reads of configurations and no bundled mapping knows: it is refused by its name (E219).
@@ -92,10 +93,11 @@ def test_whatever_is_taken_over_of_a_given_configuration_loads() -> None:
     for mapping in listed:
         layout, kind = api.load_layout(mapping.layout), classes[str(mapping.model_type)]
         written = {"dtype", "torch_dtype", *(path.partition(".")[0] for path, _ in leaves(mapping.config))}
-        for path, key in mapping.keys["target"].items():
+        for number, (path, key) in enumerate(mapping.keys["target"].items()):
+            values = VALUES if SOAK else VALUES[number % 3 :: 3]
             name, _, below = path.replace("[0-9]*", "0").replace("*", "x").partition(".")
             same = (kind, path, key.limits, repr(key.only))
-            for value in VALUES if name not in written and same not in tried else ():
+            for value in values if name not in written and same not in tried else ():
                 try:
                     given = with_given({}, {name: {below: value} if below else value}, mapping, layout)
                 except EngineError:
