@@ -213,14 +213,21 @@ def test_an_old_output_is_replaced_in_one_step(source: Path, tmp_path: Path) -> 
     assert not missing
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that takes long enough to be interrupted, and what a run makes of it."""
+    folder = tmp_path_factory.mktemp("large")
     model = Model("v2", layers=12, hidden=256, heads=4, groups=2, ffn=2048, vocab=2048, bias=False)
-    save(model, tmp_path / "step", tp=2)
-    engine.convert(model.mapping, tmp_path / "step", tmp_path / "whole", settings=LETTERS, max_shard_size=3_000_000)
+    save(model, folder / "step", tp=2)
+    engine.convert(model.mapping, folder / "step", folder / "whole", settings=LETTERS, max_shard_size=3_000_000)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     old = old_output(out)
-    command = ["run", "-m", model.mapping, "-s", str(tmp_path / "step"), "-o", str(out)]
+    command = ["run", "-m", MODEL.mapping, "-s", str(large / "step"), "-o", str(out)]
     command += ["--set", "mlp_letters=w2_is_down", "--overwrite", "--max-shard-size", "3MB", "--quiet"]
     dice = random.Random(number)
     lock = out.with_name(f".{out.name}.lock")  # held while a run writes
@@ -239,7 +246,7 @@ def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, tmp_
         if "--resume" not in command:
             command.append("--resume")
     assert run_engine(*command, cwd=Path(__file__).parents[2]).returncode == 0
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(large / "whole")
     assert not partials(out)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,8 @@ from engine import api
 from tests.support.serving import MAPPING, STEP, Running
 
 ROOT = Path(__file__).parents[2]
+
+
 def environment(url: str, home: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), **more}
 
