@@ -19,17 +19,17 @@ class Gatherer:
         self._files, self._sources = files, sources
         self._moves = Moves(READ_THROUGH)
 
-    def gather(self, block: Block, dtype: str, into: memoryview | None = None) -> memoryview:
-        """The block's bytes, in a buffer of their size if it is given; else valid until the next call."""
+    def gather(self, block: Block, dtype: str) -> memoryview:
+        """The block's bytes, valid until the next call."""
         item = ITEM_SIZES[dtype]
         step = block.step
         read = self._files.read_into
-        for move in self._moves.of(block, item, into):
+        for move in self._moves.of(block, item):
             source = self._sources[move.tensor]
             read(source.file, source.header.offset + move.offset + step * move.shift, move.parts)
             if move.inside is not None:
                 move.inside[...] = move.outside
-        return self._moves.bytes(block, item) if into is None else into
+        return self._moves.bytes(block, item)
 
 
 class Scatterer:

@@ -37,9 +37,6 @@ class Move:
     outside: np.ndarray | None = None
 
 
-Piece = tuple[Copy, int, Sequence[tuple[int, int, int]] | None]  # a run, its bytes per step, its rows if it has few
-
-
 class Moves:
     """A block buffer with the moves of its current template. Belongs to one thread."""
 
@@ -50,29 +47,25 @@ class Moves:
         self._scratch = memoryview(bytearray())
         self._template: tuple[Copy, ...] | None = None
         self._item = 0
-        self._pieces: list[Piece] = []
-        self._moves: list[Move] | None = None  # of the pieces, in the block buffer
+        self._moves: list[Move] = []
 
-    def of(self, block: Block, item: int, into: memoryview | None = None) -> list[Move]:
-        """The moves of a block of `item`-byte elements, into a buffer of its size or into `bytes(block, item)`."""
-        if self._template is not block.template or self._item != item:
-            self._pieces, self._moves = self._compile(block, item), None
-            self._template, self._item = block.template, item
-        if into is not None:
-            return [self._move(*piece, item, into) for piece in self._pieces]
+    def of(self, block: Block, item: int) -> list[Move]:
+        """The moves of a block of `item`-byte elements, into `bytes(block, item)`."""
         nbytes = (block.high - block.low) * item
-        if self._block.nbytes < nbytes:
-            self._block, self._moves = memoryview(bytearray(nbytes)), None
-        if self._moves is None:
-            self._moves = [self._move(*piece, item, self._block) for piece in self._pieces]
+        grows = self._block.nbytes < nbytes
+        if grows:
+            self._block = memoryview(bytearray(nbytes))
+        if grows or self._template is not block.template or self._item != item:
+            self._moves = self._compile(block, item)
+            self._template, self._item = block.template, item
         return self._moves
 
     def bytes(self, block: Block, item: int) -> memoryview:
         """The block's buffer."""
         return self._block[: (block.high - block.low) * item]
 
-    def _compile(self, block: Block, item: int) -> list[Piece]:
-        pieces: list[Piece] = [
+    def _compile(self, block: Block, item: int) -> list[Move]:
+        pieces = [
             (part, shift * item, None if straight(part) else rows(part, item))
             for copy, shift in zip(block.template, block.shifts, strict=True)
             for part in dense_parts(copy, self._gap // item, MOST_SPAN // item)
@@ -80,17 +73,16 @@ class Moves:
         # Taken once, since moves keep what they were given.
         spans = (span(p.shape, p.source_strides) for p, _, listed in pieces if listed is None and not straight(p))
         self._scratch_of(max(spans, default=0) * item)
-        return pieces
+        return [self._move(*piece, item) for piece in pieces]
 
-    def _move(
-        self, part: Copy, shift: int, listed: Sequence[tuple[int, int, int]] | None, item: int, block: memoryview
-    ) -> Move:
+    def _move(self, part: Copy, shift: int, listed: Sequence[tuple[int, int, int]] | None, item: int) -> Move:
+        block = self._block
         nbytes = span(part.shape, part.source_strides) * item
         outside, inside = part.source_offset * item, part.target_offset * item
         if straight(part):
             return Move(part.source, outside, shift, (block[inside : inside + nbytes],))
         if listed is not None:
-            return Move(part.source, outside, shift, self._rows(inside, listed, item, block))
+            return Move(part.source, outside, shift, self._rows(inside, listed, item))
         import numpy as np  # late, since most conversions move rows
 
         kind, scratch = np.dtype(f"u{item}"), self._scratch_of(nbytes)
@@ -101,16 +93,14 @@ class Moves:
             np.ndarray(part.shape, kind, scratch, 0, strides[1]),
         )  # fmt: skip
 
-    def _rows(
-        self, inside: int, listed: Sequence[tuple[int, int, int]], item: int, block: memoryview
-    ) -> list[memoryview]:
+    def _rows(self, inside: int, listed: Sequence[tuple[int, int, int]], item: int) -> list[memoryview]:
         """Rows of the block, and scratch for what is skipped between them."""
         parts, end = [], 0
         for outer, inner, length in listed:
             if outer > end:
                 parts.append(self._scratch_of((outer - end) * item))
             at = inside + inner * item
-            parts.append(block[at : at + length * item])
+            parts.append(self._block[at : at + length * item])
             end = outer + length
         return parts
 

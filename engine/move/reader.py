@@ -89,10 +89,7 @@ class Reader:
             blocks = list(blocks)
             (blocks,) = self._files.ahead([(blocks, needed(self._plan, index, blocks))])
         for block in blocks:
-            at, end = block.low * item, block.high * item
-            if output.unchanged and start <= at and end <= stop:
-                self._gatherer.gather(block, output.read_dtype, target[at - start : end - start])
-                continue
+            at = block.low * item
             if self._last[:2] != (index, block):  # one that is read to its middle is what is read next, too
                 self._last = index, block, self.convert(output, block)
             data = self._last[2][max(start - at, 0) : stop - at]
