@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -108,7 +109,7 @@ class App:
             seconds = time.monotonic() - started
             self._log(Line(str(client), request.method, request.path, status, sent, seconds, problem))
 
-    def _answer(self, request: Request, refused: Response | None) -> tuple[Response, bytes | bytearray, str | None]:
+    def _answer(self, request: Request, refused: Response | None) -> tuple[Response, bytes | memoryview, str | None]:
         """The response with the first piece of its body; what a source is refused for comes before any of it."""
         try:
             response, problem = refused or self._hub.answer(request), None
@@ -139,19 +140,29 @@ def _too_long(scope: Mapping[str, Any]) -> Response | None:
     return None
 
 
-def _piece(response: Response, at: int) -> bytes | bytearray:
+def _piece(response: Response, at: int) -> bytes | memoryview:
     """Bytes of a body from `at` on."""
     stop = min(at + _PIECE, response.length)
     if isinstance(response.body, bytes):
         return response.body[at:stop]
-    buffer = bytearray(stop - at)
-    response.body.read_into(response.start + at, memoryview(buffer))
-    return buffer
+    buffer = memoryview(bytearray(stop - at))
+    response.body.read_into(response.start + at, buffer)
+    return buffer  # of which the part that a socket does not take at once is no copy
 
 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class Wire(h11.Connection):
+    """HTTP, with bodies sent as they are: h11 itself would copy each piece."""
+
+    def send(self, event: Any) -> Any:
+        parts = self.send_with_data_passthrough(event)
+        if parts is None:
+            return None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Connection(H11Protocol):  # type: ignore[misc]
@@ -162,6 +173,7 @@ class Connection(H11Protocol):  # type: ignore[misc]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.conn = Wire(h11.SERVER, _HEADERS)
         self.app_state = {**self.app_state, "abort": transport.abort}
         self._since = self.loop.time()
         self._watch()
@@ -207,7 +219,6 @@ class Server:
             proxy_headers=False,
             server_header=False,
             limit_concurrency=_CONNECTIONS,
-            h11_max_incomplete_event_size=_HEADERS,
             timeout_graceful_shutdown=_GRACE,
         )
         self._server = uvicorn.Server(config)
