@@ -68,6 +68,19 @@ def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "known" / file).read_bytes()
 
 
+@pytest.mark.parametrize(("mapping", "like"), [("llama", "torch-tp1pp1-tied"), ("mixtral", "torch-ep2-moe")])
+def test_biases_that_the_target_would_leave_out_are_refused_where_no_argument_tells_them(
+    mapping: str, like: str, copy: Callable[[str], Path]
+) -> None:
+    source = copy("dist-tp2pp1-bf16-qkvbias")
+    rewritten(source, lambda args: args.clear())
+    (source / "common.pt").unlink(missing_ok=True)
+    config, told = MEGATRON / like / "hf_config.json", {"rotary": "halves", "vocabulary": "told"}
+    with pytest.raises(EngineError, match="variant `biases`") as caught:
+        engine.plan(f"megatron-{mapping}", source, config=config, settings=told)
+    assert caught.value.code == "E202" and "Qwen2's have them" in str(caught.value)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_names_behind_nemos_prefix_are_the_same_tensors(tmp_path: Path) -> None:
     source = source_of(MEGATRON / "dist-tp2pp2")
