@@ -10,7 +10,7 @@ from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, find_key
 from engine.language.model import Expression, Layout, MappingFile
-from engine.planning.config_keys import declared
+from engine.planning.config_keys import declared, shown
 from engine.planning.config_trees import leaves, prefixes, value_at
 from engine.planning.variants import option_value
 from engine.proving.known_names import place_of
@@ -62,7 +62,7 @@ def _allowed(key: Key) -> str:
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) and value.isidentifier() else shown(value)
 
 
 def check_tokens(mapping: MappingFile) -> Iterator[Finding]:

@@ -189,8 +189,9 @@ MISTAKES = {
         INTERNLM2,
         ('  mlp_bias: "', '  quantization_config: {bits: 4, quant_method: gptq}\n  mlp_bias: "'),
         "L014",
-        "quantization_config",
+        "allows null",
     ),
+    "a number in quotes": (INTERNLM2, ("  eos_token_id: 2\n", '  eos_token_id: "2"\n'), "L014", 'eos_token_id: "2"'),
     "a value that keys forbid": (
         INTERNLM2,
         ("tie_word_embeddings: false", "tie_word_embeddings: true"),
