@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.assets.apart import APART, convert_apart, predicted_memory
-from engine.assets.chat import chat_template, unmarked
+from engine.assets.chat import chat_template, never_written, unmarked
 from engine.assets.generation import generation_config, within
 from engine.assets.model_card import model_card
 from engine.assets.remote_code import read_code, remote_facts
@@ -70,6 +70,8 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         files["generation_config.json"] = generation_config(generation, plan.config)
     if model is not None and spec is not None:
         found = check_tokenizer(model, spec, rows, {**plan.config, **generation})
+        if plan.mapping.chat_template is not None:
+            notices += never_written(template, generation, found.names)
         memory = predicted_memory(model)
         if len(found.data) < APART:
             files.update(convert_understood(found, spec, Place(str(model))))

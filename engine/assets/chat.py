@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.search import search_folders
@@ -45,6 +47,27 @@ def chat_template(name: str) -> str:
             fix="Correct the template.",
         ) from error
     return text
+
+
+def never_written(template: str, generation: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """A notice where a template writes none of the tokens at which generation stops.
+
+    Args:
+        names: the tokens by id.
+
+    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, ["<s>", "</s>", "[UNUSED]"])
+    ['the chat template never writes `[UNUSED]`, id 2, at which generation stops; see `rename` of the tokenizer']
+    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, ["<s>", "</s>", "<e>"])
+    []
+    """
+    ends = generation.get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [ends]
+    known = {one: names[one] for one in ids if isinstance(one, int) and 0 <= one < len(names)}
+    if not known or "eos_token" in template or any(name in template for name in known.values()):
+        return []
+    last = max(known)
+    told = f"the chat template never writes `{known[last]}`, id {last}, at which generation stops"
+    return [f"{told}; see `rename` of the tokenizer"]
 
 
 def unmarked(text: str) -> str:

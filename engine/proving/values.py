@@ -85,6 +85,7 @@ def check_tokens(mapping: MappingFile) -> Iterator[Finding]:
         yield _token(mapping, "`bos_token_id` and `eos_token_id` of `config` are exchanged", "config", "bos_token_id")
     generation = mapping.generation or {}
     rows = mapping.expect.get("vocab")
+    renamed = {str(number): name for number, name in (spec.get("rename") or {}).items()}
     for name in _TOKENS:
         given = generation.get(f"{name}_token_id")
         listed = given if isinstance(given, list) else [given]
@@ -93,11 +94,14 @@ def check_tokens(mapping: MappingFile) -> Iterator[Finding]:
             told = f"`{name}_token_id` of `generation` is {given}; `config` says {number}"
             yield _token(mapping, told, "generation", f"{name}_token_id")
         for one in listed:
+            if name == "eos" and renamed.get(str(one)) in _BEGINS:
+                told = f"generation is to stop at {one}, `{renamed[str(one)]}`, which begins a text or a turn"
+                yield _token(mapping, told, "generation", "eos_token_id")
             if rows is not None and isinstance(one, int) and not 0 <= one < rows:
                 told = f"`{name}_token_id` of `generation` is {one}; the vocabulary has {rows} rows"
                 yield _token(mapping, told, "generation", f"{name}_token_id")
-    for number, name in (spec.get("rename") or {}).items():
-        if rows is not None and str(number).isdecimal() and int(number) >= rows:
+    for number, name in renamed.items():
+        if rows is not None and number.isdecimal() and int(number) >= rows:
             told = f"`rename` of the tokenizer names {number} `{name}`; the vocabulary has {rows} rows"
             yield _token(mapping, told, "tokenizer", "rename")
 

@@ -223,6 +223,15 @@ MISTAKES = {
         "L015",
         "`<s>` is 1",
     ),
+    "an answer that ends where one begins": (
+        INTERNLM2,
+        (
+            "pad: </s>}\ngeneration: {eos_token_id: 2}",
+            'pad: </s>, rename: {98: "<|im_end|>", 99: "<|im_start|>"}}\ngeneration: {eos_token_id: [2, 99]}',
+        ),
+        "L015",
+        "begins",
+    ),
     "generation that does not stop where config says": (
         INTERNLM2,
         ("generation: {eos_token_id: 2}", "generation: {eos_token_id: 3}"),

@@ -225,6 +225,18 @@ def test_a_tokenizer_with_fewer_pieces_than_rows_is_told(source: Path, tmp_path:
     assert any("pieces" in notice and "512 rows" in notice for notice in report.notices)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_an_answer_that_ends_with_a_token_that_the_template_never_writes_is_told(
+    source: Path, tmp_path: Path, tokenizers: Path, named: bool
+) -> None:
+    """As where a mapping has a chat template and forgets to give the reserved tokens their names."""
+    spec = {**SPEC, "rename": {3: "<|im_end|>", 4: "<|im_start|>"}} if named else SPEC
+    mine = mapping(tokenizer=spec, chat_template="internlm2-chat", generation={"eos_token_id": [2, 3]})
+    report = engine.convert(mine, source, tmp_path / "hf", settings=LETTERS, tokenizer=tokenizers / "own.model")
+    told = [notice for notice in report.notices if "chat template" in notice]
+    assert not told if named else "`[UNUSED_TOKEN_0]`, id 3" in told[0]
+
+
 def test_other_files_of_a_tokenizer_beside_the_weights_are_told(source: Path, tmp_path: Path, tokenizers: Path) -> None:
     (source / "tokenizer.model").write_bytes((tokenizers / "own.model").read_bytes())
     others = ["added_tokens.json", "generation_config.json", "tokenizer.json"]
