@@ -170,11 +170,9 @@ def describe_whole(folder: Store, names: Sequence[str]) -> Inspection:
     """Facts of a Hugging Face checkpoint, and which mappings write its kind back as rank files."""
     files, config = read_hf_folder(folder), read_hf_config(folder)
     kind = config.get("model_type")
-    fits = [
-        Fit(m.name, m.description, True)
-        for m in load_all()[0]
-        if m.model_type == kind and not m.expect and len(m.files) == 1
-    ]
+    families = [m for m in load_all()[0] if (m.model_type == kind or kind in m.also) and not m.expect]
+    roots = [m for m in families if len(m.files) == 1]  # one that extends another is told where there is no other
+    fits = [Fit(m.name, m.description, True) for m in roots or families]
     facts = {
         "model_type": kind,
         "architecture": class_named(config) or None,

@@ -120,6 +120,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
         classes=data.get("classes") or {},
         remote_code=tree("target", "remote_code", "auto_map"),
         transformers=tree("target", "transformers"),
+        also=target.get("also") or {},
     )
     with errors.caught():
         check_mapping(mapping, document, whole=not errors.found)

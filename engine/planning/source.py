@@ -116,6 +116,8 @@ def read_source(
         cut: how rank files are to be cut, as far as expressions of the training configuration see it.
     """
     options, rules, end = options_of(mapping, settings), instances(mapping), checkpoint.end
+    if end == "whole":
+        checkpoint = _of_type(checkpoint, mapping)
     held, files = at_end(rules, end), checkpoint.grid.files
     stored = strip(checkpoint.files, layout if end == "training" else None)
     tied = _tied_names([one for one in rules if not one.rule.optional]) if end == "whole" else {}
@@ -161,6 +163,16 @@ def read_source(
         names={**facts.seen, **choices, **sizes},
         ignored=matches.ignored,
     )
+
+
+def _of_type(checkpoint: Checkpoint, mapping: MappingFile) -> Checkpoint:
+    """A checkpoint of another model type that is the same model, as one of the mapping's."""
+    config = checkpoint.config
+    if config.get("architectures") != [mapping.also.get(str(config.get("model_type")))]:
+        return checkpoint
+    said = {"model_type": mapping.model_type, "architectures": [mapping.architecture]}
+    config = {name: value for name, value in config.items() if name != "auto_map"} | said
+    return replace(checkpoint, config=config, target_config=config)
 
 
 def _tied_names(rules: Sequence[Instance]) -> dict[str, str]:

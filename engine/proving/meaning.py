@@ -143,6 +143,7 @@ def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] |
 def _about(mapping: MappingFile) -> Meaning:
     about: Meaning = {"layout": mapping.layout, "source model types": list(mapping.model_types)}
     about |= {"target": f"{mapping.architecture}, model type {mapping.model_type}"}
+    about |= {"also model types": dict(mapping.also)} if mapping.also else {}
     versions = mapping.resolved["target"].get("transformers")
     about |= {} if versions is None else {"transformers": versions}
     about |= {key: value for key, value in mapping.resolved.items() if key not in (*_SAID, "source", "target")}

@@ -133,6 +133,12 @@ def test_without_a_configuration_what_fits_is_unsure_and_one_that_is_given_goes_
     assert "next: engine run --mapping torchtitan-llama --src" in told and told.rstrip().endswith(f"--config {config}")
 
 
+def test_a_form_that_only_an_extending_family_writes_back_is_told_that_family(tmp_path: Path) -> None:
+    engine.convert("internlm2-official", FIXTURES / "v2_tp2_pp2", tmp_path / "hf")
+    (tmp_path / "hf" / "conversion.json").unlink()
+    assert [fit.name for fit in engine.inspect(tmp_path / "hf").fits] == ["internlm2-official"]
+
+
 def test_the_next_command_has_what_must_be_filled_in() -> None:
     told = inspected(FIXTURES.parent / "megatron" / "leg_t4_g2" / "iter_0000010")
     assert told.splitlines()[-1].endswith(" --config FILE   (filled in as said above)")

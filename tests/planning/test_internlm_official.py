@@ -1,0 +1,73 @@
+"""InternLM as it was released: model_type internlm, whose code is beside the weights, under Llama's names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine import api
+from engine.errors import EngineError
+from tests.support.genuine import FIXTURES
+
+SOURCE = FIXTURES / "v1_tp2_pp2"
+HUB = {  # what the Hub's config.json has besides sizes
+    "model_type": "internlm", "architectures": ["InternLMForCausalLM"], "bias": True,
+    "auto_map": {"AutoConfig": "configuration_internlm.InternLMConfig",
+                 "AutoModel": "modeling_internlm.InternLMForCausalLM",
+                 "AutoModelForCausalLM": "modeling_internlm.InternLMForCausalLM"},
+    "rotary": {"base": 10000, "type": "dynamic"}, "hidden_act": "silu", "initializer_range": 0.02,
+    "torch_dtype": "float16", "transformers_version": "4.33.2", "use_cache": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as on the Hub, saved again as safetensors."""
+    out = tmp_path_factory.mktemp("released") / "hf"
+    engine.convert("internlm", SOURCE, out)
+    config = json.loads((out / "config.json").read_text())
+    names = ("head_dim", "num_key_value_heads", "rope_theta", "rope_parameters", "attention_bias", "mlp_bias", "dtype")
+    config = {name: value for name, value in config.items() if name not in names} | HUB
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "conversion.json").unlink()
+    return out
+
+
+def test_a_release_is_written_back_as_it_was_trained(released: Path, tmp_path: Path) -> None:
+    assert [fit.name for fit in engine.inspect(released).fits] == ["internlm"]
+    engine.reverse("internlm", released, tmp_path / "back", like=SOURCE)
+    for path in sorted(SOURCE.glob("model_tp*.pt")):
+        saved, back = (torch.load(one, weights_only=False) for one in (path, tmp_path / "back" / path.name))
+        for name, value in back.items():
+            assert torch.equal(value, saved[name]), name
+    config = torch.load(tmp_path / "back" / "model_config.pt", weights_only=False)
+    assert config["rope_base"] == 10000 and config["layer_norm_epsilon"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"rotary": {"base": 10000, "type": "linear"}}, "E209"), ({"bias": False}, "E209"),
+        ({"rope_theta": 5e5}, "E218"), ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1e4}, "E209"),
+        ({"hidden_act": "gelu"}, "E209"),
+        ({"num_key_value_heads": 2}, "E209"), ({"model_type": "internlm2"}, "E212"),
+        ({"architectures": ["InternLMForSequenceClassification"]}, "E212"), ({"model_type": "llama"}, "E209"),
+        ({"unheard_of": 1}, "E219"),
+    ],
+)  # fmt: skip
+def test_what_the_official_code_or_training_cannot_have_is_refused(
+    released: Path, tmp_path: Path, change: dict[str, Any], code: str
+) -> None:
+    for path in released.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    config = json.loads((released / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(EngineError) as caught:
+        api.plan_reverse("internlm", tmp_path)
+    assert caught.value.code == code
