@@ -3,9 +3,11 @@ two ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,16 +18,13 @@ _BESIDE = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def beside_a_checkpoint(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not isinstance(request.node, pytest.DoctestItem) or not request.node.name.startswith(_BESIDE):
-        return
-    names: dict[str, Any] = request.getfixturevalue("doctest_namespace")
+@pytest.hookimpl(wrapper=True)  # a fixture would be made for each of thousands of tests
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    if not isinstance(item, pytest.DoctestItem) or not item.name.startswith(_BESIDE):
+        return (yield)
     import engine
 
-    folder = tmp_path_factory.mktemp("example")
-    shutil.copytree(_CHECKPOINT, folder / "ckpt" / "1000", ignore=shutil.ignore_patterns("oracle.pt"))
-    monkeypatch.chdir(folder)
-    names["engine"] = engine
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        shutil.copytree(_CHECKPOINT, Path("ckpt", "1000"), ignore=shutil.ignore_patterns("oracle.pt"))
+        item.dtest.globs["engine"] = engine
+        return (yield)
