@@ -165,30 +165,34 @@ def command(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Pope
         started.wait()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_serves_until_it_is_interrupted_and_ends_well(
-    how: signal.Signals, run: Path, tmp_path: Path
-) -> None:
+def stopped(started: subprocess.Popen[str], how: signal.Signals) -> str:
+    """What it says when it ends, as it should."""
+    started.send_signal(how)
+    said = started.communicate(timeout=20)[1]
+    assert started.returncode == 0 and said.endswith("stopped\n") and "Traceback" not in said
+    return said
+
+
+def test_the_command_serves_until_it_is_interrupted_and_ends_well(run: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with command("-m", MAPPING, "-s", str(run), "--as", "org/name", "--log-file", str(log)) as (started, url):
         with urllib.request.urlopen(f"{url}/org/name/resolve/main/config.json", timeout=30) as response:
             assert json.load(response)["model_type"] == "llama"
-        started.send_signal(how)
-        said = started.communicate(timeout=20)[1]
-    assert started.returncode == 0 and said.endswith("stopped\n") and "Traceback" not in said
+        said = stopped(started, signal.SIGINT)
     assert "200 is served as" in said and "GET /org/name/resolve/main/config.json 200" in said
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert [one["event"] for one in events] == ["started", "serving", "request", "finished"]
     assert events[2]["path"] == "/org/name/resolve/main/config.json" and events[2]["status"] == 200
 
 
-def test_the_command_serves_several_models_with_a_token(run: Path, tmp_path: Path) -> None:
+def test_the_command_serves_several_models_with_a_token_until_it_is_terminated(run: Path, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("s3cret\n")
     arguments = ["-m", MAPPING, "-s", str(run / "100"), "-s", str(run), "--token-file", str(token)]
-    with command(*arguments, "--as", "a/one", "--as", "two") as (_, url):
+    with command(*arguments, "--as", "a/one", "--as", "two") as (started, url):
         asked = urllib.request.Request(f"{url}/api/models", headers={"Authorization": "Bearer s3cret"})
         with urllib.request.urlopen(asked, timeout=30) as response:
             assert [one["id"] for one in json.load(response)] == ["a/one", "two"]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{url}/api/models", timeout=30)
+        stopped(started, signal.SIGTERM)

@@ -54,25 +54,29 @@ def mounted(at: Path, src: Path = STEP) -> Iterator[subprocess.Popen[str]]:
         started.wait(20)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mount, whose folder goes with it."""
+    at = tmp_path_factory.mktemp("mounts") / "model"
+    with mounted(at):
+        yield at
+    assert not at.exists()
+
+
 @needs_fuse
-def test_it_holds_what_a_run_writes_and_programs_map_it(tmp_path: Path) -> None:
+def test_it_holds_what_a_run_writes_and_programs_map_it(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     engine.convert(MAPPING, STEP, tmp_path / "out", max_shard_size=SPLIT)
     oracle = torch.load(STEP / "oracle.pt", weights_only=True)
-    at = tmp_path / "model"
-    with mounted(at):
-        assert subprocess.run(["diff", "-r", str(at), str(tmp_path / "out")]).returncode == 0
-        name = "model-00001-of-00003.safetensors"
-        with (at / name).open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            assert mapped[:] == (tmp_path / "out" / name).read_bytes()
-        verified = subprocess.run([sys.executable, "-m", "engine", "verify", str(at)], capture_output=True, text=True)
-        assert verified.returncode == 0, verified.stdout + verified.stderr
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32)
-        with torch.no_grad():
-            assert (model(oracle["input_ids"]).logits - oracle["logits"]).abs().max() < 1e-4
-        del model
-    assert not at.exists()
+    assert subprocess.run(["diff", "-r", str(model), str(tmp_path / "out")]).returncode == 0
+    name = "model-00001-of-00003.safetensors"
+    with (model / name).open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped[:] == (tmp_path / "out" / name).read_bytes()
+    assert not api.verify(model).problems
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        assert (loaded(oracle["input_ids"]).logits - oracle["logits"]).abs().max() < 1e-4
 
 
 @needs_fuse
@@ -93,25 +97,23 @@ def test_it_ends_cleanly_and_leaves_a_folder_that_was_there(how: str, tmp_path: 
 
 
 @needs_fuse
-def test_nothing_can_be_written_there(tmp_path: Path) -> None:
-    at = tmp_path / "model"
-    with mounted(at):
-        for attempt in (
-            lambda: (at / "new").write_bytes(b"x"),
-            lambda: (at / "config.json").write_bytes(b"x"),
-            lambda: (at / "config.json").open("ab"),
-            lambda: (at / "config.json").unlink(),
-            lambda: (at / "folder").mkdir(),
-            lambda: (at / "config.json").rename(at / "other"),
-            lambda: os.truncate(at / "config.json", 0),
-            lambda: os.chmod(at / "config.json", 0o777),
-        ):
-            with pytest.raises(OSError) as raised:
-                attempt()
-            assert raised.value.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS)
-        for path in ("nothing", "folder/file"):
-            with pytest.raises(FileNotFoundError):
-                (at / path).read_bytes()
+def test_nothing_can_be_written_there(model: Path) -> None:
+    for attempt in (
+        lambda: (model / "new").write_bytes(b"x"),
+        lambda: (model / "config.json").write_bytes(b"x"),
+        lambda: (model / "config.json").open("ab"),
+        lambda: (model / "config.json").unlink(),
+        lambda: (model / "folder").mkdir(),
+        lambda: (model / "config.json").rename(model / "other"),
+        lambda: os.truncate(model / "config.json", 0),
+        lambda: os.chmod(model / "config.json", 0o777),
+    ):
+        with pytest.raises(OSError) as raised:
+            attempt()
+        assert raised.value.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS)
+    for path in ("nothing", "folder/file"):
+        with pytest.raises(FileNotFoundError):
+            (model / path).read_bytes()
 
 
 @needs_fuse
