@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def execute(
     """
     from engine.run.digests import only_zeros
     from engine.run.journal import identity_of
-    from engine.run.manifest import NAME, encode_manifest, manifest
+    from engine.run.manifest import NAME, encode_manifest, making, manifest
     from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
     from engine.run.runner import check_runnable, take_parts, write_weights
 
@@ -92,8 +92,8 @@ def execute(
     written = None if parts is None else read_markers(compiled, parts, output.written)
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
-    # all of it that could not be written
-    json.dumps(manifest(replace(compiled, shards=()), {}, small.files), ensure_ascii=False).encode()
+    made = making(compiled)
+    json.dumps([made, *small.files], ensure_ascii=False).encode()  # all of it that could not be written
     check_runnable(compiled, how, small.memory, output.buffer)
     check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]
@@ -116,7 +116,7 @@ def execute(
             written = write_weights(compiled, store, how, beside=beside, beside_memory=small.memory)
         told_of = ((o.name, o.shape, o.nbytes, written.done[n].digest) for n, o in enumerate(compiled.outputs))
         notices += filter(None, [only_zeros(told_of)])
-        data = manifest(compiled, written.done, files)
+        data = manifest(compiled, written.done, files, made)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)
         names = tuple(name for name in store.names() if not name.startswith(MARKER))

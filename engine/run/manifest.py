@@ -26,12 +26,15 @@ VERSION = 1
 _MOST = 1 << 30  # bytes of a manifest
 
 
-def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -> dict[str, Any]:
+def manifest(
+    plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes], made: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The manifest as data; its shape is `schemas/conversion.schema.json`.
 
     Args:
         done: digests of every output; empty ones leave digests and the content id out.
         small: the other files of the output by name.
+        made: what `making` says, where it was asked.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for file in plan.shards:
@@ -44,7 +47,7 @@ def manifest(plan: Plan, done: Mapping[int, Done], small: Mapping[str, bytes]) -
     result: dict[str, Any] = {
         "manifest": VERSION,
         "engine": __version__,
-        **making(plan),
+        **(made or making(plan)),
         "tensors": tensors,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(small.items())},
     }
