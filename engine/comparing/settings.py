@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from engine.comparing.effects import Difference, Grade, differing, effect_of, worded
+from engine.comparing.effects import Difference, Grade, both, differing, effect_of, worded
 from engine.comparing.templates import MORE, compare_templates
 from engine.comparing.tokenizers import compare_tokenizers
 from engine.formats.configs import json_object
@@ -144,6 +144,10 @@ def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str |
         return []
     full = [full_config(config) for config in (one, two)]
     own: frozenset[str] | None = None
+    found: list[Difference] = []
+    if one.get("model_type") == two.get("model_type") and (full[0] is None) != (full[1] is None):
+        told = both(lambda side: "refused" if side is None else "loadable", *full)
+        found.append(Difference("config", CONFIG, *told, "transformers does not load the model"))
     if full[0] is not None and full[1] is not None:
         (ours, mine), (theirs, other) = full[0], full[1]
         own = mine | other
@@ -155,7 +159,7 @@ def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str |
     def said(key: str) -> tuple[str, Grade]:
         return effect_of(key, scaled=scaled, own=own)
 
-    return differing("config", ours, theirs, said)
+    return found + differing("config", ours, theirs, said)
 
 
 def _generations(

@@ -338,6 +338,13 @@ def test_other_bytes_of_the_same_tokenizer_are_no_other_function(out: Path, made
     assert compare(out, made).exit_code == 0
 
 
+def test_a_configuration_that_transformers_refuses_is_told(out: Path, made: Path) -> None:
+    edit(out, "config.json", lambda config: config.update(pretraining_tp=[]))
+    found = differences(out, made)["config", "config.json"]
+    assert (found.out, found.ref, found.grade) == ("refused", "loadable", "function")
+    assert compare(out, made).exit_code == 1
+
+
 def test_a_tokenizer_on_one_side_only_is_told(out: Path, made: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model"):
         (out / name).unlink()
