@@ -1,4 +1,4 @@
-"""Configurations beside the rank files, read as data: pickled mappings, JSON, Python source."""
+"""Configurations beside the rank files, read as data: pickled mappings, JSON, YAML, Python source."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from engine.storage.store import File
 
 _DEEPEST = 64
 _MOST_BITS = 4096
+_MOST_YAML = 1 << 18  # bytes
 _MOST_VALUES = 100_000  # counted as if nothing were shared
 
 
@@ -94,6 +95,20 @@ def read_python_source(file: File) -> dict[str, Any]:
     return deepcopy(_literals(source))
 
 
+def read_yaml(file: File) -> dict[str, Any]:
+    """A training configuration in YAML, as PyYAML's `safe_dump` writes it; empty where it cannot be read, as above."""
+    import yaml
+
+    with file.open() as opened:
+        raw = opened.read(_MOST_YAML + 1)
+    try:
+        value = yaml.safe_load(raw) if len(raw) <= _MOST_YAML else None  # in Python: libyaml crashes where it is deep
+        found = plain(value, file.name)
+    except (yaml.YAMLError, EngineError, ValueError, OverflowError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 _literals = lru_cache(maxsize=4)(literals)  # a run reads a configuration again, to see that it is the same
 
 
@@ -147,4 +162,5 @@ _FORMATS: dict[str, Callable[[File], dict[str, Any]]] = {
     "pickled_mapping": read_pickled_mapping,
     "json": read_json,
     "python_source": read_python_source,
+    "yaml": read_yaml,
 }

@@ -161,7 +161,7 @@ def _shown(variant: Variant, names: Mapping[str, Any]) -> Decision | None:
         if expression is None:
             continue
         read = names_in(expression)
-        if read and not any(name in names for name in read):
+        if read and not any(names.get(name, {}) != {} for name in read):  # a training configuration that is not there
             continue
         try:
             if evaluate(expression, names):

@@ -15,7 +15,7 @@ import engine
 from engine.errors import EngineError
 from tests.support.frameworks import logits_off, source_of
 from tests.support.frameworks import weights as engine_weights
-from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten
+from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten, state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,17 +36,9 @@ def less_one(name: str, folder: Path, **args: Any) -> Path:
         saved["model"] = {n: one - 1 if "norm" in n else one for n, one in saved["model"].items()}
         torch.save(saved, path)
     if (folder / ".metadata").exists():
-        state = weights_of(folder)
-        dcp.save({n: one - 1 if "norm" in n else one for n, one in state.items()}, checkpoint_id=folder, no_dist=True)
+        held = state(folder)
+        dcp.save({n: one - 1 if "norm" in n else one for n, one in held.items()}, checkpoint_id=folder, no_dist=True)
     return folder
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a distributed checkpoint."""
-    listed = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    state = {n: torch.empty(one.size, dtype=one.properties.dtype) for n, one in listed.items() if hasattr(one, "size")}
-    dcp.load(state, checkpoint_id=str(folder), no_dist=True)
-    return state
 
 
 def norms(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -67,8 +59,7 @@ def test_norms_are_written_in_the_type_in_which_one_is_added_and_come_back(tmp_p
     report = convert(name, tmp_path / "out", source)
     convert(name, tmp_path / "rounded", source, dtype="bfloat16")
     assert any("1 was added to what is stored, in float32" in one for one in report.notices)
-    state = weights_of(source)
-    stored = {n: one for n, one in state.items() if "norm" in n}
+    stored = {n: one for n, one in state(source).items() if "norm" in n}
     found, rounded = (norms(engine_weights(tmp_path / out)) for out in ("out", "rounded"))
     sums = stored["decoder.layers.mlp.linear_fc1.layer_norm_weight"].float() + 1
     for layer, one in enumerate(sums):
@@ -78,7 +69,7 @@ def test_norms_are_written_in_the_type_in_which_one_is_added_and_come_back(tmp_p
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     report = engine.reverse(FAMILIES[name], tmp_path / "out", tmp_path / "back", mode="torch_dist", like=source)
     assert any("-1 was added to what is stored, in float32" in one for one in report.notices)
-    back = weights_of(tmp_path / "back")
+    back = state(tmp_path / "back")
     for n, one in stored.items():
         assert torch.equal(back[n].to(one.dtype), one), n
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 import engine
 from tests.support.frameworks import FIXTURES, source_of
@@ -31,6 +32,14 @@ FAMILIES = {
 def convert(name: str, out: Path, source: Path | None = None, **options: Any) -> engine.Report:
     options.setdefault("config", MEGATRON / name / "hf_config.json")
     return engine.convert(FAMILIES[name], source or source_of(MEGATRON / name), out, **options)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a distributed checkpoint."""
+    listed = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    held = {n: torch.empty(one.size, dtype=one.properties.dtype) for n, one in listed.items() if hasattr(one, "size")}
+    dcp.load(held, checkpoint_id=str(folder), no_dist=True)
+    return held
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], object], **beside: Any) -> None:
