@@ -8,7 +8,7 @@ from itertools import combinations
 
 from engine.language.axes import Axes, Axis, Node, Product, Sum, parse_axes
 from engine.language.model import MappingFile
-from engine.proving.edits import Change, Data, Key, misspelt, plain, put, texts, without
+from engine.proving.edits import Change, Data, Key, get, misspelt, plain, put, texts, without
 from engine.proving.value_mutants import of_values
 
 
@@ -37,10 +37,15 @@ def _rules(data: Data, ones: frozenset[str]) -> Iterator[Change]:
         for key in ("optional", "keep", "transform", "drop", "zeros", "tied_to", "when"):
             if key in rule:
                 yield Change("rule", name, f"without `{key}`", without(data, (*at, key)))
-        for variant, chosen in (rule.get("when") or {}).items():
-            for choice in data["variants"][variant]["choices"]:
-                if choice != chosen:
-                    yield Change("rule", name, f"when {variant}: {choice}", put(data, (*at, "when", variant), choice))
+        for when in (("when",), ("transform", "when")):
+            for variant, chosen in (get(data, (*at, *when)) or {}).items():
+                for choice in data["variants"][variant]["choices"]:
+                    if choice != chosen:
+                        told = f"{' '.join(when)} {variant}: {choice}"
+                        yield Change("rule", name, told, put(data, (*at, *when, variant), choice))
+        if "add" in rule.get("transform", {}):
+            more = rule["transform"]["add"] + 1
+            yield Change("rule", name, f"adds {more}", put(data, (*at, "transform", "add"), more))
         yield from _names(data, name, rule)
         axes = parse_axes(rule["axes"])
         split = texts(rule.get("split", []))
