@@ -68,6 +68,16 @@ def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "known" / file).read_bytes()
 
 
+def test_a_run_may_be_shorter_than_the_longest_sequence_of_its_model(tmp_path: Path) -> None:
+    folder = MEGATRON / "torch-tp1pp1-tied"
+    config = json.loads((folder / "hf_config.json").read_text()) | {"max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = engine.plan("megatron-llama", source_of(folder), config=tmp_path / "config.json")
+    assert plan.config["max_position_embeddings"] == 4096
+    plan = engine.plan("megatron-llama", source_of(folder), settings={"vocab_size": 259})
+    assert plan.config["max_position_embeddings"] == 64
+
+
 @pytest.mark.parametrize(("mapping", "like"), [("llama", "torch-tp1pp1-tied"), ("mixtral", "torch-ep2-moe")])
 def test_biases_that_the_target_would_leave_out_are_refused_where_no_argument_tells_them(
     mapping: str, like: str, copy: Callable[[str], Path]
