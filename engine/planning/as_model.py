@@ -115,8 +115,8 @@ def rules_of(
 
 
 _LAYERS, _EXPERTS = re.compile("layers?$"), re.compile("experts?$")  # at the end of a key's name
-_MOST = {_LAYERS: 2_000, _EXPERTS: 10_000, re.compile("labels$"): 1_000_000}
-_MOST_TOGETHER = 100_000  # layers times experts, each of which has names of its own in older releases
+_MOST = {_LAYERS: 2_000, _EXPERTS: 20_000, re.compile("labels$"): 1_000_000}
+_MOST_TOGETHER = 600_000  # layers times experts, each of which may have names of its own; Doge has 32 times 16,384
 
 
 def beyond_building(config: Mapping[str, Any]) -> str | None:
@@ -124,9 +124,9 @@ def beyond_building(config: Mapping[str, Any]) -> str | None:
 
     >>> beyond_building({"text_config": {"num_hidden_layers": 10**7, "vocab_size": 10**7}})
     '`num_hidden_layers` of config.json is 10000000'
-    >>> beyond_building({"num_hidden_layers": 61, "n_routed_experts": 1024, "num_experts_per_tok": 8})
-    >>> beyond_building({"num_hidden_layers": 200, "num_local_experts": 1024})
-    'config.json has 200 layers of 1024 experts'
+    >>> beyond_building({"num_hidden_layers": 32, "num_experts": 16384, "num_experts_per_tok": 64})
+    >>> beyond_building({"num_hidden_layers": 200, "num_local_experts": 9999})
+    'config.json has 200 layers of 9999 experts'
     """
     parts = [config]
     for part in parts:  # which grows by what lies in it, such as a model's for images
