@@ -150,7 +150,7 @@ class MappingFile:
     classes: Mapping[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
     remote_code: Mapping[str, Any] | None = None  # `auto_map`, where transformers lacks the target's classes
     transformers: Any = None
-    also: Mapping[str, str] = field(default_factory=dict)  # other model types that are the same model → their class
+    also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other model types that are the same model
 
 
 @dataclass(frozen=True, slots=True)

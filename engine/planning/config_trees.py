@@ -44,3 +44,19 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
         below = result.get(name, {})
         result[name] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
     return result
+
+
+def completed(tree: Mapping[str, Any], absent: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree, with what stands for each entry that is absent or null.
+
+    >>> completed({"a": {"b": 1}, "d": None}, {"a": {"b": 2, "c": 3}, "d": 4})
+    {'a': {'b': 1, 'c': 3}, 'd': 4}
+    """
+    result = dict(tree)
+    for name, value in absent.items():
+        there = result.get(name)
+        if isinstance(there, Mapping) and isinstance(value, Mapping):
+            result[name] = completed(there, value)
+        elif there is None:
+            result[name] = value
+    return result

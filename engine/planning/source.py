@@ -13,6 +13,7 @@ from engine.language.transforms import loses
 from engine.planning.attempts import Checkpoint, Question, decide_by_shapes
 from engine.planning.completeness import check_repeated, check_slices, used_rules
 from engine.planning.config_keys import Read, shown
+from engine.planning.config_trees import completed
 from engine.planning.facts import facts_of
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Replicas, Slices
@@ -168,10 +169,11 @@ def read_source(
 def _of_type(checkpoint: Checkpoint, mapping: MappingFile) -> Checkpoint:
     """A checkpoint of another model type that is the same model, as one of the mapping's."""
     config = checkpoint.config
-    if config.get("architectures") != [mapping.also.get(str(config.get("model_type")))]:
+    other = mapping.also.get(str(config.get("model_type")), {})
+    if config.get("architectures") != [other.get("architecture")]:
         return checkpoint
     said = {"model_type": mapping.model_type, "architectures": [mapping.architecture]}
-    config = {name: value for name, value in config.items() if name != "auto_map"} | said
+    config = completed({n: v for n, v in config.items() if n != "auto_map"} | said, other.get("absent", {}))
     return replace(checkpoint, config=config, target_config=config)
 
 

@@ -694,10 +694,11 @@ def test_llama_3_1_comes_back_as_metas_params_say(tmp_path: Path) -> None:
     back = json.loads((tmp_path / "back" / "params.json").read_text())
     assert back["use_scaled_rope"] is True and back["rope_theta"] == 500000.0
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    config["rope_parameters"]["low_freq_factor"] = config["rope_scaling"]["low_freq_factor"] = 2.0
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    error = refused(api.plan_reverse, "families/meta-llama.yaml", tmp_path / "hf")
-    assert error.code == "E209" and "low_freq_factor" in error.message
+    for key in ("low_freq_factor", "factor"):  # params.json would not say it, and Meta's code has its own
+        changes = {name: {**config[name], key: 2.0} for name in ("rope_parameters", "rope_scaling")}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | changes))
+        error = refused(api.plan_reverse, "families/meta-llama.yaml", tmp_path / "hf")
+        assert error.code == "E209" and key in error.message
 
 
 def test_the_same_weights_come_out_whatever_the_harmless_keys_say(whole: Path, tmp_path: Path) -> None:

@@ -53,7 +53,11 @@ def test_a_release_is_written_back_as_it_was_trained(released: Path, tmp_path: P
     ("change", "code"),
     [
         ({"rotary": {"base": 10000, "type": "linear"}}, "E209"), ({"bias": False}, "E209"),
-        ({"rope_theta": 5e5}, "E218"), ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1e4}, "E209"),
+        ({"rope_theta": 5e5}, "E218"),
+        # its code reads rotary.base alone, and takes 10000 where it is not there
+        *[({"rotary": rotary, "rope_theta": 5e5}, "E218") for rotary in (None, {}, {"type": "dynamic"})],
+        ({"rotary": None, "rope_parameters": {"rope_theta": 5e5}}, "E218"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1e4}, "E209"),
         ({"hidden_act": "gelu"}, "E209"),
         ({"num_key_value_heads": 2}, "E209"), ({"model_type": "internlm2"}, "E212"),
         ({"architectures": ["InternLMForSequenceClassification"]}, "E212"), ({"model_type": "llama"}, "E209"),
@@ -71,3 +75,13 @@ def test_what_the_official_code_or_training_cannot_have_is_refused(
     with pytest.raises(EngineError) as caught:
         api.plan_reverse("internlm", tmp_path)
     assert caught.value.code == code
+
+
+def test_keys_that_are_left_out_are_what_the_official_code_takes_for_them(released: Path, tmp_path: Path) -> None:
+    for path in released.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    config = json.loads((released / "config.json").read_text())
+    del config["rotary"], config["bias"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert api.plan_reverse("internlm", tmp_path).config["rope_base"] == 10000
