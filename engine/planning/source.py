@@ -167,11 +167,16 @@ def read_source(
 
 
 def _of_type(checkpoint: Checkpoint, mapping: MappingFile) -> Checkpoint:
-    """A checkpoint of another model type that is the same model, as one of the mapping's."""
+    """A checkpoint of another model type that is the same model, as one of the mapping's.
+
+    Keys of other types' code are left out of the mapping's own, whose class does not read them.
+    """
     config = checkpoint.config
     other = mapping.also.get(str(config.get("model_type")), {})
     if config.get("architectures") != [other.get("architecture")]:
-        return checkpoint
+        others = {name for one in mapping.also.values() for name in one.get("absent", {})}
+        read = {name: value for name, value in config.items() if name not in others}
+        return checkpoint if read == config else replace(checkpoint, config=read, target_config=read)
     said = {"model_type": mapping.model_type, "architectures": [mapping.architecture]}
     config = completed({n: v for n, v in config.items() if n != "auto_map"} | said, other.get("absent", {}))
     return replace(checkpoint, config=config, target_config=config)

@@ -77,11 +77,28 @@ def test_what_the_official_code_or_training_cannot_have_is_refused(
     assert caught.value.code == code
 
 
-def test_keys_that_are_left_out_are_what_the_official_code_takes_for_them(released: Path, tmp_path: Path) -> None:
+def plan_of(released: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     for path in released.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "config.json").unlink()
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path)
+    (folder / "config.json").write_text(json.dumps(config))
+    return dict(api.plan_reverse("internlm", folder).config)
+
+
+def test_keys_that_are_left_out_are_what_the_official_code_takes_for_them(released: Path, tmp_path: Path) -> None:
     config = json.loads((released / "config.json").read_text())
     del config["rotary"], config["bias"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert api.plan_reverse("internlm", tmp_path).config["rope_base"] == 10000
+    assert plan_of(released, tmp_path, config)["rope_base"] == 10000
+
+
+def test_a_llamas_class_does_not_read_the_keys_of_the_official_code(released: Path, tmp_path: Path) -> None:
+    """Of a `config.json` whose model type was changed, transformers reads neither `rotary` nor `bias`."""
+    config = json.loads((released / "config.json").read_text())
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "auto_map": None, "rotary": {"base": 5e5}}
+    folders = [tmp_path / name for name in ("told", "untold")]
+    for folder in folders:
+        folder.mkdir()
+    assert plan_of(released, folders[0], config | {"attention_bias": True})["rope_base"] == 10000
+    with pytest.raises(EngineError) as caught:
+        plan_of(released, folders[1], config)
+    assert caught.value.code == "E209" and "attention_bias" in caught.value.message
