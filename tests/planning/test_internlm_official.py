@@ -102,3 +102,13 @@ def test_a_llamas_class_does_not_read_the_keys_of_the_official_code(released: Pa
     with pytest.raises(EngineError) as caught:
         plan_of(released, folders[1], config)
     assert caught.value.code == "E209" and "attention_bias" in caught.value.message
+
+
+def test_the_mixtures_code_does_not_read_rotary(tmp_path: Path) -> None:
+    engine.convert("families/internlm-moe", FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config["rope_theta"], config["rope_parameters"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rotary": {"base": 5e5}}))
+    with pytest.raises(EngineError) as caught:
+        api.plan_reverse("families/internlm-moe", tmp_path / "hf")
+    assert caught.value.code == "E209" and "rotary.base" in caught.value.message
