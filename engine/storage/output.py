@@ -92,12 +92,18 @@ class OutputFolder:
 
     def join(self) -> Store:
         """The partial folder, to write a part to; whoever enters the context puts it in place."""
+        self._check_unlinked()
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._let_in_as_before()
         except OSError as error:
             raise write_error(self.partial, error) from error
         return LocalStore(self.partial)
+
+    def _check_unlinked(self) -> None:
+        """E401 for a link in the partial folder's place: what is not of the output would be removed behind it."""
+        if self.partial.is_symlink():
+            raise exists(self.partial, "Remove the link, and run all parts again.", "a link, which is not followed")
 
     def _let_in_as_before(self) -> None:
         """Give the partial folder the group and mode of the one that it will replace: that may be closed to others."""
@@ -127,6 +133,7 @@ class OutputFolder:
                 for path in found:
                     if path != self.partial:
                         remove(path)
+                self._check_unlinked()
                 self._check_room()
                 self.partial.mkdir(exist_ok=self._resume or self._shared)
                 self._let_in_as_before()

@@ -66,6 +66,9 @@ class SinkFiles:
         if len(self._open) >= _OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
         descriptor = os.open(self._paths[file], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        if os.fstat(descriptor).st_nlink > 1:
+            os.close(descriptor)
+            raise OSError(errno.EMLINK, "the file has a second name, by a hard link, and what that is would change")
         self._open[file] = descriptor
         return descriptor
 

@@ -251,6 +251,30 @@ def test_a_damaged_marker_is_refused(plan: Path, tmp_path: Path) -> None:
     refused("E409", plan, tmp_path / "out")
 
 
+def test_parts_write_to_nothing_that_lies_elsewhere(plan: Path, tmp_path: Path) -> None:
+    """A link in the place of the partial output, and a hard link in the place of a file in it."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    api.part(plan, "1/2", out)
+    partial = next(tmp_path.glob(".out.partial-*"))
+    elsewhere.mkdir()
+    (elsewhere / "thesis.txt").write_text("mine")
+    file = max(partial.glob("*.safetensors"))
+    file.unlink()
+    file.hardlink_to(elsewhere / "thesis.txt")
+    with pytest.raises(EngineError, match="E403"):
+        api.part(plan, "2/2", out)
+    shutil.rmtree(partial)
+    api.part(plan, "1/1", out)
+    partial.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", elsewhere, dirs_exist_ok=True)
+    partial.symlink_to(elsewhere)
+    refused("E401", plan, out)
+    (elsewhere / ".part-00001-of-00001").unlink(missing_ok=True)
+    with pytest.raises(EngineError, match="E401"):
+        api.part(plan, "2/2", out)
+    assert (elsewhere / "thesis.txt").read_text() == "mine"
+
+
 def _edited(path: Path) -> None:
     raw = path.read_bytes()
     path.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
