@@ -71,6 +71,12 @@ EQUAL = (
         "what Megatron-Bridge saves of a run is not among what is tried; a test of the family tries it",
     ),
     (
+        r"megatron-mixtral",
+        r"provider|padding_token",
+        r"training\.model|given\.pad_token_id",
+        "it is megatron-llama's, whose own meaning shows it",
+    ),
+    (
         r"internlm-moe|moe-.*",
         r"config\.num_experts_per_tok",
         r"^`\{\{ top_k \}\}` instead",
