@@ -108,12 +108,12 @@ def test_whatever_is_taken_over_of_a_given_configuration_loads() -> None:
 
 
 def test_what_transformers_saves_of_an_internlm3_with_biases_comes_back(tmp_path: Path) -> None:
-    """It saves other names for the biases, and the class whose code it uses."""
+    """It saves other names for the biases, and the class whose code it uses. Its length is that of serving."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = families()[1]["internlm3"](
         vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, attention_bias=True, mlp_bias=True,
+        num_key_value_heads=2, head_dim=8, attention_bias=True, mlp_bias=True, max_position_embeddings=8192,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(kind).save_pretrained(tmp_path / "hf")
     assert "qkv_bias" not in json.loads((tmp_path / "hf" / "config.json").read_text())
