@@ -172,8 +172,8 @@ def _of_type(checkpoint: Checkpoint, mapping: MappingFile) -> Checkpoint:
     Keys of other types' code are left out of the mapping's own, whose class does not read them.
     """
     config = checkpoint.config
-    other = mapping.also.get(str(config.get("model_type")), {})
-    if config.get("architectures") != [other.get("architecture")]:
+    other = mapping.also.get(str(config.get("model_type")))
+    if other is None or config.get("architectures") != [other["architecture"]]:
         others = {name for one in mapping.also.values() for name in one.get("absent", {})}
         read = {name: value for name, value in config.items() if name not in others}
         return checkpoint if read == config else replace(checkpoint, config=read, target_config=read)
