@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
+from engine.assets.chat import chat_template
 from engine.checkpoint.hf_folder import other_weights, read_hf_config, read_hf_folder
 from engine.checkpoint.identity import check_files
 from engine.errors import EngineError, Place
@@ -243,11 +245,14 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
 
 def _content(compiled: Plan, asked: Request) -> dict[str, Any]:
     through = None if compiled.through is None else _content(*compiled.through)
-    return saved_plan(compiled, asked, describe_rules(compiled), _work_data(compiled), through)
+    return saved_plan(compiled, asked, *_told(compiled), through)
 
 
-def _work_data(compiled: Plan) -> dict[str, Any] | None:
-    return work_data(compiled, lambda: scattered_outputs(compiled))
+def _told(compiled: Plan) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any] | None, str | None]:
+    """What a saved plan says of the rules, the work and the chat template of a plan."""
+    name = compiled.mapping.chat_template
+    template = None if name is None or compiled.written is not None else chat_template(name)
+    return describe_rules(compiled), work_data(compiled, lambda: scattered_outputs(compiled)), template
 
 
 def read_saved(path: str | Path) -> SavedPlan:
@@ -276,5 +281,5 @@ def loaded_plan(saved: SavedPlan) -> Plan:
     checkpoint = _read(asked, layout)
     check_files(saved.data["files"], checkpoint.files, str(saved.request.src), saved.path, AGAIN)
     compiled = _compiled(saved.request, asked, loaded, layout, checkpoint, through)
-    check_plan(saved, compiled, describe_rules(compiled), _work_data(compiled))
+    check_plan(saved, compiled, *_told(compiled))
     return compiled

@@ -100,6 +100,7 @@ def saved_plan(
     asked: Request,
     rules: Sequence[Mapping[str, Any]],
     work: Mapping[str, Any] | None,
+    template: str | None,
     through: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of a saved plan; the shape is `schemas/saved-plan.schema.json`.
@@ -107,6 +108,7 @@ def saved_plan(
     Args:
         rules: what goes where, to be reviewed, as `describe_rules` gives it.
         work: the same in full, for parts, as `work_data` gives it.
+        template: the text of the mapping's chat template.
         through: the content of `plan.through`.
     """
     layout = plan.layout
@@ -127,12 +129,13 @@ def saved_plan(
         "config": dict(sorted(plan.config.items())),
         "digest": digest_of_plan(plan),
         **({} if work is None else {"work": work}),
+        **({} if template is None else {"chat_template": digest_of(template.encode())}),
         **({} if through is None else {"through": through}),
     }
 
 
 def digest_of(raw: bytes) -> str:
-    """The digest of a saved plan's file."""
+    """The SHA-256 of a file's content."""
     return hashlib.sha256(raw).hexdigest()
 
 
@@ -220,16 +223,20 @@ def check_rules(saved: SavedPlan, mapping: MappingFile, layout: Layout) -> None:
 
 
 def check_plan(
-    saved: SavedPlan, plan: Plan, rules: Sequence[Mapping[str, Any]], work: Mapping[str, Any] | None
+    saved: SavedPlan,
+    plan: Plan,
+    rules: Sequence[Mapping[str, Any]],
+    work: Mapping[str, Any] | None,
+    template: str | None,
 ) -> None:
     """E217 unless planning again came out as the saved plan says."""
-    now = json.loads(json.dumps(saved_plan(plan, saved.request, rules, work)))
+    now = json.loads(json.dumps(saved_plan(plan, saved.request, rules, work, template)))
     for key in ("variants", "sizes", "options", "config"):
         for name, *both in changed(now[key], saved.data[key]):
             raise _differs(saved, f"`{name}` of {key}", *both)
-    for key in ("mode", "ranks"):
-        if now[key] != saved.data[key]:
-            raise _differs(saved, f"`{key}`", now[key], saved.data[key])
+    for key in ("mode", "ranks", "chat_template"):
+        if now.get(key) != saved.data.get(key):
+            raise _differs(saved, f"`{key}`", now.get(key), saved.data.get(key))
     rows = [
         {f"{row['target']} {row['shape']} ({row['rule']})": row for row in one["rules"]} for one in (now, saved.data)
     ]

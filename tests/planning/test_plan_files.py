@@ -125,6 +125,22 @@ def test_a_mapping_that_changed_is_refused_also_through_its_parent(tmp_path: Pat
     assert error.code == "E217" and "the mapping changed" in error.message
 
 
+def test_a_chat_template_that_changed_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path))
+    template = tmp_path / "chat_templates" / "ours.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
+    text = "mapping: 1\nname: ours\nversion: 1.0.0\nextends: families/internlm.yaml\nchat_template: ours\n"
+    (tmp_path / "ours.yaml").write_text(text)
+    api.save_plan(tmp_path / "plan.json", tmp_path / "ours.yaml", checkpoint)
+    jsonschema_rs.validate(SCHEMA, json.loads((tmp_path / "plan.json").read_text("utf-8")))
+    api.load_plan(tmp_path / "plan.json")
+    template.write_text("{{ messages[0] }}")
+    assert refused(tmp_path / "plan.json").code == "E217"
+
+
 def test_a_layout_that_changed_is_refused(saved: Path) -> None:
     change(saved, "layout", "digest", to="0" * 64)
     error = refused(saved)
