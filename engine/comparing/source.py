@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice, pairwise
 
 import numpy as np
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
-from engine.move.blocks import Block, output_blocks
-from engine.move.reader import Reader
-from engine.move.values import check_transform
+from engine.formats.headers import ITEM_SIZES, dense_strides
+from engine.move.tensors import Tensors
+from engine.move.views import Box, View, tiles
 from engine.planning.copies import Copy
 from engine.planning.model import Output, Plan
 from engine.run.replicas import compare_replicas, replica_bytes
-from engine.storage.sources import SourceFiles
 from engine.storage.store import Store
 
 LISTED = 50  # differing tensors that are listed one by one
+_BLOCK = 1 << 18  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,55 +133,38 @@ def verify_source(plan: Plan, folder: Store, sample: Sample, advance: Callable[[
         EngineError: E2xx and E3xx when either side cannot be read, E402 when replicas differ.
     """
     files = read_hf_folder(folder)
-    found = {tensor.name: (i, tensor) for i, file in enumerate(files) for tensor in file.tensors}
+    held = {tensor.name: file.name for file in files for tensor in file.tensors}
     differing: list[Differing] = []
     more = nbytes = 0
-    with SourceFiles(plan.files) as sources, SourceFiles(files) as written:
-        if sample.full:
-            compare_replicas(plan, advance)
-        reader = Reader(plan, sources)
+    if sample.full:
+        compare_replicas(plan, advance)
+    with Tensors(files, plan) as tensors:
+        written, made = tensors.sides
         for index, output in enumerate(plan.outputs):
-            check_transform(output)
-            place = found.pop(output.name, None)
-            told = _header_differs(plan, index, place, files)
-            if told is None and place is not None:
-                copies = plan.copies(index)
-                blocks = ((block, reader.convert(output, block)) for block in _chosen(output, copies, sample))
-                count, first, compared = _unlike(blocks, ITEM_SIZES[output.dtype], written, *place)
-                nbytes += compared
+            got, wanted, file = written.get(output.name), made[output.name], held.pop(output.name, "")
+            told: Differing | None = None
+            if got is None:
+                told = _differing(plan, index, "is missing", file)
+            elif (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
+                kinds = [f"{one.dtype} {list(one.shape)}" for one in (got, wanted)]
+                told = _differing(plan, index, f"is {kinds[0]}, the source gives {kinds[1]}", file)
+            else:
+                count, first, elements = _unlike(tensors, got, wanted, _chosen(output, sample))
+                nbytes += elements * ITEM_SIZES[output.dtype]
                 if first is not None:
-                    what = f"differs from the source in {count} of {compared // ITEM_SIZES[output.dtype]} elements"
-                    at = tuple(int(i) for i in np.unravel_index(first, output.shape)) if output.shape else ()
-                    told = _differing(plan, index, what, files[place[0]].name, at, first)
+                    what = f"differs from the source in {count} of {elements} elements"
+                    told = _differing(plan, index, what, file, first)
             if told is not None:
                 differing, more = ([*differing, told], more) if len(differing) < LISTED else (differing, more + 1)
             advance(output.nbytes)
-    return AgainstSource(
-        len(plan.outputs), nbytes, None if sample.full else str(sample), tuple(differing), more, tuple(found)
-    )
+    compared = None if sample.full else str(sample)
+    return AgainstSource(len(plan.outputs), nbytes, compared, tuple(differing), more, tuple(held))
 
 
-def _header_differs(
-    plan: Plan, index: int, place: tuple[int, TensorHeader] | None, files: tuple[FileHeader, ...]
-) -> Differing | None:
-    """What of a tensor differs before any element is read."""
-    output = plan.outputs[index]
-    if place is None:
-        return _differing(plan, index, "is missing", "")
-    header, file = place[1], files[place[0]].name
-    if header.shape != output.shape or header.dtype != output.dtype:
-        wanted = f"{output.dtype} {list(output.shape)}"
-        return _differing(plan, index, f"is {header.dtype} {list(header.shape)}, the source gives {wanted}", file)
-    if header.strides != dense_strides(header.shape) and output.elements:
-        return _differing(plan, index, "is not stored contiguously, and was not compared", file)
-    return None
-
-
-def _differing(
-    plan: Plan, index: int, what: str, file: str, at: tuple[int, ...] | None = None, element: int | None = None
-) -> Differing:
+def _differing(plan: Plan, index: int, what: str, file: str, at: tuple[int, ...] | None = None) -> Differing:
     """What differs of an output, with its source tensors as `file:tensor`: the one that fills the element first."""
     output = plan.outputs[index]
+    element = None if at is None else int(np.ravel_multi_index(at, output.shape)) if at else 0
     ordered = sorted(plan.copies(index), key=lambda copy: element is None or not _fills(copy, element))
     names = (f"{plan.files[s.file].name}:{s.header.name}" for s in (plan.sources[c.source] for c in ordered))
     sources = tuple(islice(dict.fromkeys(names), 8))
@@ -204,41 +185,32 @@ def _fills(copy: Copy, at: int) -> bool:
     return rest == 0
 
 
-def _chosen(output: Output, copies: list[Copy], sample: Sample) -> Iterator[Block]:
+def _chosen(output: Output, sample: Sample) -> list[Box]:
     """The blocks to compare: all, or one from each of as many stretches of equal length.
 
     Which one of a stretch depends on the tensor's name alone, so a sample is the same each time and
     another one in the next layer.
     """
-    blocks = partial(output_blocks, output, copies)
-    if sample.full or not output.elements:
-        yield from blocks() if output.elements else ()
-        return
-    count = sum(1 for _ in blocks())
-    parts = sample.of(count)
-    chosen = set()
-    for low, high in pairwise(count * i // parts for i in range(parts + 1)):
+    blocks = list(tiles(output.shape, [dense_strides(output.shape)], _BLOCK))
+    if sample.full or not blocks:
+        return blocks
+    parts = sample.of(len(blocks))
+    chosen: list[Box] = []
+    for low, high in pairwise(len(blocks) * i // parts for i in range(parts + 1)):
         digest = hashlib.sha256(f"{output.name}\0{low}".encode()).digest()
-        chosen.add(low + int.from_bytes(digest[:8], "big") % (high - low))
-    yield from (block for i, block in enumerate(blocks()) if i in chosen)
+        chosen.append(blocks[low + int.from_bytes(digest[:8], "big") % (high - low)])
+    return chosen
 
 
-def _unlike(
-    blocks: Iterable[tuple[Block, memoryview]], item: int, written: SourceFiles, file: int, header: TensorHeader
-) -> tuple[int, int | None, int]:
-    """How many elements of a written tensor are not as blocks of it should be, the first such, and bytes compared."""
-    buffer = np.empty(0, np.uint8)
-    count = nbytes = 0
-    first: int | None = None
-    for block, data in blocks:
-        wanted = np.frombuffer(data, np.uint8)
-        if buffer.nbytes < wanted.nbytes:
-            buffer = np.empty(wanted.nbytes, np.uint8)
-        got = buffer[: wanted.nbytes]
-        written.read_into(file, header.offset + block.low * item, (got.data,))
-        nbytes += wanted.nbytes
-        if not np.array_equal(got, wanted):
-            unlike = np.flatnonzero((got != wanted).reshape(-1, item).any(axis=1))
-            count, at = count + len(unlike), block.low + int(unlike[0])
-            first = at if first is None else min(first, at)
-    return count, first, nbytes
+def _unlike(tensors: Tensors, got: View, wanted: View, boxes: Iterable[Box]) -> tuple[int, tuple[int, ...] | None, int]:
+    """How many elements of a written tensor are not as they should be, the first such, and how many were compared."""
+    count = compared = 0
+    found: list[tuple[int, ...]] = []
+    for box in boxes:
+        unlike = tensors.read(got, box) != tensors.read(wanted, box, 1)
+        compared += unlike.size
+        if unlike.any():
+            count += int(unlike.sum())
+            at = np.unravel_index(int(unlike.argmax()), [high - low for low, high in box]) if box else ()
+            found.append(tuple(low + int(i) for (low, _), i in zip(box, at, strict=True)))
+    return count, min(found, default=None), compared

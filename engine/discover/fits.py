@@ -65,13 +65,13 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
             continue
         key = digest_of({k: v for k, v in mapping.resolved.items() if k not in _NO_TENSORS})
         if key not in plans:
-            plans[key] = _planned(mapping, layout, checkpoint)
+            plans[key] = planned(mapping, layout, checkpoint)
         found.append(_fit(mapping, *plans[key]))
     ok = [plan for plan, error in plans.values() if plan is not None and error is None]
     return found, ok[0] if ok else None
 
 
-def _planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[Plan | None, EngineError | None]:
+def planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[Plan | None, EngineError | None]:
     """A plan, or why there is none; both where a person must decide, and sizes are the same either way."""
     try:
         mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from engine.discover.alone import stand_alone
+from engine.discover.fits import planned
 from engine.discover.names import Observed, observe
 from engine.discover.near import Pairing, Slot, compare_family, drop_contested
 from engine.discover.notes import (
@@ -38,7 +38,6 @@ from engine.language.search import spelled
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
-from engine.planning.request import Request as Asked
 from engine.planning.stored import strip
 from engine.proving.lint import lint_file
 from engine.storage.json_text import as_data
@@ -117,7 +116,7 @@ def _release(request: Request) -> Attempted | None:
     kind = request.checkpoint.training.get("model_type")
     fitting: list[tuple[str, MappingFile, Plan, EngineError | None]] = []
     for reference, mapping in _ordered(request):
-        plan, question = _plan(request, mapping)
+        plan, question = (None, None) if mapping.as_model else planned(mapping, request.layout, request.checkpoint)
         if plan is not None:
             fitting.append((reference, mapping, plan, question))
     if not fitting:
@@ -191,24 +190,6 @@ def _ordered(request: Request) -> list[tuple[str, MappingFile]]:
     kind = request.checkpoint.training.get("model_type")
     fitting = [(r, m) for r, m in request.families if m.layout == request.layout.name]
     return sorted(fitting, key=lambda f: (kind not in f[1].model_types, len(f[1].files)))
-
-
-def _plan(request: Request, mapping: MappingFile) -> tuple[Plan | None, EngineError | None]:
-    """A plan for the family; where shapes leave a variant open, one of the plans and the question."""
-    try:
-        return make_plan(mapping, request.layout, request.checkpoint), None
-    except EngineError as error:
-        if error.code != "E202":
-            return None, None
-        question = error
-    free = [v for v in mapping.variants.values() if v.decide == "shapes"]
-    for choices in list(product(*(v.choices for v in free)))[:16]:
-        settings = {v.name: choice for v, choice in zip(free, choices, strict=True)}
-        try:
-            return make_plan(mapping, request.layout, request.checkpoint, Asked(mapping, settings=settings)), question
-        except EngineError:
-            continue
-    return None, None
 
 
 def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Plan | None]:

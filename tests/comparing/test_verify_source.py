@@ -18,7 +18,6 @@ from engine.comparing import source
 from engine.comparing.source import parse_sample
 from engine.errors import EngineError
 from engine.language.search import find_file
-from engine.move import blocks
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=3, groups=2, bias=False)
@@ -191,20 +190,17 @@ def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: 
 def test_a_sample_reads_some_blocks_of_each_tensor_the_same_each_time(
     sample: str, read: int, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 32)  # one row
-    monkeypatch.setattr(blocks, "LARGE_BLOCK_BYTES", 32)
+    monkeypatch.setattr(source, "_BLOCK", 16)  # one row
     asked: list[list[int]] = []
-    from engine.comparing import source as verify_source
+    real = source._chosen
 
-    real = verify_source._chosen
-
-    def chosen(output: Any, copies: Any, sample: Any) -> Any:
-        for block in real(output, copies, sample):
+    def chosen(output: Any, sample: Any) -> Any:
+        for box in real(output, sample):
             if output.name == "lm_head.weight":
-                asked[-1].append(block.low // 16)
-            yield block
+                asked[-1].append(box[0][0])
+            yield box
 
-    monkeypatch.setattr(verify_source, "_chosen", chosen)
+    monkeypatch.setattr(source, "_chosen", chosen)
     for _ in range(2):
         asked.append([])
         assert not engine.api.verify(made / "hf", src=made / "step", mapping=MODEL.mapping, sample=sample).problems
