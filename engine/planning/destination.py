@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.checkpoint.ranks import counts_of, expected_files, points, stage_dims, written_dims
 from engine.errors import EngineError
-from engine.language.axes import extent
+from engine.language.axes import extent, leaves
 from engine.language.expressions import evaluate
 from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import pattern
@@ -168,9 +168,13 @@ def flag(dim: str) -> str:
 
 
 def check_cuts(
-    destination: Destination, used: Sequence[tuple[Instance, FilePattern]], sizes: Mapping[str, int]
+    destination: Destination, used: Sequence[tuple[Instance, FilePattern]], sizes: Mapping[str, int], *, pads: bool
 ) -> None:
-    """E214 for the first axis that cannot be cut over so many ranks, naming the numbers that would do."""
+    """E214 for the first axis that cannot be cut over so many ranks, naming the numbers that would do.
+
+    Args:
+        pads: padding is made, to fit the ranks that are asked for.
+    """
     for dim, at in [(dim, at) for file in destination.mode.files for dim, at in file.mesh.items()]:
         most = max((extent(one.axes.dims[at], sizes) for one, _ in used if at < len(one.axes.dims)), default=1)
         if destination.sizes[dim] > most:
@@ -188,7 +192,8 @@ def check_cuts(
             why = division.misfit(count, sizes)
             if why is None:
                 continue
-            every = [other for one, name in used for other in _divisions(one, name, destination) if other.dim == dim]
+            bound = [(one, name) for one, name in used if not (pads and one.rule.zeros)]
+            every = [other for one, name in bound for other in _divisions(one, name, destination) if other.dim == dim]
             fits = [
                 n
                 for n in range(1, min(max(sizes.values()), _MOST_RANKS) + 1)
@@ -214,6 +219,7 @@ class _Division:
     axis: str | None  # None: storage rows, wherever the cut falls
     even: str | None  # why it must divide, if it must
     at: int = 0  # the storage dimension
+    inside: bool = False  # rows are cut, so that several ranks may share a unit of the axis
 
     def misfit(self, count: int, sizes: Mapping[str, int]) -> str | None:
         """Why it cannot be divided among so many ranks, or None."""
@@ -223,6 +229,9 @@ class _Division:
                 return f"{rows} rows do not divide by {count}, and {self.even}"
             return None if rows >= count else f"{rows} rows for {count} ranks"
         size = sizes[self.axis]
+        if self.inside:
+            told = f"axis `{self.axis}` of {size} and {count} ranks: neither divides the other, and {self.even}"
+            return told if size % count and count % size else None
         if count > size:
             times = f"; each would have to be stored {count // size} times" if count % size == 0 else ""
             return f"axis `{self.axis}` has {size} for {count} ranks{times}"
@@ -241,6 +250,8 @@ def _divisions(instance: Instance, file: FilePattern, destination: Destination) 
     if cut.rows is not None:
         named = instance.rule.split[0] in STORED
         found.append(_Division(instance, cut.rows, None, stage if named else None, cut.at))
+        units = [axis for axis in leaves(instance.axes.dims[cut.at]) if axis in even] if named else []
+        found += [_Division(instance, cut.rows, axis, runs, inside=True) for axis in units]
     roles = file.cuts.get(kind, {})
     axis = next((axis for axis in instance.rule.split if axis in even), None)
     return found + [_Division(instance, d, axis, runs) for d, role in roles.items() if axis and role == "runtime"]

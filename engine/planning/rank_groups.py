@@ -31,6 +31,7 @@ class RankGroups:
     Args:
         used: rules in the order of the model.
         spellings: for a rule with historical names, the one to write (default: the first).
+        pads: padding is made, and is not that of the source.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class RankGroups:
         used: Sequence[Instance],
         sizes: Mapping[str, int],
         spellings: Mapping[str, Pattern],
+        *,
+        pads: bool,
     ) -> None:
         self.groups: list[Group] = []
         self.files: list[RankFile] = []
@@ -48,7 +51,7 @@ class RankGroups:
         self._numbers: dict[tuple[str | int, ...], int] = {}
         self._named: dict[str, int] = {}
         patterns = [(instance, file_of(instance, destination.mode)) for instance in used]
-        check_cuts(destination, patterns, sizes)
+        check_cuts(destination, patterns, sizes, pads=pads)
         self._ranks = {file.name: destination.ranks(file) for file in destination.mode.files}
         for ranks in self._ranks[destination.mode.files[0].name]:
             self._number(destination.mode.files[0], ranks)

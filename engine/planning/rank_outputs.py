@@ -46,7 +46,8 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     mapping, layout, sizes = source.mapping, source.layout, source.side.sizes
     check_known(source.used, sizes, source.unread)
     destination = destination_of(mapping, layout, asked, like, sizes.get("layer", 0))
-    invented = RankGroups(destination, source.used, sizes, spellings_of(source.used, like))
+    pads = source.checkpoint.end == "whole"
+    invented = RankGroups(destination, source.used, sizes, spellings_of(source.used, like), pads=pads)
     listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
     back = source.checkpoint.end == "whole"
     wanted = [

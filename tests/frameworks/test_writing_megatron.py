@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import engine
 from engine.errors import EngineError
@@ -190,6 +191,27 @@ def test_a_mode_of_other_ranks_than_are_written_is_refused(tmp_path: Path) -> No
     with pytest.raises(EngineError, match="not that of these ranks") as caught:
         engine.reverse("megatron-llama", first, tmp_path / "back", mode="torch_pp", ranks="tp=2")
     assert caught.value.code == "E214" and not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 3), (6, 2), (8, 2), (4, 4), (12, 1)])
+def test_attention_is_cut_over_the_ranks_that_megatron_starts_with_and_no_others(
+    heads: int, groups: int, tmp_path: Path
+) -> None:
+    """Heads divide by ranks, and of the groups of queries and the ranks one divides by the other."""
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=48, num_hidden_layers=1, num_attention_heads=heads, head_dim=32,
+        num_key_value_heads=groups, vocab_size=48,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    works = [tp for tp in range(1, 13) if heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)]
+    works = [tp for tp in works if (heads + 2 * groups) * 32 % tp == 0]  # the rows of queries, keys and values
+    for tp in range(1, 13):
+        if tp in works:
+            engine.plan_reverse("megatron-llama", tmp_path, tp=tp)
+            continue
+        with pytest.raises(EngineError) as caught:
+            engine.plan_reverse("megatron-llama", tmp_path, tp=tp)
+        assert caught.value.code == "E214" and str(caught.value.expected) == f"--tp {', '.join(map(str, works))}"
 
 
 def test_ranks_that_megatron_cannot_have_are_refused(tmp_path: Path) -> None:
