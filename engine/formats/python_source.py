@@ -1,27 +1,24 @@
-"""What a Python configuration assigns, as far as its text tells. Parsed, never executed."""
+"""What a Python configuration assigns, as far as its text tells, in bounded time and memory. Parsed, never executed."""
 
 from __future__ import annotations
 
 import ast
+import operator
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from engine.formats.python_values import (
-    FAILS,
-    Unknown,
-    arithmetic,
-    containers,
-    is_small,
-    key_of,
-    lacks_items,
-    value_of,
-)
-
 MAX_SOURCE = 1 << 20  # characters
-_MOST_STATEMENTS = 2000
 UNTOLD, OTHERS = "untold", "others"  # keys of what is told
-
+_MOST_STATEMENTS = 2000
+_DEEPEST = 50
+_MOST_VALUES = 100_000  # of one name, counted as if nothing were shared
+_LONGEST = 100_000  # characters of one text
+_ANY = "*"
+_ANYTHING = frozenset(
+    ("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules")
+)  # reach every name
+_LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 _PARSING = threading.Lock()
 
@@ -47,91 +44,122 @@ def literals(source: str) -> dict[str, Any]:
     >>> literals("tp = 1\\nif cluster:\\n    tp = 8\\nfrom base import *\\npp = 1")
     {'pp': 1, 'untold': {'pp': False, 'tp': True, 'others': True}}
     """
-    names: dict[str, Any] = {}
-    untold: set[str] = set()
-    if len(source) > MAX_SOURCE:
-        return names
     try:
-        body = parsed(source)
+        body = parsed(source) if len(source) <= MAX_SOURCE else []
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return names
+        return {}
     if len(body) > _MOST_STATEMENTS:
         return {UNTOLD: {OTHERS: True}}
+    program = _Program()
     for statement in body:
-        changed: set[str] = set()
-        given = [*_given(statement, names, False)]
-        try:
-            _perform(statement, names)
-        except FAILS:
-            changed.update(_bound(statement))
-            given += _given(statement, names, True)
-        changed.update(_sharing(given, names))
-        untold |= changed
-        for name in [*names] if _ANY in changed else changed:
-            names.pop(name, None)
+        program.perform(statement)
+    names = program.names
     # what functions use may change whenever one is called
-    later = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    inner = [node for one in body for node in ast.walk(one) if isinstance(node, later)]
-    used = {name for node in inner for name in _bound(node)}
-    used |= {name for node in inner for name in _sharing(_given(node, names, True), names)}
-    if {"dict", _ANY} & used or "dict" in untold:
+    used = {name for one in body for node in ast.walk(one) if isinstance(node, _LATER) for name in program.reach(node)}
+    if {"dict", _ANY} & used or "dict" in program.untold:
         return {UNTOLD: {OTHERS: True}}
-    told = {name: value for name, value in names.items() if name not in {*used, UNTOLD} and is_small(value)}
-    lacking = {name for name, value in told.items() if lacks_items(containers(value))}
-    left = (untold | used | names.keys()) - told.keys() | lacking
+    told = {name: value for name, value in names.items() if name not in {*used, UNTOLD} and _is_small(value)}
+    left = (program.untold | used | names.keys()) - told.keys() | (program.lacking & told.keys())
     every = dict.fromkeys(sorted(told), False) if _ANY in left else {}
     every |= {OTHERS if name == _ANY else name: True for name in sorted(left, key=lambda name: (name == _ANY, name))}
     return {**told, **({UNTOLD: every} if every else {})}
 
 
-def _perform(statement: ast.stmt, names: dict[str, Any]) -> None:
-    targets: list[ast.expr]
+class _Unknown(Exception):
+    """The value cannot be told from the text."""
+
+
+_FAILS = (_Unknown, ArithmeticError, TypeError, ValueError, LookupError, AttributeError)
+
+
+class _Program:
+    """What is known after some statements.
+
+    Attributes:
+        names: values by name; names that share a mapping or list share it here, too.
+        untold: names that were left out.
+        lacking: names whose values lack items.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {}
+        self.untold: set[str] = set()
+        self.lacking: set[str] = set()
+        self._sharing: dict[str, set[str]] = {}  # name → names whose values may hold the same mappings or lists
+
+    def perform(self, statement: ast.stmt) -> None:
+        """Take a statement; where its text does not tell what it does, leave out all that it may change."""
+        value, held = _Value(self.names, self.lacking), self._held(statement)
+        try:
+            targets, result = _assigned(statement, value)
+            if not _is_small(result):
+                raise _Unknown
+            for one in targets:
+                _assign(one, result, value)
+        except _FAILS:
+            self._leave(self.reach(statement))
+            return
+        bound = {name for one in targets for name in _read(one)}
+        self.lacking -= {one.id for one in targets if isinstance(one, ast.Name)}
+        if isinstance(result, dict | list):
+            self._share(bound | held)
+        if value.lacks:
+            self.lacking |= self._shared(bound)
+        if value.fails:
+            self._leave(held)
+
+    def reach(self, node: ast.AST) -> set[str]:
+        """The names that a part of the program may change: those that it binds, and whose mappings and lists it has."""
+        return self._shared({*_bound(node), *self._held(node)})
+
+    def _held(self, node: ast.AST) -> set[str]:
+        """The names in a part of the program that have mappings or lists."""
+        return {name for name in _read(node) if isinstance(self.names.get(name), dict | list)}
+
+    def _share(self, names: set[str]) -> None:
+        every = self._shared(names)
+        self._sharing |= dict.fromkeys(every, every)
+
+    def _shared(self, names: Iterable[str]) -> set[str]:
+        return {other for name in names for other in self._sharing.get(name, {name})}
+
+    def _leave(self, names: set[str]) -> None:
+        lost = self._shared(names)
+        self.untold |= lost
+        for name in [*self.names] if _ANY in lost else lost:
+            self.names.pop(name, None)
+
+
+def _assigned(statement: ast.stmt, value: _Value) -> tuple[list[ast.expr], Any]:
+    """The targets of an assignment, and what is assigned."""
     match statement:
         case ast.Assign(targets=targets, value=node):
-            value = value_of(node, names)
+            return targets, value.of(node)
         case ast.AnnAssign(target=target, value=ast.expr() as node):
-            targets, value = [target], value_of(node, names)
-        case ast.AugAssign(target=ast.Name(id=name) as counter, op=op, value=node):
-            targets, value = [counter], arithmetic(op, names[name], value_of(node, names))
+            return [target], value.of(node)
         case ast.Expr(value=ast.Constant()) | ast.Pass():
-            return
-        case _:
-            raise Unknown
-    if not is_small(value):
-        raise Unknown
-    for one in targets:
-        _assign(one, value, names)
+            return [], None
+    raise _Unknown
 
 
-def _assign(target: ast.expr, value: Any, names: dict[str, Any]) -> None:
+def _assign(target: ast.expr, result: Any, value: _Value) -> None:
     match target:
         case ast.Name(id=name):
-            names[name] = value
-        case ast.Tuple(elts=parts) | ast.List(elts=parts):
-            if not isinstance(value, list) or len(value) != len(parts):
-                raise Unknown
-            for part, item in zip(parts, value, strict=True):
-                _assign(part, item, names)
+            value.names[name] = result
         case ast.Subscript(value=base, slice=key):
-            container = value_of(base, names)
-            container[key_of(value_of(key, names))] = value
-            if not is_small(container):  # it may hold itself now
+            container = value.of(base)
+            container[_key(value.of(key))] = result
+            if not _is_small(container):  # it may hold itself now
                 container.clear()
-                raise Unknown
+                raise _Unknown
         case _:
-            raise Unknown
+            raise _Unknown
 
 
-_ANY = "*"
-_ANYTHING = frozenset(
-    ("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules")
-)  # reach every name
-
-
-def _bound(statement: ast.AST) -> Iterator[str]:
-    """Names that a statement may bind."""
-    for node in ast.walk(statement):
-        match node:
+def _bound(node: ast.AST) -> Iterator[str]:
+    """Names that a part of the program may bind."""
+    for one in ast.walk(node):
+        match one:
             case ast.Name(id=name) | ast.Attribute(attr=name) if name in _ANYTHING:
                 yield _ANY
             case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
@@ -148,24 +176,110 @@ def _bound(statement: ast.AST) -> Iterator[str]:
                 yield name
 
 
-def _given(node: ast.AST, names: Mapping[str, Any], passed: bool) -> Iterator[Any]:
-    """The mappings and lists that what cannot be told may change or keep; `passed` if the node is part of that."""
-    changed = isinstance(node, ast.Subscript | ast.Attribute) and not isinstance(node.ctx, ast.Load)
-    if isinstance(node, ast.expr) and not changed:
-        try:
-            held = containers(value_of(node, names))
-        except FAILS:
-            passed = True
-        else:
-            if passed:
-                yield from held
-            if not lacks_items(held):
-                return
-    for inner in ast.iter_child_nodes(node):
-        yield from _given(inner, names, passed)
+def _read(node: ast.AST) -> set[str]:
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
 
 
-def _sharing(given: Iterable[Any], names: Mapping[str, Any]) -> Iterator[str]:
-    """The names whose values hold one of these mappings or lists."""
-    held = {id(one) for one in given}
-    return (n for n, value in (names.items() if held else ()) if any(id(one) in held for one in containers(value)))
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+}  # fmt: skip
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
+    ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
+}  # fmt: skip
+
+
+class _Value:
+    """The value of a statement's expressions, of names whose values are told.
+
+    Attributes:
+        lacks: whether items are left out of it, as the text does not tell them.
+        fails: whether some of these are made by what cannot be told, and not only lacking in what is read.
+    """
+
+    def __init__(self, names: dict[str, Any], lacking: set[str]) -> None:
+        self.names, self._lacking = names, lacking
+        self.lacks = self.fails = False
+
+    def of(self, node: ast.expr, depth: int = 0) -> Any:
+        """One of `_FAILS` where the text does not tell it; `depth` is that of the expression in another one."""
+        if depth > _DEEPEST:
+            raise _Unknown
+        deeper = depth + 1
+        match node:
+            case ast.Constant(value=str() | int() | float() | None as value):
+                return value
+            case ast.Name(id=name):
+                self.lacks |= name in self._lacking
+                return self.names[name]
+            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
+                return [self.of(part, deeper) for part in parts]
+            case ast.Dict(keys=keys, values=values):
+                return self._mapping(list(zip(keys, values, strict=True)), deeper)
+            case ast.Call(func=ast.Name(id="dict"), args=parts, keywords=keywords) if (
+                "dict" not in self.names and len(parts) < 2
+            ):
+                pairs: list[tuple[ast.expr | None, ast.expr]] = [(None, part) for part in parts]
+                pairs += [(None if k.arg is None else ast.Constant(k.arg), k.value) for k in keywords]
+                return self._mapping(pairs, deeper)
+            case ast.UnaryOp(op=sign, operand=inner) if isinstance(value := self.of(inner, deeper), int | float):
+                return _UNARY[type(sign)](value)
+            case ast.Subscript(value=base, slice=key):
+                return self.of(base, deeper)[_key(self.of(key, deeper))]
+            case ast.BinOp(left=left, op=op, right=right):
+                return _arithmetic(op, self.of(left, deeper), self.of(right, deeper))
+        raise _Unknown
+
+    def _mapping(self, pairs: Sequence[tuple[ast.expr | None, ast.expr]], depth: int) -> dict[Any, Any]:
+        """Items whose value cannot be told are left out; so are all before something that may replace them."""
+        result: dict[Any, Any] = {}
+        lacked = self.lacks
+        for key, node in pairs:
+            told, self.lacks = [], False
+            try:
+                told += [] if key is None else [_key(self.of(key, depth))]
+                value = self.of(node, depth)
+                more = {told[0]: value} if told else dict[Any, Any](value)
+                result = more if self.lacks and not told else result | more
+            except _FAILS:
+                result = {one: item for one, item in result.items() if told and one != told[0]}
+                self.lacks = self.fails = True
+            lacked |= self.lacks
+        self.lacks = lacked
+        return result
+
+
+def _key(value: Any) -> Any:
+    """A value that a mapping may have as a key."""
+    if not isinstance(value, str | int | float | None):
+        raise _Unknown
+    return value
+
+
+def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
+    """What an operator makes of two numbers or texts, of bounded size."""
+    if isinstance(left, str) and isinstance(right, str) and isinstance(op, ast.Add) and len(left + right) <= _LONGEST:
+        return left + right
+    if not all(isinstance(side, int | float) and abs(side) < 1 << 64 for side in (left, right)):
+        raise _Unknown
+    if isinstance(op, ast.Pow) and not (0 <= right <= 64 and abs(left) <= 1024):
+        raise _Unknown
+    result = _BINARY[type(op)](left, right)
+    if not isinstance(result, int | float):  # a root of a negative number
+        raise _Unknown
+    return result
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a value, written out, is of bounded size and depth: names can hold others many times over."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            return False
+        if isinstance(item, dict | list):
+            if len(item) > _MOST_VALUES:
+                return False
+            waiting.extend((part, depth + 1) for part in (item.values() if isinstance(item, dict) else item))
+    return True
