@@ -54,7 +54,7 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
     output = output_at(work, source, default_out(source) if out is None else out, how, parts=True)
     if is_done(work, output.written, mine):
         return 0
-    moved, jobs = loaded_part(saved, mine, positioned=output.written.positioned)
+    moved, jobs = loaded_part(saved, mine, positioned=output.written.folder is not None)
     check_runnable(moved, how, 0, output.buffer)
     store = output.join()
     try:

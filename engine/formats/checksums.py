@@ -12,8 +12,7 @@ from isal import isal_zlib
 
 from engine.errors import EngineError
 from engine.formats.unpickle import damaged
-from engine.storage.positioned import Positioned
-from engine.storage.store import File, OpenFile
+from engine.storage.store import File, OpenFile, Positioned
 
 _BLOCK = 1 << 20
 _MD5 = re.compile(rb"\b[0-9a-f]{32}\b")

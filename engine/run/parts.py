@@ -16,7 +16,7 @@ from engine.planning.model import Plan
 from engine.run.journal import Done
 from engine.run.schedule import Job, Unit
 from engine.storage.json_text import parse_json
-from engine.storage.store import Store
+from engine.storage.store import Store, Target
 
 MARKER = ".part-"
 _MOST = 1 << 28  # bytes of a marker
@@ -98,7 +98,7 @@ def _edge(jobs: Sequence[Job], wanted: float, mean: float, cut: bool) -> int:
     return before
 
 
-def write_marker(work: str, store: Store, part: Part, written: Written) -> None:
+def write_marker(work: str, store: Target, part: Part, written: Written) -> None:
     """Say that a part is done: what it wrote, and for which saved plan, by its digest."""
     told = {
         "work": work,
@@ -156,7 +156,7 @@ def read_markers(plan: Plan, work: str, store: Store) -> Written:
     return Written(done, spans)
 
 
-def check_parts(plan: Plan, store: Store, told: Mapping[int, Done], found: Mapping[int, Done]) -> None:
+def check_parts(plan: Plan, store: Target, told: Mapping[int, Done], found: Mapping[int, Done]) -> None:
     """E409 for the first file that no longer holds what a part wrote to it."""
     for file in plan.shards:
         lost = [
@@ -189,5 +189,5 @@ def _read(store: Store, name: str) -> dict[str, Any]:
     raise _not_together(store, "a marker of a part cannot be read", name, "Remove it, and run that part again.")
 
 
-def _not_together(store: Store, message: str, got: str, fix: str) -> EngineError:
+def _not_together(store: Store | Target, message: str, got: str, fix: str) -> EngineError:
     return EngineError("E409", message, place=Place(store.place()), got=got, fix=fix)

@@ -22,7 +22,7 @@ from engine.run.schedule import Job, Shares, layout_of, schedule
 from engine.run.writer import Writer
 from engine.storage.output import sweep
 from engine.storage.sources import check_unchanged
-from engine.storage.store import Store
+from engine.storage.store import Target
 
 
 def check_runnable(plan: Work, how: Running, beside_memory: int, buffer: Callable[[int], int]) -> None:
@@ -34,7 +34,7 @@ def check_runnable(plan: Work, how: Running, beside_memory: int, buffer: Callabl
 
 def write_weights(
     plan: Plan,
-    store: Store,
+    store: Target,
     how: Running,
     *,
     beside: Sequence[Callable[[threading.Event], None]] = (),
@@ -84,7 +84,7 @@ def write_weights(
     return Written(writer.done, kept=meter.kept)
 
 
-def write_part(work: Work, jobs: Sequence[Job], store: Store, how: Running) -> Written:
+def write_part(work: Work, jobs: Sequence[Job], store: Target, how: Running) -> Written:
     """Compare the replicas of a share of a plan, then write its jobs; files that others write to are not completed.
 
     What an earlier try left whole in a store that takes whole files is kept. Errors as for `write_weights`.
@@ -100,7 +100,7 @@ def write_part(work: Work, jobs: Sequence[Job], store: Store, how: Running) -> W
 def _write(
     work: Work,
     jobs: Sequence[Job],
-    store: Store,
+    store: Target,
     writer: Writer,
     meter: Meter,
     count: int,
@@ -143,7 +143,7 @@ def _write(
             pool.shutdown()
 
 
-def take_parts(plan: Plan, store: Store, written: Written) -> Written:
+def take_parts(plan: Plan, store: Target, written: Written) -> Written:
     """Complete the files that parts wrote to.
 
     Raises:
@@ -173,7 +173,7 @@ def take_parts(plan: Plan, store: Store, written: Written) -> Written:
     return written
 
 
-def _write_index(plan: Plan, store: Store) -> None:
+def _write_index(plan: Plan, store: Target) -> None:
     if len(plan.shards) > 1 and plan.written is None:
         names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
         store.put(INDEX, index_json(names, plan.nbytes))

@@ -19,7 +19,7 @@ from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
 from engine.run.schedule import Shares, Unit, copies_from, layout_of
 from engine.storage.sources import SourceFiles
-from engine.storage.store import Sinks, Store, write_error
+from engine.storage.store import Sinks, Target, write_error
 
 MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
 _DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
@@ -31,7 +31,7 @@ class Writer:
     def __init__(
         self,
         plan: Work,
-        store: Store,
+        store: Target,
         meter: Meter,
         files: Iterable[int],
         *,

@@ -29,8 +29,7 @@ def asked(place: str, ask: Callable[[], T]) -> T:
 
     A request whose answer is cut off is made again, a few times.
     """
-    from obstore import exceptions as known
-
+    known = library().exceptions
     for left in reversed(range(_TRIES)):
         try:
             return ask()

@@ -9,10 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.storage.buffers import after
 from engine.storage.coalesce import Range
 from engine.storage.regular import FileState, check_regular, open_regular
-from engine.storage.sinks import SinkFiles
+from engine.storage.sinks import SinkFiles, after
 from engine.storage.store import (
     Fetched,
     File,
@@ -28,7 +27,7 @@ from engine.storage.store import (
 
 @dataclass(frozen=True, slots=True)
 class LocalStore:
-    """A folder of this machine."""
+    """A folder of this machine, to read and to write."""
 
     path: Path
     positioned = True

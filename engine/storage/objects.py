@@ -6,16 +6,16 @@ import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
+from engine.errors import EngineError, Place
 from engine.storage.client import T, asked, client_of, library, refused, requests
 from engine.storage.coalesce import WINDOW
-from engine.storage.listing import linked_names
 from engine.storage.object_files import ObjectBytes, ObjectRanges
-from engine.storage.positioned import Positioned
-from engine.storage.store import OpenFile, Ranges, Sinks, State, check_state, ends_early, has_changed, unreadable
+from engine.storage.store import OpenFile, Positioned, Ranges, State, check_state, ends_early, has_changed, unreadable
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 LOCK = ".engine-lock"  # the object that a run has at its output while it writes; no listing shows it
@@ -72,13 +72,6 @@ class ObjectStore:
         return None
 
     @property
-    def positioned(self) -> bool:
-        return False
-
-    def buffer(self, files: int) -> int:
-        return 0
-
-    @property
     def client(self) -> Any:
         return client_of(self.url, self.options)
 
@@ -97,15 +90,13 @@ class ObjectStore:
         return self.place()
 
     def entries(self, inside: str = "") -> Mapping[str, State | None]:
-        obstore = library()
-
         below = f"{inside}/" if inside else ""
         if not self.listable:
             linked = self._linked(inside)
             files = [name for name in linked if not name.endswith("/")]
             states = self.states([below + name for name in files])
             return {name.rstrip("/"): states.get(below + name) for name in linked}
-        found = self._asked(inside, lambda: obstore.list_with_delimiter(self.client, inside or None))
+        found = self._asked(inside, lambda: library().list_with_delimiter(self.client, inside or None))
         listed = self._listed[inside] = {one["path"]: ObjectState.of(one) for one in found["objects"]}
         entries: dict[str, State | None] = dict.fromkeys(one.rpartition("/")[2] for one in found["common_prefixes"])
         entries |= {name.removeprefix(below): state for name, state in listed.items()}
@@ -125,15 +116,11 @@ class ObjectStore:
 
     def _linked(self, inside: str) -> list[str]:
         """What a web server's page of a folder links to; folders end with a slash."""
-        obstore = library()
-
-        page = self._asked(inside, lambda: obstore.get(self.client, inside).bytes().to_bytes())
+        page = self._asked(inside, lambda: library().get(self.client, inside).bytes().to_bytes())
         return linked_names(page, self.place(inside))
 
     def _look(self, name: str) -> State | None:
         """The state of an object, as it was listed; None when it is not there."""
-        obstore = library()
-
         inside = name.rpartition("/")[0]
         listed = self._listed.get(inside, {})
         try:
@@ -141,7 +128,7 @@ class ObjectStore:
                 self.names(inside)
                 listed = self._listed[inside]
             elif not self.listable and name not in listed:
-                found = self._asked(name, lambda: obstore.head(self.client, name))
+                found = self._asked(name, lambda: library().head(self.client, name))
                 listed = self._listed.setdefault(inside, {})
                 listed[name] = ObjectState.of(found)
         except FileNotFoundError:
@@ -173,20 +160,13 @@ class ObjectStore:
                 raise unreadable(self.place(name), "no such object")
         return {name: state for name, state in found.items() if state is not None}
 
-    def sinks(self, names: Sequence[str], users: int = 1) -> Sinks:
-        raise NotImplementedError("files are written through `uploads`")
-
-    def put(self, name: str, data: bytes) -> None:
-        self.write(name, data)
-
     def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> bool:
         """Put an object; False when it should be new and is there, E403 when it cannot be put."""
-        obstore = library()
         from obstore.exceptions import AlreadyExistsError
 
         try:
             kept = {MARK: work} if work else None
-            obstore.put(self.client, name, data, attributes=kept, mode="create" if new else "overwrite")
+            library().put(self.client, name, data, attributes=kept, mode="create" if new else "overwrite")
             return True
         except (AlreadyExistsError, FileExistsError):
             return False
@@ -194,10 +174,8 @@ class ObjectStore:
             raise refused(self.place(name), str(error), writing=True) from error
 
     def delete(self, name: str) -> None:
-        obstore = library()
-
         try:
-            obstore.delete(self.client, name)
+            library().delete(self.client, name)
         except FileNotFoundError:
             return
         except Exception as error:  # obstore's own kinds, and OSError
@@ -205,21 +183,17 @@ class ObjectStore:
 
     def content(self, name: str) -> bytes | None:
         """A small object, as it is now; None where there is none."""
-        obstore = library()
-
         try:
-            data: bytes = self._asked(name, lambda: obstore.get(self.client, name).bytes().to_bytes())
+            data: bytes = self._asked(name, lambda: library().get(self.client, name).bytes().to_bytes())
         except FileNotFoundError:
             return None
         return data
 
     def attribute(self, name: str, key: str) -> str | None:
         """What was kept with an object under a name."""
-        obstore = library()
-
         options: dict[str, Any] = {"head": True}
         try:
-            found: Any = self._asked(name, lambda: obstore.get(self.client, name, options=options).attributes)
+            found: Any = self._asked(name, lambda: library().get(self.client, name, options=options).attributes)
         except FileNotFoundError:
             return None
         value: str | None = found.get(key)
@@ -227,15 +201,13 @@ class ObjectStore:
 
     def get(self, name: str, state: State, start: int, end: int) -> memoryview:
         """Some bytes of an object; E405 when it is not in that state any more."""
-        obstore = library()
-
         wanted = state if isinstance(state, ObjectState) else None
         options: dict[str, Any] = {"range": (start, end)}
         if wanted is not None and wanted.etag and not wanted.etag.startswith("W/"):
             options["if_match"] = wanted.etag
 
         def ask() -> tuple[Any, memoryview]:
-            found = obstore.get(self.client, name, options=options)
+            found = library().get(self.client, name, options=options)
             return found.meta, memoryview(found.bytes())
 
         try:
@@ -252,3 +224,45 @@ class ObjectStore:
 
     def _asked(self, name: str, ask: Callable[[], T]) -> T:
         return asked(self.place(name), ask)
+
+
+_MOST = 16 << 20  # bytes of a page
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.found += [value for name, value in attrs if name == "href" and value]
+
+
+def linked_names(page: bytes, place: str) -> list[str]:
+    """Names in a folder by a web server's page of it, as there is no other way to list one; folders with a slash.
+
+    >>> linked_names(b'<a href="../">up</a> <a href="model_tp0_pp0.pt">x</a> <a href="a/">a</a>', "")
+    ['a/', 'model_tp0_pp0.pt']
+
+    Raises:
+        EngineError: E304 when the page links to nothing in it.
+    """
+    links = _Links()
+    links.feed(page[:_MOST].decode("utf-8", "replace"))
+    names: set[str] = set()
+    for link in links.found:
+        parts = urlsplit(link)
+        name = unquote(parts.path).removeprefix("./")
+        plain = name.removesuffix("/")
+        if not parts.scheme and not parts.netloc and plain and "/" not in plain and plain != ".." and not parts.query:
+            names.add(name)
+    if not names:
+        raise EngineError(
+            "E304",
+            "the server does not list this folder",
+            place=Place(place),
+            expected="a page that links to the files in it, as most servers of files give",
+            fix="Give a weight file or its index instead, copy the folder, or use a server that lists it.",
+        )
+    return sorted(names)

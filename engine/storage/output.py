@@ -16,7 +16,7 @@ from engine.storage.folders import exchange, is_empty, is_folder, is_mount, remo
 from engine.storage.local import LocalStore
 from engine.storage.locks import OutputLock
 from engine.storage.replacing import exists
-from engine.storage.store import Store, write_error
+from engine.storage.store import Store, Target, write_error
 
 _LEFT = re.compile(r"\..*\.(partial|old)-[0-9a-f]{8}", re.DOTALL)  # what an interrupted run leaves
 
@@ -82,15 +82,15 @@ class OutputFolder:
             )
 
     def buffer(self, files: int) -> int:
-        """As a store has it."""
-        return self.written.buffer(files)
+        """As a target has it."""
+        return LocalStore(self.partial).buffer(files)
 
     @property
     def written(self) -> Store:
         """What was written so far."""
         return LocalStore(self.partial)
 
-    def join(self) -> Store:
+    def join(self) -> Target:
         """The partial folder, to write a part to; whoever enters the context puts it in place."""
         self._check_unlinked()
         try:
@@ -117,7 +117,7 @@ class OutputFolder:
         if mode != stat.S_IMODE(new.st_mode):
             self.partial.chmod(mode)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Target:
         try:
             missing = [p for p in self.final.parents if not os.path.lexists(p)]
             self._held.callback(remove_empty, missing)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from engine.errors import EngineError, Place
 from engine.storage.client import no_store
 from engine.storage.coalesce import WINDOW
-from engine.storage.local import LocalStore
+from engine.storage.local import LocalStore, local_file
 from engine.storage.objects import SCHEMES, ObjectStore
 from engine.storage.replacing import given_path
 from engine.storage.store import File, Store
@@ -130,13 +130,12 @@ def found_at(place: Source, what: str) -> Store | File:
     path = given_path(place, what)
     if os.path.isdir(path) or not os.path.lexists(path):
         return LocalStore(path)
-    return File(LocalStore(path.parent), path.name)
+    return local_file(path)
 
 
 def file_at(place: str | Path, what: str) -> File:
     """The file that a path names; E001 as for `store_at`."""
-    path = given_path(place, what)
-    return File(LocalStore(path.parent), path.name)
+    return local_file(given_path(place, what))
 
 
 def on_this_machine(store: Store, option: str) -> Path:

@@ -11,9 +11,21 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from engine.storage.buffers import after
-
 _OPEN_FILES = 128
+
+
+def after(parts: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left of buffers without their first bytes.
+
+    >>> [part.tolist() for part in after([memoryview(b"ab"), memoryview(b"cd")], 3)]
+    [[100]]
+    """
+    left = []
+    for part in parts:
+        if nbytes < part.nbytes:
+            left.append(part[nbytes:])
+        nbytes = max(nbytes - part.nbytes, 0)
+    return left
 
 
 @dataclass(slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,38 @@ class State(Protocol):
         """What a saved plan keeps of it, as JSON."""
 
 
-class OpenFile(BufferedReader):
+class Positioned(io.RawIOBase):
+    """A file that is read from any position, of a function that does."""
+
+    def __init__(self, size: int, read: Callable[[int, memoryview], int]) -> None:
+        """Args: read: fills a buffer from a byte offset on, which is in the file; how many bytes, at least one."""
+        self._size, self._read, self._at = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if at < 0:
+            raise OSError(f"negative position {at}")  # as of a file of the system
+        self._at = at
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+        target = target[: max(min(len(target), self._size - self._at), 0)]
+        count = self._read(self._at, target) if len(target) else 0
+        self._at += count
+        return count
+
+
+class OpenFile(io.BufferedReader):
     """A file that is open for reading from any position, as readers of formats take it.
 
     Attributes:
@@ -40,7 +71,7 @@ class OpenFile(BufferedReader):
         at_hand: whether reading bytes from one position to another costs no request.
     """
 
-    def __init__(self, raw: RawIOBase, state: State, at_hand: Callable[[int, int], bool] | None = None) -> None:
+    def __init__(self, raw: io.RawIOBase, state: State, at_hand: Callable[[int, int], bool] | None = None) -> None:
         super().__init__(raw)
         self.state = state
         self.at_hand = at_hand or (lambda start, end: True)
@@ -96,13 +127,7 @@ class Store(Protocol):
     def folder(self) -> Path | None: ...  # of this machine, if it is one
 
     @property
-    def positioned(self) -> bool: ...  # writes go anywhere in a file, or else in order only
-
-    @property
     def block(self) -> int: ...  # bytes that are worth reading ahead at once; 0 where reading costs no request
-
-    def buffer(self, files: int) -> int:
-        """Bytes that writing so many files at the same time keeps in memory, for each of them."""
 
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
@@ -127,6 +152,25 @@ class Store(Protocol):
 
     def states(self, names: Sequence[str]) -> Mapping[str, State]:
         """The states of files; E305 when one cannot be read."""
+
+
+class Target(Protocol):
+    """Where an output is written to: a folder of this machine, or uploads to a store."""
+
+    @property
+    def folder(self) -> Path | None: ...  # of this machine, if it is one
+
+    @property
+    def positioned(self) -> bool: ...  # writes go anywhere in a file, or else in order only
+
+    def place(self, name: str = "") -> str:
+        """The path or URL of the output or of a file in it, for people."""
+
+    def buffer(self, files: int) -> int:
+        """Bytes that writing so many files at the same time keeps in memory, for each of them."""
+
+    def names(self) -> list[str]:
+        """What was written to it, sorted."""
 
     def sinks(self, names: Sequence[str], users: int = 1) -> Sinks:
         """Files to write, numbered in this order; `users` write to some at the same time."""

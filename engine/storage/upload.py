@@ -5,10 +5,9 @@ A mark that each object carries tells what an interrupted run of the same work l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.storage.client import give_back_memory
@@ -16,7 +15,6 @@ from engine.storage.coalesce import WINDOW, share
 from engine.storage.in_order import InOrder, at_once, buffer_of
 from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
-from engine.storage.store import OpenFile, Ranges, State, Store
 
 _BLOCK = 4 << 20  # bytes of what is read again at once
 
@@ -26,7 +24,6 @@ class Upload:
 
     folder: Path | None = None
     positioned = False
-    block = 0
 
     def __init__(self, store: ObjectStore, work: str, there: set[str], *, mark: str, replaces: bool = False) -> None:
         """
@@ -49,26 +46,8 @@ class Upload:
     def place(self, name: str = "") -> str:
         return self._store.place(name)
 
-    def entries(self, inside: str = "") -> Mapping[str, State | None]:
-        return self._store.entries(inside)
-
-    def inside(self, name: str) -> Store:
-        return self._store.inside(name)
-
-    def names(self, inside: str = "") -> list[str]:
+    def names(self) -> list[str]:
         return sorted({*self._writers, *self._small, *self._whole})
-
-    def has(self, name: str) -> bool:
-        return name in self._there or name in self.names()
-
-    def open(self, name: str) -> OpenFile:
-        return self._store.open(name)
-
-    def ranges(self, name: str, state: Any) -> Ranges:
-        return self._store.ranges(name, state)
-
-    def states(self, names: Sequence[str]) -> Mapping[str, Any]:
-        return self._store.states(names)
 
     def put(self, name: str, data: bytes) -> None:
         self._small[name] = data
@@ -103,15 +82,11 @@ class Upload:
             )
         return made_from == self._work
 
-    def whole(self, name: str, size: int) -> State | None:
-        """The state of an object that an interrupted run of the same work left whole; None when there is none."""
-        if name not in self._there or not self.is_left(name):
-            return None
-        state = self._store.states([name])[name]
-        if state.size != size:
-            return None
-        self._whole.add(name)
-        return state
+    def whole(self, name: str, size: int) -> bool:
+        """Whether an interrupted run of the same work left an object whole."""
+        found = name in self._there and self.is_left(name) and self._store.states([name])[name].size == size
+        self._whole |= {name} if found else set()
+        return found
 
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
         """Some bytes of an object that is whole already."""
@@ -181,7 +156,7 @@ class UploadSinks:
         self._upload.begin(self._names[file], size, self._window)
 
     def whole(self, file: int, size: int) -> bool:
-        return self._upload.whole(self._names[file], size) is not None
+        return self._upload.whole(self._names[file], size)
 
     def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
         self._upload.writer(self._names[file]).write(offset, parts)

@@ -85,7 +85,7 @@ class Uploads:
             return set()
 
     def buffer(self, files: int) -> int:
-        """As a store has it."""
+        """As a target has it."""
         return buffer_of(share(self._store.block, files))
 
     @property

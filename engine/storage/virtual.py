@@ -11,10 +11,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, Place
 from engine.storage.coalesce import Range
-from engine.storage.positioned import Positioned
-from engine.storage.store import Fetched, OpenFile, Ranges, Sinks, State, check_state, ends_early, unreadable
+from engine.storage.store import Fetched, OpenFile, Positioned, Ranges, State, check_state, ends_early, unreadable
 
 _BUFFER = 1 << 20  # bytes
 Fill = Callable[[int, memoryview], None]  # takes a byte offset in the stretch and a buffer to fill
@@ -133,7 +131,6 @@ class VirtualStore:
     name: str
     files: Mapping[str, VirtualFile] = field(default_factory=dict, compare=False, repr=False)
     folder: Path | None = None
-    positioned: bool = True
     block: int = 0
 
     def __str__(self) -> str:
@@ -173,22 +170,10 @@ class VirtualStore:
     def states(self, names: Sequence[str]) -> Mapping[str, State]:
         return {name: VirtualState.of(self._file(name)) for name in names}
 
-    def buffer(self, files: int) -> int:
-        return 0
-
-    def sinks(self, names: Sequence[str], users: int = 1) -> Sinks:
-        raise self._read_only()
-
-    def put(self, name: str, data: bytes) -> None:
-        raise self._read_only()
-
     def _file(self, name: str) -> VirtualFile:
         if name not in self.files:
             raise unreadable(self.place(name), "no such file")
         return self.files[name]
-
-    def _read_only(self) -> EngineError:
-        return EngineError("E403", "virtual files cannot be written", place=Place(self.name), fix="Choose a folder.")
 
 
 class _Ranges:
