@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import delitem, setitem
 from typing import Any
@@ -36,12 +36,6 @@ def misspelt(name: str) -> str:
 
 def texts(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def plain(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: plain(value) for key, value in tree.items()}
-    return [plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def get(data: Any, at: Key) -> Any:

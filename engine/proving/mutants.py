@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from engine.language.axes import Axes, Axis, Node, Product, Sum, parse_axes
+from engine.language.documents import plain
 from engine.language.model import MappingFile
-from engine.proving.edits import Change, Data, Key, get, misspelt, plain, put, texts, without
+from engine.proving.edits import Change, Data, Key, get, misspelt, put, texts, without
 from engine.proving.value_mutants import of_values
 
 

@@ -1,8 +1,8 @@
 """Proofs at real sizes by box arithmetic: headers are invented, no tensor exists.
 
-Both sides of a plan hold boxes of the rules' pieces. Where every stored tensor's addresses are
-tiled by its boxes, and on either side the boxes of each piece are disjoint and fill it, the copies
-between the two are one to one: nothing is lost, doubled or left over. The plans made in the two
+Both sides of a plan hold boxes of the rules' pieces, and planning refuses a tensor that they do not fill. Where on
+either side the boxes of each piece are disjoint, the copies between the two are one to one: nothing is lost, doubled
+or left over. The plans made in the two
 directions must then be each other's copies with the sides exchanged.
 """
 
@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from engine.errors import shape_text
-from engine.explaining.links import Lattice
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.model import Layout, MappingFile
 from engine.language.transforms import undone
 from engine.planning.attempts import Checkpoint, whole_checkpoint
-from engine.planning.boxes import Box, Region, common
+from engine.planning.boxes import Box, common
 from engine.planning.copies import swap
 from engine.planning.groups import Group
 from engine.planning.model import Plan
@@ -110,8 +108,6 @@ def one_to_one(plan: Plan) -> Iterator[str]:
         if key in seen:
             continue
         seen.add(key)
-        yield from _untiled(sides[0], [group])
-        yield from _untiled(sides[1], reaching)
         mine, theirs = _boxes(sides[0], [group]), _boxes(sides[1], reaching)
         for piece, boxes in mine.items():
             yield from _overlaps(boxes, group.name)
@@ -141,28 +137,3 @@ def _overlaps(boxes: Sequence[Box], name: str) -> Iterator[str]:
                 yield f"two shards of {name} hold the element {at}"
                 return
         open_.append(box)
-
-
-def _untiled(side: Side, groups: Sequence[Group]) -> Iterator[str]:
-    """A stored tensor whose addresses its boxes do not tile."""
-    for group in groups:
-        for held, replicas in zip(side.place(group), group.shards.values(), strict=True):
-            header = replicas[0].header
-            at = 0
-            for low, high in sorted(run for _, region in held for run in _addresses(region).runs()):
-                if low != at:
-                    told = "two boxes hold" if low < at else "no box holds"
-                    yield f"{told} element {min(low, at)} of {header.name} ({shape_text(header.shape)})"
-                    return
-                at = high
-            if at != math.prod(header.shape):
-                yield f"no box holds element {at} of {header.name} ({shape_text(header.shape)})"
-                return
-
-
-def _addresses(region: Region) -> Lattice:
-    """The addresses of a region's elements."""
-    base = region.base + sum(low * region.strides[name] for name, (low, _) in region.box.items())
-    return Lattice(
-        base, tuple((region.strides[n], high - low) for n, (low, high) in region.box.items() if high > low + 1)
-    )

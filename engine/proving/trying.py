@@ -12,12 +12,12 @@ from itertools import groupby
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.documents import Document, flat, same
+from engine.language.documents import Document, flat, plain, same
 from engine.language.mapping_file import build_mapping
 from engine.language.model import MappingFile
 from engine.language.validation import check_schema
 from engine.proving.committed import GONE, committed, differences, read_meaning
-from engine.proving.edits import Change, Data, plain
+from engine.proving.edits import Change, Data
 from engine.proving.lint import lint
 from engine.proving.meaning import Path, facts_of, meaning_of
 from engine.proving.mutants import mutants_of
