@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.discover.cuts import KEYS, Known, Reading, Readings, known_sizes, read_cuts
+from engine.discover.cuts import KEYS, Known, Reading, known_sizes, read_cuts
 from engine.discover.names import Observed
 from engine.discover.near import Slot, similarity
 from engine.discover.notes import block, comment, flow
@@ -15,7 +15,6 @@ from engine.language.expressions import names_in
 from engine.language.model import Expression, Layout
 from engine.planning.attempts import Checkpoint
 
-_ONES = ("q", "k", "v", "gate", "up")
 _ALIKE = 0.45
 
 
@@ -35,47 +34,34 @@ def stand_alone(
     """The lines from `source` on.
 
     Every rule writes the tensor under its own name, whole. That is right as far as it goes, whatever
-    the tensors mean; what they are called at the target is left to a person.
+    the tensors mean; what they are called at the target is left to a person. So is which of several rules is
+    right: they stand in comments.
     """
     known = known_sizes(checkpoint.config)
     rules: list[str] = []
-    variants: dict[str, Any] = {}
-    used: set[str] = set()
-    own: dict[str, int] = {}
+    live = False
     for stem, listed in _paired(observed, checkpoint, known).items():
         one = listed[0]
-        readings, stage = _read(one, checkpoint, known)
-        variant = f"cut_{len(variants) + 1}" if len(readings.listed) > 1 else None
-        if variant is not None:
-            variants[variant] = {
-                "help": f"how ranks cut {one.text}; its shapes fit every choice",
-                "decide": "shapes",
-                "choices": [reading.label for reading in readings.listed],
-            }
-        rules += comment(f"decide: {_notes(one, readings, stage, checkpoint, slots)}", "  ")
-        for reading in readings.listed:
+        readings, doubt, stage = _read(one, checkpoint, known)
+        rules += comment(f"decide: {_notes(one, doubt, stage, checkpoint, slots)}", "  ")
+        for reading in readings:
             rule: dict[str, Any] = {"source": stem, "target": stem, "axes": _axes(reading, stem)}
             if reading.split is not None:
                 rule["split"] = reading.split
             if not one.layered:
                 rule["stage"] = stage[0]
-            if variant is not None:
-                rule = {"name": f"{stem} {reading.label}", **rule, "when": {variant: reading.label}}
-            rules.append(f"  - {flow(rule)}")  # which formatting makes a block, if it is long
-            used |= {word for text in reading.axes for word in text.replace("(", " ").replace(")", " ").split()}
-            own |= reading.sizes or {}
+            rules.append(f"{'#' if doubt else ''}  - {flow(rule)}")  # which formatting makes a block, if it is long
+        live |= not doubt
     kind = checkpoint.training.get("model_type")
     source = {"layout": layout.name} | ({"model_types": [kind]} if isinstance(kind, str) and kind else {})
     lines = block("source", source)
     lines += comment("decide: the model class of the target. Until it is named, nothing loads the output.")
     lines += ["target: {model_type: unknown, architecture: Unknown}", ""]
     lines += _declared(known, checkpoint, layout)
-    if variants:
-        lines += ["variants:", *(line for name, body in variants.items() for line in block(name, body, "  ")), ""]
-    lines += ["dims:", *(line for name, text in _dims(known, used, own).items() for line in block(name, text, "  "))]
+    lines += block("dims", known.dims) if known.dims else []
     config = {KEYS[axis][0]: "{{ " + axis + " }}" for axis in known.dims}
-    lines += ["", "rules:", *rules, "", "config:", "  model_type: unknown", "  architectures: [Unknown]"]
-    lines += [line for key, text in config.items() for line in block(key, text, "  ")]
+    lines += ["", "rules:" if live else "#rules:", *rules, ""]
+    lines += block("config", {"model_type": "unknown", "architectures": ["Unknown"], **config})
     lines += comment("decide: the other keys of config.json, and `training_config`, which `engine reverse` needs", "  ")
     return lines
 
@@ -90,9 +76,9 @@ def _declared(known: Known, checkpoint: Checkpoint, layout: Layout) -> list[str]
     return [*block("keys", {"source": keys}), ""] if keys else []
 
 
-def _read(one: Observed, checkpoint: Checkpoint, known: Known) -> tuple[Readings, tuple[str, bool]]:
+def _read(one: Observed, checkpoint: Checkpoint, known: Known) -> tuple[list[Reading], str, tuple[str, bool]]:
     stage = ("layers", True) if one.layered else stage_of(one, checkpoint)
-    return read_cuts(one, checkpoint.grid, known, stage[0]), stage
+    return *read_cuts(one, checkpoint.grid, known, stage[0]), stage
 
 
 def _paired(observed: Sequence[Observed], checkpoint: Checkpoint, known: Known) -> dict[str, list[Observed]]:
@@ -109,16 +95,16 @@ def _paired(observed: Sequence[Observed], checkpoint: Checkpoint, known: Known) 
 
 def _together(weight: Observed, bias: Observed, checkpoint: Checkpoint, known: Known) -> bool:
     """Whether the bias has the weight's first axis and is cut as the weight's rule would cut it."""
-    (one, _), (two, _) = (_read(o, checkpoint, known) for o in (weight, bias))
-    if len(one.listed) != len(two.listed) or weight.placeholders != bias.placeholders:
+    (one, doubt, _), (two, other, _) = (_read(o, checkpoint, known) for o in (weight, bias))
+    if doubt or other or weight.placeholders != bias.placeholders:
         return False
     ranks = {tuple(checkpoint.grid.slices(s.file).items()) for s in bias.stored}
-    return all(_one_rule(w, b, len(ranks)) for w, b in zip(one.listed, two.listed, strict=True))
+    return _one_rule(one[0], two[0], len(ranks))
 
 
 def _one_rule(weight: Reading, bias: Reading, ranks: int) -> bool:
     """Whether `a | b`, split as the weight is, also says where the bias lies."""
-    if len(bias.axes) != 1 or len(weight.axes) > 2 or weight.axes[0] != bias.axes[0] or weight.sizes or bias.sizes:
+    if len(bias.axes) != 1 or len(weight.axes) > 2 or weight.axes[0] != bias.axes[0]:
         return False
     if len(weight.axes) == 2 and weight.cut == 1:
         return bias.cut is None and ranks == 1
@@ -131,18 +117,9 @@ def _axes(reading: Reading, stem: str) -> str:
     return " ".join(reading.axes)
 
 
-def _dims(known: Known, used: set[str], own: dict[str, int]) -> dict[str, Any]:
-    """The claims, in an order in which each reads only what stands before it."""
-    dims: dict[str, Any] = dict(known.dims)
-    dims |= {axis: 1 for axis in _ONES if axis in used}
-    if "queries" in used:
-        dims["queries"] = "heads // groups"
-    return dims | own
-
-
 def _notes(
     one: Observed,
-    readings: Readings,
+    doubt: str,
     stage: tuple[str, bool],
     checkpoint: Checkpoint,
     slots: Sequence[tuple[str, Slot]],
@@ -153,12 +130,7 @@ def _notes(
     if best is not None and best[0] >= _ALIKE:
         names = sorted({target.name for target in best[2].rules[0].targets})
         told += f"; the name is like that of {best[2].sources[0]} in {best[1]}, which becomes {', '.join(names)}"
-    notes = [told]
-    if not readings.sure:
-        notes.append(readings.why)
-    fused = [text for reading in readings.listed for text in reading.axes if "+" in text]
-    if fused:
-        notes.append("whether its rows are " + " or ".join(dict.fromkeys(fused)) + " or something else of that size")
+    notes = [told, *([doubt] if doubt else [])]
     if not one.layered and not stage[1]:
         notes.append(f"the stage; {stage[0]} is a guess from the name, or all ranks hold it")
     grid = checkpoint.grid

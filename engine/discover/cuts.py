@@ -1,7 +1,7 @@
 """Which axes the storage of an unknown tensor may have, and which of them its ranks cut.
 
 Sizes that the configuration names are compared with the shapes over ranks. Where several readings
-agree with every shape they all are kept: the mapping then asks instead of guessing.
+agree with every shape a person must choose.
 """
 
 from __future__ import annotations
@@ -39,30 +39,11 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One way to read a tensor: `axes` of each storage dimension, the dimension that is cut, and where."""
+    """One way to read a tensor: `axes` of each storage dimension, the dimension that is cut, and on which axis."""
 
     axes: tuple[str, ...]
     cut: int | None = None
     split: str | None = None
-    sizes: Mapping[str, int] | None = None  # of axes that only this checkpoint's shapes tell
-
-    @property
-    def label(self) -> str:
-        """The name of the choice for it where shapes leave several."""
-        if self.cut is None:
-            return "whole"
-        where = {0: "rows", 1: "columns"}.get(self.cut, f"dimension_{self.cut}")
-        text = self.axes[self.cut]
-        return where + ("" if "+" not in text else "_in_blocks" if text.startswith("((") else "_by_turns")
-
-
-@dataclass(frozen=True, slots=True)
-class Readings:
-    """Everything that the shapes of a pattern agree with; `sure` when the choice needs no person."""
-
-    listed: tuple[Reading, ...]
-    sure: bool
-    why: str = ""
 
 
 def known_sizes(config: Mapping[str, Any]) -> Known:
@@ -89,36 +70,38 @@ def known_sizes(config: Mapping[str, Any]) -> Known:
     return Known(sizes, dims)
 
 
-def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> Readings:
-    """All readings under which the shapes of every rank agree with the configuration."""
+def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> tuple[list[Reading], str]:
+    """The readings under which the shapes of every rank agree with the configuration; and what a person must decide.
+
+    What is to be decided is empty where there is one reading, and nothing else can be meant.
+    """
     file = grid.files[observed.stored[0].file].pattern
     dim, by_rows = _cutting(file, grid, stage)
-    groups = _groups(observed.stored, grid, dim)
-    shapes = {tuple(sorted(group.items())) for group in groups.values()}
-    if len({len(shape) for group in groups.values() for shape in group.values()}) > 1 or len(shapes) > 1:
-        return Readings((_unnamed(next(iter(groups.values()))),), False, "its shape is not the same in every layer")
-    parts = next(iter(groups.values()))
-    nodes = _nodes(known, tail(observed.text)[-1].lower(), layered=observed.layered)
-    found: list[Reading] = []
+    groups = list(_groups(observed.stored, grid, dim).values())
+    parts = groups[0]
     whole = next(iter(parts.values()))
-    if len(set(parts.values())) == 1:
-        found += list(_named(whole, nodes, None, alone=len(parts) == 1))[:1]
-    if len(parts) > 1:
-        for at in [0] if by_rows else range(len(whole)):
-            rest = {shape[:at] + shape[at + 1 :] for shape in parts.values()}
-            if len(rest) == 1:
-                total = (*whole[:at], sum(shape[at] for shape in parts.values()), *whole[at + 1 :])
-                found += _named(total, nodes, at, by_rows=by_rows)
-    if len(parts) == 1 and found:
-        return Readings((found[0],), True)
-    if len(found) == 1:
-        return Readings(tuple(found), True)
-    if found and len(whole) == 1 and found[0].cut is None and observed.param != "bias":
-        return Readings((found[0],), True)  # replicas are compared, so a cut would show
-    if found:
-        return Readings(tuple(found), False, "the shapes fit several ways to cut it")
-    told = "no sizes of the configuration explain its shape" + (", so no cut is proposed" if len(parts) > 1 else "")
-    return Readings((_unnamed(parts),), len(parts) == 1, told)
+    unnamed = [Reading(_by_size(whole))]
+    if any(group != parts for group in groups) or len({len(shape) for shape in parts.values()}) > 1:
+        return unnamed, "its shape is not the same in every layer"
+    nodes = _nodes(known, layered=observed.layered)
+    found = list(_named(whole, nodes, None)) if len(set(parts.values())) == 1 else []
+    if len(parts) == 1:
+        return found or unnamed, ""
+    if found and len(whole) == 1 and observed.param != "bias":
+        return found, ""  # replicas are compared, so a cut would show
+    together = False
+    fused = _fused(known, tail(observed.text)[-1].lower())
+    for at in [0] if by_rows else range(len(whole)):
+        if len({shape[:at] + shape[at + 1 :] for shape in parts.values()}) == 1:
+            total = sum(shape[at] for shape in parts.values())
+            more = [(f"n{total}", total, f"n{total}")] if at == 0 and total in fused else []
+            named = list(_named((*whole[:at], total, *whole[at + 1 :]), nodes + more, at))
+            found, together = found + named, together or bool(more and named and not by_rows)
+    if not found:
+        return unnamed, "no sizes of the configuration explain its shape, so no cut is proposed"
+    if together:
+        return found, "whether its rows are several things of one rank, as keys and values, which are not joined so"
+    return found, "" if len(found) == 1 else "the shapes fit several ways to cut it: keep one"
 
 
 def _cutting(file: FilePattern, grid: RankGrid, stage: str) -> tuple[str | None, bool]:
@@ -141,80 +124,56 @@ def _groups(stored: Sequence[Stored], grid: RankGrid, dim: str | None) -> dict[o
     return result
 
 
-def _nodes(known: Known, name: str, *, layered: bool) -> list[tuple[str, int, str]]:
-    """(axes text, size, the axis that a cut means) of what a storage dimension may be.
-
-    Keys and values together can be as large as the queries, so only a `name` with a q says that it is these.
-    """
+def _nodes(known: Known, *, layered: bool) -> list[tuple[str, int, str]]:
+    """(axes text, size, the axis that a cut means) of what a storage dimension may be."""
     s = known.sizes
     if not layered:
         return [(axis, s[axis], axis) for axis in ("vocab", "hidden") if axis in s]
-    heads, groups, head_dim = s.get("heads", 0), s.get("groups"), s.get("head_dim", 0)
-    groups = groups or heads
-    found: list[tuple[str, int, str]] = []
-    if heads and head_dim:
-        found.append(("(heads head_dim)", heads * head_dim, "heads"))
-        if groups != heads:
-            found.append(("(groups head_dim)", groups * head_dim, "groups"))
-    found += [(axis, s[axis], axis) for axis in ("hidden", "ffn", "expert") if axis in s]
-    if heads and head_dim:
-        if groups == heads:
-            found.append(("((q + k + v) heads head_dim)", 3 * heads * head_dim, "heads"))
-            found.append(("(heads (q + k + v) head_dim)", 3 * heads * head_dim, "heads"))
-        elif heads % groups == 0:
-            found.append(("(groups (queries + k + v) head_dim)", (heads + 2 * groups) * head_dim, "groups"))
-            found.append(("((queries + k + v) groups head_dim)", (heads + 2 * groups) * head_dim, "groups"))
-        if "q" not in name:
-            both = "groups" if groups != heads else "heads"
-            found.append((f"((k + v) {both} head_dim)", 2 * groups * head_dim, both))
-            found.append((f"({both} (k + v) head_dim)", 2 * groups * head_dim, both))
-    if "ffn" in s:
-        found.append(("((gate + up) ffn)", 2 * s["ffn"], "ffn"))
-        found.append(("(ffn (gate + up))", 2 * s["ffn"], "ffn"))
-    return found
+    heads, groups, head_dim = _heads(known)
+    found = [("(heads head_dim)", heads * head_dim, "heads")] if heads * head_dim else []
+    found += [("(groups head_dim)", groups * head_dim, "groups")] if heads * head_dim and groups != heads else []
+    return found + [(axis, s[axis], axis) for axis in ("hidden", "ffn", "expert") if axis in s]
 
 
-def _named(
-    shape: tuple[int, ...],
-    nodes: Sequence[tuple[str, int, str]],
-    cut: int | None,
-    *,
-    by_rows: bool = False,
-    alone: bool = False,
-) -> Iterator[Reading]:
-    """Readings in which every storage dimension has a name, and no axis comes twice; one per order of a fused cut.
+def _heads(known: Known) -> tuple[int, int, int]:
+    heads = known.sizes.get("heads", 0)
+    return heads, known.sizes.get("groups") or heads, known.sizes.get("head_dim", 0)
 
-    Plain axes of one size copy alike when they are cut, and so does everything that is cut by rows: the
-    first stands for all of them. What is stored together is in rows, and no rank has it whole unless it is alone.
+
+def _fused(known: Known, name: str) -> set[int]:
+    """Sizes of what may be stored together in rows: queries, keys and values; keys and values; gate and up.
+
+    Keys and values together can be as large as the queries, so only a `name` with a q says that it is these.
+    """
+    heads, groups, head_dim = _heads(known)
+    sizes = {(heads + 2 * groups) * head_dim, 2 * known.sizes.get("ffn", 0)}
+    return sizes if "q" in name else sizes | {2 * groups * head_dim}
+
+
+def _named(shape: tuple[int, ...], nodes: Sequence[tuple[str, int, str]], cut: int | None) -> Iterator[Reading]:
+    """The reading in which every storage dimension has a name, and no axis comes twice, if there is one.
+
+    Plain axes of one size copy alike when they are cut: the first stands for all of them.
     """
     choices = []
     for at, size in enumerate(shape):
         whole = at == len(shape) - 1 if cut is None else at != cut
-        fused = at == 0 and (cut == 0 or alone)
-        found = [node for node in nodes if node[1] == size and (fused or "+" not in node[0])]
-        hidden = [node for node in found if node[0] == "hidden"]
-        others = [node for node in found if node not in hidden]
-        choices.append(hidden + others if whole else others + hidden)
-    seen: set[str] = set()
+        found = [node for node in nodes if node[1] == size]
+        choices.append(sorted(found, key=lambda node: (node[0] == "hidden") != whole))
     for combination in product(*choices):
-        words = [word for text, _, _ in combination for word in text.replace("(", " ").replace(")", " ").split()]
-        axes = [word for word in words if word != "+"]
-        joined = cut is not None and not by_rows and "+" in combination[cut][0]
-        kind = combination[cut][0] if cut is not None and joined else "plain"
-        if len(set(axes)) != len(axes) or kind in seen:
-            continue
-        seen.add(kind)
-        yield Reading(tuple(text for text, _, _ in combination), cut, None if cut is None else combination[cut][2])
+        axes = [axis for text, _, _ in combination for axis in text.strip("()").split()]
+        if len(set(axes)) == len(axes):
+            yield Reading(tuple(text for text, _, _ in combination), cut, None if cut is None else combination[cut][2])
+            return
 
 
-def _unnamed(parts: Mapping[int, tuple[int, ...]]) -> Reading:
-    """A reading by sizes alone, not cut: replicas that differ, or shapes that do, are refused in a run."""
+def _by_size(shape: Sequence[int]) -> tuple[str, ...]:
+    """Axes by sizes alone.
+
+    >>> _by_size((8, 3, 8))
+    ('n8', 'n3', 'n8_')
+    """
     axes: list[str] = []
-    sizes: dict[str, int] = {}
-    for size in next(iter(parts.values())):
-        name = f"n{size}"
-        while name in axes:
-            name += "_"
-        axes.append(name)
-        sizes[name] = size
-    return Reading(tuple(axes), None, None, sizes)
+    for size in shape:
+        axes.append(f"n{size}" + "_" * sum(axis.rstrip("_") == f"n{size}" for axis in axes))
+    return tuple(axes)

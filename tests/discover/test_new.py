@@ -230,11 +230,26 @@ def test_a_foreign_checkpoint_gets_a_rule_for_every_pattern(layout: dict[str, An
     save(model, tmp_path / "src", **layout)
     made = drafted(renamed(tmp_path / "src", FOREIGN), tmp_path / "x.yaml")
     assert made.kind == "own"
-    asked = yaml.safe_load(made.text).get("variants", {})
-    chosen = {name: next(c for c in ("rows_by_turns", "rows") if c in body["choices"]) for name, body in asked.items()}
-    if chosen:
-        assert made.state is not None and made.state["code"] == "E202"
-    same(tensors(tmp_path / "x.yaml", tmp_path / "src", **chosen), whole)
+    if layout != {"tp": 1}:
+        with pytest.raises(EngineError):
+            engine.plan(tmp_path / "x.yaml", tmp_path / "src")
+        decide(tmp_path / "x.yaml", {"pack": "(groups (queries + k + v) head_dim)"})
+    same(tensors(tmp_path / "x.yaml", tmp_path / "src"), whole)
+
+
+def decide(file: Path, fused: Mapping[str, str]) -> None:
+    """Take the rules that stand in comments, those that cut; of what is stored together, with the axes given."""
+    lines = []
+    for line in file.read_text().split("\n"):
+        rule = yaml.safe_load(line[1:])[0] if line.startswith("#  - ") else {}
+        if "split" in rule:
+            axes = next((axes for name, axes in fused.items() if name in rule["source"]), None)
+            if axes is not None:
+                columns = " hidden" if rule["source"].endswith("weight") else ""
+                rule |= {"axes": axes + columns, "split": "groups"}
+            line = f"  - {flow(rule)}"
+        lines.append(line)
+    file.write_text("\n".join(lines).replace("\nrules:", "  queries: heads // groups\n  k: 1\n  v: 1\n\nrules:"))
 
 
 def test_keys_and_values_in_one_tensor_of_the_size_of_the_queries_are_asked_for(tmp_path: Path) -> None:
@@ -253,12 +268,9 @@ def test_keys_and_values_in_one_tensor_of_the_size_of_the_queries_are_asked_for(
         torch.cat([part["layers.0.attention.wqkv.weight"][low : low + 8] for part in parts]) for low in (16, 24)
     )
     made = drafted(renamed(rewritten(tmp_path / "src", change), FOREIGN), tmp_path / "x.yaml")
-    assert made.state is not None and made.state["code"] == "E202"
-    asked = yaml.safe_load(made.text)["variants"]
-    choices = {tuple(body["choices"]) for body in asked.values() if "pack_kv" in body["help"]}
-    assert choices == {("rows", "rows_in_blocks", "rows_by_turns")}
-    chosen = {name: "rows_in_blocks" if "pack_kv" in body["help"] else "rows" for name, body in asked.items()}
-    got = tensors(tmp_path / "x.yaml", tmp_path / "src", **chosen)
+    assert any("several things of one rank" in text for _, text in made.decisions)
+    decide(tmp_path / "x.yaml", {"pack_kv": "((k + v) groups head_dim)"})
+    got = tensors(tmp_path / "x.yaml", tmp_path / "src")
     assert torch.equal(got["trunk.layers.0.sa.pack_kv.weight"], torch.cat([keys, values]))
 
 
