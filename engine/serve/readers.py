@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from queue import LifoQueue
+from typing import Generic, TypeVar
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
@@ -17,9 +18,11 @@ from engine.planning.model import Tied, Work
 from engine.run.digests import Total
 from engine.run.journal import Done
 from engine.run.replicas import Check, checks, compare_replicas
-from engine.serve.once import Once
 from engine.storage.client import check_process
 from engine.storage.sources import SourceFiles, check_unchanged
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 PART_BYTES = 16 << 20  # of one output that one thread reads at a time
 THREADS = min(os.cpu_count() or 1, 8)  # that read of one plan at a time
@@ -30,6 +33,40 @@ def reading_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
 
 
+class Once(Generic[Key, Value]):
+    """Results by key, each computed once, however many threads ask for it at the same time.
+
+    What fails is not kept: whoever asks next tries again.
+    """
+
+    def __init__(self, compute: Callable[[Key], Value]) -> None:
+        self._compute = compute
+        self._lock = threading.Lock()
+        self._known: dict[Key, Future[Value]] = {}
+
+    def __call__(self, key: Key) -> Value:
+        """The result for a key; whoever asks while it is computed waits for it, and gets its error too."""
+        with self._lock:
+            found = self._known.get(key)
+            mine = found is None
+            if found is None:
+                found = self._known[key] = Future()
+        if mine:
+            try:
+                found.set_result(self._compute(key))
+            except BaseException as error:
+                with self._lock:
+                    self._known.pop(key, None)
+                found.set_exception(error)
+                raise
+        return found.result()
+
+    def forget(self, key: Key) -> None:
+        """Keep a result no longer; whoever asks next computes it again."""
+        with self._lock:
+            self._known.pop(key, None)
+
+
 class Readers:
     """The bytes of a plan's outputs, for any number of threads at once.
 
@@ -37,9 +74,9 @@ class Readers:
     source files: what was read of one that changed since it was planned is not handed out.
     """
 
-    def __init__(self, work: Work, threads: ThreadPoolExecutor) -> None:
-        """Args: threads: they read; whoever made them ends them."""
-        self.work, self._threads = work, threads
+    def __init__(self, work: Work, threads: ThreadPoolExecutor | None = None) -> None:
+        """Args: threads: they read, and whoever made them ends them; default: own ones, which end with this."""
+        self.work, self._threads, self._own = work, threads or reading_threads(), threads is None
         self._opened: list[SourceFiles] = []
         self._idle: LifoQueue[Reader] = LifoQueue()  # the last one used first, which may hold what comes next
         for _ in range(THREADS):
@@ -95,11 +132,13 @@ class Readers:
                 self._compared(index)
 
     def close(self) -> None:
-        """Close the files, when those who read have finished."""
+        """Close the files, and end own threads, when those who read have finished."""
         with self._changed:
             self._open = False
             self._changed.wait_for(lambda: not self._users)
         self._closing()
+        if self._own:
+            self._threads.shutdown()
 
     @contextmanager
     def _using(self) -> Iterator[None]:

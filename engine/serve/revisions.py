@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from engine.errors import EngineError, Place
-from engine.serve.once import Once
+from engine.serve.readers import Once
 from engine.serve.virtual import VirtualFolder
 from engine.storage.store import Store, walk
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -16,7 +15,7 @@ from engine.move.values import check_transform
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
 from engine.run.manifest import tensor_key
-from engine.serve.readers import PART_BYTES, Readers, reading_threads
+from engine.serve.readers import PART_BYTES, Readers
 
 if TYPE_CHECKING:
     import torch
@@ -52,12 +51,11 @@ class Tensors(_Names["torch.Tensor"]):
             sorts all values before it takes the first.
     """
 
-    def __init__(self, plan: Plan, threads: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, plan: Plan) -> None:
         for output in plan.outputs:
             check_transform(output)
         outputs = {tensor_key(plan, file.name, plan.outputs[i].name): i for file in plan.shards for i in file.outputs}
-        self._threads = reading_threads() if threads is None else None
-        self.plan, self._readers = plan, Readers(plan, threads or self._threads or reading_threads())
+        self.plan, self._readers = plan, Readers(plan)
         super().__init__(outputs, self._tensor)
         self.slices: Mapping[str, Slice] = _Names(outputs, self._slice)
 
@@ -118,8 +116,6 @@ class Tensors(_Names["torch.Tensor"]):
     def close(self) -> None:
         """Close the source files, when those who read have finished."""
         self._readers.close()
-        if self._threads is not None:
-            self._threads.shutdown()
 
     def _slice(self, output: int) -> Slice:
         return Slice(self._readers, output)

@@ -23,7 +23,7 @@ from engine.run.execute import Small, check_names
 from engine.run.journal import Done, identity_of
 from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
 from engine.run.schedule import layout_of
-from engine.serve.readers import Readers, reading_threads
+from engine.serve.readers import Readers
 from engine.storage.virtual import Stretch, VirtualFile, VirtualStore, copied
 
 
@@ -52,8 +52,7 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         small = make_small()
         check_names(plan, small.files)
         files = {**small.files, **(small.later(threading.Event()) if small.later is not None else {})}
-        self._threads = reading_threads() if threads is None else None
-        self.plan, self.readers = plan, Readers(plan, threads or self._threads or reading_threads())
+        self.plan, self.readers = plan, Readers(plan, threads)
         self.notices = (*plan.notices, *small.notices)
         identity = identity_of(plan)
         made = [_weights(self.readers, file, _short(identity, file.name)[:40]) for file in plan.shards]
@@ -84,13 +83,11 @@ class VirtualFolder(Mapping[str, VirtualFile]):
     def close(self) -> None:
         """Close the source files, when those who read have finished."""
         self.readers.close()
-        if self._threads is not None:
-            self._threads.shutdown()
 
 
 def weight_files(work: Work, etags: Mapping[str, str]) -> VirtualStore:
     """Some weight files that a run of some work would write, by their etags; only tensors of that work can be read."""
-    readers = Readers(work, reading_threads())
+    readers = Readers(work)
     return _store(work, {one.name: _weights(readers, one, etags[one.name]) for one in work.shards if one.name in etags})
 
 
