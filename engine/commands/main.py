@@ -6,10 +6,8 @@ Nothing heavy is imported here, so that `--help` and `--version` answer at once.
 
 from __future__ import annotations
 
-import ast
 import codecs
 import gc
-import inspect
 import io
 import json
 import os
@@ -17,7 +15,6 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from textwrap import dedent
 from traceback import extract_tb
 from types import TracebackType
 from typing import Any, NoReturn
@@ -107,16 +104,6 @@ def cli() -> None:
     """
 
 
-def documented(command: click.Command) -> None:
-    """Give a command its help, where Python dropped docstrings (-OO): as its source has it."""
-    source = dedent(inspect.getsource(inspect.unwrap(command.callback))) if command.callback is not None else ""
-    defined = next(one for one in ast.parse(source).body if isinstance(one, ast.FunctionDef))
-    command.help = ast.get_docstring(defined)
-
-
-for _commands in (*SECTIONS.values(), (cli,)) if sys.flags.optimize > 1 else ():
-    for _command in _commands:
-        documented(_command)
 for _commands in SECTIONS.values():
     for _command in _commands:
         add_store_options(_command)

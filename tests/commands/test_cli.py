@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from click.testing import CliRunner
 import engine
 from engine import api
 from engine.commands import progress
-from engine.commands.main import cli, documented
+from engine.commands.main import cli
 from engine.commands.values import parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
 from engine.run.meter import Progress
@@ -396,14 +395,6 @@ def test_a_library_that_fails_with_any_error_while_it_is_loaded_is_told_as_such(
     assert done.exit_code == 1 and "E305 torch cannot be loaded" in done.stderr and "torchvision::nms" in done.stderr
     monkeypatch.setattr(engine.api, "inspect", lambda *_, **__: 1 // 0)
     assert isinstance(CliRunner().invoke(cli, ["inspect", "x"]).exception, ZeroDivisionError)
-
-
-def test_help_is_the_same_where_python_drops_docstrings() -> None:
-    for command in (cli, *cli.commands.values()):
-        before = command.help
-        command.help = None
-        documented(command)
-        assert before and command.help == inspect.cleandoc(before), command.name
 
 
 def test_inspect_names_the_grid_the_layers_and_the_mapping_that_fits() -> None:
