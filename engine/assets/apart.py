@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.assets.tokenizer import convert_tokenizer
-from engine.errors import EngineError, Place
 
 APART = 256 << 10  # bytes of a model: a smaller one is converted before a process would have started
 _LOOK = 0.1  # seconds between looks at the stop flag
@@ -37,20 +36,16 @@ def convert_apart(model_file: Path, spec: Mapping[str, Any], stopped: threading.
     Args:
         stopped: ends the process early; what is returned then is of no use.
     """
-    if not sys.executable:
-        return convert_tokenizer(model_file, spec)
-    told = _ask(json.dumps({"file": os.fspath(model_file), "spec": spec}).encode(), stopped)
+    asked = json.dumps({"file": os.fspath(model_file), "spec": spec}).encode()
+    files = _ask(asked, stopped) if sys.executable else None
     if stopped.is_set():
         return {}
-    if told is None:
+    if files is None:  # what it fails at, if anything, is told here
         return convert_tokenizer(model_file, spec)
-    if "error" in told:
-        error = told["error"]
-        raise EngineError(**{**error, "place": Place(error["place"])})
-    return {name: base64.b64decode(text) for name, text in told["files"].items()}
+    return {name: base64.b64decode(text) for name, text in files.items()}
 
 
-def _ask(question: bytes, stopped: threading.Event) -> dict[str, Any] | None:
+def _ask(question: bytes, stopped: threading.Event) -> dict[str, str] | None:
     """What the process answers; None when there is no sound answer."""
     # -P: modules are never taken from the current folder, which may be a checkpoint's.
     command = [sys.executable, "-P", "-m", "engine.assets.apart"]
@@ -78,23 +73,17 @@ def _ask(question: bytes, stopped: threading.Event) -> dict[str, Any] | None:
     if process.returncode != 0:
         return None
     try:
-        told: dict[str, Any] = json.loads(answer)
+        files: dict[str, str] = json.loads(answer)
     except ValueError:
         return None
-    return told
+    return files
 
 
 def main() -> None:
     """Read a question from standard input and write the answer to standard output."""
     asked = json.load(sys.stdin)
-    try:
-        files = convert_tokenizer(Path(asked["file"]), asked["spec"])
-        answer: dict[str, Any] = {"files": {name: base64.b64encode(data).decode() for name, data in files.items()}}
-    except EngineError as error:
-        place = None if error.place is None else error.place.file
-        kept = {"code": error.code, "message": error.message, "got": error.got, "expected": error.expected}
-        answer = {"error": {**kept, "fix": error.fix, "place": place}}
-    json.dump(answer, sys.stdout)
+    files = convert_tokenizer(Path(asked["file"]), asked["spec"])
+    json.dump({name: base64.b64encode(data).decode() for name, data in files.items()}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -188,45 +188,27 @@ def refuse_kind(found: str | None, place: Place) -> None:
 
 def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: Place) -> list[str]:
     """The pieces' names by id, after `rename`."""
+
+    def wrong(
+        told: str, got: str, expected: str, fix: str = "Check the names under `tokenizer.rename`."
+    ) -> EngineError:
+        return EngineError("E501", told, place=place, got=got, expected=expected, fix=fix)
+
     names = list(pieces.texts)
     for key, name in (spec.get("rename") or {}).items():
         index = int(key)
         if not 0 <= index < len(names):
-            raise EngineError(
-                "E501",
-                f"id {index} is to be named `{name}` but the tokenizer ends before it",
-                place=place,
-                got=f"{len(names)} pieces",
-                expected=f"more than {index}",
-                fix="Give this model's tokenizer, or drop the id from `tokenizer.rename`.",
-            )
+            told = f"id {index} is to be named `{name}` but the tokenizer ends before it"
+            fix = "Give this model's tokenizer, or drop the id from `tokenizer.rename`."
+            raise wrong(told, f"{len(names)} pieces", f"more than {index}", fix)
         if pieces.types[index] not in (USER_DEFINED, CONTROL):
-            raise EngineError(
-                "E501",
-                f"id {index} is to be named `{name}` but is not a reserved piece",
-                place=place,
-                got=f"`{pieces.texts[index]}`, which ordinary text uses",
-                expected="a reserved piece",
-                fix="Check the ids under `tokenizer.rename`.",
-            )
+            told = f"id {index} is to be named `{name}` but is not a reserved piece"
+            got = f"`{pieces.texts[index]}`, which ordinary text uses"
+            raise wrong(told, got, "a reserved piece", "Check the ids under `tokenizer.rename`.")
         if not name:
-            raise EngineError(
-                "E501",
-                f"id {index} is to have no name",
-                place=place,
-                got="an empty text",
-                expected="the token's name",
-                fix="Check the names under `tokenizer.rename`.",
-            )
+            raise wrong(f"id {index} is to have no name", "an empty text", "the token's name")
         if name in names and names.index(name) != index:
-            raise EngineError(
-                "E501",
-                f"two ids would be named `{name}`",
-                place=place,
-                got=f"{names.index(name)} and {index}",
-                expected="one id for a name",
-                fix="Check the names under `tokenizer.rename`.",
-            )
+            raise wrong(f"two ids would be named `{name}`", f"{names.index(name)} and {index}", "one id for a name")
         names[index] = name
     return names
 

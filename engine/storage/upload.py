@@ -36,7 +36,7 @@ class Upload:
         self._store, self._work, self._there, self._mark, self._replaces = store, work, there, mark, replaces
         if store.block < WINDOW:  # it takes time, which a small window gives for memory
             give_back_memory()
-        self._writers: dict[str, InOrder] = {}
+        self.writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
         self._whole: set[str] = set()
 
@@ -47,7 +47,7 @@ class Upload:
         return self._store.place(name)
 
     def names(self) -> list[str]:
-        return sorted({*self._writers, *self._small, *self._whole})
+        return sorted({*self.writers, *self._small, *self._whole})
 
     def put(self, name: str, data: bytes) -> None:
         self._small[name] = data
@@ -57,10 +57,7 @@ class Upload:
 
     def begin(self, name: str, size: int, window: int) -> None:
         parts = 1 if self._replaces else at_once(window)  # what is replaced stays until all parts have arrived
-        self._writers[name] = InOrder(self._store, name, size, self._work, window, parts)
-
-    def writer(self, name: str) -> InOrder:
-        return self._writers[name]
+        self.writers[name] = InOrder(self._store, name, size, self._work, window, parts)
 
     def is_left(self, name: str) -> bool:
         """Whether an interrupted run of the same work left an object; E401 or E407 for one that must stay."""
@@ -108,7 +105,7 @@ class Upload:
             raise exists(self._store.place(), "Choose another --out.", "an output that was made whole in the meantime")
         visible: list[str] = []
         try:
-            for name, writer in reversed(self._writers.items()):  # the last parts of those begun last may fail
+            for name, writer in reversed(self.writers.items()):  # the last parts of those begun last may fail
                 writer.close()
                 visible.append(name)
             check()
@@ -122,7 +119,7 @@ class Upload:
             self._take_back(visible, last)
             raise
         self._whole.update(visible)
-        self._writers.clear()
+        self.writers.clear()
         self._small.clear()
 
     def _take_back(self, names: Sequence[str], last: str) -> None:
@@ -136,7 +133,7 @@ class Upload:
 
     def abort(self) -> None:
         """End uploads that were not completed."""
-        for writer in self._writers.values():
+        for writer in self.writers.values():
             writer.abort()
 
 
@@ -159,7 +156,7 @@ class UploadSinks:
         return self._upload.whole(self._names[file], size)
 
     def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
-        self._upload.writer(self._names[file]).write(offset, parts)
+        self._upload.writers[self._names[file]].write(offset, parts)
 
     def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
         return self._upload.read(self._names[file], offset, nbytes)
@@ -168,7 +165,7 @@ class UploadSinks:
         return 0
 
     def complete(self, file: int) -> None:
-        self._upload.writer(self._names[file]).flush()
+        self._upload.writers[self._names[file]].flush()
 
     def sync(self, file: int) -> None:
         pass
