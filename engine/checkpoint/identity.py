@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.language.documents import tree_of
 from engine.language.expressions import compile_expression, evaluate
 from engine.language.model import FilePattern, Layout
 from engine.language.names import pattern
@@ -68,13 +69,7 @@ def _alike(layout: Layout) -> Iterator[str]:
 
 def said_rank(header: FileHeader, file: FilePattern, layout: Layout) -> str | None:
     """The rank file of a pattern that a file says it is; None when it does not say."""
-    names: dict[str, Any] = {}
-    for path, value in header.says.items():
-        *above, last = path.split(".")
-        below = names
-        for name in above:
-            below = below.setdefault(name, {})
-        below[last] = value
+    names = tree_of({tuple(path.split(".")): value for path, value in header.says.items()})
     wanted = pattern(file.name)
     try:
         return wanted.format({dim: evaluate(layout.says_ranks[dim], names) for dim in wanted.placeholders})

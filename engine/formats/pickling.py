@@ -43,11 +43,6 @@ class Made:
     state: Any
 
 
-def namespace(values: Mapping[str, Any]) -> Made:
-    """An `argparse.Namespace` of plain values."""
-    return Made(Global("argparse", "Namespace"), with_dtypes(dict(values)))
-
-
 @dataclass(frozen=True)
 class Pairs:
     """A dict, or what `made` makes, by its items, whose keys may be stand-ins."""

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from jinja2 import nodes
 from jinja2.exceptions import TemplateError, UndefinedError
 
 from engine.errors import EngineError
@@ -18,7 +17,7 @@ from engine.language.allowed import BUILTIN, MAX_DEPTH, Compiled, Refused, read_
 from engine.language.model import Expression
 from engine.language.sandbox import OMIT, Omit, defined, kind_of
 
-__all__ = ["OMIT", "Compiled", "compile_expression", "evaluate", "is_quotient", "names_in", "render_tree"]
+__all__ = ["OMIT", "Compiled", "compile_expression", "evaluate", "names_in", "render_tree"]
 
 # What evaluating raises. Jinja writes constants that it folds into Python, and infinity as a name.
 _EVALUATION = (
@@ -35,11 +34,6 @@ def compile_expression(expression: Expression) -> Compiled:
             "E105", compiled.message, place=expression.place, got=_shown(expression.text), fix=compiled.fix
         )
     return compiled
-
-
-def is_quotient(expression: Expression) -> bool:
-    """Whether an expression divides by `/` last, which gives a number with a point."""
-    return isinstance(compile_expression(expression).tree, nodes.Div)
 
 
 def names_in(expression: Expression) -> frozenset[str]:

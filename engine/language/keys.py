@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.language.documents import Document, Table, flat, same
+from engine.language.documents import Document, Table, leaves, same
 
 _AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "comes_with", "unless")
 
@@ -131,7 +131,7 @@ class Key:
     def ignores(self, config: Mapping[str, Any]) -> bool:
         """Whether its value does not matter in a configuration."""
         return self.ignored is not None and not any(
-            value in self.unless.get(".".join(path), ()) for path, value in flat(config)
+            value in self.unless.get(path, ()) for path, value in leaves(config)
         )
 
     @property

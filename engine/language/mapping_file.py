@@ -11,10 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2.nodes import Div
+
 from engine.errors import EngineError, Errors
 from engine.language.declared import check_mapping, undeclared
 from engine.language.documents import Document
-from engine.language.expressions import compile_expression, is_quotient
+from engine.language.expressions import compile_expression
 from engine.language.keys import read_keys, read_limits
 from engine.language.merging import Kept, chain_of, merged
 from engine.language.model import Exclusion, Expression, MappingFile, Option, Variant
@@ -152,7 +154,7 @@ def expression(part: Document) -> Expression:
 def _dim(name: str, part: Document) -> Expression:
     """The expression of a size; E105 for a quotient, which is no whole number even where it divides."""
     found = expression(part)
-    if is_quotient(found):
+    if isinstance(compile_expression(found).tree, Div):  # which is done last
         raise EngineError(
             "E105",
             f"dim `{name}` is a quotient, which is not a whole number even where it divides",

@@ -66,6 +66,12 @@ def violations(data: Any, kind: str) -> Iterator[Any]:
     yield from _validator(kind).iter_errors(data)
 
 
+def first_violation(data: Any, kind: str) -> str | None:
+    """The first place where data breaks the schema of its kind, in words; None for data that does not."""
+    found = next(violations(data, kind), None)
+    return None if found is None else f"{'.'.join(map(str, found.absolute_path)) or 'the file'}: {found.message[:160]}"
+
+
 def _is_valid(data: Any, kind: str) -> bool:
     try:
         return bool(_checker(kind).is_valid(data))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from engine.planning.config_trees import leaves
+from engine.language.documents import leaves
 
 # Written by programs about themselves: says nothing of the model.
 _BESIDE = ("transformers_version", "_name_or_path", "_commit_hash", "_from_model_config", "_attn_implementation")

@@ -14,10 +14,10 @@ from typing import Any
 from engine.errors import EngineError, Place, printable
 from engine.formats.python_source import OTHERS, UNTOLD
 from engine.language.declared import expressions_of
+from engine.language.documents import leaves, merged, prefixes, value_at
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, Limits, find_key, find_pattern
 from engine.language.model import Layout, MappingFile
-from engine.planning.config_trees import leaves, merged, prefixes, value_at
 
 _FINITE = Limits()
 _OTHERS = ("options", "training", "given")  # names that stand for something else than a key

@@ -7,11 +7,10 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
-from engine.language.documents import same
+from engine.language.documents import leaves, same, value_at
 from engine.language.expressions import compile_expression, evaluate
 from engine.language.keys import find_key
 from engine.language.model import Expression, Option
-from engine.planning.config_trees import leaves, value_at
 from engine.planning.model import Plan
 
 # Values that are as good as any other to see whether one matters.

@@ -13,7 +13,7 @@ from engine.errors import EngineError, Place, shape_text
 from engine.language.documents import grouped
 from engine.language.model import Exclusion, Layout, MappingFile
 from engine.language.names import form, pattern
-from engine.planning.stages import Indices, Stages, file_numbers, local_indices, number_layers
+from engine.planning.stages import Indices, Stages, alike, file_numbers, number_layers
 from engine.planning.stored import End, Instance, Stored
 
 Match = tuple[Stored, Instance, Mapping[str, int]]
@@ -200,7 +200,9 @@ def indices_of(stored: Sequence[Stored], matches: Matches, grid: RankGrid, layou
             if axis in layout.indices:
                 counts, file = seen.setdefault(axis, {}), whose[one.file]
                 counts[file] = max(counts.get(file, 0), value + 1)
-    return Indices(layout, grid.sizes, local_indices(layout, seen, grid.files))
+    told = "files hold different numbers of axis `{}`"
+    local = {axis: alike(seen.get(axis, {}), grid.files, told.format(axis)) for axis in layout.indices}
+    return Indices(layout, grid.sizes, local)
 
 
 def assign(

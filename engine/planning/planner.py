@@ -18,7 +18,7 @@ from engine.planning.rank_outputs import rank_outputs
 from engine.planning.release import check_asked, check_release, not_the_release
 from engine.planning.request import Request
 from engine.planning.source import Source, read_source
-from engine.planning.variants import Decision, check_settings, decide
+from engine.planning.variants import check_settings, decide
 from engine.planning.whole_outputs import whole_configuration, whole_outputs
 from engine.planning.written import summed
 from engine.planning.zeros import padded
@@ -155,7 +155,11 @@ def _check_stays(source: Source, cut: Mapping[str, Any]) -> None:
 def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     """What a user should know of the source, but for its sizes."""
     checkpoint, mapping = source.checkpoint, source.mapping
-    notices = overruled(source.decisions)
+    notices = [
+        f"`{d.evidence}` overrides the configuration, by which it is {d.instead_of}"
+        for d in source.decisions.values()
+        if d.instead_of is not None
+    ]
     tokenizer = (mapping.tokenizer or {}).get("file")
     unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
     left = sorted({name for file in checkpoint.files for name in file.left})
@@ -172,12 +176,3 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     if source.ignored and not crosses:
         notices.append(f"not written, as the mapping ignores them: {', '.join(sorted(source.ignored)[:3])}, …")
     return tuple(notices)
-
-
-def overruled(decisions: Mapping[str, Decision]) -> list[str]:
-    """Settings that say something else than the configuration."""
-    return [
-        f"`{d.evidence}` overrides the configuration, by which it is {d.instead_of}"
-        for d in decisions.values()
-        if d.instead_of is not None
-    ]

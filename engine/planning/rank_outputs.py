@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
@@ -12,9 +11,9 @@ from engine.errors import EngineError, Place
 from engine.formats.dcp_files import Saved
 from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
-from engine.formats.pickling import WRITABLE, namespace
+from engine.formats.pickling import WRITABLE, Global, Made, with_dtypes
 from engine.language.expressions import evaluate, render_tree
-from engine.language.model import ConfigFile, Layout, MappingFile, Mode
+from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
 from engine.language.transforms import undone
 from engine.planning.agreement import check_returns, with_parts
@@ -151,7 +150,7 @@ def _inside(layout: Layout, mode: Mode) -> ConfigFile | None:
 def _held(place: ConfigFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it stands in its file: under its key, what stands beside it apart."""
     values = {key: value for key, value in config.items() if key not in place.beside}
-    made: Any = namespace(values) if place.kind == "namespace" else values
+    made: Any = Made(Global("argparse", "Namespace"), with_dtypes(values)) if place.kind == "namespace" else values
     if place.key is None:
         return dict(values)
     return {place.key: made, **{key: config[key] for key in place.beside if key in config}}
@@ -246,11 +245,9 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         with_parts(source.read.config, mapping, source.layout)  # whose own spellings must agree too
         return
     names_then = {**scope, **choices, **sizes, "training": _training_again(source, destination)}
-    made = partial(_made_of, mapping, names_then)
-    check_returns(source.read, made, mapping, source.options)
-
-
-def _made_of(mapping: MappingFile, names: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that options make, as far as names give it."""
-    made: dict[str, Any] = render_known(mapping.config, {**names, "options": options})
-    return made
+    check_returns(
+        source.read,
+        lambda options: render_known(mapping.config, {**names_then, "options": options}),
+        mapping,
+        source.options,
+    )

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from engine.checkpoint.folder import list_folder, no_configuration, read_configuration, read_headers
+from engine.checkpoint.grid import check_claims, folders_in, read_grid
+from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
+from engine.formats.configs import read_config, read_json
+from engine.formats.headers import FileHeader
 from engine.language.model import Layout
-from engine.storage.places import Source, file_at, followed, store_at
+from engine.planning.attempts import Checkpoint
+from engine.storage.local import local_file
+from engine.storage.places import Source, followed, store_at
+from engine.storage.replacing import given_path
 from engine.storage.store import File, has_changed
-
-if TYPE_CHECKING:
-    from engine.formats.headers import FileHeader
-    from engine.planning.attempts import Checkpoint
 
 
 def read_some(src: Source, layout: Layout, mode: str, names: Sequence[str]) -> tuple[FileHeader, ...]:
     """The headers of some files of a training checkpoint that was read whole before, in a mode of its layout."""
-    from engine.checkpoint.folder import read_headers
-    from engine.checkpoint.identity import told_by
-
     found = next(one for one in layout.modes if one.name == mode)
     folder, says = store_at(src, "the checkpoint"), told_by(layout)
     return read_headers(folder, names, found, layout.skip_tensors, says, layout.wrappers, some=True)
@@ -37,20 +38,9 @@ def read_checkpoint(
         config: a file of the target's configuration, for what the checkpoint does not say.
         needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
     """
-    from engine.checkpoint.folder import (
-        list_folder,
-        no_configuration,
-        read_configuration,
-        read_headers,
-    )
-    from engine.checkpoint.grid import check_claims, folders_in, read_grid
-    from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
-    from engine.formats.configs import read_config, read_json
-    from engine.planning.attempts import Checkpoint
-
     given = store_at(src, "the checkpoint")
     folder = followed(given)
-    file = config if config is None or isinstance(config, File) else file_at(config, "the configuration")
+    file = config if config is None or isinstance(config, File) else local_file(given_path(config, "the configuration"))
     target = {} if file is None else read_json(file)
 
     def configurations() -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -17,7 +17,7 @@ from engine.checkpoint.identity import marks_of
 from engine.errors import EngineError, Place, holds_secret
 from engine.language.documents import changed
 from engine.language.model import Layout, MappingFile
-from engine.language.validation import violations
+from engine.language.validation import first_violation
 from engine.language.version import __version__
 from engine.planning.model import Plan, digest_of_plan
 from engine.planning.request import Request
@@ -185,9 +185,8 @@ def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
 def _read(path: Path, data: Any, raw: bytes) -> SavedPlan:
     """A plan, without the one that it goes through."""
     own = {key: value for key, value in data.items() if key != "through"} if isinstance(data, dict) else data
-    problem = next(iter(violations(own, "saved-plan")), None)
-    if problem is not None:
-        raise unreadable(path, f"{'.'.join(map(str, problem.absolute_path)) or 'the file'}: {problem.message[:160]}")
+    if problem := first_violation(own, "saved-plan"):
+        raise unreadable(path, problem)
     try:
         asked = Request(**own["request"])
     except EngineError as error:

@@ -273,13 +273,9 @@ def check_known(used: Sequence[Instance], sizes: Mapping[str, int], unread: Mapp
     for one in used:
         for axis in (*one.axis_names(), *one.axes.names()):
             if axis not in sizes:
-                raise unread.get(axis) or unknown_error(axis, one.rule.place)
-
-
-def unknown_error(axis: str, place: Place | None) -> EngineError:
-    return EngineError(
-        "E204",
-        f"the size of axis `{axis}` stays unknown",
-        place=place,
-        fix="Give it in `dims`, or write the axes of a tensor that determines it.",
-    )
+                raise unread.get(axis) or EngineError(
+                    "E204",
+                    f"the size of axis `{axis}` stays unknown",
+                    place=one.rule.place,
+                    fix="Give it in `dims`, or write the axes of a tensor that determines it.",
+                )

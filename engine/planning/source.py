@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place, printable
+from engine.language.documents import completed
 from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
 from engine.language.transforms import loses
 from engine.planning.attempts import Checkpoint, Question, decide_by_shapes
 from engine.planning.completeness import check_repeated, check_slices, used_rules
 from engine.planning.config_keys import Read, shown
-from engine.planning.config_trees import completed
 from engine.planning.facts import facts_of
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Replicas, Slices

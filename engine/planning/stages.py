@@ -95,11 +95,11 @@ def number_layers(
     counts: list[tuple[Stage, int]] = []
     for stage in in_order(layout, grid.sizes, grid.staged, chunks, names):
         told = "files of one pipeline stage hold different numbers of layers"
-        counts.append((stage, _alike(local.get(stage, {}), grid.files, told, " layers")))
+        counts.append((stage, alike(local.get(stage, {}), grid.files, told, " layers")))
     return laid_out(counts, chunks, grid.staged)
 
 
-def _alike(counts: Mapping[int, int], files: Sequence[RankFile], message: str, of: str = "") -> int:
+def alike(counts: Mapping[int, int], files: Sequence[RankFile], message: str, of: str = "") -> int:
     """What all files have of something, by their index: 0 for no files; E211 naming two that differ."""
     if not counts:
         return 0
@@ -184,19 +184,6 @@ class Indices:
             for number in range(self._local[axis]):
                 found[self.whole({axis: number}, here)[axis]] = here, number
         return found
-
-
-def local_indices(layout: Layout, seen: Mapping[str, Mapping[int, int]], files: Sequence[RankFile]) -> dict[str, int]:
-    """How many of each axis of `indices` a rank holds.
-
-    Args:
-        seen: axis → file index → how many the names in that file count.
-
-    Raises:
-        EngineError: E211 when ranks hold different numbers of them.
-    """
-    told = "files hold different numbers of axis `{}`"
-    return {axis: _alike(seen.get(axis, {}), files, told.format(axis)) for axis in layout.indices}
 
 
 def shared_out(axis: str, total: int, layout: Layout, sizes: Mapping[str, int]) -> int:

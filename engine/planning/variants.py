@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from engine.errors import EngineError
+from engine.language.documents import value_at
 from engine.language.expressions import compile_expression, evaluate, names_in
 from engine.language.model import Expression, MappingFile, Option, Variant
-from engine.planning.config_trees import value_at
 
 _LONGEST = 60  # characters of a value that is told
 _MISSING = object()
@@ -72,13 +72,6 @@ def option_value(option: Option, value: Any) -> Any:
     return option.limits.written(value)
 
 
-def choice_of(variant: Variant, value: Any) -> str:
-    """What `--set` says of a variant; E001 when it is none of its choices."""
-    if str(value) not in variant.choices:
-        raise _no_choice("variant", variant, value, variant.choices)
-    return str(value)
-
-
 def _no_choice(kind: str, of: Variant | Option, value: Any, choices: Iterable[Any]) -> EngineError:
     told, known = f"{kind} `{of.name}` has no choice `{value}`", ", ".join(map(str, choices))
     return EngineError("E001", told, place=of.place, got=str(value), expected=known, fix=of.help or None)
@@ -101,7 +94,9 @@ def decide(
     decided: dict[str, Decision] = {}
     for variant in variants.values():
         if variant.name in settings:
-            choice = choice_of(variant, settings[variant.name])
+            choice = str(settings[variant.name])
+            if choice not in variant.choices:
+                raise _no_choice("variant", variant, choice, variant.choices)
             decided[variant.name] = _by_setting(variant, choice, names, called, known=like is None)
         elif like is not None:
             decided[variant.name] = _chosen(variant, names, like)

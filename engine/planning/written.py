@@ -127,7 +127,12 @@ def configuration(
         grid: the names that say how the model is cut, on which some keys of a configuration that is kept depend.
     """
     if source.checkpoint.end == end:
-        return {**source.checkpoint.config, **grid_only(tree, grid)}
+        how = {
+            key: evaluate(child, grid)
+            for key, child in tree.items()
+            if isinstance(child, Expression) and (read := compile_expression(child).names) and read <= set(grid)
+        }
+        return {**source.checkpoint.config, **how}
     return as_declared(render_tree(tree, names), keys)
 
 
@@ -138,12 +143,3 @@ def main_dtype(outputs: Sequence[Output]) -> str:
         count[output.dtype] = count.get(output.dtype, 0) + output.elements
     best = max(count, key=lambda d: (count[d], d))
     return {v: k for k, v in DTYPES.items()}.get(best, best.lower())
-
-
-def grid_only(tree: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that depend on how the model is cut, and on nothing else."""
-    return {
-        key: evaluate(child, grid)
-        for key, child in tree.items()
-        if isinstance(child, Expression) and (read := compile_expression(child).names) and read <= set(grid)
-    }

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from engine.language.documents import changed, same, text_of
+from engine.language.documents import changed, leaves, same, text_of
 from engine.language.model import MappingFile
-from engine.planning.config_trees import leaves
 from engine.proving.holdings import parts_of
 from engine.proving.matrix import choices_named
 from engine.proving.meaning import Meaning, meaning_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
-from engine.language.documents import tree_of
+from engine.language.documents import leaves, tree_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout, MappingFile
@@ -19,7 +19,6 @@ from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.config_keys import Side as Keys
 from engine.planning.config_keys import as_declared, read_config, source_side
-from engine.planning.config_trees import leaves
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
 from engine.proving.probes import Given, Outcome, constants, divisors_of, plain_name, unusual

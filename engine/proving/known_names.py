@@ -12,13 +12,12 @@ from jinja2 import nodes
 from engine.errors import Place, meant
 from engine.language.allowed import dotted
 from engine.language.declared import every_expression
-from engine.language.documents import At, Document, values_in
+from engine.language.documents import At, Document, leaves, values_in
 from engine.language.expressions import compile_expression
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import pattern, spelled_out
 from engine.planning.config_keys import declared
-from engine.planning.config_trees import leaves
 from engine.proving import targets
 from engine.proving.proof import Finding
 

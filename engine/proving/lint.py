@@ -10,7 +10,7 @@ from engine.assets.chat import chat_template
 from engine.checkpoint.ranks import layout_dims
 from engine.errors import EngineError, meant
 from engine.language.declared import axes_of, every_expression, expressions_of
-from engine.language.documents import grouped
+from engine.language.documents import grouped, prefixes
 from engine.language.expressions import compile_expression, names_in
 from engine.language.keys import Key
 from engine.language.layout_file import load_layout
@@ -19,7 +19,6 @@ from engine.language.model import Expression, Layout, MappingFile, Rule
 from engine.language.names import pattern, spelled_out
 from engine.language.search import find_file, kind_of
 from engine.planning.config_keys import declared
-from engine.planning.config_trees import prefixes
 from engine.planning.pieces import match_pieces
 from engine.planning.stored import instances
 from engine.proving.known_names import check_comparisons, check_keys, check_models, check_patterns, place_of

@@ -13,10 +13,10 @@ from operator import gt, lt
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.documents import leaves
 from engine.language.expressions import OMIT, compile_expression
 from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import as_declared, declared, target_side
-from engine.planning.config_trees import leaves
 from engine.planning.variants import decide
 from engine.proving.forth import Direction, Forth, value_of
 from engine.proving.probes import Outcome, constants, multiples_of, name_of, others, quotients_of, rows, scenarios

@@ -18,6 +18,7 @@ from jinja2 import nodes
 
 from engine.errors import EngineError
 from engine.language.declared import axes_of
+from engine.language.documents import merged
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
 from engine.language.keys import Key, find_key
 from engine.language.layout_file import load_layout
@@ -26,7 +27,6 @@ from engine.language.names import pattern
 from engine.language.transforms import loses
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared
-from engine.planning.config_trees import merged
 from engine.planning.facts import present_in, render_known
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.stored import Instance, instances

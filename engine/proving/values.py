@@ -7,11 +7,11 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
+from engine.language.documents import leaves, prefixes, value_at
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, find_key
 from engine.language.model import Expression, Layout, MappingFile
 from engine.planning.config_keys import declared, shown
-from engine.planning.config_trees import leaves, prefixes, value_at
 from engine.planning.variants import option_value
 from engine.proving.known_names import place_of
 from engine.proving.proof import Finding

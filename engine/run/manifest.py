@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.language.documents import plain
-from engine.language.validation import violations
+from engine.language.validation import first_violation
 from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
@@ -114,20 +114,16 @@ def read_manifest(folder: Store) -> dict[str, Any]:
         raw = file.read(_MOST)
     try:
         data: dict[str, Any] = parse_json(raw, own=True)
-        wrong = next(iter(violations(data, "conversion")), None)
+        wrong = first_violation(data, "conversion")
     except ValueError as error:
-        raise _unreadable(place, str(error)) from None
+        wrong = str(error)
     if wrong is not None:
-        raise _unreadable(place, f"{'.'.join(map(str, wrong.absolute_path)) or 'the file'}: {wrong.message[:160]}")
+        raise EngineError(
+            "E301",
+            f"`{NAME}` cannot be read",
+            place=Place(place),
+            got=wrong[:200],
+            expected=f"a manifest of version {VERSION}",
+            fix="Convert again.",
+        )
     return data
-
-
-def _unreadable(place: str, why: str) -> EngineError:
-    return EngineError(
-        "E301",
-        f"`{NAME}` cannot be read",
-        place=Place(place),
-        got=why[:200],
-        expected=f"a manifest of version {VERSION}",
-        fix="Convert again.",
-    )

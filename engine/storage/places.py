@@ -133,11 +133,6 @@ def found_at(place: Source, what: str) -> Store | File:
     return local_file(path)
 
 
-def file_at(place: str | Path, what: str) -> File:
-    """The file that a path names; E001 as for `store_at`."""
-    return local_file(given_path(place, what))
-
-
 def on_this_machine(store: Store, option: str) -> Path:
     """The folder of a store; E001 when it is not of this machine, which an option needs."""
     if store.folder is None:

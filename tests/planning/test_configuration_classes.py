@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import engine
 from engine import api
 from engine.errors import EngineError
+from engine.language.documents import leaves, prefixes, value_at
 from engine.language.keys import find_key
 from engine.language.model import MappingFile
 from engine.planning.agreement import with_given
-from engine.planning.config_trees import leaves, prefixes, value_at
 from tests.support.depth import SOAK
 from tests.support.shards import same
 
