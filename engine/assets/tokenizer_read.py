@@ -189,9 +189,7 @@ def refuse_kind(found: str | None, place: Place) -> None:
 def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: Place) -> list[str]:
     """The pieces' names by id, after `rename`."""
 
-    def wrong(
-        told: str, got: str, expected: str, fix: str = "Check the names under `tokenizer.rename`."
-    ) -> EngineError:
+    def wrong(told: str, got: str, expected: str, fix: str = "Check names under `tokenizer.rename`.") -> EngineError:
         return EngineError("E501", told, place=place, got=got, expected=expected, fix=fix)
 
     names = list(pieces.texts)
