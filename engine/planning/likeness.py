@@ -114,6 +114,14 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
             expected="1: names there do not say the chunk",
             fix="Leave --chunks out.",
         )
+    if chunks > 1 and prod(sizes.get(dim, 1) for dim in staged) == 1:
+        raise EngineError(
+            "E214",
+            "one pipeline rank has no chunks: training interleaves those of several",
+            got=f"--chunks {chunks}",
+            expected="--chunks 1",
+            fix=f"Give --chunks 1, or several ranks of {', '.join(staged)}.",
+        )
     return found
 
 
