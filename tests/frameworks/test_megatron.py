@@ -46,6 +46,8 @@ def test_the_vocabulary_without_its_padding_is_asked_for(tmp_path: Path) -> None
     assert caught.value.code == "E202"
     assert "not told" not in str(caught.value) and "one of told" not in str(caught.value)  # the question is enough
     convert("torch-tp1pp1-tied", tmp_path / "out", config=None, settings={"vocab_size": 259})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["bos_token_id"] is config["eos_token_id"] is None  # the class would take 1 and 2
     assert logits_off(tmp_path / "out", MEGATRON / "torch-tp1pp1-tied" / "oracle.pt") < 1e-4
 
 
