@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import engine
 from engine.errors import EngineError
-from tests.support.frameworks import FIXTURES, source_of
+from tests.support.frameworks import source_of
 from tests.support.frameworks import weights as engine_weights
+from tests.support.megatron import FAMILIES, MEGATRON
 
-MEGATRON = FIXTURES / "megatron"
 PADDED = ("word_embeddings.weight", "output_layer.weight")
 ARGS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention",
@@ -62,6 +62,7 @@ def names(step: Path) -> set[str]:
         ("leg_t4_g2", "megatron-llama", {"ranks": "tp=4", "settings": {"vocab_multiple": 8}}),
         ("torch-tp1pp1-tied", "megatron-llama", {}),
         ("leg_p2_uneven", "megatron-llama", {"like": True}),
+        ("torch-qwen3-moe", "megatron-qwen3-moe", {}),
         ("torch-p2-layout", "megatron-llama", {"like": True}),  # its last stage has no layer
     ],
 )
@@ -118,6 +119,7 @@ def test_experts_of_one_layer_may_lie_in_several_files(tmp_path: Path) -> None:
     [
         ("dist-tp2pp1-bf16-qkvbias", "megatron-qwen2"),
         ("dist-ep2-moe", "megatron-mixtral"),
+        ("torch-qwen3-moe", "megatron-qwen3-moe"),
         ("td19_t2", "megatron-llama"),
     ],
 )
@@ -127,7 +129,7 @@ def test_what_is_written_in_any_form_converts_back_to_the_same_bytes(
 ) -> None:
     first = whole(name, family, tmp_path / "hf")
     engine.reverse(family, first, tmp_path / "back", **asked)
-    if "mode" in asked and family != "megatron-mixtral":  # each implementation names a mixture's norms in its own way
+    if "mode" in asked and "moe" not in name:  # each implementation names a mixture's norms in its own way
         assert names(tmp_path / "back") == names(source_of(MEGATRON / name))
     vocab = engine_weights(first)["model.embed_tokens.weight"].shape[0]
     engine.convert(family, tmp_path / "back", tmp_path / "again", settings={"vocab_size": vocab})
@@ -184,6 +186,30 @@ def test_what_a_reshard_of_torch_dist_to_ranks_is_told_to_do_works(tmp_path: Pat
         asked |= more
     engine.reshard("megatron-llama", source, tmp_path / "made", **asked, **told)
     assert len(list((tmp_path / "made").glob("mp_rank_*_*"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "starts"),
+    [
+        ("dist-ep2-moe", {}, False),
+        ("torch-qwen3-moe", {"norm_topk_prob": True}, False),
+        ("torch-qwen3-moe", {"norm_topk_prob": False}, True),
+    ],
+)
+def test_a_router_of_one_expert_is_written_only_where_it_weighs_it_by_its_probability(
+    name: str, config: dict[str, Any], starts: bool, tmp_path: Path
+) -> None:
+    """Megatron does not start with another, as its router would learn nothing."""
+    family = FAMILIES[name]
+    first = whole(name, family, tmp_path / "hf")
+    told = json.loads((first / "config.json").read_text()) | {"num_experts_per_tok": 1, **config}
+    (first / "config.json").write_text(json.dumps(told))
+    if starts:
+        assert engine.plan_reverse(family, first).config["moe_router_pre_softmax"] is True
+        return
+    with pytest.raises(EngineError, match="`num_experts_per_tok` of") as caught:
+        engine.plan_reverse(family, first)
+    assert caught.value.code == "E209"
 
 
 def test_a_mode_of_other_ranks_than_are_written_is_refused(tmp_path: Path) -> None:

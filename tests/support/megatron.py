@@ -24,6 +24,7 @@ FAMILIES = {
     "td19_t2": "megatron-llama",
     "torch-ep2-moe": "megatron-mixtral",
     "torch-p2-layout": "megatron-llama",
+    "torch-qwen3-moe": "megatron-qwen3-moe",
     "torch-tp1pp1-tied": "megatron-llama",
     "torch-tp2pp2-vpp2": "megatron-llama",
 }
