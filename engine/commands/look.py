@@ -14,7 +14,7 @@ from engine.commands.completion import SHELLS, codes, folders, script
 from engine.commands.options import EXPLAINED, QUIET, VERIFYING, asks, chosen, given, reports_errors
 from engine.commands.say import answer, say
 from engine.errors import visible
-from engine.explaining.codes import is_code, page
+from engine.explaining.codes import is_code
 from engine.show.render import inspection, render
 from engine.show.text import amount
 from engine.storage.json_text import as_data
@@ -81,7 +81,7 @@ def explain(
     if what is not None and is_code(what):
         if said := next((flag for name, flag in given(ctx).items() if name in EXPLAINED), None):
             raise click.UsageError(f"{said} has no effect on what a code means")
-        text, where = engine.api.explain_code(what), page(f"codes/{what.strip().upper()}")
+        text, where = engine.api.explain_code(what), f"docs/codes/{what.strip().upper()}.md"
         answer(as_json, {"code": what, "text": text, "page": where}, lambda: f"{text}\nDocumentation: {where}")
         return
     mapping = chosen(mapping, src, options["config"], quiet=as_json)

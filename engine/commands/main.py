@@ -25,7 +25,6 @@ from engine.commands import convert, look, review, serve
 from engine.commands.say import say
 from engine.commands.stores import add_store_options
 from engine.errors import EngineError, visible
-from engine.explaining.codes import page
 from engine.language.version import __version__
 
 # A command is listed under the first heading, in this order, with the first sentence of its help.
@@ -43,7 +42,7 @@ ALIASES = {"convert": "run"}
 # Where a command is documented, if not with the others.
 PAGES = {"serve": "serving", "mount": "serving", "part": "clusters", "commit": "clusters", "new": "adding-a-release",
          "completion": "editor", "format": "editor"}  # fmt: skip
-EXAMPLES = f"""\
+EXAMPLES = """\
 Examples:
   engine inspect ckpt/20000              what is this, and which mapping fits?
   engine run --src ckpt/20000            convert, if only one mapping fits
@@ -51,8 +50,8 @@ Examples:
   engine verify hf -m internlm2-chat-7b -s ckpt/20000
   engine explain E203                    what an error means, and what to do
 
-Documentation: {page("commands")} shows each command with its output,
-{page("troubleshooting")} says what to do when one refuses."""
+Documentation: docs/commands.md shows each command with its output,
+docs/troubleshooting.md says what to do when one refuses."""
 
 
 class Commands(click.Group):
@@ -107,7 +106,7 @@ def cli() -> None:
 for _commands in SECTIONS.values():
     for _command in _commands:
         add_store_options(_command)
-        _command.epilog = f"Documentation: {page(PAGES.get(str(_command.name), 'commands'))}"
+        _command.epilog = f"Documentation: docs/{PAGES.get(str(_command.name), 'commands')}.md"
         cli.add_command(_command)
 
 

@@ -71,8 +71,7 @@ def _declared(known: Known, checkpoint: Checkpoint, layout: Layout) -> list[str]
     read = {key for text in known.dims.values() for key in names_in(Expression(text, Place("the draft")))}
     told = layout.keys.get("source", {})
     untold = [key for key in checkpoint.config if key in read and key not in told]
-    size, ratio = {"type": "integer", "min": 1}, {"type": "number", "above": 0}
-    keys = {key: ratio if key == "mlp_ratio" else size for key in untold}
+    keys = {key: {"type": "integer", "min": 1} for key in untold}
     return [*block("keys", {"source": keys}), ""] if keys else []
 
 

@@ -60,13 +60,6 @@ def known_sizes(config: Mapping[str, Any]) -> Known:
             sizes[axis], dims[axis] = config[key], key
         elif axis == "head_dim" and "heads" in sizes and "hidden" in sizes and sizes["hidden"] % sizes["heads"] == 0:
             sizes[axis], dims[axis] = sizes["hidden"] // sizes["heads"], "hidden // heads"
-        elif axis == "ffn" and "hidden" in sizes and isinstance(config.get("mlp_ratio"), (int, float)):
-            multiple = config.get("multiple_of", 256)
-            if type(multiple) is int and multiple > 0 and 0 < config["mlp_ratio"] < 1000:
-                wanted = int(sizes["hidden"] * config["mlp_ratio"])
-                sizes[axis] = -(-wanted // multiple) * multiple
-                unit = "multiple_of" if "multiple_of" in config else "256"
-                dims[axis] = f"((hidden * mlp_ratio) | int + {unit} - 1) // {unit} * {unit}"
     return Known(sizes, dims)
 
 

@@ -8,17 +8,6 @@ from difflib import get_close_matches
 from engine.errors import EngineError
 from engine.language.search import bundled
 
-DOCUMENTATION = ""  # where the site that `make docs` builds can be reached; empty: pages are files of the repository
-
-
-def page(name: str) -> str:
-    """Where a page of the documentation is.
-
-    >>> page("codes/E203")
-    'docs/codes/E203.md'
-    """
-    return f"{DOCUMENTATION.rstrip('/')}/{name}.html" if DOCUMENTATION else f"docs/{name}.md"
-
 
 def is_code(text: str) -> bool:
     """

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import wraps
-from html import escape
 from typing import Any, ParamSpec, TypeVar
 
-from engine.show.text import amount, shown
+from engine.show.text import shown
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,49 +16,21 @@ _MOST_ROWS = 200  # of one table; the terminal and `as_dict` have all
 
 
 def as_html(title: str, facts: Mapping[str, Any]) -> str:
-    """Facts as HTML: simple ones in one table, each list of things in one of its own.
+    """Facts as HTML: simple ones in one table, each list of things in one of its own."""
+    from engine.show.page import TEMPLATES, template
 
-    >>> as_html("a <b>", {"tensors": 3, "rules": [{"name": "x", "n": 1}]})[:37]
-    '<div><b>a &lt;b&gt;</b><table><tr><th'
-    """
     facts = shown(facts)
-    simple = {key: value for key, value in facts.items() if not _is_table(value) and value not in (None, "", [], {})}
-    parts = [_table(("", ""), [(key, _told(key, value)) for key, value in simple.items()], heading=False)]
-    for key, value in facts.items():
-        if _is_table(value):
-            rows = [{"": name, **row} for name, row in value.items()] if isinstance(value, Mapping) else list(value)
-            names = list(dict.fromkeys(name for row in rows for name in row))
-            cells = [[_told(name, row.get(name, "")) for name in names] for row in rows[:_MOST_ROWS]]
-            more = f" ({_MOST_ROWS} of {len(rows):,})" if len(rows) > _MOST_ROWS else ""
-            parts.append(f"<details><summary>{escape(key)}{more}</summary>{_table(names, cells)}</details>")
-    return f"<div><b>{escape(title)}</b>{''.join(parts)}</div>"
+    tables = {key: rows for key, value in facts.items() if (rows := _rows(value))}
+    simple = {k: value for k, value in facts.items() if k not in tables and value not in (None, "", [], {})}
+    page = template(TEMPLATES / "notebook.html.j2")
+    return page.render(title=title, simple=simple, tables=tables, most=_MOST_ROWS)
 
 
-def _is_table(value: Any) -> bool:
-    rows = list(value.values()) if isinstance(value, Mapping) else value
-    return isinstance(rows, Sequence) and not isinstance(rows, str) and bool(rows) and all(
-        isinstance(row, Mapping) for row in rows
-    )  # fmt: skip
-
-
-def _told(key: str, value: Any) -> str:
-    if key in ("bytes", "predicted_memory") and isinstance(value, int):
-        return amount(value)
+def _rows(value: Any) -> list[Mapping[str, Any]]:
+    """The rows of a table, if all that is listed, or named, is a mapping."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_told('', item)}" for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return " × ".join(map(str, value)) if key == "shape" else ", ".join(map(str, value))
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, heading: bool = True) -> str:
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)] if heading else []
-    for first, *rest in rows:
-        lines.append("".join([f'<th style="text-align:left">{escape(first)}</th>',
-                              *(f'<td style="text-align:left">{escape(cell)}</td>' for cell in rest)]))  # fmt: skip
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        value = [{"": name, **row} if isinstance(row, Mapping) else row for name, row in value.items()]
+    return list(value) if isinstance(value, list | tuple) and all(isinstance(row, Mapping) for row in value) else []
 
 
 def displayed(function: Callable[P, T]) -> Callable[P, T]:

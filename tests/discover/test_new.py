@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -233,21 +234,25 @@ def test_a_foreign_checkpoint_gets_a_rule_for_every_pattern(layout: dict[str, An
     if layout != {"tp": 1}:
         with pytest.raises(EngineError):
             engine.plan(tmp_path / "x.yaml", tmp_path / "src")
-        decide(tmp_path / "x.yaml", {"pack": "(groups (queries + k + v) head_dim)"})
+        decide(tmp_path / "x.yaml", {
+            "pack": ("(groups (queries + k + v) head_dim) | hidden", "groups"),
+            "back": ("hidden | (heads head_dim)", "heads"),
+            "m.l1": ("ffn hidden", "ffn"), "m.l3": ("ffn hidden", "ffn"), "m.l2": ("hidden ffn", "ffn"),
+        })  # fmt: skip
     same(tensors(tmp_path / "x.yaml", tmp_path / "src"), whole)
 
 
-def decide(file: Path, fused: Mapping[str, str]) -> None:
-    """Take the rules that stand in comments, those that cut; of what is stored together, with the axes given."""
-    lines = []
+def decide(file: Path, decided: Mapping[str, tuple[str, str]]) -> None:
+    """Take rules that stand in comments, one for each name, with the axes and the split that a person knows."""
+    lines, taken = [], set()
     for line in file.read_text().split("\n"):
         rule = yaml.safe_load(line[1:])[0] if line.startswith("#  - ") else {}
-        if "split" in rule:
-            axes = next((axes for name, axes in fused.items() if name in rule["source"]), None)
-            if axes is not None:
-                columns = " hidden" if rule["source"].endswith("weight") else ""
-                rule |= {"axes": axes + columns, "split": "groups"}
-            line = f"  - {flow(rule)}"
+        of = next((name for name in decided if name in rule.get("source", "")), None)
+        if of is not None and of not in taken:
+            taken.add(of)
+            axes, split = decided[of]
+            source = re.sub("weight$|bias$", "{param}", rule["source"]) if "|" in axes else rule["source"]
+            line = f"  - {flow({'source': source, 'target': source, 'axes': axes, 'split': split})}"
         lines.append(line)
     file.write_text("\n".join(lines).replace("\nrules:", "  queries: heads // groups\n  k: 1\n  v: 1\n\nrules:"))
 
@@ -269,7 +274,9 @@ def test_keys_and_values_in_one_tensor_of_the_size_of_the_queries_are_asked_for(
     )
     made = drafted(renamed(rewritten(tmp_path / "src", change), FOREIGN), tmp_path / "x.yaml")
     assert any("several things of one rank" in text for _, text in made.decisions)
-    decide(tmp_path / "x.yaml", {"pack_kv": "((k + v) groups head_dim)"})
+    packed = ("((k + v) groups head_dim) | hidden", "groups")
+    mlp = {"m.l1": ("ffn hidden", "ffn"), "m.l3": ("ffn hidden", "ffn"), "m.l2": ("hidden ffn", "ffn")}
+    decide(tmp_path / "x.yaml", {"pack_kv": packed, "askers": ("(heads head_dim) | hidden", "heads"), **mlp})
     got = tensors(tmp_path / "x.yaml", tmp_path / "src")
     assert torch.equal(got["trunk.layers.0.sa.pack_kv.weight"], torch.cat([keys, values]))
 
