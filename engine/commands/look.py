@@ -109,7 +109,7 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
         check_file_free(given_path(png, "the picture"), options["overwrite"], is_picture)
     done = engine.api.view(mapping, src, out, **options)
     if png is not None:
-        screenshot(Path(done["out"]), Path(png), root=os.geteuid() == 0, overwrite=options["overwrite"])
+        screenshot(Path(done["out"]), Path(png), overwrite=options["overwrite"])
         done["png"] = png
     answer(as_json, done, lambda: f"wrote {visible(done['out'])}, {amount(done['bytes'])}")
 

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.explaining.describe import fold
+from engine.explaining.describe import fold, leaf
 from engine.language.documents import grouped
-from engine.language.names import is_number, numbers_in, without_numbers
+from engine.language.names import numbers_in, without_numbers
 
 if TYPE_CHECKING:
     from engine.comparing.tensors import Verdict
@@ -67,22 +67,12 @@ def _folded(names: Sequence[str]) -> str:
     return text
 
 
-def _leaf(name: str) -> str:
-    """The module that a parameter belongs to.
-
-    >>> _leaf("model.layers.3.mlp.up_proj.weight"), _leaf("norm")
-    ('up_proj', 'norm')
-    """
-    parts = [part for part in name.split(".") if not is_number(part)]
-    return parts[-2] if len(parts) > 1 else parts[-1]
-
-
 def _leaves(names: Sequence[str]) -> str:
     """
     >>> _leaves(["a.q.weight", "a.k.weight", "b.q.weight", "b.v.weight"])
     'q, k and v'
     """
-    *head, last = dict.fromkeys(_leaf(name) for name in names)
+    *head, last = dict.fromkeys(leaf(name) for name in names)
     return f"{', '.join(head)} and {last}" if head else last
 
 
@@ -121,7 +111,7 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
         other = verdict.other or ""
         back = swapped.get(other)
         if numbers_in(name) == numbers_in(other) and back is not None and back.other == name:
-            exchanged.setdefault(tuple(sorted((_leaf(name), _leaf(other)))), []).append(verdict)
+            exchanged.setdefault(tuple(sorted((leaf(name), leaf(other)))), []).append(verdict)
         elif verdict.kind == "swapped" and without_numbers(name) == without_numbers(other):
             at = next(
                 i for i, pair in enumerate(zip(numbers_in(name), numbers_in(other), strict=True)) if pair[0] != pair[1]
@@ -152,7 +142,7 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
         first = swapped[group_names[0]]
         what = "is a copy of" if first.kind == "copied" else "equals"
         more = _besides(first)
-        yield f"{_leaves(group_names)}{_layers(group_names)} {what} {_leaf(first.other or '')} of the reference" + (
+        yield f"{_leaves(group_names)}{_layers(group_names)} {what} {leaf(first.other or '')} of the reference" + (
             f"{_layers([swapped[name].other or '' for name in group_names])}{f', {more}' if more else ''}"
         )
 
@@ -196,7 +186,7 @@ def _others(verdicts: Sequence[Verdict]) -> Iterator[str]:
         if kind == "transposed" and all(v.note == "rows are columns" for v in group):
             yield f"{_leaves(names)}{_layers(names)} equal the reference after transposing"
             continue
-        if kind == "permuted" and all(_leaf(name) in _ROWS_OF_TOKENS for name in names):
+        if kind == "permuted" and all(leaf(name) in _ROWS_OF_TOKENS for name in names):
             means = "is the tokenizer's vocabulary the same?"
         note = _folded([v.note for v in group])
         what = note if note.startswith(kind) else f"{kind}, {note}"

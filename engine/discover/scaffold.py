@@ -122,8 +122,7 @@ def _release(request: Request) -> Attempted | None:
     if not fitting:
         return None
     reference, mapping, plan, question = fitting[0]
-    target = f"{mapping.architecture}"
-    body = block("description", f"{size_in_words(plan.sizes)}, to {target}")
+    body = block("description", f"{size_in_words(plan.sizes)}, to {mapping.architecture}")
     others = [r for r, m, _, _ in fitting[1:] if not (kind in mapping.model_types and kind not in m.model_types)]
     if others:
         verb = "fits" if len(others) == 1 else "fit"

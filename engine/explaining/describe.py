@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.language.documents import grouped
-from engine.language.names import pattern
+from engine.language.names import is_number, pattern
 from engine.planning.copies import Copy
 from engine.planning.model import Plan
 from engine.run.memory import predicted_memory
@@ -33,6 +33,16 @@ def folded(text: str, values: Sequence[Mapping[str, int]]) -> str:
     for placeholder in pattern(text).placeholders:
         text = text.replace(f"{{{placeholder}}}", f"{{{fold([v[placeholder] for v in values])}}}")
     return text
+
+
+def leaf(name: str) -> str:
+    """The module that a parameter belongs to.
+
+    >>> leaf("model.layers.3.mlp.up_proj.weight"), leaf("norm")
+    ('up_proj', 'norm')
+    """
+    parts = [part for part in name.split(".") if not is_number(part)]
+    return parts[-2] if len(parts) > 1 else parts[-1]
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Training's own forward pass, found by the name of the layout whose files a folder has.
 
-Another framework is a module here that offers what `Forward` lists, and a line in `FORWARDS`.
+Another framework is a module here, with a class `Forward` that has the methods and attributes of InternEvo's and with
+`SETTINGS`, and a line in `FORWARDS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import list_folder
 from engine.errors import EngineError, Place
@@ -19,53 +19,10 @@ from engine.planning.reading import read_checkpoint
 from engine.storage.local import LocalStore
 
 if TYPE_CHECKING:
-    import torch
+    from engine.oracle.internevo import Forward
 
-# Layout → the module with its `Forward`, and with `SETTINGS`: what a checkpoint may leave open → choices.
+# Layout → its module. `SETTINGS` are what a checkpoint may leave open, and the choices.
 FORWARDS = {"internevo": "engine.oracle.internevo"}
-
-
-class Forward(AbstractContextManager["Forward", None], Protocol):
-    """The layers of a training checkpoint as functions, in float32. Leaving the context closes its files.
-
-    Attributes:
-        layers: how many.
-        dtypes: the element types of its tensors.
-        head_dim: width of an attention head.
-        normalised: whether training divides the rows of the head by their length.
-    """
-
-    head_dim: int
-    normalised: bool
-
-    @property
-    def layers(self) -> int: ...
-
-    @property
-    def dtypes(self) -> frozenset[str]: ...
-
-    @property
-    def numbers(self) -> Mapping[str, Any]: ...  # what config.json must say, by its keys, dotted where they are nested
-
-    def vocab(self) -> int:
-        """Rows of the embedding."""
-        ...
-
-    def embedding(self, low: int, high: int) -> torch.Tensor:
-        """Rows low..high of the embedding [rows, hidden]."""
-        ...
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Tokens [sequence] → hidden states [sequence, hidden]."""
-        ...
-
-    def layer(self, number: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The steps of a layer by name, the last of them `out` [sequence, hidden]."""
-        ...
-
-    def head(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states → what the final norm gives, and the logits."""
-        ...
 
 
 def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:

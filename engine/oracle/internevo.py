@@ -36,6 +36,10 @@ class Forward:
     `attention_norm`, `q`, `k`, `v`, `mixed`, `o`, `mlp_norm`, `gate`, `up`, `gated`, `down`, `out`.
     Of q and k, elements of a head are in halves (all first elements of rotary pairs, then all second),
     as transformers has them, whichever way training stores them.
+
+    Attributes:
+        head_dim: width of an attention head.
+        normalised: whether training divides the rows of the head by their length.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from engine.oracle.frameworks import Forward, forward_of
+from engine.oracle.frameworks import forward_of
 from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
 from engine.oracle.meaning import plain_config
 from engine.oracle.streamed_model import StreamedModel
@@ -24,6 +24,8 @@ from engine.storage.json_text import as_data
 
 if TYPE_CHECKING:
     import torch
+
+    from engine.oracle.internevo import Forward
 
 # Both sides compute in float32 and differ by the order of sums only. A sum of thousands of products
 # is off by tens of units in the last place, and layers add up; a wrong tensor is off by the whole.

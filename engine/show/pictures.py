@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from engine.errors import span
+from engine.explaining.describe import leaf
 from engine.explaining.links import Lattice, Link, Spot, links, spots
 from engine.explaining.words import cut_sentence, index_texts, shard_words
 from engine.formats.headers import ITEM_SIZES
@@ -124,7 +125,7 @@ def _picture(plan: Plan, groups: Sequence[Group], outputs: Sequence[int]) -> Pic
                 number = len(found)
                 found.append(link)
                 shapes = shard.replicas[0].header.shape, plan.outputs[outputs[t]].shape
-                goes = _last_name(plan.outputs[outputs[t]].name) if len(outputs) > 1 else ""
+                goes = leaf(plan.outputs[outputs[t]].name) if len(outputs) > 1 else ""
                 comes = _label(groups, group, shard) if len(shards) > 1 else ""
                 drawn.append(Drawn(s, t, _text(link), goes, comes))
                 source_boxes[s] += _boxes(number, link.source, link, shapes[0])
@@ -165,17 +166,8 @@ def _label(groups: Sequence[Group], group: Group, shard: Shard) -> str:
     """What tells a shard from the others of its picture: `tp1`, or `w1 expert 3 tp1`."""
     told = [words] if (words := shard_words(group, shard)) else []
     if len(groups) > 1:
-        told = [_last_name(group.name), *(f"{a} {v}" for a, v in group.fixed.items() if a != "layer"), *told]
+        told = [leaf(group.name), *(f"{a} {v}" for a, v in group.fixed.items() if a != "layer"), *told]
     return " ".join(told)
-
-
-def _last_name(name: str) -> str:
-    """
-    >>> _last_name("model.layers.0.self_attn.q_proj.weight")
-    'q_proj'
-    """
-    parts = name.split(".")
-    return parts[-2] if len(parts) > 1 else name
 
 
 def _text(link: Link) -> str:

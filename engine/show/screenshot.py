@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
@@ -19,7 +20,7 @@ _FLAGS = (
 )  # fmt: skip
 _SECONDS = 60
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_ABOVE, _PER_FIGURE, _TALLEST = 2200, 520, 16_000  # pixels
+_WIDTH, _ABOVE, _PER_FIGURE, _TALLEST = 1200, 2200, 520, 16_000  # pixels
 
 
 def browser() -> str | None:
@@ -38,15 +39,14 @@ def _mark() -> bytes:
     return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
 
-def screenshot(page: Path, out: Path, *, width: int = 1200, root: bool = False, overwrite: bool = False) -> None:
-    """Draw an HTML file as a PNG so many pixels wide, and high enough for its figures.
+def screenshot(page: Path, out: Path, *, overwrite: bool = False) -> None:
+    """Draw an HTML file as a PNG, high enough for its figures.
 
     The browser gets a profile of its own, which is removed, and is asked for no network; the page
     itself loads nothing.
 
     Args:
         overwrite: replace a picture that was drawn before; no other file is.
-        root: whether the process runs as root, for which Chromium has no sandbox.
 
     Raises:
         EngineError: E001 when there is no browser, E403 when it draws nothing.
@@ -62,8 +62,8 @@ def screenshot(page: Path, out: Path, *, width: int = 1200, root: bool = False, 
     height = min(_TALLEST, _ABOVE + _PER_FIGURE * page.read_text("utf-8").count("<figure"))
     with tempfile.TemporaryDirectory() as profile:
         drawn = Path(profile) / "page.png"
-        command = [found, *_FLAGS, f"--user-data-dir={profile}/profile", f"--window-size={width},{height}"]
-        command += ["--no-sandbox"] if root else []
+        command = [found, *_FLAGS, f"--user-data-dir={profile}/profile", f"--window-size={_WIDTH},{height}"]
+        command += ["--no-sandbox"] if os.geteuid() == 0 else []  # of which root has none
         command += [f"--screenshot={drawn}", page.resolve().as_uri()]
         try:
             done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)

@@ -16,7 +16,8 @@ import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.formats.configs import read_pickled_mapping
-from engine.oracle.frameworks import Forward, forward_of
+from engine.oracle.frameworks import forward_of
+from engine.oracle.internevo import Forward
 from engine.oracle.load_model import fixed_tokens
 from engine.storage.local import local_file
 from tests.support.families import InternLM3, Llama, save_family
