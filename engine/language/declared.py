@@ -61,6 +61,7 @@ def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = Tru
         with errors.caught():
             _check_options(expression, mapping.options)
     targets = [target.name for rule in mapping.rules for target in rule.targets]
+    changed = [target.name for rule in mapping.rules if rule.transform is not None for target in rule.targets]
     axes = dict.fromkeys(mapping.dims)
     for rule in mapping.rules:
         own = rule.axes.names()
@@ -69,6 +70,14 @@ def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = Tru
             if axis not in own:
                 told = f"rule `{rule.name}` drops `{axis}`, which is not among its axes"
                 errors.found.append(undeclared(told, axis, own, document.place("rules", rule.name, "drop", axis)))
+        for axis in rule.zeros:
+            if axis not in rule.drop:
+                told = f"rule `{rule.name}` writes `{axis}` as zeros, which it does not drop"
+                place = document.place("rules", rule.name, "zeros")
+                errors.found.append(undeclared(told, axis, rule.drop, place))
+        stored = ["zeros"] * bool(rule.zeros and rule.transform)
+        stored += ["tied_to"] * bool(rule.tied_to is not None and (rule.transform or rule.tied_to in changed))
+        errors.found += [_unstored(rule.name, word, document.place("rules", rule.name, word)) for word in stored]
         if whole and rule.tied_to is not None and rule.tied_to not in targets:
             told = f"rule `{rule.name}` is tied to `{rule.tied_to}`, which no rule writes"
             errors.found.append(undeclared(told, rule.tied_to, targets, document.place("rules", rule.name, "tied_to")))
@@ -80,6 +89,16 @@ def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = Tru
         if axis not in axes:
             errors.found.append(undeclared(f"`{part}` names `{axis}`, which is no axis", axis, axes, at))
     errors.check()
+
+
+def _unstored(name: str, word: str, place: Place) -> EngineError:
+    return EngineError(
+        "E102",
+        f"rule `{name}` has `{word}`, which is about values as they are stored, and a `transform` changes them",
+        place=place,
+        expected="zeros that are written, and tensors that are tied, without `transform`",
+        fix="Write rules of their own for the two, under choices of a variant.",
+    )
 
 
 def _check_answers(variant: Variant, mapping: MappingFile, place: Place) -> Iterator[EngineError]:
