@@ -109,9 +109,10 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     holding = frozenset(above for known in deep for above in prefixes(known) if above != known)
     read = _read(once, side, "", noted, expressed, holding)
     for name, key in side.keys.items():
-        if (key.comes_with is None and key.default is None) or value_at(read, name) is not None:
+        there, beside = (read, once) if key.same_as is None else (config, config)  # another spelling, as it stands
+        if (key.comes_with is None and key.default is None) or value_at(there, name) is not None:
             continue
-        if expressed and key.comes_with is not None and value_at(once, key.comes_with) is not None:
+        if expressed and key.comes_with is not None and value_at(beside, key.comes_with) is not None:
             raise _missing(name, key, side)
         if key.default is not None:
             if expressed and not key.allows(key.default):
@@ -276,7 +277,7 @@ def _missing(path: str, key: Key, side: Side) -> EngineError:
         f"{spellings} is missing in {side.file}",
         place=Place(side.file),
         got=f"`{key.comes_with}` without it",
-        expected=f"both, as training writes them ({key.place})",
+        expected=f"both, as they are written together ({key.place})",
         fix="Copy the configuration that belongs to the weights again.",
     )
 

@@ -104,11 +104,22 @@ def test_a_llamas_class_does_not_read_the_keys_of_the_official_code(released: Pa
     assert caught.value.code == "E209" and "attention_bias" in caught.value.message
 
 
-def test_the_mixtures_code_does_not_read_rotary(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("told", "code", "named"),
+    [
+        ({"rotary": {"base": 5e5}}, "E209", "rotary.base"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "E218", "`rope_theta` is missing"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 5e5}, "", ""),
+    ],
+)
+def test_the_mixtures_code_reads_rope_theta_alone(told: dict[str, Any], code: str, named: str, tmp_path: Path) -> None:
     engine.convert("families/internlm-moe", FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     del config["rope_theta"], config["rope_parameters"]
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rotary": {"base": 5e5}}))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | told))
+    if not code:
+        assert api.plan_reverse("families/internlm-moe", tmp_path / "hf").config["rope_base"] == 5e5
+        return
     with pytest.raises(EngineError) as caught:
         api.plan_reverse("families/internlm-moe", tmp_path / "hf")
-    assert caught.value.code == "E209" and "rotary.base" in caught.value.message
+    assert caught.value.code == code and named in caught.value.message
