@@ -95,7 +95,7 @@ def verify(
         config: as for `convert`.
         settings: variants and options, as `--set` gives them.
         dtype: as for `convert`; default: what the manifest says, else `auto`.
-        sample: compare some blocks of each tensor only: a share like `5%`, or a number like `8`.
+        sample: compare some blocks of each tensor only: a share like `5%`.
         load: load the model with transformers, without remote code, and run a forward pass.
         logits: compare its forward pass, layer by layer, with one computed from the rank files of
             `src` the way training computes it. No mapping is used for it.

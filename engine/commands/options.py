@@ -257,7 +257,7 @@ VERIFYING = group(
     asks("src", src="The training checkpoint it was made from."),
     asks("mapping", "config", "settings", mapping="Compare tensors with what this mapping makes of --src."),
     asks("dtype", dtype="Element type it was written in.  [default: as in the manifest]"),
-    click.option("--sample", metavar="N|N%", help="Compare only N, or N%, of the blocks of each tensor."),
+    click.option("--sample", metavar="N%", help="Compare only a share of the blocks of each tensor."),
     click.option(
         "--load", is_flag=True, help="Load the model with transformers, without remote code, and run it once."
     ),

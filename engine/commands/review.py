@@ -26,11 +26,10 @@ _PATHS = "engine.diff.paths"
 @click.command()
 @asks("src")
 @click.option("--name", metavar="NAME", help="The mapping's name.  [default: the file's or the folder's]")
-@click.option("--like", metavar="FAMILY", help="The family or mapping to extend.  [default: the nearest]")
 @click.option("--out", "-o", metavar="FILE", help="The file to write.  [default: print it]")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @reports_errors
-def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str | None, overwrite: bool) -> None:
+def new(as_json: bool, /, src: str, name: str | None, out: str | None, overwrite: bool) -> None:
     """Draft a mapping for a checkpoint, from its headers.
 
     The draft has no lint errors. What a person must decide is marked `# decide:` in it.
@@ -39,7 +38,7 @@ def new(as_json: bool, /, src: str, name: str | None, like: str | None, out: str
     Example:
       engine new -s ckpt/20000 -o mappings/my-7b.yaml
     """
-    found = engine.api.new_mapping(src, name=name, like=like, out=out, overwrite=overwrite)
+    found = engine.api.new_mapping(src, name=name, out=out, overwrite=overwrite)
     if as_json:
         answer(True, {"file": out, **found.as_dict()}, str)
         return

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
+from math import ceil
 
 import numpy as np
 
@@ -29,42 +30,17 @@ LISTED = 50  # differing tensors that are listed one by one
 _BLOCK = 1 << 18  # elements
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """How many blocks of each tensor to compare: a share of them, or a number. Never none."""
+def parse_sample(text: str) -> float:
+    """The value of `--sample` as a share of a tensor's blocks; E001 when it is none.
 
-    share: float = 1.0
-    count: int | None = None
-
-    @property
-    def full(self) -> bool:
-        return self.count is None and self.share >= 1
-
-    def of(self, blocks: int) -> int:
-        wanted = -(-blocks * self.share // 1) if self.count is None else self.count
-        return min(max(int(wanted), 1), blocks)
-
-    def __str__(self) -> str:
-        return f"{self.share * 100:g}% of the blocks" if self.count is None else f"{self.count} blocks of each tensor"
-
-
-def parse_sample(text: str) -> Sample:
-    """The value of `--sample`; E001 when it is neither a share nor a number of blocks.
-
-    >>> parse_sample("5%"), parse_sample("8")
-    (Sample(share=0.05, count=None), Sample(share=1.0, count=8))
+    >>> parse_sample("5%")
+    0.05
     """
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%?)", text.strip())
-    number = float(found[1]) if found else 0.0
-    if found and found[2] and 0 < number <= 100:
-        return Sample(share=number / 100)
-    if found and not found[2] and number >= 1 and number == int(number):
-        return Sample(count=int(number))
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%", text.strip())
+    if found and 0 < float(found[1]) <= 100:
+        return float(found[1]) / 100
     raise EngineError(
-        "E001",
-        f"`{text}` is not a sample",
-        expected="a share of the blocks up to 100%, or how many of each tensor",
-        fix="Write it like 5% or 8.",
+        "E001", f"`{text}` is not a sample", expected="a share of the blocks up to 100%", fix="Write it like 5%."
     )
 
 
@@ -117,16 +93,16 @@ class AgainstSource:
         return f"{self.tensors} tensors against the source ({self.sample or 'every element'}): {told}"
 
 
-def source_bytes(plan: Plan, sample: Sample) -> int:
+def source_bytes(plan: Plan, sample: float) -> int:
     """What `verify_source` will advance by."""
-    return plan.nbytes + (replica_bytes(plan) if sample.full else 0)
+    return plan.nbytes + (replica_bytes(plan) if sample == 1 else 0)
 
 
-def verify_source(plan: Plan, folder: Store, sample: Sample, advance: Callable[[int], None]) -> AgainstSource:
+def verify_source(plan: Plan, folder: Store, sample: float, advance: Callable[[int], None]) -> AgainstSource:
     """Compare every tensor of an output with what the plan makes of the source now.
 
     Args:
-        sample: which blocks to compare. All of them means replicas are compared too.
+        sample: which share of each tensor's blocks to compare. With all of them replicas are compared too.
         advance: called with bytes, `source_bytes` in all.
 
     Raises:
@@ -136,7 +112,7 @@ def verify_source(plan: Plan, folder: Store, sample: Sample, advance: Callable[[
     held = {tensor.name: file.name for file in files for tensor in file.tensors}
     differing: list[Differing] = []
     more = nbytes = 0
-    if sample.full:
+    if sample == 1:
         compare_replicas(plan, advance)
     with Tensors(files, plan) as tensors:
         written, made = tensors.sides
@@ -157,7 +133,7 @@ def verify_source(plan: Plan, folder: Store, sample: Sample, advance: Callable[[
             if told is not None:
                 differing, more = ([*differing, told], more) if len(differing) < LISTED else (differing, more + 1)
             advance(output.nbytes)
-    compared = None if sample.full else str(sample)
+    compared = None if sample == 1 else f"{sample * 100:g}% of the blocks"
     return AgainstSource(len(plan.outputs), nbytes, compared, tuple(differing), more, tuple(held))
 
 
@@ -185,16 +161,16 @@ def _fills(copy: Copy, at: int) -> bool:
     return rest == 0
 
 
-def _chosen(output: Output, sample: Sample) -> list[Box]:
+def _chosen(output: Output, sample: float) -> list[Box]:
     """The blocks to compare: all, or one from each of as many stretches of equal length.
 
     Which one of a stretch depends on the tensor's name alone, so a sample is the same each time and
     another one in the next layer.
     """
     blocks = list(tiles(output.shape, [dense_strides(output.shape)], _BLOCK))
-    if sample.full or not blocks:
+    if sample == 1 or not blocks:
         return blocks
-    parts = sample.of(len(blocks))
+    parts = ceil(len(blocks) * sample)
     chosen: list[Box] = []
     for low, high in pairwise(len(blocks) * i // parts for i in range(parts + 1)):
         digest = hashlib.sha256(f"{output.name}\0{low}".encode()).digest()

@@ -12,8 +12,7 @@ from engine.discover.scaffold import Request, Scaffold, draft
 from engine.discover.steps import read_any
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
-from engine.language.model import MappingFile
-from engine.language.search import bundled, find_file, list_names
+from engine.language.search import bundled, list_names
 from engine.planning.given import check_type
 from engine.storage.replacing import check_file_free, given_path, write_file
 from engine.storage.store import write_error
@@ -26,7 +25,6 @@ def new_mapping(
     src: str | Path = ".",
     *,
     name: str | None = None,
-    like: str | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> Scaffold:
@@ -40,7 +38,6 @@ def new_mapping(
 
     Args:
         name: the mapping's; default: that of the file or of the folder.
-        like: the family to extend, by name or path; default: the nearest bundled one.
         out: the file to write; without it the text is only returned.
         overwrite: replace a file that exists.
 
@@ -48,16 +45,13 @@ def new_mapping(
         EngineError: E401 when the file exists; E2xx and E3xx for what cannot be read.
     """
     check_type("name", name, str | None)
-    check_type("like", like, str | Path | None)
     file = None if out is None else given_path(out, "the mapping")
     if file is not None:
         check_file_free(file, overwrite, is_draft)
     called = _name(name, file, Path(str(src)))
-    families = _families(like, file)
-    only = families[0][1].layout if like is not None else None
-    layout, checkpoint = read_any(src, [] if only is None else [only], needed=True)
-    paths = {} if like is None else {families[0][0]: find_file(like)}
-    made = draft(Request(checkpoint, layout, families, called, _schema(file), like is not None, paths))
+    families = [(name, load_mapping(name)) for name in list_names() if name.startswith("families/")]
+    layout, checkpoint = read_any(src, needed=True)
+    made = draft(Request(checkpoint, layout, families, called, _schema(file)))
     made = replace(made, text=_signed(made.text))
     if file is not None:
         try:
@@ -66,18 +60,6 @@ def new_mapping(
             raise write_error(file, error, "there") from error
         write_file(file, made.text.encode(), overwrite=overwrite, ours=is_draft)
     return made
-
-
-def _families(like: str | None, out: Path | None) -> list[tuple[str, MappingFile]]:
-    """Families with the name that a file says `extends` to."""
-    if like is None:
-        return [(name, load_mapping(name)) for name in list_names() if name.startswith("families/")]
-    path = find_file(like)
-    root = bundled("mappings").resolve()
-    if path.resolve().is_relative_to(root):
-        return [(path.resolve().relative_to(root).as_posix(), load_mapping(like))]
-    beside = Path.cwd() if out is None else out.parent
-    return [(Path(os.path.relpath(path, beside)).as_posix(), load_mapping(like))]
 
 
 def _name(given: str | None, out: Path | None, src: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,6 @@ class Request:
     families: Sequence[tuple[str, MappingFile]]
     name: str
     schema: str | None = None  # where the schema lies as seen from the file
-    forced: bool = False  # the user named the family
-    paths: Mapping[str, Path] = field(default_factory=dict)  # where it lies, if it is no bundled one
 
 
 def draft(request: Request) -> Scaffold:
@@ -146,7 +144,7 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
         for reference, mapping in named or ordered
     ]
     best = max(compared, key=lambda near: near.share(), default=None)
-    if best is None or best.share() < (0.01 if request.forced else _ENOUGH):
+    if best is None or best.share() < _ENOUGH:
         return None
     drop_contested(best, [other for other in compared if other is not best])
     rules, other = overrides(best)
@@ -195,9 +193,6 @@ def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Pla
     """Lint the draft, then plan with it: None, or the first thing that keeps a run from starting."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "draft.yaml"
-        for reference, parent in request.paths.items():
-            line = f"extends: {flow(reference)}\n"
-            text = text.replace(line, f"extends: {flow(str(parent.resolve()))}\n", 1)
         path.write_text(text, encoding="utf-8")
         findings = [one for one in lint_file(str(path)) if one.code not in DECIDED_LATER]
         if findings:

@@ -166,7 +166,6 @@ def commands(made: Path, tmp_path: Path) -> Iterator[tuple[tuple[object, ...], s
     for option in ("--from", "--"):
         yield ("explain", *planned), option
     yield ("new", "-s", made / "step"), "--name"
-    yield ("new", "-s", made / "step"), "--like"
     yield ("run", *out), "--plan"
     for command in ("inspect", "compare", "diff", "show", "lint", "prove", "format", "clean"):
         yield (command,), ""

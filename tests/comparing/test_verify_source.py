@@ -186,7 +186,7 @@ def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: 
     assert "more tensors differ from the source" in verify(both).output
 
 
-@pytest.mark.parametrize(("sample", "read"), [("10%", 4), ("3", 3), ("100%", 32), ("0.1%", 1), ("99", 32)])
+@pytest.mark.parametrize(("sample", "read"), [("10%", 4), ("9%", 3), ("100%", 32), ("0.1%", 1), ("99%", 32)])
 def test_a_sample_reads_some_blocks_of_each_tensor_the_same_each_time(
     sample: str, read: int, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +210,7 @@ def test_a_sample_reads_some_blocks_of_each_tensor_the_same_each_time(
     assert all(len(seen) == 3 for seen in thirds)  # spread over the tensor
 
 
-@pytest.mark.parametrize("text", ["0", "0%", "101%", "1.5", "-1", "many", "", "5 %%"])
+@pytest.mark.parametrize("text", ["0", "0%", "101%", "8", "-1", "many", "", "5 %%"])
 def test_a_sample_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(EngineError) as caught:
         parse_sample(text)
