@@ -9,8 +9,7 @@ from itertools import combinations
 from engine.language.axes import Axes, Axis, Node, Product, Sum, parse_axes
 from engine.language.documents import plain
 from engine.language.model import MappingFile
-from engine.proving.edits import Change, Data, Key, get, misspelt, put, texts, without
-from engine.proving.value_mutants import of_values
+from engine.proving.value_mutants import Change, Data, Key, get, misspelt, of_values, put, texts, without
 
 
 def mutants_of(mapping: MappingFile) -> Iterator[Change]:

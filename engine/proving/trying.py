@@ -17,11 +17,11 @@ from engine.language.mapping_file import build_mapping
 from engine.language.model import MappingFile
 from engine.language.validation import check_schema
 from engine.proving.committed import GONE, committed, differences, read_meaning
-from engine.proving.edits import Change, Data
 from engine.proving.lint import lint
 from engine.proving.meaning import Path, facts_of, meaning_of
 from engine.proving.mutants import mutants_of
 from engine.proving.proof import Failure, Mutant
+from engine.proving.value_mutants import Change, Data
 
 LOADING, LINT = "loading", "lint"
 _ROWS = ("reading", "writing")  # whose facts stand each for itself
