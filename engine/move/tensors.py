@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 
 import numpy as np
@@ -39,7 +40,7 @@ def common_types(one: str, two: str) -> tuple[str, ...]:
     return (min(one, two, key=_FLOATS.index),)
 
 
-class Tensors:
+class Tensors(AbstractContextManager["Tensors"]):
     """The tensors of some checkpoints, each its files or what a plan makes of others, read in tiles.
 
     Not shared between threads. Used as a context: leaving it closes the files.
@@ -59,9 +60,6 @@ class Tensors:
                 views[name] = View(len(self._readers), dtype, shape, strides)
                 self._readers.append((readers, number))
             self.sides.append(views)
-
-    def __enter__(self) -> Tensors:
-        return self
 
     def __exit__(self, *details: object) -> None:
         for files in self._files:

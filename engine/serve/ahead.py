@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from engine.storage.virtual import VirtualFile
@@ -25,7 +26,7 @@ class _Window:
     users: int = 0
 
 
-class Ahead:
+class Ahead(AbstractContextManager["Ahead"]):
     """Reads files for many threads. A context manager."""
 
     def __init__(self) -> None:
@@ -33,9 +34,6 @@ class Ahead:
         self._lock = threading.Lock()
         self._windows: OrderedDict[tuple[str, int], _Window] = OrderedDict()
         self._ends: dict[str, tuple[int, int]] = {}  # of each file: where the last read ended, and how many in order
-
-    def __enter__(self) -> Ahead:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -20,6 +20,12 @@ T = TypeVar("T")
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt
 _GIVEN_BACK = 1 << 20  # bytes: more than a block, which would have its pages cleared for each
 _REQUESTS = 16  # at the same time
+_CUT_OFF = (
+    "kind: Body",
+    "kind: Decode",
+    "IncompleteMessage",
+    "UnexpectedEof",
+)  # of errors
 _TRIES = 4  # of a request whose answer was cut off; obstore itself tries again what failed before
 _CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
 
@@ -41,15 +47,11 @@ def asked(place: str, ask: Callable[[], T]) -> T:
             raise FileNotFoundError(str(error)) from error
         except known.BaseError as error:
             told = str(error)
-            if left and _cut_off(told):
+            if left and any(word in told for word in _CUT_OFF):
                 time.sleep(0.2 * 2 ** (_TRIES - left))
                 continue
             raise refused(place, told) from error
     raise AssertionError("unreachable")
-
-
-def _cut_off(told: str) -> bool:
-    return any(word in told for word in ("kind: Body", "kind: Decode", "IncompleteMessage", "UnexpectedEof"))
 
 
 def refused(place: str, told: str, *, writing: bool = False) -> EngineError:

@@ -9,15 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.storage.coalesce import Range
 from engine.storage.regular import FileState, check_regular, open_regular
 from engine.storage.sinks import SinkFiles, after
 from engine.storage.store import (
-    Fetched,
     File,
     OpenFile,
     Ranges,
     State,
+    Store,
     check_state,
     ends_early,
     unreadable,
@@ -26,12 +25,11 @@ from engine.storage.store import (
 
 
 @dataclass(frozen=True, slots=True)
-class LocalStore:
+class LocalStore(Store):
     """A folder of this machine, to read and to write."""
 
     path: Path
     positioned = True
-    block = 0
 
     @property
     def folder(self) -> Path:
@@ -39,9 +37,6 @@ class LocalStore:
 
     def place(self, name: str = "") -> str:
         return str(self.path / name)
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     def entries(self, inside: str = "") -> Mapping[str, State | None]:
         found: dict[str, State | None] = {}
@@ -106,13 +101,14 @@ class LocalStore:
             raise write_error(path, error) from error
 
 
-class LocalRanges:
+class LocalRanges(Ranges):
     """An open file, read by preadv into the caller's buffers."""
 
     __slots__ = ("_path", "descriptor")
 
     def __init__(self, descriptor: int, path: Path) -> None:
-        self.descriptor, self._path = descriptor, path
+        self.descriptor: int = descriptor
+        self._path = path
 
     def read_into(self, offset: int, parts: Sequence[memoryview]) -> None:
         nbytes = sum(map(len, parts))
@@ -125,12 +121,6 @@ class LocalRanges:
                 got += more
         except OSError as error:
             raise unreadable(str(self._path), error.strerror or str(error)) from error
-
-    def fetch(self, ranges: Sequence[Range]) -> Fetched:
-        return ()
-
-    def hold(self, fetched: Fetched) -> None:
-        pass
 
     def close(self) -> None:
         os.close(self.descriptor)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from engine.storage.client import requests
 from engine.storage.coalesce import Range, split
-from engine.storage.store import Fetched
+from engine.storage.store import Fetched, Ranges
 
 ENDS = 128 << 10  # bytes at either end of a file, which hold the headers of most
 _LARGEST = 8 << 20  # bytes of a request
@@ -46,10 +46,8 @@ class ObjectBytes:
         return found
 
 
-class ObjectRanges:
+class ObjectRanges(Ranges):
     """An object read by position, of which some bytes may have been fetched before. Belongs to one thread."""
-
-    descriptor = None
 
     def __init__(self, get: Get, size: int) -> None:
         self._get, self._size = get, size

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -15,7 +14,17 @@ from engine.errors import EngineError, Place
 from engine.storage.client import T, asked, client_of, library, refused, requests
 from engine.storage.coalesce import WINDOW
 from engine.storage.object_files import ObjectBytes, ObjectRanges
-from engine.storage.store import OpenFile, Positioned, Ranges, State, check_state, ends_early, has_changed, unreadable
+from engine.storage.store import (
+    OpenFile,
+    Positioned,
+    Ranges,
+    State,
+    Store,
+    check_state,
+    ends_early,
+    has_changed,
+    unreadable,
+)
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 LOCK = ".engine-lock"  # the object that a run has at its output while it writes; no listing shows it
@@ -54,7 +63,7 @@ class ObjectState:
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectStore:
+class ObjectStore(Store):
     """Objects whose names begin with a prefix, or files below a URL.
 
     Attributes:
@@ -66,10 +75,6 @@ class ObjectStore:
     options: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     block: int = WINDOW
     _listed: dict[str, dict[str, State]] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def folder(self) -> Path | None:
-        return None
 
     @property
     def client(self) -> Any:
@@ -85,9 +90,6 @@ class ObjectStore:
             parts = urlsplit(self.url)
             shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
         return f"{shown.rstrip('/')}/{name}" if name else shown
-
-    def __str__(self) -> str:
-        return self.place()
 
     def entries(self, inside: str = "") -> Mapping[str, State | None]:
         below = f"{inside}/" if inside else ""

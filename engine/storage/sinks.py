@@ -11,6 +11,8 @@ from pathlib import Path
 
 from isal import isal_zlib
 
+from engine.storage.store import Sinks
+
 _OPEN_FILES = 128
 
 
@@ -55,15 +57,12 @@ class Checksum:
         return self.value
 
 
-class SinkFiles:
+class SinkFiles(Sinks):
     """Files being written, opened when first needed. Not shared between threads."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self._open: OrderedDict[int, int] = OrderedDict()
-
-    def __enter__(self) -> SinkFiles:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for descriptor in self._open.values():
@@ -122,9 +121,6 @@ class SinkFiles:
             yield buffer[:count]
             offset += count
             nbytes -= count
-
-    def whole(self, file: int, size: int) -> bool:
-        return False
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
         """Have the system move bytes from another open file, on some file systems by sharing them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 from engine.language.documents import grouped
@@ -26,7 +27,7 @@ class IndexedFile(Protocol):
     def state(self) -> State | None: ...
 
 
-class SourceFiles:
+class SourceFiles(AbstractContextManager["SourceFiles"]):
     """The files of one plan. Not shared between threads."""
 
     def __init__(self, files: Sequence[IndexedFile], users: int = 1) -> None:
@@ -35,9 +36,6 @@ class SourceFiles:
         self._open: OrderedDict[int, Ranges] = OrderedDict()
         self._block = share(max((header.file.store.block for header in files), default=0), users)
         self._holding: set[int] = set()
-
-    def __enter__(self) -> SourceFiles:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for one in self._open.values():

@@ -80,23 +80,30 @@ class OpenFile(io.BufferedReader):
 class Ranges(Protocol):
     """A file whose bytes are read by position. Belongs to one thread."""
 
-    @property
-    def descriptor(self) -> int | None: ...  # of a file of this machine
+    descriptor: int | None = None  # of a file of this machine
 
     def read_into(self, offset: int, parts: Sequence[memoryview]) -> None:
         """Fill buffers one after the other; E301 when the file ends before, E305 when it cannot be read."""
 
     def fetch(self, ranges: Sequence[Range]) -> Fetched:
         """Begin to fetch bytes that will be read soon; what `hold` takes. Nothing where reading costs no request."""
+        return ()
 
     def hold(self, fetched: Fetched) -> None:
         """Have these bytes at hand, and none that were held before; waits for them."""
+        return None
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Read no more of it."""
+        return None
 
 
 class Sinks(AbstractContextManager["Sinks"], Protocol):
     """Files being written, by number. Not shared between threads."""
+
+    def __exit__(self, *_: object) -> None:
+        """Write no more to them."""
+        return None
 
     def create(self, file: int, size: int) -> None:
         """Begin a file of so many bytes."""
@@ -109,25 +116,33 @@ class Sinks(AbstractContextManager["Sinks"], Protocol):
 
     def whole(self, file: int, size: int) -> bool:
         """Whether an interrupted run of the same work left a file of so many bytes whole, where files are not parts."""
+        return False
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
         """Have the system move bytes from an open descriptor; how many it moved, 0 where it cannot."""
+        return 0
 
     def complete(self, file: int) -> None:
         """A file is written in full."""
 
     def sync(self, file: int) -> None:
         """Bring a file to stable storage."""
+        return None
 
 
 class Store(Protocol):
     """A folder, wherever it lies. Plain data: it can be pickled, and opens what it needs when it is asked."""
 
-    @property
-    def folder(self) -> Path | None: ...  # of this machine, if it is one
+    def __str__(self) -> str:
+        return self.place()
 
     @property
-    def block(self) -> int: ...  # bytes that are worth reading ahead at once; 0 where reading costs no request
+    def folder(self) -> Path | None:  # of this machine, if it is one
+        return None
+
+    @property
+    def block(self) -> int:  # bytes that are worth reading ahead at once; 0 where reading costs no request
+        return 0
 
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
@@ -137,6 +152,7 @@ class Store(Protocol):
 
     def names(self, inside: str = "") -> list[str]:
         """What lies directly in it, or in a folder inside, sorted; OSError when it cannot be listed."""
+        return sorted(self.entries(inside))
 
     def inside(self, name: str) -> Store:
         """A folder in it, as a store."""

@@ -15,6 +15,7 @@ from engine.storage.coalesce import WINDOW, share
 from engine.storage.in_order import InOrder, at_once, buffer_of
 from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
+from engine.storage.store import Sinks
 
 _BLOCK = 4 << 20  # bytes of what is read again at once
 
@@ -137,17 +138,11 @@ class Upload:
             writer.abort()
 
 
-class UploadSinks:
+class UploadSinks(Sinks):
     """The files of an upload, by number."""
 
     def __init__(self, upload: Upload, names: Sequence[str], window: int) -> None:
         self._upload, self._names, self._window = upload, names, window
-
-    def __enter__(self) -> UploadSinks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def create(self, file: int, size: int) -> None:
         self._upload.begin(self._names[file], size, self._window)
@@ -161,11 +156,5 @@ class UploadSinks:
     def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
         return self._upload.read(self._names[file], offset, nbytes)
 
-    def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
-        return 0
-
     def complete(self, file: int) -> None:
         self._upload.writers[self._names[file]].flush()
-
-    def sync(self, file: int) -> None:
-        pass

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from io import BufferedReader
-from pathlib import Path
 from typing import Any
 
-from engine.storage.coalesce import Range
-from engine.storage.store import Fetched, OpenFile, Positioned, Ranges, State, check_state, ends_early, unreadable
+from engine.storage.store import OpenFile, Positioned, Ranges, State, Store, check_state, ends_early, unreadable
 
 _BUFFER = 1 << 20  # bytes
 Fill = Callable[[int, memoryview], None]  # takes a byte offset in the stretch and a buffer to fill
@@ -121,7 +119,7 @@ class VirtualState:
 
 
 @dataclass(frozen=True, slots=True)
-class VirtualStore:
+class VirtualStore(Store):
     """A read-only store of virtual files; stores of one name are equal.
 
     Attributes:
@@ -130,11 +128,6 @@ class VirtualStore:
 
     name: str
     files: Mapping[str, VirtualFile] = field(default_factory=dict, compare=False, repr=False)
-    folder: Path | None = None
-    block: int = 0
-
-    def __str__(self) -> str:
-        return self.name
 
     def place(self, name: str = "") -> str:
         return f"{self.name}/{name}" if name else self.name
@@ -147,9 +140,6 @@ class VirtualStore:
                 name, deeper, _ = path[len(below) :].partition("/")
                 found[name] = None if deeper else VirtualState.of(file)
         return found
-
-    def names(self, inside: str = "") -> list[str]:
-        return sorted(self.entries(inside))
 
     def inside(self, name: str) -> VirtualStore:
         files = {path[len(name) + 1 :]: file for path, file in self.files.items() if path.startswith(f"{name}/")}
@@ -176,9 +166,7 @@ class VirtualStore:
         return self.files[name]
 
 
-class _Ranges:
-    descriptor = None
-
+class _Ranges(Ranges):
     def __init__(self, file: VirtualFile) -> None:
         self._file = file
 
@@ -188,15 +176,6 @@ class _Ranges:
                 raise ends_early(self._file.name, self._file.size, offset + len(part))
             self._file.read_into(offset, part)
             offset += len(part)
-
-    def fetch(self, ranges: Sequence[Range]) -> Fetched:
-        return ()
-
-    def hold(self, fetched: Fetched) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def memory_store(name: str, files: Mapping[str, bytes | bytearray]) -> VirtualStore:
