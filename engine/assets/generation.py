@@ -29,7 +29,8 @@ def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> byt
     for key in TOKENS:
         value = settings.get(key)
         for token in value if isinstance(value, list | tuple) else [value]:
-            if token is not None and not _is_row(token, size):
+            known = type(token) is int and token >= 0 and (size is None or token < size)
+            if token is not None and not known:
                 raise EngineError(
                     "E502",
                     f"`{key}` of the generation settings is not a token of this model",
@@ -58,7 +59,3 @@ def within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, A
     return kept, [
         f"token ids {told} of the mapping's generation settings are beyond the vocabulary of {rows}; left out"
     ]
-
-
-def _is_row(token: object, size: int | None) -> bool:
-    return isinstance(token, int) and not isinstance(token, bool) and token >= 0 and (size is None or token < size)

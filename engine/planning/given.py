@@ -86,10 +86,16 @@ def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
     return dict(ranks or {})
 
 
-def check_types(options: Mapping[str, Any], takes: type) -> None:
-    """E001 for a value of another type than a keyword takes; what has a parser of its own is left to that."""
+def check_keywords(options: Mapping[str, Any], takes: type) -> None:
+    """TypeError for a keyword that is none of those a function takes, E001 for a value of another type.
+
+    What has a parser of its own is left to that.
+    """
     hints = get_type_hints(takes)
     for name, value in options.items():
+        if name not in hints:
+            near = get_close_matches(name, hints, 1)
+            raise TypeError(f"there is no option `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
         if value is not None and name not in _PARSED:
             check_type(name, value, hints[name], _WANTED.get(name))
 

@@ -127,7 +127,7 @@ def with_configuration(
 ) -> tuple[OutputFile, ...]:
     """The weight files with the configuration in each, where that is its place."""
     place = _inside(destination.layout, destination.mode)
-    return tuple(shards) if place is None else tuple(replace(one, around=_held(place, config)) for one in shards)
+    return tuple(shards) if place is None else tuple(replace(one, around=around_of(place, config)) for one in shards)
 
 
 def around_data(plan: Plan) -> Any:
@@ -136,18 +136,13 @@ def around_data(plan: Plan) -> Any:
     return None if place is None else [plan.layout.configs.index(place), dict(plan.config)]
 
 
-def around_of(layout: Layout, place: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`OutputFile.around` by its `around_data`."""
-    return _held(layout.configs[place], config)
-
-
 def _inside(layout: Layout, mode: Mode) -> ConfigFile | None:
     """The place of the configuration that is in the mode's weight files."""
     first = pattern(mode.files[0].name)
     return next((place for place in layout.configs if first.match(place.file) is not None), None)
 
 
-def _held(place: ConfigFile, config: Mapping[str, Any]) -> dict[str, Any]:
+def around_of(place: ConfigFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it stands in its file: under its key, what stands beside it apart."""
     values = {key: value for key, value in config.items() if key not in place.beside}
     made: Any = Made(Global("argparse", "Namespace"), with_dtypes(values)) if place.kind == "namespace" else values
@@ -163,7 +158,7 @@ def small_files(
     layout = destination.layout
     found: dict[str, tuple[str, Any]] = {}
     if _inside(layout, destination.mode) is None:
-        found[layout.config_file] = (layout.config_format, _held(layout.configs[0], config))
+        found[layout.config_file] = (layout.config_format, around_of(layout.configs[0], config))
     if layout.training_file is not None and layout.training_write:
         found[layout.training_file] = ("python_source", training_text(destination))
     for beside in destination.mode.beside:

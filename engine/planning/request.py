@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from engine.errors import EngineError
 from engine.planning import DEFAULT_SHARD_SIZE
-from engine.planning.given import check_types, dtype_name, parse_size, ranks_given
+from engine.planning.given import check_keywords, dtype_name, parse_size, ranks_given
 from engine.storage.places import Source
 
 if TYPE_CHECKING:
@@ -221,12 +220,3 @@ def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[
 def own(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """Those of some keywords that are fields of a dataclass."""
     return {one.name: options[one.name] for one in fields(kind) if one.name in options}
-
-
-def check_keywords(options: Mapping[str, Any], takes: type) -> None:
-    """TypeError for a keyword that is none of those a function takes, E001 for a value of another type."""
-    for name in options:
-        if name not in takes.__annotations__:
-            near = get_close_matches(name, takes.__annotations__, 1)
-            raise TypeError(f"there is no option `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
-    check_types(options, takes)

@@ -283,7 +283,10 @@ def saved_work(
     def nothing(index: int) -> list[Copy]:
         raise LookupError(index)
 
-    around = around_of(layout, *data["around"]) if "around" in data else None
+    around = None
+    if "around" in data:
+        place, config = data["around"]
+        around = around_of(layout.configs[place], config)
     shards = tuple(OutputFile(name, kind, tuple(held), around) for name, kind, held in data["files"])
     outline = Work(
         folder=folder,

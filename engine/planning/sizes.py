@@ -84,19 +84,17 @@ def solve(groups: Sequence[Group], known: Mapping[str, Fact], files: Sequence[Ra
     state = Sizes(dict(known))
     pending = list(distinct.values())
     while pending:
-        left = [group for group in pending if not _settled(_Look(group, state, files))]
+        left: list[Group] = []
+        for group in pending:
+            try:
+                if not _Look(group, state, files).learn():
+                    left.append(group)
+            except _Contradicts as contradicts:
+                state.contradictions.append(contradicts.found)
         if len(left) == len(pending):
             break
         pending = left
     return state
-
-
-def _settled(look: _Look) -> bool:
-    try:
-        return look.learn()
-    except _Contradicts as contradicts:
-        look.state.contradictions.append(contradicts.found)
-        return True
 
 
 def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from engine.errors import EngineError
-from engine.planning.given import parse_size
-from engine.planning.request import ReshardOptions, ReverseOptions, WholeOptions, check_keywords, option, own
+from engine.planning.given import check_keywords, parse_size
+from engine.planning.request import ReshardOptions, ReverseOptions, WholeOptions, option, own
 from engine.run.meter import Progress
 
 
