@@ -39,8 +39,8 @@ from engine.proving.own import checked
 from engine.run.execute import Small
 from engine.run.schedule import scattered_outputs
 from engine.show.notebook import displayed
+from engine.storage.local import open_regular
 from engine.storage.places import Source, followed, found_at
-from engine.storage.regular import open_regular
 from engine.storage.replacing import check_file_free, given_path, write_file
 from engine.storage.store import File
 

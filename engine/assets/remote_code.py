@@ -16,7 +16,7 @@ from engine.errors import EngineError, Place
 from engine.formats.python_source import parsed
 from engine.language.expressions import render_tree
 from engine.planning.model import Plan
-from engine.storage.regular import open_regular
+from engine.storage.local import open_regular
 
 PATTERNS = ("configuration_*.py", "modeling_*.py")
 _MOST = 4 << 20  # bytes of one file

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.storage.regular import open_regular
+from engine.storage.local import open_regular
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # what a piece is
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}

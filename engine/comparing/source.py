@@ -21,7 +21,7 @@ from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.move.tensors import Tensors
 from engine.move.views import Box, View, tiles
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 from engine.planning.model import Output, Plan
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.storage.store import Store

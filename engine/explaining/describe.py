@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.language.documents import grouped
 from engine.language.names import is_number, pattern
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 from engine.planning.model import Plan
 from engine.run.memory import predicted_memory
 

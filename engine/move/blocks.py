@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from engine.formats.headers import ITEM_SIZES
 from engine.move.runs import span
-from engine.planning.copies import Copy, clip, row
+from engine.planning.boxes import Copy, clip, row
 from engine.planning.model import Output
 
 BLOCK_BYTES = 512 * 1024

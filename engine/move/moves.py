@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.move.blocks import Block
 from engine.move.runs import MOST_SPAN, dense_parts, rows, span, straight
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from engine.move.gather import Gatherer
 from engine.move.runs import long_rows
 from engine.move.values import Converter, check_transform
 from engine.move.windows import needed, windows
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 from engine.planning.model import Output, Work
 from engine.storage.sources import SourceFiles
 

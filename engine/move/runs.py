@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 
 READ_THROUGH = 8 * 1024  # bytes: gaps smaller than this are read, not skipped
 MOST_SPAN = 4 << 20  # bytes of a run with gaps: what the scratch buffer may grow to

@@ -14,7 +14,7 @@ from engine.move.gather import Gatherer
 from engine.move.reader import Reader
 from engine.move.values import elements, float_type
 from engine.move.views import Box, View, tiles
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 from engine.planning.model import Work
 from engine.planning.stored import SourceTensor
 from engine.storage.sources import SourceFiles

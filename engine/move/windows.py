@@ -9,7 +9,7 @@ from engine.formats.headers import ITEM_SIZES
 from engine.language.documents import grouped
 from engine.move.blocks import Block, output_blocks
 from engine.move.runs import MOST_SPAN, dense_parts, span
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 from engine.planning.model import Work
 from engine.storage.coalesce import GAP, Range
 

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from engine.errors import EngineError, Place, shape_text
 from engine.formats.headers import FLOATS
-from engine.planning.boxes import Part
-from engine.planning.copies import Copy, intersect
+from engine.planning.boxes import Copy, Part, intersect
 from engine.planning.groups import Group, GroupKey
 from engine.planning.sides import Side
 from engine.planning.stored import Stored

@@ -12,8 +12,8 @@ from engine.checkpoint.ranks import RankGrid
 from engine.errors import counted
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.language.model import Layout, MappingFile
+from engine.planning.boxes import Copy
 from engine.planning.classes import CopyTable
-from engine.planning.copies import Copy
 from engine.planning.request import Request
 from engine.planning.stages import Stages
 from engine.planning.stored import End, SourceTensor

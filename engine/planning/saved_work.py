@@ -15,8 +15,8 @@ from typing import Any
 from engine.formats.headers import FileHeader
 from engine.language.model import Layout
 from engine.language.transforms import TRANSFORMS
+from engine.planning.boxes import Copy
 from engine.planning.classes import Template, template_of
-from engine.planning.copies import Copy
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Tied, Work
 from engine.planning.rank_outputs import around_data, around_of
 from engine.planning.stored import SourceTensor

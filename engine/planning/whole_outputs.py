@@ -11,7 +11,7 @@ from engine.formats.headers import TensorHeader, dense_strides
 from engine.formats.safetensors import shard_names, split_shards
 from engine.language.axes import extent
 from engine.planning.agreement import with_given, with_parts
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 from engine.planning.groups import Cut, Group
 from engine.planning.model import Output, OutputFile, Tied
 from engine.planning.pieces import Pieces

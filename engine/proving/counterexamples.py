@@ -16,8 +16,7 @@ from engine.formats.headers import dense_strides
 from engine.language.axes import Axes, extent
 from engine.language.model import MappingFile
 from engine.language.names import Pattern
-from engine.planning.boxes import Part, Region, regions
-from engine.planning.copies import Copy, intersect
+from engine.planning.boxes import Copy, Part, Region, intersect, regions
 from engine.planning.stored import Instance, instances
 from engine.proving.proof import Failure
 from engine.proving.tiny import choices_text, guess_sizes, settle

@@ -22,7 +22,7 @@ from engine.language.model import Layout, MappingFile, Rule
 from engine.language.names import Pattern
 from engine.language.rules import STORED
 from engine.language.transforms import said
-from engine.planning.copies import Copy, swap
+from engine.planning.boxes import Copy, swap
 from engine.planning.model import Plan
 from engine.planning.stored import Instance, instances
 from engine.proving.counterexamples import moves_of, positions

@@ -15,8 +15,7 @@ from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_s
 from engine.language.model import Layout, MappingFile
 from engine.language.transforms import undone
 from engine.planning.attempts import Checkpoint, whole_checkpoint
-from engine.planning.boxes import Box, common
-from engine.planning.copies import swap
+from engine.planning.boxes import Box, common, swap
 from engine.planning.groups import Group
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan

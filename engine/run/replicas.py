@@ -10,7 +10,7 @@ from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.move.blocks import BLOCK_BYTES, block_of, blocks
 from engine.move.gather import Gatherer
 from engine.move.values import elements, float_type
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 from engine.planning.model import Replicas, Slices, Tied, Work
 from engine.storage.coalesce import Range
 from engine.storage.sources import SourceFiles

@@ -17,7 +17,7 @@ from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.formats.written import FORMATS, FileLayout
 from engine.language.documents import grouped
 from engine.move.runs import READ_THROUGH, runs
-from engine.planning.copies import Copy, swap
+from engine.planning.boxes import Copy, swap
 from engine.planning.model import OutputFile, Work
 
 _RUN_COST = 8 * 1024  # bytes that could have been moved in the time a run takes to start

@@ -1,15 +1,22 @@
-"""Folders of this machine as stores."""
+"""Folders of this machine as stores, and their files: regular ones only.
+
+A pipe or a device could block, or have no end.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
-from engine.storage.regular import FileState, check_regular, open_regular
+from engine.errors import EngineError, Place
 from engine.storage.sinks import SinkFiles, after
 from engine.storage.store import (
     File,
@@ -22,6 +29,119 @@ from engine.storage.store import (
     unreadable,
     write_error,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What the system tells of a file: every write to it, and every other file in its place, changes it.
+
+    Attributes:
+        device, inode: which file it is, whatever its name.
+        size: in bytes.
+        modified, changed: nanoseconds since the epoch. `modified` can be set at will (`touch -d`, `cp -p`);
+            `changed` (ctime) cannot.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileState:
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    @property
+    def links(self) -> tuple[int, int]:
+        return self.device, self.inode
+
+    def told(self) -> dict[str, Any]:
+        """Without the device, whose number may change when the machine starts again."""
+        return {"inode": self.inode, "modified": self.modified, "changed": self.changed}
+
+    def unlike(self, other: FileState) -> tuple[str, str]:
+        """What differs between the two, in words: of this one, of the other."""
+        told: list[tuple[str, str]] = []
+        if self.size != other.size:
+            told.append((f"{self.size} bytes", f"{other.size} bytes"))
+        if self.modified != other.modified:
+            told.append((f"modified {_shown(self.modified)}", f"modified {_shown(other.modified)}"))
+        if (self.device, self.inode) != (other.device, other.inode):
+            told.append((f"inode {self.inode}", f"inode {other.inode}: another file"))
+        if not told and self.changed != other.changed:
+            told.append((f"changed {_shown(self.changed)}", f"changed {_shown(other.changed)}"))
+        return ", ".join(one for one, _ in told), ", ".join(two for _, two in told)
+
+
+def _shown(nanoseconds: int) -> str:
+    """A moment to the nanosecond.
+
+    >>> _shown(1_500_000_000_000_000_001)
+    '2017-07-14 02:40:00.000000001'
+    """
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
+
+
+class _Reading(FileIO):
+    """A file whose reading fails with E305, whoever reads it: a disk may fail at any byte."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor)
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise _failed(self._path, error.strerror) from error
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            raise _failed(self._path, error.strerror) from error
+
+
+def _failed(path: Path, why: str | None) -> EngineError:
+    return EngineError(
+        "E305", "a file cannot be read", place=Place(str(path)), got=why, fix="Check the file and its permissions."
+    )
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file of some 130 bytes begins
+_MOST_POINTER = 1024
+
+
+def open_regular(path: Path) -> OpenFile:
+    """Open a regular file for reading; E305 for anything else, without blocking on a fifo.
+
+    A pointer of Git LFS, as a clone has it whose large files were not fetched, is E305 too.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # a name may hold NUL
+        raise _failed(path, error.strerror if isinstance(error, OSError) else str(error)) from error
+    check_regular(descriptor, path)
+    file = OpenFile(_Reading(descriptor, path), FileState.of(os.fstat(descriptor)))
+    if file.state.size <= _MOST_POINTER and file.peek(len(_POINTER)).startswith(_POINTER):
+        file.close()
+        raise EngineError(
+            "E305",
+            "a pointer of Git LFS stands in place of the file",
+            place=Place(str(path)),
+            got=f"{file.state.size} bytes",
+            fix="Fetch the file itself: `git lfs pull` in the clone that it is from.",
+        )
+    return file
+
+
+def check_regular(descriptor: int, path: Path) -> None:
+    """E305 for a folder, a pipe or a device, which is closed."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise EngineError("E305", "not a regular file", place=Place(str(path)), fix="Put the checkpoint's file there.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import EngineError, Place
-from engine.storage.regular import open_regular
+from engine.storage.local import open_regular
 from engine.storage.store import write_error
 
 _LOOKED_AT = 1 << 20  # bytes at the start of a file, which tell what it is

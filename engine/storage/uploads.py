@@ -13,12 +13,11 @@ from collections.abc import Callable
 from engine.errors import EngineError, Place
 from engine.storage.client import requests
 from engine.storage.coalesce import share
-from engine.storage.in_order import buffer_of
 from engine.storage.locks import ObjectLock
 from engine.storage.objects import ObjectStore
 from engine.storage.replacing import exists
 from engine.storage.store import Store, walk
-from engine.storage.upload import Upload
+from engine.storage.upload import Upload, buffer_of
 
 
 class Uploads:

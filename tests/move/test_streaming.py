@@ -28,7 +28,7 @@ from engine.move import blocks as cutting
 from engine.move import gather, runs
 from engine.move.blocks import Block, block_bytes, blocks, largest_block
 from engine.move.moves import Moves
-from engine.planning.copies import Copy
+from engine.planning.boxes import Copy
 from engine.run import replicas as comparing
 from engine.run import schedule as scheduling
 from engine.run.schedule import schedule

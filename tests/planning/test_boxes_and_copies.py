@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from engine.language.axes import extent, parse_axes
 from engine.move.blocks import blocks
 from engine.move.runs import dense_parts, span, straight
-from engine.planning.boxes import Part, Region, cut, regions
-from engine.planning.copies import Copy, clip, intersect, swap
+from engine.planning.boxes import Copy, Part, Region, clip, cut, intersect, regions, swap
 from tests.support.depth import examples
 
 SIZES = {
