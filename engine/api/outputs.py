@@ -17,8 +17,8 @@ from engine.run.manifest import NAME
 from engine.storage.objects import ObjectStore
 from engine.storage.output import clean as remove
 from engine.storage.output import leftovers
-from engine.storage.pending import clean as remove_objects
 from engine.storage.places import is_url, on_this_machine, store_at
+from engine.storage.uploads import clean as remove_objects
 
 
 def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:

@@ -23,7 +23,7 @@ import click
 
 from engine.commands import convert, look, review, serve
 from engine.commands.say import say
-from engine.commands.stores import add_store_options
+from engine.commands.values import add_store_options
 from engine.errors import EngineError, visible
 from engine.language.version import __version__
 

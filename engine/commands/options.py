@@ -18,8 +18,7 @@ import engine
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.progress import live
 from engine.commands.say import answer, say
-from engine.commands.stores import check_reaching
-from engine.commands.values import COUNT, DTYPE, SETTING, SIZE, WORKERS, settings_of
+from engine.commands.values import COUNT, DTYPE, SETTING, SIZE, WORKERS, check_reaching, settings_of
 from engine.errors import RESUMABLE, EngineError, Place
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running

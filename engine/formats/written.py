@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from engine.formats.dcp_files import dcp_file
 from engine.formats.safetensors import safetensors_file
-from engine.formats.torch_files import torch_file
+from engine.formats.torch_files import dcp_file, torch_file
 
 
 class FileLayout(Protocol):

@@ -8,10 +8,10 @@ from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
 from engine.errors import EngineError, Place
-from engine.formats.dcp_files import Saved
 from engine.formats.dcp_metadata import DIRECTORY
 from engine.formats.headers import Part
 from engine.formats.pickling import WRITABLE, Global, Made, with_dtypes
+from engine.formats.torch_files import Saved
 from engine.language.expressions import evaluate, render_tree
 from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern

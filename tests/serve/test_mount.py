@@ -21,7 +21,7 @@ import torch
 import engine
 from engine import api
 from engine.errors import EngineError
-from engine.serve.ahead import WINDOW, Ahead
+from engine.serve.mount import WINDOW, Ahead
 from engine.storage.virtual import Stretch, VirtualFile
 from tests.support.fuse import missing
 from tests.support.serving import MAPPING, SPLIT, STEP
