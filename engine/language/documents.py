@@ -11,6 +11,7 @@ from engine.errors import Place
 KeyPath = tuple[str | int, ...]  # `("rules", 3, "axes")`
 K = TypeVar("K")
 V = TypeVar("V")
+_LEAF = (str, int, float, type(None))  # asked for first: whether a value is a `Mapping` takes long to say
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,11 @@ def values_in(tree: Any) -> Iterator[Any]:
     >>> list(values_in({"a": [1, {"b": "c"}], "d": ()}))
     [1, 'c']
     """
-    if isinstance(tree, Mapping | list | tuple):
-        for child in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from values_in(child)
-    else:
+    if isinstance(tree, _LEAF) or not isinstance(tree, Mapping | list | tuple):
         yield tree
+        return
+    for child in tree.values() if isinstance(tree, Mapping) else tree:
+        yield from values_in(child)
 
 
 def flat(tree: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -97,7 +98,7 @@ def flat(tree: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple
     [(('a', 'b'), 1), (('c',), [2])]
     """
     for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if not isinstance(value, _LEAF) and isinstance(value, Mapping) and value:
             yield from flat(value, (*above, str(name)))
         else:
             yield (*above, str(name)), value
@@ -115,7 +116,7 @@ def leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 def value_at(tree: Any, path: str, otherwise: Any = None) -> Any:
     """What a tree has at a dotted path; `otherwise` where it has nothing."""
     for part in path.split("."):
-        if not isinstance(tree, Mapping) or part not in tree:
+        if not isinstance(tree, (dict, Mapping)) or part not in tree:
             return otherwise
         tree = tree[part]
     return tree
@@ -205,6 +206,8 @@ def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
 
 def plain(data: Any) -> Any:
     """Mappings and sequences of any kind as dicts and lists, as JSON can hold them."""
+    if isinstance(data, _LEAF):
+        return data
     if isinstance(data, Mapping):
         return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

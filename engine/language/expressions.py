@@ -19,6 +19,7 @@ from engine.language.sandbox import OMIT, Omit, defined, kind_of
 
 __all__ = ["OMIT", "Compiled", "compile_expression", "evaluate", "names_in", "render_tree"]
 
+_PLAIN = (str, int, float, type(None), Omit)
 # What evaluating raises. Jinja writes constants that it folds into Python, and infinity as a name.
 _EVALUATION = (
     TypeError, ValueError, ArithmeticError, LookupError, TemplateError, RecursionError, NameError, SyntaxError,
@@ -98,13 +99,13 @@ def render_tree(
 
 def _result(value: Any, depth: int) -> Any:
     """Only data leaves: no undefined value, no function, tuples as lists."""
+    if isinstance(value, _PLAIN):
+        return value
     defined(value)
     if isinstance(value, list | tuple) and depth < MAX_DEPTH:
         return [_result(item, depth + 1) for item in value]
     if isinstance(value, Mapping) and depth < MAX_DEPTH:
         return {_result(key, depth + 1): _result(item, depth + 1) for key, item in value.items()}
-    if value is None or isinstance(value, bool | int | float | str | Omit):
-        return value
     raise TypeError(f"the value is {kind_of(value)}, not data")
 
 

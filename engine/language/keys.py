@@ -153,7 +153,7 @@ def find_key(keys: Mapping[str, Key], path: str) -> Key | None:
 
 def find_pattern(keys: Mapping[str, Key], path: str) -> Key | None:
     """The declaration of the longest pattern that matches a path."""
-    patterns = [name for name in keys if "*" in name and fnmatchcase(path, name)]
+    patterns = [n for n in keys if "*" in n and path.startswith(n[: n.index("*")]) and fnmatchcase(path, n)]
     return keys[max(patterns, key=len)] if patterns else None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any
 
 from engine.errors import EngineError, Place
@@ -92,11 +91,28 @@ def tensor_key(plan: Plan, file: str, name: str) -> str:
 
 
 def encode_manifest(data: Mapping[str, Any]) -> bytes:
+    """A manifest as JSON: an entry of each part on a line of its own, as a tensor is.
+
+    >>> print(encode_manifest({"version": 1, "tensors": {"a": {"sha256": "0f"}, "b": {}}}).decode(), end="")
+    {
+     "version": 1,
+     "tensors": {
+      "a": {"sha256": "0f"},
+      "b": {}
+     }
+    }
+    """
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # `indent` is done by Python's encoder and not by that in C
     text = bytearray()  # grown bit by bit: all pieces together take several times the memory
-    pieces = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(data)
-    while some := "".join(islice(pieces, 4096)):
-        text += some.encode()
-    return bytes(text + b"\n")
+    for name, part in data.items():
+        text += f"{',' if text else '{'}\n {encode(name)}: ".encode()
+        if not isinstance(part, dict) or not part:
+            text += encode(part).encode()
+            continue
+        for number, (key, value) in enumerate(part.items()):
+            text += f"{',' if number else '{'}\n  {encode(key)}: {encode(value)}".encode()
+        text += b"\n }"
+    return bytes(text + b"\n}\n")
 
 
 def read_manifest(folder: Store) -> dict[str, Any]:
