@@ -11,9 +11,12 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-gc.set_threshold(100_000, 20, 100)  # a fifth of the time is else spent looking for cycles
+from tests.support.depth import SOAK
 
-hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)  # machines are of many speeds
+gc.set_threshold(1_000_000, 20, 100)  # a fifth of the time is else spent looking for cycles
+
+_MOST = 100 if SOAK else 50  # examples of a property that does not say how many
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=_MOST)  # machines are of many speeds
 hypothesis.settings.load_profile("untimed")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: there are as many workers as cores

@@ -12,7 +12,7 @@ SOAK = "SOAK" in os.environ
 
 def examples(most: int) -> int:
     """How many examples a property is tried with, of so many in the soak; they are others each time."""
-    return most if SOAK else most // 3
+    return most if SOAK else most // 4
 
 
 def crossed(*columns: Sequence[Any], every: bool = SOAK) -> list[tuple[Any, ...]]:
