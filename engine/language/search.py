@@ -55,10 +55,10 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
     stems = (name, f"families/{name}") if kind == "mapping" else (f"layouts/{name}",)
     placed = {".", ".."} & set(name.split(os.sep))  # it says where the file lies, so no other of its name is meant
     searched = [] if placed else [*([first] if first is not None else []), *search_folders()]
-    for folder, stem in product(searched, stems):
-        for candidate in (folder / stem, folder / f"{stem}.yaml", folder / f"{stem}.yml"):
-            if os.path.isfile(candidate) and candidate.resolve().is_relative_to(folder.resolve()):
-                return candidate
+    for folder, stem, end in product(searched, stems, ("", ".yaml", ".yml")):
+        candidate = os.path.join(folder, f"{stem}{end}")
+        if os.path.isfile(candidate) and os.path.realpath(candidate).startswith(f"{os.path.realpath(folder)}{os.sep}"):
+            return Path(candidate)
     if kind == "mapping" and (os.sep in name or name.endswith((".yaml", ".yml"))) and not _bundled_form(name):
         raise _no_file(given)
     if kind != "mapping":
