@@ -7,9 +7,11 @@ path; names of the same declaration may stand together: `use_cache auto_map: {ig
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 from engine.errors import EngineError, Place
@@ -153,8 +155,18 @@ def find_key(keys: Mapping[str, Key], path: str) -> Key | None:
 
 def find_pattern(keys: Mapping[str, Key], path: str) -> Key | None:
     """The declaration of the longest pattern that matches a path."""
-    patterns = [n for n in keys if "*" in n and path.startswith(n[: n.index("*")]) and fnmatchcase(path, n)]
+    patterns = [name for name in keys if "*" in name and path.startswith(_start(name)) and fnmatchcase(path, name)]
     return keys[max(patterns, key=len)] if patterns else None
+
+
+@cache
+def _start(pattern: str) -> str:
+    """What all that a pattern matches begins with.
+
+    >>> _start("id2label.[0-9]*")
+    'id2label.'
+    """
+    return re.split(r"[*?[]", pattern, maxsplit=1)[0]
 
 
 def read_limits(body: Mapping[str, Any]) -> Limits:
