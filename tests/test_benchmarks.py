@@ -23,7 +23,7 @@ from benchmarks.shapes import MAPPING, Ranks, Shape, Spec, slice_of
 from benchmarks.table import table
 from benchmarks.targets import FIXED, PLANS, TARGETS, Figure, Linear, Target, judged, runs_of, verdicts
 from benchmarks.ways import CP, Bench, Group, Way
-from tests.support.depth import SOAK
+from tests.support.depth import deep
 from tests.support.shards import State, same
 
 TINY = Shape(layers=4, hidden=64, ffn=384, vocab=512, heads=16, groups=8)
@@ -75,7 +75,7 @@ def test_a_peer_writes_the_tensors_that_the_engine_writes(
     same(tensors(tmp_path), merged[1])
 
 
-@pytest.mark.skipif(not SOAK, reason="takes long; `make soak` runs it")
+@deep
 def test_so_does_torchs_consolidation(tmp_path: Path) -> None:
     """In processes of their own: it forks, and starts communicating."""
     write_random(tmp_path / "step", Spec(TINY, Ranks(2)))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.depth import deep
+
 ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.slow
@@ -52,6 +54,7 @@ def test_every_template_is_in_the_wheel(wheel: Path) -> None:
     assert templates <= set(zipfile.ZipFile(wheel).namelist())
 
 
+@deep  # what is in it is looked at above
 def test_an_unpacked_wheel_finds_its_own_mappings_schemas_and_code_pages(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

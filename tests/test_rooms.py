@@ -33,8 +33,14 @@ def room(module: str) -> str:
 
 @cache
 def import_nodes(path: Path) -> tuple[ast.Import | ast.ImportFrom, ...]:
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+    found: list[ast.Import | ast.ImportFrom] = []
+    left: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while left:  # through statements, and not through expressions, which are most of it
+        if isinstance(node := left.pop(), ast.Import | ast.ImportFrom):
+            found.append(node)
+        below = (ast.stmt, ast.ExceptHandler, ast.match_case)
+        left += [child for child in ast.iter_child_nodes(node) if isinstance(child, below)]
+    return tuple(found)
 
 
 def imports(path: Path) -> set[str]:

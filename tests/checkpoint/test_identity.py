@@ -17,6 +17,7 @@ from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.run import journal, runner
 from engine.storage.sinks import SinkFiles
+from tests.support.depth import crossed
 from tests.support.disk import Disk, contents, partials
 from tests.support.readers import read_rank_file, read_safetensors
 from tests.support.shards import Model, save
@@ -117,8 +118,7 @@ def other_model(source: Path, kind: str) -> bytes:
     return weights(other).read_bytes()
 
 
-@pytest.mark.parametrize("put", PUT)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "put"), crossed(KINDS, list(PUT)))
 def test_a_run_does_not_go_on_with_another_model_of_the_same_headers(
     kind: str, put: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import engine
 from engine.errors import EngineError
+from tests.support.depth import crossed
 from tests.support.frameworks import source_of
 from tests.support.frameworks import weights as engine_weights
 from tests.support.megatron import FAMILIES, MEGATRON
@@ -115,18 +116,21 @@ def test_experts_of_one_layer_may_lie_in_several_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("dist-tp2pp1-bf16-qkvbias", "megatron-qwen2"),
-        ("dist-ep2-moe", "megatron-mixtral"),
-        ("torch-qwen3-moe", "megatron-qwen3-moe"),
-        ("td19_t2", "megatron-llama"),
-    ],
+    ("model", "asked"),
+    crossed(
+        [
+            ("dist-tp2pp1-bf16-qkvbias", "megatron-qwen2"),
+            ("dist-ep2-moe", "megatron-mixtral"),
+            ("torch-qwen3-moe", "megatron-qwen3-moe"),
+            ("td19_t2", "megatron-llama"),
+        ],
+        [{"ranks": "tp=2"}, {"mode": "torch_dist", "ranks": "dp=2"}, {"ranks": "tp=1,pp=2"}],
+    ),
 )
-@pytest.mark.parametrize("asked", [{"ranks": "tp=2"}, {"mode": "torch_dist", "ranks": "dp=2"}, {"ranks": "tp=1,pp=2"}])
 def test_what_is_written_in_any_form_converts_back_to_the_same_bytes(
-    name: str, family: str, asked: dict[str, Any], tmp_path: Path
+    model: tuple[str, str], asked: dict[str, Any], tmp_path: Path
 ) -> None:
+    name, family = model
     first = whole(name, family, tmp_path / "hf")
     engine.reverse(family, first, tmp_path / "back", **asked)
     if "mode" in asked and "moe" not in name:  # each implementation names a mixture's norms in its own way

@@ -18,6 +18,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from engine.storage import output
+from tests.support.depth import crossed
 from tests.support.forked import run_engine
 from tests.support.old_output import old_output
 from tests.support.readers import read_rank_file, read_safetensors
@@ -333,16 +334,18 @@ def test_a_partial_output_that_is_a_link_is_not_followed(source: Path, out: Path
     assert not engine.api.verify(out).problems
 
 
-@pytest.mark.parametrize(
-    "line",
-    [b"[" * 100_000, b'{"0": [null, null]}', b'{"0": ["x", "y"]}', b'{"' + b"9" * 5000 + b'": ["x", 1]}', b"\xff",
-     b"null", b'{"0": [1, 1e999]}', b'{"-1": ["x", 1], "99999": ["x", 1]}'],
-    ids=["deep", "null", "text", "long", "bytes", "none", "infinite", "others"],
-)  # fmt: skip
-@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+LINES = {
+    "deep": b"[" * 100_000, "null": b'{"0": [null, null]}', "text": b'{"0": ["x", "y"]}',
+    "long": b'{"' + b"9" * 5000 + b'": ["x", 1]}', "bytes": b"\xff", "none": b"null", "infinite": b'{"0": [1, 1e999]}',
+    "others": b'{"-1": ["x", 1], "99999": ["x", 1]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "first"), crossed(list(LINES), [True, False]))
 def test_a_damaged_journal_costs_work_and_nothing_else(
-    first: bool, line: bytes, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, first: bool, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    line = LINES[what]
     convert(source, out.parent / "whole")
     partial = interrupted(source, out, monkeypatch)
     lines = (partial / ".journal").read_bytes().split(b"\n")

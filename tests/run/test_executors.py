@@ -23,7 +23,7 @@ import engine
 from engine import api
 from engine.api import spread
 from engine.errors import EngineError
-from tests.support.depth import SOAK
+from tests.support.depth import deep
 
 STEP = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
 MAPPING = "families/internlm2.yaml"
@@ -126,7 +126,7 @@ def test_dask_does_the_parts_of_killed_workers_again(plan: Path, tmp_path: Path)
     assert files(tmp_path / "out") == files(tmp_path / "once")
 
 
-@pytest.mark.skipif(not SOAK, reason="takes long; `make soak` runs it, and an executor of our own is lost above")
+@deep  # an executor of our own is lost above
 def test_a_dask_scheduler_that_is_lost_leaves_what_the_next_goes_on_with(plan: Path, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed", reason="the extra `dask` is not installed")
     dask = pytest.importorskip("dask")

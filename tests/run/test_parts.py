@@ -28,6 +28,7 @@ from engine.run.parts import Part, read_markers, share
 from engine.run.schedule import Job, Unit
 from engine.storage.local import LocalStore
 from tests.attacks.values import mutated
+from tests.support.depth import SOAK
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
@@ -56,7 +57,7 @@ def refused(code: str, *arguments: Any) -> EngineError:
     return caught.value
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 100])
+@pytest.mark.parametrize("count", [1, 2, 5, 100 if SOAK else 20])
 def test_any_number_of_parts_gives_the_bytes_of_one_run(
     count: int, plan: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

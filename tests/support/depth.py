@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+import pytest
+
 SOAK = "SOAK" in os.environ
+deep = pytest.mark.skipif(not SOAK, reason="takes long; `make soak` runs it")
 
 
 def examples(most: int) -> int:
