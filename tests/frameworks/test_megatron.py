@@ -280,11 +280,14 @@ SILENT: dict[str, Any] = {  # what changes the model and no tensor's name, as Me
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", SILENT)
-def test_a_setting_that_no_name_shows_is_refused_by_its_own(key: str) -> None:
-    mapping, layout = load_mapping("megatron-mixtral"), load_layout("megatron")
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [*(("mixtral", *setting) for setting in SILENT.items()), ("qwen3-moe", "norm_topk_prob", True)],
+)
+def test_a_setting_that_no_name_shows_is_refused_by_its_own(family: str, key: str, value: Any) -> None:
+    mapping, layout = load_mapping(f"megatron-{family}"), load_layout("megatron")
     with pytest.raises(EngineError, match=key) as caught:
-        read_config({key: SILENT[key]}, source_side(mapping, layout))
+        read_config({key: value}, source_side(mapping, layout))
     assert caught.value.code == "E209"
 
 
