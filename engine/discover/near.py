@@ -23,7 +23,7 @@ from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
 
 _CLEAR = 0.5  # how alike names are that need no other proof than an equal shape
-_FUSED = 0.3  # and where no other tensor has the shape, for rules that take a tensor apart
+_ALONE = 0.3  # and where no other tensor has the shape
 _MARGIN = 0.05
 _COMPARED = 100  # characters of a name: the time grows by their square
 _SAFE = re.compile(r"[A-Za-z0-9_.{}-]+")
@@ -148,8 +148,7 @@ def _clearest(
             if other != key and ((other[0] == stem and not slots[other[1]].instead_of(slot)) or other[1] == sources)
         }
         rivals = tuple(dict.fromkeys(o[1][0] if o[0] == stem else o[0] for o in others))
-        clear = score >= _CLEAR and all(s <= score - _MARGIN for s in others.values())
-        if clear or (not others and score >= (_FUSED if slots[sources].fused else 0.0)):
+        if score >= (_CLEAR if others else _ALONE) and all(s <= score - _MARGIN for s in others.values()):
             return key, rivals
     return None
 

@@ -18,7 +18,6 @@ from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 
 _EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")
-_COMPUTED = re.compile(r"(.*\.)?(inv_freq|rope\.freqs|freqs_cis|cos_cached|sin_cached)")
 
 
 def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> list[str]:
@@ -62,10 +61,9 @@ def doubt(pairing: Pairing) -> str:
 def left_over(near: Nearness) -> list[str]:
     """Tensors of no rule and rules without a tensor, as comments: a run refuses them by name."""
     lines: list[str] = []
-    computed = [one for one, _ in near.left if _COMPUTED.fullmatch(one.text)]
     seen: set[str] = set()
     for one, nearest in near.left:
-        if one in computed or one.stem in seen:
+        if one.stem in seen:
             continue
         seen.add(one.stem)
         fits = ", ".join(f"{slot.sources[0]} ({score:.2f})" for slot, score in nearest)
@@ -77,11 +75,6 @@ def left_over(near: Nearness) -> list[str]:
             lines += [f"#  - {flow(rule)}" for rule in renamed_rules(nearest[0][0], one.stem)]
     for slot in near.empty:
         lines += comment(f"decide: no tensor was found for {slot.sources[0]}.", "  ")
-    if computed:
-        lines += ["", "ignore:"]
-        for one in computed:
-            lines += comment("decide: a buffer by its name; is it recomputed by the target's code?", "  ")
-            lines.append(f"  - {flow({'source': one.text, 'why': 'recomputed from the configuration'})}")
     return lines
 
 
@@ -92,27 +85,20 @@ def renamed_rules(slot: Slot, stem: str) -> list[dict[str, Any]]:
     return [{"name": rule.name, "source": source} for rule in slot.rules]
 
 
-def overrides(near: Nearness) -> tuple[list[tuple[dict[str, Any], Pairing]], dict[str, Any]]:
-    """Rules with other sources, and whatever else of the family asks for tensors by their old names."""
+def overrides(near: Nearness) -> dict[str, Any]:
+    """Whatever of the family but its rules asks for tensors by their old names, with the new ones."""
     renamed: dict[str, list[str]] = {}
-    rules: list[tuple[dict[str, Any], Pairing]] = []
     for pairing in near.pairings:
-        changed = renamed_rules(pairing.slot, pairing.stem)
-        rules += [(rule, pairing) for rule in changed]
-        _rename(renamed, pairing.slot, changed[0]["source"])
+        _rename(renamed, pairing.slot, pairing.stem)
     for one, nearest in near.left:  # what a person may yet take
         for slot, _ in nearest:
-            _rename(renamed, slot, renamed_rules(slot, one.stem)[0]["source"])
-    resolved = plain(near.mapping.resolved)
-    other: dict[str, Any] = {}
-    for key in ("variants", "dims", "config", "training_config"):
-        changed = _rewritten(resolved.get(key) or {}, renamed)
-        if changed:
-            other[key] = changed
-    return rules, other
+            _rename(renamed, slot, one.stem)
+    parts = {key: near.mapping.resolved.get(key) or {} for key in ("variants", "dims", "config", "training_config")}
+    return {key: new for key, part in parts.items() if (new := _rewritten(plain(part), renamed))}
 
 
-def _rename(renamed: dict[str, list[str]], slot: Slot, new: str) -> None:
+def _rename(renamed: dict[str, list[str]], slot: Slot, stem: str) -> None:
+    new = renamed_rules(slot, stem)[0]["source"]
     for source in slot.sources:
         for old, now in [(source, new)] + [(source.replace("{param}", p), new.replace("{param}", p)) for p in PARAMS]:
             if now not in renamed.setdefault(old, []):

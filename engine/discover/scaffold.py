@@ -16,7 +16,7 @@ from typing import Any
 from engine.discover.alone import stand_alone
 from engine.discover.fits import planned
 from engine.discover.names import Observed, observe
-from engine.discover.near import Pairing, Slot, compare_family, drop_contested
+from engine.discover.near import Slot, compare_family, drop_contested
 from engine.discover.notes import (
     block,
     comment,
@@ -27,6 +27,7 @@ from engine.discover.notes import (
     left_over,
     list_of,
     overrides,
+    renamed_rules,
     shown,
     size_in_words,
 )
@@ -92,8 +93,7 @@ def draft(request: Request) -> Scaffold:
             expected="tensors with a shape, and names without braces",
             fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
-    attempts = [_release(request), _renamed(request, observed), _own(request, observed)]
-    kind, parent, body = next(a for a in attempts if a is not None)
+    kind, parent, body = _release(request) or _renamed(request, observed) or _own(request, observed)
     head = [] if request.schema is None else [f"# yaml-language-server: $schema={request.schema}"]
     head += ["mapping: 1", *block("name", request.name), "version: 0.1.0"]
     tail: list[str] = []
@@ -147,27 +147,18 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
     if best is None or best.share() < _ENOUGH:
         return None
     drop_contested(best, [other for other in compared if other is not best])
-    rules, other = overrides(best)
     body = block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
     share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and likeness."
     body += comment(share)
     body += extends(best.reference, best.mapping, request.checkpoint)
-    for key in ("variants", "dims"):
-        if other.get(key):
-            body += ["", *comment("These ask for tensors by name: keep them in step with the rules."), f"{key}:"]
-            body += [line for n, v in other[key].items() for line in block(n, v, "  ")]
-    if rules:
-        body += ["", "rules:"]
-    previous: Pairing | None = None
-    for rule, pairing in rules:
-        if pairing is not previous:
-            body += comment(f"decide: {doubt(pairing)}", "  ")
-        previous = pairing
-        body.append(f"  - {flow(rule)}")
+    for key, part in overrides(best).items():
+        body += ["", *comment("This asks for tensors by name: keep it in step with the rules."), f"{key}:"]
+        body += [line for name, value in part.items() for line in block(name, value, "  ")]
+    body += ["", "rules:"] if best.pairings else []
+    for pairing in best.pairings:
+        body += comment(f"decide: {doubt(pairing)}", "  ")
+        body += [f"  - {flow(rule)}" for rule in renamed_rules(pairing.slot, pairing.stem)]
     body += left_over(best)
-    for key in ("config", "training_config"):
-        if other.get(key):
-            body += ["", f"{key}:", *(line for n, v in other[key].items() for line in block(n, v, "  "))]
     return "renamed", best.reference, body
 
 
