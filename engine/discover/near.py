@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
@@ -37,6 +37,9 @@ class Slot:
     rules: tuple[Rule, ...]
     known_as: tuple[str, ...] = ()  # what its usual reader writes, where that is one tensor
 
+    def reads(self, name: str) -> bool:
+        return any(pattern(source).match(name) is not None for source in self.sources)
+
     def instead_of(self, other: Slot) -> bool:
         """Whether the two are never read together: no variant choices make rules of both active."""
         return all(
@@ -62,23 +65,29 @@ class Pairing:
 
 @dataclass(slots=True)
 class Nearness:
-    """A family held against a checkpoint."""
+    """A family held against a checkpoint.
+
+    Attributes:
+        matched: how many patterns have the family's own names.
+        others: the other patterns, by stem.
+        left: those of no rule, with what is nearest.
+        empty: rules without a tensor.
+    """
 
     mapping: MappingFile
     reference: str
     slots: list[Slot]
     fits: _Fits
-    matched: list[Observed] = field(default_factory=list)  # by the family's own names
-    others: list[Observed] = field(default_factory=list)
-    pairings: list[Pairing] = field(default_factory=list)
-    left: list[tuple[Observed, tuple[tuple[Slot, float], ...]]] = field(default_factory=list)  # with what is nearest
-    empty: list[Slot] = field(default_factory=list)
+    matched: int
+    others: dict[str, list[Observed]]
+    pairings: list[Pairing]
+    left: list[tuple[Observed, tuple[tuple[Slot, float], ...]]]
+    empty: list[Slot]
 
     def share(self) -> float:
         """The share of patterns that the family explains."""
-        paired = {pairing.stem for pairing in self.pairings}
-        explained = len(self.matched) + sum(one.stem in paired for one in self.others)
-        return explained / max(1, len(self.matched) + len(self.others))
+        explained = self.matched + sum(len(self.others[pairing.stem]) for pairing in self.pairings)
+        return explained / max(1, self.matched + sum(map(len, self.others.values())))
 
 
 def compare_family(
@@ -86,41 +95,36 @@ def compare_family(
 ) -> Nearness:
     """Match what the family names itself, then pair the rest while a pair is clear."""
     slots, fits = _slots(mapping), _Fits(mapping, layout, checkpoint)
-    result = Nearness(mapping, reference, slots, fits)
-    taken: set[tuple[str, ...]] = set()
     skipped = [pattern(e.pattern) for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
-    rest: dict[str, list[Observed]] = {}
-    for one in observed:
-        name = one.stored[0].name
-        hit = [slot for slot in slots if any(pattern(s).match(name) is not None for s in slot.sources)]
-        taken |= {slot.sources for slot in hit}
-        if hit or any(p.match(name) is not None for p in skipped):
-            result.matched.append(one)
-        else:
-            rest.setdefault(one.stem, []).append(one)
-            result.others.append(one)
-    free = [slot for slot in slots if slot.sources not in taken]
+    hits = [[slot for slot in slots if slot.reads(one.stored[0].name)] for one in observed]
+    taken = {slot.sources for hit in hits for slot in hit}
+    rest = grouped(
+        (one.stem, one)
+        for one, hit in zip(observed, hits, strict=True)
+        if not hit and not any(p.match(one.stored[0].name) is not None for p in skipped)
+    )
+    free = {slot.sources: slot for slot in slots if slot.sources not in taken}
     pairs = {
         (stem, slot.sources): similarity(stem, slot)
         for stem, listed in rest.items()
-        for slot in free
+        for slot in free.values()
         if _SAFE.fullmatch(stem) and fits(slot, listed)
     }
-    by_sources = {slot.sources: slot for slot in free}
-    while (best := _clearest(pairs, by_sources)) is not None:
+    pairings: list[Pairing] = []
+    while (best := _clearest(pairs, free)) is not None:
         (stem, sources), rivals = best
         rivals += tuple(named.sources[0] for named in slots if named.sources in taken and fits(named, rest[stem]))
-        result.pairings.append(Pairing(by_sources[sources], stem, pairs[best[0]], rivals))
-        gone = {s for s, slot in by_sources.items() if s == sources or slot.instead_of(by_sources[sources])}
+        pairings.append(Pairing(free[sources], stem, pairs[best[0]], rivals))
+        gone = {s for s, slot in free.items() if s == sources or slot.instead_of(free[sources])}
         pairs = {key: score for key, score in pairs.items() if key[0] != stem and key[1] not in gone}
-    done = {pairing.stem for pairing in result.pairings}
-    filled = [pairing.slot for pairing in result.pairings] + [slot for slot in slots if slot.sources in taken]
-    result.empty = [s for s in free if s not in filled and not any(s.instead_of(other) for other in filled)]
-    for stem, listed in rest.items():
-        if stem not in done:
-            near = sorted((k for k in pairs if k[0] == stem), key=lambda k: -pairs[k])[:3]
-            result.left += [(one, tuple((by_sources[s], pairs[stem, s]) for _, s in near)) for one in listed]
-    return result
+    filled = [pairing.slot for pairing in pairings] + [slot for slot in slots if slot.sources in taken]
+    empty = [s for s in free.values() if s not in filled and not any(s.instead_of(other) for other in filled)]
+    left = []
+    for stem in (one for one in rest if all(one != pairing.stem for pairing in pairings)):
+        near = sorted((k for k in pairs if k[0] == stem), key=lambda k: -pairs[k])[:3]
+        left += [(one, tuple((free[s], pairs[stem, s]) for _, s in near)) for one in rest[stem]]
+    matched = len(observed) - sum(map(len, rest.values()))
+    return Nearness(mapping, reference, slots, fits, matched, rest, pairings, left, empty)
 
 
 def _slots(mapping: MappingFile) -> list[Slot]:
@@ -235,15 +239,14 @@ def drop_contested(near: Nearness, others: Sequence[Nearness]) -> None:
 
     Both orders have the same shape and a model of the wrong one talks nonsense, so neither runs.
     """
-    by_stem = grouped((one.stem, one) for one in near.others)
     for pairing in [p for p in near.pairings if p.slot.fused]:
         own = {str(rule.axes) for rule in pairing.slot.rules}
         contested: list[tuple[Slot, float]] = []
         for other in others:
             for slot in other.slots:
                 unlike = slot.fused and not own & {str(rule.axes) for rule in slot.rules}
-                if unlike and other.fits(slot, by_stem[pairing.stem]):
+                if unlike and other.fits(slot, near.others[pairing.stem]):
                     contested.append((slot, similarity(pairing.stem, slot)))
         if contested:
             near.pairings.remove(pairing)
-            near.left += [(one, ((pairing.slot, pairing.score), *contested[:2])) for one in by_stem[pairing.stem]]
+            near.left += [(one, ((pairing.slot, pairing.score), *contested[:2])) for one in near.others[pairing.stem]]
