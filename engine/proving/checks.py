@@ -151,7 +151,8 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
         if isinstance(model, str):
             return Check(MODEL, None, model)
         counted[key] = len(model.shapes)
-        told = misfits(world.shapes, model.shapes, world.pieces, mapping.model_type)
+        forms = (model, *model.others)  # as transformers names them now, and as it loads them too
+        told = min((misfits(world.shapes, form.shapes, world.pieces) for form in forms), key=len)
         failures += [replace(failure, where=world.label) for failure in told]
         if told:
             break

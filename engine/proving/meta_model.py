@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -199,24 +198,16 @@ def _with_infinities(value: Any) -> Any:
 
 
 def misfits(
-    shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], pieces: Pieces, kind: str = ""
+    shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], pieces: Pieces
 ) -> list[Failure]:
-    """Names that only one side has and shapes that differ, one line per rule's target.
-
-    Args:
-        kind: the model's type, of which transformers may load tensors under other names, as of single experts.
-    """
+    """Names that only one side has and shapes that differ, one line per rule's target."""
     found: dict[str, tuple[Failure, int]] = {}
 
     def add(key: str, message: str, place: str | None) -> None:
         first, count = found.get(key, (Failure(message, place), 0))
         found[key] = (first, count + 1)
 
-    taken: set[str] = set()  # what transformers makes of several stored tensors, whose shapes are then its own matter
     for name, shape in shapes.items():
-        if (into := loaded_into(name, kind, model)) != name:
-            taken.add(into)
-            continue
         spec = next((s for s in pieces.targets.values() if s.name.match(name) is not None), None)
         place = None if spec is None else str(spec.instances[0].rule.place)
         text = name if spec is None else spec.name.text
@@ -225,25 +216,9 @@ def misfits(
         elif model[name] != shape:
             add(f"*{text}", f"`{name}` is {shape_text(shape)}, the model's is {shape_text(model[name])}", place)
     for name, shape in model.items():
-        if name not in shapes and name not in taken:
+        if name not in shapes:
             add(f"+{without_numbers(name)}", f"`{name}` ({shape_text(shape)}) is missing: no rule writes it", None)
     return [
         Failure(one.message + (f", and {count - 1} like it" if count > 1 else ""), one.place)
         for one, count in found.values()
     ]
-
-
-def loaded_into(name: str, kind: str, model: Mapping[str, tuple[int, ...]]) -> str:
-    """The tensor of the model that transformers loads a stored one into."""
-    if name in model or not kind:
-        return name
-    try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    except ImportError:
-        return name
-    made = name
-    for rule in get_checkpoint_conversion_mapping(kind) or ():
-        for one, target in zip(rule.source_patterns, [*rule.target_patterns] * len(rule.source_patterns), strict=False):
-            parts = [re.escape(part) for part in one.split("*")]
-            made = re.sub("[0-9]+".join(parts) + ("$" if len(parts) > 1 else ""), target, made)
-    return made if made in model else name

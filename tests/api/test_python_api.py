@@ -83,7 +83,6 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "settings": (lambda: engine.plan("internlm", STEP, settings="a=b"), "a dict, like"),  # type: ignore[arg-type]
     "a tensor": (lambda: engine.explain(3, "internlm", STEP), "text"),  # type: ignore[arg-type]
     "a name": (lambda: engine.new_mapping(STEP, name=3), "text"),  # type: ignore[arg-type]
-    "a family": (lambda: engine.new_mapping(STEP, like=["internlm"]), "text or a path"),  # type: ignore[arg-type]
     "files": (lambda: engine.lint({"a": 1}), "text or a path"),  # type: ignore[arg-type]
     "mappings": (lambda: engine.prove(3.5), "names, paths or loaded mappings"),  # type: ignore[arg-type]
     "a plan": (lambda: engine.virtual("internlm"), "as `engine.plan` gives it"),  # type: ignore[arg-type]
