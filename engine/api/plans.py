@@ -113,7 +113,7 @@ def _read_by_first(asked: Request) -> tuple[Plan, Request]:
 
 def _by_second(asked: Request, whole: Plan) -> Request:
     """A request of two mappings as the second can do it, from the files that a run of the first would write."""
-    from engine.assets.bundle import as_json
+    from engine.assets.generation import as_json
     from engine.serve.virtual import VirtualFolder
 
     folder = VirtualFolder(whole, lambda: Small({"config.json": as_json(whole.config)}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import threading
@@ -15,7 +14,7 @@ from typing import Any
 
 from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template, never_written, unmarked
-from engine.assets.generation import generation_config, within
+from engine.assets.generation import as_json, generation_config, within
 from engine.assets.model_card import model_card
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
@@ -142,15 +141,6 @@ def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | No
         return None
     beside = local_copy(plan.files[0].file.beside(str(spec.get("file", "tokenizer.model"))))
     return beside if beside is not None and os.path.isfile(beside) else None
-
-
-def as_json(data: Mapping[str, Any]) -> bytes:
-    """JSON as transformers writes it: sorted keys, two spaces, a final newline."""
-    try:
-        return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise EngineError("E502", "a configuration value cannot be written as JSON", got=str(error),
-                          fix="Check the expressions under `config` in the mapping.") from error  # fmt: skip
 
 
 def title(plan: Plan) -> str:

@@ -38,7 +38,7 @@ def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> byt
                     expected="a token id" if size is None else f"an id from 0 to {size - 1}",
                     fix="Correct `generation` in the mapping, or use the mapping of the model at hand.",
                 )
-    return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return as_json(settings)
 
 
 def within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, Any], list[str]]:
@@ -59,3 +59,12 @@ def within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, A
     return kept, [
         f"token ids {told} of the mapping's generation settings are beyond the vocabulary of {rows}; left out"
     ]
+
+
+def as_json(data: Mapping[str, Any]) -> bytes:
+    """JSON as transformers writes it: sorted keys, two spaces, a final newline; E502 for what JSON cannot hold."""
+    try:
+        return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise EngineError("E502", "a configuration value cannot be written as JSON", got=str(error),
+                          fix="Check `config` and `generation` in the mapping.") from error  # fmt: skip

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import visible
+from engine.planning.given import amount
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
-
-UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def model_card(facts: Mapping[str, Any]) -> bytes:
@@ -48,7 +47,7 @@ def environment(folder: Path, *, escape: bool = False, strict: bool = True) -> E
         autoescape=escape,
         undefined=StrictUndefined if strict else Undefined,
     )
-    made.filters.update(cell=cell, code=code, size=size, count=lambda number: f"{number:,}")
+    made.filters.update(cell=cell, code=code, size=amount, count=lambda number: f"{number:,}")
     return made
 
 
@@ -77,15 +76,3 @@ def code(value: object) -> str:
     while fence in text:
         fence += "`"
     return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
-
-
-def size(number: int) -> str:
-    """Bytes in decimal units, as shards are counted.
-
-    >>> size(512), size(15_500_000_000)
-    ('512 B', '15.5 GB')
-    """
-    value, unit = float(number), 0
-    while value >= 1000 and unit < len(UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{number} B" if unit == 0 else f"{value:.1f} {UNITS[unit]}"

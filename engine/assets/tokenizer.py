@@ -15,6 +15,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from engine.assets.generation import as_json
 from engine.assets.merges import ranked_merges
 from engine.assets.tokenizer_read import (
     CONTROL,
@@ -58,8 +59,8 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place)
     ids = range(len(pieces.texts))
     unused = set(compress(ids, processor.is_unused(list(ids))))
     refuse_kind(_reason_of_unused(model, pieces, unused), place)
-    special = _special_ids(pieces, names)
-    special |= {names.index(token) for token in (bos, eos, pad) if token is not None}
+    special = {names.index(token) for token in (bos, eos, pad) if token is not None}
+    special |= {i for i in ids if pieces.types[i] in (UNKNOWN, CONTROL) or pieces.texts[i] != names[i]}
     add_bos = bos is not None and bool(spec.get("add_bos", True))
     backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))
@@ -91,13 +92,9 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place)
     return {
         "tokenizer.json": (text + "\n").encode(),
         "tokenizer.model": data,
-        "tokenizer_config.json": _json(kept),
-        "special_tokens_map.json": _json({**mapped, "additional_special_tokens": extra}),
+        "tokenizer_config.json": as_json(kept),
+        "special_tokens_map.json": as_json({**mapped, "additional_special_tokens": extra}),
     }
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def _processor(data: bytes, place: Place) -> Any:
@@ -113,25 +110,13 @@ def _processor(data: bytes, place: Place) -> Any:
 
 def _reason_of_unused(model: Any, pieces: Pieces, unused: set[int]) -> str | None:
     """Why `tokenizers` cannot express a model exactly, by the pieces that SentencePiece does not use."""
-    if any(_joins(pieces, pieces.texts[index]) for index in unused):
+    texts = [pieces.texts[index] for index in unused]
+    # a lone character that no piece has is the only one that cannot come up inside a join
+    if any(len(one) != 1 or any(one in text and text != one for text in pieces.texts) for one in texts):
         return f"{len(unused)} unused pieces that others are made of"
     if unused and not model.trainer_spec.byte_fallback:
         return f"{len(unused)} unused pieces without byte fallback"
     return None
-
-
-def _joins(pieces: Pieces, unused: str) -> bool:
-    """Whether an unused piece can come up inside a join: only a lone character that no piece has cannot."""
-    return len(unused) != 1 or any(unused in text and text != unused for text in pieces.texts)
-
-
-def _special_ids(pieces: Pieces, names: list[str]) -> set[int]:
-    """Unknown, control and renamed pieces."""
-    return {
-        index
-        for index, (kind, text, name) in enumerate(zip(pieces.types, pieces.texts, names, strict=True))
-        if kind in (UNKNOWN, CONTROL) or text != name
-    }
 
 
 def _backend(

@@ -11,7 +11,6 @@ import click
 import engine
 from engine.commands import progress
 from engine.commands.completion import folders
-from engine.commands.logs import logged
 from engine.commands.options import (
     CUT,
     QUIET,
@@ -24,6 +23,7 @@ from engine.commands.options import (
     only_plan,
     reports_errors,
 )
+from engine.commands.progress import logged
 from engine.commands.say import answer
 from engine.errors import visible
 from engine.planning.request import JOBS

@@ -15,8 +15,8 @@ from engine.commands.options import EXPLAINED, QUIET, VERIFYING, asks, chosen, g
 from engine.commands.say import answer, say
 from engine.errors import visible
 from engine.explaining.codes import is_code
+from engine.planning.given import amount
 from engine.show.render import inspection, render
-from engine.show.text import amount
 from engine.storage.json_text import as_data
 from engine.storage.replacing import check_file_free, given_path
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import engine
-from engine.commands.logs import logged
 from engine.commands.options import QUIET, SAVED, asks, reports_errors
+from engine.commands.progress import logged
 from engine.commands.say import say
 from engine.errors import EngineError, Place, visible
 from engine.storage.places import last_name

@@ -19,8 +19,7 @@ import numpy as np
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError
 from engine.formats.headers import ITEM_SIZES, dense_strides
-from engine.move.tensors import Tensors
-from engine.move.views import Box, View, tiles
+from engine.move.tensors import Box, Tensors, View, tiles
 from engine.planning.boxes import Copy
 from engine.planning.model import Output, Plan
 from engine.run.replicas import compare_replicas, replica_bytes

@@ -15,8 +15,7 @@ from engine.discover.rows import changes_of
 from engine.discover.sides import Sides, as_matrix
 from engine.formats.headers import ITEM_SIZES, FileHeader
 from engine.language.names import is_number
-from engine.move.tensors import Tensors
-from engine.move.views import View
+from engine.move.tensors import Tensors, View
 from engine.planning.model import Plan
 
 _MEASURED = ("different", "changed")

@@ -15,8 +15,7 @@ import numpy as np
 from engine.discover.orders import runs_of
 from engine.discover.prints import weights
 from engine.formats.headers import dense_strides
-from engine.move.tensors import Tensors
-from engine.move.views import Box, View, tiles
+from engine.move.tensors import Box, Tensors, View, tiles
 
 _TILE = 1 << 15  # elements at a time
 _SUMS = 32  # of a sketch

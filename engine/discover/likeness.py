@@ -13,7 +13,7 @@ from engine.discover.rows import changes_of, own_rows, region_in_words, region_o
 from engine.discover.sides import Sides
 from engine.discover.values import closeness, relate_values
 from engine.errors import counted
-from engine.move.views import View
+from engine.move.tensors import View
 
 CLOSE = 0.1  # of its size
 NEAR = 0.35  # of its size: its own values in its own places, whatever else

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.formats.headers import dense_strides
-from engine.move.tensors import Tensors, cast_bits
-from engine.move.views import View, tiles
+from engine.move.tensors import Tensors, View, cast_bits, tiles
 
 _TILE = 1 << 15  # elements at a time: eight bytes each
 _ODD, _OTHER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)

@@ -34,8 +34,7 @@ from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
 from engine.discover.sums import summed
 from engine.discover.values import closeness, relate_values
 from engine.language.names import numbers_in
-from engine.move.tensors import common_types
-from engine.move.views import View
+from engine.move.tensors import View, common_types
 
 _SHORTEST = 4  # elements of a run
 _SHUFFLED = "the same elements in another order"

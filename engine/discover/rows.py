@@ -13,8 +13,7 @@ from engine.discover.levels import Kind, Relation
 from engine.discover.orders import divisors, read_order, runs_of
 from engine.discover.prints import Prints64
 from engine.errors import counted, span
-from engine.move.tensors import Tensors, common_types, deviation, unlike
-from engine.move.views import View, tiles
+from engine.move.tensors import Tensors, View, common_types, deviation, tiles, unlike
 from engine.planning.boxes import Interval
 
 MOST_NAMED = 4  # stretches that are named one by one

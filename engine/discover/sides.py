@@ -13,8 +13,7 @@ from engine.discover.geometry import Geometry, Units, neighbours, units_of
 from engine.discover.levels import Relation
 from engine.discover.orders import read_order
 from engine.discover.prints import Prints, take_prints
-from engine.move.tensors import Tensors, common_types
-from engine.move.views import View
+from engine.move.tensors import Tensors, View, common_types
 
 MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
 _ROOM = 256 << 20  # bytes of sketches that are kept

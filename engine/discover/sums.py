@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from engine.discover.levels import BITS
-from engine.move.tensors import Tensors
-from engine.move.views import View, tiles
+from engine.move.tensors import Tensors, View, tiles
 
 _SAMPLE = 1 << 14  # elements
 _MOST_TERMS = 16

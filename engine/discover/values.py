@@ -15,9 +15,8 @@ from engine.discover.levels import BITS, Fits, Kind, Pair, Relation, quantised, 
 from engine.discover.lines import FEWEST, by_groups, line, lines, slack
 from engine.errors import counted
 from engine.formats.headers import FLOATS
-from engine.move.tensors import Tensors
+from engine.move.tensors import Box, Tensors, View, tiles
 from engine.move.values import float_type
-from engine.move.views import Box, View, tiles
 
 _TILE = 1 << 14  # elements at a time
 _TRIED = 12  # tiles that are looked at before all are

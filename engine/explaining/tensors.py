@@ -17,7 +17,7 @@ from engine.explaining.words import (
     slice_sentences,
     slice_text,
 )
-from engine.language.transforms import loses
+from engine.language.rules import loses
 from engine.planning.boxes import Interval, volume
 from engine.planning.groups import Group
 from engine.planning.model import Output, Plan

@@ -77,7 +77,14 @@ def read_dcp_directory(folder: Store, *, again: bool = False) -> Directory:
         return _read(File(folder, DIRECTORY), again=again)
     every = [_read(File(folder, name)) for name in folder.names() if _OF_RANK.fullmatch(name)]
     if not every:
-        raise unfinished(folder)
+        raise EngineError(
+            "E201",
+            "`.metadata` is missing: the checkpoint was not saved to its end",
+            place=Place(folder.place()),
+            got="files of ranks without the directory that says what they hold",
+            expected="`.metadata`, which is written last",
+            fix="Take the step before, or copy the folder again with its hidden files.",
+        )
     entries = sorted((entry for one in every for entry in one.entries), key=lambda e: (e.file, e.offset))
     values = {name: place for one in every for name, place in one.values.items()}
     return Directory(
@@ -106,18 +113,6 @@ def _parsed(file: OpenFile, name: str) -> Directory:
         return _directory(value, hashlib.sha256(data).hexdigest(), len(data) // _SHORTEST)
     except Refused as refused:
         raise error_of(refused, name) from None
-
-
-def unfinished(folder: Store) -> EngineError:
-    """E201: the directory is written last, so that the save was not finished."""
-    return EngineError(
-        "E201",
-        "`.metadata` is missing: the checkpoint was not saved to its end",
-        place=Place(folder.place()),
-        got="files of ranks without the directory that says what they hold",
-        expected="`.metadata`, which is written last",
-        fix="Take the step before, or copy the folder again with its hidden files.",
-    )
 
 
 def _directory(value: Any, identity: str, most: int) -> Directory:

@@ -47,7 +47,7 @@ def add(rows: np.ndarray, number: str) -> np.ndarray:
     return rows + np.float32(number)
 
 
-# Operation of `language.transforms` → function on float32 rows along the last storage dimension, and what it takes.
+# Operation of `language.rules` → function on float32 rows along the last storage dimension, and what it takes.
 FUNCTIONS: dict[str, Callable[[np.ndarray, str], np.ndarray]] = {"normalize": normalize, "add": add}
 
 

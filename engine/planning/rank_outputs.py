@@ -15,7 +15,7 @@ from engine.formats.torch_files import Saved
 from engine.language.expressions import evaluate, render_tree
 from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
-from engine.language.transforms import undone
+from engine.language.rules import undone
 from engine.planning.agreement import check_returns, with_parts
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared, read_training, shown

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.formats.headers import FileHeader
 from engine.language.model import Layout
-from engine.language.transforms import TRANSFORMS
+from engine.language.rules import TRANSFORMS
 from engine.planning.boxes import Copy
 from engine.planning.classes import Template, template_of
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Tied, Work

@@ -10,7 +10,7 @@ from engine.errors import EngineError, Place, printable
 from engine.language.documents import completed
 from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
-from engine.language.transforms import loses
+from engine.language.rules import loses
 from engine.planning.attempts import Checkpoint, Question, decide_by_shapes
 from engine.planning.completeness import check_repeated, check_slices, used_rules
 from engine.planning.config_keys import Read, shown

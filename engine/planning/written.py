@@ -12,7 +12,7 @@ from engine.formats.headers import FLOATS
 from engine.language.expressions import compile_expression, evaluate, render_tree
 from engine.language.keys import Key
 from engine.language.model import Expression
-from engine.language.transforms import TRANSFORMS, loses
+from engine.language.rules import TRANSFORMS, loses
 from engine.planning.classes import CopyTable
 from engine.planning.config_keys import as_declared
 from engine.planning.groups import Group

@@ -20,8 +20,7 @@ from engine.language.axes import Axes, extent
 from engine.language.expressions import evaluate
 from engine.language.model import Layout, MappingFile, Rule
 from engine.language.names import Pattern
-from engine.language.rules import STORED
-from engine.language.transforms import said
+from engine.language.rules import STORED, said
 from engine.planning.boxes import Copy, swap
 from engine.planning.model import Plan
 from engine.planning.stored import Instance, instances

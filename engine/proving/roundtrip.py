@@ -18,7 +18,7 @@ from engine.errors import EngineError, shape_text
 from engine.formats.configs import encode_config
 from engine.language.expressions import names_in
 from engine.language.model import Layout, MappingFile
-from engine.language.transforms import loses
+from engine.language.rules import loses
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.model import Layout, MappingFile
-from engine.language.transforms import undone
+from engine.language.rules import undone
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.boxes import Box, common, swap
 from engine.planning.groups import Group

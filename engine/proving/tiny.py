@@ -24,7 +24,7 @@ from engine.language.keys import Key, find_key
 from engine.language.layout_file import load_layout
 from engine.language.model import Expression, MappingFile
 from engine.language.names import pattern
-from engine.language.transforms import loses
+from engine.language.rules import loses
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared
 from engine.planning.facts import present_in, render_known

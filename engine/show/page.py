@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from engine.assets.model_card import environment
 from engine.errors import span, visible
 from engine.explaining.describe import describe_plan
+from engine.planning.given import amount
 from engine.planning.model import Plan
 from engine.show.pictures import flat_shape, pictures
-from engine.show.text import amount, times
+from engine.show.text import times
 
 if TYPE_CHECKING:
     from jinja2 import Template

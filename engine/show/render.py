@@ -13,7 +13,8 @@ import click
 from engine.assets.model_card import environment
 from engine.errors import EngineError, counted, rounded, span
 from engine.language.documents import grouped, plain
-from engine.show.text import Styled, amount, duration, note, quoted, shown, table, times, title
+from engine.planning.given import amount
+from engine.show.text import Styled, duration, note, quoted, shown, table, times, title
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -72,22 +72,6 @@ def read_text(path: str | Path) -> str:
                           fix="Check the path.") from error  # fmt: skip
 
 
-def amount(nbytes: float) -> str:
-    """Bytes as people say them, in powers of 1000 as file sizes are given.
-
-    >>> amount(999), amount(14_482_000_000)
-    ('999 B', '14.5 GB')
-    """
-    if nbytes < 999.5:
-        return f"{nbytes:.0f} B"
-    units = ["kB", "MB", "GB", "TB"]
-    nbytes /= 1000
-    while nbytes >= 999.5 and len(units) > 1:
-        nbytes /= 1000
-        units.pop(0)
-    return f"{nbytes:.3g} {units[0]}"
-
-
 def duration(seconds: float) -> str:
     """
     >>> duration(0.42), duration(75), duration(3700)

@@ -176,8 +176,3 @@ class _Ranges(Ranges):
                 raise ends_early(self._file.name, self._file.size, offset + len(part))
             self._file.read_into(offset, part)
             offset += len(part)
-
-
-def memory_store(name: str, files: Mapping[str, bytes | bytearray]) -> VirtualStore:
-    """A store of files in memory."""
-    return VirtualStore(name, {one: VirtualFile.of(one, data) for one, data in files.items()})

@@ -23,7 +23,7 @@ from engine.commands.main import cli
 from engine.comparing.comparison import Comparison
 from engine.comparing.tensors import Verdict
 from engine.formats.safetensors import index_json
-from engine.move.views import tiles
+from engine.move.tensors import tiles
 from engine.run.meter import Progress
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"

@@ -7,7 +7,7 @@ import pickle
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ from engine.language.model import Expression
 from engine.language.names import pattern
 from engine.language.sandbox import FILTERS, TESTS
 from engine.storage.local import local_file
-from engine.storage.virtual import memory_store
+from engine.storage.virtual import VirtualFile, VirtualStore
 from tests.support.readers import (
     read_hf_folder,
     read_json,
@@ -244,10 +244,14 @@ FILES = {path.name: path.read_bytes() for path in sorted(STEP.iterdir())}
 SHARDS = {path.name: path.read_bytes() for path in sorted((STEP.parents[1] / "fsdp4-f32-hf" / "step-10").iterdir())[:2]}
 
 
+def memory_store(files: Mapping[str, bytes | bytearray]) -> VirtualStore:
+    return VirtualStore("m", {name: VirtualFile.of(name, data) for name, data in files.items()})
+
+
 @fuzzed
 @given(mutated([FILES[".metadata"]]))
 def test_a_nearly_right_directory_is_read_or_refused(data: bytes) -> None:
-    store = memory_store("m", {name: one for name, one in (FILES | {".metadata": data}).items()})
+    store = memory_store(FILES | {".metadata": data})
     with refusal():
         for file in read_dcp(store, [name for name in FILES if name != ".metadata"]):
             assert all(0 <= t.offset <= file.size and t.offset + t.nbytes <= file.size for t in file.tensors)
@@ -257,7 +261,7 @@ def test_a_nearly_right_directory_is_read_or_refused(data: bytes) -> None:
 @given(st.sampled_from([name for name in FILES if name != ".metadata"]), st.data())
 def test_a_nearly_right_file_of_entries_is_read_or_refused(name: str, data: st.DataObject) -> None:
     changed = data.draw(mutated([FILES[name]]))
-    store = memory_store("m", {other: one for other, one in (FILES | {name: changed}).items()})
+    store = memory_store(FILES | {name: changed})
     with refusal():
         for file in read_dcp(store, [other for other in FILES if other != ".metadata"]):
             assert all(t.offset + t.nbytes <= file.size for t in file.tensors)
@@ -267,7 +271,7 @@ def test_a_nearly_right_file_of_entries_is_read_or_refused(name: str, data: st.D
 @given(mutated(list(SHARDS.values())))
 def test_a_nearly_right_file_of_boxes_is_read_or_refused(data: bytes) -> None:
     first, second = SHARDS
-    store = memory_store("m", {first: bytearray(data), second: bytearray(SHARDS[second])})
+    store = memory_store({first: bytearray(data), second: bytearray(SHARDS[second])})
     with refusal():
         for file in read_sharded_safetensors(store, [first, second]):
             for tensor in file.tensors:
