@@ -246,7 +246,9 @@ def check_files(then: Sequence[Marks], files: Sequence[FileHeader], folder: str,
                 f"{one['size']} bytes, headers {one['identity'][:12]}" for one in (now[name], before[name])
             )
         else:
-            got, expected = (_state_in_words(one.get("state", {})) for one in (now[name], before[name]))
+            states = (one.get("state", {}).items() for one in (now[name], before[name]))
+            told = [", ".join(f"{key} {value}" for key, value in state) for state in states]
+            got, expected = (one or "nothing told of the file itself" for one in told)
             fix = (
                 f"The headers are the same, but the file holds no checksums that tell whether its tensors are. {again}"
             )
@@ -258,7 +260,3 @@ def check_files(then: Sequence[Marks], files: Sequence[FileHeader], folder: str,
             expected=f"{expected}, as in {saved}",
             fix=fix,
         )
-
-
-def _state_in_words(state: Mapping[str, int]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in state.items()) or "nothing told of the file itself"

@@ -19,8 +19,8 @@ from engine.commands.options import (
     WRITING,
     asks,
     chosen,
+    given,
     of_job,
-    only_plan,
     reports_errors,
 )
 from engine.commands.progress import logged
@@ -88,7 +88,9 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
       engine run --src ckpt/20000
       engine run -m internlm2-chat-7b -s ckpt/20000 -o hf --dtype bf16
     """
-    only_plan(ctx, saved)
+    said = next((flag for name, flag in given(ctx).items() if name in SAVED), None)
+    if saved is not None and said:
+        raise click.UsageError(f"--plan says all of {said} already; give one or the other", ctx)
     if saved is not None:
         write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
         return

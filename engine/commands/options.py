@@ -172,13 +172,6 @@ def given(ctx: click.Context) -> dict[str, str]:
     return {name: flag for name, flag in params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
 
 
-def only_plan(ctx: click.Context, saved: str | None) -> None:
-    """A usage error unless a saved plan is given alone."""
-    said = next((flag for name, flag in given(ctx).items() if name in SAVED), None)
-    if saved is not None and said:
-        raise click.UsageError(f"--plan says all of {said} already; give one or the other", ctx)
-
-
 # Command and option → those of which one must be given with it: alone it would have no effect.
 _TOGETHER = {
     **{(command, "parts"): ("--executor",) for command in ("run", "reverse", "reshard")},

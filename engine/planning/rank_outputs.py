@@ -89,11 +89,14 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
             expected=when.text,
             fix="Leave --mode out: the ranks say which it is.",
         )
+    place = _inside(layout, destination.mode)
+    if place is not None:  # the configuration is in each of the weight files
+        files = tuple(replace(one, around=around_of(place, config)) for one in files)
     parts = [one.header.part for one, _, _ in listed]
     written = Written(
         tuple(outputs),
         copies,
-        with_configuration(destination, files, config),
+        files,
         config,
         names,
         grid=RankGrid(destination.mode, destination.sizes, tuple(invented.files), staged=destination.stages.dims),
@@ -120,14 +123,6 @@ def directory_of(
         if (one := outputs[i]) and (part := parts[i]) is not None
     ]
     return {DIRECTORY: ("dcp", saved)}
-
-
-def with_configuration(
-    destination: Destination, shards: Sequence[OutputFile], config: Mapping[str, Any]
-) -> tuple[OutputFile, ...]:
-    """The weight files with the configuration in each, where that is its place."""
-    place = _inside(destination.layout, destination.mode)
-    return tuple(shards) if place is None else tuple(replace(one, around=around_of(place, config)) for one in shards)
 
 
 def around_data(plan: Plan) -> Any:

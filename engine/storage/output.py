@@ -12,10 +12,19 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from engine.errors import KEPT, EngineError, Place
-from engine.storage.folders import exchange, is_empty, is_folder, is_mount, remove, remove_empty, sync_folder
 from engine.storage.local import LocalStore
-from engine.storage.locks import OutputLock
-from engine.storage.replacing import exists
+from engine.storage.replacing import (
+    OutputLock,
+    exchange,
+    exists,
+    is_empty,
+    is_folder,
+    is_mount,
+    overlap,
+    remove,
+    remove_empty,
+    sync_folder,
+)
 from engine.storage.store import Store, Target, write_error
 
 _LEFT = re.compile(r"\..*\.(partial|old)-[0-9a-f]{8}", re.DOTALL)  # what an interrupted run leaves
@@ -261,11 +270,5 @@ def _check_apart(out: Path, source: Path) -> None:
     linked = (os.path.realpath(file) for file in real_source.glob("*") if file.is_symlink() and file.is_file())
     read = (real_source, *map(Path, linked))
     if real_source in real_out.parents or any(real_out in (one, *one.parents) for one in read):
-        raise EngineError(
-            "E404",
-            "source and output overlap",
-            place=Place(str(out)),
-            got=f"output inside or around {source}, or around a file that it links to",
-            expected="two folders apart",
-            fix="Choose an --out beside the checkpoint, not in it.",
-        )
+        got = f"output inside or around {source}, or around a file that it links to"
+        raise overlap(str(out), got, "two folders apart")

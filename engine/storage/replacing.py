@@ -1,12 +1,15 @@
-"""What may be replaced: only what the engine itself wrote. Anything else belongs to somebody."""
+"""Paths of this machine: what may be replaced, only what the engine itself wrote; folders, mounts and locks."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.errors import EngineError, Place
@@ -44,6 +47,11 @@ def _encodes(path: str) -> bool:
 
 def exists(path: Path | str, fix: str, got: str | None = None) -> EngineError:
     return EngineError("E401", "the output exists already", place=Place(str(path)), got=got, fix=fix)
+
+
+def overlap(place: str, got: str, expected: str) -> EngineError:
+    fix = "Choose an --out beside the checkpoint, not in it."
+    return EngineError("E404", "source and output overlap", place=Place(place), got=got, expected=expected, fix=fix)
 
 
 def check_file_free(path: Path, overwrite: bool, ours: Callable[[bytes], bool]) -> None:
@@ -84,3 +92,111 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
         raise write_error(path, error, "there") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
+_AT_CWD = -100
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to stable storage."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # some file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, so that neither is ever missing; False where it cannot be done."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done: int = rename(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE)
+    return done == 0
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, up to the first that holds anything."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder itself, not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def is_mount(path: Path) -> bool:
+    """Whether something is mounted there: also a folder of the same disk, which `os.path.ismount` does not see."""
+    try:
+        told = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return os.path.ismount(path)
+    name = os.fsencode(path)
+    for one, code in ((b"\\", b"\\134"), (b" ", b"\\040"), (b"\t", b"\\011"), (b"\n", b"\\012")):
+        name = name.replace(one, code)
+    return any(line.split(b" ")[4:5] == [name] for line in told)
+
+
+def is_empty(path: Path) -> bool:
+    """Whether it is a folder with nothing in it, as `mkdir` makes one for an output."""
+    if not is_folder(path):
+        return False
+    with os.scandir(path) as entries:
+        return next(entries, None) is None
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that it holds, or a file or link."""
+    if is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class OutputLock:
+    """An advisory lock on `.NAME.lock` beside an output, released by the kernel when its holder ends."""
+
+    def __init__(self, final: Path) -> None:
+        self._path = final.with_name(f".{final.name}.lock")
+        self._final = final
+        self._descriptor = -1
+
+    def __enter__(self) -> OutputLock:
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise held(str(self._final), "Wait for it to end, or choose another --out.") from None
+            if self._is_current(descriptor):
+                self._descriptor = descriptor
+                return self
+            os.close(descriptor)  # its holder removed the file between our opening and locking it
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+
+def held(place: str, fix: str) -> EngineError:
+    """E408 for an output that another run is writing."""
+    return EngineError("E408", "another run is writing this output", place=Place(place), fix=fix)

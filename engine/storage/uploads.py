@@ -10,17 +10,57 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from engine.errors import EngineError, Place, needs_extra
 from engine.storage.client import refused, requests
 from engine.storage.coalesce import share
-from engine.storage.locks import ObjectLock
 from engine.storage.objects import LOCK, MARK, ObjectStore
-from engine.storage.replacing import exists
+from engine.storage.replacing import exists, held, overlap
 from engine.storage.store import Store, walk
 from engine.storage.upload import Upload, buffer_of
+
+
+class ObjectLock:
+    """An object at the prefix of an output that says which run is writing there.
+
+    A run that is killed leaves it. The same run resumed takes it over: two of the same work write the same bytes.
+    """
+
+    def __init__(self, store: ObjectStore, work: str) -> None:
+        """
+        Args:
+            work: a digest of all that the bytes of the output depend on.
+        """
+        self._store, self._work = store, work
+        self._told = f"{work} {secrets.token_hex(8)}".encode()
+
+    def take(self, *, resume: bool) -> None:
+        """Put the object; E408 where another run has put one."""
+        if self._store.write(LOCK, self._told, new=True) or self.held:  # put, though the answer was lost
+            return
+        there = (self._store.content(LOCK) or b"").partition(b" ")[0].decode("utf-8", "replace")
+        if not resume or there != self._work:
+            raise held(
+                self._store.place(),
+                "Wait for it to end, or choose another --out. If it was killed, repeat it with --resume, or remove "
+                "what it left with `engine clean`.",
+            )
+        self._store.write(LOCK, self._told)
+
+    @property
+    def held(self) -> bool:
+        """Whether it is there and this run's."""
+        return self._store.content(LOCK) == self._told
+
+    def leave(self) -> None:
+        """Remove the object if it can be: what the run itself ends with counts."""
+        with suppress(EngineError):
+            if self.held:
+                self._store.delete(LOCK)
 
 
 class Uploads:
@@ -55,14 +95,7 @@ class Uploads:
             )  # fmt: skip
         ours, theirs = f"{store.place()}/", f"{source.rstrip('/')}/"
         if ours.startswith(theirs) or theirs.startswith(ours):
-            raise EngineError(
-                "E404",
-                "source and output overlap",
-                place=Place(store.place()),
-                got=f"output inside or around {source}",
-                expected="two prefixes apart",
-                fix="Choose an --out beside the checkpoint, not in it.",
-            )
+            raise overlap(store.place(), f"output inside or around {source}", "two prefixes apart")
         self._before = self._check_free()
 
     def _check_free(self) -> set[str]:

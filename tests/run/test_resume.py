@@ -20,7 +20,7 @@ from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.move import blocks
 from engine.run import writer
-from engine.storage.locks import OutputLock
+from engine.storage.replacing import OutputLock
 from engine.storage.sinks import SinkFiles
 from tests.support.disk import Disk, contents, partials
 from tests.support.forked import run_engine, start_engine
