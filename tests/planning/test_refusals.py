@@ -15,7 +15,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
-from engine.storage import folders, output
+from engine.storage import output, replacing
 from tests.support.disk import contents
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
@@ -225,7 +225,7 @@ def test_a_mount_point_is_refused_before_anything_is_written(
     told = str(out).replace("\\", r"\134").replace(" ", r"\040")
     mounts.write_text(f"36 35 98:0 /mnt1 {told} rw,noatime master:1 - ext3 /dev/root rw\n")
     out.mkdir()
-    monkeypatch.setattr(folders, "_MOUNTS", mounts)
+    monkeypatch.setattr(replacing, "_MOUNTS", mounts)
     with pytest.raises(EngineError, match="a mount point"):
         engine.convert(V1.mapping, source, out, settings={"mlp_letters": "w2_is_down"})
 
