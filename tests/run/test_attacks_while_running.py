@@ -130,19 +130,19 @@ def test_a_source_that_shrinks_while_it_is_read_is_refused(
 def test_a_source_that_vanishes_after_it_was_listed_is_refused(
     name: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.checkpoint import folder
+    from engine.planning import reading
 
-    listed = folder.list_folder
-    monkeypatch.setattr(folder, "list_folder", lambda *where: (listed(*where), (source / name).unlink())[0])
+    listed = reading.list_folder
+    monkeypatch.setattr(reading, "list_folder", lambda *where: (listed(*where), (source / name).unlink())[0])
     fails(source, out, "E305", "E304")
 
 
 def before_headers(monkeypatch: pytest.MonkeyPatch, harm: Callable[[], object]) -> None:
     """Do something when the configuration has been read."""
-    from engine.checkpoint import folder
+    from engine.planning import reading
 
-    read = folder.read_headers
-    monkeypatch.setattr(folder, "read_headers", lambda *what, **how: (harm(), read(*what, **how))[1])
+    read = reading.read_headers
+    monkeypatch.setattr(reading, "read_headers", lambda *what, **how: (harm(), read(*what, **how))[1])
 
 
 def other_step(folder: Path) -> Path:
