@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,24 @@ from engine.assets.chat import unmarked
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
+from engine.proving import holdings, meaning
 from engine.proving.diff import MappingDiff
+from engine.proving.holdings import small_cases
 from engine.proving.meaning import facts_of
 from engine.show.changes import rendered
 
 ROOT = Path(__file__).parents[2]
 FAMILY = (ROOT / "tests" / "fixtures" / "mappings" / "internlm2-one-line-rules.yaml").read_text("utf-8")
 CHILD = "mapping: 1\nname: child\nversion: 1.0.0\nextends: family.yaml\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_grids() -> Iterator[None]:
+    """Two grids tell mappings apart as well as all that are in what is committed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meaning, "_KNOWN", {})
+        patch.setattr(holdings, "small_cases", lambda layout: small_cases(layout)[:2])
+        yield
 
 
 def invoke(*arguments: object) -> Result:
