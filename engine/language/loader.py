@@ -145,7 +145,7 @@ class _Walk:
         if isinstance(self._peek(), yaml.StreamEndEvent):
             return None
         self._next(yaml.DocumentStartEvent)
-        root = self._node(0)
+        root = self._node(self._next(), 0)
         self._next(yaml.DocumentEndEvent)
         return root
 
@@ -186,9 +186,8 @@ class _Walk:
             "E101", message, place=self._place(event), got=_line(self.text, event.start_mark.line), fix=fix
         )
 
-    def _node(self, depth: int) -> tuple[Any, Place]:
-        """What comes next, and where it begins."""
-        event = self._next()
+    def _node(self, event: Any, depth: int) -> tuple[Any, Place]:
+        """What begins with an event, and where it begins."""
         if isinstance(event, yaml.AliasEvent):
             self._refuse(event, f"aliases (`*{event.anchor}`) are not part of the language", "Write the value out.")
         if event.anchor is not None:
@@ -202,18 +201,16 @@ class _Walk:
             self._refuse(event, f"nested deeper than {MAX_DEPTH} levels", "A mapping needs about six levels.")
         if isinstance(event, yaml.SequenceStartEvent):
             items = Items()
-            while not isinstance(self._peek(), yaml.SequenceEndEvent):
-                item, at = self._node(depth + 1)
+            while not isinstance(event := self._next(), yaml.SequenceEndEvent):
+                item, at = self._node(event, depth + 1)
                 items.at[len(items)] = At(at, at)
                 items.append(item)
-            self._next()
             return items, place
         entries = Table()
         seen: dict[str, Place] = {}
-        while not isinstance(self._peek(), yaml.MappingEndEvent):
-            key_event = self._peek()
-            word, at = self._node(depth + 1)
-            key = self._key(key_event, word)
+        while not isinstance(event := self._next(), yaml.MappingEndEvent):
+            word, at = self._node(event, depth + 1)
+            key = self._key(event, word)
             if str(key) in seen:
                 raise EngineError(
                     "E101",
@@ -224,9 +221,8 @@ class _Walk:
                     fix="Remove or rename one of them.",
                 )
             seen[str(key)] = at
-            value, value_at = self._node(depth + 1)
+            value, value_at = self._node(self._next(), depth + 1)
             entries.put(key, value, At(at, value_at))
-        self._next()
         return entries, place
 
     def _key(self, event: Any, word: Any) -> str | int:
