@@ -14,7 +14,19 @@ from typing import Any
 
 import torch
 
-from tests.support.shards import Model, State, Whole, build, flattened, stages, to_halves, tp_slice, wp_slice, write
+from tests.support.shards import (
+    Model,
+    State,
+    Whole,
+    build,
+    flattened,
+    once,
+    stages,
+    to_halves,
+    tp_slice,
+    wp_slice,
+    write,
+)
 
 Parts = tuple[list[list[Whole]], list[Whole], list[Whole], State]
 WRAPPED = "mlp.moe_layer.experts.wrapped_experts"
@@ -147,6 +159,7 @@ def model_of(kind: str, **facts: Any) -> Any:
     return model.sized() if isinstance(model, Meta) else model
 
 
+@once
 def save_family(model: Model, folder: Path, **layout: Any) -> State:
     """Write a checkpoint folder of any family; returns the expected Hugging Face state dict."""
     if isinstance(model, Experts):
