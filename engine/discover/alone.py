@@ -6,12 +6,13 @@ ranks cut it. Where several readings agree with every shape a person must choose
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from engine.checkpoint.ranks import RankGrid
+from engine.discover.geometry import KEYS, Known, known_sizes
 from engine.discover.names import Observed, tail
 from engine.discover.near import Slot, similarity
 from engine.discover.notes import block, comment, flow
@@ -140,27 +141,6 @@ def _notes(
     return "; and ".join(notes)
 
 
-# Axis → the keys that name its size; the first is the one that Hugging Face's configurations have.
-KEYS = {
-    "layer": ("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
-    "hidden": ("hidden_size", "dim", "d_model", "n_embd"),
-    "vocab": ("vocab_size", "padded_vocab_size"),
-    "heads": ("num_attention_heads", "n_heads", "n_head"),
-    "groups": ("num_key_value_heads", "num_kv_attention_heads", "n_kv_heads"),
-    "head_dim": ("head_dim",),
-    "ffn": ("intermediate_size", "ffn_hidden_size", "ffn_dim"),
-    "expert": ("num_experts", "n_experts"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """Sizes that the configuration names: the value of each axis and the expression that claims it."""
-
-    sizes: Mapping[str, int]
-    dims: Mapping[str, str]
-
-
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One way to read a tensor: `axes` of each storage dimension, the dimension that is cut, and on which axis."""
@@ -168,23 +148,6 @@ class Reading:
     axes: tuple[str, ...]
     cut: int | None = None
     split: str | None = None
-
-
-def known_sizes(config: Mapping[str, Any]) -> Known:
-    """Axes by the usual keys of a configuration.
-
-    >>> known_sizes({"hidden_size": 64, "num_attention_heads": 4}).sizes
-    {'hidden': 64, 'heads': 4, 'head_dim': 16}
-    """
-    sizes: dict[str, int] = {}
-    dims: dict[str, str] = {}
-    for axis, keys in KEYS.items():
-        key = next((k for k in keys if type(config.get(k)) is int and config[k] > 0), None)
-        if key is not None:
-            sizes[axis], dims[axis] = config[key], key
-        elif axis == "head_dim" and "heads" in sizes and "hidden" in sizes and sizes["hidden"] % sizes["heads"] == 0:
-            sizes[axis], dims[axis] = sizes["hidden"] // sizes["heads"], "hidden // heads"
-    return Known(sizes, dims)
 
 
 def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> tuple[list[Reading], str]:

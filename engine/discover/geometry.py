@@ -16,6 +16,44 @@ _OUT = re.compile(r"(^|\.)(o_proj|wo|out_proj|dense|c_proj|proj)(\.|$)")
 _OTHER = re.compile(r"norm|mlp|feed_forward|embed|lm_head|output\.|gate|expert")
 
 
+# Axis → the keys that name its size; the first is the one that Hugging Face's configurations have.
+KEYS = {
+    "layer": ("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
+    "hidden": ("hidden_size", "dim", "d_model", "n_embd"),
+    "vocab": ("vocab_size", "padded_vocab_size"),
+    "heads": ("num_attention_heads", "n_heads", "n_head"),
+    "groups": ("num_key_value_heads", "num_kv_attention_heads", "n_kv_heads"),
+    "head_dim": ("head_dim",),
+    "ffn": ("intermediate_size", "ffn_hidden_size", "ffn_dim"),
+    "expert": ("num_experts", "n_experts"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Sizes that the configuration names: the value of each axis and the expression that claims it."""
+
+    sizes: Mapping[str, int]
+    dims: Mapping[str, str]
+
+
+def known_sizes(config: Mapping[str, Any]) -> Known:
+    """Axes by the usual keys of a configuration.
+
+    >>> known_sizes({"hidden_size": 64, "num_attention_heads": 4}).sizes
+    {'hidden': 64, 'heads': 4, 'head_dim': 16}
+    """
+    sizes: dict[str, int] = {}
+    dims: dict[str, str] = {}
+    for axis, keys in KEYS.items():
+        key = next((k for k in keys if type(config.get(k)) is int and config[k] > 0), None)
+        if key is not None:
+            sizes[axis], dims[axis] = config[key], key
+        elif axis == "head_dim" and "heads" in sizes and "hidden" in sizes and sizes["hidden"] % sizes["heads"] == 0:
+            sizes[axis], dims[axis] = sizes["hidden"] // sizes["heads"], "hidden // heads"
+    return Known(sizes, dims)
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Head counts of a model: query heads, key/value heads, rows per head."""
@@ -43,19 +81,10 @@ def geometry_of(configs: Sequence[Mapping[str, Any]]) -> Geometry | None:
     """
     for config in reversed(configs):
         inner = next((config[k] for k in ("text_config", "llm_config") if isinstance(config.get(k), Mapping)), config)
-        heads = inner.get("num_attention_heads")
-        if not _positive(heads):
-            continue
-        groups, head_dim, hidden = (inner.get(k) for k in ("num_key_value_heads", "head_dim", "hidden_size"))
-        if not _positive(head_dim) and _positive(hidden):
-            head_dim = hidden // heads
-        if _positive(head_dim):
-            return Geometry(heads, groups if _positive(groups) else heads, head_dim)
+        sizes = known_sizes(inner).sizes
+        if "heads" in sizes and "head_dim" in sizes:
+            return Geometry(sizes["heads"], sizes.get("groups", sizes["heads"]), sizes["head_dim"])
     return None
-
-
-def _positive(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 @dataclass(frozen=True, slots=True)
