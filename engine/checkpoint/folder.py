@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import translate
@@ -132,8 +132,13 @@ def _torch(
 ) -> Iterator[FileHeader]:
     """Files that torch saved, a few at a time."""
     load = Pickles(_KEPT)
+    yield from side_by_side(lambda name: read_rank_file(File(folder, name), load, state, says), names)
+
+
+def side_by_side(read: Callable[[str], FileHeader], names: Sequence[str]) -> Iterator[FileHeader]:
+    """Files indexed by a few threads."""
     with ThreadPoolExecutor(min(_READERS, len(names) or 1)) as pool:
-        yield from pool.map(lambda name: read_rank_file(File(folder, name), load, state, says), names)
+        yield from pool.map(read, names)
 
 
 def read_configuration(

@@ -7,11 +7,10 @@ so that what is read later is what the index promises.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
-from engine.checkpoint.folder import list_folder
+from engine.checkpoint.folder import list_folder, side_by_side
 from engine.errors import EngineError, Place
 from engine.formats.configs import read_json
 from engine.formats.headers import FileHeader
@@ -24,7 +23,6 @@ from engine.storage.store import File, Store
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 _MAX_INDEX = 64 << 20  # bytes: some 500,000 tensors
-_READERS = 4  # threads: indexing waits on storage, not on the processor
 _TORCH = (".bin", ".pt", ".pth")
 _ADAPTER = "adapter_config.json"  # where transformers sees that file, it adds the adapter to the weights
 
@@ -116,8 +114,7 @@ def _read_shards(index: File) -> tuple[FileHeader, ...]:
             expected=", ".join(missing[:8]) + (", …" if len(missing) > 8 else ""),
             fix="Copy the missing files into the folder: a download may have been interrupted.",
         )
-    with ThreadPoolExecutor(_READERS) as pool:
-        files = tuple(pool.map(lambda name: _read_weights(index.beside(name)), names))
+    files = tuple(side_by_side(lambda name: _read_weights(index.beside(name)), names))
     _check(weight_map, files, index)
     return files
 

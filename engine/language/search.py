@@ -59,7 +59,9 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
         candidate = os.path.join(folder, f"{stem}{end}")
         if os.path.isfile(candidate) and os.path.realpath(candidate).startswith(f"{os.path.realpath(folder)}{os.sep}"):
             return Path(candidate)
-    if kind == "mapping" and (os.sep in name or name.endswith((".yaml", ".yml"))) and not _bundled_form(name):
+    above = name.rpartition("/")[0]  # older versions spelled bundled names `families/NAME` and `NAME.yaml`
+    older = above in ("", "families") and (above != "" or not os.path.lexists(name))
+    if kind == "mapping" and (os.sep in name or name.endswith((".yaml", ".yml"))) and not older:
         raise _no_file(given)
     if kind != "mapping":
         known = layout_names()
@@ -80,12 +82,6 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
         else (f"Names that are near are of other models: {', '.join(others)}. " if others else "")
         + "`engine mappings` lists them all; a file is given by its path.",
     )
-
-
-def _bundled_form(name: str) -> bool:
-    """Whether it is a bundled mapping's name as older versions spelled it: `families/NAME`, `NAME.yaml`."""
-    folder = name.rpartition("/")[0]
-    return folder in ("", "families") and (folder != "" or not os.path.lexists(name))
 
 
 def _no_file(path: Path) -> EngineError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -12,12 +12,11 @@ from engine.errors import EngineError
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.model import Layout, MappingFile, Mode
-from engine.language.names import Pattern
 from engine.planning.destination import Destination, cut_layers, mode_of, ranks_of
 from engine.planning.request import Request
 from engine.planning.source import Source
 from engine.planning.stages import Stages
-from engine.planning.stored import Instance, prefix_of
+from engine.planning.stored import prefix_of
 from engine.planning.variants import decide, option_value
 
 
@@ -123,12 +122,3 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
             fix=f"Give --chunks 1, or several ranks of {', '.join(staged)}.",
         )
     return found
-
-
-def spellings_of(used: Sequence[Instance], like: Like) -> dict[str, Pattern]:
-    """For rules with historical names, the one that a checkpoint uses."""
-    return {
-        one.key: next((s for s in one.sources if s.text in like.spelt), one.sources[0])
-        for one in used
-        if len(one.sources) > 1
-    }

@@ -10,7 +10,7 @@ from engine.errors import EngineError
 from engine.formats.headers import Part, TensorHeader, dense_strides
 from engine.language.axes import extent
 from engine.language.model import FilePattern
-from engine.language.names import Pattern, pattern
+from engine.language.names import pattern
 from engine.planning.destination import Destination, check_cuts, file_of, flag, shares
 from engine.planning.groups import Cut, Group, cut_of
 from engine.planning.stages import Indices, file_numbers, shared_out
@@ -30,7 +30,7 @@ class RankGroups:
 
     Args:
         used: rules in the order of the model.
-        spellings: for a rule with historical names, the one to write (default: the first).
+        spelt: of historical names, those to write (default: the first of a rule).
         pads: padding is made, and is not that of the source.
     """
 
@@ -39,14 +39,14 @@ class RankGroups:
         destination: Destination,
         used: Sequence[Instance],
         sizes: Mapping[str, int],
-        spellings: Mapping[str, Pattern],
+        spelt: frozenset[str],
         *,
         pads: bool,
     ) -> None:
         self.groups: list[Group] = []
         self.files: list[RankFile] = []
         self.held: list[list[Held]] = []  # of each file
-        self._destination, self._sizes, self._spellings = destination, sizes, spellings
+        self._destination, self._sizes, self._spelt = destination, sizes, spelt
         self._prefixes = [destination.prefix(chunk) for chunk in range(destination.stages.chunks)]
         self._numbers: dict[tuple[str | int, ...], int] = {}
         self._named: dict[str, int] = {}
@@ -70,7 +70,7 @@ class RankGroups:
         cut = cut_of(instance, file, layout)
         share = (_boxes if file.boxes else _shards)(instance, file, cut, self._destination, self._sizes)
         names = instance.axis_names()
-        spelling = self._spellings.get(instance.key, instance.sources[0])
+        spelling = next((s for s in instance.sources if s.text in self._spelt), instance.sources[0])
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
         holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is bound to
         named = [p for p in pattern(file.name).placeholders if p in names or p == "number"]  # besides ranks

@@ -21,7 +21,7 @@ from engine.planning.attempts import claims
 from engine.planning.config_keys import declared, read_training, shown
 from engine.planning.destination import Destination
 from engine.planning.facts import UNASKED, present_in, render_known
-from engine.planning.likeness import Like, destination_of, spellings_of
+from engine.planning.likeness import Like, destination_of
 from engine.planning.model import Output, OutputFile, Plan
 from engine.planning.rank_groups import RankGroups
 from engine.planning.request import Request
@@ -46,7 +46,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     check_known(source.used, sizes, source.unread)
     destination = destination_of(mapping, layout, asked, like, sizes.get("layer", 0))
     pads = source.checkpoint.end == "whole"
-    invented = RankGroups(destination, source.used, sizes, spellings_of(source.used, like), pads=pads)
+    invented = RankGroups(destination, source.used, sizes, like.spelt, pads=pads)
     listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
     back = source.checkpoint.end == "whole"
     wanted = [
