@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.formats.headers import ITEM_SIZES, Part
 from engine.formats.pickling import Call, Global, Made, Pairs, dumps, state_dict, tensor
-from engine.formats.standins import DTYPES
+from engine.formats.standins import NAMES
 from engine.language.documents import grouped
 
 _ALIGNMENT = 64
@@ -237,7 +237,6 @@ def _entry(dtype: str, shape: Shape) -> tuple[TorchFile, int]:
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-_NAMES = {name: torch for torch, name in reversed(DTYPES.items())}
 
 
 def encode_directory(saved: Iterable[Saved]) -> bytes:
@@ -267,7 +266,7 @@ def encode_directory(saved: Iterable[Saved]) -> bytes:
             chunks.append(Made(kinds["ChunkStorageMetadata"], box))
     listed = []
     for name, (one, chunks) in tensors.items():
-        dtype = Global("torch", _NAMES[one.dtype])
+        dtype = Global("torch", NAMES[one.dtype])
         properties = (dtype, Call(layout, ("torch.strided",)), False, Call(memory, (0,)), False)
         state = {
             "properties": Made(kinds["TensorProperties"], properties),

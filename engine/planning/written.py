@@ -9,6 +9,7 @@ from typing import Any
 from engine.checkpoint.ranks import RankGrid
 from engine.errors import counted
 from engine.formats.headers import FLOATS
+from engine.formats.standins import DTYPES, NAMES
 from engine.language.expressions import compile_expression, evaluate, render_tree
 from engine.language.keys import Key
 from engine.language.model import Expression
@@ -21,8 +22,6 @@ from engine.planning.sides import Keys, Side
 from engine.planning.source import Source
 from engine.planning.stages import Stages
 from engine.planning.stored import Stored
-
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ def summed(outputs: Sequence[Output]) -> list[str]:
     found: dict[tuple[str, str], int] = {}
     for one in outputs:
         if one.transform is not None and not loses(one.transform):
-            key = one.transform[1], {v: k for k, v in DTYPES.items()}.get(one.dtype, one.dtype)
+            key = one.transform[1], NAMES.get(one.dtype, one.dtype)
             found[key] = found.get(key, 0) + 1
     exact = "which holds the sums: a program that loads them in a narrower type rounds them"
     rounded = "which rounds the sums: what is stored does not come back exactly"
@@ -142,4 +141,4 @@ def main_dtype(outputs: Sequence[Output]) -> str:
     for output in outputs:
         count[output.dtype] = count.get(output.dtype, 0) + output.elements
     best = max(count, key=lambda d: (count[d], d))
-    return {v: k for k, v in DTYPES.items()}.get(best, best.lower())
+    return NAMES.get(best, best.lower())

@@ -112,16 +112,14 @@ class App:
     def _answer(self, request: Request, refused: Response | None) -> tuple[Response, bytes | memoryview, str | None]:
         """The response with the first piece of its body; what a source is refused for comes before any of it."""
         try:
-            response, problem = refused or self._hub.answer(request), None
-            piece = _piece(response, 0) if request.method != "HEAD" else b""
+            response = refused or self._hub.answer(request)
+            return response, _piece(response, 0) if request.method != "HEAD" else b"", None
         except (EngineError, OSError) as error:
             told = f"{error.code} {error.message}" if isinstance(error, EngineError) else str(error.strerror)
             response, problem = refusal(409, told), str(error)
-            piece = _piece(response, 0)
         except Exception as error:  # nobody foresaw it: one request fails, the server goes on
             response, problem = refusal(500, "E901 internal error"), f"{type(error).__name__}: {error}"
-            piece = _piece(response, 0)
-        return response, piece, problem
+        return response, _piece(response, 0), problem
 
 
 def _request(scope: Mapping[str, Any]) -> Request:
