@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from engine.language.documents import changed, leaves, same, text_of
+from engine.language.documents import changed, grouped, leaves, same, text_of
 from engine.language.model import MappingFile
 from engine.proving.holdings import parts_of
 from engine.proving.matrix import choices_named
@@ -95,12 +95,12 @@ def compare_meanings(
 
 def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
     """What is written differently, each key once with the first given configuration that shows it."""
-    found: dict[tuple[str, str], list[tuple[str, Any, Any]]] = {}
-    for part in VALUED:
-        for name, given, old, new in _values(part, before.get(part, {}), after.get(part, {})):
-            if not same(old, new):
-                file, _, key = name.partition(" ") if part in ("reading", "writing") else (part, "", name)
-                found.setdefault((file, key), []).append((given, old, new))
+    found = grouped(
+        (name.partition(" ")[::2] if part in ("reading", "writing") else (part, name), (given, old, new))
+        for part in VALUED
+        for name, given, old, new in _values(part, before.get(part, {}), after.get(part, {}))
+        if not same(old, new)
+    )
     return tuple(
         ValueChange(file, key, given, _told_value(old), _told_value(new), len(held))
         for (file, key), [(given, old, new), *held] in found.items()

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from engine.language.documents import grouped
 from engine.planning.wanted import Wanted
 
 
@@ -42,9 +43,7 @@ def _ties(model: Any, names: Collection[str]) -> dict[str, str]:
     """Names of one parameter, and those that the class ties: each → the one that the class lists, or the first."""
     listed = getattr(model, "_tied_weights_keys", None)
     tied = {n: to for n, to in listed.items() if n in names and to in names} if isinstance(listed, Mapping) else {}
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    owners = grouped((id(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False))
     for alike in owners.values():
         first = next((name for name in alike if name not in tied), alike[0])
         tied |= {name: first for name in alike if name != first}

@@ -7,7 +7,7 @@ rule's source and target regions give positions, and every position must occur o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 
@@ -47,19 +47,17 @@ def _unpaired(active: Sequence[Instance], sizes: Mapping[str, int]) -> Iterator[
     targets: dict[str, list[Claim]] = {}
     places: dict[str, str] = {}
     for instance in active:
-        whole = [held for name, axes in instance.targets for held in _tensors(name, axes, sizes)]
         for name, axes in [(instance.sources[0], instance.axes), *instance.targets]:
             for called, shape, _ in _tensors(name, axes, sizes):
                 shapes[called] = shape
                 places.setdefault(called, str(instance.rule.place))
+                (sources if name is instance.sources[0] else targets).setdefault(called, [])
         for called, _, held in _tensors(instance.sources[0], instance.axes, sizes):
-            sources.setdefault(called, []).extend(_dropped(instance, held))
-            for target, _, others in whole:
-                targets.setdefault(target, [])
-                for copy in _copies(held, others):
-                    at, to = positions(copy)
-                    sources[called].append((at, target, to))
-                    targets[target].append((to, called, at))
+            sources[called] += _dropped(instance, held)
+        for called, target, copy in chain(*moves_of(instance, sizes).values()):
+            at, to = positions(copy)
+            sources[called].append((at, target, to))
+            targets[target].append((to, called, at))
     yield from _told(targets, shapes, places, "comes from", "comes from nowhere")
     yield from _told(sources, shapes, places, "goes to", "goes nowhere")
 

@@ -17,6 +17,7 @@ import numpy as np
 from engine.errors import EngineError
 from engine.explaining.describe import copy_texts
 from engine.language.axes import Axes, extent
+from engine.language.documents import grouped
 from engine.language.expressions import evaluate
 from engine.language.model import Layout, MappingFile, Rule
 from engine.language.names import Pattern
@@ -259,10 +260,8 @@ def _stages(plan: Plan) -> str:
 
 def _gathered(ranks: Mapping[str, str]) -> dict[str, str]:
     """Grids that hold alike as one."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for grid, held in ranks.items():
-        found[held].append(grid)
-    return {", ".join(grids): held for held, grids in found.items()}
+    alike = grouped((held, grid) for grid, held in ranks.items())
+    return {", ".join(grids): held for held, grids in alike.items()}
 
 
 def _by(shape: Sequence[int]) -> str:
