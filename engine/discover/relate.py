@@ -16,7 +16,7 @@ import numpy as np
 from engine.discover.levels import Relation
 from engine.discover.likeness import CLOSE, NEAR, closeness_in_words, relate_alike
 from engine.discover.orders import divisors, find_order, read_loops
-from engine.discover.prints import Prints64, find_stretches, take_prints, take_runs
+from engine.discover.prints import find_stretches, take_prints, take_runs
 from engine.discover.rows import (
     MOST_NAMED,
     Changes,
@@ -29,6 +29,7 @@ from engine.discover.rows import (
     ranges,
     region_in_words,
     region_of,
+    stretch,
 )
 from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
 from engine.discover.sums import summed
@@ -265,7 +266,7 @@ class Search:
             ours, theirs = self._sides.take(one, kind), self._sides.take(view, kind)
             here, there = ours.units[axis], theirs.units[axis]
             if across == 1:
-                found = self._stretch(other, here, there) if name != other or len(here) != len(there) else None
+                found = stretch(other, here, there) if name != other or len(here) != len(there) else None
                 if found is not None:
                     return found, 0
                 continue
@@ -294,17 +295,3 @@ class Search:
             return Relation("part", f"{ranges(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0]), missing
         words = ", ".join(f"{moves(order, noun, every=True)} of {other}" for other, order in told[:MOST_NAMED])
         return Relation("part", words + (", …" if len(told) > MOST_NAMED else "") + rest), missing
-
-    @staticmethod
-    def _stretch(other: str, here: Prints64, there: Prints64) -> Relation | None:
-        """Elements that lie in a row in another vector."""
-        if not are_different(here):
-            return None
-        if len(here) > len(there):
-            if np.array_equal(here[: len(there)], there):
-                return Relation("padded", f"{len(here) - len(there):,} elements more than the reference")
-            return None
-        for start in np.flatnonzero(there == here[0])[:1000].tolist():
-            if np.array_equal(there[start : start + len(here)], here):
-                return Relation("part", f"elements {start}…{start + len(here) - 1} of {other}", other=other)
-        return None

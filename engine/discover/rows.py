@@ -102,6 +102,20 @@ def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plai
     return Relation(kind, f"{told}, the others {what}: {moves(order, noun)}")
 
 
+def stretch(other: str, here: Prints64, there: Prints64) -> Relation | None:
+    """Elements that lie in a row in another vector."""
+    if not are_different(here):
+        return None
+    if len(here) > len(there):
+        if np.array_equal(here[: len(there)], there):
+            return Relation("padded", f"{len(here) - len(there):,} elements more than the reference")
+        return None
+    for start in np.flatnonzero(there == here[0])[:1000].tolist():
+        if np.array_equal(there[start : start + len(here)], here):
+            return Relation("part", f"elements {start}…{start + len(here) - 1} of {other}", other=other)
+    return None
+
+
 def are_different(prints: Prints64) -> bool:
     return len(prints) >= 2 and len(np.unique(prints)) >= min(_FEWEST_UNITS, len(prints))
 
