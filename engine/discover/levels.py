@@ -177,4 +177,10 @@ def _steps(x: np.ndarray, y: np.ndarray, rows: int, cols: int, precision: float,
                     break
             else:
                 return f"{name} with a scale"
+    if coarse.shape[1] >= 64:
+        count = max(len(np.unique(row)) for row in coarse)
+        full = min(len(np.unique(row)) for row in fine)
+        gaps = most * 2 / max(count - 1, 1)
+        if count <= (16 if coarse.shape[1] < 1024 else 256) and full > 1.5 * count and (apart <= 2 * gaps).all():
+            return f"{count} different values"
     return None

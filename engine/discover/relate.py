@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.discover.levels import Relation
 from engine.discover.likeness import CLOSE, NEAR, closeness_in_words, relate_alike
+from engine.discover.mixes import mixed
 from engine.discover.orders import divisors, find_order, read_loops
 from engine.discover.prints import find_stretches, take_prints, take_runs
 from engine.discover.rows import (
@@ -32,7 +33,6 @@ from engine.discover.rows import (
     stretch,
 )
 from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
-from engine.discover.sums import summed
 from engine.discover.values import closeness, relate_values
 from engine.language.names import numbers_in
 from engine.move.tensors import View, common_types
@@ -246,9 +246,9 @@ class Search:
             return None
         alike = [(other, view) for other in others if (view := as_matrix(self._ref[other])) and view.shape == one.shape]
         counts = () if self._sides.geometry is None else (self._sides.geometry.heads, self._sides.geometry.groups)
-        words = summed(self._tensors, one, own, alike, counts)
+        words = mixed(self._tensors, one, own, alike, counts)
         if apart is not None and apart < CLOSE:
-            words = ", ".join([closeness_in_words(apart), *([words] if words else [])])
+            words = ", ".join([closeness_in_words(apart), *([words] if words and "correlation" not in words else [])])
         return None if words is None else Relation("different", words)
 
     def _gathered(

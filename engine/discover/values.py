@@ -22,6 +22,7 @@ _TILE = 1 << 14  # elements at a time
 _TRIED = 12  # tiles that are looked at before all are
 _TELLING = 16  # different values that a function must explain
 _STRAY = 0.005  # of the elements may be otherwise
+_FAR = 0.01  # of the squares
 _ZEROS = 0.005  # of the elements, so that they are pruned and not chance
 
 
@@ -92,12 +93,15 @@ def _relations(
     yield from by_groups(some, precision)
     for words, fits in quantised(some, precision):
         yield Relation("rounded", words), fits
+    far = np.square(x - y).sum() > _FAR * np.square(y).sum()  # what noise does not do
+    if far and len(np.unique(y)) >= _TELLING and np.ptp(x) > 0:
+        yield Relation("mapped", "each value turned into another, their order kept"), _rising
 
 
 def _functions(
     x: np.ndarray, y: np.ndarray, precision: float, types: tuple[str, str]
 ) -> Iterator[tuple[Relation, Fits]]:
-    """Values cut off, without their sign, pruned, or read from other bits."""
+    """Values cut off, without their sign, pruned, or another function of themselves."""
     low, high = float(x.min()), float(x.max())
     bounds = f"to {low:g} … {high:g}"
     yield Relation("clipped", "without signs: absolute values"), lambda x, y: bool(np.array_equal(x, np.abs(y)))
@@ -113,7 +117,7 @@ def _functions(
         yield Relation("changed", words), lambda x, y: bool(((x == 0) | (x == y)).all())
     if len(np.unique(y)) < _TELLING:
         return
-    for words, function in _bits_read(types):
+    for words, function in (*_POWERS.items(), *_bits_read(types)):
 
         def fits(x: np.ndarray, y: np.ndarray, function: Callable[[np.ndarray], np.ndarray] = function) -> bool:
             with np.errstate(all="ignore"):
@@ -121,6 +125,15 @@ def _functions(
                 return bool(((np.abs(x - wanted) <= 2 * slack(x, precision)) | (x == wanted) | np.isnan(wanted)).all())
 
         yield Relation("mapped", words), fits
+
+
+_POWERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "squared": np.square,
+    "the reciprocal of the reference": np.reciprocal,
+    "the root of the reference": np.sqrt,
+    "the tanh of the reference": np.tanh,
+    "the signs of the reference alone": np.sign,
+}
 
 
 def _bits_read(types: tuple[str, str]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
@@ -145,6 +158,14 @@ def _bits_read(types: tuple[str, str]) -> Iterator[tuple[str, Callable[[np.ndarr
 def _viewed(values: np.ndarray, kind: np.dtype[Any], *, swapped: bool = False) -> np.ndarray:
     bits = values.view(f"u{kind.itemsize}")
     return (bits.byteswap() if swapped else bits).view(kind).astype(float)
+
+
+def _rising(x: np.ndarray, y: np.ndarray) -> bool:
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return False
+    order = np.lexsort((x.reshape(-1), y.reshape(-1)))
+    steps = np.diff(x.reshape(-1)[order])
+    return bool((steps >= 0).all() or (steps <= 0).all())
 
 
 def _constant(value: float, y: np.ndarray) -> Relation:

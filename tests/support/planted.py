@@ -188,6 +188,17 @@ def _quantised(t: torch.Tensor, levels: int, dim: int | None = None) -> torch.Te
     return (t.float() / step).round() * step
 
 
+def _low(t: torch.Tensor, rank: int) -> torch.Tensor:
+    """A product of low rank, a fifth as large."""
+    product = _drawn(t.shape[0], rank) @ _drawn(t.shape[1], rank).t()
+    return product * (0.2 * t.float().std() / product.std())
+
+
+def _truncated(t: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(t.float(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
 def _perm(seed: int, count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -384,6 +395,8 @@ FAULTS: tuple[Fault, ...] = (
           _on(UP, lambda t: (t.float() * 77.7).to(torch.float8_e4m3fn).float() / 77.7), "rounded", ("F8_E4M3 with a scale",)),
     Fault("half of the elements pruned", V2, UP, _on(UP, lambda t: t * (t.abs() > t.float().abs().median())), "changed", ("pruned: 50",)),
     Fault("without negative values", V2, UP, _on(UP, lambda t: t.clamp(min=0)), "clipped", ("without negative values",)),
+    Fault("reciprocal of a norm", V2, NORM, _on(NORM, lambda t: 1 / t.float()), "mapped", ("the reciprocal",)),
+    Fault("squared", V2, UP, _on(UP, lambda t: t.float() ** 2), "mapped", ("squared",)),
     Fault("bytes of every element exchanged", V2, UP,
           _on(UP, lambda t: t.view(torch.uint8).view(-1, 2).flip(1).contiguous().view(torch.bfloat16).view(t.shape)), "mapped",
           ("bytes of each element in reverse order",)),
@@ -400,6 +413,12 @@ FAULTS: tuple[Fault, ...] = (
           ("the sum of", GATE)),
     Fault("ranks averaged in place of joined", V2, UP, _on(UP, lambda t: (t[:128].float() + t[128:].float()).repeat(2, 1) / 2),
           "different", ("rows 0…127 are the mean of rows",)),
+    Fault("an adapter of rank 4 merged", V2, Q, _on(Q, lambda t: t.float() + _low(t, 4)), "different", ("a product of rank 4 was added",)),
+    Fault("cut off to rank 8", V2, UP, _on(UP, lambda t: _truncated(t, 8)), "different", ("of rank 8 only",)),
+    Fault("columns turned by a rotation", V2, UP,
+          _on(UP, lambda t: t.float() @ torch.linalg.qr(_drawn(64, 64))[0]), "different", ("mixed by a rotation",)),
+    Fault("half of it another model's", V2, UP, _on(UP, lambda t: (t.float() + t.float().std() * _drawn(*t.shape)) / 2), "different",
+          ("times the reference and something else",)),
     # flat pieces
     Fault("flat elements shifted by one", V2, UP, _on(UP, lambda t: t.flatten().roll(1).view(t.shape)), "permuted",
           ("elements in a row shifted by 1",)),
