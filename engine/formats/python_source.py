@@ -18,7 +18,7 @@ _ANY = "*"
 _ANYTHING = frozenset(
     ("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules")
 )  # reach every name
-_LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp)
 
 _PARSING = threading.Lock()
 
@@ -89,7 +89,7 @@ class _Program:
 
     def perform(self, statement: ast.stmt) -> None:
         """Take a statement; where its text does not tell what it does, leave out all that it may change."""
-        value, held = _Value(self.names, self.lacking), self._held(statement)
+        value, held = _Value(self), self._held(statement)
         try:
             targets, result = _assigned(statement, value)
             if not _is_small(result):
@@ -97,7 +97,7 @@ class _Program:
             for one in targets:
                 _assign(one, result, value)
         except _FAILS:
-            self._leave(self.reach(statement))
+            self.leave(self.reach(statement))
             return
         bound = {name for one in targets for name in _read(one)}
         self.lacking -= {one.id for one in targets if isinstance(one, ast.Name)}
@@ -106,15 +106,15 @@ class _Program:
         if value.lacks:
             self.lacking |= self._shared(bound)
         if value.fails:
-            self._leave(held)
+            self.leave(held)
 
     def reach(self, node: ast.AST) -> set[str]:
         """The names that a part of the program may change: those that it binds, and whose mappings and lists it has."""
         return self._shared({*_bound(node), *self._held(node)})
 
     def _held(self, node: ast.AST) -> set[str]:
-        """The names in a part of the program that have mappings or lists."""
-        return {name for name in _read(node) if isinstance(self.names.get(name), dict | list)}
+        """The names in a part of the program that have mappings or lists, or had some when it was called."""
+        return _read(node) & self._sharing.keys()
 
     def _share(self, names: set[str]) -> None:
         every = self._shared(names)
@@ -123,7 +123,7 @@ class _Program:
     def _shared(self, names: Iterable[str]) -> set[str]:
         return {other for name in names for other in self._sharing.get(name, {name})}
 
-    def _leave(self, names: set[str]) -> None:
+    def leave(self, names: set[str]) -> None:
         lost = self._shared(names)
         self.untold |= lost
         for name in [*self.names] if _ANY in lost else lost:
@@ -190,15 +190,15 @@ _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
 
 
 class _Value:
-    """The value of a statement's expressions, of names whose values are told.
+    """The value of a statement's expressions, after what the program has done before it.
 
     Attributes:
         lacks: whether items are left out of it, as the text does not tell them.
         fails: whether some of these are made by what cannot be told, and not only lacking in what is read.
     """
 
-    def __init__(self, names: dict[str, Any], lacking: set[str]) -> None:
-        self.names, self._lacking = names, lacking
+    def __init__(self, program: _Program) -> None:
+        self._program, self.names = program, program.names
         self.lacks = self.fails = False
 
     def of(self, node: ast.expr, depth: int = 0) -> Any:
@@ -210,7 +210,7 @@ class _Value:
             case ast.Constant(value=str() | int() | float() | None as value):
                 return value
             case ast.Name(id=name):
-                self.lacks |= name in self._lacking
+                self.lacks |= name in self._program.lacking
                 return self.names[name]
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
                 return [self.of(part, deeper) for part in parts]
@@ -244,6 +244,8 @@ class _Value:
             except _FAILS:
                 result = {one: item for one, item in result.items() if told and one != told[0]}
                 self.lacks = self.fails = True
+                for part in (node,) if key is None else (key, node):  # what comes after it sees what it changes
+                    self._program.leave(self._program.reach(part))
             lacked |= self.lacks
         self.lacks = lacked
         return result
