@@ -12,7 +12,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> bytes:
-    """The file's bytes: the mapping's `generation` block, its token ids filled up from config.json.
+    """The file's bytes: the mapping's `generation` block, its token ids filled up from config.json where absent or null.
 
     Without the file, transformers would take the ids of config.json; with a chat model's end of turn
     missing, generation runs past the answer.
@@ -24,7 +24,7 @@ def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> byt
         EngineError: E502 if a token id is not one of the model's.
     """
     ids = {key: config[key] for key in TOKENS if config.get(key) is not None}
-    settings = {**ids, **spec}
+    settings = {**ids, **{key: value for key, value in spec.items() if value is not None}}
     size = config.get("vocab_size")
     for key in TOKENS:
         value = settings.get(key)

@@ -334,6 +334,20 @@ def test_llama_3s_vocabulary_brings_its_own_first_and_last_token(tmp_path: Path)
     assert third["rope_parameters"] == {"rope_type": "default", "rope_theta": 500000.0}
 
 
+@pytest.mark.parametrize(("vocab", "tokens"), [(128255, (1, 2)), (128256, (128000, 128001)), (151936, (None, None))])
+def test_internevos_llama_with_a_large_vocabulary_is_not_given_sentencepieces_tokens(
+    vocab: int, tokens: tuple[int | None, int | None], tmp_path: Path
+) -> None:
+    model = model_of("llama", **TINY, vocab=vocab)
+    save_family(model, tmp_path / "step")
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
+    config, generation = (
+        json.loads((tmp_path / "hf" / f).read_text()) for f in ("config.json", "generation_config.json")
+    )
+    assert (config["bos_token_id"], config["eos_token_id"]) == tokens
+    assert (generation.get("bos_token_id"), generation.get("eos_token_id")) == tokens
+
+
 def test_a_rotary_base_that_params_json_does_not_have_is_of_the_code_that_wrote_the_files_or_asked_for(
     tmp_path: Path,
 ) -> None:
