@@ -23,6 +23,7 @@ else:
 _LONGEST_VALUE = 1000  # characters
 _LARGEST = 1e30
 _MOST = 1 << 20
+_FOLDERS = {"src", "sources", "out", "like", "folder", "ref"}
 
 
 def parse_value(text: str) -> int | float | bool | str:
@@ -103,9 +104,6 @@ def settings_of(ctx: click.Context, param: click.Parameter, pairs: Sequence[tupl
         if names.count(name) > 1:
             raise click.BadParameter(f"`{name}` is set twice", ctx, param)
     return dict(pairs)
-
-
-_FOLDERS = {"src", "sources", "out", "like", "folder", "ref"}
 
 
 def add_store_options(command: click.Command) -> None:

@@ -25,6 +25,8 @@ from engine.storage.store import File, OpenFile
 
 _SHORT = 4096  # bytes of a pickle that is known by itself, and not by its digest
 LoadPickle = Callable[[bytes, str], Any]
+_MAGIC = 0x1950A86A20F9469CFC6C
+_TAR = (b"ustar", 257)  # torch's very first format
 
 
 class Pickles:
@@ -232,10 +234,6 @@ def _not_a_state_dict(file: str, got: str) -> EngineError:
         expected="a mapping of names to tensors",
         fix="Is it a rank file of the model? Optimizer and scheduler files are not converted.",
     )
-
-
-_MAGIC = 0x1950A86A20F9469CFC6C
-_TAR = (b"ustar", 257)  # torch's very first format
 
 
 def load_legacy(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tuple[int, int]], str]:

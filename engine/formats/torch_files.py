@@ -33,6 +33,8 @@ _RECORD64 = struct.Struct("<4sI2Q")
 _UTF8 = 0x800
 _BEHIND = 0x8  # a record behind the payload has the checksum
 _DATE = 0x21  # 1980-01-01, so that equal content gives equal bytes
+_ROOT = "archive"
+_METADATA = "torch.distributed.checkpoint.metadata"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,6 @@ def _end(count: int, size: int, start: int) -> bytes:
 
 
 Shape = tuple[int, ...]
-_ROOT = "archive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +235,6 @@ def _entry(dtype: str, shape: Shape) -> tuple[TorchFile, int]:
     file = laid_out(dumps(tensor(dtype, shape)), [("", dtype, shape)], _ROOT)
     at, data = file.finish((0,))[-1]
     return file, at + len(data)
-
-
-_METADATA = "torch.distributed.checkpoint.metadata"
 
 
 def encode_directory(saved: Iterable[Saved]) -> bytes:

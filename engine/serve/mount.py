@@ -30,6 +30,7 @@ _NEAR = 1 << 20  # reads of one that goes in order come from several threads, a 
 _KEPT = 12  # windows of all files together
 _AHEAD = 2  # windows that are on their way while one is read
 _THREADS = 3
+_FOREVER = 3600  # seconds that the system may remember what never changes
 
 
 @dataclass(slots=True, eq=False)
@@ -110,9 +111,6 @@ class Ahead(AbstractContextManager["Ahead"]):
             if old.coming.done() and not old.users and len(old.buffer) == WINDOW:
                 return old.buffer
         return memoryview(bytearray(WINDOW))
-
-
-_FOREVER = 3600  # seconds that the system may remember what never changes
 
 
 class Files:

@@ -30,6 +30,9 @@ from engine.storage.store import (
     write_error,
 )
 
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file of some 130 bytes begins
+_MOST_POINTER = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class FileState:
@@ -108,10 +111,6 @@ def _failed(path: Path, why: str | None) -> EngineError:
     return EngineError(
         "E305", "a file cannot be read", place=Place(str(path)), got=why, fix="Check the file and its permissions."
     )
-
-
-_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file of some 130 bytes begins
-_MOST_POINTER = 1024
 
 
 def open_regular(path: Path) -> OpenFile:

@@ -17,6 +17,9 @@ from engine.storage.local import open_regular
 from engine.storage.store import write_error
 
 _LOOKED_AT = 1 << 20  # bytes at the start of a file, which tell what it is
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
+_AT_CWD = -100
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def given_path(path: str | Path, what: str) -> Path:
@@ -92,11 +95,6 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
         raise write_error(path, error, "there") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
-_AT_CWD = -100
-_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def sync_folder(folder: Path) -> None:

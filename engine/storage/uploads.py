@@ -23,6 +23,14 @@ from engine.storage.replacing import exists, held, overlap
 from engine.storage.store import Store, walk
 from engine.storage.upload import Upload, buffer_of
 
+_KEYS = {
+    "endpoint_url": ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url"),
+    "region_name": ("region", "aws_region", "default_region"),
+    "aws_access_key_id": ("access_key_id", "aws_access_key_id"),
+    "aws_secret_access_key": ("secret_access_key", "aws_secret_access_key"),
+    "aws_session_token": ("session_token", "token", "aws_session_token"),
+}
+
 
 class ObjectLock:
     """An object at the prefix of an output that says which run is writing there.
@@ -183,15 +191,6 @@ class Uploads:
             got=what,
             fix="Did somebody clean there? Run again with --resume.",
         )
-
-
-_KEYS = {
-    "endpoint_url": ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url"),
-    "region_name": ("region", "aws_region", "default_region"),
-    "aws_access_key_id": ("access_key_id", "aws_access_key_id"),
-    "aws_secret_access_key": ("secret_access_key", "aws_secret_access_key"),
-    "aws_session_token": ("session_token", "token", "aws_session_token"),
-}
 
 
 def clean(store: ObjectStore, ours: Callable[[str], bool], whole: str) -> list[str]:
