@@ -12,7 +12,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> bytes:
-    """The file's bytes: the mapping's `generation` block, its token ids filled up from config.json where absent or null.
+    """The file's bytes: the mapping's `generation` block; ids that it lacks, or that are null, are config.json's.
 
     Without the file, transformers would take the ids of config.json; with a chat model's end of turn
     missing, generation runs past the answer.
