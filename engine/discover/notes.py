@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
 import yaml
 
 from engine.discover.near import Nearness, Pairing, Slot
-from engine.language.documents import plain
-from engine.language.expressions import names_in
+from engine.language.documents import plain, prefixes
+from engine.language.expressions import compile_expression, names_in
 from engine.language.model import MappingFile
 from engine.language.names import PARAMS, pattern
 from engine.planning.attempts import Checkpoint
@@ -37,8 +37,16 @@ def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> lis
     return lines
 
 
-def expect(mapping: MappingFile, plan: Plan) -> list[str]:
-    known = {axis: plan.sizes[axis] for axis in _EXPECT if axis in plan.sizes and axis in mapping.dims}
+def expect(mapping: MappingFile, plan: Plan, asked: Iterable[str] = ()) -> list[str]:
+    """The sizes of a plan, but for those that somebody must give yet, in answers of these names."""
+    given = {"given" if name == "config" else f"options.{name}" for name in asked}
+    known = {
+        axis: plan.sizes[axis]
+        for axis in _EXPECT
+        if axis in plan.sizes
+        and axis in mapping.dims
+        and given.isdisjoint(p for path in compile_expression(mapping.dims[axis]).paths for p in prefixes(path))
+    }
     return block("expect", known) if known else []
 
 

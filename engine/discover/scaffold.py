@@ -130,7 +130,7 @@ def _release(request: Request) -> Attempted | None:
     body += extends(reference, mapping, request.checkpoint)
     if question is not None:
         body += comment(f"decide: {question.message}. A run asks for it with --set.")
-    body += expect(mapping, plan)
+    body += expect(mapping, plan, () if question is None else question.answers)
     return "release", reference, body
 
 

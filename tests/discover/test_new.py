@@ -451,3 +451,12 @@ def test_metas_files_give_a_release_of_its_family(tmp_path: Path) -> None:
     made = api.new_mapping(tmp_path / "src", out=tmp_path / "x.yaml")
     assert (made.kind, made.parent) == ("release", "families/meta-llama.yaml")
     same(tensors(tmp_path / "x.yaml", tmp_path / "src"), expected)
+
+
+def test_what_a_person_must_say_is_not_expected_of_the_release(tmp_path: Path) -> None:
+    folder = FOLDER.parent / "megatron" / "torch-qwen3-moe"
+    made = api.new_mapping(folder / "iter_0000010", out=tmp_path / "x.yaml")
+    assert (made.kind, made.parent) == ("release", "families/megatron-qwen3-moe.yaml")
+    assert "vocab" not in yaml.safe_load(made.text)["expect"]  # files hold padding, too
+    given = folder / "hf_config.json"
+    engine.plan(tmp_path / "x.yaml", folder / "iter_0000010", config=given, strict=True)
