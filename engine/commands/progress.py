@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from engine.run.meter import Listener, Progress
 
 _SILENT = 1.0  # seconds before anything is shown
+_START = b'{"event": "'  # of a log
+_HOW = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+_EVERY = 5.0  # seconds between a log's events of progress
 
 
 class InWords:
@@ -164,14 +167,6 @@ def plain_progress(write: Callable[[str], None], clock: Callable[[], float] = ti
         write(f"{state.phase}: {line}")
 
     return listen
-
-
-if TYPE_CHECKING:
-    from engine.run.meter import Progress
-
-_START = b'{"event": "'
-_HOW = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-_EVERY = 5.0  # seconds between events of progress
 
 
 class Log:

@@ -229,7 +229,7 @@ class Search:
         sources = ([name] if own is not None else []) + list(others)
         partly: Relation | None = None
         for axis in (0, 1) if max(one.shape) <= MOST_UNITS else ():
-            found, missing = self._gathered(name, one, own, axis, sources)
+            found, missing = self._gathered(name, one, axis, sources)
             if found is not None and missing <= _STRAY * one.shape[axis]:
                 return found
             partly = partly or found
@@ -251,9 +251,7 @@ class Search:
             words = ", ".join([closeness_in_words(apart), *([words] if words and "correlation" not in words else [])])
         return None if words is None else Relation("different", words)
 
-    def _gathered(
-        self, name: str, one: View, own: View | None, axis: int, sources: Sequence[str]
-    ) -> tuple[Relation | None, int]:
+    def _gathered(self, name: str, one: View, axis: int, sources: Sequence[str]) -> tuple[Relation | None, int]:
         """Rows (axis 0) or columns that lie elsewhere, from as many tensors as it takes; and how many are not found."""
         noun, across = ("row", "column")[axis], one.shape[1 - axis]
         left: np.ndarray | None = None  # places that are not found yet

@@ -32,7 +32,7 @@ def check_files(files: Iterable[File], advance: Callable[[int], None]) -> list[s
             checked = _check_members(file, advance)
             sidecar = file.beside(file.name + ".md5")
             if sidecar.exists:
-                _check_md5(file, sidecar, advance)
+                _check_md5(file, sidecar)
                 checked = True
         except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, RuntimeError, OSError) as error:
             raise _damaged(file, None, str(error)[:200], "a zip as torch.save writes it") from None
@@ -91,7 +91,7 @@ def _check_member(file: File, opened: OpenFile, info: zipfile.ZipInfo, advance: 
         raise _damaged(file, info.filename, f"CRC-32 {found:08x}", f"{info.CRC:08x}, as recorded at saving")
 
 
-def _check_md5(file: File, sidecar: File, advance: Callable[[int], None]) -> None:
+def _check_md5(file: File, sidecar: File) -> None:
     with sidecar.open() as opened:
         recorded = _MD5.search(opened.read(4096).lower())
     if recorded is None:

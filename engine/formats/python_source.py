@@ -14,10 +14,8 @@ _MOST_STATEMENTS = 2000
 _DEEPEST = 50
 _MOST_VALUES = 100_000  # of one name, counted as if nothing were shared
 _LONGEST = 100_000  # characters of one text
-_ANY = "*"
-_ANYTHING = frozenset(
-    ("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules")
-)  # reach every name
+_ANY = "*"  # stands for every name
+_ANYTHING = frozenset(("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules"))  # reach all names
 _LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp)
 
 _PARSING = threading.Lock()

@@ -196,7 +196,7 @@ def _read(
         key = find_key(side.keys, path)
         if key is not None and not (plain and (key.decided or inner or reads)):
             key = find_pattern(side.keys, path)  # its type is declared, and nothing reads it
-        if value is None and not _must_be(key, path, side, inner):
+        if value is None and not _must_be(key, inner):
             continue
         if inner and (key is None or "*" in key.name) and not isinstance(value, Mapping):
             raise _misfit(path, value, "keys and values", side, None)
@@ -222,11 +222,9 @@ def _read(
     return result
 
 
-def _must_be(key: Key | None, path: str, side: Side, inner: bool) -> bool:
+def _must_be(key: Key | None, inner: bool) -> bool:
     """Whether null is a value like any other there, and not as good as an absent key."""
-    if inner:
-        return False
-    if key is None or key.ignored is not None or key.noted is not None:
+    if inner or key is None or key.ignored is not None or key.noted is not None:
         return False
     if key.only is not None:
         return None not in key.only

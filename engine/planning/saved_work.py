@@ -283,10 +283,7 @@ def saved_work(
     def nothing(index: int) -> list[Copy]:
         raise LookupError(index)
 
-    around = None
-    if "around" in data:
-        place, config = data["around"]
-        around = around_of(layout.configs[place], config)
+    around = around_of(layout.configs[data["around"][0]], data["around"][1]) if "around" in data else None
     shards = tuple(OutputFile(name, kind, tuple(held), around) for name, kind, held in data["files"])
     outline = Work(
         folder=folder,

@@ -127,10 +127,10 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def scenarios(
-    base: Given, tried: Mapping[str, Sequence[Any]], together: Sequence[frozenset[str]], few: Mapping[str, bool]
+    tried: Mapping[str, Sequence[Any]], together: Sequence[frozenset[str]], few: Mapping[str, bool]
 ) -> Iterator[dict[str, Any]]:
-    """What differs from `base`: one thing at a time, then switches that one expression reads in pairs, or one of them
-    with another thing absent.
+    """What differs from the usual: one thing at a time, then switches that one expression reads in pairs, or one of
+    them with another thing absent.
 
     Args:
         tried: what is read → the values to try.

@@ -66,7 +66,7 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
         for path, values in tried.items()
     }
     together = [side.closure_of(expression) & base.keys() for expression in every]
-    listed = ((name_of(one), one) for one in scenarios(base, tried, together, few))
+    listed = ((name_of(one), one) for one in scenarios(tried, together, few))
     return rows(base, side.run, chain(side.whole(), listed))
 
 

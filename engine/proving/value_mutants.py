@@ -147,16 +147,14 @@ _WORDS = frozenset(
 def _expressions(text: Any, names: Sequence[str]) -> Iterator[str]:
     """An expression with one token changed: another constant, operator or name, a default lost."""
     text = str(text)
-    found = list(_TOKEN.finditer(text))
-    for number, token in enumerate(found):
-        word = token[0]
-        for other in _tokens(word, found[number + 1][0] if number + 1 < len(found) else "", names):
+    for token in _TOKEN.finditer(text):
+        for other in _tokens(token[0], names):
             yield text[: token.start()] + other + text[token.end() :]
     for default in re.finditer(r"\s*\|\s*(default\((?:[^()]|\([^()]*\))*\)|int\b)", text):
         yield text[: default.start()] + text[default.end() :]
 
 
-def _tokens(word: str, after: str, names: Sequence[str]) -> Iterator[str]:
+def _tokens(word: str, names: Sequence[str]) -> Iterator[str]:
     if word[0] in "'\"":
         yield f"{word[0]}{misspelt(word[1:-1]) if word[1:-1] else 'x'}{word[0]}"
     elif word[0].isdigit():

@@ -20,12 +20,8 @@ T = TypeVar("T")
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt
 _GIVEN_BACK = 1 << 20  # bytes: more than a block, which would have its pages cleared for each
 _REQUESTS = 16  # at the same time
-_CUT_OFF = (
-    "kind: Body",
-    "kind: Decode",
-    "IncompleteMessage",
-    "UnexpectedEof",
-)  # of errors
+# What errors say where an answer was cut off.
+_CUT_OFF = ("kind: Body", "kind: Decode", "IncompleteMessage", "UnexpectedEof")
 _TRIES = 4  # of a request whose answer was cut off; obstore itself tries again what failed before
 _CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
 
