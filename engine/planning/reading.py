@@ -21,8 +21,8 @@ from engine.storage.store import File, has_changed
 
 
 def read_some(src: Source, layout: Layout, mode: str, names: Sequence[str]) -> tuple[FileHeader, ...]:
-    """The headers of some files of a training checkpoint that was read whole before, in a mode of its layout."""
-    found = next(one for one in layout.modes if one.name == mode)
+    """The headers of some files of a training checkpoint that was read whole before; ValueError for no mode of it."""
+    (found,) = (one for one in layout.modes if one.name == mode)
     folder, says = store_at(src, "the checkpoint"), told_by(layout)
     return read_headers(folder, names, found, layout.skip_tensors, says, layout.wrappers, some=True)
 

@@ -169,6 +169,12 @@ def test_what_a_part_would_stumble_over_while_it_writes_is_no_saved_plan(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mode_that_the_layout_does_not_have_is_of_no_saved_plan(plan: Path, tmp_path: Path) -> None:
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "mode": "x"}))
+    with pytest.raises(EngineError, match="E102"):
+        api.part(plan, "1/1", tmp_path / "out")
+
+
 def test_a_plan_that_was_saved_without_its_copies_is_planned_by_each_part(
     plan: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
