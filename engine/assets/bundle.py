@@ -20,7 +20,7 @@ from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
 from engine.errors import EngineError, Place, rounded
-from engine.language.expressions import render_tree
+from engine.language.expressions import names_in, render_tree
 from engine.language.version import __version__
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
@@ -152,6 +152,7 @@ def title(plan: Plan) -> str:
 
 def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
     """What the model card tells."""
+    fixed = {name for name, dim in plan.mapping.dims.items() if not names_in(dim)}  # the same in every model
     return {
         "engine_version": __version__,
         "mapping": plan.mapping.name,
@@ -173,7 +174,7 @@ def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
         ],
         "options": dict(plan.options),
         "dtype": plan.config.get("dtype"),
-        "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
+        "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes) if name not in fixed},
         "parameters": sum(output.elements for output in plan.outputs),
         "bytes": plan.nbytes,
         "files": [file.name for file in plan.shards],

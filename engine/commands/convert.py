@@ -92,7 +92,8 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     if saved is not None and said:
         raise click.UsageError(f"--plan says all of {said} already; give one or the other", ctx)
     if saved is not None:
-        write(as_json, "run --plan", path=saved, **{name: v for name, v in options.items() if name not in SAVED})
+        how = {name: value for name, value in options.items() if name not in SAVED}
+        write(as_json, "run --plan", path=saved, then=lambda out: (f"engine verify {out}",), **how)
         return
     silent = options["quiet"] or as_json
     options["mapping"] = chosen(options["mapping"], options["src"], options["config"], quiet=silent)

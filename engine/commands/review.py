@@ -32,7 +32,7 @@ _PATHS = "engine.diff.paths"
 def new(as_json: bool, /, src: str, name: str | None, out: str | None, overwrite: bool) -> None:
     """Draft a mapping for a checkpoint, from its headers.
 
-    The draft has no lint errors. What a person must decide is marked `# decide:` in it.
+    What a person must decide is marked `# decide:` in the draft; the rest has no lint errors.
 
     \b
     Example:

@@ -267,5 +267,5 @@ def _not_one(found: Inspection) -> EngineError:
         place=place,
         got=", ".join(names[-6:]),
         expected="the folder of one step",
-        fix=f"Give it to --src: {found.folder.rstrip('/')}/{found.facts['newest'] or names[-1]}.",
+        fix=f"Give one of them to --src, like {found.folder.rstrip('/')}/{found.facts['newest'] or names[-1]}.",
     )

@@ -154,6 +154,7 @@ def test_the_card_names_the_versions_that_read_it_as_this_model(
     engine.convert(mapping, FIXTURES / folder, tmp_path / "hf", settings=settings)
     card = (tmp_path / "hf" / "README.md").read_text()
     assert f"transformers `{versions}`" in card
+    assert "| heads | " in card and "| k | " not in card  # which is 1 in every model
     assert '("path/to/this/folder", dtype=' not in card  # transformers before 4.56 does not know that word
 
 

@@ -75,8 +75,8 @@ def test_running_a_saved_plan_writes_what_running_its_request_writes(
     checkpoint: Path, saved: Path, tmp_path: Path
 ) -> None:
     engine.convert(MAPPING, checkpoint, tmp_path / "direct")
-    done = invoke("run", "--plan", saved, "-o", tmp_path / "planned", "-q")
-    assert done.exit_code == 0, done.output
+    done = invoke("run", "--plan", saved, "-o", tmp_path / "planned")
+    assert done.exit_code == 0 and "next: engine verify" in done.output, done.output
     direct = {p.name: p.read_bytes() for p in (tmp_path / "direct").iterdir() if p.suffix == ".safetensors"}
     planned = {p.name: p.read_bytes() for p in (tmp_path / "planned").iterdir() if p.suffix == ".safetensors"}
     assert direct == planned and direct

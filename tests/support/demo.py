@@ -45,7 +45,7 @@ def largest_difference(model_folder: Path, oracle_file: Path) -> float:
 
 def main() -> None:
     engine("inspect", CHECKPOINT)
-    engine("run", "--mapping", "families/internlm.yaml", "--src", CHECKPOINT, "--out", OUT, "--dtype", "float32",
+    engine("run", "--mapping", "internlm", "--src", CHECKPOINT, "--out", OUT, "--dtype", "float32",
            "--overwrite")  # fmt: skip
     difference = largest_difference(ROOT / OUT, ROOT / CHECKPOINT / "oracle.pt")
     print(f"largest difference from the trainer's own logits: {difference:.1e}")
