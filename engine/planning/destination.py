@@ -230,7 +230,7 @@ class _Division:
             return None if rows >= count else f"{rows} rows for {count} ranks"
         size = sizes[self.axis]
         if self.inside:
-            told = f"axis `{self.axis}` of {size} and {count} ranks: neither divides the other, and {self.even}"
+            told = f"axis `{self.axis}` of {size} does not divide by {count}, nor {count} by {size}, and {self.even}"
             return told if size % count and count % size else None
         if count > size:
             times = f"; each would have to be stored {count // size} times" if count % size == 0 else ""
