@@ -109,7 +109,8 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     holding = frozenset(above for known in deep for above in prefixes(known) if above != known)
     read = _read(once, side, "", noted, expressed, holding)
     for name, key in side.keys.items():
-        there, beside = (read, once) if key.same_as is None else (config, config)  # another spelling, as it stands
+        # Of two spellings of a key `once` has only one: whether the other is there, the file itself tells.
+        there, beside = (read, once) if key.same_as is None else (config, config)
         if (key.comes_with is None and key.default is None) or value_at(there, name) is not None:
             continue
         if expressed and key.comes_with is not None and value_at(beside, key.comes_with) is not None:

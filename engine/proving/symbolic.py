@@ -2,8 +2,7 @@
 
 Both sides of a plan hold boxes of the rules' pieces, and planning refuses a tensor that they do not fill. Where on
 either side the boxes of each piece are disjoint, the copies between the two are one to one: nothing is lost, doubled
-or left over. The plans made in the two
-directions must then be each other's copies with the sides exchanged.
+or left over. The plans made in the two directions must then be each other's copies with the sides exchanged.
 """
 
 from __future__ import annotations

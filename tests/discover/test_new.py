@@ -434,7 +434,7 @@ def test_the_command_prints_writes_and_gives_data(source: Path, tmp_path: Path) 
     assert yaml.safe_load(data["text"])["extends"] == "families/internlm.yaml"
 
 
-def test_a_name_that_cannot_be_is_said(source: Path) -> None:
+def test_a_name_with_capitals_and_spaces_is_refused(source: Path) -> None:
     with pytest.raises(EngineError) as caught:
         api.new_mapping(source, name="No Name")
     assert caught.value.code == "E001"
