@@ -134,7 +134,7 @@ def _notes(
         told += f"; the name is like that of {best[2].sources[0]} in {best[1]}, which becomes {', '.join(names)}"
     notes = [told, *([doubt] if doubt else [])]
     if not one.layered and not stage[1]:
-        notes.append(f"the stage; {stage[0]} is a guess from the name, or all ranks hold it")
+        notes.append(f"the stage: `{stage[0]}` is a guess from the name, and several stages may hold it")
     grid = checkpoint.grid
     if all(size == 1 for dim, size in grid.sizes.items() if dim not in grid.staged):
         notes[-1] += "; what ranks would cut (`split`) does not show with one rank"
@@ -180,7 +180,7 @@ def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> t
     if not found:
         return unnamed, "no sizes of the configuration explain its shape, so no cut is proposed"
     if together:
-        return found, "whether its rows are several things of one rank, as keys and values, which are not joined so"
+        return found, "whether its rows are several things, as keys and values: ranks are then joined in another way"
     return found, "" if len(found) == 1 else "the shapes fit several ways to cut it: keep one"
 
 

@@ -259,7 +259,7 @@ def test_keys_and_values_in_one_tensor_of_the_size_of_the_queries_are_asked_for(
         torch.cat([part["layers.0.attention.wqkv.weight"][low : low + 8] for part in parts]) for low in (16, 24)
     )
     made = drafted(renamed(rewritten(tmp_path / "src", change), FOREIGN), tmp_path / "x.yaml")
-    assert any("several things of one rank" in text for _, text in made.decisions)
+    assert any("several things, as keys and values" in text for _, text in made.decisions)
     packed = ("((k + v) groups head_dim) | hidden", "groups")
     mlp = {"m.l1": ("ffn hidden", "ffn"), "m.l3": ("ffn hidden", "ffn"), "m.l2": ("hidden ffn", "ffn")}
     decide(tmp_path / "x.yaml", {"pack_kv": packed, "askers": ("(heads head_dim) | hidden", "heads"), **mlp})
