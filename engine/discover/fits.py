@@ -103,13 +103,17 @@ def traits(mapping: MappingFile) -> dict[str, str]:
     >>> from engine.language.mapping_file import load_mapping
     >>> traits(load_mapping("internlm2-chat-7b"))
     {'target': 'llama', 'chat': 'internlm2-chat', 'stops at': '2, 92542', 'length': '32768'}
+    >>> [traits(load_mapping(name))["stops at"] for name in ("llama", "internlm3")]
+    ['', '2']
     """
     length = mapping.options.get("max_position_embeddings")
     said = length.default if length is not None else mapping.config.get("max_position_embeddings", "")
     stops = (mapping.generation or {}).get("eos_token_id", "")
+    stops = mapping.config.get("eos_token_id") if stops is None else stops  # null: as in config.json
+    stops = [stops] if isinstance(stops, int) else stops if isinstance(stops, list | tuple) else []
     return {
         "target": mapping.model_type + (", remote code" if mapping.remote_code else ""),
         "chat": mapping.chat_template or "no, base model",
-        "stops at": ", ".join(map(str, stops)) if isinstance(stops, list | tuple) else str(stops),
+        "stops at": ", ".join(map(str, stops)),
         "length": str(said) if isinstance(said, int | str) else "",
     }
