@@ -15,6 +15,7 @@ _DEEPEST = 50
 _MOST_VALUES = 100_000  # of one name, counted as if nothing were shared
 _LONGEST = 100_000  # characters of one text
 _ANY = "*"  # stands for every name
+_LOST = object()  # the value of an item that cannot be told
 _ANYTHING = frozenset(("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules"))  # reach all names
 _LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp)
 
@@ -35,10 +36,11 @@ def literals(source: str) -> dict[str, Any]:
 
     A name is left out as soon as something else may have changed it, since a wrong value is worse
     than none: a branch, a loop, a method call, an item that cannot be told, a function that is given it.
-    `untold` has the names that are left out or lack an item; also whether `others` may be there, as from an import.
+    `untold` has the names that are left out or may have more items, and by their keys the items that are left out;
+    also whether `others` may be there, as from an import.
 
     >>> literals("N = 2\\nparallel = dict(tensor=dict(size=N * 2), other=f())")
-    {'N': 2, 'parallel': {'tensor': {'size': 4}}, 'untold': {'parallel': True}}
+    {'N': 2, 'parallel': {'tensor': {'size': 4}}, 'untold': {'parallel.other': True}}
     >>> literals("tp = 1\\nif cluster:\\n    tp = 8\\nfrom base import *\\npp = 1")
     {'pp': 1, 'untold': {'pp': False, 'tp': True, 'others': True}}
     """
@@ -56,11 +58,23 @@ def literals(source: str) -> dict[str, Any]:
     used = {name for one in body for node in ast.walk(one) if isinstance(node, _LATER) for name in program.reach(node)}
     if {"dict", _ANY} & used or "dict" in program.untold:
         return {UNTOLD: {OTHERS: True}}
-    told = {name: value for name, value in names.items() if name not in {*used, UNTOLD} and _is_small(value)}
-    left = (program.untold | used | names.keys()) - told.keys() | (program.lacking & told.keys())
+    small = {name: value for name, value in names.items() if name not in {*used, UNTOLD} and _is_small(value)}
+    lost: set[str] = set()
+    told = {name: _without_lost(value, name, lost) for name, value in small.items()}
+    left = (program.untold | used | names.keys()) - told.keys() | (program.lacking & told.keys()) | lost
     every = dict.fromkeys(sorted(told), False) if _ANY in left else {}
     every |= {OTHERS if name == _ANY else name: True for name in sorted(left, key=lambda name: (name == _ANY, name))}
     return {**told, **({UNTOLD: every} if every else {})}
+
+
+def _without_lost(value: Any, path: str, lost: set[str]) -> Any:
+    """A value without the items that cannot be told, whose dotted paths are added to `lost`."""
+    if isinstance(value, list):
+        return [_without_lost(one, path, lost) for one in value]
+    if not isinstance(value, dict):
+        return value
+    lost |= {f"{path}.{key}" for key, item in value.items() if item is _LOST}
+    return {key: _without_lost(item, f"{path}.{key}", lost) for key, item in value.items() if item is not _LOST}
 
 
 class _Unknown(Exception):
@@ -76,7 +90,7 @@ class _Program:
     Attributes:
         names: values by name; names that share a mapping or list share it here, too.
         untold: names that were left out.
-        lacking: names whose values lack items.
+        lacking: names whose values may have more items.
     """
 
     def __init__(self) -> None:
@@ -191,8 +205,8 @@ class _Value:
     """The value of a statement's expressions, after what the program has done before it.
 
     Attributes:
-        lacks: whether items are left out of it, as the text does not tell them.
-        fails: whether some of these are made by what cannot be told, and not only lacking in what is read.
+        lacks: whether it may have more items, whose keys the text does not tell.
+        fails: whether something in it is made by what cannot be told.
     """
 
     def __init__(self, program: _Program) -> None:
@@ -223,13 +237,15 @@ class _Value:
             case ast.UnaryOp(op=sign, operand=inner) if isinstance(value := self.of(inner, deeper), int | float):
                 return _UNARY[type(sign)](value)
             case ast.Subscript(value=base, slice=key):
-                return self.of(base, deeper)[_key(self.of(key, deeper))]
+                if (found := self.of(base, deeper)[_key(self.of(key, deeper))]) is _LOST:
+                    raise _Unknown
+                return found
             case ast.BinOp(left=left, op=op, right=right):
                 return _arithmetic(op, self.of(left, deeper), self.of(right, deeper))
         raise _Unknown
 
     def _mapping(self, pairs: Sequence[tuple[ast.expr | None, ast.expr]], depth: int) -> dict[Any, Any]:
-        """Items whose value cannot be told are left out; so are all before something that may replace them."""
+        """Items whose value cannot be told are lost; all before something that may replace them are left out."""
         result: dict[Any, Any] = {}
         lacked = self.lacks
         for key, node in pairs:
@@ -240,8 +256,8 @@ class _Value:
                 more = {told[0]: value} if told else dict[Any, Any](value)
                 result = more if self.lacks and not told else result | more
             except _FAILS:
-                result = {one: item for one, item in result.items() if told and one != told[0]}
-                self.lacks = self.fails = True
+                result = result | {told[0]: _LOST} if told else {}
+                self.lacks, self.fails = not told, True
                 for part in (node,) if key is None else (key, node):  # what comes after it sees what it changes
                     self._program.leave(self._program.reach(part))
             lacked |= self.lacks

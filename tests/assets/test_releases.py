@@ -73,7 +73,7 @@ def test_chat_releases_end_turns_and_base_releases_do_not(name: str) -> None:
     assert mapping.generation is not None
     eos = mapping.generation["eos_token_id"]
     if mapping.chat_template is None:
-        assert eos == 2
+        assert eos == 2 or (eos is None and name.startswith("llama2-"))  # which take config.json's
     else:
         assert eos == [2, 92542 if name.startswith("internlm2") else 103028]
         assert "role" in chat_template(mapping.chat_template)

@@ -328,7 +328,7 @@ def test_no_bytes_at_all_give_another_error(data: bytes) -> None:
         ("m = 1\nn = dict(a=(m := 2), b=m, c=3)", {"n": {"c": 3}}),
         ("def f():\n    m['a'] = 2\nn = dict(a=1)\nm = n\nf()\nm = 0", {}),
         ("n = (f(m) for _ in [1])\nm = dict(a=1)\nlist(n)", {}),
-        ("m = {'a': 1, **dict(b=f())}", {"m": {}}),
+        ("m = {'a': 1, **dict(b=f())}", {"m": {"a": 1}}),
         ("m = dict(b=f())\nn = 'a' in m", {}),
         ("m = 1\nexec('m = 2')\nn = 2", {"n": 2}),
         ("m = 1\nfrom base import *\nn = 2", {"n": 2}),

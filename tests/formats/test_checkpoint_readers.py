@@ -276,7 +276,7 @@ def test_a_training_config_is_read_as_far_as_it_is_literal(tmp_path: Path) -> No
         "HIDDEN": 4096,
         "model": {"num_layers": 8, "rope": {"base": 1e6}, "names": ["a", 8]},
         "parallel": {"tensor": {"size": 8}},
-        "untold": {"SECRET": True, "huge": True, "model": True, "os": True},
+        "untold": {"SECRET": True, "huge": True, "model.call": True, "os": True},
     }
 
 

@@ -271,7 +271,7 @@ def test_scaled_angles_of_sliding_layers_need_a_transformers_that_has_them(
         (folder / "config.json").write_text(json.dumps(config | told))
         engine.convert("transformers", folder, tmp_path / "out", overwrite=True)
         card = (tmp_path / "out" / "README.md").read_text()
-        assert ("in transformers `>=5`" in card) is (since and bool(told))
+        assert ("with transformers `>=5`" in card) is (since and bool(told))
 
 
 @pytest.mark.parametrize(("part", "since"), [(True, False), (False, True)])

@@ -283,7 +283,9 @@ def test_a_choice_of_one_is_held_against_the_configuration(tmp_path: Path) -> No
     assert caught.value.code == "E001"
 
 
-@pytest.mark.parametrize(("line", "said"), [("moe = dict(top_k=2)", 2), ("", 1)])
+@pytest.mark.parametrize(
+    ("line", "said"), [("moe = dict(top_k=2)", 2), ("", 1), ("moe = dict(capacity_factor=float(C))", 1)]
+)
 def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
     line: str, said: int, tmp_path: Path
 ) -> None:
