@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "mutation-score.md"
 KEPT = ROOT / "build" / "score.jsonl"  # what was found, as it is found
 SHARE = 60  # mutants or edits that a process tries at a time
 WORKERS = int(os.environ.get("WORKERS") or os.cpu_count() or 1)
-_UNSCALED = r"megatron-(mixtral|qwen2|qwen3)"
+_UNSCALED = r"megatron-(mixtral|qwen2|qwen3|qwen3-moe)"
 _DEFAULTED = r"not \((attention_bias|tie_word_embeddings)( \| default\(true\))?\) "
 # Of which families, where, what is written instead, and why nothing can show it: the mapping is the same.
 EQUAL = (
@@ -71,7 +71,7 @@ EQUAL = (
         "what Megatron-Bridge saves of a run is not among what is tried; a test of the family tries it",
     ),
     (
-        r"megatron-mixtral",
+        r"megatron-(mixtral|qwen2|qwen3|qwen3-moe)",
         r"provider|padding_token",
         r"training\.model|given\.pad_token_id",
         "it is megatron-llama's, whose own meaning shows it",
