@@ -64,9 +64,8 @@ def read_training(mapping: MappingFile, layout: Layout, config: Mapping[str, Any
     untold = config.get(UNTOLD, {})
     keys = declared(mapping, layout, "training")
     for name, key in keys.items():
-        parts = name.split(".")
-        left_out = any(untold.get(".".join(parts[:n])) for n in range(1, len(parts) + 1))
-        if not config or left_out or (parts[0] not in untold and untold.get(OTHERS)):
+        left_out = any(map(untold.get, prefixes(name)))
+        if not config or left_out or (name.split(".")[0] not in untold and untold.get(OTHERS)):
             keys[name] = replace(key, default=None)
     side = Side(keys, frozenset(keys), layout.training_file or "the training config")
     return read_config(config, side, expressed=False).config

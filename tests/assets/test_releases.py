@@ -71,9 +71,10 @@ def test_chat_releases_end_turns_and_base_releases_do_not(name: str) -> None:
     mapping = load_mapping(name)
     assert (mapping.chat_template is not None) == ("chat" in name)
     assert mapping.generation is not None
-    eos = mapping.generation["eos_token_id"]
+    config = render_tree({"eos_token_id": mapping.config["eos_token_id"]}, {"vocab": mapping.expect["vocab"]})
+    eos = json.loads(generation_config(mapping.generation, config))["eos_token_id"]
     if mapping.chat_template is None:
-        assert eos == 2 or (eos is None and name.startswith("llama2-"))  # which take config.json's
+        assert eos == 2
     else:
         assert eos == [2, 92542 if name.startswith("internlm2") else 103028]
         assert "role" in chat_template(mapping.chat_template)
