@@ -126,7 +126,12 @@ EQUAL = (
         "whether a file lies beside the checkpoint is not among what is tried; a test of the family tries it",
     ),
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
-    (r"megatron-mixtral", r"dims\.expert", r"`num_experts if moe_router_topk <=", "the axis `chosen` is that key"),
+    (
+        r"megatron-(mixtral|qwen3-moe)",
+        r"dims\.expert",
+        r"`num_experts if moe_router_topk <=",
+        "the axis `chosen` is that key",
+    ),
     (
         r"torchtitan-llama|xtuner-moe",
         r"config\.rope_scaling",
