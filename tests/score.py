@@ -125,12 +125,6 @@ EQUAL = (
         r"^told: top_k is number or \(training \| length\) <= 0",
         "whether a file lies beside the checkpoint is not among what is tried; a test of the family tries it",
     ),
-    (
-        r"megatron-qwen3-moe",
-        r"training_config\.moe_router_topk",
-        r"^`{{ num_experts_per_tok if num_experts_per_tok > 2 ",
-        "for 2 it writes 2 either way",
-    ),
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
     (
         r"megatron-(mixtral|qwen3-moe)",

@@ -42,16 +42,21 @@ def check_returns(
     )
     told = " ".join(f"--set {name}={one}" for name, one in fit.items()) or f"--set: {', '.join(named)}"
     there = value_at(read.config, path) is not None
+    key = find_key(side.keys, path)
+    why = f": {key.why}" if key is not None and key.why else ""
     raise EngineError(
         "E209",
-        f"`{side.spelt.get(path, path)}` of {side.file} would be {'lost' if there else 'added'}",
+        f"`{side.spelt.get(path, path)}` of {side.file} would be {'lost' if there else 'added'}{why}",
         place=Place(side.file),
         got="no such key" if value is None else f"{side.spelt.get(path, path)}: {shown(value)}",
-        expected="no such key" if other is None else f"{shown(other)}, as what is written would be read",
+        expected=f"{shown(other)}, as what is written would be read" if other is not None else
+                 "a value that comes back" if why else "no such key",
         fix=(f"Training files do not hold it. If it is only how the model is served, say so with {told}."
              if named else
              "Write it into the file as the model has it: programs take an absent one for something else."
              if not there else
+             "Training files cannot say it: use a mapping that can express it."
+             if why else
              "The configuration contradicts itself or the weights, or training files cannot express it: it is "
              "another model's, or the mapping is not the one for it."),
         answers={name: (one,) for name, one in fit.items()},

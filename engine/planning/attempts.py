@@ -17,7 +17,7 @@ from engine.planning.matching import Matches, assign
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve
 from engine.planning.stages import Stages
 from engine.planning.stored import End, Instance, Stored
-from engine.planning.variants import Decision
+from engine.planning.variants import Decision, because
 
 _MAX_COMBINATIONS = 16
 _LARGEST = 1 << 63  # no axis of a model is as long
@@ -216,9 +216,9 @@ def claims(
                 "E218",
                 f"dim `{axis}` is no size",
                 place=expression.place,
-                got=str(value)[:40],
+                got=f"{str(value)[:40]}: {because([expression], scope, config_name)}",
                 expected="1 or more",
-                fix=f"Correct what `{expression.text}` reads of {config_name}, or the expression.",
+                fix=f"Correct what `{expression.text}` reads, or the expression.",
             )
         scope[axis] = value
         why = f"`{expression.text}` on {config_name}" if not expression.text.isdigit() else "its definition"

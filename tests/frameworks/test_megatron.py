@@ -328,6 +328,10 @@ def test_the_arguments_of_core_0_6_and_0_7_had_no_rotary_base_and_the_model_1000
     rewritten(folder, lambda args: [args.pop(key, None) for key in later])
     convert("torch-ep2-moe", tmp_path / "out", folder)
     assert logits_off(tmp_path / "out", MEGATRON / "torch-ep2-moe" / "oracle.pt") < 1e-4
+    rewritten(folder, lambda args: args.update(moe_router_topk=1))  # weighed by 1 then, as Mixtral's; refused since 0.8
+    mapping, config = FAMILIES["torch-ep2-moe"], MEGATRON / "torch-ep2-moe" / "hf_config.json"
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(config.read_text()) | {"num_experts_per_tok": 1}))
+    assert engine.plan(mapping, folder, config=tmp_path / "config.json").config["num_experts_per_tok"] == 1
 
 
 def test_a_factor_of_scaled_angles_that_megatron_does_not_pass_to_its_model_is_asked_for(

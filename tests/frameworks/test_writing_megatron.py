@@ -196,6 +196,7 @@ def test_what_a_reshard_of_torch_dist_to_ranks_is_told_to_do_works(tmp_path: Pat
     ("name", "config", "starts"),
     [
         ("dist-ep2-moe", {}, False),
+        ("dist-ep2-moe", {"num_local_experts": 1}, False),
         ("torch-qwen3-moe", {"norm_topk_prob": True}, False),
         ("torch-qwen3-moe", {"norm_topk_prob": False}, True),
     ],
@@ -208,12 +209,27 @@ def test_a_router_of_one_expert_is_written_only_where_it_weighs_it_by_its_probab
     first = whole(name, family, tmp_path / "hf")
     told = json.loads((first / "config.json").read_text()) | {"num_experts_per_tok": 1, **config}
     (first / "config.json").write_text(json.dumps(told))
+    if told.get("num_local_experts") == 1:
+        tensors = {name: one for name, one in engine_weights(first).items() if ".experts." not in name}
+        alone = {name: one for name, one in engine_weights(first).items() if ".experts.0." in name}
+        gates = {name: one[:1].clone() for name, one in tensors.items() if name.endswith(".gate.weight")}
+        save_file(tensors | alone | gates, first / "model.safetensors", {"format": "pt"})
     if starts:
         assert engine.plan_reverse(family, first).config["moe_router_pre_softmax"] is True
         return
-    with pytest.raises(EngineError, match="`num_experts_per_tok` of") as caught:
+    with pytest.raises(EngineError, match=r"`num_experts_per_tok` of .* would be lost: .* weighs it by its") as caught:
         engine.plan_reverse(family, first)
     assert caught.value.code == "E209"
+
+
+@pytest.mark.parametrize("name", ["dist-ep2-moe", "torch-qwen3-moe"])
+def test_more_experts_for_a_token_than_there_are_are_told_with_both_numbers(name: str, tmp_path: Path) -> None:
+    first = whole(name, FAMILIES[name], tmp_path / "hf")
+    told = json.loads((first / "config.json").read_text()) | {"num_experts_per_tok": 99}
+    (first / "config.json").write_text(json.dumps(told))
+    with pytest.raises(EngineError, match=r"chosen 99 and num_experts \d") as caught:
+        engine.plan_reverse(FAMILIES[name], first)
+    assert caught.value.code == "E218"
 
 
 def test_a_mode_of_other_ranks_than_are_written_is_refused(tmp_path: Path) -> None:
