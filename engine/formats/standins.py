@@ -33,6 +33,8 @@ _UNSUPPORTED_STORAGES = (
     "QUInt4x2Storage", "QUInt2x4Storage",
 )  # fmt: skip
 MOST_DIMENSIONS = 64  # torch's own limit
+# An Ascend NPU marks how a tensor lay in its memory: it is saved as on any other device.
+_OF_THE_DEVICE = ("base_sizes_/", "base_strides_/", "storage_sizes_/", "origin_format_/", "npu_format_/")
 
 
 class Refused(Exception):
@@ -184,17 +186,25 @@ def element_type(properties: Any) -> str:
 
 
 def _rebuild_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None, bits: Any = None
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None, marks: Any = None
 ) -> Tensor:
-    """A tensor whose `bits` torch sets when it loads it: negated or conjugated ones are computed, not stored."""
-    if bits:
-        raise Refused("E303", "a tensor that is negated or conjugated when it is loaded")
+    """A tensor, and the `marks` that torch sets when it loads it: a negated one is computed, and not stored."""
+    for mark, is_set in marks.items() if isinstance(marks, dict) else ((marks, marks),):
+        if is_set and not (isinstance(mark, str) and mark.startswith(_OF_THE_DEVICE)):
+            raise Refused("E303", f"a tensor that is marked as {reprlib.repr(mark)} when it is loaded, as negated ones")
     if not isinstance(storage, Storage) or type(offset) is not int or not 0 <= offset < 1 << 62:
         raise Refused("E301", f"a tensor has storage offset {reprlib.repr(offset)}")
     shape, strides = ints(shape), ints(strides)
     if len(shape) != len(strides):
         raise Refused("E301", f"a tensor has shape {shape} and strides {strides}")
     return Tensor(storage, offset, shape, strides, None)
+
+
+def _rebuild_npu_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, form: Any
+) -> Tensor:
+    """As Ascend's torch before 2.1 saves a tensor, from a copy in the host's memory; `form` is the device's."""
+    return _rebuild_tensor(storage, offset, shape, strides)
 
 
 def _rebuild_tensor_v3(
@@ -269,6 +279,7 @@ _OPAQUE = (
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): RECORD,
     ("argparse", "Namespace"): PlainClass("Namespace"),
+    ("torch_npu.utils.storage", "_rebuild_npu_tensor"): Function(_rebuild_npu_tensor),
     ("torch", "Size"): Function(lambda value=(): int_list(value)),
     ("torch._tensor", "_rebuild_from_type_v2"): Function(rebuild_from_type),
     ("torch.storage", "UntypedStorage"): StorageType(None),

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import time
 import zipfile
 from collections import OrderedDict
@@ -69,6 +70,54 @@ def test_headers_lead_to_the_bytes_that_torch_reads(zipped: bool, tmp_path: Path
             at = tensor.offset + item * sum(i * s for i, s in zip(index, tensor.strides, strict=True))
             one = expected[index].reshape(1).contiguous().view(torch.uint8)
             assert raw[at : at + item] == one.numpy().tobytes(), tensor.name
+
+
+class Called:
+    """Pickled as a call that builds a tensor, with what the call takes last."""
+
+    def __init__(self, build: Any, tensor: torch.Tensor, last: Any) -> None:
+        self.build, self.tensor, self.last = build, tensor, last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        one = self.tensor
+        storage = one._typed_storage()
+        return self.build, (storage, one.storage_offset(), tuple(one.shape), one.stride(), False, {}, self.last)
+
+
+def _rebuild_npu_tensor(*_: Any) -> None:
+    """Stands for the function of that name in `torch_npu`, of which a pickle has the name only."""
+
+
+_rebuild_npu_tensor.__module__ = "torch_npu.utils.storage"
+
+MARKS = {
+    "base_sizes_/2/3/": True,
+    "base_strides_/3/1/": True,
+    "storage_sizes_/6/": True,
+    "npu_format_/FRACTAL_NZ": True,
+}
+
+
+@pytest.mark.parametrize("last", [29, True, MARKS], ids=["before torch 2.1", "and without a form", "since"])
+def test_a_tensor_that_an_ascend_npu_saved_is_a_tensor(
+    last: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch_npu", "torch_npu.utils", "torch_npu.utils.storage"):
+        monkeypatch.setitem(sys.modules, name, sys.modules[__name__])
+    build = torch._utils._rebuild_tensor_v2 if last is MARKS else _rebuild_npu_tensor
+    torch.save({"a": Called(build, torch.arange(8.0)[2:].view(2, 3), last)}, tmp_path / "x.pt")
+    header = read_rank_file(tmp_path / "x.pt")
+    ((name, shape, at),) = [(one.name, one.shape, one.offset) for one in header.tensors]
+    assert (name, shape) == ("a", (2, 3))
+    assert (tmp_path / "x.pt").read_bytes()[at : at + 8] == struct.pack("<2f", 2, 3)
+
+
+@pytest.mark.parametrize("marks", [{"conj": True}, {"neg": True, **MARKS}, {"npu_format": True}, {1: True}, [1], "neg"])
+def test_a_tensor_that_is_marked_in_another_way_is_refused(marks: Any, tmp_path: Path) -> None:
+    torch.save({"a": Called(torch._utils._rebuild_tensor_v2, torch.ones(2), marks)}, tmp_path / "x.pt")
+    with pytest.raises(EngineError, match="marked as") as caught:
+        read_rank_file(tmp_path / "x.pt")
+    assert caught.value.code == "E303"
 
 
 def test_members_that_are_not_aligned_are_read_where_they_are(tmp_path: Path) -> None:
