@@ -133,7 +133,7 @@ def step(work: Path, what: str, parts: int) -> dict[str, Any]:
 
 def counted(plan: Any, parts: int) -> dict[str, Any]:
     """How the work is dealt: the largest part by the mean, and the requests of one in the middle."""
-    from engine.move.windows import windows
+    from engine.move.reader import windows
     from engine.run.parts import Part, share
     from engine.run.schedule import schedule
     from engine.storage.coalesce import join, split

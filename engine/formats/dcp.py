@@ -2,28 +2,75 @@
 
 A `.distcp` file is a row of small torch files, one for each box of a tensor: `.metadata` says where each begins
 and ends. What a small file says of itself must agree.
+
+`.metadata` is one pickle of a `Metadata` object (torch/distributed/checkpoint/metadata.py, filesystem.py). It
+is written last and by renaming, so a folder without it is an unfinished save. Its attributes have grown with
+torch, and Megatron adds some: those that are not needed here are not looked at.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.dcp_metadata import DIRECTORY, Directory, Entry, read_dcp_directory
 from engine.formats.headers import FileHeader, Part, TensorHeader
 from engine.formats.rank_files import LoadPickle, Pickles, tensor_header
 from engine.formats.safetensors import read_boxes
-from engine.formats.standins import Tensor
-from engine.formats.unpickle import damaged, load_pickle
+from engine.formats.standins import Refused, Tensor, attributes, element_type, ints
+from engine.formats.unpickle import damaged, error_of, load_pickle
 from engine.formats.zipdir import TorchZip
-from engine.storage.store import File, Store
+from engine.storage.store import File, OpenFile, State, Store
 
+DIRECTORY = ".metadata"
+_OF_RANK = re.compile(r"__[0-9]{1,7}\.metadata")
+_SHORTEST = 8  # bytes that a box takes in the pickle
+_MOST_BYTES = 1 << 30  # of a pickle that is read whole; ten thousand ranks' save is a tenth of it
 _KEPT = 4096  # pickles that are kept: boxes of one shape have one
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A box of a tensor, and the bytes of a file that hold it.
+
+    Attributes:
+        dtype: safetensors spelling, or torch's name where there is none.
+        whole: shape of the tensor; `starts` and `shape` are the box.
+        offset, length: the bytes in the file: a small torch file of its own.
+    """
+
+    name: str
+    dtype: str
+    whole: tuple[int, ...]
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """What `.metadata` says.
+
+    Attributes:
+        entries: boxes of tensors, in the order of the files and of the bytes in them.
+        values: names of Python objects → file, offset and length of the torch file that holds each.
+        identity: digest of the file.
+    """
+
+    entries: tuple[Entry, ...]
+    values: Mapping[str, tuple[str, int, int]]
+    identity: str
+
+    def files(self) -> tuple[str, ...]:
+        """Every file that is named, sorted."""
+        return tuple(sorted({e.file for e in self.entries} | {file for file, _, _ in self.values.values()}))
 
 
 def read_dcp(
@@ -121,3 +168,128 @@ def _plain_safetensors(where: File, entries: list[Entry], wanted: Callable[[str]
     if listed:
         raise damaged(where.name, "its directory has a tensor that it does not hold", next(iter(listed))[0])
     return replace(header, tensors=tuple(tensors))
+
+
+def read_dcp_directory(folder: Store, *, again: bool = False) -> Directory:
+    """Read `.metadata`, without torch; or the directories that ranks wrote, each for itself, without collectives.
+
+    Args:
+        again: it will be read again soon, and is kept until then.
+
+    Raises:
+        EngineError: E201 when there is none, E301 damaged or not of torch's form, E302 when it asks to run code,
+            E303 for entries that are transformed, E305 unreadable.
+    """
+    if folder.has(DIRECTORY):
+        return _read(File(folder, DIRECTORY), again=again)
+    every = [_read(File(folder, name)) for name in folder.names() if _OF_RANK.fullmatch(name)]
+    if not every:
+        raise EngineError(
+            "E201",
+            "`.metadata` is missing: the checkpoint was not saved to its end",
+            place=Place(folder.place()),
+            got="files of ranks without the directory that says what they hold",
+            expected="`.metadata`, which is written last",
+            fix="Take the step before, or copy the folder again with its hidden files.",
+        )
+    entries = sorted((entry for one in every for entry in one.entries), key=lambda e: (e.file, e.offset))
+    values = {name: place for one in every for name, place in one.values.items()}
+    return Directory(
+        tuple(entries), values, hashlib.sha256("".join(one.identity for one in every).encode()).hexdigest()
+    )
+
+
+_kept: dict[tuple[File, State], Directory] = {}  # at most one: a hundred thousand boxes take seconds to read
+
+
+def _read(where: File, *, again: bool = False) -> Directory:
+    with where.open() as file:
+        found = _kept.pop((where, file.state), None) or _parsed(file, where.name)
+    _kept.clear()
+    if again:
+        _kept[where, file.state] = found
+    return found
+
+
+def _parsed(file: OpenFile, name: str) -> Directory:
+    data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise damaged(name, f"more than {_MOST_BYTES} bytes")
+    value = load_pickle(data, name)
+    try:
+        return _directory(value, hashlib.sha256(data).hexdigest(), len(data) // _SHORTEST)
+    except Refused as refused:
+        raise error_of(refused, name) from None
+
+
+def _directory(value: Any, identity: str, most: int) -> Directory:
+    told = attributes(value, "Metadata")
+    tensors, stored = told.get("state_dict_metadata"), told.get("storage_data")
+    if type(tensors) is not dict or type(stored) is not dict:
+        raise Refused("E301", "a Metadata without state_dict_metadata or storage_data")
+    places = _places(stored)
+    entries: list[Entry] = []
+    values: dict[str, tuple[str, int, int]] = {}
+    for name, one in tensors.items():
+        if type(name) is not str or not name.isprintable():
+            raise Refused("E301", f"a name {name!r}"[:100])
+        kind = one.kind.name if hasattr(one, "kind") else ""
+        if kind == "BytesStorageMetadata":
+            if (name, None) not in places:
+                raise Refused("E301", f"`{name}` is listed and its bytes are not")
+            values[name] = places[name, None]
+            continue
+        about = attributes(one, "TensorStorageMetadata")
+        dtype, whole, chunks = element_type(about.get("properties")), ints(about.get("size")), about.get("chunks")
+        if type(chunks) is not list:
+            raise Refused("E301", f"`{name}` has no list of its boxes")
+        most -= len(chunks)
+        if most < 0:
+            raise Refused("E301", "the same boxes listed more often than so short a file can")
+        for chunk in chunks:
+            box = attributes(chunk, "ChunkStorageMetadata")
+            starts, shape = ints(box.get("offsets")), ints(box.get("sizes"))
+            if not len(starts) == len(shape) == len(whole) or any(
+                at + size > all_ for at, size, all_ in zip(starts, shape, whole, strict=True)
+            ):
+                raise Refused("E301", f"`{name}` of shape {whole} has a box at {starts} of shape {shape}")
+            if 0 in shape:
+                continue  # a rank with nothing to hold
+            place = places.get((name, starts))
+            if place is None:
+                raise Refused("E301", f"the box of `{name}` at {starts} is listed and its bytes are not")
+            entries.append(Entry(name, dtype, whole, starts, shape, *place))
+    entries.sort(key=lambda e: (e.file, e.offset))
+    return Directory(tuple(entries), values, identity)
+
+
+def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]:
+    """(name, start of the box) → file, offset and length; a Python object has no start."""
+    places: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
+    for index, info in stored.items():
+        key, place = attributes(index, "MetadataIndex"), attributes(info, "_StorageInfo")
+        name, at = key.get("fqn"), key.get("offset")
+        file, offset, length = (place.get(word) for word in ("relative_path", "offset", "length"))
+        if type(name) is not str or type(offset) is not int or type(length) is not int:
+            raise Refused("E301", "an entry without name, offset or length")
+        if type(file) is not str or not file.isprintable() or "/" in file or file in ("", ".", ".."):
+            raise Refused("E301", f"`{name}` is in a file named {file!r}, outside the folder"[:200])
+        if not 0 <= offset < 1 << 62 or not 0 <= length < 1 << 62:
+            raise Refused("E301", f"`{name}` lies at byte {offset}, {length} long")
+        if transforms := place.get("transform_descriptors"):
+            told = ", ".join(map(str, transforms)) if type(transforms) is list else "?"
+            raise EngineError(
+                "E303",
+                "the checkpoint was saved through extensions that transform its bytes, so where a value lies shows "
+                "only when all of them are undone",
+                place=Place(file, tensor=name),
+                got=told[:100],
+                expected="bytes as torch saves them",
+                fix="torch undoes `stream.zstd` where the package zstandard is installed, in as much memory as all of "
+                "it takes: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER whole.pt`, then "
+                "the same with `torch_to_dcp whole.pt NEW`. An extension of your own needs your own program.",
+            )
+        where = (name, None if at is None else ints(at))
+        if places.setdefault(where, (file, offset, length)) != (file, offset, length):
+            raise Refused("E301", f"`{name}` at {at} is listed twice")
+    return places

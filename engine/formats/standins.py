@@ -266,7 +266,7 @@ RECORD = Function(_record)
 # What frameworks keep beside the weights: settings, random states, paths. Nothing of it is looked at.
 _OPAQUE_PACKAGES = ("megatron.", "torch.distributed.checkpoint.planner")
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # of `pathlib`, and of what it is made of
-# What tells where a part of a tensor belongs: `dtensor` and `dcp_metadata` read the attributes of such objects.
+# What tells where a part of a tensor belongs: `dtensor` and `dcp` read the attributes of such objects.
 _PLAIN_PACKAGES = (
     "torch.distributed.checkpoint.", "torch.distributed.tensor", "torch.distributed._tensor",
     "torch.distributed.device_mesh", "torch.distributed._mesh_layout", "torch.distributed._pycute",

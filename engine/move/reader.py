@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from engine.formats.headers import ITEM_SIZES
+from engine.language.documents import grouped
 from engine.move.blocks import Block, block_of, output_blocks
-from engine.move.gather import Gatherer
-from engine.move.runs import long_rows
+from engine.move.moves import Gatherer
+from engine.move.runs import MOST_SPAN, dense_parts, long_rows, span
 from engine.move.values import Converter, check_transform
-from engine.move.windows import needed, windows
 from engine.planning.boxes import Copy
 from engine.planning.model import Output, Work
+from engine.storage.coalesce import GAP, Range
 from engine.storage.sources import SourceFiles
 
 _Run = tuple[int, int, int, int]  # bytes of an output from one to another, a file, and where they lie there
@@ -151,3 +153,69 @@ class Reader:
 _LONG = 32 << 10  # bytes: shorter runs are gathered in blocks
 _WORTH = 4  # a block is computed whole for a share of it from a quarter on
 _KEPT = 8  # outputs whose blocks are kept
+
+
+# Blocks whose sources are fetched together, ahead of being moved.
+Wanted = tuple[int, int, Block]  # an output, the byte offset that it is wanted from, and a block of it
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Blocks that are moved one after the other, and for each file the byte ranges that fill them."""
+
+    blocks: tuple[Wanted, ...]
+    ranges: Mapping[int, Sequence[Range]]
+
+
+def windows(plan: Work, wanted: Iterable[tuple[int, int]], nbytes: int) -> Iterator[Window]:
+    """Cut outputs, each from a byte offset on, into windows that fetch about so many bytes; small outputs share one."""
+    held: list[Wanted] = []
+    ranges: dict[int, list[Range]] = {}
+    total = 0
+    needs = _Needs(plan)
+    for index, start in wanted:
+        output = plan.outputs[index]
+        item = ITEM_SIZES[output.dtype]
+        for block in output_blocks(output, plan.copies(index)):
+            if block.high * item <= start:
+                continue
+            found = needs.of(index, block)
+            size = max(sum(end - begin for _, begin, end in found), (block.high - block.low) * item)
+            if held and total + size > nbytes:
+                yield Window(tuple(held), ranges)
+                held, ranges, total = [], {}, 0
+            held.append((index, start, block))
+            total += size
+            for file, begin, end in found:
+                ranges.setdefault(file, []).append((begin, end))
+    if held:
+        yield Window(tuple(held), ranges)
+
+
+def needed(plan: Work, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
+    """For each file, the byte ranges that blocks of an output are gathered from."""
+    needs = _Needs(plan)
+    return grouped((file, (begin, end)) for block in blocks for file, begin, end in needs.of(index, block))
+
+
+class _Needs:
+    """What blocks read; that of a template is computed once."""
+
+    def __init__(self, plan: Work) -> None:
+        self._plan = plan
+        self._template: Sequence[Copy] = ()
+        self._parts: list[tuple[int, int, int, int]] = []  # file, first byte, bytes per step, bytes
+
+    def of(self, index: int, block: Block) -> list[tuple[int, int, int]]:
+        """(file, begin, end) of every run."""
+        if block.template is not self._template:
+            self._template, item = block.template, ITEM_SIZES[self._plan.outputs[index].read_dtype]
+            self._parts = []
+            for copy, shift in zip(block.template, block.shifts, strict=True):
+                source = self._plan.sources[copy.source]
+                for part in dense_parts(copy, GAP // item, MOST_SPAN // item):
+                    begin = source.header.offset + part.source_offset * item
+                    nbytes = span(part.shape, part.source_strides) * item
+                    self._parts.append((source.file, begin, shift * item, nbytes))
+        step = block.step
+        return [(file, at + step * shift, at + step * shift + size) for file, at, shift, size in self._parts]

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.formats.headers import ITEM_SIZES, FileHeader, dense_strides
 from engine.move.blocks import Block
-from engine.move.gather import Gatherer
+from engine.move.moves import Gatherer
 from engine.move.reader import Reader
 from engine.move.values import elements, float_type
 from engine.planning.boxes import Copy

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
 from engine.errors import EngineError, Place
-from engine.formats.dcp_metadata import DIRECTORY
+from engine.formats.dcp import DIRECTORY
 from engine.formats.headers import Part
 from engine.formats.pickling import WRITABLE, Global, Made, with_dtypes
 from engine.formats.torch_files import Saved

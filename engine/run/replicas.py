@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.move.blocks import BLOCK_BYTES, block_of, blocks
-from engine.move.gather import Gatherer
+from engine.move.moves import Gatherer
 from engine.move.values import elements, float_type
 from engine.planning.boxes import Copy
 from engine.planning.model import Replicas, Slices, Tied, Work

@@ -10,7 +10,7 @@ from functools import partial
 from engine.formats.headers import ITEM_SIZES
 from engine.formats.written import CHECKED, FileLayout
 from engine.move.blocks import block_bytes, blocks, largest_block
-from engine.move.gather import Scatterer
+from engine.move.moves import Scatterer
 from engine.move.reader import Reader
 from engine.move.runs import straight
 from engine.planning.model import Work

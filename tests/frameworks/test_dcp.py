@@ -17,9 +17,8 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate
 
 import engine
 from engine.errors import EngineError
-from engine.formats import dcp_metadata
-from engine.formats.dcp import read_dcp_value
-from engine.formats.dcp_metadata import read_dcp_directory
+from engine.formats import dcp
+from engine.formats.dcp import read_dcp_directory, read_dcp_value
 from engine.storage.local import LocalStore
 from tests.support.frameworks import FIXTURES, logits_off, source_of, weights
 
@@ -126,8 +125,8 @@ def test_a_directory_is_read_once_whatever_is_looked_for_in_it(
 ) -> None:
     """A hundred thousand boxes take seconds to read. One that was written anew meanwhile is read anew."""
     folder, read = copy("fsdp4-f32-optim"), []
-    load = dcp_metadata.load_pickle
-    monkeypatch.setattr(dcp_metadata, "load_pickle", lambda data, name: (read.append(name), load(data, name))[1])
+    load = dcp.load_pickle
+    monkeypatch.setattr(dcp, "load_pickle", lambda data, name: (read.append(name), load(data, name))[1])
     engine.inspect(folder)
     assert read == [".metadata"]
     with pytest.raises(KeyError):

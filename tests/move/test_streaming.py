@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import engine
 from engine.errors import EngineError
 from engine.move import blocks as cutting
-from engine.move import gather, runs
+from engine.move import moves, runs
 from engine.move.blocks import Block, block_bytes, blocks, largest_block
 from engine.move.moves import Moves
 from engine.planning.boxes import Copy
@@ -53,7 +53,7 @@ def blocks_of(nbytes: int, row: int = 2048) -> Any:
     runner = mock.patch.multiple(cutting, BLOCK_BYTES=nbytes, LARGE_BLOCK_BYTES=nbytes)
     replicas = mock.patch.object(comparing, "BLOCK_BYTES", nbytes)
     through = (
-        mock.patch.multiple(gather, READ_THROUGH=8),
+        mock.patch.multiple(moves, READ_THROUGH=8),
         mock.patch.object(scheduling, "READ_THROUGH", 8),
     )
     return runner, replicas, *through, mock.patch.multiple(runs, LEAST_ROW=row, FEW_ROWS=0)
