@@ -44,7 +44,11 @@ def new(as_json: bool, /, src: str, name: str | None, out: str | None, overwrite
         return
     if out is None:
         say(found.text, nl=False, raw=True)
-    kinds = {"release": "a release of {parent}, which fits", "own": "rules of its own, as no family fits"}
+    kinds = {
+        "release": "a release of {parent}, which fits",
+        "renamed": "{parent} with other sources",
+        "own": "rules of its own, as no family is near",
+    }
     parent = spelled(found.parent or "")
     say(
         render("draft.txt", found=found, kinds=kinds, parent=parent, out=out, file=quoted(out or ""), src=quoted(src)),

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-from functools import lru_cache
 from itertools import product
 from typing import Any
 
 from engine.checkpoint.ranks import RankGrid
 from engine.discover.geometry import KEYS, Known, known_sizes
 from engine.discover.names import Observed, tail
+from engine.discover.near import Slot, similarity
 from engine.discover.notes import block, comment, flow
 from engine.errors import Place
 from engine.language.documents import grouped
 from engine.language.expressions import names_in
-from engine.language.model import Expression, FilePattern, Layout, MappingFile, Rule
+from engine.language.model import Expression, FilePattern, Layout
 from engine.planning.attempts import Checkpoint
 from engine.planning.stored import Stored
 
-_ALIKE = 0.45  # how alike names are, so that a person is told of the other one
-_COMPARED = 100  # characters of a name: the time grows by their square
+_ALIKE = 0.45
 
 
 def stage_of(observed: Observed, checkpoint: Checkpoint) -> tuple[str, bool]:
@@ -39,7 +37,7 @@ def stage_of(observed: Observed, checkpoint: Checkpoint) -> tuple[str, bool]:
 
 
 def stand_alone(
-    checkpoint: Checkpoint, layout: Layout, observed: Sequence[Observed], families: Sequence[tuple[str, MappingFile]]
+    checkpoint: Checkpoint, layout: Layout, observed: Sequence[Observed], slots: Sequence[tuple[str, Slot]]
 ) -> list[str]:
     """The lines from `source` on.
 
@@ -48,13 +46,12 @@ def stand_alone(
     right: they stand in comments.
     """
     known = known_sizes(checkpoint.config)
-    others = [(reference, rule) for reference, mapping in families for rule in mapping.rules]
     rules: list[str] = []
     live = False
     for stem, listed in _paired(observed, checkpoint, known).items():
         one = listed[0]
         readings, doubt, stage = _read(one, checkpoint, known)
-        rules += comment(f"decide: {_notes(one, doubt, stage, checkpoint, others)}", "  ")
+        rules += comment(f"decide: {_notes(one, doubt, stage, checkpoint, slots)}", "  ")
         for reading in readings:
             between = " | " if stem.endswith(".{param}") and len(reading.axes) == 2 else " "
             rule: dict[str, Any] = {"source": stem, "target": stem, "axes": between.join(reading.axes)}
@@ -127,13 +124,13 @@ def _notes(
     doubt: str,
     stage: tuple[str, bool],
     checkpoint: Checkpoint,
-    others: Sequence[tuple[str, Rule]],
+    slots: Sequence[tuple[str, Slot]],
 ) -> str:
     """What a person must say of one pattern."""
-    best = max(((similarity(one.stem, rule), name, rule) for name, rule in others), key=lambda b: b[0], default=None)
+    best = max(((similarity(one.stem, slot), name, slot) for name, slot in slots), key=lambda b: b[0], default=None)
     told = "the target's name"
     if best is not None and best[0] >= _ALIKE:
-        names = sorted({target.name for target in best[2].targets})
+        names = sorted({target.name for target in best[2].rules[0].targets})
         told += f"; the name is like that of {best[2].sources[0]} in {best[1]}, which becomes {', '.join(names)}"
     notes = [told, *([doubt] if doubt else [])]
     if not one.layered and not stage[1]:
@@ -142,23 +139,6 @@ def _notes(
     if all(size == 1 for dim, size in grid.sizes.items() if dim not in grid.staged):
         notes[-1] += "; what ranks would cut (`split`) does not show with one rank"
     return "; and ".join(notes)
-
-
-def similarity(stem: str, rule: Rule) -> float:
-    """How alike the last parts of names are; a target's name counts a little less than a source's."""
-    own = tail(stem)
-    return max(_alike(own, tail(rule.sources[0])), *(0.95 * _alike(own, tail(target.name)) for target in rule.targets))
-
-
-@lru_cache(maxsize=1 << 14)  # families and layers call their tensors alike
-def _alike(one: tuple[str, ...], two: tuple[str, ...]) -> float:
-    def ratio(a: str, b: str) -> float:
-        return SequenceMatcher(None, a[:_COMPARED].lower(), b[:_COMPARED].lower(), autojunk=False).ratio()
-
-    last = ratio(one[-1], two[-1])
-    if len(one) == 1 and len(two) == 1:
-        return last
-    return 0.65 * last + 0.35 * ratio(".".join(one[:-1]), ".".join(two[:-1]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a draft says of the family that it extends, and how it says anything: as lines of YAML."""
+"""What a draft says: sizes, doubts, what no rule reads, and a family's rules under other names; as lines of YAML."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
-from engine.language.documents import prefixes
+from engine.discover.near import Nearness, Pairing, Slot
+from engine.language.documents import plain, prefixes
 from engine.language.expressions import compile_expression, names_in
 from engine.language.model import MappingFile
+from engine.language.names import PARAMS, pattern
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
 
@@ -20,7 +22,10 @@ _EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")
 
 def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> list[str]:
     """The family that is extended, and what of it the checkpoint's configuration leaves open."""
-    lines = block("extends", reference)
+    lines, kind = block("extends", reference), checkpoint.training.get("model_type")
+    if isinstance(kind, str) and kind and mapping.model_types and kind not in mapping.model_types:
+        text = f"the training config says model_type {shown(kind)}, which {mapping.name} is not for."
+        lines += [*comment(f"decide: {text}"), *block("source", {"model_types": [kind]})]
     for name, variant in mapping.variants.items():
         expressions = [e for e in variant.choices.values() if e is not None]
         read = {key for e in expressions for key in names_in(e)}
@@ -49,6 +54,86 @@ def size_in_words(sizes: Mapping[str, int]) -> str:
     return ", ".join(
         f"{sizes[axis]} {word}" for axis, word in (("layer", "layers"), ("hidden", "wide")) if axis in sizes
     )
+
+
+def doubt(pairing: Pairing) -> str:
+    """What makes a pair a guess."""
+    text = f"is this {pairing.slot.sources[0]}? The shape fits and the name is alike ({pairing.score:.2f})."
+    if pairing.rivals:
+        text += f" {list_of(pairing.rivals[:3])} {'has' if len(pairing.rivals) == 1 else 'have'} the same shape."
+    if pairing.slot.fused:
+        text += " Shapes do not tell the order of what is stored together."
+    return text
+
+
+def left_over(near: Nearness) -> list[str]:
+    """Tensors of no rule and rules without a tensor, as comments: a run refuses them by name."""
+    lines: list[str] = []
+    seen: set[str] = set()
+    for one, nearest in near.left:
+        if one.stem in seen:
+            continue
+        seen.add(one.stem)
+        fits = ", ".join(f"{slot.sources[0]} ({score:.2f})" for slot, score in nearest)
+        fits = f"Its shape would fit {fits}." if fits else "No free rule of the family has its shape."
+        lines += comment(f"decide: no rule reads {shown(one.stem)}, so a run refuses. {fits}", "  ")
+        if nearest:  # the nearest, taken by deleting the #
+            if not near.pairings and "#rules:" not in lines:
+                lines += ["#rules:"]
+            lines += [f"#  - {flow(rule)}" for rule in renamed_rules(nearest[0][0], one.stem)]
+    for slot in near.empty:
+        lines += comment(f"decide: no tensor was found for {slot.sources[0]}.", "  ")
+    return lines
+
+
+def renamed_rules(slot: Slot, stem: str) -> list[dict[str, Any]]:
+    """The slot's rules, changed to read `stem`."""
+    first = slot.sources[0]
+    source = stem if pattern(first).has_param else stem.replace("{param}", first.rpartition(".")[2])
+    return [{"name": rule.name, "source": source} for rule in slot.rules]
+
+
+def overrides(near: Nearness) -> dict[str, Any]:
+    """Whatever of the family but its rules asks for tensors by their old names, with the new ones."""
+    renamed: dict[str, list[str]] = {}
+    for pairing in near.pairings:
+        _rename(renamed, pairing.slot, pairing.stem)
+    for one, nearest in near.left:  # what a person may yet take
+        for slot, _ in nearest:
+            _rename(renamed, slot, one.stem)
+    parts = {key: near.mapping.resolved.get(key) or {} for key in ("variants", "dims", "config", "training_config")}
+    return {key: new for key, part in parts.items() if (new := _rewritten(plain(part), renamed))}
+
+
+def _rename(renamed: dict[str, list[str]], slot: Slot, stem: str) -> None:
+    new = renamed_rules(slot, stem)[0]["source"]
+    for source in slot.sources:
+        for old, now in [(source, new)] + [(source.replace("{param}", p), new.replace("{param}", p)) for p in PARAMS]:
+            if now not in renamed.setdefault(old, []):
+                renamed[old].append(now)
+
+
+def _rewritten(value: Any, renamed: Mapping[str, Sequence[str]]) -> Any:
+    """Only what changes when `present('old')` is written with new names; choices and lists as a whole."""
+    if isinstance(value, dict):
+        changed = {key: new for key, item in value.items() if (new := _rewritten(item, renamed)) is not None}
+        if "choices" in changed:
+            changed["choices"] = {**value["choices"], **changed["choices"]}
+        return changed or None
+    if isinstance(value, list):
+        changes = [_rewritten(item, renamed) for item in value]
+        if all(change is None for change in changes):
+            return None
+        return [item if change is None else change for item, change in zip(value, changes, strict=True)]
+    if not isinstance(value, str) or "present(" not in value:
+        return None
+
+    def replaced(found: re.Match[str]) -> str:
+        asked = [f"present({found[1]}{name}{found[1]})" for name in renamed.get(found[2], [found[2]])]
+        return asked[0] if len(asked) == 1 else f"({' or '.join(asked)})"
+
+    new = re.sub(r"present\(\s*(['\"])(.*?)\1\s*\)", replaced, value)
+    return None if new == value else new
 
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")

@@ -1,8 +1,8 @@
 """`engine new`: a mapping for an unknown checkpoint, with what a person must decide marked in it.
 
-A family that explains every tensor gives a release of four lines. Otherwise every pattern gets a rule of its own.
-Nothing that is not clear is made a rule that runs: it stands in a comment, and a run refuses until a person has
-decided.
+A family that explains every tensor gives a release of four lines. One that explains most gives a file
+that names other sources. Otherwise every pattern gets a rule of its own. Nothing that is not clear is
+made a rule that runs: it stands in a comment, and a run refuses until a person has decided.
 """
 
 from __future__ import annotations
@@ -16,7 +16,21 @@ from typing import Any
 from engine.discover.alone import stand_alone
 from engine.discover.fits import planned
 from engine.discover.names import Observed, observe
-from engine.discover.notes import block, comment, expect, extends, list_of, shown, size_in_words
+from engine.discover.near import Slot, compare_family, drop_contested
+from engine.discover.notes import (
+    block,
+    comment,
+    doubt,
+    expect,
+    extends,
+    flow,
+    left_over,
+    list_of,
+    overrides,
+    renamed_rules,
+    shown,
+    size_in_words,
+)
 from engine.errors import EngineError
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping
@@ -31,6 +45,7 @@ from engine.storage.json_text import as_data
 
 # What a person still has to decide: the model class, and names that inherited conditions ask for.
 DECIDED_LATER = ("L011", "L012")
+_ENOUGH = 0.5  # of all patterns, for a family to be the nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +53,7 @@ class Scaffold:
     """A drafted mapping.
 
     Attributes:
-        kind: `release` of a family, or `own` rules for everything.
+        kind: `release` of a family, `renamed` tensors of a family, or `own` rules for everything.
         parent: the family extended.
         decisions: (line, text) of everything marked `decide:`.
         state: what a plan with the draft says: None when it is complete, else code and message.
@@ -78,14 +93,17 @@ def draft(request: Request) -> Scaffold:
             expected="tensors with a shape, and names without braces",
             fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
-    kind, parent, body = _release(request) or _own(request, observed)
+    kind, parent, body = _release(request) or _renamed(request, observed) or _own(request, observed)
     head = [] if request.schema is None else [f"# yaml-language-server: $schema={request.schema}"]
     head += ["mapping: 1", *block("name", request.name), "version: 0.1.0"]
     tail: list[str] = []
     for name in hopeless:
         tail += comment(f"decide: no pattern can express the tensor `{shown(name)}`, so a run refuses this checkpoint.")
     text = format_mapping("\n".join([*head, *body, *tail]) + "\n")
-    return Scaffold(request.name, kind, parent, text, _decisions(text), _state(text, request))
+    state, plan = _checked(text, request)
+    if kind == "renamed" and plan is not None:
+        text = format_mapping("\n".join([text, *expect(plan.mapping, plan)]) + "\n")
+    return Scaffold(request.name, kind, parent, text, _decisions(text), state)
 
 
 Attempted = tuple[str, str | None, list[str]]  # kind, parent, lines
@@ -116,10 +134,42 @@ def _release(request: Request) -> Attempted | None:
     return "release", reference, body
 
 
+def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None:
+    """The family that explains most, with other sources."""
+    kind = request.checkpoint.training.get("model_type")
+    ordered = _ordered(request)
+    named = [(r, m) for r, m in ordered if kind in m.model_types]
+    compared = [
+        compare_family(mapping, reference, request.layout, request.checkpoint, observed)
+        for reference, mapping in named or ordered
+    ]
+    best = max(compared, key=lambda near: near.share(), default=None)
+    if best is None or best.share() < _ENOUGH:
+        return None
+    drop_contested(best, [other for other in compared if other is not best])
+    body = block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
+    share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and likeness."
+    body += comment(share)
+    body += extends(best.reference, best.mapping, request.checkpoint)
+    for key, part in overrides(best).items():
+        body += ["", *comment("This asks for tensors by name: keep it in step with the rules."), f"{key}:"]
+        body += [line for name, value in part.items() for line in block(name, value, "  ")]
+    body += ["", "rules:"] if best.pairings else []
+    for pairing in best.pairings:
+        body += comment(f"decide: {doubt(pairing)}", "  ")
+        body += [f"  - {flow(rule)}" for rule in renamed_rules(pairing.slot, pairing.stem)]
+    body += left_over(best)
+    return "renamed", best.reference, body
+
+
 def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
+    slots = [
+        (reference, Slot((rule.sources[0],), (rule,), tuple(t.name for t in rule.targets)))
+        for reference, mapping in sorted(request.families, key=lambda family: len(family[1].files))
+        for rule in mapping.rules
+    ]
     body = block("description", f"a draft for a checkpoint of layout {request.layout.name}")
-    alike = _ordered(request) or sorted(request.families, key=lambda family: len(family[1].files))
-    body += stand_alone(request.checkpoint, request.layout, observed, alike)
+    body += stand_alone(request.checkpoint, request.layout, observed, slots)
     return "own", None, body
 
 
@@ -130,7 +180,7 @@ def _ordered(request: Request) -> list[tuple[str, MappingFile]]:
     return sorted(fitting, key=lambda f: (kind not in f[1].model_types, len(f[1].files)))
 
 
-def _state(text: str, request: Request) -> Mapping[str, str] | None:
+def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Plan | None]:
     """Lint the draft, then plan with it: None, or the first thing that keeps a run from starting."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "draft.yaml"
@@ -140,10 +190,9 @@ def _state(text: str, request: Request) -> Mapping[str, str] | None:
             listed = "\n".join(f"{f.code} {f.message}" for f in findings)
             raise EngineError("E901", "the drafted mapping does not lint clean", got=listed, fix="Please report it.")
         try:
-            make_plan(load_mapping(path), request.layout, request.checkpoint)
+            return None, make_plan(load_mapping(path), request.layout, request.checkpoint)
         except EngineError as error:
-            return {"code": error.code, "message": error.message}
-    return None
+            return {"code": error.code, "message": error.message}, None
 
 
 def _decisions(text: str) -> tuple[tuple[int, str], ...]:

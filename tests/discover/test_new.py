@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from engine.commands.main import cli
 from engine.discover.notes import block, comment, flow, shown
 from engine.discover.scaffold import DECIDED_LATER, Scaffold
 from engine.errors import EngineError
-from tests.support.depth import examples
+from tests.support.depth import crossed, examples
 from tests.support.families import model_of, save_family
 from tests.support.fsdp import save_fsdp
 from tests.support.genuine import MODELS
@@ -32,7 +33,27 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "internevo"
 FAMILIES = {"moe": "internlm-moe", "v1": "internlm", "v2": "internlm2", "llama": "llama"}
 ASKS = {"mlp_letters": "w2_is_down"}
 
+V1_NAMES = {
+    "blocks.": "layers.",
+    "mixer.Wqkv": "attention.qkv_proj",
+    "mixer.out_proj": "attention.out_proj",
+    "embedding.": "tok_embeddings.",
+    "head.": "lm_head.",
+}
 V2_NAMES = {"attention.wqkv": "attn.qkv_proj", "attention.wo": "attn.out_proj", "feed_forward": "ffn"}
+HF_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "embed_tokens",
+    "output.": "lm_head.",
+}
 FOREIGN = {
     "attention.wqkv": "sa.pack",
     "attention.wo": "sa.back",
@@ -103,14 +124,89 @@ def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(na
         assert (tmp_path / "release" / weight).read_bytes() == (tmp_path / family / weight).read_bytes()
 
 
-def test_a_family_under_other_names_is_told_beside_each_name_and_never_filled_in(tmp_path: Path) -> None:
-    """The fork may call `up` what the family calls `gate`: likeness alone makes no rule of the family's."""
-    whole = save(Model(family="v2", groups=2, ffn=40), tmp_path / "src")
-    made = drafted(renamed(tmp_path / "src", V2_NAMES), tmp_path / "x.yaml")
-    assert (made.kind, made.parent) == ("own", None)
-    told = "the name is like that of layers.{layer}.attention.wo.{param} in families/internlm2.yaml, which becomes "
-    assert any(f"{told}model.layers.{{layer}}.self_attn.o_proj.{{param}}" in text for _, text in made.decisions)
-    assert whole.keys().isdisjoint(tensors(tmp_path / "x.yaml", tmp_path / "src"))
+@pytest.mark.parametrize(
+    ("named", "layout"),
+    crossed(
+        [
+            (Model(family="v2", groups=2, ffn=40), V2_NAMES),
+            (Model(family="v2", groups=2, ffn=40, bias=False), V2_NAMES),
+            (Model(family="v2", groups=2, ffn=40, rotary="pairs"), V2_NAMES),
+            (Model(family="v2", groups=2, ffn=40, letters="w2_is_up"), V2_NAMES),
+            (Model(family="v1", ffn=40), V1_NAMES),
+            (model_of("llama", ffn=40, heads=4, groups=2, bias=True, mlp_bias=True), HF_NAMES),
+            (model_of("llama", ffn=40, heads=4, groups=4), HF_NAMES),
+            (model_of("internlm3", ffn=40, heads=4, groups=2), HF_NAMES),
+        ],
+        [{"tp": 1}, {"tp": 2, "pp": 2}, {"tp": 2, "pp": 2, "chunks": 2}],
+    ),
+)
+def test_renamed_tensors_convert_right(
+    named: tuple[Any, Mapping[str, str]], layout: dict[str, int], tmp_path: Path
+) -> None:
+    model, names = named
+    expected = (
+        save_family(model, tmp_path / "src", **layout)
+        if model.family == "llama"
+        else save(model, tmp_path / "src", **layout)
+    )
+    plain = shutil.copytree(tmp_path / "src", tmp_path / "plain")
+    made = drafted(renamed(tmp_path / "src", names), tmp_path / "x.yaml")
+    assert (made.kind, made.parent, made.state) == ("renamed", model.mapping, None)
+    same(tensors(tmp_path / "x.yaml", tmp_path / "src"), expected)
+    ours, theirs = (
+        engine.plan(m, s).config for m, s in ((tmp_path / "x.yaml", tmp_path / "src"), (model.mapping, plain))
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"feed_forward.w1": "mlp.a", "feed_forward.w2": "mlp.b", "feed_forward.w3": "mlp.c"},
+        {"attention_norm": "ln_1", "ffn_norm": "ln_2"},
+        {"attention.wq": "attn.x", "attention.wk": "attn.y", "attention.wv": "attn.z"},
+        {"tok_embeddings": "one", "output": "two"},
+    ],
+)
+def test_names_that_do_not_tell_are_left_to_a_person(names: Mapping[str, str], tmp_path: Path) -> None:
+    save_family(model_of("llama", ffn=40, heads=4, groups=4), tmp_path / "src")
+    made = drafted(renamed(tmp_path / "src", names), tmp_path / "x.yaml")
+    assert made.kind == "renamed"
+    assert made.state is not None and made.state["code"] in ("E205", "E207", "E202")
+    with pytest.raises(EngineError):
+        engine.plan(tmp_path / "x.yaml", tmp_path / "src")
+    for new in names.values():
+        assert any("no rule reads" in text and new in text for _, text in made.decisions)
+
+
+def test_a_name_that_the_family_has_too_is_told_beside_the_one_that_is_left(tmp_path: Path) -> None:
+    """The fork may call `up` what the family calls `gate`: who reads the doubt must see that name too."""
+    save_family(model_of("llama", ffn=40, heads=4, groups=4), tmp_path / "src")
+    made = drafted(renamed(tmp_path / "src", {"feed_forward.w3": "mlp.gate"}), tmp_path / "x.yaml")
+    (told,) = (text for _, text in made.decisions if "feed_forward.w3" in text)
+    assert "`layers.{layer}.feed_forward.w1.{param}`" in told
+
+
+def test_what_is_proposed_in_a_comment_can_be_taken_by_deleting_the_hash(tmp_path: Path) -> None:
+    model = Model(family="v1", ffn=40)
+    expected = save(model, tmp_path / "src", tp=2)
+    made = drafted(renamed(tmp_path / "src", {"mixer.Wqkv": "attn.query_key_value"}), tmp_path / "x.yaml")
+    assert made.state is not None
+    taken = made.text.replace("\n#  - ", "\n  - ").replace("\n#rules:", "\nrules:")
+    assert taken != made.text
+    (tmp_path / "y.yaml").write_text(taken)
+    assert undecided(tmp_path / "y.yaml") == []
+    same(tensors(tmp_path / "y.yaml", tmp_path / "src"), expected)
+    assert engine.plan(tmp_path / "y.yaml", tmp_path / "src").config["attention_bias"] is True
+
+
+def test_two_orders_of_one_shape_are_not_chosen_between(tmp_path: Path) -> None:
+    """Without a model type, q k v in blocks and by groups are both possible."""
+    save(Model(family="v1", ffn=40), tmp_path / "src", tp=2)
+    (tmp_path / "src" / "config_file.pt").unlink()
+    made = drafted(renamed(tmp_path / "src", V1_NAMES), tmp_path / "x.yaml")
+    assert made.state is not None
+    assert "qkv_proj" not in "".join(line for line in made.text.split("\n") if "source: " in line and "#" not in line)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2}, {"tp": 3, "pp": 2}, {"mode": "isp", "wp": 2}])
