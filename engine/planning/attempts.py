@@ -12,7 +12,7 @@ from engine.errors import EngineError, shape_text
 from engine.formats.headers import FileHeader
 from engine.language.expressions import OMIT, evaluate, names_in
 from engine.language.model import Layout, MappingFile, Variant
-from engine.planning.groups import Group, GroupKey, group_shards
+from engine.planning.groups import Group, GroupKey, group_shards, share_units
 from engine.planning.matching import Matches, assign
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve
 from engine.planning.stages import Stages
@@ -155,6 +155,8 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     groups = group_shards(matched, checkpoint.grid.files, question.layout)
     scope = {**question.names, **choices}
     facts, unread = claims(question.mapping, scope, checkpoint.config_name)
+    stated = {axis: fact.value for axis, fact in facts.items()}
+    groups = {key: share_units(group, stated, question.mapping.even) for key, group in groups.items()}
     counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
     known = facts.get("layer")
     dropped = (axis for i in active for axis in i.rule.drop if axis not in i.rule.zeros)

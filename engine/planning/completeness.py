@@ -81,7 +81,7 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
         dims = group.cut.rank_dims()
         if group.cut.recorded:
             dims = dims[:-1]  # recorded rows are known to be all there
-        held = {ranks[: len(dims)] for ranks in group.shards}
+        held = {tuple([grid.files[one.file].ranks[d] for d in dims]) for each in group.shards.values() for one in each}
         file = grid.files[group.first.file]
         wanted = list(product(*(range(sizes[file.pattern.name].get(d, 1)) for d in dims)))
         missing = next((ranks for ranks in wanted if ranks not in held), None)
@@ -167,6 +167,5 @@ def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
                 place=group.instance.rule.place,
                 got=f"{ranks} {dim} ranks hold {group.name}",
                 expected=f"at most {known.value}, from {known.why}: each is stored {times:g} times",
-                fix="Key and value heads repeated over ranks are not merged, as copies may have drifted apart. "
-                f"Save with at most {known.value} {dim} ranks.",
+                fix=f"Its tensors are not cut as training cuts them. Save with at most {known.value} {dim} ranks.",
             )

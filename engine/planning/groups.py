@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from engine.checkpoint.ranks import RankFile
 from engine.language.model import FilePattern, Layout
@@ -148,3 +148,25 @@ def group_shards(
             ordered = fold_replicas(ordered, files)
         result[key] = Group(instance, fixed, cut, ordered)
     return result
+
+
+def share_units(group: Group, sizes: Mapping[str, int], units: Collection[str]) -> Group:
+    """The group with equal units folded, where each of a few lies on several ranks that follow each other.
+
+    As key and value heads do where there are more tensor parallel ranks. What is folded is compared as replicas are.
+
+    Args:
+        units: axes that training divides evenly, of which a rank never has a part.
+    """
+    for at, (_, axis) in enumerate(group.cut.dims):
+        ranks, count = {key[at] for key in group.shards}, sizes.get(axis, 0)
+        times, left = divmod(len(ranks), max(count, 1))
+        alike = {replicas[0].header.whole for replicas in group.shards.values()}
+        if axis not in units or left or count < 1 or times < 2 or ranks != {*range(len(ranks))} or len(alike) > 1:
+            continue
+        folded: dict[tuple[int, ...], tuple[Stored, ...]] = {}
+        for key, replicas in group.shards.items():
+            one = (*key[:at], key[at] // times, *key[at + 1 :])
+            folded[one] = (*folded.get(one, ()), *replicas)
+        return replace(group, shards=folded)
+    return group

@@ -66,10 +66,16 @@ class Replicas:
 
 @dataclass(frozen=True, slots=True)
 class Slices:
-    """Stored slices of one tensor, of one shape: no two can be equal, constants aside, unless one is a copy."""
+    """Stored slices of one tensor, of one shape: no two can be equal, constants aside, unless one is a copy.
+
+    Attributes:
+        in_rows: each may stand as often as all others on ranks that follow each other, as key and value heads do in
+            models that were cut over more ranks than they had heads.
+    """
 
     sources: tuple[int, ...]
     name: str
+    in_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

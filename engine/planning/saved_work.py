@@ -23,6 +23,7 @@ from engine.planning.stored import SourceTensor
 from engine.planning.zeros import ZEROS, zeros_of
 
 Row = list[Any]  # of an output: its name, the number of its kind, then its places
+_IN_ROWS = "="  # in the place of a rule's name, which is never one sign that is no letter
 Places = list[list[int]]  # sources of one name together: the number of the name, and the file of each
 
 
@@ -45,7 +46,7 @@ def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> d
         for source in sources:
             homes.setdefault(source, index)
     compared = [(one.sources, one.name, one.rule) for one in plan.replicas]
-    compared += [(one.sources, one.name, "") for one in plan.slices]
+    compared += [(one.sources, one.name, _IN_ROWS if one.in_rows else "") for one in plan.slices]
     checks = [
         [next((homes[s] for s in sources if s in homes), 0), coded.name(name), coded.name(rule), *coded.places(sources)]
         for sources, name, rule in compared
@@ -179,8 +180,8 @@ class SavedWork:
             files=tuple(headers.get(number, file) for number, file in enumerate(self.outline.files)),
             sources=tuple(found.tensors),
             copies=copies,
-            replicas=tuple(Replicas(*one) for one in checks if one[2]),
-            slices=tuple(Slices(*one[:2]) for one in checks if not one[2]),
+            replicas=tuple(Replicas(*one) for one in checks if one[2] not in ("", _IN_ROWS)),
+            slices=tuple(Slices(*one[:2], bool(one[2])) for one in checks if one[2] in ("", _IN_ROWS)),
             tied=tuple(tied),
         )
         for output in outputs:

@@ -88,12 +88,14 @@ class Source:
         for group in self.side.groups:
             if len(group.shards) < 2:
                 continue
+            units = [axis for _, axis in group.cut.dims if axis in self.mapping.even]
+            in_rows = any(self.side.sizes[axis] == len(group.shards) for axis in units)
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
             found: dict[tuple[object, ...], list[int]] = {}
             for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):
                 where = tuple(rank for rank, (_, axis) in zip(ranks, group.cut.dims, strict=False) if axis in own)
                 found.setdefault((stored[0].header.shape, where), []).append(numbers[0])
-            result += [Slices(tuple(alike), group.name) for alike in found.values() if len(alike) > 1]
+            result += [Slices(tuple(alike), group.name, in_rows) for alike in found.values() if len(alike) > 1]
         return tuple(result)
 
 

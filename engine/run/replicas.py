@@ -108,6 +108,7 @@ def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer
     header = plan.sources[slices.sources[0]].header
     size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
     seen: dict[bytes, int] = {}
+    equal: list[tuple[int, int]] = []
     for source in slices.sources if size >= _FEW else ():
         if stopped():
             return
@@ -121,16 +122,33 @@ def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer
         limit = BLOCK_BYTES // item
         pairs = zip(*(blocks([_whole(plan, s)], size, limit) for s in (one, source)), strict=True)
         if all(_same(first.gather(x, header.dtype), other.gather(y, header.dtype)) for x, y in pairs):
-            name, twin = (plan.files[plan.sources[s].file].name for s in (one, source))
-            raise EngineError(
-                "E306",
-                f"`{twin}` and `{name}` hold the same slice of `{slices.name}`",
-                place=Place(twin, tensor=plan.sources[source].header.name),
-                got=f"slices of {' × '.join(map(str, header.shape))} that are equal to the last bit",
-                expected="another slice on each rank: this tensor is cut",
-                fix="The tensor, or its file, was copied from the other rank: copy the file again from the training "
-                "run.",
-            )
+            equal.append((one, source))
+    if not equal or (slices.in_rows and _in_rows(slices.sources, dict((twin, one) for one, twin in equal))):
+        return
+    one, source = equal[0]
+    name, twin = (plan.files[plan.sources[s].file].name for s in (one, source))
+    raise EngineError(
+        "E306",
+        f"`{twin}` and `{name}` hold the same slice of `{slices.name}`",
+        place=Place(twin, tensor=plan.sources[source].header.name),
+        got=f"slices of {' × '.join(map(str, header.shape))} that are equal to the last bit",
+        expected="another slice on each rank: this tensor is cut",
+        fix="The tensor, or its file, was copied from the other rank: copy the file again from the training run.",
+    )
+
+
+def _in_rows(sources: Sequence[int], first: Mapping[int, int]) -> bool:
+    """Whether several slices, each as often as all others, follow each other.
+
+    >>> _in_rows([4, 5, 6, 7], {5: 4, 7: 6}), _in_rows([4, 5, 6, 7], {5: 4}), _in_rows([4, 5], {5: 4})
+    (True, False, False)
+    """
+    times, left = divmod(len(sources), len(sources) - len(first))
+    return (
+        not left
+        and times < len(sources)
+        and all(first.get(source, source) == sources[at - at % times] for at, source in enumerate(sources))
+    )
 
 
 def replica_bytes(plan: Work, some: Sequence[Check] | None = None) -> int:
