@@ -10,7 +10,7 @@ import secrets
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -145,9 +145,10 @@ def check_regular(descriptor: int, path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalStore(Store):
-    """A folder of this machine, to read and to write."""
+    """A folder of this machine, to read and to write; `named`, as a user gave it, where that is not its path."""
 
     path: Path
+    named: Path | None = field(default=None, compare=False)
     positioned = True
 
     @property
@@ -155,7 +156,7 @@ class LocalStore(Store):
         return self.path
 
     def place(self, name: str = "") -> str:
-        return str(self.path / name)
+        return str((self.named or self.path) / name)
 
     def entries(self, inside: str = "") -> Mapping[str, State | None]:
         found: dict[str, State | None] = {}
@@ -169,7 +170,7 @@ class LocalStore(Store):
         return sorted(os.listdir(self.path / inside))
 
     def inside(self, name: str) -> LocalStore:
-        return LocalStore(self.path / name)
+        return LocalStore(self.path / name, self.named and self.named / name)
 
     def has(self, name: str) -> bool:
         return os.path.lexists(self.path / name)

@@ -98,13 +98,13 @@ def store_at(place: Source, what: str) -> Store:
 
 
 def followed(store: Store) -> Store:
-    """The folder that a store is, without links on the way: one like `latest` may soon lead elsewhere."""
+    """The folder that a store is, whatever becomes of links on the way, as `latest`, and of the current folder."""
     folder = store.folder
     try:
         real = None if folder is None else folder.resolve()
     except (OSError, RuntimeError):  # links in a circle, which reading it will tell
         return store
-    return store if folder is None or real is None or str(real) == os.path.abspath(folder) else LocalStore(real)
+    return store if folder is None or real is None or real == folder else LocalStore(real, folder)
 
 
 def _given_store(place: Store, what: str) -> Store:

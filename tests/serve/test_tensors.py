@@ -186,6 +186,15 @@ def test_a_checkpoint_that_changes_or_is_closed_is_not_read(tmp_path: Path) -> N
         tensors["model.embed_tokens.weight"]
 
 
+def test_tensors_are_read_where_they_were_opened_wherever_the_program_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(FIXTURES)
+    with engine.open(GENUINE[0][0], mapping=GENUINE[0][1]) as tensors:
+        monkeypatch.chdir(tmp_path)
+        assert tensors["lm_head.weight"].numel()
+
+
 def test_a_fork_is_told_that_it_lacks_the_threads_that_read(opened: Tensors, tmp_path: Path) -> None:
     """Where large tensors once were waited for without end."""
     assert opened["lm_head.weight"].numel()
