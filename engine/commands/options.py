@@ -52,10 +52,12 @@ def _loading(error: BaseException) -> str | None:
 
 
 def _in_words(error: Exception) -> EngineError:
-    """A library that is not there, no memory, or what the system says of a path; raises anything else again."""
-    if isinstance(error, MemoryError):
-        fix = "Raise the limit (`ulimit -v`, or that of the job)."
-        return EngineError("E305", "there is not enough memory to go on", got=str(error) or None, fix=fix)
+    """A library that is not there, no memory, no thread, or what the system says of a path; raises anything else."""
+    if isinstance(error, MemoryError) or str(error) == "can't start new thread":
+        memory = isinstance(error, MemoryError)
+        what, limit = ("is not enough memory", "-v") if memory else ("are no more threads", "-u")
+        fix = f"Raise the limit (`ulimit {limit}`, or that of the job or the container)."
+        return EngineError("E305", f"there {what} to go on", got=str(error) or None, fix=fix)
     library = _loading(error)
     if isinstance(error, ModuleNotFoundError) and error.name in _OPTIONAL:
         return EngineError(

@@ -374,14 +374,20 @@ def test_a_stream_that_is_closed_or_takes_not_all_is_no_internal_error(rest: str
 
 
 @pytest.mark.parametrize(
-    "error", (MemoryError(), ImportError("PLEASE READ\nx.so: failed to map segment"), OSError("x.so: cannot open"))
+    ("error", "limit"),
+    (
+        (MemoryError(), "-v"),
+        (RuntimeError("can't start new thread"), "-u"),
+        (ImportError("PLEASE READ\nx.so: failed to map segment"), "-v"),
+        (OSError("x.so: cannot open"), "-v"),
+    ),
 )
-def test_too_little_memory_and_a_library_that_does_not_load_are_told_as_such(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
+def test_too_little_memory_too_few_threads_and_a_library_that_does_not_load_are_told_as_such(
+    error: Exception, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.api, "inspect", lambda *_, **__: (_ for _ in ()).throw(error))
     done = CliRunner().invoke(cli, ["inspect", "x"])
-    assert done.exit_code == 1 and "E305" in done.stderr and "ulimit -v" in done.stderr
+    assert done.exit_code == 1 and "E305" in done.stderr and f"ulimit {limit}" in done.stderr
 
 
 def test_a_library_that_fails_with_any_error_while_it_is_loaded_is_told_as_such(
