@@ -27,12 +27,13 @@ _LISTED = 20  # files that are told one by one
 
 # Files that transformers, trainers and other programs read or run, by what they are.
 _READ = {
-    "weights": r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx|ot|distcp)|.*\.index\.json|\.metadata",
+    "weights": r".*\.(safetensors|bin|pt2?|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx|ot|distcp)"
+    r"|.*\.index\.json|\.metadata",
     "an adapter": r"adapter_.*",
     "a pickle": r".*\.(pkl|pickle|joblib|dill)",
     "code": r".*\.(py|pyc|so|sh)",
     "what makes a model": r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|additional_chat|config|"
-    r"generation_config|processor|preprocessor|quant|hf_quant|params\.json|tekken|openvino).*|.*\.(model|tiktoken)",
+    r"processor|preprocessor|quant|params\.json|modules\.json|tekken|openvino).*|.*config\.json|.*\.(model|tiktoken)",
 }
 
 

@@ -117,6 +117,7 @@ PLANTED = (
     "chat_template.json", "preprocessor_config.json", "model_tp0_pp0.pt", "setup.sh", "weights.onnx", "x.distcp",
     "PYTORCH_MODEL.BIN", "quantize_config.json", "original/consolidated.00.pth", "draft/model.safetensors",
     "sub/deep/modeling.py", ".hidden.safetensors", "spiece.model", "model.tiktoken", "hf_quant_config.json",
+    "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
 
 
