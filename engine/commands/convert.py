@@ -144,6 +144,8 @@ def plan(
       engine plan -m internlm2-7b -s ckpt/20000 -o plan.json && engine run --plan plan.json
       engine plan --for reverse -m internlm2-7b -s hf --tp 4 -o plan.json
     """
+    from engine.explaining.describe import own_sizes  # which loads much
+
     options = of_job(ctx, job, options)
     if mapping is None and JOBS[job].reads != "training":
         raise click.UsageError("Missing option '--mapping': only a training checkpoint tells which fits", ctx)
@@ -158,7 +160,7 @@ def plan(
         }
         made = plans[job](mapping, src, **options)
     facts = engine.api.describe_plan(made)
-    answer(as_json, facts, lambda: render("plan.txt", **facts, why=why))
+    answer(as_json, facts, lambda: render("plan.txt", **{**facts, "sizes": own_sizes(made)}, why=why))
 
 
 @click.command()

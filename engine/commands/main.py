@@ -53,6 +53,9 @@ Examples:
 Documentation: docs/commands.md shows each command with its output,
 docs/troubleshooting.md says what to do when one refuses."""
 
+# docstrings are the text of the help
+_LOST = "" if __doc__ else "Python was started with -OO or PYTHONOPTIMIZE=2: without it this help says more.\n\n"
+
 
 class Commands(click.Group):
     """Commands in sections, aliases, and exit codes in one place."""
@@ -70,7 +73,7 @@ class Commands(click.Group):
                 formatter.write_dl([(f"{c.name:<{widest}}", c.get_short_help_str(100)) for c in commands])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write(f"\n{EXAMPLES}\n")
+        formatter.write(f"\n{_LOST}{EXAMPLES}\n")
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs |= {"standalone_mode": False, "prog_name": "engine"}
@@ -106,7 +109,7 @@ def cli() -> None:
 for _commands in SECTIONS.values():
     for _command in _commands:
         add_store_options(_command)
-        _command.epilog = f"Documentation: docs/{PAGES.get(str(_command.name), 'commands')}.md"
+        _command.epilog = f"{_LOST}Documentation: docs/{PAGES.get(str(_command.name), 'commands')}.md"
         cli.add_command(_command)
 
 

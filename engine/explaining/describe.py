@@ -82,6 +82,13 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
+def own_sizes(plan: Plan) -> dict[str, int]:
+    """The sizes that say something of this model: no number that the mapping itself has, none that is its name."""
+    always = {name for name, size in (plan.mapping.resolved.get("dims") or {}).items() if str(size).isdigit()}
+    named = {name for name, size in plan.sizes.items() if name.rstrip("_") == f"n{size}"}
+    return {name: plan.sizes[name] for name in sorted(plan.sizes.keys() - always - named)}
+
+
 def describe_rules(plan: Plan) -> list[dict[str, Any]]:
     """One row per target pattern and shape, placeholders folded: `model.layers.{0…31}.…`."""
     rows = grouped(((one.pattern, one.shape, one.dtype), index) for index, one in enumerate(plan.outputs))

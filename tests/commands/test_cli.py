@@ -126,6 +126,13 @@ def test_every_command_is_in_a_section_with_a_line_that_is_not_cut_off() -> None
         assert command.help is not None
 
 
+def test_help_without_docstrings_says_why_it_is_short() -> None:
+    for command in ((), ("run",)):
+        shown = subprocess.run([sys.executable, "-OO", "-m", "engine", *command, "-h"], capture_output=True, text=True)
+        assert "started with -OO" in shown.stdout and not shown.stderr
+        assert "-OO" not in invoke(*command, "-h").output
+
+
 def test_convert_is_another_name_of_run() -> None:
     assert invoke("convert", "--help").output.split("\n", 1)[1] == invoke("run", "--help").output.split("\n", 1)[1]
 
