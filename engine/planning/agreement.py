@@ -96,6 +96,12 @@ def _options_in(tree: Any) -> list[str]:
     return sorted({path.split(".")[1] for path in paths if path.startswith("options.")})
 
 
+def _settings(tree: Any, value: Any, mapping: MappingFile) -> list[str]:
+    """The options that a key is made of, to be set; to its value, where it may be theirs."""
+    fits = {name: mapping.options[name].limits.fits(value) for name in _options_in(tree)}
+    return [f"--set {name}={shown(value) if fits[name] else '…'}" for name in fits]
+
+
 def fitting(
     mapping: MappingFile, config: Mapping[str, Any], options: Mapping[str, Any], fits: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
@@ -167,11 +173,11 @@ def with_given(
             expected=f"{'no such key' if value is None else shown(value)}, as mapping `{mapping.name}` reads the "
             "checkpoint",
             fix="Give the configuration of this model, or correct that key in it"
-            + (
-                f", or say otherwise with --set: {', '.join(told)}."
-                if (told := _options_in(written.get(path)))
-                else "."
-            ),
+            + "".join(
+                f", or where the checkpoint does not say it, with {told}"
+                for told in _settings(written.get(path), other, mapping)
+            )
+            + ".",
         )
     said = {name: value for name, value in given.items() if name not in left_out or value is None}
     return as_declared(merged(_without_nulls(said, read.side.keys), config), read.side.keys)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.language.documents import grouped
 from engine.language.expressions import OMIT, evaluate, names_in, render_tree
 from engine.language.model import Expression, Layout, MappingFile
@@ -74,7 +75,8 @@ def facts_of(
         seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
         free = {} if expressed else _unasked(mapping, settings)
         asked = {name: variant for name, variant in mapping.variants.items() if name not in free}
-        return Facts(read, seen, seen, {**decide(asked, settings, seen, checkpoint.config_name), **free})
+        with valued_in(checkpoint.config_name):
+            return Facts(read, seen, seen, {**decide(asked, settings, seen, checkpoint.config_name), **free})
     same = layout.config_of_target  # then what is written is what was read
     read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
@@ -85,6 +87,24 @@ def facts_of(
     choices = {n: d.choice for n, d in decisions.items()}
     made = read.config if same else render_known(mapping.training_config, {**seen, **choices})
     return Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
+
+
+@contextmanager
+def valued_in(file: str) -> Iterator[None]:
+    """E105 for a key without a value names the file that lacks it."""
+    try:
+        yield
+    except EngineError as error:
+        if error.code != "E105" or not error.message.endswith("has no value"):
+            raise
+        raise EngineError(
+            "E105",
+            f"{error.message} in {file}",
+            place=Place(file),
+            got=f"{error.got} ({error.place})",
+            expected=error.expected,
+            fix=(error.fix or "").replace("in the configuration", f"in {file}"),
+        ) from error
 
 
 def _unasked(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Decision]:

@@ -16,6 +16,7 @@ from engine.language.model import Expression
 from engine.language.rules import TRANSFORMS, loses
 from engine.planning.classes import CopyTable
 from engine.planning.config_keys import as_declared
+from engine.planning.facts import valued_in
 from engine.planning.groups import Group
 from engine.planning.model import Output, OutputFile, Tied
 from engine.planning.sides import Keys, Side
@@ -132,7 +133,8 @@ def configuration(
             if isinstance(child, Expression) and (read := compile_expression(child).names) and read <= set(grid)
         }
         return {**source.checkpoint.config, **how}
-    return as_declared(render_tree(tree, names), keys)
+    with valued_in(source.read.side.file):
+        return as_declared(render_tree(tree, names), keys)
 
 
 def main_dtype(outputs: Sequence[Output]) -> str:

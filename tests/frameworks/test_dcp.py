@@ -407,6 +407,6 @@ def test_what_trainer_and_transformers_take_an_absent_key_for_must_be_written_ou
     given = json.loads((DCP / name / "hf_config.json").read_text())
     for key in keys:
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in given.items() if k != key}))
-        with pytest.raises(EngineError, match=f"{key}` has no value") as caught:
+        with pytest.raises(EngineError, match=f"{key}` has no value in config.json") as caught:
             engine.plan(mapping, DCP / name / "step-10", config=tmp_path / "config.json")
-        assert caught.value.code == "E105"
+        assert caught.value.code == "E105" and str(caught.value.place) == "config.json"
