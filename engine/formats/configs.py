@@ -98,10 +98,17 @@ def read_yaml(file: File) -> dict[str, Any]:
     """A training configuration in YAML, as PyYAML's `safe_dump` writes it; empty where it cannot be read, as above."""
     import yaml
 
+    class Shallow(yaml.SafeLoader):  # in Python: libyaml crashes where it is deep
+        def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+            """Refuse what is too deep at once: it is looked at again for each bracket around it."""
+            if self.flow_level > _DEEPEST:
+                raise RecursionError
+            super().fetch_flow_collection_start(token)
+
     with file.open() as opened:
         raw = opened.read(_MOST_YAML + 1)
     try:
-        value = yaml.safe_load(raw) if len(raw) <= _MOST_YAML else None  # in Python: libyaml crashes where it is deep
+        value = yaml.load(raw, Shallow) if len(raw) <= _MOST_YAML else None
         found = plain(value, file.name)
     except (yaml.YAMLError, EngineError, ValueError, OverflowError, RecursionError):
         return {}
