@@ -47,6 +47,8 @@ def defined(value: Any) -> Any:
 
 
 def _number(value: Any, word: str) -> Any:
+    if type(value) in (int, float):
+        return value
     if isinstance(defined(value), bool) or not isinstance(value, int | float):
         raise TypeError(f"`{word}` takes a number, not {kind_of(value)}")
     return value
