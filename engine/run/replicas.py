@@ -230,10 +230,21 @@ def _differ(plan: Work, replicas: Replicas, source: int, told: str) -> EngineErr
     def file(index: int) -> str:
         return plan.files[plan.sources[index].file].name
 
+    one, two = (plan.sources[index].header.name for index in (replicas.sources[0], source))
+    if file(source) == file(replicas.sources[0]):
+        return EngineError(
+            "E402",
+            f"`{one}` and `{two}` stand for one tensor, and differ",
+            place=Place(file(source), tensor=two),
+            got=f"they differ in {told}",
+            expected="one of them, or the same bytes",
+            fix="Where the configuration ties them, it is wrong. Else the file holds two models, as a model and its "
+            "average: save the one that is meant alone.",
+        )
     return EngineError(
         "E402",
         f"replicas of `{replicas.name}` differ between ranks",
-        place=Place(file(source), tensor=plan.sources[source].header.name),
+        place=Place(file(source), tensor=two),
         got=f"{file(source)} differs from {file(replicas.sources[0])} in {told}",
         expected="the same bytes on every rank: this tensor is not cut",
         fix="The ranks drifted apart in training, or a file is from another step. No single Hugging Face tensor "

@@ -193,6 +193,13 @@ def a_weight_that_is_negated_when_it_is_loaded(folder: Path) -> None:
     torch.save(state, folder / RANK)
 
 
+@attack("training", "E402", "`blocks.0.mlp.w1.weight` and `model.blocks.0.mlp.w1.weight` stand for")
+def a_weight_and_its_average_under_another_prefix(folder: Path) -> None:
+    state = torch.load(folder / RANK, weights_only=True)
+    state["model.blocks.0.mlp.w1.weight"] = state["blocks.0.mlp.w1.weight"] / 2
+    torch.save(state, folder / RANK)
+
+
 @attack("training", "E303", "other data")
 def a_weight_that_is_given_other_data_when_it_is_loaded(folder: Path) -> None:
     """An attribute that torch.load sets; the tensor's own bytes are those of before."""
