@@ -245,15 +245,14 @@ def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """E001 for settings that only a mapping could know."""
-    from engine.oracle.frameworks import settings_of
+    from engine.oracle.frameworks import SETTINGS
 
-    known = settings_of()
-    unknown = [name for name in settings if name not in known]
+    unknown = [name for name in settings if name not in SETTINGS]
     if unknown:
         raise EngineError(
             "E001",
             f"there is no setting `{unknown[0]}` without a mapping",
-            expected=", ".join(known),
+            expected=", ".join(SETTINGS),
             fix="Give --mapping, or leave it out.",
         )
 

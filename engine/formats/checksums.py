@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from isal import isal_zlib
 
 from engine.errors import EngineError
-from engine.formats.unpickle import damaged
+from engine.formats.headers import damaged
 from engine.storage.store import File, OpenFile, Positioned
 
 _BLOCK = 1 << 20

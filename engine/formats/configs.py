@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.formats.headers import damaged
 from engine.formats.pickling import with_dtypes
 from engine.formats.python_source import MAX_SOURCE, literals
 from engine.formats.rank_files import read_torch_file
 from engine.formats.standins import DType, Instance, Opaque
 from engine.formats.torch_files import encode_directory, encode_torch
-from engine.formats.unpickle import damaged
 from engine.storage.json_text import parse_json
 from engine.storage.store import File
 

@@ -19,11 +19,11 @@ from itertools import groupby
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import FileHeader, Part, TensorHeader
+from engine.formats.headers import FileHeader, Part, TensorHeader, damaged
 from engine.formats.rank_files import LoadPickle, Pickles, tensor_header
 from engine.formats.safetensors import read_boxes
 from engine.formats.standins import Refused, Tensor, attributes, element_type, ints
-from engine.formats.unpickle import damaged, error_of, load_pickle
+from engine.formats.unpickle import error_of, load_pickle
 from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile, State, Store
 

@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, without its payload."""
+"""What a checkpoint file holds, without its payload; and what is told of one that does not hold it soundly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+from engine.errors import EngineError, Place
 from engine.storage.store import File, State
 
 FLOATS = ("BF16", "F16", "F32", "F64")  # element types of weights, by their safetensors names
@@ -120,3 +121,41 @@ class FileHeader:
     @property
     def name(self) -> str:
         return self.file.name
+
+
+def damaged(
+    name: str, what: str, tensor: str | None = None, *, expected: str | None = None, how: str = " or truncated"
+) -> EngineError:
+    """E301, with what was found."""
+    return EngineError(
+        "E301",
+        f"a checkpoint file is damaged{how}",
+        place=Place(name, tensor=tensor),
+        got=what,
+        expected=expected,
+        fix="Copy the file again from the training run.",
+    )
+
+
+def unsupported(whose: str, dtype: str | None, place: Place) -> EngineError:
+    """E303 for the element type of a tensor or a storage."""
+    return EngineError(
+        "E303",
+        f"a {whose}'s element type is not supported",
+        place=place,
+        got=str(dtype),
+        expected=", ".join(ITEM_SIZES),
+        fix="Quantised and complex tensors are not converted.",
+    )
+
+
+def big_endian(name: str, order: bytes = b"big") -> EngineError:
+    """E303, of a file whose numbers have their bytes in the other order."""
+    return EngineError(
+        "E303",
+        "the file was saved on a big-endian machine",
+        place=Place(name),
+        got=repr(order),
+        expected="little",
+        fix="Load and save it once with torch on a little-endian machine.",
+    )

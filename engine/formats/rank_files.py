@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 
 from engine.errors import EngineError, Place
 from engine.formats.dtensor import Distributed, read_distributed
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, shared
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, big_endian, damaged, shared, unsupported
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Instance, Refused, Storage, Tensor
-from engine.formats.unpickle import MAX_PICKLE, big_endian, damaged, error_of, load_next, load_pickle, unsupported
+from engine.formats.unpickle import MAX_PICKLE, error_of, load_next, load_pickle
 from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, FileHeader, Part, TensorHeader, dense_strides
-from engine.formats.unpickle import damaged
+from engine.formats.headers import ITEM_SIZES, FileHeader, Part, TensorHeader, damaged, dense_strides
 from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, ClassVar
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES
+from engine.formats.headers import damaged
 from engine.formats.sharded import sharding_global
 from engine.formats.standins import (
     RECORD,
@@ -74,13 +74,6 @@ class _Memory(_Lines):
         self.read = file.read  # called for each opcode, so at once
 
 
-class _Done(Exception):
-    """The pickle's last opcode; carries its value."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 class _Machine(pickle._Unpickler):
     """Python's unpickler in Python: iterative, its memo a dict, its opcodes replaced where they act."""
 
@@ -103,8 +96,8 @@ class _Machine(pickle._Unpickler):
         try:
             while opcode := read(1):
                 dispatch[opcode[0]](self)
-        except _Done as done:
-            return done.value
+        except pickle._Stop as stopped:  # type: ignore[attr-defined]
+            return stopped.value
         raise EOFError("it ends too early")
 
     def find_class(self, module: str, name: str) -> Any:
@@ -199,10 +192,6 @@ def _newobj(machine: _Machine) -> None:
         raise Refused("E301", f"an object of a {type(kind).__name__}")
 
 
-def _stop(machine: _Machine) -> None:
-    raise _Done(machine.stack.pop())
-
-
 def _frame(machine: _Machine) -> None:
     machine.read(8)
 
@@ -235,7 +224,6 @@ _ACTIONS: dict[int, Any] = {
     pickle.NEWOBJ[0]: _newobj,
     pickle.BUILD[0]: _build,
     pickle.FRAME[0]: _frame,
-    pickle.STOP[0]: _stop,
     **{
         getattr(pickle, name)[0]: _refuse(name)
         for name in (
@@ -290,41 +278,3 @@ def error_of(refused: Refused, name: str, tensor: str | None = None) -> EngineEr
             "and save full tensors; docs/fsdp.md shows how.",
         )
     return damaged(name, str(refused)[:400], tensor)
-
-
-def damaged(
-    name: str, what: str, tensor: str | None = None, *, expected: str | None = None, how: str = " or truncated"
-) -> EngineError:
-    """E301, with what was found."""
-    return EngineError(
-        "E301",
-        f"a checkpoint file is damaged{how}",
-        place=Place(name, tensor=tensor),
-        got=what,
-        expected=expected,
-        fix="Copy the file again from the training run.",
-    )
-
-
-def unsupported(whose: str, dtype: str | None, place: Place) -> EngineError:
-    """E303 for the element type of a tensor or a storage."""
-    return EngineError(
-        "E303",
-        f"a {whose}'s element type is not supported",
-        place=place,
-        got=str(dtype),
-        expected=", ".join(ITEM_SIZES),
-        fix="Quantised and complex tensors are not converted.",
-    )
-
-
-def big_endian(name: str, order: bytes = b"big") -> EngineError:
-    """E303, of a file whose numbers have their bytes in the other order."""
-    return EngineError(
-        "E303",
-        "the file was saved on a big-endian machine",
-        place=Place(name),
-        got=repr(order),
-        expected="little",
-        fix="Load and save it once with torch on a little-endian machine.",
-    )

@@ -10,7 +10,8 @@ import zlib
 from typing import NamedTuple
 
 from engine.errors import EngineError, Place
-from engine.formats.unpickle import MAX_PICKLE, big_endian, damaged
+from engine.formats.headers import big_endian, damaged
+from engine.formats.unpickle import MAX_PICKLE
 from engine.storage.store import OpenFile
 
 _LOCAL = struct.Struct("<4s5H3I2H")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
+
+import torch
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.storage.sources import SourceFiles
-
-if TYPE_CHECKING:
-    import torch
 
 
 class FloatTensors:
@@ -28,8 +27,6 @@ class FloatTensors:
 
     def read(self, file: int, header: TensorHeader, low: int = 0, high: int | None = None) -> torch.Tensor:
         """Rows low..high of a tensor's first axis (all of it by default), in memory of its own."""
-        import torch
-
         kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
         if header.dtype not in kinds:
             raise EngineError(

@@ -1,7 +1,7 @@
 """Training's own forward pass, found by the name of the layout whose files a folder has.
 
-Another framework is a module here, with a class `Forward` that has the methods and attributes of InternEvo's and with
-`SETTINGS`, and a line in `FORWARDS`.
+Another framework is a module here, with a class `Forward` that has the methods and attributes of InternEvo's, and a
+line in `FORWARDS`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from engine.storage.local import LocalStore
 if TYPE_CHECKING:
     from engine.oracle.internevo import Forward
 
-# Layout → its module. `SETTINGS` are what a checkpoint may leave open, and the choices.
-FORWARDS = {"internevo": "engine.oracle.internevo"}
+FORWARDS = {"internevo": "engine.oracle.internevo"}  # layout → its module, which needs torch
+# What a checkpoint may leave open, as the bundled mappings call it, and the choices. What the checkpoint tells itself,
+# its shapes or its configuration, is never overruled: a wrong setting must not make two wrongs agree.
+SETTINGS = {
+    "mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs"),
+    "head": ("plain", "normalised", "lm", "reward"),
+}  # fmt: skip
 
 
 def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
@@ -35,6 +40,7 @@ def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
     for name, module in FORWARDS.items():
         layout = load_layout(name)
         if any(pattern(mode.files[0].name).match(one) is not None for mode in layout.modes for one in names):
+            _check(settings)
             made: Forward = import_module(module).Forward(read_checkpoint(folder, layout), settings)
             return made
     raise EngineError(
@@ -46,9 +52,12 @@ def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
     )
 
 
-def settings_of() -> dict[str, tuple[str, ...]]:
-    """What `--set` may tell a forward pass, whatever the framework: name → choices."""
-    found: dict[str, tuple[str, ...]] = {}
-    for module in FORWARDS.values():
-        found |= import_module(module).SETTINGS
-    return found
+def _check(settings: Mapping[str, Any]) -> None:
+    for name, choices in SETTINGS.items():
+        if settings.get(name, choices[0]) not in choices:
+            raise EngineError(
+                "E001",
+                f"`{name}` cannot be `{settings[name]}`",
+                expected=" or ".join(choices),
+                fix=f"For example --set {name}={choices[0]}.",
+            )

@@ -11,25 +11,20 @@ MLP letter is which, what rotary pairs are. No mapping and no plan is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import linear, normalize, silu
 
 from engine.errors import EngineError, Place
 from engine.oracle.internevo_shards import Shards, Spot, Stored, positive, setting
 from engine.planning.attempts import Checkpoint
 
-if TYPE_CHECKING:
-    import torch
-
-# What a checkpoint may leave open, as the bundled mappings call it. What the checkpoint tells itself,
-# its shapes or its configuration, is never overruled: a wrong setting must not make two wrongs agree.
-SETTINGS = {
-    "mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs"),
-    "head": ("plain", "normalised", "lm", "reward"),
-}  # fmt: skip
 _ROWS = 4096  # rows of the head that are read at a time
 
 
-class Forward:
+class Forward(Shards):
     """The layers of a training checkpoint as functions. Used as a context: leaving it closes the files.
 
     A layer's trace is what it computes on the way, by names in the order of computation:
@@ -38,23 +33,15 @@ class Forward:
     as transformers has them, whichever way training stores them.
 
     Attributes:
+        layers: how many there are.
         head_dim: width of an attention head.
         normalised: whether training divides the rows of the head by their length.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
-        for name, choices in SETTINGS.items():
-            if settings.get(name, choices[0]) not in choices:
-                raise EngineError(
-                    "E001",
-                    f"`{name}` cannot be `{settings[name]}`",
-                    expected=" or ".join(choices),
-                    fix=f"For example --set {name}={choices[0]}.",
-                )
-        self._folder = checkpoint.folder
-        self._shards = Shards(checkpoint)
-        self.config = config = self._shards.config
-        self._v1 = self._shards.block == "blocks"
+        super().__init__(checkpoint)
+        config, self._folder = self.config, checkpoint.folder
+        self._v1 = self.block == "blocks"
         self.hidden, self._heads = (positive(config, key) for key in ("hidden_size", "num_attention_heads"))
         self._groups = int(setting(config, "num_kv_attention_heads", self._heads))
         self.head_dim = self.hidden // self._heads
@@ -62,26 +49,11 @@ class Forward:
         self._base = float(setting(config, "rope_base", 10000))
         self.reward = bool(config.get("is_reward"))
         self.normalised = bool(config.get("norm_head")) and self._normalises(settings.get("head"))
-        self._spots = self._shards.spots
+        self.layers = len(self.spots)
         self._pairs = self._in_pairs(settings.get("rotary"))
         self._letters: str | None = None
         self._told_letters: str | None = settings.get("mlp_letters")
         self._check()
-
-    def __enter__(self) -> Forward:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._shards.__exit__(*details)
-
-    @property
-    def layers(self) -> int:
-        return len(self._spots)
-
-    @property
-    def dtypes(self) -> frozenset[str]:
-        """The element types of the source."""
-        return self._shards.dtypes
 
     def _in_pairs(self, told: str | None) -> bool:
         """Whether rotary pairs are neighbours: `qk_interleaved`, or before it the opposite of `adapt_hf`.
@@ -93,8 +65,8 @@ class Forward:
             return bool(self.config.get("qk_interleaved"))
         if "adapt_hf" in self.config:
             return not self.config["adapt_hf"]
-        later = str(self._shards.training.get("model_type", "")).upper().startswith("INTERNLM3")
-        fused = bool(self._spots) and self._shards.has(self._spots[0], "attention.wqkv.weight") is not None
+        later = str(self.training.get("model_type", "")).upper().startswith("INTERNLM3")
+        fused = bool(self.spots) and self.has(self.spots[0], "attention.wqkv.weight") is not None
         return told == "pairs" if told is not None else not (fused or later)
 
     def _normalises(self, told: str | None) -> bool:
@@ -127,22 +99,19 @@ class Forward:
     def _check(self) -> None:
         """E303 for what this forward pass does not know."""
         claimed = self.config.get("num_layers")
-        if not self._spots or (isinstance(claimed, int) and claimed != len(self._spots)):
+        if not self.spots or (isinstance(claimed, int) and claimed != len(self.spots)):
             raise EngineError(
                 "E201",
                 "the rank files do not hold every layer",
                 place=Place(self._folder),
-                got=f"{len(self._spots)} layers",
+                got=f"{len(self.spots)} layers",
                 expected=f"num_layers {claimed} of model_config.pt",
                 fix="Copy the missing files from the training run.",
             )
-        layer_norm = self._shards.has(self._spots[0], "norm1.bias", "attention_norm.bias") is not None
-        experts = self._shards.has(
-            self._spots[0], "mlp.moe_layer.gate.wg.weight", "feed_forward.moe_layer.gate.wg.weight"
-        )
+        held = partial(self.has, self.spots[0])
         for unknown, what in (
-            (layer_norm, "layer norms"),
-            (experts is not None, "a mixture of experts"),
+            (held("norm1.bias", "attention_norm.bias"), "layer norms"),
+            (held("mlp.moe_layer.gate.wg.weight", "feed_forward.moe_layer.gate.wg.weight"), "a mixture of experts"),
             (self.config.get("apply_post_layer_norm"), "norms after the layers (apply_post_layer_norm)"),
         ):
             if unknown:
@@ -162,40 +131,36 @@ class Forward:
     def _embedding(self) -> tuple[list[Stored], bool]:
         """Its parts, and whether they are parts of the vocabulary: the key tells, not the configuration."""
         stem = "embedding" if self._v1 else "tok_embeddings"
-        spot, key = self._shards.edge(f"{stem}.weight", f"{stem}.word_embeddings.weight")
-        return self._shards.edges(spot, key), "word_embeddings" in key
+        spot, key = self.edge(f"{stem}.weight", f"{stem}.word_embeddings.weight")
+        return self.edges(spot, key), "word_embeddings" in key
 
     def embedding(self, low: int, high: int) -> torch.Tensor:
         """Rows low..high of the embedding, put together from all ranks."""
-        import torch
-
         parts, by_vocab = self._embedding()
         if not by_vocab:
-            return torch.cat([self._shards.rows(part, low, high) for part in parts], dim=1)
+            return torch.cat([self.rows(part, low, high) for part in parts], dim=1)
         found, first = [], 0
         for part in parts:
             count = part.shape[0]
-            found.append(self._shards.rows(part, min(max(low - first, 0), count), min(max(high - first, 0), count)))
+            found.append(self.rows(part, min(max(low - first, 0), count), min(max(high - first, 0), count)))
             first += count
         return torch.cat(found)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The first hidden state: each id's row, from the rank that has it or put together from all ranks."""
-        import torch
-
         rows = {one: self.embedding(one, one + 1)[0] for one in sorted(set(ids.flatten().tolist()))}
         return torch.stack([rows[one] for one in ids.flatten().tolist()]).view(*ids.shape, -1)
 
     def layer(self, number: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a layer makes of a hidden state, step by step."""
-        spot = self._spots[number]
+        spot = self.spots[number]
         norms = ("norm1.weight", "norm2.weight") if self._v1 else ("attention_norm.weight", "ffn_norm.weight")
         mixer, out, mlp = ("mixer", "out_proj", "mlp") if self._v1 else ("attention", "wo", "feed_forward")
-        trace = {"attention_norm": self._norm(x, self._shards.replicated(spot, norms[0]))}
+        trace = {"attention_norm": self._norm(x, self.replicated(spot, norms[0]))}
         trace |= self._attention(spot, mixer, trace["attention_norm"])
         trace["o"] = self._row_parallel(spot, f"{mixer}.{out}", trace["mixed"])
         x = x + trace["o"]
-        trace["mlp_norm"] = self._norm(x, self._shards.replicated(spot, norms[1]))
+        trace["mlp_norm"] = self._norm(x, self.replicated(spot, norms[1]))
         trace |= self._mlp(spot, mlp, trace["mlp_norm"])
         trace["out"] = x + trace["down"]
         return trace
@@ -205,33 +170,26 @@ class Forward:
 
         Every rank of a reward model holds the same single row; of other heads, a cut of the vocabulary.
         """
-        import torch
-        from torch.nn.functional import linear, normalize
-
-        y = self._norm(x, self._shards.replicated(*self._shards.edge("norm.weight")))
-        parts = self._shards.edges(*self._shards.edge("head.weight" if self._v1 else "output.weight"))
+        y = self._norm(x, self.replicated(*self.edge("norm.weight")))
+        parts = self.edges(*self.edge("head.weight" if self._v1 else "output.weight"))
         found = []
         for part in parts[:1] if self.reward else parts:
             for low in range(0, part.shape[0], _ROWS):
-                rows = self._shards.rows(part, low, low + _ROWS)
+                rows = self.rows(part, low, low + _ROWS)
                 found.append(linear(y, normalize(rows, dim=1) if self.normalised else rows))
         return y, torch.cat(found, dim=-1)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        import torch
-
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
 
     def _column_parallel(self, spot: Spot, name: str, x: torch.Tensor) -> list[torch.Tensor]:
         """Each rank's own part of the output."""
-        from torch.nn.functional import linear
-
-        weights, biases = (self._shards.linear(spot, f"{name}.{param}") for param in ("weight", "bias"))
+        weights, biases = (self.linear(spot, f"{name}.{param}") for param in ("weight", "bias"))
         return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True) if weight is not None]
 
     def _row_parallel(self, spot: Spot, name: str, x: torch.Tensor) -> torch.Tensor:
         """Each rank's own columns with its part of the input, summed; then the bias that one rank holds."""
-        weights, biases = (self._shards.linear(spot, f"{name}.{param}") for param in ("weight", "bias"))
+        weights, biases = (self.linear(spot, f"{name}.{param}") for param in ("weight", "bias"))
         total, low = x.new_zeros(()), 0
         for weight in weights:
             if weight is not None:
@@ -241,15 +199,13 @@ class Forward:
 
     def _attention(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """q, k and v of all ranks, and what each rank's heads mix from them, put together."""
-        import torch
-
-        if self._shards.has(spot, f"{name}.wq.weight"):
+        if self.has(spot, f"{name}.wq.weight"):
             each = [self._column_parallel(spot, f"{name}.{word}", x) for word in ("wq", "wk", "wv")]
             ranks = [
                 [part.view(*part.shape[:2], -1, self.head_dim) for part in rank] for rank in zip(*each, strict=True)
             ]
         else:
-            key = self._shards.has(spot, f"{name}.Wqkv.weight", f"{name}.wqkv.weight") or f"{name}.wqkv.weight"
+            key = self.has(spot, f"{name}.Wqkv.weight", f"{name}.wqkv.weight") or f"{name}.wqkv.weight"
             ranks = [list(self._unpack(part)) for part in self._column_parallel(spot, key.removesuffix(".weight"), x)]
         turned = [[*(self._halves(one) for one in rank[:2]), rank[2]] for rank in ranks]
         mixed = [self._attend(*rank) for rank in turned]
@@ -270,14 +226,10 @@ class Forward:
 
     def _halves(self, heads: torch.Tensor) -> torch.Tensor:
         """Elements of each head with the first ones of all rotary pairs before the second ones."""
-        import torch
-
         return torch.cat([heads[..., 0::2], heads[..., 1::2]], dim=-1) if self._pairs else heads
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Causal attention of one rank's heads; queries share keys and values in order."""
-        import torch
-
         length, dim = q.shape[1], q.shape[-1]
         angles = torch.outer(
             torch.arange(length).float(), self._base ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -296,9 +248,6 @@ class Forward:
         return torch.einsum("bhij,bjhd->bihd", weights, values).flatten(2)
 
     def _mlp(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        import torch
-        from torch.nn.functional import silu
-
         down, up = ("w2", "w3") if self._letters_of(spot, name) == "w2_is_down" else ("w3", "w2")
         gate, raised = (torch.cat(self._column_parallel(spot, f"{name}.{w}", x), dim=-1) for w in ("w1", up))
         gated = silu(gate) * raised
@@ -307,7 +256,7 @@ class Forward:
     def _letters_of(self, spot: Spot, name: str) -> str:
         """Which of w2 and w3 goes down. They changed places on 2024-03-15, and only shapes tell."""
         if self._letters is None:
-            w1, w2, w3 = (_shapes(self._shards.linear(spot, f"{name}.{w}.weight")) for w in ("w1", "w2", "w3"))
+            w1, w2, w3 = (_shapes(self.linear(spot, f"{name}.{w}.weight")) for w in ("w1", "w2", "w3"))
             fits = {letters for letters, up, down in (("w2_is_down", w3, w2), ("w2_is_up", w2, w3))
                     if up == w1 and down == [shape[::-1] for shape in w1]}  # fmt: skip
             if len(fits) == 2 and self._told_letters is not None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import TensorHeader
 from engine.oracle.float_tensors import FloatTensors
 from engine.planning.attempts import Checkpoint
-
-if TYPE_CHECKING:
-    import torch
 
 _FILE = re.compile(r"model(?:_tp(?P<tp>\d+))?(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)(?:_dp(?P<dp>\d+))?\.pt")
 _KEY = re.compile(r"(?:(?P<chunk>\d+)\.)?(?:model\.)?(?:(?P<block>blocks|layers)\.(?P<layer>\d+)\.)?(?P<rest>.+)")
@@ -133,8 +132,6 @@ class Shards(FloatTensors):
 
         With weight parallelism the rows of all ranks are put together, and there is one rank.
         """
-        import torch
-
         by_rows = self._ranks[0][1] >= 0  # isp: linears are cut on storage rows over wp
         held = self._held.get((spot, key), {})
         found = [self._read(held[rank]) if rank in held else None for rank in self._one_each(by_rows)]
@@ -149,8 +146,6 @@ class Shards(FloatTensors):
 
     def rows(self, part: Stored, low: int, high: int) -> torch.Tensor:
         """Rows low..high of a part, as far as it has them."""
-        import torch
-
         found = [self.read(number, header, max(low - first, 0), max(high - first, 0))
                  for (number, header), first in zip(part.pieces, part.lows, strict=True)]  # fmt: skip
         return torch.cat(found) if len(found) > 1 else found[0]

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from engine.errors import EngineError
 from engine.oracle.frameworks import forward_of
 from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
@@ -23,8 +25,6 @@ from engine.run.meter import Listener, Meter
 from engine.storage.json_text import as_data
 
 if TYPE_CHECKING:
-    import torch
-
     from engine.oracle.internevo import Forward
 
 # Both sides compute in float32 and differ by the order of sums only. A sum of thousands of products
@@ -74,8 +74,6 @@ def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], prog
         EngineError: E202 when the letters of the MLP must be set, E2xx and E3xx when either cannot
             be read, E303 for models whose training forward pass is not known.
     """
-    import torch
-
     unknown = not_built_in(folder)
     if unknown is not None:
         return _failed(unknown)

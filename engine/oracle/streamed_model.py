@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig
+
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.formats.headers import TensorHeader
 from engine.oracle.float_tensors import FloatTensors
@@ -27,9 +30,6 @@ class StreamedModel(FloatTensors):
     """
 
     def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoConfig
-
         headers = read_hf_folder(LocalStore(folder))
         super().__init__(headers)
         self._found = {tensor.name: (i, tensor) for i, file in enumerate(headers) for tensor in file.tensors}
@@ -46,8 +46,6 @@ class StreamedModel(FloatTensors):
 
     def _stream(self) -> list[str]:
         """Hook every module that has parameters of its own; says what is missing or misshapen."""
-        import torch
-
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.model.config.tie_word_embeddings else {}
         problems = [f"{name} is on no device" for name, one in self.model.named_buffers() if one.is_meta]
         for path, module in self.model.named_modules():

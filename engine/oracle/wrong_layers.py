@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from engine.errors import counted
 from engine.language.documents import grouped
-
-if TYPE_CHECKING:
-    import torch
 
 Steps = Mapping[str, tuple[float, "torch.Tensor", "torch.Tensor"]]  # deviation, what came out, what should have
 

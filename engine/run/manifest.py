@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.formats.safetensors import INDEX, index_json
 from engine.language.documents import plain
 from engine.language.validation import first_violation
 from engine.language.version import __version__
@@ -56,6 +57,14 @@ def manifest(
             {name: (entry["dtype"], tuple(entry["shape"]), entry["digest"]) for name, entry in tensors.items()}
         )
     return result
+
+
+def index_file(plan: Plan) -> dict[str, bytes]:
+    """The index of several weight files, by its name; nothing where there is none."""
+    if len(plan.shards) < 2 or plan.written is not None:
+        return {}
+    files = {plan.outputs[i].name: one.name for one in plan.shards for i in one.outputs}
+    return {INDEX: index_json(files, plan.nbytes)}
 
 
 def making(plan: Plan) -> dict[str, Any]:

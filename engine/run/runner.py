@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 
-from engine.formats.safetensors import INDEX, index_json
 from engine.language.documents import grouped
 from engine.move.values import check_transform
 from engine.planning.model import Plan, Work
 from engine.run.journal import NAME as JOURNAL
 from engine.run.journal import Begun, Interrupted, Journal, compare_copied, read_journal, split
+from engine.run.manifest import index_file
 from engine.run.memory import workers_of
 from engine.run.meter import Meter
 from engine.run.parts import MARKER, Written, check_parts
@@ -78,7 +78,8 @@ def write_weights(
     finally:
         if writer.journal is not None:
             writer.journal.close()
-    _write_index(plan, store)
+    for name, data in index_file(plan).items():
+        store.put(name, data)
     if folder is not None:
         (folder / JOURNAL).unlink(missing_ok=True)
     return Written(writer.done, kept=meter.kept)
@@ -169,14 +170,9 @@ def take_parts(plan: Plan, store: Target, written: Written) -> Written:
         with store.sinks([file.name for file in plan.shards]) as sinks:
             whole = [f for n, f in enumerate(plan.shards) if sinks.whole(n, layout_of(plan, f).size)]
         check_parts(plan, store, written.done, {o: written.done[o] for file in whole for o in file.outputs})
-    _write_index(plan, store)
+    for name, data in index_file(plan).items():
+        store.put(name, data)
     return written
-
-
-def _write_index(plan: Plan, store: Target) -> None:
-    if len(plan.shards) > 1 and plan.written is None:
-        names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
-        store.put(INDEX, index_json(names, plan.nbytes))
 
 
 def _run(pool: ThreadPoolExecutor, meter: Meter, tasks: Iterable[Callable[[], object]]) -> None:

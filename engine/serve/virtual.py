@@ -10,18 +10,16 @@ import hashlib
 import json
 import re
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from engine.formats.safetensors import INDEX, index_json
 from engine.move.values import check_transform
 from engine.planning.model import OutputFile, Plan, Work
 from engine.run.digests import content_id
 from engine.run.execute import Small, check_names
 from engine.run.journal import Done, identity_of
-from engine.run.manifest import NAME, encode_manifest, manifest, tensor_key
+from engine.run.manifest import NAME, encode_manifest, index_file, manifest, tensor_key
 from engine.run.schedule import layout_of
 from engine.serve.readers import Readers
 from engine.storage.virtual import Stretch, VirtualFile, VirtualStore, copied
@@ -51,15 +49,12 @@ class VirtualFolder(Mapping[str, VirtualFile]):
             check_transform(output)
         small = make_small()
         check_names(plan, small.files)
-        files = {**small.files, **(small.later(threading.Event()) if small.later is not None else {})}
+        files = small.whole()
         self.plan, self.readers = plan, Readers(plan, threads)
         self.notices = (*plan.notices, *small.notices)
         identity = identity_of(plan)
         made = [_weights(self.readers, file, _short(identity, file.name)[:40]) for file in plan.shards]
-        made += [VirtualFile.of(name, data) for name, data in files.items()]
-        if len(plan.shards) > 1 and plan.written is None:
-            names = {plan.outputs[i].name: file.name for file in plan.shards for i in file.outputs}
-            made.append(VirtualFile.of(INDEX, index_json(names, plan.nbytes)))
+        made += [VirtualFile.of(name, data) for name, data in (files | index_file(plan)).items()]
         made.append(_manifest(plan, self.readers, files, identity))
         self._files = {one.name: one for one in sorted(made, key=lambda one: one.name)}
         self.store = _store(plan, self._files)
