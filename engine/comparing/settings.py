@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.comparing.effects import Difference, Grade, both, differing, effect_of, worded
 from engine.comparing.templates import MORE, compare_templates
-from engine.comparing.tokenizers import compare_tokenizers
+from engine.comparing.tokenizers import Files, compare_tokenizers
 from engine.formats.configs import json_object
 from engine.language.documents import same
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
@@ -22,8 +22,6 @@ TOKENIZER = (
 )  # fmt: skip
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _LARGEST = 256 << 20  # bytes of a file that is read
-
-Files = Mapping[str, bytes]
 
 
 def small_files(where: Store) -> dict[str, bytes]:

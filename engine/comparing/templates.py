@@ -10,10 +10,9 @@ from typing import Any
 import yaml
 
 from engine.comparing.effects import Difference, both
-from engine.comparing.tokenizers import TOKENS
+from engine.comparing.tokenizers import TOKENS, Files
 from engine.planning.config_keys import shown
 
-Files = Mapping[str, bytes]
 _REFUSED = "refused: "
 MORE = "additional_chat_templates"  # a folder of templates by name, as of one for tools
 _TEMPLATE, _JSON, _SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"

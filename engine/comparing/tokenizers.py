@@ -99,9 +99,11 @@ def _by_transformers(folder: Path) -> Tokenizer:
     if len(loaded.get_vocab()) < _FEWEST:
         raise ValueError("transformers loads it with an empty vocabulary")
     named = {name: getattr(loaded, name, None) for name in TOKENS}
-    more = sorted({str(token) for token in loaded.all_special_tokens} - {str(t) for t in named.values()})
+    named = {name: None if token is None else str(token) for name, token in named.items()}
+    more = sorted({*map(str, loaded.all_special_tokens)}.difference(named.values()))
     whole = getattr(loaded, "backend_tokenizer", None)  # what programs do that use it without transformers
-    kept = {name: getattr(whole, name, None) for name in ("truncation", "padding")}
+    other = {name: getattr(whole, name, None) for name in ("truncation", "padding")}
+    other |= {name: getattr(loaded, name, None) for name in ("padding_side", "truncation_side", "model_max_length")}
     return Tokenizer(
         lambda text, special: list(loaded.encode(text, add_special_tokens=special)),
         lambda ids: str(loaded.decode(ids)),
@@ -109,14 +111,8 @@ def _by_transformers(folder: Path) -> Tokenizer:
         lambda ids: str(loaded.decode(ids, skip_special_tokens=True)),
         lambda one, two: list(loaded(one, two)["input_ids"]),
         tuple(map(str, loaded.added_tokens_decoder.values())),
-        {
-            **{name: None if token is None else str(token) for name, token in named.items()},
-            "other special tokens": more,
-        },
-        {
-            **kept,
-            **{name: getattr(loaded, name, None) for name in ("padding_side", "truncation_side", "model_max_length")},
-        },
+        {**named, "other special tokens": more},
+        other,
     )
 
 
@@ -155,15 +151,13 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
     Args:
         names: the files that belong to a tokenizer.
     """
-    if all(ours.get(name) == theirs.get(name) for name in names):
+    there = [any(name in files for name in _MODELS) for files in (ours, theirs)]
+    if all(ours.get(name) == theirs.get(name) for name in names) or not any(there):
         return []
     ours, theirs = (
         {name: files[name] for name in ("config.json", *names) if name in files} for files in (ours, theirs)
     )
-    there = [any(name in files for name in _MODELS) for files in (ours, theirs)]
     if not all(there):
-        if not any(there):
-            return []
         told = tuple("there" if one else "absent" for one in there)
         return [Difference("tokenizer", "a tokenizer", told[0], told[1], "without it, text cannot be turned into ids")]
     with tempfile.TemporaryDirectory(prefix="engine-") as made:
@@ -202,8 +196,7 @@ def _unlike_merges(ours: Files, theirs: Files) -> list[str]:
     for files in (ours, theirs):
         try:
             merges = json.loads(files[_MODELS[0]])["model"]["merges"]
-            split = (pair if isinstance(pair, list) else pair.split(" ") for pair in merges)
-            pairs = [(one, two) for one, two in split]
+            pairs = [(one, two) for one, two in (m if isinstance(m, list) else m.split(" ") for m in merges)]
             sides.append([*dict.fromkeys(reversed(pairs))][::-1])  # of a merge that is there twice, the last counts
         except (KeyError, ValueError, TypeError, AttributeError):
             return []
@@ -226,11 +219,8 @@ def _vocabularies(one: Tokenizer, two: Tokenizer) -> Iterator[Difference]:
         effect = "the model reads other tokens than it was trained on"
         yield Difference("tokenizer", f"the id of {shown(moved[0])}{more}", *told, effect)
     names = [{number: token for token, number in side.vocabulary.items()} for side in (one, two)]
-    other = [
-        i for i, token in names[0].items() if token not in two.vocabulary and names[1].get(i) not in one.vocabulary
-    ]
-    other = [i for i in other if i in names[1]]
-    if other:
+    alone = (one.vocabulary.keys() ^ two.vocabulary.keys()).issuperset
+    if other := [i for i in names[0] if i in names[1] and alone((names[0][i], names[1][i]))]:
         more = f" and {len(other) - 1} more ids" if len(other) > 1 else ""
         told = both(lambda side: shown(side[other[0]]), *names)
         yield Difference("tokenizer", f"the token of id {other[0]}{more}", *told, "text is written otherwise")

@@ -53,15 +53,14 @@ def literals(source: str) -> dict[str, Any]:
     program = _Program()
     for statement in body:
         program.perform(statement)
-    names = program.names
     # what functions use may change whenever one is called
     used = {name for one in body for node in ast.walk(one) if isinstance(node, _LATER) for name in program.reach(node)}
     if {"dict", _ANY} & used or "dict" in program.untold:
         return {UNTOLD: {OTHERS: True}}
-    small = {name: value for name, value in names.items() if name not in {*used, UNTOLD} and _is_small(value)}
+    small = {name: value for name, value in program.names.items() if name not in {*used, UNTOLD} and _is_small(value)}
     lost: set[str] = set()
     told = {name: _without_lost(value, name, lost) for name, value in small.items()}
-    left = (program.untold | used | names.keys()) - told.keys() | (program.lacking & told.keys()) | lost
+    left = (program.untold | used | program.names.keys()) - told.keys() | (program.lacking & told.keys()) | lost
     every = dict.fromkeys(sorted(told), False) if _ANY in left else {}
     every |= {OTHERS if name == _ANY else name: True for name in sorted(left, key=lambda name: (name == _ANY, name))}
     return {**told, **({UNTOLD: every} if every else {})}

@@ -91,11 +91,11 @@ class Function:
     call: Callable[..., Any]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
     """An object of a class whose content nobody looks at: an enum, a random state. It holds nothing."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    kind: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,13 +200,6 @@ def _rebuild_tensor(
     return Tensor(storage, offset, shape, strides, None)
 
 
-def _rebuild_npu_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, form: Any
-) -> Tensor:
-    """As Ascend's torch before 2.1 saves a tensor, from a copy in the host's memory; `form` is the device's."""
-    return _rebuild_tensor(storage, offset, shape, strides)
-
-
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
@@ -279,22 +272,21 @@ _OPAQUE = (
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): RECORD,
     ("argparse", "Namespace"): PlainClass("Namespace"),
-    ("torch_npu.utils.storage", "_rebuild_npu_tensor"): Function(_rebuild_npu_tensor),
+    # As Ascend's torch before 2.1 saves a tensor, from a copy in the host's memory; what comes last is the device's.
+    ("torch_npu.utils.storage", "_rebuild_npu_tensor"): Function(lambda *given: _rebuild_tensor(*given[:-1])),
     ("torch", "Size"): Function(lambda value=(): int_list(value)),
-    ("torch._tensor", "_rebuild_from_type_v2"): Function(rebuild_from_type),
     ("torch.storage", "UntypedStorage"): StorageType(None),
     ("torch", "UntypedStorage"): StorageType(None),
     ("torch", "Tensor"): OtherClass("torch.Tensor"),
     ("torch.nn.parameter", "Parameter"): OtherClass("torch.nn.parameter.Parameter"),
     ("builtins", "set"): Function(_set),
     ("__builtin__", "set"): Function(_set),
-}
-_KNOWN.update({key: opaque(key[1]) for key in _OPAQUE})
-_KNOWN.update({("torch._utils", name): function for name, function in _REBUILD.items()})
-_KNOWN.update({("torch", name): DType(name) for name in (*DTYPES, *_UNSUPPORTED_DTYPES)})
-for _module in ("torch", "torch.storage"):
-    _KNOWN.update({(_module, name): StorageType(dtype) for name, dtype in STORAGES.items()})
-    _KNOWN.update({(_module, name): StorageType(name) for name in _UNSUPPORTED_STORAGES})
+    **{key: opaque(key[1]) for key in _OPAQUE},
+    **{("torch._utils", name): function for name, function in _REBUILD.items()},
+    **{("torch", name): DType(name) for name in (*DTYPES, *_UNSUPPORTED_DTYPES)},
+    **{(module, name): StorageType(STORAGES.get(name, name))
+       for module in ("torch", "torch.storage") for name in (*STORAGES, *_UNSUPPORTED_STORAGES)},
+}  # fmt: skip
 
 
 def known_global(module: str, name: str) -> Any:

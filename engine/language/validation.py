@@ -132,7 +132,7 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
     """A violation in words; several keys that do not exist are several errors."""
     where = _where(document, path)
     described = error.schema.get("description") if isinstance(error.schema, dict) else None
-    got: str = _short(error.instance)
+    got: str = short(error.instance)
     expected: str | None = None
     fix: str | None = described
     place: Place = document.place(*path)
@@ -233,6 +233,7 @@ def _description(schema: Any, path: list[str | int], key: str) -> str | None:
     return None if found is None else found.get("description")
 
 
-def _short(value: Any) -> str:
+def short(value: Any, most: int = 120) -> str:
+    """A value as a message can tell it."""
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:119] + "…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"

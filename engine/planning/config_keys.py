@@ -140,9 +140,10 @@ def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) ->
             raise _misfit(path, value, str(key.limits), side, key)
         if isinstance(value, Mapping) and value:
             _check_whole(path, value, key, side, result, spelt)
-        for below, item in _below_or_itself(value):
-            _put(result, f"{key.same_as}{below}", item, f"{path}{below}", key, side)
-            spelt.setdefault(f"{key.same_as}{below}", spelt.get(f"{path}{below}", f"{path}{below}"))
+        for written, item in leaves({path: value}) if value != {} else ():
+            to = key.same_as + written.removeprefix(path)
+            _put(result, to, item, written, key, side)
+            spelt.setdefault(to, spelt.get(written, written))
     return result
 
 
@@ -164,10 +165,6 @@ def _check_whole(
 def _spelt_first(path: str, side: Side) -> str:
     key = side.keys.get(path)
     return key.same_as if key is not None and key.same_as is not None else path
-
-
-def _below_or_itself(value: Any) -> list[tuple[str, Any]]:
-    return [(f".{path}", item) for path, item in leaves(value)] if isinstance(value, Mapping) else [("", value)]
 
 
 def _put(tree: dict[str, Any], to: str, value: Any, path: str, key: Key, side: Side) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -12,6 +11,7 @@ from engine.errors import EngineError
 from engine.language.documents import value_at
 from engine.language.expressions import compile_expression, evaluate, names_in
 from engine.language.model import Expression, MappingFile, Option, Variant
+from engine.language.validation import short
 
 _LONGEST = 60  # characters of a value that is told
 _MISSING = object()
@@ -230,7 +230,7 @@ def because(expressions: Sequence[Expression], names: Mapping[str, Any], called:
     compiled = [compile_expression(one) for one in expressions]
     paths = sorted({path for one in compiled for path in one.paths})
     found = {path: value_at(names, path, _MISSING) for path in paths}
-    has = [f"{path} {_text(value)}" for path, value in found.items() if value is not _MISSING]
+    has = [f"{path} {short(value, _LONGEST)}" for path, value in found.items() if value is not _MISSING]
     lacks = [path for path, value in found.items() if value is _MISSING]
     told: list[str] = []
     if has and lacks:
@@ -246,11 +246,6 @@ def because(expressions: Sequence[Expression], names: Mapping[str, Any], called:
         told += [f"there is {_list(there)}"] if there else []
         told += [f"there is no {_list(absent, 'or')}"] if absent else []
     return "; ".join(told)
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _list(parts: Sequence[str], word: str = "and") -> str:

@@ -15,13 +15,12 @@ from engine.language.documents import leaves, tree_of
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
 from engine.language.keys import find_key
 from engine.language.model import Expression, Layout, MappingFile
-from engine.language.names import pattern
 from engine.planning.attempts import claims
 from engine.planning.config_keys import Side as Keys
 from engine.planning.config_keys import as_declared, read_config, source_side
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
-from engine.proving.probes import Given, Outcome, constants, divisors_of, plain_name, unusual
+from engine.proving.probes import Given, Outcome, constants, divisors_of, grid_of, plain_name, unusual
 from engine.proving.tiny import World, Worlds, decided_by_names, training_names
 
 _APART = ("options", "tensors", "there", "choice", "training", "given")  # what is given besides the configuration
@@ -115,16 +114,6 @@ class Direction:
             apart: choices that are set, those that tensors show, single tensors, and the trainer's settings.
         """
         raise NotImplementedError
-
-
-def grid_of(layout: Layout) -> dict[str, list[Any]]:
-    """What expressions see of the grid of ranks → its usual value, and others."""
-    dims = {dim for mode in layout.modes for file in mode.files for dim in pattern(file.name).placeholders}
-    found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 2, 5], "layers": [4, 6]}
-    found["mode"] = [mode.name for mode in layout.modes]
-    found["model_type"] = ["ONE", "OTHER"]
-    found |= {name: list(variant.choices) for name, variant in layout.layers.variants.items()}
-    return found | {f"{dim}s": [11 + number, 31 + number] for number, dim in enumerate(sorted(dims))}
 
 
 def value_of(tree: Any, names: Mapping[str, Any]) -> Any:

@@ -16,13 +16,24 @@ from jinja2 import nodes
 from engine.language.allowed import dotted
 from engine.language.expressions import OMIT, compile_expression
 from engine.language.keys import Key, find_key
-from engine.language.model import Expression
+from engine.language.model import Expression, Layout
+from engine.language.names import pattern
 
 ABSENT = "(absent)"
 Given = Mapping[str, Any]  # what is read → its value; OMIT where it is absent
 Outcome = Mapping[str, Any]
 _UNUSUAL = (0.0625, 12345.5, 0.375, 3.25, 17.5, 0.015625, 260.25)  # exact in binary, all different
 _MOST_PAIRS = 24  # of one expression
+
+
+def grid_of(layout: Layout) -> dict[str, list[Any]]:
+    """What expressions see of the grid of ranks → its usual value, and others."""
+    dims = {dim for mode in layout.modes for file in mode.files for dim in pattern(file.name).placeholders}
+    found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 2, 5], "layers": [4, 6]}
+    found["mode"] = [mode.name for mode in layout.modes]
+    found["model_type"] = ["ONE", "OTHER"]
+    found |= {name: list(variant.choices) for name, variant in layout.layers.variants.items()}
+    return found | {f"{dim}s": [11 + number, 31 + number] for number, dim in enumerate(sorted(dims))}
 
 
 def constants(expressions: Sequence[Expression], reads: Callable[[str], frozenset[str]]) -> dict[str, list[Any]]:
