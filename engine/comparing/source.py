@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from math import ceil
@@ -22,6 +22,7 @@ from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.move.tensors import Box, Tensors, View, tiles
 from engine.planning.boxes import Copy
 from engine.planning.model import Output, Plan
+from engine.run.meter import Meter
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.storage.store import Store
 
@@ -97,12 +98,12 @@ def source_bytes(plan: Plan, sample: float) -> int:
     return plan.nbytes + (replica_bytes(plan) if sample == 1 else 0)
 
 
-def verify_source(plan: Plan, folder: Store, sample: float, advance: Callable[[int], None]) -> AgainstSource:
+def verify_source(plan: Plan, folder: Store, sample: float, meter: Meter) -> AgainstSource:
     """Compare every tensor of an output with what the plan makes of the source now.
 
     Args:
         sample: which share of each tensor's blocks to compare. With all of them replicas are compared too.
-        advance: called with bytes, `source_bytes` in all.
+        meter: advances by `source_bytes` in all.
 
     Raises:
         EngineError: E2xx and E3xx when either side cannot be read, E402 when replicas differ.
@@ -112,7 +113,7 @@ def verify_source(plan: Plan, folder: Store, sample: float, advance: Callable[[i
     differing: list[Differing] = []
     more = nbytes = 0
     if sample == 1:
-        compare_replicas(plan, advance)
+        compare_replicas(plan, meter)
     with Tensors(files, plan) as tensors:
         written, made = tensors.sides
         for index, output in enumerate(plan.outputs):
@@ -131,7 +132,7 @@ def verify_source(plan: Plan, folder: Store, sample: float, advance: Callable[[i
                     told = _differing(plan, index, what, file, first)
             if told is not None:
                 differing, more = ([*differing, told], more) if len(differing) < LISTED else (differing, more + 1)
-            advance(output.nbytes)
+            meter.advance(output.nbytes)
     compared = None if sample == 1 else f"{sample * 100:g}% of the blocks"
     return AgainstSource(len(plan.outputs), nbytes, compared, tuple(differing), more, tuple(held))
 

@@ -117,7 +117,7 @@ def verify_output(
     found = _of_manifest(folder, known, None if plan is None else small, meter.advance)
     if plan is not None:
         meter.begin("comparing with the source")
-        against = verify_source(plan, folder, blocks, meter.advance)
+        against = verify_source(plan, folder, blocks, meter)
         problems, unchecked = _settings(folder, plan, small)
         told, other = ([], []) if known is None else _making(known, plan)
         found = found.and_also(*against.problems, *problems, *told, unchecked=[*unchecked, *other], source=against)

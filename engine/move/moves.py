@@ -134,16 +134,14 @@ class Gatherer:
         return self._moves.bytes(block, item)
 
 
+# Takes an output, a byte offset in it, and the bytes in parts; gaps are never written.
+Write = Callable[[int, int, Sequence[memoryview]], None]
+
+
 class Scatterer:
     """Reads blocks of source tensors and writes each run of them where it belongs. Belongs to one thread."""
 
-    def __init__(
-        self,
-        files: SourceFiles,
-        sources: Sequence[SourceTensor],
-        write: Callable[[int, int, Sequence[memoryview]], None],
-    ) -> None:
-        """Args: write: takes an output, a byte offset in it, and the bytes in parts; gaps are never written."""
+    def __init__(self, files: SourceFiles, sources: Sequence[SourceTensor], write: Write) -> None:
         self._files, self._sources, self._write = files, sources, write
         self._moves = Moves(0)
 

@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from engine.errors import EngineError, Place
 from engine.language.version import __version__
 from engine.move.reader import Reader
 from engine.planning.model import Plan, digest_of_plan
+from engine.run.meter import Meter
 from engine.run.schedule import Job
 from engine.storage.json_text import parse_json
 from engine.storage.sources import SourceFiles
@@ -223,23 +224,17 @@ def split(plan: Plan, left: Interrupted, jobs: Iterable[Job]) -> tuple[dict[int,
     return {output: one for output, one in left.begun.items() if output not in lost}, unsure - lost
 
 
-def compare_copied(
-    plan: Plan,
-    done: Mapping[int, Done],
-    outputs: Sequence[int],
-    advance: Callable[[int], None],
-    stopped: Callable[[], bool],
-) -> None:
+def compare_copied(plan: Plan, done: Mapping[int, Done], meter: Meter, outputs: Sequence[int]) -> None:
     """E407 unless the sources give the same bytes again for outputs that are done."""
     with SourceFiles(plan.files) as files:
         reader = Reader(plan, files)
         for index in outputs:
             total = xxhash.xxh3_128()
             for _, data in reader.blocks(index):
-                if stopped():
+                if meter.stopped.is_set():
                     return
                 total.update(data)
-                advance(len(data))
+                meter.advance(len(data))
             if total.hexdigest() != done[index].digest:
                 sources = [plan.sources[copy.source] for copy in plan.copies(index)]
                 names = dict.fromkeys(plan.files[source.file].name for source in sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, dense_strides
@@ -12,6 +12,7 @@ from engine.move.moves import Gatherer
 from engine.move.values import elements, float_type
 from engine.planning.boxes import Copy
 from engine.planning.model import Replicas, Slices, Tied, Work
+from engine.run.meter import Meter
 from engine.storage.coalesce import Range
 from engine.storage.sources import SourceFiles
 
@@ -28,33 +29,29 @@ def checks(plan: Work) -> tuple[Check, ...]:
 
 
 def compare_replicas(
-    plan: Work,
-    advance: Callable[[int], None],
-    some: Sequence[Check] | None = None,
-    stopped: Callable[[], bool] = lambda: False,
-    users: int = 1,
+    plan: Work, meter: Meter | None = None, some: Sequence[Check] | None = None, users: int = 1
 ) -> None:
     """Compare every set of replicas block by block with the first of the set.
 
     Args:
-        advance: called with bytes, `replica_bytes` in all.
+        meter: advances by `replica_bytes` in all; its flag ends the comparing early, with no result.
         some: of the plan's `checks`; default: all.
-        stopped: asked at every block; True ends the comparing early, with no result.
         users: how many compare at the same time.
 
     Raises:
         EngineError: E402 naming the ranks that differ and the largest deviation, E306 for slices that are equal.
     """
+    meter = meter or Meter(0, None)
     with SourceFiles(plan.files, users) as files:
         first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
         for batch in files.ahead(_batches(plan, checks(plan) if some is None else some, files.block)):
             for check in batch:
                 if isinstance(check, Tied):
-                    _compare_tied(plan, check, first, other, stopped)
+                    _compare_tied(plan, check, first, other, meter)
                 elif isinstance(check, Slices):
-                    _compare_slices(plan, check, first, other, stopped)
+                    _compare_slices(plan, check, first, other, meter)
                 else:
-                    _compare(plan, check, first, other, advance, stopped)
+                    _compare(plan, check, first, other, meter)
 
 
 def _batches(
@@ -80,13 +77,13 @@ def _batches(
         yield held, ranges
 
 
-def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
+def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, meter: Meter) -> None:
     """E402 unless a tensor that is left out equals the one that stands for it."""
     kept = plan.outputs[tied.same_as]
     copies = plan.copies(tied.same_as)
     limit = BLOCK_BYTES // ITEM_SIZES[kept.read_dtype]
     equal = kept.read_dtype == tied.output.read_dtype and all(
-        stopped()
+        meter.stopped.is_set()
         or _same(
             first.gather(block_of(tied.copies, low, min(low + limit, kept.elements)), kept.read_dtype),
             other.gather(block_of(copies, low, min(low + limit, kept.elements)), kept.read_dtype),
@@ -103,14 +100,14 @@ def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, stop
         )
 
 
-def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, stopped: Callable[[], bool]) -> None:
+def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, meter: Meter) -> None:
     """E306 for two slices that are equal to the last bit, constants and the smallest aside."""
     header = plan.sources[slices.sources[0]].header
     size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
     seen: dict[bytes, int] = {}
     equal: list[tuple[int, int]] = []
     for source in slices.sources if size >= _FEW else ():
-        if stopped():
+        if meter.stopped.is_set():
             return
         if plan.sources[source].header.dtype != header.dtype:
             continue
@@ -162,14 +159,7 @@ def _nbytes(plan: Work, source: int) -> int:
     return math.prod(header.shape) * ITEM_SIZES[header.dtype]
 
 
-def _compare(
-    plan: Work,
-    replicas: Replicas,
-    first: Gatherer,
-    other: Gatherer,
-    advance: Callable[[int], None],
-    stopped: Callable[[], bool],
-) -> None:
+def _compare(plan: Work, replicas: Replicas, first: Gatherer, other: Gatherer, meter: Meter) -> None:
     """Every block of the first is read once and compared with the same block of all others."""
     one, *others = replicas.sources
     header = plan.sources[one].header
@@ -180,7 +170,7 @@ def _compare(
     limit = BLOCK_BYTES // ITEM_SIZES[header.dtype]
     found: dict[int, tuple[int, float]] = {}  # source → elements that differ, and by how much at most
     for block, *theirs in zip(*(blocks([_whole(plan, s)], size, limit) for s in replicas.sources), strict=True):
-        if stopped():
+        if meter.stopped.is_set():
             return
         x = first.gather(block, header.dtype)
         for source, their in zip(others, theirs, strict=True):
@@ -189,7 +179,7 @@ def _compare(
                 count, largest = found.get(source, (0, 0.0))
                 unlike, deviation = _deviation(x, y, header.dtype)
                 found[source] = count + unlike, max(largest, deviation)
-            advance(y.nbytes)
+            meter.advance(y.nbytes)
     for source in others:
         if source in found:
             count, largest = found[source]

@@ -66,7 +66,7 @@ def write_weights(
     writer.take_over(known)
     again = sorted(unsure & writer.done.keys())
     meter.advance(sum(plan.outputs[o].nbytes for o in unsure.difference(again)))
-    copied = partial(compare_copied, plan, writer.done, advance=meter.advance, stopped=meter.stopped.is_set)
+    copied = partial(compare_copied, plan, writer.done, meter)
     before = [partial(copied, again[first::count]) for first in range(min(count, len(again)))]
 
     def journal() -> None:
@@ -127,7 +127,7 @@ def _write(
                 meter.begin("checking what is kept")
             _run(pool, meter, before)
             dealt = [compared[first::count] for first in range(count)]
-            comparing = partial(compare_replicas, work, meter.advance, stopped=meter.stopped.is_set, users=count)
+            comparing = partial(compare_replicas, work, meter, users=count)
             if any(dealt):
                 meter.begin("comparing replicas")
             _run(pool, meter, [partial(comparing, some) for some in dealt if some])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from engine.formats.headers import ITEM_SIZES
 from engine.formats.written import CHECKED, FileLayout
 from engine.move.blocks import block_bytes, blocks, largest_block
-from engine.move.moves import Scatterer
+from engine.move.moves import Scatterer, Write
 from engine.move.reader import Reader
 from engine.move.runs import straight
 from engine.planning.model import Work
@@ -266,13 +266,7 @@ class Writer:
         self._record(outputs, sinks)
         return True
 
-    def _gather(
-        self,
-        outputs: Sequence[int],
-        reader: Reader,
-        write: Callable[[int, int, Sequence[memoryview]], None],
-        sinks: Sinks,
-    ) -> None:
+    def _gather(self, outputs: Sequence[int], reader: Reader, write: Write, sinks: Sinks) -> None:
         """Write outputs one after the other, each from where an interrupted run left it."""
         begun = {output: self._total(output).end for output in outputs}
         self._meter.keep(sum(begun.values()))

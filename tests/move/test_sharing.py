@@ -17,7 +17,7 @@ import engine
 from engine.move.blocks import LARGE_BLOCK_BYTES
 from engine.move.runs import MOST_SPAN
 from engine.run.memory import predicted_memory
-from engine.run.meter import Progress
+from engine.run.meter import Meter, Progress
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.run.schedule import Job, Shares, Unit
 from engine.storage.sources import SourceFiles
@@ -190,11 +190,13 @@ def test_a_run_that_fails_leaves_no_file_open(source: Path, tmp_path: Path, monk
 def test_comparing_replicas_ends_when_the_run_is_stopped(source: Path) -> None:
     plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
     assert plan.replicas
-    compared: list[int] = []
-    compare_replicas(plan, compared.append, stopped=lambda: True)
-    assert not compared
-    compare_replicas(plan, compared.append)
-    assert sum(compared) == replica_bytes(plan)
+    told: list[Progress] = []
+    stopped = Meter(replica_bytes(plan), told.append)
+    stopped.stopped.set()
+    compare_replicas(plan, stopped)
+    assert not told
+    compare_replicas(plan, Meter(replica_bytes(plan), told.append))
+    assert told[-1].done == replica_bytes(plan)
 
 
 def test_every_worker_that_compares_counts_in_the_memory_told(source: Path) -> None:
