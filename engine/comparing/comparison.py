@@ -13,7 +13,7 @@ from engine.comparing.effects import Difference
 from engine.comparing.settings import CONFIG, TOKENIZER, compare_settings, small_files
 from engine.comparing.tensors import Verdict, compare_tensors
 from engine.errors import EngineError
-from engine.formats.headers import FileHeader, TensorHeader
+from engine.formats.headers import FLOATS, TORCH_NAMES, FileHeader, TensorHeader
 from engine.planning.model import Output, Plan
 from engine.storage.json_text import as_data
 from engine.storage.store import File, Store
@@ -47,8 +47,7 @@ class Side:
     @property
     def dtype(self) -> str | None:
         """The element type of its first tensor, as configurations say it."""
-        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-        return next((names[one.dtype] for one in self.listed if one.dtype in names), None)
+        return next((TORCH_NAMES[one.dtype] for one in self.listed if one.dtype in FLOATS), None)
 
 
 @dataclass(frozen=True, slots=True)

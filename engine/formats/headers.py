@@ -11,7 +11,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.storage.store import File, State
 
-FLOATS = ("BF16", "F16", "F32", "F64")  # element types of weights, by their safetensors names
+FLOATS = ("BF16", "F16", "F32", "F64")  # of weights, by their safetensors names; the least precise first
 
 # Element types by their safetensors names, and bytes per element.
 ITEM_SIZES: dict[str, int] = {
@@ -19,6 +19,19 @@ ITEM_SIZES: dict[str, int] = {
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+# The same by torch's names.
+DTYPES = {
+    "bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32",
+    "float64": "F64", "double": "F64", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32",
+    "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+TORCH_NAMES = {held: name for name, held in reversed(DTYPES.items())}  # as torch spells each
+STORAGES = {
+    "BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
 }  # fmt: skip
 
 

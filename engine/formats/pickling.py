@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
-from engine.formats.headers import dense_strides
-from engine.formats.standins import STORAGES
+from engine.formats.headers import STORAGES, dense_strides
 
 
 @dataclass(frozen=True)

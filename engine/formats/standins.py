@@ -11,18 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-DTYPES = {
-    "bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32",
-    "float64": "F64", "double": "F64", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32",
-    "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-    "uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
-NAMES = {held: name for name, held in reversed(DTYPES.items())}  # as torch spells each
-STORAGES = {
-    "BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}  # fmt: skip
+from engine.formats.headers import DTYPES, STORAGES
+
 # Known, so that a refusal can name the element type instead of suspecting an attack.
 _UNSUPPORTED_DTYPES = (
     "complex32", "complex64", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",

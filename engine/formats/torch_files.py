@@ -16,9 +16,8 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from engine.formats.headers import ITEM_SIZES, Part
+from engine.formats.headers import ITEM_SIZES, TORCH_NAMES, Part
 from engine.formats.pickling import Call, Global, Made, Pairs, dumps, state_dict, tensor
-from engine.formats.standins import NAMES
 from engine.language.documents import grouped
 
 _ALIGNMENT = 64
@@ -264,7 +263,7 @@ def encode_directory(saved: Iterable[Saved]) -> bytes:
             chunks.append(Made(kinds["ChunkStorageMetadata"], box))
     listed = []
     for name, (one, chunks) in tensors.items():
-        dtype = Global("torch", NAMES[one.dtype])
+        dtype = Global("torch", TORCH_NAMES[one.dtype])
         properties = (dtype, Call(layout, ("torch.strided",)), False, Call(memory, (0,)), False)
         state = {
             "properties": Made(kinds["TensorProperties"], properties),

@@ -169,6 +169,19 @@ def _start(pattern: str) -> str:
     return re.split(r"[*?[]", pattern, maxsplit=1)[0]
 
 
+def as_declared(config: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
+    """A configuration to be written, each value in the type that is declared of its key."""
+    result: dict[str, Any] = {}
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        key = find_key(keys, path)
+        if isinstance(value, Mapping):
+            result[name] = as_declared(value, keys, f"{path}.")
+        else:
+            result[name] = value if key is None else key.limits.written(value)
+    return result
+
+
 def read_limits(body: Mapping[str, Any]) -> Limits:
     types = body.get("type", [])
     listed = types if isinstance(types, list) else [types]

@@ -14,7 +14,7 @@ from math import isqrt, prod
 
 import numpy as np
 
-from engine.formats.headers import ITEM_SIZES, FileHeader, dense_strides
+from engine.formats.headers import FLOATS, ITEM_SIZES, FileHeader, dense_strides
 from engine.move.blocks import Block
 from engine.move.moves import Gatherer
 from engine.move.reader import Reader
@@ -102,7 +102,6 @@ def tiles(shape: Sequence[int], strides: Sequence[Sequence[int]], limit: int) ->
 
 _LIMIT = 1 << 18  # elements of a tile: half a MiB of bfloat16
 _SPAN = 1 << 20  # elements that one read may reach across
-_FLOATS = ("BF16", "F16", "F32", "F64")  # what is left of precision by casting, least first
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -114,11 +113,11 @@ def common_types(one: str, two: str) -> tuple[str, ...]:
     """
     if one == two:
         return (one,)
-    if one not in _FLOATS or two not in _FLOATS:
+    if one not in FLOATS or two not in FLOATS:
         return ()
     if {one, two} == {"BF16", "F16"}:  # neither holds the other's values
         return ("BF16", "F16")
-    return (min(one, two, key=_FLOATS.index),)
+    return (min(one, two, key=FLOATS.index),)
 
 
 class Tensors(AbstractContextManager["Tensors"]):
@@ -277,7 +276,7 @@ def values_of(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Elements as float64, by their bits."""
     import ml_dtypes
 
-    if dtype in _FLOATS:
+    if dtype in FLOATS:
         kind = float_type(dtype)
     elif dtype.startswith("F8"):
         kind = np.dtype(ml_dtypes.float8_e4m3fn if dtype == "F8_E4M3" else ml_dtypes.float8_e5m2)

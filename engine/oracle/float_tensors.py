@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import FLOATS, ITEM_SIZES, TORCH_NAMES, FileHeader, TensorHeader
 from engine.storage.sources import SourceFiles
 
 
@@ -27,14 +27,13 @@ class FloatTensors:
 
     def read(self, file: int, header: TensorHeader, low: int = 0, high: int | None = None) -> torch.Tensor:
         """Rows low..high of a tensor's first axis (all of it by default), in memory of its own."""
-        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-        if header.dtype not in kinds:
+        if header.dtype not in FLOATS:
             raise EngineError(
                 "E303",
                 "a tensor's element type is not one to compute with",
                 place=Place(self._headers[file].name, tensor=header.name),
                 got=header.dtype,
-                expected=", ".join(kinds),
+                expected=", ".join(FLOATS),
                 fix="Quantised weights are not run.",
             )
         shape, start = header.shape, 0
@@ -47,5 +46,5 @@ class FloatTensors:
         span = 1 + sum((size - 1) * stride for size, stride in zip(shape, header.strides, strict=True))
         raw = bytearray(span * item)
         self._files.read_into(file, header.offset + start * item, (memoryview(raw),))
-        stored = torch.frombuffer(raw, dtype=kinds[header.dtype])
+        stored = torch.frombuffer(raw, dtype=getattr(torch, TORCH_NAMES[header.dtype]))
         return stored.as_strided(shape, header.strides).to(torch.float32).contiguous()

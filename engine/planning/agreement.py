@@ -11,9 +11,9 @@ from engine.errors import EngineError, Place
 from engine.language.declared import expressions_of
 from engine.language.documents import leaves, merged, plain, prefixes, value_at
 from engine.language.expressions import compile_expression, render_tree
-from engine.language.keys import Key, find_key
+from engine.language.keys import Key, as_declared, find_key
 from engine.language.model import Layout, MappingFile
-from engine.planning.config_keys import Read, Side, as_declared, read_config, shown, whole_side
+from engine.planning.config_keys import Read, Side, read_config, shown, whole_side
 
 _MOST_TRIED = 2000  # combinations of values of options
 

@@ -230,19 +230,6 @@ def _must_be(key: Key | None, inner: bool) -> bool:
     return "null" not in key.limits.types
 
 
-def as_declared(config: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
-    """A configuration to be written, each value in the type that is declared of its key."""
-    result: dict[str, Any] = {}
-    for name, value in config.items():
-        path = f"{prefix}{name}"
-        key = find_key(keys, path)
-        if isinstance(value, Mapping):
-            result[name] = as_declared(value, keys, f"{path}.")
-        else:
-            result[name] = value if key is None else key.limits.written(value)
-    return result
-
-
 def shown(value: Any) -> str:
     """A value of a configuration as its file would write it.
 

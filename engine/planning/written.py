@@ -8,14 +8,12 @@ from typing import Any
 
 from engine.checkpoint.ranks import RankGrid
 from engine.errors import counted
-from engine.formats.headers import FLOATS
-from engine.formats.standins import DTYPES, NAMES
+from engine.formats.headers import DTYPES, FLOATS, TORCH_NAMES
 from engine.language.expressions import compile_expression, evaluate, render_tree
-from engine.language.keys import Key
+from engine.language.keys import Key, as_declared
 from engine.language.model import Expression
 from engine.language.rules import TRANSFORMS, loses
 from engine.planning.classes import CopyTable
-from engine.planning.config_keys import as_declared
 from engine.planning.facts import valued_in
 from engine.planning.groups import Group
 from engine.planning.model import Output, OutputFile, Tied
@@ -105,7 +103,7 @@ def summed(outputs: Sequence[Output]) -> list[str]:
     found: dict[tuple[str, str], int] = {}
     for one in outputs:
         if one.transform is not None and not loses(one.transform):
-            key = one.transform[1], NAMES.get(one.dtype, one.dtype)
+            key = one.transform[1], TORCH_NAMES.get(one.dtype, one.dtype)
             found[key] = found.get(key, 0) + 1
     exact = "which holds the sums: a program that loads them in a narrower type rounds them"
     rounded = "which rounds the sums: what is stored does not come back exactly"
@@ -143,4 +141,4 @@ def main_dtype(outputs: Sequence[Output]) -> str:
     for output in outputs:
         count[output.dtype] = count.get(output.dtype, 0) + output.elements
     best = max(count, key=lambda d: (count[d], d))
-    return NAMES.get(best, best.lower())
+    return TORCH_NAMES.get(best, best.lower())

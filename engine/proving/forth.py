@@ -11,16 +11,16 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
-from engine.language.documents import leaves, tree_of
+from engine.language.documents import leaves
 from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
-from engine.language.keys import find_key
+from engine.language.keys import as_declared, find_key
 from engine.language.model import Expression, Layout, MappingFile
 from engine.planning.attempts import claims
 from engine.planning.config_keys import Side as Keys
-from engine.planning.config_keys import as_declared, read_config, source_side
+from engine.planning.config_keys import read_config, source_side
 from engine.planning.facts import present_in, render_known
 from engine.planning.variants import decide, options_of
-from engine.proving.probes import Given, Outcome, constants, divisors_of, grid_of, plain_name, unusual
+from engine.proving.probes import Given, Outcome, constants, divisors_of, grid_of, nested, plain_name, unusual
 from engine.proving.tiny import World, Worlds, decided_by_names, training_names
 
 _APART = ("options", "tensors", "there", "choice", "training", "given")  # what is given besides the configuration
@@ -126,11 +126,6 @@ def _value_or_why(expression: Expression, names: Mapping[str, Any]) -> Any:
         return evaluate(expression, names)
     except EngineError as error:
         return f"no value: {error.code} {error.message}"
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths as a tree; what is absent is left out."""
-    return tree_of({tuple(path.split(".")): value for path, value in flat.items() if value is not OMIT})
 
 
 LEAST = "nothing but what is needed"

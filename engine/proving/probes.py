@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import nodes
 
 from engine.language.allowed import dotted
+from engine.language.documents import tree_of
 from engine.language.expressions import OMIT, compile_expression
 from engine.language.keys import Key, find_key
 from engine.language.model import Expression, Layout
@@ -34,6 +35,11 @@ def grid_of(layout: Layout) -> dict[str, list[Any]]:
     found["model_type"] = ["ONE", "OTHER"]
     found |= {name: list(variant.choices) for name, variant in layout.layers.variants.items()}
     return found | {f"{dim}s": [11 + number, 31 + number] for number, dim in enumerate(sorted(dims))}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths as a tree; what is absent is left out."""
+    return tree_of({tuple(path.split(".")): value for path, value in flat.items() if value is not OMIT})
 
 
 def constants(expressions: Sequence[Expression], reads: Callable[[str], frozenset[str]]) -> dict[str, list[Any]]:

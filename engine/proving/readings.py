@@ -15,8 +15,9 @@ from typing import Any
 from engine.errors import EngineError
 from engine.language.documents import leaves
 from engine.language.expressions import OMIT, compile_expression
+from engine.language.keys import as_declared
 from engine.language.model import Layout, MappingFile
-from engine.planning.config_keys import as_declared, declared, target_side
+from engine.planning.config_keys import declared, target_side
 from engine.planning.variants import decide
 from engine.proving.forth import Direction, Forth, value_of
 from engine.proving.probes import Outcome, constants, multiples_of, name_of, others, quotients_of, rows, scenarios

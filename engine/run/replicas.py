@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, dense_strides
+from engine.formats.headers import FLOATS, ITEM_SIZES, dense_strides
 from engine.move.blocks import BLOCK_BYTES, block_of, blocks
 from engine.move.moves import Gatherer
 from engine.move.values import elements, float_type
@@ -202,7 +202,7 @@ def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
 
     one, two = elements(x, dtype), elements(y, dtype)
     unlike = int((one != two).sum())
-    if dtype not in ("BF16", "F16", "F32", "F64"):
+    if dtype not in FLOATS:
         return unlike, 0.0
     u, v = (z.view(float_type(dtype)).astype(np.float64) for z in (one, two))
     return unlike, float(np.nanmax(np.abs(u - v), initial=0.0))

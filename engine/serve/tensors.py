@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from engine.assets.generation import generation_config, within
 from engine.errors import EngineError
-from engine.formats.headers import ITEM_SIZES
-from engine.formats.standins import DTYPES
+from engine.formats.headers import DTYPES, ITEM_SIZES
 from engine.move.values import check_transform
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
