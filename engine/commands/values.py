@@ -34,8 +34,8 @@ def parse_value(text: str) -> int | float | bool | str:
     """
     if text in ("true", "false"):
         return text == "true"
-    if len(text) > _LONGEST_VALUE or any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"a value of {len(text)} characters is too long, or is not text")
+    if len(text) > _LONGEST_VALUE:
+        raise ValueError(f"a value of {len(text)} characters is too long")
     if re.fullmatch(r"[+-]?[0-9]+", text):
         value: int | float = int(text)
     elif re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
@@ -47,11 +47,19 @@ def parse_value(text: str) -> int | float | bool | str:
     return value
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
-    """The name and the value of `--set`."""
+def parse_pair(text: str, like: str = "region=eu-west-1") -> tuple[str, str]:
+    """The name and the value of `--store-option`, as they are: a key may look like a number."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name:
-        raise ValueError(f"`{text}` has no name and value; write it like rotary=halves")
+        raise ValueError(f"`{text}` has no name and value; write it like {like}")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"{name}: it is not text")
+    return name, value
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """The name and the value of `--set`."""
+    name, value = parse_pair(text, "rotary=halves")
     try:
         return name, parse_value(value)
     except ValueError as error:
@@ -93,6 +101,7 @@ class Parsed(ParamType[Any]):
 
 
 SIZE, SETTING = Parsed("size", parse_size), Parsed("name=value", parse_setting)
+PAIR = Parsed("name=value", parse_pair)
 COUNT = Parsed("n", parse_count)
 WORKERS, DTYPE = Parsed("auto|n", parse_workers), Parsed("|".join(DTYPES), dtype_name, DTYPES)
 
@@ -112,7 +121,7 @@ def add_store_options(command: click.Command) -> None:
         return
     command.params += [
         click.Option(
-            ["--store-option"], type=SETTING, multiple=True, callback=_reach, expose_value=False,
+            ["--store-option"], type=PAIR, multiple=True, callback=_reach, expose_value=False,
             help="For URLs: how to reach the store, like endpoint=URL or region=NAME; may be repeated.",
         ),
         click.Option(
@@ -139,12 +148,11 @@ def check_reaching(ctx: click.Context, given: Mapping[str, str]) -> None:
         raise click.UsageError(f"{flag} has no effect without a URL: all that is given lies in folders", ctx)
 
 
-def _reach(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, object]]) -> None:
+def _reach(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]) -> None:
     if pairs:
         from engine.storage.places import store_options
 
-        shown = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in pairs}
-        ctx.with_resource(store_options(shown))
+        ctx.with_resource(store_options(settings_of(ctx, param, pairs)))
 
 
 def _read_ahead(ctx: click.Context, param: click.Parameter, window: int | None) -> None:

@@ -23,6 +23,7 @@ from engine.commands.values import parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
 from engine.run.meter import Progress
 from engine.show import text
+from engine.storage.places import options_now
 from tests.support.forked import run_engine
 from tests.support.invoking import invoke
 from tests.support.shards import Model, save
@@ -611,6 +612,18 @@ ALONE = [
 def test_an_option_without_effect_is_wrong_usage(arguments: str) -> None:
     done = invoke(*arguments.split())
     assert done.exit_code == 2 and "has no effect" in done.output, done.output
+
+
+@pytest.mark.parametrize("value", ["007", "1e5", "+1", "true", "9" * 40, "x" * 2000])
+def test_an_option_of_a_store_is_the_text_that_was_given(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and passwords may look like numbers."""
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(engine.api, "inspect", lambda *_, **__: (seen.append(options_now()[0]), sys.exit()))
+    command = ["inspect", "s3://bucket/step", "--store-option", f"access_key_id={value}"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    assert seen == [{"access_key_id": value}]
+    twice = CliRunner().invoke(cli, [*command, "--store-option=access_key_id=2"])
+    assert twice.exit_code == 2 and "set twice" in twice.output
 
 
 def test_a_setting_without_effect_on_what_is_read_is_wrong_usage(checkpoint: Path, tmp_path: Path) -> None:
