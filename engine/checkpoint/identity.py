@@ -182,6 +182,11 @@ def _check_contents(claims: list[Claim]) -> None:
                 )
 
 
+def begins(header: FileHeader, tensor: TensorHeader) -> bytes:
+    """The first bytes of a tensor, by which those that differ differ."""
+    return next(_blocks(Claim(header, None, ()), tensor, _SAMPLE), b"")
+
+
 def _tensor(claim: Claim, name: str) -> TensorHeader:
     return next(t for t in claim.header.tensors if t.name == name)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from engine.checkpoint.identity import begins
 from engine.checkpoint.ranks import RankGrid, whole_grid
 from engine.errors import EngineError, shape_text
 from engine.formats.headers import FileHeader
@@ -156,7 +157,12 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     scope = {**question.names, **choices}
     facts, unread = claims(question.mapping, scope, checkpoint.config_name)
     stated = {axis: fact.value for axis, fact in facts.items()}
-    groups = {key: share_units(group, stated, question.mapping.even) for key, group in groups.items()}
+    groups = {
+        key: share_units(
+            group, stated, question.mapping.even, lambda one: begins(checkpoint.files[one.file], one.header)
+        )
+        for key, group in groups.items()
+    }
     counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
     known = facts.get("layer")
     dropped = (axis for i in active for axis in i.rule.drop if axis not in i.rule.zeros)

@@ -167,5 +167,6 @@ def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
                 place=group.instance.rule.place,
                 got=f"{ranks} {dim} ranks hold {group.name}",
                 expected=f"at most {known.value}, from {known.why}: each is stored {times:g} times",
-                fix=f"Its tensors are not cut as training cuts them. Save with at most {known.value} {dim} ranks.",
+                fix="Only whole heads that are equal on neighbouring ranks are read, and here they are not. The "
+                f"configuration is of another model, or save it with at most {known.value} {dim} ranks.",
             )

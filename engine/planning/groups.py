@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.checkpoint.ranks import RankFile
@@ -150,13 +150,16 @@ def group_shards(
     return result
 
 
-def share_units(group: Group, sizes: Mapping[str, int], units: Collection[str]) -> Group:
+def share_units(
+    group: Group, sizes: Mapping[str, int], units: Collection[str], begins: Callable[[Stored], bytes]
+) -> Group:
     """The group with equal units folded, where each of a few lies on several ranks that follow each other.
 
     As key and value heads do where there are more tensor parallel ranks. What is folded is compared as replicas are.
 
     Args:
         units: axes that training divides evenly, of which a rank never has a part.
+        begins: gives the first bytes of a tensor, to tell in a first layer whether they are equal at all.
     """
     for at, (_, axis) in enumerate(group.cut.dims):
         ranks, count = {key[at] for key in group.shards}, sizes.get(axis, 0)
@@ -167,6 +170,8 @@ def share_units(group: Group, sizes: Mapping[str, int], units: Collection[str]) 
         folded: dict[tuple[int, ...], tuple[Stored, ...]] = {}
         for key, replicas in group.shards.items():
             one = (*key[:at], key[at] // times, *key[at + 1 :])
+            if one in folded and not any(group.fixed.values()) and begins(folded[one][0]) != begins(replicas[0]):
+                return group  # more units than the configuration says
             folded[one] = (*folded.get(one, ()), *replicas)
         return replace(group, shards=folded)
     return group

@@ -392,24 +392,23 @@ def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("said", [2, 8], ids=["the model's heads", "as many heads as ranks"])
 def test_metas_key_and_value_heads_may_be_repeated_over_more_ranks_than_there_are(said: int, tmp_path: Path) -> None:
     """As in Llama 3.1 405B on 16 ranks, whose `n_kv_heads` is 8 in some copies of `params.json` and 16 in others."""
-    model = model_of("meta", **TINY | {"heads": 8, "groups": 2, "hidden": 32}, **THIRD, vocab=64)
+    model = model_of("meta", **TINY | {"heads": 8, "groups": 2, "hidden": 32, "layers": 2}, **THIRD, vocab=64)
     expected = save_family(model, tmp_path / "two", tp=2)
     files = [torch.load(tmp_path / "two" / f"consolidated.0{rank}.pth", weights_only=True) for rank in range(2)]
     source = tmp_path / "eight"
 
-    def save(rank: int, **change: torch.Tensor) -> None:
+    def save(rank: int, change: dict[str, torch.Tensor]) -> None:
         across = ("wo.weight", "w2.weight")
         state = {
             name: one.clone() if "norm" in name or ".wk." in name or ".wv." in name
             else one.chunk(4, 1 if name.endswith(across) else 0)[rank % 4].clone()
             for name, one in files[rank // 4].items()
         }  # fmt: skip
-        wk = "layers.0.attention.wk.weight"
-        torch.save({**state, **({wk: change["wk"]} if change else {})}, source / f"consolidated.0{rank}.pth")
+        torch.save({**state, **change}, source / f"consolidated.0{rank}.pth")
 
     source.mkdir()
     for rank in range(8):
-        save(rank)
+        save(rank, {})
     params = json.loads((tmp_path / "two" / "params.json").read_text()) | {"n_kv_heads": said}
     (source / "params.json").write_text(json.dumps(params))
     engine.convert("meta-llama", source, tmp_path / "hf")
@@ -420,11 +419,15 @@ def test_metas_key_and_value_heads_may_be_repeated_over_more_ranks_than_there_ar
         assert torch.equal(one, expected[name].unflatten(0, (2, -1)).repeat_interleave(4, 0).flatten(0, 1) if again
                            else expected[name]), name  # fmt: skip
     engine.reshard("meta-llama", source, tmp_path / "one", tp=1)
-    for changed in (files[0]["layers.0.attention.wk.weight"] + 1, files[1]["layers.0.attention.wk.weight"]):
-        save(3, wk=changed)  # a copy that drifted, or another rank's
+    drifted = files[0]["layers.1.attention.wk.weight"] + 1
+    for name, changed, code in (
+        ("layers.1.attention.wk.weight", drifted, "E402"),  # a copy that drifted
+        ("layers.0.attention.wk.weight", files[1]["layers.0.attention.wk.weight"], "E203"),  # another head
+    ):
+        save(3, {name: changed})
         with pytest.raises(EngineError, match="wk") as caught:
             engine.convert("meta-llama", source, tmp_path / "bad")
-        assert caught.value.code == ("E402" if said == 2 else "E306") and not (tmp_path / "bad").exists()
+        assert caught.value.code == (code if said == 2 else "E306") and not (tmp_path / "bad").exists()
 
 
 def test_the_scaling_of_a_release_is_not_that_of_a_model_of_other_sizes(tmp_path: Path) -> None:
