@@ -68,7 +68,7 @@ class Rule:
 
 
 def _holds(when: Mapping[str, tuple[str, ...]], choices: Mapping[str, str]) -> bool:
-    return all(choices.get(name, allowed[0]) in allowed for name, allowed in when.items())
+    return not when or all(choices.get(name, allowed[0]) in allowed for name, allowed in when.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,12 +104,16 @@ def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
 
 def positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
     """The flat positions that a copy pairs, on either side."""
-    at = np.full((1,) * len(copy.shape), copy.source_offset)
-    to = np.full((1,) * len(copy.shape), copy.target_offset)
-    for axis, size in enumerate(copy.shape):
-        steps = np.arange(size).reshape([-1 if i == axis else 1 for i in range(len(copy.shape))])
-        at, to = at + steps * copy.source_strides[axis], to + steps * copy.target_strides[axis]
-    return at.ravel(), to.ravel()
+    at, to = (copy.source_offset, copy.source_strides), (copy.target_offset, copy.target_strides)
+    return strided(copy.shape, *at), strided(copy.shape, *to)
+
+
+def strided(shape: Sequence[int], offset: int, strides: Sequence[int]) -> np.ndarray:
+    """The flat positions of a strided part."""
+    at = np.array([offset])
+    for size, step in zip(shape, strides, strict=True):
+        at = (at[:, None] + np.arange(size) * step).ravel()
+    return at
 
 
 def _told(

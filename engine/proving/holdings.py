@@ -25,7 +25,7 @@ from engine.language.rules import STORED, said
 from engine.planning.boxes import Copy, swap
 from engine.planning.model import Plan
 from engine.planning.stored import Instance, instances
-from engine.proving.counterexamples import moves_of, positions
+from engine.proving.counterexamples import moves_of, strided
 from engine.proving.matrix import Case, cases, combinations_of
 from engine.proving.proof import Failure
 from engine.proving.symbolic import reverse_of
@@ -216,7 +216,7 @@ def _ranks(held: Held, plan: Plan) -> str:
     for rank, _, _, copies in held:
         mask = masks[tuple((dim, number) for dim, number in rank if dim in dims)].reshape(-1)
         for copy in copies:
-            mask[positions(copy)[1]] = True
+            mask[strided(copy.shape, copy.target_offset, copy.target_strides)] = True
     told = {at: _box(mask) if mask.any() else "" for at, mask in masks.items()}
     while fewer := [less for dim in dims if (less := _without(told, dim))]:
         told = min(fewer, key=len)
@@ -235,13 +235,15 @@ def _without(told: Mapping[Coordinates, str], dim: str) -> dict[Coordinates, str
 
 def _box(mask: np.ndarray) -> str:
     """A set of elements as ranges along each dimension, or as ranges of the elements counted through."""
+    if mask.all():
+        return "all"
     along = [mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)) for axis in range(mask.ndim)]
     whole = np.ones(mask.shape, bool)
     for axis, held in enumerate(along):
         whole &= held.reshape([-1 if a == axis else 1 for a in range(mask.ndim)])
     if not (whole == mask).all():
         return f"elements {_ranges(mask.ravel())}"
-    return "all" if mask.all() else f"[{', '.join(':' if held.all() else _ranges(held) for held in along)}]"
+    return f"[{', '.join(':' if held.all() else _ranges(held) for held in along)}]"
 
 
 def _ranges(held: Any) -> str:
