@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine import api
-from tests.support.depth import examples
+from tests.support.depth import deep, examples
 from tests.support.planted import FAULTS, SOURCES, Fault, convert, row, settings_table, told_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "compare-faults.md"
@@ -81,7 +81,7 @@ def _random_tensors(
         assert named or few, found
 
 
-@pytest.mark.parametrize("kind", ["different", "permuted"])
+@pytest.mark.parametrize("kind", [pytest.param("different", marks=deep), "permuted"])
 def test_a_search_in_large_tensors_takes_little_memory_and_time(kind: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(4096, 2048, generator=generator)
