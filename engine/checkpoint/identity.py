@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, span
 from engine.language.documents import tree_of
 from engine.language.expressions import compile_expression, evaluate
 from engine.language.model import FilePattern, Layout
@@ -203,8 +203,7 @@ def _blocks(claim: Claim, tensor: TensorHeader, size: int) -> Iterator[bytes]:
     """The bytes from a tensor's first element to its last, also where others lie between."""
     if not prod(tensor.shape):
         return
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
-    end = tensor.offset + (last + 1) * ITEM_SIZES[tensor.dtype]
+    end = tensor.offset + span(tensor.shape, tensor.strides) * ITEM_SIZES[tensor.dtype]
     file = claim.header.file.store.ranges(claim.header.file.name, None)
     try:
         for at in range(tensor.offset, end, size):

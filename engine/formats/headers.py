@@ -48,6 +48,15 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to one past the last of a strided array, with what lies between them.
+
+    >>> span((2, 3), (10, 1)), span((), ())
+    (13, 1)
+    """
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
 @lru_cache(maxsize=4096)
 def shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """One tuple for all that are equal: most ranks hold tensors of the same shapes, and there can be thousands."""

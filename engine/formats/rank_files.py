@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from engine.errors import EngineError, Place
 from engine.formats.dtensor import Distributed, read_distributed
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, big_endian, damaged, shared, unsupported
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, big_endian, damaged, shared, span, unsupported
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Instance, Refused, Storage, Tensor
 from engine.formats.unpickle import MAX_PICKLE, error_of, load_next, load_pickle
@@ -195,9 +195,9 @@ def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, in
     nbytes = storage.count * (1 if storage.dtype is None else ITEM_SIZES[storage.dtype])
     if nbytes > place[1]:
         raise damaged(file, f"storage {storage.key} of {place[1]} bytes, its tensors need {nbytes}", name)
-    last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
-    if 0 not in tensor.shape and (last + 1) * item > nbytes:
-        raise damaged(file, f"it needs {(last + 1) * item} bytes of a storage of {nbytes}", name)
+    needed = (tensor.offset + span(tensor.shape, tensor.strides)) * item
+    if 0 not in tensor.shape and needed > nbytes:
+        raise damaged(file, f"it needs {needed} bytes of a storage of {nbytes}", name)
     if _repeats(tensor.shape, tensor.strides):
         raise EngineError(
             "E303",

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.formats.headers import ITEM_SIZES
-from engine.move.runs import span
+from engine.formats.headers import ITEM_SIZES, span
 from engine.planning.boxes import Copy, clip, row
 from engine.planning.model import Output
 
@@ -157,7 +156,7 @@ def _disjoint(copies: list[Copy], low: int, high: int, quantum: int) -> list[tup
     bands: list[tuple[list[Copy], int, int]] = []
     end = low
     for copy in sorted(copies, key=lambda c: c.target_offset):
-        last = copy.target_offset + sum((n - 1) * s for n, s in zip(copy.shape, copy.target_strides, strict=True)) + 1
+        last = copy.target_offset + span(copy.shape, copy.target_strides)
         if copy.target_offset >= end and (copy.target_offset - low) % quantum == 0:
             bands.append(([copy], copy.target_offset, high))
             if len(bands) > 1:

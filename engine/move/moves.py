@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.formats.headers import ITEM_SIZES
+from engine.formats.headers import ITEM_SIZES, span
 from engine.move.blocks import Block
-from engine.move.runs import MOST_SPAN, READ_THROUGH, dense_parts, rows, span, straight
+from engine.move.runs import MOST_SPAN, READ_THROUGH, dense_parts, rows, straight
 from engine.planning.boxes import Copy
 from engine.planning.stored import SourceTensor
 from engine.storage.sources import SourceFiles

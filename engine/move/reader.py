@@ -7,11 +7,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.formats.headers import ITEM_SIZES
+from engine.formats.headers import ITEM_SIZES, span
 from engine.language.documents import grouped
 from engine.move.blocks import Block, block_of, output_blocks
 from engine.move.moves import Gatherer
-from engine.move.runs import MOST_SPAN, dense_parts, long_rows, span
+from engine.move.runs import MOST_SPAN, dense_parts, long_rows
 from engine.move.values import Converter, check_transform
 from engine.planning.boxes import Copy
 from engine.planning.model import Output, Work

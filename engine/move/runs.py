@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from engine.formats.headers import span
 from engine.planning.boxes import Copy
 
 READ_THROUGH = 8 * 1024  # bytes: gaps smaller than this are read, not skipped
@@ -11,11 +10,6 @@ MOST_SPAN = 4 << 20  # bytes of a run with gaps: what the scratch buffer may gro
 LEAST_ROW = 2 * 1024  # bytes: many shorter rows are sooner moved by way of a scratch buffer
 FEW_ROWS = 64  # not many, whatever their length
 MOST_ROWS = 1024  # with what lies between them: that one call of the system takes (IOV_MAX)
-
-
-def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to one past the last of a strided array."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def straight(copy: Copy) -> bool:

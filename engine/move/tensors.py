@@ -14,7 +14,7 @@ from math import isqrt, prod
 
 import numpy as np
 
-from engine.formats.headers import FLOATS, ITEM_SIZES, FileHeader, dense_strides
+from engine.formats.headers import FLOATS, ITEM_SIZES, FileHeader, dense_strides, span
 from engine.move.blocks import Block
 from engine.move.moves import Gatherer
 from engine.move.reader import Reader
@@ -208,7 +208,7 @@ class _Planned:
     def read(self, number: int, view: View, box: Box, reader: int) -> np.ndarray:
         shape, item = tuple(high - low for low, high in box), ITEM_SIZES[view.dtype]
         start = _start(view, box)
-        count = 1 + sum((size - 1) * stride for size, stride in zip(shape, view.strides, strict=True))
+        count = span(shape, view.strides)
         data = bytearray(count * item)
         self._readers[reader].read_into(number, start * item, memoryview(data))
         found = elements(memoryview(data), view.dtype)

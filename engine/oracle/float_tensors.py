@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import FLOATS, ITEM_SIZES, TORCH_NAMES, FileHeader, TensorHeader
+from engine.formats.headers import FLOATS, ITEM_SIZES, TORCH_NAMES, FileHeader, TensorHeader, span
 from engine.storage.sources import SourceFiles
 
 
@@ -43,8 +43,7 @@ class FloatTensors:
         if 0 in shape:
             return torch.empty(shape)
         item = ITEM_SIZES[header.dtype]
-        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, header.strides, strict=True))
-        raw = bytearray(span * item)
+        raw = bytearray(span(shape, header.strides) * item)
         self._files.read_into(file, header.offset + start * item, (memoryview(raw),))
         stored = torch.frombuffer(raw, dtype=getattr(torch, TORCH_NAMES[header.dtype]))
         return stored.as_strided(shape, header.strides).to(torch.float32).contiguous()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.formats.headers import FileHeader
+from engine.formats.headers import FileHeader, span
 from engine.language.model import Layout
 from engine.language.rules import TRANSFORMS
 from engine.planning.boxes import Copy
@@ -234,18 +234,12 @@ def _check(output: Output, copies: Sequence[Copy], sources: Sequence[SourceTenso
     filled = 0
     for copy in copies:
         header = sources[copy.source].header
-        last = sum((n - 1) * stride for n, stride in zip(header.shape, header.strides, strict=True))
         for at, strides, end in (
-            (copy.source_offset, copy.source_strides, last),
-            (copy.target_offset, copy.target_strides, output.elements - 1),
+            (copy.source_offset, copy.source_strides, span(header.shape, header.strides)),
+            (copy.target_offset, copy.target_strides, output.elements),
         ):
-            steps = list(zip(copy.shape, strides, strict=True))
             whole = all(type(n) is int and n >= 0 for n in (at, *copy.shape, *strides))
-            if (
-                not whole
-                or at + sum((n - 1) * stride for n, stride in steps) > end
-                or header.dtype != output.read_dtype
-            ):
+            if not whole or at + span(copy.shape, strides) > end or header.dtype != output.read_dtype:
                 raise ValueError(f"{output.name} is filled from beyond a tensor")
         filled += copy.volume()
     if filled != output.elements:

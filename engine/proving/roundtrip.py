@@ -16,6 +16,7 @@ import numpy as np
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.errors import EngineError, shape_text
 from engine.formats.configs import encode_config
+from engine.formats.headers import span
 from engine.language.expressions import names_in
 from engine.language.model import Layout, MappingFile
 from engine.language.rules import loses
@@ -147,7 +148,7 @@ def stored_numbers(plan: Plan, source: int) -> np.ndarray:
     """The elements of a stored tensor, by its own header and nothing of the plan."""
     tensor = plan.sources[source]
     header = tensor.header
-    count = 1 + sum((n - 1) * s for n, s in zip(header.shape, header.strides, strict=True))
+    count = span(header.shape, header.strides)
     if not all(header.shape):
         return np.empty(header.shape, np.float32)
     with plan.files[tensor.file].file.open() as file:

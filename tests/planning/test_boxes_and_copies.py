@@ -9,9 +9,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.formats.headers import span
 from engine.language.axes import extent, parse_axes
 from engine.move.blocks import blocks
-from engine.move.runs import dense_parts, span, straight
+from engine.move.runs import dense_parts, straight
 from engine.planning.boxes import Copy, Part, Region, clip, cut, intersect, regions, swap
 from tests.support.depth import examples
 
