@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from engine.errors import EngineError, Place, escaped_json, visible
+from engine.storage.json_text import as_data
 
 T = TypeVar("T")
 
@@ -46,8 +47,12 @@ def quoted(name: str | Path) -> str:
 
 
 def as_json(data: Any) -> str:
-    """JSON that any terminal can show: what is not to be seen is an escape, so are bytes of a path that are no text."""
-    return escaped_json(json.dumps(data, indent=2, ensure_ascii=False))
+    """JSON that any terminal can show: what is not to be seen is an escape, so are bytes of a path that are no text.
+
+    >>> as_json({"rope_base": float("inf")})  # which JSON does not have
+    '{\\n  "rope_base": null\\n}'
+    """
+    return escaped_json(json.dumps(as_data(data), indent=2, ensure_ascii=False))
 
 
 def shown(value: Any) -> Any:
