@@ -113,7 +113,7 @@ def test_the_shard_that_the_attacks_start_from_is_read(saved: Callable[..., Path
         (set_state("_metadata.shards_metadata.2.shard_sizes", [2, 2]), "E301"),
         (column, "E303"),
         (repeat(1), "E303"),
-        (repeat(1 << 21), "E301"),
+        (repeat(1 << 20), "E301"),
         (second_shard, "E301"),
         (other_shard, "E301"),
         (set_state("_local_shards", []), "E301"),
