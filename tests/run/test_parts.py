@@ -129,7 +129,7 @@ def test_a_part_looks_at_no_file_but_its_own(whole: dict[str, bytes], tmp_path: 
 
 @pytest.mark.parametrize("to", [None, "transformers"])
 def test_no_copies_of_a_saved_plan_break_a_part(to: str | None, plan: Path) -> None:
-    """Of one that reads with one mapping and writes with another, those of the first."""
+    """Of one that reads with one mapping and writes with another, those of the first: other names are other files."""
     if to is not None:
         api.save_plan(plan, MAPPING, STEP, job="reshard", to=to, overwrite=True)
     data = json.loads(plan.read_text())
@@ -141,7 +141,8 @@ def test_no_copies_of_a_saved_plan_break_a_part(to: str | None, plan: Path) -> N
         try:
             loaded_part(read_saved(plan), Part(1, 2), positioned=True)
         except EngineError as error:
-            assert error.code == "E102", (name, error)
+            other = to is not None and name.split()[0] in ("outputs.0.0", "files.0.0")
+            assert error.code in (("E102", "E305", "E405") if other else ("E102",)), (name, error)
 
 
 @pytest.mark.parametrize(

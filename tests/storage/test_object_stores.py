@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -311,11 +312,12 @@ def test_a_run_that_ends_while_it_writes_leaves_no_object(number: int, bucket: B
     engine.convert(MAPPING, STEP, tmp_path / "hf", **SMALL)
     step, out = bucket.upload(STEP, "step"), f"{bucket.url}/hf"
     parts: list[Asked] = []
+    ended = threading.Event()
 
     def hold(one: Asked) -> str | None:
         if one.method == "PUT" and "partNumber" in one.path:
             parts.append(one)
-            time.sleep(0.5 if len(parts) < 4 else 3)
+            ended.wait(0.5 if len(parts) < 4 else 60)
         return None
 
     bucket.proxy.spoil = hold
@@ -323,6 +325,7 @@ def test_a_run_that_ends_while_it_writes_leaves_no_object(number: int, bucket: B
     while len(parts) < 4 and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, number)
+    ended.set()
     process.wait()
     bucket.proxy.spoil = lambda _: None
     assert bucket.contents("hf").keys() == ({".engine-lock"} if number == signal.SIGKILL else set())
