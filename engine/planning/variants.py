@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from engine.errors import EngineError
-from engine.language.documents import value_at
+from engine.language.documents import grouped, value_at
 from engine.language.expressions import compile_expression, evaluate, names_in
 from engine.language.model import Expression, MappingFile, Option, Variant
 from engine.language.validation import short
@@ -226,19 +226,22 @@ def because(expressions: Sequence[Expression], names: Mapping[str, Any], called:
     'model_config.pt has neither adapt_hf nor qk_interleaved'
     >>> because([rotary], {"adapt_hf": False}, "model_config.pt")
     'model_config.pt has adapt_hf false, and no qk_interleaved'
+    >>> because([Expression("given.vocab_size", Place("x.yaml"))], {}, "model_config.pt")
+    'the given configuration has no vocab_size'
     """
     compiled = [compile_expression(one) for one in expressions]
-    paths = sorted({path for one in compiled for path in one.paths})
-    found = {path: value_at(names, path, _MISSING) for path in paths}
-    has = [f"{path} {short(value, _LONGEST)}" for path, value in found.items() if value is not _MISSING]
-    lacks = [path for path, value in found.items() if value is _MISSING]
     told: list[str] = []
-    if has and lacks:
-        told.append(f"{called} has {_list(has)}, and no {_list(lacks, 'or')}")
-    elif has:
-        told.append(f"{called} has {_list(has)}")
-    elif lacks:
-        told.append(f"{called} has no {lacks[0]}" if len(lacks) == 1 else f"{called} has neither {_list(lacks, 'nor')}")
+    paths = sorted({path for one in compiled for path in one.paths})
+    for (whose, above), listed in grouped((_whose(path, called), path) for path in paths).items():
+        found = {path.removeprefix(above): value_at(names, path, _MISSING) for path in listed}
+        has = [f"{path} {short(value, _LONGEST)}" for path, value in found.items() if value is not _MISSING]
+        lacks = [path for path, value in found.items() if value is _MISSING]
+        if has and lacks:
+            told.append(f"{whose} {_list(has)}, and no {_list(lacks, 'or')}")
+        elif has:
+            told.append(f"{whose} {_list(has)}")
+        else:
+            told.append(f"{whose} no {lacks[0]}" if len(lacks) == 1 else f"{whose} neither {_list(lacks, 'nor')}")
     patterns = sorted({text for one in compiled for text in one.patterns})
     if patterns and "present" in names:
         there = [text for text in patterns if names["present"](text)]
@@ -246,6 +249,19 @@ def because(expressions: Sequence[Expression], names: Mapping[str, Any], called:
         told += [f"there is {_list(there)}"] if there else []
         told += [f"there is no {_list(absent, 'or')}"] if absent else []
     return "; ".join(told)
+
+
+_OTHERS = {
+    "given": "the given configuration has",
+    "training": "the training configuration has",
+    "options": "the options have",
+}
+
+
+def _whose(path: str, called: str) -> tuple[str, str]:
+    """Who has what lies at a path, and how the path begins there."""
+    of, dot, _ = path.partition(".")
+    return (_OTHERS[of], of + dot) if dot and of in _OTHERS else (f"{called} has", "")
 
 
 def _list(parts: Sequence[str], word: str = "and") -> str:
