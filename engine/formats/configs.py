@@ -14,7 +14,7 @@ from engine.formats.headers import damaged
 from engine.formats.pickling import with_dtypes
 from engine.formats.python_source import MAX_SOURCE, literals
 from engine.formats.rank_files import read_torch_file
-from engine.formats.standins import DType, Instance, Opaque
+from engine.formats.standins import DType, Instance, Opaque, OtherClass
 from engine.formats.torch_files import encode_directory, encode_torch
 from engine.storage.json_text import parse_json
 from engine.storage.store import File
@@ -146,6 +146,8 @@ def plain(value: Any, name: str) -> Any:
             return f"torch.{value.name}"
         if isinstance(value, Opaque):
             return value.kind
+        if isinstance(value, Instance | OtherClass):
+            return value.kind.name if isinstance(value, Instance) else value.name
         return value if isinstance(value, str | int | float | bool) or value is None else type(value).__name__
 
     return told(value, 0)

@@ -22,7 +22,7 @@ from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader, Part, TensorHeader, damaged
 from engine.formats.rank_files import LoadPickle, Pickles, tensor_header
 from engine.formats.safetensors import read_boxes
-from engine.formats.standins import Refused, Tensor, attributes, element_type, ints
+from engine.formats.standins import Instance, Refused, Tensor, attributes, element_type, ints
 from engine.formats.unpickle import error_of, load_pickle
 from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile, State, Store
@@ -233,7 +233,7 @@ def _directory(value: Any, identity: str, most: int) -> Directory:
     for name, one in tensors.items():
         if type(name) is not str or not name.isprintable():
             raise Refused("E301", f"a name {name!r}"[:100])
-        kind = one.kind.name if hasattr(one, "kind") else ""
+        kind = one.kind.name if isinstance(one, Instance) else ""
         if kind == "BytesStorageMetadata":
             if (name, None) not in places:
                 raise Refused("E301", f"`{name}` is listed and its bytes are not")

@@ -147,6 +147,10 @@ class OtherClass:
     name: str
 
 
+class OtherFunction(OtherClass):
+    """One that others call to make a value; here nothing calls it, so a pickle that does is told its name."""
+
+
 class Record(dict[Any, Any]):
     """Stands for `OrderedDict` and for any dict class named `Config`: InternEvo's and its kind."""
 
@@ -230,13 +234,6 @@ def _record(*arguments: Any) -> Record:
     return Record()
 
 
-def _set(items: Any = ()) -> set[Any]:
-    """At most a few items: a pickle can ask for the same copy many times over."""
-    if type(items) is not list or len(items) > 64:
-        raise Refused("E301", "a set of many items")
-    return {scalar(item) for item in items}
-
-
 def scalar(value: Any) -> Any:
     """The value, if it is fit to be a key. Hashing anything nested can take forever, or crash."""
     if type(value) not in (str, int, float, bool, type(None), Instance):  # which is told by its identity
@@ -246,22 +243,15 @@ def scalar(value: Any) -> Any:
 
 RECORD = Function(_record)
 
-# What frameworks keep beside the weights: settings, random states, paths. Nothing of it is looked at.
+# What frameworks keep beside the weights. Nothing of it is looked at.
 _OPAQUE_PACKAGES = ("megatron.", "torch.distributed.checkpoint.planner")
-_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # of `pathlib`, and of what it is made of
 # What tells where a part of a tensor belongs: `dtensor` and `dcp` read the attributes of such objects.
 _PLAIN_PACKAGES = (
     "torch.distributed.checkpoint.", "torch.distributed.tensor", "torch.distributed._tensor",
     "torch.distributed.device_mesh", "torch.distributed._mesh_layout", "torch.distributed._pycute",
 )  # fmt: skip
-_OPAQUE = (
-    ("signal", "Signals"), ("_codecs", "encode"), ("_io", "BytesIO"), ("builtins", "bytes"), ("__builtin__", "bytes"),
-    ("numpy", "ndarray"), ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-)  # fmt: skip
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): RECORD,
-    ("argparse", "Namespace"): PlainClass("Namespace"),
     # As Ascend's torch before 2.1 saves a tensor, from a copy in the host's memory; what comes last is the device's.
     ("torch_npu.utils.storage", "_rebuild_npu_tensor"): Function(lambda *given: _rebuild_tensor(*given[:-1])),
     ("torch", "Size"): Function(lambda value=(): int_list(value)),
@@ -269,9 +259,6 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "UntypedStorage"): StorageType(None),
     ("torch", "Tensor"): OtherClass("torch.Tensor"),
     ("torch.nn.parameter", "Parameter"): OtherClass("torch.nn.parameter.Parameter"),
-    ("builtins", "set"): Function(_set),
-    ("__builtin__", "set"): Function(_set),
-    **{key: opaque(key[1]) for key in _OPAQUE},
     **{("torch._utils", name): function for name, function in _REBUILD.items()},
     **{("torch", name): DType(name) for name in (*DTYPES, *_UNSUPPORTED_DTYPES)},
     **{(module, name): StorageType(STORAGES.get(name, name))
@@ -286,7 +273,7 @@ def known_global(module: str, name: str) -> Any:
         return known
     if name == "Config":
         return RECORD
-    if module.startswith(_OPAQUE_PACKAGES) or (module.startswith("pathlib") and name in _PATHS):
+    if module.startswith(_OPAQUE_PACKAGES):
         return opaque(name)
     if module.startswith(_PLAIN_PACKAGES):
         return PlainClass(name, takes=True)

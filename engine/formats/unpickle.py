@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, ClassVar
 
 from engine.errors import EngineError, Place
+from engine.formats.beside import BESIDE
 from engine.formats.headers import damaged
 from engine.formats.sharded import sharding_global
 from engine.formats.standins import (
@@ -23,6 +24,7 @@ from engine.formats.standins import (
     Opaque,
     OpaqueClass,
     OtherClass,
+    OtherFunction,
     PlainClass,
     Record,
     Refused,
@@ -101,7 +103,7 @@ class _Machine(pickle._Unpickler):
         raise EOFError("it ends too early")
 
     def find_class(self, module: str, name: str) -> Any:
-        known = sharding_global(module, name)
+        known = BESIDE.get((module, name)) or sharding_global(module, name)
         return known_global(module, name) if known is None else known
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -168,6 +170,8 @@ def _frozenset(machine: _Machine) -> None:
 def _reduce(machine: _Machine) -> None:
     arguments = machine.stack.pop()
     function = machine.stack[-1]
+    if isinstance(function, OtherFunction):
+        raise Refused("E302", function.name)
     if type(arguments) is not tuple or not isinstance(function, Function | PlainClass):
         raise Refused("E301", f"a call of a {type(function).__name__}")
     if isinstance(function, Function):

@@ -11,12 +11,15 @@ import struct
 import sys
 import time
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -27,9 +30,17 @@ from engine.formats.configs import literals
 from engine.formats.headers import ITEM_SIZES
 from engine.formats.rank_files import read_torch_file
 from engine.formats.safetensors import encode_header, index_json, shard_names, split_shards
+from engine.formats.standins import Opaque
+from engine.formats.unpickle import load_pickle
 from engine.storage.local import local_file
 from tests.support.depth import examples
-from tests.support.readers import read_config, read_python_source, read_rank_file, read_safetensors
+from tests.support.readers import (
+    read_config,
+    read_pickled_mapping,
+    read_python_source,
+    read_rank_file,
+    read_safetensors,
+)
 
 BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -118,6 +129,47 @@ def test_a_tensor_that_is_marked_in_another_way_is_refused(marks: Any, tmp_path:
     with pytest.raises(EngineError, match="marked as") as caught:
         read_rank_file(tmp_path / "x.pt")
     assert caught.value.code == "E303"
+
+
+PLAIN = {
+    "a number of numpy": (np.float64(1e-5), 1e-5),
+    "a float of 32 bits": (np.float32(1e-5), float(np.float32(1e-5))),
+    "a float of 16 bits": (np.float16(0.5), 0.5),
+    "a number in the other order of bytes": (np.array([1.5], ">f8")[0], 1.5),
+    "a whole number": (np.int64(-7), -7),
+    "a truth value": (np.bool_(True), True),
+    "a text of numpy": (np.str_("läuft"), "läuft"),
+    "a kind of number": (np.float32, "numpy.float32"),
+    "what is no number here": (np.longdouble(1.5), "numpy.scalar"),
+    "an array": (np.arange(3), "numpy.ndarray"),
+    "its element type": (np.dtype("float32"), "numpy.dtype"),
+    "a counter": (Counter("aab"), {"a": 2, "b": 1}),
+    "a mapping with a default": (defaultdict(list, {"a": [1]}), {"a": [1]}),
+    "settings": (SimpleNamespace(a=[1]), {"a": [1]}),
+    "a frozen set": (frozenset([1, 2]), [1, 2]),
+    "a set": ({1, 2}, [1, 2]),
+    "a queue": (deque([1.5], maxlen=8), "collections.deque"),
+    "a date": (datetime(2026, 1, 1), "datetime.datetime"),
+    "bytes": (b"abc", "bytes"),
+    "a complex number": (1j, "__builtin__.complex"),
+    "a range": (range(3), "__builtin__.xrange"),
+}
+
+
+@pytest.mark.parametrize("value, read", PLAIN.values(), ids=PLAIN)
+def test_numbers_of_numpy_and_containers_of_python_are_plain_data(value: Any, read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model_config.pt"
+    torch.save({"value": value, "tensor": torch.ones(2)}, path)
+    found = read_pickled_mapping(path)["value"]
+    assert (found, type(found)) == (read, type(read))
+    assert [tensor.name for tensor in read_rank_file(path).tensors] == ["tensor"]
+
+
+@pytest.mark.parametrize("data", [b"", b"1234567", b"\0" * 9, "12345678", [1], None])
+def test_a_number_of_numpy_that_is_none_is_not_looked_at(data: Any) -> None:
+    called = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(X\2\0\0\0f8\x89\x88tR"
+    found = load_pickle(b"\x80\x02" + called + pickle.dumps(data, 3)[2:-1] + b"tR.", "x")
+    assert isinstance(found, Opaque)
 
 
 def test_members_that_are_not_aligned_are_read_where_they_are(tmp_path: Path) -> None:
