@@ -160,7 +160,7 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
     level, quiet.level = quiet.level, logging.ERROR
     try:
         loaded = transformers.AutoConfig.for_model(**{**_with_infinities(config), "dtype": "bfloat16"})
-        with torch.device("meta"):
+        with torch.device("meta"), _unfilled():
             model = made(loaded)
     except Exception as error:  # whatever their validation raises, it is this configuration that they refuse
         raise EngineError(
@@ -172,6 +172,19 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
     finally:
         quiet.setLevel(level)
     return model, bool(getattr(loaded, "tie_word_embeddings", False))
+
+
+def _unfilled() -> Any:
+    """A context in which tensors are not filled with first values: without memory they have none."""
+    from torch.overrides import TorchFunctionMode
+
+    class Unfilled(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__module__", "") == "torch.nn.init":
+                return kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    return Unfilled()
 
 
 def _generating(kind: Any) -> Any:
