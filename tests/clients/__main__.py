@@ -23,9 +23,9 @@ from tests.clients.environments import CONVERTER, FOLDER, ROOT, converter, envir
 PAGE = ROOT / "docs" / "clients.md"
 ABOUT = """# Clients
 
-Other programs that run what `engine run` writes, each in an environment of its own, on folders converted
-from genuine InternEvo checkpoints (`tests/fixtures/`) in float32. `make clients` runs them, fails when a figure is
-wrong, and writes this table. Figures are largest absolute differences.
+Other programs that load the output of `engine run`, each in its own environment, on folders converted from genuine
+InternEvo checkpoints (`tests/fixtures/`) in float32. `make clients` runs them, fails when a figure is wrong, and writes
+this table. Figures are largest absolute differences.
 
 | client | version | what was run | figure |
 |---|---|---|---|
@@ -36,11 +36,11 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
 ## What does not hold
 
 - transformers before 4.51 silently reads `rope_scaling: yarn` as a different model (before 4.43 it refuses), and
-  before 4.41 it drops biases of the MLP with a warning. The card of each folder names the versions that work.
+  before 4.41 it drops biases of the MLP with a warning. Each folder's model card names the versions that work.
 - mergekit 0.1.5 drops the biases of attention, which InternLM (the first) has and InternLM2 does not: they are missing
   in its own list of a Llama's tensors. Merge InternLM models with another program.
-- vLLM and LMDeploy need an accelerator to run a model. What is asked here is their Python code that reads a folder's
-  configuration and chooses the model: vLLM's registry, LMDeploy's TurboMind and its PyTorch engine.
+- vLLM and LMDeploy need an accelerator to run a model. Only their Python code that reads a folder's configuration and
+  chooses the model was run: vLLM's registry, LMDeploy's TurboMind and its PyTorch engine.
 """
 
 
