@@ -4,7 +4,7 @@
 >>> engine.convert("internlm2-7b", "ckpt/20000", "internlm2-7b-hf")  # doctest: +SKIP
 Report(out='internlm2-7b-hf', tensors=227, ...)
 
-Importing this is instant: what a name needs is imported when the name is first used.
+Importing this package is instant: each name is imported when it is first used.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
-"""Every error a user can meet: a stable code, a place, got against expected, and what to do.
+"""Every error a user can see: a stable code, a place, got against expected, and what to do.
 
-A code is explained by its page in `docs/codes` alone. Codes are grouped by where the trouble lies: E0 usage, E1 mapping
-and layout files, E2 planning (ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5 assets, E9 the
-engine itself; L0 what `engine lint` finds.
+Each code is explained only on its page in `docs/codes`. Codes are grouped by where the problem lies: E0 usage, E1
+mapping and layout files, E2 planning (ranks, sizes, coverage), E3 checkpoint files, E4 running and writing, E5 assets,
+E9 the engine itself; L0 findings of `engine lint`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-# What an interrupted run can go on from, when the cause is gone: a disk, not the input, is at fault.
+# After these a run can be resumed once the cause is gone: a disk is at fault, not the input.
 RESUMABLE = ("E305", "E403", "E405")
-KEPT = (*RESUMABLE, "E407", "E409")  # what else leaves the work of an interrupted run as it is
+KEPT = (*RESUMABLE, "E407", "E409")  # after these the work of an interrupted run is kept
 
 _LONGEST = 2000  # characters of one part of a message
 
 
-_SECRET = re.compile(r"(?<=://)[^\s/@\"']+@")  # who asks a server, and with which password, in a URL
+_SECRET = re.compile(r"(?<=://)[^\s/@\"']+@")  # user and password in a URL
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a URL in it names a user or password."""
+    """Whether the text has a URL with a user or password."""
     return _SECRET.search(text) is not None
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Text that cannot steer a terminal, turn its direction, pretend to be another line, or fail to be written.
+    """Text that cannot control a terminal, change its writing direction, fake another line, or fail to be written.
 
-    Names in a checkpoint, of its files and in a mapping may hold anything. Everything that is shown, in a
-    terminal, a card, a page or a message, passes through here. `keep` are characters that stay, like newlines.
+    Names of tensors and files, and text in a mapping, may hold anything. Everything that is shown in a
+    terminal, a card, a page or a message passes through here. `keep`: characters to leave as they are, like newlines.
 
     >>> visible("two\\nlines"), visible("\\x1b[31mred\\u202e"), visible("http://me:secret@host/a")
     ('two\\\\nlines', '\\\\x1b[31mred\\\\u202e', 'http://***@host/a')
@@ -48,7 +48,7 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def escaped_json(text: str) -> str:
-    """JSON in which everything that is not to be seen is an escape of JSON's own; but for passwords, the same data."""
+    """JSON with all invisible characters as JSON escapes; the same data, except that passwords are masked."""
     text = _SECRET.sub("***@", text)
     if text.isprintable():
         return text
@@ -69,7 +69,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def rounded(number: float) -> str:
-    """A number of parameters as people say it.
+    """A number of parameters in words.
 
     >>> rounded(7_737_708_544), rounded(297_056), rounded(512)
     ('7.74 billion', '297,056', '512')
@@ -98,7 +98,7 @@ def span(interval: tuple[int, int]) -> str:
 
 
 def meant(name: str, known: Iterable[str], otherwise: str | None = None, least: float = 0.6) -> str | None:
-    """The near name as what to do, or what else to do.
+    """A question that suggests the closest known name; `otherwise` when none is close.
 
     >>> meant("hiden", ["hidden", "layer"]), meant("x", [], "Declare it.")
     ('Did you mean `hidden`?', 'Declare it.')
@@ -108,7 +108,7 @@ def meant(name: str, known: Iterable[str], otherwise: str | None = None, least: 
 
 
 def printable(text: str) -> str:
-    """Visible text of one line, of a length that a message can hold."""
+    """`visible` text on one line, cut to a length that fits a message."""
     return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 
 
@@ -142,7 +142,7 @@ class Place:
         return ":".join(parts)
 
     def as_dict(self) -> dict[str, object]:
-        """The same as data, for `--json`; what is not known is left out."""
+        """The same as data, for `--json`, without unknown parts."""
         parts = {"file": printable(self.file), "line": self.line, "column": self.column, "tensor": self.tensor}
         return {name: printable(p) if isinstance(p, str) else p for name, p in parts.items() if p is not None}
 
@@ -150,7 +150,7 @@ class Place:
 def in_words(
     code: str, message: str, place: Place | None, got: str | None, expected: str | None, fix: str | None
 ) -> str:
-    """A problem as it is printed: what, where, what was found and should have been, what to do."""
+    """A problem as it is printed: what is wrong, where, got, expected, and what to do."""
     lines = [f"{code} {printable(message)}"]
     if place is not None:
         lines.append(f"  {printable(str(place))}")
@@ -168,13 +168,13 @@ class EngineError(Exception):
     """Something a user must know, ready to print.
 
     Args:
-        code: that of a page in `docs/codes`; it never changes its meaning.
+        code: names a page in `docs/codes`; its meaning never changes.
         message: what is wrong, one lower-case line without a full stop.
-        place: where; a file and line, or a file and tensor.
+        place: a file and line, or a file and tensor.
         got: what was found, one line or several.
         expected: what should have been there.
         fix: what to do, one or more sentences.
-        answers: of a question: what to set, with values that may be meant; `config` is a file to give.
+        answers: for a question: each setting that answers it, with possible values; `config` stands for --config FILE.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class EngineError(Exception):
         return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """So that it comes whole from another process."""
+        """Pickle all attributes, so that another process can pass the error on."""
         return _again, (type(self), self.__dict__)
 
     def as_dict(self) -> dict[str, object]:
@@ -228,7 +228,7 @@ def _again(kind: type[EngineError], state: dict[str, Any]) -> EngineError:
 
 
 class EngineErrors(EngineError):
-    """Several independent errors found in one go, in order of place; who asks for one is told the first."""
+    """Several independent errors found at once, in order of place; its own attributes are those of the first."""
 
     def __init__(self, errors: Sequence[EngineError]) -> None:
         first = errors[0]
@@ -247,10 +247,10 @@ class EngineErrors(EngineError):
 
 @contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
-    """E001 where a library is not installed that an extra of the package brings.
+    """E001 when the library is missing that an extra of the package installs.
 
     Args:
-        what: that cannot be done without it: `URLs need`.
+        what: what needs it, with the verb: `URLs need`.
     """
     try:
         yield
@@ -259,11 +259,11 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         raise EngineError("E001", f"{what} the extra `{extra}`", got=f"no module {error.name}", fix=fix) from None
 
 
-_MOST_ERRORS = 20  # of one file that are told; a file may have a million
+_MOST_ERRORS = 20  # reported per file; a file may have a million
 
 
 class Errors:
-    """Gathers independent errors, so that all of a file are told at once.
+    """Collects independent errors, so that all errors of a file are reported at once.
 
     >>> errors = Errors()
     >>> with errors.caught():
@@ -279,14 +279,14 @@ class Errors:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """What is raised inside is kept, and what follows goes on."""
+        """Collect an `EngineError` raised inside, and go on."""
         try:
             yield
         except EngineError as error:
             self.found += error.errors
 
     def check(self) -> None:
-        """Raise what was kept: one error as itself, several as `EngineErrors`."""
+        """Raise what was collected: one error as itself, several as `EngineErrors`."""
         once = {(error.code, str(error.place), error.message): error for error in self.found}
         listed = sorted(once.values(), key=lambda e: (e.place.line or 0, e.place.column or 0) if e.place else (0, 0))
         if len(listed) == 1:

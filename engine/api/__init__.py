@@ -1,6 +1,6 @@
-"""The public Python functions. Each is what one command of the command line does.
+"""The public Python functions. Each does what one command of the command line does.
 
-What a name needs is imported when it is first used. `__init__.pyi` says the same to type checkers and editors.
+A name is imported when it is first used. `__init__.pyi` lists the same names for type checkers and editors.
 """
 
 from importlib import import_module

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
-    """Findings of mapping and layout files, or of those below folders; without paths, of every bundled mapping.
+    """What is wrong in mapping and layout files, or in all below a folder; without paths, in every bundled mapping.
 
     >>> engine.lint("internlm2-7b")
     []
@@ -25,10 +25,10 @@ def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
 
 
 def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths stand for; of a folder, every mapping and layout below it.
+    """The files that paths name; for a folder, every mapping and layout below it.
 
     Raises:
-        EngineError: E002 for a folder without any, or a path where nothing is.
+        EngineError: E002 for a folder that holds none, or a path that does not exist.
     """
     for path in paths:
         check_type("paths", path, str | Path)

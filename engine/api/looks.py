@@ -1,4 +1,4 @@
-"""The public functions that say what there is, and what a plan does with it; headers are read only."""
+"""The public functions that show what a checkpoint holds and what a plan does with it. Only headers are read."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def explain(
     backward: bool = False,
     **options: Unpack[PlanOptions],
 ) -> Explanation:
-    """Where the elements of a tensor come from, or with `backward` where they go; reads headers only.
+    """Where the elements of a tensor come from; with `backward`, where they go. Reads headers only.
 
     >>> told = engine.explain("model.norm.weight[0:4]", "internlm", "ckpt/1000").as_dict()
     >>> told["tensors"][0]["rule"]
     'norm.weight'
 
     Args:
-        what: an output and slices of it, `model.norm.weight[0:4]`; with `backward` a stored tensor,
-            `FILE:NAME[slices]`, or without the file the tensor of every file that has it.
+        what: an output, with or without slices, `model.norm.weight[0:4]`; with `backward` a stored tensor,
+            `FILE:NAME[slices]`; without FILE, the tensor in every file that has it.
         Others as for `plan`.
 
     Raises:
-        EngineError: E001 for a name or a slice that is not there, else as for `plan`.
+        EngineError: E001 for a name or slice that does not exist, else as for `plan`.
     """
     check_type("what", what, str)
     compiled = plan(mapping, src, **options)
@@ -50,17 +50,17 @@ def explain(
 def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: bool = False) -> Inspection:
     """What a folder is: a training checkpoint, a Hugging Face checkpoint, or a folder of steps.
 
-    Reads headers only. Of a training checkpoint it tells layout, ranks and sizes, and which mappings fit.
+    Reads headers only. For a training checkpoint it reports layout, ranks and sizes, and which mappings fit.
 
     >>> [fit.name for fit in engine.inspect("ckpt/1000").fitting]
     ['internlm']
 
     Args:
         config: as for `convert`.
-        every: look at every step of a folder of steps; else at the newest 20.
+        every: look at every step of a folder of steps, not only at the newest 20.
 
     Raises:
-        EngineError: E304 when it is none of these, E2xx and E3xx for a checkpoint that is not whole.
+        EngineError: E304 when it is none of these, E2xx and E3xx for an incomplete checkpoint.
     """
     found = look(src, config, every=every)
     if found.kind == "whole" and config is not None:
@@ -69,7 +69,7 @@ def inspect(src: str | Path = ".", config: str | Path | None = None, *, every: b
 
 
 def mappings() -> list[MappingFile]:
-    """Every bundled mapping, and those in the folders of `ENGINE_MAPPINGS`: releases first, then families.
+    """Every bundled mapping, and those in the folders that `ENGINE_MAPPINGS` names: releases first, then families.
 
     >>> "internlm2-7b" in [mapping.name for mapping in engine.mappings()]
     True
@@ -85,9 +85,9 @@ def view(
     overwrite: bool = False,
     **options: Unpack[PlanOptions],
 ) -> dict[str, Any]:
-    """Write one HTML page that shows what `convert` would do, and say how large it is; reads headers only.
+    """Write one HTML page that shows what `convert` would do; returns its path and size. Reads headers only.
 
-    The page needs nothing else: it loads nothing, and works without scripts.
+    The page is self-contained: it loads nothing, and works without scripts.
 
     Raises:
         EngineError: E401 when `out` exists, else as for `plan`.

@@ -1,4 +1,4 @@
-"""What belongs to every output: where it goes, the files beside the weights, and how to tidy up; and the system."""
+"""What every output needs: its place, the files beside the weights, and cleaning up; also the environment."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from engine.storage.uploads import clean as remove_objects
 
 
 def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path | None) -> Small:
-    """The files that belong beside the weights that a plan writes."""
+    """The files that go beside the weights of a plan's output."""
     if compiled.written is not None:
         for name, given in (("tokenizer", tokenizer), ("code", code)):
             if given is not None:
-                raise EngineError("E001", f"--{name} has no use: the plan writes rank files", got=str(given),
+                raise EngineError("E001", f"--{name} has no effect: the plan writes rank files", got=str(given),
                                   fix=f"Leave --{name} out.")  # fmt: skip
 
         return Small({name: encode_config(name, kind, content) for name, (kind, content) in compiled.beside.items()})
@@ -35,7 +35,7 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
 
 
 def default_out(src: str | Path) -> Path | str:
-    """Where `convert` writes when it is not told."""
+    """Where `convert` writes by default."""
     if is_url(src):
         return str(src).rstrip("/") + "-hf"
     real = Path(src).resolve()
@@ -45,8 +45,8 @@ def default_out(src: str | Path) -> Path | str:
 def clean(out: str | Path) -> list[Path | str]:
     """Remove what interrupted runs left beside an output; returns what was removed.
 
-    In an object store that is uploads that are pending at the output's prefix, and objects that the engine wrote there,
-    unless they are a whole output. Other outputs below the prefix are left alone.
+    In an object store these are pending uploads at the output's prefix, and objects that the engine wrote there, unless
+    they form a whole output. Other outputs below the prefix are left alone.
     """
     store = store_at(out, "the output")
     if isinstance(store, ObjectStore):
@@ -61,10 +61,10 @@ def clean(out: str | Path) -> list[Path | str]:
 
 
 def kept(out: str | Path | None, src: str | Path | None = None) -> tuple[str, list[tuple[str, int]]]:
-    """An output's path, and what interrupted runs left beside it: each folder with the bytes it takes.
+    """An output's path, and what interrupted runs left beside it: each folder with its size in bytes.
 
     Args:
-        out: as it was given to the run; without it, the default of `src`.
+        out: as it was given to the run; default: where a run of `src` writes by default.
     """
     final = default_out(src or ".") if out is None else out
     if is_url(final):

@@ -1,4 +1,4 @@
-"""The public functions that do a saved plan's work in parts, on as many machines as there are."""
+"""The public functions that run a saved plan in parts, on any number of machines."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from engine.storage.upload import Upload
 
 
 def part(path: str | Path, which: Part | str, out: str | Path | None = None, **options: Unpack[RunOptions]) -> int:
-    """Write one part of what a saved plan writes; returns its bytes, 0 for one that was done already.
+    """Write one part of a saved plan's output; returns its size in bytes, 0 if it was done already.
 
-    Nothing is visible at `out` before `commit`. Any number of parts gives the bytes of one run.
+    Nothing is visible at `out` before `commit`. Any number of parts gives the same bytes as one run.
 
     Args:
         path: the saved plan, the same for all parts.
@@ -72,9 +72,9 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
 
 
 def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work, list[Job]]:
-    """A part of a saved plan: what moves its bytes, and in which order; only files that it reads are looked at.
+    """One part of a saved plan: the plan that moves its bytes, and its jobs in order. Opens only files that it reads.
 
-    A plan that does not hold its copies, or is another version's, is made anew for them.
+    A saved plan without copies, or of another engine version, is planned again.
 
     Args:
         positioned: whether the output can be written anywhere, so that parts may share a tensor.
@@ -97,11 +97,11 @@ def loaded_part(saved: SavedPlan, part: Part, *, positioned: bool) -> tuple[Work
         begun = {output for unit in units if not (unit.span and unit.span[0]) for output in unit.outputs}
         return _some(saved, held, layout, outputs, begun), jobs
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise unreadable(saved.path, f"copies that are none: {error!r}"[:200]) from error
+        raise unreadable(saved.path, f"copies that cannot be read: {error!r}"[:200]) from error
 
 
 def _outlined(saved: SavedPlan) -> tuple[SavedWork, Layout]:
-    """The work of a saved plan before anything that it reads is looked at, and the layout."""
+    """The work of a saved plan, before any of its sources are opened, and the layout."""
     asked = saved.request if saved.through is None else of_second(saved.request)
     loaded, layout = rules_of_request(asked)
     check_rules(saved, loaded, layout)
@@ -112,7 +112,7 @@ def _outlined(saved: SavedPlan) -> tuple[SavedWork, Layout]:
 
 
 def _some(saved: SavedPlan, held: SavedWork, layout: Layout, outputs: Collection[int], begun: Collection[int]) -> Work:
-    """What moves some outputs of a saved plan; the files that they are read from are those that were planned."""
+    """The plan that moves some outputs of a saved plan; checks that their source files are those that were planned."""
     wanted = held.read_for(outputs, begun)
     then = [saved.data["files"][number] for number in wanted]
     headers = _headers(saved, layout, then, {name for names in wanted.values() for name in names})
@@ -126,7 +126,7 @@ def _store(src: Source) -> Store:
 
 
 def _headers(saved: SavedPlan, layout: Layout, then: Sequence[Marks], tensors: Collection[str]) -> Sequence[FileHeader]:
-    """The headers of some files of a source that was read before, of which some tensors are wanted."""
+    """The headers of some files of a source that was planned before, for the tensors that are wanted."""
     names = [one["name"] for one in then]
     if saved.through is not None:
         store = _virtual(saved.through, tensors, {one["name"]: one["state"]["etag"] for one in then})
@@ -138,7 +138,7 @@ def _headers(saved: SavedPlan, layout: Layout, then: Sequence[Marks], tensors: C
 
 
 def _virtual(saved: SavedPlan, tensors: Collection[str], etags: Mapping[str, str]) -> Store:
-    """Some files that a run of a saved plan would write, of which some tensors can be read."""
+    """Some files that a run of a saved plan would write; only some of their tensors can be read."""
     from engine.serve.virtual import weight_files
 
     held, layout = _outlined(saved)
@@ -147,7 +147,7 @@ def _virtual(saved: SavedPlan, tensors: Collection[str], etags: Mapping[str, str
 
 
 def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[CommitOptions]) -> Report:
-    """Make an output of what all parts of a saved plan wrote, as `convert` would have.
+    """Combine what all parts of a saved plan wrote into the output that `convert` would have written.
 
     Raises:
         EngineError: E409 when a part is missing or belongs to another plan.
@@ -165,7 +165,7 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """A part as a user names it, or as Slurm and Kubernetes number the tasks of an array.
 
     Args:
-        text: `K/N`; or `N`, where the environment says which; or nothing, in an array of Slurm.
+        text: `K/N`; or `N`, where the environment gives K; or nothing, in a Slurm array.
 
     >>> part_of("3/8"), part_of("8", {"JOB_COMPLETION_INDEX": "2"})
     (Part(number=3, count=8), Part(number=3, count=8))
@@ -186,7 +186,7 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:
             "E001",
             "the number of the part is not given",
             got=text or "nothing, and neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX",
-            expected="K/N, or N in an array of Slurm or an Indexed Job of Kubernetes",
+            expected="K/N, or N in a Slurm array or a Kubernetes Indexed Job",
             fix="The first of eight parts is 1/8.",
         )
     return Part(int(number), int(count))

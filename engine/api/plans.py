@@ -1,4 +1,4 @@
-"""The public functions that make plans. They read headers and configurations only."""
+"""The public functions that make plans. They read only headers and configurations."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def plan(mapping: str | Path | MappingFile, src: Source = ".", **options: Unpack
 
     Args:
         mapping: a path, the name of a bundled mapping, or a loaded one.
-        src: the training checkpoint's folder, or a store, as `engine.virtual` makes one.
-        settings: variants and options, as `--set` gives them.
+        src: the training checkpoint's folder, or a store such as `engine.virtual` makes.
+        settings: values of variants and options by name, as with `--set`.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
-        max_shard_size: bytes of tensors per output file.
-        strict: refuse when sizes differ from those the release expects.
+        max_shard_size: the most bytes of tensors per output file.
+        strict: refuse a checkpoint whose sizes differ from those that the release expects.
 
     Raises:
         EngineError: with a code, the place, got against expected and what to do.
@@ -96,10 +96,10 @@ def planned(asked: Request) -> Plan:
 
 
 def _read_by_first(asked: Request) -> tuple[Plan, Request]:
-    """What is read by one mapping and written by another: the plan of the first, and its request.
+    """The plan and request of the mapping that reads, where another one (`to`) writes.
 
-    Settings go to the mapping that has them, and to both where both do; a choice against the checkpoint's own
-    configuration says how it is to be written.
+    Settings go to the mapping that has them, to both if both have them. A choice that contradicts the checkpoint's
+    own configuration is for the mapping that writes.
     """
     other = _settings_of_second(asked)
     mine = {name: value for name, value in asked.settings.items() if _takes(asked, name, value) or name not in other}
@@ -112,7 +112,7 @@ def _read_by_first(asked: Request) -> tuple[Plan, Request]:
 
 
 def _by_second(asked: Request, whole: Plan) -> Request:
-    """A request of two mappings as the second can do it, from the files that a run of the first would write."""
+    """The request for the mapping that writes: it reads the files that a run of the first mapping would write."""
     from engine.assets.generation import as_json
     from engine.serve.virtual import VirtualFolder
 
@@ -121,7 +121,7 @@ def _by_second(asked: Request, whole: Plan) -> Request:
 
 
 def of_second(asked: Request) -> Request:
-    """The request of the second of two mappings, but for what it reads."""
+    """The request of the mapping that writes, without its source."""
     return replace(asked, mapping=asked.to or "", to=None)
 
 
@@ -130,7 +130,7 @@ def _settings_of_second(asked: Request) -> dict[str, Any]:
 
 
 def _takes(asked: Request, name: str, value: Any) -> bool:
-    """Whether the mapping of a request can be set so, or its layout where this mapping writes."""
+    """Whether the mapping of a request has such a setting, or its layout if this mapping writes."""
     mapping, layout = rules_of_request(asked)
     variants, options = {**mapping.variants}, {*mapping.options}
     if asked.to is None:
@@ -147,8 +147,8 @@ def _read(asked: Request, layout: Layout) -> Checkpoint:
 
 
 def no_effect(config: str | Path, without: str = "") -> EngineError:
-    """E001 for a configuration that is given of a Hugging Face checkpoint, which has its own."""
-    return EngineError("E001", f"--config has no effect{without}: `config.json` beside the weights counts",
+    """E001 for a configuration given for a Hugging Face checkpoint, which has its own."""
+    return EngineError("E001", f"--config has no effect{without}: `config.json` beside the weights is used",
                        got=str(config), fix="Leave it out, or put it beside the weights.")  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def _compiled(
     checkpoint: Checkpoint,
     through: tuple[Plan, Request] | None,
 ) -> Plan:
-    """The plan of a request as it was given, and as one mapping can do it; `through` is of what is read."""
+    """The plan for `asked`, which one mapping can do. `given` is the user's request, `through` the plan that reads."""
     config: Path | str | File | None = asked.config
     if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
         found = found_at(asked.src, "the checkpoint")
@@ -177,7 +177,7 @@ def _compiled(
         check_effects(made, asked.settings)
         return made
     alone = [name for name, value in asked.settings.items() if not _takes(given, name, value)]
-    check_effects(made, alone)  # what both have may matter to the first alone
+    check_effects(made, alone)  # a setting of both mappings may affect only the first
     told = (*through[0].notices, *made.notices)
     return replace(made, folder=str(given.src), notices=told, through=through)
 
@@ -213,14 +213,14 @@ def save_plan(
     overwrite: bool = False,
     **options: Unpack[AnyOptions],
 ) -> Plan:
-    """Plan and save the plan, to be reviewed and run with `run_plan`.
+    """Make a plan and save it, to be reviewed and run with `run_plan`.
 
     >>> saved = engine.save_plan("plan.json", "internlm", "ckpt/1000")
     >>> engine.run_plan("plan.json", "hf").tensors
     55
 
     The file (`schemas/saved-plan.schema.json`) is small for any model. Paths in it are as given here.
-    With `overwrite`, a plan that was saved there before is replaced; no other file is.
+    With `overwrite`, an older saved plan is replaced, but no other kind of file.
 
     Args:
         job: `run`, `reverse` or `reshard`; the other options are those of that function.
@@ -238,7 +238,7 @@ def saved_as(compiled: Plan, asked: Request) -> bytes:
     """The file of a saved plan.
 
     Raises:
-        EngineError: E001 for what another process could not plan again: a loaded mapping, a store.
+        EngineError: E001 for what another process cannot read: a loaded mapping, a store.
     """
     return encode(_content(compiled, asked))
 
@@ -249,31 +249,31 @@ def _content(compiled: Plan, asked: Request) -> dict[str, Any]:
 
 
 def _told(compiled: Plan) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any] | None, str | None]:
-    """What a saved plan says of the rules, the work and the chat template of a plan."""
+    """What a saved plan records about a plan: its rules, its work and its chat template."""
     name = compiled.mapping.chat_template
     template = None if name is None or compiled.written is not None else chat_template(name)
     return describe_rules(compiled), work_data(compiled, lambda: scattered_outputs(compiled)), template
 
 
 def read_saved(path: str | Path) -> SavedPlan:
-    """A saved plan as it was saved; E102 for any other file."""
+    """Read a saved plan; E102 for any other file."""
     file = given_path(path, "the plan")
     with open_regular(file) as opened:
         return parse_saved_plan(file, opened.read(MAX_BYTES + 1))
 
 
 def load_plan(path: str | Path) -> Plan:
-    """The plan that was saved, made anew from what it was made from.
+    """Plan again from the sources of a saved plan.
 
     Raises:
-        EngineError: E217 when mapping, layout or what they come to changed since, E405 when the
-            checkpoint's files did.
+        EngineError: E217 when the mapping, the layout or their result has changed since, E405 when the
+            checkpoint's files have.
     """
     return loaded_plan(read_saved(path))
 
 
 def loaded_plan(saved: SavedPlan) -> Plan:
-    """As `load_plan`, of a plan that is read."""
+    """As `load_plan`, for a saved plan that has been read."""
     through = None if saved.through is None else (loaded_plan(saved.through), saved.through.request)
     asked = saved.request if through is None else _by_second(saved.request, through[0])
     loaded, layout = rules_of_request(asked)

@@ -30,7 +30,7 @@ def compare(
     dtype: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
-    """Compare everything that makes two models, and say what differs and what that changes.
+    """Compare all that defines two models; report what differs and the effect on the model.
 
     >>> one = engine.convert("internlm", "ckpt/1000", "one")
     >>> other = engine.convert("internlm", "ckpt/1000", "other", settings={"rotary": "pairs"})
@@ -40,13 +40,13 @@ def compare(
 
     Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
     folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
-    by what a mapping makes of it, without writing it.
+    as its mapping would convert it, without writing anything.
 
     Args:
-        mapping: for a side that is a training checkpoint, or for both.
-        settings: variants and options of the mapping, as `--set` gives them.
-        dtype: the type that a training checkpoint's tensors are taken in, as for `convert`.
-        progress: called with bytes of `out` compared and in all, a few times a second.
+        mapping: converts each side that is a training checkpoint.
+        settings: values of the mapping's variants and options by name, as with `--set`.
+        dtype: the type that a training checkpoint's tensors are converted to, as for `convert`.
+        progress: called a few times a second with the bytes of `out` compared so far, and in all.
 
     Raises:
         EngineError: E2xx and E3xx when either cannot be read, E402 when replicas of a training checkpoint differ.
@@ -62,7 +62,7 @@ def compare(
 
     sides = [read_side(found_at(one, "the checkpoint"), planned(one)) for one in (out, ref)]
     if mapping is not None and not any(side.training for side in sides):
-        raise EngineError("E001", "neither side is a training checkpoint, so a mapping has no use",
+        raise EngineError("E001", "neither side is a training checkpoint, so a mapping has no effect",
                           fix="Leave --mapping out.")  # fmt: skip
     meter = Meter(sum(one.nbytes for one in sides[0].listed), progress, "comparing")
     return compare_sides(sides[0], sides[1], (str(out), str(ref)), meter.advance)
@@ -82,7 +82,7 @@ def verify(
     load: bool = False,
     logits: bool = False,
 ) -> Verified:
-    """Verify an output: against its own manifest, and in whatever other way is asked for.
+    """Verify an output against its own manifest, and in each other way that the arguments ask for.
 
     >>> report = engine.convert("internlm", "ckpt/1000", "hf")
     >>> engine.verify("hf", src="ckpt/1000", mapping="internlm").problems
@@ -93,12 +93,12 @@ def verify(
         mapping: plan again with this mapping, and compare every tensor, the configuration, generation settings,
             tokenizer and chat template with what `src` gives.
         config: as for `convert`.
-        settings: variants and options, as `--set` gives them.
-        dtype: as for `convert`; default: what the manifest says, else `auto`.
-        sample: compare some blocks of each tensor only: a share like `5%`.
+        settings: values of variants and options by name, as with `--set`.
+        dtype: as for `convert`; default: that of the manifest, else `auto`.
+        sample: compare only some blocks of each tensor: a share like `5%`.
         load: load the model with transformers, without remote code, and run a forward pass.
         logits: compare its forward pass, layer by layer, with one computed from the rank files of
-            `src` the way training computes it. No mapping is used for it.
+            `src` the way training computes it. This uses no mapping.
 
     Raises:
         EngineError: E304 or E301 when there is no manifest and nothing else to compare with, E0xx

@@ -1,4 +1,4 @@
-"""The public functions that run plans: each writes a checkpoint, or hands out its tensors."""
+"""The public functions that run plans: each writes a checkpoint, or yields its tensors."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def convert(
 
     Args:
         tokenizer: a SentencePiece model; default: the one beside the checkpoint, if any.
-        code: a folder with the official `configuration_*.py` and `modeling_*.py`, where the mapping's target is
-            remote code: they are copied and named in `auto_map`, and never run.
+        code: a folder with the official `configuration_*.py` and `modeling_*.py`, for a mapping whose target is
+            remote code. They are copied and named in `auto_map`, and never run.
         overwrite: replace the output once the new one is complete.
         workers: threads that write; default: as many as cores and output files allow.
-        resume: continue what an interrupted run of the same conversion left.
+        resume: continue an interrupted run of the same conversion.
         digests: record a digest of every tensor in `conversion.json`; resuming needs them.
-        check_source: first read the checkpoint and compare it with the checksums it holds.
-        max_memory: limit of resident bytes; fewer workers keep it, or the run is refused.
-        progress: called with bytes done and in all, a few times a second; with an executor, with parts.
-        executor: runs it in parts, anywhere: an executor of `concurrent.futures`, anything else with its `submit`, or
-            `dask` or `dask://host:port`. Paths must mean the same to every worker. If it is lost, finished parts
-            stay, and the same call continues with the others.
+        check_source: first read the whole checkpoint and check it against the checksums that it holds.
+        max_memory: most bytes of resident memory: fewer workers run, or the run is refused.
+        progress: called a few times a second with bytes done and in all; with an executor, with parts done and in all.
+        executor: runs it in parts, anywhere: an executor of `concurrent.futures`, any object with the same `submit`,
+            or `dask` or `dask://host:port`. Paths must mean the same to every worker. If the executor is lost, finished
+            parts are kept, and the same call continues with the others.
         parts: how many parts, with an executor.
         Others as for `plan`.
 
@@ -81,12 +81,12 @@ def reverse(
 
     Args:
         ranks: ranks per dimension, such as `{"tp": 8}`; `tp`, `pp` and `wp` may be given by themselves.
-            Default: as in `like`, else 1.
+            Default: those of `like`, else 1.
         chunks: model chunks per pipeline rank.
-        mode: a mode of the layout (`mtp`, `isp`); default: as in `like`, else the first.
-        like: a training checkpoint whose mode, ranks, name prefix and variants to copy.
-        settings: variants and options of the mapping and its layout, as `--set` gives them.
-        lossy: names of rules that do not invert and are written all the same.
+        mode: a mode of the layout (`mtp`, `isp`); default: that of `like`, else the first.
+        like: a training checkpoint to take mode, ranks, name prefix and variants from.
+        settings: values of variants and options of the mapping and its layout by name, as with `--set`.
+        lossy: names of rules to apply although they cannot be inverted.
         Others as for `convert`.
 
     Raises:
@@ -99,16 +99,16 @@ def reverse(
 def reshard(
     mapping: str | Path | MappingFile, src: Source, out: str | Path, **options: Unpack[ReshardRunOptions]
 ) -> Report:
-    """Write a training checkpoint for other ranks, from shards to shards.
+    """Write a training checkpoint for other ranks, directly from shards to shards.
 
     >>> engine.reshard("internlm", "ckpt/1000", "tp4", tp=4)
     Report(out='tp4', tensors=...)
 
-    Ranks, chunks and mode that are not given are as in `like`, else as in `src`. Other arguments as for `reverse`.
+    Ranks, chunks and mode default to those of `like`, else of `src`. Other arguments as for `reverse`.
 
     Args:
-        to: the mapping that writes, for rank files of another framework; `mapping` reads. Both describe the same
-            Hugging Face checkpoint, which is never written.
+        to: to write rank files of another framework, its mapping; `mapping` then only reads. Both describe the
+            same Hugging Face checkpoint, which is never written.
 
     >>> engine.reshard("internlm", "ckpt/1000", "dcp", to="transformers", ranks={"dp": 8})
     Report(out='dcp', tensors=...)
@@ -121,7 +121,7 @@ def reshard(
 
 @displayed
 def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[WholeRunOptions]) -> Report:
-    """Run a saved plan, exactly as it was saved, or not at all. Arguments as for `convert`.
+    """Run a saved plan exactly as it was saved, or refuse it. Arguments as for `convert`.
 
     >>> saved = engine.save_plan("plan.json", "internlm", "ckpt/1000")
     >>> engine.run_plan("plan.json", "hf")
@@ -153,7 +153,7 @@ def _write(
 def _run(
     compiled: Plan, saved: Callable[[], bytes], source: str, out: str | Path | None, how: Running, started: float
 ) -> Report:
-    """Run a plan, with the small files that belong to what it writes, here or by an executor."""
+    """Run a plan, in this process or by an executor, and write the small files that go with its output."""
     if out is None and compiled.written is None:
         out = default_out(source)
     small = partial(small_files, compiled, how.tokenizer, how.code)
@@ -165,7 +165,7 @@ def _run(
 
 
 def iter_tensors(compiled: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of a plan's outputs one after another, without writing files.
+    """Yield (name, tensor) for each output of a plan, one after another, without writing files.
 
     Each tensor owns its memory; replicas are compared before the first one is yielded.
 

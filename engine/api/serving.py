@@ -1,4 +1,4 @@
-"""The public functions that read a checkpoint as what a run would make of it, without the run."""
+"""The public functions that read a checkpoint as if it had been converted, without a run."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 def open(src: Source | Plan = ".", mapping: str | Path | MappingFile = "", **options: Unpack[WholeOptions]) -> Tensors:
-    """A training checkpoint as a lazy state dict of the Hugging Face model.
+    """A training checkpoint as a lazy state dict of its Hugging Face model.
 
     Args:
-        src: the training checkpoint: a folder, a URL, or a plan, which says all the rest.
-        mapping: as for `plan`; so are the others.
+        src: the training checkpoint: a folder, a URL, or a plan, which needs no other argument.
+        mapping, others: as for `plan`.
 
     >>> with engine.open("ckpt/1000", mapping="internlm") as tensors:
     ...     tensors["model.norm.weight"].shape
     torch.Size([64])
 
     Raises:
-        EngineError: as for `plan`. A tensor that is read: E402 when its replicas differ, E405 when a source changed.
+        EngineError: as for `plan`; on reading a tensor, E402 when its replicas differ, E405 when a source has changed.
     """
     return Tensors(src if isinstance(src, Plan) else plan(mapping, src, **options))
 
@@ -55,7 +55,7 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     (['README.md', 'config.json', ...], b'{\\n')
 
     Raises:
-        EngineError: as for `convert`, of what can be told without reading tensors.
+        EngineError: as for `convert`, as far as it is known without reading tensors.
     """
     check_type("compiled", compiled, Plan, "a plan, as `engine.plan` gives it")
     return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code))
@@ -66,7 +66,7 @@ _NAME = re.compile(r"(?!api/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model to serve: its name, `org/name`, and where it comes from: a checkpoint, or a run's folder of steps."""
+    """A model to serve: its name, `org/name`, and its source: a checkpoint, or a run's folder of steps."""
 
     name: str
     mapping: str | Path | MappingFile
@@ -86,14 +86,14 @@ def serve(
     patience: Patience | None = None,
     **options: Unpack[WholeOptions],
 ) -> Server:
-    """A Hub-compatible endpoint for some models, bound and ready; its `run` serves until it is told to stop.
+    """A Hub-compatible endpoint for some models, bound and ready; its `run` serves until it is stopped.
 
     Args:
         host, port: where to listen; port 0 takes a free one.
-        token: what every request must carry; needed where others than this machine can ask.
+        token: the secret that every request must carry; required unless only this machine can reach `host`.
         log: called with every request.
-        told: called with a line about each step that is found.
-        patience: how long to wait for clients.
+        told: called with one line of text for each step that is found.
+        patience: time limits on clients.
         Others as for `convert`.
 
     Raises:
@@ -107,8 +107,8 @@ def serve(
     for name in names:
         if not _NAME.fullmatch(name) or "--" in name or ".." in name or names.count(name) > 1:
             raise EngineError(
-                "E001", "a model cannot be served by this name", got=name[:200] or "nothing",
-                expected="org/name of letters, digits, `-`, `_` and `.`, and each name once", fix="Change --as.",
+                "E001", "a model cannot be served under this name", got=name[:200] or "nothing",
+                expected="org/name of letters, digits, `-`, `_` and `.`, each name only once", fix="Change --as.",
             )  # fmt: skip
     if token is None and not is_loopback(host):
         raise EngineError(

@@ -1,4 +1,4 @@
-"""A conversion whose parts an executor does: threads, processes, Dask, whatever has `submit`."""
+"""A conversion in parts by an executor: threads, processes, Dask, or anything with `submit`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from engine.storage.places import options_now, store_options
 
 
 def check_spread(how: Running) -> None:
-    """E001 for what parts cannot do, or do anyway."""
+    """E001 for options that parts cannot honor, or always do."""
     if not how.digests or how.check_source:
         raise EngineError(
-            "E001", "--no-digests and --check-source have no use with an executor",
+            "E001", "--no-digests and --check-source cannot be used with an executor",
             fix="Leave them out, or run without an executor. Parts always record digests.",
         )  # fmt: skip
     Part(1, how.parts)
 
 
 def do_parts(saved: bytes, out: str, how: Running) -> str:
-    """Have an executor do all parts of a saved plan; the digest by which they know it.
+    """Have an executor do all parts of a saved plan; returns the digest that identifies the plan.
 
     The checkpoint and the output must be where every worker sees them; the plan itself is sent along.
 
     Raises:
-        EngineError: what a part is refused for; E409 when the executor is lost. Parts that are done stay.
+        EngineError: that of a part that is refused; E409 when the executor is lost. Finished parts are kept.
     """
     reached, told = options_now(), (how.overwrite, how.workers, how.max_memory)
     with executor_at(how.executor) as executor:
@@ -59,7 +59,7 @@ def do_parts(saved: bytes, out: str, how: Running) -> str:
 
 @contextmanager
 def _lost() -> Iterator[None]:
-    """E409 for whatever an executor ends with; what a part is refused for stays as it is."""
+    """E409 for any failure of the executor; the error of a refused part is passed on unchanged."""
     try:
         yield
     except EngineError:
@@ -67,7 +67,7 @@ def _lost() -> Iterator[None]:
     except Exception as error:
         raise EngineError(
             "E409", "the executor did not do all parts", got=f"{type(error).__name__}: {error}"[:300],
-            fix="Run the same again: parts that are done stay, and it goes on with the others.",
+            fix="Run the same again: finished parts are kept, and it continues with the others.",
         ) from error  # fmt: skip
 
 
@@ -78,10 +78,10 @@ def _part(
     told: tuple[bool, int | None, int | None],
     reached: tuple[dict[str, str], int],
 ) -> Exception | None:
-    """One part, of a plan that is given as data, with the options that stores are reached by.
+    """Do one part of a plan that is given as data, with the options of the stores.
 
     Returns:
-        A mistake of the engine itself, which is not to be taken for one of the executor.
+        An error of the engine itself, so that it is not mistaken for one of the executor.
     """
     overwrite, workers, max_memory = told
     with tempfile.TemporaryDirectory(prefix="engine-") as folder, store_options(*reached):
@@ -98,10 +98,10 @@ def _part(
 
 @contextmanager
 def executor_at(place: Any) -> Iterator[Any]:
-    """The executor that a user gives or names: `dask`, a cluster of this machine, or `dask://host:port`.
+    """The executor that a user passes or names: `dask`, a cluster on this machine, or `dask://host:port`.
 
     Raises:
-        EngineError: E001 for any other name, without the extra, and when no scheduler answers.
+        EngineError: E001 for any other name, a missing extra, or a scheduler that does not answer.
     """
     if not isinstance(place, str):
         yield place
@@ -110,7 +110,7 @@ def executor_at(place: Any) -> Iterator[Any]:
     if kind != "dask":
         raise EngineError(
             "E001", "there is no such executor", got=place, expected="dask, or dask://host:port",
-            fix="In Python any executor can be given.",
+            fix="Any other executor can be passed in Python.",
         )  # fmt: skip
     with needs_extra("dask", "this executor needs"):
         from distributed import Client

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: what files it has, their headers and configurations."""
+"""Reading a checkpoint folder: its files, their headers and the configuration."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from engine.language.model import Layout, Mode
 from engine.language.names import pattern
 from engine.storage.store import File, Store
 
-_KEPT = 256  # pickles of a folder that are kept while it is read
-_READERS = 4  # threads: indexing waits on storage, not on the processor
+_KEPT = 256  # pickles of a folder that stay in memory while it is read
+_READERS = 4  # threads: indexing waits for storage, not for the processor
 
 
 def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
     """File names of a checkpoint folder, sorted; E304/E305 when there is none.
 
     Args:
-        inside: names of folders in it whose files are listed too, as patterns.
+        inside: patterns of subfolders whose files are listed too.
     """
     below = [pattern(text) for text in dict.fromkeys(inside)]
     try:
@@ -77,14 +77,14 @@ def read_headers(
     """Index rank files without reading their payload.
 
     Args:
-        mode: says of what format they are; default: files that torch saved.
-        skip: names of tensors that are left out, as globs.
-        says: what is kept of what files that torch saved hold beside tensors, by dotted keys.
-        wrappers: words between the dots of names that are taken out.
-        some: the checkpoint has more files than these.
+        mode: gives the format of the files; default: files that torch saved.
+        skip: globs of tensor names to leave out.
+        says: dotted keys of values beside the tensors, in files that torch saved, that are kept.
+        wrappers: parts of dotted names that are taken out.
+        some: whether the checkpoint has more files than these.
 
     Raises:
-        EngineError: E206 for two tensors that have one name without wrappers, E30x for files that cannot be read.
+        EngineError: E206 for two tensors with the same name once wrappers are taken out, E30x for unreadable files.
     """
     left_out = re.compile("|".join(map(translate, skip))) if skip else None
 
@@ -144,15 +144,16 @@ def side_by_side(read: Callable[[str], FileHeader], names: Sequence[str]) -> Ite
 def read_configuration(
     folder: Store, layout: Layout, given: File | None = None, *, needed: bool = True
 ) -> tuple[str, dict[str, Any]]:
-    """The model's configuration and its file, from the first of the layout's places that is there.
+    """The model's configuration and its file: the first of the layout's places that exists.
 
     Args:
-        given: a file of the target's configuration; it goes before all places of a layout whose configuration that is.
-        needed: without it, one that frameworks do not save may be absent and is then empty. So it is where the one that
-            is given stands for it.
+        given: a file of the target's configuration. If the layout's configuration is the target's, it is read instead
+            of any of the layout's places.
+            needed: if false, a configuration that frameworks do not save may be missing and is then empty,
+            as it also is when `given` takes its place.
 
     Raises:
-        EngineError: E304 when it lies nowhere, E30x when it cannot be read.
+        EngineError: E304 when none is found, E30x when it cannot be read.
     """
     if given is not None and layout.config_of_target:
         return given.name, read_config(given, "json")
@@ -182,12 +183,12 @@ def read_configuration(
     raise no_configuration(folder, layout)
 
 
-# Of a configuration of transformers: who wrote it, and the type that weights are loaded in, which every tensor has.
+# Keys of a transformers config that may differ: who wrote it, and the type to load weights in, which tensors have too.
 _NO_MATTER = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype")
 
 
 def _check_alone(folder: Store, layout: Layout, first: str, value: Mapping[str, Any]) -> None:
-    """E218 where another of the layout's places has another configuration: which of them is the model's?"""
+    """E218 when two of the layout's places hold different configurations: which one is the model's?"""
     for place in layout.configs:
         file = File(folder, place.file)
         if place.file == first or not file.exists:
@@ -202,12 +203,12 @@ def _check_alone(folder: Store, layout: Layout, first: str, value: Mapping[str, 
                 place=Place(place.file),
                 got=repr(other.get(differ[0]))[:100],
                 expected=f"{value.get(differ[0])!r:.100}, as in {first}",
-                fix="Both are the model's configuration. Give the right one with --config, or move the other away.",
+                fix="Either may be the model's. Give the right one with --config, or move the other away.",
             )
 
 
 def no_configuration(folder: Store, layout: Layout) -> EngineError:
-    """E304: the configuration lies in none of the layout's places."""
+    """E304: none of the layout's places holds the configuration."""
     places = ", ".join(dict.fromkeys(place.file for place in layout.configs))
     return EngineError(
         "E304",
@@ -219,14 +220,14 @@ def no_configuration(folder: Store, layout: Layout) -> EngineError:
         fix="This framework does not save it: give the config.json of the model with --config FILE, or put it there."
         if layout.config_of_target
         else "Copy it from the training run. Or give the config.json of the model with --config FILE: then its sizes "
-        "count, and what it does not say is asked for."
+        "count, and the engine asks for what it does not say."
         if layout.config_from_target
         else "Copy it from the training run; sizes are checked against it.",
     )
 
 
 def _below(value: Any, keys: Sequence[str], file: str) -> dict[str, Any]:
-    """What stands under dotted keys; numbers count in lists."""
+    """The value under dotted keys; a number is an index into a list."""
     for key in keys:
         if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]

@@ -1,4 +1,4 @@
-"""Which files of a folder are a checkpoint's, what each is, and which are missing."""
+"""Which files of a folder belong to a checkpoint, what each one is, and which are missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.language.names import Pattern, pattern
 
 
 def folders_in(layout: Layout) -> list[str]:
-    """Names of the folders that a layout has files in, as patterns."""
+    """Patterns of the subfolders in which a layout has files."""
     files = (file.name for mode in layout.modes for file in mode.files)
     return [name.split("/")[0] for name in files if "/" in name]
 
@@ -26,7 +26,7 @@ def read_grid(
     """Sort a folder's file names into weight files, known files and unknown ones.
 
     Args:
-        config: gives the configuration, which tells modes apart whose files have the same names.
+        config: returns the configuration, which distinguishes modes whose files have the same names.
 
     Raises:
         EngineError: E303 for files the layout refuses, E304 when there are no weight files or
@@ -39,9 +39,9 @@ def read_grid(
             raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
     found = [(mode, name) for mode in layout.modes if (name := _first(mode, names)) is not None]
     own = layout.config_from_target or layout.config_of_target or any(one.file in names for one in layout.configs)
-    found = [(mode, name) for mode, name in found if own or not mode.files[0].boxes]  # many save files of such names
+    found = [(mode, name) for mode, name in found if own or not mode.files[0].boxes]  # common file names
     modes = [mode for mode, name in found if not _skipped(name, layout)]
-    if not modes and layout.config_file not in names:  # files that others may have beside them, and nothing else
+    if not modes and layout.config_file not in names:  # other programs' folders may hold such files
         modes = [mode for mode, _ in found]
     if not modes:
         beside = "" if own else f" beside {layout.config_file}"
@@ -56,16 +56,16 @@ def read_grid(
             "`engine inspect DIR` says what DIR is.",
         )
     held = {name: mode for mode, name in found if mode in modes}
-    if len(held) == 1 and any(mode.when is not None for mode in modes):  # which tells modes of the same names apart
+    if len(held) == 1 and any(mode.when is not None for mode in modes):  # it selects between modes
         facts = config()
         modes = [m for m in modes if m.when is None or evaluate(m.when, facts)]
         if not modes:
             raise EngineError(
                 "E304",
-                "the configuration is not of these files",
+                "the configuration does not belong to these files",
                 place=Place(folder),
                 got=_sample(names),
-                expected="files named as the configuration's numbers of ranks say",
+                expected="files named for the numbers of ranks in the configuration",
                 fix="Copy the folder again from the training run, with its configuration.",
             )
     if len(modes) > 1:
@@ -93,18 +93,18 @@ def read_grid(
     main = [f for f in files if f.pattern is mode.files[0]]
     sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
     grid = RankGrid(mode, sizes, tuple(sorted(files, key=_order)), skipped, unknown, stage_dims(layout))
-    if not mode.files[0].boxes:  # else the boxes tell what is missing
+    if not mode.files[0].boxes:  # else the boxes show what is missing
         _complete(grid, layout, folder)
     return grid
 
 
 def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: str, folder: str) -> None:
-    """Compare the grid with the ranks that the training configuration claims.
+    """Compare the grid with the numbers of ranks in the training configuration.
 
-    The files alone cannot tell that the last ranks are missing altogether.
+    From the files alone, it cannot be seen that all files of the last ranks are missing.
 
     Args:
-        said: the configuration, and as `training` that of training; `file` is where the claims stand.
+        said: the configuration, with the training configuration as `training`; `file` is the file that claims them.
 
     Raises:
         EngineError: E201 naming the first rank that has no file.

@@ -1,4 +1,4 @@
-"""Hugging Face weights on disk: one file, or shards and the index that says which holds what.
+"""Hugging Face weights on disk: one file, or shards and an index that names the shard of each tensor.
 
 Safetensors and torch files alike, headers only. The index is checked against the files both ways,
 so that what is read later is what the index promises.
@@ -24,7 +24,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 _MAX_INDEX = 64 << 20  # bytes: some 500,000 tensors
 _TORCH = (".bin", ".pt", ".pth")
-_ADAPTER = "adapter_config.json"  # where transformers sees that file, it adds the adapter to the weights
+_ADAPTER = "adapter_config.json"  # if this file exists, transformers adds the adapter to the weights
 
 
 def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
@@ -32,15 +32,15 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
 
     Args:
         where: a folder, an index, or one weight file. In a folder safetensors are preferred to torch
-            files, as transformers does.
+            files, as in transformers.
 
     Returns:
         The files, by name; every tensor name occurs in exactly one of them.
 
     Raises:
-        EngineError: E201 a shard is missing, E207 a tensor is not in the file that the index
-            names, E208 a tensor is in two files, E301 a damaged file or index, E303 a file of
-            another kind, E304 not a checkpoint, E305 unreadable.
+        EngineError: E201 for a missing shard, E207 for a tensor that is not in the file that the index
+            names, E208 for a tensor in two files, E301 for a damaged file or index, E303 for a file of
+            another kind, E304 when it is not a checkpoint, E305 when it cannot be read.
     """
     if isinstance(where, File):
         return _read_shards(where) if where.name.endswith(".index.json") else (_read_weights(where),)
@@ -74,7 +74,7 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
 
 
 def other_weights(where: Store | File, files: tuple[FileHeader, ...]) -> tuple[str, ...]:
-    """Weight files of a folder that are not among those that were read; some programs read all that lie there."""
+    """Weight files of a folder other than those that were read; some programs read every one in the folder."""
     if isinstance(where, File):
         return ()
     read = {file.name for file in files}
@@ -92,7 +92,7 @@ def read_hf_config(where: Store | File) -> dict[str, Any]:
 
 
 def _read_weights(file: File) -> FileHeader:
-    """One file, by its ending; without a known one, a zip is torch's."""
+    """One file, by its suffix; a zip file without a known suffix is torch's."""
     suffix = PurePosixPath(file.name).suffix
     torch = suffix in _TORCH
     if not torch and suffix != ".safetensors":
@@ -120,7 +120,7 @@ def _read_shards(index: File) -> tuple[FileHeader, ...]:
 
 
 def _read_index(file: File) -> dict[str, str]:
-    """Tensor name → file name. File names stay in the folder of the index."""
+    """Tensor name → file name. Every file must be in the folder of the index."""
 
     def damaged(what: str, tensor: str | None = None) -> EngineError:
         return EngineError(
@@ -149,7 +149,7 @@ def _read_index(file: File) -> dict[str, str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is a file of the folder itself.
+    """Whether a name is that of a file directly in the folder.
 
     >>> [_is_plain(name) for name in ("model.safetensors", "../model.safetensors", "/etc/passwd", "..", "")]
     [True, False, False, False, False]
@@ -159,7 +159,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: File) -> None:
-    """The index and the files say the same, both ways."""
+    """Check the index against the files, both ways."""
     found: dict[str, str] = {}
     for file in files:
         for tensor in file.tensors:
@@ -197,7 +197,7 @@ def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: 
 
 
 def _no_weights(folder: Store) -> EngineError:
-    """E304 for a folder without weights; E304 and E305 where it cannot be listed are raised."""
+    """E304 for a folder without weights; raises E304 or E305 when it cannot be listed."""
     names = list_folder(folder)
     return EngineError(
         "E304",

@@ -1,9 +1,9 @@
-"""Whether files are the ranks that their names claim, and still those that a plan was made from.
+"""Checks that files are the ranks that their names claim, and that they have not changed since a plan was made.
 
 torch names the folder inside a zip, its root, after the file that it saves: `model_tp1_pp0/data.pkl` in
-`model_tp1_pp0.pt` (`PyTorchStreamWriter::setup` in caffe2/serialize/inline_container.cc). So an exchanged,
-doubled or renamed rank file tells on itself. Files saved through a buffer have the root `archive`, files from
-before the zip format have none: of those only doubles are found, by what they hold.
+`model_tp1_pp0.pt` (`PyTorchStreamWriter::setup` in caffe2/serialize/inline_container.cc). So the root reveals an
+exchanged, copied or renamed rank file. Files saved through a buffer have the root `archive`, and files from before
+the zip format have none: among those only copies are found, by their content.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.language.expressions import compile_expression, evaluate
 from engine.language.model import FilePattern, Layout
 from engine.language.names import pattern
 
-_SAMPLE = 4096  # bytes at the start of a tensor, which already differ between slices of a trained one
+_SAMPLE = 4096  # bytes at the start of a tensor: enough to differ between slices of a trained tensor
 _BLOCK = 1 << 20
 
 
@@ -29,8 +29,8 @@ class Claim:
     """What a rank file's name claims.
 
     Attributes:
-        saved_as: the rank file that it says it is, by the zip's root or by what is saved in it; None when it says none.
-        place: what sets the file apart from others with the same tensors. Files of equal places may be replicas.
+        saved_as: the rank file that it was saved as, by the zip's root or its content; None if neither says so.
+        place: what distinguishes the file from others with the same tensors. Files with equal places may be replicas.
     """
 
     header: FileHeader
@@ -43,32 +43,32 @@ class Claim:
 
 
 def saved_as(root: str | None, layout: Layout) -> str | None:
-    """The rank file of a layout that a zip's root names, or None when roots tell nothing or this one does not."""
+    """The rank file of a layout that a zip's root names; None when it names none."""
     if root is None or layout.zip_root is None:
         return None
     for name in dict.fromkeys(file.name for mode in layout.modes for file in mode.files):
         suffix = "." + name.rpartition(".")[2] if "." in name else ""
-        for file in (root, root + suffix):  # torch takes the last suffix off, which may have been another
+        for file in (root, root + suffix):  # torch removes the last suffix, which may have been another one
             if pattern(name).match(file) is not None:
                 return file
     return None
 
 
 def told_by(layout: Layout) -> tuple[str, ...]:
-    """What of each rank file's content says which one it is, as dotted keys."""
+    """The dotted keys in each rank file's content that say which rank it is."""
     paths = [path for one in layout.says_ranks.values() for path in sorted(compile_expression(one).paths)]
     return tuple(dict.fromkeys([*_alike(layout), *paths]))
 
 
 def _alike(layout: Layout) -> Iterator[str]:
-    """What all files must say alike, by dotted keys: below `args.*`, every key that is declared and counts."""
+    """Dotted keys whose values must be equal in all files: below `args.*`, every key that is declared and counts."""
     counting = [name for name, key in layout.keys.get("source", {}).items() if "*" not in name and key.ignored is None]
     for path in layout.says_alike:
         yield from (path.replace("*", name) for name in counting) if path.endswith(".*") else (path,)
 
 
 def said_rank(header: FileHeader, file: FilePattern, layout: Layout) -> str | None:
-    """The rank file of a pattern that a file says it is; None when it does not say."""
+    """The rank file of a pattern that a file's content says it is; None when it does not say."""
     names = tree_of({tuple(path.split(".")): value for path, value in header.says.items()})
     wanted = pattern(file.name)
     try:
@@ -78,7 +78,7 @@ def said_rank(header: FileHeader, file: FilePattern, layout: Layout) -> str | No
 
 
 def check_alike(headers: Sequence[FileHeader], layout: Layout) -> None:
-    """E306 for a file that says another step, or another model, than the first."""
+    """E306 for a file whose content gives another step or model than the first file's."""
     for path in _alike(layout):
         told = [(header, header.says[path]) for header in headers if path in header.says]
         for header, value in told[1:]:
@@ -94,7 +94,7 @@ def check_alike(headers: Sequence[FileHeader], layout: Layout) -> None:
 
 
 def place_of(file: FilePattern, ranks: Mapping[str, int]) -> tuple[object, ...]:
-    """A file's pattern with its ranks, but for those over which the layers are not cut."""
+    """A file's pattern with its ranks, except ranks over which the layers are not cut."""
     if file.boxes:
         return (file.name,)
     cutting = {dim for dim, role in file.cuts.get("layers", {}).items() if role not in ("recorded", "runtime")}
@@ -103,9 +103,9 @@ def place_of(file: FilePattern, ranks: Mapping[str, int]) -> tuple[object, ...]:
 
 
 def check_identities(claims: Sequence[Claim]) -> None:
-    """E306 for the first file that is another rank than its name says, or that is there twice.
+    """E306 for the first file that is another rank than its name says, or a copy of another file.
 
-    Of the payload at most a few KiB of each file are read, unless files turn out alike.
+    At most a few KiB of each file's payload are read, unless two files look alike.
     """
     for claim in claims:
         if claim.saved_as is not None and claim.saved_as != claim.name:
@@ -129,20 +129,20 @@ def _check_links(claims: Sequence[Claim]) -> None:
         links = None if claim.header.state is None else claim.header.state.links
         if links is None:
             continue
-        # with what the file says of itself, since some file systems give an inode twice
+        # the saved rank too, since some file systems give an inode twice
         first = seen.setdefault((links, claim.header.identity), claim)
         if first is not claim:
             raise _refused(
                 f"`{claim.name}` and `{first.name}` are one file",
                 claim,
-                "two names, by links, of one file",
+                "two names of one file, by links",
                 "a file for each rank",
                 "Every rank holds a different slice: copy the missing file from the training run.",
             )
 
 
 def _same_tensors(claims: Sequence[Claim]) -> Iterator[list[Claim]]:
-    """Files with tensors of the same names, types and shapes, one for each place."""
+    """Groups of files whose tensors have the same names, types and shapes; one file for each place."""
     found: dict[tuple[object, ...], dict[tuple[object, ...], Claim]] = {}
     for claim in claims:
         kind = tuple(sorted((t.name, t.dtype, t.shape) for t in claim.header.tensors))
@@ -151,7 +151,7 @@ def _same_tensors(claims: Sequence[Claim]) -> Iterator[list[Claim]]:
 
 
 def _check_contents(claims: list[Claim]) -> None:
-    """E306 for two files that are equal to the last bit, unless all they hold is constants, as zeros are."""
+    """E306 for two files that are bit-identical, unless every tensor is constant, for example zeros."""
     order = sorted(claims[0].header.tensors, key=lambda t: (-t.nbytes, t.name))
     groups, telling = [claims], False
     for name in (t.name for t in order):
@@ -183,7 +183,7 @@ def _check_contents(claims: list[Claim]) -> None:
 
 
 def begins(header: FileHeader, tensor: TensorHeader) -> bytes:
-    """The first bytes of a tensor, by which those that differ differ."""
+    """The first bytes of a tensor; tensors that differ nearly always differ there."""
     return next(_blocks(Claim(header, None, ()), tensor, _SAMPLE), b"")
 
 
@@ -192,7 +192,7 @@ def _tensor(claim: Claim, name: str) -> TensorHeader:
 
 
 def _equal(one: Claim, other: Claim, name: str) -> bool:
-    """Whether two tensors are the same bytes, if they lie in the same way: else it is not told."""
+    """Whether two tensors hold the same bytes; only known if both have the same strides."""
     pair = _tensor(one, name), _tensor(other, name)
     return pair[0].strides == pair[1].strides and all(
         x == y for x, y in zip(_blocks(one, pair[0], _BLOCK), _blocks(other, pair[1], _BLOCK), strict=False)
@@ -200,7 +200,7 @@ def _equal(one: Claim, other: Claim, name: str) -> bool:
 
 
 def _blocks(claim: Claim, tensor: TensorHeader, size: int) -> Iterator[bytes]:
-    """The bytes from a tensor's first element to its last, also where others lie between."""
+    """The bytes from a tensor's first element to its last, including those of others in between."""
     if not prod(tensor.shape):
         return
     end = tensor.offset + span(tensor.shape, tensor.strides) * ITEM_SIZES[tensor.dtype]
@@ -218,11 +218,11 @@ def _refused(message: str, claim: Claim, got: str, expected: str, fix: str) -> E
     return EngineError("E306", message, place=Place(claim.name), got=got, expected=expected, fix=fix)
 
 
-Marks = Mapping[str, Any]  # of a file: what tells it from others
+Marks = Mapping[str, Any]  # identify a file
 
 
 def marks_of(header: FileHeader) -> dict[str, Any]:
-    """What tells a file from others. Where no checksums tell its content, only the file itself will do, untouched."""
+    """What identifies a file. Without checksums of its content, only the very same file, untouched, will match."""
     found: dict[str, Any] = {"name": header.name, "size": header.size, "identity": header.identity}
     if not header.summed and header.state is not None:
         found["state"] = dict(header.state.told())
@@ -230,12 +230,12 @@ def marks_of(header: FileHeader) -> dict[str, Any]:
 
 
 def check_files(then: Sequence[Marks], files: Sequence[FileHeader], folder: str, saved: str, again: str) -> None:
-    """E405 for the first file that is not as it was.
+    """E405 for the first file that has changed.
 
     Args:
-        then: what was told of the files.
-        saved: where that was saved.
-        again: what to do about it.
+        then: the marks of the files at that time.
+        saved: the file that holds these marks.
+        again: what the user should do.
     """
     before = {one["name"]: one for one in then}
     now = {header.name: marks_of(header) for header in files}
@@ -252,10 +252,8 @@ def check_files(then: Sequence[Marks], files: Sequence[FileHeader], folder: str,
         else:
             states = (one.get("state", {}).items() for one in (now[name], before[name]))
             told = [", ".join(f"{key} {value}" for key, value in state) for state in states]
-            got, expected = (one or "nothing told of the file itself" for one in told)
-            fix = (
-                f"The headers are the same, but the file holds no checksums that tell whether its tensors are. {again}"
-            )
+            got, expected = (one or "nothing known of the file itself" for one in told)
+            fix = f"The headers are the same, but without checksums in the file, its tensors may differ. {again}"
         raise EngineError(
             "E405",
             f"`{name}` changed since the plan was saved",

@@ -12,7 +12,7 @@ from engine.language.expressions import evaluate, names_in
 from engine.language.model import FilePattern, Layout, Mode, RankMap
 from engine.language.names import pattern
 
-MOST_FILES = 10_000  # missing ones that are counted
+MOST_FILES = 10_000  # missing files are counted up to this number
 
 
 Stage = tuple[int, ...]  # a chunk, then a rank of each dimension that orders stages
@@ -48,15 +48,15 @@ class RankGrid:
 
     @property
     def pipelined(self) -> bool:
-        """Whether files are of several pipeline stages."""
+        """Whether files belong to several pipeline stages."""
         return any(self.sizes.get(dim, 1) > 1 for dim in self.staged)
 
     def stage(self, file: int, chunk: int) -> Stage:
-        """The stage that a chunk of a file is."""
+        """The stage of a chunk of a file."""
         return (chunk, *[self.files[file].ranks.get(dim, 0) for dim in self.staged])
 
     def slices(self, file: int) -> dict[str, int]:
-        """The ranks of a file that tell slices of one tensor apart."""
+        """The ranks of a file that distinguish slices of one tensor."""
         return {
             dim: rank for dim, rank in self.files[file].ranks.items() if dim in self.sizes and dim not in self.staged
         }
@@ -67,14 +67,14 @@ WHOLE = Mode("whole", "", (_WHOLE,), only_read="it is no mode of training")
 
 
 def whole_grid(names: Sequence[str]) -> RankGrid:
-    """Files of a checkpoint without ranks: whichever holds a tensor holds all of it, or records what it holds."""
+    """Files of a checkpoint without ranks: a file holds whole tensors, or records which boxes of them it holds."""
     return RankGrid(WHOLE, {}, tuple(RankFile(name, _WHOLE, {}) for name in names))
 
 
 def rank_dims(file: FilePattern) -> tuple[str, ...]:
     """The placeholders of a file pattern that are rank dimensions: not `{number}`, not an expert.
 
-    None are where tensors record their boxes: nothing follows from such a file's name.
+    None if tensors record their boxes: then the file's name means nothing.
     """
     if file.boxes:
         return ()
@@ -100,7 +100,7 @@ def stage_dims(layout: Layout) -> tuple[str, ...]:
 
 
 def index_dims(layout: Layout, axis: str) -> tuple[str, ...]:
-    """The rank dimensions to which an axis' numbers in tensor names are local."""
+    """The rank dimensions within which an axis is numbered locally in tensor names."""
     read = names_in(layout.indices[axis])
     return tuple(dim for dim in layout_dims(layout) if dim in read)
 
@@ -127,30 +127,30 @@ def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[
 
 
 def _said(ranks: RankMap, counts: Mapping[str, Any]) -> int | None:
-    """How many files a rank map says there are; None where nothing tells."""
+    """The number of files that a rank map gives; None when it gives none."""
     count = evaluate(ranks.count, counts)
     return count if isinstance(count, int) and not isinstance(count, bool) and 0 < count <= MOST_FILES else None
 
 
 def sizes_in(file: FilePattern, grid: RankGrid, said: Mapping[str, Any]) -> Mapping[str, int]:
-    """Ranks per dimension that files of a pattern should have: their rank map may say others than the mode's first.
+    """Ranks per dimension that files of a pattern should have; their rank map may differ from that of the mode's first.
 
-    Where it does not tell, they are as many as there are files: shapes tell whether one is missing.
+    Where it does not say, their number is that of the files present: shapes show whether one is missing.
 
     Args:
-        said: what expressions of a rank map see.
+        said: the values that expressions of a rank map can use.
     """
     if file.ranks is None or file is grid.mode.files[0]:
         return grid.sizes
     held = [one.ranks for one in grid.files if one.pattern is file]
     told = _said(file.ranks, said)
-    if told is not None:  # no more than would show that one is missing
+    if told is not None:  # only enough to show that one is missing
         held = [*islice(expected_files(file, grid.sizes, said), len(held) + 1)]
     return {**grid.sizes, **{dim: 1 + max(ranks[dim] for ranks in held) for dim in file.ranks.dims}}
 
 
 def points(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Every index of a grid, made when asked for: a file's name can claim 10 ** 17 ranks.
+    """Every index of a grid, lazily: a file's name can claim 10 ** 17 ranks.
 
     >>> list(points([2, 2]))
     [(0, 0), (0, 1), (1, 0), (1, 1)]

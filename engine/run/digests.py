@@ -14,7 +14,7 @@ ALGORITHM = "xxh3_128"
 
 
 class Total:
-    """Digest and CRC-32 of one output tensor, as asked for, over bytes that usually come in order."""
+    """Digest and, if wanted, CRC-32 of one output tensor, over bytes that usually arrive in order."""
 
     def __init__(self, *, digest: bool, checksum: bool) -> None:
         self._digest = xxhash.xxh3_128() if digest else None
@@ -33,14 +33,14 @@ class Total:
                 self._in_order = False
 
     def mark(self) -> tuple[str, int] | None:
-        """The digest of what was added so far, and its length; None when it did not come in order."""
+        """The digest of the bytes so far, and their number; None when they did not arrive in order."""
         return (self._digest.hexdigest(), self.end) if self._digest is not None and self._in_order else None
 
     def checksum(self) -> int:
         return self._checksum.result() if self._checksum is not None else 0
 
     def digest(self, again: Callable[[], Iterable[memoryview]]) -> str:
-        """The digest; bytes that did not come in order are read `again`."""
+        """The digest; reads the bytes `again` if they did not arrive in order."""
         if self._digest is None:
             return ""
         return self._digest.hexdigest() if self._in_order else digest_of(again())
@@ -62,7 +62,7 @@ def _of_zeros(nbytes: int) -> str:
 
 
 def only_zeros(tensors: Iterable[tuple[str, tuple[int, ...], int, str]]) -> str | None:
-    """The matrices that hold nothing but zeros, in words; None when none does. Biases may well be zeros.
+    """The matrices that hold nothing but zeros, in words; None if there are none. Biases may well be zeros.
 
     Args:
         tensors: the name, shape, bytes and digest of each.
@@ -75,7 +75,7 @@ def only_zeros(tensors: Iterable[tuple[str, tuple[int, ...], int, str]]) -> str 
 
 
 def listed(what: str, names: Collection[str]) -> str | None:
-    """Some of the tensors of which something is to be told; None when there is none."""
+    """A message that names some of the tensors; None if there are none."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{what}: {', '.join(list(names)[:4])}{more}" if names else None
 

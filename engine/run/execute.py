@@ -1,4 +1,4 @@
-"""What the functions of the API share: an output made of a plan, and reporting."""
+"""What the API functions share: making an output from a plan, and reporting."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Small:
 
     Attributes:
         notices: what the user should know of them.
-        later: makes more of them, which takes long, while tensors are written; the event is set when they are no
-            longer wanted.
+        later: makes more of them, slowly, while tensors are written; the event is set when they are no longer
+            wanted.
         memory: bytes that all this takes.
     """
 
@@ -58,7 +58,7 @@ class Small:
     memory: int = 0
 
     def whole(self) -> dict[str, bytes]:
-        """All of the files, also those that take long."""
+        """All of the files, including those that take long to make."""
         return {**self.files, **(self.later(threading.Event()) if self.later is not None else {})}
 
 
@@ -72,14 +72,14 @@ def execute(
     *,
     parts: str | None = None,
 ) -> Report:
-    """Run a plan: weight files, small files and the manifest, complete at `out` or not there.
+    """Run a plan: weight files, small files and the manifest, complete at `out` or not at all.
 
-    Whatever can be refused without reading tensors is, before the folder of the output is made.
+    What can be refused without reading tensors is refused before the output folder is made.
 
     Args:
-        make_small: makes the other files of the output, or refuses.
+        make_small: makes the other files of the output; raises if it cannot.
         started: when the command started, for the report.
-        parts: take the weights that parts wrote, who know their work by this digest.
+        parts: the digest of work that parts have done: their weights are used.
     """
     from engine.run.digests import only_zeros
     from engine.run.journal import identity_of
@@ -93,7 +93,7 @@ def execute(
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
     made = making(compiled)
-    json.dumps([made, *small.files], ensure_ascii=False).encode()  # all of it that could not be written
+    json.dumps([made, *small.files], ensure_ascii=False).encode()  # fails for anything that could not be written
     check_runnable(compiled, how, small.memory, output.buffer)
     check_names(compiled, small.files)
     notices = [*compiled.notices, *small.notices]
@@ -134,10 +134,10 @@ def execute(
 
 
 def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: bool = False) -> OutputFolder | Uploads:
-    """The output of a plan: a context that yields a store to write to, and makes it whole or leaves nothing.
+    """The output of a plan: a context that yields a store to write to, and at its end completes it or leaves nothing.
 
     Args:
-        work: a digest of all that the bytes of the output depend on.
+        work: a digest of everything that determines the bytes of the output.
     """
     from engine.run.manifest import NAME
     from engine.run.parts import MARKER

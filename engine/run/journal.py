@@ -3,8 +3,8 @@
 It lies in the partial output. Its first line says what the run does; a run may only be resumed by
 one that does exactly the same. Each further line is one finished unit, written when its bytes are.
 
-Equal headers do not mean equal content. Of a file that holds a checksum of every tensor and that nothing has touched
-since, what was copied stands. Whatever was copied from others is read again and compared, or copied again.
+Equal headers do not mean equal content. What was copied from a file is kept if the file holds a checksum of every
+tensor and is untouched since. What was copied from other files is read again and compared, or copied again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """An output whose first `end` bytes, or all of them (None), are written and have this digest."""
+    """An output of which the first `end` bytes, or all (None), are written; `digest` is theirs."""
 
     digest: str
     end: int | None
@@ -56,7 +56,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """What an interrupted run left: how far each output came, and the state of each source file then, as a list."""
+    """What an interrupted run left: how far each output got, and the state of each source file then, as a list."""
 
     begun: Mapping[int, Begun] = field(default_factory=dict)
     states: Mapping[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Done:
 
 
 def work_of(plan: Plan) -> dict[str, Any]:
-    """What a run of a plan does, as far as its output depends on it."""
+    """What a run of a plan does, as far as that affects the output."""
     listed: dict[str, str] = {}
     for file in plan.shards:
         outputs = [plan.outputs[i] for i in file.outputs]
@@ -94,7 +94,7 @@ def work_of(plan: Plan) -> dict[str, Any]:
 
 
 def identity_of(plan: Plan) -> str:
-    """A digest of everything that the bytes of a run depend on; source files without checksums count by their state."""
+    """A digest of everything that determines the bytes of a run; for source files without checksums, their state."""
     states = [(f.name, dict(f.state.told())) for f in plan.files if not f.summed and f.state is not None]
     return hashlib.sha256(json.dumps([work_of(plan), states], sort_keys=True, default=str).encode()).hexdigest()
 
@@ -115,7 +115,7 @@ class Journal:
         """Start a journal, or go on with one.
 
         Args:
-            done: what has been verified to be there, and to come from the sources as they are now.
+            done: outputs that were verified to be present and to equal what the sources give now.
         """
         self._lock = threading.Lock()
         path = folder / NAME
@@ -143,12 +143,12 @@ class Journal:
 
 
 def read_journal(folder: Path, plan: Plan) -> Interrupted:
-    """What an interrupted run left; nothing when it wrote no journal.
+    """What an interrupted run left; None when it wrote no journal.
 
-    A last line that was cut short by the interruption is left out.
+    A last line that the interruption cut short is ignored.
 
     Raises:
-        EngineError: E407 when that run did something else, naming what has changed.
+        EngineError: E407 when that run did something else; names what has changed.
     """
     begun: dict[int, Begun] = {}
     states: Mapping[str, Any] = {}
@@ -171,7 +171,7 @@ def read_journal(folder: Path, plan: Plan) -> Interrupted:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The lines of a file of the partial output itself: others may have put something else there."""
+    """The lines of a file in the partial output; refuses a link, as others may have put one there."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -202,10 +202,10 @@ def _shown(before: Any, now: Any) -> str:
 
 
 def split(plan: Plan, left: Interrupted, jobs: Iterable[Job]) -> tuple[dict[int, Begun], set[int]]:
-    """What of an interrupted run is kept, and the outputs among it that `compare_copied` must read again.
+    """The outputs of an interrupted run to keep, and those among them that `compare_copied` must read again.
 
-    Of files that may have changed, only whole outputs are kept, and none that is filled from the source's side:
-    those are copied again.
+    If source files may have changed, only whole outputs are kept, and none that is scattered from its sources:
+    the others are copied again.
     """
     now = states_of(plan)
     changed = {
@@ -242,7 +242,7 @@ def compare_copied(plan: Plan, done: Mapping[int, Done], meter: Meter, outputs: 
                     "E407",
                     "the interrupted run cannot be resumed: the source files changed",
                     place=Place(", ".join(list(names)[:4]), tensor=sources[0].header.name),
-                    got=f"other bytes than those that `{plan.outputs[index].name}` was copied from",
+                    got=f"other bytes than `{plan.outputs[index].name}` was copied from",
                     expected="the same as when it was started",
-                    fix="Run without --resume to start over, or put the files back that it was started with.",
+                    fix="Run without --resume to start over, or restore the files that it was started with.",
                 )

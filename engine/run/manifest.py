@@ -1,6 +1,6 @@
 """The manifest of an output, `conversion.json`: what it was made from, how, and a digest of everything in it.
 
-It holds no time and no path, so equal inputs give equal bytes.
+It holds no times and no paths, so equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def manifest(
     """The manifest as data; its shape is `schemas/conversion.schema.json`.
 
     Args:
-        done: digests of every output; empty ones leave digests and the content id out.
+        done: digests of every output; if they are empty, digests and the content id are left out.
         small: the other files of the output by name.
-        made: what `making` says, where it was asked.
+        made: the result of `making`, if it is known already.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for file in plan.shards:
@@ -60,7 +60,7 @@ def manifest(
 
 
 def index_file(plan: Plan) -> dict[str, bytes]:
-    """The index of several weight files, by its name; nothing where there is none."""
+    """The index of several weight files, by its name; empty if there is no index."""
     if len(plan.shards) < 2 or plan.written is not None:
         return {}
     files = {plan.outputs[i].name: one.name for one in plan.shards for i in one.outputs}
@@ -68,7 +68,7 @@ def index_file(plan: Plan) -> dict[str, bytes]:
 
 
 def making(plan: Plan) -> dict[str, Any]:
-    """What a manifest says of what an output was made from, and how."""
+    """The part of a manifest that says what an output was made from, and how."""
     result: dict[str, Any] = {
         "mapping": {
             "name": plan.mapping.name,
@@ -77,7 +77,7 @@ def making(plan: Plan) -> dict[str, Any]:
             "resolved": plain(plan.mapping.resolved),
         },
         "layout": {"name": plan.layout.name, "version": plan.layout.version, "digest": plan.layout.digest},
-        # the zeros that padding is made of are no file
+        # zeros for padding come from no file
         "sources": {file.name: {"bytes": file.size, "identity": file.identity} for file in plan.files if file.size},
         "variants": {
             name: {"choice": d.choice, "how": d.how, "evidence": d.evidence} for name, d in plan.decisions.items()
@@ -95,12 +95,12 @@ def making(plan: Plan) -> dict[str, Any]:
 
 
 def tensor_key(plan: Plan, file: str, name: str) -> str:
-    """How the manifest names a tensor: rank files hold tensors of the same name, other files do not."""
+    """A tensor's key in the manifest: with its file for rank files, which hold tensors of the same name."""
     return f"{file}:{name}" if plan.written is not None else name
 
 
 def encode_manifest(data: Mapping[str, Any]) -> bytes:
-    """A manifest as JSON: an entry of each part on a line of its own, as a tensor is.
+    """A manifest as JSON: each entry of a section, such as a tensor, on its own line.
 
     >>> print(encode_manifest({"version": 1, "tensors": {"a": {"sha256": "0f"}, "b": {}}}).decode(), end="")
     {
@@ -111,8 +111,8 @@ def encode_manifest(data: Mapping[str, Any]) -> bytes:
      }
     }
     """
-    encode = json.JSONEncoder(ensure_ascii=False).encode  # `indent` is done by Python's encoder and not by that in C
-    text = bytearray()  # grown bit by bit: all pieces together take several times the memory
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # `indent` would use Python's slow encoder, not C's
+    text = bytearray()  # grown piece by piece: a list of all pieces takes several times the memory
     for name, part in data.items():
         text += f"{',' if text else '{'}\n {encode(name)}: ".encode()
         if not isinstance(part, dict) or not part:
@@ -125,7 +125,7 @@ def encode_manifest(data: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(folder: Store) -> dict[str, Any]:
-    """The manifest of an output, checked against its schema; E304 when it has none, E301 when it is none."""
+    """The manifest of an output, checked against its schema; E304 when there is none, E301 when it is not valid."""
     place = folder.place(NAME)
     if not folder.has(NAME):
         raise EngineError(
@@ -133,7 +133,7 @@ def read_manifest(folder: Store) -> dict[str, Any]:
             f"there is no `{NAME}`",
             place=Place(folder.place()),
             expected="an output of this engine",
-            fix="Only what `engine run`, `reverse` or `reshard` wrote can be verified.",
+            fix="Only the output of `engine run`, `reverse` or `reshard` can be verified.",
         )
     with folder.open(NAME) as file:
         raw = file.read(_MOST)

@@ -1,4 +1,4 @@
-"""The memory of a run, told before it starts and kept: tables of the plan, buffers of each worker."""
+"""The memory of a run, predicted before it starts and not exceeded: tables of the plan, buffers of each worker."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from engine.planning.model import Work
 from engine.storage.coalesce import LEAST_WINDOW, WINDOW, share
 from engine.storage.sources import AHEAD
 
-MOST_WORKERS = 256  # threads: disks have no use for more, and each has buffers of its own
-_BASE = 48 << 20  # the interpreter with the libraries that a run needs
+MOST_WORKERS = 256  # threads: more do not help any disk, and each has its own buffers
+_BASE = 48 << 20  # the interpreter and the libraries that a run needs
 _PER_TENSOR = 1500  # bytes of headers, outputs and digests per tensor
 _CLIENT = 32 << 20  # obstore, with its connections
-_MAPPED = 8 << 20  # what the allocator keeps beyond what is asked for
+_MAPPED = 8 << 20  # what the allocator keeps beyond what is allocated
 
 
 def predicted_memory(plan: Work, workers: int, buffer: Callable[[int], int] = lambda files: 0) -> int:
-    """Bytes resident at the peak of a run with so many workers; the model's size does not count.
+    """Peak resident bytes of a run with this many workers; independent of the model's size.
 
     Args:
-        buffer: what writing so many files at once keeps in memory for each, as the store says.
+        buffer: takes the number of files written at once; returns the bytes that the store buffers for each.
     """
     widest = max((2 * 4 * o.shape[-1] for o in plan.outputs if o.transform is not None and o.shape), default=0)
     casts = not all(output.unchanged for output in plan.outputs)
@@ -32,7 +32,7 @@ def predicted_memory(plan: Work, workers: int, buffer: Callable[[int], int] = la
     compared = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN) if plan.replicas or plan.tied else 0
     tables = _PER_TENSOR * (len(plan.sources) + len(plan.outputs))
     window, written = _window(plan), buffer(workers)
-    fetched = (AHEAD + 1) * share(window, workers)  # windows on their way, and one that is moved
+    fetched = (AHEAD + 1) * share(window, workers)  # windows being fetched, and one being moved
     library = _CLIENT if window or written else 0
     return _BASE + _MAPPED + library + tables + workers * (max(worker, compared) + fetched + written)
 
@@ -42,14 +42,14 @@ def _window(plan: Work) -> int:
 
 
 def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int, buffer: Callable[[int], int]) -> int:
-    """How many workers a run has: as asked, else as many as cores, and no more than fit the memory.
+    """The number of workers of a run: as asked, else one per core, but no more than fit in memory.
 
     Args:
-        beside: bytes that other work takes meanwhile, within the same limit.
+        beside: bytes that other work takes at the same time, within the same limit.
         buffer: as for `predicted_memory`.
 
     Raises:
-        EngineError: E001 for a number of threads that no run should have, and when not even one fits `limit` bytes.
+        EngineError: E001 for a number of threads out of range, and when not even one fits in `limit` bytes.
     """
     if asked is not None and not (type(asked) is int and 1 <= asked <= MOST_WORKERS):
         raise EngineError(
@@ -57,7 +57,7 @@ def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int, bu
             fix="More threads than cores rarely help.",
         )  # fmt: skip
     window = _window(plan)
-    most = max(window // LEAST_WINDOW, 1) if 0 < window < WINDOW else MOST_WORKERS  # each has enough of a small one
+    most = max(window // LEAST_WINDOW, 1) if 0 < window < WINDOW else MOST_WORKERS  # a small window is shared by fewer
     wanted = asked or min(os.cpu_count() or 1, most)
     if limit is None:
         return wanted

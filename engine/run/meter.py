@@ -1,4 +1,4 @@
-"""How far a long piece of work is, told to a listener; and the flag that stops its workers."""
+"""Progress of long work, reported to a listener; and the flag that stops its workers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _TOLD_EVERY = 8 << 20  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a piece of work is.
+    """The progress of a piece of work.
 
     Attributes:
         done, total: in `unit`, over all phases.
-        phase: what is being done, in words.
-        unit: `bytes`, or what else is counted, like `layers`.
-        kept: how much of `done` an interrupted run had done before.
+        phase: what is being done now, in words.
+        unit: `bytes`, or anything else that is counted, like `layers`.
+        kept: the share of `done` that an interrupted run had done.
     """
 
     done: int
@@ -31,7 +31,7 @@ Listener = Callable[[Progress], None]
 
 
 class Meter:
-    """Adds up what workers did; tells the listener now and then. Also the stop flag."""
+    """Adds up what workers did, and reports it to the listener now and then. Also the stop flag."""
 
     def __init__(self, total: int, listener: Listener | None, phase: str = "writing", unit: str = "bytes") -> None:
         self._total, self._listener, self._phase, self._unit = total, listener, phase, unit
@@ -40,7 +40,7 @@ class Meter:
         self.stopped = threading.Event()
 
     def begin(self, phase: str) -> None:
-        """Say what is done from here on."""
+        """Begin a phase."""
         with self._lock:
             self._phase = phase
             self._tell()
@@ -53,13 +53,13 @@ class Meter:
                 self._tell()
 
     def keep(self, amount: int) -> None:
-        """Count what an interrupted run had done."""
+        """Count work that an interrupted run had done."""
         with self._lock:
             self.kept += amount
         self.advance(amount)
 
     def finish(self) -> None:
-        """Everything is done: what is left needed no reading."""
+        """Report that everything is done: what is left needed no reading."""
         if self._done < self._total:
             self.advance(self._total - self._done)
 

@@ -1,7 +1,7 @@
-"""Parts: a plan's work dealt out by bytes, each share done by itself, on any machine; and what ties them together.
+"""Parts: a plan's work split by bytes, so that each part can run by itself on any machine; and their markers.
 
-A part writes its outputs where a run would, and then a marker that says what it wrote. Whoever has all markers knows
-the digest and checksum of every output, and completes the files.
+A part writes its outputs where a run would, and then a marker that says what it wrote. All markers together give
+the digest and checksum of every output, which is enough to complete the files.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from engine.storage.store import Store, Target
 
 MARKER = ".part-"
 _MOST = 1 << 28  # bytes of a marker
-_SLACK = 0.02  # of a part, by which its ends may move so that no tensor is cut
-Span = tuple[int, int, int, str]  # an output, the bytes of it from one to another, and their digest
+_SLACK = 0.02  # of a part: how far its ends may move so that no tensor is cut
+Span = tuple[int, int, int, str]  # an output, begin and end of a byte range in it, and the range's digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Part:
         return f"{MARKER}{self.number:05d}-of-{self.count:05d}"
 
 
-WHOLE = Part(1, 1)  # its marker also says of all parts what they wrote, when they are put together
+WHOLE = Part(1, 1)  # after a commit, its marker lists what all parts wrote
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: outputs that are whole, and spans of those that several parts share."""
+    """What was written: whole outputs, and spans of outputs that several parts share."""
 
     done: Mapping[int, Done]
     spans: Sequence[Span] = field(default=())
@@ -56,12 +56,12 @@ class Written:
 
 
 def share(jobs: Sequence[Job], part: Part, *, cut: bool = False) -> list[Job]:
-    """The units of a part: a run of all units in the order of the files, which has its share of the bytes.
+    """The units of a part: a contiguous run of all units, in file order, with its share of the bytes.
 
-    Every byte is in exactly one part, whatever their number.
+    Every byte is in exactly one part, for any number of parts.
 
     Args:
-        cut: let an output be shared by parts, where whole ones would make them too unlike.
+        cut: whether parts may share an output, where whole outputs would make their sizes too unequal.
     """
     ordered = sorted(jobs, key=lambda job: job.files)
     mean = sum(job.nbytes for job in ordered) / part.count
@@ -85,7 +85,7 @@ def share(jobs: Sequence[Job], part: Part, *, cut: bool = False) -> list[Job]:
 
 
 def _edge(jobs: Sequence[Job], wanted: float, mean: float, cut: bool) -> int:
-    """Where a part ends, in bytes of all units: between two units, or in one that is cut."""
+    """Where a part ends, in bytes of all units: between two units, or inside one that is cut."""
     before = 0
     for job in jobs:
         for unit, size in zip(job.units, job.sizes, strict=True):
@@ -99,7 +99,7 @@ def _edge(jobs: Sequence[Job], wanted: float, mean: float, cut: bool) -> int:
 
 
 def write_marker(work: str, store: Target, part: Part, written: Written) -> None:
-    """Say that a part is done: what it wrote, and for which saved plan, by its digest."""
+    """Record that a part is done: what it wrote, and the digest of its saved plan."""
     told = {
         "work": work,
         "part": [part.number, part.count],
@@ -110,15 +110,15 @@ def write_marker(work: str, store: Target, part: Part, written: Written) -> None
 
 
 def is_done(work: str, store: Store, part: Part) -> bool:
-    """Whether a part has been done already, of the same plan."""
+    """Whether this part of the same plan has been done already."""
     return store.has(part.marker) and _read(store, part.marker)["work"] == work
 
 
 def read_markers(plan: Plan, work: str, store: Store) -> Written:
-    """What all parts wrote.
+    """Collect what all parts wrote.
 
     Raises:
-        EngineError: E409 when a part is missing, or is one of another plan or number of parts.
+        EngineError: E409 when a part is missing, or belongs to another plan or number of parts.
     """
     try:
         names = [name for name in store.names() if name.startswith(MARKER)]

@@ -1,4 +1,4 @@
-"""Replicas, tensors that every rank holds, must be the same on every rank, bit for bit; slices of one must not."""
+"""Replicas, tensors that every rank holds, must be bit-identical on all ranks; slices of one tensor must differ."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from engine.storage.coalesce import Range
 from engine.storage.sources import SourceFiles
 
 Check = Replicas | Tied | Slices
-_SAMPLE = 4096  # bytes of a slice, in which slices of a trained tensor already differ
-_TOGETHER = 32  # checks whose first bytes are fetched together, where reading has latency
-_FETCHED = 256 << 10  # bytes of each replica among them
+_SAMPLE = 4096  # bytes of a slice: enough to differ between slices of a trained tensor
+_TOGETHER = 32  # checks whose first bytes are fetched together from storage with latency
+_FETCHED = 256 << 10  # bytes fetched of each replica
 _FEW = 32  # elements that may be equal by chance
 
 
 def checks(plan: Work) -> tuple[Check, ...]:
-    """What must be equal, or must not, before anything is written."""
+    """The tensors that must be equal, or must differ, before anything is written."""
     return (*plan.replicas, *plan.tied, *plan.slices)
 
 
 def compare_replicas(
     plan: Work, meter: Meter | None = None, some: Sequence[Check] | None = None, users: int = 1
 ) -> None:
-    """Compare every set of replicas block by block with the first of the set.
+    """Compare each replica block by block with the first of its set.
 
     Args:
-        meter: advances by `replica_bytes` in all; its flag ends the comparing early, with no result.
+        meter: advances by `replica_bytes` in all; its flag stops the comparison early, without a result.
         some: of the plan's `checks`; default: all.
-        users: how many compare at the same time.
+        users: how many threads compare at the same time.
 
     Raises:
-        EngineError: E402 naming the ranks that differ and the largest deviation, E306 for slices that are equal.
+        EngineError: E402 with the ranks that differ and the largest deviation, E306 for equal slices.
     """
     meter = meter or Meter(0, None)
     with SourceFiles(plan.files, users) as files:
@@ -57,7 +57,7 @@ def compare_replicas(
 def _batches(
     plan: Work, some: Sequence[Check], window: int
 ) -> Iterator[tuple[Sequence[Check], Mapping[int, list[Range]]]]:
-    """Checks that are made one after the other, with the bytes that all of them begin with in each file."""
+    """Batches of checks, with the first bytes that they read of each file, to be fetched together."""
     held: list[Check] = []
     ranges: dict[int, list[Range]] = {}
     total = 0
@@ -78,7 +78,7 @@ def _batches(
 
 
 def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, meter: Meter) -> None:
-    """E402 unless a tensor that is left out equals the one that stands for it."""
+    """E402 unless a tied tensor equals the one that is written for both."""
     kept = plan.outputs[tied.same_as]
     copies = plan.copies(tied.same_as)
     limit = BLOCK_BYTES // ITEM_SIZES[kept.read_dtype]
@@ -101,7 +101,7 @@ def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, mete
 
 
 def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, meter: Meter) -> None:
-    """E306 for two slices that are equal to the last bit, constants and the smallest aside."""
+    """E306 for two slices that are bit-identical, except constants and very small ones."""
     header = plan.sources[slices.sources[0]].header
     size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
     seen: dict[bytes, int] = {}
@@ -128,14 +128,14 @@ def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer
         "E306",
         f"`{twin}` and `{name}` hold the same slice of `{slices.name}`",
         place=Place(twin, tensor=plan.sources[source].header.name),
-        got=f"slices of {' × '.join(map(str, header.shape))} that are equal to the last bit",
+        got=f"bit-identical slices of {' × '.join(map(str, header.shape))}",
         expected="another slice on each rank: this tensor is cut",
         fix="The tensor, or its file, was copied from the other rank: copy the file again from the training run.",
     )
 
 
 def _in_rows(sources: Sequence[int], first: Mapping[int, int]) -> bool:
-    """Whether several slices, each as often as all others, follow each other.
+    """Whether each slice is repeated equally often, and its copies follow each other.
 
     >>> _in_rows([4, 5, 6, 7], {5: 4, 7: 6}), _in_rows([4, 5, 6, 7], {5: 4}), _in_rows([4, 5], {5: 4})
     (True, False, False)
@@ -149,7 +149,7 @@ def _in_rows(sources: Sequence[int], first: Mapping[int, int]) -> bool:
 
 
 def replica_bytes(plan: Work, some: Sequence[Check] | None = None) -> int:
-    """Bytes that comparing replicas reads besides the first of each set; of some of the `checks`, or all."""
+    """Bytes that comparing replicas reads besides the first of each set, for some of the `checks` or all."""
     sets = [check for check in (checks(plan) if some is None else some) if isinstance(check, Replicas)]
     return sum(_nbytes(plan, source) for replicas in sets for source in replicas.sources[1:])
 
@@ -160,7 +160,7 @@ def _nbytes(plan: Work, source: int) -> int:
 
 
 def _compare(plan: Work, replicas: Replicas, first: Gatherer, other: Gatherer, meter: Meter) -> None:
-    """Every block of the first is read once and compared with the same block of all others."""
+    """Read each block of the first replica once, and compare it with the same block of all others."""
     one, *others = replicas.sources
     header = plan.sources[one].header
     for source in others:
@@ -189,7 +189,7 @@ def _compare(plan: Work, replicas: Replicas, first: Gatherer, other: Gatherer, m
 def _same(x: memoryview, y: memoryview) -> bool:
     """Whether two buffers hold the same bytes.
 
-    A whole bytearray is compared with a buffer by `memcmp`, two memoryviews item by item.
+    Comparing a whole bytearray with a buffer uses `memcmp`; two memoryviews are compared item by item.
     """
     if isinstance(x.obj, bytearray) and len(x.obj) == len(x):
         return x.obj == y
@@ -197,7 +197,7 @@ def _same(x: memoryview, y: memoryview) -> bool:
 
 
 def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
-    """How many elements differ, and by how much at most."""
+    """The number of elements that differ, and the largest difference."""
     import numpy as np
 
     one, two = elements(x, dtype), elements(y, dtype)

@@ -1,4 +1,4 @@
-"""The runner: plan → weight files. Workers share the tensors out among them; checks run beside."""
+"""The runner: plan → weight files. Workers divide the tensors among them; checks run at the same time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from engine.storage.store import Target
 
 
 def check_runnable(plan: Work, how: Running, beside_memory: int, buffer: Callable[[int], int]) -> None:
-    """E209 or E001 for what `write_weights` could not do, told before there is a folder to write to."""
+    """E209 or E001 for what `write_weights` could not do, before there is a folder to write to."""
     for output in plan.outputs:
         check_transform(output)
     workers_of(plan, how.workers, how.max_memory, beside_memory, buffer)
@@ -43,13 +43,13 @@ def write_weights(
     """Compare replicas, then write every weight file of a plan into `store`, to stable storage.
 
     Args:
-        beside: called in threads of their own while tensors are written, with an event that is set when they
-            should stop; an error of theirs ends the run.
-        beside_memory: bytes that they take, which count in `max_memory`.
+        beside: functions to run in their own threads while tensors are written. Each is passed an event that is set
+            when it should stop; an error in one ends the run.
+        beside_memory: bytes that these take; they count towards `max_memory`.
 
     Raises:
-        EngineError: E402 when replicas differ, E405 when a source changed meanwhile, E407 when there is another
-            run to resume, or its sources changed.
+        EngineError: E402 when replicas differ, E405 when a source changes during the run, E407 when the run to
+            resume was another one, or its sources have changed.
     """
     count = workers_of(plan, how.workers, how.max_memory, beside_memory, store.buffer)
     folder = store.folder  # where a journal can lie
@@ -86,9 +86,9 @@ def write_weights(
 
 
 def write_part(work: Work, jobs: Sequence[Job], store: Target, how: Running) -> Written:
-    """Compare the replicas of a share of a plan, then write its jobs; files that others write to are not completed.
+    """Compare the replicas of a part's plan, then write its jobs. Files that other parts write to are not completed.
 
-    What an earlier try left whole in a store that takes whole files is kept. Errors as for `write_weights`.
+    In a store of whole files, what an earlier try wrote whole is kept. Errors as for `write_weights`.
     """
     count = workers_of(work, how.workers, how.max_memory, 0, store.buffer)
     meter = Meter(sum(job.nbytes for job in jobs) + replica_bytes(work), how.progress)
@@ -114,8 +114,8 @@ def _write(
     """Compare, then do all jobs with `count` workers.
 
     Args:
-        before: what is compared before replicas are.
-        ready: called when files are begun.
+        before: what to compare before the replicas.
+        ready: called once the files are begun.
     """
     files = sorted({file for job in jobs for file in job.files})
     if resume and not store.positioned:
@@ -148,7 +148,7 @@ def take_parts(plan: Plan, store: Target, written: Written) -> Written:
     """Complete the files that parts wrote to.
 
     Raises:
-        EngineError: E409 when what is there now is not what they wrote.
+        EngineError: E409 when the files no longer hold what they wrote.
     """
     if store.positioned:
         writer = Writer(plan, store, Meter(0, None), range(len(plan.shards)), digests=True)

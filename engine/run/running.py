@@ -1,4 +1,4 @@
-"""How a plan is run: each option declared once, as those of planning are."""
+"""How a plan is run: each option is declared once, as for planning."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Running:
 
 
 class RunOptions(TypedDict, total=False):
-    """Keywords of whatever writes a checkpoint."""
+    """Keywords of every function that writes a checkpoint."""
 
     overwrite: bool
     resume: bool
@@ -64,21 +64,21 @@ class RunOptions(TypedDict, total=False):
 
 
 class SpreadOptions(RunOptions, total=False):
-    """Keywords of whatever writes a checkpoint whole, here or by an executor."""
+    """Keywords of functions that write a whole checkpoint, in this process or by an executor."""
 
     executor: Any
     parts: int
 
 
 class CommitOptions(RunOptions, total=False):
-    """Keywords of what completes a checkpoint."""
+    """Keywords of functions that complete a checkpoint."""
 
     tokenizer: str | Path | None
     code: str | Path | None
 
 
 class WholeRunOptions(CommitOptions, SpreadOptions, total=False):
-    """Keywords of what writes a Hugging Face checkpoint."""
+    """Keywords of functions that write a Hugging Face checkpoint."""
 
 
 class ConvertOptions(WholeOptions, WholeRunOptions, total=False):
@@ -94,6 +94,6 @@ class ReshardRunOptions(ReshardOptions, SpreadOptions, total=False):
 
 
 def running_of(options: Mapping[str, Any], takes: type) -> Running:
-    """How to run, of keywords; those of `Request` are left aside. TypeError as for `request_of`."""
+    """The `Running` of keywords; those of `Request` are ignored. TypeError as for `request_of`."""
     check_keywords(options, takes)
     return Running(**own(options, Running))

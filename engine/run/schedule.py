@@ -1,7 +1,7 @@
-"""Scheduling: which side drives which tensors, which files are filled together, and which worker moves what.
+"""Scheduling: which side drives each tensor, which files are filled together, and which worker moves what.
 
-The target drives (gather) unless its blocks would touch more runs than the source's: whole tensors
-cut by columns into many ranks are scattered. Tensors that share sources are decided together.
+The target drives (gather) unless its blocks would touch more runs than the source's (scatter): so whole
+tensors that are cut by columns into many ranks are scattered. Tensors with common sources are decided together.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from engine.move.runs import READ_THROUGH, runs
 from engine.planning.boxes import Copy, swap
 from engine.planning.model import OutputFile, Work
 
-_RUN_COST = 8 * 1024  # bytes that could have been moved in the time a run takes to start
-_BLOCKS_TOGETHER = 8  # times the bytes read ahead: outputs that one worker gathers without a pause
-_CLEARLY = 0.8  # scatter only where it costs less than this part of gathering
+_RUN_COST = 8 * 1024  # bytes that can be moved in the time that starting a run takes
+_BLOCKS_TOGETHER = 8  # times the bytes read ahead: what one worker gathers without a pause
+_CLEARLY = 0.8  # scatter only if it costs less than this fraction of gathering
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Outputs that are moved together: gathered, or scattered from the sources that they share."""
+    """Outputs that are moved together: gathered, or scattered from their common sources."""
 
     outputs: tuple[int, ...]
     scattered: bool = False
-    span: tuple[int, int] | None = None  # bytes of the only output, where others move the rest
+    span: tuple[int, int] | None = None  # byte range of its only output, if other units move the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Job:
 
 
 class _Sets:
-    """Disjoint sets of numbers that are joined."""
+    """Disjoint sets of numbers (union-find)."""
 
     def __init__(self, count: int) -> None:
         self._parent = list(range(count))
@@ -69,14 +69,14 @@ class _Sets:
 def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequence[int]] | None = None) -> list[Job]:
     """The jobs of a plan, largest first. Every output is in exactly one.
 
-    Files that are scattered into together are one job.
+    Files into which the same sources are scattered form one job.
 
     Args:
-        positioned: whether writes go anywhere in a file; if not, each file is one unit.
-        scattered: what `scattered_outputs` gives, where it is known.
+        positioned: whether a file can be written at any position; if not, each file is one unit.
+        scattered: the result of `scattered_outputs`, if it is known already.
     """
     block = max((file.file.store.block for file in plan.files), default=0)
-    if block or not positioned:  # what is read far away is fetched in the order of the output
+    if block or not positioned:  # remote storage is fetched in the order of the output
         units = _together(plan, block * _BLOCKS_TOGETHER if positioned else None)
     else:
         units = [
@@ -104,7 +104,7 @@ def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequenc
 
 
 def _together(plan: Work, nbytes: int | None) -> list[Unit]:
-    """Outputs of each file that one worker gathers in the order of their places, up to so many bytes of them."""
+    """Groups of outputs that one worker gathers, in file order, each up to a number of bytes."""
     units: list[Unit] = []
     for file in plan.shards:
         held: list[int] = []
@@ -122,13 +122,13 @@ def _together(plan: Work, nbytes: int | None) -> list[Unit]:
 
 
 def layout_of(plan: Work, file: OutputFile) -> FileLayout:
-    """Where everything of a weight file goes."""
+    """Where each byte range of a weight file goes."""
     tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
     return FORMATS[file.format](tensors, PurePosixPath(file.name).stem, file.around)
 
 
 def scattered_outputs(plan: Work) -> list[list[int]]:
-    """Outputs that are cheaper to scatter from the sources they share than to gather, in sets."""
+    """Sets of outputs that are cheaper to scatter from their common sources than to gather."""
     copies = [plan.copies(i) for i in range(len(plan.outputs))]
     wide = {i for i, held in enumerate(copies) if any(_skips(c, plan) for c in held)}
     if not wide:
@@ -150,7 +150,7 @@ def _skips(copy: Copy, plan: Work) -> bool:
 
 
 def _scatters(plan: Work, outputs: Sequence[int], copies: Sequence[Copy]) -> bool:
-    """Whether these outputs can be filled from the source side, and are better so."""
+    """Whether these outputs can be scattered from their sources, and whether that is cheaper."""
     if not all(plan.outputs[i].unchanged for i in outputs):
         return False
     moved: dict[int, int] = {}
@@ -164,14 +164,14 @@ def _scatters(plan: Work, outputs: Sequence[int], copies: Sequence[Copy]) -> boo
         scattering += count * _RUN_COST + elements * item
     for source, volume in moved.items():
         header = plan.sources[source].header
-        # Elements that go to several outputs, or to none, have no one place in a source's block.
+        # Elements that go to several outputs, or to none, have no single place in a source's block.
         if volume != prod(header.shape) or header.strides != dense_strides(header.shape):
             return False
     return scattering < _CLEARLY * gathering
 
 
 def copies_from(plan: Work, unit: Unit) -> dict[int, list[Copy]]:
-    """For each source of a scattered unit, its copies with the sides exchanged."""
+    """For each source of a scattered unit, its copies with source and target exchanged."""
     found = grouped((copy.source, swap(copy)) for output in unit.outputs for copy in plan.copies(output))
     for held in found.values():
         held.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
@@ -179,10 +179,10 @@ def copies_from(plan: Work, unit: Unit) -> dict[int, list[Copy]]:
 
 
 class Shares:
-    """Units handed out to workers, each of which fills a job of its own in order while there is one.
+    """Hands out units to workers. Each worker fills its own job in order, while jobs are left.
 
-    With none left a worker takes the largest unit of the job with most bytes left: several write to
-    one file then, which costs them some waiting, but nobody is idle and all end together.
+    After that, it takes the largest unit of the job with the most bytes left. Then several workers write
+    to one file and wait for each other a little, but none is idle and all end together.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -194,7 +194,7 @@ class Shares:
         self._lock = threading.Lock()
 
     def take(self, own: int | None) -> tuple[int, Unit] | None:
-        """A job and one of its units; None when nothing is left.
+        """A job and one of its units; None when no unit is left.
 
         Args:
             own: the job that the worker took first, if any.
@@ -222,7 +222,7 @@ class Shares:
         return self._jobs[job].files
 
     def finish(self, job: int) -> bool:
-        """Count a unit of a job as done; True for its last."""
+        """Count a unit of a job as done; True for the last one."""
         with self._lock:
             self._unfinished[job] -= 1
             return self._unfinished[job] == 0

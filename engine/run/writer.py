@@ -21,8 +21,8 @@ from engine.run.schedule import Shares, Unit, copies_from, layout_of
 from engine.storage.sources import SourceFiles
 from engine.storage.store import Sinks, Target, write_error
 
-MARK_BYTES = 64 << 20  # of one tensor between entries of the journal
-_DIRECT_BYTES = 8 << 20  # moved by the system between looks at the stop flag
+MARK_BYTES = 64 << 20  # written of one tensor between journal entries
+_DIRECT_BYTES = 8 << 20  # moved by the system between checks of the stop flag
 
 
 class Writer:
@@ -41,15 +41,15 @@ class Writer:
     ) -> None:
         """
         Args:
-            files: those of the plan that are written to.
-            workers, jobs: how many write, and how many jobs they share.
+            files: the files of the plan to write.
+            workers, jobs: the number of workers, and of jobs that they share.
         """
         self._plan, self._meter = plan, meter
         self._store, self._names = store, [file.name for file in plan.shards]
-        self._users = workers if store.positioned else min(workers, jobs)  # that read and write at the same time
+        self._users = workers if store.positioned else min(workers, jobs)  # workers that read and write at once
         self._layouts: dict[int, FileLayout] = {}
         self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
-        self._numbers: dict[int, int] = {}  # output → the how manieth of its file
+        self._numbers: dict[int, int] = {}  # output → its index in its file
         self._checked: set[int] = set()  # outputs whose format wants checksums
         for index in files:
             file = plan.shards[index]
@@ -58,12 +58,12 @@ class Writer:
             self._numbers.update((output, number) for number, output in enumerate(file.outputs))
             self._checked.update(file.outputs if file.format in CHECKED else ())
         self._digests = digests
-        self._totals: dict[int, Total] = {}  # of outputs that are begun, each changed by the worker that writes it
-        # The system may move bytes that need not be seen; two that write one file wait longer for each other so.
+        self._totals: dict[int, Total] = {}  # outputs in progress; only the worker that writes one changes its total
+        # The system may copy bytes that need no look; then two workers of one file wait longer for each other.
         self._direct = workers <= jobs and not digests
         self.done: dict[int, Done] = {}
-        self.spans: list[tuple[int, int, int, str]] = []  # of outputs that others write as well, with digests
-        self._whole: set[int] = set()  # files that need not be written
+        self.spans: list[tuple[int, int, int, str]] = []  # of outputs shared with other parts, with digests
+        self._whole: set[int] = set()  # files that are complete already
         self.journal: Journal | None = None
 
     def _total(self, output: int) -> Total:
@@ -74,7 +74,7 @@ class Writer:
         return found
 
     def take_over(self, known: Mapping[int, Begun]) -> None:
-        """Keep what an interrupted run wrote, as far as its bytes are there; read them for their digests."""
+        """Keep what an interrupted run wrote, if its bytes are there; reads them for their digests."""
         with self._store.sinks(self._names) as sinks:
             for output, one in known.items():
                 if output not in self._places:
@@ -94,7 +94,7 @@ class Writer:
                     del self._totals[output]
 
     def take_whole(self, files: Iterable[int]) -> None:
-        """Keep those of some files that an interrupted run left whole; read them for their digests."""
+        """Keep files that an interrupted run left whole; reads them for their digests."""
         with self._store.sinks(self._names) as sinks:
             for index in files:
                 file = self._plan.shards[index]
@@ -109,7 +109,7 @@ class Writer:
                     del self._totals[output]
 
     def start(self, index: int) -> None:
-        """Create a file, with what is known before its payload, and behind outputs that are done."""
+        """Create a file; write what is known before its payload, and what follows outputs that are done."""
         layout = self._layouts[index]
         with self._store.sinks(self._names, self._users) as sinks, self._errors(index):
             sinks.create(index, layout.size)
@@ -124,7 +124,7 @@ class Writer:
             sinks.write(file, offset, (data,))
 
     def work(self, shares: Shares) -> None:
-        """Write units until none is left. Each output is written by one worker."""
+        """Write units until none is left. One worker writes each output."""
         plan = self._plan
         with self._store.sinks(self._names) as sinks, SourceFiles(plan.files, self._users) as files:
 
@@ -161,7 +161,7 @@ class Writer:
                         self._finish(file, sinks)
 
     def _gather_span(self, output: int, span: tuple[int, int], reader: Reader, sinks: Sinks) -> None:
-        """Write some bytes of an output; whoever has all of them reads them for the digest."""
+        """Write some bytes of an output; whoever completes the output later reads all of it for the digest."""
         (file, place), (low, high) = self._places[output], span
         total = Total(digest=True, checksum=False)
         for _, at, data in reader.stream([(output, low)]):
@@ -176,7 +176,7 @@ class Writer:
         self.spans.append((output, low, high, total.digest(tuple)))
 
     def take_spans(self, spans: Sequence[tuple[int, int, int, str]]) -> None:
-        """Keep an output that several wrote, in order, if each of them wrote what is there; read it for its digest."""
+        """Keep an output that several parts wrote, if it holds what each of them wrote; reads it for its digest."""
         output, total = spans[0][0], self._total(spans[0][0])
         file, place = self._places[output]
         with self._store.sinks(self._names) as sinks:
@@ -193,7 +193,7 @@ class Writer:
         self.done[output] = Done(total.digest(tuple), total.checksum())
 
     def _finish(self, index: int, sinks: Sinks) -> None:
-        """Write what is only known when the payload is complete; the file is on its way to stable storage then."""
+        """Write what is only known once the payload is complete, and start bringing the file to stable storage."""
         outputs = self._plan.shards[index].outputs
         if index in self._whole or not all(output in self.done for output in outputs):  # others write the rest
             return
@@ -213,7 +213,7 @@ class Writer:
             sinks.sync(index)
 
     def _record(self, outputs: Sequence[int], sinks: Sinks) -> None:
-        """Digests of outputs that are finished, into the journal too; nothing when the run was stopped."""
+        """Record digests of finished outputs, also in the journal; does nothing when the run was stopped."""
         if self._meter.stopped.is_set():
             return
         finished: dict[int, Done] = {}
@@ -237,7 +237,7 @@ class Writer:
             raise write_error(self._store.place(self._names[index]), error) from error
 
     def _copied(self, outputs: Sequence[int], files: SourceFiles, sinks: Sinks) -> bool:
-        """Have the system move an output that is whole runs of its sources, unseen; False where it cannot."""
+        """Have the system copy an output that consists of whole runs of its sources; False where it cannot."""
         index, *more = outputs
         if more:
             return False
@@ -258,7 +258,7 @@ class Writer:
             to, left = at + copy.target_offset * item, copy.volume() * item
             while left and not self._meter.stopped.is_set():
                 count = sinks.copy(file, to, descriptor, begin, min(left, _DIRECT_BYTES))
-                if not count:  # gathering tells what is wrong, if anything is
+                if not count:  # gathering will report what is wrong, if anything is
                     self._meter.advance(-moved)
                     return False
                 begin, to, left, moved = begin + count, to + count, left - count, moved + count
@@ -267,14 +267,14 @@ class Writer:
         return True
 
     def _gather(self, outputs: Sequence[int], reader: Reader, write: Write, sinks: Sinks) -> None:
-        """Write outputs one after the other, each from where an interrupted run left it."""
+        """Write outputs one after the other, each from where an interrupted run stopped."""
         begun = {output: self._total(output).end for output in outputs}
         self._meter.keep(sum(begun.values()))
         waiting = iter(outputs)  # outputs that are not finished
         marked = dict(begun)
 
         def finish(end: int | None) -> None:
-            """Record outputs up to one, or all."""
+            """Record outputs before this one, or all."""
             for output in waiting:
                 self._record((output,), sinks)
                 if output == end:

@@ -1,4 +1,4 @@
-"""An output against its own manifest: every tensor, every file, and nothing else that a program would read."""
+"""Checks an output against its own manifest: every tensor, every file, and no other file that a program would read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from engine.storage.sources import SourceFiles
 from engine.storage.store import File, Store
 
 _BLOCK = 1 << 20
-_DEEPEST = 4  # folders in folders that are looked into
-_LISTED = 20  # files that are told one by one
+_DEEPEST = 4  # levels of nested folders that are searched
+_LISTED = 20  # files that are reported one by one
 
-# Files that transformers, trainers and other programs read or run, by what they are.
+# Files that transformers, trainers and other programs read or run, by purpose.
 _READ = {
     "weights": r".*\.(safetensors|bin|pt2?|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx|ot|distcp)"
     r"|.*\.index\.json|\.metadata",
@@ -38,19 +38,19 @@ _READ = {
 
 
 class Ours:
-    """What of a folder is not the engine's output as written. Contents are read again only where they may differ."""
+    """Finds what in a folder is not the engine's output as written. Reads contents only where they may have changed."""
 
     def __init__(self, marked: Callable[[str], bool] = lambda name: False) -> None:
         """
         Args:
-            marked: whether the store itself tells that the engine wrote a file, so that it need not be read: that
-                takes as long as converting, in a bucket.
+            marked: whether the store itself records that the engine wrote a file, so that it need not be read. In a
+                bucket, reading takes as long as converting.
         """
         self._marked = marked
         self._seen: object = None
 
     def __call__(self, store: Store) -> str | None:
-        """In words; None for its output or an empty folder. What is missing is nobody's."""
+        """What is foreign, in words; None for the engine's output or an empty folder. Missing files do not count."""
         try:
             names = store.names()
             return self._foreign(store, names, read_manifest(store)) if names else None
@@ -82,16 +82,16 @@ class Ours:
 
 
 def _written_later(told: Mapping[str, Mapping[str, Any]], undigested: Collection[str]) -> list[str]:
-    """Files whose content no digest tells, unless their times do: the manifest is written last."""
+    """Files that may have changed: no digest covers them, and their time is not before the manifest's, written last."""
     return [
-        f"{name}, of which {NAME} has no digests, was written to later, or does not tell when"
+        f"{name} has no digests in {NAME}, and was written later or at an unknown time"
         for name in sorted(undigested)
         if not ("modified" in told[name] and told[name]["modified"] <= told[NAME].get("modified", 0))
     ]
 
 
 def _below(store: Store, names: Sequence[str], folders: Collection[str]) -> Iterator[str]:
-    """The names, and those in `folders` in place of them."""
+    """The names, with each of `folders` replaced by the names in it."""
     for name in names:
         if name in folders and (store.folder is None or not (store.folder / name).is_symlink()):
             yield from _below(store, [f"{name}/{one}" for one in store.names(name)], folders)
@@ -100,13 +100,13 @@ def _below(store: Store, names: Sequence[str], folders: Collection[str]) -> Iter
 
 
 def _folders(name: str) -> Iterator[str]:
-    """The folders above a file, as far as they have a name of their own."""
+    """The folders above a file that have a name."""
     *above, _ = name.split("/")
     return ("/".join(above[:n]) for n in range(1, len(above) + 1)) if _inside(name) else iter(())
 
 
 def _is_plain(store: Store, name: str) -> bool:
-    """Whether it is a file itself, and no link to one."""
+    """Whether it is a file itself, not a link to one."""
     return store.folder is None or stat.S_ISREG((store.folder / name).lstat().st_mode)
 
 
@@ -119,7 +119,7 @@ def read_contents(
     advance: Callable[[int], None] = lambda _: None,
     look: Callable[[TensorHeader, memoryview], None] = lambda tensor, block: None,
 ) -> tuple[Found, int, int, list[str]]:
-    """Every file that the manifest names, read: tensors, their bytes, how many have digests, and what is wrong.
+    """Read every file that the manifest names; returns tensors, their bytes, how many have digests, and problems.
 
     Args:
         look: called with every block of every tensor that has a digest.
@@ -154,7 +154,7 @@ def read_contents(
 
 
 def _headers(folder: Store, data: Mapping[str, Any]) -> tuple[dict[str, FileHeader], list[str]]:
-    """The weight files that the manifest names, read by their ending or as their layout has them."""
+    """The weight files that the manifest names, read by their suffix or as their layout says."""
     headers: dict[str, FileHeader] = {}
     problems: dict[str, str] = {}
     for file in dict.fromkeys(str(entry.get("file")) for entry in data["tensors"].values()):
@@ -179,10 +179,10 @@ def _headers(folder: Store, data: Mapping[str, Any]) -> tuple[dict[str, FileHead
 
 
 def extra_files(folder: Store, known: Collection[str]) -> tuple[list[str], list[str]]:
-    """What lies in a folder that is not known to belong there.
+    """Files of a folder that are not known to belong there.
 
     Returns:
-        Problems, for files that programs read or run; and notes, for others.
+        Problems, for files that programs read or run; and notes, for all others.
     """
     others = [name for name in _files_of(folder) if name not in {NAME, INDEX, *known}]
     problems, beside = [], []
@@ -200,7 +200,7 @@ def extra_files(folder: Store, known: Collection[str]) -> tuple[list[str], list[
 
 
 def _files_of(folder: Store, inside: str = "", depth: int = 0) -> Iterator[str]:
-    """Every file of a folder and of folders in it; of what is hidden only files that programs read."""
+    """Every file of a folder and its subfolders; of hidden ones, only those that programs read."""
     for name in folder.names(inside):
         path = f"{inside}/{name}" if inside else name
         if name.startswith("."):
@@ -218,7 +218,7 @@ def _files_of(folder: Store, inside: str = "", depth: int = 0) -> Iterator[str]:
 
 
 def check_index(folder: Store, tensors: Mapping[str, Any]) -> list[str]:
-    """An index of weight files that says otherwise than the manifest."""
+    """Problems of an index of weight files that contradicts the manifest."""
     files = {str(name): str(entry.get("file")) for name, entry in tensors.items()}
     several = len(set(files.values())) > 1 and all(name.endswith(".safetensors") for name in files.values())
     if not folder.has(INDEX):
@@ -254,7 +254,7 @@ def _read(folder: Store, name: str) -> FileHeader:
     if not name.endswith(".safetensors"):
         return read_rank_file(file)
     header, metadata = read_safetensors_metadata(file)
-    if metadata != METADATA:  # transformers 4 refuses a file without, and reads `tf` as TensorFlow's
+    if metadata != METADATA:  # transformers 4 refuses a file without it, and takes `tf` for TensorFlow
         raise EngineError("E301", f"its metadata was changed, from {METADATA}", place=Place(name))
     return header
 

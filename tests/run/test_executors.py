@@ -85,7 +85,7 @@ def test_what_an_executor_cannot_do_is_refused_as_itself(plan: Path, tmp_path: P
         for how, code in (
             ({"executor": "ray"}, "no such executor"),
             ({"executor": "dask://host:port"}, "no Dask scheduler"),
-            ({"executor": pool, "digests": False}, "no use with an executor"),
+            ({"executor": pool, "digests": False}, "cannot be used with an executor"),
             ({"executor": pool, "parts": 0}, "no such part"),
         ):
             with pytest.raises(EngineError, match=code):
