@@ -71,7 +71,9 @@ def write(
 
 @click.command()
 @asks(*SAVED)
-@click.option("--plan", "saved", metavar="FILE", help="Run a plan that `engine plan -o` saved, if it still holds.")
+@click.option(
+    "--plan", "saved", metavar="FILE", help="Run a plan saved by `engine plan -o`, if nothing has changed since."
+)
 @click.option("--out", "-o", metavar="DIR", help="The folder to write.  [default: SRC-hf]")
 @asks("tokenizer", "code")
 @WRITING
@@ -80,8 +82,8 @@ def write(
 def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any) -> None:
     """Convert a training checkpoint to Hugging Face.
 
-    The output is complete when the command ends, or not there at all. Without --mapping, the only
-    mapping that fits is taken; where several fit, they are listed.
+    The output is complete when the command ends, or does not exist. Without --mapping, the only
+    mapping that fits is used; if several fit, they are listed.
 
     \b
     Examples:
@@ -119,7 +121,7 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
 @asks("ranks", "chunks", "mode", "like", "lossy")
 @click.option("--out", "-o", metavar="FILE", help="Save the plan, for `engine run --plan FILE`.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that was saved there before.")
-@click.option("--why", is_flag=True, help="Also show the mapping's expressions that decided.")
+@click.option("--why", is_flag=True, help="Also show the expressions of the mapping that decided.")
 @reports_errors
 @click.pass_context
 def plan(
@@ -136,7 +138,7 @@ def plan(
 ) -> None:
     """Show what `run`, `reverse` or `reshard` would do.
 
-    Headers and configurations are read, and no tensor data.
+    Reads headers and configurations, but no tensor data.
 
     \b
     Examples:
@@ -172,7 +174,7 @@ def plan(
 def reverse(as_json: bool, /, **options: Any) -> None:
     """Write a Hugging Face checkpoint as training rank files.
 
-    Numbers of ranks that are not given are those of --like, else 1.
+    The numbers of ranks default to those of --like, or to 1.
 
     \b
     Examples:
@@ -189,9 +191,9 @@ def reverse(as_json: bool, /, **options: Any) -> None:
 @WRITING
 @reports_errors
 def reshard(as_json: bool, /, **options: Any) -> None:
-    """Write a training checkpoint for other ranks.
+    """Write a training checkpoint as files for other ranks.
 
-    What is not given stays as in the source, or is as in --like. With --to, a second mapping writes
+    Ranks and modes default to those of --like, or of the source. With --to, a second mapping writes
     the rank files of another framework.
 
     \b
@@ -232,7 +234,7 @@ def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet:
     """Write one of N parts of a saved plan.
 
     Parts run at any time, on any machines that can reach the plan, the checkpoint and the output; nothing is
-    visible before `engine commit`. Without K, the number comes from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX.
+    visible before `engine commit`. Without K, it is taken from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX.
     An interrupted part can be run again; a finished one returns at once.
 
     \b
@@ -254,7 +256,7 @@ def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet:
 @QUIET
 @reports_errors
 def commit(as_json: bool, /, path: str, out: str | None, quiet: bool, **options: Any) -> None:
-    """Make the output from what all parts wrote.
+    """Join all parts into the output.
 
     Checks that every part is there and belongs to the same plan, writes what remains, and puts the output in place.
 

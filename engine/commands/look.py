@@ -23,7 +23,7 @@ from engine.storage.replacing import check_file_free, given_path
 
 @click.command()
 @click.argument("folder", metavar="DIR", default=".", shell_complete=folders)
-@click.option("--all", "every", is_flag=True, help="Also say why each other mapping does not fit; check every step.")
+@click.option("--all", "every", is_flag=True, help="Also say why the other mappings do not fit; check every step.")
 @asks("config")
 @reports_errors
 def inspect(as_json: bool, /, folder: str, every: bool, config: str | None) -> None:
@@ -121,9 +121,9 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
 @reports_errors
 @click.pass_context
 def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **options: Any) -> None:
-    """Check an output: by its manifest, its source, its logits.
+    """Check an output against its manifest, source or logits.
 
-    Alone, byte for byte against its own manifest. With --src and --mapping, against the training
+    Without options, byte for byte against its own manifest. With --src and --mapping, against the training
     checkpoint; with --load, whether transformers runs it; with --src and --logits, against a forward
     pass as training computes it.
 
@@ -150,9 +150,9 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
 def compare(
     ctx: click.Context, as_json: bool, /, out: str, ref: str, allow_cast: bool, quiet: bool, **options: Any
 ) -> None:
-    """Compare two models whole, and say what differs.
+    """Compare two whole models, and say what differs.
 
-    OUT and REF are Hugging Face folders or weight files, or with --mapping training checkpoints. Tensors,
+    OUT and REF are Hugging Face folders or weights files, or, with --mapping, training checkpoints. Tensors,
     configuration, generation settings, tokenizer, chat template and code are compared. Exits with 0 if both
     compute the same, else with 1.
 

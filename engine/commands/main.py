@@ -51,7 +51,7 @@ Examples:
   engine explain E203                    what an error means, and what to do
 
 Documentation: docs/commands.md shows each command with its output,
-docs/troubleshooting.md says what to do when one refuses."""
+docs/troubleshooting.md says what to do when a command refuses."""
 
 # docstrings are the text of the help
 _LOST = "" if __doc__ else "Python was started with -OO or PYTHONOPTIMIZE=2: without it this help says more.\n\n"

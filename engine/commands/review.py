@@ -32,7 +32,7 @@ _PATHS = "engine.diff.paths"
 def new(as_json: bool, /, src: str, name: str | None, out: str | None, overwrite: bool) -> None:
     """Draft a mapping for a checkpoint, from its headers.
 
-    What a person must decide is marked `# decide:` in the draft; the rest has no lint errors.
+    Questions for you are marked `# decide:` in the draft; the rest has no lint errors.
 
     \b
     Example:
@@ -90,13 +90,13 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
     "--mutants", is_flag=True, help="Also change the mapping in one place at a time, and say which check notices."
 )
 @click.option("--write-meaning", "--write-facts", "write_meaning", is_flag=True,
-              help="First write what each mapping means now, to be committed beside it.")  # fmt: skip
+              help="First write the current meaning of each mapping, to commit beside it.")  # fmt: skip
 @reports_errors
 @click.pass_context
 def prove(
     ctx: click.Context, as_json: bool, mappings: tuple[str, ...], every: bool, mutants: bool, write_meaning: bool
 ) -> None:
-    """Prove mappings complete and invertible in every layout.
+    """Prove that mappings are complete and invertible in every layout.
 
     No checkpoint is needed. Exits with 0 when everything holds, else with 1.
 
@@ -119,7 +119,7 @@ def prove(
 
 
 class DiffCommand(click.Command):
-    """What stands after `--` are paths, as git has it."""
+    """Everything after `--` is a path, as in git."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if "--" in args:
@@ -142,7 +142,7 @@ def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: 
     """Say what changes between mappings, or since a revision.
 
     OLD and NEW are mapping files, names of bundled ones, or git revisions. Without NEW, a revision is
-    compared with the working tree; without FILES, in all mappings below mappings/.
+    compared with the working tree; without FILES, for all mappings below mappings/.
 
     \b
     Examples:
@@ -171,7 +171,7 @@ def diff(ctx: click.Context, as_json: bool, /, old: str, new: str | None, form: 
 @click.option("--resolved", is_flag=True, help="Merge it with what it extends, as the engine reads it.")
 @reports_errors
 def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
-    """Print a mapping, as written or with what it extends.
+    """Print a mapping, as written or merged with what it extends.
 
     \b
     Example:
@@ -192,7 +192,7 @@ def show(as_json: bool, /, mapping: str, resolved: bool) -> None:
 @reports_errors
 @click.pass_context
 def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bool, differences: bool) -> None:
-    """Put mapping files in their usual form.
+    """Format mapping files.
 
     \b
     Example:
@@ -206,7 +206,7 @@ def format_(ctx: click.Context, as_json: bool, files: tuple[str, ...], check: bo
         if not kind_of(file):
             raise EngineError(
                 "E102", "this is neither a mapping nor a layout", place=Place(str(file)),
-                expected="a file with `mapping:` or `layout:`", fix="Files of others are left as they are.",
+                expected="a file with `mapping:` or `layout:`", fix="Other files are left as they are.",
             )  # fmt: skip
         if after != before:
             changed[str(file)] = before, after

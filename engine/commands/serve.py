@@ -37,7 +37,7 @@ _PLANNED = tuple(name for name in SAVED if name not in ("mapping", "src"))
     type=click.IntRange(0, 65535),
     metavar="N",
     default=8000,
-    help="The port; 0 takes a free one.  [default: 8000]",
+    help="The port; 0 picks a free one.  [default: 8000]",
 )
 @click.option("--token-file", metavar="FILE",
               help=f"A file with the secret that requests must carry as HF_TOKEN; or set {_TOKEN}.")  # fmt: skip
@@ -51,7 +51,7 @@ def serve(
     """Serve checkpoints as the Hugging Face Hub does.
 
     Weight files are computed as they are read. Steps of a run are revisions; main is the newest
-    complete one. The server is read only, and ends on Ctrl-C.
+    complete one. The server is read-only, and stops on Ctrl-C.
 
     \b
     Example:
@@ -122,7 +122,7 @@ def _token(file: str | None) -> str | None:
 def mount(
     as_json: bool, /, at: str, mapping: str, src: str, tokenizer: str | None, code: str | None, **options: Any
 ) -> None:
-    """Mount the folder that `run` would write, read only.
+    """Mount the folder that `run` would write, read-only.
 
     Its files appear at DIR; weight files are computed as they are read. It stays until Ctrl-C or
     `fusermount -u DIR`. Needs FUSE and `pip install internlm-engine[mount]`.

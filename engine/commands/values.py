@@ -122,7 +122,7 @@ def add_store_options(command: click.Command) -> None:
     command.params += [
         click.Option(
             ["--store-option"], type=PAIR, multiple=True, callback=_reach, expose_value=False,
-            help="For URLs: how to reach the store, like endpoint=URL or region=NAME; may be repeated.",
+            help="For URLs: how to reach the store, such as endpoint=URL or region=NAME; may be repeated.",
         ),
         click.Option(
             ["--window"], type=SIZE, callback=_read_ahead, expose_value=False,

@@ -62,7 +62,7 @@ class Request:
 
     mapping: str | Path | MappingFile = field(
         metadata=option(
-            "A mapping file, or the name of a bundled one, like internlm2-7b.",
+            "A mapping file, or the name of a bundled one, such as internlm2-7b.",
             flags="--mapping -m",
             metavar="FILE|NAME",
         )
@@ -72,9 +72,7 @@ class Request:
     )
     config: str | Path | None = field(
         default=None,
-        metadata=option(
-            "The target's config.json, where the framework saves none or an incomplete one.", metavar="FILE"
-        ),
+        metadata=option("The target's config.json, if the framework saves none or an incomplete one.", metavar="FILE"),
     )
     settings: Mapping[str, Any] = field(
         default_factory=dict,
@@ -84,11 +82,11 @@ class Request:
     )
     dtype: str = field(
         default="auto",
-        metadata=option("Element type to write, like bf16 or float32; auto: each tensor's own.", "dtype"),
+        metadata=option("Element type to write, such as bf16 or float32; auto: each tensor's own.", "dtype"),
     )
     max_shard_size: int = field(
         default=DEFAULT_SHARD_SIZE,
-        metadata=option("Largest size of an output file, like 2GB or 5GiB.", "size", shown="2GB"),
+        metadata=option("Largest size of an output file, such as 2GB or 5GiB.", "size", shown="2GB"),
     )
     strict: bool = field(default=False, metadata=option("Refuse sizes other than the release's.", "flag"))
     reads: End = "training"
@@ -101,7 +99,7 @@ class Request:
         default=None, metadata=option("Model chunks per pipeline rank (interleaved pipeline).", "count")
     )
     mode: str | None = field(
-        default=None, metadata=option("Parallel mode of the layout, like mtp or isp.", metavar="NAME")
+        default=None, metadata=option("Parallel mode of the layout, such as mtp or isp.", metavar="NAME")
     )
     like: str | Path | None = field(
         default=None,
@@ -109,7 +107,7 @@ class Request:
     )
     lossy: Sequence[str] = field(
         default=(),
-        metadata=option("Write a rule although it does not invert; may be repeated.", "texts", metavar="RULE"),
+        metadata=option("Write a rule although it cannot be inverted; may be repeated.", "texts", metavar="RULE"),
     )
 
     to: str | Path | None = field(

@@ -18,15 +18,15 @@ class Running:
     """How a plan is run; `engine.convert` says what each option is."""
 
     overwrite: bool = field(default=False, metadata=option("Replace the output once the new one is complete.", "flag"))
-    resume: bool = field(default=False, metadata=option("Continue what an interrupted run left.", "flag"))
+    resume: bool = field(default=False, metadata=option("Continue an interrupted run.", "flag"))
     workers: int | None = field(default=None, metadata=option("Threads that write.", "workers", shown="auto"))
-    max_memory: int | None = field(default=None, metadata=option("Limit memory, by using fewer threads.", "size"))
+    max_memory: int | None = field(default=None, metadata=option("Limit memory by using fewer threads.", "size"))
     digests: bool = field(
-        default=True, metadata=option("Record no digests of tensors; such a run cannot be resumed.", "no-flag")
+        default=True, metadata=option("Record no digests of tensors; the run cannot be resumed.", "no-flag")
     )
     check_source: bool = field(
         default=False,
-        metadata=option("Read the source first, and compare it with the checksums it holds.", "flag"),
+        metadata=option("First read the source and compare it with its own checksums.", "flag"),
     )
     tokenizer: str | Path | None = field(
         default=None, metadata=option("The SentencePiece model, if not beside the checkpoint.", metavar="FILE")
@@ -34,14 +34,14 @@ class Running:
     code: str | Path | None = field(
         default=None,
         metadata=option(
-            "For a target that is remote code: its official configuration_*.py and modeling_*.py.", metavar="DIR"
+            "For a target that needs remote code: its official configuration_*.py and modeling_*.py.", metavar="DIR"
         ),
     )
     executor: Any = field(
         default=None,
-        metadata=option("Have Dask's workers do it in parts.", metavar="dask[://HOST:PORT]"),
+        metadata=option("Write in parts, on Dask's workers.", metavar="dask[://HOST:PORT]"),
     )
-    parts: int = field(default=8, metadata=option("How many parts, with --executor.", "count"))
+    parts: int = field(default=8, metadata=option("Number of parts, with --executor.", "count"))
     progress: Callable[[Progress], None] | None = None
 
     def __post_init__(self) -> None:

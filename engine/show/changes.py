@@ -44,7 +44,7 @@ def summary(diffs: Sequence[MappingDiff]) -> str:
     valued = f" **{counted(values, 'value')} of what is written differ{'s' if values == 1 else ''}.**" if values else ""
     counts = {kind: sum(c.kind == kind for one in diffs for c in one.tensors) for kind in KINDS}
     told = ", ".join(f"{count} {KINDS[kind]}" for kind, count in counts.items() if count)
-    return (f"{said}; tensors: {told}." if told else f"{said}; every tensor goes where it went.") + valued
+    return (f"{said}; tensors: {told}." if told else f"{said}; every tensor goes where it did before.") + valued
 
 
 def github(diffs: Sequence[MappingDiff]) -> str:

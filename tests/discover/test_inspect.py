@@ -141,8 +141,8 @@ def test_a_form_that_only_an_extending_family_writes_back_is_told_that_family(tm
 
 def test_the_next_command_has_what_must_be_filled_in() -> None:
     told = inspected(FIXTURES.parent / "megatron" / "leg_t4_g2" / "iter_0000010")
-    assert told.splitlines()[-1].endswith(" --config FILE   (filled in as said above)")
+    assert told.splitlines()[-1].endswith(" --config FILE   (fill in as described above)")
     told = inspected(FIXTURES / "v1_tp4_pp1")  # of no release's size
     assert "--mapping internlm --src" in told and told.splitlines()[-1].endswith(
-        " --set mlp_letters=CHOICE   (filled in as said above)"
+        " --set mlp_letters=CHOICE   (fill in as described above)"
     )
