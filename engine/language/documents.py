@@ -138,7 +138,8 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in (entry for tree in trees for entry in tree.items()):
         below = result.get(name, {})
-        result[name] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+        inside = not isinstance(value, _LEAF) and isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[name] = merged(below, value) if inside else value
     return result
 
 

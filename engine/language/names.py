@@ -124,22 +124,25 @@ def check_file_name(text: str, place: Place, *, folders: bool = False) -> None:
         )
 
 
-@lru_cache(maxsize=8192)
 def pattern(text: str, place: Place | None = None) -> Pattern:
     """Compile a pattern; E104 says what cannot be read."""
-
-    def fail(message: str) -> EngineError:
-        return EngineError(
+    try:
+        for character in WILD if place is not None else ():
+            if character in text:
+                raise ValueError(f"there are no wildcards, and `{character}` is part of no tensor's name")
+        return _compiled(text)
+    except ValueError as error:
+        raise EngineError(
             "E104",
-            f"a name pattern cannot be read: {message}",
+            f"a name pattern cannot be read: {error}",
             place=place,
             got=text,
             fix="Placeholders are {name} for an integer and {param} for weight or bias.",
-        )
+        ) from None
 
-    for character in WILD if place is not None else ():
-        if character in text:
-            raise fail(f"there are no wildcards, and `{character}` is part of no tensor's name")
+
+@lru_cache(maxsize=8192)
+def _compiled(text: str) -> Pattern:
     parts: list[str] = []
     placeholders: list[str] = []
     has_param = False
@@ -147,17 +150,17 @@ def pattern(text: str, place: Place | None = None) -> Pattern:
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
             if "{" in piece or "}" in piece:
-                raise fail("a brace is not closed")
+                raise ValueError("a brace is not closed")
             if not piece and 0 < index < len(pieces) - 1:
-                raise fail("two placeholders touch, so names could be read in two ways")
+                raise ValueError("two placeholders touch, so names could be read in two ways")
             parts.append(re.escape(piece))
             continue
         inside = _INSIDE.match(piece)
         if inside is None:
-            raise fail(f"`{{{piece}}}` is not a placeholder")
+            raise ValueError(f"`{{{piece}}}` is not a placeholder")
         name, width = inside[1], inside[2]
         if name in placeholders or (name == "param" and has_param):
-            raise fail(f"`{{{name}}}` occurs twice")
+            raise ValueError(f"`{{{name}}}` occurs twice")
         if name == "param":
             has_param = True
             parts.append("(?P<param>weight|bias)")
