@@ -50,6 +50,9 @@ class Rule:
     tied_to: str | None = None
     dtype: str | None = None  # the element type of what is no weight, such as a counter
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # what it says of variants and axes are mappings, which have none
+
     def active(self, choices: Mapping[str, str]) -> bool:
         """Whether `when` holds; a variant that is still open does not exclude the rule."""
         return _holds(self.when, choices)

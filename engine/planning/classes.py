@@ -124,11 +124,12 @@ class CopyTable:
     def _fill(self, group: Group) -> _Filled:
         reaching = self.source.reaching(group, self.target)
         key = _class_of(group, reaching)
-        if key not in self._templates:
-            self._templates[key] = self._make(group, reaching)
+        templates = self._templates.get(key)
+        if templates is None:
+            templates = self._templates[key] = self._make(group, reaching)
         numbers = array("q", [n[0] for one in reaching for n in self.source.numbers(one)])
         dtypes = {self.source.stored[number].header.dtype for number in numbers}
-        return self._templates[key], numbers, dtypes.pop() if len(dtypes) == 1 else None
+        return templates, numbers, dtypes.pop() if len(dtypes) == 1 else None
 
     def _make(self, group: Group, reaching: Sequence[Group]) -> list[Template]:
         """Intersect every region of the group with every region of the groups that reach it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from engine.formats.headers import FileHeader, TensorHeader
@@ -69,8 +69,13 @@ class Instance:
 
 
 def instances(mapping: MappingFile) -> tuple[Instance, ...]:
+    return _instances(mapping.rules)
+
+
+@lru_cache(maxsize=16)  # with what each is asked for, plan after plan
+def _instances(rules: tuple[Rule, ...]) -> tuple[Instance, ...]:
     result: list[Instance] = []
-    for number, rule in enumerate(mapping.rules):
+    for number, rule in enumerate(rules):
         compiled = [pattern(s, rule.place) for s in rule.sources]
         for param in PARAMS if compiled[0].has_param else (None,):
             side = Axes.bias if param == "bias" else Axes.weight
