@@ -80,11 +80,18 @@ def _layers(names: Sequence[str]) -> str:
     """
     >>> _layers(["h.0.w", "h.1.w"]), _layers(["h.3.w"]), _layers(["w"])
     (' in layers {0…1}', ' in layer 3', '')
+    >>> _layers(["h.3.experts.0.w", "h.3.experts.2.w"])
+    ' in layer 3, experts {0,2}'
     """
     layers = {numbers_in(name)[0] for name in names if numbers_in(name)}
-    if not layers:
-        return ""
-    return f" in layers {{{fold(list(layers))}}}" if len(layers) > 1 else f" in layer {layers.pop()}"
+    experts = {numbers_in(name)[1] for name in names if ".experts." in name and len(numbers_in(name)) > 1}
+    return (f" in {_counted('layer', layers)}" if layers else "") + (
+        f", {_counted('expert', experts)}" if experts else ""
+    )
+
+
+def _counted(what: str, numbers: set[int]) -> str:
+    return f"{what}s {{{fold(list(numbers))}}}" if len(numbers) > 1 else f"{what} {min(numbers)}"
 
 
 _WHOLE = ("rotary pairs in every head",)  # said by the sentence itself
@@ -105,7 +112,7 @@ def _rotary(verdicts: Sequence[Verdict]) -> Iterator[str]:
 def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
     swapped = {v.name: v for v in verdicts if v.kind in ("swapped", "copied")}
     exchanged: dict[tuple[str, ...], list[Verdict]] = {}
-    moved: dict[str, list[tuple[int, int]]] = {}
+    moved: dict[int, list[Verdict]] = {}
     single: dict[tuple[str, str], list[str]] = {}
     for name, verdict in swapped.items():
         other = verdict.other or ""
@@ -116,9 +123,7 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
             at = next(
                 i for i, pair in enumerate(zip(numbers_in(name), numbers_in(other), strict=True)) if pair[0] != pair[1]
             )
-            moved.setdefault("layers" if at == 0 else "experts", []).append(
-                (numbers_in(name)[at], numbers_in(other)[at])
-            )
+            moved.setdefault(at, []).append(verdict)
         else:
             single.setdefault((without_numbers(name), without_numbers(other)), []).append(name)
     for leaves, group in exchanged.items():
@@ -130,10 +135,8 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
         elif set(leaves) in _FIRST_LETTER:
             hint = ": w1, w2 and w3 are assigned the wrong way; see `mlp_letters` and the mapping's rules"
         yield f"{_leaves(names)} are exchanged{_layers(names)}{hint}"
-    for what, changed in moved.items():
-        order = dict(sorted(changed))
-        held = ", ".join(f"{here} holds {there}" for here, there in list(order.items())[:8])
-        yield f"{what} are in another order: {held}{', …' if len(order) > 8 else ''}"
+    for at, group in moved.items():
+        yield from _orders(at, group, verdicts)
     told = {name for names in single.values() for name in names}
     also = [v for v in swapped.values() if v.name not in told and _besides(v) and "cut the other way" not in v.note]
     for more, names in grouped((_besides(verdict), verdict.name) for verdict in also).items():
@@ -145,6 +148,21 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"{_leaves(group_names)}{_layers(group_names)} {what} {leaf(first.other or '')} of the reference" + (
             f"{_layers([swapped[name].other or '' for name in group_names])}{f', {more}' if more else ''}"
         )
+
+
+def _orders(at: int, moved: Sequence[Verdict], verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """Layers in another order, where `at` is 0, or experts of layers; whatever moves alike is said once."""
+    orders: dict[tuple[int, ...], dict[int, int]] = {}
+    for one in moved:
+        here, there = numbers_in(one.name), numbers_in(one.other or "")
+        orders.setdefault(here[:at], {})[here[at]] = there[at]
+    for order, places in grouped((tuple(sorted(order.items())), place) for place, order in orders.items()).items():
+        held = ", ".join(f"{here} holds {there}" for here, there in order[:8]) + (", …" if len(order) > 8 else "")
+        names = [one.name for one in moved if numbers_in(one.name)[:at] in places]
+        alike = [one.name for one in verdicts if len(numbers_in(one.name)) > at and numbers_in(one.name)[:at] in places]
+        only = f", in {leaf(names[0])} alone" if len({*map(leaf, names)}) == 1 < len({*map(leaf, alike)}) else ""
+        where = f",{_layers([name.partition('.experts.')[0] for name in names])}" if at else ""
+        yield f"{'experts' if at else 'layers'} are in another order: {held}{where}{only}"
 
 
 def _besides(verdict: Verdict) -> str:

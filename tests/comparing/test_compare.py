@@ -326,6 +326,43 @@ def test_exchanged_layers_are_told(tmp_path: Path, ref: Path) -> None:
     assert done.diagnoses == ("layers are in another order: 0 holds 2, 2 holds 0",)
 
 
+def expert(layer: int, number: int, name: str = "down") -> str:
+    return f"model.layers.{layer}.mlp.experts.{number}.{name}_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "pairs, told",
+    [
+        ([(expert(1, 0, n), expert(1, 2, n)) for n in ("down", "up")],
+         "experts are in another order: 0 holds 2, 2 holds 0, in layer 1"),
+        ([(expert(1, 0), expert(1, 2))],
+         "experts are in another order: 0 holds 2, 2 holds 0, in layer 1, in down_proj alone"),
+        ([(expert(i, 0, n), expert(i, 1 + i, n)) for n in ("down", "up") for i in (0, 1)],
+         "experts are in another order: 0 holds 1, 1 holds 0, in layer 0"),
+        ([(expert(0, i), expert(1, i)) for i in range(3)],
+         "layers are in another order: 0 holds 1, 1 holds 0, in down_proj alone"),
+        ([(expert(1, 2, "gate"), expert(1, 2, "up"))], "gate_proj and up_proj are exchanged in layer 1, expert 2"),
+    ],
+    ids=["in a layer", "of one kind", "otherwise in each layer", "layers of one kind", "gate and up"],
+)  # fmt: skip
+def test_experts_in_another_order_are_told_with_their_layers(
+    pairs: list[tuple[str, str]], told: str, tmp_path: Path
+) -> None:
+    names = [expert(i, e, name) for i in (0, 1) for e in range(3) for name in ("gate", "up", "down")]
+    one = {name: torch.randn(6, 6) for name in names}
+    two = dict(one)
+    for pair in pairs:
+        exchange(two, *pair)
+    diagnoses = compared(tmp_path, two, one).diagnoses
+    assert any(text == told or text.startswith(f"{told}:") for text in diagnoses), diagnoses
+
+
+def test_a_copy_of_another_expert_is_told_with_both(tmp_path: Path) -> None:
+    one = {expert(i, e): torch.randn(6, 6) for i in (0, 1) for e in range(3)}
+    (told,) = compared(tmp_path, {**one, expert(0, 2): one[expert(0, 1)].clone()}, one).diagnoses
+    assert told == "down_proj in layer 0, expert 2 is a copy of down_proj of the reference in layer 0, expert 1"
+
+
 def test_a_copy_of_another_tensor_is_told(tmp_path: Path) -> None:
     one, two = model(), model()
     two["model.layers.0.mlp.up_proj.weight"] = torch.randn(48, 32).bfloat16()
