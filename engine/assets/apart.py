@@ -1,7 +1,7 @@
-"""The tokenizer converted in a process of its own, while tensors are being copied.
+"""Converts the tokenizer in a separate process, while tensors are being copied.
 
-Converting takes seconds of Python. In a thread it would take turns with the copying, which needs
-the interpreter between any two blocks; in a process it takes another core.
+Converting takes seconds of Python. A thread would compete for the interpreter with the copying, which needs
+it between any two blocks; a process runs on another core.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from typing import Any
 
 from engine.assets.tokenizer import convert_tokenizer
 
-APART = 256 << 10  # bytes of a model: a smaller one is converted before a process would have started
-_LOOK = 0.1  # seconds between looks at the stop flag
-_PROCESS = 64 << 20  # bytes that the process takes before it has read a model
-_PER_BYTE = 160  # bytes that it takes for each of the model's
+APART = 256 << 10  # bytes of a model: converting a smaller one is faster than starting a process
+_LOOK = 0.1  # seconds between checks of the stop flag
+_PROCESS = 64 << 20  # bytes of the process before it reads a model
+_PER_BYTE = 160  # bytes more for each byte of the model
 
 
 def predicted_memory(model_file: Path) -> int:
-    """Bytes resident at the peak of `convert_apart`, here or in its process."""
+    """Peak resident bytes of `convert_apart`, in this process and its own."""
     return _PROCESS + _PER_BYTE * model_file.stat().st_size
 
 
 def convert_apart(model_file: Path, spec: Mapping[str, Any], stopped: threading.Event) -> dict[str, bytes]:
-    """As `convert_tokenizer`, in another process; here where none can be started.
+    """As `convert_tokenizer`, in another process; in this one if no process can be started.
 
     Args:
-        stopped: ends the process early; what is returned then is of no use.
+        stopped: ends the process early; the result is then meaningless.
     """
     asked = json.dumps({"file": os.fspath(model_file), "spec": spec}).encode()
     files = _ask(asked, stopped) if sys.executable else None
     if stopped.is_set():
         return {}
-    if files is None:  # what it fails at, if anything, is told here
+    if files is None:  # convert here, which raises the error if there is one
         return convert_tokenizer(model_file, spec)
     return {name: base64.b64decode(text) for name, text in files.items()}
 
 
 def _ask(question: bytes, stopped: threading.Event) -> dict[str, str] | None:
-    """What the process answers; None when there is no sound answer."""
-    # -P: modules are never taken from the current folder, which may be a checkpoint's.
+    """The answer of the process; None when it is not valid."""
+    # -P: never import modules from the current folder, which may be a checkpoint's.
     command = [sys.executable, "-P", "-m", "engine.assets.apart"]
     path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path if folder)
     try:
@@ -56,7 +56,7 @@ def _ask(question: bytes, stopped: threading.Event) -> dict[str, str] | None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interruption from the keyboard is ours to pass on
+            start_new_session=True,  # we pass on an interrupt from the keyboard ourselves
             env={**os.environ, "PYTHONPATH": path},
         )
     except OSError:

@@ -35,13 +35,13 @@ _BESIDE = re.compile(
 
 
 def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) -> Small:
-    """Every small file of the output, and what the user should know; converting a large tokenizer is left for later.
+    """Every small file of the output, and notices for the user; a large tokenizer is converted later.
 
-    Whatever can be wrong with any of them is told here, before a run writes anything.
+    Whatever can be wrong with any of them is reported here, before a run writes anything.
 
     Args:
         tokenizer: a SentencePiece model; default: the mapping's file beside the checkpoint.
-        code: where the target's classes are remote code, the folder with the files that hold them.
+        code: if the target's classes are remote code, the folder with their files.
 
     Raises:
         EngineError: E5xx.
@@ -53,7 +53,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         files |= {**remote.files, "config.json": as_json({**plan.config, "auto_map": dict(remote.auto_map)})}
     elif plan.mapping.remote_code is not None:
         notices.append(
-            f"no program loads it as it is: model type `{plan.mapping.model_type}` is remote code, which is not there; "
+            f"no program loads it as it is: model type `{plan.mapping.model_type}` is remote code, which is missing; "
             "add it with --code DIR"
         )
     spec, rows = plan.mapping.tokenizer, plan.sizes.get("vocab")
@@ -99,7 +99,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
 def _convert_later(
     model: Path, spec: Mapping[str, Any], checked: bytes, stopped: threading.Event
 ) -> Mapping[str, bytes]:
-    """The files of a tokenizer whose bytes, of this SHA-256, have been checked."""
+    """The files of a tokenizer that has been checked; its bytes must still have this SHA-256."""
     files = convert_apart(model, spec, stopped)
     if files and hashlib.sha256(files["tokenizer.model"]).digest() != checked:
         raise EngineError(
@@ -112,13 +112,13 @@ def _convert_later(
 
 
 def _left_beside(plan: Plan) -> list[str]:
-    """Files of a tokenizer and of chats, beside the weights or the configuration, which the mapping says nothing of."""
+    """Tokenizer and chat files beside the weights or the configuration that the mapping does not mention."""
     store = plan.files[0].file.store
     found: list[str] = []
     for folder in dict.fromkeys(
         ["", *(one.file.rpartition("/")[0] for one in plan.layout.configs if one.format == "json")]
     ):
-        with suppress(OSError, EngineError):  # nothing is there, or a web server does not list it
+        with suppress(OSError, EngineError):  # the folder is missing, or a web server does not list it
             found += [f"{folder}/{name}".lstrip("/") for name in store.names(folder) if _BESIDE.fullmatch(name)]
     return found
 
@@ -144,14 +144,14 @@ def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | No
 
 
 def title(plan: Plan) -> str:
-    """What the model is: the release it was chosen as, or else its family and size."""
+    """A title for the model: its release if one was chosen, else its family and size."""
     if not plan.departures:
         return plan.mapping.name
     return f"{family_of(plan.mapping)} of {rounded(sum(output.elements for output in plan.outputs))} parameters"
 
 
 def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
-    """What the model card tells."""
+    """The facts that the model card states."""
     fixed = {name for name, dim in plan.mapping.dims.items() if not names_in(dim)}  # the same in every model
     return {
         "engine_version": __version__,

@@ -1,4 +1,4 @@
-"""Chat templates: files of `mappings/chat_templates/`, handed on as they are."""
+"""Chat templates: files of `mappings/chat_templates/`, copied unchanged."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 def chat_template(name: str) -> str:
     """The Jinja text of a bundled template, or of one in a folder of `ENGINE_MAPPINGS`.
 
-    It is read and checked for syntax, never rendered here: rendering is what transformers does.
+    It is read and checked for syntax. It is never rendered here: transformers does that.
 
     Raises:
-        EngineError: E002 if there is none of that name, E502 if it is not Jinja.
+        EngineError: E002 if there is none with that name, E502 if it is not valid Jinja.
     """
     from jinja2 import Environment, TemplateSyntaxError
 
@@ -50,10 +50,10 @@ def chat_template(name: str) -> str:
 
 
 def never_written(template: str, generation: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """A notice where a template writes none of the tokens at which generation stops.
+    """A notice if a template writes none of the tokens at which generation stops.
 
     Args:
-        names: the tokens by id.
+        names: the tokens, indexed by id.
 
     >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, ["<s>", "</s>", "[UNUSED]"])
     ['the chat template never writes `[UNUSED]`, id 2, at which generation stops; see `rename` of the tokenizer']
@@ -71,12 +71,12 @@ def never_written(template: str, generation: Mapping[str, Any], names: Sequence[
 
 
 def unmarked(text: str) -> str:
-    """A template without the marks of what the assistant says, which only transformers' Jinja knows.
+    """A template without the `generation` tags around the assistant's text, which only transformers' Jinja knows.
 
-    transformers reads `chat_template.jinja`, which has them: masks for training come from them. Programs that take
-    `chat_template` of tokenizer_config.json, like llama.cpp's converter and old transformers, get it without:
-    a Jinja that does not know the tag `generation` would refuse the whole template. A mark that takes the space
-    around it away becomes a comment that does the same, as does one beside the end of a line: Jinja takes that away.
+    transformers reads `chat_template.jinja`, which keeps them: training masks are made from them. Programs that read
+    `chat_template` in tokenizer_config.json, like llama.cpp's converter and old transformers, get it without them:
+    a Jinja that does not know the tag would refuse the whole template. A tag that strips the space around it becomes
+    a comment that strips it too; so does one before a line break, since Jinja drops that line break.
 
     >>> unmarked("{{ a }}{% generation %}{{ b }}{%- endgeneration %}")
     '{{ a }}{{ b }}{#- #}'

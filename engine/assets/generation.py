@@ -1,4 +1,4 @@
-"""generation_config.json: which tokens begin, end and pad."""
+"""generation_config.json: the ids of bos, eos and padding tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> bytes:
-    """The file's bytes: the mapping's `generation` block; ids that it lacks, or that are null, are config.json's.
+    """The file's bytes: the mapping's `generation` block; ids that are missing or null come from config.json.
 
-    Without the file, transformers would take the ids of config.json; with a chat model's end of turn
-    missing, generation runs past the answer.
+    Without the file, transformers would use the ids of config.json. These lack a chat model's end of turn,
+    so generation would run past the answer.
 
     >>> generation_config({"eos_token_id": [2, 5]}, {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": 8})
     b'{\\n  "bos_token_id": 1,\\n  "eos_token_id": [\\n    2,\\n    5\\n  ]\\n}\\n'
@@ -42,7 +42,7 @@ def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> byt
 
 
 def within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, Any], list[str]]:
-    """The generation settings without token ids that the embedding has no row for, and a notice of them."""
+    """The generation settings without token ids beyond the embedding's rows, and a notice about those."""
     kept: dict[str, Any] = {}
     lost: list[int] = []
     for key, value in generation.items():

@@ -1,9 +1,9 @@
-"""From SentencePiece's scores to the ranked merges that `tokenizers` wants.
+"""From SentencePiece's scores to the ranked merges that `tokenizers` needs.
 
-SentencePiece joins the neighbours whose *joined piece* scores highest, and of equal scores the
-leftmost. `tokenizers` joins the pair of the lowest *rank*, and ranks are never equal. So among
-pairs of equal score the order must be chosen such that rank decides as position would: of two pairs
-that can compete for a symbol, `(a, b)` and `(b, c)`, the first always stands further left.
+SentencePiece joins the neighbours whose *joined piece* scores highest; among equal scores, the
+leftmost. `tokenizers` joins the pair of lowest *rank*, and ranks are never equal. So pairs of equal
+score must be ordered such that the rank decides as the position would: of two pairs that can
+compete for a symbol, `(a, b)` and `(b, c)`, the first is always further left.
 
     aba, bab of equal score, text a ba b:   (a, ba) competes with (ba, b) and must come first
 """
@@ -20,11 +20,11 @@ Pair = tuple[str, str]
 
 
 def ranked_merges(scores: Mapping[str, float]) -> list[Pair]:
-    """Every way to join two pieces into a third, in the order `tokenizers` must try them.
+    """Every way to join two pieces into a third, in the order in which `tokenizers` must try them.
 
     >>> ranked_merges({"a": 0.0, "b": 0.0, "ab": -1.0, "abb": -2.0})
     [('a', 'b'), ('ab', 'b')]
-    >>> ranked_merges({"a": 0.0, "aa": -1.0, "aaa": -2.0})    # of a run, the left end is joined first
+    >>> ranked_merges({"a": 0.0, "aa": -1.0, "aaa": -2.0})    # in a run, the left end is joined first
     [('a', 'a'), ('aa', 'a'), ('a', 'aa')]
     """
     merges: list[Pair] = []
@@ -34,15 +34,15 @@ def ranked_merges(scores: Mapping[str, float]) -> list[Pair]:
             for cut in range(len(piece) - 1, 0, -1):
                 if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores:
                     merges.append((left, right))
-        # a score is mostly one piece's; its pairs `(a, b)` and `(b, c)` both start as the piece does, so that
-        # without a second such character none compete, and they stand longest left part first already
+        # Most scores belong to one piece. Its pairs `(a, b)` and `(b, c)` can only compete if the piece's first
+        # character occurs in it twice; otherwise they already are in order, longest left part first.
         if len(alike) > 1 or alike[0][:1] in alike[0][1:]:
             merges[start:] = _leftmost_first(merges[start:])
     return merges
 
 
 def _leftmost_first(pairs: list[Pair]) -> Iterator[Pair]:
-    """Order pairs of one score so that `(a, b)` precedes `(b, c)`; where that runs in circles, the
+    """Order pairs of equal score so that `(a, b)` precedes `(b, c)`; where that is circular, the
     longest left part comes first: in a run of one character the left end is longer.
     """
     pairs = sorted(pairs, key=lambda pair: (-len(pair[0]), pair))

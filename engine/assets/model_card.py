@@ -1,4 +1,4 @@
-"""The model card: what a converted model is, where it came from and what was decided on the way."""
+"""The model card: what a converted model is, where it came from and what was decided in the conversion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model_card(facts: Mapping[str, Any]) -> bytes:
 
     Args:
         facts: `mapping`, `mapping_version`, `layout`, `ranks`, `decisions` and so on, as
-            `engine.assets.bundle.card_facts` collects them. A fact that is missing leaves its line out.
+            `engine.assets.bundle.card_facts` collects them. The line of a missing fact is left out.
     """
     return visible(_card().render(facts), "\n").encode()
 
@@ -30,11 +30,11 @@ def _card() -> Template:
 
 
 def environment(folder: Path, *, escape: bool = False, strict: bool = True) -> Environment:
-    """The templates of a folder, in a sandbox.
+    """A sandboxed Jinja environment for the templates of a folder.
 
     Args:
-        escape: for HTML; in Markdown `cell` and `code` escape what would break out of a table or span.
-        strict: whether a name that is not given is an error.
+        escape: whether to escape for HTML; in Markdown, `cell` and `code` escape what would break a table or span.
+        strict: whether an undefined name is an error.
     """
     from jinja2 import FileSystemLoader, StrictUndefined, Undefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -52,7 +52,7 @@ def environment(folder: Path, *, escape: bool = False, strict: bool = True) -> E
 
 
 def cell(value: object) -> str:
-    """Text for a table cell: one line, no markup of its own.
+    """Text for a table cell: one line, with all markup escaped.
 
     >>> cell("a|b <script>\\n[x](y)")
     'a\\\\|b &lt;script&gt; \\\\[x\\\\](y)'
@@ -64,7 +64,7 @@ def cell(value: object) -> str:
 
 
 def code(value: object) -> str:
-    """A code span that holds any text, also backticks and the bars of a table.
+    """A code span for any text, including backticks and the bars of a table.
 
     >>> code("w2_is_down"), code("a`b|c")
     ('`w2_is_down`', '`` a`b\\\\|c ``')

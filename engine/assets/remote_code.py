@@ -1,4 +1,4 @@
-"""Remote code: a model's classes as Python files beside the weights. Copied as bytes, parsed, never executed."""
+"""Remote code: a model's classes as Python files beside the weights. Parsed and copied as bytes, never executed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\.py", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Files by name as they are given, and the `auto_map` by which transformers finds their classes."""
+    """Files by name, unchanged, and the `auto_map` through which transformers finds their classes."""
 
     files: Mapping[str, bytes]
     auto_map: Mapping[str, str]
@@ -39,11 +39,11 @@ class _Module:
 
 
 def read_code(plan: Plan, folder: Path | None) -> Code | None:
-    """The user's copies of the code that the target of a plan is remote in; None when none is given.
+    """The user's copies of the remote code of a plan's target; None when none is given.
 
     Raises:
         EngineError: E001 when the target needs no code, E305 for a file that cannot be read, E503 when the files
-            are not what the mapping names: one is missing, one is too many, or a class is in none of them.
+            do not match the mapping: a file is missing or not needed, or a class is in none of them.
     """
     remote = plan.mapping.remote_code
     if folder is None:
@@ -51,7 +51,7 @@ def read_code(plan: Plan, folder: Path | None) -> Code | None:
     if remote is None:
         raise EngineError(
             "E001",
-            f"mapping `{plan.mapping.name}` writes a model that transformers has built in, so --code has no use",
+            f"mapping `{plan.mapping.name}` writes a model that transformers has built in, so --code has no effect",
             place=plan.mapping.place,
             got=str(folder),
             expected="a mapping whose `target` has `remote_code`",
@@ -73,13 +73,13 @@ def read_code(plan: Plan, folder: Path | None) -> Code | None:
             f"the code has files that the model does not need: {', '.join(extra)}",
             got=", ".join(sorted(modules)),
             expected=", ".join(sorted(needed)),
-            fix="Take them out of the folder: everything in it would become part of the model.",
+            fix="Remove them from the folder: everything in it would become part of the model.",
         )
     return Code({name: modules[name].raw for name in sorted(needed)}, auto_map)
 
 
 def remote_facts(plan: Plan, code: Code | None) -> dict[str, Any] | None:
-    """What the model card tells of remote code; None when transformers has the model built in."""
+    """What the model card says about remote code; None when transformers has the model built in."""
     remote = plan.mapping.remote_code
     if remote is None:
         return None
@@ -97,9 +97,9 @@ def _list(folder: Path) -> list[str]:
     """The files of a folder that are code; E503 for anything else in it."""
     try:
         names = sorted(os.listdir(folder))
-    except (OSError, ValueError) as error:  # a path may hold what no path can
+    except (OSError, ValueError) as error:  # ValueError: a NUL or lone surrogate in the path
         told = error.strerror if isinstance(error, OSError) else str(error)
-        raise _wrong(folder, "the folder of --code cannot be read", got=str(told)) from error
+        raise _wrong(folder, "the --code folder cannot be read", got=str(told)) from error
     for pattern in PATTERNS:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise _wrong(
@@ -112,10 +112,10 @@ def _list(folder: Path) -> list[str]:
     if other := [name for name in names if _NAME.fullmatch(name) is None]:
         raise _wrong(
             folder,
-            f"the code has files that are no Python modules: {', '.join(other[:8])}",
+            f"the code has files that are not Python modules: {', '.join(other[:8])}",
             got=f"{len(other)} of {len(names)} names",
             expected=" and ".join(PATTERNS),
-            fix="Put the model's two files into a folder of their own.",
+            fix="Put the model's two files into a separate folder.",
         )
     return names
 
@@ -127,7 +127,7 @@ def _parse(path: Path) -> _Module:
         raise _wrong(path, "a file of the code is too large", got=f"more than {_MOST >> 20} MiB")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the user's file: unusual escapes and the like
+            warnings.simplefilter("ignore")  # about the user's file, such as unusual escapes
             body = parsed(raw)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = error.lineno if isinstance(error, SyntaxError) else None
@@ -144,7 +144,7 @@ def _parse(path: Path) -> _Module:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """What a module holds at its outermost level, also where a condition or attempt surrounds it."""
+    """A module's top-level statements, including those inside `if` and `try`."""
     for one in body:
         yield one
         for name in ("body", "orelse", "finalbody"):
@@ -153,7 +153,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _beside(path: Path, statements: list[ast.stmt]) -> Iterator[str]:
-    """The files beside it that a module imports; E503 for an import from further up."""
+    """The files beside it that a module imports; E503 for an import from a parent folder."""
     for one in statements:
         if not isinstance(one, ast.ImportFrom) or not one.level:
             continue
@@ -184,7 +184,7 @@ def _file_of(wanted: str, modules: Mapping[str, _Module], folder: Path) -> str:
 
 
 def _check_type(config: ast.ClassDef, wanted: str, path: Path) -> None:
-    """E503 unless the configuration's class is of the model type that config.json names."""
+    """E503 unless the configuration class has the model type that config.json names."""
     said: object = None
     for one in config.body:
         targets = one.targets if isinstance(one, ast.Assign) else [one.target] if isinstance(one, ast.AnnAssign) else []
@@ -203,7 +203,7 @@ def _check_type(config: ast.ClassDef, wanted: str, path: Path) -> None:
 
 
 def _imported(needed: set[str], modules: Mapping[str, _Module], folder: Path) -> set[str]:
-    """The needed files and all that they import; E503 for one that is not there."""
+    """The needed files and all that they import; E503 for one that is missing."""
     found: set[str] = set()
     left = sorted(needed)
     while left:
@@ -216,7 +216,7 @@ def _imported(needed: set[str], modules: Mapping[str, _Module], folder: Path) ->
                     f"the code lacks a file: `{name}` imports `{other}`",
                     got=", ".join(sorted(modules)),
                     expected=other,
-                    fix="Copy it from where the others are from.",
+                    fix="Copy it from the same place as the others.",
                 )
             left.append(other)
     return found

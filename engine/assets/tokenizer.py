@@ -1,8 +1,8 @@
-"""A SentencePiece model as the files transformers loads without remote code.
+"""Converts a SentencePiece model to the files that transformers loads without remote code.
 
-Nothing is assumed that the model itself says: its normaliser, dummy prefix, whitespace rules,
+Nothing that the model itself says is assumed: its normaliser, dummy prefix, whitespace rules,
 byte fallback and user-defined symbols are read. The result is compared with SentencePiece before it
-is handed out; a tokenizer that would give other ids is refused, because wrong ids are silent.
+is returned. A tokenizer that would give other ids is refused, because wrong ids cause no error.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _ALL = 1 << 30  # spaces, more than any text has
 
 
 def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, bytes]:
-    """The tokenizer's files by name, whose ids equal SentencePiece's on any text.
+    """The tokenizer's files by name; on any text, their ids equal SentencePiece's.
 
-    The names of `spec` and the model's control pieces become special tokens: written in a text they
-    mean the token, where SentencePiece would spell them out.
+    The names of `spec` and the model's control pieces become special tokens: in a text they stand for
+    the token, where SentencePiece would split them into ordinary pieces.
 
     Args:
         model_file: a SentencePiece BPE model.
-        spec: a mapping's `tokenizer` block: `bos`, `eos`, `pad` name pieces, `rename` gives reserved
-            ids their names, `{92543: "<|im_start|>"}`; `add_bos` (default true) puts bos in front.
+        spec: a mapping's `tokenizer` block: `bos`, `eos`, `pad` name pieces, `rename` gives names to reserved
+            ids, `{92543: "<|im_start|>"}`; `add_bos` (default true) puts bos in front.
 
     Raises:
-        EngineError: E501: not such a model, or it cannot be expressed exactly.
+        EngineError: E501 when it is not such a model, or cannot be expressed exactly.
     """
     return convert_understood(understand_tokenizer(model_file, spec), spec, Place(str(model_file)))
 
 
 def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place) -> dict[str, bytes]:
-    """As `convert_tokenizer`, of a model that has been read."""
+    """As `convert_tokenizer`, for a model that has been read."""
     model, data, pieces, names = found.model, found.data, found.pieces, found.names
     bos, eos, pad, unk = found.bos, found.eos, found.pad, found.unk
     processor = _processor(data, place)
@@ -98,10 +98,10 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place)
 
 
 def _processor(data: bytes, place: Place) -> Any:
-    """SentencePiece itself, which knows better than the file which pieces it uses."""
+    """SentencePiece itself: unlike the file, it knows which pieces it uses."""
     import sentencepiece
 
-    sentencepiece.set_min_log_level(2)  # else it tells on stderr that a NUL piece is unused
+    sentencepiece.set_min_log_level(2)  # else it reports on stderr that a NUL piece is unused
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
@@ -111,7 +111,7 @@ def _processor(data: bytes, place: Place) -> Any:
 def _reason_of_unused(model: Any, pieces: Pieces, unused: set[int]) -> str | None:
     """Why `tokenizers` cannot express a model exactly, by the pieces that SentencePiece does not use."""
     texts = [pieces.texts[index] for index in unused]
-    # a lone character that no piece has is the only one that cannot come up inside a join
+    # only a single character that is in no other piece cannot appear inside a join
     if any(len(one) != 1 or any(one in text and text != one for text in pieces.texts) for one in texts):
         return f"{len(unused)} unused pieces that others are made of"
     if unused and not model.trainer_spec.byte_fallback:
@@ -122,9 +122,9 @@ def _reason_of_unused(model: Any, pieces: Pieces, unused: set[int]) -> str | Non
 def _backend(
     model: Any, pieces: Pieces, names: list[str], special: set[int], unused: set[int], bos: str | None, unk: str
 ) -> dict[str, Any]:
-    """What tokenizer.json holds."""
-    # text never becomes an unused piece, but its id still means what it says: a name that no text
-    # can reach (joins make pieces, and this is none), which the decoder spells out again
+    """The contents of tokenizer.json."""
+    # Text never becomes an unused piece, but its id must still decode. So it gets a name that no text can
+    # reach (joins make pieces, and this is not one), which the decoder turns back into the piece.
     spelled = {index: f"<unused {index}>" for index in sorted(unused)}
     vocab = {spelled.get(index, name): index for index, name in enumerate(names)}
     scores = {
@@ -138,7 +138,7 @@ def _backend(
         {"type": "Replace", "pattern": {"String": name}, "content": content} for name, content in back.items()
     ]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:  # SentencePiece takes its prefix away, or all in front
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:  # SentencePiece strips its prefix, or all leading spaces
         start = _ALL if spec.remove_extra_whitespaces else 1
         decoders.append({"type": "Strip", "content": " ", "start": start, "stop": 0})
     return {
@@ -192,7 +192,7 @@ def _normalizer(spec: Any) -> dict[str, Any]:
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
-    if spec.remove_extra_whitespaces:  # a text's own signs for a space are cut off too, with the prefix before them
+    if spec.remove_extra_whitespaces:  # `▁` in the text is stripped too, with the prefix before it
         steps.append({"type": "Replace", "pattern": {"Regex": rf"{SPACE}+\z"}, "content": ""})
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "normalizers": steps}
 
@@ -212,7 +212,7 @@ def _post_processor(bos: str | None, bos_id: int | None) -> dict[str, Any]:
 
 
 def _probes(pieces: Pieces) -> Iterator[str]:
-    """Texts on which converted tokenizers are known to go wrong, and runs and joins of the model's own pieces."""
+    """Texts on which converted tokenizers are known to fail, and runs and joins of the model's own pieces."""
     yield from ("Hello", " Hello", "Hello  world ", "   ", "\n\n\t x\r\n", "1234567890", "a\x00b\x1f\x7f")
     yield from ("▁a ▁▁b", "a▁▁", "▁")
     yield from (
@@ -226,7 +226,7 @@ def _probes(pieces: Pieces) -> Iterator[str]:
     some = [text.replace(SPACE, " ") for text in texts[::step]]
     yield "".join(some)
     yield "".join(left + right for left, right in zip(some, reversed(some), strict=True))
-    # of equal scores the place in a text counts, for which ranks have no word: joins of many find where that matters
+    # For equal scores the position in the text decides, which ranks cannot express: long joins find where that matters.
     count = Counter(pieces.scores)
     alike = [
         text.replace(SPACE, " ")
@@ -242,11 +242,11 @@ def _probes(pieces: Pieces) -> Iterator[str]:
 
 
 def _compare(pieces: Pieces, theirs: Any, backend: str, place: Place) -> None:
-    """Encode with SentencePiece and with the result; other ids are an error, not a surprise later."""
+    """Encode with SentencePiece and with the result; E501 if the ids differ."""
     from tokenizers import Tokenizer
 
     ours = Tokenizer.from_str(backend)
-    # specials are matched in text on purpose, and a renamed piece has lost its old spelling
+    # special tokens are matched in text on purpose, and a renamed piece no longer has its old spelling
     known = {token.content: index for index, token in ours.get_added_tokens_decoder().items()}
     apart = {token for token, index in known.items() if pieces.types[index] != USER_DEFINED} | {
         text

@@ -1,6 +1,6 @@
-"""A SentencePiece model as it is read, and checked by what its file tells at once.
+"""Reads a SentencePiece model, and makes the checks that need only its file.
 
-This much is done before a run writes anything; converting takes longer, and is done beside.
+This is done before a run writes anything; converting takes longer, and is done during the run.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.storage.local import open_regular
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # what a piece is
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
-SPACE = "▁"  # how a space is written in pieces
-_LARGEST = 256 << 20  # bytes of a model; whatever is longer is none, and is read no further
+SPACE = "▁"  # stands for a space in pieces
+_LARGEST = 256 << 20  # bytes of a model; a longer file is not read further, and refused
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A model's pieces by id, taken out once: an attribute of a parsed message is slow to ask for."""
+    """A model's pieces by id, extracted once: attributes of a parsed message are slow."""
 
     texts: list[str]
     types: list[int]
@@ -35,12 +35,12 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class Understood:
-    """A SentencePiece model, and what a mapping's `tokenizer` block makes of it.
+    """A SentencePiece model, with a mapping's `tokenizer` block applied.
 
     Attributes:
         data: the file's bytes.
         names: pieces by id, after `rename`.
-        bos, eos, pad, unk: the names of these tokens, where the mapping has them.
+        bos, eos, pad, unk: the names of these tokens, if the mapping has them.
     """
 
     model: Any
@@ -54,15 +54,15 @@ class Understood:
 
 
 def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understood:
-    """Read a model and check what its file tells at once: its kind, its pieces, the tokens that are named.
+    """Read a model and check what needs only its file: its kind, its pieces, the tokens that are named.
 
     Raises:
-        EngineError: E501: not such a model, or it cannot be expressed exactly.
+        EngineError: E501 when it is not such a model, or cannot be expressed exactly.
     """
     model, data = _read(model_file)
     place = Place(str(model_file))
     pieces = Pieces.of(model)
-    if not all(isinstance(text, str) for text in pieces.texts):  # protobuf leaves what is not UTF-8 as bytes
+    if not all(isinstance(text, str) for text in pieces.texts):  # protobuf keeps invalid UTF-8 as bytes
         raise no_model(place, "a piece that is not text")
     refuse_kind(_reason(model, pieces), place)
     names = _renamed(pieces, spec, place)
@@ -83,12 +83,12 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
 def check_tokenizer(
     model_file: Path, spec: Mapping[str, Any], rows: int | None, config: Mapping[str, Any]
 ) -> Understood:
-    """`understand_tokenizer`, and that it is the tokenizer of a model.
+    """`understand_tokenizer`, and check that the tokenizer belongs to a model.
 
     Args:
-        rows: of the model's embedding: a tokenizer has no more pieces.
-        config: config.json and over it the generation settings: `bos_token_id`, `eos_token_id` and `pad_token_id`
-            are, or hold, ids of the tokens that the mapping names so.
+        rows: the rows of the model's embedding: a tokenizer has no more pieces.
+        config: config.json, overridden by the generation settings: its `bos_token_id`, `eos_token_id` and
+            `pad_token_id` must be, or contain, the ids of the tokens that the mapping names.
     """
     found = understand_tokenizer(model_file, spec)
     fix = "Give the model's own tokenizer with --tokenizer."
@@ -136,19 +136,19 @@ def _read(model_file: Path) -> tuple[Any, bytes]:
 
 
 def no_model(place: Place, found: str, message: str = "the file is not a SentencePiece model") -> EngineError:
-    """E501 for a file that SentencePiece did not write, or cannot read."""
+    """E501 for a file that SentencePiece did not write or cannot read."""
     return EngineError(
         "E501",
         message,
         place=place,
         got=found,
-        expected="a tokenizer.model as SentencePiece writes it",
+        expected="a tokenizer.model that SentencePiece wrote",
         fix="Give the model's own tokenizer.model; check that it was copied whole.",
     )
 
 
 def _reason(model: Any, pieces: Pieces) -> str | None:
-    """Why `tokenizers` cannot express a model exactly, by its file."""
+    """Why `tokenizers` cannot express a model exactly, as far as its file shows."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     types = pieces.types
     kind = MODEL_TYPES.get(trainer.model_type, str(trainer.model_type))
@@ -160,14 +160,14 @@ def _reason(model: Any, pieces: Pieces) -> str | None:
     elif trainer.byte_fallback and types.count(BYTE) != 256:
         found = f"byte fallback with {types.count(BYTE)} byte pieces"
     elif spelled - characters:
-        found = f"pieces with characters that are no pieces themselves: {' '.join(sorted(spelled - characters)[:8])}"
+        found = f"pieces with characters that are not pieces themselves: {' '.join(sorted(spelled - characters)[:8])}"
     elif trainer.treat_whitespace_as_suffix and normalizer.add_dummy_prefix:
         found = "a dummy suffix"
     elif normalizer.precompiled_charsmap:
-        # `tokenizers` looks its entries up by letter: those of several letters, and marks after one, would be lost
+        # `tokenizers` looks entries up by letter: several letters, and marks after one, would be lost
         found = f"characters that the normaliser {normalizer.name} replaces"
     elif USER_DEFINED in types and (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces):
-        # `tokenizers` would normalise the symbols' own names too
+        # `tokenizers` would normalise the names of the symbols too
         found = "user-defined symbols in a model that changes text first"
     elif not normalizer.escape_whitespaces:
         found = "spaces that are not escaped"
@@ -218,17 +218,17 @@ def _named(spec: Mapping[str, Any], key: str, pieces: Pieces, names: list[str], 
             "E501",
             f"the {key} token `{token}` is not a piece of the tokenizer",
             place=place,
-            got=f"{len(names)} pieces, of which the first are {' '.join(names[:4])}",
+            got=f"{len(names)} pieces, starting with {' '.join(names[:4])}",
             expected=f"a piece `{token}`",
             fix=f"Correct `tokenizer.{key}` in the mapping.",
         )
-    if token is not None and pieces.types[names.index(token)] == NORMAL:  # any text with it would hold that token
+    if token is not None and pieces.types[names.index(token)] == NORMAL:  # any text with it would contain the token
         raise EngineError(
             "E501",
             f"the {key} token `{token}` is a piece of ordinary text",
             place=place,
             got=f"`{token}`, id {names.index(token)}",
-            expected="a piece that no text gives, such as a control piece",
+            expected="a piece that no text produces, such as a control piece",
             fix=f"Correct `tokenizer.{key}` in the mapping.",
         )
     return None if token is None else str(token)

@@ -34,7 +34,7 @@ def explain_code(code: str) -> str:
     '# E203: sizes disagree'
 
     Raises:
-        EngineError: E001 with codes that are near.
+        EngineError: E001 with similar codes.
     """
     known = list_codes()
     wanted = code.strip().upper()

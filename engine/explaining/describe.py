@@ -1,4 +1,4 @@
-"""A plan as data for people and for `--json`: rules with layers folded, decisions, outputs; and copies as text."""
+"""A plan as data, for people and for `--json`: rules with layers folded, decisions, outputs; and copies as text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fold(numbers: Sequence[int]) -> str:
 
 
 def folded(text: str, values: Sequence[Mapping[str, int]]) -> str:
-    """A name pattern with the values that its placeholders have, as `model.layers.{0…31}`."""
+    """A name pattern with the values of its placeholders filled in, as `model.layers.{0…31}`."""
     for placeholder in pattern(text).placeholders:
         text = text.replace(f"{{{placeholder}}}", f"{{{fold([v[placeholder] for v in values])}}}")
     return text
@@ -83,7 +83,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def own_sizes(plan: Plan) -> dict[str, int]:
-    """The sizes that say something of this model: no number that the mapping itself has, none that is its name."""
+    """The sizes that are specific to this model: not those that are constants in the mapping or repeat their name."""
     always = {name for name, size in (plan.mapping.resolved.get("dims") or {}).items() if str(size).isdigit()}
     named = {name for name, size in plan.sizes.items() if name.rstrip("_") == f"n{size}"}
     return {name: plan.sizes[name] for name in sorted(plan.sizes.keys() - always - named)}
@@ -114,14 +114,14 @@ def describe_rules(plan: Plan) -> list[dict[str, Any]]:
     return result
 
 
-Label = tuple[tuple[str, int], ...]  # what tells a source from an output's other sources: (("tp", 1),)
+Label = tuple[tuple[str, int], ...]  # distinguishes a source from an output's other sources: (("tp", 1),)
 
 
 def copy_texts(copies: Sequence[Copy], labels: Sequence[Label], names: Sequence[str]) -> list[str]:
-    """Copies as text; those that differ by equal steps are one line.
+    """Copies as text; those that differ by equal steps share a line.
 
-    `tp0…1 @0 → @0+8i: 4 (8→16) × 8 (1→1)` are two: from shard tp0 and tp1, elements 0 on, to
-    elements 0 on and 8 on; four rows, 8 apart there and 16 apart here, of 8 elements each.
+    `tp0…1 @0 → @0+8i: 4 (8→16) × 8 (1→1)` are two copies: from element 0 of shards tp0 and tp1, to
+    elements 0 and 8; each has four rows of 8 elements, 8 apart in the source and 16 apart in the target.
 
     >>> row = Copy(0, 0, 0, 0, (4, 8), (8, 1), (16, 1))
     >>> copy_texts([row, Copy(1, 0, 0, 8, (4, 8), (8, 1), (16, 1))], [(("tp", 0),), (("tp", 1),)], ["a", "a"])

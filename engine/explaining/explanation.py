@@ -1,4 +1,4 @@
-"""What a user points at, `NAME[0:128, :]` or `FILE:NAME[17, 3]`, and what an explanation of it holds, JSON-ready."""
+"""What a user asks about, `NAME[0:128, :]` or `FILE:NAME[17, 3]`, and the explanation as JSON-ready data."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Elements that lie in one box: their indices on either side, and the same by named axes.
+    """Elements of one box: their indices on either side, and their ranges along named axes.
 
     Attributes:
         source, target: indices as slices, one per dimension.
         axes: the range of every axis in the whole model.
-        order: for dimensions that are rearranged, which positions come from which.
+        order: for rearranged dimensions, which positions come from which.
     """
 
     source: tuple[str, ...]
@@ -42,7 +42,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What goes from one stored source tensor to one output.
+    """The elements that go from one stored source tensor to one output.
 
     Attributes:
         byte_ranges: the first absolute byte ranges in the source's file, the end not included.
@@ -52,7 +52,7 @@ class Flow:
 
     source: Tensor
     target: Tensor
-    place: str  # where the shard lies: `tp1`
+    place: str  # the shard's rank: `tp1`
     stretches: tuple[Stretch, ...]
     stretch_count: int
     elements: int
@@ -100,7 +100,7 @@ class Selection:
     file: str | None = None
 
     def window(self, shape: Sequence[int]) -> tuple[Interval, ...]:
-        """The interval of positions along each dimension; E001 for what cannot be one."""
+        """The interval of positions along each dimension; E001 for an invalid slice."""
         if len(self.slices) > len(shape):
             raise _error(self.name, f"it has {counted(len(shape), 'dimension')}", ", ".join(self.slices))
         given = [_interval(self.name, text, size) for text, size in zip(self.slices, shape, strict=False)]
@@ -108,7 +108,7 @@ class Selection:
 
 
 def parse_selection(text: str, *, file: bool = False) -> Selection:
-    """Read what the user points at; with `file`, a file name and a colon may stand before the tensor.
+    """Read what the user asks about; with `file`, a file name and a colon may precede the tensor.
 
     >>> parse_selection("model.norm.weight[0:4]")
     Selection(name='model.norm.weight', slices=('0:4',), file=None)
@@ -133,9 +133,9 @@ def _interval(name: str, text: str, size: int) -> Interval:
         raise _error(name, "it is neither an index nor a slice", text)
     first, colon, last, second_colon, step = found.groups()
     if any(part and part.startswith("-") for part in (first, last, step)):
-        raise _error(name, "negative positions and steps are not understood here", text)
+        raise _error(name, "negative positions and steps are not supported here", text)
     if second_colon and step not in ("", "1", None):
-        raise _error(name, "a step is not understood here", text)
+        raise _error(name, "a step is not supported here", text)
     low = int(first or 0)
     high = (int(last) if last else size) if colon else low + 1
     if high > size:
@@ -150,7 +150,7 @@ def _error(name: str, why: str, text: str) -> EngineError:
 
 
 def unknown_name(name: str, kind: str, known: Iterable[str], *, otherwise: str | None = None) -> EngineError:
-    """E001 for a name that is not there, with those that come near, or with what to do `otherwise`."""
+    """E001 for an unknown name, with similar names, or with what to do `otherwise`."""
     near = get_close_matches(name, list(dict.fromkeys(known)), 3)
     suggested = f"Did you mean `{near[0]}`?" if near else "`engine plan` lists the names."
     return EngineError(

@@ -1,7 +1,7 @@
 """Links: which elements of one stored tensor are which elements of another, by named axes.
 
-A spot is a box of a stored tensor with its storage positions, which are lattices; where a source spot and a target
-spot of the same piece meet is a link. It says what a plan's copy says, with the axes still named.
+A spot is a box of a stored tensor with its storage positions, which are lattices. The intersection of a source spot
+and a target spot of the same piece is a link. It is a plan's copy, with the axes still named.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.planning.groups import Group
 from engine.planning.pieces import Key
 from engine.planning.sides import Shard, Side
 
-MOST_RUNS = 200_000  # beyond this, runs are counted and not listed
+MOST_RUNS = 200_000  # more runs than this are counted, not listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Lattice:
             yield self.start + sum(stride * i for (stride, _), i in zip(self.steps, indices, strict=True))
 
     def ascending(self) -> Lattice:
-        """The same positions from the first to the last, contiguous loops merged.
+        """The same positions in ascending order, contiguous loops merged.
 
         >>> Lattice(4, ((1, 8), (8, 3))).ascending()
         Lattice(start=4, steps=((1, 24),))
@@ -56,7 +56,7 @@ class Lattice:
         return Lattice(self.start, tuple(merged))
 
     def runs(self) -> list[tuple[int, int]]:
-        """The positions as sorted intervals without gaps; an ascending lattice of disjoint loops."""
+        """The positions as sorted intervals without gaps; the lattice must be ascending, with disjoint loops."""
         return join(self.first_runs(None))
 
     def first_runs(self, keep: int | None) -> list[tuple[int, int]]:
@@ -86,7 +86,7 @@ def join(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def join_lattices(lattices: Sequence[Lattice], keep: int) -> tuple[list[tuple[int, int]], int]:
-    """The first runs of all lattices together, and how many runs there are."""
+    """The first runs of all lattices together, and the number of runs."""
     total = sum(one.run_count() for one in lattices)
     if total > MOST_RUNS:
         return min(lattices, key=lambda one: one.start).first_runs(keep), total
@@ -118,7 +118,7 @@ def index_text(lattice: Lattice) -> str:
 
 
 def words(positions: Sequence[int]) -> str:
-    """Positions in their order, progressions folded.
+    """Positions in their order, with progressions folded.
 
     >>> words(range(8)), words([5]), words([0, 2, 4, 6, 8]), words([0, 2, 4, 6, 1, 3, 5, 7])
     ('0…7', '5', '0, 2, 4, … 8', '0, 2, 4, 6, then 1, 3, 5, 7')
@@ -158,10 +158,10 @@ class Spot:
 
     key: Key
     box: Box
-    dims: tuple[Region, ...]  # along each storage dimension by itself
+    dims: tuple[Region, ...]  # one for each storage dimension
 
     def positions(self, dim: int, box: Box, order: Sequence[str] = ()) -> Lattice:
-        """Positions along a dimension of the part of the spot in `box`; loops in `order`, else as stored."""
+        """Positions along a dimension, of the part of the spot in `box`; loops in `order`, default: as stored."""
         strides = self.dims[dim].strides
         start = self.dims[dim].base + sum(stride * box[axis][0] for axis, stride in strides.items())
         axes = [axis for axis in order if axis in strides] or list(strides)

@@ -1,4 +1,4 @@
-"""One tensor of a plan explained, down to bytes of a file: where an output comes from, where a stored tensor goes."""
+"""Explains one tensor of a plan, down to bytes of a file: where an output comes from, where a stored tensor goes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from engine.planning.sides import Shard
 from engine.planning.stored import Stored, strip
 
 SHOWN = 8  # stretches and byte ranges that are listed
-Held = tuple[Group, Shard, int]  # a stored tensor's place in the plan: group, shard, number among the replicas
+Held = tuple[Group, Shard, int]  # a stored tensor's place in the plan: group, shard, index among the replicas
 
 
 def explain(plan: Plan, asked: str) -> Explanation:
     """Explain part of an output, `NAME[slices]`: rule, axes in words, source files and byte ranges.
 
     Raises:
-        EngineError: E001 for a name or a slice that is not there.
+        EngineError: E001 for a name or slice that does not exist.
     """
     table = plan.copies
     selection = parse_selection(asked)
@@ -69,7 +69,7 @@ def explain(plan: Plan, asked: str) -> Explanation:
             told.add(sentence + cut_sentence(source, one))
     words += sorted(told)
     notes += output_notes(output)
-    # By count: the plan proved that boxes are disjoint.
+    # Comparing counts is enough: the plan proved that boxes are disjoint.
     wanted, got = sum(volume(one.box) for one in selected), sum(one.elements for one in flows)
     if wanted != got:
         raise EngineError(
@@ -84,7 +84,7 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
     """Explain part of a stored tensor, `FILE:NAME[slices]`, or `NAME[slices]` in every file that has it.
 
     Raises:
-        EngineError: E001 for a file, a name or a slice that is not there.
+        EngineError: E001 for a file, name or slice that does not exist.
     """
     selection = parse_selection(asked, file=True)
     files = [file.name for file in plan.files]
@@ -104,7 +104,7 @@ def explain_source(plan: Plan, asked: str) -> Explanation:
             otherwise=f"`{selection.name}` is an output: give it without --from." if written else None,
         )
     places = find_places(plan, named)
-    # Ranks hold tensors of several shapes: only those that have the positions are explained.
+    # Shapes may differ between ranks: only tensors that have these positions are explained.
     fitting: list[tuple[Stored, Window]] = []
     refused: EngineError | None = None
     for one in named:
@@ -152,7 +152,7 @@ def _explained(plan: Plan, one: Stored, window: Window, places: dict[tuple[int, 
     if replica:
         first = shard.replicas[0]
         origin = plan.files[first.file].name
-        notes.append(f"replica: a run compares it with the one in {origin}, which is the one that is copied")
+        notes.append(f"replica: a run compares it with the one in {origin}, which is copied")
     flows: list[Flow] = []
     reached = {other.key: other for other in target.reaching(group, source)}
     for index, output in enumerate(plan.outputs):
@@ -193,7 +193,7 @@ def output_notes(output: Output) -> Iterator[str]:
 
 
 def flow(plan: Plan, held: tuple[Group, Shard], target: Tensor, found: list[Link], replica: int = 0) -> Flow:
-    """What goes from a shard, of which `replica` is looked at, to an output, given their links."""
+    """What goes from a shard (its copy number `replica`) to an output, given their links."""
     group, shard = held
     first = shard.replicas[replica]
     header = first.header

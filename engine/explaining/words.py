@@ -15,7 +15,7 @@ from engine.planning.parts import box_text
 from engine.planning.sides import Shard, Side
 from engine.planning.stages import Stages
 
-MOST_ORDERED = 100_000  # positions that are looked at one by one
+MOST_ORDERED = 100_000  # positions that are examined one by one
 
 
 def dim_name(dim: int, dims: int) -> str:
@@ -76,7 +76,7 @@ def fixed_sentence(fixed: Mapping[str, int], sizes: Mapping[str, int], stages: S
 
 
 def slice_sentences(group: Group, window: Sequence[Interval], found: Iterable[Spot]) -> list[str]:
-    """Which ranges of axes the selected positions of each dimension are; one sentence per dimension."""
+    """The ranges of axes that the selected positions cover; one sentence per dimension."""
     result = []
     listed = list(found)
     dims = group.instance.axes.dims
@@ -135,7 +135,7 @@ def shard_words(group: Group, shard: Shard) -> str:
 
 
 def order_sentences(link: Link) -> list[str]:
-    """For each target dimension whose order differs: which source positions its positions come from, in turn."""
+    """For each target dimension in another order: the source positions that its positions come from, in order."""
     result: list[str] = []
     source_dims = len(link.source.dims)
     target_dims = len(link.target.dims)
@@ -165,7 +165,7 @@ def _first(interval: Interval) -> Interval:
 
 
 def _plain(lattice: Lattice) -> bool:
-    """Whether positions follow each other without gaps."""
+    """Whether positions are consecutive."""
     step = 1
     for stride, size in reversed(lattice.steps):
         if stride != step:

@@ -1,7 +1,7 @@
-"""The part of Jinja that expressions are: read, and checked against an allow-list before Jinja compiles them.
+"""The subset of Jinja for expressions: they are parsed and checked against an allow-list before Jinja compiles them.
 
-The sandbox keeps Python out but bounds no work, so the syntax tree itself is checked: what it is made
-of, how long, how deep, and with what numbers.
+The sandbox keeps Python out but does not limit work, so the syntax tree itself is checked: its kinds of
+nodes, length, depth and numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Refused(Exception):
 
 
 class _Names(Context):
-    """What an expression sees; Jinja's own takes longer to make than most expressions to evaluate."""
+    """The context of an expression; making Jinja's own takes longer than evaluating most expressions."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         self.environment, self.eval_ctx = ENVIRONMENT, _EVALUATION
@@ -60,7 +60,7 @@ _EVALUATION = EvalContext(ENVIRONMENT)
 class Compiled:
     """An expression that passed the allow-list, with the names it reads.
 
-    `names` are root names, `paths` whole dotted paths, `patterns` what `present` asks for.
+    `names` are root names, `paths` whole dotted paths, `patterns` the arguments of `present`.
     """
 
     tree: nodes.Expr
@@ -70,21 +70,21 @@ class Compiled:
     calls: frozenset[str]
 
     def every(self, kind: type[_N]) -> list[_N]:
-        """All parts of the expression that are of a kind, outermost first."""
+        """All nodes of the expression of one kind, outermost first."""
         return [*([self.tree] if isinstance(self.tree, kind) else []), *self.tree.find_all(kind)]
 
     def run(self, names: Mapping[str, Any]) -> Any:
         if isinstance(self.tree, nodes.Name) and self.tree.name in names and self.tree.name not in BUILTIN:
-            return names[self.tree.name]  # most are no more than a name, and Jinja takes long to say so
+            return names[self.tree.name]  # most are just a name, for which Jinja is slow
         read, root = self._compiled
         context = _Names({**FUNCTIONS, **{name: names[name] for name in read if name in names}})
-        for _ in root(context):  # it writes no text, and is done at its end
+        for _ in root(context):  # it yields no text; run it to its end
             pass
         return context.vars["result"]
 
     @cached_property
     def _compiled(self) -> tuple[frozenset[str], Callable[[Context], Iterable[str]]]:
-        """The names that are read, and what `Environment.compile_expression` makes, of the tree that was checked."""
+        """The names that the checked tree reads, and what `Environment.compile_expression` would make of it."""
         result = nodes.Assign(nodes.Name("result", "store", lineno=1), self.tree, lineno=1)
         template = nodes.Template([result], lineno=1)
         template.set_environment(ENVIRONMENT)
@@ -93,7 +93,7 @@ class Compiled:
 
 @lru_cache(maxsize=4096)
 def read_expression(text: str) -> Compiled | Refused:
-    """An expression read and checked, or why it is not part of the language."""
+    """Parse and check an expression; returns it, or why it is not part of the language."""
     try:
         return _check(text)
     except Refused as refused:
@@ -103,12 +103,12 @@ def read_expression(text: str) -> Compiled | Refused:
             f"an expression cannot be read: {_in_words(text, error.message or '')}",
             "An expression is Jinja: names, numbers, 'texts', and, or, not, and filters like | default(0).",
         )
-    except (RecursionError, ValueError):  # a number of thousands of digits is a ValueError
+    except (RecursionError, ValueError):  # ValueError: a number with thousands of digits
         return Refused("an expression is nested too deeply or holds a number that is too long")
 
 
 def _in_words(text: str, told: str) -> str:
-    """What is wrong with text that is no expression; Jinja speaks of templates and tokens.
+    """What is wrong with an invalid expression, without Jinja's words for templates and tokens.
 
     >>> _in_words("epsilon | default(1e-5", "unexpected end of template, expected ','.")
     'a `(` is not closed'
@@ -217,7 +217,7 @@ def _is_default(node: nodes.Filter | nodes.Call) -> bool:
 
 
 def dotted(node: nodes.Node) -> str:
-    """A name and what is asked of it, `options.size`; empty for anything else."""
+    """A name with its attributes, as `options.size`; empty for anything else."""
     if isinstance(node, nodes.Getattr):
         above = dotted(node.node)
         return f"{above}.{node.attr}" if above else ""

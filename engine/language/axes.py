@@ -1,8 +1,8 @@
 """Axes: how the storage shape of a tensor is written over named axes.
 
 `(groups (queries + k + v) head_dim) | hidden` has two storage dimensions. The first groups three
-axes, outermost first, where the middle one concatenates queries, key and value; the bar separates
-what a weight shares with its bias from what only the weight has.
+axes, outermost first; the middle one concatenates queries, key and value. The bar separates the
+dimensions that a weight shares with its bias from those that only the weight has.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Node = Axis | Product | Sum
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Storage dimensions, and how many of them stand before the bar (None: no bar)."""
+    """Storage dimensions, and how many of them are before the bar (None: no bar)."""
 
     dims: tuple[Node, ...]
     bar: int | None = None
@@ -62,7 +62,7 @@ class Axes:
         return Axes(self.dims)
 
     def names(self) -> tuple[str, ...]:
-        """Every axis once, in order of appearance."""
+        """Every axis once, in order of first appearance."""
         return tuple(dict.fromkeys(name for dim in self.dims for name in leaves(dim)))
 
     def pieces(self) -> tuple[tuple[str, ...], ...]:
@@ -125,7 +125,7 @@ _MAX_PIECES = 64
 
 @lru_cache(maxsize=4096)
 def parse_axes(text: str, place: Place | None = None) -> Axes:
-    """Read axes; E103 with what is wrong and where in the text.
+    """Parse axes; E103 says what is wrong and where in the text.
 
     >>> str(parse_axes("((q + k + v) heads head_dim) | hidden"))
     '((q + k + v) heads head_dim) | hidden'
@@ -158,7 +158,7 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
     bar: int | None = None
 
     def read(depth: int, opened: int) -> list[Node]:
-        """The storage dimensions; inside a group, which was `opened`, what its `+` concatenates."""
+        """Parse storage dimensions, or, inside a group that was `opened`, the terms of its `+`."""
         nonlocal bar
         if depth > _MAX_DEPTH:
             raise fail("groups are nested too deeply", opened)

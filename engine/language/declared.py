@@ -12,12 +12,12 @@ from engine.language.expressions import compile_expression
 from engine.language.model import Expression, Layout, MappingFile, Variant
 from engine.language.names import pattern
 
-# What expressions of a layout see beside ranks (`pp`), their numbers (`pps`) and the layout's own variants.
+# Names in a layout's expressions, besides ranks (`pp`), their numbers (`pps`) and the layout's own variants.
 _SEEN = ("chunk", "chunks", "layers", "nth", "rank", "mode", "options", "training")
 
 
 def undeclared(message: str, name: str, known: Iterable[str], place: Place) -> EngineError:
-    """E108 with the names that exist, and the near one as the fix."""
+    """E108 with the names that exist, and the most similar one as the fix."""
     names = list(dict.fromkeys(str(k) for k in known))
     near = get_close_matches(str(name), names, 3)
     shown = names if len(names) <= 12 else [*(near or names[:12]), "…"]
@@ -44,17 +44,17 @@ def every_expression(mapping: MappingFile) -> list[Expression]:
 
 
 def axes_of(mapping: MappingFile) -> list[str]:
-    """Every axis of a mapping's rules once, placeholders included; those of the sources first."""
+    """Every axis of a mapping's rules once, including placeholders; those of the sources first."""
     sources = [(*pattern(rule.sources[0]).placeholders, *rule.axes.names()) for rule in mapping.rules]
     targets = [(*pattern(t.name).placeholders, *t.axes.names()) for rule in mapping.rules for t in rule.targets]
     return list(dict.fromkeys(name for names in (*sources, *targets) for name in names))
 
 
 def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = True) -> None:
-    """Options, dropped and expected axes, tied targets and answers of a mapping exist; all that do not are told.
+    """Check options, dropped and expected axes, tied targets and answers of a mapping: report all that do not exist.
 
     Args:
-        whole: whether every rule could be read; else what only some of them declare is not asked for.
+        whole: whether every rule could be read; if not, names that an unread rule may declare are not checked.
     """
     errors = Errors()
     for expression in every_expression(mapping):
@@ -94,10 +94,10 @@ def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = Tru
 def _unstored(name: str, word: str, place: Place) -> EngineError:
     return EngineError(
         "E102",
-        f"rule `{name}` has `{word}`, which is about values as they are stored, and a `transform` changes them",
+        f"rule `{name}` has `{word}`, which needs values as they are stored, but a `transform` changes them",
         place=place,
         expected="zeros that are written, and tensors that are tied, without `transform`",
-        fix="Write rules of their own for the two, under choices of a variant.",
+        fix="Write a separate rule for each of the two, under choices of a variant.",
     )
 
 
@@ -115,7 +115,7 @@ def _check_answers(variant: Variant, mapping: MappingFile, place: Place) -> Iter
 
 
 def check_layout(layout: Layout, document: Document) -> None:
-    """Options and rank dimensions of a layout exist."""
+    """Check that options and rank dimensions of a layout exist."""
     choices = [v.choices for v in layout.layers.variants.values()]
     numbers = [file.number for mode in layout.modes for file in mode.files]
     for expression in expressions_of([[p.when for p in layout.prefixes], layout.layers.stage, choices, numbers]):
@@ -130,7 +130,7 @@ def check_layout(layout: Layout, document: Document) -> None:
                     place=file.place,
                     got="`cuts` and `boxes`" if file.boxes else "neither `cuts` nor `boxes`",
                     expected="`cuts` over ranks, or `boxes: recorded`",
-                    fix="With `boxes: recorded` nothing follows from ranks: each tensor records which box it is.",
+                    fix="Use `boxes: recorded` if each tensor records which box it is: then ranks do not matter.",
                 )
             if file.boxes and not file.mesh and mode.only_read is None:
                 raise EngineError(
@@ -163,7 +163,7 @@ def check_layout(layout: Layout, document: Document) -> None:
 
 
 def _check_names(expression: Expression, seen: Iterable[str]) -> None:
-    """E108 for a name that is nearly one of those that an expression of a layout sees; others may be the trainer's."""
+    """E108 for a name in a layout's expression that is nearly a known one; other unknown names may be the trainer's."""
     for name in sorted(compile_expression(expression).names - set(seen)):
         if get_close_matches(name, seen, 1, 0.75):
             raise undeclared(f"there is no `{name}` to compute with", name, sorted(seen), expression.place)

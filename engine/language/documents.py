@@ -1,4 +1,4 @@
-"""Documents: data whose keys and items know where they stand, so that places follow values wherever these go."""
+"""Documents: data whose keys and items know their places in a file, so that values keep them wherever they go."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from engine.errors import Place
 KeyPath = tuple[str | int, ...]  # `("rules", 3, "axes")`
 K = TypeVar("K")
 V = TypeVar("V")
-_LEAF = (str, int, float, type(None))  # asked for first: whether a value is a `Mapping` takes long to say
+_LEAF = (str, int, float, type(None))  # tested first: `isinstance(value, Mapping)` is slow
 
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """Where a value stands, and where its key does (the value's own place in lists)."""
+    """The place of a value and of its key (in a list, the value's own place)."""
 
     key: Place
     value: Place
 
 
 class Table(dict[Any, Any]):
-    """Keys and values; `at` says where each stands."""
+    """Keys and values; `at` holds the place of each."""
 
     __slots__ = ("at",)
 
@@ -36,7 +36,7 @@ class Table(dict[Any, Any]):
 
 
 class Items(list[Any]):
-    """A list; `at` says where each item stands."""
+    """A list; `at` holds the place of each item."""
 
     __slots__ = ("at",)
 
@@ -47,14 +47,14 @@ class Items(list[Any]):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Data of one file, or of several merged; `start` is where it begins, in the last of them."""
+    """Data of one file, or of several merged; `start` is the beginning of the last of them."""
 
     file: str
     data: Any
     start: At | None = None
 
     def part(self, *path: str | int) -> Document:
-        """What stands at a path, with the nearest known place at or above it; None as data where nothing does."""
+        """The value at a path, with the nearest known place at or above it; the data is None if there is no value."""
         data, start = self.data, self.start
         for key in path:
             start = getattr(data, "at", {}).get(key, start)
@@ -62,13 +62,13 @@ class Document:
         return Document(self.file, data, start)
 
     def parts(self, *path: str | int) -> dict[Any, Document]:
-        """Every value or item of what stands at a path, by its key or number."""
+        """Every value or item of the value at a path, by its key or index."""
         held = self.part(*path)
         keys = held.data if isinstance(held.data, dict) else range(len(held.data or ()))
         return {key: held.part(key) for key in keys}
 
     def place(self, *path: str | int) -> Place:
-        """The place of a key, or of a list's item."""
+        """The place of a key, or of a list item."""
         start = self.part(*path).start
         return Place(self.file) if start is None else start.key
 
@@ -79,7 +79,7 @@ class Document:
 
 
 def values_in(tree: Any) -> Iterator[Any]:
-    """Everything in mappings and sequences, however deep, that is neither.
+    """All values in nested mappings and sequences that are neither.
 
     >>> list(values_in({"a": [1, {"b": "c"}], "d": ()}))
     [1, 'c']
@@ -105,7 +105,7 @@ def flat(tree: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything that is not a mapping, empty ones aside.
+    """Dotted path and value of everything that is not a mapping; empty mappings are skipped.
 
     >>> list(leaves({"a": {"b": 1}, "c": 2}))
     [('a.b', 1), ('c', 2)]
@@ -114,7 +114,7 @@ def leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def value_at(tree: Any, path: str, otherwise: Any = None) -> Any:
-    """What a tree has at a dotted path; `otherwise` where it has nothing."""
+    """The value at a dotted path of a tree; `otherwise` if there is none."""
     for part in path.split("."):
         if not isinstance(tree, (dict, Mapping)) or part not in tree:
             return otherwise
@@ -123,14 +123,14 @@ def value_at(tree: Any, path: str, otherwise: Any = None) -> Any:
 
 
 def prefixes(path: str) -> Iterator[str]:
-    """The path and those it lies below, longest first."""
+    """The path and its parents, longest first."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         yield ".".join(parts[:end])
 
 
 def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Trees in one, of its own; what the last says counts.
+    """A new tree, merged from several; later trees override earlier ones.
 
     >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4})
     {'a': {'b': 1, 'c': 3}, 'd': 4}
@@ -144,7 +144,7 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completed(tree: Mapping[str, Any], absent: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree, with what stands for each entry that is absent or null.
+    """A tree, with defaults for entries that are absent or null.
 
     >>> completed({"a": {"b": 1}, "d": None}, {"a": {"b": 2, "c": 3}, "d": 4})
     {'a': {'b': 1, 'c': 3}, 'd': 4}
@@ -160,7 +160,7 @@ def completed(tree: Mapping[str, Any], absent: Mapping[str, Any]) -> dict[str, A
 
 
 def tree_of(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """The tree of values by path; what stands below a value takes its place."""
+    """The tree of values by path; a value below another one replaces it."""
     found: dict[str, Any] = {}
     for path, value in values.items():
         at = found
@@ -186,7 +186,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 def changed(before: Mapping[K, Any], after: Mapping[K, Any], missing: Any = None) -> Iterator[tuple[K, Any, Any]]:
-    """The keys under which two mappings have something else, with what each has."""
+    """The keys whose values differ between two mappings, with both values."""
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key, missing), after.get(key, missing)
         if not same(old, new):
@@ -194,7 +194,7 @@ def changed(before: Mapping[K, Any], after: Mapping[K, Any], missing: Any = None
 
 
 def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
-    """The values that come under each key, in order.
+    """The values of each key, in order.
 
     >>> grouped((len(word), word) for word in ("a", "to", "i"))
     {1: ['a', 'i'], 2: ['to']}
@@ -206,7 +206,7 @@ def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
 
 
 def plain(data: Any) -> Any:
-    """Mappings and sequences of any kind as dicts and lists, as JSON can hold them."""
+    """Mappings and sequences of any kind as dicts and lists, ready for JSON."""
     if isinstance(data, _LEAF):
         return data
     if isinstance(data, Mapping):

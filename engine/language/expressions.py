@@ -20,7 +20,7 @@ from engine.language.sandbox import OMIT, Omit, defined, kind_of
 __all__ = ["OMIT", "Compiled", "compile_expression", "evaluate", "names_in", "render_tree"]
 
 _PLAIN = (str, int, float, type(None), Omit)
-# What evaluating raises. Jinja writes constants that it folds into Python, and infinity as a name.
+# Errors of evaluation. NameError: Jinja folds constants and writes infinity into its Python code as a name.
 _EVALUATION = (
     TypeError, ValueError, ArithmeticError, LookupError, TemplateError, RecursionError, NameError, SyntaxError,
     MemoryError,
@@ -28,7 +28,7 @@ _EVALUATION = (
 
 
 def compile_expression(expression: Expression) -> Compiled:
-    """The expression read and checked, with the names it uses; E105 when it is not part of the language."""
+    """Parse and check an expression, and find the names it uses; E105 when it is not part of the language."""
     compiled = read_expression(expression.text)
     if isinstance(compiled, Refused):
         raise EngineError(
@@ -38,7 +38,7 @@ def compile_expression(expression: Expression) -> Compiled:
 
 
 def names_in(expression: Expression) -> frozenset[str]:
-    """The names an expression reads, functions aside.
+    """The names that an expression reads, without functions.
 
     >>> from engine.errors import Place
     >>> sorted(names_in(Expression("num_kv_attention_heads | default(heads)", Place("x.yaml"))))
@@ -48,7 +48,7 @@ def names_in(expression: Expression) -> frozenset[str]:
 
 
 def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
-    """The value of an expression; E105 names what is missing or wrong.
+    """The value of an expression; E105 says what is missing or wrong.
 
     `names` may hold `present`, a function of a name pattern. Integers stay integers.
 
@@ -81,7 +81,7 @@ def render_tree(
     """Evaluate the expressions in a tree of literals; keys and items that are `omit` are left out.
 
     Args:
-        value: what an expression comes to, of the names.
+        value: evaluates an expression, given the names.
 
     >>> from engine.errors import Place
     >>> place = Place("x.yaml")
@@ -98,7 +98,7 @@ def render_tree(
 
 
 def _result(value: Any, depth: int) -> Any:
-    """Only data leaves: no undefined value, no function, tuples as lists."""
+    """Only data is returned: no undefined value, no function, tuples as lists."""
     if isinstance(value, _PLAIN):
         return value
     defined(value)
@@ -126,7 +126,7 @@ def _fail_missing(expression: Expression, missing: str, compiled: Compiled, name
     )
 
 
-@lru_cache(maxsize=1024)  # proofs ask for what is missing again and again
+@lru_cache(maxsize=1024)  # proofs ask for the same missing names many times
 def _near(name: str, known: tuple[str, ...]) -> list[str]:
     return get_close_matches(name, known, 3, 0.6)
 

@@ -1,8 +1,8 @@
 """`engine format`: keys in their usual order, rules with more than three keys in block form.
 
-Lines are moved, never rewritten: values keep their spelling and comments stay with the key that
-they stand on or above. What cannot be moved safely stays as it is, and a result that would not
-load to the same data is not returned.
+Lines are moved, never rewritten: values keep their spelling, and comments stay with the key that they
+are beside or above. What cannot be moved safely is left as it is, and a result that would not load to
+the same data is not returned.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _FLOW_KEYS = 3
 
 
 def format_mapping(text: str, name: str = "text.yaml") -> str:
-    """A mapping or layout file in its usual form; the data it loads to stays the same.
+    """A mapping or layout file in its usual form; it still loads to the same data.
 
     Args:
-        name: the file's, for errors.
+        name: the file's name, for errors.
 
     Raises:
         EngineError: E101 when the text cannot be read.
@@ -52,7 +52,7 @@ def format_mapping(text: str, name: str = "text.yaml") -> str:
     before = load_text(text, name)
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     if any(c in text for c in "\r\x85\u2028\u2029"):
-        return text  # line breaks to YAML and not to editors: positions would be off
+        return text  # line breaks for YAML but not for editors: positions would be wrong
     after = _format(text)
     return after if _same(load_text(after).data, before.data) else text
 
@@ -109,12 +109,12 @@ class _Block:
     key: str
     above: list[str]
     body: list[str]
-    spaced: bool  # a blank line stood before it
+    spaced: bool  # whether a blank line was before it
     multiline: bool = field(default=False)
 
 
 def _split(lines: list[str], pairs: list[Any], column: int) -> tuple[list[str], list[_Block]]:
-    """Cut lines into what stands before the first key, and one block per key.
+    """Cut lines into those before the first key, and one block per key.
 
     Comment lines directly above a key, no deeper than it, belong to that key.
     """
@@ -150,7 +150,7 @@ def _ordered(blocks: list[_Block], order: tuple[str, ...]) -> list[_Block]:
 
 
 def _last_line(node: Any) -> int:
-    """The last line a value has text on; a block collection's own end mark is where the next thing starts."""
+    """The last line with text of a value; the end mark of a block collection is where the next node starts."""
     if isinstance(node, yaml.ScalarNode):
         end = node.end_mark
         return int(end.line if end.column or end.line == node.start_mark.line else end.line - 1)
@@ -161,7 +161,7 @@ def _last_line(node: Any) -> int:
 
 
 def _scalar_lines(node: Any) -> set[int]:
-    """Lines inside scalars of several lines, where blanks at the end may be text."""
+    """Lines inside multi-line scalars, where trailing blanks may be text."""
     if isinstance(node, yaml.ScalarNode):
         return (
             set(range(node.start_mark.line, node.end_mark.line + 1))
@@ -173,7 +173,7 @@ def _scalar_lines(node: Any) -> set[int]:
 
 
 def _format_rule(lines: list[str], item: Any) -> None:
-    """Rewrite the lines of one rule in place; a rule that is written unusually stays as it is."""
+    """Rewrite the lines of one rule in place; an unusually written rule is left as it is."""
     if not isinstance(item, yaml.MappingNode) or len(item.value) < 2:
         return
     first, last = item.start_mark.line, _last_line(item)
@@ -195,7 +195,7 @@ def _format_rule(lines: list[str], item: Any) -> None:
     if ordered[0].above or any(head):
         return
     result = [line for block in ordered for line in block.above + block.body]
-    if sorted(result) == sorted(own):  # nothing lost where blank lines stood between keys
+    if sorted(result) == sorted(own):  # nothing is lost if blank lines were between keys
         lines[first : last + 1] = [dash + result[0][column:], *result[1:]]
 
 

@@ -1,7 +1,7 @@
-"""Types and ranges of values, and what a mapping or layout declares of the keys of configurations.
+"""Types and ranges of values, and the declarations of configuration keys in a mapping or layout.
 
-Options and configuration keys share the words for types and ranges. A key is written once, as a dotted
-path; names of the same declaration may stand together: `use_cache auto_map: {ignored: …}`.
+Options and configuration keys use the same words for types and ranges. A key is written once, as a dotted
+path; names with the same declaration may share an entry: `use_cache auto_map: {ignored: …}`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "comes_with", "u
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a value may be: one of `types`, and if a number within the range. No types: anything finite."""
+    """The allowed values: of one of `types`, and, for a number, in the range. No types: anything finite."""
 
     types: tuple[str, ...] = ()
     min: float | None = None
@@ -30,7 +30,7 @@ class Limits:
     above: float | None = None
 
     def __str__(self) -> str:
-        """What is expected, in words.
+        """The allowed values, in words.
 
         >>> str(Limits(("integer", "null"), min=1)), str(Limits(("number",), above=0))
         ('a whole number or null, at least 1', 'a number, above 0')
@@ -40,7 +40,7 @@ class Limits:
         return ", ".join(words + [f"{word} {number}" for word, number in told if number is not None])
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is of the type and in the range.
+        """Whether a value has an allowed type and is in the range.
 
         >>> limits = Limits(("number",), above=0)
         >>> [limits.fits(v) for v in (1e6, 10000, 0, -1, float("nan"), float("inf"), "1e6", True, None)]
@@ -56,12 +56,12 @@ class Limits:
         return low and (self.max is None or value <= self.max)
 
     def taken(self, value: Any) -> Any:
-        """The value as expressions see it: 0 and 1 are false and true where only those are meant."""
+        """The value for expressions: 0 and 1 become false and true if only a boolean is allowed."""
         logical = "boolean" in self.types and "integer" not in self.types
         return bool(value) if logical and _CHECKS["boolean"](value) else value
 
     def written(self, value: Any) -> Any:
-        """The value as files hold it, in the types that strict readers ask: 1.0 for a number, and true for a boolean.
+        """The value for a file, with the types that strict readers expect: 1.0 for a number, and true for a boolean.
 
         >>> number, either = Limits(("number", "null")), Limits(("number", "integer"))
         >>> number.written(10000), number.written(None), either.written(2), Limits(("boolean",)).written(1)
@@ -88,9 +88,9 @@ def _whole(value: Any) -> bool:
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    "integer": _whole,  # 4096.0 is refused by the programs that read it, too
+    "integer": _whole,  # the programs that read it refuse 4096.0, too
     "number": lambda value: _whole(value) or isinstance(value, float),
-    "boolean": lambda value: isinstance(value, int) and value in (0, 1),  # trainers only ask whether it is true
+    "boolean": lambda value: isinstance(value, int) and value in (0, 1),  # trainers only test its truth
     "string": lambda value: isinstance(value, str),
     "mapping": lambda value: isinstance(value, Mapping),
     "list": lambda value: isinstance(value, list | tuple),
@@ -105,17 +105,17 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What is declared of one configuration key, or of all that a pattern with `*` matches.
+    """The declaration of one configuration key, or of all keys that a pattern with `*` matches.
 
     Attributes:
-        only: the values that can be expressed; any other is refused because of `why`. A list of such values, as of one
-            for each layer, is as good.
-        ignored: why any value is as good as any other; not so where one of the keys of `unless` has
-            one of its values.
-        noted: why the key is only told to the user.
-        default: what an absent key means.
-        same_as: the key of which this is another spelling.
-        comes_with: a key beside which this one is never absent.
+        only: the values that can be expressed; any other is refused, because of `why`. A list of such values, for
+            example one for each layer, is allowed too.
+        ignored: why the value does not matter; it does matter if one of the keys of `unless` has one of its
+            values.
+        noted: why the key is only reported to the user.
+        default: the value of an absent key.
+        same_as: the key that this one is another spelling of.
+        comes_with: a key that is never present without this one.
     """
 
     name: str
@@ -161,7 +161,7 @@ def find_pattern(keys: Mapping[str, Key], path: str) -> Key | None:
 
 @cache
 def _start(pattern: str) -> str:
-    """What all that a pattern matches begins with.
+    """The prefix of all keys that a pattern matches.
 
     >>> _start("id2label.[0-9]*")
     'id2label.'
@@ -170,7 +170,7 @@ def _start(pattern: str) -> str:
 
 
 def as_declared(config: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
-    """A configuration to be written, each value in the type that is declared of its key."""
+    """A configuration to be written, each value in the type declared for its key."""
     result: dict[str, Any] = {}
     for name, value in config.items():
         path = f"{prefix}{name}"
@@ -191,7 +191,7 @@ def read_limits(body: Mapping[str, Any]) -> Limits:
 
 
 def read_keys(document: Document) -> dict[str, dict[str, Key]]:
-    """The declarations of a document whose names stand apart, by side and path."""
+    """The declarations of a document with separate names (see `names_apart`), by side and path."""
     return {
         side: {
             name: Key(
@@ -208,7 +208,7 @@ def read_keys(document: Document) -> dict[str, dict[str, Key]]:
 
 
 def names_apart(document: Document) -> Document:
-    """The document with every name of `keys` on its own; E102 for one that is declared twice."""
+    """The document with a separate entry for every name of `keys`; E102 for a name that is declared twice."""
     data: Table = document.data
     sides = Table(at=data["keys"].at) if data.get("keys") else Table()
     for side, entries in (data.get("keys") or {}).items():

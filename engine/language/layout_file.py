@@ -1,4 +1,4 @@
-"""Layout files: how a framework lays out ranks, as a checked, frozen `Layout`."""
+"""Layout files: from YAML to a checked, frozen `Layout`, which describes how a framework lays out ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
     """Load a layout by name from the `layouts` folders, or by path; E002, E1xx.
 
     Args:
-        named_at: where a mapping names it.
+        named_at: the place where a mapping names it.
     """
     try:
         path = find_file(name, "layout")
@@ -45,7 +45,7 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
 
 @lru_cache(maxsize=16)
 def _read(name: str, content: bytes) -> Layout:
-    """The layout of a file, made anew when it holds something else."""
+    """The layout of a file, cached until the file's content changes."""
     document = load_bytes(content, name)
     check_schema(document, "layout")
     document = names_apart(document)

@@ -1,8 +1,8 @@
-"""YAML text → plain data in which every key and value knows file, line and column.
+"""YAML text → plain data in which every key and value knows its file, line and column.
 
-The C parser delivers events; the walk here is ours, so that the traps of YAML 1.1 stay closed:
+The C parser delivers events; our own code walks them, to avoid the traps of YAML 1.1:
 `on`, `yes` and `12:30` are strings, `1e-5` is a number, `012` is refused, duplicate keys are
-errors, and anchors, merge keys and tags do not exist. Depth is bounded as the events arrive:
+errors, and anchors, merge keys and tags do not exist. Depth is limited as the events arrive:
 the parser's own composer crashes the process at 200,000 brackets.
 """
 
@@ -28,7 +28,7 @@ _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "": None}
 
 
 def content_of(path: Path, name: str) -> bytes:
-    """What a file holds now, of one that is too large a byte more than is allowed; E101 when it cannot be read."""
+    """The current content of a file, at most one byte more than is allowed; E101 when it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -43,7 +43,7 @@ def content_of(path: Path, name: str) -> bytes:
 
 
 def load_yaml(path: Path) -> Document:
-    """Read one YAML file, which goes by its path from the current folder; E101 as below."""
+    """Read one YAML file, by a path relative to the current folder; E101 as for `load_bytes`."""
     try:
         name = str(path.resolve().relative_to(Path.cwd().resolve()))
     except (ValueError, OSError):
@@ -72,7 +72,7 @@ def load_bytes(raw: bytes, name: str) -> Document:
 
 
 def load_text(text: str, name: str = "text.yaml") -> Document:
-    """The same for text that is in memory.
+    """As `load_bytes`, for text.
 
     >>> document = load_text("dims: {half: 2}", "x.yaml")
     >>> document.data, str(document.place("dims", "half")), str(document.value_place("dims", "half"))
@@ -95,7 +95,7 @@ def _too_large(name: str) -> EngineError:
 
 
 def _parse(text: str, name: str) -> Document:
-    """A file's text read; all that is wrong in its entries is told at once, where they can be told apart."""
+    """Parse a file's text; reports all errors in its entries at once, if the entries can be separated."""
     text = text.removeprefix("\ufeff")
     errors = Errors()
     try:
@@ -130,7 +130,7 @@ class _Walk:
     """One pass over the parser's events."""
 
     def __init__(self, text: str, whole: str, name: str) -> None:
-        """Of a text, which may be some lines of a whole file, others left empty."""
+        """Parse a text, which may be a few lines of a file with all others left empty."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -140,7 +140,7 @@ class _Walk:
         self.text = whole
 
     def entry(self) -> tuple[Any, Place] | None:
-        """What may be an entry of a file, and where it begins; None where there is nothing."""
+        """A node that may be an entry of a file, and its place; None if there is none."""
         self._next(yaml.StreamStartEvent)
         if isinstance(self._peek(), yaml.StreamEndEvent):
             return None
@@ -187,7 +187,7 @@ class _Walk:
         )
 
     def _node(self, event: Any, depth: int) -> tuple[Any, Place]:
-        """What begins with an event, and where it begins."""
+        """The node that begins with an event, and its place."""
         if isinstance(event, yaml.AliasEvent):
             self._refuse(event, f"aliases (`*{event.anchor}`) are not part of the language", "Write the value out.")
         if event.anchor is not None:
@@ -239,7 +239,7 @@ class _Walk:
         self._refuse(event, f"`{event.value}` is not a word", "Put the key in quotes.")
 
     def _scalar(self, event: Any) -> Any:
-        """A plain scalar's value; anything quoted or in block form is a string."""
+        """The value of a plain scalar; quoted and block scalars are strings."""
         text: str = event.value
         if event.style:
             return text

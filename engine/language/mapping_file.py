@@ -32,7 +32,7 @@ def load_mapping(name: str | Path, named: Path | None = None) -> MappingFile:
     """Load a mapping by path or bundled name, resolved over its parents and checked.
 
     Args:
-        named: a folder of mappings where parents that are given by name are looked for first.
+        named: a folder to search first for parents that are given by name.
 
     >>> load_mapping("internlm2-7b").expect["hidden"]
     4096
@@ -53,17 +53,17 @@ def load_mapping(name: str | Path, named: Path | None = None) -> MappingFile:
 
 @lru_cache(maxsize=64)
 def _built(chain: tuple[Kept, ...]) -> MappingFile:
-    """A mapping of files, built anew when one of them changed."""
+    """The mapping of some files, cached until one of them changes."""
     document = merged(chain)
     check_schema(document, "mapping", merged=True)
     return build_mapping(document, tuple(one.name for one in chain))
 
 
 def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
-    """A mapping of checked data; what is wrong with it is told all at once.
+    """A mapping from checked data; reports all that is wrong with it at once.
 
     Raises:
-        EngineError: E1xx; `EngineErrors` where there are several.
+        EngineError: E1xx; `EngineErrors` if there are several.
     """
     data, place = document.data, document.place
     errors = Errors()
@@ -83,7 +83,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
 
     source, target = data["source"], data["target"]
     variants = {
-        # What rules say of the choices of one that is wrong can be checked all the same.
+        # Rules that name choices of an invalid variant can still be checked.
         name: Variant(name, "", dict.fromkeys(map(str, body["choices"])), "shapes", None, place("variants", name))
         for name, body in (data.get("variants") or {}).items()
     } | each("variants", read_variant)
@@ -131,7 +131,7 @@ def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:
 
 
 def digest_of(data: Any) -> str:
-    """The sha256 of data as canonical JSON; the order of choices counts, that of other keys does not."""
+    """The SHA-256 of data as canonical JSON; the order of choices counts, that of other keys does not."""
 
     def ordered(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -144,7 +144,7 @@ def digest_of(data: Any) -> str:
 
 
 def expression(part: Document) -> Expression:
-    """An expression at its place, compiled once so that mistakes show at loading."""
+    """An expression with its place, compiled once so that errors are found when the file is loaded."""
     text = str(part.data).lower() if isinstance(part.data, bool) else str(part.data)
     result = Expression(text, part.value_place())
     compile_expression(result)
@@ -152,16 +152,16 @@ def expression(part: Document) -> Expression:
 
 
 def _dim(name: str, part: Document) -> Expression:
-    """The expression of a size; E105 for a quotient, which is no whole number even where it divides."""
+    """The expression of a size; E105 for a quotient, which is not a whole number even if it divides evenly."""
     found = expression(part)
-    if isinstance(compile_expression(found).tree, Div):  # which is done last
+    if isinstance(compile_expression(found).tree, Div):  # the outermost operation
         raise EngineError(
             "E105",
-            f"dim `{name}` is a quotient, which is not a whole number even where it divides",
+            f"dim `{name}` is a quotient, which is not a whole number even if it divides evenly",
             place=found.place,
             got=found.text,
             expected="a whole number",
-            fix="Divide by `//`, or put `| int` behind it.",
+            fix="Divide with `//`, or append `| int`.",
         )
     return found
 
@@ -212,7 +212,7 @@ def read_option(name: str, option: Document) -> Option:
 
 
 def read_tree(part: Document) -> Any:
-    """A tree of literals with its expressions read; every expression that cannot be is told."""
+    """A tree of literals with its expressions parsed; reports every one that cannot be."""
     value = part.data
     if isinstance(value, dict | list):
         errors = Errors()
@@ -227,7 +227,7 @@ def read_tree(part: Document) -> Any:
         if found is None or "{{" in found[1]:
             raise EngineError(
                 "E105",
-                "an expression does not stand alone between {{ and }}",
+                "an expression between {{ and }} has other text around it",
                 place=part.value_place(),
                 got=value,
                 expected="{{ expression }} and nothing around it",

@@ -22,12 +22,12 @@ _BY_KEY = frozenset((
 ))  # fmt: skip
 _APPENDED = frozenset(("ignore", "refuse"))
 _REMOVABLE = ("rules", "variants", "dims", "options")
-_WHOLE = frozenset(("choices", "answers"))  # the order of choices is their meaning: replaced as a whole
-_WHOLE_KEY = 3  # length of a path to what `keys` declares of one key: one statement
+_WHOLE = frozenset(("choices", "answers"))  # the order of choices matters: replaced as a whole
+_WHOLE_KEY = 3  # length of a path to the declaration of one key: replaced as a whole
 
 
 class Kept(NamedTuple):
-    """A file as it was when it was read: its path, the name that messages have for it, and what it held."""
+    """A file as it was when it was read: its path, its name in messages, and its content."""
 
     path: Path
     name: str
@@ -35,13 +35,13 @@ class Kept(NamedTuple):
 
 
 def chain_of(path: Path, named: Path | None = None) -> tuple[Kept, ...]:
-    """The files that a mapping is merged of, family first.
+    """The files that a mapping is merged from, family first.
 
     Args:
-        named: a folder where parents that are given by name are looked for first.
+        named: a folder to search first for parents that are given by name.
 
     Raises:
-        EngineError: E101, E102 for what cannot be read, E106 for parents that cannot be resolved.
+        EngineError: E101 or E102 for a file that cannot be read, E106 for parents that cannot be resolved.
     """
     chain: tuple[Kept, ...] = (_kept(path),)
     while (parent := _parent(chain, named)) is not None:
@@ -55,7 +55,7 @@ def merged(chain: Sequence[Kept]) -> Document:
     Rules become a mapping of name → rule, in the parent's order and then the child's.
 
     Raises:
-        EngineError: E106 for what does not fit its parent.
+        EngineError: E106 for entries that do not fit the parent.
     """
     return reduce(_over, map(_read, chain))
 
@@ -90,7 +90,7 @@ def _parent(chain: Sequence[Kept], named: Path | None) -> Path | None:
     files = [one.path.resolve() for one in reversed(chain)]
     shape = " → ".join(p.name for p in (*files, found))
     if found.resolve() in files:
-        raise EngineError("E106", "`extends` goes round in circles", place=place, got=shape, fix="Break the circle.")
+        raise EngineError("E106", "`extends` is circular", place=place, got=shape, fix="Break the circle.")
     if len(files) >= _MAX_PARENTS:
         raise EngineError(
             "E106",
@@ -109,7 +109,7 @@ def _kept(path: Path) -> Kept:
 
 @lru_cache(maxsize=64)
 def _read(kept: Kept) -> Document:
-    """One file by itself. A family is read once for all its releases, unless it changed."""
+    """One file by itself, cached until it changes: a family is read once for all its releases."""
     document = load_bytes(kept.content, kept.name)
     check_schema(document, "mapping")
     return _named(names_apart(document))
@@ -167,7 +167,7 @@ def _over(base: Document, own: Document) -> Document:
 
 
 def _by_key(base: Table, own: Table, path: KeyPath) -> Table:
-    """Keys merged all the way down; anything else is the child's."""
+    """Merge keys recursively; anything else is taken from the child."""
     found = Table(base, base.at)
     for key, value in own.items():
         whole = key in _WHOLE or (path[0] == "keys" and len(path) + 1 == _WHOLE_KEY)
@@ -179,7 +179,7 @@ def _by_key(base: Table, own: Table, path: KeyPath) -> Table:
 
 
 def _rules(base: Table, own: Table) -> Table:
-    """The parent's rules, changed in the keys that the child writes, then the child's own."""
+    """The parent's rules, with the keys that the child overrides, then the child's own rules."""
     found = Table(base, base.at)
     for name, rule in own.items():
         before = base.get(name, Table())
@@ -201,7 +201,7 @@ def _appended(base: Items, own: Items) -> Items:
 
 
 def _remove(data: Table, name: str, place: Place) -> None:
-    """Without `name`, or `rules.name` and the like where a rule and a variant share a name."""
+    """Remove `name`, or `rules.name` and the like if a rule and a variant share a name."""
     kind, _, rest = name.partition(".")
     known = {k: list(data.get(k) or ()) for k in _REMOVABLE}
     found = [(k, name) for k in _REMOVABLE if name in known[k]]

@@ -1,6 +1,6 @@
 """Blocks: an output tensor as intervals of about half a MiB, each with the copies that fill it.
 
-A block's program is computed once and shifted: rows of a tensor repeat with a constant step on
+A block's copies are computed once and then shifted: rows of a tensor repeat with a constant step on
 both sides, so one template serves every block of a band.
 """
 
@@ -14,7 +14,7 @@ from engine.planning.boxes import Copy, clip, row
 from engine.planning.model import Output
 
 BLOCK_BYTES = 512 * 1024
-MANY_RUNS = 16  # from so many runs in a block on, larger blocks win
+MANY_RUNS = 16  # with at least this many runs in a block, larger blocks are faster
 LARGE_BLOCK_BYTES = 4 * BLOCK_BYTES
 
 
@@ -22,8 +22,8 @@ LARGE_BLOCK_BYTES = 4 * BLOCK_BYTES
 class Block:
     """Target elements low..high and the copies that fill them.
 
-    The copies are those of the template; each reads from its own offset plus `step` times its
-    shift, where shifts are per copy (`shifts[i]` elements of source per step).
+    The copies are those of the template. Copy `i` reads from its own offset plus `step` times
+    `shifts[i]` source elements.
     """
 
     low: int
@@ -34,9 +34,9 @@ class Block:
 
 
 def output_blocks(output: Output, copies: Sequence[Copy]) -> Iterator[Block]:
-    """The blocks of an output, sized by the larger of the types read and written.
+    """The blocks of an output, sized by the larger of the element types read and written.
 
-    A transform needs whole rows of the last dimension in each block.
+    For a transform, each block holds whole rows of the last dimension.
     """
     item = max(ITEM_SIZES[output.dtype], ITEM_SIZES[output.read_dtype])
     quantum = output.shape[-1] if output.transform is not None else 1
@@ -44,12 +44,12 @@ def output_blocks(output: Output, copies: Sequence[Copy]) -> Iterator[Block]:
 
 
 def block_bytes(runs: int) -> int:
-    """Bytes of a block that so many copies fill."""
+    """The size in bytes of a block that this many copies fill."""
     return BLOCK_BYTES if runs < MANY_RUNS else LARGE_BLOCK_BYTES
 
 
 def largest_block(item: int) -> int:
-    """Elements that a block never exceeds but for whole rows of a transform."""
+    """The most elements of a block, unless a transform's row is longer."""
     return LARGE_BLOCK_BYTES // item
 
 
@@ -60,7 +60,7 @@ def blocks(copies: Sequence[Copy], size: int, limit: int, quantum: int = 1, most
         copies: disjoint copies that fill the target completely.
         quantum: blocks start and end at multiples of this many elements (whole rows for a
             transform), which may exceed `limit`.
-        most: up to so many elements stay together, beyond `limit`, whose rows interleave in the source.
+        most: up to this many elements stay in one block, beyond `limit`, if their rows interleave in the source.
 
     >>> whole = Copy(0, 0, 7, 0, (8, 2), (10, 1), (2, 1))
     >>> [(b.low, b.high, b.step) for b in blocks([whole], 16, 6)]
@@ -101,7 +101,7 @@ def _band(copies: list[Copy], low: int, high: int, limit: int, quantum: int, mos
 
 
 def block_of(copies: Sequence[Copy], low: int, high: int) -> Block:
-    """One block of given bounds."""
+    """One block with the given bounds."""
     return _one([part for copy in copies for part in clip(copy, low, high)], low, high)
 
 
@@ -139,7 +139,7 @@ def _repeat(copies: list[Copy], low: int, count: int, stride: int, per_block: in
 
 
 def _interleaves(copy: Copy) -> bool:
-    """Whether its rows lie between each other in the source, so that reading one reads past the others.
+    """Whether its rows interleave in the source, so that reading one row reads across the others.
 
     >>> _interleaves(Copy(0, 0, 0, 0, (2, 64, 8), (8, 16, 1), (512, 8, 1)))
     True

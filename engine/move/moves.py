@@ -1,7 +1,7 @@
-"""Moves: a block's copies as byte ranges outside it and places inside it, and who makes them. No torch.
+"""Moves: a block's copies as byte ranges outside it and places inside it, and the classes that make them. No torch.
 
 The block is an interval of the driving tensor. Gathering fills it from runs outside, scattering
-empties it into runs outside: the same moves, read in one direction or the other.
+writes it to runs outside: the same moves in opposite directions.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Move:
     """One run outside the block, and its elements in the block.
 
     Attributes:
-        tensor: the tensor outside; `offset` and `shift` are its bytes, at step 0 and per step.
-        parts: where the run's bytes are here, in their order: rows of the block itself with what is
-            skipped between them, or a scratch buffer.
+        tensor: the tensor outside; `offset` and `shift` are byte offsets in it, at step 0 and per step.
+        parts: buffers for the run's bytes, in order: rows of the block itself, with scratch for what is
+            skipped between them, or one scratch buffer.
         inside, outside: strided views of the block and of the scratch; None when `parts` are the block's.
     """
 
@@ -44,7 +44,7 @@ class Moves:
     """A block buffer with the moves of its current template. Belongs to one thread."""
 
     def __init__(self, gap: int) -> None:
-        """Args: gap: bytes between runs that are moved along rather than skipped."""
+        """Args: gap: gaps between runs of at most this many bytes are moved too, not skipped."""
         self._gap = gap
         self._block = memoryview(bytearray())
         self._scratch = memoryview(bytearray())
@@ -86,7 +86,7 @@ class Moves:
             return Move(part.source, outside, shift, (block[inside : inside + nbytes],))
         if listed is not None:
             return Move(part.source, outside, shift, self._rows(inside, listed, item))
-        import numpy as np  # late, since most conversions move rows
+        import numpy as np  # imported late: most conversions only move rows
 
         kind, scratch = np.dtype(f"u{item}"), self._scratch_of(nbytes)
         strides = [[stride * item for stride in side] for side in (part.target_strides, part.source_strides)]
@@ -97,7 +97,7 @@ class Moves:
         )  # fmt: skip
 
     def _rows(self, inside: int, listed: Sequence[tuple[int, int, int]], item: int) -> list[memoryview]:
-        """Rows of the block, and scratch for what is skipped between them."""
+        """Rows of the block, and scratch for the gaps between them."""
         parts, end = [], 0
         for outer, inner, length in listed:
             if outer > end:
@@ -108,7 +108,7 @@ class Moves:
         return parts
 
     def _scratch_of(self, nbytes: int) -> memoryview:
-        """So many bytes; the same ones for every move, which are made one after the other."""
+        """A buffer of this size; all moves share it, as they run one after the other."""
         if self._scratch.nbytes < nbytes:
             self._scratch = memoryview(bytearray(nbytes))
         return self._scratch[:nbytes]
@@ -134,12 +134,12 @@ class Gatherer:
         return self._moves.bytes(block, item)
 
 
-# Takes an output, a byte offset in it, and the bytes in parts; gaps are never written.
+# Takes an output, a byte offset in it, and buffers to write there; gaps are never written.
 Write = Callable[[int, int, Sequence[memoryview]], None]
 
 
 class Scatterer:
-    """Reads blocks of source tensors and writes each run of them where it belongs. Belongs to one thread."""
+    """Reads blocks of source tensors and writes each of their runs to its output. Belongs to one thread."""
 
     def __init__(self, files: SourceFiles, sources: Sequence[SourceTensor], write: Write) -> None:
         self._files, self._sources, self._write = files, sources, write

@@ -1,4 +1,4 @@
-"""Reading a plan's outputs: any bytes of any of them, computed from the sources when they are asked for."""
+"""Reads any bytes of a plan's outputs, computing them from the sources on demand."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from engine.planning.model import Output, Work
 from engine.storage.coalesce import GAP, Range
 from engine.storage.sources import SourceFiles
 
-_Run = tuple[int, int, int, int]  # bytes of an output from one to another, a file, and where they lie there
+_Run = tuple[int, int, int, int]  # begin and end of a byte range of an output, a file, and the offset there
 
 
 class Reader:
-    """The bytes of a plan's outputs. Belongs to one thread, as the files it reads do."""
+    """Reads the bytes of a plan's outputs. Belongs to one thread, like the files it reads."""
 
     def __init__(self, plan: Work, files: SourceFiles) -> None:
         self._plan, self._files = plan, files
         self._gatherer, self._converter = Gatherer(files, plan.sources), Converter()
-        self._last: tuple[int, Block | None, memoryview] = (-1, None, memoryview(b""))  # what `convert` gave last
+        self._last: tuple[int, Block | None, memoryview] = (-1, None, memoryview(b""))  # the last result of `convert`
         self._runs: OrderedDict[int, list[_Run]] = OrderedDict()
         self._known: OrderedDict[int, tuple[Sequence[Copy], list[Block], list[int]]] = OrderedDict()
 
@@ -37,14 +37,14 @@ class Reader:
         return self._converter.convert(output, self._gatherer.gather(block, output.read_dtype))
 
     def stream(self, wanted: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, memoryview]]:
-        """The bytes of outputs one after the other, each from a byte offset on; read ahead where reading has latency.
+        """The bytes of outputs one after the other, each from a byte offset on; reads ahead if storage has latency.
 
         Args:
             wanted: outputs, and the byte offset that each is read from.
 
         Yields:
-            The output, a byte offset in it, and bytes that are valid until the next. Nothing of an output that is
-            empty.
+            The output, a byte offset in it, and bytes that are valid until the next step. An empty output yields
+            nothing.
         """
         if not self._files.block:
             for index, start in wanted:
@@ -64,16 +64,16 @@ class Reader:
                 yield index, at + skip, self.convert(output, block)[skip:]
 
     def blocks(self, index: int, start: int = 0) -> Iterator[tuple[int, memoryview]]:
-        """All bytes of an output from `start` on: (byte offset, bytes valid until the next), in order."""
+        """All bytes of an output from `start` on, in order: (byte offset, bytes that are valid until the next step)."""
         return ((at, data) for _, at, data in self.stream([(index, start)]))
 
     def read_into(self, index: int, start: int, target: memoryview) -> None:
-        """Fill a buffer with the bytes of an output at a byte offset, wherever elements begin or end.
+        """Fill a buffer with the bytes of an output from a byte offset on, which need not be an element boundary.
 
         Raises:
-            EngineError: E209 for a transform that does not run along the last dimension, E3xx and E405 when
-                a source cannot be read or changed.
-            ValueError: for bytes beyond the output's.
+            EngineError: E209 for a transform that does not run along the last dimension, E3xx when a source
+                cannot be read, E405 when one has changed.
+            ValueError: for bytes beyond the end of the output.
         """
         output = self._plan.outputs[index]
         stop = start + len(target)
@@ -92,16 +92,16 @@ class Reader:
             (blocks,) = self._files.ahead([(blocks, needed(self._plan, index, blocks))])
         for block in blocks:
             at = block.low * item
-            if self._last[:2] != (index, block):  # one that is read to its middle is what is read next, too
+            if self._last[:2] != (index, block):  # the next read often continues in the same block
                 self._last = index, block, self.convert(output, block)
             data = self._last[2][max(start - at, 0) : stop - at]
             to = max(at - start, 0)
             target[to : to + len(data)] = data
 
     def _runs_of(self, index: int) -> list[_Run]:
-        """The long runs that make an output, if such make all of it; empty for any other. Kept as blocks are.
+        """The long runs of an output, if it consists only of long runs; else empty. Cached as blocks are.
 
-        These are read to where they are wanted, without a block between.
+        They are read directly into the caller's buffer, without a block in between.
         """
         found = self._runs.get(index)
         if found is None:
@@ -128,7 +128,7 @@ class Reader:
             self._files.read_into(file, offset + first - low, (target[first - start : last - start],))
 
     def _covering(self, index: int, low: int, high: int) -> Iterator[Block]:
-        """Blocks that hold elements low..high: those of the whole output, whose programs repeat, or part of one."""
+        """Blocks that hold elements low..high: blocks of the whole output, whose templates repeat, or part of one."""
         copies, blocks, ends = self._blocks_of(index)
         at = bisect_right(ends, low)
         while low < high:
@@ -139,7 +139,7 @@ class Reader:
             low, at = end, at + 1
 
     def _blocks_of(self, index: int) -> tuple[Sequence[Copy], list[Block], list[int]]:
-        """The copies of an output, its blocks, and where each ends; of the last few outputs they are kept."""
+        """The copies of an output, its blocks, and where each ends; cached for the last few outputs."""
         found = self._known.get(index)
         if found is None:
             copies = self._plan.copies(index)
@@ -151,24 +151,24 @@ class Reader:
 
 
 _LONG = 32 << 10  # bytes: shorter runs are gathered in blocks
-_WORTH = 4  # a block is computed whole for a share of it from a quarter on
-_KEPT = 8  # outputs whose blocks are kept
+_WORTH = 4  # a block is computed whole if at least a quarter of it is wanted
+_KEPT = 8  # outputs whose blocks are cached
 
 
-# Blocks whose sources are fetched together, ahead of being moved.
-Wanted = tuple[int, int, Block]  # an output, the byte offset that it is wanted from, and a block of it
+# Blocks whose sources are fetched together before they are moved.
+Wanted = tuple[int, int, Block]  # an output, the byte offset to start from, and one of its blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Blocks that are moved one after the other, and for each file the byte ranges that fill them."""
+    """Blocks that are moved one after the other, and the byte ranges of each file that fill them."""
 
     blocks: tuple[Wanted, ...]
     ranges: Mapping[int, Sequence[Range]]
 
 
 def windows(plan: Work, wanted: Iterable[tuple[int, int]], nbytes: int) -> Iterator[Window]:
-    """Cut outputs, each from a byte offset on, into windows that fetch about so many bytes; small outputs share one."""
+    """Cut outputs, each from a byte offset on, into windows that fetch about `nbytes`; small outputs share one."""
     held: list[Wanted] = []
     ranges: dict[int, list[Range]] = {}
     total = 0
@@ -193,13 +193,13 @@ def windows(plan: Work, wanted: Iterable[tuple[int, int]], nbytes: int) -> Itera
 
 
 def needed(plan: Work, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
-    """For each file, the byte ranges that blocks of an output are gathered from."""
+    """The byte ranges of each file from which blocks of an output are gathered."""
     needs = _Needs(plan)
     return grouped((file, (begin, end)) for block in blocks for file, begin, end in needs.of(index, block))
 
 
 class _Needs:
-    """What blocks read; that of a template is computed once."""
+    """The byte ranges that blocks read, computed once per template."""
 
     def __init__(self, plan: Work) -> None:
         self._plan = plan

@@ -1,4 +1,4 @@
-"""Runs: a copy as stretches of bytes that are contiguous outside its block. No buffers, no I/O."""
+"""Runs: a copy as byte ranges that are contiguous outside its block. No buffers, no I/O."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from engine.formats.headers import span
 from engine.planning.boxes import Copy
 
 READ_THROUGH = 8 * 1024  # bytes: gaps smaller than this are read, not skipped
-MOST_SPAN = 4 << 20  # bytes of a run with gaps: what the scratch buffer may grow to
-LEAST_ROW = 2 * 1024  # bytes: many shorter rows are sooner moved by way of a scratch buffer
-FEW_ROWS = 64  # not many, whatever their length
-MOST_ROWS = 1024  # with what lies between them: that one call of the system takes (IOV_MAX)
+MOST_SPAN = 4 << 20  # bytes of a run with gaps: the most that the scratch buffer may take
+LEAST_ROW = 2 * 1024  # bytes: many shorter rows move faster through a scratch buffer
+FEW_ROWS = 64  # up to this many rows of any length move directly
+MOST_ROWS = 1024  # rows and gaps that one system call takes (IOV_MAX)
 
 
 def straight(copy: Copy) -> bool:
@@ -22,7 +22,7 @@ def dense_parts(copy: Copy, gap: int, most: int) -> list[Copy]:
 
     Args:
         gap: the most elements that a run may skip at once.
-        most: the most elements from a run's first to its last, as far as it skips any.
+        most: the most elements from the first to the last of a run that skips any.
 
     >>> rows = Copy(0, 0, 0, 0, (4, 8), (64, 1), (8, 1))
     >>> [part.shape for part in dense_parts(rows, 56, 1000)], [part.shape for part in dense_parts(rows, 56, 100)]
@@ -56,7 +56,7 @@ def dense_parts(copy: Copy, gap: int, most: int) -> list[Copy]:
 
 
 def runs(copy: Copy, gap: int) -> tuple[int, int]:
-    """How many runs `dense_parts` gives on the source side, and elements moved in all of them.
+    """The number of runs that `dense_parts` gives on the source side, and of elements moved in all of them.
 
     >>> runs(Copy(0, 0, 0, 0, (4, 8), (64, 1), (8, 1)), 0), runs(Copy(0, 0, 0, 0, (4, 8), (64, 1), (8, 1)), 56)
     ((4, 32), (1, 200))
@@ -71,7 +71,7 @@ def runs(copy: Copy, gap: int) -> tuple[int, int]:
 
 
 def long_rows(copy: Copy, least: int) -> list[tuple[int, int, int]]:
-    """All of a copy as rows, as `rows` gives them; none where it has many, or one of less than `least` elements.
+    """All rows of a copy, as `rows` gives them; none if there are many, or if one has fewer than `least` elements.
 
     >>> long_rows(Copy(0, 0, 5, 7, (4,), (1,), (1,)), 9), long_rows(Copy(0, 0, 0, 0, (2, 4), (9, 1), (4, 1)), 4)
     ([(0, 0, 4)], [(0, 0, 4), (9, 4, 4)])
@@ -82,14 +82,14 @@ def long_rows(copy: Copy, least: int) -> list[tuple[int, int, int]]:
 
 
 def rows(copy: Copy, item: int) -> list[tuple[int, int, int]] | None:
-    """A run as rows that are contiguous inside too, in their order outside; None where they are too many.
+    """A run as rows that are contiguous inside the block too, in their outside order; None if there are too many.
 
     Args:
         copy: one of `dense_parts`.
         item: bytes of an element.
 
     Returns:
-        Elements from the run's begin to the row, from the copy's begin in the block to the row, and of the row.
+        For each row, in elements: its offset in the run, its offset from the copy's start in the block, its length.
 
     >>> rows(Copy(0, 0, 0, 0, (2, 2, 2048), (2048, 4096, 1), (8192, 2048, 1)), 2)
     [(0, 0, 2048), (2048, 8192, 2048), (4096, 2048, 2048), (6144, 10240, 2048)]

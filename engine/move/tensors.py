@@ -1,7 +1,7 @@
-"""Tensors of any size read and compared in small buffers, element types cast on the way. No torch.
+"""Reads and compares tensors of any size in small buffers, casting element types as needed. No torch.
 
-Transposing, regrouping and taking rows of a stored tensor are all changes of its strides, so one
-reader serves them all: a view is the elements in another order, as offset and strides; no data moves.
+Transposing, regrouping and taking rows of a stored tensor only change its strides, so one reader
+serves them all: a view is the same elements in another order, given by offset and strides; no data moves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class View:
 
     Attributes:
         source: index of the tensor among those that are read together.
-        dtype: safetensors spelling.
+        dtype: as safetensors spells it.
         shape, strides, start: in elements; `start` counts from the tensor's first element.
     """
 
@@ -74,8 +74,8 @@ def tiles(shape: Sequence[int], strides: Sequence[Sequence[int]], limit: int) ->
     """Cut an array into boxes of at most `limit` elements, in row-major order of boxes.
 
     Args:
-        strides: those of every array read in step. A box is long along the axis on which each of
-            them is dense, so that transposed arrays are read in runs on both sides.
+        strides: those of every array that is read with the same boxes. A box is long along each axis on which
+            one of them is dense, so that transposed arrays are read in runs on both sides.
 
     >>> list(tiles((4, 6), [(6, 1)], 12))
     [((0, 2), (0, 6)), ((2, 4), (0, 6))]
@@ -101,12 +101,12 @@ def tiles(shape: Sequence[int], strides: Sequence[Sequence[int]], limit: int) ->
 
 
 _LIMIT = 1 << 18  # elements of a tile: half a MiB of bfloat16
-_SPAN = 1 << 20  # elements that one read may reach across
+_SPAN = 1 << 20  # elements that one read may span
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def common_types(one: str, two: str) -> tuple[str, ...]:
-    """The element types in which two arrays can be compared; none for an integer and a float.
+    """The element types in which two arrays can be compared; empty for an integer and a float.
 
     >>> common_types("F32", "BF16"), common_types("F16", "BF16"), common_types("I64", "F32")
     (('BF16',), ('BF16', 'F16'), ())
@@ -115,15 +115,15 @@ def common_types(one: str, two: str) -> tuple[str, ...]:
         return (one,)
     if one not in FLOATS or two not in FLOATS:
         return ()
-    if {one, two} == {"BF16", "F16"}:  # neither holds the other's values
+    if {one, two} == {"BF16", "F16"}:  # neither can hold all values of the other
         return ("BF16", "F16")
     return (min(one, two, key=FLOATS.index),)
 
 
 class Tensors(AbstractContextManager["Tensors"]):
-    """The tensors of some checkpoints, each its files or what a plan makes of others, read in tiles.
+    """Reads the tensors of several checkpoints in tiles; a checkpoint is its files, or a plan that converts others.
 
-    Not shared between threads. Used as a context: leaving it closes the files.
+    Not shared between threads. A context manager that closes the files.
 
     Attributes:
         sides: each checkpoint's tensors by name, in order.
@@ -131,7 +131,7 @@ class Tensors(AbstractContextManager["Tensors"]):
 
     def __init__(self, *sides: Sequence[FileHeader] | Work) -> None:
         self._files = [SourceFiles(side.files if isinstance(side, Work) else side) for side in sides]
-        self._readers: list[tuple[_Stored | _Planned, int]] = []  # of each tensor, and its number there
+        self._readers: list[tuple[_Stored | _Planned, int]] = []  # for each tensor, its reader and its number there
         self.sides: list[dict[str, View]] = []
         for side, files in zip(sides, self._files, strict=True):
             views: dict[str, View] = {}
@@ -146,7 +146,7 @@ class Tensors(AbstractContextManager["Tensors"]):
             files.__exit__(*details)
 
     def read(self, view: View, box: Box, reader: int = 0) -> np.ndarray:
-        """A box's elements in row-major order, as unsigned integers; valid until the next call of this reader."""
+        """A box's elements in row-major order, as unsigned integers; valid until the next call."""
         readers, number = self._readers[view.source]
         return readers.read(number, view, box, reader)
 
@@ -156,10 +156,10 @@ class Tensors(AbstractContextManager["Tensors"]):
         return found.reshape([high - low for low, high in box])
 
     def match(self, one: View, two: View, advance: Callable[[int], None] | None = None) -> bool:
-        """Whether two arrays of one shape are the same, cast if their types differ; stops where they are not.
+        """Whether two arrays of one shape are equal, after a cast if their types differ; stops at the first difference.
 
         Args:
-            advance: called with the elements of each tile that is the same.
+            advance: called with the number of elements of each equal tile.
         """
         kinds = common_types(one.dtype, two.dtype)
         return any(self._match(one, two, kind, advance if kind == kinds[0] else None) for kind in kinds)
@@ -178,7 +178,7 @@ _Tensor = tuple[str, str, tuple[int, ...], tuple[int, ...]]  # name, type, shape
 
 
 class _Stored:
-    """Tensors as they lie in files."""
+    """Tensors as they are stored in files."""
 
     def __init__(self, files: Sequence[FileHeader], opened: SourceFiles) -> None:
         sources = [SourceTensor(i, header) for i, file in enumerate(files) for header in file.tensors]
@@ -192,7 +192,7 @@ class _Stored:
         shape = tuple(high - low for low, high in box)
         key = (number, view.strides, shape)
         last = self._last[reader]
-        if last is None or last[0] != key:  # boxes of a tensor differ by their start only
+        if last is None or last[0] != key:  # boxes of a tensor differ only in their start
             last = self._last[reader] = (key, tuple(_pieces(number, shape, view.strides)))
         block = Block(0, prod(shape), last[1], (1,) * len(last[1]), _start(view, box))
         return elements(self._gatherers[reader].gather(block, view.dtype), view.dtype)
@@ -223,7 +223,7 @@ def _start(view: View, box: Box) -> int:
 
 
 def _pieces(source: int, shape: Sequence[int], strides: Sequence[int]) -> Iterator[Copy]:
-    """Copies that fetch a box in row-major order; none reads across much more than a tile."""
+    """Copies that fetch a box in row-major order; none spans much more than a tile."""
     axes = [axis for axis in zip(shape, strides, dense_strides(shape), strict=True) if axis[0] > 1]
     if all(stride == target for _, stride, target in axes):
         axes = [(prod(shape), 1, 1)] if axes else []
@@ -239,7 +239,7 @@ def _pieces(source: int, shape: Sequence[int], strides: Sequence[int]) -> Iterat
 
 
 def unlike(x: np.ndarray, one: str, y: np.ndarray, two: str, kind: str) -> np.ndarray:
-    """Which elements differ in their bits, after casting both to `kind`. Cast NaNs are alike."""
+    """Which elements differ in their bits, after casting both to `kind`. After a cast, all NaNs are equal."""
     a, b = cast_bits(x, one, kind), cast_bits(y, two, kind)
     differ: np.ndarray = a != b
     if one != two and differ.any():
@@ -263,7 +263,7 @@ def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def deviation(x: np.ndarray, one: str, y: np.ndarray, two: str) -> tuple[float, int]:
-    """The largest absolute deviation, and how many are no number on the first side alone."""
+    """The largest absolute deviation, and how many elements are NaN on the first side only."""
     u, v = values_of(x, one), values_of(y, two)
     with np.errstate(invalid="ignore", over="ignore"):
         far = np.abs(u - v)
@@ -273,7 +273,7 @@ def deviation(x: np.ndarray, one: str, y: np.ndarray, two: str) -> tuple[float, 
 
 
 def values_of(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """Elements as float64, by their bits."""
+    """Elements as float64, from their bits."""
     import ml_dtypes
 
     if dtype in FLOATS:

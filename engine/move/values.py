@@ -47,7 +47,7 @@ def add(rows: np.ndarray, number: str) -> np.ndarray:
     return rows + np.float32(number)
 
 
-# Operation of `language.rules` → function on float32 rows along the last storage dimension, and what it takes.
+# Operation of `language.rules` → function of float32 rows along the last storage dimension and the rule's argument.
 FUNCTIONS: dict[str, Callable[[np.ndarray, str], np.ndarray]] = {"normalize": normalize, "add": add}
 
 
@@ -75,7 +75,7 @@ _EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0
 
 
 def all_finite(data: memoryview, dtype: str) -> bool:
-    """Whether none of some numbers is NaN or infinite; true of types that are not looked at."""
+    """Whether no number is NaN or infinite; true for types that are not checked."""
     if dtype not in _EXPONENT or not data.nbytes:
         return True
     bits = elements(data, dtype)
@@ -89,7 +89,7 @@ class Converter:
         self._buffer = bytearray()
 
     def convert(self, output: Output, block: memoryview) -> memoryview:
-        """The block itself where nothing is to change, else a buffer that is valid until the next call."""
+        """The block itself if nothing changes, else a buffer that is valid until the next call."""
         if output.unchanged:
             return block
         import numpy as np
@@ -101,7 +101,7 @@ class Converter:
             self._buffer = bytearray(nbytes)
         data = memoryview(self._buffer)[:nbytes]
         written = np.frombuffer(data, target)
-        with np.errstate(all="ignore"):  # what is not a number stays so; what becomes infinite is refused
+        with np.errstate(all="ignore"):  # NaN stays NaN; a number that becomes infinite is refused
             if output.transform is not None:
                 rows = values.astype(np.float32)
                 self._check_overflow(output, values, rows, output.read_dtype, "F32")
@@ -130,5 +130,5 @@ class Converter:
                 place=Place(output.place),
                 got=f"{int(lost.sum())} values up to {largest:g}",
                 expected=f"at most {most}",
-                fix="Write a type of more range instead, like --dtype bfloat16 or float32.",
+                fix="Write a type with a larger range, like --dtype bfloat16 or float32.",
             )

@@ -37,7 +37,7 @@ class Stages:
         return sum(self.counts.values())
 
     def name(self, stage: Stage) -> str:
-        """`pp1`, with its chunk where there are several.
+        """`pp1`, with its chunk if there are several.
 
         >>> Stages({}, {}, 2, ("pp",)).name((0, 1)), Stages({}, {}, 1).name((0,))
         ('chunk0 pp1', 'the only stage')

@@ -208,7 +208,7 @@ class Writer:
             self._finish(index, sinks)
 
     def sync(self, index: int) -> None:
-        """Bring a file to stable storage."""
+        """Flush a file to stable storage."""
         with self._store.sinks(self._names) as sinks, self._errors(index):
             sinks.sync(index)
 

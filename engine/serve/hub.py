@@ -1,7 +1,7 @@
-"""Answers of a Hub-compatible endpoint: which request gets which response. No sockets.
+"""Responses of a Hub-compatible endpoint to requests. No sockets.
 
 The paths and headers are those that `huggingface_hub`, transformers and a browser use. Nothing in a request
-becomes a path on this machine: names of models, revisions and files are looked up in what is served.
+becomes a path on this machine: names of models, revisions and files are looked up among those served.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.storage.virtual import VirtualFile
 
 _TYPES = {".json": "application/json", ".md": "text/plain; charset=utf-8", ".jinja": "text/plain; charset=utf-8"}
 _LONGEST = 400  # characters of a reason
-_TEMPLATE = Path(__file__).parent / "templates" / "models.html.j2"  # which escapes all that it is given
+_TEMPLATE = Path(__file__).parent / "templates" / "models.html.j2"  # escapes all of its input
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Attributes: path: percent-decoded, without the query, which changes nothing. headers: by lower-case names."""
+    """Attributes: path: percent-decoded, without the query, which is ignored. headers: by lower-case names."""
 
     method: str
     path: str
@@ -50,10 +50,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response to GET; HEAD has the same without a body.
+    """A response to GET; for HEAD the same without a body.
 
     Attributes:
-        body: what is sent, or a file of which bytes `start` to `start + length` are.
+        body: the bytes to send, or the file whose bytes `start` to `start + length` are sent.
     """
 
     status: int
@@ -67,11 +67,11 @@ class Hub:
     """Answers requests for some models."""
 
     def __init__(self, models: Sequence[Served], token: str | None = None) -> None:
-        """Args: token: what every request must carry; None: only requests to this machine's own name are answered."""
+        """Args: token: the secret that every request must carry; None: only requests to localhost are answered."""
         self._models, self._token = {one.name: one for one in models}, token
 
     def answer(self, request: Request) -> Response:
-        """The response to a request; it may plan a checkpoint, which takes time, but reads no tensors."""
+        """The response to a request. May plan a checkpoint, which takes time, but reads no tensors."""
         if request.method not in ("GET", "HEAD"):
             return refusal(405, "only GET and HEAD: this server is read only", Allow="GET, HEAD")
         refused = self._stranger(request)
@@ -95,9 +95,9 @@ class Hub:
         return refusal(404, "this server has no such model", "RepoNotFound") if known else refusal(404, "nothing here")
 
     def _stranger(self, request: Request) -> Response | None:
-        """A refusal of a request without the token; without one, of a request to another name than this machine's.
+        """Refuse a request without the token; if there is none, a request to another host name than localhost.
 
-        A page of a browser could else have its own name lead here and read what is served.
+        Otherwise a web page could point its own host name here and read what is served (DNS rebinding).
         """
         if self._token is None:
             host = request.headers.get("host", "localhost")
@@ -153,7 +153,7 @@ class Hub:
 
 
 def _told(one: Served, name: str, files: bool) -> dict[str, Any]:
-    """What a page says of a model."""
+    """What a page says about a model."""
     told: dict[str, Any] = {
         "name": one.name, "revision": name, "revisions": one.revisions.names(),
     }  # fmt: skip
@@ -170,7 +170,7 @@ def _told(one: Served, name: str, files: bool) -> dict[str, Any]:
 
 
 def _info(name: str, revision: Revision, folder: VirtualFolder) -> dict[str, Any]:
-    """A model as the Hub describes it."""
+    """A model, described as by the Hub."""
     config = folder.plan.config
     return {
         "_id": revision.commit[:24],
@@ -241,7 +241,7 @@ def _json(value: object) -> Response:
 
 
 def refusal(status: int, why: str, code: str = "", **headers: str) -> Response:
-    """A refusal with its reason, in the body and in the headers that `huggingface_hub` reads."""
+    """A refusal, with its reason in the body and in the headers that `huggingface_hub` reads."""
     why = visible(why)[:_LONGEST].strip()
     told = {"Content-Type": "application/json", "X-Error-Message": why.encode("ascii", "replace").decode(), **headers}
     if code:

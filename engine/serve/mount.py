@@ -1,6 +1,6 @@
 """A mount: the folder that a run would write, as a read-only file system in user space.
 
-Large pieces are read ahead for whoever reads a file in order, small ones for whoever does not.
+Sequential readers of a file get large pieces read ahead, others small ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.storage.replacing import given_path
 from engine.storage.virtual import VirtualFile
 
 WINDOW = 4 << 20  # bytes
-_NEAR = 1 << 20  # reads of one that goes in order come from several threads, a little out of it
+_NEAR = 1 << 20  # reads of a sequential reader come from several threads, slightly out of order
 _KEPT = 12  # windows of all files together
 _AHEAD = 2  # windows that are on their way while one is read
 _THREADS = 3
@@ -35,7 +35,7 @@ _FOREVER = 3600  # seconds that the system may remember what never changes
 
 @dataclass(slots=True, eq=False)
 class _Window:
-    """A piece of a file, whose buffer is used again when nobody reads it any more."""
+    """A piece of a file; its buffer is reused once nobody reads it."""
 
     buffer: memoryview
     coming: Future[None]
@@ -49,13 +49,13 @@ class Ahead(AbstractContextManager["Ahead"]):
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ahead")
         self._lock = threading.Lock()
         self._windows: OrderedDict[tuple[str, int], _Window] = OrderedDict()
-        self._ends: dict[str, tuple[int, int]] = {}  # of each file: where the last read ended, and how many in order
+        self._ends: dict[str, tuple[int, int]] = {}  # for each file: end of the last read, and length of the sequence
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def read_into(self, file: VirtualFile, start: int, target: memoryview) -> int:
-        """Fill a buffer with bytes of a file; how many, fewer at its end. Errors as of the file."""
+        """Fill a buffer with bytes of a file; returns how many, fewer at its end. Errors are those of the file."""
         stop = min(start + len(target), file.size)
         if start >= stop:
             return 0
@@ -78,7 +78,7 @@ class Ahead(AbstractContextManager["Ahead"]):
         return len(target)
 
     def _wanted(self, file: VirtualFile, start: int, stop: int) -> list[tuple[int, _Window]]:
-        """The windows that hold some bytes, which count as read; none for one that jumps about."""
+        """The windows with these bytes, which count as read; none for a reader that jumps around."""
         with self._lock:
             last, count = self._ends.get(file.name, (0, 0))
             count = count + 1 if abs(start - last) <= _NEAR else 0
@@ -105,7 +105,7 @@ class Ahead(AbstractContextManager["Ahead"]):
         return found
 
     def _buffer(self) -> memoryview:
-        """That of the window that was used longest ago, or a new one."""
+        """The buffer of the least recently used window, or a new one."""
         if len(self._windows) >= _KEPT:
             _, old = self._windows.popitem(last=False)
             if old.coming.done() and not old.users and len(old.buffer) == WINDOW:
@@ -114,7 +114,7 @@ class Ahead(AbstractContextManager["Ahead"]):
 
 
 class Files:
-    """What the system asks of the folder. Called from threads of its own."""
+    """The file system operations of the folder. The system calls them from its own threads."""
 
     use_ns = True
 
@@ -143,7 +143,7 @@ class Files:
         return 0
 
     def read(self, path: str, offset: int, target: memoryview) -> int:
-        """Fill the system's own buffer."""
+        """Fill the system's buffer."""
         try:
             return self._ahead.read_into(self._file(path), offset, target)
         except EngineError as error:
@@ -173,11 +173,11 @@ def mount(
 
     Args:
         at: an empty folder, or none: it is made, and removed afterwards.
-        log: called with errors of reads, of which a program sees only that the input failed.
-        ready: called when it is mounted.
+        log: called with errors of reads; the reading program sees only an I/O error.
+        ready: called once it is mounted.
 
     Raises:
-        EngineError: E001 where there is no FUSE, E401 when there is something at `at`.
+        EngineError: E001 when there is no FUSE, E401 when `at` is not empty.
     """
     at, fuse = given_path(at, "the folder to mount at"), _fuse()
     with _mount_point(at), Ahead() as ahead, _default(signal.SIGTERM, signal.SIGHUP):
@@ -190,12 +190,12 @@ def mount(
         except RuntimeError as error:
             raise EngineError(
                 "E001", "the system did not mount it", place=Place(str(at)), got=f"libfuse ended with {error}",
-                fix="Its reason stands above. `fusermount -u` ends an old mount; in a container FUSE must be allowed.",
+                fix="Its reason is above. `fusermount -u` ends an old mount; in a container FUSE must be allowed.",
             ) from error  # fmt: skip
 
 
 def _fuse() -> Any:
-    """What mounts, or E001 with what is missing."""
+    """The FUSE module; E001 with what is missing."""
     if not os.path.exists("/dev/fuse"):
         raise _no_fuse("there is no /dev/fuse", "Use `engine serve`, or allow FUSE to this container or machine.")
     try:
@@ -203,11 +203,11 @@ def _fuse() -> Any:
     except ImportError as error:
         raise _no_fuse("the package mfusepy is not installed", "Run `pip install internlm-engine[mount]`.") from error
     except (OSError, AttributeError) as error:
-        fix = "Install it from the distribution, as by `apt-get install fuse3`, or use `engine serve`."
+        fix = "Install it from the distribution, for example with `apt-get install fuse3`, or use `engine serve`."
         raise _no_fuse(str(error) or "libfuse is not installed", fix) from error
 
     class Direct(mfusepy.FUSE):  # type: ignore[misc]
-        """Reads go to the buffer that the system gave, without a copy in between."""
+        """Reads go directly to the system's buffer, without a copy."""
 
         def read(self, path: bytes, buf: Any, size: int, offset: int, fip: Any) -> int:
             target = memoryview((ctypes.c_ubyte * size).from_address(ctypes.addressof(buf.contents))).cast("B")
@@ -245,7 +245,7 @@ def _mount_point(at: Path) -> Iterator[None]:
 
 @contextmanager
 def _default(*numbers: signal.Signals) -> Iterator[None]:
-    """Leave signals to libfuse, which ends the mount; it leaves those alone that have a handler."""
+    """Reset signal handlers, so that libfuse handles the signals and ends the mount: it skips those with a handler."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         yield

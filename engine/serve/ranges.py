@@ -1,4 +1,4 @@
-"""Conditions and ranges of a request for a file, as RFC 9110 has them. No I/O."""
+"""Conditions and ranges of a request for a file, as in RFC 9110. No I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TAG = re.compile(r'(?:W/)?"([^"]*)"')
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is sent of a file: an HTTP status, and bytes `start` to `stop`."""
+    """The part of a file to send: an HTTP status, and bytes `start` to `stop`."""
 
     status: int
     start: int = 0
@@ -20,9 +20,10 @@ class Part:
 
 
 def part_of(method: str, headers: Mapping[str, str], size: int, etag: str) -> Part:
-    """Which part of a file of `size` bytes a request gets.
+    """The part of a file of `size` bytes that a request gets.
 
-    Several ranges at once are refused, as is one that is none: a client that asks for a piece should not get it all.
+    Several ranges at once are refused, and so is an invalid one: a client that asks for a piece should not get the
+    whole file.
 
     Args:
         headers: by lower-case names.

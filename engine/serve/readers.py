@@ -1,4 +1,4 @@
-"""Readers for any number of users: any bytes of a plan's outputs, read by a few threads."""
+"""Reads any bytes of a plan's outputs, for any number of users, with a few threads."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 PART_BYTES = 16 << 20  # of one output that one thread reads at a time
-THREADS = min(os.cpu_count() or 1, 8)  # that read of one plan at a time
+THREADS = min(os.cpu_count() or 1, 8)  # that read from one plan at a time
 
 
 def reading_threads() -> ThreadPoolExecutor:
-    """The threads that read parts, for one plan or for many; whoever asks reads the first part."""
+    """The threads that read parts, for one plan or for many; the calling thread reads the first part."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
 
 
 class Once(Generic[Key, Value]):
-    """Results by key, each computed once, however many threads ask for it at the same time.
+    """Results by key, each computed once, even if many threads ask for it at the same time.
 
-    What fails is not kept: whoever asks next tries again.
+    Failures are not kept: the next caller tries again.
     """
 
     def __init__(self, compute: Callable[[Key], Value]) -> None:
@@ -45,7 +45,7 @@ class Once(Generic[Key, Value]):
         self._known: dict[Key, Future[Value]] = {}
 
     def __call__(self, key: Key) -> Value:
-        """The result for a key; whoever asks while it is computed waits for it, and gets its error too."""
+        """The result for a key; callers that ask while it is computed wait for it, and get its error too."""
         with self._lock:
             found = self._known.get(key)
             mine = found is None
@@ -62,33 +62,33 @@ class Once(Generic[Key, Value]):
         return found.result()
 
     def forget(self, key: Key) -> None:
-        """Keep a result no longer; whoever asks next computes it again."""
+        """Drop a result; the next caller computes it again."""
         with self._lock:
             self._known.pop(key, None)
 
 
 class Readers:
-    """The bytes of a plan's outputs, for any number of threads at once.
+    """Reads the bytes of a plan's outputs, for any number of threads at once.
 
-    Nothing of a tensor is handed out before its replicas were compared, and every read ends with a look at the
-    source files: what was read of one that changed since it was planned is not handed out.
+    No bytes of a tensor are returned before its replicas have been compared, and every read ends with a check of
+    the source files: bytes of a file that has changed since it was planned are not returned.
     """
 
     def __init__(self, work: Work, threads: ThreadPoolExecutor | None = None) -> None:
-        """Args: threads: they read, and whoever made them ends them; default: own ones, which end with this."""
+        """Args: threads: the executor that reads; its owner shuts it down. Default: one that `close` shuts down."""
         self.work, self._threads, self._own = work, threads or reading_threads(), threads is None
         self._opened: list[SourceFiles] = []
-        self._idle: LifoQueue[Reader] = LifoQueue()  # the last one used first, which may hold what comes next
+        self._idle: LifoQueue[Reader] = LifoQueue()  # last used, first out: it may hold what is read next
         for _ in range(THREADS):
             self._opened.append(SourceFiles(work.files))
             self._idle.put(Reader(work, self._opened[-1]))
         self._closing = weakref.finalize(self, _close, self._opened)
         self._users, self._open = 0, True
-        self._process = 0  # whose threads read: the first that does
+        self._process = 0  # id of the process whose threads read: the first to read
         self._changed = threading.Condition()
         self._compared, self._ready = Once(self._compare), Once(self._prepare)
-        self.done = Once(self._done)  # output → digest and checksum; all of it is read for them
-        self._checks: dict[int, list[int]] = {}  # source → checks that it takes part in
+        self.done = Once(self._done)  # output → digest and checksum, which need all of its bytes
+        self._checks: dict[int, list[int]] = {}  # source → checks that use it
         self._ties: dict[int, list[int]] = {}  # output → checks that compare another tensor with it
         for index, check in enumerate(checks(work)):
             if isinstance(check, Tied):
@@ -102,8 +102,8 @@ class Readers:
 
         Raises:
             EngineError: E402 when replicas of the tensor differ, E405 when a source changed, E3xx when one
-                cannot be read, E001 when this is closed.
-            ValueError: for bytes beyond the output's.
+                cannot be read, E001 when this object is closed.
+            ValueError: for bytes beyond the end of the output.
         """
         with self._using():
             files = self._ready(output)
@@ -118,21 +118,21 @@ class Readers:
             check_unchanged(files)
 
     def _prepare(self, output: int) -> list[FileHeader]:
-        """Compare the replicas of a tensor; the files that it is read from."""
+        """Compare the replicas of a tensor; returns the files that it is read from."""
         sources = {copy.source for copy in self.work.copies(output)}
         for check in sorted({*self._ties.get(output, ()), *(c for s in sources for c in self._checks.get(s, ()))}):
             self._compared(check)
         files = [self.work.files[file] for file in sorted({self.work.sources[s].file for s in sources})]
-        return [one for one in files if not one.file.store.block]  # objects are asked for by their state
+        return [one for one in files if not one.file.store.block]  # requests for objects already name their state
 
     def compare_all(self) -> None:
-        """Compare all replicas that have not been yet; E402 when some differ."""
+        """Compare all replicas that have not been compared yet; E402 when some differ."""
         with self._using():
             for index in range(len(checks(self.work))):
                 self._compared(index)
 
     def close(self) -> None:
-        """Close the files, and end own threads, when those who read have finished."""
+        """Close the files and end own threads, once all reads have finished."""
         with self._changed:
             self._open = False
             self._changed.wait_for(lambda: not self._users)

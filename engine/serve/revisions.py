@@ -1,4 +1,4 @@
-"""The revisions of a served model: the steps of a run folder, or one checkpoint, as they are now."""
+"""The current revisions of a served model: the steps of a run folder, or one checkpoint."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from engine.storage.store import Store, walk
 
 MAIN = "main"
 _STEP = re.compile(r"(?:.*[^0-9])?0*([0-9]{1,12})")  # a folder whose name ends with the number of a step
-_OPEN = 8  # checkpoints that are kept planned
+_OPEN = 8  # checkpoints whose plans are kept
 _REMEMBERED = 256  # refusals
-_MOST_FILES = 100_000  # of one step that are looked at
+_MOST_FILES = 100_000  # files of one step that are examined
 
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A step as it is at one moment.
+    """A step in one state.
 
     Attributes:
-        commit: 40 hexadecimal digits, others when any of its files changed.
+        commit: 40 hexadecimal digits, which change when any of its files does.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Revision:
 
 
 class NoRevision(Exception):
-    """There is no such revision, or its step is not complete; the text says why."""
+    """Raised when there is no such revision, or its step is not complete; the text says why."""
 
 
 class Revisions:
-    """The steps of a run, found again whenever they are asked for. For any number of threads."""
+    """The steps of a run, listed anew on every call. For any number of threads."""
 
     def __init__(
         self,
@@ -51,45 +51,45 @@ class Revisions:
         salt: str,
         told: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Look whether `src` is a checkpoint or a folder of them.
+        """Find out whether `src` is a checkpoint or a folder of them.
 
         Args:
-            make: plans a checkpoint; it is called once for each state of a step.
-            salt: what else the bytes depend on: mapping, settings, versions.
-            told: called with a line about each state of a step, once.
+            make: plans a checkpoint; called once for each state of a step.
+            salt: what else determines the bytes: mapping, settings, versions.
+            told: called once with a line of text about each state of a step.
 
         Raises:
-            EngineError: when `src` is no checkpoint and holds no steps.
+            EngineError: when `src` is not a checkpoint and holds no steps.
         """
         self._src, self._make, self._salt = src, make, salt
-        self._told: Callable[[str], None] = lambda _: None  # nothing of a first look that fails
+        self._told: Callable[[str], None] = lambda _: None  # silent if the first look fails
         self._lock = threading.Lock()
         self._folders: OrderedDict[str, tuple[Revision, VirtualFolder]] = OrderedDict()  # by commit
         self._refused: OrderedDict[str, EngineError] = OrderedDict()  # by commit
         self._once = Once(self._plan)
-        self._last: dict[str, str] = {}  # what was told of each step
+        self._last: dict[str, str] = {}  # the last report about each step
         self._steps = False
         try:
             self._open(self._revision(*self._all()[0]))
         except (EngineError, OSError):
             self._steps = True
             if not self._all():
-                make(src)  # which says what is wrong
+                make(src)  # raises what is wrong
                 raise
         self._told = told
 
     def names(self) -> list[str]:
-        """The steps, the newest first; whether they are complete is not asked."""
+        """The names of the steps, newest first, complete or not."""
         return [name for name, _ in self._all()]
 
     def all(self) -> Iterator[Revision]:
-        """Every step as it is now, the newest first; whether they are complete is not asked."""
+        """Every step in its current state, newest first, complete or not."""
         for name, store in self._all():
             with suppress(OSError):  # it is being removed
                 yield self._revision(name, store)
 
     def find(self, name: str) -> tuple[Revision, VirtualFolder]:
-        """A revision by the name of its step, its number, its commit, or `main`, the newest complete one.
+        """A revision by its step's name or number, by its commit, or `main`, the newest complete one.
 
         Raises:
             NoRevision: when there is none.
@@ -120,7 +120,7 @@ class Revisions:
         raise NoRevision("; ".join(reasons[:4]) if reasons else f"there is no revision {name}")
 
     def _all(self) -> list[tuple[str, Store]]:
-        """The steps and where they lie, the newest first; or the one checkpoint."""
+        """The steps and their places, newest first; or the one checkpoint."""
         if self._steps:
             return [(name, self._src.inside(name)) for _, name in sorted(_steps(self._src), reverse=True)]
         folder = self._src.folder
@@ -143,7 +143,7 @@ class Revisions:
         with self._lock:
             self._folders[one.commit] = one, folder
             while len(self._folders) > _OPEN:
-                self._folders.popitem(last=False)  # whoever reads it goes on; then its files are closed
+                self._folders.popitem(last=False)  # its readers may finish; then its files are closed
         self._once.forget(one)
         return one, folder
 
@@ -166,7 +166,7 @@ class Revisions:
         return folder
 
     def _tell(self, name: str, what: str) -> None:
-        """Tell what became of a step, unless that was the last that was told of it."""
+        """Report the state of a step, unless the last report was the same."""
         with self._lock:
             last, self._last[name] = self._last.get(name), what
         if last != what:

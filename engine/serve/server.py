@@ -1,7 +1,7 @@
-"""The server: requests of sockets to answers of the hub, and files as they are computed to sockets.
+"""The server: passes requests from sockets to the hub, and its responses and files, as computed, to sockets.
 
-A slow client costs a socket and one piece of a file, not a thread. Answers and pieces are made by a bounded
-number of threads; connections that do nothing, or take nothing, are closed.
+A slow client takes a socket and one piece of a file, not a thread. A bounded number of threads makes responses
+and pieces. Connections that send no request, or accept no data, are closed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from engine.serve.hub import Hub, Request, Response, refusal
 _PIECE = 2 << 20  # bytes of a file that are read at a time
 _THREADS = 16
 _CONNECTIONS = 256
-_HEADERS = 32 << 10  # bytes of a request
-_TARGET = 8 << 10  # bytes of its path and query
-_GRACE = 3  # seconds that downloads have when the server is stopped
+_HEADERS = 32 << 10  # bytes of a request's headers
+_TARGET = 8 << 10  # bytes of a request's path and query
+_GRACE = 3  # seconds that downloads have to finish when the server is stopped
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,7 +37,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds: `idle` until a request is complete, `stalled` until a client has taken a piece of a file."""
+    """Time limits in seconds: `idle` for completing a request, `stalled` for accepting a piece of a file."""
 
     idle: float = 15
     stalled: float = 60
@@ -100,7 +100,7 @@ class App:
             scope["state"]["abort"]()
         except EngineError as error:
             problem = str(error)
-            scope["state"]["abort"]()  # what was sent is less than was announced, and so no whole file
+            scope["state"]["abort"]()  # less was sent than announced, so the client sees an incomplete file
         except asyncio.CancelledError:
             problem = "the server was stopped"
             scope["state"]["abort"]()
@@ -110,14 +110,14 @@ class App:
             self._log(Line(str(client), request.method, request.path, status, sent, seconds, problem))
 
     def _answer(self, request: Request, refused: Response | None) -> tuple[Response, bytes | memoryview, str | None]:
-        """The response with the first piece of its body; what a source is refused for comes before any of it."""
+        """The response with the first piece of its body; an error of a source is raised before anything is sent."""
         try:
             response = refused or self._hub.answer(request)
             return response, _piece(response, 0) if request.method != "HEAD" else b"", None
         except (EngineError, OSError) as error:
             told = f"{error.code} {error.message}" if isinstance(error, EngineError) else str(error.strerror)
             response, problem = refusal(409, told), str(error)
-        except Exception as error:  # nobody foresaw it: one request fails, the server goes on
+        except Exception as error:  # unforeseen: this request fails, the server goes on
             response, problem = refusal(500, "E901 internal error"), f"{type(error).__name__}: {error}"
         return response, _piece(response, 0), problem
 
@@ -145,7 +145,7 @@ def _piece(response: Response, at: int) -> bytes | memoryview:
         return response.body[at:stop]
     buffer = memoryview(bytearray(stop - at))
     response.body.read_into(response.start + at, buffer)
-    return buffer  # of which the part that a socket does not take at once is no copy
+    return buffer  # a socket that does not take all of it at once makes no copy
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -154,7 +154,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class Wire(h11.Connection):
-    """HTTP, with bodies sent as they are: h11 itself would copy each piece."""
+    """HTTP with bodies sent without a copy: h11 itself would copy each piece."""
 
     def send(self, event: Any) -> Any:
         parts = self.send_with_data_passthrough(event)
@@ -164,7 +164,7 @@ class Wire(h11.Connection):
 
 
 class Connection(H11Protocol):  # type: ignore[misc]
-    """A connection that is closed when no request comes, or the last one is not complete in time."""
+    """A connection that is closed if no request arrives, or the last one is not complete, in time."""
 
     patience = Patience()
     app_state: dict[str, Any]
@@ -187,7 +187,7 @@ class Connection(H11Protocol):  # type: ignore[misc]
 
 
 class Server:
-    """A server with its socket bound; `run` serves until it is told to stop."""
+    """A server with its socket bound; `run` serves until it is stopped."""
 
     def __init__(
         self,
@@ -197,10 +197,10 @@ class Server:
         log: Callable[[Line], None] = lambda _: None,
         patience: Patience | None = None,
     ) -> None:
-        """Args: port: 0 takes a free one.
+        """Args: port: 0 for any free one.
 
         Raises:
-            EngineError: E001 when nothing can be bound there.
+            EngineError: E001 when the address cannot be bound.
         """
         self._socket = _bound(host, port)
         self.port: int = self._socket.getsockname()[1]
@@ -222,7 +222,7 @@ class Server:
         self._server = uvicorn.Server(config)
 
     def run(self) -> None:
-        """Serve until SIGINT, SIGTERM or `stop`; downloads then have a few seconds to end."""
+        """Serve until SIGINT, SIGTERM or `stop`; downloads then have a few seconds to finish."""
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)  # what matters is in the log of requests
         try:
             self._server.run(sockets=[self._socket])
@@ -231,7 +231,7 @@ class Server:
             self._app.close()
 
     def stop(self) -> None:
-        """Have `run` end, from any thread."""
+        """Make `run` end; may be called from any thread."""
         self._server.should_exit = True
 
 
@@ -241,7 +241,7 @@ def _bound(host: str, port: int) -> socket.socket:
         made = socket.socket(family, kind)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
-        made.listen()  # so that whoever is told the address can connect
+        made.listen()  # so that anyone who learns the address can connect
     except OSError as error:
         raise EngineError(
             "E001", "the server cannot listen there", place=Place(f"{host}:{port}"), got=error.strerror,

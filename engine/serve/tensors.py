@@ -1,4 +1,4 @@
-"""A plan's outputs as a lazy state dict: names to tensors that are read when they are asked for."""
+"""A plan's outputs as a lazy state dict: names to tensors that are read on access."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 
 class _Names(Mapping[str, Item], Generic[Item]):
-    """A mapping whose items are made when they are asked for."""
+    """A mapping whose values are made on access."""
 
     def __init__(self, outputs: Mapping[str, int], make: Callable[[int], Item]) -> None:
         self._outputs, self._make = outputs, make
@@ -39,15 +39,15 @@ class _Names(Mapping[str, Item], Generic[Item]):
 
 
 class Tensors(_Names["torch.Tensor"]):
-    """A checkpoint as a state dict that a run would write: a mapping of names to tensors.
+    """The state dict that a run would write: a mapping of names to tensors.
 
-    A tensor is read when it is asked for, owns its memory, and is not kept. Its replicas are compared before. A
+    A tensor is read on access, after its replicas have been compared; it owns its memory and is not cached. A
     context manager; any number of threads may read.
 
     Attributes:
-        plan: what is read.
-        slices: the same names to slices, which are not read before they are indexed; for transformers, which
-            sorts all values before it takes the first.
+        plan: the plan that is read.
+        slices: the same names to slices, which are read only when indexed; for transformers, which sorts all
+            values before it takes the first.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -60,11 +60,11 @@ class Tensors(_Names["torch.Tensor"]):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's configuration, as it stands in `config.json`."""
+        """The model's configuration, as in `config.json`."""
         return dict(self.plan.config)
 
     def model(self, **options: Any) -> Any:
-        """The model that transformers builds of these tensors; no file is written and no code of a model is run.
+        """The model that transformers builds from these tensors; writes no file and runs no remote code.
 
         Args:
             options: as for transformers' `from_pretrained`, like `dtype` and `device_map`.
@@ -83,20 +83,20 @@ class Tensors(_Names["torch.Tensor"]):
                 "E209", "transformers has no class for this model", got=named,
                 fix="Load the tensors into a class of your own: `load_state_dict(tensors, assign=True)`.",
             )  # fmt: skip
-        if self.plan.mapping.generation is not None:  # what a run would write beside the weights
+        if self.plan.mapping.generation is not None:  # as a run would write it beside the weights
             settings, _ = within(self.plan.mapping.generation, self.plan.sizes.get("vocab"))
             told = json.loads(generation_config(settings, self.plan.config))
             options = {"generation_config": transformers.GenerationConfig.from_dict(told), **options}
-        # The class itself: `AutoModelForCausalLM` of some versions insists on a path.
+        # The class itself: `AutoModelForCausalLM` of some versions requires a path.
         made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
         return found.from_pretrained(None, config=made, state_dict=self.slices, **options)
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """A tensor, as safetensors' `safe_open` has it."""
+        """A tensor, as from safetensors' `safe_open`."""
         return self[name]
 
     def get_slice(self, name: str) -> Slice:
-        """What a tensor can be sliced from without reading all of it, as safetensors' `safe_open` has it."""
+        """A tensor to be sliced without reading all of it, as from safetensors' `safe_open`."""
         return self.slices[name]
 
     def __repr__(self) -> str:
@@ -109,11 +109,11 @@ class Tensors(_Names["torch.Tensor"]):
         self.close()
 
     def compare_all(self) -> None:
-        """Compare all replicas now, rather than each with its tensor; E402 when some differ."""
+        """Compare all replicas now, instead of each when its tensor is read; E402 when some differ."""
         self._readers.compare_all()
 
     def close(self) -> None:
-        """Close the source files, when those who read have finished."""
+        """Close the source files, once all reads have finished."""
         self._readers.close()
 
     def _slice(self, output: int) -> Slice:
@@ -124,7 +124,7 @@ class Tensors(_Names["torch.Tensor"]):
 
 
 class Slice:
-    """A tensor that is not read yet, as safetensors' `get_slice` has it."""
+    """A tensor that is not read yet, as from safetensors' `get_slice`."""
 
     def __init__(self, readers: Readers, output: int) -> None:
         self._readers, self._index = readers, output
@@ -146,13 +146,13 @@ class Slice:
         return torch_types()[self._output.dtype]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """The elements that an index of integers, slices and `...` takes.
+        """The elements that an index of integers, slices and `...` selects.
 
-        Only the rows that it takes of the first dimension are read, a few megabytes at a time.
+        Only the selected rows of the first dimension are read, a few megabytes at a time.
 
         Raises:
             EngineError: E402 when replicas differ, E405 when a source changed, E3xx when one cannot be read.
-            IndexError, TypeError, ValueError: for what cannot be an index, as torch does.
+            IndexError, TypeError, ValueError: for an invalid index, as in torch.
         """
         import torch
 

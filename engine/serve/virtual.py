@@ -1,7 +1,7 @@
 """Virtual files: each file that a run of a plan would write, readable at any byte, without the run.
 
-What comes before, between and after tensors is laid out by the format that the writer uses; the tensors' bytes
-are read from the sources when they are asked for; digests and checksums are computed when they are.
+The writer's own format lays out what comes before, between and after tensors. The tensors' bytes are read from
+the sources on demand; digests and checksums are computed on demand.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class VirtualFolder(Mapping[str, VirtualFile]):
     """The files that a run of a plan would write, by name. A context manager; any number of threads may read.
 
     Attributes:
-        plan: what is read.
-        readers: the bytes of its outputs.
-        notices: what a run would tell beside.
-        commit: 40 hexadecimal digits that change when any byte may have.
+        plan: the plan that is read.
+        readers: read the bytes of its outputs.
+        notices: the notices that a run would give.
+        commit: 40 hexadecimal digits that change whenever any byte may.
         store: the same files as the source of another plan: `plan_reverse(mapping, folder.store, tp=4)`.
     """
 
@@ -40,10 +40,10 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         """Make the small files; no tensor is read.
 
         Args:
-            threads: they read; default: own ones, which end with this.
+            threads: the executor that reads; default: one that `close` shuts down.
 
         Raises:
-            EngineError: as a run that has not begun to write.
+            EngineError: as for a run that has not begun to write.
         """
         for output in plan.outputs:
             check_transform(output)
@@ -76,12 +76,12 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         self.close()
 
     def close(self) -> None:
-        """Close the source files, when those who read have finished."""
+        """Close the source files, once all reads have finished."""
         self.readers.close()
 
 
 def weight_files(work: Work, etags: Mapping[str, str]) -> VirtualStore:
-    """Some weight files that a run of some work would write, by their etags; only tensors of that work can be read."""
+    """Some weight files that a run of `work` would write, by their etags; only tensors of `work` can be read."""
     readers = Readers(work)
     return _store(work, {one.name: _weights(readers, one, etags[one.name]) for one in work.shards if one.name in etags})
 
@@ -99,7 +99,7 @@ def _bytes(start: int, data: bytes) -> list[Stretch]:
 
 
 def _computed(start: int, size: int, make: Callable[[], bytes]) -> Stretch:
-    """Bytes that are made when they are read."""
+    """Bytes that are computed when they are read."""
 
     def fill(at: int, target: memoryview) -> None:
         target[:] = memoryview(make())[at : at + len(target)]
@@ -108,7 +108,7 @@ def _computed(start: int, size: int, make: Callable[[], bytes]) -> Stretch:
 
 
 def _weights(readers: Readers, file: OutputFile, etag: str) -> VirtualFile:
-    """A weight file: payloads from the sources, the rest as the format lays it out."""
+    """A weight file: payload from the sources, the rest from the format's layout."""
     work, layout = readers.work, layout_of(readers.work, file)
     stretches = [
         Stretch(at, at + work.outputs[i].nbytes, partial(readers.read_into, i))
@@ -124,7 +124,7 @@ def _weights(readers: Readers, file: OutputFile, etag: str) -> VirtualFile:
     def behind(number: int, index: int) -> bytes:
         return layout.after(number, readers.done(file.outputs[number]).checksum)[index][1]
 
-    # Where these bytes lie does not depend on the checksums in them.
+    # The place of these bytes does not depend on the checksums in them.
     for number in range(len(file.outputs)):
         for index, (start, data) in enumerate(layout.after(number, 0)):
             stretches.append(_computed(start, len(data), partial(behind, number, index)))
@@ -139,7 +139,7 @@ _DIGEST, _CONTENT = 32, 64  # hexadecimal digits of a tensor's digest and of the
 
 def _manifest(plan: Plan, readers: Readers, small: Mapping[str, bytes], identity: str) -> VirtualFile:
     """`conversion.json`, in which each digest is computed when its bytes are read."""
-    mark = f"@{secrets.token_hex(8)}"  # which nothing else in the file holds
+    mark = f"@{secrets.token_hex(8)}"  # occurs nowhere else in the file
     digits = _DIGEST - len(mark)
     data = manifest(plan, {i: Done(f"{mark}{i:0{digits}d}", 0) for i in range(len(plan.outputs))}, small)
     data["content_id"] = f"{mark}{'c' * (_CONTENT - len(mark))}"
@@ -161,7 +161,7 @@ def _digest(readers: Readers, output: int) -> bytes:
 
 
 def _content_id(plan: Plan, readers: Readers) -> bytes:
-    """Of a checkpoint whose replicas have all been compared."""
+    """The content id, after all replicas have been compared."""
     readers.compare_all()
     tensors = {
         tensor_key(plan, file.name, plan.outputs[i].name): (

@@ -1,4 +1,4 @@
-"""The client of object stores, obstore, which the extra `store` installs; what is asked again, what refusals say."""
+"""The client of object stores, obstore, which the extra `store` installs; its retries and its errors."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from engine.errors import EngineError, Place, needs_extra
 T = TypeVar("T")
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt
-_GIVEN_BACK = 1 << 20  # bytes: more than a block, which would have its pages cleared for each
-_REQUESTS = 16  # at the same time
-# What errors say where an answer was cut off.
+_GIVEN_BACK = 1 << 20  # bytes: more than a block, or each block would get freshly cleared pages
+_REQUESTS = 16  # requests at the same time
+# Texts of errors for a response that was cut off.
 _CUT_OFF = ("kind: Body", "kind: Decode", "IncompleteMessage", "UnexpectedEof")
-_TRIES = 4  # of a request whose answer was cut off; obstore itself tries again what failed before
+_TRIES = 4  # for a request whose response was cut off; obstore itself retries earlier failures
 _CLIENT = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout", "user_agent")
 
 
 def asked(place: str, ask: Callable[[], T]) -> T:
-    """What a request gives; FileNotFoundError and PermissionError (a state that is gone) are the caller's.
+    """The result of a request. The caller handles FileNotFoundError, and PermissionError (the state is gone).
 
-    A request whose answer is cut off is made again, a few times.
+    A request whose response is cut off is retried a few times.
     """
     known = library().exceptions
     for left in reversed(range(_TRIES)):
@@ -51,7 +51,7 @@ def asked(place: str, ask: Callable[[], T]) -> T:
 
 
 def refused(place: str, told: str, *, writing: bool = False) -> EngineError:
-    """What a server, or the way to it, says, as an error: E304 for no such bucket, else E305, or E403 when writing."""
+    """A failure of the server or network as an error: E304 for no such bucket, else E305, or E403 when writing."""
     code, message, fix = (
         "E305",
         "a store cannot be read or written",
@@ -72,13 +72,13 @@ def refused(place: str, told: str, *, writing: bool = False) -> EngineError:
 
 
 def _short(told: str) -> str:
-    """What a server says, in a line: its code and message if it gives them."""
+    """A server's error on one line: its code and message if it gives them."""
     found = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", told, re.DOTALL)
     return f"{found[1]}: {found[2]}"[:300] if found else " ".join(told.split("Debug source")[0].split())[:300]
 
 
 def library() -> Any:
-    """The module obstore; E001 without the extra that brings it, and in a fork of a process that used it."""
+    """The module obstore; E001 if its extra is not installed, and in a fork of a process that used it."""
     check_process(_first_process(), "stores")
     with needs_extra("store", "URLs need"):
         import obstore
@@ -90,10 +90,10 @@ _first_process = cache(os.getpid)
 
 
 def check_process(used: int, what: str) -> None:
-    """E001 in a process that was forked from the one that used something: a fork lacks its threads, and would wait.
+    """E001 in a fork of the process that used something: the fork lacks its threads, and would wait forever.
 
     Args:
-        used: the number of that process.
+        used: the id of that process.
         what: what was used, in words.
     """
     if used != os.getpid():
@@ -106,24 +106,24 @@ def check_process(used: int, what: str) -> None:
 
 @cache
 def _share_memory() -> None:
-    """Have threads share what they freed, of which each would keep some; where the C library is glibc."""
+    """With glibc, have threads share freed memory, of which each would keep some."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 @cache
 def give_back_memory() -> None:
-    """Have large buffers go back to the system once freed, where they would leave gaps that others do not fit."""
+    """Return large buffers to the system once freed: they would leave gaps that fit no other buffer."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK)
 
 
-_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # what those that the library reads begin with
+_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # prefixes of the variables that the library reads
 
 
 @cache
 def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
-    """The client of a store; E001 without the extra, and for an address or option that it does not know."""
+    """The client of a store; E001 without the extra, and for an unknown address or option."""
     from datetime import timedelta
 
     library()
@@ -137,12 +137,12 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
     client: dict[str, Any] = {"timeout": "60s", "connect_timeout": "10s"}
     client |= {name: value for name, value in options if name in _CLIENT}
     said = (url, *dict(options).values(), *variables.values())
-    if any(one.startswith("http://") for one in said):  # which only the user can say
+    if any(one.startswith("http://") for one in said):  # only if the user says so
         client.setdefault("allow_http", "true")
     client = {name: value == "true" if name.startswith("allow") else value for name, value in client.items()}
     backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=8), "base": 2}
     retry = {"max_retries": 6, "backoff": backoff, "retry_timeout": timedelta(seconds=120)}
-    if not kind.startswith("http"):  # names of objects are taken as they are
+    if not kind.startswith("http"):  # object names are used literally
         path = quote(path, safe="/$")
     try:
         return from_url(f"{kind}://{path}", client_options=client, retry_config=retry, **given)
@@ -151,7 +151,7 @@ def client_of(url: str, options: tuple[tuple[str, str], ...]) -> Any:
 
 
 def _check_given(url: str, given: Mapping[str, str]) -> None:
-    """E001 for options and variables of the environment at which the library would panic."""
+    """E001 for options and environment variables that would make the library panic."""
     for name, value in given.items():
         if re.fullmatch(r"(AWS_|AZURE_(STORAGE_)?)?ENDPOINT(_URL(_S3)?)?", name.upper()):
             try:
@@ -171,7 +171,7 @@ def _check_given(url: str, given: Mapping[str, str]) -> None:
 
 def no_store(url: str, why: str) -> EngineError:
     fix = "Write it like s3://bucket/prefix, and options as obstore names them, such as region=eu-west-1."
-    if "builder error" in why:  # of the client, which has not looked at the URL
+    if "builder error" in why:  # from the client, before it looks at the URL
         what = "no client for this store can be made"
         fix = "Install CA certificates (Debian: `ca-certificates`), which small images lack, or correct `proxy_url`."
         return EngineError("E001", what, place=Place(url), got=why, fix=fix)
@@ -179,7 +179,7 @@ def no_store(url: str, why: str) -> EngineError:
 
 
 def requests() -> ThreadPoolExecutor:
-    """The threads that wait for answers."""
+    """The threads that wait for responses."""
     check_process(_first_process(), "stores")
     return _requests()
 

@@ -1,4 +1,4 @@
-"""Byte ranges that are asked for together: joined where little lies between them, cut where they are large."""
+"""Byte ranges that are requested together: joined across small gaps, split if they are large."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 Range = tuple[int, int]  # begin and end
 
-GAP = 64 << 10  # bytes that are rather read than asked around
+GAP = 64 << 10  # bytes: a gap up to this size is read rather than split into two requests
 WINDOW = 16 << 20  # bytes of a tensor that are read ahead at once
 LEAST_WINDOW = 4 << 20
 
@@ -28,7 +28,7 @@ def join(ranges: Iterable[Range], gap: int = GAP) -> list[Range]:
 
 
 def share(window: int, users: int) -> int:
-    """Bytes that each of several users reads ahead at once: they share a window that is smaller than the usual one.
+    """Bytes that each of several users reads ahead at once: they share a window if it is smaller than usual.
 
     >>> share(16 << 20, 4) >> 20, share(8 << 20, 2) >> 20, share(8 << 20, 4) >> 20, share(1 << 20, 2) >> 20
     (16, 4, 4, 1)
@@ -37,7 +37,7 @@ def share(window: int, users: int) -> int:
 
 
 def split(ranges: Sequence[Range], most: int) -> Iterator[Range]:
-    """The same bytes in ranges of at most `most`, of about equal size.
+    """The same bytes in ranges of at most `most` bytes, of about equal size.
 
     >>> list(split([(0, 10)], 4))
     [(0, 3), (3, 6), (6, 10)]

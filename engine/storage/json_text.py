@@ -1,4 +1,4 @@
-"""JSON from outside, read in one place: only what can be written again, shown, and computed with."""
+"""Reads all JSON from outside: accepts only what can be written again, shown, and computed with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-_MOST_DIGITS = 64  # a float holds any such number; transformers itself writes one of 31 digits
+_MOST_DIGITS = 64  # a float holds any such number; transformers itself writes 31 digits
 _LONG = b"0" * (_MOST_DIGITS + 1)
 _DIGITS = bytes(48 if 48 <= byte <= 57 else byte for byte in range(256))  # each digit → 0
 
@@ -17,11 +17,11 @@ def parse_json(raw: bytes, *, own: bool = False) -> Any:
     """The value of a JSON text in UTF-8.
 
     Args:
-        own: a file that only the engine writes, in which no text holds NUL or half a character either.
+        own: for a file that only the engine writes: also refuse a text with NUL or half a character.
 
     Raises:
-        ValueError: for what is no JSON, a key that occurs twice or holds half a character, numbers of more
-            than 64 digits or beyond what a float holds, and nesting without end. Says which.
+        ValueError: for invalid JSON, a key that occurs twice or holds half a character, a number of more
+            than 64 digits or too large for a float, and too deep nesting. Its text says which.
     """
     long = _number if _LONG in raw.translate(_DIGITS) else None
     try:
@@ -69,7 +69,7 @@ def _check_text(value: Any) -> None:
 
 
 def as_data(value: Any) -> Any:
-    """A dataclass and all that it holds as JSON can hold them: a number that is not finite is None.
+    """A dataclass and its contents as JSON-ready data: a number that is not finite becomes None.
 
     >>> as_data((1.5, float("inf")))
     [1.5, None]

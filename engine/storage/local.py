@@ -1,6 +1,6 @@
-"""Folders of this machine as stores, and their files: regular ones only.
+"""Local folders as stores, and their files: only regular ones.
 
-A pipe or a device could block, or have no end.
+A pipe or a device could block or never end.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from engine.storage.store import (
     write_error,
 )
 
-_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file of some 130 bytes begins
+_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of a file of some 130 bytes
 _MOST_POINTER = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What the system tells of a file: every write to it, and every other file in its place, changes it.
+    """The state of a file as the system reports it: any write to the file, or another file in its place, changes it.
 
     Attributes:
         device, inode: which file it is, whatever its name.
@@ -60,11 +60,11 @@ class FileState:
         return self.device, self.inode
 
     def told(self) -> dict[str, Any]:
-        """Without the device, whose number may change when the machine starts again."""
+        """Without the device, whose number may change when the machine restarts."""
         return {"inode": self.inode, "modified": self.modified, "changed": self.changed}
 
     def unlike(self, other: FileState) -> tuple[str, str]:
-        """What differs between the two, in words: of this one, of the other."""
+        """What differs, in words: for this one, for the other."""
         told: list[tuple[str, str]] = []
         if self.size != other.size:
             told.append((f"{self.size} bytes", f"{other.size} bytes"))
@@ -78,7 +78,7 @@ class FileState:
 
 
 def _shown(nanoseconds: int) -> str:
-    """A moment to the nanosecond.
+    """A time to the nanosecond.
 
     >>> _shown(1_500_000_000_000_000_001)
     '2017-07-14 02:40:00.000000001'
@@ -88,7 +88,7 @@ def _shown(nanoseconds: int) -> str:
 
 
 class _Reading(FileIO):
-    """A file whose reading fails with E305, whoever reads it: a disk may fail at any byte."""
+    """A file whose read errors become E305, whoever reads it: a disk may fail at any byte."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         super().__init__(descriptor)
@@ -116,7 +116,7 @@ def _failed(path: Path, why: str | None) -> EngineError:
 def open_regular(path: Path) -> OpenFile:
     """Open a regular file for reading; E305 for anything else, without blocking on a fifo.
 
-    A pointer of Git LFS, as a clone has it whose large files were not fetched, is E305 too.
+    A Git LFS pointer, as in a clone whose large files were not fetched, is E305 too.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -128,7 +128,7 @@ def open_regular(path: Path) -> OpenFile:
         file.close()
         raise EngineError(
             "E305",
-            "a pointer of Git LFS stands in place of the file",
+            "a Git LFS pointer is in place of the file",
             place=Place(str(path)),
             got=f"{file.state.size} bytes",
             fix="Fetch the file itself: `git lfs pull` in the clone that it is from.",
@@ -137,7 +137,7 @@ def open_regular(path: Path) -> OpenFile:
 
 
 def check_regular(descriptor: int, path: Path) -> None:
-    """E305 for a folder, a pipe or a device, which is closed."""
+    """E305 for a folder, a pipe or a device; closes it then."""
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise EngineError("E305", "not a regular file", place=Place(str(path)), fix="Put the checkpoint's file there.")
@@ -145,7 +145,7 @@ def check_regular(descriptor: int, path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalStore(Store):
-    """A folder of this machine, to read and to write; `named`, as a user gave it, where that is not its path."""
+    """A local folder, to read and to write; `named` is what the user gave, if that is not its path."""
 
     path: Path
     named: Path | None = field(default=None, compare=False)
@@ -162,7 +162,7 @@ class LocalStore(Store):
         found: dict[str, State | None] = {}
         with os.scandir(self.path / inside) as listed:
             for entry in listed:
-                with suppress(FileNotFoundError):  # it was just removed, or is a link to nothing
+                with suppress(FileNotFoundError):  # just removed, or a dangling link
                     found[entry.name] = None if entry.is_dir() else FileState.of(entry.stat())
         return found
 
@@ -222,7 +222,7 @@ class LocalStore(Store):
 
 
 class LocalRanges(Ranges):
-    """An open file, read by preadv into the caller's buffers."""
+    """An open file, read with preadv into the caller's buffers."""
 
     __slots__ = ("_path", "descriptor")
 
@@ -247,5 +247,5 @@ class LocalRanges(Ranges):
 
 
 def local_file(path: Path) -> File:
-    """A file of this machine, by its path."""
+    """A local file, by its path."""
     return File(LocalStore(path.parent), path.name)

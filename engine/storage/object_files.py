@@ -1,4 +1,4 @@
-"""Objects read by position: from their ends, for headers, and in ranges that were fetched ahead, for tensors."""
+"""Reads objects by position: both ends first, for headers; in ranges fetched ahead, for tensors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from engine.storage.client import requests
 from engine.storage.coalesce import Range, split
 from engine.storage.store import Fetched, Ranges
 
-ENDS = 128 << 10  # bytes at either end of a file, which hold the headers of most
+ENDS = 128 << 10  # bytes at either end of a file, which hold the headers of most files
 _LARGEST = 8 << 20  # bytes of a request
-_FORWARD = 8 << 20  # bytes read at once of a file that is read from begin to end
-_LEAST_MORE, _MOST_MORE = 64 << 10, 1 << 20  # bytes that are read ahead where nobody said what comes next
-Get = Callable[[int, int], memoryview]  # some bytes of an object, as long as it is in the state that was seen
+_FORWARD = 8 << 20  # bytes read at once of a file that is read from start to end
+_LEAST_MORE, _MOST_MORE = 64 << 10, 1 << 20  # bytes that are read ahead if the next reads are not known
+Get = Callable[[int, int], memoryview]  # gets some bytes of an object, if its state has not changed
 
 
 class ObjectBytes:
-    """An object as its headers are read: its ends at once, the rest as it is asked for."""
+    """An object whose headers are read: both ends at once, the rest on demand."""
 
     def __init__(self, get: Get, size: int) -> None:
         self._get, self._size = get, size
@@ -31,7 +31,7 @@ class ObjectBytes:
         return any(at <= start and end <= at + len(data) for at, data in self._kept)
 
     def read(self, at: int, target: memoryview) -> int:
-        """As `Positioned` has it."""
+        """As `Positioned` needs it."""
         found = next(((start, data) for start, data in self._kept if start <= at < start + len(data)), None)
         start, data = found or self._fetch(at, len(target))
         some = data[at - start : at - start + len(target)]
@@ -47,12 +47,12 @@ class ObjectBytes:
 
 
 class ObjectRanges(Ranges):
-    """An object read by position, of which some bytes may have been fetched before. Belongs to one thread."""
+    """An object read by position; some of its bytes may have been fetched before. Belongs to one thread."""
 
     def __init__(self, get: Get, size: int) -> None:
         self._get, self._size = get, size
         self._held: list[tuple[int, memoryview]] = []
-        self._more = 0  # bytes to read beyond what is asked for, while reading goes on in order
+        self._more = 0  # bytes to read beyond those asked for, while reads are sequential
 
     def fetch(self, ranges: Sequence[Range]) -> Fetched:
         return [(start, requests().submit(self._get, start, end)) for start, end in split(ranges, _LARGEST)]

@@ -1,4 +1,4 @@
-"""Prefixes of buckets, and folders behind HTTP, as stores; through obstore, which the extra `store` installs."""
+"""Bucket prefixes, and folders behind HTTP, as stores; through obstore, which the extra `store` installs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from engine.storage.store import (
 )
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
-LOCK = ".engine-lock"  # the object that a run has at its output while it writes; no listing shows it
-MARK = "enginework"  # the attribute of what the engine wrote, which says what it was made from
+LOCK = ".engine-lock"  # a run keeps this object at its output while it writes; no listing shows it
+MARK = "enginework"  # the attribute of objects that the engine wrote; says what they were made from
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectState:
-    """What a server tells of an object; `modified` where it gives no ETag."""
+    """The state of an object as a server reports it; `modified` if it gives no ETag."""
 
     size: int
     etag: str | None
@@ -43,7 +43,7 @@ class ObjectState:
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> ObjectState:
         etag = meta["e_tag"]
-        if etag and not etag.endswith('"'):  # as Azure's listings have it, unlike its other answers
+        if etag and not etag.endswith('"'):  # as in Azure's listings, unlike its other responses
             etag = f'"{etag}"'
         return cls(meta["size"], etag, meta["version"], None if etag else meta["last_modified"].isoformat())
 
@@ -67,7 +67,7 @@ class ObjectStore(Store):
     """Objects whose names begin with a prefix, or files below a URL.
 
     Attributes:
-        options: of obstore, as name and value; they may hold secrets and are never shown.
+        options: obstore options, as name and value; they may hold secrets and are never shown.
         block: bytes that are read ahead at once.
     """
 
@@ -117,12 +117,12 @@ class ObjectStore(Store):
         return replace(self, url=f"{self.url}/{name}", _listed={})
 
     def _linked(self, inside: str) -> list[str]:
-        """What a web server's page of a folder links to; folders end with a slash."""
+        """The links on a web server's page of a folder; folders end with a slash."""
         page = self._asked(inside, lambda: library().get(self.client, inside).bytes().to_bytes())
         return linked_names(page, self.place(inside))
 
     def _look(self, name: str) -> State | None:
-        """The state of an object, as it was listed; None when it is not there."""
+        """The state of an object, from the listing if there was one; None when it does not exist."""
         inside = name.rpartition("/")[0]
         listed = self._listed.get(inside, {})
         try:
@@ -163,7 +163,7 @@ class ObjectStore(Store):
         return {name: state for name, state in found.items() if state is not None}
 
     def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> bool:
-        """Put an object; False when it should be new and is there, E403 when it cannot be put."""
+        """Put an object; False when it should be new and already exists, E403 when it cannot be put."""
         from obstore.exceptions import AlreadyExistsError
 
         try:
@@ -184,7 +184,7 @@ class ObjectStore(Store):
             raise refused(self.place(name), str(error), writing=True) from error
 
     def content(self, name: str) -> bytes | None:
-        """A small object, as it is now; None where there is none."""
+        """The current bytes of a small object; None when it does not exist."""
         try:
             data: bytes = self._asked(name, lambda: library().get(self.client, name).bytes().to_bytes())
         except FileNotFoundError:
@@ -192,7 +192,7 @@ class ObjectStore(Store):
         return data
 
     def attribute(self, name: str, key: str) -> str | None:
-        """What was kept with an object under a name."""
+        """An attribute of an object, by name."""
         options: dict[str, Any] = {"head": True}
         try:
             found: Any = self._asked(name, lambda: library().get(self.client, name, options=options).attributes)
@@ -202,7 +202,7 @@ class ObjectStore(Store):
         return value
 
     def get(self, name: str, state: State, start: int, end: int) -> memoryview:
-        """Some bytes of an object; E405 when it is not in that state any more."""
+        """Some bytes of an object; E405 when its state has changed."""
         wanted = state if isinstance(state, ObjectState) else None
         options: dict[str, Any] = {"range": (start, end)}
         if wanted is not None and wanted.etag and not wanted.etag.startswith("W/"):
@@ -242,7 +242,7 @@ class _Links(HTMLParser):
 
 
 def linked_names(page: bytes, place: str) -> list[str]:
-    """Names in a folder by a web server's page of it, as there is no other way to list one; folders with a slash.
+    """Names in a folder, from a web server's page of it: HTTP has no other listing. Folders end with a slash.
 
     >>> linked_names(b'<a href="../">up</a> <a href="model_tp0_pp0.pt">x</a> <a href="a/">a</a>', "")
     ['a/', 'model_tp0_pp0.pt']
@@ -264,7 +264,7 @@ def linked_names(page: bytes, place: str) -> list[str]:
             "E304",
             "the server does not list this folder",
             place=Place(place),
-            expected="a page that links to the files in it, as most servers of files give",
+            expected="a page with links to the files in it, as most file servers have",
             fix="Give a weight file or its index instead, copy the folder, or use a server that lists it.",
         )
     return sorted(names)

@@ -1,4 +1,4 @@
-"""The output folder: built beside its final place, moved there when complete, or not at all."""
+"""The output folder: built beside its final place, and moved there only when complete."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class OutputFolder:
     """A context that yields a partial folder and puts it in place on success.
 
     On success everything is on stable storage before the name changes, and an old output is
-    replaced in one step. On failure what was at the final path is untouched; the partial folder
-    stays where `--resume` can use it, that is after an interruption or a failing disk, and is
+    replaced in one step. On failure the final path is untouched. The partial folder is kept
+    where `--resume` can use it, that is after an interruption or a failing disk, and is
     removed when the input itself is at fault.
     """
 
@@ -51,19 +51,19 @@ class OutputFolder:
     ) -> None:
         """
         Args:
-            shared: for an output that several processes write parts of: a digest that they all know it by, and how
-                the names of files begin that only tell of the parts, which stay until the output is put in place.
-            foreign: what a folder holds that the engine did not write, in words; None when nothing.
+            shared: for an output that several processes write in parts: a digest that identifies it for all of them,
+                and the name prefix of the parts' markers, which are kept until the output is put in place.
+            foreign: returns what a folder holds that the engine did not write, in words; None for nothing.
         """
         self.final = located(out)
-        if not self.final.name or _LEFT.fullmatch(self.final.name):  # the next run beside it would remove the latter
+        if not self.final.name or _LEFT.fullmatch(self.final.name):  # the next run removes such a name
             raise EngineError("E001", "this cannot be an output", got=str(out), fix="Name a folder to write.")
         self._foreign = foreign
         self._shared = shared is not None
         work, self._spare = shared or (secrets.token_hex(4), "")
         self.partial = self.final.with_name(f".{self.final.name}.partial-{work[:8]}")
         self._overwrite, self._resume, self._out = overwrite, resume, out
-        self.need = 0  # bytes that will be written: entering refuses with E403 when there is no room for them
+        self.need = 0  # bytes to be written: entering raises E403 if there is no room for them
         self._held = ExitStack()
         _check_apart(self.final, source)
         self._check_free()
@@ -71,12 +71,12 @@ class OutputFolder:
     def _check_free(self) -> None:
         if not os.path.lexists(self.final):
             return
-        if is_folder(self.final) and os.path.samefile(self.final, os.curdir):  # whoever is in it stays in the old one
+        if is_folder(self.final) and os.path.samefile(self.final, os.curdir):  # processes in it would stay there
             raise EngineError(
                 "E001", "the current folder cannot be replaced", got=str(self._out), fix="Go to the one above first."
             )
         if is_mount(self.final):
-            raise exists(self._out, "Name a folder in it.", "a mount point, in whose place nothing can be put")
+            raise exists(self._out, "Name a folder in it.", "a mount point, which cannot be replaced")
         if is_empty(self.final):
             return
         found = None if is_folder(self.final) else "no folder"
@@ -91,16 +91,16 @@ class OutputFolder:
             )
 
     def buffer(self, files: int) -> int:
-        """As a target has it."""
+        """As for `Target`."""
         return LocalStore(self.partial).buffer(files)
 
     @property
     def written(self) -> Store:
-        """What was written so far."""
+        """The files written so far."""
         return LocalStore(self.partial)
 
     def join(self) -> Target:
-        """The partial folder, to write a part to; whoever enters the context puts it in place."""
+        """The partial folder, to write a part to; entering the context is what puts it in place."""
         self._check_unlinked()
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -110,17 +110,17 @@ class OutputFolder:
         return LocalStore(self.partial)
 
     def _check_unlinked(self) -> None:
-        """E401 for a link in the partial folder's place: what is not of the output would be removed behind it."""
+        """E401 for a link in the partial folder's place: files behind it would be removed."""
         if self.partial.is_symlink():
             raise exists(self.partial, "Remove the link, and run all parts again.", "a link, which is not followed")
 
     def _let_in_as_before(self) -> None:
-        """Give the partial folder the group and mode of the one that it will replace: that may be closed to others."""
+        """Give the partial folder the group and mode of the one that it replaces, which may be closed to others."""
         if not is_folder(self.final):
             return
         old, new = self.final.lstat(), self.partial.lstat()
         if old.st_gid != new.st_gid:
-            with suppress(PermissionError):  # not a group of this user's
+            with suppress(PermissionError):  # not one of this user's groups
                 os.chown(self.partial, -1, old.st_gid)
         mode = stat.S_IMODE(old.st_mode) | stat.S_IRWXU
         if mode != stat.S_IMODE(new.st_mode):
@@ -130,7 +130,7 @@ class OutputFolder:
         try:
             missing = [p for p in self.final.parents if not os.path.lexists(p)]
             self._held.callback(remove_empty, missing)
-            for folder in reversed(missing):  # mkdir(parents=True) calls itself for each
+            for folder in reversed(missing):  # mkdir(parents=True) recurses for each
                 folder.mkdir(exist_ok=True)
             self._held.enter_context(OutputLock(self.final))
             try:
@@ -183,7 +183,7 @@ class OutputFolder:
     def _move(self) -> None:
         for folder in (*(path for path in self.partial.iterdir() if path.is_dir()), self.partial):
             sync_folder(folder)
-        self._check_free()  # what somebody put there meanwhile is kept, and so is the new output beside it
+        self._check_free()  # if something was put there meanwhile, it is kept, and so is the new output beside it
         for path in sorted(self.partial.glob(f"{self._spare}*"), reverse=True) if self._spare else ():
             path.unlink()
         if os.path.lexists(self.final):
@@ -195,7 +195,7 @@ class OutputFolder:
             sync_folder(self.final.parent)
 
     def _swap(self) -> Path:
-        """Two renames, where the file system cannot exchange names; the old output comes back if one fails."""
+        """Two renames, for a file system that cannot exchange names; the old output is restored if one fails."""
         old = self.final.with_name(f".{self.final.name}.old-{secrets.token_hex(4)}")
         os.rename(self.final, old)
         try:
@@ -207,7 +207,7 @@ class OutputFolder:
 
 
 def located(out: Path) -> Path:
-    """The output by its real folder: `..` after a link leads out of what is linked, not back to the link."""
+    """The output with its real parent folder: `..` after a link leads out of the link's target, not back."""
     if out.name in ("", ".."):
         return Path(os.path.realpath(out))
     return Path(os.path.realpath(out.parent), out.name)
@@ -224,7 +224,7 @@ def leftovers(out: Path) -> list[Path]:
 
 
 def _put_back(final: Path) -> list[Path]:
-    """`leftovers`, but for the old output of a run that was killed between two renames: that comes back."""
+    """`leftovers`, without the old output of a run that was killed between two renames: that is restored."""
     found = leftovers(final)
     old = [path for path in found if ".old-" in path.name and is_folder(path)]
     if old and not os.path.lexists(final):
@@ -235,7 +235,7 @@ def _put_back(final: Path) -> list[Path]:
 
 
 def clean(out: Path) -> list[Path]:
-    """Remove what interrupted runs left beside an output; E408 while a run is writing it."""
+    """Remove what interrupted runs left beside an output; E408 while a run writes it."""
     found = leftovers(out)
     if found:
         try:
@@ -249,9 +249,9 @@ def clean(out: Path) -> list[Path]:
 
 
 def sweep(folder: Path, keep: Collection[str]) -> None:
-    """Remove from a partial output what the run will not write over, and what is not a file of its own.
+    """Remove from a partial output whatever the run will not overwrite, and links.
 
-    Others may have put it there: it would become part of the output, or lead out of the folder.
+    Others may have put them there: they would become part of the output, or lead out of the folder.
     """
     try:
         for path in sorted(folder.iterdir()):

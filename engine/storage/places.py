@@ -1,4 +1,4 @@
-"""Where a user says that files lie, as a store: a path, or a URL."""
+"""The store at a path or URL that a user gave."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def last_name(place: str | Path) -> str:
 
 @contextmanager
 def store_options(options: Mapping[str, str] | None = None, window: int | None = None) -> Iterator[None]:
-    """Options of every store that is opened meanwhile.
+    """Options of every store that is opened inside this context.
 
     Args:
         options: as obstore names them, such as `region` and `endpoint`.
-        window: bytes that are read ahead at once; 16 MiB until it is given.
+        window: bytes that are read ahead at once; default: 16 MiB.
     """
     global _options, _window
     before = _options, _window
@@ -58,19 +58,19 @@ def store_options(options: Mapping[str, str] | None = None, window: int | None =
         _options, _window = before
 
 
-Source = str | Path | Store  # where a checkpoint lies: a path or URL as a user gave it, or a store that a program has
+Source = str | Path | Store  # a checkpoint's place: a path or URL that a user gave, or a store of the caller
 
 
 def options_now() -> tuple[dict[str, str], int]:
-    """What `store_options` was given, to be given again in another process."""
+    """The current arguments of `store_options`, for another process."""
     return dict(_options), _window
 
 
 def store_at(place: Source, what: str) -> Store:
-    """The store at a path or URL as a user gave it; E001 for one that names nothing.
+    """The store at a path or URL that a user gave; E001 for an invalid one.
 
     Args:
-        what: what lies there, in words.
+        what: what the place holds, in words.
     """
     if not isinstance(place, str | Path):
         return _given_store(place, what)
@@ -89,26 +89,26 @@ def store_at(place: Source, what: str) -> Store:
     try:
         urlsplit(url)
         url.encode()
-    except ValueError as error:  # half characters are one too
+    except ValueError as error:  # also raised for half characters
         raise no_store(url, str(error)) from None
     bucket, *folders = url[found.end() :].split("/")
     if not found[1].startswith("http") and (not _BUCKET.fullmatch(bucket) or {"", ".", ".."}.intersection(folders)):
-        raise no_store(url, "a bucket that is none, or a folder without a name or named `.` or `..`")
+        raise no_store(url, "an invalid bucket, or a folder without a name or named `.` or `..`")
     return ObjectStore(url, tuple(sorted(_options.items())), _window)
 
 
 def followed(store: Store) -> Store:
-    """The folder that a store is, whatever becomes of links on the way, as `latest`, and of the current folder."""
+    """The real folder of a store: links such as `latest`, or the current folder, may change later."""
     folder = store.folder
     try:
         real = None if folder is None else folder.resolve()
-    except (OSError, RuntimeError):  # links in a circle, which reading it will tell
+    except (OSError, RuntimeError):  # circular links, which reading it will report
         return store
     return store if folder is None or real is None or real == folder else LocalStore(real, folder)
 
 
 def _given_store(place: Store, what: str) -> Store:
-    """E001 for what is no store: a program gave it."""
+    """E001 if the caller's object is not a store."""
     if hasattr(place, "names"):
         return place
     raise EngineError(
@@ -121,7 +121,7 @@ def _given_store(place: Store, what: str) -> Store:
 
 
 def found_at(place: Source, what: str) -> Store | File:
-    """A store, or the one file that a path or URL names; E001 as for `store_at`."""
+    """A store, or the single file that a path or URL names; E001 as for `store_at`."""
     if not isinstance(place, str | Path):
         return _given_store(place, what)
     if is_url(place):
@@ -134,7 +134,7 @@ def found_at(place: Source, what: str) -> Store | File:
 
 
 def on_this_machine(store: Store, option: str) -> Path:
-    """The folder of a store; E001 when it is not of this machine, which an option needs."""
+    """The local folder of a store; E001 when it is not local, which an option needs."""
     if store.folder is None:
         raise EngineError(
             "E001",
@@ -146,9 +146,9 @@ def on_this_machine(store: Store, option: str) -> Path:
 
 
 def local_copy(file: File) -> Path | None:
-    """A small file of a store as a file of this machine, copied there until the program ends; None when there is none.
+    """A small file of a store as a local file, a copy that lasts until the program ends; None when it does not exist.
 
-    For programs that take a path only.
+    For libraries that take only a path.
     """
     if file.store.folder is not None:
         return file.store.folder / file.name

@@ -1,4 +1,4 @@
-"""Paths of this machine: what may be replaced, only what the engine itself wrote; folders, mounts and locks."""
+"""Local paths: only what the engine itself wrote may be replaced; folders, mounts and locks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from engine.errors import EngineError, Place
 from engine.storage.local import open_regular
 from engine.storage.store import write_error
 
-_LOOKED_AT = 1 << 20  # bytes at the start of a file, which tell what it is
-_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): two names change places at once
+_LOOKED_AT = 1 << 20  # bytes at the start of a file, which show what it is
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): swaps two names atomically
 _AT_CWD = -100
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def given_path(path: str | Path, what: str) -> Path:
-    """A path as a user gave it; E001 for one that names nothing.
+    """A path that a user gave; E001 for an invalid one.
 
-    An empty one would stand for the current folder, as when a shell variable is not set.
+    An empty path, as from an unset shell variable, would stand for the current folder.
     """
     if not issubclass(type(path), str | os.PathLike):
         got = f"{str(path)[:80]}, of type {type(path).__name__}"
@@ -58,10 +58,10 @@ def overlap(place: str, got: str, expected: str) -> EngineError:
 
 
 def check_file_free(path: Path, overwrite: bool, ours: Callable[[bytes], bool]) -> None:
-    """E401 unless nothing is at the path, or with `overwrite` a file that the engine wrote.
+    """E401 if something exists at the path, unless `overwrite` is set and the engine wrote the file.
 
     Args:
-        ours: whether bytes are the start of a file that the engine wrote for the same purpose.
+        ours: whether the bytes begin a file that the engine wrote for the same purpose.
     """
     if not os.path.lexists(path):
         return
@@ -76,7 +76,7 @@ def check_file_free(path: Path, overwrite: bool, ours: Callable[[bytes], bool]) 
 
 
 def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[bytes], bool]) -> None:
-    """Write a file whole or not at all; E401 as `check_file_free`, E403 when it cannot be written."""
+    """Write a file completely or not at all; E401 as for `check_file_free`, E403 when it cannot be written."""
     check_file_free(path, overwrite, ours)
     partial = path.with_name(f".{path.name[:100]}.partial-{secrets.token_hex(4)}")
     try:
@@ -87,7 +87,7 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
                 shutil.copymode(path, partial)
             os.replace(partial, path)
         else:
-            os.link(partial, path)  # another file that came meanwhile is kept
+            os.link(partial, path)  # keeps a file that was created meanwhile
     except FileExistsError:
         check_file_free(path, overwrite, ours)
         raise
@@ -98,7 +98,7 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to stable storage."""
+    """Flush a folder's names to stable storage."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -110,7 +110,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, so that neither is ever missing; False where it cannot be done."""
+    """Exchange two names in one step, so that neither is ever missing; False where that is not supported."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -136,7 +136,7 @@ def is_folder(path: Path) -> bool:
 
 
 def is_mount(path: Path) -> bool:
-    """Whether something is mounted there: also a folder of the same disk, which `os.path.ismount` does not see."""
+    """Whether it is a mount point; also finds bind mounts of the same disk, which `os.path.ismount` misses."""
     try:
         told = _MOUNTS.read_bytes().splitlines()
     except OSError:
@@ -148,7 +148,7 @@ def is_mount(path: Path) -> bool:
 
 
 def is_empty(path: Path) -> bool:
-    """Whether it is a folder with nothing in it, as `mkdir` makes one for an output."""
+    """Whether it is an empty folder, for example one made with `mkdir` for an output."""
     if not is_folder(path):
         return False
     with os.scandir(path) as entries:
@@ -156,7 +156,7 @@ def is_empty(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that it holds, or a file or link."""
+    """Remove a folder with its contents, or a file or link."""
     if is_folder(path):
         shutil.rmtree(path)
     else:
@@ -182,7 +182,7 @@ class OutputLock:
             if self._is_current(descriptor):
                 self._descriptor = descriptor
                 return self
-            os.close(descriptor)  # its holder removed the file between our opening and locking it
+            os.close(descriptor)  # its holder removed the file between our open and our lock
 
     def __exit__(self, *_: object) -> None:
         self._path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Writing byte ranges of checkpoint files: created whole, filled by pwritev, few descriptors open."""
+"""Writes byte ranges of checkpoint files: created at full size, filled with pwritev, few descriptors open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OPEN_FILES = 128
 
 
 def after(parts: Sequence[memoryview], nbytes: int) -> list[memoryview]:
-    """What is left of buffers without their first bytes.
+    """The buffers without their first bytes.
 
     >>> [part.tolist() for part in after([memoryview(b"ab"), memoryview(b"cd")], 3)]
     [[100]]
@@ -32,7 +32,7 @@ def after(parts: Sequence[memoryview], nbytes: int) -> list[memoryview]:
 
 @dataclass(slots=True)
 class Checksum:
-    """The CRC-32 of bytes that arrive in order, or in any order as intervals."""
+    """The CRC-32 of bytes that arrive as intervals, in any order."""
 
     value: int = 0
     end: int = 0
@@ -47,7 +47,7 @@ class Checksum:
             self.later.append((start, len(data), isal_zlib.crc32(data)))
 
     def result(self) -> int:
-        """Of everything added, which must be one interval from 0."""
+        """The CRC-32 of all bytes added, which must form one interval from 0."""
         for start, length, value in sorted(self.later or ()):
             if start != self.end:
                 raise ValueError(f"bytes {self.end} to {start} were not written")
@@ -58,7 +58,7 @@ class Checksum:
 
 
 class SinkFiles(Sinks):
-    """Files being written, opened when first needed. Not shared between threads."""
+    """Files that are being written, opened when first needed. Not shared between threads."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -79,21 +79,21 @@ class SinkFiles(Sinks):
         descriptor = os.open(self._paths[file], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         if os.fstat(descriptor).st_nlink > 1:
             os.close(descriptor)
-            raise OSError(errno.EMLINK, "the file has a second name, by a hard link, and what that is would change")
+            raise OSError(errno.EMLINK, "the file has a second name, a hard link, whose content would change")
         self._open[file] = descriptor
         return descriptor
 
     def create(self, file: int, size: int) -> None:
-        """Set a file's size and take its room, where that costs nothing.
+        """Set a file's size and allocate its blocks, where that is cheap.
 
-        Only on a block device: in memory taking room takes as long as filling it, and where a file
-        system cannot do it (network file systems mostly) the C library writes to every block instead.
+        Only on a block device: in memory, allocating takes as long as writing; and on a file system
+        that cannot do it (mostly network file systems), the C library writes to every block instead.
         """
         folder = self._paths[file].parent
-        if not folder.is_dir():  # one inside the output: nothing else makes the output itself
+        if not folder.is_dir():  # a subfolder; the output itself must exist already
             folder.mkdir(exist_ok=True)
         descriptor = self._descriptor(file)
-        if os.major(os.fstat(descriptor).st_dev):  # 0 where no device lies under the file system
+        if os.major(os.fstat(descriptor).st_dev):  # 0 for a file system without a device
             try:
                 os.posix_fallocate(descriptor, 0, max(size, 1))
             except OSError as error:
@@ -102,16 +102,16 @@ class SinkFiles(Sinks):
         os.ftruncate(descriptor, size)
 
     def complete(self, file: int) -> None:
-        """Have the system begin to bring a file to stable storage, which `sync` then need not wait long for."""
+        """Start flushing a file to stable storage, so that `sync` need not wait long."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor(file), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self, file: int) -> None:
-        """Bring a file to stable storage."""
+        """Flush a file to stable storage."""
         os.fsync(self._descriptor(file))
 
     def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """What was written, in blocks that are valid until the next one; OSError when the file is shorter."""
+        """The bytes written, in blocks that are valid until the next one; OSError when the file is shorter."""
         buffer = memoryview(bytearray(min(nbytes, 1 << 20)))
         descriptor = self._descriptor(file)
         while nbytes:
@@ -123,10 +123,10 @@ class SinkFiles(Sinks):
             nbytes -= count
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
-        """Have the system move bytes from another open file, on some file systems by sharing them.
+        """Have the system copy bytes from another open file; some file systems share them instead.
 
         Returns:
-            How many it moved: 0 where it cannot, for whatever reason.
+            How many bytes it copied: 0 where it cannot, for whatever reason.
         """
         copy_range = getattr(os, "copy_file_range", None)  # Linux only
         if copy_range is None:
@@ -138,7 +138,7 @@ class SinkFiles(Sinks):
         return moved
 
     def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
-        """Write buffers one after the other at a byte offset; OSError as the system gives it."""
+        """Write buffers one after the other at a byte offset; passes on the system's OSError."""
         descriptor = self._descriptor(file)
         left: Sequence[bytes | memoryview] = parts
         nbytes = sum(len(part) for part in parts)

@@ -1,4 +1,4 @@
-"""Reading byte ranges of the files of a plan: opened when first read, few open at a time."""
+"""Reads byte ranges of a plan's files: opened when first read, few open at a time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from engine.storage.store import Fetched, File, Ranges, State, check_state
 
 T = TypeVar("T")
 
-AHEAD = 2  # items whose bytes are on their way while one is worked on
-_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors, whatever the number of ranks
+AHEAD = 2  # items whose bytes are being fetched while one is processed
+_OPEN_FILES = 128  # far below the usual limit of 1024 descriptors, for any number of ranks
 
 
 class IndexedFile(Protocol):
@@ -31,7 +31,7 @@ class SourceFiles(AbstractContextManager["SourceFiles"]):
     """The files of one plan. Not shared between threads."""
 
     def __init__(self, files: Sequence[IndexedFile], users: int = 1) -> None:
-        """Args: users: how many read such files at the same time, each by its own."""
+        """Args: users: how many threads read these files at the same time, each with its own `SourceFiles`."""
         self._files = files
         self._open: OrderedDict[int, Ranges] = OrderedDict()
         self._block = share(max((header.file.store.block for header in files), default=0), users)
@@ -43,31 +43,31 @@ class SourceFiles(AbstractContextManager["SourceFiles"]):
         self._open.clear()
 
     def opened(self, file: int) -> Ranges:
-        """An open file; E405 when it is not the one that was planned, E305 when it cannot be read."""
+        """An open file; E405 when it has changed since it was planned, E305 when it cannot be read."""
         found = self._open.get(file)
         if found is not None:
             self._open.move_to_end(file)
             return found
-        if len(self._open) >= _OPEN_FILES and not self._block:  # objects are not open, and hold what was fetched
+        if len(self._open) >= _OPEN_FILES and not self._block:  # objects need no descriptor, and hold fetched bytes
             self._open.popitem(last=False)[1].close()
         header = self._files[file]
         found = self._open[file] = header.file.store.ranges(header.file.name, header.state)
         return found
 
     def descriptor(self, file: int) -> int | None:
-        """The descriptor of an open file of this machine; errors as of `opened`."""
+        """The descriptor of an open local file; errors as for `opened`."""
         return self.opened(file).descriptor
 
     @property
     def block(self) -> int:
-        """Bytes that are worth reading ahead at once; 0 where reading costs no request."""
+        """Bytes that are worth reading ahead at once; 0 if reading needs no request."""
         return self._block
 
     def ahead(self, items: Iterable[tuple[T, Mapping[int, Sequence[Range]]]]) -> Iterator[T]:
-        """Items one after the other, the bytes that each needs at hand, while those of the next are on their way.
+        """Yield items in order, each once its bytes have been fetched, while those of the next are being fetched.
 
         Args:
-            items: what is to be done, and for each file the byte ranges that it reads.
+            items: each item, with the byte ranges that it reads of each file.
         """
         coming: deque[tuple[T, Mapping[int, Fetched]]] = deque()
         for item, ranges in items:
@@ -87,20 +87,20 @@ class SourceFiles(AbstractContextManager["SourceFiles"]):
         return item
 
     def _let_go(self) -> None:
-        """Hold nothing, before more is waited for."""
+        """Drop all fetched bytes before waiting for more."""
         for file in self._holding:
             self.opened(file).hold(())
         self._holding = set()
 
     def read_into(self, file: int, offset: int, parts: Sequence[memoryview]) -> None:
-        """Fill buffers one after the other with the bytes at `offset`; E301 when the file ends before."""
+        """Fill buffers one after the other with the bytes at `offset`; E301 when the file ends too early."""
         self.opened(file).read_into(offset, parts)
 
 
 def check_unchanged(files: Iterable[IndexedFile]) -> None:
-    """E405 unless every file is still the one that was planned: what was read of it is of one state then.
+    """E405 unless every file is unchanged since it was planned: then all its bytes are from one state.
 
-    Files whose state nobody looked at are left out.
+    Files whose state was never read are skipped.
     """
     for store, headers in grouped((file.file.store, file) for file in files if file.state is not None).items():
         now = store.states([header.file.name for header in headers])

@@ -1,4 +1,4 @@
-"""Stores: where files lie. A folder, a prefix of a bucket, or memory; headers name a file of a store."""
+"""Stores, the places of files: a folder, a bucket prefix, or memory. Headers name a file of a store."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from typing import Any, Protocol
 from engine.errors import EngineError, Place
 from engine.storage.coalesce import Range
 
-Fetched = Sequence[tuple[int, Future[memoryview]]]  # begin of a range, and its bytes once they are there
+Fetched = Sequence[tuple[int, Future[memoryview]]]  # start of a range, and its bytes once they have arrived
 
 
 class State(Protocol):
-    """What is told of a file: any write to it, and any other file in its place, changes it. Plain data."""
+    """The state of a file: any write to it, or another file in its place, changes it. Plain data."""
 
     @property
     def size(self) -> int: ...  # in bytes
 
     @property
-    def links(self) -> object: ...  # equal for two names of one file; None where that cannot be told
+    def links(self) -> object: ...  # equal for two names of one file; None if unknown
 
     def unlike(self, other: Any) -> tuple[str, str]:
-        """What differs between the two, in words: of this one, of the other."""
+        """What differs, in words: for this one, for the other."""
 
     def told(self) -> Mapping[str, Any]:
-        """What a saved plan keeps of it, as JSON."""
+        """The state as JSON, for a saved plan."""
 
 
 class Positioned(io.RawIOBase):
-    """A file that is read from any position, of a function that does."""
+    """A file object that reads any position through a function."""
 
     def __init__(self, size: int, read: Callable[[int, memoryview], int]) -> None:
-        """Args: read: fills a buffer from a byte offset on, which is in the file; how many bytes, at least one."""
+        """Args: read: fills a buffer from a byte offset inside the file; returns how many bytes, at least one."""
         self._size, self._read, self._at = size, read, 0
 
     def readable(self) -> bool:
@@ -51,7 +51,7 @@ class Positioned(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if at < 0:
-            raise OSError(f"negative position {at}")  # as of a file of the system
+            raise OSError(f"negative position {at}")  # as for a file of the system
         self._at = at
         return at
 
@@ -64,11 +64,11 @@ class Positioned(io.RawIOBase):
 
 
 class OpenFile(io.BufferedReader):
-    """A file that is open for reading from any position, as readers of formats take it.
+    """A file that is open for reading from any position, for the readers of formats.
 
     Attributes:
-        state: the file's when it was opened.
-        at_hand: whether reading bytes from one position to another costs no request.
+        state: the state of the file when it was opened.
+        at_hand: whether reading the bytes between two positions needs no request.
     """
 
     def __init__(self, raw: io.RawIOBase, state: State, at_hand: Callable[[int, int], bool] | None = None) -> None:
@@ -80,116 +80,116 @@ class OpenFile(io.BufferedReader):
 class Ranges(Protocol):
     """A file whose bytes are read by position. Belongs to one thread."""
 
-    descriptor: int | None = None  # of a file of this machine
+    descriptor: int | None = None  # of a local file
 
     def read_into(self, offset: int, parts: Sequence[memoryview]) -> None:
-        """Fill buffers one after the other; E301 when the file ends before, E305 when it cannot be read."""
+        """Fill buffers one after the other; E301 when the file ends too early, E305 when it cannot be read."""
 
     def fetch(self, ranges: Sequence[Range]) -> Fetched:
-        """Begin to fetch bytes that will be read soon; what `hold` takes. Nothing where reading costs no request."""
+        """Start fetching bytes that will be read soon; returns what `hold` takes, empty if reading needs no request."""
         return ()
 
     def hold(self, fetched: Fetched) -> None:
-        """Have these bytes at hand, and none that were held before; waits for them."""
+        """Wait for these bytes and keep them; drops those held before."""
         return None
 
     def close(self) -> None:
-        """Read no more of it."""
+        """End reading."""
         return None
 
 
 class Sinks(AbstractContextManager["Sinks"], Protocol):
-    """Files being written, by number. Not shared between threads."""
+    """Files that are being written, by number. Not shared between threads."""
 
     def __exit__(self, *_: object) -> None:
-        """Write no more to them."""
+        """End writing."""
         return None
 
     def create(self, file: int, size: int) -> None:
-        """Begin a file of so many bytes."""
+        """Begin a file of this size in bytes."""
 
     def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
         """Write buffers one after the other at a byte offset; OSError when that fails."""
 
     def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """What was written, in blocks that are valid until the next one; OSError when it is not all there."""
+        """The bytes written, in blocks that are valid until the next one; OSError when some are missing."""
 
     def whole(self, file: int, size: int) -> bool:
-        """Whether an interrupted run of the same work left a file of so many bytes whole, where files are not parts."""
+        """Whether an interrupted run of the same work left a whole file of this size; always False with parts."""
         return False
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
-        """Have the system move bytes from an open descriptor; how many it moved, 0 where it cannot."""
+        """Have the system copy bytes from an open descriptor; returns how many, 0 where it cannot."""
         return 0
 
     def complete(self, file: int) -> None:
-        """A file is written in full."""
+        """End a file that is completely written."""
 
     def sync(self, file: int) -> None:
-        """Bring a file to stable storage."""
+        """Flush a file to stable storage."""
         return None
 
 
 class Store(Protocol):
-    """A folder, wherever it lies. Plain data: it can be pickled, and opens what it needs when it is asked."""
+    """A folder, local or remote. Plain data: it can be pickled, and opens what it needs on demand."""
 
     def __str__(self) -> str:
         return self.place()
 
     @property
-    def folder(self) -> Path | None:  # of this machine, if it is one
+    def folder(self) -> Path | None:  # the local folder, if it is one
         return None
 
     @property
-    def block(self) -> int:  # bytes that are worth reading ahead at once; 0 where reading costs no request
+    def block(self) -> int:  # bytes that are worth reading ahead at once; 0 if reading needs no request
         return 0
 
     def place(self, name: str = "") -> str:
         """The path or URL of the store or of a file in it, for people."""
 
     def entries(self, inside: str = "") -> Mapping[str, State | None]:
-        """What lies directly in it, or in a folder inside: the states of files, None for folders; as it is now."""
+        """The current entries of the store or of a subfolder by name: states of files, None for folders."""
 
     def names(self, inside: str = "") -> list[str]:
-        """What lies directly in it, or in a folder inside, sorted; OSError when it cannot be listed."""
+        """The sorted names in the store or in a subfolder; OSError when it cannot be listed."""
         return sorted(self.entries(inside))
 
     def inside(self, name: str) -> Store:
-        """A folder in it, as a store."""
+        """A subfolder, as a store."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file, whatever it is."""
+        """Whether the name exists, as a file of any kind."""
 
     def open(self, name: str) -> OpenFile:
-        """Open a file for reading; E305 when it is none or cannot be read."""
+        """Open a file for reading; E305 when it is not a file or cannot be read."""
 
     def ranges(self, name: str, state: State | None) -> Ranges:
-        """Open a file for reading by position; E405 unless it is in that state, E305 when it cannot be read."""
+        """Open a file for reading by position; E405 when its state is another one, E305 when it cannot be read."""
 
     def states(self, names: Sequence[str]) -> Mapping[str, State]:
         """The states of files; E305 when one cannot be read."""
 
 
 class Target(Protocol):
-    """Where an output is written to: a folder of this machine, or uploads to a store."""
+    """The place an output is written to: a local folder, or uploads to a store."""
 
     @property
-    def folder(self) -> Path | None: ...  # of this machine, if it is one
+    def folder(self) -> Path | None: ...  # the local folder, if it is one
 
     @property
-    def positioned(self) -> bool: ...  # writes go anywhere in a file, or else in order only
+    def positioned(self) -> bool: ...  # whether files can be written at any position, not only in order
 
     def place(self, name: str = "") -> str:
         """The path or URL of the output or of a file in it, for people."""
 
     def buffer(self, files: int) -> int:
-        """Bytes that writing so many files at the same time keeps in memory, for each of them."""
+        """Bytes that are buffered for each file when this many are written at the same time."""
 
     def names(self) -> list[str]:
-        """What was written to it, sorted."""
+        """The names written so far, sorted."""
 
     def sinks(self, names: Sequence[str], users: int = 1) -> Sinks:
-        """Files to write, numbered in this order; `users` write to some at the same time."""
+        """Files to write, numbered in this order; `users` threads write at the same time."""
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small file whole, to stable storage; E403 when that fails."""
@@ -218,11 +218,11 @@ class File:
         return File(self.store, name)
 
 
-_DEEPEST = 8  # folders in each other, some of which may be links upwards
+_DEEPEST = 8  # nested folders, some of which may be links upwards
 
 
 def walk(store: Store, inside: str = "") -> Iterator[tuple[str, State]]:
-    """Every file of a store, in folders inside too, by name."""
+    """Every file of a store and its subfolders, by name."""
     for name, state in sorted(store.entries(inside).items(), key=lambda item: item[0]):
         path = f"{inside}/{name}" if inside else name
         if state is not None:
@@ -232,13 +232,13 @@ def walk(store: Store, inside: str = "") -> Iterator[tuple[str, State]]:
 
 
 def check_state(name: str, now: State, then: State | None) -> None:
-    """E405 unless a file is still the one that was planned."""
+    """E405 if a file has changed since it was planned."""
     if then is not None and now != then:
         raise has_changed(name, *now.unlike(then))
 
 
 def has_changed(name: str, got: str, expected: str) -> EngineError:
-    """E405 for a file that is not the one that was planned."""
+    """E405 for a file that has changed since it was planned."""
     return EngineError(
         "E405",
         "a source file changed since it was planned",

@@ -1,6 +1,6 @@
-"""Files on their way to an object store: begun, sent in parts, made visible together, or taken back.
+"""Uploads to an object store: begun, sent in parts, made visible together, or withdrawn.
 
-A mark that each object carries tells what an interrupted run of the same work left from the objects of others.
+Each object carries a mark that distinguishes what an interrupted run of the same work left from other objects.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
 from engine.storage.store import Sinks
 
-_LEAST, _MOST = 5 << 20, 8 << 20  # bytes of a part of an upload, about; S3 takes none smaller
+_LEAST, _MOST = 5 << 20, 8 << 20  # approximate bytes of a part of an upload; S3 accepts no smaller ones
 _MOST_PARTS = 9_000
-_FOR_A_PART = 2 << 20  # bytes read ahead for each part on its way
-_MOST_AT_ONCE = 4  # parts of a file on their way: one connection to a store is slow
+_FOR_A_PART = 2 << 20  # bytes read ahead for each part being sent
+_MOST_AT_ONCE = 4  # parts of a file being sent: one connection to a store is slow
 
 
 def buffer_of(window: int) -> int:
-    """Bytes that writing one file keeps in memory: parts on their way, one that is filled, and one of another."""
+    """Bytes that writing one file keeps in memory: parts being sent, one being filled, and one of another file."""
     return (at_once(window) + 2) * about(window)
 
 
 def about(window: int) -> int:
-    """Bytes of a part, about: half of what is read ahead at once, so that a small window takes little here too."""
+    """Approximate bytes of a part: half of what is read ahead at once, so a small window saves memory here too."""
     return min(max(window // 2, _LEAST), _MOST)
 
 
 def at_once(window: int) -> int:
-    """Parts of a file that are on their way at the same time: fewer with a small window, as memory is short then."""
+    """Parts of a file that are sent at the same time: fewer with a small window, as memory is short then."""
     return min(max(window // _FOR_A_PART, 1), _MOST_AT_ONCE)
 
 
 def part_size(size: int, least: int = _MOST) -> int:
-    """Bytes of each part, such that next to nothing of a file is left over for the last one.
+    """Bytes of each part, such that almost nothing of a file is left for the last one.
 
-    What is left over stays in memory until the upload is completed.
+    The last one stays in memory until the upload is completed.
 
     >>> part_size(20_000_003), part_size(1000), part_size(200 << 30) > 8 << 20
     (10000001, 1000, True)
@@ -49,14 +49,14 @@ def part_size(size: int, least: int = _MOST) -> int:
 
 
 class InOrder:
-    """One object that is uploaded from begin to end. Bytes that come early are kept until it is their turn."""
+    """One object that is uploaded from start to end. Bytes that arrive early are kept until their turn."""
 
     def __init__(self, store: ObjectStore, name: str, size: int, work: str, window: int, parts: int) -> None:
         """
         Args:
-            work: what is kept with the object.
+            work: the mark that is stored with the object.
             window: bytes that are read ahead at once for it.
-            parts: that may be on their way; with one, all have arrived when `flush` returns.
+            parts: how many may be in flight; with one, all have arrived when `flush` returns.
         """
         self._place, self._size, self._end = store.place(name), size, 0
         self._early: dict[int, bytes] = {}
@@ -77,12 +77,12 @@ class InOrder:
 
     def _append(self, data: bytes | memoryview) -> None:
         if len(data):
-            own = bytes(data)  # which the writer keeps, and the caller's buffer is used again
+            own = bytes(data)  # a copy for the writer: the caller's buffer is reused
             self._said(lambda: self._writer.write(own))
             self._end += len(data)
 
     def flush(self) -> None:
-        """Wait until fewer parts are on their way than may be: none, where it is one. The file is not visible yet."""
+        """Wait until fewer parts are in flight than allowed: until none is, if one is. The file is not visible yet."""
         self.check_whole()
         self._said(lambda: self._writer.write(b""))
 
@@ -96,28 +96,28 @@ class InOrder:
         self._closed = True
 
     def _said(self, ask: Callable[[], object]) -> None:
-        """E403 for what the store says to a request to write."""
+        """E403 for a store's error on a write request."""
         try:
             ask()
         except Exception as error:  # obstore's own kinds, and OSError
             raise refused(self._place, str(error), writing=True) from error
 
     def abort(self) -> None:
-        """End the upload, so that nothing of it stays."""
+        """Abort the upload, so that nothing of it remains."""
         if not self._closed:
             self._closed = True
-            stop = InterruptedError("the upload is ended")
+            stop = InterruptedError("the upload is aborted")
             try:
                 self._writer.__exit__(InterruptedError, stop, None)
-            except Exception:  # what cannot be ended now, `engine clean` ends
+            except Exception:  # `engine clean` ends what cannot be aborted now
                 return
 
 
-_BLOCK = 4 << 20  # bytes of what is read again at once
+_BLOCK = 4 << 20  # bytes that are read back at once
 
 
 class Upload:
-    """Files of an output that are on their way to an object store. Shared by the workers."""
+    """Files of an output that are being uploaded to an object store. Shared by the workers."""
 
     folder: Path | None = None
     positioned = False
@@ -125,13 +125,13 @@ class Upload:
     def __init__(self, store: ObjectStore, work: str, there: set[str], *, mark: str, replaces: bool = False) -> None:
         """
         Args:
-            work: what is kept with each object, to tell by it what it was made from.
+            work: the mark that is stored with each object, which says what it was made from.
             there: objects that an interrupted run may have left whole.
             mark: the file that marks a whole output.
-            replaces: whether those that other runs made may be replaced.
+            replaces: whether objects of other runs may be replaced.
         """
         self._store, self._work, self._there, self._mark, self._replaces = store, work, there, mark, replaces
-        if store.block < WINDOW:  # it takes time, which a small window gives for memory
+        if store.block < WINDOW:  # takes time: a small window trades time for memory
             give_back_memory()
         self.writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
@@ -153,11 +153,11 @@ class Upload:
         return UploadSinks(self, names, share(self._store.block, users))
 
     def begin(self, name: str, size: int, window: int) -> None:
-        parts = 1 if self._replaces else at_once(window)  # what is replaced stays until all parts have arrived
+        parts = 1 if self._replaces else at_once(window)  # the old object stays until all parts have arrived
         self.writers[name] = InOrder(self._store, name, size, self._work, window, parts)
 
     def is_left(self, name: str) -> bool:
-        """Whether an interrupted run of the same work left an object; E401 or E407 for one that must stay."""
+        """Whether an interrupted run of the same work left an object; E401 or E407 if it must not be replaced."""
         made_from = self._store.attribute(name, MARK)
         if made_from is None:
             raise exists(
@@ -183,26 +183,26 @@ class Upload:
         return found
 
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """Some bytes of an object that is whole already."""
+        """Some bytes of an object that is complete."""
         state = self._store.states([name])[name]
         for at in range(offset, offset + nbytes, _BLOCK):
             yield self._store.get(name, state, at, min(at + _BLOCK, offset + nbytes))
 
     def complete(self, last: str = "", check: Callable[[], None] = lambda: None) -> None:
-        """Make all files visible, the one named `last` after all others and only if it is not there.
+        """Make all files visible; the one named `last` after all others, and only if it does not exist.
 
-        The last parts of files may still be on their way, unless old files are replaced. If one fails, what became
-        visible is removed; but where `last` is there, or the output is whole, the same run has made all of it
+        The last parts of files may still be in flight, unless old files are replaced. If one fails, what became
+        visible is removed; unless `last` exists or the output is whole: then the same work was completed
         elsewhere.
 
         Raises:
-            EngineError: E401 when the output that a part belongs to is whole already.
+            EngineError: E401 when the output that a part belongs to is already whole.
         """
         if last != self._mark and self._store.attribute(self._mark, MARK) is not None:
             raise exists(self._store.place(), "Choose another --out.", "an output that was made whole in the meantime")
         visible: list[str] = []
         try:
-            for name, writer in reversed(self.writers.items()):  # the last parts of those begun last may fail
+            for name, writer in reversed(self.writers.items()):  # the last parts of the newest uploads may fail
                 writer.close()
                 visible.append(name)
             check()
@@ -220,7 +220,7 @@ class Upload:
         self._small.clear()
 
     def _take_back(self, names: Sequence[str], last: str) -> None:
-        """Remove what this run made visible, as far as the store lets it."""
+        """Remove what this run made visible, as far as the store allows."""
         for name in names:
             with suppress(EngineError, FileNotFoundError):
                 if {last, self._mark}.isdisjoint(self._store.names()) and self._store.attribute(
@@ -229,7 +229,7 @@ class Upload:
                     self._store.delete(name)
 
     def abort(self) -> None:
-        """End uploads that were not completed."""
+        """Abort uploads that were not completed."""
         for writer in self.writers.values():
             writer.abort()
 

@@ -1,9 +1,9 @@
-"""An output in an object store: uploaded in parts, visible only when all of it was sent; and what ended runs left.
+"""An output in an object store: uploaded in parts, visible only once all of it was sent; and leftovers of ended runs.
 
-Each file is an upload of its own that is completed at the end: weights first, then small files in the order they
-were put, and last the one that marks a whole output, which is only put where none is. What fails or is interrupted
-ends its uploads, and takes back what it made visible. After SIGKILL they stay pending, unseen but paid for, until
-`engine clean`, through botocore, or the bucket's own rule ends them.
+Each file is a separate upload that is completed at the end: weights first, then small files in the order they
+were put, and last the one that marks a whole output, which is only put if it does not exist. A run that fails or is
+interrupted aborts its uploads and removes what it made visible. After SIGKILL the uploads stay pending, invisible
+but paid for, until `engine clean`, through botocore, or the bucket's own rule ends them.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ _KEYS = {
 class ObjectLock:
     """An object at the prefix of an output that says which run is writing there.
 
-    A run that is killed leaves it. The same run resumed takes it over: two of the same work write the same bytes.
+    A killed run leaves it behind. When the same run is resumed, it takes the object over: the same work writes the
+    same bytes.
     """
 
     def __init__(self, store: ObjectStore, work: str) -> None:
         """
         Args:
-            work: a digest of all that the bytes of the output depend on.
+            work: a digest of everything that determines the bytes of the output.
         """
         self._store, self._work = store, work
         self._told = f"{work} {secrets.token_hex(8)}".encode()
 
     def take(self, *, resume: bool) -> None:
-        """Put the object; E408 where another run has put one."""
-        if self._store.write(LOCK, self._told, new=True) or self.held:  # put, though the answer was lost
+        """Put the object; E408 when another run has put one."""
+        if self._store.write(LOCK, self._told, new=True) or self.held:  # put, but the response was lost
             return
         there = (self._store.content(LOCK) or b"").partition(b" ")[0].decode("utf-8", "replace")
         if not resume or there != self._work:
@@ -61,18 +62,18 @@ class ObjectLock:
 
     @property
     def held(self) -> bool:
-        """Whether it is there and this run's."""
+        """Whether it exists and is this run's."""
         return self._store.content(LOCK) == self._told
 
     def leave(self) -> None:
-        """Remove the object if it can be: what the run itself ends with counts."""
+        """Remove the object if possible; ignores errors, so that the run's own error is reported."""
         with suppress(EngineError):
             if self.held:
                 self._store.delete(LOCK)
 
 
 class Uploads:
-    """A context that yields a store to write to, and makes what was written visible on success."""
+    """A context that yields a store to write to, and makes the written files visible on success."""
 
     def __init__(
         self,
@@ -88,10 +89,10 @@ class Uploads:
         """
         Args:
             mark: the file that is written last and marks a whole output.
-            work: a digest of all that the bytes of the output depend on.
-            foreign: what a store holds that the engine did not write, in words; None when nothing.
+            work: a digest of everything that determines the bytes of the output.
+            foreign: returns what a store holds that the engine did not write, in words; None for nothing.
         """
-        self.need = 0  # bytes that will be written; a store says nothing of its room
+        self.need = 0  # bytes to be written; a store does not report its free space
         self._store, self._name, self._overwrite, self._resume = store, mark, overwrite, resume
         self._work, self._foreign = work, foreign
         self._upload: Upload | None = None
@@ -107,7 +108,7 @@ class Uploads:
         self._before = self._check_free()
 
     def _check_free(self) -> set[str]:
-        """The objects that are there and may be replaced, or gone on from; E401 for a prefix that holds others."""
+        """The existing objects that may be replaced or resumed from; E401 for a prefix that holds others."""
         try:
             whole = self._name in self._store.names()
         except FileNotFoundError:
@@ -128,16 +129,16 @@ class Uploads:
             return set()
 
     def buffer(self, files: int) -> int:
-        """As a target has it."""
+        """As for `Target`."""
         return buffer_of(share(self._store.block, files))
 
     @property
     def written(self) -> Store:
-        """What was written so far."""
+        """The files written so far."""
         return self._store
 
     def join(self) -> Upload:
-        """Where a part is uploaded to; its files become visible by `complete`, before the whole is marked."""
+        """The upload of a part; `complete` makes its files visible, before the whole output is marked."""
         if self._overwrite and self._before:
             raise exists(self._store.place(), "Choose an --out where nothing is: parts cannot replace an output.")
         return Upload(self._store, self._work, self._before, mark=self._name)
@@ -164,15 +165,15 @@ class Uploads:
     def _commit(self, upload: Upload) -> None:
         self._check_lock()
         now = self._check_free()
-        if now - self._before:  # somebody's, who came meanwhile
+        if now - self._before:  # written by someone else meanwhile
             raise exists(
                 self._store.place(), "Choose another --out.", "an output that appeared while this one was written"
             )
-        for name in (self._name, "config.json"):  # what makes a checkpoint of the old files
+        for name in (self._name, "config.json"):  # without them the old files are no checkpoint
             if name in now:
                 self._store.delete(name)
         upload.complete(last=self._name, check=self._check_lock)
-        for name in sorted(now - set(upload.names())):  # of the old output, and markers of parts
+        for name in sorted(now - set(upload.names())):  # files of the old output, and markers of parts
             self._store.delete(name)
         gone = set(upload.names()) - self._there()
         if gone:
@@ -189,22 +190,22 @@ class Uploads:
             "files of the output were removed while it was written",
             place=Place(self._store.place()),
             got=what,
-            fix="Did somebody clean there? Run again with --resume.",
+            fix="Did someone run `engine clean` there? Run again with --resume.",
         )
 
 
 def clean(store: ObjectStore, ours: Callable[[str], bool], whole: str) -> list[str]:
-    """End uploads that are pending at a prefix, and remove objects that interrupted runs left there.
+    """Abort pending uploads at a prefix, and remove objects that interrupted runs left there.
 
     Args:
-        ours: whether a name below the prefix is one that an output there would have: others are of outputs further in.
-        whole: the file that marks a whole output, of which nothing is removed.
+        ours: whether an output at the prefix could have a file of this name; others belong to outputs further below.
+        whole: the file that marks a whole output; nothing is removed of a whole output.
 
     Returns:
         What was removed.
 
     Raises:
-        EngineError: E001 for a store whose uploads cannot be listed so, E403 when the store refuses.
+        EngineError: E001 for a store whose uploads cannot be listed, E403 when the store refuses.
     """
     removed: list[str] = []
     try:

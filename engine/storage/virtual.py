@@ -1,4 +1,4 @@
-"""Virtual files: bytes at any position, some at hand, some made when they are read; and a store of them."""
+"""Virtual files: bytes at any position, some in memory, some computed when read; and a store of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from engine.storage.store import OpenFile, Positioned, Ranges, State, Store, check_state, ends_early, unreadable
 
 _BUFFER = 1 << 20  # bytes
-Fill = Callable[[int, memoryview], None]  # takes a byte offset in the stretch and a buffer to fill
+Fill = Callable[[int, memoryview], None]  # arguments: a byte offset in the stretch and a buffer to fill
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Bytes `start` to `end` of a file, and what fills a buffer with some of them."""
+    """Bytes `start` to `end` of a file, and a function that fills a buffer with some of them."""
 
     start: int
     end: int
@@ -27,12 +27,12 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class VirtualFile:
-    """A file that lies nowhere.
+    """A file that is stored nowhere.
 
     Attributes:
         size: in bytes.
-        etag: hexadecimal digits that change when the bytes may have: a SHA-256 of small files' bytes, else 40 digits.
-        stretches: in order, without overlaps; what lies between them is zeros.
+        etag: hexadecimal digits that change whenever the bytes may: the SHA-256 of a small file, else 40 digits.
+        stretches: in order, without overlaps; gaps between them are zeros.
     """
 
     name: str
@@ -51,7 +51,7 @@ class VirtualFile:
 
         Raises:
             EngineError: E402 when replicas differ, E405 when a source changed, E3xx when one cannot be read.
-            ValueError: for bytes beyond the file's.
+            ValueError: for bytes beyond the end of the file.
         """
         stop = start + len(target)
         if not 0 <= start <= stop <= self.size:
@@ -70,7 +70,7 @@ class VirtualFile:
             at = end
 
     def raw(self) -> Positioned:
-        """The file as Python's unbuffered files are; a read ends where a stretch does, so a header costs no tensor."""
+        """An unbuffered Python file. A read ends where a stretch ends, so that reading a header computes no tensor."""
 
         def read(at: int, target: memoryview) -> int:
             index = bisect_right(self.stretches, at, key=lambda one: one.end)
@@ -83,7 +83,7 @@ class VirtualFile:
         return Positioned(self.size, read)
 
     def open(self) -> BufferedReader:
-        """The file as Python's files are, for reading from any position."""
+        """The file as a buffered Python file, for reading from any position."""
         return BufferedReader(self.raw(), _BUFFER)
 
     def read(self, start: int = 0, size: int | None = None) -> bytes:
@@ -95,13 +95,13 @@ class VirtualFile:
 
 
 def copied(data: bytes | bytearray, at: int, target: memoryview) -> None:
-    """A `Fill` of bytes that are at hand."""
+    """A `Fill` from bytes in memory."""
     target[:] = memoryview(data)[at : at + len(target)]
 
 
 @dataclass(frozen=True, slots=True)
 class VirtualState:
-    """The state of a virtual file: its size and etag. That its sources do not change, each read sees to."""
+    """The state of a virtual file: its size and etag. Each read checks that its sources have not changed."""
 
     size: int
     etag: str
@@ -120,10 +120,10 @@ class VirtualState:
 
 @dataclass(frozen=True, slots=True)
 class VirtualStore(Store):
-    """A read-only store of virtual files; stores of one name are equal.
+    """A read-only store of virtual files; stores with the same name are equal.
 
     Attributes:
-        name: what is read, for people.
+        name: describes what is read, for people.
     """
 
     name: str
