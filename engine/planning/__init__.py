@@ -1,1 +1,1 @@
-DEFAULT_SHARD_SIZE = 2_000_000_000  # bytes of tensors in an output file: so few that workers have files of their own
+DEFAULT_SHARD_SIZE = 2_000_000_000  # bytes of tensors in an output file: small enough that each worker has its own file

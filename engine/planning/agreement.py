@@ -1,4 +1,4 @@
-"""Two configurations that must agree: what is written with what was read, and with what was given or repeats it."""
+"""Checks that configurations agree: the written one with the one read, the one given and the one that repeats it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def check_returns(
     mapping: MappingFile,
     options: Mapping[str, Any],
 ) -> None:
-    """E209 for the first key of a configuration that the other side does not give back.
+    """E209 for the first key of a configuration that does not survive the way to the other side and back.
 
     Args:
-        read: the configuration as read.
-        forth: what is made, by the same mapping and by options, of what is to be written.
+        read: the configuration that was read.
+        forth: converts the configuration to be written back, with the same mapping and given options.
     """
     found = _lost(read, forth(options), mapping)
     if found is None:
@@ -53,7 +53,7 @@ def check_returns(
                  "a value that comes back" if why else "no such key",
         fix=(f"Training files do not hold it. If it is only how the model is served, say so with {told}."
              if named else
-             "Write it into the file as the model has it: programs take an absent one for something else."
+             "Write the model's value into the file: programs take a missing key for something else."
              if not there else
              "Training files cannot say it: use a mapping that can express it."
              if why else
@@ -66,8 +66,8 @@ def check_returns(
 def _lost(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> tuple[str, Any, Any, Any] | None:
     """The first key that does not come back: its path and value, what comes back, and what makes that.
 
-    Below a key, as in `rope_parameters`, nothing may come back either that was not there: what programs take an absent
-    one for is not what is written. An ignored key counts where its `unless` holds.
+    Below a key, as in `rope_parameters`, no new key may come back either: programs would take a missing one for
+    another value. An ignored key counts if its `unless` holds.
     """
     side, written = read.side, dict(leaves(mapping.config))
     back, there = dict(leaves(forth)), dict(leaves(read.config))
@@ -75,7 +75,7 @@ def _lost(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> tuple[s
         path
         for path in back.keys() - there.keys()
         if isinstance(value_at(read.config, path.rpartition(".")[0]), Mapping)
-        and ((key := find_key(side.keys, path)) is None or key.same_as is None)  # else read as the other spelling
+        and ((key := find_key(side.keys, path)) is None or key.same_as is None)  # else read by its other spelling
     ]
     for path, value in (*there.items(), *dict.fromkeys(sorted(absent)).items()):
         tree = next((written[p] for p in prefixes(path) if p in written), None)
@@ -97,7 +97,7 @@ def _options_in(tree: Any) -> list[str]:
 
 
 def _settings(tree: Any, value: Any, mapping: MappingFile) -> list[str]:
-    """The options that a key is made of, to be set; to its value, where it may be theirs."""
+    """`--set` texts for the options that a key is made from; with the key's value, where that fits."""
     fits = {name: mapping.options[name].limits.fits(value) for name in _options_in(tree)}
     return [f"--set {name}={shown(value) if fits[name] else '…'}" for name in fits]
 
@@ -105,9 +105,9 @@ def _settings(tree: Any, value: Any, mapping: MappingFile) -> list[str]:
 def fitting(
     mapping: MappingFile, config: Mapping[str, Any], options: Mapping[str, Any], fits: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Values of as few options as can be with which a configuration is as it is; none where no values are found.
+    """Values for as few options as possible that reproduce a configuration; empty if none are found.
 
-    Tried are the choices of an option, and else the numbers, and quotients of two, in the keys that it is written to.
+    For each option it tries its choices, or else the numbers in the keys it is written to and their quotients.
     """
     tried: dict[str, list[Any]] = {}
     for name, option in mapping.options.items():
@@ -124,26 +124,26 @@ def fitting(
 
 
 def _whole(number: float) -> float:
-    """A number without a fraction as an integer, which every option of numbers takes."""
+    """A whole number as an integer, which every numeric option accepts."""
     return int(number) if number == int(number) else number
 
 
 def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str | None) -> None:
-    """E218 for the first key that decides something and is another in `file`, which repeats the configuration."""
+    """E218 for the first key that matters and differs in `file`, which repeats the configuration."""
     for path, value in leaves(again if isinstance(again, Mapping) else {}):
         key, here = find_key(side.keys, path), value_at(config, path)
         limited = key is not None and key.only is not None
         if not (side.reads(path) or limited) or plain(here) == plain(value):
             continue
         if here is None and limited and key is not None and key.allows(value):
-            continue  # absent is as good
+            continue  # it may be absent
         raise EngineError(
             "E218",
             f"`{path}` is not the same in {side.file} and {file}",
             place=Place(side.file),
             got="no such key" if here is None else f"{path}: {shown(here)}",
             expected=f"{path}: {shown(value)}, as {file} says",
-            fix="One of the two files is of another run: copy both again from the training run. If you know which is "
+            fix="One of the two files is from another run: copy both again from the training run. If you know which is "
             "right, correct the other, or move it away.",
         )
 
@@ -151,11 +151,11 @@ def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str 
 def with_given(
     config: Mapping[str, Any], given: Mapping[str, Any], mapping: MappingFile, layout: Layout
 ) -> dict[str, Any]:
-    """A configuration to be written, completed by what was given of it; what both say must agree.
+    """A configuration to be written, completed by the given one; keys in both must agree.
 
     Raises:
-        EngineError: E218 for the first key that the checkpoint and the given configuration say differently; E209 and
-            E219 for one that training cannot have, or that nothing is known of.
+        EngineError: E218 for the first key that differs between the checkpoint and the given configuration; E209
+            for one that training cannot express, E219 for an unknown one.
     """
     read, written = read_config(given, whole_side(mapping, layout)), dict(leaves(mapping.config))
     left_out = {path: None for path in written if value_at(config, path) is None}
@@ -184,7 +184,7 @@ def with_given(
 
 
 def with_parts(config: Mapping[str, Any], mapping: MappingFile, layout: Layout) -> dict[str, Any]:
-    """A configuration in which that of each part, as `text_config`, is completed as one of a whole model is."""
+    """A configuration in which each part, such as `text_config`, is completed as that of a whole model is."""
     result = dict(config)
     for name, part in config.items():
         if isinstance(part, Mapping) and isinstance(part.get("model_type"), str):
@@ -196,7 +196,7 @@ def with_parts(config: Mapping[str, Any], mapping: MappingFile, layout: Layout) 
 
 
 def _without_nulls(given: Mapping[str, Any], keys: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
-    """A given configuration without the nulls that are of no type which its key may have."""
+    """A given configuration without nulls, except where the key's type allows null."""
     result: dict[str, Any] = {}
     for name, value in given.items():
         key = keys.get(f"{prefix}{name}")

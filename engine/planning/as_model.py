@@ -1,8 +1,8 @@
-"""The rules of a mapping that has none of its own: every tensor is the model class's tensor of that name.
+"""Rules for a mapping that has none: every tensor is the model class's tensor of the same name.
 
 A checkpoint that was saved with the target's own names and shapes needs no rules, only a proof that nothing is
-missing. So rules are made of what the model class wants: each of its tensors must be stored, in its shape.
-Whatever else is stored is matched by no rule and refused.
+missing. So rules are made from the model class: each of its tensors must be stored, in its shape. Any other stored
+tensor matches no rule and is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Kind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """Tensors whose names differ in numbers only, each of which counts from 0: a name pattern with its counts."""
+    """Tensors whose names differ only in numbers, each counting from 0: a name pattern with its counts."""
 
     name: str
     counts: Mapping[str, int]
@@ -44,10 +44,10 @@ class _Family:
 def fit_to_model(
     mapping: MappingFile, layout: Layout, wanted: Wanted, checkpoint: Checkpoint
 ) -> tuple[MappingFile, Layout, Checkpoint]:
-    """The mapping with its rules, the layout with its prefix, and the checkpoint without what is not of the model.
+    """The mapping with its rules, the layout with its prefix, and the checkpoint with only the model's tensors.
 
-    What is of the model has the prefix under which all of the class's tensors are, and then begins as one of these.
-    Some trainers have their prefix in the place of the class's own, `model.`: XTuner's head is `model.lm_head.weight`.
+    The model's tensors have the prefix under which all of the class's tensors are, followed by a start of one of them.
+    Some trainers replace the class's own prefix, `model.`, by theirs: XTuner's head is `model.lm_head.weight`.
 
     Raises:
         EngineError: E207 when the checkpoint lacks a tensor of the class under every prefix.
@@ -70,15 +70,15 @@ def rules_of(
     stored: Callable[[str], str] = str,
     held: Callable[[str], bool] = lambda name: True,
 ) -> MappingFile:
-    """The mapping with rules for every tensor that a model class wants.
+    """The mapping with rules for every tensor of a model class.
 
     Args:
         config: the target's configuration.
-        stored: the name in training files, without their prefix.
-        held: whether training files have a tied tensor of that name. Those that are written do: trainers load them all.
+        stored: maps a name to that in training files, without their prefix.
+        held: whether training files hold a tied tensor of that name. Written files do: trainers load all tensors.
     """
     families = _families(wanted)
-    tied = config.get("tie_word_embeddings") is not False  # else transformers 4 puts random numbers there
+    tied = config.get("tie_word_embeddings") is not False  # otherwise transformers 4 would initialize it randomly
     counted = next((f.counts["layer"] for f in families if "layer" in f.counts), None)
     rules: list[Rule] = []
     dims: dict[str, int] = {}
@@ -116,11 +116,11 @@ def rules_of(
 
 _LAYERS, _EXPERTS = re.compile("layers?$"), re.compile("experts?$")  # at the end of a key's name
 _MOST = {_LAYERS: 2_000, _EXPERTS: 20_000, re.compile("labels$"): 1_000_000}
-_MOST_TOGETHER = 600_000  # layers times experts, each of which may have names of its own; Doge has 32 times 16,384
+_MOST_TOGETHER = 600_000  # layers times experts, each of which may have its own tensors; Doge has 32 times 16,384
 
 
 def beyond_building(config: Mapping[str, Any]) -> str | None:
-    """A count in a config.json of which transformers would build so much that it never ends; None without one.
+    """A count in a config.json that would make transformers build a model forever; None if there is none.
 
     >>> beyond_building({"text_config": {"num_hidden_layers": 10**7, "vocab_size": 10**7}})
     '`num_hidden_layers` of config.json is 10000000'
@@ -129,7 +129,7 @@ def beyond_building(config: Mapping[str, Any]) -> str | None:
     'config.json has 200 layers of 9999 experts'
     """
     parts = [config]
-    for part in parts:  # which grows by what lies in it, such as a model's for images
+    for part in parts:  # grows while iterating: by nested configurations, such as a vision model's
         parts += [one for one in part.values() if isinstance(one, Mapping)]
         counts = {key: value for key, value in part.items() if isinstance(value, int | float)}
         for key, value in counts.items():
@@ -142,7 +142,7 @@ def beyond_building(config: Mapping[str, Any]) -> str | None:
 
 
 def class_named(config: Mapping[str, Any]) -> str:
-    """The class that a config.json names; nothing where it names none, or no text.
+    """The class that a config.json names; empty if it names none, or not as text.
 
     >>> class_named({"architectures": ["LlamaForCausalLM"]}), class_named({"architectures": None})
     ('LlamaForCausalLM', '')
@@ -152,7 +152,7 @@ def class_named(config: Mapping[str, Any]) -> str:
 
 
 def _axes(shape: Shape, dims: dict[str, int]) -> list[str]:
-    """An axis for each dimension, named by its size, so that sizes of other tensors are not mixed up with it."""
+    """An axis for each dimension, named by its size, so that sizes of different tensors are not confused."""
     names: list[str] = []
     for size in shape:
         name = f"n{size}"
@@ -173,13 +173,13 @@ def _first(name: str) -> str:
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """The shapes of the tensors of a checkpoint, whole where its files hold parts that tell it."""
+    """The shapes of a checkpoint's tensors; for parts that record it, the whole shape."""
     every = (tensor for file in checkpoint.files for tensor in file.tensors)
     return {one.name: one.shape if one.part is None else one.part.whole for one in every}
 
 
 def _named(wanted: Wanted, held: Mapping[str, Shape]) -> tuple[Wanted, str, str]:
-    """The class's tensors under the names by which the checkpoint has all of them, with their prefixes."""
+    """The class's tensors under those names that the checkpoint holds all of, with their prefixes."""
     lacking: list[EngineError] = []
     found: list[tuple[Wanted, str, str]] = []
     for one in (wanted, *wanted.others):
@@ -200,7 +200,7 @@ def _named(wanted: Wanted, held: Mapping[str, Shape]) -> tuple[Wanted, str, str]
 
 
 def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
-    """What stands before the class's names in the checkpoint's, and the class's own prefix that is not there."""
+    """The prefix of the class's names in the checkpoint, and the class's own prefix that it replaces."""
     held = set(names)
     first = next(iter(wanted.shapes))
     lacking: dict[str, str] = {}
@@ -222,10 +222,10 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
                 place=Place(first),
                 got=f"under {', '.join(f'`{one}`' for one in whole[:4])}",
                 expected="one",
-                fix="Such as an average beside the model itself: save the one that you want by itself.",
+                fix="One may be an average of the model: save the one that you want alone.",
             )
         fitting += [(prefix, own) for prefix in whole]
-    if fitting:  # several where a tied head is all that would tell
+    if fitting:  # several if only a tied head would distinguish them
         return max(fitting, key=lambda one: sum(one[0] + name.removeprefix(one[1]) in held for name in wanted.tied))
     best = max(lacking, key=lambda p: list(wanted.shapes).index(lacking[p]), default="")
     raise EngineError(
@@ -240,7 +240,7 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
 
 
 def _families(wanted: Wanted) -> list[_Family]:
-    """Names folded by their numbers, where these count from 0 without gaps and all that are alike have one shape."""
+    """Names folded by their numbers, if these count from 0 without gaps and all folded tensors have one shape."""
     listed: dict[tuple[str, _Kind], list[tuple[int, ...]]] = {}
     every = {**wanted.shapes, **{name: wanted.shapes[to] for name, to in wanted.tied.items() if to in wanted.shapes}}
     for name, shape in every.items():
@@ -272,6 +272,6 @@ def _put(text: str, words: Sequence[str]) -> str:
 
 
 def _counts(numbers: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """How far each number counts, if all combinations from 0 on are there; None if not."""
+    """The count of each number, if all combinations from 0 on exist; else None."""
     counts = tuple(1 + max(column) for column in zip(*numbers, strict=True))
     return counts if len(numbers) == prod(counts) and len(set(numbers)) == len(numbers) else None

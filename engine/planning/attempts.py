@@ -21,12 +21,12 @@ from engine.planning.stored import End, Instance, Stored
 from engine.planning.variants import Decision, because
 
 _MAX_COMBINATIONS = 16
-_LARGEST = 1 << 63  # no axis of a model is as long
+_LARGEST = 1 << 63  # larger than any axis of a model
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is read of a training checkpoint before planning: grid, headers and configurations."""
+    """A training checkpoint before planning: grid, headers and configurations."""
 
     folder: str
     grid: RankGrid
@@ -34,28 +34,28 @@ class Checkpoint:
     config: Mapping[str, Any]
     training: Mapping[str, Any]
     config_name: str
-    target_config: Mapping[str, Any] = field(default_factory=dict)  # of the target, where it is given
+    target_config: Mapping[str, Any] = field(default_factory=dict)  # the target's configuration, if it is given
     end: End = "training"
 
 
 def whole_checkpoint(
     folder: str, files: tuple[FileHeader, ...], config: Mapping[str, Any], unknown: tuple[str, ...] = ()
 ) -> Checkpoint:
-    """A Hugging Face checkpoint before planning; `unknown` are weight files that are no part of it."""
+    """A Hugging Face checkpoint before planning; `unknown` are weight files that are not part of it."""
     grid = replace(whole_grid([file.name for file in files]), unknown=unknown)
     return Checkpoint(folder, grid, files, config, {}, "the training configuration", config, "whole")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What every attempt shares: the files as read, the rules, and the names expressions see."""
+    """What all attempts share: the files, the rules, and the names for expressions."""
 
     mapping: MappingFile
     layout: Layout
     checkpoint: Checkpoint
     stored: tuple[Stored, ...]
     matches: Matches
-    instances: tuple[Instance, ...]  # the rules' tensors at the end that is read
+    instances: tuple[Instance, ...]  # the rules' tensors on the side that is read
     stages: Stages
     names: Mapping[str, Any]
 
@@ -72,7 +72,7 @@ class Attempt:
 
 
 def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
-    """Try the combinations of the variants that only shapes decide; exactly one plan may fit.
+    """Try all combinations of variants that only shapes decide; exactly one plan may fit.
 
     When none fits, the attempt with the fewest contradictions is returned for its report.
     """
@@ -104,7 +104,7 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
 
 
 def _reach(attempt: Attempt) -> frozenset[tuple[object, ...]]:
-    """What an attempt would copy where: source names, cuts and targets, without rule names."""
+    """What an attempt would copy and to where: source names, cuts and targets, without rule names."""
     choices = {name: decision.choice for name, decision in attempt.decisions.items()}
     return frozenset(
         (
@@ -197,14 +197,14 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
 def claims(
     mapping: MappingFile, scope: dict[str, Any], config_name: str
 ) -> tuple[dict[str, Fact], dict[str, EngineError]]:
-    """Evaluate `dims` in order, adding each to `scope`; what cannot be evaluated is told apart."""
+    """Evaluate `dims` in order, adding each to `scope`; those that cannot be evaluated are returned separately."""
     facts: dict[str, Fact] = {}
     unread: dict[str, EngineError] = {}
     for axis, expression in mapping.dims.items():
         try:
             value = evaluate(expression, scope)
         except EngineError as error:
-            # a key the config lacks: the size may still be read off the tensors
+            # the config lacks a key: the tensors may still give the size
             unread[axis] = next((unread[name] for name in names_in(expression) if name in unread), error)
             continue
         if value is OMIT:
@@ -218,11 +218,11 @@ def claims(
                 expected="an integer",
                 fix=f"`{expression.text}` reads {config_name}.",
             )
-        dropped = any(axis in rule.drop for rule in mapping.rules)  # as padding, of which there may be none
+        dropped = any(axis in rule.drop for rule in mapping.rules)  # such as padding, which may be empty
         if not (0 if dropped else 1) <= value < _LARGEST:
             raise EngineError(
                 "E218",
-                f"dim `{axis}` is no size",
+                f"dim `{axis}` is not a size",
                 place=expression.place,
                 got=f"{str(value)[:40]}: {because([expression], scope, config_name)}",
                 expected="1 or more",

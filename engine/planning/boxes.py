@@ -1,8 +1,8 @@
-"""Boxes: which elements of a rule's index space a stored tensor holds, and at which address; copies between them.
+"""Boxes: the elements of a rule's index space that a stored tensor holds, their addresses, and copies between them.
 
-A stored tensor holds, of each piece, one box (several where weight parallelism cuts rows in the
-middle of a group), and inside a box the address is affine: a base plus one stride per axis. Where two
-boxes meet there is one strided copy between their tensors.
+A stored tensor holds one box of each piece (several if weight parallelism cuts rows in the middle of
+a group). Inside a box the address is affine: a base plus one stride per axis. Where two boxes
+intersect, there is one strided copy between their tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def volume(box: Box) -> int:
 
 
 def common(one: Box, other: Box) -> dict[str, Interval] | None:
-    """Where two boxes of the same axes meet; None where they do not."""
+    """The intersection of two boxes of the same axes; None if it is empty."""
     found: dict[str, Interval] = {}
     for axis, (low, high) in one.items():
         other_low, other_high = other[axis]
@@ -90,7 +90,7 @@ def _cut_product(terms: Sequence[Node], low: int, high: int, sizes: Mapping[str,
     outer, rest = terms[0], terms[1:]
     inner = prod(extent(term, sizes) for term in rest)
     first, head = divmod(low, inner)
-    last, tail = divmod(high, inner)  # `last` is the first row not wholly inside
+    last, tail = divmod(high, inner)  # `last` is the first row that is not wholly inside
     bands: list[tuple[int, int, int, int]] = []  # outer low, high, inner low, high
     if first == last:
         bands.append((first, first + 1, head, tail))
@@ -128,7 +128,7 @@ def regions(
         strides: elements per step of each storage dimension.
         window: the interval of each dimension of the whole tensor that is stored (default: all).
         starts: global index of the first stored element, for axes that are cut.
-        fixed: axes that are not stored but known from the name (`layer`, `expert`).
+        fixed: values of axes that are not stored but known from the name (`layer`, `expert`).
     """
     result = [Region({}, 0, {})]
     for position, (node, step) in enumerate(zip(axes.dims, strides, strict=True)):
@@ -147,7 +147,7 @@ def regions(
 
 
 def _place(region: Region, starts: Mapping[str, int], fixed: Mapping[str, int]) -> Region:
-    """Move a region from local to global indices and add the axes that the name fixes."""
+    """Move a region from local to global indices, and add the axes that the name fixes."""
     box = dict(region.box)
     strides = dict(region.strides)
     base = region.base
@@ -182,7 +182,7 @@ class Copy(NamedTuple):
 
 
 def intersect(source: Part, target: Part) -> Copy | None:
-    """The copy between two parts of the same piece, or None when their boxes do not meet."""
+    """The copy between two parts of the same piece; None when their boxes do not intersect."""
     a, b = source.region, target.region
     shared = common(b.box, a.box)
     if shared is None:
@@ -194,7 +194,7 @@ def intersect(source: Part, target: Part) -> Copy | None:
 
 @lru_cache(maxsize=4096)  # layers are alike
 def _merged(axes: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shape, source and target strides of axes (target stride, source stride, size), adjacent ones made one."""
+    """Shape, source and target strides of axes (target stride, source stride, size), with contiguous axes merged."""
     merged: list[list[int]] = []
     for target_stride, source_stride, size in sorted(axes, reverse=True):
         if merged:
@@ -208,13 +208,13 @@ def _merged(axes: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, ...], tu
 
 
 def swap(copy: Copy) -> Copy:
-    """The same copy seen from the other side: scatter is gather of the swapped plan."""
+    """The copy with source and target exchanged: scatter is gather of the swapped plan."""
     axes = tuple(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True))
     return Copy(copy.target, copy.source, copy.target_offset, copy.source_offset, *_merged(axes))
 
 
 def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
-    """The parts of a copy that land in elements low..high of the target.
+    """The parts of a copy that write elements low..high of the target.
 
     At most 2·ndim - 1 copies: along each axis a partial head, the whole middle, a partial tail.
 
@@ -222,7 +222,7 @@ def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
     >>> [(c.target_offset, c.shape) for c in clip(whole, 2, 9)]
     [(2, (2,)), (4, (4,)), (8, ())]
     """
-    spans = [0] * (len(copy.shape) + 1)  # elements of target reached by the axes from i on, minus one
+    spans = [0] * (len(copy.shape) + 1)  # target elements spanned by the axes from i on, minus one
     for i in range(len(copy.shape) - 1, -1, -1):
         spans[i] = spans[i + 1] + (copy.shape[i] - 1) * copy.target_strides[i]
     if copy.target_offset >= low and copy.target_offset + spans[0] < high:
@@ -231,7 +231,7 @@ def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
     if copy.target_offset >= high or copy.target_offset + spans[0] < low:
         return
     step, span, size = copy.target_strides[0], spans[1], copy.shape[0]
-    # Rows i whose [start, start + span] lies wholly inside, and rows that merely touch.
+    # Rows i whose [start, start + span] is wholly inside, and rows that only overlap.
     inside_low = max(0, -((copy.target_offset - low) // step))
     inside_high = min(size, (high - 1 - span - copy.target_offset) // step + 1)
     touch_low = max(0, -((copy.target_offset + span - low) // step))

@@ -1,7 +1,7 @@
 """Copies between two sides, made once per class of tensors and shared.
 
-Layers differ by which files their tensors lie in, not by geometry: tensors whose shards have the
-same shapes, strides and cuts on both sides are a class, and one template of copies serves it.
+Layers differ in the files that hold their tensors, not in geometry. Tensors whose shards have the
+same shapes, strides and cuts on both sides form a class, and share one template of copies.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from engine.planning.stored import Stored
 
 
 class Template(NamedTuple):
-    """What fills one shard: its copies, whose sources count over `used`, numbers of something from without."""
+    """The copies that fill one shard; their sources are indices into `used`, which the caller defines."""
 
     copies: tuple[Copy, ...]
     used: tuple[int, ...]
 
     def put(self, sources: Sequence[int], target: int) -> list[Copy]:
-        """The copies of a target that is filled so from other sources."""
+        """The copies of a target that other sources fill in the same way."""
         return [
             Copy(sources[c.source], target, c.source_offset, c.target_offset, c.shape, c.source_strides,
                  c.target_strides)
@@ -35,29 +35,29 @@ class Template(NamedTuple):
         ]  # fmt: skip
 
 
-_Filled = tuple[list[Template], "array[int]", str | None]  # what fills each shard of a group, what reaches it, its type
+_Filled = tuple[list[Template], "array[int]", str | None]  # templates of a group's shards, their sources, type
 
 
 def template_of(copies: Sequence[Copy]) -> Template:
-    """Copies with their sources counted in the order in which they are used."""
+    """Copies whose sources are numbered in the order of use."""
     order = {source: number for number, source in enumerate(dict.fromkeys(c.source for c in copies))}
     return Template(tuple(c._replace(source=order[c.source], target=0) for c in copies), tuple(order))
 
 
 @dataclass(frozen=True, slots=True)
 class CopyTable:
-    """`Plan.copies`: a class's template with the tensor numbers of one output put in.
+    """`Plan.copies`: a class's template, filled in with the tensor numbers of one output.
 
     Attributes:
         outputs: for each output, its group on the target side and the position of its shard.
-        target, source: tensors of the source side are numbered as in the plan.
+        target, source: the two sides; tensors of the source side are numbered as in the plan.
     """
 
     outputs: tuple[tuple[Group, int], ...]
     target: Side
     source: Side
     _templates: dict[tuple[object, ...], list[Template]] = field(default_factory=dict, compare=False, repr=False)
-    # of each group that was asked for, as rank files name its shards far apart
+    # cached by group: in rank files the shards of a group are far apart
     _filled: dict[GroupKey, _Filled] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, output: int) -> list[Copy]:
@@ -65,16 +65,16 @@ class CopyTable:
         return template.put(sources, output)
 
     def subset(self, kept: Sequence[int]) -> CopyTable:
-        """The copies of some outputs, numbered anew; templates are shared."""
+        """The copies of some outputs, renumbered; templates are shared."""
         return CopyTable(tuple(self.outputs[i] for i in kept), self.target, self.source, self._templates, self._filled)
 
     @property
     def classes(self) -> int:
-        """How many templates were made so far."""
+        """The number of templates made so far."""
         return len(self._templates)
 
     def dtype(self, output: int, name: str, files: Sequence[str], place: Place | None) -> str:
-        """The one element type of everything that is copied into an output; E210 when there are several."""
+        """The element type of everything that is copied into an output; E210 when there are several."""
         _, numbers, every = self._group(output)
         own = self.outputs[output][0].instance.rule.dtype
         allowed = FLOATS if own is None else (own,)
@@ -90,7 +90,7 @@ class CopyTable:
                 place=place,
                 got="\n".join(f"{dtype} in {files[s.file]}:{s.header.name}" for dtype, s in held.items()),
                 expected="one type",
-                fix="The files are of different runs or one was cast by hand.",
+                fix="The files are from different runs, or one was cast by hand.",
             )
         ((dtype, first),) = held.items()
         if dtype not in allowed:
@@ -100,21 +100,21 @@ class CopyTable:
                 place=place,
                 got=f"{dtype} in {files[first.file]}",
                 expected=", ".join(allowed),
-                fix="Quantised weights mean something only with their scales, which no rule reads. Save the model "
+                fix="Quantised weights are useless without their scales, which no rule reads. Save the model "
                 "dequantised, with the library that quantised it."
                 if own is None
-                else "Save it in the type that the model class has, as it was before a cast.",
+                else "Save it in the type that the model class has, as before it was cast.",
             )
         return dtype
 
     def filled(self, output: int) -> tuple[Template, list[int]]:
-        """The template of an output, and the numbers of the tensors that its sources are."""
+        """The template of an output, and the tensor numbers of its sources."""
         templates, numbers, _ = self._group(output)
         template = templates[self.outputs[output][1]]
         return template, [numbers[one] for one in template.used]
 
     def _group(self, output: int) -> _Filled:
-        """What is known of an output's group."""
+        """The cached templates of an output's group."""
         group, _ = self.outputs[output]
         found = self._filled.get(group.key)
         if found is None:
@@ -132,7 +132,7 @@ class CopyTable:
         return templates, numbers, dtypes.pop() if len(dtypes) == 1 else None
 
     def _make(self, group: Group, reaching: Sequence[Group]) -> list[Template]:
-        """Intersect every region of the group with every region of the groups that reach it."""
+        """Intersect every region of the group with every region of the groups that overlap it."""
         sources: dict[object, list[Part]] = {}
         count = 0
         for one in reaching:
@@ -155,7 +155,7 @@ class CopyTable:
 
 
 def prove_total(copies: Sequence[Copy], shape: tuple[int, ...], group: Group, ranks: tuple[int, ...] = ()) -> None:
-    """E208 unless every element is written once: source boxes are disjoint, so a full count proves it."""
+    """E208 unless every element is written exactly once: source boxes are disjoint, so a full count proves it."""
     count = sum(copy.volume() for copy in copies)
     wanted = prod(shape)
     if count != wanted:
@@ -171,7 +171,7 @@ def prove_total(copies: Sequence[Copy], shape: tuple[int, ...], group: Group, ra
 
 
 def _class_of(group: Group, reaching: Sequence[Group]) -> tuple[object, ...]:
-    """What the copies of a group depend on; values that names fix on both sides cancel out."""
+    """Everything that the copies of a group depend on; values that names fix on both sides cancel out."""
     shared = set(group.fixed)
     for one in reaching:
         shared &= set(one.fixed)

@@ -1,4 +1,4 @@
-"""Completeness: every rule has its tensor for every layer and expert, on every rank that holds a slice."""
+"""Completeness: every rule has its tensor for every layer and expert, on every rank that should hold a slice."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from engine.planning.stored import Instance, at_end
 def used_rules(
     attempt: Attempt, rules: Sequence[Instance], checkpoint: Checkpoint, *, each: bool = True
 ) -> tuple[Instance, ...]:
-    """Rules all of whose tensors at the end that is read are there; the first tensor that one lacks is named.
+    """The rules whose tensors all exist in the checkpoint that is read.
 
     Args:
-        rules: those that are active.
-        each: whether to look at every layer and expert, for which all sizes must be known.
+        rules: the active rules.
+        each: whether to check every layer and expert, which needs all sizes.
 
     Raises:
-        EngineError: E207 for a rule that is not optional and has none, or has only some.
+        EngineError: E207 for a rule that is not optional and has no tensors or only some; names the first missing one.
     """
     found = grouped((group.instance.key, group) for group in attempt.groups.values())
     used: list[Instance] = []
@@ -45,7 +45,7 @@ def used_rules(
                 got=f"no tensor named {' or '.join(s.text for s in lacking.sources)} in {checkpoint.folder}",
                 expected="one for every layer",
                 fix="Is it the mapping for this checkpoint, and are the variants right? "
-                "`engine inspect` tells which fit. A rule that may be absent is `optional: true`.",
+                "`engine inspect` shows which fit. Mark a rule that may be absent as `optional: true`.",
             )
     return tuple(used)
 
@@ -63,13 +63,13 @@ def _check_each(one: Instance, groups: Sequence[Group], attempt: Attempt, sizes:
                 place=one.rule.place,
                 got=f"nothing for {where}" if where else "no such tensor",
                 expected="one for each, as for " + ", ".join(f"{a} {v}" for a, v in there.items()),
-                fix="A rule's tensors must be there for all layers and experts. If two stages of an expert "
+                fix="A rule needs its tensors for all layers and experts. If two stages of an expert "
                 "checkpoint wrote the same file number, that layer was lost at saving.",
             )
 
 
 def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> None:
-    """E207 naming the first tensor that lacks a slice on some rank, or is on some of the ranks that have it alike."""
+    """E207 for the first tensor that lacks a slice on some rank, or a copy on some rank that should hold one."""
     holding: dict[tuple[str, ...], dict[tuple[int, ...], list[RankFile]]] = {}
     grid = checkpoint.grid
     said = {**counts_of(layout, grid.sizes), "training": checkpoint.training}
@@ -80,7 +80,7 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
             _check_lone(group, checkpoint, layout.lone_rank)
         dims = group.cut.rank_dims()
         if group.cut.recorded:
-            dims = dims[:-1]  # recorded rows are known to be all there
+            dims = dims[:-1]  # recorded rows are known to be complete
         held = {tuple([grid.files[one.file].ranks[d] for d in dims]) for each in group.shards.values() for one in each}
         file = grid.files[group.first.file]
         wanted = list(product(*(range(sizes[file.pattern.name].get(d, 1)) for d in dims)))
@@ -106,14 +106,14 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
 def _check_alike(
     group: Group, grid: RankGrid, layout: Layout, holding: dict[tuple[str, ...], dict[tuple[int, ...], list[RankFile]]]
 ) -> None:
-    """Every rank that should have a copy of a slice has one.
+    """Check that every rank that should have a copy of a slice has one.
 
     Args:
-        holding: found before: rank dimensions that tell slices, stages and experts apart → ranks → files.
+        holding: cache: rank dimensions that distinguish slices, stages and experts → ranks → files.
     """
     of = grid.files[group.first.file].pattern
     if of.number is not None or any("recorded" in cuts.values() for cuts in of.cuts.values()):
-        return  # a file for each expert; ranks that say what they hold
+        return  # one file per expert; or ranks that record what they hold
     indexed = (dim for axis in group.fixed if axis in layout.indices for dim in index_dims(layout, axis))
     dims = tuple(dim for dim in (*group.cut.rank_dims(), *grid.staged, *indexed) if dim in rank_dims(of))
     if (of.name, *dims) not in holding:
@@ -130,13 +130,13 @@ def _check_alike(
                 f"tensor `{group.name}` is missing in {lacks}",
                 place=group.instance.rule.place,
                 got=f"a copy in {len(held)} of {len(files)} files, as in {min(held)}",
-                expected="in each of them, alike",
+                expected="an equal copy in each of them",
                 fix=f"`{lacks}` is from another run or damaged; copy it again.",
             )
 
 
 def _check_lone(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, int]) -> None:
-    """A tensor that only one rank holds tells which rank that is: others' files look alike."""
+    """Check that a tensor that only one rank should hold is on that rank: other ranks' files look alike."""
     stored = [one for shard in group.shards.values() for one in shard]
     for dim, rank in lone_rank.items():
         held = {checkpoint.grid.files[one.file].ranks.get(dim, rank) for one in stored}
@@ -147,19 +147,19 @@ def _check_lone(group: Group, checkpoint: Checkpoint, lone_rank: Mapping[str, in
                 place=group.instance.rule.place,
                 got=f"it is in {checkpoint.grid.files[stored[0].file].name}",
                 expected=f"in a file of {dim}{rank}",
-                fix="Files were renamed or exchanged, or are of another run; copy the folder again.",
+                fix="Files were renamed or exchanged, or are from another run; copy the folder again.",
             )
 
 
 def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
-    """E203 when an axis is smaller than the ranks it is cut over: its elements are stored several times."""
+    """E203 when an axis has fewer elements than ranks it is cut over: each is stored several times."""
     for group in attempt.groups.values():
         for dim, axis in group.cut.dims:
             ranks, known = checkpoint.grid.sizes.get(dim, 1), attempt.sizes.facts.get(axis)
             if known is None or known.value >= ranks:
                 continue
             if known.value < 1:
-                continue  # told as a contradiction
+                continue  # reported as a contradiction
             times = ranks / known.value
             raise EngineError(
                 "E203",

@@ -1,6 +1,6 @@
-"""Configurations as a mapping reads them: every key is read, declared, told or refused; none vanishes.
+"""Configurations as a mapping reads them: every key is read, declared, reported or refused; none is lost.
 
-Whether what is written says the same again is in `agreement.py`.
+`agreement.py` checks that the written configuration says the same again.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from engine.language.keys import Key, Limits, find_key, find_pattern
 from engine.language.model import Layout, MappingFile
 
 _FINITE = Limits()
-_OTHERS = ("options", "training", "given")  # names that stand for something else than a key
+_OTHERS = ("options", "training", "given")  # names that are not keys
 _LONG = 256  # bits of a number that is not shown digit by digit
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A configuration to read: what is declared of its keys, which of them are read, and its file."""
+    """A configuration to read: the declarations of its keys, which of them are read, and its file."""
 
     keys: Mapping[str, Key]
     read: frozenset[str]
     file: str
-    written: frozenset[str] = frozenset()  # what is compared whole with what comes back
-    spelt: Mapping[str, str] = field(default_factory=dict)  # path → the path that the file has
+    written: frozenset[str] = frozenset()  # keys that are compared as a whole with what comes back
+    spelt: Mapping[str, str] = field(default_factory=dict)  # path → its path in the file
 
     def reads(self, path: str) -> bool:
         return path in self.read or any(above in self.written for above in prefixes(path))
@@ -40,7 +40,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A configuration that was read: without nulls, absent keys as declared; `noted` keys by path."""
+    """A configuration that was read: without nulls, with declared values for absent keys; `noted` keys by path."""
 
     config: dict[str, Any]
     noted: dict[str, Any]
@@ -48,7 +48,7 @@ class Read:
 
 
 def source_side(mapping: MappingFile, layout: Layout) -> Side:
-    """The training configuration, as dims, variants and config.json read it."""
+    """The training configuration, with the keys that dims, variants and config.json read."""
     variants = [dict(v.choices) for v in mapping.variants.values()]
     dims = {name for name, size in mapping.dims.items() if name not in _paths(size)}  # else a key of the same name
     own = {*dims, *mapping.variants, *_OTHERS}
@@ -57,9 +57,9 @@ def source_side(mapping: MappingFile, layout: Layout) -> Side:
 
 
 def read_training(mapping: MappingFile, layout: Layout, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What expressions see as `training`; only what is declared is looked at.
+    """The value of `training` in expressions; only declared keys are checked.
 
-    An absent key means its default if there is a configuration, and its text leaves nothing of the kind untold.
+    An absent key has its default if there is a configuration whose text leaves no such key undetermined.
     """
     untold = config.get(UNTOLD, {})
     keys = declared(mapping, layout, "training")
@@ -72,19 +72,19 @@ def read_training(mapping: MappingFile, layout: Layout, config: Mapping[str, Any
 
 
 def target_side(mapping: MappingFile) -> Side:
-    """config.json, as `training_config` reads it; what is written in it must come back equal, so it counts as read."""
+    """config.json, as `training_config` reads it; keys written to it must come back equal, so they count as read."""
     written = frozenset(dict(leaves(mapping.config)))
     read = _paths(mapping.training_config) | written
     return Side(dict(mapping.keys.get("target", {})), read, "config.json", written)
 
 
 def whole_side(mapping: MappingFile, layout: Layout) -> Side:
-    """config.json as it stands beside whole tensors; where it is training's own as well, read as that."""
+    """config.json beside whole tensors; read as the training configuration if it is that too."""
     return source_side(mapping, layout) if layout.config_of_target else target_side(mapping)
 
 
 def declared(mapping: MappingFile, layout: Layout, side: str) -> dict[str, Key]:
-    """What the layout says of a side's keys, and over it what the mapping says."""
+    """The layout's declarations of a side's keys, overridden by the mapping's."""
     return {**layout.keys.get(side, {}), **mapping.keys.get(side, {})}
 
 
@@ -93,10 +93,10 @@ def _paths(tree: Any) -> frozenset[str]:
 
 
 def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True) -> Read:
-    """A configuration whose every value fits what is declared of it.
+    """Read a configuration; every value must fit its declaration.
 
     Args:
-        expressed: whether the model is written for the other side, so that keys must be expressible there.
+        expressed: whether the model is written for the other side, which then must be able to express the keys.
 
     Raises:
         EngineError: E218 for a value of another type or range, E209 for one that the other side cannot
@@ -110,7 +110,7 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
     holding = frozenset(above for known in deep for above in prefixes(known) if above != known)
     read = _read(once, side, "", noted, expressed, holding)
     for name, key in side.keys.items():
-        # Of two spellings of a key `once` has only one: whether the other is there, the file itself tells.
+        # `once` has only one of two spellings of a key: only the file itself shows whether the other exists.
         there, beside = (read, once) if key.same_as is None else (config, config)
         if (key.comes_with is None and key.default is None) or value_at(there, name) is not None:
             continue
@@ -124,7 +124,7 @@ def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True
 
 
 def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) -> dict[str, Any]:
-    """The configuration with every other spelling of a key moved to it; E218 where the two disagree."""
+    """The configuration with every other spelling of a key moved to that key; E218 if the two disagree."""
     result = merged(config)
     for path, key in side.keys.items():
         if key.same_as is None:
@@ -150,7 +150,7 @@ def _spelt_once(config: Mapping[str, Any], side: Side, spelt: dict[str, str]) ->
 def _check_whole(
     path: str, value: Mapping[str, Any], key: Key, side: Side, config: Mapping[str, Any], spelt: Mapping[str, str]
 ) -> None:
-    """E218 for what stands only under another spelling than `path`: programs read `path` in its place, and no more."""
+    """E218 for a key that exists only under another spelling: if `path` exists, programs read only that."""
     there = {_spelt_first(f"{key.same_as}.{name}", side) for name, item in leaves(value) if item is not None}
     other = value_at(config, key.same_as or "")
     for name, item in leaves(other if isinstance(other, Mapping) else {}):
@@ -168,7 +168,7 @@ def _spelt_first(path: str, side: Side) -> str:
 
 
 def _put(tree: dict[str, Any], to: str, value: Any, path: str, key: Key, side: Side) -> None:
-    """Put what stands at `path` where it is to stand."""
+    """Put a value in its place in a tree."""
     *above, last = to.split(".")
     for name in above:
         if tree.get(name) is None:
@@ -185,16 +185,16 @@ def _put(tree: dict[str, Any], to: str, value: Any, path: str, key: Key, side: S
 def _read(
     values: Mapping[str, Any], side: Side, prefix: str, noted: dict[str, Any], expressed: bool, holding: frozenset[str]
 ) -> dict[str, Any]:
-    """What stands below a prefix; `holding` are the paths below which a key is known."""
+    """The values below a prefix; `holding` are the paths below which a key is known."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        plain = "." not in name  # a name with a dot is not the path that it looks like
+        plain = "." not in name  # a name with a dot is not a path
         inner = plain and path in holding
         reads = plain and side.reads(path)
         key = find_key(side.keys, path)
         if key is not None and not (plain and (key.decided or inner or reads)):
-            key = find_pattern(side.keys, path)  # its type is declared, and nothing reads it
+            key = find_pattern(side.keys, path)  # its type is declared, but nothing reads it
         if value is None and not _must_be(key, inner):
             continue
         if inner and (key is None or "*" in key.name) and not isinstance(value, Mapping):
@@ -222,7 +222,7 @@ def _read(
 
 
 def _must_be(key: Key | None, inner: bool) -> bool:
-    """Whether null is a value like any other there, and not as good as an absent key."""
+    """Whether null is a value like any other there, not the same as an absent key."""
     if inner or key is None or key.ignored is not None or key.noted is not None:
         return False
     if key.only is not None:
@@ -231,7 +231,7 @@ def _must_be(key: Key | None, inner: bool) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value of a configuration as its file would write it.
+    """A value as a configuration file writes it.
 
     >>> shown(True), shown("gelu"), shown(None), shown({"type": "yarn"})
     ('true', '"gelu"', 'null', '{"type": "yarn"}')
@@ -288,7 +288,7 @@ def _unknown(path: str, value: Any, side: Side) -> EngineError:
         f"nothing reads `{path}` of {side.file}",
         place=Place(side.file),
         got=f"{path}: {shown(value)}",
-        expected="a key that the mapping reads, or that its `keys` say something of",
+        expected="a key that the mapping reads or declares in its `keys`",
         fix=(f"Did you mean `{near[0]}`? " if near else "")
         + "It may change what the model computes, so it is not dropped. If it does not, a mapping that extends this "
         f"one can say so under `keys`: `{path}: {{ignored: why}}`.",

@@ -1,4 +1,4 @@
-"""Destinations: how a model is cut over ranks and pipeline stages that are yet to be written."""
+"""Destinations: how a model will be cut over the ranks and pipeline stages to be written."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from engine.planning.request import RANK_OPTIONS
 from engine.planning.stages import Stages, in_order, laid_out
 from engine.planning.stored import Instance
 
-_MOST_RANKS = 4096  # numbers of ranks that are tried to tell which would work
+_MOST_RANKS = 4096  # numbers of ranks that are tried, to suggest which would work
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A rank grid to write: its mode and sizes, the stages' layers, and the names expressions see."""
+    """A rank grid to write: its mode and sizes, the stages' layers, and the names for expressions."""
 
     layout: Layout
     mode: Mode
     sizes: Mapping[str, int]
     stages: Stages
     names: Mapping[str, Any]
-    even: tuple[str, ...] = ()  # axes that the mapping says training only divides evenly
+    even: tuple[str, ...] = ()  # axes that, by the mapping, training only divides evenly
     given_prefix: int | None = None  # index into the layout's prefixes; default: the first whose `when` holds
 
     def prefix(self, chunk: int) -> str:
-        """What stands before every tensor name."""
+        """The prefix of every tensor name."""
         known = self.layout.prefixes
         fits = (one for one in known if one.when is None or evaluate(one.when, self.names))
         one = next(fits, None) if self.given_prefix is None else known[self.given_prefix]
@@ -45,11 +45,11 @@ class Destination:
         return {**self.names, **counts_of(self.layout, self.sizes)}
 
     def grid_names(self) -> dict[str, Any]:
-        """The names that say how the model is cut, and nothing else."""
+        """Only the names that describe how the model is cut."""
         return {k: v for k, v in self.counts().items() if k not in ("options", "training", "model_type")}
 
     def ranks(self, file: FilePattern) -> list[dict[str, int]]:
-        """Coordinates of every file, with the values of all its placeholders."""
+        """The coordinates of every file, with the values of all placeholders."""
         if not file.boxes:
             return list(expected_files(file, self.sizes, self.counts()))
         dims = written_dims(file)
@@ -58,14 +58,14 @@ class Destination:
         return [{**plain, "rank": rank, **dict(zip(dims, at, strict=True))} for rank, at in enumerate(every)]
 
     def sizes_of(self, file: FilePattern) -> Mapping[str, int]:
-        """Ranks per dimension in files of a pattern, whose rank map may say others than the mode's first."""
+        """Ranks per dimension in files of a pattern; its rank map may differ from that of the mode's first."""
         if file.ranks is None or file is self.mode.files[0]:
             return self.sizes
         return {**self.sizes, **{dim: 1 + max(one[dim] for one in self.ranks(file)) for dim in file.ranks.dims}}
 
 
 def shares(count: int, ranks: int, extra: str) -> list[int]:
-    """How many units each rank holds; the `first` or `last` ranks hold one more.
+    """The number of units of each rank; the `first` or `last` ranks may hold one more.
 
     >>> shares(5, 2, "last"), shares(5, 2, "first")
     ([2, 3], [3, 2])
@@ -77,8 +77,8 @@ def shares(count: int, ranks: int, extra: str) -> list[int]:
 def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = None) -> Mode:
     """A mode to write, by its name or alias; E001 for one that the layout does not have or only reads.
 
-    Without a name it is the first; or, of those that `when` tells apart when they are read, the first that has
-    ranks of every dimension that is asked for.
+    Without a name it is the first one; among modes that `when` distinguishes on reading, the first that has every
+    rank dimension that is asked for.
     """
     writable = [mode for mode in layout.modes if mode.only_read is None]
     if name is None and writable:
@@ -119,10 +119,10 @@ def cut_layers(
     """Cut the layers over stages as the framework does.
 
     Args:
-        like: stages to copy where they have as many layers, chunks and ranks.
+        like: stages to copy if they have the same numbers of layers, chunks and ranks.
 
     Raises:
-        EngineError: E214 when the layers do not divide so, naming what would.
+        EngineError: E214 when the layers do not divide in this way; suggests numbers that do.
     """
     dims = stage_dims(layout)
     ranks = prod(sizes.get(dim, 1) for dim in dims)
@@ -141,7 +141,7 @@ def cut_layers(
             f"Give one of these to --chunks, with {given}.",
         )
     held = layers // chunks if layers >= ranks else layers
-    if held < ranks and ranks * chunks > 1:  # one stage holds all, also of a model without a line of layers
+    if held < ranks and ranks * chunks > 1:  # a single stage holds all, even of a model without layers
         raise _uncut(
             f"{held} layers{' of a chunk' if held < layers else ''} are too few for {ranks} pipeline ranks",
             given,
@@ -154,7 +154,7 @@ def cut_layers(
 
 
 def asked(ranks: Mapping[str, int]) -> str:
-    """Ranks as the command line takes them.
+    """Ranks as command line flags.
 
     >>> asked({"tp": 2}), asked({"tp": 2, "ep": 4})
     ('--tp 2', '--tp 2 --ranks ep=4')
@@ -163,17 +163,17 @@ def asked(ranks: Mapping[str, int]) -> str:
 
 
 def flag(dim: str) -> str:
-    """What stands before a number of ranks on the command line."""
+    """The command line flag for a rank dimension, up to its number."""
     return f"--{dim} " if dim in RANK_OPTIONS else f"--ranks {dim}="
 
 
 def check_cuts(
     destination: Destination, used: Sequence[tuple[Instance, FilePattern]], sizes: Mapping[str, int], *, pads: bool
 ) -> None:
-    """E214 for the first axis that cannot be cut over so many ranks, naming the numbers that would do.
+    """E214 for the first axis that cannot be cut over this many ranks; suggests numbers that work.
 
     Args:
-        pads: padding is made, to fit the ranks that are asked for.
+        pads: whether padding is added to fit the ranks.
     """
     for dim, at in [(dim, at) for file in destination.mode.files for dim, at in file.mesh.items()]:
         most = max((extent(one.axes.dims[at], sizes) for one, _ in used if at < len(one.axes.dims)), default=1)
@@ -222,7 +222,7 @@ class _Division:
     inside: bool = False  # rows are cut, so that several ranks may share a unit of the axis
 
     def misfit(self, count: int, sizes: Mapping[str, int]) -> str | None:
-        """Why it cannot be divided among so many ranks, or None."""
+        """Why it cannot be divided among this many ranks, or None."""
         if self.axis is None:
             rows = extent(self.instance.axes.dims[self.at], sizes)
             if self.even is not None and rows % count:
@@ -241,7 +241,7 @@ class _Division:
 
 
 def _divisions(instance: Instance, file: FilePattern, destination: Destination) -> list[_Division]:
-    """What ranks divide of a tensor: what its shards are cut by, and what training divides while it runs."""
+    """Everything that ranks divide in a tensor: where its shards are cut, and what training divides at run time."""
     kind, even = instance.stage_class, destination.even
     cut = cut_of(instance, file, destination.layout)
     stage = f"tensors of the {kind} stage must" if kind in destination.layout.even else None
@@ -262,6 +262,6 @@ def _uncut(message: str, got: str, expected: str, fix: str) -> EngineError:
 
 
 def file_of(instance: Instance, mode: Mode) -> FilePattern:
-    """The file pattern that shares most placeholders with a tensor's name; the first of equals."""
+    """The file pattern that shares the most placeholders with a tensor's name; the first one if several do."""
     named = set(instance.sources[0].placeholders)
     return max(mode.files, key=lambda file: len(named & set(pattern(file.name).placeholders)))

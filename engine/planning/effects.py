@@ -1,4 +1,4 @@
-"""Settings without effect: options that nothing reads, and choices that what is written contradicts."""
+"""Settings without effect: options that nothing reads, and choices that contradict what is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.language.keys import find_key
 from engine.language.model import Expression, Option
 from engine.planning.model import Plan
 
-# Values that are as good as any other to see whether one matters.
+# Arbitrary values, to test whether an option matters.
 _OTHERS: Mapping[str, tuple[Any, ...]] = {
     "integer": (2, 3),
     "number": (2.5, 3.5),
@@ -23,10 +23,10 @@ _OTHERS: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_effects(plan: Plan, settings: Iterable[str]) -> None:
-    """E001 for the first option among settings that changes nothing that is written, whatever its value.
+    """E001 for the first setting of an option that changes nothing in the output, whatever its value.
 
-    Where a configuration says the same, it may be said again; where it says something else, both are told. So is a
-    choice against the configuration, where ranks become other ranks: the configuration stays as it is.
+    A setting may repeat what a configuration says; if it contradicts it, the error names both. So it does, in a
+    reshard, for a choice against the configuration, which a reshard leaves as it is.
     """
     options, read = plan.mapping.options, list(_read(plan))
     for name in settings:
@@ -65,12 +65,12 @@ def check_effects(plan: Plan, settings: Iterable[str]) -> None:
 
 
 def _read(plan: Plan) -> Iterator[Expression]:
-    """The expressions by which a plan decides, and writes a configuration or holds it against what was read."""
+    """The expressions with which a plan decides, writes a configuration, or compares it with the one that was read."""
     mapping = plan.mapping
     held: list[Any] = [mapping.dims, *(variant.choices for variant in mapping.variants.values())]
     if plan.written is None:
         held += [mapping.config, mapping.remote_code, mapping.transformers]
-    elif plan.reads == "whole":  # of what config.json says, the options are held against it
+    elif plan.reads == "whole":  # options are compared with config.json
         lines = dict(leaves(mapping.config))
         said = [path for path in lines if value_at(plan.names, path) is not None]
         keys = {path: find_key(mapping.keys.get("target", {}), path) for path in said}
@@ -80,7 +80,7 @@ def _read(plan: Plan) -> Iterator[Expression]:
 
 
 def _said(name: str, plan: Plan, read: Iterable[Expression]) -> Iterator[Any]:
-    """What a configuration says in the place of an option, where it says anything."""
+    """The value that a configuration has for an option, if any."""
     at: list[tuple[str | None, Expression]] = [(None, one) for one in read]
     if plan.reads == "whole":
         at += [(path, one) for path, one in leaves(plan.mapping.config) if isinstance(one, Expression)]
@@ -97,12 +97,12 @@ def _said(name: str, plan: Plan, read: Iterable[Expression]) -> Iterator[Any]:
 
 def _names(plan: Plan) -> dict[str, Any]:
     names = {**plan.config, **plan.names}
-    names.setdefault("given", names)  # of a Hugging Face checkpoint its own configuration
+    names.setdefault("given", names)  # a Hugging Face checkpoint's own configuration
     return names
 
 
 def _changes(expression: Expression, option: Option, plan: Plan) -> bool:
-    """Whether another value of an option changes what an expression comes to, or none can be told."""
+    """Whether another value of an option changes the result of an expression, or the result is not known."""
     if f"options.{option.name}" not in compile_expression(expression).paths:
         return False
     names, value = _names(plan), plan.options[option.name]

@@ -1,4 +1,4 @@
-"""What the configuration of a checkpoint and the names of its tensors say to a mapping's expressions."""
+"""The names that a checkpoint's configuration and tensor names provide to a mapping's expressions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ UNASKED = "only config.json depends on it, which is not written"
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a configuration and the names of tensors say.
+    """The facts from a configuration and the names of tensors.
 
     Attributes:
-        seen: what expressions of the other end's configuration see.
-        names: what sizes and variants see, which are expressions over the training configuration.
+        seen: the names for expressions that write the other side's configuration.
+        names: the names for sizes and variants, which are expressions over the training configuration.
     """
 
     read: Read
@@ -49,7 +49,7 @@ def facts_of(
     cut: Mapping[str, Any],
     expressed: bool,
 ) -> Facts:
-    """Read the configuration; where it is the target's, the training configuration is what the mapping makes of it."""
+    """Read the configuration; if it is the target's, the mapping computes the training configuration from it."""
     names = list(dict.fromkeys(one.name for one in stored))
     if checkpoint.end == "training":
         config = checkpoint.config
@@ -57,7 +57,7 @@ def facts_of(
             if not checkpoint.target_config:
                 raise EngineError(
                     "E202",
-                    "the training configuration is missing, so sizes and what no tensor tells are not known",
+                    "the training configuration is missing, so sizes and facts that no tensor shows are not known",
                     expected=f"{layout.config_file} beside the weights, or --config",
                     fix="Give the config.json of the model with --config FILE.",
                     answers={"config": ()},
@@ -77,7 +77,7 @@ def facts_of(
         asked = {name: variant for name, variant in mapping.variants.items() if name not in free}
         with valued_in(checkpoint.config_name):
             return Facts(read, seen, seen, {**decide(asked, settings, seen, checkpoint.config_name), **free})
-    same = layout.config_of_target  # then what is written is what was read
+    same = layout.config_of_target  # then it is written as it was read
     read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}
     seen = {**read.config, **cut, "options": options, "present": given["present"]}
@@ -91,7 +91,7 @@ def facts_of(
 
 @contextmanager
 def valued_in(file: str) -> Iterator[None]:
-    """E105 for a key without a value names the file that lacks it."""
+    """Let an E105 for a key without a value name the file that lacks the key."""
     try:
         yield
     except EngineError as error:
@@ -108,7 +108,7 @@ def valued_in(file: str) -> Iterator[None]:
 
 
 def _unasked(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Decision]:
-    """Questions that only config.json asks: variants of one choice on which no tensor depends."""
+    """Variants that only config.json depends on: no tensor does; each is set to one choice."""
     read = {name for rule in mapping.rules for name in rule.when}
     read |= {name for size in mapping.dims.values() for name in names_in(size)} | {*settings}
     only = {v.name: next(iter(v.choices)) for v in mapping.variants.values() if len(v.choices) == 1}
@@ -116,9 +116,9 @@ def _unasked(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Dec
 
 
 def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]:
-    """Training names that some rule, active or not, would write from target tensors.
+    """Training names that any rule, active or not, would write from target tensors.
 
-    A placeholder that the target stacks stands as 0.
+    A placeholder whose values the target stacks is 0.
     """
     found: set[str] = set()
     targets = grouped((form(name.sample()), (one, name)) for one in rules for name, _ in one.targets)
@@ -132,7 +132,7 @@ def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]
 
 
 def present_in(names: Collection[str]) -> Callable[[str], bool]:
-    """`present(pattern)`: whether something that training saved has a name of that pattern."""
+    """`present(pattern)`: whether training saved something whose name matches the pattern."""
 
     @cache
     def present(text: str) -> bool:
@@ -143,7 +143,7 @@ def present_in(names: Collection[str]) -> Callable[[str], bool]:
 
 
 def render_known(tree: Any, names: Mapping[str, Any]) -> Any:
-    """A tree of expressions as far as `names` allow; what they do not is left out."""
+    """Evaluate a tree of expressions as far as `names` allow; the others are left out."""
     return render_tree(tree, names, _known)
 
 

@@ -1,4 +1,4 @@
-"""Values as people and programs give them: element types, sizes, ranks, and the types of keywords."""
+"""Parses values from users and programs: element types, sizes, ranks, and the types of keywords."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_BYTES = 1 << 62
 
 
 def dtype_name(value: object) -> str:
-    """One of `DTYPES`, of a name as people and programs write it, or of a torch dtype.
+    """One of `DTYPES`, from a name in any common spelling, or from a torch dtype.
 
     >>> dtype_name("bf16"), dtype_name("torch.float16"), dtype_name("FP32")
     ('bfloat16', 'float16', 'float32')
@@ -43,7 +43,7 @@ def parse_size(value: str | int) -> int:
     (5000000000, 1610612736, 500, 500)
 
     Raises:
-        ValueError: for what is no size.
+        ValueError: for anything that is not a size.
     """
     text = str(value).strip()
     match = None if isinstance(value, bool) else re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text, re.I)
@@ -54,12 +54,12 @@ def parse_size(value: str | int) -> int:
     if exact > _MOST_BYTES:
         raise ValueError(f"`{text[:40]}` is larger than any file can be")
     if exact < 1 or exact != int(exact):
-        raise ValueError(f"`{text}` is no size to fill a file with; it must be a positive number of bytes")
+        raise ValueError(f"`{text}` is not a file size; it must be a positive number of bytes")
     return int(exact)
 
 
 def amount(nbytes: float) -> str:
-    """Bytes as people say them, in powers of 1000 as file sizes are given.
+    """A number of bytes for people, in powers of 1000 as is usual for file sizes.
 
     >>> amount(999), amount(14_482_000_000)
     ('999 B', '14.5 GB')
@@ -75,7 +75,7 @@ def amount(nbytes: float) -> str:
 
 
 def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
-    """Ranks per dimension, as a mapping or as text; E001 for what is neither.
+    """Ranks per dimension, from a mapping or text; E001 for anything else.
 
     >>> ranks_given("tp=2,pp=4")
     {'tp': 2, 'pp': 4}
@@ -103,9 +103,9 @@ def ranks_given(ranks: Mapping[str, int] | str | None) -> dict[str, int]:
 
 
 def check_keywords(options: Mapping[str, Any], takes: type) -> None:
-    """TypeError for a keyword that is none of those a function takes, E001 for a value of another type.
+    """TypeError for an unknown keyword, E001 for a value of the wrong type.
 
-    What has a parser of its own is left to that.
+    Keywords with their own parser are left to it.
     """
     hints = get_type_hints(takes)
     for name, value in options.items():
@@ -122,7 +122,7 @@ def listed(names: T | Sequence[T]) -> list[T]:
 
 
 def check_type(name: str, value: object, hint: Any, wanted: str | None = None) -> None:
-    """E001 for a value of another type; `wanted` says it in words."""
+    """E001 for a value of another type; `wanted` describes the type in words."""
     if not _fits(value, hint):
         wanted = wanted or _in_words(hint)
         raise EngineError(

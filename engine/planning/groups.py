@@ -19,8 +19,8 @@ class Cut:
     Attributes:
         dims: (rank dimension, axis) pairs; the axis is cut in the order of ranks.
         rows: the rank dimension that cuts storage rows, if any; `at` is the storage dimension that it cuts.
-        recorded: each shard records which box it holds, of the tensor that `dims` leave.
-        lone: the tensor lies undivided in one rank only (a row-parallel bias).
+        recorded: whether each shard records which box it holds, of the tensor that remains after `dims`.
+        lone: whether the tensor is stored undivided on a single rank (a row-parallel bias).
     """
 
     dims: tuple[tuple[str, str], ...] = ()
@@ -30,23 +30,23 @@ class Cut:
     at: int = 0
 
     def rank_dims(self) -> tuple[str, ...]:
-        """Rank dimensions, the one that cuts rows last: a shard's coordinates in its group."""
+        """The rank dimensions of a shard's coordinates in its group; the one that cuts rows is last."""
         return (*(dim for dim, _ in self.dims), *((self.rows,) if self.rows is not None else ()))
 
     @property
     def boxes(self) -> bool:
-        """Whether shards are told apart by what they record alone."""
+        """Whether only their records distinguish shards."""
         return self.recorded and self.rows is None
 
 
-GroupKey = tuple[str | int, ...]  # of the instance, then the placeholder values: one on each side
+GroupKey = tuple[str | int, ...]  # the instance's key, then the placeholder values; unique on each side
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """The shards of one logical tensor: coordinates along the cut's rank dimensions → replicas.
 
-    Where only recorded boxes tell shards apart, the coordinates are where each begins.
+    If only recorded boxes distinguish shards, the coordinates are the starts of the boxes.
     """
 
     instance: Instance
@@ -63,7 +63,7 @@ class Group:
 
     @property
     def first(self) -> Stored:
-        """The first of its stored tensors, which stands for all where these are alike."""
+        """The first of its stored tensors, which represents all where they are alike."""
         return next(iter(self.shards.values()))[0]
 
     @property
@@ -74,10 +74,10 @@ class Group:
 def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool = False) -> Cut:
     """Apply a file pattern's cuts to a rule: `split`, `rows`, `recorded` or a named axis per rank dimension.
 
-    A rule without `split` is replicated. A tensor of a split rule that lacks the axis lies where
+    A rule without `split` is replicated. A tensor of a split rule that lacks the axis is stored where
     `lone_rank` says, unless the mode cuts rows, which every tensor of such a rule has. Tensors of
-    any rule that record which rows they are (`part`) are cut so where the mode says `recorded`. In
-    files whose tensors record their boxes, nothing else tells.
+    any rule that record which rows they hold (`part`) are cut by that record if the mode says
+    `recorded`. In files whose tensors record their boxes, only the record counts.
     """
     if file.boxes:
         return Cut(recorded=True)
@@ -113,7 +113,7 @@ def group_shards(
 ) -> dict[GroupKey, Group]:
     """Collect shards of the same rule, parameter and placeholder values, replicas together."""
     cuts: dict[tuple[str, str, bool], tuple[Cut, tuple[str, ...]]] = {}
-    places: dict[tuple[str, int, bool], tuple[Cut, tuple[int, ...]]] = {}  # where a file's tensors of a rule belong
+    places: dict[tuple[str, int, bool], tuple[Cut, tuple[int, ...]]] = {}  # cached places of a file's tensors of a rule
     once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
     layers: dict[object, Mapping[str, int]] = {}  # placeholder values that all tensors of a layer share
     found: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut, dict[tuple[int, ...], list[Stored]]]] = {}
@@ -139,7 +139,7 @@ def group_shards(
             raise unexpected_part(stored, files[stored.file])
         group[3].setdefault(ranks, []).append(stored)
     result: dict[GroupKey, Group] = {}
-    for key in [*found]:  # of a large checkpoint each is given up before the next is ordered
+    for key in [*found]:  # free each group before the next is sorted, for large checkpoints
         instance, fixed, cut, shards = found.pop(key)
         ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
         if cut.boxes:
@@ -153,13 +153,14 @@ def group_shards(
 def share_units(
     group: Group, sizes: Mapping[str, int], units: Collection[str], begins: Callable[[Stored], bytes]
 ) -> Group:
-    """The group with equal units folded, where each of a few lies on several ranks that follow each other.
+    """The group with equal units folded to replicas, if several consecutive ranks hold each unit.
 
-    As key and value heads do where there are more tensor parallel ranks. What is folded is compared as replicas are.
+    For example key and value heads, if there are fewer of them than tensor-parallel ranks. A run compares the folded
+    units as replicas.
 
     Args:
-        units: axes that training divides evenly, of which a rank never has a part.
-        begins: gives the first bytes of a tensor, to tell in a first layer whether they are equal at all.
+        units: axes that training divides evenly, so that a rank holds whole units only.
+        begins: reads the first bytes of a tensor, to see in a first layer whether units are equal at all.
     """
     for at, (_, axis) in enumerate(group.cut.dims):
         ranks, count = {key[at] for key in group.shards}, sizes.get(axis, 0)

@@ -1,4 +1,4 @@
-"""What a new training checkpoint takes over from another: mode, ranks, names, choices."""
+"""What a new training checkpoint takes from an existing one: mode, ranks, names, choices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.planning.variants import decide, option_value
 
 @dataclass(frozen=True, slots=True)
 class Like:
-    """What is copied from a checkpoint: facts that no configuration carries."""
+    """What is taken from a checkpoint: facts that no configuration holds."""
 
     mode: str | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Like:
 
 
 def like_of(source: Source) -> Like:
-    """The facts of a checkpoint that a new one can share; none of one without ranks."""
+    """The facts of a checkpoint that a new one can share; none from a checkpoint without ranks."""
     checkpoint, layout = source.checkpoint, source.layout
     if checkpoint.end != "training":
         return Like()
@@ -56,7 +56,7 @@ def like_of(source: Source) -> Like:
 
 
 def laid_out_as(other: Like, own: Like, mapping: MappingFile) -> Like:
-    """How another checkpoint is laid out, with what the source's own tensors and model are, where they tell."""
+    """The layout facts of another checkpoint, with those of the source's own tensors and model where they are known."""
     paths = (path for one in expressions_of(mapping.config) for path in compile_expression(one).paths)
     models = {path.split(".")[1] for path in paths if path.startswith("training.")}
     training = {**own.training, **{key: value for key, value in other.training.items() if key not in models}}
@@ -64,27 +64,27 @@ def laid_out_as(other: Like, own: Like, mapping: MappingFile) -> Like:
 
 
 def grid_of(layout: Layout, asked: Request, like: Like) -> tuple[Mode, dict[str, int]]:
-    """The mode that is written and its ranks: what is asked for, else as in `like`, else one rank.
+    """The mode to write and its ranks: as asked for, else those of `like`, else one rank.
 
-    Of modes that the configuration tells apart, the ranks say which it is.
+    Among modes that the configuration distinguishes, the ranks select one.
     """
     told = any(mode.name == like.mode and mode.when is not None for mode in layout.modes)
     name = asked.mode if asked.mode is not None or told else like.mode
     mode = mode_of(layout, name, {**like.sizes, **asked.ranks} if told else asked.ranks)
-    staged = stage_dims(layout)  # stages are what modes share
+    staged = stage_dims(layout)  # modes have stages in common
     alike = mode.name == like.mode or (told and mode.when is not None)
     shared = {d: n for d, n in like.sizes.items() if (alike or d in staged) and d in written_dims(mode.files[0])}
     return mode, ranks_of(layout, mode, {**shared, **asked.ranks})
 
 
 def cut_of_model(layout: Layout, asked: Request, like: Like) -> dict[str, Any]:
-    """What is known of how a model will be cut before its layers are counted, as expressions see it."""
+    """The names for expressions about how a model will be cut, as far as known before its layers are counted."""
     mode, ranks = grid_of(layout, asked, like)
     return {**counts_of(layout, ranks), "mode": mode.name, "chunks": asked.chunks or like.chunks}
 
 
 def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: Like, layers: int) -> Destination:
-    """Where the rank files go: what is asked for, else as in `like`, else one rank."""
+    """The destination of rank files: as asked for, else that of `like`, else one rank."""
     mode, sizes = grid_of(layout, asked, like)
     staged = stage_dims(layout)
     chunks = asked.chunks
@@ -97,7 +97,7 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
     options = {name: option_value(o, asked.settings.get(name, o.default)) for name, o in layout.options.items()}
     names: dict[str, Any] = {**counts_of(layout, sizes), "mode": mode.name, "chunks": chunks, "layers": layers}
     names |= {"options": options, "training": like.training}
-    kind = like.training.get("model_type") or next(iter(mapping.model_types), None)  # of historical ones the first
+    kind = like.training.get("model_type") or next(iter(mapping.model_types), None)  # the first of historical ones
     names |= {} if kind is None else {"model_type": kind}
     given = {name: value for name, value in asked.settings.items() if name in layout.layers.variants}
     names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
@@ -116,7 +116,7 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
     if chunks > 1 and prod(sizes.get(dim, 1) for dim in staged) == 1:
         raise EngineError(
             "E214",
-            "one pipeline rank has no chunks: training interleaves those of several",
+            "one pipeline rank cannot have several chunks: training interleaves chunks only over several ranks",
             got=f"--chunks {chunks}",
             expected="--chunks 1",
             fix=f"Give --chunks 1, or several ranks of {', '.join(staged)}.",

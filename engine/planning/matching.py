@@ -1,4 +1,4 @@
-"""Matching: every stored tensor to exactly one active rule, with whole-model layer numbers."""
+"""Matching: every stored tensor to exactly one active rule, with layer numbers of the whole model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Match = tuple[Stored, Instance, Mapping[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """What each distinct name can be: candidate instances with their placeholder values."""
+    """The candidate instances of each distinct name, with their placeholder values."""
 
     candidates: Mapping[str, tuple[tuple[Instance, Mapping[str, int]], ...]]
     ignored: Mapping[str, str]
     refused: Mapping[str, Exclusion]
 
 
-_SIDES = {"training": "source", "whole": "target"}  # as `ignore` and `refuse` name the ends
+_SIDES = {"training": "source", "whole": "target"}  # the names of the two sides in `ignore` and `refuse`
 _CANNOT = {"training": "the target cannot express this model", "whole": "training files cannot express this model"}
 
 
 def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], mapping: MappingFile, end: End) -> Matches:
-    """Match each distinct name once against every rule's tensors at an end, whatever the variants."""
+    """Match each distinct name once against every rule's tensors on one side, for any variants."""
     distinct = dict.fromkeys(names)
     compiled = grouped((form(source.sample()), (one, source)) for one in all_instances for source in one.sources)
     candidates: dict[str, tuple[tuple[Instance, Mapping[str, int]], ...]] = {}
@@ -52,7 +52,7 @@ def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], map
 
 
 def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[RankFile], end: End) -> None:
-    """E209 for the first tensor that means the other end cannot express the model."""
+    """E209 for the first tensor that shows that the other side cannot express the model."""
     for one in stored:
         entry = matches.refused.get(one.name)
         if entry is not None:
@@ -69,7 +69,7 @@ def check_refused(stored: Sequence[Stored], matches: Matches, files: Sequence[Ra
 def check_names(
     stored: Sequence[Stored], matches: Matches, choices: Mapping[str, str], files: Sequence[RankFile]
 ) -> None:
-    """Refuse what no rule matches and what several do."""
+    """Refuse tensors that no rule matches, or several."""
     seen: set[str] = set()
     for one in stored:
         if one.name in seen:
@@ -112,12 +112,12 @@ def check_names(
             got=shape,
             expected="one rule, or an `ignore` entry that says why it is not needed",
             fix=f"Write a rule for it in the mapping{_like(one.name, matches)}; or take another mapping: "
-            "`engine inspect` tells which fit this checkpoint.",
+            "`engine inspect` shows which fit this checkpoint.",
         )
 
 
 def _like(name: str, matches: Matches) -> str:
-    """The rule that reads the nearest name, as words to append."""
+    """Text to append that names the rule that reads the most similar name."""
     near = get_close_matches(name, [known for known, found in matches.candidates.items() if found], 1)
     if not near:
         return ""
@@ -126,7 +126,7 @@ def _like(name: str, matches: Matches) -> str:
 
 
 def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> None:
-    """Of a rule's historical names a checkpoint uses exactly one."""
+    """Check that a checkpoint uses exactly one of a rule's historical names."""
     names = {one.name for one in stored}
     for instance in active:
         if len(instance.sources) < 2:
@@ -146,7 +146,7 @@ def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> Non
 def stages_of(
     stored: Sequence[Stored], matches: Matches, grid: RankGrid, layout: Layout, names: Mapping[str, Any]
 ) -> Stages:
-    """Count each stage's layers, file by file, in the files that hold whole stages."""
+    """Count each stage's layers, file by file, in files that hold whole stages."""
     local: dict[Stage, dict[int, int]] = {}
     stage_of = cache(grid.stage)
     for one in stored:
@@ -157,7 +157,7 @@ def stages_of(
         if layer is None:
             continue
         counts = local.setdefault(stage_of(one.file, one.chunk), {})
-        seen_in = 0 if file.pattern.boxes else one.file  # files of boxes hold whatever was dealt to them
+        seen_in = 0 if file.pattern.boxes else one.file  # a file of boxes may hold boxes of any layers
         counts[seen_in] = max(counts.get(seen_in, 0), layer + 1)
     stages = number_layers(local, grid, layout, names)
     _check_order(stored, matches, grid, stages)
@@ -165,9 +165,9 @@ def stages_of(
 
 
 def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, stages: Stages) -> None:
-    """E211 when what belongs to the first or last stage is in another: files were renamed or exchanged.
+    """E211 when a tensor of the first or last stage is in another stage: files were renamed or exchanged.
 
-    Nothing else tells: every layer would be there, in another order.
+    Nothing else shows this: every layer would be present, but in another order.
     """
     order = list(stages.starts)
     found: dict[tuple[str, str], list[tuple[int, Stored]]] = {}
@@ -186,14 +186,14 @@ def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, sta
                 place=Place(grid.files[places[0][1].file].name, tensor=name),
                 got=f"in {stages.name(order[places[0][0]])}",
                 expected=f"in {stages.name(order[wanted])}",
-                fix="Files were renamed or exchanged, or are of another run; copy the folder again.",
+                fix="Files were renamed or exchanged, or are from another run; copy the folder again.",
             )
 
 
 def indices_of(stored: Sequence[Stored], matches: Matches, grid: RankGrid, layout: Layout) -> Indices:
-    """How numbers in names become those of the whole model, where the layout says that they are local to a rank."""
+    """How rank-local numbers in names become numbers of the whole model, if the layout declares them local."""
     seen: dict[str, dict[int, int]] = {}
-    first: dict[tuple[tuple[str, int], ...], int] = {}  # a rank's first file; a model without ranks may be in many
+    first: dict[tuple[tuple[str, int], ...], int] = {}  # a rank's first file; without ranks there may be many files
     whose = [first.setdefault(tuple(file.ranks.items()), number) for number, file in enumerate(grid.files)]
     for one in stored if layout.indices else ():
         for axis, value in matches.candidates[one.name][0][1].items() if one.name in matches.candidates else ():
@@ -212,11 +212,11 @@ def assign(
     layout: Layout,
     stages: Stages,
 ) -> Iterator[Match]:
-    """Pair each tensor with its first candidate and its placeholder values in the whole model."""
-    positions: dict[int, dict[int, set[int]]] = {}  # of each expert file: local layer → whole-model layers that fit
+    """Pair each tensor with its first candidate, and with its placeholder values in the whole model."""
+    positions: dict[int, dict[int, set[int]]] = {}  # for each expert file: local layer → whole-model layers that fit
     known: dict[tuple[Stage, tuple[int, ...]], dict[str, tuple[Instance, Mapping[str, int]]]] = {}
     indices, dims = indices_of(stored, matches, grid, layout), layout_dims(layout) if layout.indices else ()
-    at: tuple[int, int] | None = None  # the file and chunk of `stage` and `here`, the names that are known there
+    at: tuple[int, int] | None = None  # the file and chunk that `stage` and `here` (the names known there) belong to
     for one in stored:
         found = matches.candidates.get(one.name)
         if found is None or one.name in matches.ignored:

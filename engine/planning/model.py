@@ -22,13 +22,13 @@ from engine.planning.variants import Decision
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor that is written, contiguous.
+    """A contiguous tensor to write.
 
     Attributes:
-        dtype: element type written; `read_dtype` is that of its sources.
+        dtype: element type to write; `read_dtype` is that of its sources.
         transform: (operation, axis) applied to the assembled tensor, if any; `transform_dim` is
             the storage dimension of that axis.
-        rule: the rules it comes from, with the file and line of the first.
+        rule: the rules that write it, with the file and line of the first.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Output:
 
     @property
     def unchanged(self) -> bool:
-        """Whether its bytes are those of its sources, wherever they lie."""
+        """Whether its bytes are those of its sources, only moved."""
         return self.dtype == self.read_dtype and self.transform is None
 
 
@@ -66,11 +66,11 @@ class Replicas:
 
 @dataclass(frozen=True, slots=True)
 class Slices:
-    """Stored slices of one tensor, of one shape: no two can be equal, constants aside, unless one is a copy.
+    """Stored slices of one tensor, of one shape: no two are equal, except constants, unless one is a copy.
 
     Attributes:
-        in_rows: each may stand as often as all others on ranks that follow each other, as key and value heads do in
-            models that were cut over more ranks than they had heads.
+        in_rows: each may be repeated equally often on consecutive ranks, like key and value heads of models that were
+            cut over more ranks than they have heads.
     """
 
     sources: tuple[int, ...]
@@ -89,9 +89,9 @@ class Tied:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A weight file that is written: its name, its format (`safetensors`, `torch` or `dcp`) and its outputs.
+    """A weight file to write: its name, its format (`safetensors`, `torch` or `dcp`) and its outputs.
 
-    `around` is what else it holds, by key.
+    `around` is its other content, by key.
     """
 
     name: str
@@ -102,7 +102,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """A size in which a model is not the release that was chosen."""
+    """A size in which a model differs from the chosen release."""
 
     key: str
     got: int
@@ -111,9 +111,9 @@ class Departure:
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Work:
-    """What moves the bytes of a plan: what is read, what is written, and what is compared before.
+    """What moves the bytes of a plan: what to read, to write, and to compare first.
 
-    `copies(i)` gives the copies that fill `outputs[i]`, computed when asked for.
+    `copies(i)` gives the copies that fill `outputs[i]`, computed on demand.
     """
 
     folder: str
@@ -131,28 +131,28 @@ class Work:
         return sum(output.nbytes for output in self.outputs)
 
     def written_files(self) -> list[dict[str, Any]]:
-        """What each file that is written holds, as data."""
+        """The content of each file to write, as data."""
         held = [(one, sum(self.outputs[i].nbytes for i in one.outputs)) for one in self.shards]
         return [{"file": one.name, "tensors": len(one.outputs), "bytes": nbytes} for one, nbytes in held]
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Plan(Work):
-    """Everything a run needs, and nothing it must decide.
+    """Everything a run needs: it decides nothing itself.
 
     A plan is plain data: it can be pickled, copied and run in another process.
     """
 
     mapping: MappingFile
     layout: Layout
-    grid: RankGrid  # of the training checkpoint that is read; when none is, of the one written
+    grid: RankGrid  # of the training checkpoint that is read; if none is, of the one written
     stages: Stages
     copies: CopyTable
     decisions: Mapping[str, Decision]
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
     config: Mapping[str, Any]
-    names: Mapping[str, Any]  # what expressions see, functions aside
+    names: Mapping[str, Any]  # names for expressions, without functions
     ignored: Mapping[str, str]
     notices: tuple[str, ...]
     dtype: str
@@ -161,11 +161,11 @@ class Plan(Work):
     written: RankGrid | None = None  # the rank grid that is written, when the target is a training checkpoint
     noted: Mapping[str, Any] = field(default_factory=dict)  # keys of the source's configuration that nothing reads
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)  # small files: name → (format, content)
-    departures: tuple[Departure, ...] = ()  # in what the model is not the release of the mapping
-    through: tuple[Plan, Request] | None = None  # of what is read, where it is another plan's output, never written
+    departures: tuple[Departure, ...] = ()  # how the model differs from the mapping's release
+    through: tuple[Plan, Request] | None = None  # the plan whose output is read, if that is never written
 
     def __repr__(self) -> str:
-        """One line: what of which checkpoint comes to what. Its fields are the whole plan."""
+        """One line: mapping, checkpoint and output. The fields have the whole plan."""
         ranks = " × ".join(f"{name} {size}" for name, size in self.grid.sizes.items())
         files = counted(len(self.shards), "file")
         return (
@@ -175,7 +175,7 @@ class Plan(Work):
 
 
 def digest_of_plan(plan: Plan) -> str:
-    """The sha256 over all that a plan decides: plans of equal digests write equal bytes from equal sources."""
+    """The SHA-256 of all that a plan decides: plans with equal digests write equal bytes from equal sources."""
     total = hashlib.sha256()
 
     def add(*facts: object) -> None:

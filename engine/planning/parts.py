@@ -1,8 +1,7 @@
 """Parts: shards that record which box of a larger tensor they hold.
 
-Where a layout has ranks, the record is checked against their order: trusting the record alone would let in a file
-of another run; trusting the order alone, a renamed file. Where files say nothing of ranks, the boxes must make up
-the tensor.
+If a layout has ranks, the record is checked against their order: trusting only the record would accept a file of
+another run; trusting only the order, a renamed file. If files do not name ranks, the boxes must make up the tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from engine.errors import EngineError, Place, shape_text
 from engine.language.documents import grouped
 from engine.planning.stored import Stored
 
-_MOST_STEPS = 1 << 24  # a hundred thousand boxes in a grid take a few of them each
+_MOST_STEPS = 1 << 24  # a hundred thousand boxes in a grid take a few steps each
 
 Ranks = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]  # an interval of each dimension
@@ -25,11 +24,11 @@ Shards = Mapping[Ranks, tuple[Stored, ...]]
 
 
 def fold_replicas(shards: Shards, files: Sequence[RankFile]) -> dict[Ranks, tuple[Stored, ...]]:
-    """Shards that hold the same rows together, those that hold none left out.
+    """Group shards that hold the same rows; shards without rows are left out.
 
-    Ranks along the last coordinate hold rows one after the other. When all rows are there, the next
-    rank starts again: groups smaller than all ranks cut the tensor each. Four ranks in two groups,
-    over five rows, become two shards of two replicas:
+    Ranks along the last coordinate hold consecutive rows. When all rows are complete, the next rank
+    starts again: each of several groups of ranks cuts the tensor. Four ranks in two groups, over
+    five rows, become two shards of two replicas:
 
         rank 0: 0..3   rank 1: 3..5   rank 2: 0..3   rank 3: 3..5   →   (0,): ranks 0, 2   (1,): ranks 1, 3
 
@@ -58,10 +57,10 @@ def fold_replicas(shards: Shards, files: Sequence[RankFile]) -> dict[Ranks, tupl
 
 
 def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, tuple[Stored, ...]]:
-    """Shards by where their boxes begin: equal boxes are replicas, empty ones are left out.
+    """Shards by the starts of their boxes: equal boxes are replicas, empty ones are left out.
 
     Raises:
-        EngineError: E208 naming the first box that no shard holds, or that two hold in part.
+        EngineError: E208 for the first box that no shard holds, or that two shards partly hold.
     """
     if len(held) == 1 and held[0].header.part is None:  # as in a checkpoint without ranks
         return {held[0].header.starts: (held[0],)}
@@ -97,11 +96,11 @@ def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, t
 
 
 def first_fault(boxes: Sequence[Box], whole: Sequence[int]) -> tuple[Box, tuple[Box, ...]] | None:
-    """The first box of a tensor, in the order of its elements, that not exactly one of some boxes holds.
+    """The first box of a tensor, in the order of its elements, that is not held by exactly one of the given boxes.
 
     Returns:
-        The box and two that share it, or none if nothing holds it; None when the boxes make up the whole. With one
-        box, no answer: the boxes cross each other so much that looking takes too long.
+        The box, and the two boxes that share it, or none if none holds it; None when the boxes make up the whole. One
+        box means unknown: the boxes intersect in so many ways that checking takes too long.
 
     >>> first_fault([((0, 2), (0, 3)), ((2, 4), (0, 1)), ((2, 4), (1, 3))], (4, 3))
     >>> first_fault([((0, 2), (0, 3)), ((2, 4), (1, 3))], (4, 3))
@@ -118,7 +117,7 @@ def first_fault(boxes: Sequence[Box], whole: Sequence[int]) -> tuple[Box, tuple[
             around = tuple((0, size) for size in whole[dim:])
             return None if len(held) == 1 else (around, tuple(held[:2]))
         edges = sorted({0, whole[dim], *(edge for box in held for edge in box[dim])})
-        slabs: list[list[Box]] = [[] for _ in edges[1:]]  # of each interval between two edges, what reaches it
+        slabs: list[list[Box]] = [[] for _ in edges[1:]]  # for each interval between two edges, the boxes that reach it
         reached = [range(bisect_left(edges, box[dim][0]), bisect_left(edges, box[dim][1])) for box in held]
         steps += sum(map(len, reached))
         if steps > _MOST_STEPS:
@@ -136,7 +135,7 @@ def first_fault(boxes: Sequence[Box], whole: Sequence[int]) -> tuple[Box, tuple[
 
 
 def box_text(box: Box) -> str:
-    """A box as it is read: `[0:65, 32:64]`."""
+    """A box as text: `[0:65, 32:64]`."""
     return f"[{', '.join(f'{low}:{high}' for low, high in box)}]"
 
 
@@ -164,7 +163,7 @@ def _out_of_order(one: Stored, files: Sequence[RankFile], end: int) -> EngineErr
 
 
 def unexpected_part(one: Stored, file: RankFile) -> EngineError:
-    """E303 for a shard in files whose mode cuts by rank, and for a tensor that only some files shard."""
+    """E303 for a shard in files whose mode cuts by rank, or for a tensor that only some files shard."""
     sharded = one.header.part is not None
     return EngineError(
         "E303",

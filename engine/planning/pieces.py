@@ -1,4 +1,4 @@
-"""Pieces: which target each source piece of the rules goes to, proved one to one."""
+"""Pieces: the target of each source piece of the rules, proved one to one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Key = tuple[str, frozenset[str]]
 
 @dataclass(frozen=True, slots=True)
 class TargetSpec:
-    """A target as a tensor of its own, and the rules that write it."""
+    """A target as a whole tensor, and the rules that write it."""
 
     own: Instance
     instances: tuple[Instance, ...]
@@ -27,7 +27,7 @@ class TargetSpec:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Which target each source piece goes to; proved one to one by `match_pieces`."""
+    """The target of each source piece; `match_pieces` proves that they are one to one."""
 
     targets: Mapping[str, TargetSpec]
     by_source: Mapping[tuple[str, frozenset[str]], Key]
@@ -37,7 +37,7 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
     """Pair source pieces with target pieces; every piece must occur exactly once on either side.
 
     Raises:
-        EngineError: E107 naming the rule and the piece.
+        EngineError: E107 with the rule and the piece.
     """
     targets: dict[str, TargetSpec] = {}
     for instance in active:
@@ -50,7 +50,7 @@ def match_pieces(active: Sequence[Instance]) -> Pieces:
             if any(one.rule.changes != instance.rule.changes for one in known.instances):
                 raise _piece_error(
                     instance,
-                    f"`{own.key}` has values that another rule changes otherwise",
+                    f"`{own.key}` has values that another rule changes differently",
                     fix="Write the same `transform` in every rule that fills this target.",
                 )
             if instance not in known.instances:
@@ -100,7 +100,7 @@ def _piece_error(
 
 
 def _other_axes(instance: Instance, piece: frozenset[str]) -> str | None:
-    """The target that a source piece was nearly matched with, and the axes in which they differ."""
+    """A fix that names the target which a source piece almost matches, and the axes that differ."""
     sources = instance.pieces
     held = [
         (name, frozenset(p) | frozenset(name.placeholders)) for name, axes in instance.targets for p in axes.pieces()

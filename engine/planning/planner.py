@@ -1,6 +1,6 @@
 """The planner: mapping × layout × headers → plan. Pure: no tensor data, no files, no torch.
 
-A source and what is written are each of one of two ends, rank files or a Hugging Face checkpoint; a plan joins them.
+Source and target are each one of two kinds, rank files or a Hugging Face checkpoint; a plan joins them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def make_plan(
     """Compile a plan.
 
     Args:
-        checkpoint: what is read; its end counts, whatever the request says of it.
-        asked: what is written, and how; default: a Hugging Face checkpoint, with nothing set.
-        like: a training checkpoint whose mode, ranks, names and choices the one to be written takes over where
-            nothing is asked for; what it leaves open is as in `checkpoint`, or one rank.
+        checkpoint: the source; its kind overrides `reads` of the request.
+        asked: what to write, and how; default: a Hugging Face checkpoint without settings.
+        like: a training checkpoint that gives mode, ranks, names and choices which the request leaves open; what it
+            leaves open too is taken from `checkpoint`, else is one rank.
 
     Raises:
-        EngineError: E2xx, with the first thing that keeps the plan from being total and exact.
+        EngineError: E2xx for the first problem that keeps the plan from being complete and exact.
     """
     asked = asked or Request(mapping)
     theirs = {*layout.options, *layout.layers.variants} if asked.writes == "training" else ()
@@ -95,7 +95,7 @@ def make_plan(
         sizes=source.side.sizes,
         options=source.options,
         config=written.config,
-        names={name: value for name, value in written.names.items() if name != "present"},  # its one function
+        names={name: value for name, value in written.names.items() if name != "present"},  # a function, not data
         ignored=source.ignored,
         notices=(*_notices(source, crosses=crosses), *summed(written.outputs), *not_the_release(mapping, departures)),
         dtype=asked.dtype,
@@ -112,7 +112,7 @@ def make_plan(
 def choices_of_mode(
     layout: Layout, mode: str, mapping: MappingFile, choices: Mapping[str, Any], fix: str
 ) -> dict[str, str]:
-    """The choices of a mapping's variants that alone are written in a mode; E214 where another is to be."""
+    """The choices of a mapping's variants that a mode prescribes; E214 if another choice is set."""
     held = next(one.choices for one in layout.modes if one.name == mode)
     found = {name: choice for name, choice in held.items() if name in mapping.variants}
     for name, choice in found.items():
@@ -129,14 +129,14 @@ def choices_of_mode(
 
 
 def _held(source: Source) -> Source:
-    """A source whose ranks are written again, held against the target's configuration where one was given."""
+    """A source to reshard, checked against the target's configuration if one was given."""
     if source.checkpoint.target_config and not source.layout.config_of_target:
         whole_configuration(source)
     return source
 
 
 def _check_stays(source: Source, cut: Mapping[str, Any]) -> None:
-    """E214 where what tensors there are depends on how the model is cut, and would be another afterwards."""
+    """E214 if the set of tensors depends on how the model is cut, and a reshard would change it."""
     variants = source.mapping.variants.items()
     held = {name: one for name, one in variants if any(set(cut) & names_in(e) for e in one.choices.values() if e)}
     for name, then in decide(held, {}, {**source.names, **cut}).items():
@@ -148,12 +148,12 @@ def _check_stays(source: Source, cut: Mapping[str, Any]) -> None:
                 place=source.mapping.variants[name].place,
                 got=f"{name}={now.choice}, as {source.checkpoint.folder} is cut",
                 expected=f"{name}={then.choice}: {then.evidence}",
-                fix=f"Give --to {source.mapping.name}: then what is there is decided anew.",
+                fix=f"Give --to {source.mapping.name}: then the set of tensors is decided anew.",
             )
 
 
 def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
-    """What a user should know of the source, but for its sizes."""
+    """Notices about the source, except its sizes."""
     checkpoint, mapping = source.checkpoint, source.mapping
     notices = [
         f"`{d.evidence}` overrides the configuration, by which it is {d.instead_of}"

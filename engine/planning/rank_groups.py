@@ -1,4 +1,4 @@
-"""The training side to be written: groups of shards, one tensor for every rank that holds one."""
+"""The training side to write: groups of shards, one tensor for every rank that holds one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Order = tuple[int, ...]
 _Holder = tuple[
     Mapping[str, int], tuple[int, ...], tuple[int, ...], tuple[int, ...], Part | None
 ]  # ranks, cut, shape …
-_Share = tuple[tuple[int, ...], tuple[int, ...], Part | None]  # where in its group, shape, recorded box
-_Shares = Callable[[Mapping[str, int]], _Share | None]  # of a tensor, by ranks; None where they hold nothing of it
-Held = tuple[Order, Stored, Group, int]  # where it stands in its file, a tensor, its group and its shard's position
+_Share = tuple[tuple[int, ...], tuple[int, ...], Part | None]  # coordinates in its group, shape, recorded box
+_Shares = Callable[[Mapping[str, int]], _Share | None]  # gives a rank's share of a tensor; None if it holds none
+Held = tuple[Order, Stored, Group, int]  # order in the file, a tensor, its group and its shard's position
 
 
 class RankGroups:
-    """Invents the shards of every tensor: `groups`, the `files` that hold them, and what each file holds in order.
+    """Creates the shards of every tensor: `groups`, the `files` that hold them, and the content of each file in order.
 
     Args:
         used: rules in the order of the model.
-        spelt: of historical names, those to write (default: the first of a rule).
-        pads: padding is made, and is not that of the source.
+        spelt: the historical names to write (default: the first of each rule).
+        pads: whether padding is added anew, not taken from the source.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RankGroups:
     ) -> None:
         self.groups: list[Group] = []
         self.files: list[RankFile] = []
-        self.held: list[list[Held]] = []  # of each file
+        self.held: list[list[Held]] = []  # by file
         self._destination, self._sizes, self._spelt = destination, sizes, spelt
         self._prefixes = [destination.prefix(chunk) for chunk in range(destination.stages.chunks)]
         self._numbers: dict[tuple[str | int, ...], int] = {}
@@ -72,7 +72,7 @@ class RankGroups:
         names = instance.axis_names()
         spelling = next((s for s in instance.sources if s.text in self._spelt), instance.sources[0])
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
-        holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is bound to
+        holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is fixed to
         named = [p for p in pattern(file.name).placeholders if p in names or p == "number"]  # besides ranks
         files: dict[tuple[object, ...], list[int]] = {}
         for values in product(*(range(self._sizes[a]) for a in names)):
@@ -100,7 +100,7 @@ class RankGroups:
                     self.held[one.file].append((order, one, group, place))
 
     def _holders(self, file: FilePattern, cut: Cut, home: Mapping[str, int], share: _Shares) -> Iterator[_Holder]:
-        """The ranks that hold a tensor that is bound to some, and what each holds of it."""
+        """The ranks that hold a tensor which is fixed to `bound` ranks, and each one's share."""
         lone = self._destination.layout.lone_rank if cut.lone else {}
         for ranks in self._ranks[file.name]:
             if any(ranks.get(dim, rank) != rank for wanted in (home, lone) for dim, rank in wanted.items()):
@@ -110,7 +110,7 @@ class RankGroups:
                 yield ranks, at, shape, dense_strides(shape), part
 
     def _home(self, instance: Instance, fixed: Mapping[str, int]) -> tuple[int, dict[str, int], dict[str, int]]:
-        """The chunk of a tensor, the ranks that it is bound to, and the numbers in its name there."""
+        """The chunk of a tensor, the ranks that it is fixed to, and the numbers in its name there."""
         stages = self._destination.stages
         kind = instance.stage_class
         if kind == "layers":
@@ -139,7 +139,7 @@ class RankGroups:
         return self._numbers[key]
 
     def _file_numbers(self, patterns: Sequence[tuple[Instance, FilePattern]]) -> dict[tuple[str, int], int]:
-        """(file pattern, layer) → its number; E214 when two layers would write the same file."""
+        """(file pattern, layer) → file number; E214 when two layers would write the same file."""
         stages, result = self._destination.stages, dict[tuple[str, int], int]()
         for file in {f.name: f for _, f in patterns}.values():
             seen: dict[int, tuple[str, int]] = {}
@@ -165,7 +165,7 @@ class RankGroups:
 def _boxes(
     instance: Instance, file: FilePattern, cut: Cut, destination: Destination, sizes: Mapping[str, int]
 ) -> _Shares:
-    """Shares of a mesh, by torch's rule of chunks: replicas once, by the first rank that holds one."""
+    """Shares of a mesh, by torch's chunking: replicas once, on the first rank that holds one."""
     whole = tuple(extent(dim, sizes) for dim in instance.axes.dims)
 
     def share(ranks: Mapping[str, int]) -> _Share | None:

@@ -1,4 +1,4 @@
-"""Rank files to be written: their tensors, the copies that fill them, and the small files beside."""
+"""Rank files to write: their tensors, the copies that fill them, and the small files beside them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from engine.planning.written import Wanted, Written, configuration, fill, main_d
 
 
 def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
-    """Lay out the rank files of a training checkpoint, and say what fills them.
+    """Lay out the rank files of a training checkpoint, with the copies that fill them.
 
     Args:
-        like: what is taken over from another checkpoint, or from the source itself.
+        like: facts taken from another checkpoint, or from the source itself.
 
     Raises:
-        EngineError: E214 when the model cannot be cut so, E216 when reading it back would not give the same model,
-            and as `fill`.
+        EngineError: E214 when the model cannot be cut this way, E216 when reading it back would give another model,
+            and as for `fill`.
     """
     mapping, layout, sizes = source.mapping, source.layout, source.side.sizes
     check_known(source.used, sizes, source.unread)
@@ -77,7 +77,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     names["options"] = {**destination.names["options"], **source.options}
     known = declared(mapping, layout, "source")
     config = configuration(source, "training", mapping.training_config, names, known, destination.grid_names())
-    if layout.config_of_target:  # what is written is what was read
+    if layout.config_of_target:  # it is written as it was read
         config = dict(source.checkpoint.config)
     when = destination.mode.when
     if when is not None and not evaluate(when, config):
@@ -90,7 +90,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
             fix="Leave --mode out: the ranks say which it is.",
         )
     place = _inside(layout, destination.mode)
-    if place is not None:  # the configuration is in each of the weight files
+    if place is not None:  # each weight file holds the configuration
         files = tuple(replace(one, around=around_of(place, config)) for one in files)
     parts = [one.header.part for one, _, _ in listed]
     written = Written(
@@ -113,7 +113,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
 def directory_of(
     destination: Destination, files: Sequence[OutputFile], outputs: Sequence[Output], parts: Sequence[Part | None]
 ) -> dict[str, tuple[str, Any]]:
-    """The file that says where the boxes lie, where the mode's format has one: name → (format, content)."""
+    """The file that lists the boxes, if the mode's format has one: name → (format, content)."""
     if destination.mode.format != "dcp":
         return {}
     saved = [
@@ -126,19 +126,19 @@ def directory_of(
 
 
 def around_data(plan: Plan) -> Any:
-    """What weight files hold beside their tensors, as JSON holds it: the number of its place, and the configuration."""
+    """What weight files hold besides tensors, as JSON data: the index of its place, and the configuration."""
     place = None if plan.written is None else _inside(plan.layout, plan.written.mode)
     return None if place is None else [plan.layout.configs.index(place), dict(plan.config)]
 
 
 def _inside(layout: Layout, mode: Mode) -> ConfigFile | None:
-    """The place of the configuration that is in the mode's weight files."""
+    """The configuration's place in the mode's weight files."""
     first = pattern(mode.files[0].name)
     return next((place for place in layout.configs if first.match(place.file) is not None), None)
 
 
 def around_of(place: ConfigFile, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as it stands in its file: under its key, what stands beside it apart."""
+    """A configuration as in its file: under its key, with neighbouring keys separate."""
     values = {key: value for key, value in config.items() if key not in place.beside}
     made: Any = Made(Global("argparse", "Namespace"), with_dtypes(values)) if place.kind == "namespace" else values
     if place.key is None:
@@ -149,7 +149,7 @@ def around_of(place: ConfigFile, config: Mapping[str, Any]) -> dict[str, Any]:
 def small_files(
     destination: Destination, files: Sequence[RankFile], config: Mapping[str, Any]
 ) -> dict[str, tuple[str, Any]]:
-    """Name → (format, content) of the configurations and of what lies beside each rank file."""
+    """Name → (format, content) of the configurations and of the small files beside each rank file."""
     layout = destination.layout
     found: dict[str, tuple[str, Any]] = {}
     if _inside(layout, destination.mode) is None:
@@ -165,18 +165,18 @@ def small_files(
 
 
 def training_text(destination: Destination) -> dict[str, Any]:
-    """What the layout writes of the training configuration."""
+    """The training configuration that the layout writes."""
     rendered: dict[str, Any] = render_tree(destination.layout.training_write, destination.counts())
     return rendered
 
 
 def _training_again(source: Source, destination: Destination) -> dict[str, Any]:
-    """What is written of the training configuration, as it will be read."""
+    """The written training configuration, as it will be read."""
     return read_training(source.mapping, destination.layout, training_text(destination))
 
 
 def _check_kept(source: Source, destination: Destination) -> None:
-    """E216 for the first key of the model's configuration that the training configuration says and would not again."""
+    """E216 for the first key of the model's configuration that the training configuration sets and would lose."""
     before = render_known(source.mapping.config, source.names)
     after = render_known(source.mapping.config, {**source.names, "training": _training_again(source, destination)})
     lost = next((key for key in {**before, **after} if before.get(key) != after.get(key)), None)
@@ -192,11 +192,11 @@ def _check_kept(source: Source, destination: Destination) -> None:
 
 
 def _check_again(source: Source, written: Written, destination: Destination) -> None:
-    """What is written, read again, must give the same model.
+    """Check that the output, when read again, gives the same model.
 
     Raises:
-        EngineError: E216 unless its configuration and names give the same choices and sizes, E209 when a key of
-            the source's configuration does not come back.
+        EngineError: E216 unless its configuration and names give the same choices and sizes; E209 when a key of
+            the source's configuration is lost.
     """
     mapping, sizes = source.mapping, source.side.sizes
     config = source.read.config if source.layout.config_of_target else written.config
@@ -232,7 +232,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
                 fix="Let `training_config` write values from which `dims` compute the sizes again.",
             )
     if source.layout.config_of_target:
-        with_parts(source.read.config, mapping, source.layout)  # whose own spellings must agree too
+        with_parts(source.read.config, mapping, source.layout)  # their own spellings must agree too
         return
     names_then = {**scope, **choices, **sizes, "training": _training_again(source, destination)}
     check_returns(

@@ -1,4 +1,4 @@
-"""A training checkpoint as planning takes it: its ranks, headers and configurations."""
+"""Reads a training checkpoint for planning: its ranks, headers and configurations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.storage.store import File, has_changed
 
 
 def read_some(src: Source, layout: Layout, mode: str, names: Sequence[str]) -> tuple[FileHeader, ...]:
-    """The headers of some files of a training checkpoint that was read whole before; ValueError for no mode of it."""
+    """The headers of some files of a training checkpoint that was read before; ValueError for files of no mode."""
     (found,) = (one for one in layout.modes if one.name == mode)
     folder, says = store_at(src, "the checkpoint"), told_by(layout)
     return read_headers(folder, names, found, layout.skip_tensors, says, layout.wrappers, some=True)
@@ -32,11 +32,11 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
-    Of the payload only a few KiB are read, to see that no file is there twice. Raises EngineError E2xx and E3xx.
+    Reads only a few KiB of payload, to check that no file is a copy of another. Raises EngineError E2xx and E3xx.
 
     Args:
-        config: a file of the target's configuration, for what the checkpoint does not say.
-        needed: whether to refuse a checkpoint without any configuration, where its framework saves none.
+        config: a file of the target's configuration, for facts that the checkpoint does not hold.
+        needed: whether to refuse a checkpoint without any configuration if its framework saves none.
     """
     given = store_at(src, "the checkpoint")
     folder = followed(given)
@@ -44,7 +44,7 @@ def read_checkpoint(
     target = {} if file is None else read_json(file)
 
     def configurations() -> tuple[str, dict[str, Any], dict[str, Any]]:
-        """The model's, after the file that it is in, and the training's."""
+        """The file and content of the model's configuration, and the training configuration."""
         name, configuration = read_configuration(folder, layout, file, needed=needed)
         if layout.training_file is None or layout.training_format is None:
             return name, configuration, {}
@@ -56,12 +56,12 @@ def read_checkpoint(
     name, configuration, training = read()
     signs = [beside.file for beside in grid.mode.beside]
     if signs and layout.config_from_target and not configuration and not any(map(folder.has, signs)):
-        raise no_configuration(folder, layout)  # files of that name and nothing else may be another framework's
+        raise no_configuration(folder, layout)  # files with these names alone may be another framework's
     configured = {**configuration, "training": training}
     check_claims(grid, layout, configured, layout.training_file or name, folder.place())
     names = [f.name for f in grid.files]
     headers = read_headers(folder, names, grid.mode, layout.skip_tensors, told_by(layout), layout.wrappers)
-    with_tensors = {header.name for header in headers} | {".metadata"}  # whose states are known
+    with_tensors = {header.name for header in headers} | {".metadata"}  # their states are known
     if name not in with_tensors and repr(configurations()) != repr(read()):
         raise has_changed(name, "another configuration", "the one that was read before the headers")
     check_alike(headers, layout)

@@ -1,4 +1,4 @@
-"""Whether a model is the release that was chosen: its sizes against those that the release states."""
+"""Checks whether a model is the chosen release: compares its sizes with those that the release states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_NAMES = 4
 
 
 def check_release(mapping: MappingFile, sizes: Mapping[str, int], *, strict: bool = False) -> tuple[Departure, ...]:
-    """What the model has in other sizes than the release that was chosen; nothing when it is that release.
+    """The sizes in which the model differs from the chosen release; empty when it is that release.
 
     Args:
         strict: refuse any difference.
@@ -54,7 +54,7 @@ def check_release(mapping: MappingFile, sizes: Mapping[str, int], *, strict: boo
 
 
 def not_the_release(mapping: MappingFile, found: tuple[Departure, ...]) -> tuple[str, ...]:
-    """The notice of it, one sentence; none when it is the release."""
+    """The notice that it is not the release, one sentence; empty when it is."""
     if not found:
         return ()
     told = "; ".join(f"{one.key}: got {one.got}, expected {one.expected}" for one in found)
@@ -64,10 +64,10 @@ def not_the_release(mapping: MappingFile, found: tuple[Departure, ...]) -> tuple
 def check_asked(
     mapping: MappingFile, names: Mapping[str, Any], settings: Mapping[str, Any], found: tuple[Departure, ...]
 ) -> None:
-    """E202 for a question that only the release answers, by a default of its own, where the model is not the release.
+    """E202 for a question that only the release's own default answers, when the model is not that release.
 
     Args:
-        names: what expressions see.
+        names: the names for expressions.
     """
     defaults = {name: one.default for name, one in mapping.options.items() if name not in settings}
     for variant in mapping.variants.values() if found else ():
@@ -100,7 +100,7 @@ def _releases_of(mapping: MappingFile, sizes: Mapping[str, int]) -> list[str]:
     for name in list_names():
         try:
             other = load_mapping(name)
-        except EngineError:  # a file on the search path that cannot be read has no say here
+        except EngineError:  # ignore an unreadable file on the search path
             continue
         same = other.expect.keys() >= mapping.expect.keys() and _reads(other) == reads
         if same and all(sizes.get(axis) == want for axis, want in other.expect.items()):

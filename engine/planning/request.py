@@ -1,7 +1,7 @@
-"""What a plan is asked for: each option declared once.
+"""What is asked of a plan; each option is declared once.
 
-The API takes them as keywords, the command line makes its options of them, and a saved plan holds
-the request. A new option is a field of `Request` and the same line in the keywords below.
+The API takes the options as keywords, the command line turns them into flags, and a saved plan holds
+the request. A new option is a field of `Request`, and the same line in the keywords below.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from engine.language.model import MappingFile
     from engine.planning.stored import End
 
-# Rank dimensions of bundled layouts that have keywords and command line options of their own, with their help.
+# Rank dimensions of bundled layouts with their own keywords and command line options, and their help.
 RANK_OPTIONS = {"tp": "Tensor-parallel ranks.", "pp": "Pipeline ranks.", "wp": "Weight-parallel ranks, in mode isp."}
 
 
 def option(help: str, kind: str = "text", *, flags: str = "", metavar: str = "", shown: str = "") -> dict[str, str]:
-    """What the command line needs to offer a field.
+    """What the command line needs to turn a field into an option.
 
     Args:
         help: what it does, in one line.
@@ -38,26 +38,26 @@ def option(help: str, kind: str = "text", *, flags: str = "", metavar: str = "",
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a plan is made from.
+    """What is asked of a plan.
 
     Attributes:
         mapping: a path, the name of a bundled mapping, or a loaded one.
         src: the folder of the checkpoint that is read.
         reads, writes: the ends of the mapping: `training` for rank files, `whole` for a Hugging Face checkpoint.
-        config: a file with the target's configuration, for what the checkpoint does not say.
-        settings: variants and options of the mapping or its layout, as `--set` gives them.
+        config: a file with the target's configuration, for facts that the checkpoint does not hold.
+        settings: values of variants and options of the mapping or its layout by name, as with `--set`.
         dtype: one of `DTYPES`, a short form like `bf16`, or a torch dtype; `auto` keeps each tensor's own type.
-        max_shard_size: bytes of tensors per output file of a Hugging Face checkpoint, or text like `5GB`.
-        strict: refuse sizes other than those of the release.
-        ranks: ranks to write per rank dimension; the others are as in `like`, else as in `src`, else 1.
+        max_shard_size: most bytes of tensors per output file of a Hugging Face checkpoint, or text like `5GB`.
+        strict: refuse a model whose sizes differ from the release's.
+        ranks: ranks to write per rank dimension; others default to those of `like`, else of `src`, else 1.
         chunks: model chunks per pipeline rank to write.
         mode: a mode of the layout to write, or an alias.
-        like: a training checkpoint whose mode, ranks, names and variants to copy.
-        lossy: rules that do not invert and are written all the same.
-        to: the mapping that writes, where it is not the one that reads: rank files of another framework.
+        like: a training checkpoint to take mode, ranks, names and variants from.
+        lossy: rules to apply although they cannot be inverted.
+        to: the mapping that writes, if it is not the one that reads: for rank files of another framework.
 
     Raises:
-        EngineError: E001 for a value that cannot be asked for.
+        EngineError: E001 for an invalid value.
     """
 
     mapping: str | Path | MappingFile = field(
@@ -126,7 +126,7 @@ class Request:
 
 
 class PlanOptions(TypedDict, total=False):
-    """Keywords of whatever makes a plan."""
+    """Keywords of every function that makes a plan."""
 
     settings: Mapping[str, Any] | None
     config: str | Path | None
@@ -134,14 +134,14 @@ class PlanOptions(TypedDict, total=False):
 
 
 class WholeOptions(PlanOptions, total=False):
-    """Keywords of what plans a Hugging Face checkpoint."""
+    """Keywords of functions that plan a Hugging Face checkpoint."""
 
     max_shard_size: int | str
     strict: bool
 
 
 class RankOptions(PlanOptions, total=False):
-    """Keywords of what plans rank files; `RANK_OPTIONS` are short for entries of `ranks`."""
+    """Keywords of functions that plan rank files; `RANK_OPTIONS` are short for entries of `ranks`."""
 
     ranks: Mapping[str, int] | str | None
     tp: int | None
@@ -153,32 +153,32 @@ class RankOptions(PlanOptions, total=False):
 
 
 class ReverseOptions(RankOptions, total=False):
-    """Keywords of what plans rank files from a Hugging Face checkpoint."""
+    """Keywords of functions that plan rank files from a Hugging Face checkpoint."""
 
     lossy: Sequence[str]
 
 
 class ReshardOptions(RankOptions, total=False):
-    """Keywords of what plans rank files from rank files."""
+    """Keywords of functions that plan rank files from rank files."""
 
     to: str | Path | None
 
 
 class AnyOptions(ReverseOptions, total=False):
-    """Keywords of whatever plans something."""
+    """Keywords of functions that plan any of these."""
 
     max_shard_size: int | str
     strict: bool
 
 
 def keywords(options: Mapping[str, Any], takes: type) -> Any:
-    """Those of some keywords that a function takes."""
+    """The keywords that a function takes, out of some."""
     return {name: value for name, value in options.items() if name in takes.__annotations__}
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A pair of ends, and the keywords that plan it."""
+    """What a job reads and writes, and the keywords that plan it."""
 
     reads: End
     writes: End
@@ -193,14 +193,14 @@ JOBS = {
 
 
 def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[str, Any], job: str) -> Request:
-    """The request that keywords make.
+    """The request from keywords.
 
     Args:
         job: which of `JOBS`.
 
     Raises:
-        TypeError: for a keyword that is none of the job's, as Python does.
-        EngineError: E001 for a job that there is not, and as `Request`.
+        TypeError: for a keyword that the job does not have, as in Python.
+        EngineError: E001 for an unknown job, and as for `Request`.
     """
     if job not in JOBS:
         raise EngineError("E001", f"there is no job `{job}`", expected=", ".join(JOBS))
@@ -216,5 +216,5 @@ def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[
 
 
 def own(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Those of some keywords that are fields of a dataclass."""
+    """The keywords that are fields of a dataclass, out of some."""
     return {one.name: options[one.name] for one in fields(kind) if one.name in options}

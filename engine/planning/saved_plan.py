@@ -1,6 +1,6 @@
-"""Saved plans: what was asked for, what it was asked of, and what came out, in one small file.
+"""Saved plans: the request, its sources and the result, in one small file.
 
-Copies are computed anew when a saved plan is run; the file holds what they must come out as.
+Copies are computed again when a saved plan is run; the file holds what the result must be.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ _ALWAYS = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")
 
 @dataclass(frozen=True, slots=True)
 class SavedPlan:
-    """A saved plan as read: its request, and the whole file, as data and as it is.
+    """A saved plan that was read: its request, and the whole file, as data and as bytes.
 
-    A plan that reads with one mapping and writes with another has that of the first in it.
+    A plan that reads with one mapping and writes with another contains the plan of the first.
     """
 
     path: str
     request: Request
     data: Mapping[str, Any]
     raw: bytes
-    through: SavedPlan | None = None  # the plan whose output is read, where it is never written
+    through: SavedPlan | None = None  # the plan whose output is read, if that is never written
 
     @property
     def digest(self) -> str:
-        """What parts know their work by."""
+        """The digest that identifies the work for its parts."""
         return digest_of(self.raw)
 
 
 def request_data(asked: Request) -> dict[str, Any]:
-    """A request as JSON holds it: what is not as by default, and a few things always.
+    """A request as JSON data: values that differ from the default, and a few always.
 
     Raises:
-        EngineError: E001 for what another process could not load: a mapping or a source that is no file.
+        EngineError: E001 for a mapping or source that is not a file: another process could not load it.
     """
     if isinstance(asked.mapping, MappingFile):
         raise EngineError(
@@ -65,18 +65,18 @@ def request_data(asked: Request) -> dict[str, Any]:
     if not isinstance(asked.src, str | Path):
         raise EngineError(
             "E001",
-            "a plan is saved of a checkpoint that is there",
+            "a plan can be saved only for a checkpoint that exists",
             got=f"{asked.src!s:.80}",
             expected="a path or a URL",
-            fix="Write the checkpoint in between first.",
+            fix="Write the intermediate checkpoint first.",
         )
     if holds_secret(str(asked.src)):
         raise EngineError(
             "E001",
-            "a plan is not saved with a password in it",
+            "a plan with a password in it cannot be saved",
             place=Place(str(asked.src)),
             expected="a URL without user and password",
-            fix="Give access in another way, such as the variables that the provider names.",
+            fix="Give access in another way, such as the provider's environment variables.",
         )
     data: dict[str, Any] = {}
     plain = Request("")
@@ -103,11 +103,11 @@ def saved_plan(
     template: str | None,
     through: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of a saved plan; the shape is `schemas/saved-plan.schema.json`.
+    """The content of a saved plan; its schema is `schemas/saved-plan.schema.json`.
 
     Args:
-        rules: what goes where, to be reviewed, as `describe_rules` gives it.
-        work: the same in full, for parts, as `work_data` gives it.
+        rules: what goes where, for review, from `describe_rules`.
+        work: the same in full, for parts, from `work_data`.
         template: the text of the mapping's chat template.
         through: the content of `plan.through`.
     """
@@ -118,7 +118,7 @@ def saved_plan(
         "request": request_data(asked),
         "mapping": {"name": plan.mapping.name, "version": plan.mapping.version, "digest": plan.mapping.digest},
         "layout": {"name": layout.name, "version": layout.version, "digest": layout.digest},
-        "files": [marks_of(file) for file in plan.files if file is not ZEROS],  # which nobody saved
+        "files": [marks_of(file) for file in plan.files if file is not ZEROS],  # zeros are not a file
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "variants": {name: plan.decisions[name].choice for name in sorted(plan.decisions)},
         "options": {name: plan.options[name] for name in sorted(plan.options)},
@@ -145,12 +145,12 @@ def encode(data: Mapping[str, Any]) -> bytes:
 
 
 def is_saved_plan(start: bytes) -> bool:
-    """Whether a file of these first bytes was written as a saved plan."""
+    """Whether a file that starts with these bytes is a saved plan."""
     return re.match(rb'\{\s*"plan": \d+,\s*"engine": "', start) is not None
 
 
 def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
-    """A saved plan of a file's content, of which one byte more than `MAX_BYTES` is enough; E102 when it is none."""
+    """Parse a saved plan; at most one byte more than `MAX_BYTES` is needed. E102 when it is not one."""
     if len(raw) > MAX_BYTES:
         raise unreadable(path, f"more than {MAX_BYTES} bytes")
     try:
@@ -183,7 +183,7 @@ def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
 
 
 def _read(path: Path, data: Any, raw: bytes) -> SavedPlan:
-    """A plan, without the one that it goes through."""
+    """A saved plan, without the one that it reads through."""
     own = {key: value for key, value in data.items() if key != "through"} if isinstance(data, dict) else data
     if problem := first_violation(own, "saved-plan"):
         raise unreadable(path, problem)
@@ -195,7 +195,7 @@ def _read(path: Path, data: Any, raw: bytes) -> SavedPlan:
 
 
 def unreadable(path: Path | str, why: str) -> EngineError:
-    """E102 for a file that is no saved plan."""
+    """E102 for a file that is not a saved plan."""
     return EngineError(
         "E102",
         "the file is not a saved plan",
@@ -228,7 +228,7 @@ def check_plan(
     work: Mapping[str, Any] | None,
     template: str | None,
 ) -> None:
-    """E217 unless planning again came out as the saved plan says."""
+    """E217 unless planning again gave the result in the saved plan."""
     now = json.loads(json.dumps(saved_plan(plan, saved.request, rules, work, template)))
     for key in ("variants", "sizes", "options", "config"):
         for name, *both in changed(now[key], saved.data[key]):
@@ -266,7 +266,7 @@ def _differs(saved: SavedPlan, what: str, now: Any, then: Any) -> EngineError:
     by = f" (by engine {saved.data['engine']}; this is {__version__})" if saved.data["engine"] != __version__ else ""
     return EngineError(
         "E217",
-        f"the plan would be another now: {what} differs",
+        f"planning again gives another plan: {what} differs",
         place=Place(saved.path),
         got=str(now),
         expected=f"{then}, as saved{by}",

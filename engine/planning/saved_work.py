@@ -1,7 +1,7 @@
-"""What a saved plan holds of its copies, so that a part of its work is found without planning the whole.
+"""The copies in a saved plan, so that a part finds its work without planning the whole.
 
-Outputs that are filled alike share one list of copies; each names the stored tensors that fill it, by file and name.
-All of it is numbers and names: no file is looked at before the part's own are.
+Outputs that are filled in the same way share a list of copies; each names the stored tensors that fill it, by file
+and name. All of it is numbers and names: only the part's own files are opened.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from engine.planning.rank_outputs import around_data, around_of
 from engine.planning.stored import SourceTensor
 from engine.planning.zeros import ZEROS, zeros_of
 
-Row = list[Any]  # of an output: its name, the number of its kind, then its places
-_IN_ROWS = "="  # in the place of a rule's name, which is never one sign that is no letter
-Places = list[list[int]]  # sources of one name together: the number of the name, and the file of each
+Row = list[Any]  # an output: its name, the index of its kind, then its places
+_IN_ROWS = "="  # in place of a rule's name, which is never a single non-letter
+Places = list[list[int]]  # sources grouped by name: the index of the name, and the file of each
 
 
 def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> dict[str, Any] | None:
-    """The copies of a plan as JSON holds them; None for one that only planning again can make.
+    """The copies of a plan as JSON data; None if only planning again can make them.
 
     Args:
-        scattered: gives the outputs that are filled together from the sources' side.
+        scattered: returns the sets of outputs that are scattered together from their sources.
     """
     named = [len({t.name for t in file.tensors}) == len(file.tensors) for file in plan.files]
     around = around_data(plan)
@@ -68,7 +68,7 @@ def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> d
 
 
 class _Coded:
-    """The rows of a plan's outputs, with what many share put once."""
+    """The rows of a plan's outputs, with shared parts stored once."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -77,7 +77,7 @@ class _Coded:
         self._numbers: dict[tuple[Any, ...], int] = {}
 
     def output(self, output: Output, template: Template, sources: Sequence[int], key: object) -> Row:
-        """The row of an output that is filled from sources; equal keys are of equal templates."""
+        """The row of an output that is filled from sources; equal keys mean equal templates."""
         fixed = (
             output.dtype, output.read_dtype, output.shape, output.rule, output.pattern, output.transform,
             output.transform_dim,
@@ -92,7 +92,7 @@ class _Coded:
         return [output.name, kind, *self.places(sources)]
 
     def places(self, sources: Iterable[int]) -> Places:
-        """Where sources lie, in their order; zeros are named by their type and shape."""
+        """The places of sources, in order; zeros are named by their type and shape."""
         found: Places = []
         for source in sources:
             one = self._plan.sources[source]
@@ -105,7 +105,7 @@ class _Coded:
         return found
 
     def name(self, name: object) -> int:
-        """The number of a name."""
+        """The index of a name."""
         return self.names.setdefault(name, len(self.names))
 
 
@@ -114,8 +114,8 @@ class SavedWork:
     """The work of a saved plan before its sources are known.
 
     Attributes:
-        outline: its outputs and files; nothing of what it reads but the names of files.
-        scattered: outputs that are filled together from the sources' side.
+        outline: its outputs and files; of its sources only the names of files.
+        scattered: sets of outputs that are scattered together from their sources.
     """
 
     outline: Work
@@ -124,10 +124,10 @@ class SavedWork:
     _output: Callable[[Row], Output]
 
     def read_for(self, outputs: Collection[int], begun: Collection[int]) -> dict[int, set[str]]:
-        """The files that some outputs are read from, and those that are compared; the tensors of each.
+        """The files that some outputs are read from, and files to compare, with the tensors of each.
 
         Args:
-            begun: those of the outputs with which what belongs to them is compared.
+            begun: the outputs for which the comparisons that belong to them are made too.
         """
         rows = [self._data["outputs"][output][2:] for output in outputs]
         rows += [row[2:] for home, row in self._data["tied"] if home in begun]
@@ -139,7 +139,7 @@ class SavedWork:
         return dict(sorted(found.items()))
 
     def compared_with(self, outputs: Collection[int]) -> set[int]:
-        """Some outputs, and those to which what is compared of their sources belongs."""
+        """Some outputs, and those to which the comparisons of their sources belong."""
         held = {(name, file) for output in outputs for name, *files in self._data["outputs"][output][2:]
                 for file in files}  # fmt: skip
         return {*outputs} | {
@@ -149,13 +149,13 @@ class SavedWork:
         }
 
     def of(self, outputs: Collection[int], begun: Collection[int], headers: Mapping[int, FileHeader]) -> Work:
-        """What moves some outputs, and compares what belongs to those that are begun.
+        """The work that moves some outputs, and makes the comparisons that belong to those that are begun.
 
         Args:
-            headers: of the files of `read_for` these.
+            headers: the headers of the files that `read_for` names.
 
         Raises:
-            ValueError, LookupError, TypeError: for copies that are none of a plan.
+            ValueError, LookupError, TypeError: for invalid copies.
         """
         found = _Sources(self._data["names"], headers, len(self.outline.files) - 1)
         copies = _Copies(self._data["kinds"])
@@ -192,7 +192,7 @@ class SavedWork:
 
 
 class _Sources:
-    """The stored tensors that are read, numbered as they are asked for."""
+    """The stored tensors that are read, numbered on demand."""
 
     def __init__(self, names: Sequence[Any], headers: Mapping[int, FileHeader], zeros: int) -> None:
         self._names = names
@@ -215,7 +215,7 @@ class _Sources:
 
 
 class _Copies:
-    """`Work.copies` of some outputs: for each its kind, and the sources that it has in the kind's order."""
+    """`Work.copies` of some outputs: for each its kind, and its sources in the kind's order."""
 
     def __init__(self, kinds: Sequence[Row]) -> None:
         self._kinds = kinds
@@ -230,7 +230,7 @@ class _Copies:
 
 
 def _check(output: Output, copies: Sequence[Copy], sources: Sequence[SourceTensor]) -> None:
-    """ValueError unless copies fill an output, and read nothing beside their sources."""
+    """ValueError unless copies fill an output, and read nothing outside their sources."""
     filled = 0
     for copy in copies:
         header = sources[copy.source].header
@@ -249,15 +249,15 @@ def _check(output: Output, copies: Sequence[Copy], sources: Sequence[SourceTenso
 def saved_work(
     data: Mapping[str, Any], files: tuple[FileHeader, ...], folder: str, places: Mapping[str, str], layout: Layout
 ) -> SavedWork:
-    """The work of a plan by its `work_data`.
+    """The work of a plan from its `work_data`.
 
     Args:
-        files: the source's, without what they hold.
-        places: of each rule, for errors.
-        layout: of what is written.
+        files: the source's files, without their tensors.
+        places: the place of each rule, for errors.
+        layout: the layout of the target.
 
     Raises:
-        ValueError, LookupError, TypeError: for what is none.
+        ValueError, LookupError, TypeError: for invalid data.
     """
 
     def facts(kind: Row) -> tuple[Any, ...]:

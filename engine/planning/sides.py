@@ -1,7 +1,7 @@
-"""Sides: the tensors of one end of a plan, and where each holds the pieces of the rules.
+"""Sides: the tensors of a plan's source or target, and where each holds the pieces of the rules.
 
-A side is the same thing whichever end it is on: groups of shards. Rank files are groups that a
-layout cuts, a Hugging Face checkpoint is groups of one whole shard each.
+Both sides are groups of shards: rank files are groups that a layout cuts, a Hugging Face
+checkpoint is groups of one whole shard each.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from engine.planning.sizes import extents
 from engine.planning.stored import End, Instance, Stored
 
 Holding = dict[tuple[int, ...], list[tuple[int, ...]]]
-Keys = Mapping[tuple[str, frozenset[str]], Key]  # (instance, piece) → what it is called on both sides
+Keys = Mapping[tuple[str, frozenset[str]], Key]  # (instance, piece) → the piece's name on both sides
 
 
 def keys_at(end: End, used: Iterable[Instance], pieces: Pieces) -> Keys:
-    """The keys of an end's pieces. A dropped one of training tensors has no target: its rule and parameter name it."""
+    """The keys of a side's pieces. A dropped training piece has no target: its rule and parameter name it."""
     if end == "whole":
         targets = (spec.own for spec in pieces.targets.values())
         return {(one.key, piece): (one.key, piece) for one in targets for piece in one.pieces}
@@ -34,13 +34,13 @@ def keys_at(end: End, used: Iterable[Instance], pieces: Pieces) -> Keys:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard of a group: its replicas and where they lie in the whole tensor.
+    """One shard of a group: its replicas and their place in the whole tensor.
 
     Attributes:
         ranks: its key in the group.
         sizes: extent of every axis as stored.
         starts: global index of the first stored element of each cut axis.
-        window: the interval of each storage dimension that it holds, of the tensor that the cut axes leave.
+        window: the interval that it holds of each storage dimension, in the tensor that remains after cutting axes.
     """
 
     ranks: tuple[int, ...]
@@ -56,7 +56,7 @@ class Side:
 
     Attributes:
         keys: (instance, piece) → key; pieces of equal keys on two sides are the same elements.
-        sizes: of every axis.
+        sizes: the size of every axis.
         stored: every tensor, by its number.
     """
 
@@ -66,7 +66,7 @@ class Side:
     stored: tuple[Stored, ...] = field(init=False, compare=False, repr=False)
     _groups: Mapping[GroupKey, tuple[Group, int]] = field(init=False, compare=False, repr=False)
     _owners: Mapping[Key, tuple[str, tuple[str, ...]]] = field(init=False, compare=False, repr=False)
-    # of a group whose boxes are recorded: values of some axes → the shards that hold such elements
+    # for a group with recorded boxes: values of some axes → the shards that hold such elements
     _holding: dict[tuple[GroupKey, tuple[str, ...]], Holding] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -106,9 +106,9 @@ class Side:
         return [one for one in result.values() if one.shards]
 
     def _narrowed(self, group: Group, fixed: Mapping[str, int]) -> Group:
-        """A group with those shards whose recorded boxes hold elements of given indices.
+        """A group with only those shards whose recorded boxes hold elements with given indices.
 
-        So that a checkpoint that stacks its layers is not searched whole for each of them.
+        This avoids searching all of a checkpoint with stacked layers for each layer.
         """
         axes = tuple(axis for axis in group.instance.axes.names() if axis in fixed)
         if not axes or not group.cut.boxes or len(group.shards) == 1:
@@ -139,7 +139,7 @@ class Side:
         return placed
 
     def shards(self, group: Group) -> list[Shard]:
-        """Where each shard lies in the whole: offsets are running sums of what the ranks before hold."""
+        """The place of each shard in the whole tensor: offsets are running sums over the ranks before."""
         local = extents(group, self.sizes)
         starts = {axis: _running(by_rank) for axis, by_rank in local.items()}
         row = 0
@@ -160,6 +160,6 @@ class Side:
 
 
 def _running(by_rank: Mapping[int, int]) -> dict[int, int]:
-    """What the ranks before each hold together."""
+    """For each rank, the sum over the ranks before it."""
     ranks = sorted(by_rank)
     return dict(zip(ranks, accumulate((by_rank[rank] for rank in ranks), initial=0), strict=False))

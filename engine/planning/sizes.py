@@ -1,7 +1,7 @@
-"""Sizes: what config and shards claim, solved one unknown at a time, contradictions collected.
+"""Sizes: solves what config and shards claim, one unknown at a time, and collects contradictions.
 
 Every `dims` entry and every storage dimension of every shard is an equation. Extents of a cut axis
-are read off the shards; their sum is the axis. An axis has one size in the whole checkpoint.
+are taken from the shards; their sum is the axis. An axis has one size in the whole checkpoint.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Contradiction:
     expected: str
     place: Place | None
     rule: str
-    file: str  # what stands out: a rank's file, a stage; empty where all ranks agree
+    file: str  # the odd one out: a rank's file, a stage; empty if all ranks agree
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ def linear(node: Node, sizes: Mapping[str, int]) -> tuple[int, int, str | None] 
 
 
 def solve(groups: Sequence[Group], known: Mapping[str, Fact], files: Sequence[RankFile]) -> Sizes:
-    """Solve to a fixed point. Groups of the same rule, ranks and shapes are looked at once."""
+    """Solve to a fixed point. Groups with the same rule, ranks and shapes are processed once."""
     distinct: dict[tuple[object, ...], Group] = {}
     for group in groups:
         distinct.setdefault((group.instance.key, group.shapes()), group)
@@ -98,7 +98,7 @@ def solve(groups: Sequence[Group], known: Mapping[str, Fact], files: Sequence[Ra
 
 
 def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:
-    """Local extents of each cut axis by rank, read off the shards of a group whose sizes are solved."""
+    """Local extents of each cut axis by rank, from the shards of a group whose sizes are solved."""
     position = {axis: at for at, (_, axis) in reversed(list(enumerate(group.cut.dims)))}
     others = {name: size for name, size in sizes.items() if name not in position}
     forms = [linear(node, others) for node in group.instance.axes.dims]
@@ -112,7 +112,7 @@ def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]
 
 
 class _Contradicts(Exception):
-    """What the shards of a group say against each other, or against what is known."""
+    """Raised when the shards of a group contradict each other, or known sizes."""
 
     def __init__(self, found: Contradiction) -> None:
         self.found = found
@@ -120,14 +120,14 @@ class _Contradicts(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """One look at a group: what its shards add to what is known of sizes."""
+    """One pass over a group: what its shards add to the known sizes."""
 
     group: Group
     state: Sizes
     files: Sequence[RankFile]
 
     def learn(self) -> bool:
-        """Draw what can be drawn; True when nothing more can be learnt from the group.
+        """Deduce what is possible; True when the group can give nothing more.
 
         Raises:
             _Contradicts: shapes that do not fit the rule's axes, or sizes that disagree.
@@ -191,11 +191,11 @@ class _Look:
 
     @property
     def _by_rows(self) -> bool:
-        """Whether storage rows are cut, wherever that falls: then the shards' rows add up to the whole dimension."""
+        """Whether storage rows are cut, even inside a unit: then the shards' rows add up to the whole dimension."""
         return self.group.cut.rows is not None and not self.group.cut.recorded
 
     def _equations(self) -> Iterator[tuple[Node, int, Ranks | None]]:
-        """Each storage dimension, how long it is, and on which ranks; None for all together."""
+        """Each storage dimension, its length, and its ranks; None for all together."""
         dims, at = self.group.instance.axes.dims, self.group.cut.at
         if self._by_rows:
             yield dims[at], sum(stored[0].header.shape[at] for stored in self.group.shards.values()), None
@@ -227,7 +227,7 @@ class _Look:
         return _Contradicts(Contradiction(axis, got, expected, group.instance.rule.place, rule, told))
 
     def _odd(self) -> list[Ranks]:
-        """The ranks whose shapes are rarest; none where all have the same."""
+        """The ranks with the rarest shapes; none if all have the same."""
         shapes = {ranks: stored[0].header.whole for ranks, stored in self.group.shards.items()}
         counts = Counter(shapes.values())
         fewest = min(counts.values())
@@ -250,7 +250,7 @@ def _because(node: Node, state: Sizes) -> str:
 
 
 def size_error(found: Contradiction) -> EngineError:
-    """E203 as users read it."""
+    """E203 with the text for users."""
     axis = "the number of dimensions" if found.axis == "shape" else f"axis `{found.axis}`"
     return EngineError(
         "E203",
@@ -267,7 +267,7 @@ def size_error(found: Contradiction) -> EngineError:
 
 
 def check_known(used: Sequence[Instance], sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> None:
-    """E204, or why it could not be computed, for the first axis of some tensors whose size is not known."""
+    """E204 for the first axis with an unknown size, or the error that kept it from being computed."""
     for one in used:
         for axis in (*one.axis_names(), *one.axes.names()):
             if axis not in sizes:

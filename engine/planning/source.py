@@ -1,4 +1,4 @@
-"""Sources: a checkpoint of either end as a mapping reads it, with every decision taken and every size known."""
+"""Sources: a checkpoint of either side as a mapping reads it, with all decisions made and all sizes known."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from engine.planning.variants import Decision, decide, options_of
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint that is understood.
+    """A checkpoint after matching, deciding and solving.
 
     Attributes:
         used: the rules that have tensors.
         side: its tensors, with the sizes of all axes.
-        unread: why the size of an axis could not be computed, where it is not known.
+        unread: for each axis of unknown size, why it could not be computed.
         read: its configuration.
-        names: all that expressions see, functions aside.
+        names: all names for expressions, without functions.
         ignored: tensors that the mapping leaves out, and why.
     """
 
@@ -58,12 +58,12 @@ class Source:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Targets that the configuration of a checkpoint without ranks ties: name → the one that each equals."""
+        """Targets that the configuration of a checkpoint without ranks ties: name → the tensor that it equals."""
         ties = self.checkpoint.end == "whole" and self.read.config.get("tie_word_embeddings")
         return _tied_names(self.used) if ties else {}
 
     def replicas(self) -> tuple[Replicas, ...]:
-        """Sets of stored tensors that must be equal: those of several ranks, and those that are tied."""
+        """Sets of stored tensors that must be equal: replicas of several ranks, and tied tensors."""
         found = [
             Replicas(tuple(numbers), group.name, group.instance.rule.name)
             for group in self.side.groups
@@ -82,7 +82,7 @@ class Source:
     def slices(self) -> tuple[Slices, ...]:
         """Sets of slices that different ranks hold of one tensor.
 
-        What is a tensor of its own on the other side, as each expert of a stack is, may equal its neighbours.
+        A slice that is a separate tensor on the other side, like each expert of a stack, may equal its neighbours.
         """
         result: list[Slices] = []
         for group in self.side.groups:
@@ -110,13 +110,13 @@ def read_source(
     lossy: Sequence[str] | None = None,
     cut: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Match, decide and solve a checkpoint; E2xx for the first thing that does not fit.
+    """Match, decide and solve a checkpoint; E2xx for the first problem.
 
     Args:
         like: choices of another checkpoint, for what this one does not show.
-        expressed: whether it is to be written as something else, so that its configuration must be expressible.
-        lossy: rules that may be written though they do not invert; None where no rule has to.
-        cut: how rank files are to be cut, as far as expressions of the training configuration see it.
+        expressed: whether it will be written in another form, so that its configuration must be expressible there.
+        lossy: rules that may be applied although they cannot be inverted; None if no rule needs to be inverted.
+        cut: the names for training-configuration expressions about how rank files will be cut.
     """
     options, rules, end = options_of(mapping, settings), instances(mapping), checkpoint.end
     if end == "whole":
@@ -149,7 +149,7 @@ def read_source(
     used = used_rules(attempt, active, checkpoint)
     pieces, sizes = match_pieces(used), attempt.sizes.values()
     check_known(at_end(used, end), sizes, attempt.unread)
-    if not stages.layers and len(stages.counts) == 1:  # no name has a layer's number: tensors stack them
+    if not stages.layers and len(stages.counts) == 1:  # no name has a layer number: tensors stack the layers
         stages = laid_out([(stage, sizes.get("layer", 0)) for stage in stages.counts], stages.chunks, stages.dims)
     return Source(
         mapping=mapping,
@@ -169,9 +169,9 @@ def read_source(
 
 
 def _of_type(checkpoint: Checkpoint, mapping: MappingFile) -> Checkpoint:
-    """A checkpoint of another model type that is the same model, as one of the mapping's.
+    """A checkpoint of another model type for the same model, as one of the mapping's type.
 
-    Keys of other types' code are left out of the mapping's own, whose class does not read them.
+    Keys that only other types' code reads are left out for the mapping's own type, whose class does not read them.
     """
     config = checkpoint.config
     other = mapping.also.get(str(config.get("model_type")))
@@ -191,9 +191,9 @@ def _tied_names(rules: Sequence[Instance]) -> dict[str, str]:
 def _with_tied(
     stored: Sequence[Stored], tied: Mapping[str, str], matches: Matches, choices: Mapping[str, str]
 ) -> tuple[Stored, ...]:
-    """The tensors, and for each that a rule needs and that is left out, as tied, the one that stands for it.
+    """The tensors; each one that a rule needs but that is left out as tied is represented by the one it equals.
 
-    One that no rule needs, as rank files leave it out, is a copy of the one that it equals.
+    A tied tensor that no rule needs, since rank files leave it out, is a copy of the one it equals.
     """
     held = {one.name: one for one in stored}
 
@@ -215,7 +215,7 @@ def _with_tied(
 def _check_kind(
     stored: Sequence[Stored], matches: Matches, mapping: MappingFile, checkpoint: Checkpoint, layout: Layout
 ) -> None:
-    """E212 when the mapping is for another architecture, or hardly anything matches, instead of naming one tensor."""
+    """E212 when the mapping is for another architecture, or almost nothing matches, not an error for one tensor."""
 
     def wrong(place: str, got: str, expected: str, fix: str) -> EngineError:
         told = f"mapping `{mapping.name}` is not the one for this checkpoint"
@@ -236,7 +236,7 @@ def _check_kind(
             for rule in mapping.rules
         ]
         wanted = [name for names_of in ends for name in names_of][:3]
-        got, fix = ", ".join(sorted(names)[:3]) + f", …{said}", "`engine inspect` tells which bundled mappings fit."
+        got, fix = ", ".join(sorted(names)[:3]) + f", …{said}", "`engine inspect` shows which bundled mappings fit."
         raise wrong(checkpoint.folder, got, ", ".join(wanted) + ", …", fix)
     if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
         told = f"model_type: {' or '.join(map(shown, mapping.model_types))}"

@@ -1,7 +1,7 @@
-"""Stages: how the layers are dealt over chunks and ranks, and how other numbers in names follow from ranks.
+"""Stages: how layers are distributed over chunks and ranks, and how other numbers in names depend on ranks.
 
-Which rank dimensions order stages, and which other numbers are local to a rank, is what a layout's
-expressions say: `layers.stage` and `indices`.
+A layout's expressions `layers.stage` and `indices` say which rank dimensions order stages, and which
+other numbers are local to a rank.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from engine.language.model import FilePattern, Layout
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Where each stage's layers start in the whole model, and how many it has.
+    """For each stage, the start of its layers in the whole model, and their number.
 
     Attributes:
-        starts: in the order of the model.
+        starts: in model order.
         dims: the rank dimensions of a stage.
     """
 
@@ -50,7 +50,7 @@ class Stages:
         return dict(zip(self.dims, stage[1:], strict=True))
 
     def find(self, layer: int) -> tuple[Stage, int]:
-        """The stage of a layer, and the layer's number there."""
+        """The stage of a layer, and its number there."""
         for stage, start in self.starts.items():
             if start <= layer < start + self.counts[stage]:
                 return stage, layer - start
@@ -71,7 +71,7 @@ def in_order(
 
 
 def laid_out(counts: Iterable[tuple[Stage, int]], chunks: int, dims: tuple[str, ...]) -> Stages:
-    """Stages end to end, given each one's layers in the order of the model."""
+    """Stages end to end, from each one's number of layers in model order."""
     held = dict(counts)
     starts = dict(zip(held, accumulate(held.values(), initial=0), strict=False))
     return Stages(starts, held, chunks, dims)
@@ -89,7 +89,7 @@ def number_layers(
         local: for each stage, file index → number of local layers seen in that file.
 
     Raises:
-        EngineError: E211 when files of one stage differ in it.
+        EngineError: E211 when files of one stage have different numbers of layers.
     """
     chunks = 1 + max((stage[0] for stage in local), default=0)
     counts: list[tuple[Stage, int]] = []
@@ -100,7 +100,7 @@ def number_layers(
 
 
 def alike(counts: Mapping[int, int], files: Sequence[RankFile], message: str, of: str = "") -> int:
-    """What all files have of something, by their index: 0 for no files; E211 naming two that differ."""
+    """The count that all files, given by index, have in common: 0 for no files; E211 with two that differ."""
     if not counts:
         return 0
     few, many = min(counts, key=lambda f: (counts[f], f)), max(counts, key=lambda f: (counts[f], -f))
@@ -117,10 +117,10 @@ def alike(counts: Mapping[int, int], files: Sequence[RankFile], message: str, of
 
 
 def file_numbers(file: FilePattern, stages: Stages, counts: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int]]:
-    """(stage, local layer, number) of every layer: which `{number}` the layer's own files have.
+    """(stage, local layer, number) of every layer: the `{number}` of the layer's own files.
 
     Args:
-        counts: ranks per dimension, as expressions see them.
+        counts: ranks per dimension, by their names in expressions.
     """
     if file.number is None:
         return
@@ -135,10 +135,10 @@ def file_numbers(file: FilePattern, stages: Stages, counts: Mapping[str, Any]) -
 
 
 class Indices:
-    """Numbers in tensor names that are local to a rank, and those of the whole model.
+    """Maps numbers in tensor names that are local to a rank to those of the whole model.
 
     Args:
-        local: for each axis that the layout's `indices` name, how many each rank holds.
+        local: for each axis in the layout's `indices`, how many each rank holds.
     """
 
     def __init__(self, layout: Layout, sizes: Mapping[str, int], local: Mapping[str, int]) -> None:
@@ -163,7 +163,7 @@ class Indices:
                 )
 
     def whole(self, values: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
-        """The numbers of a tensor of some ranks' file, in the whole model."""
+        """The numbers of a tensor in a file of some ranks, in the whole model."""
         result = dict(values)
         for axis, expression in self._layout.indices.items():
             if axis in values:
@@ -187,7 +187,7 @@ class Indices:
 
 
 def shared_out(axis: str, total: int, layout: Layout, sizes: Mapping[str, int]) -> int:
-    """How many of an axis of `indices` each rank is to hold; E214 when they do not divide."""
+    """How many of an axis in `indices` each rank will hold; E214 when they do not divide."""
     dims = index_dims(layout, axis)
     ranks = prod(sizes.get(dim, 1) for dim in dims)
     if total % ranks or (ranks > 1 and not total):
@@ -199,6 +199,6 @@ def shared_out(axis: str, total: int, layout: Layout, sizes: Mapping[str, int]) 
             expected="1"
             if not total
             else f"ranks that divide {total}: " + ", ".join(str(n) for n in range(1, total + 1) if total % n == 0),
-            fix="Every rank holds as many.",
+            fix="Every rank must hold the same number.",
         )
     return total // ranks

@@ -1,4 +1,4 @@
-"""Stored tensors: names without prefixes, layer numbers of the whole model, rules that match."""
+"""Stored tensors: names without prefixes, layer numbers of the whole model, matching rules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Stored(SourceTensor):
-    """One tensor of one rank file, under its name without prefix."""
+    """One tensor of one rank file, under its name without the prefix."""
 
     name: str
     chunk: int
@@ -35,7 +35,7 @@ class Stored(SourceTensor):
 class Instance:
     """A rule for one parameter (weight, bias, or the whole when its names have no `{param}`).
 
-    `key` names it among those of its side of a mapping, and is all that is compared.
+    `key` identifies it on its side of a mapping; only the key is compared.
     """
 
     key: str
@@ -56,11 +56,11 @@ class Instance:
 
     @cached_property
     def wholes(self) -> tuple[Instance, ...]:
-        """Each target as a tensor of its own: whole, under its own name."""
+        """Each target as a whole tensor, under its own name."""
         return tuple(Instance(name.text, self.rule, None, axes, (name,), ()) for name, axes in self.targets)
 
     def under(self, choices: Mapping[str, str]) -> Instance:
-        """The instance as choices have it: whether values are changed may depend on them."""
+        """The instance under given choices: they may decide whether values are changed."""
         return replace(self, rule=self.rule.under(choices)) if self.rule.transform_when else self
 
     @property
@@ -99,14 +99,14 @@ def _instances(rules: tuple[Rule, ...]) -> tuple[Instance, ...]:
 
 
 def at_end(rules: Sequence[Instance], end: End) -> tuple[Instance, ...]:
-    """The tensors that rules have at an end: what they read in training files, or each target as one of its own."""
+    """The tensors of rules on one side: those read from training files, or each target as a whole tensor."""
     if end == "training":
         return tuple(rules)
     return tuple(whole for one in rules for whole in one.wholes)
 
 
 def strip(files: Sequence[FileHeader], layout: Layout | None) -> tuple[Stored, ...]:
-    """Take the layout's prefixes off every name; the first that matches counts. None: there are no prefixes."""
+    """Strip the layout's prefixes from every name; the first match counts. None: there are no prefixes."""
     known: dict[str, tuple[str, int]] = {}
     result: list[Stored] = []
     for index, file in enumerate(files):
@@ -119,7 +119,7 @@ def strip(files: Sequence[FileHeader], layout: Layout | None) -> tuple[Stored, .
 
 
 def without_prefix(name: str, layout: Layout) -> tuple[str, int]:
-    """A name without the first of the layout's prefixes that it has, and the chunk that the prefix names."""
+    """A name without the first layout prefix that it has, and the chunk that the prefix names."""
     for prefix in layout.prefixes:
         found = pattern(prefix.prefix).regex.match(name)
         if found is not None:

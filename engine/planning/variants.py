@@ -1,4 +1,4 @@
-"""Variants and options: what `--set` says, else what expressions say; shapes come last."""
+"""Variants and options: decided by `--set`, else by expressions; last by shapes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from engine.language.expressions import compile_expression, evaluate, names_in
 from engine.language.model import Expression, MappingFile, Option, Variant
 from engine.language.validation import short
 
-_LONGEST = 60  # characters of a value that is told
+_LONGEST = 60  # characters of a value in a message
 _MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A variant's choice, how it was made and what was seen.
+    """A variant's choice, how it was made and on what evidence.
 
     Attributes:
-        evidence: what was seen, in words.
-        expression: what decided, as the mapping has it.
-        instead_of: what the configuration says where a setting says otherwise.
+        evidence: the evidence, in words.
+        expression: the mapping's expression that decided.
+        instead_of: the configuration's choice, if a setting overrides it.
     """
 
     variant: str
@@ -52,7 +52,7 @@ def check_settings(mapping: MappingFile, settings: Mapping[str, Any]) -> None:
 
 
 def options_of(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option's value, defaults filled in, types checked."""
+    """Every option's value, with defaults and checked types."""
     return {name: option_value(option, settings.get(name, option.default)) for name, option in mapping.options.items()}
 
 
@@ -84,12 +84,12 @@ def decide(
     called: str = "the configuration",
     like: Mapping[str, str] | None = None,
 ) -> dict[str, Decision]:
-    """Decide every variant that `--set` or an expression decides; those by shapes stay open.
+    """Decide every variant that `--set` or an expression decides; those that shapes decide stay open.
 
     Args:
-        called: the file of the configuration, for what is told.
-        like: for a variant that is to be chosen, not found out: what another checkpoint has. Then the order is
-            `--set`, what the checkpoint shows, `like`, the default, and none stays open.
+        called: the file name of the configuration, for messages.
+        like: choices of another checkpoint, if variants are chosen rather than detected. Then the order is `--set`,
+            what the checkpoint shows, `like`, the default, and none stays open.
     """
     decided: dict[str, Decision] = {}
     for variant in variants.values():
@@ -106,9 +106,9 @@ def decide(
 
 
 def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called: str, *, known: bool) -> Decision:
-    """A setting may overrule a configuration, which can be wrong, but not the files.
+    """A setting may override a configuration, which can be wrong, but not the files.
 
-    Where expressions read nothing but `present(...)`, the choice is what the files hold.
+    If expressions read only `present(...)`, the files decide the choice.
 
     Args:
         known: whether every name that expressions read is known.
@@ -122,7 +122,7 @@ def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called:
     except EngineError:
         if decided_by_names:
             raise
-        return said  # the configuration does not say: the setting does
+        return said  # the configuration is silent: the setting decides
     if found is None or found.choice == choice:
         return said
     if decided_by_names:
@@ -132,13 +132,13 @@ def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called:
             place=variant.place,
             got=choice,
             expected=f"{found.choice}: {found.evidence}",
-            fix="Leave it out: this is read off the tensors' names.",
+            fix="Leave it out: the tensors' names decide this.",
         )
     return replace(said, instead_of=f"{found.choice}: {found.evidence}") if known else said
 
 
 def _chosen(variant: Variant, names: Mapping[str, Any], like: Mapping[str, str]) -> Decision:
-    """What the checkpoint shows, else as in another, else the default, else the first that holds."""
+    """The choice that the checkpoint shows, else that of another, else the default, else the first that holds."""
     shown = _shown(variant, names)
     if shown is not None:
         return shown
@@ -150,13 +150,13 @@ def _chosen(variant: Variant, names: Mapping[str, Any], like: Mapping[str, str])
 
 
 def _shown(variant: Variant, names: Mapping[str, Any]) -> Decision | None:
-    """The one choice whose expression holds on names that are known; values filled in show nothing."""
+    """The one choice whose expression holds on known names; defaults prove nothing."""
     holding: list[Decision] = []
     for choice, expression in variant.choices.items():
         if expression is None:
             continue
         read = names_in(expression)
-        if read and not any(names.get(name, {}) != {} for name in read):  # a training configuration that is not there
+        if read and not any(names.get(name, {}) != {} for name in read):  # a missing training configuration
             continue
         try:
             if evaluate(expression, names):
@@ -167,7 +167,7 @@ def _shown(variant: Variant, names: Mapping[str, Any]) -> Decision | None:
 
 
 def _first_holding(variant: Variant, names: Mapping[str, Any]) -> Decision:
-    """As when reading: the first choice that holds, values filled in by `default(...)` and all."""
+    """The first choice that holds, including values from `default(...)`, as when reading."""
     for choice, expression in variant.choices.items() if variant.decide == "expression" else ():
         if expression is None:
             return Decision(variant.name, choice, "expression", "otherwise")
@@ -199,12 +199,12 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
             return Decision(
                 variant.name, choice, "expression", because(tried[-1:], names, called), expression=expression.text
             )
-    # where the help says what to answer, how the mapping asks for it is no help
+    # if the help says what to answer, the mapping's expressions do not help
     named = () if variant.answers else zip(variant.choices, tried, strict=True)
     asked = f"{variant.help[:1].upper()}{variant.help[1:]}."
     otherwise = (
         "None of its choices describes this checkpoint: what they read is missing, or the mapping is not the one for "
-        "it, and `engine inspect` tells which fit."
+        "it, and `engine inspect` shows which fit."
     )
     raise EngineError(
         "E202",
@@ -218,7 +218,7 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
 
 
 def because(expressions: Sequence[Expression], names: Mapping[str, Any], called: str = "the configuration") -> str:
-    """What expressions saw: which of the keys they read are there, with their values, and which tensors.
+    """What expressions read: the keys that exist, with their values, those that do not, and tensors.
 
     >>> from engine.errors import Place
     >>> rotary = Expression("qk_interleaved | default(not (adapt_hf | default(true)))", Place("x.yaml"))
@@ -259,7 +259,7 @@ _OTHERS = {
 
 
 def _whose(path: str, called: str) -> tuple[str, str]:
-    """Who has what lies at a path, and how the path begins there."""
+    """The owner of a path's value, in words, and how the path begins there."""
     of, dot, _ = path.partition(".")
     return (_OTHERS[of], of + dot) if dot and of in _OTHERS else (f"{called} has", "")
 

@@ -1,4 +1,4 @@
-"""What a model class wants to load, and what a mapping that tells its tensors says of that."""
+"""The tensors that a model class loads, from the class or from a mapping that lists them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a model class wants to load.
+    """The tensors that a model class loads.
 
     Attributes:
         shapes: name → shape, in the order of the model.
-        tied: names that are stored or not, and equal another: name → that one.
-        types: element types of those that are no weights, such as counters: name → type.
-        ties: whether every release ties what is tied, by what the configuration says or by default.
-        versions: of transformers, those that load these names; None for all.
-        others: the same under names that older releases gave the tensors, and that transformers loads too.
+        tied: tensors that may be left out, as they equal another one: name → that name.
+        types: element types of tensors that are not weights, such as counters: name → type.
+        ties: whether every transformers release ties the tied tensors, by the configuration or by default.
+        versions: the transformers versions that load these names; None for all.
+        others: the same under older names of the tensors that transformers loads too.
     """
 
     shapes: Mapping[str, Shape]
@@ -40,14 +40,14 @@ class Wanted:
     others: tuple[Wanted, ...] = ()
 
     def fits(self, held: Mapping[str, Shape]) -> bool:
-        """Whether a checkpoint holds it, in its shapes."""
+        """Whether a checkpoint holds all of it, in these shapes."""
         return all(held.get(name) == shape for name, shape in self.shapes.items())
 
 
 def wanted_by_mapping(told: MappingFile, config: Mapping[str, Any]) -> Wanted | None:
-    """What a model class wants by the mapping that tells its tensors; None where that does not know the configuration.
+    """The tensors of a model class from the mapping that lists them; None if it does not know the configuration.
 
-    It knows one of which it declares every key, and every value fits.
+    It knows a configuration if it declares every key and every value fits.
     """
     layout = replace(load_layout(told.layout, told.layout_place), keys={})
     try:

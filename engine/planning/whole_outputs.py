@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint to be written: its tensors, weight files and config.json."""
+"""A Hugging Face checkpoint to write: its tensors, weight files and config.json."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from engine.planning.written import Wanted, Written, configuration, fill, main_d
 
 
 def whole_outputs(source: Source, asked: Request) -> Written:
-    """Lay out a checkpoint without ranks, and say what fills it.
+    """Lay out a checkpoint without ranks, with the copies that fill it.
 
     Raises:
         EngineError: E204 for an axis without a size, E206 for a name written twice, E209 for a tensor that cannot
-            be tied, and as `fill`.
+            be tied, and as for `fill`.
     """
     groups = whole_groups(source.pieces, source.side.sizes, source.unread)
-    changes = source.checkpoint.end == "training"  # values that a transform changes are so from then on
+    changes = source.checkpoint.end == "training"  # only then does a transform change values
     wanted = [_wanted(group, source.pieces, changes=changes) for group in groups]
     every, table = fill(wanted, groups, keys_at("whole", source.used, source.pieces), source, asked.dtype)
     config = whole_configuration(source)
@@ -51,7 +51,7 @@ def whole_outputs(source: Source, asked: Request) -> Written:
 
 
 def whole_configuration(source: Source) -> dict[str, Any]:
-    """config.json of a source, completed by what was given of it; E218, E209 or E219 where that is another model's."""
+    """config.json of a source, completed by the given one; E218, E209 or E219 if that is another model's."""
     mapping = source.mapping
     config = configuration(source, "whole", mapping.config, source.names, mapping.keys.get("target", {}), {})
     config = with_given(config, source.checkpoint.target_config, mapping, source.layout)

@@ -1,4 +1,4 @@
-"""What a plan writes, of either end: outputs, the copies that fill them, files, and the configuration."""
+"""The output of a plan, on either side: tensors, the copies that fill them, files, and the configuration."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from engine.planning.stored import Stored
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A tensor to write, before its element type is known: a shard of a group on the side that is written."""
+    """A tensor to write, before its element type is known: a shard of a group on the target side."""
 
     group: Group
     position: int
-    stored: Stored  # of that shard
+    stored: Stored  # the shard's tensor
     rules: str
     transform: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One end of a plan, to be written.
+    """The target side of a plan.
 
     Attributes:
-        config: the configuration beside the weights, with the names that its expressions saw.
+        config: the configuration beside the weights, with the names that its expressions used.
         beside: small files: name → (format, content).
-        grid, stages: of rank files.
+        grid, stages: for rank files.
     """
 
     outputs: tuple[Output, ...]
@@ -65,13 +65,13 @@ def fill(
         dtype: `auto` keeps each tensor's own type; else the type of every float tensor whose rule does not keep it.
 
     Raises:
-        EngineError: E208 or E210 when the source does not fill one, E209 when it holds no weights.
+        EngineError: E208 or E210 when the source does not fill an output, E209 when it holds no weights.
     """
     side = Side(tuple(groups), keys, source.side.sizes)
     copies = CopyTable(tuple((one.group, one.position) for one in wanted), side, source.side)
     outputs: list[Output] = []
     files = source.files
-    alike: dict[str, tuple[str, str, bool]] = {}  # of each rule: its place and pattern as one text, whether it is cast
+    alike: dict[str, tuple[str, str, bool]] = {}  # by rule: its place, its pattern as one text, whether it is cast
     for index, one in enumerate(wanted):
         instance = one.group.instance
         if instance.key not in alike:
@@ -91,7 +91,7 @@ def fill(
 
 
 def _changed_along(one: Wanted) -> int | None:
-    """The storage dimension whose rows a transform needs whole; that of the last for one that needs none."""
+    """The storage dimension whose rows a transform needs whole; the last one if it needs none."""
     if one.transform is None:
         return None
     dims = [str(node) for node in one.group.instance.axes.dims]
@@ -99,7 +99,7 @@ def _changed_along(one: Wanted) -> int | None:
 
 
 def summed(outputs: Sequence[Output]) -> list[str]:
-    """What to know of tensors whose values are sums: how exact they are. One sentence for each number and type."""
+    """Notices on how exact tensors are whose values are sums: one sentence for each number and type."""
     found: dict[tuple[str, str], int] = {}
     for one in outputs:
         if one.transform is not None and not loses(one.transform):
@@ -118,11 +118,11 @@ def configuration(
     source: Source, end: str, tree: Mapping[str, Any], names: Mapping[str, Any], keys: Mapping[str, Key],
     grid: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """The configuration to write: what the mapping makes of the source's, or the source's own where it is of this end.
+    """The configuration to write: computed by the mapping, or the source's own if it is of the target's kind.
 
     Args:
-        tree, keys: of the end that is written.
-        grid: the names that say how the model is cut, on which some keys of a configuration that is kept depend.
+        tree, keys: those of the target side.
+        grid: names for how the model is cut: some keys of a kept configuration depend on them.
     """
     if source.checkpoint.end == end:
         how = {
@@ -136,7 +136,7 @@ def configuration(
 
 
 def main_dtype(outputs: Sequence[Output]) -> str:
-    """The type of most written elements, as config.json spells it."""
+    """The element type of most written elements, as config.json spells it."""
     count: dict[str, int] = {}
     for output in outputs:
         count[output.dtype] = count.get(output.dtype, 0) + output.elements

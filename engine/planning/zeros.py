@@ -17,7 +17,7 @@ from engine.planning.stored import Instance, Stored
 from engine.storage.store import File
 from engine.storage.virtual import VirtualFile, VirtualState, VirtualStore
 
-_FILE = VirtualFile("zeros", 1 << 62, "zeros")  # as long as is asked, and nothing in it
+_FILE = VirtualFile("zeros", 1 << 62, "zeros")  # long enough for any request
 ZEROS = FileHeader(File(VirtualStore("zeros", {"zeros": _FILE}), "zeros"), 0, (), "zeros", True, VirtualState.of(_FILE))
 
 
@@ -27,10 +27,10 @@ def zeros_of(dtype: str, shape: tuple[int, ...]) -> TensorHeader:
 
 
 def padded(source: Source) -> Source:
-    """A source with the padding that rules write as zeros, in a file of its own, of the type beside it.
+    """A source with the padding that rules write as zeros, in an extra file, with its neighbours' element type.
 
     Raises:
-        EngineError: E204 for padding of which nothing tells the size.
+        EngineError: E204 for padding of unknown size.
     """
     checkpoint, side, sizes = source.checkpoint, source.side, source.side.sizes
     check_known([one for one in source.used if one.rule.zeros], sizes, source.unread)

@@ -44,7 +44,7 @@ for _what, _put in {
     "a link to a folder": lambda path: path.symlink_to("."),
     "a link to an endless device": lambda path: path.symlink_to("/dev/zero"),
     "a link to a terminal": lambda path: path.symlink_to("/dev/tty"),
-    "a pointer of Git LFS": lambda path: path.write_text(
+    "a Git LFS pointer": lambda path: path.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 9\n"
     ),
 }.items():

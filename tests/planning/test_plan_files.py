@@ -203,7 +203,7 @@ def test_what_goes_beside_a_model_has_no_use_where_rank_files_are_written(
     plan = tmp_path / "plan"
     api.save_plan(plan, MAPPING, checkpoint, job="reshard")
     done = invoke("run", "--plan", plan, "-o", tmp_path / "out", option, tmp_path)
-    assert done.exit_code == 2 and f"{option} has no use" in done.output, done.output
+    assert done.exit_code == 2 and f"{option} has no effect" in done.output, done.output
     assert not (tmp_path / "out").exists()
 
 
