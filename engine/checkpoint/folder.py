@@ -136,8 +136,11 @@ def _torch(
 
 
 def side_by_side(read: Callable[[str], FileHeader], names: Sequence[str]) -> Iterator[FileHeader]:
-    """Files indexed by a few threads."""
-    with ThreadPoolExecutor(min(_READERS, len(names) or 1)) as pool:
+    """Files indexed by a few threads; a single one by none."""
+    if len(names) < 2:
+        yield from map(read, names)
+        return
+    with ThreadPoolExecutor(min(_READERS, len(names))) as pool:
         yield from pool.map(read, names)
 
 
