@@ -14,7 +14,7 @@ from engine.formats.headers import ITEM_SIZES, span
 from engine.move.blocks import Block
 from engine.move.runs import MOST_SPAN, READ_THROUGH, dense_parts, rows, straight
 from engine.planning.boxes import Copy
-from engine.planning.stored import SourceTensor
+from engine.planning.stored import Stored
 from engine.storage.sources import SourceFiles
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Moves:
 class Gatherer:
     """Fills blocks of output tensors from source tensors. Belongs to one thread."""
 
-    def __init__(self, files: SourceFiles, sources: Sequence[SourceTensor]) -> None:
+    def __init__(self, files: SourceFiles, sources: Sequence[Stored]) -> None:
         self._files, self._sources = files, sources
         self._moves = Moves(READ_THROUGH)
 
@@ -141,7 +141,7 @@ Write = Callable[[int, int, Sequence[memoryview]], None]
 class Scatterer:
     """Reads blocks of source tensors and writes each of their runs to its output. Belongs to one thread."""
 
-    def __init__(self, files: SourceFiles, sources: Sequence[SourceTensor], write: Write) -> None:
+    def __init__(self, files: SourceFiles, sources: Sequence[Stored], write: Write) -> None:
         self._files, self._sources, self._write = files, sources, write
         self._moves = Moves(0)
 

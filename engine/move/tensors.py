@@ -21,7 +21,7 @@ from engine.move.reader import Reader
 from engine.move.values import elements, float_type
 from engine.planning.boxes import Copy
 from engine.planning.model import Work
-from engine.planning.stored import SourceTensor
+from engine.planning.stored import Stored
 from engine.storage.sources import SourceFiles
 
 Box = tuple[tuple[int, int], ...]  # low and high of each axis
@@ -181,7 +181,7 @@ class _Stored:
     """Tensors as they are stored in files."""
 
     def __init__(self, files: Sequence[FileHeader], opened: SourceFiles) -> None:
-        sources = [SourceTensor(i, header) for i, file in enumerate(files) for header in file.tensors]
+        sources = [Stored(i, header, header.name) for i, file in enumerate(files) for header in file.tensors]
         self.tensors: list[_Tensor] = [
             (s.header.name, s.header.dtype, s.header.shape, s.header.strides) for s in sources
         ]

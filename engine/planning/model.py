@@ -16,7 +16,7 @@ from engine.planning.boxes import Copy
 from engine.planning.classes import CopyTable
 from engine.planning.request import Request
 from engine.planning.stages import Stages
-from engine.planning.stored import End, SourceTensor
+from engine.planning.stored import End, Stored
 from engine.planning.variants import Decision
 
 
@@ -118,7 +118,7 @@ class Work:
 
     folder: str
     files: tuple[FileHeader, ...]
-    sources: tuple[SourceTensor, ...]
+    sources: tuple[Stored, ...]
     outputs: tuple[Output, ...]
     copies: Callable[[int], list[Copy]]
     shards: tuple[OutputFile, ...]

@@ -19,7 +19,7 @@ from engine.planning.boxes import Copy
 from engine.planning.classes import Template, template_of
 from engine.planning.model import Output, OutputFile, Plan, Replicas, Slices, Tied, Work
 from engine.planning.rank_outputs import around_data, around_of
-from engine.planning.stored import SourceTensor
+from engine.planning.stored import Stored
 from engine.planning.zeros import ZEROS, zeros_of
 
 Row = list[Any]  # an output: its name, the index of its kind, then its places
@@ -199,7 +199,7 @@ class _Sources:
         self._held = {file: {one.name: one for one in header.tensors} for file, header in headers.items()}
         self._zeros = zeros
         self._numbers: dict[tuple[int, int], int] = {}
-        self.tensors: list[SourceTensor] = []
+        self.tensors: list[Stored] = []
 
     def numbers(self, places: Places) -> tuple[int, ...]:
         return tuple(self._number(file, name) for name, *files in places for file in files)
@@ -210,7 +210,7 @@ class _Sources:
             found = self._numbers[file, name] = len(self.tensors)
             told = self._names[name]
             header = zeros_of(told[0], tuple(told[1])) if file == self._zeros else self._held[file][told]
-            self.tensors.append(SourceTensor(file, header))
+            self.tensors.append(Stored(file, header, header.name))
         return found
 
 
@@ -229,7 +229,7 @@ class _Copies:
         ]
 
 
-def _check(output: Output, copies: Sequence[Copy], sources: Sequence[SourceTensor]) -> None:
+def _check(output: Output, copies: Sequence[Copy], sources: Sequence[Stored]) -> None:
     """ValueError unless copies fill an output, and read nothing outside their sources."""
     filled = 0
     for copy in copies:

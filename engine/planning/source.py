@@ -203,9 +203,9 @@ def _with_tied(
     spare = (name for name in tied if name in held and name in matches.candidates and not needed(name))
     copies = {name: tied[name] for name in spare if tied[name] in held}
     return (
-        *(replace(one, name=copies.get(one.name, one.name)) for one in stored),
+        *(one._replace(name=copies.get(one.name, one.name)) for one in stored),
         *(
-            replace(held[to], name=name)
+            held[to]._replace(name=name)
             for name, to in tied.items()
             if name not in held and to in held and needed(name)
         ),

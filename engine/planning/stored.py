@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.axes import Axes
@@ -15,20 +15,13 @@ from engine.language.names import PARAMS, Pattern, pattern
 End = Literal["training", "whole"]  # of a mapping: rank files, or a Hugging Face checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor that is read: the file's index, in the plan and in the grid, and its header."""
+class Stored(NamedTuple):
+    """One tensor of one file: the file's index, in the plan and in the grid, its header, its name without prefix."""
 
     file: int
     header: TensorHeader
-
-
-@dataclass(frozen=True, slots=True)
-class Stored(SourceTensor):
-    """One tensor of one rank file, under its name without the prefix."""
-
     name: str
-    chunk: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.checkpoint.ranks import RankGrid
 from engine.errors import counted
@@ -23,8 +23,7 @@ from engine.planning.stages import Stages
 from engine.planning.stored import Stored
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A tensor to write, before its element type is known: a shard of a group on the target side."""
 
     group: Group
