@@ -1,4 +1,4 @@
-"""Reading source files again to check them: the CRC-32 of every zip member, and `.md5` sidecars."""
+"""Reads source files again to check them: the CRC-32 of every zip member, and `.md5` sidecars."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MD5 = re.compile(rb"\b[0-9a-f]{32}\b")
 
 
 def check_files(files: Iterable[File], advance: Callable[[int], None]) -> list[str]:
-    """Check files against what is recorded of them; returns names of those that nothing is recorded of.
+    """Check files against their recorded checksums; returns the names of files without any.
 
-    Torch can leave every checksum out of a zip; all zero means none, not damage.
+    Torch can omit all checksums of a zip: if all are zero, there are none, and nothing is damaged.
 
     Raises:
-        EngineError: E301 for the first file that is not what it was when it was saved, E305 when unreadable.
+        EngineError: E301 for the first file that has changed since it was saved, E305 when unreadable.
     """
     unchecked: list[str] = []
     for file in files:
@@ -42,7 +42,7 @@ def check_files(files: Iterable[File], advance: Callable[[int], None]) -> list[s
 
 
 def _check_members(file: File, advance: Callable[[int], None]) -> bool:
-    """Whether every zip of a file has checksums; torch's distributed checkpoints have one behind the other."""
+    """Whether every zip of a file has checksums; torch's distributed checkpoints have several in a row."""
     checked = True
     with file.open() as opened:
         if opened.read(4) != b"PK\x03\x04":
@@ -54,7 +54,7 @@ def _check_members(file: File, advance: Callable[[int], None]) -> bool:
             except zipfile.BadZipFile:
                 if end == opened.state.size:
                     raise
-                return False  # something else lies before
+                return False  # something else is before it
             some = any(info.CRC for info in infos)
             for info in infos if some else ():
                 _check_member(file, opened, info, advance)
@@ -64,7 +64,7 @@ def _check_members(file: File, advance: Callable[[int], None]) -> bool:
 
 
 def _front(file: OpenFile, end: int) -> OpenFile:
-    """The bytes of a file up to an end, as a file of their own."""
+    """The first `end` bytes of a file, as a file."""
 
     def read(at: int, target: memoryview) -> int:
         file.seek(at)

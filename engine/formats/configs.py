@@ -22,7 +22,7 @@ from engine.storage.store import File
 _DEEPEST = 64
 _MOST_BITS = 4096
 _MOST_YAML = 1 << 18  # bytes
-_MOST_VALUES = 100_000  # counted as if nothing were shared
+_MOST_VALUES = 100_000  # shared values are counted each time
 
 
 def read_config(file: File, format: str) -> dict[str, Any]:
@@ -79,10 +79,10 @@ def json_object(raw: bytes, name: str) -> dict[str, Any]:
 
 
 def read_python_source(file: File) -> dict[str, Any]:
-    """A training configuration's assignments, as far as they are literals. Never executed.
+    """A training configuration's assignments, if they are literals. Never executed.
 
-    What cannot be told from the text alone is left out; a configuration that cannot be parsed is
-    empty, since it only adds facts.
+    What the text alone does not determine is left out. A configuration that cannot be parsed is empty,
+    since it only adds facts.
     """
     if file.name.endswith(".py"):
         with file.open() as opened:
@@ -95,12 +95,12 @@ def read_python_source(file: File) -> dict[str, Any]:
 
 
 def read_yaml(file: File) -> dict[str, Any]:
-    """A training configuration in YAML, as PyYAML's `safe_dump` writes it; empty where it cannot be read, as above."""
+    """A training configuration in YAML, as PyYAML's `safe_dump` writes it; empty if it cannot be read, as above."""
     import yaml
 
-    class Shallow(yaml.SafeLoader):  # in Python: libyaml crashes where it is deep
+    class Shallow(yaml.SafeLoader):  # in Python: libyaml crashes on deep nesting
         def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
-            """Refuse what is too deep at once: it is looked at again for each bracket around it."""
+            """Refuse too deep nesting early: PyYAML scans it again for each enclosing bracket."""
             if self.flow_level > _DEEPEST:
                 raise RecursionError
             super().fetch_flow_collection_start(token)
@@ -115,7 +115,7 @@ def read_yaml(file: File) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-_literals = lru_cache(maxsize=4)(literals)  # a run reads a configuration again, to see that it is the same
+_literals = lru_cache(maxsize=4)(literals)  # a run reads a configuration again, to check that it is unchanged
 
 
 def _unpickle(file: File) -> Any:
@@ -124,7 +124,7 @@ def _unpickle(file: File) -> Any:
 
 
 def plain(value: Any, name: str) -> Any:
-    """The value as JSON could hold it. A pickle can hold itself, or the same list a million times."""
+    """The value as JSON-ready data. A pickle can contain itself, or the same list a million times."""
     left = _MOST_VALUES
 
     def told(value: Any, depth: int) -> Any:
@@ -154,7 +154,7 @@ def plain(value: Any, name: str) -> Any:
 
 
 def encode_config(name: str, format: str, content: Any) -> bytes:
-    """A configuration's file in one of the layout's formats, as its framework would read it."""
+    """The bytes of a configuration file in one of the layout's formats, for its framework to read."""
     if format == "dcp":
         return encode_directory(content)
     stem = Path(name).stem

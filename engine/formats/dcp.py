@@ -1,11 +1,11 @@
-"""Torch's distributed checkpoints (DCP), indexed by their directory without reading payload and without torch.
+"""Indexes torch's distributed checkpoints (DCP) from their directory, without reading payload and without torch.
 
-A `.distcp` file is a row of small torch files, one for each box of a tensor: `.metadata` says where each begins
-and ends. What a small file says of itself must agree.
+A `.distcp` file is a sequence of small torch files, one for each box of a tensor; `.metadata` says where each
+begins and ends. Each small file's own header must agree.
 
 `.metadata` is one pickle of a `Metadata` object (torch/distributed/checkpoint/metadata.py, filesystem.py). It
-is written last and by renaming, so a folder without it is an unfinished save. Its attributes have grown with
-torch, and Megatron adds some: those that are not needed here are not looked at.
+is written last and by renaming, so a folder without it is an unfinished save. New torch releases and Megatron
+add attributes: those that are not needed here are ignored.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from engine.storage.store import File, OpenFile, State, Store
 
 DIRECTORY = ".metadata"
 _OF_RANK = re.compile(r"__[0-9]{1,7}\.metadata")
-_SHORTEST = 8  # bytes that a box takes in the pickle
-_MOST_BYTES = 1 << 30  # of a pickle that is read whole; ten thousand ranks' save is a tenth of it
-_KEPT = 4096  # pickles that are kept: boxes of one shape have one
+_SHORTEST = 8  # least bytes of a box in the pickle
+_MOST_BYTES = 1 << 30  # of a pickle that is read whole; a save of ten thousand ranks takes a tenth of this
+_KEPT = 4096  # pickles that are cached: boxes of one shape share one
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Entry:
     """A box of a tensor, and the bytes of a file that hold it.
 
     Attributes:
-        dtype: safetensors spelling, or torch's name where there is none.
+        dtype: safetensors spelling, or torch's name if there is none.
         whole: shape of the tensor; `starts` and `shape` are the box.
-        offset, length: the bytes in the file: a small torch file of its own.
+        offset, length: the byte range in the file, which is a small torch file.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """What `.metadata` says.
+    """The content of `.metadata`.
 
     Attributes:
         entries: boxes of tensors, in the order of the files and of the bytes in them.
@@ -69,7 +69,7 @@ class Directory:
     identity: str
 
     def files(self) -> tuple[str, ...]:
-        """Every file that is named, sorted."""
+        """Every file that it names, sorted."""
         return tuple(sorted({e.file for e in self.entries} | {file for file, _, _ in self.values.values()}))
 
 
@@ -79,13 +79,13 @@ def read_dcp(
     """Index the `.distcp` files of a folder.
 
     Args:
-        names: the files that are there; the result is in their order.
-        wanted: which tensors to look at, by name. Optimizer states are three times the model.
-        some: more files than these are there.
+        names: the existing files; the result is in their order.
+        wanted: whether to read a tensor, by name. Optimizer states are three times the model.
+        some: whether more files than these exist.
 
     Raises:
-        EngineError: E201 for a file or directory that is missing, E301 damaged, or unlike its directory, E302 asks
-            to run code, E303 of a form that is not read, E305 unreadable.
+        EngineError: E201 for a missing file or directory, E301 for a file that is damaged or contradicts its directory,
+            E302 when it asks to run code, E303 for an unsupported form, E305 when unreadable.
     """
     directory = read_dcp_directory(folder)
     there = set(names)
@@ -105,8 +105,8 @@ def read_dcp(
 
 
 def read_dcp_value(folder: Store, name: str) -> Any:
-    """A Python object of the checkpoint, with inert stand-ins; KeyError when there is none of that name."""
-    file, offset, length = read_dcp_directory(folder, again=True).values[name]  # headers come next
+    """A Python object of the checkpoint, with inert stand-ins; KeyError when none has that name."""
+    file, offset, length = read_dcp_directory(folder, again=True).values[name]  # headers are read next
     with folder.open(file) as opened:
         return load_pickle(TorchZip(opened, file, offset, length).pickle(), file)
 
@@ -136,7 +136,7 @@ def _read_file(
 
 
 def _tensor(small: TorchZip, entry: Entry, file: str, load: LoadPickle) -> TensorHeader:
-    """An entry's tensor, which must be the box that the directory says."""
+    """An entry's tensor; it must be the box in the directory."""
     value = load(small.pickle(), file)
     if not isinstance(value, Tensor):
         raise damaged(file, f"a {type(value).__name__} where its directory has a tensor", entry.name)
@@ -154,7 +154,7 @@ def _tensor(small: TorchZip, entry: Entry, file: str, load: LoadPickle) -> Tenso
 
 
 def _plain_safetensors(where: File, entries: list[Entry], wanted: Callable[[str], bool]) -> FileHeader:
-    """A file that was saved as safetensors: its own header counts, and offsets in the directory are not set."""
+    """A file that was saved as safetensors: its own header counts, as the directory has no offsets."""
     header = read_boxes(where)
     listed = {(e.name, e.starts): e for e in entries}
     tensors: list[TensorHeader] = []
@@ -171,14 +171,14 @@ def _plain_safetensors(where: File, entries: list[Entry], wanted: Callable[[str]
 
 
 def read_dcp_directory(folder: Store, *, again: bool = False) -> Directory:
-    """Read `.metadata`, without torch; or the directories that ranks wrote, each for itself, without collectives.
+    """Read `.metadata` without torch, or, for a save without collectives, the directories that each rank wrote.
 
     Args:
         again: it will be read again soon, and is kept until then.
 
     Raises:
-        EngineError: E201 when there is none, E301 damaged or not of torch's form, E302 when it asks to run code,
-            E303 for entries that are transformed, E305 unreadable.
+        EngineError: E201 when there is none, E301 when damaged or not in torch's form, E302 when it asks to run code,
+            E303 for transformed entries, E305 when unreadable.
     """
     if folder.has(DIRECTORY):
         return _read(File(folder, DIRECTORY), again=again)
@@ -199,7 +199,7 @@ def read_dcp_directory(folder: Store, *, again: bool = False) -> Directory:
     )
 
 
-_kept: dict[tuple[File, State], Directory] = {}  # at most one: a hundred thousand boxes take seconds to read
+_kept: dict[tuple[File, State], Directory] = {}  # at most one: reading a hundred thousand boxes takes seconds
 
 
 def _read(where: File, *, again: bool = False) -> Directory:
@@ -254,7 +254,7 @@ def _directory(value: Any, identity: str, most: int) -> Directory:
             ):
                 raise Refused("E301", f"`{name}` of shape {whole} has a box at {starts} of shape {shape}")
             if 0 in shape:
-                continue  # a rank with nothing to hold
+                continue  # a rank that holds nothing
             place = places.get((name, starts))
             if place is None:
                 raise Refused("E301", f"the box of `{name}` at {starts} is listed and its bytes are not")

@@ -1,10 +1,10 @@
-"""DTensors, as FSDP2 and verl pickle them, read as data: the local tensor, and where it belongs.
+"""Reads DTensors, as FSDP2 and verl pickle them, as data: the local tensor, and its place in the whole.
 
 torch pickles a `DTensor` as a call that rebuilds an empty tensor of its class, with the local tensor and a
 `DTensorSpec`: a mesh of ranks, one placement for each of its dimensions, and the shape of the whole
-(torch/distributed/tensor/_api.py). The mesh says which of its places the saving rank had. From torch 2.3 to
-today a mesh is pickled in two ways: with a tensor of rank numbers (`mesh`), whose shape is the mesh's, or with
-a `_layout` of axes. The ranks' numbers are of no use here, only the sizes of the dimensions are.
+(torch/distributed/tensor/_api.py). The mesh gives the saving rank's position in it. From torch 2.3 on a mesh is
+pickled in one of two ways: with a tensor of rank numbers (`mesh`), whose shape is the mesh's, or with a
+`_layout` of axes. The rank numbers do not matter here, only the sizes of the dimensions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SPLITS = ("Shard", "_StridedShard")
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Distributed:
-    """A DTensor with its state as it stands in the file."""
+    """A DTensor with its state as in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,8 +34,8 @@ def read_distributed(one: Distributed) -> tuple[Tensor, Part]:
     """The local tensor and the box that it fills.
 
     Raises:
-        Refused: E301 for anything that torch would not have written, E303 for placements that do not say
-            where elements are, as sums that are still to be made.
+        Refused: E301 for anything that torch would not have written, E303 for placements that give elements
+            no place, such as partial sums.
     """
     state = one.state
     if type(state) is tuple and len(state) == 2 and state[0] is None:
@@ -59,14 +59,14 @@ def read_distributed(one: Distributed) -> tuple[Tensor, Part]:
 
 
 def _whole(meta: Any) -> tuple[int, ...]:
-    """The shape in a `TensorMeta`, which is a tuple of shape, strides and element type."""
+    """The shape from a `TensorMeta`, which is a tuple of shape, strides and element type."""
     if isinstance(meta, Instance) and meta.kind.name == "TensorMeta" and meta.arguments:
         return ints(meta.arguments[0])
     raise Refused("E301", "a DTensor without the shape of the whole")
 
 
 def _mesh(mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes of a mesh's dimensions, and the saving rank's place on each."""
+    """Sizes of a mesh's dimensions, and the saving rank's position on each."""
     told = attributes(mesh, _MESH)
     ranks = told.get("mesh", told.get("_mesh"))
     sizes = ranks.shape if isinstance(ranks, Tensor) else _axes(told.get("_layout"))
@@ -77,7 +77,7 @@ def _mesh(mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _axes(layout: Any) -> tuple[int, ...]:
-    """Sizes of the axes of a `_MeshLayout`: each an object with a shape, or all of them in one shape.
+    """Sizes of the axes of a `_MeshLayout`: each axis is an object with a shape, or all are in one shape.
 
     An axis of one rank has an empty shape.
     """
@@ -100,10 +100,10 @@ def _shape(shape: Any) -> tuple[int, ...]:
 def _box(
     whole: tuple[int, ...], placements: tuple[Any, ...], sizes: tuple[int, ...], place: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where the local tensor starts, and its shape, by torch's rule of chunks.
+    """The start and shape of the local tensor, by torch's chunking.
 
-    Each `Shard` cuts what those before it left. A `_StridedShard` cuts what those after it left, as FSDP2 does
-    inside tensor parallelism.
+    Each `Shard` cuts what the ones before it left. A `_StridedShard` cuts what the ones after it left, as FSDP2
+    does inside tensor parallelism.
     """
     starts, shape = [0] * len(whole), list(whole)
     cuts: list[tuple[bool, int, int, int]] = []  # strided, dimension, ranks, this rank

@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, without its payload; and what is told of one that does not hold it soundly."""
+"""The content of a checkpoint file without its payload; and the errors for unsound files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.storage.store import File, State
 
-FLOATS = ("BF16", "F16", "F32", "F64")  # of weights, by their safetensors names; the least precise first
+FLOATS = ("BF16", "F16", "F32", "F64")  # of weights, by their safetensors names; least precise first
 
 # Element types by their safetensors names, and bytes per element.
 ITEM_SIZES: dict[str, int] = {
@@ -27,7 +27,7 @@ DTYPES = {
     "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
     "uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
-TORCH_NAMES = {held: name for name, held in reversed(DTYPES.items())}  # as torch spells each
+TORCH_NAMES = {held: name for name, held in reversed(DTYPES.items())}  # torch's spelling of each
 STORAGES = {
     "BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32", "DoubleStorage": "F64",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
@@ -49,7 +49,7 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to one past the last of a strided array, with what lies between them.
+    """The number of elements from the first to the last of a strided array, including those in between.
 
     >>> span((2, 3), (10, 1)), span((), ())
     (13, 1)
@@ -59,16 +59,16 @@ def span(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 @lru_cache(maxsize=4096)
 def shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """One tuple for all that are equal: most ranks hold tensors of the same shapes, and there can be thousands."""
+    """One tuple for all equal ones: most ranks hold tensors of the same shapes, and there can be thousands of ranks."""
     return sizes
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a larger tensor, by the file's own record.
+    """A box of a larger tensor, as the file records it.
 
     Attributes:
-        starts: where it begins along each dimension of the larger tensor.
+        starts: its start along each dimension of the larger tensor.
         whole: the larger tensor's shape.
     """
 
@@ -86,7 +86,7 @@ class TensorHeader:
         shape: sizes in elements.
         strides: in elements, as stored; shared storages make offsets and strides arbitrary.
         offset: absolute byte position in the file of element [0, 0, ...].
-        part: where it lies in a larger tensor, for a shard that records it.
+        part: its place in a larger tensor, for a shard that records it.
     """
 
     name: str
@@ -98,17 +98,17 @@ class TensorHeader:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """The shape of the tensor that this one is, or that it records to be a part of."""
+        """The shape of the whole tensor: of this one, or of the one that it records to be a part of."""
         return self.shape if self.part is None else self.part.whole
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Where it begins in `whole`, along each dimension."""
+        """Its start in `whole`, along each dimension."""
         return (0,) * len(self.shape) if self.part is None else self.part.starts
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, each counted once per index."""
+        """The size in bytes, counting each index once."""
         return prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
@@ -118,11 +118,11 @@ class FileHeader:
 
     Attributes:
         identity: hex digest over size and the part of the file that describes it (zip directory, or
-            header); it costs no payload read.
+            header); computed without reading payload.
         summed: whether that part holds a checksum of every tensor's bytes, so that equal identities mean
-            equal content. Safetensors have none, nor files from before the zip format; torch may leave them out.
-        left: names of tensors in it that are not of the model, and were not looked at.
-        state: what the store told of the file when it was indexed; None for one that is no file.
+            equal content. Safetensors have none, nor have files from before the zip format; torch may omit them.
+        left: names of its tensors that are not part of the model, and were not read.
+        state: the state of the file when it was indexed; None if it is not a file.
     """
 
     file: File
@@ -131,12 +131,12 @@ class FileHeader:
     identity: str
     summed: bool = False
     state: State | None = None
-    root: str | None = None  # the folder inside a torch zip: the name it was saved under
+    root: str | None = None  # the folder inside a torch zip: the name under which it was saved
     left: tuple[str, ...] = ()
-    says: Mapping[str, Any] = field(default_factory=dict)  # what was asked for of what is saved beside the tensors
+    says: Mapping[str, Any] = field(default_factory=dict)  # the requested values that are saved beside the tensors
 
     def only(self, wanted: Callable[[str], bool]) -> FileHeader:
-        """The header without tensors that are not wanted, by name; these are `left`."""
+        """The header with only the wanted tensors, by name; the others are `left`."""
         left = tuple(t.name for t in self.tensors if not wanted(t.name))
         return replace(self, tensors=tuple(t for t in self.tensors if wanted(t.name)), left=(*self.left, *left))
 
@@ -148,7 +148,7 @@ class FileHeader:
 def damaged(
     name: str, what: str, tensor: str | None = None, *, expected: str | None = None, how: str = " or truncated"
 ) -> EngineError:
-    """E301, with what was found."""
+    """E301 with what was found."""
     return EngineError(
         "E301",
         f"a checkpoint file is damaged{how}",
@@ -172,7 +172,7 @@ def unsupported(whose: str, dtype: str | None, place: Place) -> EngineError:
 
 
 def big_endian(name: str, order: bytes = b"big") -> EngineError:
-    """E303, of a file whose numbers have their bytes in the other order."""
+    """E303 for a file with the other byte order."""
     return EngineError(
         "E303",
         "the file was saved on a big-endian machine",

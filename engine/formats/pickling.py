@@ -1,6 +1,6 @@
-"""Pickles as torch writes them, without torch: only the names of its classes are written.
+"""Writes pickles like torch's, without torch: only the names of its classes are written.
 
-The stdlib's pure-Python pickler does the work; what it lacks is writing a name without importing it.
+The stdlib's pure-Python pickler does the work; this adds writing a name without importing it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class Made:
-    """An object of a class, made without arguments, and its state as `__setstate__` or `__dict__` takes it."""
+    """An object of a class, made without arguments, with its state for `__setstate__` or `__dict__`."""
 
     kind: Global
     state: Any
@@ -44,7 +44,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A dict, or what `made` makes, by its items, whose keys may be stand-ins."""
+    """A dict, or an object that `made` makes, given by its items; keys may be stand-ins."""
 
     items: tuple[tuple[Any, Any], ...]
     made: Call | None = None
@@ -59,7 +59,7 @@ class _Pickler(_Base):  # type: ignore[misc]
         self._texts: dict[str, str] = {}
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        """A pickle refers back to an object that it held before: to equal texts, and to no list or dict."""
+        """Refer back to an earlier object for equal texts, but never for a list or dict."""
         if type(obj) is str:
             obj = self._texts.setdefault(obj, obj)
         elif type(obj) in (list, dict):
@@ -116,7 +116,7 @@ def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]], around: Mapp
 
     Args:
         tensors: name, element type (one of `WRITABLE`) and shape; storage keys are `0`, `1`, ...
-        around: what else the file holds, by key; then names begin with the key that their state dict has there.
+        around: the other content of the file, by key; then names begin with the key of their state dict.
     """
     made = [(name, tensor(dtype, shape, index)) for index, (name, dtype, shape) in enumerate(tensors)]
     if around is None:
@@ -130,14 +130,14 @@ def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]], around: Mapp
 
 
 def tensor(dtype: str, shape: tuple[int, ...], index: int = 0) -> Call:
-    """A contiguous tensor that is all of a storage, whose key is its number."""
+    """A contiguous tensor that is all of a storage; the storage's key is its number."""
     storage = _Storage(("storage", _CLASSES[dtype], str(index), "cpu", prod(shape)))
-    own = tuple([*shape])  # a pickle refers back to an object that it held before: equal plans shall write equal bytes
+    own = tuple([*shape])  # a pickle refers back to the same object: a copy, so that equal plans write equal bytes
     return Call(_REBUILD, (storage, 0, own, dense_strides(shape), False, _ORDERED))
 
 
 def with_dtypes(value: Any) -> Any:
-    """Configuration values with texts such as `torch.bfloat16` as the objects they name."""
+    """Configuration values, with texts such as `torch.bfloat16` replaced by the objects that they name."""
     if isinstance(value, dict):
         return {key: with_dtypes(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a Python configuration assigns, as far as its text tells, in bounded time and memory. Parsed, never executed."""
+"""The assignments of a Python configuration that its text determines, in bounded time and memory. Never executes it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 MAX_SOURCE = 1 << 20  # characters
-UNTOLD, OTHERS = "untold", "others"  # keys of what is told
+UNTOLD, OTHERS = "untold", "others"  # keys of the result
 _MOST_STATEMENTS = 2000
 _DEEPEST = 50
-_MOST_VALUES = 100_000  # of one name, counted as if nothing were shared
+_MOST_VALUES = 100_000  # of one name; shared values are counted each time
 _LONGEST = 100_000  # characters of one text
 _ANY = "*"  # stands for every name
-_LOST = object()  # the value of an item that cannot be told
+_LOST = object()  # the value of an item that is not known
 _ANYTHING = frozenset(("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules"))  # reach all names
 _LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp)
 
@@ -23,16 +23,16 @@ _PARSING = threading.Lock()
 
 
 def parsed(source: str | bytes) -> list[ast.stmt]:
-    """The statements of a source, for any number of threads; errors as of `ast.parse`.
+    """The statements of a source, for any number of threads; errors as for `ast.parse`.
 
-    Python 3.11 counts the depth of all trees that are made together, and ends in SystemError when two threads make one.
+    Python 3.11 counts the depth of all trees being parsed, and raises SystemError if two threads parse at once.
     """
     with _PARSING:
         return ast.parse(source).body
 
 
 def literals(source: str) -> dict[str, Any]:
-    """The names whose values can be told; a source that cannot be parsed has none.
+    """The names with known values; a source that cannot be parsed has none.
 
     A name is left out as soon as something else may have changed it, since a wrong value is worse
     than none: a branch, a loop, a method call, an item that cannot be told, a function that is given it.
@@ -53,7 +53,7 @@ def literals(source: str) -> dict[str, Any]:
     program = _Program()
     for statement in body:
         program.perform(statement)
-    # what functions use may change whenever one is called
+    # names that functions use may change on any call
     used = {name for one in body for node in ast.walk(one) if isinstance(node, _LATER) for name in program.reach(node)}
     if {"dict", _ANY} & used or "dict" in program.untold:
         return {UNTOLD: {OTHERS: True}}
@@ -67,7 +67,7 @@ def literals(source: str) -> dict[str, Any]:
 
 
 def _without_lost(value: Any, path: str, lost: set[str]) -> Any:
-    """A value without the items that cannot be told, whose dotted paths are added to `lost`."""
+    """A value without its unknown items; their dotted paths are added to `lost`."""
     if isinstance(value, list):
         return [_without_lost(one, path, lost) for one in value]
     if not isinstance(value, dict):
@@ -77,17 +77,17 @@ def _without_lost(value: Any, path: str, lost: set[str]) -> Any:
 
 
 class _Unknown(Exception):
-    """The value cannot be told from the text."""
+    """Raised when the text does not determine a value."""
 
 
 _FAILS = (_Unknown, ArithmeticError, TypeError, ValueError, LookupError, AttributeError)
 
 
 class _Program:
-    """What is known after some statements.
+    """The knowledge after some statements.
 
     Attributes:
-        names: values by name; names that share a mapping or list share it here, too.
+        names: values by name; names that share a mapping or list share it here too.
         untold: names that were left out.
         lacking: names whose values may have more items.
     """
@@ -99,7 +99,7 @@ class _Program:
         self._sharing: dict[str, set[str]] = {}  # name → names whose values may hold the same mappings or lists
 
     def perform(self, statement: ast.stmt) -> None:
-        """Take a statement; where its text does not tell what it does, leave out all that it may change."""
+        """Process a statement; if its text does not determine what it does, forget all names that it may change."""
         value, held = _Value(self), self._held(statement)
         try:
             targets, result = _assigned(statement, value)
@@ -120,11 +120,11 @@ class _Program:
             self.leave(held)
 
     def reach(self, node: ast.AST) -> set[str]:
-        """The names that a part of the program may change: those that it binds, and whose mappings and lists it has."""
+        """The names that a part of the program may change: those that it binds, or whose mappings and lists it has."""
         return self._shared({*_bound(node), *self._held(node)})
 
     def _held(self, node: ast.AST) -> set[str]:
-        """The names in a part of the program that have mappings or lists, or had some when it was called."""
+        """The names in a part of the program with mappings or lists, now or when it was called."""
         return _read(node) & self._sharing.keys()
 
     def _share(self, names: set[str]) -> None:
@@ -142,7 +142,7 @@ class _Program:
 
 
 def _assigned(statement: ast.stmt, value: _Value) -> tuple[list[ast.expr], Any]:
-    """The targets of an assignment, and what is assigned."""
+    """The targets of an assignment, and the assigned value."""
     match statement:
         case ast.Assign(targets=targets, value=node):
             return targets, value.of(node)
@@ -160,7 +160,7 @@ def _assign(target: ast.expr, result: Any, value: _Value) -> None:
         case ast.Subscript(value=base, slice=key):
             container = value.of(base)
             container[_key(value.of(key))] = result
-            if not _is_small(container):  # it may hold itself now
+            if not _is_small(container):  # it may contain itself now
                 container.clear()
                 raise _Unknown
         case _:
@@ -201,7 +201,7 @@ _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
 
 
 class _Value:
-    """The value of a statement's expressions, after what the program has done before it.
+    """The value of a statement's expressions, given what the program did before.
 
     Attributes:
         lacks: whether it may have more items, whose keys the text does not tell.
@@ -213,7 +213,7 @@ class _Value:
         self.lacks = self.fails = False
 
     def of(self, node: ast.expr, depth: int = 0) -> Any:
-        """One of `_FAILS` where the text does not tell it; `depth` is that of the expression in another one."""
+        """The value; raises one of `_FAILS` if the text does not determine it. `depth` is the nesting depth."""
         if depth > _DEEPEST:
             raise _Unknown
         deeper = depth + 1
@@ -244,7 +244,7 @@ class _Value:
         raise _Unknown
 
     def _mapping(self, pairs: Sequence[tuple[ast.expr | None, ast.expr]], depth: int) -> dict[Any, Any]:
-        """Items whose value cannot be told are lost; all before something that may replace them are left out."""
+        """Items with unknown values are lost; so are all items before something that may replace them."""
         result: dict[Any, Any] = {}
         lacked = self.lacks
         for key, node in pairs:
@@ -257,7 +257,7 @@ class _Value:
             except _FAILS:
                 result = result | {told[0]: _LOST} if told else {}
                 self.lacks, self.fails = not told, True
-                for part in (node,) if key is None else (key, node):  # what comes after it sees what it changes
+                for part in (node,) if key is None else (key, node):  # later expressions see its changes
                     self._program.leave(self._program.reach(part))
             lacked |= self.lacks
         self.lacks = lacked
@@ -265,14 +265,14 @@ class _Value:
 
 
 def _key(value: Any) -> Any:
-    """A value that a mapping may have as a key."""
+    """A value that can be a mapping's key."""
     if not isinstance(value, str | int | float | None):
         raise _Unknown
     return value
 
 
 def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
-    """What an operator makes of two numbers or texts, of bounded size."""
+    """The result of an operator on two numbers or texts, of bounded size."""
     if isinstance(left, str) and isinstance(right, str) and isinstance(op, ast.Add) and len(left + right) <= _LONGEST:
         return left + right
     if not all(isinstance(side, int | float) and abs(side) < 1 << 64 for side in (left, right)):
@@ -286,7 +286,7 @@ def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
 
 
 def _is_small(value: Any) -> bool:
-    """Whether a value, written out, is of bounded size and depth: names can hold others many times over."""
+    """Whether a value, written out, has bounded size and depth: names can contain others many times."""
     waiting, count = [(value, 0)], 0
     while waiting:
         item, depth = waiting.pop()

@@ -1,7 +1,7 @@
 """Rank files: torch-saved state dicts, indexed without reading payload and without torch.
 
-A zip's directory gives where each storage lies; the pickle gives, per tensor, storage, offset,
-shape and strides. Files from before the zip format hold the same in a sequence of pickles.
+A zip's directory gives the place of each storage; the pickle gives storage, offset, shape and strides
+of each tensor. Files from before the zip format hold the same in a sequence of pickles.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from engine.formats.unpickle import MAX_PICKLE, error_of, load_next, load_pickle
 from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile
 
-_SHORT = 4096  # bytes of a pickle that is known by itself, and not by its digest
+_SHORT = 4096  # bytes: a shorter pickle is its own cache key, a longer one's is its digest
 LoadPickle = Callable[[bytes, str], Any]
 _MAGIC = 0x1950A86A20F9469CFC6C
 _TAR = (b"ustar", 257)  # torch's very first format
 
 
 class Pickles:
-    """Reads each pickle once: ranks, and boxes of one shape, mostly have the same."""
+    """Reads each pickle once: ranks, and boxes of one shape, mostly have equal ones."""
 
     def __init__(self, most: int) -> None:
         """
@@ -46,7 +46,7 @@ class Pickles:
         if found is None:
             found = load_pickle(data, name)
             if len(self._known) < self._most:
-                self._known[key] = found  # which nobody changes
+                self._known[key] = found  # nothing changes it
         return found
 
 
@@ -57,7 +57,7 @@ class Saved:
     Attributes:
         value: what was saved, with inert tensors.
         payload: storage key → (offset, bytes) in the file.
-        summed: whether the identity is over checksums of all bytes; where it is not, it is over the pickle.
+        summed: whether the identity covers checksums of all bytes; if not, it covers the pickle.
         root: the folder inside a zip.
     """
 
@@ -75,13 +75,13 @@ def read_rank_file(
 
     Args:
         load: reads a pickle, given its bytes and the file's name.
-        nested: which of the file's keys hold the mappings of tensors, whose names begin with that key and a dot;
-            beside them only the names of mappings with tensors are told. Without any, the file itself is the mapping.
-        says: dotted keys of numbers and texts that are kept, where they are there.
+        nested: the file's keys that hold mappings of tensors; names then begin with that key and a dot. Of other
+            mappings with tensors only the names are reported. Without any, the file itself is the mapping.
+        says: dotted keys of numbers and texts to keep, if they exist.
 
     Raises:
-        EngineError: E301 damaged or truncated, E302 asks to run code, E303 of another kind,
-            E305 unreadable.
+        EngineError: E301 when damaged or truncated, E302 when it asks to run code, E303 for another kind of
+            file, E305 when unreadable.
     """
     with where.open() as file:
         state = file.state
@@ -114,7 +114,7 @@ def _value_at(value: Any, path: str) -> Any:
 
 
 def _holds_tensors(value: Any, known: dict[tuple[int, int], bool], depth: int = 3) -> bool:
-    """Whether tensors lie in a mapping, or in mappings below it; `known` keeps what one that occurs again holds."""
+    """Whether a mapping, or one nested in it, holds tensors; `known` caches the answer for repeated mappings."""
     if not isinstance(value, Mapping) or not depth:
         return isinstance(value, Tensor | Distributed | Sharded)
     at = (id(value), depth)
@@ -164,12 +164,12 @@ def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], f
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8: pickles can hold halves of characters."""
+    """Whether a name can be encoded as UTF-8: pickles can hold half characters."""
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def read_torch_file(file: OpenFile, name: str, load: LoadPickle = load_pickle) -> Saved:
-    """What a file that torch saved holds, without its payload."""
+    """The content of a file that torch saved, without its payload."""
     size = file.state.size
     start = file.read(4)
     if start == b"PK\x03\x04":
@@ -183,7 +183,7 @@ def read_torch_file(file: OpenFile, name: str, load: LoadPickle = load_pickle) -
 
 
 def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, int]], file: str) -> TensorHeader:
-    """Where a tensor lies, given where the storages of its file do."""
+    """A tensor's header, given the places of its file's storages."""
     storage: Storage = tensor.storage
     place = payload.get(storage.key)
     if place is None:
@@ -212,12 +212,12 @@ def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, in
 
 
 def _repeats(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether several indices may have one element in common, as in no tensor that was trained.
+    """Whether several indices may share an element, which no trained tensor has.
 
     >>> _repeats((2, 3), (3, 1)), _repeats((2, 3), (1, 2)), _repeats((2, 3), (2, 1)), _repeats((1, 3), (0, 1))
     (False, False, True, False)
     """
-    end = 0  # of what the smaller strides reach
+    end = 0  # end of what the smaller strides reach
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride <= end:
             return 0 not in shape
@@ -239,7 +239,7 @@ def _not_a_state_dict(file: str, got: str) -> EngineError:
 def load_legacy(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tuple[int, int]], str]:
     """The value, storage key → (offset, bytes) in the file, and an identity.
 
-    A plain pickle of a mapping or text, which is how configurations may be saved, has no storages.
+    A plain pickle of a mapping or text, as configurations may be saved, has no storages.
     """
     limit = min(size, MAX_PICKLE)
     start = file.read(_TAR[1] + 5)

@@ -22,7 +22,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 def encode_header(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[int]]:
-    """The header of a file, and the absolute byte offset of each tensor given.
+    """The header of a file, and the absolute byte offset of each tensor.
 
     Payload is laid out by element size, largest first, and then in the given order, so that every
     tensor is aligned to its elements. Keys are written in payload order, metadata first and sorted.
@@ -48,7 +48,7 @@ def encode_header(
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """Where everything of a safetensors file goes: `offsets` of tensors and its `size`, in bytes."""
+    """The layout of a safetensors file: `offsets` of tensors and its `size`, in bytes."""
 
     header: bytes
     offsets: tuple[int, ...]
@@ -67,7 +67,7 @@ class SafetensorsFile:
 def safetensors_file(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str, around: object = None
 ) -> SafetensorsFile:
-    """Lay out a file as transformers expects it, with `METADATA`."""
+    """Lay out a file for transformers, with `METADATA`."""
     header, offsets = encode_header(tensors, METADATA)
     sizes = [math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in tensors]
     return SafetensorsFile(header, tuple(offsets), len(header) + sum(sizes))
@@ -76,7 +76,7 @@ def safetensors_file(
 def split_shards(tensors: Sequence[tuple[str, int]], max_bytes: int) -> list[list[str]]:
     """Names per file, in order: as few files as `max_bytes` of tensors allows, of about equal size.
 
-    A tensor larger than `max_bytes` has a file of its own.
+    A tensor larger than `max_bytes` gets its own file.
 
     >>> split_shards([("a", 4), ("b", 4), ("c", 4), ("d", 4)], 12)
     [['a', 'b'], ['c', 'd']]
@@ -85,7 +85,7 @@ def split_shards(tensors: Sequence[tuple[str, int]], max_bytes: int) -> list[lis
     if len(files) < 2:
         return files
     low = max(size for _, size in tensors)
-    # the smallest limit that still needs no more files balances them
+    # the smallest limit with the same number of files balances them
     more = bisect_left(range(low, max_bytes), True, key=lambda limit: len(_fill(tensors, limit)) <= len(files))
     return _fill(tensors, max(min(low + more, max_bytes), 1))
 
@@ -103,7 +103,7 @@ def _fill(tensors: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
 
 
 def shard_names(count: int) -> list[str]:
-    """File names as transformers expects them.
+    """The file names that transformers expects.
 
     >>> shard_names(2)
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
@@ -114,7 +114,7 @@ def shard_names(count: int) -> list[str]:
 
 
 INDEX = "model.safetensors.index.json"
-METADATA = {"format": "pt"}  # of weights of torch
+METADATA = {"format": "pt"}  # for torch weights
 
 
 def index_json(files: Mapping[str, str], total_size: int) -> bytes:
@@ -124,7 +124,7 @@ def index_json(files: Mapping[str, str], total_size: int) -> bytes:
 
 
 def read_safetensors(where: File) -> FileHeader:
-    """Index a safetensors file. E301 for a header that is not exactly right, E305 when unreadable."""
+    """Index a safetensors file. E301 for a header that is not exactly valid, E305 when unreadable."""
     return read_safetensors_metadata(where)[0]
 
 
@@ -182,14 +182,14 @@ def read_safetensors_metadata(where: File) -> tuple[FileHeader, Mapping[str, str
     return FileHeader(where, size, tuple(h for _, _, h in tensors), identity, state=state), metadata
 
 
-# Files of tensors' boxes, as torch's Hugging Face writer saves them, one or more for each rank. This tells for each
-# tensor where it begins in the whole. The shape of the whole stands nowhere: it is where the last box ends. Boxes that
-# are missing in the middle leave a gap, those at the end cannot be seen.
+# Files with boxes of tensors, as torch's Hugging Face writer saves them, one or more for each rank. They record for
+# each box its start in the whole tensor, but not the shape of the whole: that is where the last box ends. Boxes that
+# are missing in the middle leave a gap; missing boxes at the end cannot be detected.
 _INFO = "DCP_SHARDING_INFO"
 
 
 def read_boxes(where: File) -> FileHeader:
-    """Index a file; each tensor's part has where it begins, and an end as if it were the last.
+    """Index a file; each tensor's part has its start, and an end as if it were the last box.
 
     Raises:
         EngineError: E301 damaged, or with a record of boxes that does not fit its tensors, E303 without one, E305.
@@ -226,7 +226,7 @@ def read_boxes(where: File) -> FileHeader:
 
 
 def read_sharded_safetensors(folder: Store, names: Sequence[str]) -> tuple[FileHeader, ...]:
-    """Index the files of a checkpoint; the shape of each whole is where the last of its boxes ends."""
+    """Index the files of a checkpoint; each whole tensor ends where the last of its boxes ends."""
     headers = [read_boxes(File(folder, name)) for name in names]
     wholes: dict[str, tuple[int, ...]] = {}
     for header in headers:

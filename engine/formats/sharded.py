@@ -1,14 +1,14 @@
-"""Sharded tensors, as FSDP saves them, read as data: what each rank's file records of its shard.
+"""Reads sharded tensors, as FSDP saves them, as data: what each rank's file records about its shard.
 
 torch pickles a `ShardedTensor` as a call that rebuilds an empty tensor of its class, with the state
 that `ShardedTensor.__getstate__` gives (torch/distributed/_shard/sharded_tensor/api.py): its local
 shards, its metadata, the process group's ranks, its sharding spec and a flag. Objects of these
-classes are an `Instance` each, a class and the state as it stands in the file. Nothing of torch is
-called, and nothing of a state is looked at before the whole pickle is read: lists can grow till then.
+classes become an `Instance` each: a class, and its state as in the file. No torch code is called, and no
+state is examined before the whole pickle has been read: lists can grow until then.
 
 FSDP cuts dimension 0 into chunks of ceil(rows / ranks), so that the last ranks may hold fewer rows or
-none (`_create_chunk_sharded_tensor` in torch/distributed/fsdp/_shard_utils.py). Whatever is
-recorded otherwise is refused.
+none (`_create_chunk_sharded_tensor` in torch/distributed/fsdp/_shard_utils.py). Any other record is
+refused.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _MOST_RANKS = 1 << 20
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Sharded:
-    """A sharded tensor with its state as it stands in the file."""
+    """A sharded tensor with its state as in the file."""
 
     dtype: str
     shape: tuple[int, ...]
     state: tuple[Any, ...]
 
 
-_SHARDED = OtherClass("ShardedTensor")  # never made by itself
+_SHARDED = OtherClass("ShardedTensor")  # never instantiated directly
 _GROUP = PlainClass("ProcessGroupState")
 
 
 def _getattr(*arguments: Any) -> PlainClass:
-    """Python names a class inside a class by `getattr`; there is one such class here."""
+    """Python pickles a nested class as a `getattr` call; only one such class occurs here."""
     if len(arguments) == 2 and arguments[0] is _SHARDED and arguments[1] == "ProcessGroupState":
         return _GROUP
     raise Refused("E302", "builtins.getattr")
@@ -117,7 +117,7 @@ _IN_PACKAGE: Mapping[str, Any] = {
 
 
 def sharding_global(module: str, name: str) -> Any:
-    """The stand-in of a global that sharded tensors are pickled with, or None."""
+    """The stand-in for a global in pickled sharded tensors, or None."""
     return _IN_PACKAGE.get(name) if module.startswith(_PACKAGE) else _KNOWN.get((module, name))
 
 
@@ -128,7 +128,7 @@ class ShardReader:
         self._lists: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     def read(self, sharded: Sharded) -> tuple[Tensor | None, str, Part]:
-        """The local shard's tensor (None: this rank holds no rows), its element type and its place.
+        """The local shard's tensor (None if this rank holds no rows), its element type and its place.
 
         Raises:
             Refused: E301 for anything that torch would not have written, E303 for shards that are
@@ -154,7 +154,7 @@ class ShardReader:
         return tensor, sharded.dtype, Part((start, *(0,) * (len(whole) - 1)), whole)
 
     def _ends(self, listed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Where each rank's rows end, and the other dimensions; rows follow each other in the order of ranks."""
+        """The end of each rank's rows, and the other dimensions; rows are consecutive in the order of ranks."""
         if type(listed) is not list or not 0 < len(listed) <= _MOST_RANKS:
             raise Refused("E301", "a sharded tensor without a list of shards")
         known = self._lists.get(id(listed))
@@ -175,7 +175,7 @@ class ShardReader:
 
 
 def _place(value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes of a shard; on which device it lay is not looked at."""
+    """Offsets and sizes of a shard; its device is ignored."""
     told = attributes(value, "ShardMetadata")
     offsets, sizes = int_list(told.get("shard_offsets")), int_list(told.get("shard_sizes"))
     if not sizes or len(offsets) != len(sizes):
@@ -184,7 +184,7 @@ def _place(value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _group(value: Any) -> tuple[int, int]:
-    """Rank and number of ranks that the tensor is cut over."""
+    """The rank, and the number of ranks that the tensor is cut over."""
     told = attributes(value, "ProcessGroupState")
     rank, ranks = told.get("local_rank"), told.get("local_world_size")
     if type(rank) is not int or type(ranks) is not int or not 0 <= rank < ranks <= _MOST_RANKS:
@@ -193,7 +193,7 @@ def _group(value: Any) -> tuple[int, int]:
 
 
 def _local(value: Any, start: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-    """The tensor of the local shard, which is where the list of all shards has it."""
+    """The tensor of the local shard, which must agree with the list of all shards."""
     told = attributes(value, "Shard")
     tensor, (offsets, sizes) = told.get("tensor"), _place(told.get("metadata"))
     if offsets != (start, *(0,) * (len(shape) - 1)) or sizes != shape:

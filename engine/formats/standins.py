@@ -1,7 +1,7 @@
-"""What stands for torch's objects while metadata is unpickled: plain data that can do nothing.
+"""Stand-ins for torch's objects while metadata is unpickled: plain data that can do nothing.
 
-No real class or function of a pickle's choosing is ever looked up. Names it may use give one of the
-objects below, and only a `Function` can be called.
+No class or function that a pickle names is ever looked up. Known names give one of the objects
+below, and only a `Function` can be called.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _UNSUPPORTED_STORAGES = (
     "QUInt4x2Storage", "QUInt2x4Storage",
 )  # fmt: skip
 MOST_DIMENSIONS = 64  # torch's own limit
-# An Ascend NPU marks how a tensor lay in its memory: it is saved as on any other device.
+# An Ascend NPU marks its memory format of a tensor: it is saved as on any other device.
 _OF_THE_DEVICE = ("base_sizes_/", "base_strides_/", "storage_sizes_/", "origin_format_/", "npu_format_/")
 
 
 class Refused(Exception):
-    """What the file asked for, to be told with its name."""
+    """What the file asked for, to be reported with the file's name."""
 
     def __init__(self, code: str, what: str) -> None:
         super().__init__(what)
@@ -37,13 +37,13 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """`torch.bfloat16` and its kind."""
+    """`torch.bfloat16` and other dtypes."""
 
     name: str
 
     @property
     def held(self) -> str:
-        """Its safetensors name, or torch's where there is none."""
+        """Its safetensors name, or torch's if there is none."""
         return DTYPES.get(self.name, self.name)
 
 
@@ -83,14 +83,14 @@ class Function:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """An object of a class whose content nobody looks at: an enum, a random state. It holds nothing."""
+    """An object of a class whose content is ignored: an enum, a random state. It holds nothing."""
 
     kind: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpaqueClass(Function):
-    """A class or function that makes an `Opaque`, whatever it is called with."""
+    """A class or function that makes an `Opaque`, for any arguments."""
 
 
 def opaque(kind: str) -> OpaqueClass:
@@ -99,7 +99,7 @@ def opaque(kind: str) -> OpaqueClass:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainClass:
-    """A class of which a pickle can make an `Instance`, and nothing else; with arguments only if it takes any."""
+    """A class that a pickle can only make an `Instance` of; with arguments only if it takes any."""
 
     name: str
     takes: bool = False
@@ -108,23 +108,23 @@ class PlainClass:
 _UNSET: Any = object()
 
 
-@dataclass(slots=True, eq=False, repr=False)  # a state can be nested without end
+@dataclass(slots=True, eq=False, repr=False)  # a state can be nested endlessly
 class Instance:
-    """An object of a class that is known: its arguments, and its state as it stands in the pickle."""
+    """An object of a known class: its arguments, and its state as in the pickle."""
 
     kind: PlainClass
     arguments: tuple[Any, ...] = ()
     state: Any = _UNSET
 
     def build(self, state: Any) -> None:
-        """The state is set once, as pickling does; it is checked when it is read."""
+        """Set the state, only once, as in pickling; it is checked when it is read."""
         if self.state is not _UNSET:
             raise Refused("E301", f"a second state for a {self.kind.name}")
         self.state = state
 
 
 def attributes(value: Any, *kinds: str) -> dict[str, Any]:
-    """The attributes of an object of one of these classes; those that are of no use stay unread.
+    """The attributes of an object of one of these classes; unused ones are not read.
 
     Raises:
         Refused: E301 for another object. Slots are pickled as (None, attributes).
@@ -142,7 +142,7 @@ def attributes(value: Any, *kinds: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class OtherClass:
-    """A class that is only ever mentioned, as the type of a tensor with attributes."""
+    """A class that is only named, as the type of a tensor with attributes."""
 
     name: str
 
@@ -152,7 +152,7 @@ class OtherFunction(OtherClass):
 
 
 class Record(dict[Any, Any]):
-    """Stands for `OrderedDict` and for any dict class named `Config`: InternEvo's and its kind."""
+    """Stands for `OrderedDict` and for any dict class named `Config`, such as InternEvo's."""
 
 
 def ints(value: Any) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ def ints(value: Any) -> tuple[int, ...]:
 
 
 def int_list(value: Any) -> tuple[int, ...]:
-    """As `ints`, where a list may stand for a tuple."""
+    """As `ints`, but also accepts a list instead of a tuple."""
     return ints(tuple(value) if type(value) is list and len(value) <= MOST_DIMENSIONS else value)
 
 
@@ -182,7 +182,7 @@ def element_type(properties: Any) -> str:
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None, marks: Any = None
 ) -> Tensor:
-    """A tensor, and the `marks` that torch sets when it loads it: a negated one is computed, and not stored."""
+    """A tensor, and the `marks` that torch sets on loading: a negated tensor is computed, not stored."""
     for mark, is_set in marks.items() if isinstance(marks, dict) else ((marks, marks),):
         if is_set and not (isinstance(mark, str) and mark.startswith(_OF_THE_DEVICE)):
             raise Refused("E303", f"a tensor that is marked as {reprlib.repr(mark)} when it is loaded, as negated ones")
@@ -219,7 +219,7 @@ _REBUILD = {
 
 
 def rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor:
-    """A tensor with attributes of its own, which are not kept."""
+    """A tensor with extra attributes, which are dropped."""
     if not any(function is known for known in _REBUILD.values()) or type(arguments) is not tuple:
         raise Refused("E301", "a tensor built by something else than torch")
     if any(isinstance(one, dict) and "data" in one for one in (state if type(state) is tuple else (state,))):
@@ -235,8 +235,8 @@ def _record(*arguments: Any) -> Record:
 
 
 def scalar(value: Any) -> Any:
-    """The value, if it is fit to be a key. Hashing anything nested can take forever, or crash."""
-    if type(value) not in (str, int, float, bool, type(None), Instance):  # which is told by its identity
+    """The value, if it can be a key. Hashing a nested value can take forever, or crash."""
+    if type(value) not in (str, int, float, bool, type(None), Instance):  # which is hashed by identity
         raise Refused("E301", f"a key is a {type(value).__name__}, not text")
     return value
 
@@ -245,14 +245,14 @@ RECORD = Function(_record)
 
 # What frameworks keep beside the weights. Nothing of it is looked at.
 _OPAQUE_PACKAGES = ("megatron.", "torch.distributed.checkpoint.planner")
-# What tells where a part of a tensor belongs: `dtensor` and `dcp` read the attributes of such objects.
+# Objects that record the place of a part of a tensor: `dtensor` and `dcp` read their attributes.
 _PLAIN_PACKAGES = (
     "torch.distributed.checkpoint.", "torch.distributed.tensor", "torch.distributed._tensor",
     "torch.distributed.device_mesh", "torch.distributed._mesh_layout", "torch.distributed._pycute",
 )  # fmt: skip
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): RECORD,
-    # As Ascend's torch before 2.1 saves a tensor, from a copy in the host's memory; what comes last is the device's.
+    # As Ascend's torch before 2.1 saves a tensor, from a copy in host memory; the last argument is for the device.
     ("torch_npu.utils.storage", "_rebuild_npu_tensor"): Function(lambda *given: _rebuild_tensor(*given[:-1])),
     ("torch", "Size"): Function(lambda value=(): int_list(value)),
     ("torch.storage", "UntypedStorage"): StorageType(None),
@@ -267,7 +267,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 def known_global(module: str, name: str) -> Any:
-    """The stand-in of a global; `Refused` with its name when there is none."""
+    """The stand-in for a global; `Refused` with its name when there is none."""
     known = _KNOWN.get((module, name))
     if known is not None:
         return known

@@ -1,9 +1,9 @@
-"""Torch's files, written as a stream: every offset is known before the first payload byte.
+"""Writes torch's files as a stream: every offset is known before the first payload byte.
 
 Members of a zip are stored uncompressed, each payload at a multiple of 64 bytes, as torch writes them. The
-CRC-32 of a payload goes into a record right behind it, and into the directory at the end. Distributed checkpoints are
-files of small such files, and a directory that says where they lie: what torch 2.3 wrote, which every later release
-reads.
+CRC-32 of a payload goes into a record right after it, and into the directory at the end. Distributed checkpoints are
+files made of small such files, and a directory with their places: in the form of torch 2.3, which every later
+release reads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Member:
 
     @property
     def record(self) -> int:
-        """Bytes of the record behind the payload."""
+        """The size in bytes of the record after the payload."""
         if self.data is not None:
             return 0
         return (_RECORD64 if self.size >= _LIMIT else _RECORD).size
@@ -60,11 +60,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """Where everything of a rank file goes.
+    """The layout of a rank file.
 
     Attributes:
         offsets: absolute byte offset of each tensor's payload.
-        directory: where the zip directory starts; the payload ends there.
+        directory: offset of the zip directory, where the payload ends.
     """
 
     members: tuple[Member, ...]
@@ -77,11 +77,11 @@ class TorchFile:
         return at + len(data)
 
     def start(self) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of every header, and of members that are not tensors."""
+        """(offset, bytes) of every header, and of members other than tensors."""
         return [(member.header, _local(member) + (member.data or b"")) for member in self.members]
 
     def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of the record behind a tensor's payload, given its CRC-32."""
+        """(offset, bytes) of the record after a tensor's payload, given its CRC-32."""
         member = self.tensors[tensor]
         kind = _RECORD if member.record == _RECORD.size else _RECORD64
         return [(member.payload + member.size, kind.pack(b"PK\x07\x08", checksum, member.size, member.size))]
@@ -105,14 +105,14 @@ def torch_file(
 
     Args:
         tensors: name, element type and shape of each, in order.
-        root: the folder inside the zip; torch takes the file's name without suffix.
-        around: what else the file holds, by key; then names begin with the key that their state dict has there.
+        root: the folder inside the zip; torch uses the file's name without its suffix.
+        around: the other content of the file, by key; then names begin with the key of their state dict.
     """
     return laid_out(state_dict(tensors, around), tensors, root)
 
 
 def laid_out(pickled: bytes, tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> TorchFile:
-    """Lay out a file of a pickle and the storages that it names by their numbers, one for each tensor."""
+    """Lay out a file of a pickle and its storages, which it names by number, one for each tensor."""
     listed: list[tuple[str, bytes | int]] = [("data.pkl", pickled), ("byteorder", b"little")]
     for index, (_, dtype, shape) in enumerate(tensors):
         listed.append((f"data/{index}", prod(shape) * ITEM_SIZES[dtype]))
@@ -128,7 +128,7 @@ def laid_out(pickled: bytes, tensors: Sequence[tuple[str, str, tuple[int, ...]]]
 
 
 def encode_torch(value: Any, root: str) -> bytes:
-    """A whole small file that `torch.load` reads as a plain value."""
+    """The bytes of a small file that `torch.load` reads as a plain value."""
     file = laid_out(dumps(value), (), root)
     return b"".join(data for _, data in (*file.start(), *file.finish(())))
 
@@ -182,7 +182,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A box of a tensor that is written: its file, and where it lies in the whole."""
+    """A box of a tensor to write: its file, and its place in the whole tensor."""
 
     file: str
     name: str
@@ -193,7 +193,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class DcpFile:
-    """Where everything of a `.distcp` file goes: small torch files one after the other, at `starts`."""
+    """The layout of a `.distcp` file: small torch files one after the other, at `starts`."""
 
     entries: tuple[TorchFile, ...]
     starts: tuple[int, ...]
@@ -218,7 +218,7 @@ class DcpFile:
 
 
 def dcp_file(tensors: Sequence[tuple[str, str, Shape]], root: str, around: object = None) -> DcpFile:
-    """Lay out a file of boxes, given name, element type and shape of each; names do not stand in it."""
+    """Lay out a file of boxes, given name, element type and shape of each; the file does not hold the names."""
     entries, starts, end = [], [], 0
     for _, dtype, shape in tensors:
         entry, length = _entry(dtype, shape)
@@ -237,7 +237,7 @@ def _entry(dtype: str, shape: Shape) -> tuple[TorchFile, int]:
 
 
 def encode_directory(saved: Iterable[Saved]) -> bytes:
-    """`.metadata` of boxes, which lie in their files in the order given."""
+    """`.metadata` for boxes, given in the order in which their files hold them."""
     kinds = {
         name: Global(_METADATA, name)
         for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex")

@@ -1,8 +1,8 @@
-"""Unpickling metadata only, on a machine that builds plain data and stand-ins. Nothing is executed.
+"""Unpickles metadata only, with a machine that builds plain data and stand-ins. Nothing is executed.
 
-Python's own unpickler in C is three times as fast, but calls whatever it holds, sets attributes of
-it, hashes keys of any depth and makes room for any memo number: a few hundred bytes can change how
-the next file is read, hang, or end the process.
+Python's own unpickler in C is three times as fast, but calls what a pickle names, sets its attributes,
+hashes keys of any depth and allocates for any memo number: a few hundred bytes can change how the
+next file is read, hang, or kill the process.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _MALFORMED = (
 
 
 class _Lines:
-    """A file of which so many bytes may be read, and whose lines all end.
+    """A file with a limit of bytes to read, and only complete lines.
 
-    A line cut off by the end of the file is not taken for a shorter name.
+    A line that the end of the file cuts off is not mistaken for a shorter name.
     """
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
@@ -68,16 +68,16 @@ class _Lines:
 
 
 class _Memory(_Lines):
-    """The same of bytes in memory, where reading past the end costs nothing."""
+    """The same for bytes in memory, where reading past the end is harmless."""
 
     def __init__(self, data: bytes) -> None:
         file = io.BytesIO(data)
         super().__init__(file, len(data))
-        self.read = file.read  # called for each opcode, so at once
+        self.read = file.read  # called for each opcode, so bound directly
 
 
 class _Machine(pickle._Unpickler):
-    """Python's unpickler in Python: iterative, its memo a dict, its opcodes replaced where they act."""
+    """Python's pure-Python unpickler: iterative, with a dict as memo, and with opcodes replaced that act on objects."""
 
     stack: list[Any]
     dispatch: ClassVar[dict[int, Any]]
@@ -93,7 +93,7 @@ class _Machine(pickle._Unpickler):
         self.proto = 0
 
     def load(self) -> Any:
-        """The inherited loop without its frames, which only group reads."""
+        """The inherited loop without frames, which only group reads."""
         read, dispatch = self.read, self.dispatch
         try:
             while opcode := read(1):
@@ -201,7 +201,7 @@ def _frame(machine: _Machine) -> None:
 
 
 def _build(machine: _Machine) -> None:
-    """A mapping's attributes are not kept, nor an opaque one's; an instance's are its content. Nothing else has any."""
+    """Set state: attributes of mappings and opaque objects are dropped, an instance's are kept; others have none."""
     state, built = machine.stack.pop(), machine.stack[-1]
     if isinstance(built, Instance):
         built.build(state)
@@ -244,7 +244,7 @@ def load_pickle(data: bytes, name: str) -> Any:
 
 
 def load_next(file: BinaryIO, name: str, limit: int = MAX_PICKLE) -> tuple[Any, dict[str, Storage]]:
-    """The pickle at the file's position, which moves behind it, and the storages it names."""
+    """The pickle at the file's position, and the storages it names; the position moves past it."""
     machine = _Machine(_Lines(file, limit))
     return _run(machine, name), machine.storages
 
@@ -263,7 +263,7 @@ def _run(machine: _Machine, name: str) -> Any:
 
 
 def error_of(refused: Refused, name: str, tensor: str | None = None) -> EngineError:
-    """What the file asked for, as an error that names the file."""
+    """A refusal as an error that names the file."""
     if refused.code == "E302":
         return EngineError(
             "E302",

@@ -1,4 +1,4 @@
-"""The file formats that are written: what each puts where besides the tensors."""
+"""The file formats to write: what each places where, besides tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.formats.torch_files import dcp_file, torch_file
 
 
 class FileLayout(Protocol):
-    """A file format, laid out: what is written where besides the payload."""
+    """The layout of a file: what is written where besides the payload."""
 
     @property
     def offsets(self) -> Sequence[int]: ...
@@ -25,10 +25,10 @@ class FileLayout(Protocol):
         """(offset, bytes) of what follows a tensor's payload, given its CRC-32."""
 
     def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of what comes when all payload is written, given the CRC-32 of each tensor."""
+        """(offset, bytes) of what follows all payload, given the CRC-32 of each tensor."""
 
 
-# Format → the layout of a file that holds tensors (name, element type, shape) under a root name, and what else.
+# Format → lays out a file, given its tensors (name, element type, shape), root name and other content.
 FORMATS: dict[
     str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str, Mapping[str, Any] | None], FileLayout]
 ] = {

@@ -1,6 +1,6 @@
-"""A zip as torch saves it: where the payload of each storage lies, distrusting all of it.
+"""A zip as torch saves it: finds the payload of each storage, and trusts nothing in the file.
 
-A rank file is one, and a file of a distributed checkpoint is a row of them.
+A rank file is one zip, and a file of a distributed checkpoint is a sequence of them.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from engine.storage.store import OpenFile
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
-_END, _LOCATOR, _RECORD = 22, 20, 56  # bytes of what ends a zip; the latter two where numbers are of 64 bits
-_RECORDS = (16, 24)  # bytes of a record behind a payload
+_END, _LOCATOR, _RECORD = 22, 20, 56  # bytes of the records that end a zip; the latter two for 64-bit numbers
+_RECORDS = (16, 24)  # bytes of a record after a payload
 _ALIGNMENT = 64  # of payloads, as torch writes them
-_HEAD, _TAIL = 2048, 1536  # bytes at either end that are read at once: all that describes a small zip
-_NEAR = 256  # bytes behind the fixed part of a local header, in which the rest of most ends
+_HEAD, _TAIL = 2048, 1536  # bytes at either end that are read at once: enough to describe a small zip
+_NEAR = 256  # bytes after the fixed part of a local header: the rest of most headers fits in them
 _MOST_DIRECTORY = 64 << 20  # bytes of a directory
-_CLOSED = 0x2061  # flags of members that are encrypted or patches, which torch does not read either
-_LONG = 0xFFFFFFFF  # stands for a number that is in the extra field
+_CLOSED = 0x2061  # flags of encrypted or patched members, which torch does not read either
+_LONG = 0xFFFFFFFF  # means that the number is in the extra field
 
 
-class _Member(NamedTuple):  # of which there can be a hundred thousand
-    """What the directory says of a member: `header` is where its local header begins."""
+class _Member(NamedTuple):  # a NamedTuple: there can be a hundred thousand
+    """A member, as in the directory: `header` is the offset of its local header."""
 
     name: str
     raw: bytes
     header: int
     size: int
     crc: int
-    recorded: bool  # a record behind its payload tells its CRC-32
+    recorded: bool  # whether a record after its payload holds its CRC-32
 
 
 class TorchZip:
-    """The members of a zip: stored uncompressed, inside the zip, not overlapping, and named once.
+    """The members of a zip: uncompressed, inside the zip, without overlaps, each name once.
 
     Attributes:
         root: the folder inside it.
-        entries: the bytes of its directory; `ends`, of the records behind it.
-        summed: whether the directory has the checksums of all members.
+        entries: the bytes of its directory; `ends`: those of the records after it.
+        summed: whether the directory has checksums of all members.
     """
 
     def __init__(self, file: OpenFile, name: str, offset: int, length: int) -> None:
-        """Args: offset, length: where it lies in the file; `name` is the file's, for people.
+        """Args: offset, length: its place in the file; `name` is the file's name, for messages.
 
         Raises:
             EngineError: E301 for a zip that is damaged, E303 for one that torch did not save.
@@ -73,7 +73,7 @@ class TorchZip:
             raise big_endian(name, order[:16])
 
     def pickle(self) -> bytes:
-        """The pickle, which must have the bytes that were saved."""
+        """The pickle, checked against its CRC-32."""
         return self._content("data.pkl")
 
     def payload(self) -> dict[str, tuple[int, int]]:
@@ -87,7 +87,7 @@ class TorchZip:
         return damaged(self._name, where + what, expected="a zip as torch.save writes it")
 
     def _read(self, at: int, size: int) -> bytes:
-        """Bytes of the zip; all of those asked for."""
+        """Exactly these bytes of the zip."""
         if at + size <= len(self._head):
             return self._head[at : at + size]
         tail = self._length - len(self._tail)
@@ -115,7 +115,7 @@ class TorchZip:
         return roots[0]
 
     def _content(self, name: str) -> bytes:
-        """The bytes of a member that describes the tensors, against their CRC-32; torch may leave that out, as zero."""
+        """The bytes of a member that describes the tensors, checked by CRC-32; torch may omit that, as zero."""
         one = self._members[f"{self.root}/{name}"]
         if one.size > MAX_PICKLE:
             raise self._damaged(f"{name} of {one.size} bytes")
@@ -125,7 +125,7 @@ class TorchZip:
         return data
 
     def _directory(self) -> tuple[int, bytes, bytes, int]:
-        """Where the directory begins, its bytes, those of the records that end it, and how many members it has."""
+        """The offset of the directory, its bytes, those of the records that end it, and its number of members."""
         begin = self._length - _END
         end = self._read(begin, _END)
         if not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):
@@ -153,7 +153,7 @@ class TorchZip:
         return at, both[:length], both[length:], count
 
     def _listed(self, count: int) -> dict[str, _Member]:
-        """What the directory's entries say of each member."""
+        """The members, from the directory's entries."""
         entries, found = self.entries, dict[str, _Member]()
         at = 0
         while at + _CENTRAL.size <= len(entries):
@@ -181,10 +181,10 @@ class TorchZip:
         return found
 
     def _place(self, one: _Member) -> int:
-        """Where a member's payload begins: as its local header says, or where that is not at hand, as torch has it.
+        """The offset of a member's payload: from its local header, or, if that was not read, from torch's alignment.
 
-        torch pads the local header such that the payload lies at a multiple of 64 bytes, and begins the next member
-        right behind the payload and its record, which has 16 or 24 bytes. Both must give the same place.
+        torch pads the local header such that the payload is at a multiple of 64 bytes, and starts the next member
+        right after the payload and its record, which has 16 or 24 bytes. Both must give the same place.
         """
         fixed, after = one.header + _LOCAL.size, self._next[one.header]
         close = min(fixed + _NEAR, after)
@@ -206,7 +206,7 @@ class TorchZip:
         end = begin + one.size
         if end > after:
             raise self._damaged(f"member {one.name} ends at {end}, what follows it is at {after}: they overlap")
-        # torch writes a record behind each payload: it proves where that ends, or its place where it is far
+        # torch writes a record after each payload, which proves the payload's end, or its place if it is far away
         near = after - end not in _RECORDS or self._file.at_hand(self._offset + end, self._offset + end + 4)
         if one.recorded and near and self._read(end, 4) != b"PK\x07\x08":
             raise self._damaged(f"member {one.name} has no record at its end, {end}")
@@ -214,14 +214,14 @@ class TorchZip:
 
 
 def _wide(extra: bytes, size: int, header: int) -> tuple[int, int]:
-    """A member's size and offset, which stand in an extra field where they do not fit 32 bits."""
+    """A member's size and offset, from an extra field if they do not fit in 32 bits."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
         if kind == 1:
             fields = extra[at + 4 : at + 4 + length]
             wide = iter(value for (value,) in struct.iter_unpack("<Q", fields[: len(fields) // 8 * 8]))
-            if size == _LONG:  # the packed size, which is the same, comes second
+            if size == _LONG:  # the packed size, which is equal, comes second
                 size = next(wide, size)
                 next(wide, None)
             header = next(wide, header) if header == _LONG else header
