@@ -1,4 +1,4 @@
-"""Two checkpoints compared whole: each a Hugging Face checkpoint, or what a mapping makes of a training checkpoint."""
+"""Compares two whole checkpoints: each a Hugging Face checkpoint, or a training checkpoint as a mapping converts it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Side:
     """One of two checkpoints.
 
     Attributes:
-        tensors: files, or the plan that says what they would be.
+        tensors: files, or the plan that would write them.
         small: the files beside the weights by name; None for a weight file given alone.
-        training: whether a plan stands for it.
+        training: whether a plan represents it.
     """
 
     tensors: Sequence[FileHeader] | Plan
@@ -39,23 +39,23 @@ class Side:
 
     @property
     def listed(self) -> Sequence[TensorHeader | Output]:
-        """Its tensors, as they are stored or would be written."""
+        """Its tensors, as stored or as they would be written."""
         if isinstance(self.tensors, Plan):
             return self.tensors.outputs
         return [tensor for file in self.tensors for tensor in file.tensors]
 
     @property
     def dtype(self) -> str | None:
-        """The element type of its first tensor, as configurations say it."""
+        """The element type of its first tensor, as configurations spell it."""
         return next((TORCH_NAMES[one.dtype] for one in self.listed if one.dtype in FLOATS), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two checkpoints compared: tensors, and everything else that makes a model.
+    """The result of comparing two checkpoints: tensors, and everything else that defines a model.
 
     Attributes:
-        verdicts: on every tensor, in order of name.
+        verdicts: one for every tensor, in order of name.
         diagnoses: what the verdicts mean together.
         differences: in configuration, generation settings, tokenizer, chat template and code.
         unchecked: what could not be compared, and why.
@@ -69,7 +69,7 @@ class Comparison:
     unchecked: tuple[str, ...] = ()
 
     def same(self, *, allow_cast: bool = False) -> bool:
-        """Whether both are the same function: every tensor equal, or with `allow_cast` equal after casting."""
+        """Whether both compute the same function: every tensor equal, or with `allow_cast` equal after casting."""
         fine = ("equal", "cast") if allow_cast else ("equal",)
         grades = ("told", "cast") if allow_cast else ("told",)
         return all(verdict.kind in fine for verdict in self.verdicts) and all(
@@ -95,11 +95,11 @@ def read_side(where: Store | File, planned: Callable[[], tuple[Plan, Mapping[str
     """One side of a comparison.
 
     Args:
-        planned: makes a plan of a training checkpoint, and the small files that would be written; None
+        planned: makes the plan of a training checkpoint, and the small files that it would write; None
             without a mapping.
 
     Raises:
-        EngineError: E304 for what is no Hugging Face checkpoint, where there is no mapping; E2xx and E3xx.
+        EngineError: E304 for anything but a Hugging Face checkpoint if there is no mapping; E2xx and E3xx.
     """
     try:
         files = read_hf_folder(where)
@@ -117,7 +117,7 @@ def read_side(where: Store | File, planned: Callable[[], tuple[Plan, Mapping[str
 def compare_sides(
     out: Side, ref: Side, names: tuple[str, str], advance: Callable[[int], None] = lambda _: None
 ) -> Comparison:
-    """Compare everything that makes two models."""
+    """Compare all that defines two models."""
     differences: tuple[Difference, ...] = ()
     unchecked: list[str] = []
     if out.small is None or ref.small is None:
@@ -125,7 +125,7 @@ def compare_sides(
     else:
         small = [dict(out.small), dict(ref.small)]
         for one, other, training in ((0, 1, out.training), (1, 0, ref.training)):
-            if training and not small[one].keys() & set(TOKENIZER):  # training keeps none; another's is no mistake
+            if training and not small[one].keys() & set(TOKENIZER):  # training keeps none: that is no error
                 small[other] = {name: data for name, data in small[other].items() if name not in TOKENIZER}
         differences = compare_settings(small[0], small[1], dtypes=(out.dtype, ref.dtype))
         for what, files in (("configuration", (CONFIG,)), ("tokenizer", TOKENIZER)):

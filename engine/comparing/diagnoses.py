@@ -1,4 +1,4 @@
-"""What verdicts mean together: rows with layers folded, and diagnoses in words."""
+"""What the verdicts mean together: rows with layers folded, and diagnoses in words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIRST_LETTER = ({"gate_proj", "up_proj"}, {"gate_proj", "down_proj"}, {"w1", "w
 
 
 def diagnose(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
-    """One sentence per thing that went wrong, whatever the number of layers."""
+    """One sentence per error, for any number of layers."""
     return tuple([*_rotary(verdicts), *_swaps(verdicts), *_renamed(verdicts), *_casts(verdicts), *_others(verdicts)])
 
 

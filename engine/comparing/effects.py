@@ -1,4 +1,4 @@
-"""What settings do to a model: which of them change its function, and how."""
+"""The effect of settings on a model: which of them change its function, and how."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import yaml
 from engine.language.documents import same
 from engine.planning.config_keys import shown
 
-Grade = Literal["function", "cast", "told"]  # changes what is computed; only its precision; neither
+Grade = Literal["function", "cast", "told"]  # changes the result; only its precision; neither
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Something of a model, other than a tensor, that two checkpoints have otherwise.
+    """A difference between two checkpoints that is not in a tensor.
 
     Attributes:
         part: `config`, `generation`, `tokenizer`, `chat template` or `code`.
         what: the key, file or property.
         out, ref: what each side has, in words.
-        effect: what that does to the model.
+        effect: what the difference does to the model.
     """
 
     part: str
@@ -46,10 +46,10 @@ def _effects() -> dict[str, tuple[str, Grade]]:
 
 
 def effect_of(key: str, *, scaled: bool = False, own: frozenset[str] | None = None) -> tuple[str, Grade]:
-    """What another value of a configuration's key does.
+    """The effect of another value of a configuration key.
 
     Args:
-        scaled: whether rotary angles are scaled, so that lengths take part.
+        scaled: whether rotary angles are scaled, so that lengths matter.
         own: the keys that transformers' class has, if it is known.
     """
     last = key.rsplit(".", 1)[-1]
@@ -71,11 +71,11 @@ def differing(
     *,
     defaults: Mapping[str, Any] | None = None,
 ) -> list[Difference]:
-    """A difference for each key whose values are not the same.
+    """A difference for each key whose values differ.
 
     Args:
-        said: takes a key, gives what another value does and its grade.
-        defaults: what an absent key comes to.
+        said: takes a key, returns the effect of another value and its grade.
+        defaults: the values of absent keys.
     """
     found = []
     for key in sorted(ours.keys() | theirs.keys()):
@@ -87,10 +87,10 @@ def differing(
 
 
 def worded(value: Any) -> str:
-    """A value as its file would write it; None is a key that is not there."""
+    """A value as its file would write it; None is an absent key."""
     return "absent" if value is None else shown(value)
 
 
 def both(show: Callable[[Any], str], one: Any, two: Any) -> tuple[str, str]:
-    """What each side has, in words."""
+    """The values of both sides, in words."""
     return show(one), show(two)

@@ -1,4 +1,4 @@
-"""Everything of two models but their tensors: configuration, generation settings, tokenizer, chat template, code."""
+"""Compares all of two models except tensors: configuration, generation settings, tokenizer, chat template, code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LARGEST = 256 << 20  # bytes of a file that is read
 
 
 def small_files(where: Store) -> dict[str, bytes]:
-    """The files of a checkpoint folder that make the model besides its weights, and its Python files."""
+    """The files of a checkpoint folder that define the model besides its weights, and its Python files."""
     names = {*where.names()}
     wanted = [name for name in (CONFIG, GENERATION, *TOKENIZER, *TEMPLATES) if name in names]
     wanted += sorted(name for name in names if name.endswith(".py"))
@@ -41,14 +41,14 @@ def small_files(where: Store) -> dict[str, bytes]:
 def compare_settings(
     ours: Files, theirs: Files, *, dtypes: tuple[str | None, str | None] = (None, None)
 ) -> tuple[Difference, ...]:
-    """What differs between two models other than their tensors, and what that does.
+    """The differences between two models other than in tensors, and their effects.
 
     Args:
         ours, theirs: files by name, as `small_files` reads them.
-        dtypes: the element type that each side's weights have, which an absent `dtype` means.
+        dtypes: the element type of each side's weights, which is the meaning of an absent `dtype`.
 
     Raises:
-        EngineError: E301 or E303 when a file is no JSON, or no object.
+        EngineError: E301 or E303 when a file is not JSON, or not an object.
     """
     configs = [_read(files, CONFIG) for files in (ours, theirs)]
     generations = [_read(files, GENERATION) for files in (ours, theirs)]
@@ -83,7 +83,7 @@ def _read(files: Files, name: str) -> dict[str, Any] | None:
     return json_object(files[name], name) if name in files else None
 
 
-# Keys that only label, and whose values say nothing of what is computed.
+# Keys that are only labels: their values do not affect the computation.
 _LABELS = ("id2label", "label2id", "transformers_version", "_name_or_path", "_commit_hash", "name_or_path")
 _OWN_WORDS = ("chat_template", "model_max_length", "tokenizer_class", "added_tokens_decoder", "tokenizer_file")
 
@@ -94,7 +94,7 @@ def _for_other_programs(
     """Keys of a file that differ though what transformers makes of it does not: another place or program reads them.
 
     Args:
-        found: what is told already.
+        found: differences that are reported already.
     """
     told = {name for other in found if other.part == part for name in (*other.what.split("."), other.what)}
     keys = (one.keys() & two.keys()) | ({"auto_map"} & (one.keys() | two.keys()))
@@ -136,7 +136,7 @@ def _named_tokens(listed: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str
 
 
 def _configs(one: Mapping[str, Any], two: Mapping[str, Any], dtypes: tuple[str | None, str | None]) -> list[Difference]:
-    """Two configurations, by what they mean."""
+    """Compare two configurations by their meaning."""
     ours, theirs = plain_config(one), plain_config(two)
     if same(ours, theirs):
         return []

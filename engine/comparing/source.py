@@ -1,8 +1,8 @@
-"""Verifying an output against the source it was made from: each tensor planned and gathered again.
+"""Verifies an output against the source it was made from: plans and gathers each tensor again.
 
-What a run would write now is compared, block by block, with what lies in the output, so memory
-stays at a few blocks whatever the model's size. Tensors are found by name, so the output may be
-split into other files than the plan's.
+What a run would write now is compared, block by block, with the output, so memory stays at a few
+blocks for any model size. Tensors are found by name, so the output may be split into other files
+than the plan's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLOCK = 1 << 18  # elements
 
 
 def parse_sample(text: str) -> float:
-    """The value of `--sample` as a share of a tensor's blocks; E001 when it is none.
+    """The value of `--sample` as a share of a tensor's blocks; E001 when it is invalid.
 
     >>> parse_sample("5%")
     0.05
@@ -46,12 +46,12 @@ def parse_sample(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Differing:
-    """A tensor of the output that is not what the source gives.
+    """A tensor of the output that differs from what the source gives.
 
     Attributes:
         what: in words: missing, of another type or shape, or how many elements differ.
-        index: of the first differing element, if elements were compared.
-        source: the source tensors that fill it, the one of that element first.
+        index: that of the first differing element, if elements were compared.
+        source: the source tensors that fill it, first the one of that element.
     """
 
     name: str
@@ -71,13 +71,13 @@ class Differing:
 
 @dataclass(frozen=True, slots=True)
 class AgainstSource:
-    """What was compared with the source, and which tensors differ, in the plan's order."""
+    """The result of comparing with the source: which tensors differ, in the plan's order."""
 
     tensors: int
     bytes: int
     sample: str | None
     differing: tuple[Differing, ...]
-    more: int = 0  # differing tensors that are not listed
+    more: int = 0  # number of differing tensors that are not listed
     extra: tuple[str, ...] = field(default=())
 
     @property
@@ -87,14 +87,14 @@ class AgainstSource:
         return (*told, *(f"{name} is not made from the source by any rule" for name in self.extra))
 
     def summary(self) -> str:
-        """One line on what was compared."""
+        """One line about what was compared."""
         wrong = len(self.differing) + self.more + len(self.extra)
         told = f"{wrong} tensors are not what the source gives" if wrong else "as the source gives them"
         return f"{self.tensors} tensors against the source ({self.sample or 'every element'}): {told}"
 
 
 def source_bytes(plan: Plan, sample: float) -> int:
-    """What `verify_source` will advance by."""
+    """The bytes that `verify_source` will advance its meter by."""
     return plan.nbytes + (replica_bytes(plan) if sample == 1 else 0)
 
 
@@ -102,7 +102,7 @@ def verify_source(plan: Plan, folder: Store, sample: float, meter: Meter) -> Aga
     """Compare every tensor of an output with what the plan makes of the source now.
 
     Args:
-        sample: which share of each tensor's blocks to compare. With all of them replicas are compared too.
+        sample: the share of each tensor's blocks to compare. If all are, replicas are compared too.
         meter: advances by `source_bytes` in all.
 
     Raises:
@@ -138,7 +138,7 @@ def verify_source(plan: Plan, folder: Store, sample: float, meter: Meter) -> Aga
 
 
 def _differing(plan: Plan, index: int, what: str, file: str, at: tuple[int, ...] | None = None) -> Differing:
-    """What differs of an output, with its source tensors as `file:tensor`: the one that fills the element first."""
+    """A differing output, with its source tensors as `file:tensor`: first the one that fills the element."""
     output = plan.outputs[index]
     element = None if at is None else int(np.ravel_multi_index(at, output.shape)) if at else 0
     ordered = sorted(plan.copies(index), key=lambda copy: element is None or not _fills(copy, element))
@@ -162,10 +162,10 @@ def _fills(copy: Copy, at: int) -> bool:
 
 
 def _chosen(output: Output, sample: float) -> list[Box]:
-    """The blocks to compare: all, or one from each of as many stretches of equal length.
+    """The blocks to compare: all, or one from each of equally long stretches.
 
-    Which one of a stretch depends on the tensor's name alone, so a sample is the same each time and
-    another one in the next layer.
+    The choice in a stretch depends only on the tensor's name, so a sample is the same each time, but
+    differs between layers.
     """
     blocks = list(tiles(output.shape, [dense_strides(output.shape)], _BLOCK))
     if sample == 1 or not blocks:
@@ -179,7 +179,7 @@ def _chosen(output: Output, sample: float) -> list[Box]:
 
 
 def _unlike(tensors: Tensors, got: View, wanted: View, boxes: Iterable[Box]) -> tuple[int, tuple[int, ...] | None, int]:
-    """How many elements of a written tensor are not as they should be, the first such, and how many were compared."""
+    """The number of wrong elements of a written tensor, the first of them, and how many were compared."""
     count = compared = 0
     found: list[tuple[int, ...]] = []
     for box in boxes:

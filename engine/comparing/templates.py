@@ -1,4 +1,4 @@
-"""Two chat templates by what they render, in Jinja's sandbox."""
+"""Compares two chat templates by what they render, in Jinja's sandbox."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from engine.comparing.tokenizers import TOKENS, Files
 from engine.planning.config_keys import shown
 
 _REFUSED = "refused: "
-MORE = "additional_chat_templates"  # a folder of templates by name, as of one for tools
+MORE = "additional_chat_templates"  # a folder of named templates, for example one for tools
 _TEMPLATE, _JSON, _SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 
 
 def compare_templates(ours: Files, theirs: Files) -> list[Difference]:
-    """What two chat templates, given by the folders' files, render differently."""
+    """The differences in what two chat templates, given by the folders' files, render."""
     one, two = (_templates(files) for files in (ours, theirs))
     found: list[Difference] = []
     for name in sorted(one.keys() | two.keys()):
@@ -61,7 +61,7 @@ def _rendered(
 
 
 def _templates(files: Files) -> dict[str, str]:
-    """A folder's templates by name, as transformers finds them; by its file one that other programs find instead."""
+    """A folder's templates by name, as transformers finds them; by file name, one that other programs use instead."""
     templates: dict[str, str] = {}
     if _TEMPLATE in files:
         templates["default"] = files[_TEMPLATE].decode("utf-8", "replace")
@@ -101,6 +101,6 @@ def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, 
             add_generation_prompt=conversation["speaking"],
             **named,
         )
-    except Exception as error:  # a template refuses what it does not know in its own words
+    except Exception as error:  # a template raises its own errors
         return f"{_REFUSED}{' '.join(str(error).split())[:120]}"
     return str(texts[0])

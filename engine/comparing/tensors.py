@@ -1,4 +1,4 @@
-"""Comparing two checkpoints tensor by tensor: a verdict for each, and what the verdicts mean."""
+"""Compares two checkpoints tensor by tensor: a verdict for each, and what the verdicts mean."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Kind = Literal[RelationKind, "equal", "cast", "swapped", "copied", "missing", "e
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one tensor.
+    """The result for one tensor.
 
     Attributes:
         name: in the output, or in the reference when it is `missing`.
         out_dtype, out_shape, ref_dtype, ref_shape: None on the side that lacks it.
-        other: the tensor it equals instead, where it equals one under another name.
-        note: in what way, for people.
+        other: the tensor of another name that it equals instead, if any.
+        note: details, for people.
         rotary: for a permuted tensor, the choice of `rotary` that would have been right; `other`
             where head_dim 4 does not tell the two apart.
-        count, largest, first: elements that differ, largest absolute deviation, first index.
+        count, largest, first: number of differing elements, largest absolute deviation, index of the first.
     """
 
     name: str
@@ -79,18 +79,18 @@ def compare_tensors(
 
     Args:
         out, ref: files, or a plan for what it would write.
-        configs: of out and ref, possibly empty; head counts are taken from them.
-        advance: called with bytes of the output that are done.
+        configs: those of out and ref, possibly empty; they give the head counts.
+        advance: called with the number of bytes of the output that are done.
 
     Raises:
-        EngineError: E301, E305 or E405 when a file fails while it is read.
+        EngineError: E301, E305 or E405 when reading a file fails.
     """
     with Tensors(out, ref) as tensors:
         return _Comparer(tensors, configs, advance).run()
 
 
 class _Comparer:
-    """One comparison. `found` holds the verdicts there are so far."""
+    """One comparison. `found` holds the verdicts so far."""
 
     def __init__(self, tensors: Tensors, configs: Sequence[Mapping[str, Any]], advance: Callable[[int], None]) -> None:
         self.tensors, self.configs, self.advance = tensors, configs, advance
@@ -114,7 +114,7 @@ class _Comparer:
         self.found[name] = Verdict(name, kind, *sides, **more)
 
     def _pair(self, name: str, one: View) -> None:
-        """A tensor that both sides have alike; no verdict yet where it is another."""
+        """Judge a tensor that is equal on both sides; no verdict yet if it differs."""
         two, item, done = self.ref.get(name), ITEM_SIZES[one.dtype], 0
 
         def advance(elements: int) -> None:
@@ -127,7 +127,7 @@ class _Comparer:
         self.advance((one.elements - done) * item)
 
     def _tied(self, name: str) -> None:
-        """A head stored on one side only is no difference where the other side's config ties it."""
+        """A head that only one side stores is no difference if the other side's config ties it."""
         side, config = (self.out, self.configs[1]) if name in self.out else (self.ref, self.configs[0])
         if name.split(".")[-2:-1] not in (["lm_head"], ["output"]) or config.get("tie_word_embeddings") is not True:
             return
@@ -139,7 +139,7 @@ class _Comparer:
                 return
 
     def _relate(self) -> None:
-        """What each tensor that does not equal its own holds instead."""
+        """Find what each tensor holds that does not equal its counterpart."""
         left = [name for name in self.out if name not in self.found]
         first = [name for name in self.ref if name not in self.found]
         search = Search(Sides(self.tensors, self.out, self.ref, geometry_of(self.configs)))
@@ -157,7 +157,7 @@ class _Comparer:
         one, two = self.out[name], self.ref.get(name)
         if relation is not None and relation.kind == "other" and relation.other is not None:
             back = all_of.get(relation.other)
-            gone = back is not None and back.kind == "other"  # its own place holds another one's content too
+            gone = back is not None and back.kind == "other"  # its own place holds another tensor's content too
             kind: Kind = "extra" if two is None else "swapped" if gone else "copied"
             words = f", {relation.words}" if relation.words else ""
             note = f"equals {relation.other} of the reference{words}"
@@ -171,7 +171,7 @@ class _Comparer:
                 self._measure(name, one, two, search)
 
     def _measure(self, name: str, one: View, two: View, search: Search) -> None:
-        """How many elements differ, how far, and the first."""
+        """The number of differing elements, the deviation, and the first."""
         import numpy as np
 
         here, there, told = as_matrix(one), as_matrix(two), search.changes.get(name)

@@ -1,6 +1,6 @@
-"""Two tokenizers by the ids they give, each loaded from copies of its files by whichever library knows them.
+"""Compares two tokenizers by the ids they give; each is loaded from copies of its files by a library that knows them.
 
-Nothing of a checkpoint is run: what only its code could load is left out.
+No code of a checkpoint is run: a tokenizer that only its code could load is left out.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _FEWEST = 2  # tokens of a vocabulary that was read
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """Functions of a tokenizer, and what is set beside them.
+    """The functions of a tokenizer, and its settings.
 
     Attributes:
         spoken: ids as text without special tokens.
         pair: two texts as one sequence.
         added: tokens that were added to the vocabulary.
-        named: special tokens by what they are for.
+        named: special tokens by purpose.
         other: settings that change batches or text, by name.
-        whole: whether special tokens are put round text as the model's users have it.
+        whole: whether special tokens are added around text as they are for users of the model.
     """
 
     encode: Callable[[str, bool], list[int]]
@@ -48,7 +48,7 @@ class Tokenizer:
 
 
 def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer | str:
-    """A tokenizer from copies of its files; why it cannot be loaded, if so."""
+    """A tokenizer from copies of its files; or why it cannot be loaded."""
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(_without_code(name, data))
@@ -61,14 +61,14 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer | str:
                 for text in _texts([], []):
                     loaded.encode(text, loaded.whole)
                 return loaded
-        except Exception as error:  # whatever the files make these libraries raise
+        except Exception as error:  # the files may make these libraries raise anything
             why = why or " ".join(str(error).split())[:160] or type(error).__name__
     return why
 
 
 @contextmanager
 def _panics_caught() -> Iterator[None]:
-    """A panic of a library's Rust as an exception like any other, which it is not."""
+    """Turn a panic in a library's Rust code, which is not an `Exception`, into one."""
     try:
         yield
     except BaseException as error:
@@ -78,7 +78,7 @@ def _panics_caught() -> Iterator[None]:
 
 
 def _without_code(name: str, data: bytes) -> bytes:
-    """A configuration without the names of classes that only code of the checkpoint has."""
+    """A configuration without names of classes that only the checkpoint's code defines."""
     if name not in ("tokenizer_config.json", "config.json"):
         return data
     try:
@@ -146,7 +146,7 @@ _MOST = 200  # merges that are tried
 
 
 def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list[Difference]:
-    """What two tokenizers, given by the folders' files, make differently.
+    """The differences between two tokenizers, given by the folders' files.
 
     Args:
         names: the files that belong to a tokenizer.
@@ -169,7 +169,7 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
         try:
             with _panics_caught():
                 found = list(_tokenizers(one, two, merges)) or list(_alone(ours, theirs, Path(made), merges))
-        except Exception as error:  # whatever a text makes these libraries raise
+        except Exception as error:  # a text may make these libraries raise anything
             why = f"one of both fails on a text: {' '.join(str(error).split())[:160]}"
             return [Difference("tokenizer", "a tokenizer", why, why, "its ids could not be compared")]
     if not found:
@@ -191,13 +191,13 @@ def _alone(ours: Files, theirs: Files, made: Path, merges: Sequence[str]) -> Ite
 
 
 def _unlike_merges(ours: Files, theirs: Files) -> list[str]:
-    """Texts of the merges that differ, or stand in another order, also where others compete with them."""
+    """Texts of merges that differ or are in another order, also in combination with competing merges."""
     sides = []
     for files in (ours, theirs):
         try:
             merges = json.loads(files[_MODELS[0]])["model"]["merges"]
             pairs = [(one, two) for one, two in (m if isinstance(m, list) else m.split(" ") for m in merges)]
-            sides.append([*dict.fromkeys(reversed(pairs))][::-1])  # of a merge that is there twice, the last counts
+            sides.append([*dict.fromkeys(reversed(pairs))][::-1])  # of a repeated merge, the last one counts
         except (KeyError, ValueError, TypeError, AttributeError):
             return []
     unlike = [pair for both in zip(*sides, strict=False) if both[0] != both[1] for pair in both]

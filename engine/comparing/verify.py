@@ -1,4 +1,4 @@
-"""Verifying an output: against its own manifest, every tensor and every file, streamed; and what else is asked for."""
+"""Verifies an output: against its own manifest, every tensor and every file, streamed; and in other requested ways."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was checked of an output, and everything that is wrong with it.
+    """What was checked in an output, and everything that is wrong with it.
 
     Attributes:
-        tensors, files, nbytes: what was found as it was written, or was told to be wrong.
+        tensors, files, nbytes: what was checked, whether it was as written or reported as wrong.
         read: tensors whose contents were compared with digests.
         unchecked: what was not checked, and why.
-        values: what is odd in the tensors, though it is as it was written, in words.
-        manifest: whether there was a manifest to compare with; if not, nothing was compared with it.
-        source, model, logits: what else was asked for.
+        values: suspicious values in the tensors, in words, although they are as they were written.
+        manifest: whether there was a manifest to compare with.
+        source, model, logits: results of the other requested checks.
     """
 
     tensors: int
@@ -72,7 +72,7 @@ class Verified:
         }
 
     def and_also(self, *problems: str, unchecked: Sequence[str] = (), **more: Any) -> Verified:
-        """With more problems, and what was asked for besides."""
+        """A copy with more problems, and with results of other checks."""
         return replace(self, problems=(*self.problems, *problems), unchecked=(*self.unchecked, *unchecked), **more)
 
 
@@ -87,20 +87,20 @@ def verify_output(
     source: Path | None,
     settings: Mapping[str, Any],
 ) -> Verified:
-    """Verify an output against its manifest, and in every other way that is asked for.
+    """Verify an output against its manifest, and in every other requested way.
 
-    Without a manifest the other ways still serve, whatever program wrote the output. Where no tensor's content was
+    Without a manifest the other ways still work, whichever program wrote the output. If no tensor's content was
     checked in any way, that is a problem.
 
     Args:
         plan: compare with what this plan makes of its source, in the blocks of `sample` (all if None).
-        small: the files beside the weights that are made of the source, by name.
+        small: the files beside the weights that the source gives, by name.
         load: load the model with transformers and run it.
         source: compare the model's forward pass with training's own, run from this checkpoint.
-        settings: variants as `--set` gives them; the forward pass of training knows some of them.
+        settings: values of variants by name, as with `--set`; the forward pass of training knows some of them.
 
     Raises:
-        EngineError: E304 or E301 when there is no manifest and nothing else is asked for, E2xx and
+        EngineError: E304 or E301 when there is no manifest and no other check is requested, E2xx and
             E3xx when output or source cannot be read.
     """
     from engine.comparing.source import parse_sample, source_bytes, verify_source
@@ -144,7 +144,7 @@ def verify_output(
 def _of_manifest(
     folder: Store, known: Mapping[str, Any] | None, small: Mapping[str, bytes] | None, advance: Callable[[int], None]
 ) -> Verified:
-    """What was checked of the manifest; without one, of a plan's output by the names of its `small` files."""
+    """The result of checking against the manifest; without one, against a plan's output and its `small` files."""
     if known is not None:
         return _check_written(folder, known, advance)
     unchecked = [f"{NAME}: there is none, so files were not compared with what was written"]
@@ -188,7 +188,7 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
 
 
 def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
-    """What of the configuration, tokenizer and the like is not what the mapping gives; and what it does not give."""
+    """Where configuration, tokenizer and other files differ from what the mapping gives; and what it does not give."""
     from engine.comparing.settings import TOKENIZER, compare_settings, small_files
 
     here, unchecked = small_files(folder), []
@@ -211,7 +211,7 @@ _DECIDED = ("variants", "options", "sizes", "unread")  # by a mapping and a sour
 
 
 def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]:
-    """What the manifest says of its making that is not so; and what another source or mapping leaves open."""
+    """What the manifest says wrongly about how it was made; and what another source or mapping leaves open."""
     made = making(plan)
     if known["sources"] != made["sources"]:
         unlike = [name for name, _, _ in changed(known["sources"], made["sources"])]
@@ -232,7 +232,7 @@ def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]
 
 
 def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:
-    """E001 for arguments that do not go together."""
+    """E001 for arguments that do not fit together."""
     wrong = (
         ((mapping or logits) and not src, "there is nothing to compare with", "Give the training checkpoint: --src."),
         (src and not (mapping or logits), "the source alone says nothing", "Give --mapping, or --logits, or both."),
@@ -244,7 +244,7 @@ def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
-    """E001 for settings that only a mapping could know."""
+    """E001 for settings that only a mapping defines."""
     from engine.oracle.frameworks import SETTINGS
 
     unknown = [name for name in settings if name not in SETTINGS]
@@ -258,6 +258,6 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def written_dtype(folder: Store) -> str:
-    """The `--dtype` an output was made with, by its manifest, so that it need not be given again."""
+    """The `--dtype` that an output was made with, from its manifest, so that it need not be given again."""
     dtype = read_manifest(folder).get("dtype") if folder.has(NAME) else None
     return dtype if isinstance(dtype, str) else "auto"

@@ -1,4 +1,4 @@
-"""Tensors of checkpoint files as float32, one at a time, for computing with."""
+"""Reads tensors of checkpoint files as float32, one at a time, for computing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.storage.sources import SourceFiles
 
 
 class FloatTensors:
-    """Reads tensors of some files. Used as a context: leaving it closes the files."""
+    """Reads tensors of some files. A context manager that closes the files."""
 
     def __init__(self, files: Sequence[FileHeader]) -> None:
         self._headers = files
@@ -26,7 +26,7 @@ class FloatTensors:
         self._files.__exit__(*details)
 
     def read(self, file: int, header: TensorHeader, low: int = 0, high: int | None = None) -> torch.Tensor:
-        """Rows low..high of a tensor's first axis (all of it by default), in memory of its own."""
+        """Rows low..high of a tensor's first axis (default: all), in its own memory."""
         if header.dtype not in FLOATS:
             raise EngineError(
                 "E303",

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from engine.oracle.internevo import Forward
 
 FORWARDS = {"internevo": "engine.oracle.internevo"}  # layout → its module, which needs torch
-# What a checkpoint may leave open, as the bundled mappings call it, and the choices. What the checkpoint tells itself,
-# its shapes or its configuration, is never overruled: a wrong setting must not make two wrongs agree.
+# Settings that a checkpoint may leave open, as in the bundled mappings, and their choices. What its shapes or its
+# configuration show is never overridden: a wrong setting must not make two errors agree.
 SETTINGS = {
     "mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs"),
     "head": ("plain", "normalised", "lm", "reward"),
@@ -34,7 +34,7 @@ def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
     """The forward pass of a training checkpoint.
 
     Raises:
-        EngineError: E304 when no known framework's rank files are there, else E2xx and E3xx of the checkpoint.
+        EngineError: E304 when there are no rank files of a known framework, else E2xx and E3xx of the checkpoint.
     """
     names = list_folder(LocalStore(folder))
     for name, module in FORWARDS.items():

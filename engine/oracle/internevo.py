@@ -1,11 +1,11 @@
 """A forward pass computed straight from the rank files, the way training computes it.
 
 Each tensor rank multiplies by its own columns, attends with its own heads and multiplies by its own
-rows; what the ranks get is summed, and the bias that rank 0 alone holds is added. Layers are read
-one after another, and only one rank's tensor at a time; everything is float32.
+rows; the results of the ranks are summed, and the bias that only rank 0 holds is added. Layers are
+read one after another, and only one rank's tensor at a time; everything is float32.
 
-What training computes is told here from InternEvo's model code: how q, k and v are packed, which
-MLP letter is which, what rotary pairs are. No mapping and no plan is read.
+What training computes is taken from InternEvo's model code: how q, k and v are packed, which MLP
+letter is which, what rotary pairs are. No mapping and no plan is read.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _ROWS = 4096  # rows of the head that are read at a time
 
 
 class Forward(Shards):
-    """The layers of a training checkpoint as functions. Used as a context: leaving it closes the files.
+    """The layers of a training checkpoint as functions. A context manager that closes the files.
 
-    A layer's trace is what it computes on the way, by names in the order of computation:
+    A layer's trace holds its intermediate results, by names in the order of computation:
     `attention_norm`, `q`, `k`, `v`, `mixed`, `o`, `mlp_norm`, `gate`, `up`, `gated`, `down`, `out`.
     Of q and k, elements of a head are in halves (all first elements of rotary pairs, then all second),
-    as transformers has them, whichever way training stores them.
+    as in transformers, however training stores them.
 
     Attributes:
-        layers: how many there are.
+        layers: their number.
         head_dim: width of an attention head.
         normalised: whether training divides the rows of the head by their length.
     """
@@ -70,7 +70,7 @@ class Forward(Shards):
         return told == "pairs" if told is not None else not (fused or later)
 
     def _normalises(self, told: str | None) -> bool:
-        """Whether `norm_head` is at work: not in 0.5.0 to 0.5.2, which write `qk_interleaved` as later releases do."""
+        """Whether `norm_head` works: not in 0.5.0 to 0.5.2, which write `qk_interleaved` as later releases do."""
         if "qk_interleaved" in self.config and told not in ("plain", "normalised"):
             raise EngineError(
                 "E202",
@@ -83,7 +83,7 @@ class Forward(Shards):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What config.json must say of the model for it to compute what training does."""
+        """The values that config.json must have for the model to compute what training does."""
         return {
             "rms_norm_eps": self.eps,
             "rope_parameters.rope_theta": self._base,
@@ -97,7 +97,7 @@ class Forward(Shards):
         }
 
     def _check(self) -> None:
-        """E303 for what this forward pass does not know."""
+        """E303 for models that this forward pass does not support."""
         claimed = self.config.get("num_layers")
         if not self.spots or (isinstance(claimed, int) and claimed != len(self.spots)):
             raise EngineError(
@@ -129,7 +129,7 @@ class Forward(Shards):
         return sum(rows) if by_vocab else rows[0]
 
     def _embedding(self) -> tuple[list[Stored], bool]:
-        """Its parts, and whether they are parts of the vocabulary: the key tells, not the configuration."""
+        """Its parts, and whether they are parts of the vocabulary: the key shows it, not the configuration."""
         stem = "embedding" if self._v1 else "tok_embeddings"
         spot, key = self.edge(f"{stem}.weight", f"{stem}.word_embeddings.weight")
         return self.edges(spot, key), "word_embeddings" in key
@@ -147,12 +147,12 @@ class Forward(Shards):
         return torch.cat(found)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The first hidden state: each id's row, from the rank that has it or put together from all ranks."""
+        """The first hidden state: each id's row, from the rank that has it or joined from all ranks."""
         rows = {one: self.embedding(one, one + 1)[0] for one in sorted(set(ids.flatten().tolist()))}
         return torch.stack([rows[one] for one in ids.flatten().tolist()]).view(*ids.shape, -1)
 
     def layer(self, number: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What a layer makes of a hidden state, step by step."""
+        """A layer's results for a hidden state, step by step."""
         spot = self.spots[number]
         norms = ("norm1.weight", "norm2.weight") if self._v1 else ("attention_norm.weight", "ffn_norm.weight")
         mixer, out, mlp = ("mixer", "out_proj", "mlp") if self._v1 else ("attention", "wo", "feed_forward")
@@ -198,7 +198,7 @@ class Forward(Shards):
         return total if biases[0] is None else total + biases[0]
 
     def _attention(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """q, k and v of all ranks, and what each rank's heads mix from them, put together."""
+        """q, k and v of all ranks, and the attention of each rank's heads, joined."""
         if self.has(spot, f"{name}.wq.weight"):
             each = [self._column_parallel(spot, f"{name}.{word}", x) for word in ("wq", "wk", "wv")]
             ranks = [
@@ -254,7 +254,7 @@ class Forward(Shards):
         return {"gate": gate, "up": raised, "gated": gated, "down": self._row_parallel(spot, f"{name}.{down}", gated)}
 
     def _letters_of(self, spot: Spot, name: str) -> str:
-        """Which of w2 and w3 goes down. They changed places on 2024-03-15, and only shapes tell."""
+        """Which of w2 and w3 projects down. They changed places on 2024-03-15, and only shapes show it."""
         if self._letters is None:
             w1, w2, w3 = (_shapes(self.linear(spot, f"{name}.{w}.weight")) for w in ("w1", "w2", "w3"))
             fits = {letters for letters, up, down in (("w2_is_down", w3, w2), ("w2_is_up", w2, w3))

@@ -1,8 +1,8 @@
-"""Where training left each tensor: InternEvo's rank files, told from their names alone.
+"""Finds each tensor in InternEvo's rank files, from names alone.
 
 The facts are those of InternEvo's own save code: file names give the ranks, and a layer's number in
-a key counts within its pipeline stage and model chunk. The layout has only said which files there are:
-how they cut the tensors is told here, so that what is computed can speak against mapping and layout.
+a key counts within its pipeline stage and model chunk. The layout only lists the files: this module
+knows how they cut the tensors, so that the result can contradict mapping and layout.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ Rank = tuple[int, int]  # of tp and of wp; -1 where files have no such dimension
 
 
 class Shards(FloatTensors):
-    """The rank files of a step folder, of which none is missing.
+    """The rank files of a step folder; none is missing.
 
     Attributes:
-        config: the model's settings, as training was given them.
-        training: what can be told of the training configuration; often nothing.
-        spots: where each layer of the model lies, first to last.
-        block: what keys call the layers.
+        config: the model's settings, as given to training.
+        training: the known part of the training configuration; often empty.
+        spots: the place of each layer of the model, first to last.
+        block: the name of the layers in keys.
         dtypes: the element types of all tensors.
     """
 
@@ -112,7 +112,7 @@ class Shards(FloatTensors):
         return next((key for key in keys if (spot, key) in self._held), None)
 
     def edge(self, *keys: str) -> tuple[Spot, str]:
-        """Where the embedding, the last norm or the head lies, and under which of these keys; E207."""
+        """The place of the embedding, the last norm or the head, and which of these keys it has; E207 if none."""
         found = next((one for one in self._held if one[0].layer < 0 and one[1] in keys), None)
         if found is None:
             raise EngineError(
@@ -124,13 +124,13 @@ class Shards(FloatTensors):
         return found
 
     def replicated(self, spot: Spot, key: str) -> torch.Tensor:
-        """A tensor that every rank holds whole, as the first rank has it."""
+        """A tensor that every rank holds whole, from the first rank."""
         return self._read(self._part(spot, key, self._ranks[0]))
 
     def linear(self, spot: Spot, key: str) -> list[torch.Tensor | None]:
         """A layer's weight or bias per tensor rank, None on ranks without it.
 
-        With weight parallelism the rows of all ranks are put together, and there is one rank.
+        With weight parallelism the rows of all ranks are joined, and there is one rank.
         """
         by_rows = self._ranks[0][1] >= 0  # isp: linears are cut on storage rows over wp
         held = self._held.get((spot, key), {})
@@ -174,7 +174,7 @@ class Shards(FloatTensors):
 
 
 def _joined(pieces: Sequence[Piece], key: str) -> Stored:
-    """A rank's tensor from what its data-parallel ranks hold: replicas, or rows without gap; E207."""
+    """A rank's tensor from its data-parallel ranks: replicas, or rows without gaps; E207 for missing rows."""
     if any(header.part is None for _, header in pieces):
         return Stored((pieces[0],))
     at: dict[int, Piece] = {}
@@ -199,13 +199,13 @@ def _joined(pieces: Sequence[Piece], key: str) -> Stored:
 
 
 def setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A setting of the model, where absent and None mean the default."""
+    """A setting of the model; absent and None mean the default."""
     value = config.get(name)
     return default if value is None else value
 
 
 def positive(config: Mapping[str, Any], key: str) -> int:
-    """A setting that every model has; E303 when it is absent or no positive number."""
+    """A setting that every model has; E303 when it is absent or not a positive number."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise EngineError(

@@ -1,4 +1,4 @@
-"""Loading an output as its users will: transformers, without remote code, and one forward pass."""
+"""Loads an output as its users will: with transformers, without remote code, and one forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REWARD = "ForSequenceClassification"
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What transformers made of an output.
+    """The result of loading an output with transformers.
 
     Attributes:
         architecture: the class that was loaded; None when transformers has none.
@@ -35,7 +35,7 @@ class Loaded:
     problems: tuple[str, ...]
 
     def summary(self) -> str:
-        """One line on what was run."""
+        """One line about what was run."""
         if self.problems or self.architecture is None:
             return "transformers does not run it as it is"
         return f"transformers loads {self.architecture}, {self.parameters:,} parameters; its outputs are finite"
@@ -64,7 +64,7 @@ def load_model(folder: Path) -> Loaded:
             )
         except EngineError:
             raise
-        except Exception as error:  # whatever a configuration makes transformers raise
+        except Exception as error:  # a configuration may make transformers raise anything
             return Loaded(None, 0, None, (f"transformers cannot load it: {one_line(error)}",))
         problems = [
             f"{str(name)[:200]} {what}"
@@ -91,7 +91,7 @@ def load_model(folder: Path) -> Loaded:
 
 
 def run_model(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of every position; of a reward model the rewards of every position."""
+    """Logits of every position; for a reward model, the rewards of every position."""
     if hasattr(model, "score"):
         result: torch.Tensor = model.score(model.base_model(ids, use_cache=False).last_hidden_state)
     else:
@@ -109,7 +109,7 @@ def auto_class(folder: Path) -> Any:
 
 
 def not_built_in(folder: Path) -> str | None:
-    """Why transformers cannot run it without remote code, if so: `internlm` and `internlm2` are such types."""
+    """Why transformers cannot run it without remote code, else None: `internlm` and `internlm2` are such types."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = read_hf_config(LocalStore(folder))
@@ -141,7 +141,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without progress bars and warnings; what matters of them is told as problems."""
+    """Run transformers without progress bars and warnings; relevant warnings are reported as problems."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,8 +1,8 @@
-"""An output's forward pass beside training's own: after each layer, and where they part, step by step.
+"""Compares an output's forward pass with training's own: after each layer, and where they differ, step by step.
 
-First both run by themselves from the same tokens. Where hidden states differ, the model is run again
-with every step's result replaced by training's after it is compared, so that each tensor answers
-for itself alone and one wrong layer does not make all later ones look wrong.
+First both run independently from the same tokens. If hidden states differ, the model is run again
+with every step's result replaced by training's once it has been compared, so that each tensor is
+judged alone and one wrong layer does not make all later ones look wrong.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from engine.storage.json_text import as_data
 if TYPE_CHECKING:
     from engine.oracle.internevo import Forward
 
-# Both sides compute in float32 and differ by the order of sums only. A sum of thousands of products
-# is off by tens of units in the last place, and layers add up; a wrong tensor is off by the whole.
+# Both sides compute in float32 and differ only in the order of sums. A sum of thousands of products
+# is off by tens of units in the last place, and layers add up; a wrong tensor is off by its full size.
 _EXACT = 4096 * 2.0**-23
-_EMBEDDED = 4096  # rows of the embedding that are looked at together
+_EMBEDDED = 4096  # rows of the embedding that are compared together
 _ROUNDED = 16  # units in the last place of the type that weights were rounded to
 _PRECISION = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """How a model's forward pass compares with training's.
+    """The result of comparing a model's forward pass with training's.
 
     Attributes:
         states: deviation of the hidden state after the embedding and each layer, and of the logits,
@@ -54,7 +54,7 @@ class Logits:
     problems: tuple[str, ...]
 
     def summary(self) -> str:
-        """One line on what was compared."""
+        """One line about what was compared."""
         if not self.states:
             return "its forward pass was not compared"
         told = f"within {max(self.states[:-1]):.1e} after each layer, logits within {self.states[-1]:.1e}"
@@ -82,7 +82,7 @@ def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], prog
             streamed = StreamedModel(folder)
         except EngineError:
             raise
-        except Exception as error:  # whatever a configuration makes transformers raise
+        except Exception as error:  # a configuration may make transformers raise anything
             return _failed(f"transformers cannot build the model: {one_line(error)}")
         with streamed:
             parts = streamed.parts()
@@ -115,7 +115,7 @@ def _numbers(training: Mapping[str, Any], config: Mapping[str, Any]) -> list[str
 
 
 def _rows(training: Forward, streamed: StreamedModel, embedding: Any) -> Iterator[str]:
-    """Rows of the embedding that are not training's, those of tokens that were not run too."""
+    """Rows of the embedding that differ from training's, including tokens that were not run."""
     tolerance = _tolerance(streamed.dtypes, training.dtypes)
     wrong: list[int] = []
     count = min(training.vocab(), embedding.num_embeddings)
@@ -202,7 +202,7 @@ def deviation(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _tolerance(written: frozenset[str], source: frozenset[str] | set[str]) -> float:
-    """What rounding explains: weights may have been written in a type that holds less than the source's."""
+    """The deviation that rounding explains: weights may have been written in a less precise type than the source's."""
     coarsest = max(_PRECISION.get(dtype, 0.0) for dtype in written)
     kept = source <= written or written <= {"F32", "F64"}
     return _EXACT + (0.0 if kept else _ROUNDED * coarsest)
@@ -228,7 +228,7 @@ class _Steps:
         self._hooks: list[Any] = []
 
     def run(self, model: Any, parts: Sequence[Any], ids: torch.Tensor) -> list[Wrong]:
-        """What is wrong, place after place."""
+        """Everything that is wrong, place by place."""
         embedding, layers, norm, head = parts
         self._hook(embedding, "embedding", "embedding", partial(self._wanted.__getitem__, 0), False)
         for i, layer in enumerate(layers):
@@ -267,7 +267,7 @@ class _Steps:
         return got.shape == wanted.shape
 
     def _hook(self, module: Any, place: str, step: str, wanted: Callable[[], torch.Tensor], inward: bool) -> None:
-        """Compare what comes out of a module, or goes into it, and put training's in its place."""
+        """Compare a module's output or input with training's, and replace it by training's."""
 
         def replaced(_: Any, inputs: Any, output: Any = None) -> Any:
             held, value = inputs if inward else output, wanted()

@@ -1,4 +1,4 @@
-"""What a config.json or generation_config.json comes to: defaults filled in, every spelling as one."""
+"""The meaning of a config.json or generation_config.json: with defaults filled in and spellings unified."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from engine.language.documents import leaves
 
-# Written by programs about themselves: says nothing of the model.
+# Written by programs about themselves, not about the model.
 _BESIDE = ("transformers_version", "_name_or_path", "_commit_hash", "_from_model_config", "_attn_implementation")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration flattened, with null as good as absent and the spellings of transformers 4 as those of 5.
+    """A flattened configuration, where null equals absent and spellings of transformers 4 become those of 5.
 
     >>> plain_config({"rope_theta": 5000, "rope_scaling": {"type": "linear", "factor": 2}, "torch_dtype": "float16"})
     {'dtype': 'float16', 'rope_parameters.rope_type': 'linear', 'rope_parameters.factor': 2, \
@@ -70,7 +70,7 @@ def full_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[st
     given = {key: value for key, value in config.items() if key not in ("auto_map", "transformers_version")}
     try:
         full, own = CONFIG_MAPPING[kind].from_dict(given).to_dict(), _own_keys(kind)
-    except Exception:  # whatever a configuration makes transformers raise
+    except Exception:  # a configuration may make transformers raise anything
         return None
     return plain_config(full | {"model_type": kind}), own
 
@@ -85,13 +85,13 @@ def _own_keys(kind: str) -> frozenset[str]:
 
 
 def full_generation(generation: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What text is generated with: the file's settings, or without a file what config.json says of tokens."""
+    """The settings of generation: those of the file, or, without a file, the tokens of config.json."""
     given = {key: config.get(key) for key in _TOKENS} if generation is None else generation
     return plain_config(given)
 
 
 def default_generation() -> dict[str, Any]:
-    """What transformers takes where a generation setting is absent."""
+    """The defaults of transformers for absent generation settings."""
     from transformers.generation.configuration_utils import GenerationConfig
 
     made = GenerationConfig()

@@ -1,8 +1,8 @@
-"""A transformers model whose weights are read when a layer needs them and dropped again.
+"""A transformers model whose weights are read when a layer needs them, and then dropped.
 
-The model is built without weights; hooks put each module's own tensors in place for its forward
-pass, so that a model of any size runs in the memory of its largest tensor, by the very code that
-users run.
+The model is built without weights; hooks load each module's own tensors for its forward pass, so
+that a model of any size runs in the memory of its largest tensor, with the very code that users
+run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StreamedModel(FloatTensors):
 
     Attributes:
         model: the model; its modules may be hooked.
-        problems: why it cannot be run, if so; it is not run then.
+        problems: why it cannot be run; if there are any, it is not run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class StreamedModel(FloatTensors):
         self.dtypes = frozenset(header.dtype for _, header in self._found.values())
 
     def _stream(self) -> list[str]:
-        """Hook every module that has parameters of its own; says what is missing or misshapen."""
+        """Hook every module that has its own parameters; reports tensors that are missing or have a wrong shape."""
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.model.config.tie_word_embeddings else {}
         problems = [f"{name} is on no device" for name, one in self.model.named_buffers() if one.is_meta]
         for path, module in self.model.named_modules():
@@ -78,7 +78,7 @@ class StreamedModel(FloatTensors):
         module.register_forward_hook(drop)
 
     def rows(self, module: Any, low: int, high: int) -> Any:
-        """Rows low..high of a module's weight; None for a module that has none."""
+        """Rows low..high of a module's weight; None for a module without one."""
         name = next((path for path, one in self.model.named_modules() if one is module), None)
         found = self._found.get(f"{name}.weight")
         return None if found is None else self.read(*found, low, high)

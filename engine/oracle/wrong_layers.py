@@ -1,4 +1,4 @@
-"""What differing steps of a layer mean: which tensor is wrong, and what it looks like."""
+"""The meaning of differing steps in a layer: which tensor is wrong, and in what way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from engine.errors import counted
 from engine.language.documents import grouped
 
-Steps = Mapping[str, tuple[float, "torch.Tensor", "torch.Tensor"]]  # deviation, what came out, what should have
+Steps = Mapping[str, tuple[float, "torch.Tensor", "torch.Tensor"]]  # deviation, actual result, expected result
 
 # Step of training's forward pass → the module of a transformers layer (itself if empty), and whether
 # the step is what goes into it rather than what comes out.
@@ -35,7 +35,7 @@ _NO_TENSOR = {
     "gated": "the activation differs: see hidden_act in config.json",
     "out": "the layer adds its parts differently",
 }
-_ALIKE = 0.05  # of the usual size: recognises a tensor through rounding, far from chance
+_ALIKE = 0.05  # of the usual size: recognises a tensor despite rounding, far from chance
 
 
 @dataclass(frozen=True, slots=True)

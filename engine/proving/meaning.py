@@ -206,7 +206,7 @@ def spoken(text: str, tokens: Mapping[str, str]) -> Meaning:
             )
             template = environment.from_string(unmarked(text))
             found[name] = template.render(messages=talk, add_generation_prompt=True, **tokens).split("\n")
-        except Exception as error:  # a template refuses what it does not know in its own words
+        except Exception as error:  # a template raises its own errors
             found[name] = f"cannot be written: {' '.join(str(error).split())[:200]}"
     return found
 
