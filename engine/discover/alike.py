@@ -1,4 +1,4 @@
-"""Rows that are alike: which row of one array is which of another, whatever became of their values.
+"""Finds similar rows: which row of one array is which of another, even if their values changed.
 
 A row's sketch is some sums of its elements with signs by place. Sketches of two rows point the same way, or the
 opposite way, where the rows do, so rows are found that were scaled, shifted, rounded or disturbed. Whether the
@@ -18,9 +18,9 @@ from engine.formats.headers import dense_strides
 from engine.move.tensors import Box, Tensors, View, tiles
 
 _TILE = 1 << 15  # elements at a time
-_SUMS = 32  # of a sketch
+_SUMS = 32  # numbers in a sketch
 _ALIKE = 0.9  # the cosine of two sketches of one row
-_TRIED = 64  # rows that are looked for before all are
+_TRIED = 64  # rows that are searched first
 _MOST_PAIRS = 1 << 32  # of rows that are compared
 NARROWEST = 16  # elements of a row: fewer are alike by chance
 
@@ -58,7 +58,7 @@ def _unit(sums: np.ndarray) -> np.ndarray:
 
 
 def find_alike(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
-    """Where each row lies on the other side, -1 for one that is not found; None where most are not.
+    """The place of each row on the other side, -1 if it is not found; None if most are not.
 
     Args:
         ours, theirs: sketches.

@@ -1,7 +1,7 @@
-"""A mapping of its own for a checkpoint that no family explains: one rule per pattern, names kept.
+"""Drafts a stand-alone mapping for a checkpoint that no family explains: one rule per pattern, names kept.
 
-Sizes that the configuration names are compared with the shapes over ranks, which tell the axes of a tensor and how
-ranks cut it. Where several readings agree with every shape a person must choose.
+Sizes in the configuration are compared with the shapes over ranks, which shows the axes of a tensor and how ranks
+cut it. If several readings agree with every shape, a person must choose.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ALIKE = 0.45
 
 
 def stage_of(observed: Observed, checkpoint: Checkpoint) -> tuple[str, bool]:
-    """The pipeline stage of a tensor without `{layer}`, and whether the files tell it."""
+    """The pipeline stage of a tensor without `{layer}`, and whether the files prove it."""
     if checkpoint.grid.pipelined:
         held = {checkpoint.grid.stage(one.file, one.chunk) for one in observed.stored}
         if len(held) == 1:
@@ -126,7 +126,7 @@ def _notes(
     checkpoint: Checkpoint,
     slots: Sequence[tuple[str, Slot]],
 ) -> str:
-    """What a person must say of one pattern."""
+    """What a person must decide about one pattern."""
     best = max(((similarity(one.stem, slot), name, slot) for name, slot in slots), key=lambda b: b[0], default=None)
     told = "the target's name"
     if best is not None and best[0] >= _ALIKE:

@@ -1,4 +1,4 @@
-"""What surrounds a draft: the layout that fits, families to extend, its name, the file it goes to."""
+"""The surroundings of a draft: the layout that fits, families to extend, its name, and its file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def new_mapping(
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> Scaffold:
-    """A first draft of a mapping for a checkpoint: what fits, what is guessed, what a person must decide.
+    """A first draft of a mapping for a checkpoint: what fits, what is a guess, what a person must decide.
 
     >>> print(engine.new_mapping("ckpt/1000", name="mine-7b").text)
     # yaml-language-server: ...
@@ -37,12 +37,12 @@ def new_mapping(
     ...
 
     Args:
-        name: the mapping's; default: that of the file or of the folder.
+        name: the mapping's name; default: that of the file or of the folder.
         out: the file to write; without it the text is only returned.
         overwrite: replace a file that exists.
 
     Raises:
-        EngineError: E401 when the file exists; E2xx and E3xx for what cannot be read.
+        EngineError: E401 when the file exists; E2xx and E3xx for a checkpoint that cannot be read.
     """
     check_type("name", name, str | None)
     file = None if out is None else given_path(out, "the mapping")
@@ -78,7 +78,7 @@ def _name(given: str | None, out: Path | None, src: Path) -> str:
 
 
 def _schema(out: Path | None) -> str | None:
-    """The schema as seen from the file, where both lie in one project."""
+    """The schema's path relative to the file, if both are in one project."""
     root = bundled("mappings").resolve().parent
     if out is None:
         return "../schemas/mapping.schema.json"
@@ -89,11 +89,11 @@ def _schema(out: Path | None) -> str | None:
 
 
 def _signed(text: str) -> str:
-    """A draft with a last line that tells whether a person has edited it since."""
+    """A draft with a last line that shows whether a person has edited it since."""
     return f"{text}{_DRAFTED}{hashlib.sha256(text.encode()).hexdigest()[:32]}\n"
 
 
 def is_draft(content: bytes) -> bool:
-    """Whether a file holds a draft that nobody has edited."""
+    """Whether a file holds an unedited draft."""
     text, _, _ = content.decode("utf-8", "replace").rpartition(_DRAFTED)
     return _signed(text).encode() == content

@@ -1,4 +1,4 @@
-"""Which mappings fit a training checkpoint, and in what those that fit differ."""
+"""Which mappings fit a training checkpoint, and how those that fit differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.planning.request import Request
 from engine.proving.meta_model import fitted
 from engine.storage.json_text import as_data
 
-# What a mapping says that no tensor tells: of two that differ in these alone, both fit.
+# Parts of a mapping that no tensor shows: two mappings that differ only in these both fit.
 _NO_TENSORS = ("name", "version", "description", "extends", "expect", "generation", "chat_template", "tokenizer")
 
 
@@ -26,9 +26,9 @@ class Fit:
 
     Attributes:
         fits: whether a run would convert it as this release or family.
-        code, why: of what keeps it from fitting; also of what must be `--set` before it runs.
+        code, why: what keeps it from fitting, or what must be `--set` before it runs.
         differing: axis → (the checkpoint's size, the release's).
-        traits: what the mapping says that the checkpoint does not.
+        traits: facts of the mapping that the checkpoint does not show.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Fit:
 
 
 def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[MappingFile]) -> tuple[list[Fit], Plan | None]:
-    """Every mapping of the layout held against the checkpoint, and a plan by one of those that can be planned.
+    """Check every mapping of the layout against the checkpoint; returns also a plan with one that can be planned.
 
     Releases come before families, and a family before what extends it for another target. Mappings that differ
     only in what no tensor tells are planned once.
@@ -72,7 +72,7 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
 
 
 def planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[Plan | None, EngineError | None]:
-    """A plan, or why there is none; both where a person must decide, and sizes are the same either way."""
+    """A plan, or why there is none; both if a person must decide but sizes are the same either way."""
     try:
         mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
         return make_plan(mapping, layout, checkpoint), None
@@ -98,7 +98,7 @@ def _fit(mapping: MappingFile, plan: Plan | None, error: EngineError | None) -> 
 
 
 def traits(mapping: MappingFile) -> dict[str, str]:
-    """What a mapping adds to a model that no weight tells: the target, how it is talked to, and for how long.
+    """What a mapping adds to a model that no weight shows: the target, the chat format, and the context length.
 
     >>> from engine.language.mapping_file import load_mapping
     >>> traits(load_mapping("internlm2-chat-7b"))

@@ -1,4 +1,4 @@
-"""What a folder is: a training checkpoint of some layout, a Hugging Face checkpoint, or a folder of steps."""
+"""Finds out what a folder is: a training checkpoint of some layout, a Hugging Face checkpoint, or a folder of steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from engine.run.manifest import read_manifest
 from engine.storage.places import store_at
 from engine.storage.store import Store
 
-# What is wrong with the checkpoint and not with the choice of the mapping.
+# Errors of the checkpoint, not of the choice of the mapping.
 _OF_THE_CHECKPOINT = ("E201", "E203", "E207", "E208", "E209", "E210", "E211", "E218", "E219")
 
 _AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # the order sizes are told in
@@ -40,7 +40,7 @@ class Inspection:
     Attributes:
         kind: `training`, `whole` (a Hugging Face checkpoint) or `steps` (a folder of checkpoints).
         facts: layout, ranks, sizes and so on, JSON-ready; which ones depends on the kind.
-        fits: of a training checkpoint, every mapping held against it; of a whole one, those that write it back.
+        fits: for a training checkpoint, the result of every mapping; for a whole one, the mappings that write it back.
     """
 
     folder: str
@@ -62,7 +62,7 @@ class Inspection:
 
     @property
     def differences(self) -> tuple[str, ...]:
-        """In which traits the mappings that fit differ."""
+        """The traits in which the mappings that fit differ."""
         names = dict.fromkeys(name for fit in self.fitting for name in fit.traits)
         return tuple(name for name in names if len({fit.traits.get(name) for fit in self.fitting}) > 1)
 
@@ -78,14 +78,14 @@ class Inspection:
 
 
 def inspect(src: str | Path, config: str | Path | None, *, every: bool = False) -> Inspection:
-    """What a folder is; headers and configurations only.
+    """Find out what a folder is; reads only headers and configurations.
 
     Args:
-        config: a file of the target's configuration, for what a checkpoint does not say.
+        config: a file of the target's configuration, for facts that a checkpoint does not hold.
         every: look at every step of a folder of steps, not only at the newest.
 
     Raises:
-        EngineError: E304 when it is none of these; E2xx and E3xx for a checkpoint that is not whole.
+        EngineError: E304 when it is none of these; E2xx and E3xx for an incomplete checkpoint.
     """
     try:
         layout, checkpoint = read_any(src, config=config)
@@ -128,7 +128,7 @@ def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
 
 
 def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
-    """Facts of a training checkpoint, and every mapping of its layout held against it."""
+    """Facts about a training checkpoint, and how every mapping of its layout fits."""
     stored = strip(checkpoint.files, layout)
     mappings, unread = load_all()
     fits, plan = find_fits(checkpoint, layout, mappings)
@@ -167,7 +167,7 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
 
 
 def describe_whole(folder: Store, names: Sequence[str]) -> Inspection:
-    """Facts of a Hugging Face checkpoint, and which mappings write its kind back as rank files."""
+    """Facts about a Hugging Face checkpoint, and which mappings write it back as rank files."""
     files, config = read_hf_folder(folder), read_hf_config(folder)
     kind = config.get("model_type")
     families = [m for m in load_all()[0] if (m.model_type == kind or kind in m.also) and not m.expect]
@@ -222,7 +222,7 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
     'internlm'
 
     Raises:
-        EngineError: E003 when none fits, or several do, with what tells these apart; else as for `inspect`.
+        EngineError: E003 when none fits, or several do, with their differences; else as for `inspect`.
     """
     found = inspect(src, config)
     if found.kind != "training":

@@ -1,6 +1,6 @@
 """Values that lost precision: another type and back, bits cut off, a grid of levels as quantising leaves.
 
-What all relations are made of stands here too.
+The parts that all relations share are here too.
 """
 
 from __future__ import annotations

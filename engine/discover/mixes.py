@@ -28,7 +28,7 @@ Sampled = Callable[[View], np.ndarray]
 def mixed(
     tensors: Tensors, one: View, own: View, others: Sequence[tuple[str, View]], blocks: Sequence[int]
 ) -> str | None:
-    """How an array is made of several, in words; None where in no way that is known.
+    """How an array is composed of several, in words; None if in no known way.
 
     Args:
         one, own: rows × columns, of one shape.

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors have other names than a family's: which is which, by name and shape."""
+"""Matches tensors that have other names than a family's, by name and shape."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ class _Fits:
 
 
 def drop_contested(near: Nearness, others: Sequence[Nearness]) -> None:
-    """Unpair tensors that hold several things in one, where another family orders them otherwise.
+    """Unpair fused tensors if another family orders their contents differently.
 
     Both orders have the same shape and a model of the wrong one talks nonsense, so neither runs.
     """

@@ -1,4 +1,4 @@
-"""What a draft says: sizes, doubts, what no rule reads, and a family's rules under other names; as lines of YAML."""
+"""The text of a draft: sizes, doubts, unread tensors, and a family's rules under other names; as lines of YAML."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def size_in_words(sizes: Mapping[str, int]) -> str:
 
 
 def doubt(pairing: Pairing) -> str:
-    """What makes a pair a guess."""
+    """Why a pair is only a guess."""
     text = f"is this {pairing.slot.sources[0]}? The shape fits and the name is alike ({pairing.score:.2f})."
     if pairing.rivals:
         text += f" {list_of(pairing.rivals[:3])} {'has' if len(pairing.rivals) == 1 else 'have'} the same shape."

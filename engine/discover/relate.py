@@ -1,4 +1,4 @@
-"""Relations: what a tensor that is not the reference's own holds instead.
+"""Relations: what a tensor holds that differs from its counterpart in the reference.
 
 One search for whatever became of a tensor: its content in another order, its values changed, a part of it
 changed, the content of other tensors. Content is found by its prints, so that no kind of mistake needs a guess of

@@ -1,8 +1,8 @@
-"""`engine new`: a mapping for an unknown checkpoint, with what a person must decide marked in it.
+"""`engine new`: a mapping for an unknown checkpoint, with marks where a person must decide.
 
 A family that explains every tensor gives a release of four lines. One that explains most gives a file
 that names other sources. Otherwise every pattern gets a rule of its own. Nothing that is not clear is
-made a rule that runs: it stands in a comment, and a run refuses until a person has decided.
+made an active rule: it is in a comment, and a run refuses until a person has decided.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What two meanings differ in, as a reviewer asks: which tensors come out otherwise, and which values.
+"""The differences between two meanings, for a reviewer: which tensors come out differently, and which values.
 
 Tensors are compared under every combination of variant choices, so that a rule that was split in two by `when`,
-renamed or moved to a family shows only where it comes to something else.
+renamed or moved to a family shows only where its result differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ASPECTS = {
     "cut": ("split", "stage", "ranks"),
     "treated": ("own dtype", "optional", "tied to", "written as zeros"),
 }
-_MANY = 4  # of longer lists only what came and went is told
+_MANY = 4  # of longer lists only additions and removals are shown
 _PARAMS = (".weight", ".bias")
 # Parts of a meaning whose values say what is written, and what is taken and refused.
 VALUED = (
@@ -229,7 +229,7 @@ def _kind(old: Route, new: Route) -> str | None:
 
 
 def _unlike(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> bool:
-    """Whether two entries differ; where one is in no plan, what ranks hold of it is not known."""
+    """Whether two entries differ; if one is in no plan, it is not known what ranks hold of it."""
     known = all(isinstance(one.get("ranks"), Mapping) for one in (old, new))
     return any(old.get(name) != new.get(name) for name in names if name != "ranks" or known)
 
@@ -258,7 +258,7 @@ def _told(route: Route, param: str, other: Route = ()) -> str:
 
 
 def _grid(ranks: Any, other: Any) -> str:
-    """The first grid of which ranks hold otherwise."""
+    """The first grid whose ranks hold something else."""
     mine, theirs = (_by_grid(one) for one in (ranks, other))
     for grid, held in mine.items():
         if theirs.get(grid) != held:

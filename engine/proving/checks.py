@@ -1,6 +1,6 @@
 """The checks of a proof: rules, round trips at tiny sizes, boxes at real ones, and the target's own model.
 
-Model classes whose tensors a mapping tells, so that transformers is not asked, are held against transformers itself.
+Model classes whose tensors a mapping lists, so that transformers is not needed, are checked against transformers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.proving.tiny import DIVISIBLE, World, Worlds, choices_text, guess_si
 
 RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
 _FEW_LAYERS = 12  # a number of two digits that STAGES divide
-_MOST_FAILURES = 5  # counter-examples told of one check
+_MOST_FAILURES = 5  # counter-examples reported per check
 
 
 def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> Check:
@@ -55,7 +55,7 @@ def check_round_trip(
     if not possible:
         failure = Failure("no set of tensors shows any combination of choices", str(mapping.place))
         return check_of(ROUND_TRIP, "no combination of choices can be reached", [failure])
-    mapping = replace(mapping, expect={})  # tiny sizes are no release's
+    mapping = replace(mapping, expect={})  # tiny sizes match no release
     free = guess_sizes(mapping, DIVISIBLE)
     refused: set[str] = set()
     failures: list[Failure] = []
@@ -104,7 +104,7 @@ def _in_words(elements: int) -> str:
 
 
 def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> Check:
-    """The sizes a release names follow from its configuration, and both directions are exact at them.
+    """Check that a release's sizes follow from its configuration, and that both directions are exact at them.
 
     Boxes are those of a few layers, as layers are alike.
     """
@@ -163,7 +163,7 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
 
 
 def neighbours(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination], first: World) -> list[World]:
-    """Tiny worlds in which one choice is another than in the usual world: with biases, with a reward head."""
+    """Tiny worlds in which one choice differs from the usual world: with biases, with a reward head."""
     free = guess_sizes(mapping)
     found = [first]
     for choices, most in possible:
@@ -174,7 +174,7 @@ def neighbours(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combinat
 
 
 def check_told(told: MappingFile) -> list[Failure]:
-    """In what a told class differs from transformers' own, at a tiny size, with a head of its own and a tied one."""
+    """How a listed class differs from transformers' own, at a tiny size, with a separate head and with a tied one."""
     world = usual_world(told, Worlds(told))
     if world is None:
         return [Failure("no set of tensors shows any combination of choices", str(told.place))]
@@ -189,7 +189,7 @@ def check_told(told: MappingFile) -> list[Failure]:
 
 
 def check_classes(classes: Mapping[str, str]) -> list[Failure]:
-    """The same for every class that a mapping tells."""
+    """The same for every class that a mapping lists."""
     load_classes()  # once, and not for each question
     failures: list[Failure] = []
     for name, file in classes.items():
@@ -201,7 +201,7 @@ def check_classes(classes: Mapping[str, str]) -> list[Failure]:
 
 
 def _difference(known: Wanted | None, model: Wanted) -> str:
-    """The first thing in which they differ; empty where they are equal."""
+    """The first difference; empty if they are equal."""
     if known is None:
         return "it does not know a configuration of its own, so that it is never used"
     absent = "not there"

@@ -11,7 +11,7 @@ from engine.planning.wanted import Wanted
 
 
 def wanted_of(model: Any, ties: bool) -> Wanted:
-    """What a model without memory wants to load; `ties` says whether its configuration ties its head."""
+    """The tensors that a model without memory loads; `ties` says whether its configuration ties its head."""
     state = model.state_dict()
     tied = _ties(model, state) if ties else {}
     own, *others = (_wanted_as(one, state, tied) for one in _forms(model, state))
@@ -40,7 +40,7 @@ _TYPES = {"torch.bool": "BOOL", "torch.uint8": "U8", "torch.int8": "I8"} | {
 
 
 def _ties(model: Any, names: Collection[str]) -> dict[str, str]:
-    """Names of one parameter, and those that the class ties: each → the one that the class lists, or the first."""
+    """Names of the same parameter, and tied ones: each → the one that the class lists, or the first."""
     listed = getattr(model, "_tied_weights_keys", None)
     tied = {n: to for n, to in listed.items() if n in names and to in names} if isinstance(listed, Mapping) else {}
     owners = grouped((id(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False))
@@ -76,6 +76,6 @@ def _forms(model: Any, state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
                 forms.append(named)
     except ImportError:  # of transformers 4, which has one name for each
         return forms
-    except Exception:  # not its public interface: what else it calls them is not known
+    except Exception:  # not a public interface: other names are not known
         return [*forms, state]
     return forms

@@ -1,4 +1,4 @@
-"""The meaning that is committed beside a mapping, and how what it means now differs from it, in words.
+"""The meaning that is committed beside a mapping, and how the mapping's current meaning differs, in words.
 
 `families/internlm2.yaml` has `families/meanings/internlm2.txt`. A mapping that differs little from the one it
 extends commits only the differences.
@@ -39,12 +39,12 @@ _HEAD = """\
 
 
 def path_of(file: Path) -> Path:
-    """Where the meaning of a mapping file is committed."""
+    """The path of a mapping file's committed meaning."""
     return file.parent / FOLDER / f"{file.stem}.txt"
 
 
 def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
-    """Write what mapping files mean into `meanings/` beside them, for `prove` to compare with later.
+    """Write the meanings of mapping files into `meanings/` beside them, for `prove` to compare with later.
 
     Args:
         names: paths or names of bundled mappings; default: all bundled ones.
@@ -54,14 +54,14 @@ def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
 
 
 def write_meaning(name: str | Path) -> Path:
-    """Commit what a mapping file means, as it is now."""
+    """Commit the current meaning of a mapping file."""
     file = find_file(str(name))
     path = path_of(file)
     path.parent.mkdir(exist_ok=True)
     mapping = load_mapping(file)
     write_file(path, committed_text(mapping).encode(), overwrite=True, ours=is_meaning)
     for kind, beside in _beside(mapping).items():
-        if beside.parent.parent in file.parents:  # the mapping's neighbour, and nobody else's
+        if beside.parent.parent in file.parents:  # only beside this mapping
             path_of(beside).parent.mkdir(exist_ok=True)
             facts = tree_of(file_facts(plain(load_yaml(beside).data)))
             text = _HEAD + text_of({"meaning": VERSION, kind.split()[0]: beside.stem, **facts})
@@ -70,7 +70,7 @@ def write_meaning(name: str | Path) -> Path:
 
 
 def committed_text(mapping: MappingFile) -> str:
-    """What is committed of a mapping: its whole meaning, or how it differs from what it extends if that is shorter."""
+    """The text to commit for a mapping: its whole meaning, or its difference from its parent if that is shorter."""
     head = {"meaning": VERSION, "mapping": mapping.name}
     now = meaning_of(mapping)
     whole = _HEAD + text_of({**head, **now})
@@ -86,20 +86,20 @@ def committed_text(mapping: MappingFile) -> str:
 
 
 def _beside(mapping: MappingFile) -> dict[str, Path]:
-    """The files that a mapping reads beside those it extends, by what they are: its layout, and model classes."""
+    """The files that a mapping reads besides its parents, by kind: its layout, and model classes."""
     classes = {f"class {name}": find_file(file) for name, file in mapping.classes.items()}
     return {f"layout {mapping.layout}": find_file(mapping.layout, "layout"), **classes}
 
 
 def file_facts(data: Mapping[str, Any]) -> dict[KeyPath, Any]:
-    """What a layout's or class's file says, but for what only people read."""
+    """The content of a layout's or class's file, without text for people."""
     found = {p: v for p, v in flat(data) if p[0] not in _TITLE and p[-1] not in _REASONS}
     found |= {p: True for p, _ in flat(data) if p[-1] in ("ignored", "noted")}
     return found | ({("order of modes",): list(data["modes"])} if "modes" in data else {})
 
 
 def failures_beside(mapping: MappingFile) -> list[Failure]:
-    """How files that a mapping reads differ from what is committed of them, as in names of files, or tensors."""
+    """How files that a mapping reads differ from their committed facts, such as names of files or tensors."""
     found: list[Failure] = []
     for kind, file in _beside(mapping).items():
         if not path_of(file).is_file():
@@ -114,12 +114,12 @@ def failures_beside(mapping: MappingFile) -> list[Failure]:
 
 
 def is_meaning(start: bytes) -> bool:
-    """Whether a file of these first bytes was written as a meaning."""
+    """Whether a file that starts with these bytes is a meaning."""
     return start.startswith(_START)
 
 
 def _file(shown: str) -> Path:
-    """A mapping's file by the name that `Mapping.files` has of it."""
+    """The path of a mapping's file, given its name in `Mapping.files`."""
     for base in (Path(), *(folder.parent for folder in search_folders())):
         if (base / shown).is_file():
             return base / shown
@@ -132,7 +132,7 @@ def _values(path: Path, *_: int) -> dict[KeyPath, Any]:
 
 
 def read_meaning(path: Path) -> dict[KeyPath, Any]:
-    """The values of a committed meaning, over those of what it extends.
+    """The values of a committed meaning, merged over those of its parent.
 
     Raises:
         EngineError: E101 for a file that is none.
@@ -162,7 +162,7 @@ def read_meaning(path: Path) -> dict[KeyPath, Any]:
 
 
 def committed(mapping: MappingFile) -> tuple[str, Path] | None:
-    """The nearest committed meaning: the mapping's own, one of its name, else that of what it extends."""
+    """The nearest committed meaning: the mapping's own, one with its name, else its parent's."""
     own = path_of(_file(mapping.files[-1]))
     if own.is_file():
         return mapping.files[-1], own
@@ -178,7 +178,7 @@ def committed(mapping: MappingFile) -> tuple[str, Path] | None:
 
 
 def check_meaning(mapping: MappingFile) -> Check:
-    """Whether a mapping, and the layout and classes it reads, mean what is committed of them."""
+    """Check that a mapping, and the layout and classes it reads, still mean what is committed."""
     check = _check_mapping(mapping)
     try:
         failures = failures_beside(mapping)
@@ -209,7 +209,7 @@ def _check_mapping(mapping: MappingFile) -> Check:
     elif inherits and failures:
         told = f"none is committed of its own, and what it means is not what {file} means"
         other = [{path: value for path, value in one.items() if _is_model(path)} for one in (then, now)]
-        # Another default, tokenizer or size is what a release is for; another place of a tensor is not.
+        # A release exists to change defaults, tokenizer or sizes, but not the places of tensors.
         if wrong := differences(mapping, other[0], other[1]):
             wrong.append(Failure("if that is right, commit its own with --write-meaning", str(mapping.place)))
             return check_of(MEANING, told, wrong)
@@ -218,14 +218,14 @@ def _check_mapping(mapping: MappingFile) -> Check:
 
 
 def _is_model(path: KeyPath) -> bool:
-    """Whether a fact says what the model is, whatever its release, options and neighbours."""
+    """Whether a fact describes the model itself, regardless of release, options and neighbours."""
     row = path[2] if len(path) > 2 else ""
     of_options = row.startswith((LEAST, "options.")) or path[1:] == ("no difference",)
     return path[0] in _MODEL and not of_options
 
 
 def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> list[Failure]:
-    """How a meaning differs from a committed one, in words and with places; the tensors first."""
+    """How a meaning differs from a committed one, in words, with places; tensors first."""
     if same(then, now):
         return []
     before, after = tree_of(then), tree_of(now)
@@ -248,7 +248,7 @@ def _said(new: Any, old: Any) -> str:
 
 
 def _place(mapping: MappingFile, name: str) -> str:
-    """The line of the expression that a key's value comes from, where it is one."""
+    """The line of the expression that gives a key's value, if there is one."""
     for part in (mapping.config, mapping.training_config, mapping.dims):
         place = getattr(part.get(name.split(".")[0]), "place", None)
         if place is not None:

@@ -1,7 +1,7 @@
 """Counter-examples in words: elements that two tensors claim, or none.
 
-Computed from the rules alone, element by element at tiny sizes, independently of the planner: each
-rule's source and target regions give positions, and every position must occur once.
+Computed only from the rules, element by element at tiny sizes, independently of the planner: each
+rule's source and target regions give positions, and every position must occur exactly once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from engine.planning.stored import Instance, instances
 from engine.proving.proof import Failure
 from engine.proving.tiny import choices_text, guess_sizes, settle
 
-# A claim of a tensor: its positions, and the tensor and positions that they are paired with.
+# A claim on a tensor: its positions, and the tensor and positions that they are paired with.
 Claim = tuple["np.ndarray", str, "np.ndarray"]
 
 
 def counter_examples(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> list[Failure]:
-    """The first element of each pair of tensors that is claimed twice or by nobody, under any of these choices."""
+    """The first element of each pair of tensors that is claimed twice or not at all, under any of these choices."""
     free = guess_sizes(mapping)
     found: dict[str, Failure] = {}
     for choices in combinations:

@@ -1,4 +1,4 @@
-"""Two mappings compared: what their files say, and separately what that comes to."""
+"""Compares two mappings: the text of their files, and separately the result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ABOUT = ("name", "version", "source", "target")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One key of a resolved mapping; `old` or `new` is None where it is not there."""
+    """One key of a resolved mapping; `old` or `new` is None if it is absent."""
 
     section: str
     name: str
@@ -53,10 +53,10 @@ class Change:
 class MappingDiff:
     """What changes between two mappings: in their files, in where tensors go, and in what is written.
 
-    `old` or `new` is None where there is none.
+    `old` or `new` is None if there is none.
 
-    `same_in` names other mappings that change in just this way, as releases do with their family. `parent` is what
-    a new mapping extends and is compared with.
+    `same_in` names other mappings with the same change, like releases of a family. `parent` is the mapping that
+    a new one extends and is compared with.
     """
 
     name: str
@@ -80,10 +80,10 @@ class MappingDiff:
 def diff_mappings(
     name: str, old: MappingFile | None, new: MappingFile | None, parent: MappingFile | None = None
 ) -> MappingDiff:
-    """Compare two resolved mappings; None stands for one that does not exist.
+    """Compare two resolved mappings; None if one does not exist.
 
     Args:
-        parent: what a new mapping extends: it is compared with that.
+        parent: the mapping that a new one extends, to compare it with.
     """
     if old is None and parent is not None:
         found = diff_mappings(name, parent, new)
@@ -100,7 +100,7 @@ def diff_layouts(name: str, old: str | None, new: str | None) -> MappingDiff:
     """Compare two texts of a layout file; None stands for one that does not exist.
 
     Raises:
-        EngineError: E101 for a text that is no YAML.
+        EngineError: E101 for text that is not YAML.
     """
     said = [{} if text is None else plain(load_text(text, name).data) for text in (old, new)]
     facts = [file_facts(one) if one else {} for one in said]
@@ -111,9 +111,9 @@ def diff_layouts(name: str, old: str | None, new: str | None) -> MappingDiff:
 
 
 def diff_templates(name: str, old: str | None, new: str | None) -> MappingDiff:
-    """Compare two texts of a chat template by what they make of a conversation; None stands for one that is not.
+    """Compare two texts of a chat template by how they render a conversation; None if one does not exist.
 
-    Of two that make the same of it, the lines that differ are told.
+    If both render it equally, the lines that differ are reported.
     """
     both = [{} if text is None else spoken(text, {"bos_token": "<s>", "eos_token": "</s>"}) for text in (old, new)]
     if both[0] == both[1]:
@@ -125,9 +125,9 @@ def diff_templates(name: str, old: str | None, new: str | None) -> MappingDiff:
 
 
 def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
-    """Diffs that say something, those that say the same as one; equal mappings are left out.
+    """Diffs that are not empty, with equal ones merged; equal mappings are left out.
 
-    A release that only follows its family says what the family says, whatever its own name is.
+    A release that only follows its family is merged with it, whatever its name is.
     """
     found = grouped(
         ((one.old is None, one.new is None, one.parent, one.changes, one.tensors, one.values), one)
@@ -141,7 +141,7 @@ def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
 
 
 def _changes(section: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
-    """What a section says differently, by key; a rule that came or went is one change."""
+    """The differences in a section, by key; an added or removed rule is one change."""
     if section != "rules":
         for key, was, now in changed(*(dict(_entries(data, section)) for data in (before, after))):
             yield Change(section, key, was, now)
@@ -156,7 +156,7 @@ def _changes(section: str, before: Mapping[str, Any], after: Mapping[str, Any]) 
 
 
 def _entries(data: Mapping[str, Any], section: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, value as text) of everything a section says."""
+    """(dotted name, value as text) of every entry of a section."""
     value: Any = {key: data.get(key) for key in _ABOUT} if section == "about" else data.get(section)
     if section in ("ignore", "refuse"):
         for entry in value or []:

@@ -1,4 +1,4 @@
-"""A direction of reading configurations: what is read, with which usual values, and what comes of given ones.
+"""A direction of reading configurations: what is read, the usual values, and the result of given ones.
 
 `Forth` is that of `run`: a training configuration, options and tensors → sizes, choices and config.json.
 """
@@ -23,15 +23,15 @@ from engine.planning.variants import decide, options_of
 from engine.proving.probes import Given, Outcome, constants, divisors_of, grid_of, nested, plain_name, unusual
 from engine.proving.tiny import World, Worlds, decided_by_names, training_names
 
-_APART = ("options", "tensors", "there", "choice", "training", "given")  # what is given besides the configuration
+_APART = ("options", "tensors", "there", "choice", "training", "given")  # inputs besides the configuration
 
 
 class Direction:
-    """What is common to both directions.
+    """The parts common to both directions.
 
     Args:
         world: gives sizes that agree.
-        side: what is declared of the configuration that is read.
+        side: the declarations of the configuration that is read.
         reads: trees of the expressions that read it.
     """
 
@@ -43,7 +43,7 @@ class Direction:
 
     @cached_property
     def base(self) -> dict[str, Any]:
-        """Every thing that is read, with its usual value."""
+        """Everything that is read, with its usual value."""
         raise NotImplementedError
 
     @cached_property
@@ -52,7 +52,7 @@ class Direction:
         return sorted({path for one in self.expressions for path in compile_expression(one).paths})
 
     def closure(self, name: str) -> frozenset[str]:
-        """What a name stands for, down to keys, options and tensors."""
+        """The keys, options and tensors that a name depends on."""
         raise NotImplementedError
 
     def closure_of(self, expression: Expression) -> frozenset[str]:
@@ -61,7 +61,7 @@ class Direction:
         return frozenset(p for name in read.paths for p in self.closure(name)).union(single)
 
     def required(self, written: Mapping[str, Any]) -> dict[str, Any]:
-        """Keys that are refused where they are absent, even if nothing reads them, as the other side writes them."""
+        """Keys that must not be absent, even if nothing reads them, since the other side writes them."""
         found: dict[str, Any] = {}
         for name, key in self.side.keys.items():
             if (key.default is None or key.allows(key.default)) and key.comes_with is None:
@@ -73,7 +73,7 @@ class Direction:
         return found
 
     def edges(self, path: str) -> list[Any]:
-        """More values to try of what is read."""
+        """More values to try for what is read."""
         return []
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
@@ -81,7 +81,7 @@ class Direction:
         raise NotImplementedError
 
     def run(self, given: Given) -> Outcome:
-        """What comes of given values, or why they are refused."""
+        """The result of given values, or why they are refused."""
         key = repr(given)
         if key not in self._ran:
             try:
@@ -107,17 +107,17 @@ class Direction:
         return self.outcome({**config, "options": options, "given": nested(apart["given"]), **seen}, apart)
 
     def outcome(self, names: Mapping[str, Any], apart: Mapping[str, Mapping[str, Any]]) -> Outcome:
-        """What comes of a configuration that was read.
+        """The result of a configuration that was read.
 
         Args:
-            names: what expressions see of it, of options and the grid.
+            names: the names for expressions, from it, options and the grid.
             apart: choices that are set, those that tensors show, single tensors, and the trainer's settings.
         """
         raise NotImplementedError
 
 
 def value_of(tree: Any, names: Mapping[str, Any]) -> Any:
-    """A configuration's value; what cannot be computed as words."""
+    """A configuration's value; in words if it cannot be computed."""
     return render_tree(tree, names, _value_or_why)
 
 
@@ -159,7 +159,7 @@ class Forth(Direction):
 
     @cached_property
     def base(self) -> dict[str, Any]:
-        """Every key that is read, with a value that tells it from the others; options likewise."""
+        """Every key and option that is read, each with a distinct value."""
         grid = {name: values[0] for name, values in self.grid.items()}
         names = {**self.world.config, **self.world.choices, **self.world.sizes, **grid, "options": {}}
         written = dict(leaves(render_known(self.mapping.training_config, names)))
@@ -214,7 +214,7 @@ class Forth(Direction):
         return base if "refused" not in self.run(base) else self._answered(base, made_up)
 
     def _answered(self, base: dict[str, Any], made_up: Sequence[str]) -> dict[str, Any]:
-        """Values that are not refused: whole numbers as large as they may be, others as a question wants them."""
+        """Values that are accepted: whole numbers as large as allowed, others as a question needs them."""
         found = {**base, **dict.fromkeys(made_up, 1)}
         for path, values in constants(self.expressions, self.closure).items():
             if values and isinstance(found.get(path), float) and "refused" in self.run(found):
@@ -224,7 +224,7 @@ class Forth(Direction):
         return found
 
     def _asked(self) -> list[str]:
-        """Tensors that variants ask for which are decided by keys as well."""
+        """Tensors asked for by variants that keys decide too."""
         both = [v for name, v in self.mapping.variants.items() if name not in decided_by_names(self.mapping)]
         return sorted(
             {n for v in both for e in expressions_of(dict(v.choices)) for n in compile_expression(e).patterns}
@@ -239,7 +239,7 @@ class Forth(Direction):
         return [max(self.world.sizes.values())] if rounded and (direct or path in divisors) else []
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
-        """All that may be absent together absent, with the options' own defaults; the same with one switch on."""
+        """All optional keys absent at once, with the options' defaults; the same with one switch on."""
         plain = self._least({})
         found = [(LEAST, plain)]
         for path, usual in self.base.items():
@@ -252,7 +252,7 @@ class Forth(Direction):
         return found
 
     def _least(self, given: Given, guess: Given | None = None) -> dict[str, Any]:
-        """What to leave out beside what is given, or to give otherwise: nothing is then refused or read off tensors.
+        """What to leave out or to change beside what is given, such that nothing is refused or read from tensors.
 
         Args:
             guess: what may be left out; where it can, no less is tried.
@@ -271,7 +271,7 @@ class Forth(Direction):
         return least
 
     def _fine(self, usual: Outcome, given: Given) -> bool:
-        """Whether nothing is refused of what is given, and no more read off tensors than usual."""
+        """Whether the given values are accepted, and no more is read from tensors than usual."""
         after = self.run({**self.base, **given})
         worse = (p for p, v in after.items() if str(v).startswith(_WORSE) and usual.get(p) != v)
         return "refused" not in after and not any(worse)
@@ -303,7 +303,7 @@ class Forth(Direction):
 
 
 def _holders(path: str) -> list[str]:
-    """What may be there without a setting of the trainer's that is read in it.
+    """The sections that may exist without a trainer setting that is read in them.
 
     >>> _holders("training.moe.top_k"), _holders("training.seed"), _holders("hidden_size")
     (['training.moe'], [], [])

@@ -1,7 +1,7 @@
 """Where the elements of every target come from, and what each rank of small grids holds of it.
 
-Read off the plans that write a tiny model for each layout, so that what counts is what an engine does with
-a rule and not how the rule is written: axes by other names hold the same elements.
+Taken from the plans that write a tiny model for each layout, so that the effect of a rule counts and
+not how it is written: axes with other names hold the same elements.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def origins(mapping: MappingFile) -> dict[str, Any]:
 
 
 def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, Any]:
-    """How each small grid cuts layers, and what of each target its ranks hold; grids that hold alike are told once."""
-    mapping = replace(mapping, expect={})  # tiny sizes are no release's
+    """How each small grid cuts layers, and what its ranks hold of each target; equal grids are listed once."""
+    mapping = replace(mapping, expect={})  # tiny sizes match no release
     free = guess_sizes(mapping, DIVISIBLE, EVEN)
     grids: dict[str, str] = {}
     ranks: dict[str, dict[str, str]] = {key: {} for key, *_ in _targets(mapping)}
@@ -76,7 +76,7 @@ def _targets(mapping: MappingFile) -> Iterator[tuple[str, Instance, Pattern, Axe
 
 
 def _sizes(mapping: MappingFile, free: Mapping[str, int]) -> dict[str, int]:
-    """Sizes that follow from the free ones, whatever a configuration would say."""
+    """Sizes that follow from the free ones, independent of a configuration."""
     sizes: dict[str, int] = dict(free)
     for axis, expression in mapping.dims.items():
         if axis not in sizes:
@@ -90,7 +90,7 @@ def _sizes(mapping: MappingFile, free: Mapping[str, int]) -> dict[str, int]:
 
 
 def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What a rule says of a target, and the order of elements on one rank."""
+    """A rule's facts about a target, and the order of elements on one rank."""
     rule = one.rule
     told: dict[str, Any] = {"axes": f"{one.axes} → {axes}" if one.axes != axes else str(axes)}
     told["split"] = (
@@ -124,7 +124,7 @@ def change_text(rule: Rule) -> str:
 
 
 def small_cases(layout: Layout) -> list[Case]:
-    """Of the layouts that are proved, the first mode in every way and of each other mode one."""
+    """Of the layouts that are proved, all of the first mode and one of each other mode."""
     found: list[Case] = []
     for case in cases(layout):
         first = not found or case.mode == found[0].mode
@@ -135,13 +135,13 @@ def small_cases(layout: Layout) -> list[Case]:
 
 
 def key_of(target: str, source: str, when: Mapping[str, Sequence[str]]) -> str:
-    """How an entry is called: `model.norm.weight ← norm.weight`, with choices where it depends on them."""
+    """The name of an entry: `model.norm.weight ← norm.weight`, with choices if it depends on them."""
     told = ", ".join(f"{name}={'|'.join(allowed)}" for name, allowed in sorted(when.items()))
     return f"{target} ← {source}" + (f" ({told})" if told else "")
 
 
 def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int], listed: Sequence[Case]) -> Iterator[World]:
-    """Worlds in which every rule that some case writes is at work, as few as greed finds."""
+    """Worlds in which every rule that some case writes is active, as few as a greedy search finds."""
     left = {one.key for one in instances(mapping)}
     found = [choices for choices, most in combinations_of(mapping) if most]
     possible = [choices for choices in found if any(case.takes(choices) for case in listed)]
@@ -224,7 +224,7 @@ def _ranks(held: Held, plan: Plan) -> str:
 
 
 def _without(told: Mapping[Coordinates, str], dim: str) -> dict[Coordinates, str] | None:
-    """Without a rank dimension, where ranks that differ only in it hold the same; None where they do not."""
+    """Drop a rank dimension if ranks that differ only in it hold the same; None if they do not."""
     found: dict[Coordinates, str] = {}
     for at, box in told.items():
         rest = tuple(one for one in at if one[0] != dim)
@@ -261,7 +261,7 @@ def _stages(plan: Plan) -> str:
 
 
 def _gathered(ranks: Mapping[str, str]) -> dict[str, str]:
-    """Grids that hold alike as one."""
+    """Merge grids that hold the same."""
     alike = grouped((held, grid) for grid, held in ranks.items())
     return {", ".join(grids): held for held, grids in alike.items()}
 

@@ -1,4 +1,4 @@
-"""Lint of names: keys, models, tensors and choices that a mapping writes or asks for, and that nothing knows."""
+"""Lint of names: unknown keys, models, tensors and choices that a mapping writes or asks for."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TOKENIZER = frozenset(("bos_token", "eos_token", "pad_token", "unk_token", "cha
 
 
 def check_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """L010: keys that are written and that nothing knows."""
+    """L010: unknown keys that are written."""
     yield from _config_keys(mapping)
     yield from _training_keys(mapping, layout)
     yield from _generation_keys(mapping)
 
 
 def _unknown(name: str, where: str, known: Iterable[str], place: Place, why: str) -> Finding:
-    """An error where the name is almost a known one, else a warning."""
+    """An error if the name is almost a known one, else a warning."""
     near = meant(name, sorted(known), least=_NEAR)
     told = f"`{name}` of `{where}` is not read by any known program"
     return Finding(place, told, near or why, "warning" if near is None else "error")
@@ -52,7 +52,7 @@ def _config_keys(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _training_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """Of `training_config`: keys that nothing declares, a pattern for anything aside."""
+    """Of `training_config`: undeclared keys; a pattern that matches anything does not declare one."""
     keys = {name: key for name, key in declared(mapping, layout, "source").items() if name != "*"}
     for path, _ in leaves(mapping.training_config) if keys else ():
         if find_key(keys, path) is None and not any(name.startswith(f"{path}.") for name in keys):
@@ -61,7 +61,7 @@ def _training_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
 
 
 def _generation_keys(mapping: MappingFile) -> Iterator[Finding]:
-    """Of `generation`; what is the tokenizer's is said to be."""
+    """Of `generation`; says so if a key belongs to the tokenizer."""
     known = targets.listed("generation")
     for name in mapping.generation or ():
         if name in known:
@@ -136,7 +136,7 @@ def _same_word(one: str, other: str) -> bool:
 
 
 def check_patterns(mapping: MappingFile) -> Iterator[Finding]:
-    """L012: `present('…')` of a name that no rule and no entry has."""
+    """L012: `present('…')` with a name that no rule or entry has."""
     names = {source for rule in mapping.rules for source in rule.sources}
     names |= {e.pattern for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"}
     written = spelled_out(names)
@@ -149,7 +149,7 @@ def check_patterns(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def check_comparisons(mapping: MappingFile) -> Iterator[Finding]:
-    """L013: a variant or option compared with a text that is none of its choices."""
+    """L013: a variant or option compared with a text that is not one of its choices."""
     choices: dict[str, Sequence[Any]] = {name: list(v.choices) for name, v in mapping.variants.items()}
     choices |= {f"options.{name}": o.choices for name, o in mapping.options.items() if o.choices is not None}
     for expression in _own(mapping):
@@ -180,7 +180,7 @@ def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
 
 
 def _texts(tree: Any) -> Iterator[str]:
-    """Texts that a value may come to: literals, and the results of an expression's branches."""
+    """Texts that a value may become: literals, and the results of an expression's branches."""
     for value in values_in(tree):
         if isinstance(value, Expression):
             yield from _results(compile_expression(value).tree)
@@ -201,5 +201,5 @@ def _results(node: nodes.Node) -> Iterator[str]:
 
 
 def place_of(mapping: MappingFile, *path: str) -> Place:
-    """Where a part or a key of it stands."""
+    """The place of a part, or of a key in it."""
     return Document(mapping.place.file, mapping.resolved, At(mapping.place, mapping.place)).place(*path)

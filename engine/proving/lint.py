@@ -1,4 +1,4 @@
-"""Lint: what is wrong with a mapping that shows without any checkpoint."""
+"""Lint: errors in a mapping that can be found without a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from engine.proving.values import check_declared, check_options, check_spellings
 
 
 def lint_file(name: str) -> list[Finding]:
-    """Load and lint one mapping or layout; what keeps it from loading is a finding too."""
+    """Load and lint one mapping or layout; an error that keeps it from loading is a finding too."""
     try:
         if kind_of(find_file(name)) == "layout":
             load_layout(name)
@@ -62,7 +62,7 @@ def lint(mapping: MappingFile) -> list[Finding]:
 
 
 def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
-    """L001: two rules that one name can match, and that some choices make active together."""
+    """L001: two rules that can match the same name, and that some choices make active together."""
     named = [(rule, name) for rule in mapping.rules for name in sorted(spelled_out(rule.sources))]
     for index, (rule, name) in enumerate(named):
         sample = pattern(name).sample()
@@ -117,7 +117,7 @@ def _gaps(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _ends(rules: Sequence[Rule]) -> tuple[set[str], set[str]]:
-    """What rules read, and what they write; what is tied to another may be absent."""
+    """What rules read, and what they write; a tied tensor may be absent."""
     written = {t.name for rule in rules if rule.tied_to is None for t in rule.targets}
     return {name for rule in rules for name in rule.sources}, written
 
@@ -169,7 +169,7 @@ def _lonely_axes(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _unreachable(mapping: MappingFile) -> Iterator[Finding]:
-    """L008: choices that stand after `otherwise`, and rules that need one of them."""
+    """L008: choices after `otherwise`, and rules that need one of them."""
     for variant in mapping.variants.values():
         if variant.decide != "expression":
             continue
@@ -184,7 +184,7 @@ def _unreachable(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _undeclared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """L009: what nothing says of a key, nothing checks: a text or a negative number would be taken for a size."""
+    """L009: undeclared keys are unchecked: a text or a negative number would be taken for a size."""
     own = [*mapping.dims, *mapping.variants, *(f"options.{name}" for name in mapping.options)]
     for expression, side, path, known in _unknown_keys(mapping, layout):
         yield Finding(

@@ -1,4 +1,4 @@
-"""The matrix that a mapping is proved over: layouts, choices, and which combinations of them to run.
+"""The matrix that a mapping is proved over: layouts, choices, and the combinations of them to run.
 
 Every pair of facts (a choice of one variant with a choice of another, or with a parallel mode) occurs in
 some row, and every layout; all combinations would be thousands.
@@ -33,21 +33,21 @@ Combination = tuple[Mapping[str, str], bool]  # choices, and whether most or few
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One layout to write: what `reverse` is asked for."""
+    """One layout to write: the arguments of `reverse`."""
 
     label: str
     mode: str
     sizes: Mapping[str, int]
     chunks: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)  # variants and options of the layout
-    holds: Mapping[str, str] = field(default_factory=dict)  # choices of mappings' variants that alone are written so
+    holds: Mapping[str, str] = field(default_factory=dict)  # the only choices of variants that it can write
 
     def takes(self, choices: Mapping[str, str]) -> bool:
-        """Whether a model of these choices can be written so."""
+        """Whether a model with these choices can be written this way."""
         return all(choices.get(name, choice) == choice for name, choice in self.holds.items())
 
     def request(self, mapping: MappingFile, choices: Mapping[str, str], lossy: Sequence[str] = ()) -> Request:
-        """What writes a mapping's model so.
+        """The request that writes a mapping's model this way.
 
         Args:
             choices: of the mapping's variants.
@@ -118,7 +118,7 @@ def rows(
     """Rows in which every pair of facts and every layout occurs that occurs at all.
 
     Args:
-        refused: labels of layouts that turned out not to fit; rows of theirs count for nothing.
+        refused: labels of layouts that turned out not to fit; their rows do not count.
     """
     every = [Row(choices, most, case) for choices, most in possible for case in layouts if case.takes(choices)]
     random = Random(mapping.name)

@@ -1,4 +1,4 @@
-"""What a mapping means, in one readable form: what reviewers read, and what is proved, compared and mutated against.
+"""The meaning of a mapping in one readable form, for reviews, proofs, comparisons and mutation tests.
 
 For every target tensor: where its elements come from, their order, and what each rank of small grids holds.
 For every configuration: what its keys come to when others are as usual, absent or unusual. How a rule is
@@ -64,7 +64,7 @@ def meaning_of(mapping: MappingFile) -> Meaning:
 
 
 def facts_of(mapping: MappingFile) -> Iterator[Fact]:
-    """Every value of the meaning with its path, part by part, those that are quickly known first."""
+    """Every value of the meaning with its path, part by part, the fastest parts first."""
     layout = load_layout(mapping.layout)
     data = mapping.resolved
     worlds = Worlds(mapping)
@@ -96,7 +96,7 @@ def facts_of(mapping: MappingFile) -> Iterator[Fact]:
 
 
 def _once(kind: str, parts: list[Any], make: Callable[[], Iterator[Meaning]]) -> Iterator[Fact]:
-    """A part made once for all mappings that say the same of what it depends on; or why there is none."""
+    """A part, made once for all mappings with the same inputs; or why there is none."""
     key = json.dumps([kind, parts], default=str, sort_keys=False)
     if key in _KNOWN:
         yield from _KNOWN[key].items()
@@ -124,7 +124,7 @@ def _readings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> Iterator[
 
 
 def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] | None = None) -> World | None:
-    """The world of the default choices, or of those nearest to them that some tensors show.
+    """The world of the default choices, or of the nearest choices that some tensors show.
 
     Args:
         sizes: those of a release, which are no tiny ones.
@@ -183,7 +183,7 @@ def _generation(mapping: MappingFile, gives: Mapping[str, Any]) -> Meaning:
 
 
 def _chat(mapping: MappingFile) -> Meaning:
-    """A conversation as the template writes it, with and without a system's words, and the digest of all it says."""
+    """A conversation as the template renders it, with and without a system message, and the template's digest."""
     if mapping.chat_template is None:
         return {}
     tokens = {f"{name}_token": str((mapping.tokenizer or {}).get(name, "")) for name in ("bos", "eos")}
@@ -195,7 +195,7 @@ def _chat(mapping: MappingFile) -> Meaning:
 
 
 def spoken(text: str, tokens: Mapping[str, str]) -> Meaning:
-    """What a template makes of a conversation, line by line."""
+    """A conversation as a template renders it, line by line."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     found: Meaning = {}

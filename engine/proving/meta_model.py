@@ -1,4 +1,4 @@
-"""The target model as transformers builds it, without memory: the names and shapes it wants."""
+"""The target model as transformers builds it, without memory: the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from engine.proving.targets import known_of
 
 
 def wanted(config: Mapping[str, Any], architecture: str = "") -> Wanted | str:
-    """Name → shape of every parameter and saved buffer, ties apart; or why it cannot be told.
+    """Name → shape of every parameter and saved buffer, with ties separate; or why it is not known.
 
     Raises:
         EngineError: E502 when transformers refuses the configuration.
@@ -37,7 +37,7 @@ def wanted(config: Mapping[str, Any], architecture: str = "") -> Wanted | str:
 
 
 def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
-    """What the model class of a configuration wants to load, ties apart, as a file of the mapping's or the class tells.
+    """The tensors of a configuration's model class, with ties separate, from a file of the mapping or from the class.
 
     Raises:
         EngineError: E209 when transformers has no such class, E502 when it refuses the configuration.
@@ -67,7 +67,7 @@ def asked(config: Mapping[str, Any]) -> Wanted:
     """What the model class of a configuration itself says; errors as above."""
     if "transformers" in sys.modules:
         return _wanted_here(config)
-    # Torch and transformers take ten times the memory of a conversion: a process that ends gives it back.
+    # Torch and transformers take ten times the memory of a conversion: a process that ends frees it.
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     done = subprocess.run(  # -P: no module is taken from the current folder, which may be a checkpoint's
         [sys.executable, "-P", "-c", "from engine.proving.meta_model import tell; tell()"],
@@ -82,7 +82,7 @@ def asked(config: Mapping[str, Any]) -> Wanted:
 
 
 def tell() -> None:
-    """Say what the model class of a configuration wants, from process to process."""
+    """Send the tensors of a configuration's model class to the parent process."""
     from torch import distributed
 
     answer, sys.stdout = sys.stdout.buffer, sys.stderr  # libraries that print shall not be in the answer
@@ -109,7 +109,7 @@ def _wanted_here(config: Mapping[str, Any]) -> Wanted:
 
 
 def written_as_model(mapping: MappingFile, checkpoint: Checkpoint) -> MappingFile:
-    """A mapping with its rules for tensors to be written, also where these come from the model class."""
+    """A mapping with its rules for tensors to write, even if these come from the model class."""
     if not mapping.as_model or mapping.rules:
         return mapping
     wanted, held = wanted_by_class(mapping, checkpoint.config), shapes_of(checkpoint)
@@ -118,9 +118,9 @@ def written_as_model(mapping: MappingFile, checkpoint: Checkpoint) -> MappingFil
 
 
 def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Layout, Checkpoint]:
-    """A mapping with its rules, also where these come from the model class of the checkpoint's configuration.
+    """A mapping with its rules, even if these come from the model class of the checkpoint's configuration.
 
-    The checkpoint is then left with what is of the model, and the layout with the prefix of its names.
+    Then the checkpoint has only the model's tensors, and the layout the prefix of their names.
     """
     if not mapping.as_model:
         return mapping, layout, checkpoint
@@ -135,7 +135,7 @@ def load_classes() -> None:
 
 
 def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | str:
-    """The model without memory, and whether embedding and head are one; or why it cannot be told."""
+    """The model without memory, and whether embedding and head are one tensor; or why it is not known."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -1,4 +1,4 @@
-"""Mutants: everything that a mapping says changed in one place."""
+"""Mutants: copies of a mapping with every possible change in one place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.proving.value_mutants import Change, Data, Key, get, misspelt, of_va
 
 
 def mutants_of(mapping: MappingFile) -> Iterator[Change]:
-    """Every edit that changes one thing: moving an axis of size 1 is none."""
+    """Every edit that changes one thing; moving an axis of size 1 does not."""
     data = plain(mapping.resolved)
     data["rules"] = {name: _whole(rule) for name, rule in data["rules"].items()}
     ones = frozenset(name for name, e in mapping.dims.items() if e.text.strip() == "1")
@@ -68,7 +68,7 @@ def _rules(data: Data, ones: frozenset[str]) -> Iterator[Change]:
 
 
 def _names(data: Data, name: str, rule: Data) -> Iterator[Change]:
-    """Sources and targets misnamed, historical names forgotten."""
+    """Misspell sources and targets, drop historical names."""
     sources = texts(rule["source"])
     for number, source in enumerate(sources):
         if len(sources) > 1:
@@ -105,7 +105,7 @@ def _places(name: str) -> list[str]:
 
 
 def _last(name: str) -> str:
-    """The part of a name that says most: `q_proj`."""
+    """The most telling part of a name: `q_proj`."""
     parts = [part for part in name.split(".") if part not in ("weight", "{param}")]
     return parts[-1] if parts else name
 

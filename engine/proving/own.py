@@ -1,4 +1,4 @@
-"""Mappings of a user's own, which no test of ours has seen: what is wrong with them must not become a model."""
+"""Custom mappings, which no test of ours has seen: their errors must not become a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from engine.planning.as_model import class_named
 from engine.planning.model import Plan
 from engine.planning.wanted import wanted_by_mapping
 
-# What lint finds that changes what is decided or written; the rest, planning itself refuses or cannot go wrong.
+# Lint findings that change what is decided or written; planning itself refuses the others, or they are harmless.
 _OF_THE_TARGET = ("L010", "L012", "L013", "L014", "L015", "L017")
 
 
 def checked(plan: Plan) -> Plan:
-    """A plan whose mapping is bundled, or passes `engine lint`, whose warnings it tells, and the target's class.
+    """A plan whose mapping is bundled, or passes `engine lint` and fits the target's class; adds lint's warnings.
 
     Raises:
         EngineError: E109 for what lint calls an error, and for tensors that the model class does not load.
@@ -58,13 +58,13 @@ def checked(plan: Plan) -> Plan:
 
 
 def _of_its_name(mapping: MappingFile) -> list[MappingFile]:
-    """The bundled mappings of a mapping's name: it may be one of them, or an edited copy."""
+    """The bundled mappings with a mapping's name: it may be one of them, or an edited copy."""
     paths = (bundled("mappings") / folder / f"{mapping.name}.yaml" for folder in ("", "families"))
     return [load_mapping(path) for path in paths if path.is_file()]
 
 
 def _check_class(plan: Plan) -> None:
-    """E109 where the tensors that are written are not those of the model class, as far as a file tells these."""
+    """E109 if the tensors to write are not those of the model class, as far as a file lists them."""
     classes, named = load_mapping("transformers").classes, class_named(plan.config)
     if plan.written is not None or named not in classes:
         return

@@ -1,6 +1,6 @@
-"""What to try a mapping's expressions with: every key as usual, absent and otherwise, and pairs of switches.
+"""Inputs to try a mapping's expressions with: every key usual, absent and changed, and pairs of switches.
 
-Values are taken from what is declared of a key and from the constants that expressions compare it with.
+Values come from a key's declaration and from the constants that expressions compare it with.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_PAIRS = 24  # of one expression
 
 
 def grid_of(layout: Layout) -> dict[str, list[Any]]:
-    """What expressions see of the grid of ranks → its usual value, and others."""
+    """Names of the rank grid in expressions → the usual value, and others."""
     dims = {dim for mode in layout.modes for file in mode.files for dim in pattern(file.name).placeholders}
     found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 2, 5], "layers": [4, 6]}
     found["mode"] = [mode.name for mode in layout.modes]
@@ -54,7 +54,7 @@ def constants(expressions: Sequence[Expression], reads: Callable[[str], frozense
 
 
 def divisors_of(expression: Expression) -> frozenset[str]:
-    """Names that stand below a whole division."""
+    """Names that are divisors of a whole division."""
     every = compile_expression(expression).every(nodes.FloorDiv)
     return frozenset(path for one in every for path in _paths(one.right))
 
@@ -85,7 +85,7 @@ def quotients_of(expression: Expression) -> list[tuple[str, str]]:
 
 
 def plain_name(expression: Expression) -> str | None:
-    """The one name that an expression is, or is where it is there, or where a condition holds."""
+    """The single name that an expression is, or is when the name exists or a condition holds."""
     tree: nodes.Node = compile_expression(expression).tree
     if isinstance(tree, nodes.CondExpr):
         tree = tree.expr1
@@ -102,7 +102,7 @@ def _paths(tree: nodes.Node) -> Iterator[str]:
 
 
 def unusual(number: int, key: Key | None) -> float:
-    """A number that nobody would write, within what is declared."""
+    """A number that no one would write, within the declared range."""
     for value in (*_UNUSUAL[number % len(_UNUSUAL) :], *_UNUSUAL):
         if key is None or key.limits.fits(value):
             return value
@@ -173,12 +173,12 @@ def scenarios(
 
 
 def told(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as text can hold them: what is absent as a word."""
+    """Values for text: an absent one as a word."""
     return {path: ABSENT if value is OMIT else value for path, value in given.items()}
 
 
 def changes(before: Outcome, after: Outcome) -> dict[str, Any]:
-    """What comes out otherwise."""
+    """The results that differ."""
     if "refused" in after and "refused" not in before:
         return {"refused": after["refused"]}
     paths = [*before, *(path for path in after if path not in before)]
@@ -186,12 +186,12 @@ def changes(before: Outcome, after: Outcome) -> dict[str, Any]:
 
 
 def name_of(given: Mapping[str, Any]) -> str:
-    """What is tried, in words: `rope_base: (absent)`."""
+    """An input in words: `rope_base: (absent)`."""
     return ", ".join(f"{path}: {_shown(value)}" for path, value in given.items())
 
 
 def rows(base: Given, run: Callable[[Given], Outcome], tried: Iterable[tuple[str, Given]]) -> Iterator[dict[str, Any]]:
-    """A table bit by bit: what comes of the usual values, and for everything tried what comes out otherwise."""
+    """The rows of a table, lazily: the results of the usual values, and for other inputs the results that differ."""
     usual = run(base)
     yield {"given": told({p: v for p, v in base.items() if v is not OMIT}), "gives": dict(usual)}
     without: list[str] = []

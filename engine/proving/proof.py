@@ -1,4 +1,4 @@
-"""What lint and proofs say: findings, checks that hold or not, counter-examples in words, and what caught mutants."""
+"""Results of lint and proofs: findings, checks that hold or not, counter-examples in words, and evidence on mutants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Finding:
     severity: Literal["error", "warning"] = "error"
     got: str | None = None
     expected: str | None = None
-    code: str = ""  # of the check that says it
+    code: str = ""  # of the check that found it
 
     def in_words(self) -> str:
         """The finding in the shape of an error."""
@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One claim and how it was checked; `holds` is None where it could not be."""
+    """One claim and how it was checked; `holds` is None if it could not be checked."""
 
     name: str
     holds: bool | None
@@ -76,7 +76,7 @@ class Mutant:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Everything that was checked of one mapping."""
+    """All checks of one mapping."""
 
     mapping: str
     checks: tuple[Check, ...]

@@ -44,7 +44,7 @@ from engine.proving.tiny import World, Worlds
 from engine.proving.trying import try_mutants
 from engine.run.meter import Listener, Meter
 
-_FEW = 4  # mappings that one process proves as quickly as several
+_FEW = 4  # up to this many mappings, one process is as fast as several
 _ROOM = 1 << 30  # bytes that proofs side by side never need; a container's memory folder is often of 64 MiB
 
 
@@ -52,7 +52,7 @@ Begun = tuple[Proof, Sequence[World]]  # a proof, and the models that are still 
 
 
 def shared_rules(mapping: MappingFile) -> str:
-    """What a round trip depends on: mappings that say the same of it are proved together."""
+    """The inputs of a round trip: mappings with the same ones are proved together."""
     parts = ("rules", "dims", "variants", "ignore", "refuse", "config", "training_config", "source")
     return json.dumps([mapping.resolved.get(part) for part in parts], default=str, sort_keys=True)
 
@@ -74,7 +74,7 @@ def prove(
 
     Args:
         names: paths, names of bundled mappings, or loaded ones.
-        mutants: also change the mapping in one place at a time, and say which check notices.
+        mutants: also change the mapping in one place at a time, and report which check notices.
         progress: called before each mapping.
     """
     names = listed(names) or sorted(list_names(), key=lambda name: not str(name).startswith("families/"))
@@ -102,7 +102,7 @@ def prove(
 
 
 def _work(group: Sequence[tuple[int, MappingFile]]) -> int:
-    """A guess of how long mappings take to prove: combinations to try, and layers to plan."""
+    """An estimate of the time to prove mappings: combinations to try, and layers to plan."""
     layers = {mapping.expect.get("layer", 0) for _, mapping in group}
     return len(combinations_of(group[0][1])) + sum(layers)
 
@@ -125,7 +125,7 @@ def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterato
 
 
 def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[Begun]:
-    """Prove mappings one after another, but for what transformers has to say."""
+    """Prove mappings one after another, without the checks that need transformers."""
     proven: dict[str, str] = {}  # what a check depends on → the mapping it was made for
     found: list[Begun] = []
     for mapping in mappings:

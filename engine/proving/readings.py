@@ -1,6 +1,6 @@
-"""What a mapping makes of configurations: each key's value, sizes and choices, for a handful of given ones.
+"""How a mapping reads configurations: each key's value, sizes and choices, for a handful of inputs.
 
-Both directions are tables: what the usual values give, and what comes out otherwise when one of them is absent or
+Both directions are tables: the results of the usual values, and those that differ when one value is absent or
 unusual, or when two switches are set together.
 """
 

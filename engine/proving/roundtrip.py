@@ -90,7 +90,7 @@ def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
 
 
 def compare_trip(trip: Trip, plan: Plan, out: Path) -> list[Failure]:
-    """What the plan back does not restore, or the rank files do not hold once."""
+    """Elements that the plan back does not restore, or that the rank files do not hold exactly once."""
     failures = [*_counted(trip, plan), *_choices(trip, plan)]
     if failures:
         return failures
@@ -145,7 +145,7 @@ def _choices(trip: Trip, plan: Plan) -> Iterator[Failure]:
 
 
 def stored_numbers(plan: Plan, source: int) -> np.ndarray:
-    """The elements of a stored tensor, by its own header and nothing of the plan."""
+    """The elements of a stored tensor, from its own header, without the plan."""
     tensor = plan.sources[source]
     header = tensor.header
     count = span(header.shape, header.strides)
@@ -171,7 +171,7 @@ def index(values: Any) -> str:
 
 
 def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: str) -> Iterator[Failure]:
-    """Tensors that did not come back, each with its first element that is another."""
+    """Tensors that did not come back, each with its first wrong element."""
     wanted = world.arrays()
     changed = {output.name for output in plan.outputs if loses(output.transform)}
     outputs = {output.name: output for output in plan.outputs}

@@ -1,4 +1,4 @@
-"""Proofs at real sizes by box arithmetic: headers are invented, no tensor exists.
+"""Proofs at real sizes by box arithmetic: headers are made up, no tensor exists.
 
 Both sides of a plan hold boxes of the rules' pieces, and planning refuses a tensor that they do not fill. Where on
 either side the boxes of each piece are disjoint, the copies between the two are one to one: nothing is lost, doubled
@@ -44,7 +44,7 @@ def _file(name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Fil
 
 
 def written(plan: Plan, layout: Layout) -> Checkpoint:
-    """The training checkpoint that a plan would write, as if it were there."""
+    """The training checkpoint that a plan would write, as if it existed."""
     assert plan.written is not None
     files = tuple(
         _file(f.name, [(o.name, o.dtype, o.shape) for o in (plan.outputs[i] for i in f.outputs)]) for f in plan.shards
@@ -97,7 +97,7 @@ def inverse(forth: Plan, back: Plan) -> Iterator[str]:
 
 
 def one_to_one(plan: Plan) -> Iterator[str]:
-    """What keeps a plan from being one to one, per class of tensors."""
+    """The reasons why a plan is not one to one, per class of tensors."""
     seen: set[object] = set()
     sides = (plan.copies.target, plan.copies.source)
     for group in sides[0].groups:

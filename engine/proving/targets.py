@@ -1,4 +1,4 @@
-"""What the target's own classes know: keys of configurations, names of models, activations.
+"""The known names of the target's classes: keys of configurations, names of models, activations.
 
 Taken from transformers by `make targets` into `schemas/targets.json`, so that mappings are checked where it is
 not installed, and without its imports. A model type that is not there is looked up in transformers, if there is one.
@@ -17,7 +17,7 @@ from engine.language.search import bundled
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What transformers knows of a model type.
+    """The names that transformers has for a model type.
 
     Attributes:
         keys: of its configuration.
@@ -35,7 +35,7 @@ def _data() -> dict[str, Any]:
 
 
 def listed(part: str) -> tuple[str, ...]:
-    """What transformers knows of a kind.
+    """The names that transformers has of a kind.
 
     Args:
         part: `model types`, `generation` for the keys of generation_config.json, `activations` for `hidden_act`,
@@ -56,7 +56,7 @@ def every_key() -> frozenset[str]:
 
 
 def known_of(model_type: str) -> Known | None:
-    """What is known of a model type; None when transformers has none, or is needed to tell and not installed."""
+    """The names for a model type; None when transformers has none, or is needed but not installed."""
     found = _data()["configurations"].get(model_type)
     if found is None and model_type in listed("model types") and find_spec("transformers") is not None:
         found = _of(model_type)

@@ -1,4 +1,4 @@
-"""What shows a mutant.
+"""Finds what detects a mutant.
 
 A mapping alone cannot tell gate from up: exchanged, the rules are as total, as invertible and of the same shapes as
 before. Only the meaning that is committed beside it can, or, where there is none, what it meant before. A mutant
@@ -31,7 +31,7 @@ Facts = dict[str, dict[Path, Any]]  # part → its facts
 
 
 def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -> list[Mutant]:
-    """Every mutant, and the first thing that shows it.
+    """Every mutant, and the first check that detects it.
 
     Args:
         changes: those to try; default: all.
@@ -59,7 +59,7 @@ def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -
 
 
 def _caught(mapping: MappingFile, change: Change, then: Facts, before: set[tuple[str, str]]) -> tuple[str | None, str]:
-    """The first thing that shows a mutant, weakest evidence first, and its words."""
+    """The first check that detects a mutant, weakest evidence first, and its message."""
     try:
         mutant = rebuilt(mapping, change.data)
     except EngineError as error:
@@ -93,7 +93,7 @@ def _told(mapping: MappingFile, was: Mapping[Path, Any], now: Mapping[Path, Any]
 
 
 def rebuilt(mapping: MappingFile, data: Data) -> MappingFile:
-    """A mapping of changed data, checked as its file would be.
+    """A mapping from changed data, checked like its file.
 
     Raises:
         EngineError: what loading it would raise.
