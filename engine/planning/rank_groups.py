@@ -100,7 +100,7 @@ class RankGroups:
                     self.held[one.file].append((order, one, group, place))
 
     def _holders(self, file: FilePattern, cut: Cut, home: Mapping[str, int], share: _Shares) -> Iterator[_Holder]:
-        """The ranks that hold a tensor which is fixed to `bound` ranks, and each one's share."""
+        """The ranks that hold a tensor which is fixed to the ranks in `home`, and each one's share."""
         lone = self._destination.layout.lone_rank if cut.lone else {}
         for ranks in self._ranks[file.name]:
             if any(ranks.get(dim, rank) != rank for wanted in (home, lone) for dim, rank in wanted.items()):
