@@ -85,11 +85,20 @@ class Source:
         A slice that is a separate tensor on the other side, like each expert of a stack, may equal its neighbours.
         """
         result: list[Slices] = []
+        units = {
+            (len(group.instance.axes.dims), group.instance.pieces[0])
+            for group in self.side.groups
+            if {*group.instance.axes.names()[:1]} & {*self.mapping.even} and len(group.instance.pieces) == 1
+        }
+        # What holds nothing but units, as key and value heads: queries have more axes, and outputs have units last.
+        alone = {one for one in units if not any(one[0] == other[0] and other[1] < one[1] for other in units)}
         for group in self.side.groups:
             if len(group.shards) < 2:
                 continue
-            units = [axis for _, axis in group.cut.dims if axis in self.mapping.even]
-            in_rows = any(self.side.sizes[axis] == len(group.shards) for axis in units)
+            axes = group.instance.axes
+            in_rows = (len(axes.dims), group.instance.pieces[0]) in alone and any(
+                axis in axes.names()[:1] and self.side.sizes[axis] == len(group.shards) for _, axis in group.cut.dims
+            )
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
             found: dict[tuple[object, ...], list[int]] = {}
             for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):

@@ -67,6 +67,17 @@ def test_exchanged_files_are_refused_by_the_names_they_were_saved_under(case: An
     assert error.code == "E306" and {one, other} <= set(str(error).replace("`", " ").split())
 
 
+def test_slices_of_queries_that_are_copied_in_pairs_are_no_repeated_heads(tmp_path: Path) -> None:
+    """Only key and value heads are ever repeated over neighbouring ranks."""
+    folder = made(Model("v2", layers=2, groups=4, bias=False), tmp_path / "step", tp=4)
+    states = [torch.load(folder / f"model_tp{rank}_pp0.pt", weights_only=True) for rank in range(4)]
+    name = next(name for name in states[0] if name.endswith("wqkv.weight"))
+    for one, other in ((0, 1), (2, 3)):
+        torch.save({**states[other], name: states[one][name].clone()}, folder / f"model_tp{other}_pp0.pt")
+    error = refused(V2, folder)
+    assert error.code == "E306" and "same slice" in str(error)
+
+
 @pytest.mark.parametrize("put", [shutil.copy, Path.hardlink_to, Path.symlink_to], ids=["copy", "link", "symlink"])
 @pytest.mark.parametrize("case", EXCHANGED.values(), ids=EXCHANGED)
 def test_one_file_under_two_names_is_refused_also_where_no_name_was_saved(case: Any, put: Any, tmp_path: Path) -> None:
