@@ -222,7 +222,7 @@ def claims(
         if not (0 if dropped else 1) <= value < _LARGEST:
             raise EngineError(
                 "E218",
-                f"dim `{axis}` is not a size",
+                f"dim `{axis}` is no size",
                 place=expression.place,
                 got=f"{str(value)[:40]}: {because([expression], scope, config_name)}",
                 expected="1 or more",
