@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,13 +179,14 @@ def test_a_run_that_fails_leaves_no_file_open(source: Path, tmp_path: Path, monk
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return pwritev(descriptor, parts, offset)
 
+    gc.collect()  # what tests before left open
     before = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", failing)
         for _ in range(3):
             with pytest.raises(engine.EngineError):
                 converted(tmp_path, "hf", overwrite=True)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_comparing_replicas_ends_when_the_run_is_stopped(source: Path) -> None:
