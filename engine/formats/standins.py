@@ -148,7 +148,7 @@ class OtherClass:
 
 
 class OtherFunction(OtherClass):
-    """One that others call to make a value; here nothing calls it, so a pickle that does is told its name."""
+    """A class or function that may be named, but not called: a pickle that calls it is refused, with its name."""
 
 
 class Record(dict[Any, Any]):
@@ -185,7 +185,7 @@ def _rebuild_tensor(
     """A tensor, and the `marks` that torch sets on loading: a negated tensor is computed, not stored."""
     for mark, is_set in marks.items() if isinstance(marks, dict) else ((marks, marks),):
         if is_set and not (isinstance(mark, str) and mark.startswith(_OF_THE_DEVICE)):
-            raise Refused("E303", f"a tensor that is marked as {reprlib.repr(mark)} when it is loaded, as negated ones")
+            raise Refused("E303", f"a tensor that is marked as {reprlib.repr(mark)} on loading, like a negated one")
     if not isinstance(storage, Storage) or type(offset) is not int or not 0 <= offset < 1 << 62:
         raise Refused("E301", f"a tensor has storage offset {reprlib.repr(offset)}")
     shape, strides = ints(shape), ints(strides)

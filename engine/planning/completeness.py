@@ -167,6 +167,6 @@ def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
                 place=group.instance.rule.place,
                 got=f"{ranks} {dim} ranks hold {group.name}",
                 expected=f"at most {known.value}, from {known.why}: each is stored {times:g} times",
-                fix="Only whole heads that are equal on neighbouring ranks are read, and here they are not. The "
-                f"configuration is of another model, or save it with at most {known.value} {dim} ranks.",
+                fix="Neighbouring ranks may repeat whole heads if these are equal, and here they are not. If the "
+                f"configuration is this model's, save it with at most {known.value} {dim} ranks.",
             )

@@ -25,8 +25,8 @@ _OTHERS: Mapping[str, tuple[Any, ...]] = {
 def check_effects(plan: Plan, settings: Iterable[str]) -> None:
     """E001 for the first setting of an option that changes nothing in the output, whatever its value.
 
-    A setting may repeat what a configuration says; if it contradicts it, the error names both. So it does, in a
-    reshard, for a choice against the configuration, which a reshard leaves as it is.
+    A setting may repeat what a configuration says; if it contradicts it, the error names both. A reshard leaves the
+    configuration as it is, so there a choice that contradicts it is an error too.
     """
     options, read = plan.mapping.options, list(_read(plan))
     for name in settings:

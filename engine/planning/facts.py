@@ -108,7 +108,7 @@ def valued_in(file: str) -> Iterator[None]:
 
 
 def _unasked(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Decision]:
-    """Variants that only config.json depends on: no tensor does; each is set to one choice."""
+    """Decisions of variants with a single choice that no rule and no size depends on: only config.json does."""
     read = {name for rule in mapping.rules for name in rule.when}
     read |= {name for size in mapping.dims.values() for name in names_in(size)} | {*settings}
     only = {v.name: next(iter(v.choices)) for v in mapping.variants.values() if len(v.choices) == 1}

@@ -228,8 +228,8 @@ def _differ(plan: Work, replicas: Replicas, source: int, told: str) -> EngineErr
             place=Place(file(source), tensor=two),
             got=f"they differ in {told}",
             expected="one of them, or the same bytes",
-            fix="Where the configuration ties them, it is wrong. Else the file holds two models, as a model and its "
-            "average: save the one that is meant alone.",
+            fix="If the configuration ties them, it is wrong. Otherwise the file holds two models, such as a model and "
+            "its average: save only the one that you want.",
         )
     return EngineError(
         "E402",

@@ -249,7 +249,7 @@ def clean(out: Path) -> list[Path]:
 
 
 def sweep(folder: Path, keep: Collection[str]) -> None:
-    """Remove from a partial output whatever the run will not overwrite, and links.
+    """Remove from a partial output what the run will not overwrite, and whatever is a link, hard link or pipe.
 
     Others may have put them there: they would become part of the output, or lead out of the folder.
     """

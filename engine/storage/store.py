@@ -115,7 +115,7 @@ class Sinks(AbstractContextManager["Sinks"], Protocol):
         """The bytes written, in blocks that are valid until the next one; OSError when some are missing."""
 
     def whole(self, file: int, size: int) -> bool:
-        """Whether an interrupted run of the same work left a whole file of this size; always False with parts."""
+        """Whether an interrupted run of the same work left this file whole; a local folder never says so."""
         return False
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:

@@ -82,7 +82,7 @@ class InOrder:
             self._end += len(data)
 
     def flush(self) -> None:
-        """Wait until fewer parts are in flight than allowed: until none is, if one is. The file is not visible yet."""
+        """Wait until fewer parts are in flight than allowed, so until none is with one. The file is not visible yet."""
         self.check_whole()
         self._said(lambda: self._writer.write(b""))
 
