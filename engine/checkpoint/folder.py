@@ -152,7 +152,7 @@ def read_configuration(
     Args:
         given: a file of the target's configuration. If the layout's configuration is the target's, it is read instead
             of any of the layout's places.
-            needed: if false, a configuration that frameworks do not save may be missing and is then empty,
+        needed: if false, a configuration that frameworks do not save may be missing and is then empty,
             as it also is when `given` takes its place.
 
     Raises:

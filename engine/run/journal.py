@@ -204,8 +204,8 @@ def _shown(before: Any, now: Any) -> str:
 def split(plan: Plan, left: Interrupted, jobs: Iterable[Job]) -> tuple[dict[int, Begun], set[int]]:
     """The outputs of an interrupted run to keep, and those among them that `compare_copied` must read again.
 
-    If source files may have changed, only whole outputs are kept, and none that is scattered from its sources:
-    the others are copied again.
+    Of outputs whose source files may have changed, only whole ones are kept, and none that is scattered from its
+    sources: the others are copied again.
     """
     now = states_of(plan)
     changed = {

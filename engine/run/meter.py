@@ -17,7 +17,7 @@ class Progress:
         done, total: in `unit`, over all phases.
         phase: what is being done now, in words.
         unit: `bytes`, or anything else that is counted, like `layers`.
-        kept: the share of `done` that an interrupted run had done.
+        kept: the part of `done` that an interrupted run had done before.
     """
 
     done: int

@@ -82,7 +82,7 @@ class Ours:
 
 
 def _written_later(told: Mapping[str, Mapping[str, Any]], undigested: Collection[str]) -> list[str]:
-    """Files that may have changed: no digest covers them, and their time is not before the manifest's, written last."""
+    """Files that may have changed: without digests, and with no time or one after the manifest's, written last."""
     return [
         f"{name} has no digests in {NAME}, and was written later or at an unknown time"
         for name in sorted(undigested)
