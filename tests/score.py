@@ -302,22 +302,22 @@ def tried(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
 
 def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
     lines = [
-        "# What a wrong mapping shows by",
+        "# How wrong mappings are caught",
         "",
-        "`make score` writes this page anew, with every mutant and edit of every family; `make soak` fails on one that",
-        "nothing shows.",
+        "`make score` regenerates this page from every mutant and edit of every family. `make soak` fails if one is",
+        "not caught and no reason is given for it.",
         "",
         f"**{tried(scores, every, known)}**",
         "",
         "## Mutants",
         "",
-        "Everything that a family's file says, changed in one place: each rule, split, stage and order of axes, each",
-        "expression, option, key, token. A mutant is caught by the first that shows it.",
+        "A mutant is a family's file with one change: in a rule, split, stage or order of axes, or in an expression,",
+        "option, key or token. It counts for the first check that catches it.",
         "",
     ]
     kinds = sorted({m.kind for one in scores for m in one.mutants})
     lines += [
-        "| kind | mutants | loading | lint | the committed meaning | the same mapping | nothing shows it |",
+        "| kind | mutants | loading | lint | the committed meaning | equivalent | not caught |",
         "|---|---|---|---|---|---|---|",
     ]
     every_mutant = [(one.family, m) for one in scores for m in one.mutants]
@@ -330,7 +330,7 @@ def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
         lines.append(f"| {kind} | {len(listed)} | {shown} |")
     lines += [
         "",
-        "Those that nothing shows, and why they are the same mapping:",
+        "Mutants that no check catches, and why they are equivalent to the mapping or are caught elsewhere:",
         "",
         *_why([(f, m, f"`{m.where}`: {m.what}") for f, m in every_mutant if m.caught_by is None]),
     ]
@@ -338,18 +338,18 @@ def page(scores: Sequence[Score], every: int, known: Sequence[str]) -> str:
         "",
         "## Careless edits",
         "",
-        "Edits as people make them, written down before it was looked at which are caught",
-        "(`tests/careless.py`). The workflow is red when lint or `engine prove` is. When the edit's meaning is",
-        "committed with it, the comment says which tensor or value differs.",
+        "Mistakes that people make when they edit a mapping (`tests/careless.py`), chosen before anyone knew which of",
+        "them are caught. The workflow is red if lint or `engine prove` fails. If the edit's meaning is committed with",
+        "it, the comment on the pull request names the tensor or value that differs.",
         "",
-        "| family | edits | workflow red | told in the comment |",
+        "| family | edits | workflow red | named in the comment |",
         "|---|---|---|---|",
     ]
     for one in scores:
         red, told = (sum(getattr(e, name) is not None for e in one.edits) for name in ("red", "comment"))
         lines.append(f"| {one.family} | {len(one.edits)} | {red} | {told} |")
     quiet = [(one.family, e, e.edit) for one in scores for e in one.edits if e.red is None or e.comment is None]
-    lines += ["", "Those that are not both, and why; what `keys` has settled, they do not change:", "", *_why(quiet)]
+    lines += ["", "Edits that are not both, and why: most change only what `keys` already decides.", "", *_why(quiet)]
     return "\n".join(lines) + "\n"
 
 
